@@ -1,0 +1,1 @@
+"""Checkpoint schedules, trajectories and discrete adjoints."""

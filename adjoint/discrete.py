@@ -1,0 +1,134 @@
+"""The discrete adjoint: PETSc's TSAdjoint, driven step by step from restored checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pnode import vectors
+from pnode.errors import BackwardError, LinearSolveFailed
+from pnode.options import PETSc, SolverOptions, log_stage
+from pnode.solution import Ledger
+from pnode.solvers.bridge import Bridge, ParameterJacobianShell, shell_matrix
+from pnode.solvers.integrator import IntegratorSettings, adjoint_vectors, build_ts
+from pnode.solvers.stepping import Step
+from pnode.vectorfield import VectorField
+
+__all__ = ["DiscreteAdjoint"]
+
+
+class DiscreteAdjoint:
+    """A TS that steps backwards, with its cost gradients; reused from sweep to sweep.
+
+    Parameters
+    ----------
+    settings : IntegratorSettings
+        Those of the forward integrator.
+    options : SolverOptions
+        PETSc options.
+    parameter_size : int
+        Number of trainable scalars.
+
+    Notes
+    -----
+    ``lambda`` is the derivative of the loss with respect to the state, ``mu`` with respect to the
+    parameters. mu has its full size on every rank, so products with the transposed parameter
+    Jacobian need no communication.
+    """
+
+    def __init__(
+        self, settings: IntegratorSettings, options: SolverOptions, parameter_size: int
+    ) -> None:
+        self.settings = settings
+        # The state at both ends of a step is linearized, and again as the end of the one before.
+        self.bridge = Bridge(linearizations=2 if settings.method.implicit else 1)
+        self.ts = build_ts(settings, options, self.bridge, adjoint=True)
+        comm = settings.comm
+        self.cost_gradient = vectors.create(comm, settings.size)
+        self.parameter_gradient = vectors.create(comm, parameter_size) if parameter_size else None
+        if self.parameter_gradient is not None:
+            shell = shell_matrix(
+                ParameterJacobianShell(self.bridge), settings.size, parameter_size, comm
+            )
+            if settings.method.implicit:
+                self.ts.setIJacobianP(self.bridge.implicit_parameter_jacobian, shell)
+            else:
+                self.ts.setRHSJacobianP(self.bridge.explicit_parameter_jacobian, shell)
+        self.ts.setCostGradients(self.cost_gradient, self.parameter_gradient)
+        # TSAdjointSetUp wants a trajectory object to look at; nothing uses it afterwards.
+        self.ts.setSaveTrajectory()
+        self.ts.adjointSetUp()
+        self.ts.removeTrajectory()
+        self.checkpoint_vectors = adjoint_vectors(self.ts, settings.method)
+        self._krylov = settings.method.implicit
+        self._direction = 1.0
+
+    def begin(self, field: VectorField) -> None:
+        """Begin a sweep with zero cost gradients. Collective."""
+        log_stage("pnode adjoint").push()
+        self.bridge.attach(field)
+        self._direction = field.problem.direction
+        self.cost_gradient.set(0.0)
+        if self.parameter_gradient is not None:
+            self.parameter_gradient.set(0.0)
+
+    def end(self) -> None:
+        """End a sweep: let go of the user's objects."""
+        self.bridge.detach()
+        log_stage("pnode adjoint").pop()
+
+    def add(self, cotangent: torch.Tensor) -> None:
+        """Add the derivative of the loss with respect to the state at this time."""
+        values = vectors.copy_out(self.cost_gradient)
+        vectors.copy_in(self.cost_gradient, values.add_(cotangent))
+
+    def step(self, step: Step, ledger: Ledger) -> None:
+        """Take the adjoint of one step, whose checkpoint stands in ``checkpoint_vectors``.
+
+        Raises
+        ------
+        LinearSolveFailed
+            If a transposed solve did not converge.
+        BaseException
+            Whatever the vector field raised.
+        """
+        ts = self.ts
+        ts.setTime(step.end)
+        ts.setTimeStep(-step.length)
+        ts.setStepNumber(step.index + 1)
+        try:
+            ts.adjointStep()
+        except PETSc.Error as error:
+            exception = self.bridge.take_exception() or error.__cause__
+            if exception is not None:
+                raise exception from None
+            raise BackwardError(
+                "PETSc could not take the adjoint of this step", reason=str(error),
+                **self._where(step),
+            ) from error  # fmt: skip
+        exception = self.bridge.take_exception()
+        if exception is not None:
+            raise exception
+        ledger.steps += 1
+        if self._krylov:
+            ksp = ts.getSNES().getKSP()
+            ledger.krylov += ksp.getIterationNumber()
+            if ksp.getConvergedReason() < 0:
+                raise LinearSolveFailed(
+                    "a transposed solve of the adjoint failed: use jacobian='dense', or give "
+                    "linear_solver a preconditioner or more iterations",
+                    reason=str(ksp.getConvergedReason()),
+                    **self._where(step),
+                )
+
+    def _where(self, step: Step) -> dict[str, Any]:
+        return {
+            "time": self._direction * step.start,
+            "step": step.index,
+            "method": self.settings.method.name,
+        }
+
+    def destroy(self) -> None:
+        """Free the PETSc objects. Collective."""
+        self.ts.destroy()

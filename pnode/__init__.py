@@ -1,0 +1,49 @@
+"""PETSc's time integrators and discrete adjoints for vector fields written in torch.
+
+>>> import torch, pnode
+>>> y0 = torch.ones(2, dtype=torch.float64, requires_grad=True)
+>>> y = pnode.odeint(lambda t, y: -y, y0, torch.tensor([0.0, 1.0]))
+>>> y[-1].sum().backward()
+"""
+
+from pnode.errors import (
+    BackwardError,
+    CheckpointError,
+    ConfigurationError,
+    LinearSolveFailed,
+    NonFiniteVectorField,
+    NonlinearSolveFailed,
+    PnodeError,
+    SolveError,
+    StepLimitReached,
+    StepSizeUnderflow,
+    VectorFieldError,
+)
+from pnode.integrate import Solver, odeint, odeint_adjoint
+from pnode.solution import Ledger, Solution, Stats
+from pnode.solvers.methods import Method, methods
+
+__all__ = [
+    "BackwardError",
+    "CheckpointError",
+    "ConfigurationError",
+    "Ledger",
+    "LinearSolveFailed",
+    "Method",
+    "NonFiniteVectorField",
+    "NonlinearSolveFailed",
+    "PnodeError",
+    "Solution",
+    "SolveError",
+    "Solver",
+    "Stats",
+    "StepLimitReached",
+    "StepSizeUnderflow",
+    "VectorFieldError",
+    "__version__",
+    "methods",
+    "odeint",
+    "odeint_adjoint",
+]
+
+__version__ = "0.1.0"

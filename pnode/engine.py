@@ -1,0 +1,314 @@
+"""Forward and backward sweeps on pooled PETSc objects; no autograd graph here.
+
+A sweep takes an integrator from the pool and gives it back, so solves may nest, and several
+forwards may be alive at once: what belongs to one forward lives in its :class:`Run`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from pnode import vectors
+from pnode.adjoint.discrete import DiscreteAdjoint
+from pnode.adjoint.schedule import Adjoint, Discard, Restore, StoreEverything
+from pnode.adjoint.trajectory import Trajectory
+from pnode.options import SolverOptions
+from pnode.problem import InitialValueProblem
+from pnode.solution import Stats
+from pnode.solvers.integrator import (
+    DENSE_LIMIT,
+    IntegratorSettings,
+    TimeIntegrator,
+    default_options,
+)
+from pnode.solvers.methods import Method
+from pnode.solvers.stepping import Step, StepControl, forward_sweep
+from pnode.vectorfield import VectorField
+
+__all__ = ["Engine", "Run"]
+
+# Idle integrators kept per solver; a solver called with ever new sizes must not hoard them.
+_IDLE_LIMIT = 4
+
+
+class _Pool:
+    """Idle PETSc-owning objects by key."""
+
+    def __init__(self) -> None:
+        self._idle: list[tuple[Hashable, Any]] = []
+
+    def take(self, key: Hashable, create: Callable[[], Any]) -> Any:
+        """Return an idle object of this key, or a new one."""
+        for index, (known, item) in enumerate(self._idle):
+            if known == key:
+                del self._idle[index]
+                return item
+        return create()
+
+    def give(self, key: Hashable, item: Any) -> None:
+        """Keep an object for later; the longest idle one goes when there are too many."""
+        self._idle.append((key, item))
+        if len(self._idle) > _IDLE_LIMIT:
+            self._idle.pop(0)[1].destroy()
+
+    def close(self) -> None:
+        """Destroy all idle objects."""
+        while self._idle:
+            self._idle.pop()[1].destroy()
+
+
+@dataclass
+class Run:
+    """One forward sweep: what its backward sweeps need.
+
+    Attributes
+    ----------
+    problem : InitialValueProblem
+        The problem solved.
+    stats : Stats
+        Its ledger.
+    trajectory : Trajectory or None
+        Steps and checkpoints; None without gradients.
+    """
+
+    problem: InitialValueProblem
+    stats: Stats
+    settings: IntegratorSettings
+    control: StepControl
+    trajectory: Trajectory | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Engine:
+    """Method, tolerances and options of a solver, and its pool of PETSc objects.
+
+    Attributes
+    ----------
+    method : Method
+        Row of the table.
+    control : StepControl
+        How steps are chosen.
+    jacobian : {"auto", "matrix-free", "dense"}
+        How implicit methods get Jacobians.
+    petsc_options : dict
+        The user's options.
+    """
+
+    method: Method
+    control: StepControl
+    jacobian: str
+    petsc_options: dict[str, Any]
+    _pool: _Pool = field(default_factory=_Pool)
+    _options: dict[Hashable, SolverOptions] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Destroy the pooled PETSc objects with the engine, not whenever they are collected."""
+        weakref.finalize(self, self._pool.close)
+
+    def __reduce__(self) -> Any:
+        """Copies and pickles take the configuration along, not the PETSc objects."""
+        return Engine, (self.method, self.control, self.jacobian, self.petsc_options)
+
+    def forward(
+        self,
+        problem: InitialValueProblem,
+        y0: torch.Tensor,
+        keep: bool,
+        monitor: Callable[[int, float, Any], None] | None = None,
+    ) -> tuple[torch.Tensor, Run]:
+        """Integrate. Collective.
+
+        Parameters
+        ----------
+        problem : InitialValueProblem
+            What to solve.
+        y0 : Tensor
+            Flat initial state.
+        keep : bool
+            Whether a backward sweep may follow.
+        monitor : callable, optional
+            ``monitor(step, t, y)`` after every accepted step.
+
+        Returns
+        -------
+        ys : Tensor
+            Shape ``(T, size)``, y0's dtype.
+        run : Run
+            For the backward sweep.
+        """
+        layout = problem.layout
+        run = Run(problem, Stats(), self._settings(layout.size, layout.dtype), self.control)
+        ys = torch.empty((len(problem.times), layout.size), dtype=layout.dtype)
+        field_ = VectorField(problem, run.stats)
+        integrator: TimeIntegrator = self._take_integrator(run.settings)
+        if keep:
+            run.trajectory = Trajectory(StoreEverything(), integrator.shares_ends, run.stats)
+
+        def on_output(index: int) -> None:
+            ys[index] = vectors.view(integrator.solution)
+            if run.trajectory is not None:
+                run.trajectory.mark_output()
+
+        def on_step(step: Step) -> None:
+            if run.trajectory is not None:
+                run.trajectory.record(step, integrator.checkpoint_vectors())
+            if monitor is not None:
+                state = layout.unflatten(vectors.copy_out(integrator.solution, layout.dtype))
+                monitor(step.index + 1, problem.direction * step.end, state)
+
+        integrator.begin(field_, y0.detach(), problem.times[0])
+        try:
+            forward_sweep(
+                integrator, field_, problem.times, self.control, run.stats, on_step, on_output
+            )
+            run.stats.newton, run.stats.krylov = integrator.iterations()
+        except BaseException:
+            integrator.end()
+            integrator.destroy()
+            raise
+        integrator.end()
+        integrator.options.warn_unused()
+        self._pool.give(("forward", run.settings), integrator)
+        return ys, run
+
+    def backward(
+        self, run: Run, y0: torch.Tensor, cotangents: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None], torch.Tensor]:
+        """Take the discrete adjoint of a forward sweep. Collective.
+
+        Parameters
+        ----------
+        run : Run
+            The forward sweep.
+        y0 : Tensor
+            Its initial state, flat, to repeat it from when its checkpoints are gone.
+        cotangents : Tensor
+            Derivatives of the loss with respect to the outputs, shape ``(T, size)``.
+
+        Returns
+        -------
+        state : Tensor
+            Derivative with respect to y0, shape ``(size,)``, PETSc's precision.
+        parameters : list of Tensor or None
+            One per parameter.
+        initial : Tensor
+            The part of ``state`` that came through the flow, without the first output's own
+            cotangent: what the derivative with respect to t_0 needs.
+        """
+        trajectory = run.trajectory
+        assert trajectory is not None
+        ledger = run.stats.backward
+        problem = replace(run.problem, check_undeclared=False)
+        field_ = VectorField(problem, ledger)
+        if not trajectory.complete:
+            self._repeat(run, VectorField(problem, ledger), y0)
+        key = ("adjoint", run.settings, field_.parameter_size)
+        adjoint: DiscreteAdjoint = self._pool.take(
+            key,
+            lambda: DiscreteAdjoint(
+                run.settings, self._solver_options(run.settings, adjoint=True), key[2]
+            ),
+        )
+        adjoint.begin(field_)
+        try:
+            initial = self._reverse(run, adjoint, cotangents)
+            state = vectors.copy_out(adjoint.cost_gradient)
+            mu = adjoint.parameter_gradient
+            flat = vectors.copy_out(mu) if mu is not None else torch.zeros(0)
+        except BaseException:
+            adjoint.end()
+            adjoint.destroy()
+            raise
+        adjoint.end()
+        self._pool.give(key, adjoint)
+        return state, field_.split_parameter_gradient(flat), initial
+
+    def _reverse(
+        self, run: Run, adjoint: DiscreteAdjoint, cotangents: torch.Tensor
+    ) -> torch.Tensor:
+        """Execute the schedule's reverse actions, adding cotangents where outputs were."""
+        trajectory, ledger = run.trajectory, run.stats.backward
+        assert trajectory is not None
+        waiting = list(enumerate(trajectory.outputs))
+        active = False  # until the first non-zero cotangent, lambda is zero and stays it
+        nonzero = cotangents.ne(0).any(dim=1).tolist()
+
+        def add_outputs(after: int) -> None:
+            nonlocal active
+            while waiting and waiting[-1][1] == after and waiting[-1][0] > 0:
+                index, _ = waiting.pop()
+                if nonzero[index]:
+                    active = True
+                    adjoint.add(cotangents[index])
+
+        add_outputs(len(trajectory.steps))
+        for action in trajectory.schedule.reverse(len(trajectory.steps)):
+            if isinstance(action, Restore) and active:
+                trajectory.restore(action.step, adjoint.checkpoint_vectors)
+            elif isinstance(action, Adjoint):
+                if active:
+                    adjoint.step(trajectory.steps[action.step], ledger)
+                add_outputs(action.step)
+            elif isinstance(action, Discard):
+                trajectory.discard(action.step)
+        initial = vectors.copy_out(adjoint.cost_gradient)
+        if nonzero[0]:
+            adjoint.add(cotangents[0])
+        return initial
+
+    def _repeat(self, run: Run, field_: VectorField, y0: torch.Tensor) -> None:
+        """Repeat the forward sweep with the recorded steps, to store its checkpoints again."""
+        trajectory = run.trajectory
+        assert trajectory is not None
+        trajectory.clear()
+        settings = replace(run.settings, adaptive=False)
+        integrator = self._take_integrator(settings)
+        integrator.begin(field_, y0.detach(), run.problem.times[0])
+        try:
+            for step in trajectory.steps:
+                outcome = integrator.attempt(step.start, step.length, step.index)
+                if outcome.error is not None:
+                    raise outcome.error
+                trajectory.record(step, integrator.checkpoint_vectors())
+                run.stats.backward.recomputed += 1
+            newton, krylov = integrator.iterations()
+            run.stats.backward.newton += newton
+            run.stats.backward.krylov += krylov
+        except BaseException:
+            integrator.end()
+            integrator.destroy()
+            raise
+        integrator.end()
+        self._pool.give(("forward", settings), integrator)
+
+    def _take_integrator(self, settings: IntegratorSettings) -> TimeIntegrator:
+        integrator: TimeIntegrator = self._pool.take(
+            ("forward", settings),
+            lambda: TimeIntegrator(settings, self._solver_options(settings)),
+        )
+        return integrator
+
+    def _settings(self, size: int, dtype: torch.dtype) -> IntegratorSettings:
+        jacobian = self.jacobian
+        if jacobian == "auto":
+            jacobian = "dense" if size <= DENSE_LIMIT else "matrix-free"
+        return IntegratorSettings(
+            self.method, size, dtype,
+            adaptive=self.control.step_size is None,
+            rtol=self.control.rtol, atol=self.control.atol, max_step=self.control.max_step,
+            jacobian=jacobian,
+        )  # fmt: skip
+
+    def _solver_options(self, settings: IntegratorSettings, adjoint: bool = False) -> SolverOptions:
+        key = (settings.adaptive, settings.jacobian, settings.dtype, adjoint)
+        if key not in self._options:
+            defaults = default_options(
+                settings.method, settings.adaptive, settings.jacobian, settings.dtype, adjoint
+            )
+            self._options[key] = SolverOptions(self.petsc_options, defaults)
+        return self._options[key]

@@ -1,0 +1,101 @@
+"""Exceptions raised by pnode.
+
+Every error is a :class:`PnodeError`. Errors in the arguments are also ``ValueError``; errors of a
+running solve are also ``RuntimeError`` and carry ``time``, ``step``, ``method`` and ``reason``.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BackwardError",
+    "CheckpointError",
+    "ConfigurationError",
+    "LinearSolveFailed",
+    "NonFiniteVectorField",
+    "NonlinearSolveFailed",
+    "PnodeError",
+    "SolveError",
+    "StepLimitReached",
+    "StepSizeUnderflow",
+    "VectorFieldError",
+]
+
+
+class PnodeError(Exception):
+    """Base class of all errors raised by pnode."""
+
+
+class ConfigurationError(PnodeError, ValueError):
+    """An argument is unusable; the message names it, its value and the remedy."""
+
+
+class SolveError(PnodeError, RuntimeError):
+    """A solve stopped.
+
+    Parameters
+    ----------
+    message : str
+        What happened and what to do.
+    time : float, optional
+        Time at which the failing step starts, in the user's units.
+    step : int, optional
+        Index of the failing step, counted from 0.
+    method : str, optional
+        Name of the method.
+    reason : str, optional
+        PETSc's own reason, such as ``"DIVERGED_MAX_IT"``.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        time: float | None = None,
+        step: int | None = None,
+        method: str | None = None,
+        reason: str | None = None,
+    ) -> None:
+        self.time, self.step, self.method, self.reason = time, step, method, reason
+        where = [
+            text
+            for text, value in (
+                (f"t = {time!r}", time),
+                (f"step {step}", step),
+                (f"method {method!r}", method),
+                (f"PETSc: {reason}", reason),
+            )
+            if value is not None
+        ]
+        super().__init__(f"{message} [{', '.join(where)}]" if where else message)
+
+
+class StepSizeUnderflow(SolveError):
+    """The step-size controller asked for a step below the smallest one allowed."""
+
+
+class StepLimitReached(SolveError):
+    """``max_steps`` steps were taken before the last output time."""
+
+
+class NonlinearSolveFailed(SolveError):
+    """Newton's method did not converge."""
+
+
+class LinearSolveFailed(SolveError):
+    """A linear solve, forward or transposed, did not converge."""
+
+
+class NonFiniteVectorField(SolveError):
+    """The vector field returned NaN or infinity."""
+
+
+class VectorFieldError(SolveError):
+    """The vector field returned the wrong thing, or wrote into its input."""
+
+
+class CheckpointError(SolveError):
+    """A checkpoint is missing or damaged."""
+
+
+class BackwardError(SolveError):
+    """The backward sweep cannot be done as asked."""

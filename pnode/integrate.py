@@ -1,0 +1,496 @@
+"""``Solver`` and ``odeint``: the public entry points, and the one autograd function."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from pnode.engine import Engine, Run
+from pnode.errors import BackwardError, ConfigurationError
+from pnode.options import PETSc, check_petsc_options
+from pnode.problem import InitialValueProblem, as_times, collect_parameters
+from pnode.solution import Solution
+from pnode.solvers.methods import find_method
+from pnode.solvers.stepping import StepControl
+from pnode.vectorfield import VectorField
+
+__all__ = ["Solver", "odeint", "odeint_adjoint"]
+
+_JACOBIANS = ("auto", "matrix-free", "dense")
+
+
+class Solver(torch.nn.Module):
+    """A reusable solver for y' = f(t, y) with exact discrete gradients.
+
+    Parameters
+    ----------
+    rhs : callable
+        ``f(t, y)``: t is a 0-dim tensor of y's dtype and device, y has the shape of y0; returns
+        dy/dt in that shape, dtype and device. A Module's parameters get gradients.
+    params : iterable of Tensor, optional
+        Further tensors that f uses and that gradients are wanted for; non-leaf tensors too.
+    method : str
+        A name or alias from :func:`pnode.methods`.
+    step_size : float, optional
+        Fixed steps: each output interval is cut into equal steps of at most this length. None
+        chooses steps from ``rtol`` and ``atol``, for methods with an error estimate.
+    first_step : float, optional
+        First adaptive step; chosen automatically if None.
+    min_step, max_step : float, optional
+        Limits of adaptive steps.
+    rtol, atol : float
+        Relative and absolute tolerance of the local error of adaptive steps.
+    max_steps : int, optional
+        Largest number of accepted steps of one solve.
+    jacobian : {"auto", "dense", "matrix-free"}
+        For implicit methods: assembled and factored (LU), or products only (GMRES). "auto" is
+        dense up to 256 state entries.
+    linear_solver : str or mapping, optional
+        A PETSc KSP type (``"gmres"``, ``"bcgs"``...), ``"lu"`` for a direct solve, or a mapping
+        of PETSc's ksp and pc options.
+    petsc_options : mapping, optional
+        PETSc options of this solver alone, without prefix: ``{"snes_rtol": 1e-12}``. Options
+        ``-pnode_...`` (all solvers) and ``-pnode_<number>_...`` (one) on the command line win.
+    monitor : callable, optional
+        ``monitor(step, t, y)``, called after every accepted step with a detached copy of y.
+    progress : bool
+        Show a progress bar over time.
+    implicit, explicit, mass, residual, checkpointing, comm, compile, dense, event_fn
+        Reserved: anything but the default is refused in this version.
+
+    Raises
+    ------
+    ConfigurationError
+        For an unusable argument.
+
+    Notes
+    -----
+    Collective on ``comm``, which is this process alone so far.
+
+    The gradient is that of the numbers the solve returned: the discrete adjoint of the accepted
+    steps (Zhang, Constantinescu & Smith, "PETSc TSAdjoint", SIAM J. Sci. Comput. 44, 2022). The
+    accepted step sizes are constants in it.
+
+    Examples
+    --------
+    >>> solver = Solver(lambda t, y: -y, method="rk4", step_size=0.1)
+    >>> solution = solver(torch.ones(1, dtype=torch.float64), torch.tensor([0.0, 1.0]))
+    >>> round(solution.ys[-1].item(), 5)
+    0.36788
+    """
+
+    def __init__(
+        self,
+        rhs: Callable[..., Any] | None = None,
+        *,
+        implicit: Any = None,
+        explicit: Any = None,
+        mass: Any = None,
+        residual: Any = None,
+        params: Iterable[torch.Tensor] | None = None,
+        method: str = "dopri5",
+        step_size: float | None = None,
+        first_step: float | None = None,
+        min_step: float | None = None,
+        max_step: float | None = None,
+        rtol: float = 1e-6,
+        atol: float = 1e-8,
+        max_steps: int | None = None,
+        jacobian: str = "auto",
+        linear_solver: str | Mapping[str, Any] | None = None,
+        checkpointing: Any = None,
+        comm: Any = None,
+        petsc_options: Mapping[str, Any] | None = None,
+        compile: bool = False,
+        dense: bool = False,
+        event_fn: Any = None,
+        monitor: Callable[[int, float, Any], None] | None = None,
+        progress: bool = False,
+    ) -> None:
+        super().__init__()
+        _refuse_reserved(
+            implicit=implicit, explicit=explicit, mass=mass, residual=residual,
+            checkpointing=checkpointing, compile=compile, dense=dense, event_fn=event_fn,
+        )  # fmt: skip
+        if not callable(rhs):
+            raise ConfigurationError(
+                f"rhs is {rhs!r}: give the vector field, a callable f(t, y) or a torch Module"
+            )
+        if monitor is not None and not callable(monitor):
+            raise ConfigurationError(f"monitor is {monitor!r}: give a callable (step, t, y)")
+        chosen = find_method(method)
+        if step_size is None and not chosen.adaptive:
+            raise ConfigurationError(
+                f"method={chosen.name!r} has no error estimate and step_size is None: give "
+                "step_size=h, or take an adaptive method such as 'dopri5' or 'cn'"
+            )
+        if jacobian not in _JACOBIANS:
+            choices = ", ".join(map(repr, _JACOBIANS))
+            raise ConfigurationError(f"jacobian={jacobian!r} is unknown: choose one of {choices}")
+        control = StepControl(
+            step_size=_positive("step_size", step_size),
+            first_step=_positive("first_step", first_step),
+            min_step=_positive("min_step", min_step) or 0.0,
+            max_step=_positive("max_step", max_step) or math.inf,
+            max_steps=_count("max_steps", max_steps),
+            rtol=_tolerance("rtol", rtol),
+            atol=_tolerance("atol", atol),
+        )
+        if control.rtol == 0.0 and control.atol == 0.0:
+            raise ConfigurationError("rtol and atol are both 0: at least one must be positive")
+        if control.min_step > control.max_step:
+            raise ConfigurationError(
+                f"min_step={min_step!r} exceeds max_step={max_step!r}: swap or drop one"
+            )
+        self.rhs = rhs
+        self._params = None if params is None else tuple(params)
+        self._progress = progress
+        self._engine = Engine(
+            chosen, control, jacobian,
+            {**_linear_solver_options(linear_solver), **check_petsc_options(petsc_options)},
+        )  # fmt: skip
+        self._monitor = monitor
+        _check_communicator(comm)
+        collect_parameters(rhs, self._params)
+
+    @property
+    def method(self) -> str:
+        """Name of the method."""
+        return self._engine.method.name
+
+    def extra_repr(self) -> str:
+        """Method and steps, for printing the module."""
+        control = self._engine.control
+        steps = (
+            f"rtol={control.rtol}, atol={control.atol}"
+            if control.step_size is None
+            else f"step_size={control.step_size}"
+        )
+        return f"method={self.method!r}, {steps}"
+
+    def forward(self, y0: Any, t: Any) -> Solution:
+        """Integrate from ``t[0]`` and return the states at the times ``t``. Collective.
+
+        Parameters
+        ----------
+        y0 : Tensor or tuple of Tensor
+            State at ``t[0]``; any shape, float64 or float32.
+        t : Tensor
+            Output times, shape ``(T,)``, strictly increasing or strictly decreasing. Each is hit
+            exactly by a step.
+
+        Returns
+        -------
+        Solution
+            ``ys`` has shape ``(T, *y0.shape)`` and y0's dtype and is differentiable with respect
+            to y0, the parameters and t (for a time t_i: the cotangent of y_i times f(t_i, y_i),
+            the derivative of the exact flow; for t_0: minus lambda_0 times f(t_0, y_0)).
+
+        Raises
+        ------
+        ConfigurationError
+            For unusable arguments, and for a trainable tensor that f uses and nobody declared.
+        SolveError
+            For a failing solve; see :mod:`pnode.errors`. What f raises comes through as it is.
+        """
+        times = as_times(t)
+        differentiate = torch.is_grad_enabled()
+        problem = InitialValueProblem.create(
+            self.rhs, y0, times,
+            collect_parameters(self.rhs, self._params) if differentiate else (),
+            check_undeclared=differentiate,
+        )  # fmt: skip
+        monitor = _progress_bar(problem, self._monitor) if self._progress else self._monitor
+        flat = problem.layout.flatten(y0)
+        inputs = (flat, times, *problem.parameters)
+        if differentiate and any(tensor.requires_grad for tensor in inputs):
+            holder: list[Run] = []
+            ys = _Solve.apply(self._engine, problem, monitor, holder, *inputs)
+            run = holder.pop()
+        else:
+            with torch.inference_mode(False), torch.no_grad():
+                ys, run = self._engine.forward(
+                    problem, flat.detach().clone(), keep=False, monitor=monitor
+                )
+        return Solution(times, problem.layout.unflatten(ys), run.stats)
+
+
+class _Solve(torch.autograd.Function):
+    """The solve as one node of the graph: (y0, t, *parameters) -> ys."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        engine: Engine,
+        problem: InitialValueProblem,
+        monitor: Any,
+        holder: list[Run],
+        y0: torch.Tensor,
+        t: torch.Tensor,
+        *parameters: torch.Tensor,
+    ) -> torch.Tensor:
+        ys, run = engine.forward(problem, y0, keep=True, monitor=monitor)
+        ctx.engine, ctx.run = engine, run
+        # Saved for torch's check that nobody has modified them since, besides their values.
+        ctx.save_for_backward(y0, t, ys, *parameters)
+        holder.append(run)
+        return ys
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[Any, ...]:
+        (cotangents,) = outputs
+        y0, t, ys, *_ = ctx.saved_tensors
+        engine, run = ctx.engine, ctx.run
+        with torch.no_grad():
+            state, parameters, initial = engine.backward(run, y0, cotangents.detach())
+            time = (
+                _time_gradient(run, y0, ys, cotangents, initial).to(t)
+                if ctx.needs_input_grad[5]
+                else None
+            )
+        gradients = [
+            state.to(y0.dtype) if ctx.needs_input_grad[4] else None,
+            time,
+            *parameters,
+        ]
+        if torch.is_grad_enabled():
+            anchors = [tensor for tensor in (cotangents, y0, *run.problem.parameters)]
+            gradients = [
+                None if gradient is None else _FirstOrderOnly.apply(gradient, *anchors)
+                for gradient in gradients
+            ]
+        return (None, None, None, None, *gradients)
+
+
+class _FirstOrderOnly(torch.autograd.Function):
+    """Identity that ties a gradient to what it depends on, and refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: torch.Tensor, *anchors: torch.Tensor) -> torch.Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> Any:
+        raise BackwardError(
+            "second derivatives through a solve are not supported: use create_graph=True only "
+            "where the graph does not contain the solve's gradient, or differentiate that "
+            "gradient by finite differences"
+        )
+
+
+def _time_gradient(
+    run: Run, y0: torch.Tensor, ys: torch.Tensor, cotangents: torch.Tensor, initial: torch.Tensor
+) -> torch.Tensor:
+    """Derivatives with respect to the output times: along the exact flow, dy/dt = f."""
+    field = VectorField(replace(run.problem, check_undeclared=False), run.stats.backward)
+    direction = run.problem.direction
+    gradient = torch.zeros(len(run.problem.times), dtype=torch.float64)
+    for index, s in enumerate(run.problem.times):
+        cotangent = -initial if index == 0 else cotangents[index]
+        if bool(cotangent.ne(0).any()):
+            slope = field.rhs(s, ys[index].detach().clone())
+            gradient[index] = direction * torch.dot(cotangent.double(), slope.double())
+    return gradient
+
+
+def _refuse_reserved(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        if value is not None and value is not False:
+            raise ConfigurationError(
+                f"{name}={value!r} is reserved for a later version of pnode; this one solves "
+                "y' = f(t, y) given as rhs, and keeps all stages in memory"
+            )
+
+
+def _check_communicator(comm: Any) -> None:
+    if comm is None:
+        return
+    size = comm.Get_size() if hasattr(comm, "Get_size") else getattr(comm, "size", None)
+    if size != 1:
+        raise ConfigurationError(
+            f"comm={comm!r} has {size} processes: this version integrates one state per process, "
+            "use comm=None and average gradients over the processes yourself"
+        )
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"{name}={value!r} is not a number") from error
+    if not math.isfinite(number):
+        raise ConfigurationError(f"{name}={value!r} must be finite")
+    return number
+
+
+def _positive(name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    number = _number(name, value)
+    if number <= 0.0:
+        raise ConfigurationError(
+            f"{name}={value!r} must be positive (decreasing output times need no negative steps)"
+        )
+    return number
+
+
+def _tolerance(name: str, value: Any) -> float:
+    number = _number(name, value)
+    if number < 0.0:
+        raise ConfigurationError(f"{name}={value!r} must not be negative")
+    return number
+
+
+def _count(name: str, value: Any) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or int(value) != value or value < 1:
+        raise ConfigurationError(f"{name}={value!r} must be a whole number of at least 1")
+    return int(value)
+
+
+def _linear_solver_options(linear_solver: Any) -> dict[str, Any]:
+    if linear_solver is None:
+        return {}
+    if linear_solver == "lu":
+        return {"ksp_type": "preonly", "pc_type": "lu"}
+    if isinstance(linear_solver, str):
+        known = {
+            value for name, value in vars(PETSc.KSP.Type).items()
+            if isinstance(value, str) and not name.startswith("_")
+        }  # fmt: skip
+        if linear_solver not in known:
+            raise ConfigurationError(
+                f"linear_solver={linear_solver!r} is not a PETSc KSP type: use 'lu', 'gmres', "
+                "'bcgs', 'fgmres', ..."
+            )
+        return {"ksp_type": linear_solver}
+    return check_petsc_options(linear_solver)
+
+
+def _progress_bar(problem: InitialValueProblem, then: Any) -> Callable[[int, float, Any], None]:
+    """Return a monitor that moves a progress bar over time, then calls the user's monitor."""
+    start, end = problem.times[0], problem.times[-1]
+    bar = tqdm(total=1.0, bar_format="{l_bar}{bar}| {postfix} [{elapsed}<{remaining}]")
+
+    def monitor(step: int, t: float, y: Any) -> None:
+        fraction = (problem.direction * t - start) / (end - start)
+        bar.set_postfix_str(f"t = {t:.4g}, step {step}", refresh=False)
+        bar.update(fraction - bar.n)
+        if fraction >= 1.0:
+            bar.close()
+        if then is not None:
+            then(step, t, y)
+
+    return monitor
+
+
+_TORCHDIFFEQ_OPTIONS = {
+    "step_size": "step_size",
+    "first_step": "first_step",
+    "min_step": "min_step",
+    "max_step": "max_step",
+    "max_num_steps": "max_steps",
+}
+
+
+def odeint(
+    func: Callable[..., Any],
+    y0: Any,
+    t: Any,
+    *,
+    rtol: float = 1e-7,
+    atol: float = 1e-9,
+    method: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    params: Iterable[torch.Tensor] | None = None,
+    **solver_keywords: Any,
+) -> Any:
+    """Solve y' = func(t, y), y(t[0]) = y0: the call of ``torchdiffeq.odeint``.
+
+    Parameters
+    ----------
+    func : callable
+        ``func(t, y)``, as for :class:`Solver`.
+    y0 : Tensor or tuple of Tensor
+        Initial state.
+    t : Tensor
+        Output times, shape ``(T,)``, strictly monotone.
+    rtol, atol : float
+        Tolerances of adaptive steps.
+    method : str, optional
+        Name or alias of a method; "dopri5" by default. Methods without error estimate take one
+        step per output interval unless a ``step_size`` is given, as in torchdiffeq.
+    options : mapping, optional
+        torchdiffeq's: ``step_size``, ``first_step``, ``min_step``, ``max_step``,
+        ``max_num_steps``.
+    params : iterable of Tensor, optional
+        Trainable tensors that func uses without being a Module that owns them.
+    **solver_keywords
+        Any other keyword of :class:`Solver`.
+
+    Returns
+    -------
+    Tensor or tuple of Tensor
+        Shape ``(T, *y0.shape)``.
+
+    Raises
+    ------
+    ConfigurationError, SolveError
+        As :class:`Solver`.
+
+    Notes
+    -----
+    Collective on the solver's communicator. A new solver is set up on each call; keep a
+    :class:`Solver` in a training loop.
+    """
+    keywords: dict[str, Any] = dict(solver_keywords)
+    for name, value in (options or {}).items():
+        if name not in _TORCHDIFFEQ_OPTIONS:
+            choices = ", ".join(map(repr, _TORCHDIFFEQ_OPTIONS))
+            raise ConfigurationError(
+                f"options[{name!r}]={value!r} is not supported: choose from {choices}, or set a "
+                "PETSc option with petsc_options={...}"
+            )
+        if keywords.get(_TORCHDIFFEQ_OPTIONS[name]) is not None:
+            raise ConfigurationError(
+                f"options[{name!r}] and {_TORCHDIFFEQ_OPTIONS[name]}= are both given: drop one"
+            )
+        keywords[_TORCHDIFFEQ_OPTIONS[name]] = value
+    chosen = find_method("dopri5" if method is None else method)
+    times = as_times(t)
+    if not chosen.adaptive and keywords.get("step_size") is None:
+        # One step per interval: a step size that no interval exceeds.
+        keywords["step_size"] = float((times.max() - times.min()).item()) or 1.0
+    solver = Solver(func, rtol=rtol, atol=atol, method=chosen.name, params=params, **keywords)
+    return solver(y0, times).ys
+
+
+def odeint_adjoint(func: Callable[..., Any], y0: Any, t: Any, **keywords: Any) -> Any:
+    """Solve as :func:`odeint` does, and accept torchdiffeq's ``adjoint_*`` keywords too.
+
+    ``adjoint_params`` is ``params``. The other ``adjoint_*`` keywords are accepted with one
+    warning: the discrete adjoint has no tolerances, method or options of its own.
+    """
+    ignored = sorted(name for name in keywords if name.startswith("adjoint_"))
+    params = keywords.pop("adjoint_params", None)
+    for name in ignored:
+        keywords.pop(name, None)
+    ignored = [name for name in ignored if name != "adjoint_params"]
+    if params is not None:
+        if keywords.get("params") is not None:
+            raise ConfigurationError("params= and adjoint_params= are both given: drop one")
+        keywords["params"] = params
+    if ignored:
+        warnings.warn(
+            f"{', '.join(ignored)} ignored: the discrete adjoint is exact for the forward solve "
+            "and has no settings of its own",
+            stacklevel=2,
+        )
+    return odeint(func, y0, t, **keywords)

@@ -1,0 +1,143 @@
+"""PETSc start-up and options: one unique prefix per solver, and the command line wins."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+
+import mpi4py.MPI  # noqa: F401  (loads the right libmpi, so it comes before petsc4py)
+import petsctools
+
+from pnode.errors import ConfigurationError
+
+__all__ = ["PETSc", "SolverOptions", "log_event", "log_stage"]
+
+MINIMUM_PETSC = ">=3.22"
+PREFIX = "pnode_"
+# Flags that PETSc would act on although they are meant for the program that imports pnode.
+_NOT_FOR_PETSC = {"-h", "-help", "--help", "-v", "-version", "--version"}
+
+
+def _initialise() -> Any:
+    """Start PETSc with the command line (unless the user has done so) and check its build."""
+    arguments = [argument for argument in sys.argv if argument not in _NOT_FOR_PETSC]
+    try:
+        petsc = petsctools.init(arguments, version_spec=MINIMUM_PETSC)
+    except petsctools.InvalidEnvironmentException as mismatch:
+        warnings.warn(f"{mismatch}; the PETSc that petsc4py was built with is used", stacklevel=2)
+        saved = {name: os.environ.pop(name, None) for name in ("PETSC_DIR", "PETSC_ARCH")}
+        try:
+            petsc = petsctools.init(arguments, version_spec=MINIMUM_PETSC)
+        finally:
+            os.environ.update({name: value for name, value in saved.items() if value is not None})
+    if petsc.ScalarType is not petsc.RealType:
+        raise ImportError(
+            "pnode needs a PETSc with real scalars, and this one has complex scalars: install "
+            "one configured with --with-scalar-type=real (conda: petsc=*=real*)"
+        )
+    return petsc
+
+
+PETSc = _initialise()
+_numbers = count()
+_stages: dict[str, Any] = {}
+_events: dict[str, Any] = {}
+
+
+class SolverOptions:
+    """PETSc options of one solver, kept out of every other solver.
+
+    Later entries win: pnode's defaults, the dictionary in the code, ``-pnode_<option>`` on the
+    command line (all solvers), ``-pnode_<number>_<option>`` (this solver only).
+
+    Parameters
+    ----------
+    petsc_options : mapping of str to object, optional
+        Options without the leading dash and without prefix.
+    defaults : mapping of str to object, optional
+        Values for options that nobody sets.
+    """
+
+    def __init__(
+        self,
+        petsc_options: Mapping[str, Any] | None = None,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.given = check_petsc_options(petsc_options)
+        self.prefix = f"{PREFIX}{next(_numbers)}_"
+        database = PETSc.Options().getAll()
+        everyone = {
+            name.removeprefix(PREFIX): database[name]
+            for name in petsctools.get_commandline_options()
+            if name.startswith(PREFIX) and not name.removeprefix(PREFIX)[0].isdigit()
+        }
+        self._manager = petsctools.OptionsManager(
+            {**(defaults or {}), **self.given, **everyone}, options_prefix=self.prefix
+        )
+        self._unused_reported = False
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """All options in force, without the prefix."""
+        return dict(self._manager.parameters)
+
+    def apply(self, petsc_object: Any) -> None:
+        """Set the prefix of a PETSc object and let it read its options. Collective."""
+        petsc_object.setOptionsPrefix(self.prefix)
+        with self.inserted():
+            petsc_object.setFromOptions()
+
+    @contextmanager
+    def inserted(self) -> Iterator[None]:
+        """While active, the options stand in PETSc's database."""
+        with self._manager.inserted_options():
+            yield
+
+    def warn_unused(self) -> None:
+        """Warn once about options of the dictionary that nothing has read."""
+        if self._unused_reported or not self.given:
+            return
+        self._unused_reported = True
+        for name in sorted(set(self.given) - self._manager._used_options):
+            warnings.warn(
+                f"petsc_options[{name!r}] was not used: check its spelling, and that this "
+                "method has such a part",
+                stacklevel=4,
+            )
+
+
+def check_petsc_options(petsc_options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Validate a dictionary of PETSc options and flatten nested ones."""
+    if petsc_options is None:
+        return {}
+    if not isinstance(petsc_options, Mapping):
+        raise ConfigurationError(
+            f"petsc_options is {petsc_options!r}: give a dictionary such as {{'ksp_type': 'gmres'}}"
+        )
+    flat = petsctools.flatten_parameters(dict(petsc_options))
+    for name in flat:
+        if not isinstance(name, str) or not name or name.startswith("-") or " " in name:
+            raise ConfigurationError(
+                f"petsc_options has the key {name!r}: write option names without the leading "
+                "dash and without a prefix, as in {'ksp_type': 'gmres'}"
+            )
+    return flat
+
+
+def log_stage(name: str) -> Any:
+    """Return PETSc's log stage ``name``, registered on first use."""
+    if name not in _stages:
+        _stages[name] = PETSc.Log.Stage(name)
+    return _stages[name]
+
+
+def log_event(name: str) -> Any:
+    """Return PETSc's log event ``name``, registered on first use."""
+    if name not in _events:
+        _events[name] = PETSc.Log.Event(name)
+    return _events[name]

@@ -1,0 +1,208 @@
+"""The initial value problem: state layout, output times and trainable tensors, validated."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pnode.errors import ConfigurationError
+
+__all__ = ["InitialValueProblem", "StateLayout", "collect_parameters"]
+
+_REAL_DTYPES = (torch.float64, torch.float32)
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """How the user's state maps to one flat vector.
+
+    Attributes
+    ----------
+    shapes : tuple of torch.Size
+        One shape per tensor of the state.
+    is_tuple : bool
+        Whether the user passes a tuple.
+    dtype : torch.dtype
+        Precision in which the vector field is called.
+    device : torch.device
+        Where the vector field is called.
+    """
+
+    shapes: tuple[torch.Size, ...]
+    is_tuple: bool
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, y0: Any) -> StateLayout:
+        """Validate ``y0`` and return its layout.
+
+        Raises
+        ------
+        ConfigurationError
+            If y0 is not a real float tensor or a non-empty tuple of such, all alike, or if it is
+            empty or not finite.
+        """
+        is_tuple = isinstance(y0, (tuple, list))
+        parts = tuple(y0) if is_tuple else (y0,)
+        if not parts:
+            raise ConfigurationError("y0 is an empty tuple: give at least one tensor")
+        for index, part in enumerate(parts):
+            name = f"y0[{index}]" if is_tuple else "y0"
+            if not isinstance(part, torch.Tensor):
+                raise ConfigurationError(
+                    f"{name} is a {type(part).__name__}: give a torch tensor, for example "
+                    "torch.tensor([1.0, 0.0])"
+                )
+            if part.dtype not in _REAL_DTYPES:
+                raise ConfigurationError(
+                    f"{name} has dtype {part.dtype}: use torch.float64 or torch.float32 "
+                    "(complex states: torch.view_as_real)"
+                )
+            if (part.dtype, part.device) != (parts[0].dtype, parts[0].device):
+                raise ConfigurationError(
+                    f"{name} has dtype {part.dtype} on {part.device}, but y0[0] has "
+                    f"{parts[0].dtype} on {parts[0].device}: all parts of a state must agree"
+                )
+            if not bool(torch.isfinite(part.detach()).all()):
+                raise ConfigurationError(
+                    f"{name} contains NaN or infinity: start from finite values"
+                )
+        if parts[0].device.type != "cpu":
+            raise ConfigurationError(
+                f"y0 is on {parts[0].device}: this version integrates host states only, "
+                "use y0.cpu() (the vector field may move data to a device itself)"
+            )
+        layout = cls(tuple(part.shape for part in parts), is_tuple, parts[0].dtype, parts[0].device)
+        if layout.size == 0:
+            raise ConfigurationError("y0 has no entries: give a state with at least one number")
+        return layout
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of entries of each tensor."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def size(self) -> int:
+        """Number of entries of the whole state."""
+        return sum(self.sizes)
+
+    def flatten(self, y0: Any) -> torch.Tensor:
+        """Turn a state into one flat tensor; differentiable."""
+        if not self.is_tuple:
+            flat: torch.Tensor = y0.reshape(-1)
+            return flat
+        return torch.cat([part.reshape(-1) for part in y0])
+
+    def unflatten(self, flat: torch.Tensor) -> Any:
+        """Turn ``(..., size)`` into the user's tensor or tuple with the same leading shape."""
+        lead = flat.shape[:-1]
+        if not self.is_tuple:
+            return flat.reshape(lead + self.shapes[0])
+        parts = flat.split(self.sizes, dim=-1)
+        return tuple(
+            part.reshape(lead + shape) for part, shape in zip(parts, self.shapes, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class InitialValueProblem:
+    """y' = f(t, y), y(t_0) = y0, wanted at the output times.
+
+    Time is reflected (s = -t) when the output times decrease, so that integrators only ever see
+    increasing times.
+
+    Attributes
+    ----------
+    function : callable
+        ``f(t, y)`` as the user wrote it.
+    layout : StateLayout
+        Shape, dtype and device of the state.
+    times : tuple of float
+        Output times in the integrator's (increasing) time.
+    direction : float
+        1.0, or -1.0 for reflected time.
+    parameters : tuple of Tensor
+        Trainable tensors that gradients are wanted for.
+    check_undeclared : bool
+        Whether to look for trainable tensors that f uses and nobody declared.
+    """
+
+    function: Callable[..., Any]
+    layout: StateLayout
+    times: tuple[float, ...]
+    direction: float
+    parameters: tuple[torch.Tensor, ...] = ()
+    check_undeclared: bool = False
+
+    @classmethod
+    def create(
+        cls,
+        function: Callable[..., Any],
+        y0: Any,
+        t: torch.Tensor,
+        parameters: Sequence[torch.Tensor] = (),
+        check_undeclared: bool = False,
+    ) -> InitialValueProblem:
+        """Validate the arguments and build the problem."""
+        layout = StateLayout.of(y0)
+        times = tuple(t.detach().to(torch.float64).tolist())
+        direction = -1.0 if len(times) > 1 and times[1] < times[0] else 1.0
+        times = tuple(direction * time for time in times)
+        for index, (before, after) in enumerate(itertools.pairwise(times)):
+            if not after > before:
+                raise ConfigurationError(
+                    f"t[{index + 1}] = {direction * after!r} follows t[{index}] = "
+                    f"{direction * before!r}: output times must strictly increase or strictly "
+                    "decrease"
+                )
+        return cls(function, layout, times, direction, tuple(parameters), check_undeclared)
+
+
+def as_times(t: Any) -> torch.Tensor:
+    """Validate output times and return them as a 1-D float tensor (the same one if it is one)."""
+    if not isinstance(t, torch.Tensor):
+        try:
+            t = torch.as_tensor(t, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigurationError(
+                f"t is a {type(t).__name__}: give a 1-D tensor of output times"
+            ) from error
+    if t.dim() != 1 or t.numel() == 0:
+        raise ConfigurationError(
+            f"t has shape {tuple(t.shape)}: give a 1-D tensor of at least one output time"
+        )
+    if t.is_complex() or t.dtype is torch.bool:
+        raise ConfigurationError(f"t has dtype {t.dtype}: times are real numbers")
+    if not bool(torch.isfinite(t.detach()).all()):
+        raise ConfigurationError("t contains NaN or infinity: give finite output times")
+    return t
+
+
+def collect_parameters(
+    function: Any, params: Iterable[torch.Tensor] | None
+) -> tuple[torch.Tensor, ...]:
+    """Trainable tensors of a Module together with those passed as ``params=``, each once."""
+    candidates: list[Any] = []
+    if isinstance(function, torch.nn.Module):
+        candidates.extend(function.parameters())
+    if params is not None:
+        if isinstance(params, torch.Tensor):
+            raise ConfigurationError("params is one tensor: give a list of tensors, [tensor]")
+        candidates.extend(params)
+    chosen: dict[int, torch.Tensor] = {}
+    for index, tensor in enumerate(candidates):
+        if not isinstance(tensor, torch.Tensor):
+            raise ConfigurationError(
+                f"params contains a {type(tensor).__name__} (entry {index}): give tensors, for "
+                "example list(module.parameters())"
+            )
+        if tensor.requires_grad:
+            chosen.setdefault(id(tensor), tensor)
+    return tuple(chosen.values())

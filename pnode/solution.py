@@ -1,0 +1,83 @@
+"""What a solve returns: the states at the output times and the ledger of what it cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+__all__ = ["Ledger", "Solution", "Stats"]
+
+
+@dataclass
+class Ledger:
+    """Counts of one sweep.
+
+    Attributes
+    ----------
+    steps : int
+        Accepted steps (forward), adjoint steps (backward).
+    rejected : int
+        Attempts thrown away: too large an error, a Newton failure, a non-finite vector field.
+    rhs : int
+        Evaluations of the vector field, those that record a graph included.
+    jvp, vjp : int
+        Jacobian-vector and vector-Jacobian products, outside of assembled Jacobians.
+    jacobians : int
+        Assembled Jacobians.
+    newton, krylov : int
+        Newton and Krylov iterations.
+    recomputed : int
+        Steps repeated because no checkpoint of them was kept.
+    ram_bytes, disk_bytes : int
+        Peak size of the checkpoints.
+    """
+
+    steps: int = 0
+    rejected: int = 0
+    rhs: int = 0
+    jvp: int = 0
+    vjp: int = 0
+    jacobians: int = 0
+    newton: int = 0
+    krylov: int = 0
+    recomputed: int = 0
+    ram_bytes: int = 0
+    disk_bytes: int = 0
+
+    def add(self, other: Ledger) -> None:
+        """Add the counts of another sweep; of the peaks the larger one stays."""
+        for item in fields(Ledger):
+            mine, theirs = getattr(self, item.name), getattr(other, item.name)
+            peak = item.name in ("ram_bytes", "disk_bytes")
+            setattr(self, item.name, max(mine, theirs) if peak else mine + theirs)
+
+
+@dataclass
+class Stats(Ledger):
+    """Ledger of the forward sweep; ``backward`` adds up all backward sweeps."""
+
+    backward: Ledger = field(default_factory=Ledger)
+
+
+@dataclass
+class Solution:
+    """Result of a solve.
+
+    Attributes
+    ----------
+    ts : Tensor
+        The output times, shape ``(T,)``, as given.
+    ys : Tensor or tuple of Tensor
+        The states, shape ``(T, *y0.shape)``, dtype and device of y0; differentiable.
+    stats : Stats
+        The ledger. ``stats.backward`` fills up when gradients are computed.
+    reason : str
+        ``"t_end"``.
+    """
+
+    ts: torch.Tensor
+    ys: Any
+    stats: Stats
+    reason: str = "t_end"

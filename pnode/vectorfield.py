@@ -1,0 +1,302 @@
+"""The vector field as the integrators see it: values, JVPs, VJPs and Jacobians on flat states.
+
+The only module that calls autograd. Everything is in the integrator's time s = direction * t, for
+the field g(s, y) = direction * f(direction * s, y), and in PETSc's precision outside, the user's
+precision inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from pnode.errors import ConfigurationError, VectorFieldError
+from pnode.problem import InitialValueProblem
+from pnode.solution import Ledger
+from pnode.vectors import REAL
+
+__all__ = ["Linearization", "VectorField"]
+
+
+class VectorField:
+    """Evaluate the user's f on flat states.
+
+    Parameters
+    ----------
+    problem : InitialValueProblem
+        Whose f, layout, direction and parameters are used.
+    ledger : Ledger
+        Where evaluations are counted.
+    """
+
+    def __init__(self, problem: InitialValueProblem, ledger: Ledger) -> None:
+        self.problem = problem
+        self.ledger = ledger
+        self.parameters = problem.parameters
+        self.dtype = problem.layout.dtype
+        self.used = [False] * len(self.parameters)
+        self._layout = problem.layout
+        self._direction = problem.direction
+        self._check_undeclared = problem.check_undeclared
+        sizes = [parameter.numel() for parameter in self.parameters]
+        self.parameter_size = sum(sizes)
+        self._flat_gradient = torch.zeros(self.parameter_size, dtype=REAL)
+        self._slots = [
+            slot.view(parameter.shape)
+            for slot, parameter in zip(
+                self._flat_gradient.split(sizes) if sizes else (), self.parameters, strict=True
+            )
+        ]
+
+    def rhs(self, s: float, u: torch.Tensor) -> torch.Tensor:
+        """Return g(s, u), flat, in the user's precision.
+
+        Parameters
+        ----------
+        s : float
+            Time.
+        u : Tensor
+            Flat state, shape ``(size,)``, the user's precision. f gets it as it is, so it must not
+            share memory with anything that will change.
+
+        Raises
+        ------
+        VectorFieldError
+            If f returns the wrong type, shape, dtype or device, or writes into its input.
+        """
+        self.ledger.rhs += 1
+        if self._check_undeclared:
+            self.ledger.rhs -= 1
+            return self.linearize(s, u).value.detach()
+        with torch.no_grad():
+            return self._call(s, u)
+
+    def linearize(self, s: float, u: torch.Tensor) -> Linearization:
+        """Evaluate f at (s, u) with its graph, for products with the Jacobian.
+
+        Parameters
+        ----------
+        s : float
+            Time.
+        u : Tensor
+            Flat state as in :meth:`rhs`; it becomes a leaf of the graph.
+        """
+        self.ledger.rhs += 1
+        u.requires_grad_(True)
+        with torch.enable_grad():
+            # f gets a copy of the leaf, which it may write into: _call reports that better.
+            value = self._call(s, u.clone())
+        if self._check_undeclared:
+            self._check_undeclared = False
+            self._refuse_undeclared(value, u)
+        return Linearization(self, s, u, value)
+
+    def flatten_parameter_gradient(self, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        """Collect one gradient per parameter in a flat buffer, valid until the next call."""
+        slots, values = [], []
+        for index, gradient in enumerate(gradients):
+            if gradient is None:
+                self._slots[index].zero_()
+            else:
+                self.used[index] = True
+                slots.append(self._slots[index])
+                values.append(gradient)
+        if slots:
+            torch._foreach_copy_(slots, values)
+        return self._flat_gradient
+
+    def split_parameter_gradient(self, flat: torch.Tensor) -> list[torch.Tensor | None]:
+        """Cut a flat gradient into one tensor per parameter; None for those that f never used."""
+        parts: list[torch.Tensor | None] = []
+        offset = 0
+        for parameter, used in zip(self.parameters, self.used, strict=True):
+            part = flat[offset : offset + parameter.numel()]
+            offset += parameter.numel()
+            parts.append(
+                part.view(parameter.shape).to(dtype=parameter.dtype, device=parameter.device)
+                if used
+                else None
+            )
+        return parts
+
+    def _call(self, s: float, own: torch.Tensor) -> torch.Tensor:
+        """Call f in the user's time and shape, and check what comes back."""
+        layout = self._layout
+        time = torch.scalar_tensor(self._direction * s, dtype=layout.dtype, device=layout.device)
+        version = own._version
+        result = self.problem.function(time, layout.unflatten(own))
+        if own._version != version:
+            raise VectorFieldError(
+                "the vector field wrote into its input y; compute on y.clone(), or without "
+                "in-place operations",
+                time=self._direction * s,
+            )
+        if not layout.is_tuple:
+            if (
+                type(result) is torch.Tensor
+                and result.shape == layout.shapes[0]
+                and result.dtype is layout.dtype
+                and result.device == layout.device
+            ):
+                flat = result.reshape(-1)
+                return flat if self._direction > 0 else -flat
+            parts = (result,)
+        else:
+            parts = tuple(result) if isinstance(result, (tuple, list)) else (result,)
+        self._check_result(s, parts)
+        flat = torch.cat([part.reshape(-1) for part in parts])
+        return flat if self._direction > 0 else -flat
+
+    def _check_result(self, s: float, parts: tuple[Any, ...]) -> None:
+        layout = self._layout
+        problem = None
+        if len(parts) != len(layout.shapes):
+            problem = f"returned {len(parts)} tensors for a state of {len(layout.shapes)}"
+        for index, (part, shape) in enumerate(zip(parts, layout.shapes, strict=False)):
+            where = f" (part {index})" if layout.is_tuple else ""
+            if not isinstance(part, torch.Tensor):
+                problem = f"returned a {type(part).__name__}{where}, not a tensor"
+            elif part.shape != shape:
+                problem = f"returned shape {tuple(part.shape)}{where} for a state of {tuple(shape)}"
+            elif part.dtype is not layout.dtype:
+                problem = (
+                    f"returned {part.dtype}{where} for a state of {layout.dtype}; give the module "
+                    "and the state the same precision (module.double() or y0.float())"
+                )
+            elif part.device != layout.device:
+                problem = (
+                    f"returned a tensor on {part.device}{where} for a state on {layout.device}"
+                )
+            if problem:
+                break
+        if problem:
+            raise VectorFieldError(f"the vector field {problem}", time=self._direction * s)
+
+    def _refuse_undeclared(self, result: torch.Tensor, state: torch.Tensor) -> None:
+        """Walk the graph of the first evaluation: every trainable leaf must be declared."""
+        declared = {id(tensor) for tensor in (state, *self.parameters)}
+        stops = {parameter.grad_fn for parameter in self.parameters if parameter.grad_fn}
+        pending, seen = [result.grad_fn], set()
+        while pending:
+            node = pending.pop()
+            if node is None or node in seen or node in stops:
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and id(leaf) not in declared:
+                raise ConfigurationError(
+                    f"the vector field uses a tensor of shape {tuple(leaf.shape)} that requires "
+                    "grad and was not declared: pass it in params=[...], make the vector field a "
+                    "torch.nn.Module that owns it, or detach it"
+                )
+            pending.extend(function for function, _ in node.next_functions)
+
+
+class Linearization:
+    """f and its graph at one point; products with df/dy and its transpose.
+
+    Parameters
+    ----------
+    field : VectorField
+        The field.
+    s : float
+        Time.
+    u : Tensor
+        Flat state in the user's precision, a leaf of the graph.
+    value : Tensor
+        g(s, u) with its graph.
+    """
+
+    def __init__(self, field: VectorField, s: float, u: torch.Tensor, value: torch.Tensor) -> None:
+        self._field = field
+        self.s = s
+        self.u = u
+        self.value = value
+        self._last_vjp: tuple[torch.Tensor, torch.Tensor, tuple[Any, ...]] | None = None
+        self._double_backward: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def is_at(self, s: float, u: torch.Tensor) -> bool:
+        """Whether this is the linearization at (s, u)."""
+        return self.s == s and torch.equal(self.u.detach(), u.detach())
+
+    def vjp(self, w: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+        """Return w^T dg/dy and w^T dg/dp from one backward pass.
+
+        Parameters
+        ----------
+        w : Tensor
+            Flat cotangent, shape ``(size,)``, the user's precision; kept, so it must not change.
+
+        Returns
+        -------
+        state : Tensor
+            Shape ``(size,)``, the user's precision.
+        parameters : tuple of Tensor or None
+            One per parameter; None where f does not use it.
+        """
+        if self._last_vjp is not None and torch.equal(self._last_vjp[0], w):
+            return self._last_vjp[1:]
+        inputs = (self.u, *self._field.parameters)
+        self._field.ledger.vjp += 1
+        products: tuple[torch.Tensor | None, ...] = (None,) * len(inputs)
+        if self.value.requires_grad:
+            products = torch.autograd.grad(
+                self.value, inputs, w, retain_graph=True, allow_unused=True
+            )
+        state = torch.zeros_like(self.u) if products[0] is None else products[0]
+        self._last_vjp = (w, state, products[1:])
+        return self._last_vjp[1:]
+
+    def jvp(self, v: torch.Tensor) -> torch.Tensor:
+        """Return dg/dy v, flat, by differentiating the VJP with respect to its cotangent.
+
+        The VJP w -> w^T J is linear in w, so its own VJP with v is J v. Its graph is built once
+        per point and serves every Krylov iteration there.
+        """
+        self._field.ledger.jvp += 1
+        if self._double_backward is None:
+            self._double_backward = self._record_vjp()
+        cotangent, product = self._double_backward
+        if not product.requires_grad:
+            return torch.zeros_like(self.u)
+        (result,) = torch.autograd.grad(product, cotangent, v, retain_graph=True, allow_unused=True)
+        return torch.zeros_like(self.u) if result is None else result
+
+    def _record_vjp(self) -> tuple[torch.Tensor, torch.Tensor]:
+        cotangent = torch.zeros_like(self.value, requires_grad=True)
+        product = None
+        if self.value.requires_grad:
+            with torch.enable_grad():
+                (product,) = torch.autograd.grad(
+                    self.value, self.u, cotangent, create_graph=True, allow_unused=True
+                )
+        return cotangent, torch.zeros_like(self.u) if product is None else product
+
+    def jacobian(self) -> torch.Tensor:
+        """Return dg/dy as a dense matrix, shape ``(size, size)``, the user's precision.
+
+        All rows come from one batched backward pass; fields that torch cannot batch are done row
+        by row.
+        """
+        self._field.ledger.jacobians += 1
+        size = self.u.numel()
+        identity = torch.eye(size, dtype=self.u.dtype, device=self.u.device)
+        if not self.value.requires_grad:
+            return torch.zeros_like(identity)
+        matrix: torch.Tensor | None
+        try:
+            (matrix,) = torch.autograd.grad(
+                self.value, self.u, identity, retain_graph=True, allow_unused=True,
+                is_grads_batched=True,
+            )  # fmt: skip
+        except RuntimeError:  # no batching rule for an operation of this field
+            rows = [
+                torch.autograd.grad(self.value, self.u, row, retain_graph=True, allow_unused=True)[
+                    0
+                ]
+                for row in identity
+            ]
+            matrix = None if rows[0] is None else torch.stack(rows)
+        return torch.zeros_like(identity) if matrix is None else matrix

@@ -1,0 +1,73 @@
+"""PETSc vectors as torch tensors. The only module that knows how one becomes the other.
+
+Host vectors only so far. The state lives in PETSc's real type; a vector field that computes in
+another precision gets converted copies.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+
+from pnode.options import PETSc
+
+__all__ = ["REAL", "copy_in", "copy_out", "create", "view", "write_checked"]
+
+#: torch dtype of PETSc's real numbers.
+REAL: torch.dtype = {
+    np.dtype(np.float64): torch.float64,
+    np.dtype(np.float32): torch.float32,
+}[np.dtype(PETSc.RealType)]
+
+
+def _accept_read_only_arrays() -> None:
+    """Use up torch's once-per-process warning about read-only arrays: our views stay private."""
+    array = np.zeros(1)
+    array.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.from_numpy(array)
+
+
+_accept_read_only_arrays()
+
+
+def create(comm: Any, local_size: int) -> Any:
+    """Create a vector with ``local_size`` entries on this rank. Collective on ``comm``."""
+    vector = PETSc.Vec().create(comm=comm)
+    vector.setSizes((local_size, PETSc.DETERMINE))
+    vector.setType(PETSc.Vec.Type.STANDARD)
+    vector.set(0.0)
+    return vector
+
+
+def view(vector: Any) -> torch.Tensor:
+    """Local entries as a tensor that shares memory, to read and to drop before PETSc goes on."""
+    return torch.from_numpy(vector.array_r)
+
+
+def copy_out(
+    vector: Any, dtype: torch.dtype = REAL, device: torch.device | None = None
+) -> torch.Tensor:
+    """Local entries as a new tensor of ``dtype`` on ``device``. Not collective."""
+    return view(vector).to(device=device, dtype=dtype, copy=True)
+
+
+def copy_in(vector: Any, values: torch.Tensor) -> None:
+    """Overwrite the local entries with a tensor of any precision. Not collective."""
+    if values.dtype is REAL and values.device.type == "cpu":
+        vector.array_w[...] = values.detach().numpy()
+    else:
+        torch.from_numpy(vector.array_w).copy_(values.detach())
+
+
+def write_checked(vector: Any, values: torch.Tensor) -> bool:
+    """Overwrite the local entries and return whether they are all finite. Not collective."""
+    array = vector.array_w
+    array[...] = values.detach().numpy()
+    # One BLAS pass; only a sum of squares that overflows or is NaN needs the second look.
+    return math.isfinite(array.dot(array)) or bool(np.isfinite(array).all())

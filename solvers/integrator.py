@@ -1,0 +1,366 @@
+"""One PETSc TS, set up for one method and one state size, driven step by step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from pnode import vectors
+from pnode.errors import (
+    ConfigurationError,
+    LinearSolveFailed,
+    NonFiniteVectorField,
+    NonlinearSolveFailed,
+    SolveError,
+)
+from pnode.options import PETSc, SolverOptions, log_stage
+from pnode.solvers.bridge import Bridge, JacobianShell, shell_matrix
+from pnode.solvers.methods import Method
+from pnode.solvers.petsc_c import register_rk, stage_vectors
+from pnode.vectorfield import VectorField
+
+__all__ = ["IntegratorSettings", "StepOutcome", "TimeIntegrator", "build_ts", "default_options"]
+
+# Above this size "auto" stops assembling Jacobians: n batched backward passes and an n^3 / 3
+# factorization then cost more than a few tens of Krylov iterations.
+DENSE_LIMIT = 256
+# TSStep wants a final time; ours is kept by the driver.
+_FOREVER = 1e300
+
+
+@dataclass(frozen=True)
+class IntegratorSettings:
+    """Everything that a TS depends on, besides the options.
+
+    Attributes
+    ----------
+    method : Method
+        Row of the table.
+    size : int
+        Local number of entries of the state.
+    dtype : torch.dtype
+        Precision of the vector field, which limits what Newton's method can reach.
+    adaptive : bool
+        Whether PETSc's step-size controller is on.
+    rtol, atol : float
+        Tolerances of the controller.
+    max_step : float
+        Largest step.
+    jacobian : {"matrix-free", "dense"}
+        How an implicit method gets its Jacobian.
+    comm : object
+        PETSc communicator.
+    """
+
+    method: Method
+    size: int
+    dtype: torch.dtype
+    adaptive: bool = False
+    rtol: float = 1e-6
+    atol: float = 1e-8
+    max_step: float = math.inf
+    jacobian: str = "dense"
+    comm: Any = field(default_factory=lambda: PETSc.COMM_SELF, compare=False)
+
+
+def default_options(
+    method: Method, adaptive: bool, jacobian: str, dtype: torch.dtype, adjoint: bool = False
+) -> dict[str, Any]:
+    """PETSc options that pnode sets unless the user does.
+
+    Newton's tolerances: convergence is quadratic, so the step test ``snes_stol`` leaves an error
+    of its square, or what the precision of f leaves; the residual test serves Krylov methods,
+    where convergence is linear. A transposed solve has no outer iteration to correct it, so its
+    Krylov tolerance is the accuracy of the gradient.
+    """
+    options: dict[str, Any] = {"ts_adapt_type": "basic" if adaptive else "none"}
+    if not method.implicit:
+        return options
+    double = dtype is torch.float64
+    options |= {"snes_rtol": 1e-11 if double else 1e-6, "snes_stol": 1e-10 if double else 1e-5}
+    if jacobian == "dense":
+        options |= {"ksp_type": "preonly", "pc_type": "lu"}
+    else:
+        tight, loose = (1e-12, 1e-5) if double else (1e-6, 1e-3)
+        options |= {
+            "ksp_type": "gmres",
+            "ksp_gmres_restart": 100,
+            "ksp_rtol": tight if adjoint else loose,
+            "pc_type": "none",
+        }
+    return options
+
+
+def build_ts(
+    settings: IntegratorSettings, options: SolverOptions, bridge: Bridge, adjoint: bool = False
+) -> Any:
+    """Create and configure a TS. Collective on ``settings.comm``.
+
+    Parameters
+    ----------
+    settings : IntegratorSettings
+        What to build.
+    options : SolverOptions
+        Options it reads.
+    bridge : Bridge
+        Its callbacks.
+    adjoint : bool
+        Whether the TS only steps backwards: products with the Jacobian then come from VJPs, and
+        the assembled matrix serves the transposed solve alone.
+    """
+    method, size, comm = settings.method, settings.size, settings.comm
+    if method.tableau is not None:
+        register_rk(
+            method.subtype, method.order, method.tableau.A, method.tableau.b,
+            method.tableau.b_embedded,
+        )  # fmt: skip
+    ts = PETSc.TS().create(comm=comm)
+    ts.setType(method.ts_type)
+    if method.subtype:
+        ts.setRKType(method.subtype)
+    ts.setProblemType(PETSc.TS.ProblemType.NONLINEAR)
+    ts.setEquationType(PETSc.TS.EquationType.ODE_EXPLICIT)
+    work = vectors.create(comm, size)
+    if method.implicit:
+        ts.setIFunction(bridge.implicit_function, work)
+        shell = shell_matrix(JacobianShell(bridge), size, size, comm)
+        if settings.jacobian == "dense":
+            dense = PETSc.Mat().createDense(((size, PETSc.DETERMINE),) * 2, comm=comm)
+            dense.setUp()
+            ts.setIJacobian(bridge.implicit_jacobian, shell if adjoint else dense, dense)
+        else:
+            ts.setIJacobian(bridge.implicit_jacobian, shell, shell)
+    else:
+        ts.setRHSFunction(bridge.rhs_function, work)
+        if adjoint:
+            shell = shell_matrix(JacobianShell(bridge), size, size, comm)
+            ts.setRHSJacobian(bridge.explicit_jacobian, shell, shell)
+    # One ts.step() is one attempt: the length of every accepted step is then known exactly.
+    ts.setMaxStepRejections(0)
+    ts.setMaxSNESFailures(1)
+    ts.setErrorIfStepFails(False)
+    ts.setExactFinalTime(PETSc.TS.ExactFinalTime.STEPOVER)
+    ts.setMaxTime(_FOREVER)
+    ts.setTolerances(rtol=settings.rtol, atol=settings.atol)
+    ts.setSolution(vectors.create(comm, size))
+    ts.setTimeStep(1.0)
+    options.apply(ts)
+    _refuse_other_type(ts, method)
+    if settings.adaptive:
+        # The smallest step is ours to enforce: PETSc accepts bad steps at its own minimum.
+        ts.setStepLimits(1e-290, min(settings.max_step, 1e290))
+    ts.removeTrajectory()
+    with options.inserted():
+        ts.setUp()
+    return ts
+
+
+def _refuse_other_type(ts: Any, method: Method) -> None:
+    """Refuse options that change the method behind the table's back."""
+    if ts.getType() != method.ts_type:
+        raise ConfigurationError(
+            f"the option ts_type={ts.getType()!r} contradicts method={method.name!r}: choose the "
+            "method with method="
+        )
+    if method.ts_type == "rk" and ts.getRKType() != method.subtype:
+        raise ConfigurationError(
+            f"the option ts_rk_type={ts.getRKType()!r} contradicts method={method.name!r}: choose "
+            "the method with method="
+        )
+
+
+@dataclass
+class StepOutcome:
+    """What one attempt came to.
+
+    Attributes
+    ----------
+    accepted : bool
+        Whether the solution has moved.
+    next_step : float
+        Step size that the controller proposes.
+    error : SolveError or None
+        Why not, unless only the error estimate was too large.
+    """
+
+    accepted: bool
+    next_step: float
+    error: SolveError | None = None
+
+
+class TimeIntegrator:
+    """A forward TS, reused from sweep to sweep.
+
+    Parameters
+    ----------
+    settings : IntegratorSettings
+        Method, size and tolerances.
+    options : SolverOptions
+        PETSc options.
+    """
+
+    def __init__(self, settings: IntegratorSettings, options: SolverOptions) -> None:
+        self.settings = settings
+        self.options = options
+        self.bridge = Bridge(linearizations=1)
+        self.ts = build_ts(settings, options, self.bridge)
+        self.solution = self.ts.getSolution()
+        self._start = self.solution.duplicate() if settings.adaptive else None
+        self._checkpoint_vectors: list[Any] | None = None
+        self._rolled_back = False
+        self._iterations = (0, 0)
+        self._direction = 1.0
+
+    def begin(self, field: VectorField, u: torch.Tensor, s: float, step_index: int = 0) -> None:
+        """Begin a sweep, or go on, from state ``u`` at time ``s``. Collective."""
+        log_stage("pnode forward").push()
+        self.bridge.attach(field)
+        self._direction = field.problem.direction
+        vectors.copy_in(self.solution, u)
+        self.ts.setTime(s)
+        self.ts.setStepNumber(step_index)
+        self.ts.restartStep()
+        self._rolled_back = False
+        self._iterations = (self.ts.getSNESIterations(), self.ts.getKSPIterations())
+
+    def end(self) -> None:
+        """End a sweep: let go of the user's objects."""
+        self.bridge.detach()
+        log_stage("pnode forward").pop()
+
+    def iterations(self) -> tuple[int, int]:
+        """Newton and Krylov iterations since :meth:`begin`."""
+        newton, krylov = self._iterations
+        return self.ts.getSNESIterations() - newton, self.ts.getKSPIterations() - krylov
+
+    def attempt(self, s: float, step: float, index: int) -> StepOutcome:
+        """Try one step from ``s`` of length ``step``. Collective.
+
+        Returns
+        -------
+        StepOutcome
+            A rejected attempt leaves the solution as it was (adaptive settings only).
+
+        Raises
+        ------
+        BaseException
+            Whatever the vector field raised.
+        """
+        ts, bridge = self.ts, self.bridge
+        ts.setTime(s)
+        ts.setTimeStep(step)
+        if self._start is not None:
+            self.solution.copy(self._start)
+        self._step()
+        error = self._failure(s, index)
+        if error is None and ts.getConvergedReason() >= 0:
+            self._rolled_back = False
+            return StepOutcome(True, ts.getTimeStep())
+        proposed = ts.getTimeStep()
+        bridge.nonfinite_time = None
+        if self._start is not None:
+            # Tell PETSc that its last stage and its history are not to be carried on; it allows
+            # that once until a step succeeds.
+            if ts.getConvergedReason() >= 0 or not self._rolled_back:
+                ts.rollBack()
+                self._rolled_back = True
+            ts.setStepNumber(index)
+            self._start.copy(self.solution)
+        return StepOutcome(False, proposed, error)
+
+    def _step(self) -> None:
+        try:
+            self.ts.step()
+        except PETSc.Error as error:
+            exception = self.bridge.take_exception() or error.__cause__
+            if exception is not None:
+                raise exception from None
+            raise
+        exception = self.bridge.take_exception()
+        if exception is not None:
+            raise exception
+
+    def _failure(self, s: float, index: int) -> SolveError | None:
+        """Look for the failures that PETSc reports and for those that it passes over."""
+        method = self.settings.method
+        where: dict[str, Any] = {
+            "time": self._direction * s, "step": index, "method": method.name,
+        }  # fmt: skip
+        if method.implicit and self.ts.getConvergedReason() < 0:
+            snes = self.ts.getSNES()
+            reason = snes.getConvergedReason()
+            if reason < 0:
+                return newton_error(snes, where)
+        at = self.bridge.nonfinite_time
+        if (at is not None and not method.implicit) or not math.isfinite(self.solution.norm()):
+            text = "the vector field returned NaN or infinity" + (
+                f" at t = {self._direction * at!r}" if at is not None else ""
+            )
+            return NonFiniteVectorField(f"{text}: check it there, or take smaller steps", **where)
+        return None
+
+    def checkpoint_vectors(self) -> list[Any]:
+        """Vectors that the adjoint of the last step needs, PETSc's own.
+
+        Explicit Runge-Kutta: the stages, without the last where it is the next step's first.
+        Endpoint theta methods: the states at both ends. Midpoint form: the stage and the end.
+        """
+        if self._checkpoint_vectors is None:
+            self._checkpoint_vectors = adjoint_vectors(self.ts, self.settings.method)
+        return self._checkpoint_vectors
+
+    @property
+    def shares_ends(self) -> bool:
+        """Whether the checkpoint vectors are the states at both ends of the step."""
+        return self.settings.method.ts_type != "rk" and len(stage_vectors(self.ts)) == 2
+
+    def destroy(self) -> None:
+        """Free the PETSc objects. Collective."""
+        self.ts.destroy()
+
+
+def adjoint_vectors(ts: Any, method: Method) -> list[Any]:
+    """Return the vectors of ``ts`` that hold what an adjoint step reads."""
+    stages = stage_vectors(ts)
+    if method.ts_type == "rk":
+        return stages[:-1] if method.fsal else stages
+    if len(stages) == 1:  # midpoint form of theta: PETSc recovers the start from stage and end
+        return [stages[0], ts.getSolution()]
+    return stages
+
+
+def newton_error(snes: Any, where: dict[str, Any]) -> SolveError:
+    """Turn SNES's reason into an error that says what to do."""
+    reason = snes.getConvergedReason()
+    name = _names(PETSc.SNES.ConvergedReason).get(reason, str(reason))
+    if "NANORINF" in name or "FNORM_NAN" in name or "DOMAIN" in name:
+        return NonFiniteVectorField(
+            "the vector field returned NaN or infinity in a nonlinear solve: check it near this "
+            "state, or take smaller steps",
+            reason=name, **where,
+        )  # fmt: skip
+    if reason == PETSc.SNES.ConvergedReason.DIVERGED_LINEAR_SOLVE:
+        ksp_reason = snes.getKSP().getConvergedReason()
+        ksp_name = _names(PETSc.KSP.ConvergedReason).get(ksp_reason, str(ksp_reason))
+        return LinearSolveFailed(
+            "a linear solve of Newton's method failed: take smaller steps, use jacobian='dense', "
+            "or choose another linear_solver",
+            reason=ksp_name, **where,
+        )  # fmt: skip
+    return NonlinearSolveFailed(
+        f"Newton's method failed after {snes.getIterationNumber()} iterations with a residual of "
+        f"{snes.getFunctionNorm():.2e}: take smaller steps, or allow more iterations with "
+        "petsc_options={'snes_max_it': ...}",
+        reason=name, **where,
+    )  # fmt: skip
+
+
+def _names(enumeration: Any) -> dict[int, str]:
+    return {
+        value: name
+        for name, value in vars(enumeration).items()
+        if isinstance(value, int) and not name.startswith("_")
+    }

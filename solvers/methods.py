@@ -1,0 +1,195 @@
+"""The table of methods. A method that is not in it does not exist.
+
+Tests, the README table and ``pnode.methods()`` are generated from :data:`METHODS`.
+
+Orders, stages and embedded pairs are those of PETSc's ``TSRKRegisterAll`` and ``TSTHETA``; the
+tests check them against PETSc's own tableaus and against measured orders of convergence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from pnode.errors import ConfigurationError
+
+__all__ = ["METHODS", "REFUSED", "Method", "Tableau", "find_method", "methods"]
+
+
+@dataclass(frozen=True)
+class Tableau:
+    """Butcher tableau of an explicit method that PETSc does not have and pnode registers.
+
+    Attributes
+    ----------
+    A : tuple of tuple of float
+        Stage coefficients, strictly lower triangular.
+    b, b_embedded : tuple of float
+        Weights of the solution and of the embedded one.
+    reference : str
+        Where the coefficients are from.
+    """
+
+    A: tuple[tuple[float, ...], ...]
+    b: tuple[float, ...]
+    b_embedded: tuple[float, ...]
+    reference: str
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Attributes
+    ----------
+    name : str
+        pnode's name.
+    ts_type : str
+        PETSc's TS type.
+    order : int
+        Order of convergence.
+    stages : int
+        Stages per step as PETSc counts them.
+    aliases : tuple of str
+        Other names: PETSc's, torchdiffeq's, the textbook's.
+    subtype : str
+        PETSc's subtype (``-ts_rk_type``), empty where there is none.
+    kind : {"explicit", "implicit"}
+        What a step costs: evaluations only, or nonlinear solves too.
+    adaptive : bool
+        Whether there is an error estimate to choose step sizes with.
+    fsal : bool
+        First Same As Last: a step's first stage is the one before's last.
+    forms : tuple of str
+        Problem forms.
+    adjoint : str
+        Where the discrete adjoint comes from.
+    checkpoint : str
+        What a checkpoint of one step holds.
+    same_bits : bool
+        Whether recomputing a step from (t, h, u) gives the same bits as the first pass.
+    tableau : Tableau or None
+        Coefficients, where PETSc lacks the method.
+    """
+
+    name: str
+    ts_type: str
+    order: int
+    stages: int
+    aliases: tuple[str, ...] = ()
+    subtype: str = ""
+    kind: str = "explicit"
+    adaptive: bool = False
+    fsal: bool = False
+    forms: tuple[str, ...] = ("rhs",)
+    adjoint: str = "TSAdjoint"
+    checkpoint: str = "stages"
+    same_bits: bool = True
+    tableau: Tableau | None = field(default=None, repr=False)
+
+    @property
+    def implicit(self) -> bool:
+        """Whether a step solves nonlinear systems."""
+        return self.kind == "implicit"
+
+
+def _rk(name: str, subtype: str, order: int, stages: int, *aliases: str, **more: Any) -> Method:
+    names = (*aliases, f"rk{subtype}") if f"rk{subtype}" != name else aliases
+    kept = stages - 1 if more.get("fsal") else stages
+    return Method(
+        name, "rk", order, stages, (subtype, *names), subtype,
+        checkpoint=f"{kept} stage{'s' if kept > 1 else ''}",
+        same_bits=not more.get("fsal", False), **more,
+    )  # fmt: skip
+
+
+def _theta(name: str, ts_type: str, order: int, stages: int, *aliases: str, content: str) -> Method:
+    return Method(
+        name, ts_type, order, stages, aliases, kind="implicit", adaptive=True, checkpoint=content
+    )
+
+
+_FEHLBERG2 = Tableau(
+    A=((0.0, 0.0, 0.0), (1 / 2, 0.0, 0.0), (1 / 256, 255 / 256, 0.0)),
+    b=(1 / 512, 255 / 256, 1 / 512),
+    b_embedded=(1 / 256, 255 / 256, 0.0),
+    reference="E. Fehlberg, NASA TR R-315 (1969), RK1(2)",
+)
+
+#: Every method, explicit ones first, each group by order.
+METHODS: tuple[Method, ...] = (
+    _rk("euler", "1fe", 1, 1, "forward_euler"),
+    _rk("heun2", "2a", 2, 2, "heun", "adaptive_heun", adaptive=True),
+    _rk("midpoint", "2b", 2, 2, "explicit_midpoint"),
+    _rk("fehlberg2", "fehlberg2", 2, 3, adaptive=True, tableau=_FEHLBERG2),
+    _rk("rk3", "3", 3, 3),
+    _rk("bosh3", "3bs", 3, 4, "bogacki_shampine3", adaptive=True, fsal=True),
+    _rk("rk4", "4", 4, 4, "classical"),
+    _rk("fehlberg5", "5f", 5, 6, "rkf45", adaptive=True),
+    _rk("dopri5", "5dp", 5, 7, "dormand_prince5", adaptive=True, fsal=True),
+    _rk("bosh5", "5bs", 5, 8, "bogacki_shampine5", adaptive=True, fsal=True),
+    _rk("verner6", "6vr", 6, 9, adaptive=True, fsal=True),
+    _rk("verner7", "7vr", 7, 10, adaptive=True),
+    _rk("verner8", "8vr", 8, 13, adaptive=True),
+    _theta("beuler", "beuler", 1, 1, "be", "implicit_euler", "backward_euler", content="solution"),
+    _theta("cn", "cn", 2, 2, "crank_nicolson", "trapezoid", content="solution"),
+    _theta("implicit_midpoint", "theta", 2, 1, "theta", content="1 stage and the solution"),
+)
+
+#: Names of other packages that pnode does not have, with the nearest method it has.
+REFUSED: dict[str, str] = {
+    "dopri8": "verner8",
+    "tsit5": "dopri5",
+    "heun3": "rk3",
+    "explicit_adams": "dopri5",
+    "fixed_adams": "rk4",
+    "implicit_adams": "cn",
+    "adams": "dopri5",
+    "radauIIA3": "cn",
+    "radauIIA5": "cn",
+    "radau": "cn",
+    "gl2": "implicit_midpoint",
+    "gl4": "implicit_midpoint",
+    "gl6": "implicit_midpoint",
+    "gauss_legendre": "implicit_midpoint",
+    "sdirk2": "cn",
+    "trbdf2": "cn",
+    "kvaerno5": "cn",
+    "bdf": "beuler",
+    "scipy_solver": "cn",
+}
+
+_BY_NAME: dict[str, Method] = {
+    name: method for method in METHODS for name in (method.name, *method.aliases)
+}
+
+
+def methods() -> tuple[Method, ...]:
+    """Every method pnode has, as rows of a table. Not collective.
+
+    Returns
+    -------
+    tuple of Method
+        With name, aliases, PETSc type and subtype, order, stages, kind, adaptive, forms, adjoint,
+        checkpoint content and whether recomputation gives the same bits.
+    """
+    return METHODS
+
+
+def find_method(name: Any) -> Method:
+    """Look a method up by name or alias.
+
+    Raises
+    ------
+    ConfigurationError
+        If there is none; the message lists the choices, or names the nearest method for a name
+        of another package.
+    """
+    if isinstance(name, str) and name in _BY_NAME:
+        return _BY_NAME[name]
+    if isinstance(name, str) and name in REFUSED:
+        raise ConfigurationError(
+            f"method={name!r} is not one of PETSc's; the nearest here is method={REFUSED[name]!r}"
+        )
+    choices = ", ".join(repr(method.name) for method in METHODS)
+    raise ConfigurationError(f"method={name!r} is unknown: choose one of {choices}, or an alias")

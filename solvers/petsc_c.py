@@ -1,0 +1,118 @@
+"""The few public PETSc functions that petsc4py does not wrap, reached through ctypes.
+
+The shared library of petsc4py is linked against libpetsc, so its handle finds them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+
+from pnode.options import PETSc
+
+__all__ = ["register_rk", "rk_tableau", "stage_vectors"]
+
+_library = ctypes.CDLL(PETSc.__file__)
+_Int = ctypes.c_int64 if np.dtype(PETSc.IntType).itemsize == 8 else ctypes.c_int32
+_Real = ctypes.c_double if np.dtype(PETSc.RealType).itemsize == 8 else ctypes.c_float
+
+
+def _exported(name: str, signature: Any) -> Any:
+    """Return a function that petsc4py exports to other Cython modules."""
+    python = ctypes.pythonapi
+    python.PyCapsule_GetName.restype = ctypes.c_char_p
+    python.PyCapsule_GetName.argtypes = [ctypes.py_object]
+    python.PyCapsule_GetPointer.restype = ctypes.c_void_p
+    python.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+    capsule = PETSc.__pyx_capi__[name]
+    return signature(python.PyCapsule_GetPointer(capsule, python.PyCapsule_GetName(capsule)))
+
+
+_wrap_vector = _exported("PyPetscVec_New", ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p))
+
+
+def _check(error: int, name: str) -> None:
+    if error:
+        raise PETSc.Error(error) from RuntimeError(f"{name} failed")
+
+
+def stage_vectors(ts: Any) -> list[Any]:
+    """Return the stage vectors of a set-up TS, PETSc's own (``TSGetStages``). Not collective."""
+    number = _Int()
+    array = ctypes.POINTER(ctypes.c_void_p)()
+    _check(
+        _library.TSGetStages(ctypes.c_void_p(ts.handle), ctypes.byref(number), ctypes.byref(array)),
+        "TSGetStages",
+    )
+    return [_wrap_vector(array[index]) for index in range(number.value)]
+
+
+def rk_tableau(ts: Any) -> dict[str, Any]:
+    """Return the Butcher tableau of a set-up RK TS (``TSRKGetTableau``). Not collective.
+
+    Returns
+    -------
+    dict
+        ``A`` (s, s), ``b``, ``c``, ``b_embedded`` (None without one), ``fsal``.
+    """
+    number, order = _Int(), _Int()
+    pointers = {
+        name: ctypes.POINTER(_Real)() for name in ("A", "b", "c", "b_embedded", "interpolation")
+    }
+    fsal = ctypes.c_int()
+    _check(
+        _library.TSRKGetTableau(
+            ctypes.c_void_p(ts.handle), ctypes.byref(number),
+            *(ctypes.byref(pointers[name]) for name in ("A", "b", "c", "b_embedded")),
+            ctypes.byref(order), ctypes.byref(pointers["interpolation"]), ctypes.byref(fsal),
+        ),
+        "TSRKGetTableau",
+    )  # fmt: skip
+    s = number.value
+
+    def array(name: str, shape: tuple[int, ...]) -> Any:
+        pointer = pointers[name]
+        return np.ctypeslib.as_array(pointer, shape).copy() if pointer else None
+
+    return {
+        "A": array("A", (s, s)),
+        "b": array("b", (s,)),
+        "c": array("c", (s,)),
+        "b_embedded": array("b_embedded", (s,)),
+        "fsal": bool(fsal.value & 0xFF),
+    }
+
+
+_registered: set[str] = set()
+
+
+def register_rk(name: str, order: int, A: Any, b: Any, b_embedded: Any) -> None:
+    """Add an explicit Runge-Kutta method to PETSc (``TSRKRegister``), once per process.
+
+    Parameters
+    ----------
+    name : str
+        The name for ``-ts_rk_type``.
+    order : int
+        Order of convergence.
+    A, b, b_embedded : sequences of float
+        Butcher tableau; the abscissae are the row sums of A.
+    """
+    if name in _registered:
+        return
+    stages = len(b)
+
+    def reals(values: Any) -> Any:
+        flat = np.asarray(values, dtype=float).ravel().tolist()
+        return (_Real * len(flat))(*flat)
+
+    _check(
+        _library.TSRKRegister(
+            name.encode(), _Int(order), _Int(stages), reals(A), reals(b), None,
+            reals(b_embedded), _Int(0), None,
+        ),
+        "TSRKRegister",
+    )  # fmt: skip
+    _registered.add(name)

@@ -1,0 +1,249 @@
+"""The forward sweep: choose the steps, land on every output time, go back after a failure.
+
+PETSc's own TSSolve is not used: it does not tell the accepted step sizes exactly after a
+rejection, accepts a bad step at its minimum step size, and goes on through NaN.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pnode import vectors
+from pnode.errors import NonFiniteVectorField, SolveError, StepLimitReached, StepSizeUnderflow
+from pnode.solution import Ledger
+from pnode.solvers.integrator import TimeIntegrator
+from pnode.vectorfield import VectorField
+
+__all__ = ["Step", "StepControl", "first_step", "fixed_steps", "forward_sweep"]
+
+# After a failed nonlinear solve or a non-finite vector field there is no error estimate to go by.
+_FAILURE_FACTOR = 0.25
+
+
+@dataclass(frozen=True)
+class Step:
+    """An accepted step: index, start time and length in the integrator's time."""
+
+    index: int
+    start: float
+    length: float
+    end: float
+
+
+@dataclass(frozen=True)
+class StepControl:
+    """How the steps are chosen.
+
+    Attributes
+    ----------
+    step_size : float or None
+        Largest fixed step, None for adaptive steps.
+    first_step : float or None
+        First adaptive step, None for an automatic one.
+    min_step, max_step : float
+        Limits of adaptive steps.
+    max_steps : int or None
+        Largest number of accepted steps.
+    rtol, atol : float
+        Tolerances, for the automatic first step.
+    """
+
+    step_size: float | None = None
+    first_step: float | None = None
+    min_step: float = 0.0
+    max_step: float = math.inf
+    max_steps: int | None = None
+    rtol: float = 1e-6
+    atol: float = 1e-8
+
+
+def fixed_steps(start: float, end: float, step_size: float) -> Iterator[tuple[float, float, float]]:
+    """Cut [start, end] into equal steps of at most ``step_size``: (start, length, end) of each.
+
+    A quotient that exceeds a whole number by round-off only does not add a step.
+    """
+    span = end - start
+    number = max(1, math.ceil(span / step_size * (1.0 - 4.0 * np.finfo(float).eps)))
+    length = span / number
+    before = start
+    for index in range(1, number + 1):
+        after = end if index == number else start + index * length
+        yield before, length, after
+        before = after
+
+
+def forward_sweep(
+    integrator: TimeIntegrator,
+    field: VectorField,
+    times: tuple[float, ...],
+    control: StepControl,
+    ledger: Ledger,
+    on_step: Callable[[Step], None],
+    on_output: Callable[[int], None],
+) -> None:
+    """Integrate from ``times[0]`` to ``times[-1]``; the integrator has begun. Collective.
+
+    Parameters
+    ----------
+    integrator : TimeIntegrator
+        Holds the initial state.
+    field : VectorField
+        For the automatic first step and the direction of time.
+    times : tuple of float
+        Increasing output times.
+    control : StepControl
+        How to choose steps.
+    ledger : Ledger
+        Counts steps and rejections.
+    on_step : callable
+        Called after every accepted step.
+    on_output : callable
+        Called with the index of each output time reached, 0 included.
+    """
+    sweep = _Sweep(integrator, field, control, ledger, on_step)
+    integrator.ts.monitor(0, times[0], integrator.solution)
+    on_output(0)
+    for index, (start, end) in enumerate(itertools.pairwise(times), start=1):
+        if control.step_size is not None:
+            for before, length, after in fixed_steps(start, end, control.step_size):
+                sweep.fixed(before, length, after)
+        else:
+            sweep.adapt(start, end)
+        on_output(index)
+
+
+class _Sweep:
+    """Step counter and natural step size of one forward sweep."""
+
+    def __init__(
+        self,
+        integrator: TimeIntegrator,
+        field: VectorField,
+        control: StepControl,
+        ledger: Ledger,
+        on_step: Callable[[Step], None],
+    ) -> None:
+        self.integrator = integrator
+        self.field = field
+        self.control = control
+        self.ledger = ledger
+        self.on_step = on_step
+        self.index = 0
+        self.natural: float | None = None
+
+    def fixed(self, start: float, length: float, end: float) -> None:
+        """Take one step of given length; any failure is final."""
+        self._check_limit(start)
+        outcome = self.integrator.attempt(start, length, self.index)
+        if not outcome.accepted:
+            assert outcome.error is not None
+            raise outcome.error
+        self._accept(Step(self.index, start, length, end))
+
+    def adapt(self, start: float, end: float) -> None:
+        """Step from output time to output time under PETSc's controller."""
+        control, s = self.control, start
+        if self.natural is None:
+            self.natural = control.first_step or first_step(
+                self.integrator, self.field, start, end, control
+            )
+        error: SolveError | None = None
+        while s < end:
+            self._check_limit(s)
+            natural = min(self.natural, control.max_step)
+            length = _fit(natural, end - s)
+            outcome = self.integrator.attempt(s, length, self.index)
+            if outcome.accepted:
+                after = end if length == end - s else s + length
+                # A step shortened to meet an output time says nothing against the natural one.
+                shortened = length < natural and outcome.next_step >= length
+                self.natural = max(outcome.next_step, natural) if shortened else outcome.next_step
+                self._accept(Step(self.index, s, length, after))
+                s, error = after, None
+                continue
+            self.ledger.rejected += 1
+            error = outcome.error or error
+            proposed = outcome.next_step if outcome.error is None else _FAILURE_FACTOR * length
+            self.natural = proposed if 0.0 < proposed < length else _FAILURE_FACTOR * length
+            self._check_minimum(s, end, error)
+
+    def _accept(self, step: Step) -> None:
+        self.index += 1
+        self.ledger.steps += 1
+        self.integrator.ts.monitor(self.index, step.end, self.integrator.solution)
+        self.on_step(step)
+
+    def _check_limit(self, s: float) -> None:
+        if self.control.max_steps is not None and self.index >= self.control.max_steps:
+            raise StepLimitReached(
+                f"max_steps={self.control.max_steps} steps did not reach the last output time: "
+                "raise max_steps, loosen the tolerances, or use an implicit method if the "
+                "problem is stiff",
+                **self._where(s),
+            )
+
+    def _check_minimum(self, s: float, end: float, error: SolveError | None) -> None:
+        """Stop when steps no longer resolve time; the last failure, if any, is the reason."""
+        assert self.natural is not None
+        smallest = max(self.control.min_step, 4.0 * float(np.spacing(abs(s))), 1e-30 * (end - s))
+        if self.natural > smallest:
+            return
+        if isinstance(error, NonFiniteVectorField):
+            raise error
+        raise StepSizeUnderflow(
+            f"the step size fell to {self.natural:.2e}, below the smallest one of {smallest:.2e}: "
+            "loosen rtol and atol, use an implicit method if the problem is stiff, or look for a "
+            "singularity of the vector field",
+            reason=error.reason if error else None,
+            **self._where(s),
+        ) from error
+
+    def _where(self, s: float) -> dict[str, Any]:
+        return {
+            "time": self.field.problem.direction * s,
+            "step": self.index,
+            "method": self.integrator.settings.method.name,
+        }
+
+
+def _fit(natural: float, remaining: float) -> float:
+    """Shorten (or stretch by round-off) a step so that output times are met without a sliver."""
+    if natural >= remaining * (1.0 - 1e-10):
+        return remaining
+    return remaining / 2.0 if natural > remaining / 2.0 else natural
+
+
+def first_step(
+    integrator: TimeIntegrator, field: VectorField, start: float, end: float, control: StepControl
+) -> float:
+    """Choose a first step from two evaluations of the field.
+
+    Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I, section II.4, "Starting
+    Step Size".
+    """
+    y0 = vectors.copy_out(integrator.solution, field.dtype)
+    f0 = field.rhs(start, y0.clone())
+    scale = control.atol + control.rtol * y0.abs()
+    d0, d1 = _rms(y0 / scale), _rms(f0 / scale)
+    guess = 0.01 * d0 / d1 if d0 >= 1e-5 and d1 >= 1e-5 else 1e-6
+    guess = min(guess, end - start)
+    d2 = _rms((field.rhs(start + guess, y0 + guess * f0) - f0) / scale) / guess
+    steepest = max(d1, d2)
+    order = integrator.settings.method.order
+    if not math.isfinite(steepest):  # outside the field's domain: let the controller feel its way
+        return guess
+    if steepest <= 1e-15:
+        better = max(1e-6, 1e-3 * guess)
+    else:
+        better = (0.01 / steepest) ** (1.0 / (order + 1))
+    return min(100.0 * guess, better, control.max_step)
+
+
+def _rms(values: vectors.torch.Tensor) -> float:
+    return float(values.square().mean().sqrt())
