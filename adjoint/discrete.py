@@ -41,8 +41,8 @@ class DiscreteAdjoint:
         self, settings: IntegratorSettings, options: SolverOptions, parameter_size: int
     ) -> None:
         self.settings = settings
-        # The state at both ends of a step is linearized, and again as the end of the one before.
-        self.bridge = Bridge(linearizations=2 if settings.method.implicit else 1)
+        implicit = settings.method.implicit
+        self.bridge = Bridge(points=2 if implicit else 1, single_use=not implicit)
         self.ts = build_ts(settings, options, self.bridge, adjoint=True)
         comm = settings.comm
         self.cost_gradient = vectors.create(comm, settings.size)

@@ -214,20 +214,19 @@ class Linearization:
         self.s = s
         self.u = u
         self.value = value
-        self._last_vjp: tuple[torch.Tensor, torch.Tensor, tuple[Any, ...]] | None = None
         self._double_backward: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def is_at(self, s: float, u: torch.Tensor) -> bool:
-        """Whether this is the linearization at (s, u)."""
-        return self.s == s and torch.equal(self.u.detach(), u.detach())
-
-    def vjp(self, w: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+    def vjp(
+        self, w: torch.Tensor, retain_graph: bool = True
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
         """Return w^T dg/dy and w^T dg/dp from one backward pass.
 
         Parameters
         ----------
         w : Tensor
-            Flat cotangent, shape ``(size,)``, the user's precision; kept, so it must not change.
+            Flat cotangent, shape ``(size,)``, the user's precision.
+        retain_graph : bool
+            False if this is the last product with this linearization.
 
         Returns
         -------
@@ -236,18 +235,15 @@ class Linearization:
         parameters : tuple of Tensor or None
             One per parameter; None where f does not use it.
         """
-        if self._last_vjp is not None and torch.equal(self._last_vjp[0], w):
-            return self._last_vjp[1:]
         inputs = (self.u, *self._field.parameters)
         self._field.ledger.vjp += 1
         products: tuple[torch.Tensor | None, ...] = (None,) * len(inputs)
         if self.value.requires_grad:
             products = torch.autograd.grad(
-                self.value, inputs, w, retain_graph=True, allow_unused=True
+                self.value, inputs, w, retain_graph=retain_graph, allow_unused=True
             )
         state = torch.zeros_like(self.u) if products[0] is None else products[0]
-        self._last_vjp = (w, state, products[1:])
-        return self._last_vjp[1:]
+        return state, products[1:]
 
     def jvp(self, v: torch.Tensor) -> torch.Tensor:
         """Return dg/dy v, flat, by differentiating the VJP with respect to its cotangent.

@@ -11,7 +11,10 @@ alive. Its field is set for the duration of one sweep.
 
 from __future__ import annotations
 
+import math
 from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,11 +23,48 @@ from pnode.options import PETSc, log_event
 from pnode.vectorfield import Linearization, VectorField
 from pnode.vectors import copy_in, copy_out, write_checked
 
-__all__ = ["Bridge", "JacobianShell", "ParameterJacobianShell"]
+__all__ = ["Bridge", "JacobianShell", "ParameterJacobianShell", "shell_matrix"]
+
+_EVENTS = ("rhs", "jvp", "vjp", "jacobian")
+
+
+@dataclass
+class Point:
+    """A state at which the field is or will be linearized.
+
+    Attributes
+    ----------
+    s : float
+        Time.
+    u : Tensor
+        Flat state, a copy in the user's precision.
+    key : tuple
+        PETSc vector and object state that u was copied from.
+    linearization : Linearization or None
+        The graph, once something asked for it.
+    product : tuple or None
+        The last VJP, with the vector and object state it was taken with.
+    """
+
+    s: float
+    u: torch.Tensor
+    key: tuple[int, int]
+    linearization: Linearization | None = None
+    product: tuple[tuple[int, int], tuple[Any, Any]] | None = None
 
 
 class Bridge:
     """State shared by the callbacks of one TS.
+
+    Parameters
+    ----------
+    points : int
+        How many linearizations to keep. One serves most; the adjoint of a theta method needs
+        those at both ends of a step, and meets one of them again in the next.
+    single_use : bool
+        Whether each linearization serves a single VJP (explicit methods), so that its graph can
+        go at once. Otherwise a point is also recognised by its values: PETSc hands the same state
+        over in another vector, from the line search to the Jacobian and from step to step.
 
     Attributes
     ----------
@@ -34,15 +74,14 @@ class Bridge:
         Stage time at which f was NaN or infinite.
     """
 
-    def __init__(self, linearizations: int) -> None:
+    def __init__(self, points: int = 1, single_use: bool = False) -> None:
         self._attached: VectorField | None = None
         self.exception: BaseException | None = None
         self.nonfinite_time: float | None = None
-        self._recent: deque[Linearization] = deque(maxlen=linearizations)
-        self._rhs_event = log_event("pnode rhs")
-        self._vjp_event = log_event("pnode vjp")
-        self._jvp_event = log_event("pnode jvp")
-        self._jacobian_event = log_event("pnode jacobian")
+        self._single_use = single_use
+        self._limit = points
+        self._points: deque[Point] = deque()
+        self._events = {name: log_event(f"pnode {name}") for name in _EVENTS}
 
     def attach(self, field: VectorField) -> None:
         """Begin a sweep with ``field``."""
@@ -54,7 +93,7 @@ class Bridge:
         """End the sweep and drop everything that belongs to the user."""
         self._attached = None
         self.exception = None
-        self._recent.clear()
+        self._points.clear()
 
     @property
     def _field(self) -> VectorField:
@@ -67,37 +106,38 @@ class Bridge:
         exception, self.exception = self.exception, None
         return exception
 
+    def guarded(self, event: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call ``function`` unless something has failed before; None if it fails."""
+        if self.exception is not None:
+            return None
+        logged = self._events[event]
+        logged.begin()
+        try:
+            return function(*arguments)
+        except BaseException as exception:
+            self.exception = exception
+            return None
+        finally:
+            logged.end()
+
     def rhs_function(self, ts: Any, s: float, u: Any, f: Any) -> None:
         """f = g(s, u) (PETSc's RHSFunction)."""
-        if self.exception is None:
-            self._rhs_event.begin()
-            try:
-                value = self._field.rhs(s, self.copy_of(u))
-                if not write_checked(f, value) and self.nonfinite_time is None:
-                    self.nonfinite_time = s
-                return
-            except BaseException as exception:
-                self.exception = exception
-            finally:
-                self._rhs_event.end()
-        f.set(0.0)
+        value = self.guarded("rhs", self._evaluate, s, u)
+        if value is None:
+            f.set(0.0)
+        elif not write_checked(f, value) and self.nonfinite_time is None:
+            self.nonfinite_time = s
 
     def implicit_function(self, ts: Any, s: float, u: Any, u_dot: Any, f: Any) -> None:
         """f = u_dot - g(s, u) (PETSc's IFunction).
 
         The graph is kept: Newton's method asks for the Jacobian at the same point next.
         """
-        if self.exception is None:
-            self._rhs_event.begin()
-            try:
-                value = self.linearization(s, self.copy_of(u)).value
-                copy_in(f, value)
-            except BaseException as exception:
-                self.exception = exception
-            finally:
-                self._rhs_event.end()
-        if self.exception is not None:
+        linearization = self.guarded("rhs", self._linearize_at, s, u)
+        if linearization is None:
             f.set(0.0)
+        else:
+            copy_in(f, linearization.value)
         f.aypx(-1.0, u_dot)
 
     def implicit_jacobian(
@@ -109,94 +149,97 @@ class Bridge:
         zero, only to multiply with it: nothing is assembled then.
         """
         if a.getType() == "python":
-            a.getPythonContext().move_to(s, u, shift, -1.0)
+            a.getPythonContext().move_to(self.point(s, u), shift, -1.0)
             a.assemble()
         if p.getType() != "python" and (shift > 0.0 or a.handle == p.handle):
-            self._assemble(s, u, shift, p)
-
-    def _assemble(self, s: float, u: Any, shift: float, p: Any) -> None:
-        matrix = None
-        if self.exception is None:
-            self._jacobian_event.begin()
-            try:
-                matrix = self.linearization(s, self.copy_of(u)).jacobian()
-            except BaseException as exception:
-                self.exception = exception
-            finally:
-                self._jacobian_event.end()
-        array = p.getDenseArray()
-        array[...] = 0.0 if matrix is None else -matrix.numpy()
-        array.flat[:: array.shape[0] + 1] += shift
-        p.assemble()
+            matrix = self.guarded("jacobian", self._assemble_at, s, u)
+            array = p.getDenseArray()
+            array[...] = 0.0 if matrix is None else -matrix.numpy()
+            array.flat[:: array.shape[0] + 1] += shift
+            p.assemble()
 
     def explicit_jacobian(self, ts: Any, s: float, u: Any, a: Any, p: Any) -> None:
         """Point the shell at dg/du(s, u) (PETSc's RHSJacobian)."""
-        a.getPythonContext().move_to(s, u, 0.0, 1.0)
+        a.getPythonContext().move_to(self.point(s, u), 0.0, 1.0)
         a.assemble()
 
     def explicit_parameter_jacobian(self, ts: Any, s: float, u: Any, a: Any) -> None:
         """Point the shell at dg/dp(s, u) (PETSc's RHSJacobianP)."""
-        a.getPythonContext().move_to(s, u, 1.0)
+        a.getPythonContext().move_to(self.point(s, u), 1.0)
 
     def implicit_parameter_jacobian(
         self, ts: Any, s: float, u: Any, u_dot: Any, shift: float, a: Any
     ) -> None:
         """Point the shell at -dg/dp(s, u), the p-derivative of u_dot - g (PETSc's IJacobianP)."""
-        a.getPythonContext().move_to(s, u, -1.0)
+        a.getPythonContext().move_to(self.point(s, u), -1.0)
 
-    def copy_of(self, u: Any) -> torch.Tensor:
-        """Return a PETSc vector as a tensor of the field's own, in the field's precision."""
-        return copy_out(u, self._field.dtype)
+    def point(self, s: float, u: Any) -> Point:
+        """Return the point (s, u), a recent one where it is the same."""
+        key = (u.handle, u.stateGet())
+        for known in self._points:
+            if known.s == s and known.key == key:
+                return known
+        own = copy_out(u, self._field.dtype)
+        if not self._single_use:
+            # The adjoint computes a time from the step's other side: the last bit may differ.
+            for known in self._points:
+                if math.isclose(known.s, s, rel_tol=1e-15) and torch.equal(known.u.detach(), own):
+                    known.key = key
+                    return known
+        while len(self._points) >= self._limit:
+            self._points.popleft()  # before the next graph is built, so that memory is reused
+        point = Point(s, own, key)
+        self._points.append(point)
+        return point
+
+    def vjp(self, point: Point, w: Any) -> tuple[Any, Any] | None:
+        """Return w^T dg/du and w^T dg/dp, or None once something has failed."""
+        key = (w.handle, w.stateGet())
+        if point.product is not None and point.product[0] == key:
+            return point.product[1]
+        product = self.guarded("vjp", self._vjp_at, point, w)
+        point.product = None if product is None else (key, product)
+        return product
+
+    def jvp(self, point: Point, v: Any) -> torch.Tensor | None:
+        """Return dg/du v, or None once something has failed."""
+        return self.guarded("jvp", self._jvp_at, point, v)
 
     def flatten_parameter_gradient(self, gradients: Any) -> torch.Tensor:
         """Collect one gradient per parameter in one flat tensor."""
         return self._field.flatten_parameter_gradient(gradients)
 
-    def linearization(self, s: float, u: torch.Tensor) -> Linearization:
-        """Return the linearization at (s, u), a recent one where it is the same point."""
-        for known in self._recent:
-            if known.is_at(s, u):
-                return known
-        known = self._field.linearize(s, u)
-        self._recent.append(known)
-        return known
+    def _evaluate(self, s: float, u: Any) -> torch.Tensor:
+        return self._field.rhs(s, copy_out(u, self._field.dtype))
 
-    def vjp(self, s: float, u: torch.Tensor, w: Any) -> tuple[Any, Any] | None:
-        """Return w^T dg/du and w^T dg/dp, or None once something has failed."""
-        if self.exception is None:
-            self._vjp_event.begin()
-            try:
-                return self.linearization(s, u).vjp(self.copy_of(w))
-            except BaseException as exception:
-                self.exception = exception
-            finally:
-                self._vjp_event.end()
-        return None
+    def _linearize(self, point: Point) -> Linearization:
+        if point.linearization is None:
+            point.linearization = self._field.linearize(point.s, point.u)
+        return point.linearization
 
-    def jvp(self, s: float, u: torch.Tensor, v: Any) -> torch.Tensor | None:
-        """Return dg/du v, or None once something has failed."""
-        if self.exception is None:
-            self._jvp_event.begin()
-            try:
-                return self.linearization(s, u).jvp(self.copy_of(v))
-            except BaseException as exception:
-                self.exception = exception
-            finally:
-                self._jvp_event.end()
-        return None
+    def _linearize_at(self, s: float, u: Any) -> Linearization:
+        return self._linearize(self.point(s, u))
+
+    def _assemble_at(self, s: float, u: Any) -> torch.Tensor:
+        return self._linearize_at(s, u).jacobian()
+
+    def _vjp_at(self, point: Point, w: Any) -> tuple[Any, Any]:
+        cotangent = copy_out(w, self._field.dtype)
+        product = self._linearize(point).vjp(cotangent, retain_graph=not self._single_use)
+        if self._single_use:
+            point.linearization = None
+        return product
+
+    def _jvp_at(self, point: Point, v: Any) -> torch.Tensor:
+        return self._linearize(point).jvp(copy_out(v, self._field.dtype))
 
 
 class _Shell:
-    """A point (s, u) at which a matrix shell stands."""
+    """A point at which a matrix shell stands."""
 
     def __init__(self, bridge: Bridge) -> None:
         self.bridge = bridge
-        self.s = 0.0
-        self.u = torch.empty(0)
-
-    def _move_to(self, s: float, u: Any) -> None:
-        self.s = s
-        self.u = self.bridge.copy_of(u)
+        self.point = Point(0.0, torch.empty(0), (0, -1))
 
 
 class JacobianShell(_Shell):
@@ -205,19 +248,19 @@ class JacobianShell(_Shell):
     identity_factor = 0.0
     jacobian_factor = 1.0
 
-    def move_to(self, s: float, u: Any, identity_factor: float, jacobian_factor: float) -> None:
-        """Stand at (s, u); nothing is evaluated until the first product."""
-        self._move_to(s, u)
+    def move_to(self, point: Point, identity_factor: float, jacobian_factor: float) -> None:
+        """Stand at a point; nothing is evaluated until the first product."""
+        self.point = point
         self.identity_factor = identity_factor
         self.jacobian_factor = jacobian_factor
 
     def mult(self, mat: Any, x: Any, y: Any) -> None:
         """y = A x."""
-        self._finish(x, y, self.bridge.jvp(self.s, self.u, x))
+        self._finish(x, y, self.bridge.jvp(self.point, x))
 
     def multTranspose(self, mat: Any, x: Any, y: Any) -> None:
         """y = A^T x."""
-        product = self.bridge.vjp(self.s, self.u, x)
+        product = self.bridge.vjp(self.point, x)
         self._finish(x, y, None if product is None else product[0])
 
     def _finish(self, x: Any, y: Any, product: torch.Tensor | None) -> None:
@@ -236,14 +279,14 @@ class ParameterJacobianShell(_Shell):
 
     factor = 1.0
 
-    def move_to(self, s: float, u: Any, factor: float) -> None:
-        """Stand at (s, u)."""
-        self._move_to(s, u)
+    def move_to(self, point: Point, factor: float) -> None:
+        """Stand at a point."""
+        self.point = point
         self.factor = factor
 
     def multTranspose(self, mat: Any, x: Any, y: Any) -> None:
         """y = factor (dg/dp)^T x, from the same backward pass as (dg/du)^T x."""
-        product = self.bridge.vjp(self.s, self.u, x)
+        product = self.bridge.vjp(self.point, x)
         if product is None:
             y.set(0.0)
             return

@@ -205,7 +205,7 @@ class TimeIntegrator:
     def __init__(self, settings: IntegratorSettings, options: SolverOptions) -> None:
         self.settings = settings
         self.options = options
-        self.bridge = Bridge(linearizations=1)
+        self.bridge = Bridge(single_use=not settings.method.implicit)
         self.ts = build_ts(settings, options, self.bridge)
         self.solution = self.ts.getSolution()
         self._start = self.solution.duplicate() if settings.adaptive else None
