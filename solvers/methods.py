@@ -94,10 +94,10 @@ class Method:
 
 
 def _rk(name: str, subtype: str, order: int, stages: int, *aliases: str, **more: Any) -> Method:
-    names = (*aliases, f"rk{subtype}") if f"rk{subtype}" != name else aliases
+    names = [other for other in (subtype, *aliases, f"rk{subtype}") if other != name]
     kept = stages - 1 if more.get("fsal") else stages
     return Method(
-        name, "rk", order, stages, (subtype, *names), subtype,
+        name, "rk", order, stages, tuple(names), subtype,
         checkpoint=f"{kept} stage{'s' if kept > 1 else ''}",
         same_bits=not more.get("fsal", False), **more,
     )  # fmt: skip

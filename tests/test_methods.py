@@ -1,0 +1,112 @@
+"""The method table against PETSc's own data and against measured orders of convergence."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from replica import petsc_tableau
+
+import pnode
+from pnode.options import PETSc
+from pnode.solvers.methods import METHODS, REFUSED, find_method
+
+EXPLICIT = [method for method in METHODS if not method.implicit]
+
+
+def names(methods):
+    return [method.name for method in methods]
+
+
+def test_every_explicit_rk_type_of_petsc_is_in_the_table():
+    types = {
+        value
+        for name, value in vars(PETSc.TS.RKType).items()
+        if name.startswith("RK") and isinstance(value, str)
+    }
+    assert types - {method.subtype for method in EXPLICIT} == set()
+
+
+def test_names_and_aliases_are_unique():
+    every = [name for method in METHODS for name in (method.name, *method.aliases)]
+    assert len(every) == len(set(every))
+    assert not set(every) & set(REFUSED)
+    assert set(REFUSED.values()) <= set(names(METHODS))
+
+
+@pytest.mark.parametrize("method", EXPLICIT, ids=names(EXPLICIT))
+def test_table_agrees_with_petsc_tableau(method):
+    tableau = petsc_tableau(method)
+    assert len(tableau["b"]) == method.stages
+    assert tableau["fsal"] == method.fsal
+    assert (tableau["b_embedded"] is not None) == method.adaptive
+    assert np.allclose(tableau["A"].sum(axis=1), tableau["c"], atol=1e-14)
+    assert np.allclose(np.triu(tableau["A"]), 0.0)
+    # Quadrature conditions: sum b c^(k-1) = 1/k up to the order.
+    for k in range(1, method.order + 1):
+        assert tableau["b"] @ tableau["c"] ** (k - 1) == pytest.approx(1 / k, abs=1e-13)
+
+
+def error_at(method, steps):
+    """Error at t = 1 of a non-autonomous nonlinear pair with solution (exp(sin t), cos t)."""
+
+    def f(t, y):
+        u, v = y[0], y[1]
+        return torch.stack([u * torch.cos(t), -torch.sin(t) + (v * v - torch.cos(t) ** 2)])
+
+    solver = pnode.Solver(
+        f, method=method.name, step_size=1.0 / steps,
+        petsc_options={"snes_rtol": 1e-14, "snes_stol": 1e-14} if method.implicit else None,
+    )  # fmt: skip
+    y0 = torch.tensor([1.0, 1.0], dtype=torch.float64)
+    with torch.no_grad():
+        y = solver(y0, torch.tensor([0.0, 1.0])).ys[-1]
+    exact = torch.tensor([math.exp(math.sin(1.0)), math.cos(1.0)], dtype=torch.float64)
+    return float((y - exact).norm())
+
+
+@pytest.mark.parametrize("method", METHODS, ids=names(METHODS))
+def test_order_of_convergence(method):
+    # High orders reach round-off quickly: fewer, longer steps for them.
+    counts = {1: (64, 128, 256), 2: (32, 64, 128), 3: (16, 32, 64), 4: (8, 16, 32)}.get(
+        method.order, (8, 12, 16, 24) if method.order < 7 else (2, 3, 4, 5)
+    )
+    errors = [error_at(method, count) for count in counts]
+    slope = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
+    # One-sided: a method may do better on one problem (its leading error term may be small).
+    assert slope > method.order - 0.2, (slope, errors)
+    assert slope < method.order + 1.2, (slope, errors)
+
+
+@pytest.mark.parametrize(
+    "method", [m for m in METHODS if m.adaptive], ids=[m.name for m in METHODS if m.adaptive]
+)
+def test_adaptive_error_falls_with_the_tolerance(method):
+    """Van der Pol, mu = 1: a tolerance 100 times smaller gives a clearly smaller error."""
+
+    def f(t, y):
+        return torch.stack([y[1], (1 - y[0] ** 2) * y[1] - y[0]])
+
+    y0 = torch.tensor([2.0, 0.0], dtype=torch.float64)
+    t = torch.tensor([0.0, 3.0])
+    with torch.no_grad():
+        exact = pnode.odeint(f, y0, t, method="verner8", rtol=1e-13, atol=1e-13)[-1]
+        errors = [
+            float(
+                (pnode.odeint(f, y0, t, method=method.name, rtol=tol, atol=tol)[-1] - exact).norm()
+            )
+            for tol in (1e-3, 1e-5)
+        ]
+    # The local error is controlled, so an order p method's error falls at least as tol^(p/(p+1)),
+    # 1/10 for p = 1; a factor 2 is left for the constant.
+    assert errors[1] < 0.2 * errors[0], errors
+
+
+def test_methods_lists_the_table():
+    rows = pnode.methods()
+    assert rows == METHODS
+    assert {"dopri5", "cn", "beuler", "rk4"} <= {row.name for row in rows}
+    assert find_method("5dp") is find_method("dopri5")
+    assert find_method("crank_nicolson").ts_type == "cn"
