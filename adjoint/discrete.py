@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from pnode import vectors
+from pnode.adjoint.trajectory import Checkpoint
 from pnode.errors import BackwardError, LinearSolveFailed
 from pnode.options import PETSc, SolverOptions, log_stage
 from pnode.solution import Ledger
@@ -27,18 +28,18 @@ class DiscreteAdjoint:
         Those of the forward integrator.
     options : SolverOptions
         PETSc options.
-    parameter_size : int
-        Number of trainable scalars.
+    parameters : bool
+        Whether gradients with respect to parameters are wanted.
 
     Notes
     -----
     ``lambda`` is the derivative of the loss with respect to the state, ``mu`` with respect to the
-    parameters. mu has its full size on every rank, so products with the transposed parameter
-    Jacobian need no communication.
+    parameters. mu is replicated, so products with the transposed parameter Jacobian need no
+    communication.
     """
 
     def __init__(
-        self, settings: IntegratorSettings, options: SolverOptions, parameter_size: int
+        self, settings: IntegratorSettings, options: SolverOptions, parameters: bool
     ) -> None:
         self.settings = settings
         implicit = settings.method.implicit
@@ -46,22 +47,23 @@ class DiscreteAdjoint:
         self.ts = build_ts(settings, options, self.bridge, adjoint=True)
         comm = settings.comm
         self.cost_gradient = vectors.create(comm, settings.size)
-        self.parameter_gradient = vectors.create(comm, parameter_size) if parameter_size else None
-        if self.parameter_gradient is not None:
-            shell = shell_matrix(
-                ParameterJacobianShell(self.bridge), settings.size, parameter_size, comm
+        weight = vectors.create(comm, 1) if parameters else None
+        self._parameters = None
+        if weight is not None:
+            self._parameters = ParameterJacobianShell(
+                self.bridge, -1.0 if implicit else 1.0, weight
             )
-            if settings.method.implicit:
+            shell = shell_matrix(self._parameters, settings.size, 1, comm)
+            if implicit:
                 self.ts.setIJacobianP(self.bridge.implicit_parameter_jacobian, shell)
             else:
                 self.ts.setRHSJacobianP(self.bridge.explicit_parameter_jacobian, shell)
-        self.ts.setCostGradients(self.cost_gradient, self.parameter_gradient)
+        self.ts.setCostGradients(self.cost_gradient, weight)
         # TSAdjointSetUp wants a trajectory object to look at; nothing uses it afterwards.
         self.ts.setSaveTrajectory()
         self.ts.adjointSetUp()
         self.ts.removeTrajectory()
-        self.checkpoint_vectors = adjoint_vectors(self.ts, settings.method)
-        self._krylov = settings.method.implicit
+        self._vectors = adjoint_vectors(self.ts, settings.method)
         self._direction = 1.0
 
     def begin(self, field: VectorField) -> None:
@@ -70,13 +72,25 @@ class DiscreteAdjoint:
         self.bridge.attach(field)
         self._direction = field.problem.direction
         self.cost_gradient.set(0.0)
-        if self.parameter_gradient is not None:
-            self.parameter_gradient.set(0.0)
+        if self._parameters is not None:
+            self._parameters.begin(len(field.parameters))
 
     def end(self) -> None:
         """End a sweep: let go of the user's objects."""
         self.bridge.detach()
         log_stage("pnode adjoint").pop()
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Put a step's checkpoint in place. Not collective."""
+        if self.settings.method.implicit:
+            for vector, tensor in zip(self._vectors, checkpoint, strict=True):
+                vectors.copy_in(vector, tensor)
+        else:
+            self.bridge.announce(self._vectors, checkpoint)
+
+    def parameter_gradients(self, count: int) -> list[torch.Tensor | None]:
+        """Return mu: one tensor per parameter, None for those that the field never used."""
+        return [None] * count if self._parameters is None else self._parameters.finish()
 
     def add(self, cotangent: torch.Tensor) -> None:
         """Add the derivative of the loss with respect to the state at this time."""
@@ -84,7 +98,7 @@ class DiscreteAdjoint:
         vectors.copy_in(self.cost_gradient, values.add_(cotangent))
 
     def step(self, step: Step, ledger: Ledger) -> None:
-        """Take the adjoint of one step, whose checkpoint stands in ``checkpoint_vectors``.
+        """Take the adjoint of one step, whose checkpoint has been loaded.
 
         Raises
         ------
@@ -111,7 +125,7 @@ class DiscreteAdjoint:
         if exception is not None:
             raise exception
         ledger.steps += 1
-        if self._krylov:
+        if self.settings.method.implicit:
             ksp = ts.getSNES().getKSP()
             ledger.krylov += ksp.getIterationNumber()
             if ksp.getConvergedReason() < 0:

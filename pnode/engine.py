@@ -147,7 +147,7 @@ class Engine:
         field_ = VectorField(problem, run.stats)
         integrator: TimeIntegrator = self._take_integrator(run.settings)
         if keep:
-            run.trajectory = Trajectory(StoreEverything(), integrator.shares_ends, run.stats)
+            run.trajectory = Trajectory(StoreEverything(), run.stats)
 
         def on_output(index: int) -> None:
             ys[index] = vectors.view(integrator.solution)
@@ -156,7 +156,7 @@ class Engine:
 
         def on_step(step: Step) -> None:
             if run.trajectory is not None:
-                run.trajectory.record(step, integrator.checkpoint_vectors())
+                run.trajectory.record(step, integrator)
             if monitor is not None:
                 state = layout.unflatten(vectors.copy_out(integrator.solution, layout.dtype))
                 monitor(step.index + 1, problem.direction * step.end, state)
@@ -195,7 +195,7 @@ class Engine:
         state : Tensor
             Derivative with respect to y0, shape ``(size,)``, PETSc's precision.
         parameters : list of Tensor or None
-            One per parameter.
+            One per parameter, PETSc's precision.
         initial : Tensor
             The part of ``state`` that came through the flow, without the first output's own
             cotangent: what the derivative with respect to t_0 needs.
@@ -207,7 +207,7 @@ class Engine:
         field_ = VectorField(problem, ledger)
         if not trajectory.complete:
             self._repeat(run, VectorField(problem, ledger), y0)
-        key = ("adjoint", run.settings, field_.parameter_size)
+        key = ("adjoint", run.settings, bool(field_.parameters))
         adjoint: DiscreteAdjoint = self._pool.take(
             key,
             lambda: DiscreteAdjoint(
@@ -218,15 +218,14 @@ class Engine:
         try:
             initial = self._reverse(run, adjoint, cotangents)
             state = vectors.copy_out(adjoint.cost_gradient)
-            mu = adjoint.parameter_gradient
-            flat = vectors.copy_out(mu) if mu is not None else torch.zeros(0)
+            parameters = adjoint.parameter_gradients(len(field_.parameters))
         except BaseException:
             adjoint.end()
             adjoint.destroy()
             raise
         adjoint.end()
         self._pool.give(key, adjoint)
-        return state, field_.split_parameter_gradient(flat), initial
+        return state, parameters, initial
 
     def _reverse(
         self, run: Run, adjoint: DiscreteAdjoint, cotangents: torch.Tensor
@@ -249,7 +248,7 @@ class Engine:
         add_outputs(len(trajectory.steps))
         for action in trajectory.schedule.reverse(len(trajectory.steps)):
             if isinstance(action, Restore) and active:
-                trajectory.restore(action.step, adjoint.checkpoint_vectors)
+                adjoint.load(trajectory.restore(action.step))
             elif isinstance(action, Adjoint):
                 if active:
                     adjoint.step(trajectory.steps[action.step], ledger)
@@ -274,7 +273,7 @@ class Engine:
                 outcome = integrator.attempt(step.start, step.length, step.index)
                 if outcome.error is not None:
                     raise outcome.error
-                trajectory.record(step, integrator.checkpoint_vectors())
+                trajectory.record(step, integrator)
                 run.stats.backward.recomputed += 1
             newton, krylov = integrator.iterations()
             run.stats.backward.newton += newton

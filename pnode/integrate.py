@@ -257,7 +257,10 @@ class _Solve(torch.autograd.Function):
         gradients = [
             state.to(y0.dtype) if ctx.needs_input_grad[4] else None,
             time,
-            *parameters,
+            *(
+                None if gradient is None else gradient.to(parameter)
+                for gradient, parameter in zip(parameters, run.problem.parameters, strict=True)
+            ),
         ]
         if torch.is_grad_enabled():
             anchors = [tensor for tensor in (cotangents, y0, *run.problem.parameters)]

@@ -7,7 +7,6 @@ precision inside.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ import torch
 from pnode.errors import ConfigurationError, VectorFieldError
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
-from pnode.vectors import REAL
 
 __all__ = ["Linearization", "VectorField"]
 
@@ -36,19 +34,9 @@ class VectorField:
         self.ledger = ledger
         self.parameters = problem.parameters
         self.dtype = problem.layout.dtype
-        self.used = [False] * len(self.parameters)
         self._layout = problem.layout
         self._direction = problem.direction
-        self._check_undeclared = problem.check_undeclared
-        sizes = [parameter.numel() for parameter in self.parameters]
-        self.parameter_size = sum(sizes)
-        self._flat_gradient = torch.zeros(self.parameter_size, dtype=REAL)
-        self._slots = [
-            slot.view(parameter.shape)
-            for slot, parameter in zip(
-                self._flat_gradient.split(sizes) if sizes else (), self.parameters, strict=True
-            )
-        ]
+        self._check_first = True
 
     def rhs(self, s: float, u: torch.Tensor) -> torch.Tensor:
         """Return g(s, u), flat, in the user's precision.
@@ -67,7 +55,7 @@ class VectorField:
             If f returns the wrong type, shape, dtype or device, or writes into its input.
         """
         self.ledger.rhs += 1
-        if self._check_undeclared:
+        if self._check_first and self.problem.check_undeclared:
             self.ledger.rhs -= 1
             return self.linearize(s, u).value.detach()
         with torch.no_grad():
@@ -85,41 +73,14 @@ class VectorField:
         """
         self.ledger.rhs += 1
         u.requires_grad_(True)
+        first, self._check_first = self._check_first, False
         with torch.enable_grad():
-            # f gets a copy of the leaf, which it may write into: _call reports that better.
-            value = self._call(s, u.clone())
-        if self._check_undeclared:
-            self._check_undeclared = False
+            # torch has an error of its own for writing into a leaf: the first time, f gets a copy
+            # of the leaf, so that the write goes through and _call reports it.
+            value = self._call(s, u.clone() if first else u)
+        if first and self.problem.check_undeclared:
             self._refuse_undeclared(value, u)
         return Linearization(self, s, u, value)
-
-    def flatten_parameter_gradient(self, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
-        """Collect one gradient per parameter in a flat buffer, valid until the next call."""
-        slots, values = [], []
-        for index, gradient in enumerate(gradients):
-            if gradient is None:
-                self._slots[index].zero_()
-            else:
-                self.used[index] = True
-                slots.append(self._slots[index])
-                values.append(gradient)
-        if slots:
-            torch._foreach_copy_(slots, values)
-        return self._flat_gradient
-
-    def split_parameter_gradient(self, flat: torch.Tensor) -> list[torch.Tensor | None]:
-        """Cut a flat gradient into one tensor per parameter; None for those that f never used."""
-        parts: list[torch.Tensor | None] = []
-        offset = 0
-        for parameter, used in zip(self.parameters, self.used, strict=True):
-            part = flat[offset : offset + parameter.numel()]
-            offset += parameter.numel()
-            parts.append(
-                part.view(parameter.shape).to(dtype=parameter.dtype, device=parameter.device)
-                if used
-                else None
-            )
-        return parts
 
     def _call(self, s: float, own: torch.Tensor) -> torch.Tensor:
         """Call f in the user's time and shape, and check what comes back."""

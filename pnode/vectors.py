@@ -15,7 +15,7 @@ import torch
 
 from pnode.options import PETSc
 
-__all__ = ["REAL", "copy_in", "copy_out", "create", "view", "write_checked"]
+__all__ = ["REAL", "copy_in", "copy_out", "create", "is_finite", "view"]
 
 #: torch dtype of PETSc's real numbers.
 REAL: torch.dtype = {
@@ -65,9 +65,8 @@ def copy_in(vector: Any, values: torch.Tensor) -> None:
         torch.from_numpy(vector.array_w).copy_(values.detach())
 
 
-def write_checked(vector: Any, values: torch.Tensor) -> bool:
-    """Overwrite the local entries and return whether they are all finite. Not collective."""
-    array = vector.array_w
-    array[...] = values.detach().numpy()
-    # One BLAS pass; only a sum of squares that overflows or is NaN needs the second look.
-    return math.isfinite(array.dot(array)) or bool(np.isfinite(array).all())
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether all entries are finite. Not collective."""
+    # One pass; only a sum of squares that overflows or is NaN needs the second look.
+    flat = values.detach().reshape(-1)
+    return math.isfinite(float(torch.dot(flat, flat))) or bool(torch.isfinite(flat).all())

@@ -21,7 +21,7 @@ import torch
 
 from pnode.options import PETSc, log_event
 from pnode.vectorfield import Linearization, VectorField
-from pnode.vectors import copy_in, copy_out, write_checked
+from pnode.vectors import REAL, copy_in, copy_out, is_finite
 
 __all__ = ["Bridge", "JacobianShell", "ParameterJacobianShell", "shell_matrix"]
 
@@ -53,6 +53,9 @@ class Point:
     product: tuple[tuple[int, int], tuple[Any, Any]] | None = None
 
 
+_NOWHERE = Point(0.0, torch.empty(0), (0, -1))
+
+
 class Bridge:
     """State shared by the callbacks of one TS.
 
@@ -65,6 +68,10 @@ class Bridge:
         Whether each linearization serves a single VJP (explicit methods), so that its graph can
         go at once. Otherwise a point is also recognised by its values: PETSc hands the same state
         over in another vector, from the line search to the Jacobian and from step to step.
+    keep : int
+        How many of the last evaluated states to keep.
+    check : bool
+        Whether to look at every value of the right-hand side for NaN and infinity.
 
     Attributes
     ----------
@@ -72,15 +79,24 @@ class Bridge:
         What the user's code raised.
     nonfinite_time : float or None
         Stage time at which f was NaN or infinite.
+    evaluated : deque of Tensor
+        The last states that the right-hand side was evaluated at, oldest first: the stages of an
+        explicit step.
     """
 
-    def __init__(self, points: int = 1, single_use: bool = False) -> None:
+    def __init__(
+        self, points: int = 1, single_use: bool = False, keep: int = 0, check: bool = False
+    ) -> None:
         self._attached: VectorField | None = None
+        self.evaluated: deque[torch.Tensor] = deque(maxlen=keep)
+        self._check = check
         self.exception: BaseException | None = None
         self.nonfinite_time: float | None = None
         self._single_use = single_use
         self._limit = points
         self._points: deque[Point] = deque()
+        self._announced: dict[tuple[int, int], torch.Tensor] = {}
+        self.here = _NOWHERE
         self._events = {name: log_event(f"pnode {name}") for name in _EVENTS}
 
     def attach(self, field: VectorField) -> None:
@@ -94,6 +110,9 @@ class Bridge:
         self._attached = None
         self.exception = None
         self._points.clear()
+        self._announced.clear()
+        self.here = _NOWHERE
+        self.evaluated.clear()
 
     @property
     def _field(self) -> VectorField:
@@ -125,7 +144,9 @@ class Bridge:
         value = self.guarded("rhs", self._evaluate, s, u)
         if value is None:
             f.set(0.0)
-        elif not write_checked(f, value) and self.nonfinite_time is None:
+            return
+        copy_in(f, value)
+        if self._check and self.nonfinite_time is None and not is_finite(value):
             self.nonfinite_time = s
 
     def implicit_function(self, ts: Any, s: float, u: Any, u_dot: Any, f: Any) -> None:
@@ -160,18 +181,17 @@ class Bridge:
 
     def explicit_jacobian(self, ts: Any, s: float, u: Any, a: Any, p: Any) -> None:
         """Point the shell at dg/du(s, u) (PETSc's RHSJacobian)."""
-        a.getPythonContext().move_to(self.point(s, u), 0.0, 1.0)
-        a.assemble()
+        self.here = self.point(s, u)
+        a.getPythonContext().move_to(self.here, 0.0, 1.0)
 
     def explicit_parameter_jacobian(self, ts: Any, s: float, u: Any, a: Any) -> None:
-        """Point the shell at dg/dp(s, u) (PETSc's RHSJacobianP)."""
-        a.getPythonContext().move_to(self.point(s, u), 1.0)
+        """Stay where the RHSJacobian is, which PETSc asks for first (PETSc's RHSJacobianP)."""
 
     def implicit_parameter_jacobian(
         self, ts: Any, s: float, u: Any, u_dot: Any, shift: float, a: Any
     ) -> None:
         """Point the shell at -dg/dp(s, u), the p-derivative of u_dot - g (PETSc's IJacobianP)."""
-        a.getPythonContext().move_to(self.point(s, u), -1.0)
+        self.here = self.point(s, u)
 
     def point(self, s: float, u: Any) -> Point:
         """Return the point (s, u), a recent one where it is the same."""
@@ -179,7 +199,9 @@ class Bridge:
         for known in self._points:
             if known.s == s and known.key == key:
                 return known
-        own = copy_out(u, self._field.dtype)
+        own = self._announced.pop(key, None)
+        if own is None:
+            own = copy_out(u, self._field.dtype)
         if not self._single_use:
             # The adjoint computes a time from the step's other side: the last bit may differ.
             for known in self._points:
@@ -205,12 +227,20 @@ class Bridge:
         """Return dg/du v, or None once something has failed."""
         return self.guarded("jvp", self._jvp_at, point, v)
 
-    def flatten_parameter_gradient(self, gradients: Any) -> torch.Tensor:
-        """Collect one gradient per parameter in one flat tensor."""
-        return self._field.flatten_parameter_gradient(gradients)
+    def announce(self, vectors: list[Any], tensors: tuple[torch.Tensor, ...]) -> None:
+        """Say what PETSc's vectors stand for, instead of copying it into them.
+
+        Right for vectors that PETSc only hands to callbacks: the stages of the RK adjoint.
+        """
+        self._announced = {}
+        for vector, tensor in zip(vectors, tensors, strict=True):
+            vector.stateIncrease()
+            self._announced[(vector.handle, vector.stateGet())] = tensor
 
     def _evaluate(self, s: float, u: Any) -> torch.Tensor:
-        return self._field.rhs(s, copy_out(u, self._field.dtype))
+        own = copy_out(u, self._field.dtype)
+        self.evaluated.append(own)
+        return self._field.rhs(s, own)
 
     def _linearize(self, point: Point) -> Linearization:
         if point.linearization is None:
@@ -234,19 +264,15 @@ class Bridge:
         return self._linearize(point).jvp(copy_out(v, self._field.dtype))
 
 
-class _Shell:
-    """A point at which a matrix shell stands."""
-
-    def __init__(self, bridge: Bridge) -> None:
-        self.bridge = bridge
-        self.point = Point(0.0, torch.empty(0), (0, -1))
-
-
-class JacobianShell(_Shell):
+class JacobianShell:
     """Python context of the matrix ``identity_factor I + jacobian_factor dg/du``."""
 
     identity_factor = 0.0
     jacobian_factor = 1.0
+
+    def __init__(self, bridge: Bridge) -> None:
+        self.bridge = bridge
+        self.point = _NOWHERE
 
     def move_to(self, point: Point, identity_factor: float, jacobian_factor: float) -> None:
         """Stand at a point; nothing is evaluated until the first product."""
@@ -274,25 +300,70 @@ class JacobianShell(_Shell):
             y.axpy(self.identity_factor, x)
 
 
-class ParameterJacobianShell(_Shell):
-    """Python context of the matrix ``factor dg/dp``; only its transpose is ever applied."""
+class ParameterJacobianShell:
+    """Python context of the matrix ``factor dg/dp`` at the bridge's current point.
 
-    factor = 1.0
+    PETSc adds up ``mu += weight * (dg/dp)^T x`` over the stages, with a weight that only it knows.
+    Only the weights go through PETSc: mu has one entry, in which the product is ``factor``, so
+    that mu then holds weight times factor. The gradients themselves stay torch tensors and are
+    added up where they are: one pass over the parameters per stage, and none in PETSc.
 
-    def move_to(self, point: Point, factor: float) -> None:
-        """Stand at a point."""
-        self.point = point
+    Parameters
+    ----------
+    bridge : Bridge
+        Takes the products.
+    factor : float
+        1 for g, -1 for the implicit form u_dot - g.
+    weight : Vec
+        PETSc's mu, one entry per rank.
+    """
+
+    def __init__(self, bridge: Bridge, factor: float, weight: Any) -> None:
+        self.bridge = bridge
         self.factor = factor
+        self.weight = weight
+        self.gradients: list[torch.Tensor | None] = []
+        self._waiting: tuple[torch.Tensor | None, ...] | None = None
+
+    def begin(self, count: int) -> None:
+        """Begin a sweep with ``count`` parameters."""
+        self.weight.set(0.0)
+        self.gradients = [None] * count
+        self._waiting = None
+
+    def finish(self) -> list[torch.Tensor | None]:
+        """Return the gradients (PETSc's precision); None for parameters that g never used."""
+        self.collect()
+        gradients, self.gradients = self.gradients, []
+        return gradients
+
+    def collect(self) -> None:
+        """Add the last product with the weight that PETSc has given it since."""
+        if self._waiting is None:
+            return
+        weight = self.factor * float(self.weight.array_r[0])
+        self.weight.set(0.0)
+        waiting, self._waiting = self._waiting, None
+        sums, terms = [], []
+        for index, term in enumerate(waiting):
+            if term is None:
+                continue
+            total = self.gradients[index]
+            if total is None:
+                self.gradients[index] = term.to(REAL) * weight
+            else:
+                sums.append(total)
+                terms.append(term)
+        if sums:
+            torch._foreach_add_(sums, terms, alpha=weight)
 
     def multTranspose(self, mat: Any, x: Any, y: Any) -> None:
-        """y = factor (dg/dp)^T x, from the same backward pass as (dg/du)^T x."""
-        product = self.bridge.vjp(self.point, x)
-        if product is None:
-            y.set(0.0)
-            return
-        copy_in(y, self.bridge.flatten_parameter_gradient(product[1]))
-        if self.factor != 1.0:
-            y.scale(self.factor)
+        """Take the product, from the same backward pass as (dg/du)^T x, and ask for its weight."""
+        self.collect()
+        product = self.bridge.vjp(self.bridge.here, x)
+        if product is not None:
+            self._waiting = product[1]
+        y.set(self.factor * self.factor)
 
 
 def shell_matrix(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -205,11 +206,15 @@ class TimeIntegrator:
     def __init__(self, settings: IntegratorSettings, options: SolverOptions) -> None:
         self.settings = settings
         self.options = options
-        self.bridge = Bridge(single_use=not settings.method.implicit)
+        method = settings.method
+        self.bridge = Bridge(
+            single_use=not method.implicit,
+            keep=0 if method.implicit else method.stages,
+            check=settings.adaptive,
+        )
         self.ts = build_ts(settings, options, self.bridge)
         self.solution = self.ts.getSolution()
         self._start = self.solution.duplicate() if settings.adaptive else None
-        self._checkpoint_vectors: list[Any] | None = None
         self._rolled_back = False
         self._iterations = (0, 0)
         self._direction = 1.0
@@ -302,20 +307,29 @@ class TimeIntegrator:
             return NonFiniteVectorField(f"{text}: check it there, or take smaller steps", **where)
         return None
 
-    def checkpoint_vectors(self) -> list[Any]:
-        """Vectors that the adjoint of the last step needs, PETSc's own.
+    def checkpoint(self, previous: tuple[torch.Tensor, ...] | None) -> tuple[torch.Tensor, ...]:
+        """Return what the adjoint of the last step needs, as tensors. Not collective.
 
-        Explicit Runge-Kutta: the stages, without the last where it is the next step's first.
-        Endpoint theta methods: the states at both ends. Midpoint form: the stage and the end.
+        Explicit Runge-Kutta: the stages at which f was evaluated, those very tensors, without the
+        last where it is the next step's first. Endpoint theta methods: the states at both ends,
+        the first of which is the second of ``previous``, the checkpoint of the step before, if
+        there is one. Midpoint form: the stage and the end.
         """
-        if self._checkpoint_vectors is None:
-            self._checkpoint_vectors = adjoint_vectors(self.ts, self.settings.method)
-        return self._checkpoint_vectors
+        method = self.settings.method
+        if not method.implicit:
+            stages = tuple(self.bridge.evaluated)
+            return stages[:-1] if method.fsal else stages
+        start, *rest = adjoint_vectors(self.ts, method)
+        if previous is not None and self.shares_ends:
+            first = previous[-1]
+        else:
+            first = vectors.copy_out(start)
+        return (first, *(vectors.copy_out(vector) for vector in rest))
 
-    @property
+    @functools.cached_property
     def shares_ends(self) -> bool:
-        """Whether the checkpoint vectors are the states at both ends of the step."""
-        return self.settings.method.ts_type != "rk" and len(stage_vectors(self.ts)) == 2
+        """Whether a checkpoint holds the states at both ends of the step."""
+        return self.settings.method.implicit and len(stage_vectors(self.ts)) == 2
 
     def destroy(self) -> None:
         """Free the PETSc objects. Collective."""
