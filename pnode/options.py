@@ -15,17 +15,42 @@ import petsctools
 
 from pnode.errors import ConfigurationError
 
-__all__ = ["PETSc", "SolverOptions", "log_event", "log_stage"]
+__all__ = ["PETSc", "SolverOptions", "log_event", "log_stage", "petsc_arguments"]
 
 MINIMUM_PETSC = ">=3.22"
 PREFIX = "pnode_"
-# Flags that PETSc would act on although they are meant for the program that imports pnode.
-_NOT_FOR_PETSC = {"-h", "-help", "--help", "-v", "-version", "--version"}
+
+
+def petsc_arguments(argv: list[str]) -> list[str]:
+    """Pick PETSc's options from a command line.
+
+    PETSc writes its options with one dash and a word, ``-log_view``. What begins with two dashes,
+    is a single letter, or asks for help belongs to the program that imports pnode: PETSc would
+    act on it or complain that nobody used it.
+    """
+    chosen, taking = argv[:1], False
+    for argument in argv[1:]:
+        if argument.startswith("-") and not _is_number(argument):
+            name = argument.lstrip("-")
+            taking = (
+                not argument.startswith("--") and len(name) > 1 and name not in ("help", "version")
+            )
+        if taking:
+            chosen.append(argument)
+    return chosen
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _initialise() -> Any:
     """Start PETSc with the command line (unless the user has done so) and check its build."""
-    arguments = [argument for argument in sys.argv if argument not in _NOT_FOR_PETSC]
+    arguments = petsc_arguments(sys.argv)
     try:
         petsc = petsctools.init(arguments, version_spec=MINIMUM_PETSC)
     except petsctools.InvalidEnvironmentException as mismatch:

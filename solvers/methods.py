@@ -13,7 +13,7 @@ from typing import Any
 
 from pnode.errors import ConfigurationError
 
-__all__ = ["METHODS", "REFUSED", "Method", "Tableau", "find_method", "methods"]
+__all__ = ["METHODS", "REFUSED", "Method", "Tableau", "find_method", "markdown_table", "methods"]
 
 
 @dataclass(frozen=True)
@@ -193,3 +193,25 @@ def find_method(name: Any) -> Method:
         )
     choices = ", ".join(repr(method.name) for method in METHODS)
     raise ConfigurationError(f"method={name!r} is unknown: choose one of {choices}, or an alias")
+
+
+def markdown_table() -> str:
+    """Return the table of methods as the README shows it."""
+    head = (
+        "| method | other names | PETSc | order | stages | kind | adaptive | checkpoint of a step |"
+    )
+    lines = [head, "|" + " --- |" * 8]
+    for method in METHODS:
+        petsc = method.ts_type + (f" {method.subtype}" if method.subtype else "")
+        cells = (
+            f"`{method.name}`",
+            ", ".join(f"`{alias}`" for alias in method.aliases),
+            petsc,
+            str(method.order),
+            str(method.stages) + (" (FSAL)" if method.fsal else ""),
+            method.kind,
+            "yes" if method.adaptive else "no",
+            method.checkpoint,
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

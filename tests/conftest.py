@@ -7,9 +7,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
-# pytest's own flags are none of PETSc's business.
-sys.argv = sys.argv[:1]
 
-import torch  # noqa: E402
+import torch
 
 torch.set_num_threads(1)
