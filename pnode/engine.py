@@ -17,7 +17,7 @@ from pnode import vectors
 from pnode.adjoint.discrete import DiscreteAdjoint
 from pnode.adjoint.schedule import Adjoint, Discard, Restore, StoreEverything
 from pnode.adjoint.trajectory import Trajectory
-from pnode.options import SolverOptions
+from pnode.options import SolverOptions, next_prefix
 from pnode.problem import InitialValueProblem
 from pnode.solution import Stats
 from pnode.solvers.integrator import (
@@ -97,12 +97,15 @@ class Engine:
         How implicit methods get Jacobians.
     petsc_options : dict
         The user's options.
+    prefix : str
+        Options prefix of all its PETSc objects.
     """
 
     method: Method
     control: StepControl
     jacobian: str
     petsc_options: dict[str, Any]
+    prefix: str = field(default_factory=next_prefix)
     _pool: _Pool = field(default_factory=_Pool)
     _options: dict[Hashable, SolverOptions] = field(default_factory=dict)
 
@@ -309,5 +312,5 @@ class Engine:
             defaults = default_options(
                 settings.method, settings.adaptive, settings.jacobian, settings.dtype, adjoint
             )
-            self._options[key] = SolverOptions(self.petsc_options, defaults)
+            self._options[key] = SolverOptions(self.prefix, self.petsc_options, defaults)
         return self._options[key]

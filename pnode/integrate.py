@@ -164,6 +164,11 @@ class Solver(torch.nn.Module):
         """Name of the method."""
         return self._engine.method.name
 
+    @property
+    def options_prefix(self) -> str:
+        """Prefix of this solver's PETSc options; solvers are numbered as they are created."""
+        return self._engine.prefix
+
     def extra_repr(self) -> str:
         """Method and steps, for printing the module."""
         control = self._engine.control

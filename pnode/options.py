@@ -15,7 +15,7 @@ import petsctools
 
 from pnode.errors import ConfigurationError
 
-__all__ = ["PETSc", "SolverOptions", "log_event", "log_stage", "petsc_arguments"]
+__all__ = ["PETSc", "SolverOptions", "log_event", "log_stage", "next_prefix", "petsc_arguments"]
 
 MINIMUM_PETSC = ">=3.22"
 PREFIX = "pnode_"
@@ -74,6 +74,11 @@ _stages: dict[str, Any] = {}
 _events: dict[str, Any] = {}
 
 
+def next_prefix() -> str:
+    """Return the options prefix of a new solver: ``pnode_0_``, ``pnode_1_``..."""
+    return f"{PREFIX}{next(_numbers)}_"
+
+
 class SolverOptions:
     """PETSc options of one solver, kept out of every other solver.
 
@@ -82,6 +87,8 @@ class SolverOptions:
 
     Parameters
     ----------
+    prefix : str
+        The solver's prefix, from :func:`next_prefix`.
     petsc_options : mapping of str to object, optional
         Options without the leading dash and without prefix.
     defaults : mapping of str to object, optional
@@ -90,11 +97,12 @@ class SolverOptions:
 
     def __init__(
         self,
+        prefix: str,
         petsc_options: Mapping[str, Any] | None = None,
         defaults: Mapping[str, Any] | None = None,
     ) -> None:
         self.given = check_petsc_options(petsc_options)
-        self.prefix = f"{PREFIX}{next(_numbers)}_"
+        self.prefix = prefix
         database = PETSc.Options().getAll()
         everyone = {
             name.removeprefix(PREFIX): database[name]

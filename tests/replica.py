@@ -6,7 +6,7 @@ import itertools
 
 import torch
 
-from pnode.options import SolverOptions
+from pnode.options import SolverOptions, next_prefix
 from pnode.solvers.bridge import Bridge
 from pnode.solvers.integrator import IntegratorSettings, build_ts
 from pnode.solvers.methods import Method, find_method
@@ -15,7 +15,9 @@ from pnode.solvers.petsc_c import rk_tableau
 
 def petsc_tableau(method: Method) -> dict:
     """PETSc's own Butcher tableau of an explicit method."""
-    ts = build_ts(IntegratorSettings(method, 1, torch.float64), SolverOptions(), Bridge())
+    ts = build_ts(
+        IntegratorSettings(method, 1, torch.float64), SolverOptions(next_prefix()), Bridge()
+    )
     tableau = rk_tableau(ts)
     ts.destroy()
     return tableau
