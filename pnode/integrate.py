@@ -243,7 +243,7 @@ class _Solve(torch.autograd.Function):
         ys, run = engine.forward(problem, y0, keep=True, monitor=monitor)
         ctx.engine, ctx.run = engine, run
         # Saved for torch's check that nobody has modified them since, besides their values.
-        ctx.save_for_backward(y0, t, ys, *parameters)
+        ctx.save_for_backward(y0, t, ys, *parameters, *problem.frozen)
         holder.append(run)
         return ys
 

@@ -105,10 +105,12 @@ class StateLayout:
         lead = flat.shape[:-1]
         if not self.is_tuple:
             return flat.reshape(lead + self.shapes[0])
-        parts = flat.split(self.sizes, dim=-1)
-        return tuple(
-            part.reshape(lead + shape) for part, shape in zip(parts, self.shapes, strict=True)
-        )
+        parts, offset = [], 0
+        for shape, size in zip(self.shapes, self.sizes, strict=True):
+            # Not split(): its outputs must not be written into, and f may try.
+            parts.append(flat.narrow(-1, offset, size).reshape(lead + shape))
+            offset += size
+        return tuple(parts)
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,8 @@ class InitialValueProblem:
         1.0, or -1.0 for reflected time.
     parameters : tuple of Tensor
         Trainable tensors that gradients are wanted for.
+    frozen : tuple of Tensor
+        Declared tensors that do not require grad; they must not change before a backward sweep.
     check_undeclared : bool
         Whether to look for trainable tensors that f uses and nobody declared.
     """
@@ -139,6 +143,7 @@ class InitialValueProblem:
     times: tuple[float, ...]
     direction: float
     parameters: tuple[torch.Tensor, ...] = ()
+    frozen: tuple[torch.Tensor, ...] = ()
     check_undeclared: bool = False
 
     @classmethod
@@ -162,7 +167,15 @@ class InitialValueProblem:
                     f"{direction * before!r}: output times must strictly increase or strictly "
                     "decrease"
                 )
-        return cls(function, layout, times, direction, tuple(parameters), check_undeclared)
+        return cls(
+            function,
+            layout,
+            times,
+            direction,
+            tuple(tensor for tensor in parameters if tensor.requires_grad),
+            tuple(tensor for tensor in parameters if not tensor.requires_grad),
+            check_undeclared,
+        )
 
 
 def as_times(t: Any) -> torch.Tensor:
@@ -188,7 +201,7 @@ def as_times(t: Any) -> torch.Tensor:
 def collect_parameters(
     function: Any, params: Iterable[torch.Tensor] | None
 ) -> tuple[torch.Tensor, ...]:
-    """Trainable tensors of a Module together with those passed as ``params=``, each once."""
+    """Tensors of a Module together with those passed as ``params=``, each once, frozen ones too."""
     candidates: list[Any] = []
     if isinstance(function, torch.nn.Module):
         candidates.extend(function.parameters())
@@ -203,6 +216,5 @@ def collect_parameters(
                 f"params contains a {type(tensor).__name__} (entry {index}): give tensors, for "
                 "example list(module.parameters())"
             )
-        if tensor.requires_grad:
-            chosen.setdefault(id(tensor), tensor)
+        chosen.setdefault(id(tensor), tensor)
     return tuple(chosen.values())

@@ -138,13 +138,18 @@ class VectorField:
     def _refuse_undeclared(self, result: torch.Tensor, state: torch.Tensor) -> None:
         """Walk the graph of the first evaluation: every trainable leaf must be declared."""
         declared = {id(tensor) for tensor in (state, *self.parameters)}
-        stops = {parameter.grad_fn for parameter in self.parameters if parameter.grad_fn}
-        pending, seen = [result.grad_fn], set()
+        stops = {
+            (parameter.grad_fn, parameter.output_nr)
+            for parameter in self.parameters
+            if parameter.grad_fn is not None
+        }
+        pending, seen = [(result.grad_fn, result.output_nr)], set()
         while pending:
-            node = pending.pop()
-            if node is None or node in seen or node in stops:
+            edge = pending.pop()
+            node = edge[0]
+            if node is None or edge in stops or edge in seen:
                 continue
-            seen.add(node)
+            seen.add(edge)
             leaf = getattr(node, "variable", None)
             if leaf is not None and id(leaf) not in declared:
                 raise ConfigurationError(
@@ -152,7 +157,7 @@ class VectorField:
                     "grad and was not declared: pass it in params=[...], make the vector field a "
                     "torch.nn.Module that owns it, or detach it"
                 )
-            pending.extend(function for function, _ in node.next_functions)
+            pending.extend(node.next_functions)
 
 
 class Linearization:
@@ -177,17 +182,13 @@ class Linearization:
         self.value = value
         self._double_backward: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def vjp(
-        self, w: torch.Tensor, retain_graph: bool = True
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+    def vjp(self, w: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
         """Return w^T dg/dy and w^T dg/dp from one backward pass.
 
         Parameters
         ----------
         w : Tensor
             Flat cotangent, shape ``(size,)``, the user's precision.
-        retain_graph : bool
-            False if this is the last product with this linearization.
 
         Returns
         -------
@@ -196,12 +197,14 @@ class Linearization:
         parameters : tuple of Tensor or None
             One per parameter; None where f does not use it.
         """
+        # The graph is kept even for a single product: part of it may be the user's, from
+        # parameters that are not leaves.
         inputs = (self.u, *self._field.parameters)
         self._field.ledger.vjp += 1
         products: tuple[torch.Tensor | None, ...] = (None,) * len(inputs)
         if self.value.requires_grad:
             products = torch.autograd.grad(
-                self.value, inputs, w, retain_graph=retain_graph, allow_unused=True
+                self.value, inputs, w, retain_graph=True, allow_unused=True
             )
         state = torch.zeros_like(self.u) if products[0] is None else products[0]
         return state, products[1:]

@@ -21,7 +21,7 @@ import torch
 
 from pnode.options import PETSc, log_event
 from pnode.vectorfield import Linearization, VectorField
-from pnode.vectors import REAL, copy_in, copy_out, is_finite
+from pnode.vectors import REAL, copy_in, copy_out, is_moderate
 
 __all__ = ["Bridge", "JacobianShell", "ParameterJacobianShell", "shell_matrix"]
 
@@ -71,7 +71,7 @@ class Bridge:
     keep : int
         How many of the last evaluated states to keep.
     check : bool
-        Whether to look at every value of the right-hand side for NaN and infinity.
+        Whether to look at every value of the right-hand side for NaN and overflow.
 
     Attributes
     ----------
@@ -145,9 +145,13 @@ class Bridge:
         if value is None:
             f.set(0.0)
             return
-        copy_in(f, value)
-        if self._check and self.nonfinite_time is None and not is_finite(value):
-            self.nonfinite_time = s
+        if self._check and not is_moderate(value):
+            # PETSc's error norm would end the step with an error of its own.
+            if self.nonfinite_time is None:
+                self.nonfinite_time = s
+            f.set(0.0)
+        else:
+            copy_in(f, value)
 
     def implicit_function(self, ts: Any, s: float, u: Any, u_dot: Any, f: Any) -> None:
         """f = u_dot - g(s, u) (PETSc's IFunction).
@@ -255,7 +259,7 @@ class Bridge:
 
     def _vjp_at(self, point: Point, w: Any) -> tuple[Any, Any]:
         cotangent = copy_out(w, self._field.dtype)
-        product = self._linearize(point).vjp(cotangent, retain_graph=not self._single_use)
+        product = self._linearize(point).vjp(cotangent)
         if self._single_use:
             point.linearization = None
         return product

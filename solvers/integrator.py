@@ -152,7 +152,7 @@ def build_ts(
     _refuse_other_type(ts, method)
     if settings.adaptive:
         # The smallest step is ours to enforce: PETSc accepts bad steps at its own minimum.
-        ts.setStepLimits(1e-290, min(settings.max_step, 1e290))
+        ts.setStepLimits(1e-290, min(settings.max_step, ts.getStepLimits()[1]))
     ts.removeTrajectory()
     with options.inserted():
         ts.setUp()
@@ -259,8 +259,11 @@ class TimeIntegrator:
         ts.setTimeStep(step)
         if self._start is not None:
             self.solution.copy(self._start)
-        self._step()
-        error = self._failure(s, index)
+        where = {
+            "time": self._direction * s, "step": index, "method": self.settings.method.name,
+        }  # fmt: skip
+        self._step(where)
+        error = self._failure(where)
         if error is None and ts.getConvergedReason() >= 0:
             self._rolled_back = False
             return StepOutcome(True, ts.getTimeStep())
@@ -276,24 +279,25 @@ class TimeIntegrator:
             self._start.copy(self.solution)
         return StepOutcome(False, proposed, error)
 
-    def _step(self) -> None:
+    def _step(self, where: dict[str, Any]) -> None:
         try:
             self.ts.step()
         except PETSc.Error as error:
             exception = self.bridge.take_exception() or error.__cause__
             if exception is not None:
                 raise exception from None
-            raise
+            raise SolveError(
+                "PETSc could not take this step; an error norm overflows when rtol * |y| + atol "
+                "is zero or tiny for an entry of y",
+                reason=str(error).replace("\n", " "), **where,
+            ) from error  # fmt: skip
         exception = self.bridge.take_exception()
         if exception is not None:
             raise exception
 
-    def _failure(self, s: float, index: int) -> SolveError | None:
+    def _failure(self, where: dict[str, Any]) -> SolveError | None:
         """Look for the failures that PETSc reports and for those that it passes over."""
         method = self.settings.method
-        where: dict[str, Any] = {
-            "time": self._direction * s, "step": index, "method": method.name,
-        }  # fmt: skip
         if method.implicit and self.ts.getConvergedReason() < 0:
             snes = self.ts.getSNES()
             reason = snes.getConvergedReason()
