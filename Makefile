@@ -1,0 +1,98 @@
+# make demo    set up and run the main example
+# make test    set up, then lint, types and tests
+#
+# Variables (make NAME=VALUE, or in the environment):
+#   PYTHON           interpreter to make .venv with; default: a python3 of a supported version
+#   PETSC_DIR        an existing PETSc to build petsc4py against (PETSC_ARCH if it has one)
+#   TORCH_INDEX_URL  package index for torch alone, for example
+#                    https://download.pytorch.org/whl/cpu; default: pip's own
+#   WHEELS           folder of prebuilt wheels, searched beside pip's own places
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+CONSTRAINTS := $(VENV)/constraints.txt
+PYTHON ?=
+TORCH_INDEX_URL ?=
+WHEELS ?= $(wildcard ../shared/wheels)
+
+# --find-links adds to what PIP_FIND_LINKS or pip's configuration name already.
+PIP_OPTIONS := --constraint $(CONSTRAINTS) $(if $(strip $(WHEELS)),--find-links $(abspath $(WHEELS)))
+PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_OPTIONS)
+RUN := PATH="$(abspath $(BIN)):$$PATH"
+
+export OPENBLAS_NUM_THREADS := 1
+export OMP_NUM_THREADS := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup same-petsc demo test lint format bench clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@echo 'Variables: PYTHON, PETSC_DIR, PETSC_ARCH, TORCH_INDEX_URL, WHEELS; see docs/install.md.'
+
+setup: same-petsc $(STAMPS)/pnode ## create .venv and install everything into it
+
+demo: setup ## set up and run examples/robertson.py
+	$(RUN) $(BIN)/python examples/robertson.py --output demo
+
+test: lint ## lint, types, then all tests
+	$(RUN) $(BIN)/python -m pytest tests
+
+lint: setup ## ruff (lint and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python tools/check_types.py
+
+format: setup ## let ruff repair and format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## run the benchmarks
+	@if [ -e benchmarks/run.py ]; then $(RUN) $(BIN)/python benchmarks/run.py; \
+	else echo 'There is no benchmarks/run.py.'; fi
+
+clean: ## remove .venv and everything built
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info
+
+# Which PETSc an environment has is decided when it is created.
+same-petsc:
+	@if [ -n "$$PETSC_DIR" ] && [ -e $(STAMPS)/PETSC_DIR ] && \
+	    [ "$$(cat $(STAMPS)/PETSC_DIR)" != "$$PETSC_DIR" ]; then \
+	    echo "$(VENV) was made with PETSC_DIR='$$(cat $(STAMPS)/PETSC_DIR)', now it is '$$PETSC_DIR'."; \
+	    echo "Unset PETSC_DIR to use $(VENV) as it is, or run make clean to make it anew."; \
+	    exit 1; fi >&2
+
+# Each step leaves a stamp and runs again only when something it is made from has changed.
+
+$(STAMPS)/venv:
+	@python=$$(sh tools/find_python.sh $(PYTHON)) && \
+	sh tools/system_packages.sh venv "$$python" && \
+	echo "Creating $(VENV) with $$python" && \
+	"$$python" tools/make_venv.py $(VENV)
+	@touch $@
+
+$(CONSTRAINTS): $(STAMPS)/venv constraints.txt tools/write_constraints.py
+	@$(BIN)/python tools/write_constraints.py constraints.txt $@
+
+$(STAMPS)/torch: $(CONSTRAINTS)
+	@echo 'Installing torch. If this downloads gigabytes, it is a CUDA build: for the CPU alone use'
+	@echo '  make setup TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu'
+	$(PIP_INSTALL) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) 'torch>=2.4'
+	@touch $@
+
+$(STAMPS)/petsc: $(STAMPS)/torch $(CONSTRAINTS) tools/install_petsc.py
+	@echo 'Installing mpi4py, PETSc and petsc4py'
+	@$(BIN)/python tools/install_petsc.py $(PIP_OPTIONS)
+	@touch $@
+
+$(STAMPS)/pnode: $(STAMPS)/petsc setup.py pyproject.toml tools/check_install.py
+	@echo 'Installing pnode and what it and its tests need'
+	$(PIP_INSTALL) setuptools wheel
+	$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
+	@# A ruff of the base Python has its program elsewhere.
+	@[ -x $(BIN)/ruff ] || $(BIN)/python -m pip install --quiet --no-deps --ignore-installed \
+		--constraint constraints.txt ruff
+	@$(BIN)/python tools/check_install.py
+	@touch $@

@@ -1,0 +1,236 @@
+"""What is installed, under which names, and which module may import which."""
+
+import ast
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = {"pnode": "pnode", "solvers": "pnode.solvers", "adjoint": "pnode.adjoint"}
+
+LEAVES = {
+    f"pnode.{name}"
+    for name in ("errors", "options", "vectors", "vectorfield", "problem", "solution")
+}
+# Modules in the order of who may import whom: a module imports its own level and lower ones.
+LEVELS = {
+    **dict.fromkeys(LEAVES, 0),
+    "pnode.solvers": 1,
+    "pnode.adjoint": 2,
+    "pnode.engine": 3,
+    "pnode.integrate": 3,
+    "pnode.parallel": 3,
+}
+TOP_LEVEL = 4  # pnode itself, pnode.cli, pnode.plotting, pnode.testing, and any other
+
+
+def source_files() -> Iterator[tuple[str, Path]]:
+    """Yield the dotted name and the path of every module, links not followed."""
+    for folder, package in FOLDERS.items():
+        for place, _, names in os.walk(ROOT / folder):
+            for name in sorted(names):
+                path = Path(place) / name
+                if path.suffix == ".py":
+                    parts = path.relative_to(ROOT / folder).with_suffix("").parts
+                    yield ".".join([package, *parts]).removesuffix(".__init__"), path
+
+
+MODULES = dict(source_files())
+
+
+def level(module: str) -> int:
+    """Return the level of a module: that of the longest listed name that contains it."""
+    while module:
+        if module in LEVELS:
+            return LEVELS[module]
+        module = module.rpartition(".")[0]
+    return TOP_LEVEL
+
+
+def imported_names(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Yield every imported dotted name and its line; ``from a import b`` yields ``a.b``."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            prefix = "." * node.level + (node.module or "")
+            yield from ((f"{prefix}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def imported_modules(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Yield the modules of pnode that a file imports, names within a module left off."""
+    for name, line in imported_names(tree):
+        if name == "pnode" or name.startswith("pnode."):
+            while name not in MODULES and "." in name:
+                name = name.rpartition(".")[0]
+            yield name, line
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+# ------------------------------------------------------------------------------ what is installed
+
+
+@pytest.fixture(scope="module")
+def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Names of the files in a wheel built from a copy of the sources."""
+    folder = tmp_path_factory.mktemp("wheel")
+    copy = folder / "sources"
+    copy.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", *FOLDERS):
+        # cp -a keeps the links; a copy, since setuptools writes into the folder it builds in.
+        subprocess.run(["cp", "-a", str(ROOT / name), str(copy)], check=True)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation"]
+    command += ["--no-deps", "--no-index", "--wheel-dir", str(folder), str(copy)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return [name for name in archive.namelist() if not name.endswith("/")]
+
+
+def test_only_top_level_name_of_a_wheel_is_pnode(wheel_names: list[str]) -> None:
+    names = {name.partition("/")[0] for name in wheel_names}
+    assert {name for name in names if not name.endswith(".dist-info")} == {"pnode"}
+
+
+def test_wheel_has_every_source_file_once(wheel_names: list[str]) -> None:
+    found = sorted(name for name in wheel_names if name.endswith(".py"))
+    expected = []
+    for module, path in MODULES.items():
+        name = module.replace(".", "/")
+        expected.append(f"{name}/__init__.py" if path.name == "__init__.py" else f"{name}.py")
+    assert found == sorted(expected)
+    assert any(name.startswith("pnode/solvers/") for name in found)
+    assert any(name.startswith("pnode/adjoint/") for name in found)
+
+
+def test_wheel_says_that_it_is_typed(wheel_names: list[str]) -> None:
+    assert "pnode/py.typed" in wheel_names
+
+
+@pytest.mark.parametrize("name", ["solvers", "adjoint"])
+def test_links_are_relative(name: str) -> None:
+    link = ROOT / "pnode" / name
+    assert link.is_symlink()
+    assert os.readlink(link) == f"../{name}"
+    assert link.resolve() == ROOT / name
+
+
+def test_no_top_level_solvers_or_adjoint(tmp_path: Path) -> None:
+    """The installed package is the one here, and leaves the short names free."""
+    script = (
+        "import sys, pnode.solvers, pnode.adjoint\n"
+        "assert not {'solvers', 'adjoint'} & set(sys.modules)\n"
+        "print(pnode.__file__)\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    run = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert Path(run.stdout.splitlines()[0]).resolve() == ROOT / "pnode" / "__init__.py"
+
+
+# ------------------------------------------------------------------------------- who imports whom
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_are_absolute_and_under_pnode(module: str) -> None:
+    for name, line in imported_names(parse(MODULES[module])):
+        place = f"{MODULES[module]}:{line}"
+        assert not name.startswith("."), f"{place}: relative import {name}"
+        assert name.partition(".")[0] not in ("solvers", "adjoint"), f"{place}: {name}"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_no_module_imports_a_higher_one(module: str) -> None:
+    for name, line in imported_modules(parse(MODULES[module])):
+        message = f"{MODULES[module]}:{line}: {module} imports {name} (a new module: see LEVELS)"
+        assert level(name) <= level(module), message
+
+
+def test_schedules_import_neither_petsc_nor_torch() -> None:
+    path = ROOT / "adjoint" / "schedule.py"
+    if not path.exists():
+        pytest.skip("there is no adjoint/schedule.py")
+    tree = parse(path)
+    seen: set[str] = set()
+    while True:
+        roots = {name.partition(".")[0] for name, _ in imported_names(tree)}
+        assert not roots & {"petsc4py", "mpi4py", "torch"}, f"{roots}, through {seen}"
+        # Nor through a module that it imports; package files are another matter.
+        new = {name for name, _ in imported_modules(tree)} - seen
+        new = {name for name in new if MODULES[name].name != "__init__.py"}
+        if not new:
+            break
+        seen |= new
+        tree = ast.Module([parse(MODULES[name]) for name in sorted(seen)], [])
+
+
+# --------------------------------------------------------------------------- who calls autograd
+
+CALLS_AUTOGRAD = {"pnode.vectorfield", "pnode.testing"}
+DEFINES_FUNCTION = {"pnode.integrate"}  # the one torch.autograd.Function
+
+
+def dotted(node: ast.AST) -> str:
+    """Return ``a.b.c`` for such an expression, else an empty string."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        prefix = dotted(node.value)
+        return f"{prefix}.{node.attr}" if prefix else ""
+    return ""
+
+
+def autograd_uses(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Yield what a file uses of torch.autograd and torch.func, and calls of ``.backward``."""
+    inner: set[int] = set()  # parts of a longer dotted name
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            inner.add(id(node.value))
+            name = dotted(node)
+            if id(node) not in inner and name.startswith(("torch.autograd", "torch.func.")):
+                yield name, node.lineno
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr == "backward"
+        ):
+            yield f"{dotted(node.func.value)}.backward()", node.lineno
+    for name, line in imported_names(tree):
+        if name.startswith(("torch.autograd", "torch.func.")) or name == "torch.func":
+            yield name, line
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - CALLS_AUTOGRAD))
+def test_only_vectorfield_calls_autograd(module: str) -> None:
+    # engine.backward is pnode's own: the sweep that the autograd.Function stands for.
+    allowed = ("torch.autograd.Function", "torch.autograd.function", "engine.backward()")
+    for name, line in autograd_uses(parse(MODULES[module])):
+        fine = module in DEFINES_FUNCTION and name.startswith(allowed)
+        assert fine, f"{MODULES[module]}:{line}: {name}"
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import torch\ntorch.autograd.grad(y, x)", ["torch.autograd.grad"]),
+        ("from torch.func import vjp", ["torch.func.vjp"]),
+        ("from torch import func", ["torch.func"]),
+        ("import torch.autograd.forward_ad as fw", ["torch.autograd.forward_ad"]),
+        ("y.sum().backward()", [".backward()"]),
+        ("class F(torch.autograd.Function): ...", ["torch.autograd.Function"]),
+        ("import torch\ntorch.functional.norm(x)\nself.backward = 1", []),
+    ],
+)
+def test_the_search_for_autograd_finds(source: str, expected: list[str]) -> None:
+    assert [name for name, _ in autograd_uses(ast.parse(source))] == expected
