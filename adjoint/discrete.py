@@ -12,7 +12,7 @@ from pnode.errors import BackwardError, LinearSolveFailed
 from pnode.options import PETSc, SolverOptions, log_stage
 from pnode.solution import Ledger
 from pnode.solvers.bridge import Bridge, ParameterJacobianShell, shell_matrix
-from pnode.solvers.integrator import IntegratorSettings, adjoint_vectors, build_ts
+from pnode.solvers.integrator import IntegratorSettings, adjoint_vectors, build_ts, raise_stored
 from pnode.solvers.stepping import Step
 from pnode.vectorfield import VectorField
 
@@ -111,19 +111,17 @@ class DiscreteAdjoint:
         ts.setTime(step.end)
         ts.setTimeStep(-step.length)
         ts.setStepNumber(step.index + 1)
+        failure: PETSc.Error | None = None
         try:
             ts.adjointStep()
         except PETSc.Error as error:
-            exception = self.bridge.take_exception() or error.__cause__
-            if exception is not None:
-                raise exception from None
+            failure = error
+        raise_stored(self.bridge, failure, self._where(step))
+        if failure is not None:
             raise BackwardError(
-                "PETSc could not take the adjoint of this step", reason=str(error),
-                **self._where(step),
-            ) from error  # fmt: skip
-        exception = self.bridge.take_exception()
-        if exception is not None:
-            raise exception
+                "PETSc could not take the adjoint of this step",
+                reason=str(failure).replace("\n", " "), **self._where(step),
+            ) from failure  # fmt: skip
         ledger.steps += 1
         if self.settings.method.implicit:
             ksp = ts.getSNES().getKSP()

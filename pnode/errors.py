@@ -55,6 +55,7 @@ class SolveError(PnodeError, RuntimeError):
         method: str | None = None,
         reason: str | None = None,
     ) -> None:
+        self.message = message
         self.time, self.step, self.method, self.reason = time, step, method, reason
         where = [
             text
@@ -67,6 +68,16 @@ class SolveError(PnodeError, RuntimeError):
             if value is not None
         ]
         super().__init__(f"{message} [{', '.join(where)}]" if where else message)
+
+    def located(self, *, time: float, step: int, method: str) -> SolveError:
+        """Return this error with what it does not say yet about where it happened."""
+        return type(self)(
+            self.message,
+            time=time if self.time is None else self.time,
+            step=step if self.step is None else self.step,
+            method=method if self.method is None else self.method,
+            reason=self.reason,
+        ).with_traceback(self.__traceback__)
 
 
 class StepSizeUnderflow(SolveError):

@@ -280,20 +280,18 @@ class TimeIntegrator:
         return StepOutcome(False, proposed, error)
 
     def _step(self, where: dict[str, Any]) -> None:
+        failure: PETSc.Error | None = None
         try:
             self.ts.step()
         except PETSc.Error as error:
-            exception = self.bridge.take_exception() or error.__cause__
-            if exception is not None:
-                raise exception from None
+            failure = error
+        raise_stored(self.bridge, failure, where)
+        if failure is not None:
             raise SolveError(
                 "PETSc could not take this step; an error norm overflows when rtol * |y| + atol "
                 "is zero or tiny for an entry of y",
-                reason=str(error).replace("\n", " "), **where,
-            ) from error  # fmt: skip
-        exception = self.bridge.take_exception()
-        if exception is not None:
-            raise exception
+                reason=str(failure).replace("\n", " "), **where,
+            ) from failure  # fmt: skip
 
     def _failure(self, where: dict[str, Any]) -> SolveError | None:
         """Look for the failures that PETSc reports and for those that it passes over."""
@@ -338,6 +336,26 @@ class TimeIntegrator:
     def destroy(self) -> None:
         """Free the PETSc objects. Collective."""
         self.ts.destroy()
+
+
+def raise_stored(bridge: Bridge, failure: Any, where: dict[str, Any]) -> None:
+    """Raise what the user's code raised during a PETSc call, if anything.
+
+    Parameters
+    ----------
+    bridge : Bridge
+        Keeps exceptions of the callbacks.
+    failure : PETSc.Error or None
+        What the call itself raised; its cause may be an exception from outside the callbacks'
+        guarded part, such as a KeyboardInterrupt.
+    where : dict
+        Time, step and method, for pnode's own errors.
+    """
+    exception = bridge.take_exception() or (failure.__cause__ if failure is not None else None)
+    if isinstance(exception, SolveError):
+        exception = exception.located(**where)
+    if exception is not None:
+        raise exception from exception.__cause__
 
 
 def adjoint_vectors(ts: Any, method: Method) -> list[Any]:

@@ -24,7 +24,11 @@ BLOCKS = [
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_python_blocks_run(block, capsys):
-    exec(compile(block, "<documentation>", "exec"), {"__name__": "documentation"})
+    threads = torch.get_num_threads()
+    try:
+        exec(compile(block, "<documentation>", "exec"), {"__name__": "documentation"})
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_readme_has_a_python_block():
