@@ -12,7 +12,13 @@ from pnode.errors import BackwardError, LinearSolveFailed
 from pnode.options import PETSc, SolverOptions, log_stage
 from pnode.solution import Ledger
 from pnode.solvers.bridge import Bridge, ParameterJacobianShell, shell_matrix
-from pnode.solvers.integrator import IntegratorSettings, adjoint_vectors, build_ts, raise_stored
+from pnode.solvers.integrator import (
+    IntegratorSettings,
+    adjoint_vectors,
+    build_ts,
+    raise_stored,
+    reason_name,
+)
 from pnode.solvers.stepping import Step
 from pnode.vectorfield import VectorField
 
@@ -130,7 +136,7 @@ class DiscreteAdjoint:
                 raise LinearSolveFailed(
                     "a transposed solve of the adjoint failed: use jacobian='dense', or give "
                     "linear_solver a preconditioner or more iterations",
-                    reason=str(ksp.getConvergedReason()),
+                    reason=reason_name(PETSc.KSP.ConvergedReason, ksp.getConvergedReason()),
                     **self._where(step),
                 )
 

@@ -371,7 +371,7 @@ def adjoint_vectors(ts: Any, method: Method) -> list[Any]:
 def newton_error(snes: Any, where: dict[str, Any]) -> SolveError:
     """Turn SNES's reason into an error that says what to do."""
     reason = snes.getConvergedReason()
-    name = _names(PETSc.SNES.ConvergedReason).get(reason, str(reason))
+    name = reason_name(PETSc.SNES.ConvergedReason, reason)
     if "NANORINF" in name or "FNORM_NAN" in name or "DOMAIN" in name:
         return NonFiniteVectorField(
             "the vector field returned NaN or infinity in a nonlinear solve: check it near this "
@@ -380,7 +380,7 @@ def newton_error(snes: Any, where: dict[str, Any]) -> SolveError:
         )  # fmt: skip
     if reason == PETSc.SNES.ConvergedReason.DIVERGED_LINEAR_SOLVE:
         ksp_reason = snes.getKSP().getConvergedReason()
-        ksp_name = _names(PETSc.KSP.ConvergedReason).get(ksp_reason, str(ksp_reason))
+        ksp_name = reason_name(PETSc.KSP.ConvergedReason, ksp_reason)
         return LinearSolveFailed(
             "a linear solve of Newton's method failed: take smaller steps, use jacobian='dense', "
             "or choose another linear_solver",
@@ -394,9 +394,9 @@ def newton_error(snes: Any, where: dict[str, Any]) -> SolveError:
     )  # fmt: skip
 
 
-def _names(enumeration: Any) -> dict[int, str]:
-    return {
-        value: name
-        for name, value in vars(enumeration).items()
-        if isinstance(value, int) and not name.startswith("_")
-    }
+def reason_name(enumeration: Any, reason: int) -> str:
+    """Return PETSc's name of a convergence reason, such as ``DIVERGED_MAX_IT``."""
+    for name, value in vars(enumeration).items():
+        if isinstance(value, int) and value == reason and not name.startswith("_"):
+            return name
+    return str(reason)
