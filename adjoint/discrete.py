@@ -48,6 +48,7 @@ class DiscreteAdjoint:
         self, settings: IntegratorSettings, options: SolverOptions, parameters: bool
     ) -> None:
         self.settings = settings
+        self._options = options
         implicit = settings.method.implicit
         self.bridge = Bridge(points=2 if implicit else 1, single_use=not implicit)
         self.ts = build_ts(settings, options, self.bridge, adjoint=True)
@@ -75,6 +76,7 @@ class DiscreteAdjoint:
     def begin(self, field: VectorField) -> None:
         """Begin a sweep with zero cost gradients. Collective."""
         log_stage("pnode adjoint").push()
+        self._options.begin_sweep(self)
         self.bridge.attach(field)
         self._direction = field.problem.direction
         self.cost_gradient.set(0.0)
@@ -83,6 +85,7 @@ class DiscreteAdjoint:
 
     def end(self) -> None:
         """End a sweep: let go of the user's objects."""
+        self._options.end_sweep(self)
         self.bridge.detach()
         log_stage("pnode adjoint").pop()
 

@@ -74,6 +74,8 @@ class Run:
         Its ledger.
     trajectory : Trajectory or None
         Steps and checkpoints; None without gradients.
+    used : list of bool
+        For each parameter, whether the vector field's first evaluation used it.
     """
 
     problem: InitialValueProblem
@@ -81,6 +83,7 @@ class Run:
     settings: IntegratorSettings
     control: StepControl
     trajectory: Trajectory | None = None
+    used: list[bool] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +173,7 @@ class Engine:
                 integrator, field_, problem.times, self.control, run.stats, on_step, on_output
             )
             run.stats.newton, run.stats.krylov = integrator.iterations()
+            run.used = field_.used
         except BaseException:
             integrator.end()
             integrator.destroy()

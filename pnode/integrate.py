@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from pnode import arguments
 from pnode.engine import Engine, Run
 from pnode.errors import BackwardError, ConfigurationError
-from pnode.options import PETSc, check_petsc_options
+from pnode.options import check_petsc_options
 from pnode.problem import InitialValueProblem, as_times, collect_parameters
 from pnode.solution import Solution
 from pnode.solvers.methods import find_method
@@ -41,7 +42,8 @@ class Solver(torch.nn.Module):
         Fixed steps: each output interval is cut into equal steps of at most this length. None
         chooses steps from ``rtol`` and ``atol``, for methods with an error estimate.
     first_step : float, optional
-        First adaptive step; chosen automatically if None.
+        First adaptive step; chosen automatically if None. Implicit methods have no error estimate
+        of their first step, so theirs is never longer than the automatic one.
     min_step, max_step : float, optional
         Limits of adaptive steps.
     rtol, atol : float
@@ -114,7 +116,7 @@ class Solver(torch.nn.Module):
         progress: bool = False,
     ) -> None:
         super().__init__()
-        _refuse_reserved(
+        arguments.refuse_reserved(
             implicit=implicit, explicit=explicit, mass=mass, residual=residual,
             checkpointing=checkpointing, compile=compile, dense=dense, event_fn=event_fn,
         )  # fmt: skip
@@ -134,13 +136,13 @@ class Solver(torch.nn.Module):
             choices = ", ".join(map(repr, _JACOBIANS))
             raise ConfigurationError(f"jacobian={jacobian!r} is unknown: choose one of {choices}")
         control = StepControl(
-            step_size=_positive("step_size", step_size),
-            first_step=_positive("first_step", first_step),
-            min_step=_positive("min_step", min_step) or 0.0,
-            max_step=_positive("max_step", max_step) or math.inf,
-            max_steps=_count("max_steps", max_steps),
-            rtol=_tolerance("rtol", rtol),
-            atol=_tolerance("atol", atol),
+            step_size=arguments.positive("step_size", step_size),
+            first_step=arguments.positive("first_step", first_step),
+            min_step=arguments.positive("min_step", min_step) or 0.0,
+            max_step=arguments.positive("max_step", max_step) or math.inf,
+            max_steps=arguments.count("max_steps", max_steps),
+            rtol=arguments.tolerance("rtol", rtol),
+            atol=arguments.tolerance("atol", atol),
         )
         if control.rtol == 0.0 and control.atol == 0.0:
             raise ConfigurationError("rtol and atol are both 0: at least one must be positive")
@@ -149,14 +151,15 @@ class Solver(torch.nn.Module):
                 f"min_step={min_step!r} exceeds max_step={max_step!r}: swap or drop one"
             )
         self.rhs = rhs
-        self._params = None if params is None else tuple(params)
+        self._params = arguments.parameters(params)
         self._progress = progress
         self._engine = Engine(
             chosen, control, jacobian,
-            {**_linear_solver_options(linear_solver), **check_petsc_options(petsc_options)},
+            arguments.linear_solver_options(linear_solver, jacobian)
+            | check_petsc_options(petsc_options),
         )  # fmt: skip
         self._monitor = monitor
-        _check_communicator(comm)
+        arguments.check_communicator(comm)
         collect_parameters(rhs, self._params)
 
     @property
@@ -206,11 +209,15 @@ class Solver(torch.nn.Module):
         """
         times = as_times(t)
         differentiate = torch.is_grad_enabled()
+        declared = collect_parameters(self.rhs, self._params)
+        if self._engine.method.implicit and any(tensor.is_inference() for tensor in declared):
+            raise ConfigurationError(
+                f"a parameter was made in torch.inference_mode, and method={self.method!r} needs "
+                "derivatives of the vector field: make the module outside of it"
+            )
         problem = InitialValueProblem.create(
-            self.rhs, y0, times,
-            collect_parameters(self.rhs, self._params) if differentiate else (),
-            check_undeclared=differentiate,
-        )  # fmt: skip
+            self.rhs, y0, times, declared if differentiate else (), check_undeclared=differentiate
+        )
         monitor = _progress_bar(problem, self._monitor) if self._progress else self._monitor
         flat = problem.layout.flatten(y0)
         inputs = (flat, times, *problem.parameters)
@@ -263,8 +270,10 @@ class _Solve(torch.autograd.Function):
             state.to(y0.dtype) if ctx.needs_input_grad[4] else None,
             time,
             *(
-                None if gradient is None else gradient.to(parameter)
-                for gradient, parameter in zip(parameters, run.problem.parameters, strict=True)
+                _as_parameter(gradient, parameter, used)
+                for gradient, parameter, used in zip(
+                    parameters, run.problem.parameters, run.used, strict=True
+                )
             ),
         ]
         if torch.is_grad_enabled():
@@ -292,6 +301,15 @@ class _FirstOrderOnly(torch.autograd.Function):
         )
 
 
+def _as_parameter(
+    gradient: torch.Tensor | None, parameter: torch.Tensor, used: bool
+) -> torch.Tensor | None:
+    """Gradient in the parameter's dtype: zeros if it is used in vain, None if not at all."""
+    if gradient is None:
+        return torch.zeros_like(parameter) if used else None
+    return gradient.to(parameter)
+
+
 def _time_gradient(
     run: Run, y0: torch.Tensor, ys: torch.Tensor, cotangents: torch.Tensor, initial: torch.Tensor
 ) -> torch.Tensor:
@@ -305,81 +323,6 @@ def _time_gradient(
             slope = field.rhs(s, ys[index].detach().clone())
             gradient[index] = direction * torch.dot(cotangent.double(), slope.double())
     return gradient
-
-
-def _refuse_reserved(**arguments: Any) -> None:
-    for name, value in arguments.items():
-        if value is not None and value is not False:
-            raise ConfigurationError(
-                f"{name}={value!r} is reserved for a later version of pnode; this one solves "
-                "y' = f(t, y) given as rhs, and keeps all stages in memory"
-            )
-
-
-def _check_communicator(comm: Any) -> None:
-    if comm is None:
-        return
-    size = comm.Get_size() if hasattr(comm, "Get_size") else getattr(comm, "size", None)
-    if size != 1:
-        raise ConfigurationError(
-            f"comm={comm!r} has {size} processes: this version integrates one state per process, "
-            "use comm=None and average gradients over the processes yourself"
-        )
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"{name}={value!r} is not a number") from error
-    if not math.isfinite(number):
-        raise ConfigurationError(f"{name}={value!r} must be finite")
-    return number
-
-
-def _positive(name: str, value: Any) -> float | None:
-    if value is None:
-        return None
-    number = _number(name, value)
-    if number <= 0.0:
-        raise ConfigurationError(
-            f"{name}={value!r} must be positive (decreasing output times need no negative steps)"
-        )
-    return number
-
-
-def _tolerance(name: str, value: Any) -> float:
-    number = _number(name, value)
-    if number < 0.0:
-        raise ConfigurationError(f"{name}={value!r} must not be negative")
-    return number
-
-
-def _count(name: str, value: Any) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or int(value) != value or value < 1:
-        raise ConfigurationError(f"{name}={value!r} must be a whole number of at least 1")
-    return int(value)
-
-
-def _linear_solver_options(linear_solver: Any) -> dict[str, Any]:
-    if linear_solver is None:
-        return {}
-    if linear_solver == "lu":
-        return {"ksp_type": "preonly", "pc_type": "lu"}
-    if isinstance(linear_solver, str):
-        known = {
-            value for name, value in vars(PETSc.KSP.Type).items()
-            if isinstance(value, str) and not name.startswith("_")
-        }  # fmt: skip
-        if linear_solver not in known:
-            raise ConfigurationError(
-                f"linear_solver={linear_solver!r} is not a PETSc KSP type: use 'lu', 'gmres', "
-                "'bcgs', 'fgmres', ..."
-            )
-        return {"ksp_type": linear_solver}
-    return check_petsc_options(linear_solver)
 
 
 def _progress_bar(problem: InitialValueProblem, then: Any) -> Callable[[int, float, Any], None]:
@@ -459,6 +402,10 @@ def odeint(
     :class:`Solver` in a training loop.
     """
     keywords: dict[str, Any] = dict(solver_keywords)
+    if options is not None and not isinstance(options, Mapping):
+        raise ConfigurationError(
+            f"options={options!r} is not a mapping: give a dictionary such as {{'step_size': 0.1}}"
+        )
     for name, value in (options or {}).items():
         if name not in _TORCHDIFFEQ_OPTIONS:
             choices = ", ".join(map(repr, _TORCHDIFFEQ_OPTIONS))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import count
 from typing import Any
 
@@ -28,7 +29,9 @@ def petsc_arguments(argv: list[str]) -> list[str]:
     is a single letter, or asks for help belongs to the program that imports pnode: PETSc would
     act on it or complain that nobody used it.
     """
-    chosen, taking = argv[:1], False
+    # The program's name comes first; python -c leaves an option there.
+    chosen = [argv[0] if argv and not argv[0].startswith("-") else "python"]
+    taking = False
     for argument in argv[1:]:
         if argument.startswith("-") and not _is_number(argument):
             name = argument.lstrip("-")
@@ -103,16 +106,13 @@ class SolverOptions:
     ) -> None:
         self.given = check_petsc_options(petsc_options)
         self.prefix = prefix
-        database = PETSc.Options().getAll()
-        everyone = {
-            name.removeprefix(PREFIX): database[name]
-            for name in petsctools.get_commandline_options()
-            if name.startswith(PREFIX) and not name.removeprefix(PREFIX)[0].isdigit()
-        }
+        everyone = _options_for_everyone()
         self._manager = petsctools.OptionsManager(
             {**(defaults or {}), **self.given, **everyone}, options_prefix=self.prefix
         )
         self._unused_reported = False
+        self._swept: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._sweeping: weakref.WeakKeyDictionary[Any, ExitStack] = weakref.WeakKeyDictionary()
 
     @property
     def values(self) -> dict[str, Any]:
@@ -120,16 +120,42 @@ class SolverOptions:
         return dict(self._manager.parameters)
 
     def apply(self, petsc_object: Any) -> None:
-        """Set the prefix of a PETSc object and let it read its options. Collective."""
+        """Set the prefix of a PETSc object and let it read its options. Collective.
+
+        Raises
+        ------
+        ConfigurationError
+            If PETSc refuses a value.
+        """
         petsc_object.setOptionsPrefix(self.prefix)
         with self.inserted():
-            petsc_object.setFromOptions()
+            try:
+                petsc_object.setFromOptions()
+            except PETSc.Error as error:
+                reason = " ".join(str(error).split())
+                raise ConfigurationError(
+                    f"PETSc refuses one of the options {self.values}: {reason}"
+                ) from error
 
     @contextmanager
     def inserted(self) -> Iterator[None]:
         """While active, the options stand in PETSc's database."""
         with self._manager.inserted_options():
             yield
+
+    def begin_sweep(self, owner: Any) -> None:
+        """Insert the options for the first sweep of ``owner``, when inner solvers read theirs."""
+        if owner not in self._swept:
+            self._swept.add(owner)
+            stack = ExitStack()
+            stack.enter_context(self.inserted())
+            self._sweeping[owner] = stack
+
+    def end_sweep(self, owner: Any) -> None:
+        """Take the options out again."""
+        stack = self._sweeping.pop(owner, None)
+        if stack is not None:
+            stack.close()
 
     def warn_unused(self) -> None:
         """Warn once about options of the dictionary that nothing has read."""
@@ -144,6 +170,20 @@ class SolverOptions:
             )
 
 
+def _options_for_everyone() -> dict[str, Any]:
+    """Return the options ``-pnode_<option>`` of the command line, without the prefix."""
+    options = PETSc.Options()
+    database = options.getAll()
+    everyone = {}
+    for option in petsctools.get_commandline_options():
+        name = option.removeprefix(PREFIX)
+        if option.startswith(PREFIX) and name and not name[0].isdigit():
+            everyone[name] = database.get(option, "")
+            # PETSc would complain that nobody used it: it is used under each solver's prefix.
+            options.used(option) or options.getString(option, "")
+    return everyone
+
+
 def check_petsc_options(petsc_options: Mapping[str, Any] | None) -> dict[str, Any]:
     """Validate a dictionary of PETSc options and flatten nested ones."""
     if petsc_options is None:
@@ -152,14 +192,13 @@ def check_petsc_options(petsc_options: Mapping[str, Any] | None) -> dict[str, An
         raise ConfigurationError(
             f"petsc_options is {petsc_options!r}: give a dictionary such as {{'ksp_type': 'gmres'}}"
         )
-    flat = petsctools.flatten_parameters(dict(petsc_options))
-    for name in flat:
+    for name in petsc_options:
         if not isinstance(name, str) or not name or name.startswith("-") or " " in name:
             raise ConfigurationError(
                 f"petsc_options has the key {name!r}: write option names without the leading "
                 "dash and without a prefix, as in {'ksp_type': 'gmres'}"
             )
-    return flat
+    return petsctools.flatten_parameters(dict(petsc_options))
 
 
 def log_stage(name: str) -> Any:

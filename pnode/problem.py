@@ -64,6 +64,11 @@ class StateLayout:
                     f"{name} has dtype {part.dtype}: use torch.float64 or torch.float32 "
                     "(complex states: torch.view_as_real)"
                 )
+            if part.layout is not torch.strided or part.device.type == "meta":
+                raise ConfigurationError(
+                    f"{name} has layout {part.layout} on {part.device}: give a dense tensor with "
+                    "values, for example y0.to_dense()"
+                )
             if (part.dtype, part.device) != (parts[0].dtype, parts[0].device):
                 raise ConfigurationError(
                     f"{name} has dtype {part.dtype} on {part.device}, but y0[0] has "
@@ -191,6 +196,8 @@ def as_times(t: Any) -> torch.Tensor:
         raise ConfigurationError(
             f"t has shape {tuple(t.shape)}: give a 1-D tensor of at least one output time"
         )
+    if t.layout is not torch.strided or t.device.type == "meta":
+        raise ConfigurationError(f"t has layout {t.layout} on {t.device}: give values, densely")
     if t.is_complex() or t.dtype is torch.bool:
         raise ConfigurationError(f"t has dtype {t.dtype}: times are real numbers")
     if not bool(torch.isfinite(t.detach()).all()):
@@ -206,8 +213,6 @@ def collect_parameters(
     if isinstance(function, torch.nn.Module):
         candidates.extend(function.parameters())
     if params is not None:
-        if isinstance(params, torch.Tensor):
-            raise ConfigurationError("params is one tensor: give a list of tensors, [tensor]")
         candidates.extend(params)
     chosen: dict[int, torch.Tensor] = {}
     for index, tensor in enumerate(candidates):

@@ -34,6 +34,8 @@ class VectorField:
         self.ledger = ledger
         self.parameters = problem.parameters
         self.dtype = problem.layout.dtype
+        #: Whether the first evaluation used each parameter.
+        self.used = [False] * len(problem.parameters)
         self._layout = problem.layout
         self._direction = problem.direction
         self._check_first = True
@@ -79,7 +81,7 @@ class VectorField:
             # of the leaf, so that the write goes through and _call reports it.
             value = self._call(s, u.clone() if first else u)
         if first and self.problem.check_undeclared:
-            self._refuse_undeclared(value, u)
+            self._find_parameters(value, u)
         return Linearization(self, s, u, value)
 
     def _call(self, s: float, own: torch.Tensor) -> torch.Tensor:
@@ -135,28 +137,33 @@ class VectorField:
         if problem:
             raise VectorFieldError(f"the vector field {problem}", time=self._direction * s)
 
-    def _refuse_undeclared(self, result: torch.Tensor, state: torch.Tensor) -> None:
+    def _find_parameters(self, result: torch.Tensor, state: torch.Tensor) -> None:
         """Walk the graph of the first evaluation: every trainable leaf must be declared."""
-        declared = {id(tensor) for tensor in (state, *self.parameters)}
-        stops = {
-            (parameter.grad_fn, parameter.output_nr)
-            for parameter in self.parameters
+        leaves = {id(tensor): index for index, tensor in enumerate(self.parameters)}
+        edges = {
+            (parameter.grad_fn, parameter.output_nr): index
+            for index, parameter in enumerate(self.parameters)
             if parameter.grad_fn is not None
         }
         pending, seen = [(result.grad_fn, result.output_nr)], set()
         while pending:
             edge = pending.pop()
             node = edge[0]
-            if node is None or edge in stops or edge in seen:
+            if node is None or edge in seen:
                 continue
             seen.add(edge)
+            if edge in edges:
+                self.used[edges[edge]] = True
+                continue
             leaf = getattr(node, "variable", None)
-            if leaf is not None and id(leaf) not in declared:
-                raise ConfigurationError(
-                    f"the vector field uses a tensor of shape {tuple(leaf.shape)} that requires "
-                    "grad and was not declared: pass it in params=[...], make the vector field a "
-                    "torch.nn.Module that owns it, or detach it"
-                )
+            if leaf is not None and leaf is not state:
+                if id(leaf) not in leaves:
+                    raise ConfigurationError(
+                        f"the vector field uses a tensor of shape {tuple(leaf.shape)} that "
+                        "requires grad and was not declared: pass it in params=[...], make the "
+                        "vector field a torch.nn.Module that owns it, or detach it"
+                    )
+                self.used[leaves[id(leaf)]] = True
             pending.extend(node.next_functions)
 
 

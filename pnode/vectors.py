@@ -58,10 +58,7 @@ def copy_out(
 
 def copy_in(vector: Any, values: torch.Tensor) -> None:
     """Overwrite the local entries with a tensor of any precision. Not collective."""
-    if values.dtype is REAL and values.device.type == "cpu":
-        vector.array_w[...] = values.detach().numpy()
-    else:
-        torch.from_numpy(vector.array_w).copy_(values.detach())
+    torch.from_numpy(vector.array_w).copy_(values.detach())
 
 
 def is_moderate(values: torch.Tensor) -> bool:

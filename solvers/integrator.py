@@ -76,12 +76,17 @@ def default_options(
     of its square, or what the precision of f leaves; the residual test serves Krylov methods,
     where convergence is linear. A transposed solve has no outer iteration to correct it, so its
     Krylov tolerance is the accuracy of the gradient.
+
+    Newton's steps are taken in full: PETSc's backtracking judges a step by the norm of the stiff
+    residual, and can cut good steps to a tenth for tens of iterations. It is the second attempt
+    where full steps fail (see :meth:`TimeIntegrator.attempt`).
     """
     options: dict[str, Any] = {"ts_adapt_type": "basic" if adaptive else "none"}
     if not method.implicit:
         return options
     double = dtype is torch.float64
     options |= {"snes_rtol": 1e-11 if double else 1e-6, "snes_stol": 1e-10 if double else 1e-5}
+    options["snes_linesearch_type"] = "basic"
     if jacobian == "dense":
         options |= {"ksp_type": "preonly", "pc_type": "lu"}
     else:
@@ -139,10 +144,6 @@ def build_ts(
         if adjoint:
             shell = shell_matrix(JacobianShell(bridge), size, size, comm)
             ts.setRHSJacobian(bridge.explicit_jacobian, shell, shell)
-    # One ts.step() is one attempt: the length of every accepted step is then known exactly.
-    ts.setMaxStepRejections(0)
-    ts.setMaxSNESFailures(1)
-    ts.setErrorIfStepFails(False)
     ts.setExactFinalTime(PETSc.TS.ExactFinalTime.STEPOVER)
     ts.setMaxTime(_FOREVER)
     ts.setTolerances(rtol=settings.rtol, atol=settings.atol)
@@ -150,6 +151,10 @@ def build_ts(
     ts.setTimeStep(1.0)
     options.apply(ts)
     _refuse_other_type(ts, method)
+    # One ts.step() is one attempt: the length of every accepted step is then known exactly.
+    ts.setMaxStepRejections(0)
+    ts.setMaxSNESFailures(1)
+    ts.setErrorIfStepFails(False)
     if settings.adaptive:
         # The smallest step is ours to enforce: PETSc accepts bad steps at its own minimum.
         ts.setStepLimits(1e-290, min(settings.max_step, ts.getStepLimits()[1]))
@@ -216,12 +221,19 @@ class TimeIntegrator:
         self.solution = self.ts.getSolution()
         self._start = self.solution.duplicate() if settings.adaptive else None
         self._rolled_back = False
+        self._backtracks = (
+            settings.method.implicit
+            and not settings.adaptive
+            and options.values.get("snes_linesearch_type") == "basic"
+            and "snes_linesearch_type" not in options.given
+        )
         self._iterations = (0, 0)
         self._direction = 1.0
 
     def begin(self, field: VectorField, u: torch.Tensor, s: float, step_index: int = 0) -> None:
         """Begin a sweep, or go on, from state ``u`` at time ``s``. Collective."""
         log_stage("pnode forward").push()
+        self.options.begin_sweep(self)
         self.bridge.attach(field)
         self._direction = field.problem.direction
         vectors.copy_in(self.solution, u)
@@ -233,6 +245,7 @@ class TimeIntegrator:
 
     def end(self) -> None:
         """End a sweep: let go of the user's objects."""
+        self.options.end_sweep(self)
         self.bridge.detach()
         log_stage("pnode forward").pop()
 
@@ -264,6 +277,8 @@ class TimeIntegrator:
         }  # fmt: skip
         self._step(where)
         error = self._failure(where)
+        if self._backtracks and isinstance(error, NonlinearSolveFailed):
+            error = self._try_backtracking(s, step, where)
         if error is None and ts.getConvergedReason() >= 0:
             self._rolled_back = False
             return StepOutcome(True, ts.getTimeStep())
@@ -278,6 +293,18 @@ class TimeIntegrator:
             ts.setStepNumber(index)
             self._start.copy(self.solution)
         return StepOutcome(False, proposed, error)
+
+    def _try_backtracking(self, s: float, step: float, where: dict[str, Any]) -> SolveError | None:
+        """Repeat a failed step with damped Newton steps: a fixed step cannot be made smaller."""
+        line_search = self.ts.getSNES().getLineSearch()
+        line_search.setType("bt")
+        try:
+            self.ts.setTime(s)
+            self.ts.setTimeStep(step)
+            self._step(where)
+            return self._failure(where)
+        finally:
+            line_search.setType("basic")
 
     def _step(self, where: dict[str, Any]) -> None:
         failure: PETSc.Error | None = None
@@ -354,8 +381,11 @@ def raise_stored(bridge: Bridge, failure: Any, where: dict[str, Any]) -> None:
     exception = bridge.take_exception() or (failure.__cause__ if failure is not None else None)
     if isinstance(exception, SolveError):
         exception = exception.located(**where)
-    if exception is not None:
-        raise exception from exception.__cause__
+    try:
+        if exception is not None:
+            raise exception from exception.__cause__
+    finally:
+        del exception, failure  # the traceback refers to this frame: break the cycle
 
 
 def adjoint_vectors(ts: Any, method: Method) -> list[Any]:

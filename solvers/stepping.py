@@ -150,13 +150,11 @@ class _Sweep:
         """Step from output time to output time under PETSc's controller."""
         control, s = self.control, start
         if self.natural is None:
-            self.natural = control.first_step or first_step(
-                self.integrator, self.field, start, end, control
-            )
+            self.natural = self._first_step(start, end)
         error: SolveError | None = None
         while s < end:
             self._check_limit(s)
-            natural = min(self.natural, control.max_step)
+            natural = min(max(self.natural, control.min_step), control.max_step)
             length = _fit(natural, end - s)
             outcome = self.integrator.attempt(s, length, self.index)
             if outcome.accepted:
@@ -169,9 +167,21 @@ class _Sweep:
                 continue
             self.ledger.rejected += 1
             error = outcome.error or error
+            self._check_minimum(s, length, end, error)
             proposed = outcome.next_step if outcome.error is None else _FAILURE_FACTOR * length
             self.natural = proposed if 0.0 < proposed < length else _FAILURE_FACTOR * length
-            self._check_minimum(s, end, error)
+
+    def _first_step(self, start: float, end: float) -> float:
+        """Return the user's first step, or an automatic one.
+
+        PETSc's theta methods estimate their error from past steps and accept the first one
+        unseen: the automatic step, which is cautious, is then the longest allowed.
+        """
+        wanted = self.control.first_step
+        if wanted is not None and not self.integrator.settings.method.implicit:
+            return wanted
+        automatic = first_step(self.integrator, self.field, start, end, self.control)
+        return automatic if wanted is None else min(wanted, automatic)
 
     def _accept(self, step: Step) -> None:
         self.index += 1
@@ -188,18 +198,17 @@ class _Sweep:
                 **self._where(s),
             )
 
-    def _check_minimum(self, s: float, end: float, error: SolveError | None) -> None:
-        """Stop when steps no longer resolve time; the last failure, if any, is the reason."""
-        assert self.natural is not None
+    def _check_minimum(self, s: float, length: float, end: float, error: SolveError | None) -> None:
+        """Stop when a failed step was the smallest; the last failure, if any, is the reason."""
         smallest = max(self.control.min_step, 4.0 * float(np.spacing(abs(s))), 1e-30 * (end - s))
-        if self.natural > smallest:
+        if length > smallest:
             return
         if isinstance(error, NonFiniteVectorField):
             raise error
         raise StepSizeUnderflow(
-            f"the step size fell to {self.natural:.2e}, below the smallest one of {smallest:.2e}: "
-            "loosen rtol and atol, use an implicit method if the problem is stiff, or look for a "
-            "singularity of the vector field",
+            f"a step of {length:.2e} failed, and the smallest one is {smallest:.2e}: loosen rtol "
+            "and atol, use an implicit method if the problem is stiff, or look for a singularity "
+            "of the vector field",
             reason=error.reason if error else None,
             **self._where(s),
         ) from error

@@ -15,7 +15,15 @@ FOLDERS = {"pnode": "pnode", "solvers": "pnode.solvers", "adjoint": "pnode.adjoi
 
 LEAVES = {
     f"pnode.{name}"
-    for name in ("errors", "options", "vectors", "vectorfield", "problem", "solution")
+    for name in (
+        "arguments",
+        "errors",
+        "options",
+        "problem",
+        "solution",
+        "vectorfield",
+        "vectors",
+    )
 }
 # Modules in the order of who may import whom: a module imports its own level and lower ones.
 LEVELS = {

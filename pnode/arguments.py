@@ -1,0 +1,130 @@
+"""Checks of arguments: each names the argument, its value and the remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from pnode.errors import ConfigurationError
+from pnode.options import PETSc, check_petsc_options
+
+__all__ = [
+    "check_communicator",
+    "count",
+    "finite",
+    "linear_solver_options",
+    "parameters",
+    "positive",
+    "refuse_reserved",
+    "tolerance",
+]
+
+
+def refuse_reserved(**arguments: Any) -> None:
+    """Refuse keywords that later versions will give a meaning."""
+    for name, value in arguments.items():
+        if value is not None and value is not False:
+            raise ConfigurationError(
+                f"{name}={value!r} is reserved for a later version of pnode; this one solves "
+                "y' = f(t, y) given as rhs, and keeps all stages in memory"
+            )
+
+
+def check_communicator(comm: Any) -> None:
+    """Accept communicators of one process."""
+    if comm is None:
+        return
+    size = comm.Get_size() if hasattr(comm, "Get_size") else getattr(comm, "size", None)
+    if size != 1:
+        raise ConfigurationError(
+            f"comm={comm!r} has {size} processes: this version integrates one state per process, "
+            "use comm=None and average gradients over the processes yourself"
+        )
+
+
+def finite(name: str, value: Any) -> float:
+    """Return a finite number."""
+    try:
+        number = float("nope" if isinstance(value, str) else value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigurationError(f"{name}={value!r} is not a number") from error
+    if not math.isfinite(number):
+        raise ConfigurationError(f"{name}={value!r} must be finite")
+    return number
+
+
+def positive(name: str, value: Any) -> float | None:
+    """Return a positive number, or None."""
+    if value is None:
+        return None
+    number = finite(name, value)
+    if number <= 0.0:
+        raise ConfigurationError(
+            f"{name}={value!r} must be positive (decreasing output times need no negative steps)"
+        )
+    return number
+
+
+def tolerance(name: str, value: Any) -> float:
+    """Return a number that is not negative."""
+    number = finite(name, value)
+    if number < 0.0:
+        raise ConfigurationError(f"{name}={value!r} must not be negative")
+    return number
+
+
+def count(name: str, value: Any) -> int | None:
+    """Return a whole number of at least 1, or None."""
+    if value is None:
+        return None
+    number = finite(name, value)
+    if isinstance(value, bool) or not number.is_integer() or number < 1:
+        raise ConfigurationError(f"{name}={value!r} must be a whole number of at least 1")
+    return int(number)
+
+
+def linear_solver_options(linear_solver: Any, jacobian: str) -> dict[str, Any]:
+    """Turn ``linear_solver=`` into PETSc options."""
+    if linear_solver is None:
+        return {}
+    if linear_solver == "lu":
+        if jacobian == "matrix-free":
+            raise ConfigurationError(
+                "linear_solver='lu' needs a matrix to factor, and jacobian='matrix-free' has "
+                "none: use jacobian='dense'"
+            )
+        return {"ksp_type": "preonly", "pc_type": "lu"}
+    if isinstance(linear_solver, str):
+        known = {
+            value for name, value in vars(PETSc.KSP.Type).items()
+            if isinstance(value, str) and not name.startswith("_")
+        }  # fmt: skip
+        if linear_solver not in known:
+            raise ConfigurationError(
+                f"linear_solver={linear_solver!r} is not a PETSc KSP type: use 'lu', 'gmres', "
+                "'bcgs', 'fgmres', ..."
+            )
+        return {"ksp_type": linear_solver}
+    if not isinstance(linear_solver, Mapping):
+        raise ConfigurationError(
+            f"linear_solver={linear_solver!r}: give a PETSc KSP type such as 'gmres', 'lu', or a "
+            "mapping of ksp and pc options such as {'ksp_type': 'gmres', 'pc_type': 'jacobi'}"
+        )
+    return check_petsc_options(linear_solver)
+
+
+def parameters(params: Any) -> tuple[Any, ...] | None:
+    """Return ``params=`` as a tuple, or None."""
+    if params is None:
+        return None
+    if isinstance(params, torch.Tensor):
+        raise ConfigurationError("params is one tensor: give a list of tensors, [tensor]")
+    try:
+        return tuple(params)
+    except TypeError as error:
+        raise ConfigurationError(
+            f"params={params!r} is not iterable: give a list of tensors"
+        ) from error
