@@ -1,0 +1,286 @@
+"""Memory: nothing is left behind by a solve, and checkpoints take what they should."""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import weakref
+
+import pytest
+import torch
+
+import pnode
+
+D = torch.float64
+
+# What one solve may leave behind on average: less than a PETSc vector with its header, let alone a
+# TS. PETSc itself keeps about 0.5 KiB of each new options prefix (odeint); the rest is how far the
+# allocator wanders.
+ALLOWED_EACH, ALLOWED_ANYHOW = 1536, 2**20
+MANY, FEW = 2000, 500
+LOOP = """
+import gc, os, sys, torch, pnode
+torch.set_num_threads(1)
+weight = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+t = torch.tensor([0.0, 0.1], dtype=torch.float64)
+def field(t, y):
+    return -weight * y
+def use(ys):
+    ys.sum().backward()
+def resident():
+    gc.collect()
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+{setup}
+def many(number):
+    for _ in range(number):
+        y0 = torch.ones(3, dtype=torch.float64, requires_grad=True)
+        {body}
+many(300)
+before = resident()
+many({number})
+print('grown by', resident() - before, flush=True)
+"""
+EXPLICIT = 'params=[weight], method="rk4", step_size=0.1'
+IMPLICIT = 'params=[weight], method="cn", step_size=0.1'
+ADAPTIVE = 'params=[weight], method="bosh3", rtol=1e-2'
+FREE = f'{IMPLICIT}, jacobian="matrix-free"'
+LOOPS = {
+    **{
+        f"solver-{name}": (f"solver = pnode.Solver(field, {keywords})", "use(solver(y0, t).ys)")
+        for name, keywords in {
+            "explicit": EXPLICIT, "implicit": IMPLICIT, "matrix-free": FREE, "adaptive": ADAPTIVE,
+        }.items()
+    },
+    "odeint-explicit": ("", f"use(pnode.odeint(field, y0, t, {EXPLICIT}))"),
+    "odeint-implicit": ("", f"use(pnode.odeint(field, y0, t, {IMPLICIT}))"),
+    "forward-only": (f"solver = pnode.Solver(field, {EXPLICIT})", "solver(y0, t)"),
+    "no-grad": (
+        f"solver = pnode.Solver(field, {IMPLICIT})", "\n        with torch.no_grad(): solver(y0, t)"
+    ),
+    "retain-graph": (
+        f"solver = pnode.Solver(field, {EXPLICIT})",
+        "ys = solver(y0, t).ys; ys.sum().backward(retain_graph=True); use(ys)",
+    ),
+    "create-graph": (
+        f"solver = pnode.Solver(field, {EXPLICIT})",
+        "torch.autograd.grad(solver(y0, t).ys.sum(), y0, create_graph=True)",
+    ),
+    "changing-sizes": (
+        f"solver = pnode.Solver(field, {EXPLICIT})",
+        "use(solver(torch.ones(1 + _ % 9, dtype=torch.float64, requires_grad=True), t).ys)",
+    ),
+    "failing": (
+        f"solver = pnode.Solver(lambda t, y: 1 / 0, {EXPLICIT})",
+        "\n        try: solver(y0, t)\n        except ZeroDivisionError: pass",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(LOOPS))
+def test_resident_memory_stays_flat(name):
+    setup, body = LOOPS[name]
+    number = MANY if name in ("solver-explicit", "solver-implicit", "odeint-implicit") else FEW
+    script = LOOP.replace("{setup}", setup).replace("{body}", body)
+    done = subprocess.run(
+        [sys.executable, "-c", script.replace("{number}", str(number))],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        # One arena that gives freed memory back soon: growth is then what is still referred to.
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "65536"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    grown = int(re.search(r"grown by (-?\d+)", done.stdout)[1])
+    assert grown < ALLOWED_ANYHOW + ALLOWED_EACH * number
+
+
+def test_petsc_objects_are_freed():
+    """-log_view counts creations and destructions of every class: all but a few must go."""
+    script = textwrap.dedent("""
+    import torch, pnode
+    t = torch.tensor([0.0, 0.1], dtype=torch.float64)
+    for number in range(30):
+        for keywords in ({"method": "rk4"}, {"method": "cn"},
+                         {"method": "cn", "jacobian": "matrix-free"}):
+            y0 = torch.ones(2, dtype=torch.float64, requires_grad=True)
+            pnode.odeint(lambda t, y: -y, y0, t, step_size=0.1, **keywords).sum().backward()
+    """)
+    done = subprocess.run(
+        [sys.executable, "-c", script, "-log_view"],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    created, destroyed = {}, {}
+    for line in done.stdout.split("Object Type")[1].splitlines():
+        words = line.split()
+        if len(words) >= 3 and words[-1].isdigit() and words[-2].isdigit():
+            name = " ".join(words[:-2])
+            created[name] = created.get(name, 0) + int(words[-2])
+            destroyed[name] = destroyed.get(name, 0) + int(words[-1])
+    assert created["TS"] >= 90
+    for name, number in created.items():
+        assert number - destroyed[name] <= 10, name
+
+
+class Marked(torch.nn.Module):
+    """A field that can be watched being freed."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(0.3, dtype=D))
+
+    def forward(self, t, y):
+        return -self.weight * y
+
+
+KINDS = {
+    "rk4": {"method": "rk4", "step_size": 0.1},
+    "dopri5": {"method": "dopri5"},
+    "cn": {"method": "cn", "step_size": 0.1},
+    "cn-matrix-free": {"method": "cn", "step_size": 0.1, "jacobian": "matrix-free"},
+}
+every_kind = pytest.mark.parametrize("kind", list(KINDS))
+
+
+def times():
+    return torch.tensor([0.0, 0.5, 1.0], dtype=D)
+
+
+def state(size=3):
+    return torch.linspace(0.1, 1.0, size, dtype=D).requires_grad_()
+
+
+@pytest.fixture
+def no_collector():
+    """Only reference counts free memory: what a cycle keeps alive is kept too long."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@every_kind
+def test_field_is_freed_with_the_last_result(kind, backward):
+    field = Marked()
+    watched = weakref.ref(field)
+    ys = pnode.odeint(field, state(), times(), **KINDS[kind])
+    if backward:
+        ys.sum().backward()
+    del field, ys
+    assert watched() is None
+
+
+@pytest.mark.usefixtures("no_collector")
+@every_kind
+def test_idle_solver_keeps_no_tensor_of_a_call(kind):
+    kept = []
+
+    def field(t, y):
+        kept.append(weakref.ref(y))
+        return -y
+
+    solver = pnode.Solver(field, **KINDS[kind])
+    y0 = state()
+    watched = weakref.ref(y0)
+    ys = solver(y0, times()).ys
+    ys.sum().backward()
+    del y0, ys
+    assert watched() is None
+    assert all(reference() is None for reference in kept)
+
+
+@pytest.mark.usefixtures("no_collector")
+@every_kind
+def test_trajectory_is_freed_with_the_output(kind):
+    solver = pnode.Solver(Marked(), **KINDS[kind])
+    solution = solver(state(1000), times())
+    node = solution.ys.grad_fn
+    while node is not None and "Solve" not in type(node).__name__:
+        node = node.next_functions[0][0]
+    assert node is not None
+    watched = weakref.ref(node.run.trajectory)
+    assert watched() is not None
+    del node, solution
+    assert watched() is None
+
+
+@pytest.mark.usefixtures("no_collector")
+@every_kind
+def test_backward_frees_the_checkpoints(kind):
+    solution = pnode.Solver(Marked(), **KINDS[kind])(state(), times())
+    node = solution.ys.grad_fn
+    while "Solve" not in type(node).__name__:
+        node = node.next_functions[0][0]
+    trajectory = node.run.trajectory
+    assert trajectory.complete
+    solution.ys.sum().backward()
+    assert not trajectory.complete
+
+
+@pytest.mark.usefixtures("no_collector")
+@every_kind
+def test_failed_solve_keeps_nothing_but_its_exception(kind):
+    class Token:
+        pass
+
+    token = Token()
+    watched = weakref.ref(token)
+
+    def field(t, y, token=token):
+        if t > 0.3:
+            raise ValueError
+        return -y
+
+    solver = pnode.Solver(field, **KINDS[kind])
+    try:
+        solver(state(), times())
+    except ValueError:
+        pass
+    del field, solver, token
+    assert watched() is None
+
+
+# What is stored.
+
+STAGES = {
+    "euler": 1, "heun2": 2, "midpoint": 2, "fehlberg2": 3, "rk3": 3, "bosh3": 3, "rk4": 4,
+    "fehlberg5": 6, "dopri5": 6, "bosh5": 7, "verner6": 8, "verner7": 10, "verner8": 13,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("size", [1, 5])
+@pytest.mark.parametrize("method", list(STAGES))
+def test_stored_bytes_of_explicit_methods(method, size, dtype):
+    y0 = torch.linspace(0.1, 1.0, size, dtype=dtype).requires_grad_()
+    stats = pnode.Solver(Marked().to(dtype), method=method, step_size=0.1)(y0, times()).stats
+    assert stats.steps == 10
+    assert stats.ram_bytes == STAGES[method] * stats.steps * size * y0.element_size()
+
+
+@pytest.mark.parametrize("size", [1, 5])
+@pytest.mark.parametrize(
+    ("method", "states"), [("cn", lambda n: n + 1), ("implicit_midpoint", lambda n: 2 * n)]
+)
+def test_stored_bytes_of_implicit_methods(method, states, size):
+    stats = pnode.Solver(Marked(), method=method, step_size=0.1)(state(size), times()).stats
+    assert stats.ram_bytes == states(stats.steps) * size * 8
+
+
+def test_stored_bytes_do_not_count_twice():
+    y0 = state()
+    solution = pnode.Solver(Marked(), method="rk4", step_size=0.1)(y0, times())
+    stored = solution.stats.ram_bytes
+    loss = solution.ys.sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert stored == solution.stats.ram_bytes == 4 * 10 * 3 * 8
