@@ -45,201 +45,28 @@ for each observed quantity, with or without a header; the first row is the initi
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import math
 import sys
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import torch
-from scipy.integrate import solve_ivp
+from observations import DataError, Observations, read_csv, refine, robertson_observations
+from report import COUNTS, FINE, plot, table, write_json
 from tqdm import tqdm
 
 import pnode
 
-RATE_CONSTANTS = (0.04, 3e7, 1e4)
-OBSERVATION_TIMES = np.logspace(-5, 2, 40)
 WARM_UP = 20  # iterations
 FINAL_RATE = 0.01  # share of the peak learning rate
 CLIP = 1.0  # longest gradient that AdamW gets to see
 MAX_RECOVERIES = 8
 UNUSABLE = 1.0  # a scaled MAE above this is worse than any constant
-FINE = 8  # steps per interval of the check on a finer grid
-COUNTS = ("steps", "rejected", "rhs", "jvp", "vjp", "jacobians", "newton", "krylov")
-
-
-# ------------------------------------------------------------------------------------- the data
-
-
-class DataError(Exception):
-    """A data file cannot be used; the message says where and why."""
-
-
-@dataclass(frozen=True)
-class Observations:
-    """States observed at increasing times; the first is the initial state.
-
-    Attributes
-    ----------
-    title : str
-        Where they are from.
-    names : tuple of str
-        One per quantity.
-    times : Tensor
-        Shape (N + 1,).
-    states : Tensor
-        Shape (N + 1, quantities), in the data's own units.
-    curve : tuple of ndarray, optional
-        Times and states of the true solution, for the figure.
-    """
-
-    title: str
-    names: tuple[str, ...]
-    times: torch.Tensor
-    states: torch.Tensor
-    curve: tuple[np.ndarray, np.ndarray] | None = None
-
-    @property
-    def low(self) -> torch.Tensor:
-        """The smallest value of each quantity."""
-        return self.states.amin(0)
-
-    @property
-    def span(self) -> torch.Tensor:
-        """Largest minus smallest value of each quantity, 1 where it is constant."""
-        span = self.states.amax(0) - self.low
-        return torch.where(span > 0, span, torch.ones_like(span))
-
-    @property
-    def scaled(self) -> torch.Tensor:
-        """The states, each quantity scaled to [0, 1]."""
-        return (self.states - self.low) / self.span
-
-    @property
-    def rates(self) -> torch.Tensor:
-        """The steepest slope of each scaled quantity between two observations."""
-        slopes = self.scaled.diff(dim=0) / self.times.diff()[:, None]
-        return slopes.abs().amax(0).clamp(min=float(1 / (self.times[-1] - self.times[0])))
-
-
-def robertson_observations() -> Observations:
-    """Solve Robertson's equations to eleven digits."""
-    k1, k2, k3 = RATE_CONSTANTS
-
-    def kinetics(_: float, y: np.ndarray) -> list[float]:
-        slow, fastest, fast = k1 * y[0], k2 * y[1] ** 2, k3 * y[1] * y[2]
-        return [fast - slow, slow - fast - fastest, fastest]
-
-    truth = solve_ivp(
-        kinetics,
-        (0.0, OBSERVATION_TIMES[-1]),
-        [1.0, 0.0, 0.0],
-        method="Radau",
-        rtol=1e-11,
-        atol=[1e-13, 1e-17, 1e-13],
-        dense_output=True,
-    )
-    times = np.concatenate([[0.0], OBSERVATION_TIMES])
-    smooth = np.geomspace(OBSERVATION_TIMES[0], OBSERVATION_TIMES[-1], 400)
-    return Observations(
-        title="Robertson's kinetics",
-        names=("A", "B", "C"),
-        times=torch.from_numpy(times),
-        states=torch.from_numpy(truth.sol(times).T.copy()),
-        curve=(smooth, truth.sol(smooth).T),
-    )
-
-
-def read_csv(path: Path) -> Observations:
-    """Read observations: a time column, one column per quantity, an optional header.
-
-    Raises
-    ------
-    DataError
-        If the file is missing or malformed; the message names the file, line and column.
-    """
-    rows = _read_rows(path)
-    if not rows:
-        raise DataError(f"{path}: the file is empty")
-    first_line, first = rows[0]
-    header = first if not any(_is_number(cell) for cell in first) else None
-    width = len(first)
-    if width < 2:
-        raise DataError(
-            f"{path}, line {first_line}, column 1: the row has one column, but time and at least "
-            "one quantity are needed, separated by commas"
-        )
-    names = [name or f"y{index}" for index, name in enumerate(header or [""] * width)]
-    body = rows[1:] if header else rows
-    table = [_parse_row(path, line, row, names if header else None, width) for line, row in body]
-    if len(table) < 3:
-        raise DataError(
-            f"{path}, line {rows[-1][0]}: the file ends after {len(table)} rows of numbers, but "
-            "at least 3 are needed, the first of them the initial state"
-        )
-    for (line, _), (before, now) in zip(body[1:], pairwise(table), strict=True):
-        if not now[0] > before[0]:
-            raise DataError(
-                f"{path}, line {line}, {_column(0, names if header else None)}: the time "
-                f"{now[0]:g} does not come after {before[0]:g}, the one before"
-            )
-    values = torch.tensor(table, dtype=torch.float64)
-    return Observations(path.name, tuple(names[1:]), values[:, 0].clone(), values[:, 1:].clone())
-
-
-def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
-    """Read the rows that are not blank, with their line numbers."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.reader(stream)
-            try:
-                rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
-            except csv.Error as error:
-                raise DataError(f"{path}, line {reader.line_num}: {error}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start + 1} is not UTF-8 text") from None
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
-    return [(line, row) for line, row in rows if row not in ([], [""])]
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
-
-
-def _column(index: int, names: Sequence[str] | None) -> str:
-    return f"column {index + 1}" + (f" ({names[index]})" if names else "")
-
-
-def _parse_row(
-    path: Path, line: int, row: list[str], names: Sequence[str] | None, width: int
-) -> list[float]:
-    """Turn a row into finite numbers."""
-    if len(row) != width:
-        raise DataError(
-            f"{path}, line {line}, column {min(len(row), width) + 1}: the row has {len(row)} "
-            f"columns, but the first row has {width}"
-        )
-    for index, cell in enumerate(row):
-        where = f"{path}, line {line}, {_column(index, names)}"
-        if not cell:
-            raise DataError(f"{where}: the cell is empty")
-        if not _is_number(cell):
-            raise DataError(f"{where}: {cell!r} is not a number")
-        if not math.isfinite(float(cell)):
-            raise DataError(f"{where}: {cell!r} is not finite")
-    return [float(cell) for cell in row]
 
 
 # ------------------------------------------------------------------------------------ the model
@@ -326,9 +153,6 @@ def make_solver(
         step_size=None if adaptive else 2.0 * longest,
         max_steps=max_steps if adaptive else None,
         jacobian="auto" if is_explicit(method) else "dense",
-        # Full Newton steps. A line search wants the residual to fall at once; at first it does
-        # not, since the stiff component of an error of 1e-3 outweighs all others.
-        petsc_options=None if is_explicit(method) else {"snes_linesearch_type": "basic"},
     )
 
 
@@ -490,125 +314,6 @@ def evaluate(
     with torch.no_grad():
         states = solver(data[0], refine(observations.times, substeps)).ys
     return float((states[substeps::substeps] - data[1:]).abs().mean()), states
-
-
-def refine(times: torch.Tensor, substeps: int) -> torch.Tensor:
-    """Cut each interval into equal parts; the given times are kept to the last bit."""
-    parts = torch.arange(substeps, dtype=times.dtype) / substeps
-    inner = times[:-1, None] + times.diff()[:, None] * parts
-    return torch.cat([inner.flatten(), times[-1:]])
-
-
-# ----------------------------------------------------------------------------------- the report
-
-
-def table(result: Result, observations: Observations) -> str:
-    """Lay out the result for a terminal."""
-    lines = [f"{observations.title}: method {result.method}, seed {result.seed}", ""]
-
-    def row(text: str, *cells: str) -> None:
-        lines.append(f"  {text:<28}" + "".join(f"{cell:>14}" for cell in cells))
-
-    if math.isfinite(result.mae):
-        row("final scaled MAE", f"{result.mae:.5f}")
-        row(f"the same in 1/{FINE} of the steps", f"{result.fine_mae:.5f}")
-    row("iterations", f"{result.iterations:,}")
-    row("failed solves", f"{result.recoveries:,}")
-    if result.iterations:
-        norms = [norm for norm in result.gradient_norms if math.isfinite(norm)]
-        row("largest gradient norm", f"{max(norms):.3g}")
-    row("wall time of training", f"{result.seconds:.1f} s")
-    if result.iterations:
-        sweeps = result.iterations
-        lines.append("")
-        row("", "forward", "per sweep", "backward", "per sweep")
-        for name, text in zip(COUNTS, LABELS, strict=True):
-            ahead, back = result.forward[name], result.backward[name]
-            row(text, f"{ahead:,}", f"{ahead / sweeps:.1f}", f"{back:,}", f"{back / sweeps:.1f}")
-    return "\n".join(lines)
-
-
-LABELS = (
-    "steps",
-    "rejected steps",
-    "evaluations of f",
-    "Jacobian-vector products",
-    "vector-Jacobian products",
-    "assembled Jacobians",
-    "Newton iterations",
-    "Krylov iterations",
-)
-
-
-def plot(result: Result, observations: Observations, learned: torch.Tensor, path: Path) -> None:
-    """Draw every quantity (truth, data, learned) and the loss curve."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    times = observations.times.numpy()
-    logarithmic = times[0] >= 0 and times[-1] > 1e3 * times[1]
-    substeps = (len(learned) - 1) // (len(times) - 1)
-    fine_times = refine(observations.times, substeps).numpy()
-    fine = (learned * observations.span + observations.low).numpy()
-    panels = len(observations.names) + 1
-    rows = (panels + 1) // 2
-    figure, axes = pyplot.subplots(
-        rows, 2, figsize=(10.0, 3.1 * rows + 0.7), layout="constrained", squeeze=False
-    )
-    for index, name in enumerate(observations.names):
-        axis = axes.flat[index]
-        factor, label = readable_unit(observations.states[:, index])
-        if observations.curve is not None:
-            smooth, truth = observations.curve
-            axis.plot(smooth, truth[:, index] * factor, color="0.75", lw=5, label="truth")
-        data = observations.states[:, index].numpy() * factor
-        axis.plot(times, data, "o", ms=4.5, mfc="white", mec="black", label="data")
-        axis.plot(fine_times, fine[:, index] * factor, color="C3", lw=1.6, label="learned")
-        if logarithmic:
-            axis.set_xscale("log")
-            axis.set_xlim(times[1] / 1.5, times[-1] * 1.5)
-        axis.set(xlabel="time", ylabel=name + label)
-        axis.grid(alpha=0.25)
-    _plot_loss(axes.flat[panels - 1], result)
-    for axis in axes.flat[panels:]:
-        axis.set_axis_off()
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(
-        f"{observations.title}, learned with {result.method}: scaled MAE {result.mae:.4f}"
-    )
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
-def _plot_loss(axis, result: Result) -> None:  # type: ignore[no-untyped-def]
-    axis.semilogy(result.losses, color="C0", lw=1.0)
-    axis.set(xlabel="iteration", ylabel="loss (scaled MAE)")
-    axis.grid(alpha=0.25)
-
-
-def readable_unit(values: torch.Tensor) -> tuple[float, str]:
-    """Choose a power of ten that makes small numbers readable, and its label."""
-    largest = float(values.abs().max())
-    if largest == 0.0 or 0.01 <= largest < 1e4:
-        return 1.0, ""
-    exponent = -math.floor(math.log10(largest))
-    return 10.0**exponent, rf" $\times\ 10^{{{exponent}}}$"
-
-
-def write_json(result: Result, observations: Observations, path: Path) -> None:
-    """Write the result, with null for what is not finite."""
-
-    def clean(value: object) -> object:
-        if isinstance(value, float) and not math.isfinite(value):
-            return None
-        return [clean(item) for item in value] if isinstance(value, list) else value
-
-    content = {name: clean(value) for name, value in asdict(result).items() if name != "learned"}
-    content = {"title": observations.title, "iterations": result.iterations, **content}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------- the program

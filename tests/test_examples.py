@@ -19,6 +19,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "robertson.py"
 def load() -> ModuleType:
     spec = importlib.util.spec_from_file_location("robertson_example", SCRIPT)
     assert spec is not None and spec.loader is not None
+    sys.path.insert(0, str(SCRIPT.parent))  # where Python looks when it runs the script
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
@@ -221,7 +222,8 @@ def test_counts(trained):
 def test_same_seed_same_numbers_other_seed_other_numbers(observations, trained):
     again = robertson.run(observations, iterations=2, seed=0)
     other = robertson.run(observations, iterations=2, seed=1)
-    assert again.losses[0] == trained.losses[0]
+    # LAPACK's least squares, which fits the output layer, depends on how memory is aligned.
+    assert again.losses[0] == pytest.approx(trained.losses[0], rel=1e-12)
     assert other.losses[0] != trained.losses[0]
 
 

@@ -314,6 +314,37 @@ def test_field_that_writes_into_one_part_of_a_tuple_is_refused(name):
         pnode.Solver(field, **SOLVERS[name])((state(), state(1.0)), times())
 
 
+@pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
+@pytest.mark.parametrize("writer", list(WRITERS))
+@each_solver()
+def test_field_that_starts_writing_later_is_refused(name, writer, grad):
+    field = Decay()
+    field.intrude, field.calls_before = WRITERS[writer], 6
+    with torch.set_grad_enabled(grad), pytest.raises(pnode.VectorFieldError, match="wrote into"):
+        pnode.Solver(field, **SOLVERS[name])(state(grad=grad), times())
+
+
+@each_solver()
+def test_field_that_later_overwrites_a_state_it_kept(name):
+    """What a checkpoint holds must not be what f was given, or f's writing must be noticed."""
+    expected = value_and_gradients(pnode.Solver(Decay(), **SOLVERS[name]))
+    field = Decay()
+    plain, kept = field.forward, []
+
+    def forward(t, y):
+        if len(kept) > 3:
+            kept[-3].zero_()
+        kept.append(y.detach())
+        return plain(t, y)
+
+    field.forward = forward
+    try:
+        result = value_and_gradients(pnode.Solver(field, **SOLVERS[name]))
+    except (pnode.PnodeError, RuntimeError):
+        return
+    assert_same(result, expected)
+
+
 @each_solver()
 def test_field_that_starts_writing_in_backward_is_refused(name):
     field = Decay()
@@ -389,16 +420,19 @@ def test_create_graph_alone_gives_first_derivatives(name):
         assert torch.equal(gradient.detach(), wanted)
 
 
+LOSSES = {"linear": torch.Tensor.sum, "quadratic": lambda ys: ys.square().sum()}
+
+
 @pytest.mark.parametrize("source", ["state", "parameter", "time"])
-@pytest.mark.parametrize("power", [1, 2], ids=["linear-loss", "quadratic-loss"])
+@pytest.mark.parametrize("loss", list(LOSSES))
 @each_solver(["rk4", "cn-dense"])
-def test_second_derivative_is_refused(name, power, source):
-    # The cubic terms alone have second derivatives, so a missing link would pass unseen.
+def test_second_derivative_is_refused(name, loss, source):
+    # The cubic term alone has a second derivative, so a missing link would pass unseen.
     field, y0, t = Decay(), state(), times()
     field.rate.requires_grad_(source == "parameter")
     wanted = {"state": y0, "parameter": field.rate, "time": t}[source].requires_grad_()
-    loss = pnode.Solver(field, **SOLVERS[name])(y0, t).ys.pow(power).sum() + wanted.pow(3).sum()
-    (first,) = torch.autograd.grad(loss, wanted, create_graph=True)
+    total = LOSSES[loss](pnode.Solver(field, **SOLVERS[name])(y0, t).ys) + wanted.pow(3).sum()
+    (first,) = torch.autograd.grad(total, wanted, create_graph=True)
     with pytest.raises(pnode.BackwardError, match="second derivatives"):
         first.sum().backward()
 

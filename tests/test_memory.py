@@ -21,7 +21,6 @@ D = torch.float64
 # TS. PETSc itself keeps about 0.5 KiB of each new options prefix (odeint); the rest is how far the
 # allocator wanders.
 ALLOWED_EACH, ALLOWED_ANYHOW = 1536, 2**20
-MANY, FEW = 2000, 500
 LOOP = """
 import gc, os, sys, torch, pnode
 torch.set_num_threads(1)
@@ -40,54 +39,57 @@ def many(number):
     for _ in range(number):
         y0 = torch.ones(3, dtype=torch.float64, requires_grad=True)
         {body}
-many(300)
+many(200)
 before = resident()
 many({number})
 print('grown by', resident() - before, flush=True)
 """
-EXPLICIT = 'params=[weight], method="rk4", step_size=0.1'
-IMPLICIT = 'params=[weight], method="cn", step_size=0.1'
-ADAPTIVE = 'params=[weight], method="bosh3", rtol=1e-2'
-FREE = f'{IMPLICIT}, jacobian="matrix-free"'
+FIXED = "params=[weight], step_size=0.1"
+VARIETY_SETUP = f"""
+solver = pnode.Solver(field, method="rk4", {FIXED})
+others = [pnode.Solver(field, method="cn", jacobian="matrix-free", {FIXED}),
+          pnode.Solver(field, params=[weight], method="bosh3", rtol=1e-2)]
+broken = pnode.Solver(lambda t, y: 1 / 0, method="rk4", {FIXED})
+sizes = iter(range(10**9))
+"""
+VARIETY = """
+        for other in others:
+            use(other(y0, t).ys)
+        solver(y0, t)
+        with torch.no_grad():
+            solver(y0, t)
+        ys = solver(y0, t).ys
+        ys.sum().backward(retain_graph=True)
+        use(ys)
+        torch.autograd.grad(solver(y0, t).ys.sum(), y0, create_graph=True)
+        y0 = torch.ones(1 + next(sizes) % 9, dtype=torch.float64, requires_grad=True)
+        use(solver(y0, t).ys)
+        try:
+            broken(y0, t)
+        except ZeroDivisionError:
+            pass
+"""
 LOOPS = {
-    **{
-        f"solver-{name}": (f"solver = pnode.Solver(field, {keywords})", "use(solver(y0, t).ys)")
-        for name, keywords in {
-            "explicit": EXPLICIT, "implicit": IMPLICIT, "matrix-free": FREE, "adaptive": ADAPTIVE,
-        }.items()
-    },
-    "odeint-explicit": ("", f"use(pnode.odeint(field, y0, t, {EXPLICIT}))"),
-    "odeint-implicit": ("", f"use(pnode.odeint(field, y0, t, {IMPLICIT}))"),
-    "forward-only": (f"solver = pnode.Solver(field, {EXPLICIT})", "solver(y0, t)"),
-    "no-grad": (
-        f"solver = pnode.Solver(field, {IMPLICIT})", "\n        with torch.no_grad(): solver(y0, t)"
+    "solver-explicit": (
+        2000, f"solver = pnode.Solver(field, method='rk4', {FIXED})", "use(solver(y0, t).ys)"
     ),
-    "retain-graph": (
-        f"solver = pnode.Solver(field, {EXPLICIT})",
-        "ys = solver(y0, t).ys; ys.sum().backward(retain_graph=True); use(ys)",
+    "solver-implicit": (
+        2000, f"solver = pnode.Solver(field, method='cn', {FIXED})", "use(solver(y0, t).ys)"
     ),
-    "create-graph": (
-        f"solver = pnode.Solver(field, {EXPLICIT})",
-        "torch.autograd.grad(solver(y0, t).ys.sum(), y0, create_graph=True)",
-    ),
-    "changing-sizes": (
-        f"solver = pnode.Solver(field, {EXPLICIT})",
-        "use(solver(torch.ones(1 + _ % 9, dtype=torch.float64, requires_grad=True), t).ys)",
-    ),
-    "failing": (
-        f"solver = pnode.Solver(lambda t, y: 1 / 0, {EXPLICIT})",
-        "\n        try: solver(y0, t)\n        except ZeroDivisionError: pass",
-    ),
+    "odeint-explicit": (1000, "", f"use(pnode.odeint(field, y0, t, method='rk4', {FIXED}))"),
+    "odeint-implicit": (2000, "", f"use(pnode.odeint(field, y0, t, method='cn', {FIXED}))"),
+    "variety": (500, VARIETY_SETUP, VARIETY),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", list(LOOPS))
 def test_resident_memory_stays_flat(name):
-    setup, body = LOOPS[name]
-    number = MANY if name in ("solver-explicit", "solver-implicit", "odeint-implicit") else FEW
-    script = LOOP.replace("{setup}", setup).replace("{body}", body)
+    number, setup, body = LOOPS[name]
+    script = LOOP
+    for slot, text in {"{setup}": setup, "{body}": body, "{number}": str(number)}.items():
+        script = script.replace(slot, text)
     done = subprocess.run(
-        [sys.executable, "-c", script.replace("{number}", str(number))],
+        [sys.executable, "-c", script],
         capture_output=True,
         text=True,
         timeout=300,
