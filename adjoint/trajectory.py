@@ -10,7 +10,7 @@ from collections import Counter
 import torch
 
 from pnode.adjoint.schedule import Schedule, StoreStages
-from pnode.errors import CheckpointError
+from pnode.errors import CheckpointError, VectorFieldError
 from pnode.solution import Ledger
 from pnode.solvers.integrator import TimeIntegrator
 from pnode.solvers.stepping import Step
@@ -73,11 +73,20 @@ class Trajectory:
         ------
         CheckpointError
             If there is none.
+        VectorFieldError
+            If the vector field has written into a state that it was given in this step: the
+            checkpoint holds these very tensors.
         """
         try:
-            return self._checkpoints[index]
+            checkpoint = self._checkpoints[index]
         except KeyError:
             raise CheckpointError("there is no checkpoint of this step", step=index) from None
+        if any(tensor._version for tensor in checkpoint):
+            raise VectorFieldError(
+                "the vector field kept a state y and wrote into it later; keep y.clone() instead",
+                step=index,
+            )
+        return checkpoint
 
     def discard(self, index: int) -> None:
         """Free a checkpoint."""

@@ -109,8 +109,8 @@ class Engine:
     jacobian: str
     petsc_options: dict[str, Any]
     prefix: str = field(default_factory=next_prefix)
-    _pool: _Pool = field(default_factory=_Pool)
-    _options: dict[Hashable, SolverOptions] = field(default_factory=dict)
+    _pool: _Pool = field(default_factory=_Pool, init=False)
+    _options: dict[Hashable, SolverOptions] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         """Destroy the pooled PETSc objects with the engine, not whenever they are collected."""
@@ -149,7 +149,9 @@ class Engine:
         """
         layout = problem.layout
         run = Run(problem, Stats(), self._settings(layout.size, layout.dtype), self.control)
-        ys = torch.empty((len(problem.times), layout.size), dtype=layout.dtype)
+        ys = torch.empty(
+            (len(problem.times), layout.size), dtype=layout.dtype, device=layout.device
+        )
         field_ = VectorField(problem, run.stats)
         integrator: TimeIntegrator = self._take_integrator(run.settings)
         if keep:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from pnode import arguments
 from pnode.engine import Engine, Run
 from pnode.errors import BackwardError, ConfigurationError
-from pnode.options import check_petsc_options
+from pnode.options import ODEINT_PREFIX, check_petsc_options
 from pnode.problem import InitialValueProblem, as_times, collect_parameters
 from pnode.solution import Solution
 from pnode.solvers.methods import find_method
@@ -277,7 +277,7 @@ class _Solve(torch.autograd.Function):
             ),
         ]
         if torch.is_grad_enabled():
-            anchors = [tensor for tensor in (cotangents, y0, *run.problem.parameters)]
+            anchors = [cotangents, y0, t, *run.problem.parameters]
             gradients = [
                 None if gradient is None else _FirstOrderOnly.apply(gradient, *anchors)
                 for gradient in gradients
@@ -316,7 +316,7 @@ def _time_gradient(
     """Derivatives with respect to the output times: along the exact flow, dy/dt = f."""
     field = VectorField(replace(run.problem, check_undeclared=False), run.stats.backward)
     direction = run.problem.direction
-    gradient = torch.zeros(len(run.problem.times), dtype=torch.float64)
+    gradient = torch.zeros(len(run.problem.times), dtype=torch.float64, device="cpu")
     for index, s in enumerate(run.problem.times):
         cotangent = -initial if index == 0 else cotangents[index]
         if bool(cotangent.ne(0).any()):
@@ -399,7 +399,10 @@ def odeint(
     Notes
     -----
     Collective on the solver's communicator. A new solver is set up on each call; keep a
-    :class:`Solver` in a training loop.
+    :class:`Solver` in a training loop. Its PETSc options have the prefix ``pnode_odeint_``.
+
+    The default tolerances are torchdiffeq's. They are tight for methods of order one and two,
+    which then take thousands of steps, and beyond what a float32 field resolves.
     """
     keywords: dict[str, Any] = dict(solver_keywords)
     if options is not None and not isinstance(options, Mapping):
@@ -424,6 +427,8 @@ def odeint(
         # One step per interval: a step size that no interval exceeds.
         keywords["step_size"] = float((times.max() - times.min()).item()) or 1.0
     solver = Solver(func, rtol=rtol, atol=atol, method=chosen.name, params=params, **keywords)
+    # PETSc keeps half a kilobyte for every prefix it has ever seen: calls share one.
+    solver._engine = replace(solver._engine, prefix=ODEINT_PREFIX)
     return solver(y0, times).ys
 
 

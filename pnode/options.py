@@ -20,6 +20,20 @@ __all__ = ["PETSc", "SolverOptions", "log_event", "log_stage", "next_prefix", "p
 
 MINIMUM_PETSC = ">=3.22"
 PREFIX = "pnode_"
+ODEINT_PREFIX = "pnode_odeint_"
+# Options that PETSc would take in, to no effect or to a wrong one, since pnode drives the steps.
+_OURS = {
+    "ts_max_time": "the last output time is the end",
+    "ts_max_steps": "use max_steps=",
+    "ts_exact_final_time": "every output time is hit exactly",
+    "ts_dt": "use step_size= or first_step=",
+    "ts_time_step": "use step_size= or first_step=",
+    "ts_init_time": "the first output time is the start",
+    "snes_mf": "use jacobian='matrix-free'",
+    "snes_mf_operator": "use jacobian='matrix-free'",
+    "snes_fd": "Jacobians come from autograd; use jacobian='dense'",
+    "snes_fd_color": "Jacobians come from autograd; use jacobian='dense'",
+}
 
 
 def petsc_arguments(argv: list[str]) -> list[str]:
@@ -110,6 +124,8 @@ class SolverOptions:
         self._manager = petsctools.OptionsManager(
             {**(defaults or {}), **self.given, **everyone}, options_prefix=self.prefix
         )
+        for name in sorted(set(self.values) & set(_OURS)):
+            raise ConfigurationError(f"the PETSc option {name!r} is not for pnode: {_OURS[name]}")
         self._unused_reported = False
         self._swept: weakref.WeakSet[Any] = weakref.WeakSet()
         self._sweeping: weakref.WeakKeyDictionary[Any, ExitStack] = weakref.WeakKeyDictionary()
@@ -128,14 +144,29 @@ class SolverOptions:
             If PETSc refuses a value.
         """
         petsc_object.setOptionsPrefix(self.prefix)
-        with self.inserted():
-            try:
-                petsc_object.setFromOptions()
-            except PETSc.Error as error:
-                reason = " ".join(str(error).split())
-                raise ConfigurationError(
-                    f"PETSc refuses one of the options {self.values}: {reason}"
-                ) from error
+        with self.inserted(), self._refusing():
+            petsc_object.setFromOptions()
+
+    def set_up(self, petsc_object: Any) -> None:
+        """Set a PETSc object up under the options. Collective.
+
+        Raises
+        ------
+        ConfigurationError
+            If PETSc refuses a combination.
+        """
+        with self.inserted(), self._refusing():
+            petsc_object.setUp()
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        try:
+            yield
+        except PETSc.Error as error:
+            reason = " ".join(str(error).split())
+            raise ConfigurationError(
+                f"PETSc refuses one of the options {self.values}: {reason}"
+            ) from error
 
     @contextmanager
     def inserted(self) -> Iterator[None]:
@@ -177,6 +208,8 @@ def _options_for_everyone() -> dict[str, Any]:
     everyone = {}
     for option in petsctools.get_commandline_options():
         name = option.removeprefix(PREFIX)
+        if option.startswith(ODEINT_PREFIX):
+            continue
         if option.startswith(PREFIX) and name and not name[0].isdigit():
             everyone[name] = database.get(option, "")
             # PETSc would complain that nobody used it: it is used under each solver's prefix.

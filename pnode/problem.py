@@ -187,7 +187,7 @@ def as_times(t: Any) -> torch.Tensor:
     """Validate output times and return them as a 1-D float tensor (the same one if it is one)."""
     if not isinstance(t, torch.Tensor):
         try:
-            t = torch.as_tensor(t, dtype=torch.float64)
+            t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise ConfigurationError(
                 f"t is a {type(t).__name__}: give a 1-D tensor of output times"

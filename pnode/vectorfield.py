@@ -77,9 +77,14 @@ class VectorField:
         u.requires_grad_(True)
         first, self._check_first = self._check_first, False
         with torch.enable_grad():
-            # torch has an error of its own for writing into a leaf: the first time, f gets a copy
+            # torch has an error of its own for writing into a leaf. The first time, f gets a copy
             # of the leaf, so that the write goes through and _call reports it.
-            value = self._call(s, u.clone() if first else u)
+            try:
+                value = self._call(s, u.clone() if first else u)
+            except RuntimeError as error:
+                if "leaf Variable" in str(error) and "in-place" in str(error):
+                    raise self._wrote_into_input(s) from error
+                raise
         if first and self.problem.check_undeclared:
             self._find_parameters(value, u)
         return Linearization(self, s, u, value)
@@ -91,17 +96,14 @@ class VectorField:
         version = own._version
         result = self.problem.function(time, layout.unflatten(own))
         if own._version != version:
-            raise VectorFieldError(
-                "the vector field wrote into its input y; compute on y.clone(), or without "
-                "in-place operations",
-                time=self._direction * s,
-            )
+            raise self._wrote_into_input(s)
         if not layout.is_tuple:
             if (
                 type(result) is torch.Tensor
                 and result.shape == layout.shapes[0]
                 and result.dtype is layout.dtype
                 and result.device == layout.device
+                and result.layout is torch.strided
             ):
                 flat = result.reshape(-1)
                 return flat if self._direction > 0 else -flat
@@ -112,6 +114,13 @@ class VectorField:
         flat = torch.cat([part.reshape(-1) for part in parts])
         return flat if self._direction > 0 else -flat
 
+    def _wrote_into_input(self, s: float) -> VectorFieldError:
+        return VectorFieldError(
+            "the vector field wrote into its input y; compute on y.clone(), or without in-place "
+            "operations",
+            time=self._direction * s,
+        )
+
     def _check_result(self, s: float, parts: tuple[Any, ...]) -> None:
         layout = self._layout
         problem = None
@@ -121,6 +130,8 @@ class VectorField:
             where = f" (part {index})" if layout.is_tuple else ""
             if not isinstance(part, torch.Tensor):
                 problem = f"returned a {type(part).__name__}{where}, not a tensor"
+            elif part.layout is not torch.strided:
+                problem = f"returned a tensor of layout {part.layout}{where}; use to_dense()"
             elif part.shape != shape:
                 problem = f"returned shape {tuple(part.shape)}{where} for a state of {tuple(shape)}"
             elif part.dtype is not layout.dtype:

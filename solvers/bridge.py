@@ -53,7 +53,7 @@ class Point:
     product: tuple[tuple[int, int], tuple[Any, Any]] | None = None
 
 
-_NOWHERE = Point(0.0, torch.empty(0), (0, -1))
+_NOWHERE = Point(0.0, torch.empty(0, device="cpu"), (0, -1))
 
 
 class Bridge:

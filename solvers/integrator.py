@@ -28,6 +28,7 @@ __all__ = ["IntegratorSettings", "StepOutcome", "TimeIntegrator", "build_ts", "d
 # Above this size "auto" stops assembling Jacobians: n batched backward passes and an n^3 / 3
 # factorization then cost more than a few tens of Krylov iterations.
 DENSE_LIMIT = 256
+_FLOATING_POINT = 72  # PETSC_ERR_FP
 # TSStep wants a final time; ours is kept by the driver.
 _FOREVER = 1e300
 
@@ -159,8 +160,7 @@ def build_ts(
         # The smallest step is ours to enforce: PETSc accepts bad steps at its own minimum.
         ts.setStepLimits(1e-290, min(settings.max_step, ts.getStepLimits()[1]))
     ts.removeTrajectory()
-    with options.inserted():
-        ts.setUp()
+    options.set_up(ts)
     return ts
 
 
@@ -314,9 +314,13 @@ class TimeIntegrator:
             failure = error
         raise_stored(self.bridge, failure, where)
         if failure is not None:
+            overflow = (
+                "; an error norm overflows when rtol * |y| + atol is zero or tiny for an entry of y"
+                if failure.ierr == _FLOATING_POINT
+                else ""
+            )
             raise SolveError(
-                "PETSc could not take this step; an error norm overflows when rtol * |y| + atol "
-                "is zero or tiny for an entry of y",
+                f"PETSc could not take this step{overflow}",
                 reason=str(failure).replace("\n", " "), **where,
             ) from failure  # fmt: skip
 
