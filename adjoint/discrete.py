@@ -19,6 +19,7 @@ from pnode.solvers.integrator import (
     raise_stored,
     reason_name,
 )
+from pnode.solvers.petsc_c import total_krylov_iterations
 from pnode.solvers.stepping import Step
 from pnode.vectorfield import VectorField
 
@@ -72,6 +73,8 @@ class DiscreteAdjoint:
         self.ts.removeTrajectory()
         self._vectors = adjoint_vectors(self.ts, settings.method)
         self._direction = 1.0
+        self._ksp = self.ts.getSNES().getKSP() if implicit else None
+        self._iterations = 0
 
     def begin(self, field: VectorField) -> None:
         """Begin a sweep with zero cost gradients. Collective."""
@@ -82,6 +85,8 @@ class DiscreteAdjoint:
         self.cost_gradient.set(0.0)
         if self._parameters is not None:
             self._parameters.begin(len(field.parameters))
+        if self._ksp is not None:
+            self._iterations = total_krylov_iterations(self._ksp)
 
     def end(self) -> None:
         """End a sweep: let go of the user's objects."""
@@ -132,14 +137,16 @@ class DiscreteAdjoint:
                 reason=str(failure).replace("\n", " "), **self._where(step),
             ) from failure  # fmt: skip
         ledger.steps += 1
-        if self.settings.method.implicit:
-            ksp = ts.getSNES().getKSP()
-            ledger.krylov += ksp.getIterationNumber()
-            if ksp.getConvergedReason() < 0:
+        if self._ksp is not None:
+            total = total_krylov_iterations(self._ksp)
+            ledger.krylov += total - self._iterations
+            self._iterations = total
+            if ts.getConvergedReason() < 0:
+                reason = self._ksp.getConvergedReason()
                 raise LinearSolveFailed(
                     "a transposed solve of the adjoint failed: use jacobian='dense', or give "
                     "linear_solver a preconditioner or more iterations",
-                    reason=reason_name(PETSc.KSP.ConvergedReason, ksp.getConvergedReason()),
+                    reason=reason_name(PETSc.KSP.ConvergedReason, reason),
                     **self._where(step),
                 )
 

@@ -79,6 +79,9 @@ class Bridge:
         What the user's code raised.
     nonfinite_time : float or None
         Stage time at which f was NaN or infinite.
+    start_time : float or None
+        Time of the evaluations before the first stage, instead of the one PETSc passes: TSDIRK
+        solves for its initial slope with the stage time of whatever it did before.
     evaluated : deque of Tensor
         The last states that the right-hand side was evaluated at, oldest first: the stages of an
         explicit step.
@@ -92,6 +95,7 @@ class Bridge:
         self._check = check
         self.exception: BaseException | None = None
         self.nonfinite_time: float | None = None
+        self.start_time: float | None = None
         self._single_use = single_use
         self._limit = points
         self._points: deque[Point] = deque()
@@ -139,6 +143,10 @@ class Bridge:
         finally:
             logged.end()
 
+    def stage_begins(self) -> None:
+        """From now on PETSc passes the right times."""
+        self.start_time = None
+
     def rhs_function(self, ts: Any, s: float, u: Any, f: Any) -> None:
         """f = g(s, u) (PETSc's RHSFunction)."""
         value = self.guarded("rhs", self._evaluate, s, u)
@@ -158,6 +166,7 @@ class Bridge:
 
         The graph is kept: Newton's method asks for the Jacobian at the same point next.
         """
+        s = s if self.start_time is None else self.start_time
         linearization = self.guarded("rhs", self._linearize_at, s, u)
         if linearization is None:
             f.set(0.0)
@@ -173,6 +182,7 @@ class Bridge:
         PETSc's adjoint of the theta methods also asks for it with a shift of the other sign, or
         zero, only to multiply with it: nothing is assembled then.
         """
+        s = s if self.start_time is None else self.start_time
         if a.getType() == "python":
             a.getPythonContext().move_to(self.point(s, u), shift, -1.0)
             a.assemble()
@@ -284,6 +294,16 @@ class JacobianShell:
         self.identity_factor = identity_factor
         self.jacobian_factor = jacobian_factor
 
+    def duplicate(self, mat: Any, copy: Any) -> Any:
+        """Return what PETSc duplicates the Jacobian for: room for that of the explicit part."""
+        (rows, _), (columns, _) = mat.getSizes()
+        return shell_matrix(ZeroShell(), rows, columns, mat.getComm())
+
+    def scale(self, mat: Any, factor: float) -> None:
+        """A = factor A."""
+        self.identity_factor *= factor
+        self.jacobian_factor *= factor
+
     def mult(self, mat: Any, x: Any, y: Any) -> None:
         """y = A x."""
         self._finish(x, y, self.bridge.jvp(self.point, x))
@@ -302,6 +322,22 @@ class JacobianShell:
             y.scale(self.jacobian_factor)
         if self.identity_factor:
             y.axpy(self.identity_factor, x)
+
+
+class ZeroShell:
+    """Python context of a zero matrix: the Jacobian of the explicit part that a DIRK has not."""
+
+    def zeroEntries(self, mat: Any) -> None:
+        """Nothing to do."""
+
+    def multTranspose(self, mat: Any, x: Any, y: Any) -> None:
+        """y = 0."""
+        y.set(0.0)
+
+    def multTransposeAdd(self, mat: Any, x: Any, v: Any, y: Any) -> None:
+        """y = v."""
+        if v.handle != y.handle:
+            v.copy(y)
 
 
 class ParameterJacobianShell:
@@ -370,9 +406,7 @@ class ParameterJacobianShell:
         y.set(self.factor * self.factor)
 
 
-def shell_matrix(
-    context: JacobianShell | ParameterJacobianShell, rows: int, columns: int, comm: Any
-) -> Any:
+def shell_matrix(context: Any, rows: int, columns: int, comm: Any) -> Any:
     """Create the PETSc matrix of a shell, local sizes given. Collective on ``comm``."""
     matrix = PETSc.Mat().create(comm=comm)
     matrix.setSizes(((rows, PETSc.DETERMINE), (columns, PETSc.DETERMINE)))

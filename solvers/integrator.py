@@ -20,7 +20,7 @@ from pnode.errors import (
 from pnode.options import PETSc, SolverOptions, log_stage
 from pnode.solvers.bridge import Bridge, JacobianShell, shell_matrix
 from pnode.solvers.methods import Method
-from pnode.solvers.petsc_c import register_rk, stage_vectors
+from pnode.solvers.petsc_c import before_each_stage, register_rk, stage_vectors
 from pnode.vectorfield import VectorField
 
 __all__ = ["IntegratorSettings", "StepOutcome", "TimeIntegrator", "build_ts", "default_options"]
@@ -126,8 +126,10 @@ def build_ts(
         )  # fmt: skip
     ts = PETSc.TS().create(comm=comm)
     ts.setType(method.ts_type)
-    if method.subtype:
+    if method.ts_type == "rk":
         ts.setRKType(method.subtype)
+    elif method.ts_type == "dirk":
+        ts.setDIRKType(method.subtype)
     ts.setProblemType(PETSc.TS.ProblemType.NONLINEAR)
     ts.setEquationType(PETSc.TS.EquationType.ODE_EXPLICIT)
     work = vectors.create(comm, size)
@@ -171,10 +173,11 @@ def _refuse_other_type(ts: Any, method: Method) -> None:
             f"the option ts_type={ts.getType()!r} contradicts method={method.name!r}: choose the "
             "method with method="
         )
-    if method.ts_type == "rk" and ts.getRKType() != method.subtype:
+    subtypes = {"rk": ts.getRKType, "dirk": ts.getDIRKType}
+    if method.ts_type in subtypes and subtypes[method.ts_type]() != method.subtype:
         raise ConfigurationError(
-            f"the option ts_rk_type={ts.getRKType()!r} contradicts method={method.name!r}: choose "
-            "the method with method="
+            f"the option ts_{method.ts_type}_type={subtypes[method.ts_type]()!r} contradicts "
+            f"method={method.name!r}: choose the method with method="
         )
 
 
@@ -221,6 +224,10 @@ class TimeIntegrator:
         self.solution = self.ts.getSolution()
         self._start = self.solution.duplicate() if settings.adaptive else None
         self._rolled_back = False
+        self._starts = settings.method.ts_type == "dirk"
+        self._stage_callback = (
+            before_each_stage(self.ts, self.bridge.stage_begins) if self._starts else None
+        )
         self._backtracks = (
             settings.method.implicit
             and not settings.adaptive
@@ -307,6 +314,8 @@ class TimeIntegrator:
             line_search.setType("basic")
 
     def _step(self, where: dict[str, Any]) -> None:
+        if self._starts:
+            self.bridge.start_time = self.ts.getTime()
         failure: PETSc.Error | None = None
         try:
             self.ts.step()
@@ -346,7 +355,8 @@ class TimeIntegrator:
         Explicit Runge-Kutta: the stages at which f was evaluated, those very tensors, without the
         last where it is the next step's first. Endpoint theta methods: the states at both ends,
         the first of which is the second of ``previous``, the checkpoint of the step before, if
-        there is one. Midpoint form: the stage and the end.
+        there is one. Midpoint form: the stage and the end. DIRK: the stages, of which the first
+        and last are the states at both ends for some.
         """
         method = self.settings.method
         if not method.implicit:
@@ -362,7 +372,10 @@ class TimeIntegrator:
     @functools.cached_property
     def shares_ends(self) -> bool:
         """Whether a checkpoint holds the states at both ends of the step."""
-        return self.settings.method.implicit and len(stage_vectors(self.ts)) == 2
+        method = self.settings.method
+        if method.ts_type == "dirk":
+            return method.shares_ends
+        return method.implicit and len(stage_vectors(self.ts)) == 2
 
     def destroy(self) -> None:
         """Free the PETSc objects. Collective."""
@@ -397,7 +410,9 @@ def adjoint_vectors(ts: Any, method: Method) -> list[Any]:
     stages = stage_vectors(ts)
     if method.ts_type == "rk":
         return stages[:-1] if method.fsal else stages
-    if len(stages) == 1:  # midpoint form of theta: PETSc recovers the start from stage and end
+    if (
+        method.ts_type != "dirk" and len(stages) == 1
+    ):  # midpoint form of theta: PETSc recovers the start from stage and end
         return [stages[0], ts.getSolution()]
     return stages
 

@@ -68,6 +68,8 @@ class Method:
         What a checkpoint of one step holds.
     same_bits : bool
         Whether recomputing a step from (t, h, u) gives the same bits as the first pass.
+    shares_ends : bool
+        Whether the first state a checkpoint holds is the last of the step before.
     tableau : Tableau or None
         Coefficients, where PETSc lacks the method.
     """
@@ -85,6 +87,7 @@ class Method:
     adjoint: str = "TSAdjoint"
     checkpoint: str = "stages"
     same_bits: bool = True
+    shares_ends: bool = False
     tableau: Tableau | None = field(default=None, repr=False)
 
     @property
@@ -107,6 +110,16 @@ def _theta(name: str, ts_type: str, order: int, stages: int, *aliases: str, cont
     return Method(
         name, ts_type, order, stages, aliases, kind="implicit", adaptive=True, checkpoint=content
     )
+
+
+def _dirk(name: str, subtype: str, order: int, stages: int, *aliases: str) -> Method:
+    """Return a row for TSDIRK, whose subtype says E(xplicit first stage), S, A, L(-stable)."""
+    shared = subtype.startswith("es") and "sa" in subtype.removeprefix("es")
+    names = [other for other in (subtype, *aliases, f"dirk{subtype}") if other != name]
+    return Method(
+        name, "dirk", order, stages, tuple(names), subtype, kind="implicit", adaptive=True,
+        shares_ends=shared, checkpoint=f"{stages - shared} stages", same_bits=False,
+    )  # fmt: skip
 
 
 _FEHLBERG2 = Tableau(
@@ -134,6 +147,22 @@ METHODS: tuple[Method, ...] = (
     _theta("beuler", "beuler", 1, 1, "be", "implicit_euler", "backward_euler", content="solution"),
     _theta("cn", "cn", 2, 2, "crank_nicolson", "trapezoid", content="solution"),
     _theta("implicit_midpoint", "theta", 2, 1, "theta", content="1 stage and the solution"),
+    _dirk("es122", "es122sal", 1, 2),
+    _dirk("sdirk2", "s212", 2, 2),
+    _dirk("trbdf2", "es213sal", 2, 3, "esdirk2"),
+    _dirk("esdirk3", "es324sal", 3, 4),
+    _dirk("es325", "es325sal", 3, 5),
+    _dirk("dirk657a", "657a", 6, 7),
+    _dirk("esdirk6", "es648sa", 6, 8),
+    _dirk("dirk658a", "658a", 6, 8),
+    _dirk("sdirk6", "s659a", 6, 9),
+    _dirk("dirk7510sal", "7510sal", 7, 10),
+    _dirk("esdirk7", "es7510sa", 7, 10),
+    _dirk("dirk759a", "759a", 7, 9),
+    _dirk("sdirk7", "s7511sal", 7, 11),
+    _dirk("dirk8614a", "8614a", 8, 14),
+    _dirk("dirk8616sal", "8616sal", 8, 16),
+    _dirk("esdirk8", "es8516sal", 8, 16),
 )
 
 #: Names of other packages that pnode does not have, with the nearest method it has.
@@ -152,8 +181,6 @@ REFUSED: dict[str, str] = {
     "gl4": "implicit_midpoint",
     "gl6": "implicit_midpoint",
     "gauss_legendre": "implicit_midpoint",
-    "sdirk2": "cn",
-    "trbdf2": "cn",
     "kvaerno5": "cn",
     "bdf": "beuler",
     "scipy_solver": "cn",

@@ -6,13 +6,20 @@ The shared library of petsc4py is linked against libpetsc, so its handle finds t
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from pnode.options import PETSc
 
-__all__ = ["register_rk", "rk_tableau", "stage_vectors"]
+__all__ = [
+    "before_each_stage",
+    "register_rk",
+    "rk_tableau",
+    "stage_vectors",
+    "total_krylov_iterations",
+]
 
 _library = ctypes.CDLL(PETSc.__file__)
 _Int = ctypes.c_int64 if np.dtype(PETSc.IntType).itemsize == 8 else ctypes.c_int32
@@ -83,6 +90,37 @@ def rk_tableau(ts: Any) -> dict[str, Any]:
         "b_embedded": array("b_embedded", (s,)),
         "fsal": bool(fsal.value & 0xFF),
     }
+
+
+_StageCallback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, _Real)
+
+
+def before_each_stage(ts: Any, function: Callable[[], None]) -> Any:
+    """Call ``function`` before each stage of ``ts`` (``TSSetPreStage``). Not collective.
+
+    Returns
+    -------
+    object
+        To be kept as long as the TS steps. ``function`` must not raise.
+    """
+
+    def call(_: Any, time: float) -> int:
+        function()
+        return 0
+
+    callback = _StageCallback(call)
+    _check(_library.TSSetPreStage(ctypes.c_void_p(ts.handle), callback), "TSSetPreStage")
+    return callback
+
+
+def total_krylov_iterations(ksp: Any) -> int:
+    """Return the iterations of all solves so far (``KSPGetTotalIterations``). Not collective."""
+    number = _Int()
+    _check(
+        _library.KSPGetTotalIterations(ctypes.c_void_p(ksp.handle), ctypes.byref(number)),
+        "KSPGetTotalIterations",
+    )
+    return number.value
 
 
 _registered: set[str] = set()

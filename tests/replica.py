@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import torch
 
 from pnode.options import SolverOptions, next_prefix
+from pnode.problem import InitialValueProblem
+from pnode.solution import Ledger
 from pnode.solvers.bridge import Bridge
-from pnode.solvers.integrator import IntegratorSettings, build_ts
+from pnode.solvers.integrator import IntegratorSettings, TimeIntegrator, build_ts, default_options
 from pnode.solvers.methods import Method, find_method
-from pnode.solvers.petsc_c import rk_tableau
+from pnode.solvers.petsc_c import rk_tableau, stage_vectors
+from pnode.vectorfield import VectorField
+from pnode.vectors import copy_out
 
 
 def petsc_tableau(method: Method) -> dict:
@@ -21,6 +26,56 @@ def petsc_tableau(method: Method) -> dict:
     tableau = rk_tableau(ts)
     ts.destroy()
     return tableau
+
+
+def dirk_tableau(method: Method) -> dict:
+    """Butcher tableau of a DIRK, measured: PETSc does not tell it.
+
+    On y' = g(t) with g the k-th unit vector at the k-th stage time, a step of length 1 from zero
+    has the stages Y_i = (a_i1, ..., a_is) and the end (b_1, ..., b_s).
+    """
+    times: list[float] = []
+
+    def indicator(t, y):
+        if float(t) not in times:
+            times.append(float(t))
+        return torch.eye(method.stages, dtype=torch.float64)[times.index(float(t))]
+
+    zero = torch.zeros(method.stages, dtype=torch.float64)
+    problem = InitialValueProblem.create(indicator, zero, torch.zeros(1))
+    integrator = TimeIntegrator(
+        IntegratorSettings(method, method.stages, torch.float64),
+        SolverOptions(next_prefix(), None, default_options(method, False, "dense", torch.float64)),
+    )
+    integrator.begin(VectorField(problem, Ledger()), zero, 0.0)
+    integrator.attempt(0.0, 1.0, 0)
+    integrator.end()
+    assert len(times) == method.stages, "two stages have the same time"
+    tableau = {
+        "A": torch.stack([copy_out(stage) for stage in stage_vectors(integrator.ts)]).numpy(),
+        "b": copy_out(integrator.solution).numpy(),
+        "c": np.array(times),
+    }
+    integrator.destroy()
+    return tableau
+
+
+def dirk_step(f, tableau, t, h, y):
+    """One diagonally implicit Runge-Kutta step."""
+    slopes: list[torch.Tensor] = []
+    for i, (row, c) in enumerate(zip(tableau["A"], tableau["c"], strict=True)):
+        base = y + sum(h * a * k for a, k in zip(row[:i], slopes, strict=True))
+        time = torch.as_tensor(t + c * h, dtype=y.dtype)
+        diagonal = h * row[i]
+        if diagonal == 0.0:
+            stage = base
+        else:
+            stage = solve_implicit(
+                lambda x, z=base, d=diagonal, s=time: x - z - d * f(s, x),
+                base,
+            )
+        slopes.append(f(time, stage))
+    return y + sum(h * b * k for b, k in zip(tableau["b"], slopes, strict=True))
 
 
 def rk_step(f, tableau, t, h, y):
@@ -73,11 +128,16 @@ def theta_step(f, name, t, h, y):
 def replica(f, name, y0, grid):
     """States at every time of ``grid`` (a list of floats), differentiable."""
     method = find_method(name)
-    tableau = None if method.implicit else petsc_tableau(method)
+    if method.ts_type == "dirk":
+        tableau, step = dirk_tableau(method), dirk_step
+    elif method.implicit:
+        tableau, step = method.name, theta_step
+    else:
+        tableau, step = petsc_tableau(method), rk_step
     states, y = [y0], y0
     for t, after in itertools.pairwise(grid):
         h = after - t
-        y = theta_step(f, method.name, t, h, y) if tableau is None else rk_step(f, tableau, t, h, y)
+        y = step(f, tableau, t, h, y)
         states.append(y)
     return torch.stack(states)
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from replica import petsc_tableau
+from replica import dirk_tableau, petsc_tableau
 
 import pnode
 from pnode.options import PETSc
@@ -27,6 +27,30 @@ def test_every_explicit_rk_type_of_petsc_is_in_the_table():
         if name.startswith("RK") and isinstance(value, str)
     }
     assert types - {method.subtype for method in EXPLICIT} == set()
+
+
+def test_every_dirk_type_of_petsc_is_in_the_table():
+    types = {
+        value
+        for name, value in vars(PETSc.TS.DIRKType).items()
+        if not name.startswith("_") and isinstance(value, str) and name != "__doc__"
+    }
+    assert types == {method.subtype for method in METHODS if method.ts_type == "dirk"}
+
+
+DIRK = [m for m in METHODS if m.ts_type == "dirk" and m.name not in ("esdirk3", "dirk8616sal")]
+
+
+@pytest.mark.parametrize("method", DIRK, ids=names(DIRK))
+def test_measured_dirk_tableau_has_the_order_and_the_shared_end(method):
+    tableau = dirk_tableau(method)
+    assert np.allclose(np.triu(tableau["A"], 1), 0.0)
+    assert np.allclose(tableau["A"].sum(axis=1), tableau["c"], atol=1e-14)
+    for k in range(1, method.order + 1):
+        assert tableau["b"] @ tableau["c"] ** (k - 1) == pytest.approx(1 / k, abs=1e-13)
+    explicit_first = tableau["A"][0, 0] == 0.0
+    stiffly_accurate = bool(np.allclose(tableau["A"][-1], tableau["b"], atol=1e-14))
+    assert method.shares_ends == (explicit_first and stiffly_accurate)
 
 
 def test_names_and_aliases_are_unique():
@@ -69,10 +93,17 @@ def error_at(method, steps):
 
 @pytest.mark.parametrize("method", METHODS, ids=names(METHODS))
 def test_order_of_convergence(method):
-    # High orders reach round-off quickly: fewer, longer steps for them.
+    # High orders reach round-off quickly: fewer, longer steps for them. Those with wide stages
+    # show their order only at steps that these do not need.
+    special = {
+        "dirk8614a": (10, 12, 14, 16),
+        "dirk8616sal": (6, 8, 10, 12),
+        "esdirk8": (3, 4, 5, 6),
+    }
     counts = {1: (64, 128, 256), 2: (32, 64, 128), 3: (16, 32, 64), 4: (8, 16, 32)}.get(
         method.order, (8, 12, 16, 24) if method.order < 7 else (2, 3, 4, 5)
     )
+    counts = special.get(method.name, counts)
     errors = [error_at(method, count) for count in counts]
     slope = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
     # One-sided: a method may do better on one problem (its leading error term may be small).
@@ -97,7 +128,7 @@ def test_adaptive_error_falls_with_the_tolerance(method):
             float(
                 (pnode.odeint(f, y0, t, method=method.name, rtol=tol, atol=tol)[-1] - exact).norm()
             )
-            for tol in (1e-3, 1e-5)
+            for tol in ((1e-3, 1e-5) if method.order > 1 else (1e-4, 1e-6))
         ]
     # The local error is controlled, so an order p method's error falls at least as tol^(p/(p+1)),
     # 1/10 for p = 1; a factor 2 is left for the constant.
