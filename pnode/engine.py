@@ -225,7 +225,8 @@ class Engine:
         )
         adjoint.begin(field_)
         try:
-            initial = self._reverse(run, adjoint, cotangents)
+            with torch.enable_grad():  # here once, instead of at each stage
+                initial = self._reverse(run, adjoint, cotangents)
             state = vectors.copy_out(adjoint.cost_gradient)
             parameters = adjoint.parameter_gradients(len(field_.parameters))
         except BaseException:

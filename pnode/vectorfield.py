@@ -56,12 +56,12 @@ class VectorField:
         VectorFieldError
             If f returns the wrong type, shape, dtype or device, or writes into its input.
         """
-        self.ledger.rhs += 1
         if self._check_first and self.problem.check_undeclared:
-            self.ledger.rhs -= 1
-            return self.linearize(s, u).value.detach()
+            return self.linearize(s, u).flat_value()
+        self.ledger.rhs += 1
         with torch.no_grad():
-            return self._call(s, u)
+            value = self._call(s, u, self._layout.unflatten(u)).reshape(-1)
+            return value if self._direction > 0 else -value
 
     def linearize(self, s: float, u: torch.Tensor) -> Linearization:
         """Evaluate f at (s, u) with its graph, for products with the Jacobian.
@@ -71,30 +71,49 @@ class VectorField:
         s : float
             Time.
         u : Tensor
-            Flat state as in :meth:`rhs`; it becomes a leaf of the graph.
+            Flat state as in :meth:`rhs`.
         """
         self.ledger.rhs += 1
-        u.requires_grad_(True)
-        first, self._check_first = self._check_first, False
-        with torch.enable_grad():
-            # torch has an error of its own for writing into a leaf. The first time, f gets a copy
-            # of the leaf, so that the write goes through and _call reports it.
-            try:
-                value = self._call(s, u.clone() if first else u)
-            except RuntimeError as error:
-                if "leaf Variable" in str(error) and "in-place" in str(error):
-                    raise self._wrote_into_input(s) from error
-                raise
-        if first and self.problem.check_undeclared:
-            self._find_parameters(value, u)
-        return Linearization(self, s, u, value)
+        # A single tensor becomes a leaf in its own shape: no reshaping in the graph.
+        leaf = u if self._layout.is_tuple else u.view(self._layout.shapes[0])
+        leaf.requires_grad_(True)
+        if torch.is_grad_enabled():
+            value = self._record(s, leaf)
+        else:
+            with torch.enable_grad():
+                value = self._record(s, leaf)
+        return Linearization(self, leaf, value, self._direction)
 
-    def _call(self, s: float, own: torch.Tensor) -> torch.Tensor:
-        """Call f in the user's time and shape, and check what comes back."""
+    def _record(self, s: float, leaf: torch.Tensor) -> torch.Tensor:
+        """Call f on a leaf, under grad."""
+        first, self._check_first = self._check_first, False
+        # torch has an error of its own for writing into a leaf. The first time, f gets a copy of
+        # the leaf, so that the write goes through and _call reports it.
+        own = leaf.clone() if first else leaf
+        try:
+            value = self._call(
+                s, own, self._layout.unflatten(own) if self._layout.is_tuple else own
+            )
+        except RuntimeError as error:
+            if "leaf Variable" in str(error) or "created in no_grad mode" in str(error):
+                raise self._wrote_into_input(s, " (or into a parameter)") from error
+            raise
+        if first and self.problem.check_undeclared:
+            self._find_parameters(value, leaf)
+        return value
+
+    def _call(self, s: float, own: torch.Tensor, state: Any) -> torch.Tensor:
+        """Call f in the user's time on ``state``, made from ``own``, and check what comes back.
+
+        Returns
+        -------
+        Tensor
+            f's result in its own shape; flat for a tuple. Not yet in the integrator's direction.
+        """
         layout = self._layout
         time = torch.scalar_tensor(self._direction * s, dtype=layout.dtype, device=layout.device)
         version = own._version
-        result = self.problem.function(time, layout.unflatten(own))
+        result = self.problem.function(time, state)
         if own._version != version:
             raise self._wrote_into_input(s)
         if not layout.is_tuple:
@@ -105,19 +124,17 @@ class VectorField:
                 and result.device == layout.device
                 and result.layout is torch.strided
             ):
-                flat = result.reshape(-1)
-                return flat if self._direction > 0 else -flat
+                return result
             parts = (result,)
         else:
             parts = tuple(result) if isinstance(result, (tuple, list)) else (result,)
         self._check_result(s, parts)
-        flat = torch.cat([part.reshape(-1) for part in parts])
-        return flat if self._direction > 0 else -flat
+        return torch.cat([part.reshape(-1) for part in parts]) if layout.is_tuple else result
 
-    def _wrote_into_input(self, s: float) -> VectorFieldError:
+    def _wrote_into_input(self, s: float, or_what: str = "") -> VectorFieldError:
         return VectorFieldError(
-            "the vector field wrote into its input y; compute on y.clone(), or without in-place "
-            "operations",
+            f"the vector field wrote into its input y{or_what}; compute on y.clone(), or without "
+            "in-place operations",
             time=self._direction * s,
         )
 
@@ -179,26 +196,33 @@ class VectorField:
 
 
 class Linearization:
-    """f and its graph at one point; products with df/dy and its transpose.
+    """f and its graph at one point; products with dg/dy and its transpose.
 
     Parameters
     ----------
     field : VectorField
         The field.
-    s : float
-        Time.
-    u : Tensor
-        Flat state in the user's precision, a leaf of the graph.
+    leaf : Tensor
+        The state, in the user's shape (flat for a tuple) and precision, a leaf of the graph.
     value : Tensor
-        g(s, u) with its graph.
+        f's result with its graph, in the same shape.
+    direction : float
+        g = direction * f.
     """
 
-    def __init__(self, field: VectorField, s: float, u: torch.Tensor, value: torch.Tensor) -> None:
+    def __init__(
+        self, field: VectorField, leaf: torch.Tensor, value: torch.Tensor, direction: float
+    ) -> None:
         self._field = field
-        self.s = s
-        self.u = u
-        self.value = value
+        self._leaf = leaf
+        self._value = value
+        self._direction = direction
         self._double_backward: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def flat_value(self) -> torch.Tensor:
+        """Return g at this point, flat, without its graph."""
+        value = self._value.detach().reshape(-1)
+        return value if self._direction > 0 else -value
 
     def vjp(self, w: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
         """Return w^T dg/dy and w^T dg/dp from one backward pass.
@@ -217,15 +241,15 @@ class Linearization:
         """
         # The graph is kept even for a single product: part of it may be the user's, from
         # parameters that are not leaves.
-        inputs = (self.u, *self._field.parameters)
+        inputs = (self._leaf, *self._field.parameters)
         self._field.ledger.vjp += 1
         products: tuple[torch.Tensor | None, ...] = (None,) * len(inputs)
-        if self.value.requires_grad:
+        if self._value.requires_grad:
+            cotangent = (w if self._direction > 0 else -w).view(self._value.shape)
             products = torch.autograd.grad(
-                self.value, inputs, w, retain_graph=True, allow_unused=True
+                self._value, inputs, cotangent, retain_graph=True, allow_unused=True
             )
-        state = torch.zeros_like(self.u) if products[0] is None else products[0]
-        return state, products[1:]
+        return self._flat(products[0]), products[1:]
 
     def jvp(self, v: torch.Tensor) -> torch.Tensor:
         """Return dg/dy v, flat, by differentiating the VJP with respect to its cotangent.
@@ -237,20 +261,23 @@ class Linearization:
         if self._double_backward is None:
             self._double_backward = self._record_vjp()
         cotangent, product = self._double_backward
-        if not product.requires_grad:
-            return torch.zeros_like(self.u)
-        (result,) = torch.autograd.grad(product, cotangent, v, retain_graph=True, allow_unused=True)
-        return torch.zeros_like(self.u) if result is None else result
+        result = None
+        if product.requires_grad:
+            direction = (v if self._direction > 0 else -v).view(product.shape)
+            (result,) = torch.autograd.grad(
+                product, cotangent, direction, retain_graph=True, allow_unused=True
+            )
+        return self._flat(result)
 
     def _record_vjp(self) -> tuple[torch.Tensor, torch.Tensor]:
-        cotangent = torch.zeros_like(self.value, requires_grad=True)
+        cotangent = torch.zeros_like(self._value, requires_grad=True)
         product = None
-        if self.value.requires_grad:
+        if self._value.requires_grad:
             with torch.enable_grad():
                 (product,) = torch.autograd.grad(
-                    self.value, self.u, cotangent, create_graph=True, allow_unused=True
+                    self._value, self._leaf, cotangent, create_graph=True, allow_unused=True
                 )
-        return cotangent, torch.zeros_like(self.u) if product is None else product
+        return cotangent, torch.zeros_like(self._leaf) if product is None else product
 
     def jacobian(self) -> torch.Tensor:
         """Return dg/dy as a dense matrix, shape ``(size, size)``, the user's precision.
@@ -259,22 +286,26 @@ class Linearization:
         by row.
         """
         self._field.ledger.jacobians += 1
-        size = self.u.numel()
-        identity = torch.eye(size, dtype=self.u.dtype, device=self.u.device)
-        if not self.value.requires_grad:
+        size = self._leaf.numel()
+        identity = torch.eye(size, dtype=self._leaf.dtype, device=self._leaf.device)
+        if not self._value.requires_grad:
             return torch.zeros_like(identity)
+        rows = (identity if self._direction > 0 else -identity).view(size, *self._value.shape)
         matrix: torch.Tensor | None
         try:
             (matrix,) = torch.autograd.grad(
-                self.value, self.u, identity, retain_graph=True, allow_unused=True,
+                self._value, self._leaf, rows, retain_graph=True, allow_unused=True,
                 is_grads_batched=True,
             )  # fmt: skip
         except RuntimeError:  # no batching rule for an operation of this field
-            rows = [
-                torch.autograd.grad(self.value, self.u, row, retain_graph=True, allow_unused=True)[
-                    0
-                ]
-                for row in identity
+            products = [
+                torch.autograd.grad(
+                    self._value, self._leaf, row, retain_graph=True, allow_unused=True
+                )[0]
+                for row in rows
             ]
-            matrix = None if rows[0] is None else torch.stack(rows)
-        return torch.zeros_like(identity) if matrix is None else matrix
+            matrix = None if products[0] is None else torch.stack(products)
+        return torch.zeros_like(identity) if matrix is None else matrix.reshape(size, size)
+
+    def _flat(self, product: torch.Tensor | None) -> torch.Tensor:
+        return (torch.zeros_like(self._leaf) if product is None else product).reshape(-1)

@@ -12,6 +12,7 @@ alive. Its field is set for the duration of one sweep.
 from __future__ import annotations
 
 import math
+import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -101,6 +102,7 @@ class Bridge:
         self._points: deque[Point] = deque()
         self._announced: dict[tuple[int, int], torch.Tensor] = {}
         self.here = _NOWHERE
+        self.shells: weakref.WeakSet[JacobianShell] = weakref.WeakSet()
         self._events = {name: log_event(f"pnode {name}") for name in _EVENTS}
 
     def attach(self, field: VectorField) -> None:
@@ -116,6 +118,8 @@ class Bridge:
         self._points.clear()
         self._announced.clear()
         self.here = _NOWHERE
+        for shell in self.shells:
+            shell.point = _NOWHERE
         self.evaluated.clear()
 
     @property
@@ -171,7 +175,7 @@ class Bridge:
         if linearization is None:
             f.set(0.0)
         else:
-            copy_in(f, linearization.value)
+            copy_in(f, linearization.flat_value())
         f.aypx(-1.0, u_dot)
 
     def implicit_jacobian(
@@ -219,7 +223,7 @@ class Bridge:
         if not self._single_use:
             # The adjoint computes a time from the step's other side: the last bit may differ.
             for known in self._points:
-                if math.isclose(known.s, s, rel_tol=1e-15) and torch.equal(known.u.detach(), own):
+                if math.isclose(known.s, s, rel_tol=1e-15) and torch.equal(known.u, own):
                     known.key = key
                     return known
         while len(self._points) >= self._limit:
@@ -287,6 +291,7 @@ class JacobianShell:
     def __init__(self, bridge: Bridge) -> None:
         self.bridge = bridge
         self.point = _NOWHERE
+        bridge.shells.add(self)
 
     def move_to(self, point: Point, identity_factor: float, jacobian_factor: float) -> None:
         """Stand at a point; nothing is evaluated until the first product."""
