@@ -130,7 +130,7 @@ class Solver(torch.nn.Module):
         if step_size is None and not chosen.adaptive:
             raise ConfigurationError(
                 f"method={chosen.name!r} has no error estimate and step_size is None: give "
-                "step_size=h, or take an adaptive method such as 'dopri5' or 'cn'"
+                "step_size=h, or take an adaptive method such as 'dopri5' or 'es325'"
             )
         if jacobian not in _JACOBIANS:
             choices = ", ".join(map(repr, _JACOBIANS))

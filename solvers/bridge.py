@@ -217,10 +217,10 @@ class Bridge:
         for known in self._points:
             if known.s == s and known.key == key:
                 return known
-        own = self._announced.pop(key, None)
-        if own is None:
+        if self._single_use:
+            own = self._announced.pop(key)
+        else:
             own = copy_out(u, self._field.dtype)
-        if not self._single_use:
             # The adjoint computes a time from the step's other side: the last bit may differ.
             for known in self._points:
                 if math.isclose(known.s, s, rel_tol=1e-15) and torch.equal(known.u, own):
@@ -248,7 +248,8 @@ class Bridge:
     def announce(self, vectors: list[Any], tensors: tuple[torch.Tensor, ...]) -> None:
         """Say what PETSc's vectors stand for, instead of copying it into them.
 
-        Right for vectors that PETSc only hands to callbacks: the stages of the RK adjoint.
+        Right for vectors that PETSc only hands to callbacks: the stages of the RK adjoint. A
+        vector that was not announced, or has changed since, is an error.
         """
         self._announced = {}
         for vector, tensor in zip(vectors, tensors, strict=True):
@@ -349,8 +350,8 @@ class ParameterJacobianShell:
     """Python context of the matrix ``factor dg/dp`` at the bridge's current point.
 
     PETSc adds up ``mu += weight * (dg/dp)^T x`` over the stages, with a weight that only it knows.
-    Only the weights go through PETSc: mu has one entry, in which the product is ``factor``, so
-    that mu then holds weight times factor. The gradients themselves stay torch tensors and are
+    Only the weights go through PETSc: mu has one entry, and the product says 1, so that mu then
+    holds the weight. The gradients themselves stay torch tensors and are
     added up where they are: one pass over the parameters per stage, and none in PETSc.
 
     Parameters
@@ -408,7 +409,7 @@ class ParameterJacobianShell:
         product = self.bridge.vjp(self.bridge.here, x)
         if product is not None:
             self._waiting = product[1]
-        y.set(self.factor * self.factor)
+        y.set(1.0)
 
 
 def shell_matrix(context: Any, rows: int, columns: int, comm: Any) -> Any:

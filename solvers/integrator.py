@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -222,14 +221,15 @@ class TimeIntegrator:
         )
         self.ts = build_ts(settings, options, self.bridge)
         self.solution = self.ts.getSolution()
+        self._kept = adjoint_vectors(self.ts, method)
         self._start = self.solution.duplicate() if settings.adaptive else None
         self._rolled_back = False
-        self._starts = settings.method.ts_type == "dirk"
+        self._starts = method.ts_type == "dirk"
         self._stage_callback = (
             before_each_stage(self.ts, self.bridge.stage_begins) if self._starts else None
         )
         self._backtracks = (
-            settings.method.implicit
+            method.implicit
             and not settings.adaptive
             and options.values.get("snes_linesearch_type") == "basic"
             and "snes_linesearch_type" not in options.given
@@ -362,20 +362,12 @@ class TimeIntegrator:
         if not method.implicit:
             stages = tuple(self.bridge.evaluated)
             return stages[:-1] if method.fsal else stages
-        start, *rest = adjoint_vectors(self.ts, method)
-        if previous is not None and self.shares_ends:
+        start, *rest = self._kept
+        if previous is not None and method.shares_ends:
             first = previous[-1]
         else:
             first = vectors.copy_out(start)
         return (first, *(vectors.copy_out(vector) for vector in rest))
-
-    @functools.cached_property
-    def shares_ends(self) -> bool:
-        """Whether a checkpoint holds the states at both ends of the step."""
-        method = self.settings.method
-        if method.ts_type == "dirk":
-            return method.shares_ends
-        return method.implicit and len(stage_vectors(self.ts)) == 2
 
     def destroy(self) -> None:
         """Free the PETSc objects. Collective."""
@@ -410,9 +402,7 @@ def adjoint_vectors(ts: Any, method: Method) -> list[Any]:
     stages = stage_vectors(ts)
     if method.ts_type == "rk":
         return stages[:-1] if method.fsal else stages
-    if (
-        method.ts_type != "dirk" and len(stages) == 1
-    ):  # midpoint form of theta: PETSc recovers the start from stage and end
+    if len(stages) == 1:  # midpoint form of theta: PETSc recovers the start from stage and end
         return [stages[0], ts.getSolution()]
     return stages
 

@@ -106,10 +106,12 @@ def _rk(name: str, subtype: str, order: int, stages: int, *aliases: str, **more:
     )  # fmt: skip
 
 
-def _theta(name: str, ts_type: str, order: int, stages: int, *aliases: str, content: str) -> Method:
+def _theta(name: str, ts_type: str, order: int, stages: int, *aliases: str) -> Method:
+    shared = ts_type != "theta"  # the endpoint forms
     return Method(
-        name, ts_type, order, stages, aliases, kind="implicit", adaptive=True, checkpoint=content
-    )
+        name, ts_type, order, stages, aliases, kind="implicit", adaptive=True, shares_ends=shared,
+        checkpoint="solution" if shared else "1 stage and the solution",
+    )  # fmt: skip
 
 
 def _dirk(name: str, subtype: str, order: int, stages: int, *aliases: str) -> Method:
@@ -144,9 +146,9 @@ METHODS: tuple[Method, ...] = (
     _rk("verner6", "6vr", 6, 9, adaptive=True, fsal=True),
     _rk("verner7", "7vr", 7, 10, adaptive=True),
     _rk("verner8", "8vr", 8, 13, adaptive=True),
-    _theta("beuler", "beuler", 1, 1, "be", "implicit_euler", "backward_euler", content="solution"),
-    _theta("cn", "cn", 2, 2, "crank_nicolson", "trapezoid", content="solution"),
-    _theta("implicit_midpoint", "theta", 2, 1, "theta", content="1 stage and the solution"),
+    _theta("beuler", "beuler", 1, 1, "be", "implicit_euler", "backward_euler"),
+    _theta("cn", "cn", 2, 2, "crank_nicolson", "trapezoid"),
+    _theta("implicit_midpoint", "theta", 2, 1, "theta"),
     _dirk("es122", "es122sal", 1, 2),
     _dirk("sdirk2", "s212", 2, 2),
     _dirk("trbdf2", "es213sal", 2, 3, "esdirk2"),
@@ -174,16 +176,18 @@ REFUSED: dict[str, str] = {
     "fixed_adams": "rk4",
     "implicit_adams": "cn",
     "adams": "dopri5",
-    "radauIIA3": "cn",
-    "radauIIA5": "cn",
-    "radau": "cn",
+    "radauIIA3": "esdirk3",
+    "radauIIA5": "esdirk6",
+    "radau": "esdirk6",
     "gl2": "implicit_midpoint",
     "gl4": "implicit_midpoint",
     "gl6": "implicit_midpoint",
     "gauss_legendre": "implicit_midpoint",
-    "kvaerno5": "cn",
-    "bdf": "beuler",
-    "scipy_solver": "cn",
+    "kvaerno3": "esdirk3",
+    "kvaerno4": "es325",
+    "kvaerno5": "esdirk6",
+    "bdf": "es325",
+    "scipy_solver": "es325",
 }
 
 _BY_NAME: dict[str, Method] = {

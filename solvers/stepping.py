@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from pnode import vectors
 from pnode.errors import NonFiniteVectorField, SolveError, StepLimitReached, StepSizeUnderflow
@@ -254,5 +255,5 @@ def first_step(
     return min(100.0 * guess, better, control.max_step)
 
 
-def _rms(values: vectors.torch.Tensor) -> float:
+def _rms(values: torch.Tensor) -> float:
     return float(values.square().mean().sqrt())
