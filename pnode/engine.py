@@ -7,7 +7,8 @@ forwards may be alive at once: what belongs to one forward lives in its :class:`
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -42,19 +43,30 @@ class _Pool:
     def __init__(self) -> None:
         self._idle: list[tuple[Hashable, Any]] = []
 
-    def take(self, key: Hashable, create: Callable[[], Any]) -> Any:
-        """Return an idle object of this key, or a new one."""
+    @contextmanager
+    def lease(self, key: Hashable, create: Callable[[], Any]) -> Iterator[Any]:
+        """Lend an idle object of this key, or a new one, for one sweep that the caller begins.
+
+        After a failed sweep it is destroyed: PETSc may have left it half way.
+        """
+        item = self._take(key) or create()
+        try:
+            yield item
+        except BaseException:
+            item.end()
+            item.destroy()
+            raise
+        item.end()
+        self._idle.append((key, item))
+        if len(self._idle) > _IDLE_LIMIT:
+            self._idle.pop(0)[1].destroy()
+
+    def _take(self, key: Hashable) -> Any:
         for index, (known, item) in enumerate(self._idle):
             if known == key:
                 del self._idle[index]
                 return item
-        return create()
-
-    def give(self, key: Hashable, item: Any) -> None:
-        """Keep an object for later; the longest idle one goes when there are too many."""
-        self._idle.append((key, item))
-        if len(self._idle) > _IDLE_LIMIT:
-            self._idle.pop(0)[1].destroy()
+        return None
 
     def close(self) -> None:
         """Destroy all idle objects."""
@@ -72,6 +84,8 @@ class Run:
         The problem solved.
     stats : Stats
         Its ledger.
+    settings : IntegratorSettings
+        Of the integrator that did it.
     trajectory : Trajectory or None
         Steps and checkpoints; None without gradients.
     used : list of bool
@@ -81,7 +95,6 @@ class Run:
     problem: InitialValueProblem
     stats: Stats
     settings: IntegratorSettings
-    control: StepControl
     trajectory: Trajectory | None = None
     used: list[bool] = field(default_factory=list)
 
@@ -148,41 +161,33 @@ class Engine:
             For the backward sweep.
         """
         layout = problem.layout
-        run = Run(problem, Stats(), self._settings(layout.size, layout.dtype), self.control)
+        run = Run(problem, Stats(), self._settings(layout.size, layout.dtype))
         ys = torch.empty(
             (len(problem.times), layout.size), dtype=layout.dtype, device=layout.device
         )
         field_ = VectorField(problem, run.stats)
-        integrator: TimeIntegrator = self._take_integrator(run.settings)
         if keep:
             run.trajectory = Trajectory(StoreEverything(), run.stats)
+        with self._integrator(run.settings, field_, y0) as integrator:
 
-        def on_output(index: int) -> None:
-            ys[index] = vectors.view(integrator.solution)
-            if run.trajectory is not None:
-                run.trajectory.mark_output()
+            def on_output(index: int) -> None:
+                ys[index] = vectors.view(integrator.solution)
+                if run.trajectory is not None:
+                    run.trajectory.mark_output()
 
-        def on_step(step: Step) -> None:
-            if run.trajectory is not None:
-                run.trajectory.record(step, integrator)
-            if monitor is not None:
-                state = layout.unflatten(vectors.copy_out(integrator.solution, layout.dtype))
-                monitor(step.index + 1, problem.direction * step.end, state)
+            def on_step(step: Step) -> None:
+                if run.trajectory is not None:
+                    run.trajectory.record(step, integrator)
+                if monitor is not None:
+                    state = layout.unflatten(vectors.copy_out(integrator.solution, layout.dtype))
+                    monitor(step.index + 1, problem.direction * step.end, state)
 
-        integrator.begin(field_, y0.detach(), problem.times[0])
-        try:
             forward_sweep(
                 integrator, field_, problem.times, self.control, run.stats, on_step, on_output
             )
             run.stats.newton, run.stats.krylov = integrator.iterations()
             run.used = field_.used
-        except BaseException:
-            integrator.end()
-            integrator.destroy()
-            raise
-        integrator.end()
         integrator.options.warn_unused()
-        self._pool.give(("forward", run.settings), integrator)
         return ys, run
 
     def backward(
@@ -216,25 +221,18 @@ class Engine:
         field_ = VectorField(problem, ledger)
         if not trajectory.complete:
             self._repeat(run, VectorField(problem, ledger), y0)
-        key = ("adjoint", run.settings, bool(field_.parameters))
-        adjoint: DiscreteAdjoint = self._pool.take(
-            key,
-            lambda: DiscreteAdjoint(
-                run.settings, self._solver_options(run.settings, adjoint=True), key[2]
-            ),
-        )
-        adjoint.begin(field_)
-        try:
+        wanted = bool(field_.parameters)
+
+        def create() -> DiscreteAdjoint:
+            options = self._solver_options(run.settings, adjoint=True)
+            return DiscreteAdjoint(run.settings, options, wanted)
+
+        with self._pool.lease(("adjoint", run.settings, wanted), create) as adjoint:
+            adjoint.begin(field_)
             with torch.enable_grad():  # here once, instead of at each stage
                 initial = self._reverse(run, adjoint, cotangents)
             state = vectors.copy_out(adjoint.cost_gradient)
             parameters = adjoint.parameter_gradients(len(field_.parameters))
-        except BaseException:
-            adjoint.end()
-            adjoint.destroy()
-            raise
-        adjoint.end()
-        self._pool.give(key, adjoint)
         return state, parameters, initial
 
     def _reverse(
@@ -276,9 +274,7 @@ class Engine:
         assert trajectory is not None
         trajectory.clear()
         settings = replace(run.settings, adaptive=False)
-        integrator = self._take_integrator(settings)
-        integrator.begin(field_, y0.detach(), run.problem.times[0])
-        try:
+        with self._integrator(settings, field_, y0) as integrator:
             for step in trajectory.steps:
                 outcome = integrator.attempt(step.start, step.length, step.index)
                 if outcome.error is not None:
@@ -288,19 +284,19 @@ class Engine:
             newton, krylov = integrator.iterations()
             run.stats.backward.newton += newton
             run.stats.backward.krylov += krylov
-        except BaseException:
-            integrator.end()
-            integrator.destroy()
-            raise
-        integrator.end()
-        self._pool.give(("forward", settings), integrator)
 
-    def _take_integrator(self, settings: IntegratorSettings) -> TimeIntegrator:
-        integrator: TimeIntegrator = self._pool.take(
-            ("forward", settings),
-            lambda: TimeIntegrator(settings, self._solver_options(settings)),
-        )
-        return integrator
+    @contextmanager
+    def _integrator(
+        self, settings: IntegratorSettings, field_: VectorField, y0: torch.Tensor
+    ) -> Iterator[TimeIntegrator]:
+        """Lease a forward integrator that stands at the initial state."""
+
+        def create() -> TimeIntegrator:
+            return TimeIntegrator(settings, self._solver_options(settings))
+
+        with self._pool.lease(("forward", settings), create) as integrator:
+            integrator.begin(field_, y0.detach(), field_.problem.times[0])
+            yield integrator
 
     def _settings(self, size: int, dtype: torch.dtype) -> IntegratorSettings:
         jacobian = self.jacobian
