@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from pnode import vectors
+from pnode.adjoint.stepper import AdjointStepper
 from pnode.adjoint.trajectory import Checkpoint
 from pnode.errors import BackwardError, LinearSolveFailed
 from pnode.options import PETSc, SolverOptions, log_stage
@@ -26,7 +25,7 @@ from pnode.vectorfield import VectorField
 __all__ = ["DiscreteAdjoint"]
 
 
-class DiscreteAdjoint:
+class DiscreteAdjoint(AdjointStepper):
     """A TS that steps backwards, with its cost gradients; reused from sweep to sweep.
 
     Parameters
@@ -48,7 +47,7 @@ class DiscreteAdjoint:
     def __init__(
         self, settings: IntegratorSettings, options: SolverOptions, parameters: bool
     ) -> None:
-        self.settings = settings
+        super().__init__(settings, parameters)
         self._options = options
         implicit = settings.method.implicit
         self.bridge = Bridge(points=2 if implicit else 1, single_use=not implicit)
@@ -72,7 +71,6 @@ class DiscreteAdjoint:
         self.ts.adjointSetUp()
         self.ts.removeTrajectory()
         self._vectors = adjoint_vectors(self.ts, settings.method)
-        self._direction = 1.0
         self._ksp = self.ts.getSNES().getKSP() if implicit else None
         self._iterations = 0
 
@@ -101,6 +99,10 @@ class DiscreteAdjoint:
                 vectors.copy_in(vector, tensor)
         else:
             self.bridge.announce(self._vectors, checkpoint)
+
+    def state_gradient(self) -> torch.Tensor:
+        """Return lambda, flat, in PETSc's precision, as a new tensor."""
+        return vectors.copy_out(self.cost_gradient)
 
     def parameter_gradients(self, count: int) -> list[torch.Tensor | None]:
         """Return mu: one tensor per parameter, None for those that the field never used."""
@@ -149,13 +151,6 @@ class DiscreteAdjoint:
                     reason=reason_name(PETSc.KSP.ConvergedReason, reason),
                     **self._where(step),
                 )
-
-    def _where(self, step: Step) -> dict[str, Any]:
-        return {
-            "time": self._direction * step.start,
-            "step": step.index,
-            "method": self.settings.method.name,
-        }
 
     def destroy(self) -> None:
         """Free the PETSc objects. Collective."""

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 
 from pnode import vectors
-from pnode.adjoint.discrete import DiscreteAdjoint
+from pnode.adjoint.create import create_adjoint
 from pnode.adjoint.schedule import Adjoint, Discard, Restore, StoreEverything
+from pnode.adjoint.stepper import AdjointStepper
 from pnode.adjoint.trajectory import Trajectory
 from pnode.options import SolverOptions, next_prefix
 from pnode.problem import InitialValueProblem
 from pnode.solution import Stats
+from pnode.solvers.create import create_integrator
 from pnode.solvers.integrator import (
     DENSE_LIMIT,
     IntegratorSettings,
@@ -223,21 +225,19 @@ class Engine:
             self._repeat(run, VectorField(problem, ledger), y0)
         wanted = bool(field_.parameters)
 
-        def create() -> DiscreteAdjoint:
+        def create() -> AdjointStepper:
             options = self._solver_options(run.settings, adjoint=True)
-            return DiscreteAdjoint(run.settings, options, wanted)
+            return create_adjoint(run.settings, options, wanted)
 
         with self._pool.lease(("adjoint", run.settings, wanted), create) as adjoint:
             adjoint.begin(field_)
             with torch.enable_grad():  # here once, instead of at each stage
                 initial = self._reverse(run, adjoint, cotangents)
-            state = vectors.copy_out(adjoint.cost_gradient)
+            state = adjoint.state_gradient()
             parameters = adjoint.parameter_gradients(len(field_.parameters))
         return state, parameters, initial
 
-    def _reverse(
-        self, run: Run, adjoint: DiscreteAdjoint, cotangents: torch.Tensor
-    ) -> torch.Tensor:
+    def _reverse(self, run: Run, adjoint: AdjointStepper, cotangents: torch.Tensor) -> torch.Tensor:
         """Execute the schedule's reverse actions, adding cotangents where outputs were."""
         trajectory, ledger = run.trajectory, run.stats.backward
         assert trajectory is not None
@@ -263,7 +263,7 @@ class Engine:
                 add_outputs(action.step)
             elif isinstance(action, Discard):
                 trajectory.discard(action.step)
-        initial = vectors.copy_out(adjoint.cost_gradient)
+        initial = adjoint.state_gradient()
         if nonzero[0]:
             adjoint.add(cotangents[0])
         return initial
@@ -292,7 +292,7 @@ class Engine:
         """Lease a forward integrator that stands at the initial state."""
 
         def create() -> TimeIntegrator:
-            return TimeIntegrator(settings, self._solver_options(settings))
+            return create_integrator(settings, self._solver_options(settings))
 
         with self._pool.lease(("forward", settings), create) as integrator:
             integrator.begin(field_, y0.detach(), field_.problem.times[0])

@@ -184,6 +184,6 @@ def dot_product_test(
     generator = torch.Generator().manual_seed(seed)
     v, w = (torch.randn(u.shape, generator=generator, dtype=u.dtype) for _ in range(2))
     linearization = field.linearize(float(t), u)
-    forward, (backward, _) = linearization.jvp(v), linearization.vjp(w)
+    forward, backward = linearization.jvp(v), linearization.vjp(w).state
     left, right = float(torch.dot(forward, w)), float(torch.dot(v, backward))
     return abs(left - right) / max(float(forward.norm() * w.norm()), 1e-300)

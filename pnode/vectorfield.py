@@ -7,7 +7,7 @@ precision inside.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,7 +15,25 @@ from pnode.errors import ConfigurationError, VectorFieldError
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
 
-__all__ = ["Linearization", "VectorField"]
+__all__ = ["Linearization", "Products", "VectorField"]
+
+
+class Products(NamedTuple):
+    """Products of a cotangent w with the derivatives of g (for a residual, g = -F).
+
+    Attributes
+    ----------
+    state : Tensor
+        w^T dg/du, shape ``(size,)``, the user's precision.
+    parameters : tuple of Tensor or None
+        w^T dg/dp, one per parameter; None where the field does not use it.
+    rate : Tensor or None
+        w^T dF/du_dot, shape ``(size,)``; None if F = u_dot - g, when it is w itself.
+    """
+
+    state: torch.Tensor
+    parameters: tuple[torch.Tensor | None, ...]
+    rate: torch.Tensor | None = None
 
 
 class VectorField:
@@ -224,20 +242,13 @@ class Linearization:
         value = self._value.detach().reshape(-1)
         return value if self._direction > 0 else -value
 
-    def vjp(self, w: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+    def vjp(self, w: torch.Tensor) -> Products:
         """Return w^T dg/dy and w^T dg/dp from one backward pass.
 
         Parameters
         ----------
         w : Tensor
             Flat cotangent, shape ``(size,)``, the user's precision.
-
-        Returns
-        -------
-        state : Tensor
-            Shape ``(size,)``, the user's precision.
-        parameters : tuple of Tensor or None
-            One per parameter; None where f does not use it.
         """
         # The graph is kept even for a single product: part of it may be the user's, from
         # parameters that are not leaves.
@@ -249,7 +260,7 @@ class Linearization:
             products = torch.autograd.grad(
                 self._value, inputs, cotangent, retain_graph=True, allow_unused=True
             )
-        return self._flat(products[0]), products[1:]
+        return Products(self._flat(products[0]), products[1:])
 
     def jvp(self, v: torch.Tensor) -> torch.Tensor:
         """Return dg/dy v, flat, by differentiating the VJP with respect to its cotangent.

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from pnode.options import PETSc, log_event
-from pnode.vectorfield import Linearization, VectorField
+from pnode.vectorfield import Linearization, Products, VectorField
 from pnode.vectors import REAL, copy_in, copy_out, is_moderate
 
 __all__ = ["Bridge", "JacobianShell", "ParameterJacobianShell", "shell_matrix"]
@@ -51,7 +51,7 @@ class Point:
     u: torch.Tensor
     key: tuple[int, int]
     linearization: Linearization | None = None
-    product: tuple[tuple[int, int], tuple[Any, Any]] | None = None
+    product: tuple[tuple[int, int], Products] | None = None
 
 
 _NOWHERE = Point(0.0, torch.empty(0, device="cpu"), (0, -1))
@@ -221,19 +221,36 @@ class Bridge:
             own = self._announced.pop(key)
         else:
             own = copy_out(u, self._field.dtype)
-            # The adjoint computes a time from the step's other side: the last bit may differ.
-            for known in self._points:
-                if math.isclose(known.s, s, rel_tol=1e-15) and torch.equal(known.u, own):
-                    known.key = key
-                    return known
+            point = self._same_values(s, own)
+            if point is not None:
+                point.key = key
+                return point
+        return self._new_point(s, own, key)
+
+    def point_at(self, s: float, u: torch.Tensor) -> Point:
+        """Return the point (s, u), a recent one where it is the same; u is a tensor."""
+        point = self._same_values(s, u.to(self._field.dtype))
+        return point or self._new_point(s, u.to(self._field.dtype, copy=True), (0, -1))
+
+    def _same_values(self, s: float, u: torch.Tensor) -> Point | None:
+        """Return a recent point with these values.
+
+        The adjoint computes a time from the step's other side: the last bit may differ.
+        """
+        for known in self._points:
+            if math.isclose(known.s, s, rel_tol=1e-15) and torch.equal(known.u, u):
+                return known
+        return None
+
+    def _new_point(self, s: float, own: torch.Tensor, key: tuple[int, int]) -> Point:
         while len(self._points) >= self._limit:
             self._points.popleft()  # before the next graph is built, so that memory is reused
         point = Point(s, own, key)
         self._points.append(point)
         return point
 
-    def vjp(self, point: Point, w: Any) -> tuple[Any, Any] | None:
-        """Return w^T dg/du and w^T dg/dp, or None once something has failed."""
+    def vjp(self, point: Point, w: Any) -> Products | None:
+        """Return the products of w at ``point``, or None once something has failed."""
         key = (w.handle, w.stateGet())
         if point.product is not None and point.product[0] == key:
             return point.product[1]
@@ -261,26 +278,27 @@ class Bridge:
         self.evaluated.append(own)
         return self._field.rhs(s, own)
 
-    def _linearize(self, point: Point) -> Linearization:
+    def linearize(self, point: Point) -> Linearization:
+        """Return the linearization at ``point``, made on first use."""
         if point.linearization is None:
             point.linearization = self._field.linearize(point.s, point.u)
         return point.linearization
 
     def _linearize_at(self, s: float, u: Any) -> Linearization:
-        return self._linearize(self.point(s, u))
+        return self.linearize(self.point(s, u))
 
     def _assemble_at(self, s: float, u: Any) -> torch.Tensor:
         return self._linearize_at(s, u).jacobian()
 
-    def _vjp_at(self, point: Point, w: Any) -> tuple[Any, Any]:
+    def _vjp_at(self, point: Point, w: Any) -> Products:
         cotangent = copy_out(w, self._field.dtype)
-        product = self._linearize(point).vjp(cotangent)
+        product = self.linearize(point).vjp(cotangent)
         if self._single_use:
             point.linearization = None
         return product
 
     def _jvp_at(self, point: Point, v: Any) -> torch.Tensor:
-        return self._linearize(point).jvp(copy_out(v, self._field.dtype))
+        return self.linearize(point).jvp(copy_out(v, self._field.dtype))
 
 
 class JacobianShell:
@@ -317,7 +335,7 @@ class JacobianShell:
     def multTranspose(self, mat: Any, x: Any, y: Any) -> None:
         """y = A^T x."""
         product = self.bridge.vjp(self.point, x)
-        self._finish(x, y, None if product is None else product[0])
+        self._finish(x, y, None if product is None else product.state)
 
     def _finish(self, x: Any, y: Any, product: torch.Tensor | None) -> None:
         if product is None:  # filler: keep Krylov methods going until the step is over
@@ -408,7 +426,7 @@ class ParameterJacobianShell:
         self.collect()
         product = self.bridge.vjp(self.bridge.here, x)
         if product is not None:
-            self._waiting = product[1]
+            self._waiting = product.parameters
         y.set(1.0)
 
 

@@ -1,0 +1,17 @@
+"""Which discrete adjoint belongs to which method."""
+
+from __future__ import annotations
+
+from pnode.adjoint.discrete import DiscreteAdjoint
+from pnode.adjoint.stepper import AdjointStepper
+from pnode.options import SolverOptions
+from pnode.solvers.integrator import IntegratorSettings
+
+__all__ = ["create_adjoint"]
+
+
+def create_adjoint(
+    settings: IntegratorSettings, options: SolverOptions, parameters: bool
+) -> AdjointStepper:
+    """Create the adjoint of ``settings.method``. Collective on ``settings.comm``."""
+    return DiscreteAdjoint(settings, options, parameters)

@@ -1,0 +1,266 @@
+"""What every discrete adjoint offers, and the parts that those written in torch share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+
+from pnode import vectors
+from pnode.adjoint.trajectory import Checkpoint
+from pnode.errors import LinearSolveFailed
+from pnode.options import PETSc, SolverOptions, log_stage
+from pnode.solution import Ledger
+from pnode.solvers.bridge import Bridge
+from pnode.solvers.integrator import IntegratorSettings, build_ts, raise_stored, reason_name
+from pnode.solvers.petsc_c import total_krylov_iterations
+from pnode.solvers.stepping import Step
+from pnode.vectorfield import Products, VectorField
+from pnode.vectors import REAL
+
+__all__ = ["AdjointStepper", "ImplicitAdjointStepper", "TorchAdjointStepper"]
+
+
+class AdjointStepper(ABC):
+    """Takes cost gradients backwards, step by step; reused from sweep to sweep.
+
+    The cost gradients are ``lambda``, the derivative of the loss with respect to the state, and
+    ``mu``, with respect to the parameters.
+
+    Parameters
+    ----------
+    settings : IntegratorSettings
+        Those of the forward integrator.
+    parameters : bool
+        Whether gradients with respect to parameters are wanted.
+    """
+
+    def __init__(self, settings: IntegratorSettings, parameters: bool) -> None:
+        self.settings = settings
+        self.wants_parameters = parameters
+        self._direction = 1.0
+
+    @abstractmethod
+    def begin(self, field: VectorField) -> None:
+        """Begin a sweep with zero cost gradients. Collective."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """End a sweep: let go of the user's objects."""
+
+    @abstractmethod
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Put a step's checkpoint in place. Not collective."""
+
+    @abstractmethod
+    def add(self, cotangent: torch.Tensor) -> None:
+        """Add the derivative of the loss with respect to the state at this time."""
+
+    @abstractmethod
+    def step(self, step: Step, ledger: Ledger) -> None:
+        """Take the adjoint of one step, whose checkpoint has been loaded. Collective.
+
+        Raises
+        ------
+        LinearSolveFailed
+            If a transposed solve did not converge.
+        BaseException
+            Whatever the vector field raised.
+        """
+
+    @abstractmethod
+    def state_gradient(self) -> torch.Tensor:
+        """Return lambda, flat, in PETSc's precision, as a new tensor."""
+
+    @abstractmethod
+    def parameter_gradients(self, count: int) -> list[torch.Tensor | None]:
+        """Return mu: one tensor per parameter, None for those that the field never used."""
+
+    @abstractmethod
+    def destroy(self) -> None:
+        """Free the PETSc objects. Collective."""
+
+    def _where(self, step: Step) -> dict[str, Any]:
+        return {
+            "time": self._direction * step.start,
+            "step": step.index,
+            "method": self.settings.method.name,
+        }
+
+
+class TorchAdjointStepper(AdjointStepper):
+    """Cost gradients kept as tensors, for the methods that PETSc has no adjoint of.
+
+    Subclasses implement :meth:`step` with ``self.state`` (lambda, PETSc's precision),
+    ``self.checkpoint`` and ``self.field``, and pass products with the parameter Jacobian to
+    :meth:`accumulate`.
+    """
+
+    def begin(self, field: VectorField) -> None:
+        """Begin a sweep with zero cost gradients. Collective."""
+        log_stage("pnode adjoint").push()
+        self.field = field
+        self._direction = field.problem.direction
+        self.state = torch.zeros(self.settings.size, dtype=REAL, device="cpu")
+        self.checkpoint: Checkpoint = ()
+        self._gradients: list[torch.Tensor | None] = [None] * len(field.parameters)
+
+    def end(self) -> None:
+        """End a sweep: let go of the user's objects."""
+        del self.field
+        self.checkpoint, self._gradients = (), []
+        log_stage("pnode adjoint").pop()
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Put a step's checkpoint in place. Not collective."""
+        self.checkpoint = checkpoint
+
+    def add(self, cotangent: torch.Tensor) -> None:
+        """Add the derivative of the loss with respect to the state at this time."""
+        self.state = self.state + cotangent
+
+    def state_gradient(self) -> torch.Tensor:
+        """Return lambda, flat, in PETSc's precision, as a new tensor."""
+        return self.state.clone()
+
+    def parameter_gradients(self, count: int) -> list[torch.Tensor | None]:
+        """Return mu: one tensor per parameter, None for those that the field never used."""
+        return list(self._gradients) if self.wants_parameters else [None] * count
+
+    def destroy(self) -> None:
+        """Nothing of PETSc's to free."""
+
+    def accumulate(self, terms: tuple[torch.Tensor | None, ...], weight: float) -> None:
+        """Add ``weight`` times one product per parameter (any precision) to mu."""
+        if not self.wants_parameters:
+            return
+        sums, addends = [], []
+        for index, term in enumerate(terms):
+            if term is None:
+                continue
+            total = self._gradients[index]
+            if total is None:
+                self._gradients[index] = term.to(REAL) * weight
+            else:
+                sums.append(total)
+                addends.append(term)
+        if sums:
+            torch._foreach_add_(sums, addends, alpha=weight)
+
+
+class ImplicitAdjointStepper(TorchAdjointStepper):
+    """For adjoints written in torch of methods that solve systems with ``F_u + shift F_u_dot``.
+
+    F(s, u, u_dot) is ``M u_dot - g(s, u)``, or the user's residual. The linear systems are
+    PETSc's, set up as the forward ones are (Jacobian type, KSP and PC options).
+    """
+
+    def __init__(
+        self, settings: IntegratorSettings, options: SolverOptions, parameters: bool
+    ) -> None:
+        super().__init__(settings, parameters)
+        self._options = options
+        self.bridge = Bridge(points=2)
+        self.ts = build_ts(settings, options, self.bridge, adjoint=True)
+        self._ksp = self.ts.getSNES().getKSP()
+        self._matrices = self.ts.getIJacobian()[:2]
+        self._u, self._u_dot, self._b, self._x = (
+            vectors.create(settings.comm, settings.size) for _ in range(4)
+        )
+        self._read_options = False
+        self._iterations = 0
+
+    def begin(self, field: VectorField) -> None:
+        """Begin a sweep with zero cost gradients. Collective."""
+        super().begin(field)
+        self._options.begin_sweep(self)
+        self.bridge.attach(field)
+        if not self._read_options:  # SNES would do so at its first solve, which never comes
+            with self._options.inserted():
+                self._ksp.setFromOptions()
+            self._read_options = True
+        self._iterations = total_krylov_iterations(self._ksp)
+
+    def end(self) -> None:
+        """End a sweep: let go of the user's objects."""
+        self._options.end_sweep(self)
+        self.bridge.detach()
+        super().end()
+
+    def products(
+        self, s: float, u: torch.Tensor, w: torch.Tensor, u_dot: torch.Tensor | None = None
+    ) -> Products:
+        """Return the VJPs of g = -F at (s, u, u_dot); see ``Linearization.vjp``.
+
+        Called at the point of the last :meth:`solve_transposed`, it shares that graph.
+        """
+        point = self.bridge.point_at(s, u)
+        return self.bridge.linearize(point).vjp(w.to(self.field.dtype))
+
+    def solve_transposed(
+        self,
+        s: float,
+        u: torch.Tensor,
+        shift: float,
+        b: torch.Tensor,
+        step: Step,
+        ledger: Ledger,
+        u_dot: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Solve ``(F_u + shift F_u_dot)^T x = b`` at (s, u, u_dot). Collective.
+
+        Parameters
+        ----------
+        s, u, u_dot : float, Tensor, Tensor or None
+            Where; u_dot matters to residuals alone.
+        shift : float
+            Positive.
+        b : Tensor
+            Right-hand side.
+        step : Step
+            For error messages.
+        ledger : Ledger
+            Counts Krylov iterations.
+
+        Returns
+        -------
+        Tensor
+            x, PETSc's precision.
+
+        Raises
+        ------
+        LinearSolveFailed
+            If the Krylov method did not converge, or the matrix is singular.
+        """
+        vectors.copy_in(self._u, u)
+        if u_dot is None:
+            self._u_dot.set(0.0)
+        else:
+            vectors.copy_in(self._u_dot, u_dot)
+        vectors.copy_in(self._b, b)
+        failure: PETSc.Error | None = None
+        try:
+            self.ts.computeIJacobian(s, self._u, self._u_dot, shift, *self._matrices)
+            self._ksp.setOperators(*self._matrices)
+            self._ksp.solveTranspose(self._b, self._x)
+        except PETSc.Error as error:
+            failure = error
+        raise_stored(self.bridge, failure, self._where(step))
+        reason = self._ksp.getConvergedReason()
+        if failure is not None or reason < 0:
+            name = reason_name(PETSc.KSP.ConvergedReason, reason)
+            raise LinearSolveFailed(
+                "a transposed solve of the adjoint failed: use jacobian='dense', or give "
+                "linear_solver a preconditioner or more iterations",
+                reason=str(failure).replace("\n", " ") if failure is not None else name,
+                **self._where(step),
+            ) from failure
+        total = total_krylov_iterations(self._ksp)
+        ledger.krylov += total - self._iterations
+        self._iterations = total
+        return vectors.copy_out(self._x)
+
+    def destroy(self) -> None:
+        """Free the PETSc objects. Collective."""
+        self.ts.destroy()

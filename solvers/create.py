@@ -1,0 +1,13 @@
+"""Which integrator belongs to which method."""
+
+from __future__ import annotations
+
+from pnode.options import SolverOptions
+from pnode.solvers.integrator import IntegratorSettings, TimeIntegrator
+
+__all__ = ["create_integrator"]
+
+
+def create_integrator(settings: IntegratorSettings, options: SolverOptions) -> TimeIntegrator:
+    """Create the integrator of ``settings.method``. Collective on ``settings.comm``."""
+    return TimeIntegrator(settings, options)
