@@ -31,7 +31,7 @@ from pnode.solvers.integrator import (
 )
 from pnode.solvers.methods import Method
 from pnode.solvers.stepping import Step, StepControl, forward_sweep
-from pnode.vectorfield import VectorField
+from pnode.vectorfield import VectorField, vector_field
 
 __all__ = ["Engine", "Run"]
 
@@ -163,11 +163,11 @@ class Engine:
             For the backward sweep.
         """
         layout = problem.layout
-        run = Run(problem, Stats(), self._settings(layout.size, layout.dtype))
+        run = Run(problem, Stats(), self._settings(layout.size, layout.dtype, problem.form))
         ys = torch.empty(
             (len(problem.times), layout.size), dtype=layout.dtype, device=layout.device
         )
-        field_ = VectorField(problem, run.stats)
+        field_ = vector_field(problem, run.stats)
         if keep:
             run.trajectory = Trajectory(StoreEverything(), run.stats)
         with self._integrator(run.settings, field_, y0) as integrator:
@@ -220,9 +220,9 @@ class Engine:
         assert trajectory is not None
         ledger = run.stats.backward
         problem = replace(run.problem, check_undeclared=False)
-        field_ = VectorField(problem, ledger)
+        field_ = vector_field(problem, ledger)
         if not trajectory.complete:
-            self._repeat(run, VectorField(problem, ledger), y0)
+            self._repeat(run, vector_field(problem, ledger), y0)
         wanted = bool(field_.parameters)
 
         def create() -> AdjointStepper:
@@ -298,7 +298,7 @@ class Engine:
             integrator.begin(field_, y0.detach(), field_.problem.times[0])
             yield integrator
 
-    def _settings(self, size: int, dtype: torch.dtype) -> IntegratorSettings:
+    def _settings(self, size: int, dtype: torch.dtype, form: str) -> IntegratorSettings:
         jacobian = self.jacobian
         if jacobian == "auto":
             jacobian = "dense" if size <= DENSE_LIMIT else "matrix-free"
@@ -306,7 +306,7 @@ class Engine:
             self.method, size, dtype,
             adaptive=self.control.step_size is None,
             rtol=self.control.rtol, atol=self.control.atol, max_step=self.control.max_step,
-            jacobian=jacobian,
+            jacobian=jacobian, form=form,
         )  # fmt: skip
 
     def _solver_options(self, settings: IntegratorSettings, adjoint: bool = False) -> SolverOptions:

@@ -14,12 +14,13 @@ from tqdm.auto import tqdm
 from pnode import arguments
 from pnode.engine import Engine, Run
 from pnode.errors import BackwardError, ConfigurationError
+from pnode.mass import MassMatrix
 from pnode.options import ODEINT_PREFIX, check_petsc_options
-from pnode.problem import InitialValueProblem, as_times, collect_parameters
+from pnode.problem import InitialValueProblem, StateLayout, as_times, collect_parameters
 from pnode.solution import Solution
 from pnode.solvers.methods import find_method
 from pnode.solvers.stepping import StepControl
-from pnode.vectorfield import VectorField
+from pnode.vectorfield import vector_field
 
 __all__ = ["Solver", "odeint", "odeint_adjoint"]
 
@@ -27,13 +28,26 @@ _JACOBIANS = ("auto", "matrix-free", "dense")
 
 
 class Solver(torch.nn.Module):
-    """A reusable solver for y' = f(t, y) with exact discrete gradients.
+    """A reusable solver with exact discrete gradients.
+
+    It solves one of y' = f(t, y) (``rhs``), y' = f_I(t, y) + f_E(t, y) (``implicit`` and
+    ``explicit``), M y' = f(t, y) (``rhs`` and ``mass``), and F(t, y, y') = 0 (``residual``).
 
     Parameters
     ----------
-    rhs : callable
+    rhs : callable, optional
         ``f(t, y)``: t is a 0-dim tensor of y's dtype and device, y has the shape of y0; returns
-        dy/dt in that shape, dtype and device. A Module's parameters get gradients.
+        dy/dt (with ``mass``: M dy/dt) in that shape, dtype and device. A Module's parameters get
+        gradients.
+    implicit, explicit : callable, optional
+        Two such functions, whose sum is y': the first is treated implicitly, the second
+        explicitly, by a method of kind "imex". They may share parameters.
+    mass : Tensor or tuple of Tensor, optional
+        The constant matrix M: its diagonal (one entry per entry of the state), or a dense or
+        sparse ``(size, size)`` matrix for the flattened state. A singular M makes a
+        differential-algebraic equation, of index 1 if it is to be solved as it stands.
+    residual : callable, optional
+        ``F(t, y, yp)``, yp being y' in y's shape; returns a tensor of that shape.
     params : iterable of Tensor, optional
         Further tensors that f uses and that gradients are wanted for; non-leaf tensors too.
     method : str
@@ -63,7 +77,7 @@ class Solver(torch.nn.Module):
         ``monitor(step, t, y)``, called after every accepted step with a detached copy of y.
     progress : bool
         Show a progress bar over time.
-    implicit, explicit, mass, residual, checkpointing, comm, compile, dense, event_fn
+    checkpointing, comm, compile, dense, event_fn
         Reserved: anything but the default is refused in this version.
 
     Raises
@@ -91,10 +105,10 @@ class Solver(torch.nn.Module):
         self,
         rhs: Callable[..., Any] | None = None,
         *,
-        implicit: Any = None,
-        explicit: Any = None,
+        implicit: Callable[..., Any] | None = None,
+        explicit: Callable[..., Any] | None = None,
         mass: Any = None,
-        residual: Any = None,
+        residual: Callable[..., Any] | None = None,
         params: Iterable[torch.Tensor] | None = None,
         method: str = "dopri5",
         step_size: float | None = None,
@@ -117,16 +131,13 @@ class Solver(torch.nn.Module):
     ) -> None:
         super().__init__()
         arguments.refuse_reserved(
-            implicit=implicit, explicit=explicit, mass=mass, residual=residual,
             checkpointing=checkpointing, compile=compile, dense=dense, event_fn=event_fn,
         )  # fmt: skip
-        if not callable(rhs):
-            raise ConfigurationError(
-                f"rhs is {rhs!r}: give the vector field, a callable f(t, y) or a torch Module"
-            )
+        form = arguments.problem_form(rhs, implicit, explicit, mass, residual)
         if monitor is not None and not callable(monitor):
             raise ConfigurationError(f"monitor is {monitor!r}: give a callable (step, t, y)")
         chosen = find_method(method)
+        arguments.check_form(form, chosen)
         if step_size is None and not chosen.adaptive:
             raise ConfigurationError(
                 f"method={chosen.name!r} has no error estimate and step_size is None: give "
@@ -150,7 +161,10 @@ class Solver(torch.nn.Module):
             raise ConfigurationError(
                 f"min_step={min_step!r} exceeds max_step={max_step!r}: swap or drop one"
             )
-        self.rhs = rhs
+        self.rhs, self.residual = rhs, residual
+        self.implicit, self.explicit = implicit, explicit
+        self.mass = mass
+        self._form = form
         self._params = arguments.parameters(params)
         self._progress = progress
         self._engine = Engine(
@@ -160,7 +174,13 @@ class Solver(torch.nn.Module):
         )  # fmt: skip
         self._monitor = monitor
         arguments.check_communicator(comm)
-        collect_parameters(rhs, self._params)
+        collect_parameters(self._functions, self._params)
+
+    @property
+    def _functions(self) -> tuple[Any, ...]:
+        """The user's functions: the implicit part first, then the explicit one."""
+        chosen = (self.rhs, self.residual, self.implicit, self.explicit)
+        return tuple(function for function in chosen if function is not None)
 
     @property
     def method(self) -> str:
@@ -209,15 +229,22 @@ class Solver(torch.nn.Module):
         """
         times = as_times(t)
         differentiate = torch.is_grad_enabled()
-        declared = collect_parameters(self.rhs, self._params)
+        declared = collect_parameters(self._functions, self._params)
         if self._engine.method.implicit and any(tensor.is_inference() for tensor in declared):
             raise ConfigurationError(
                 f"a parameter was made in torch.inference_mode, and method={self.method!r} needs "
                 "derivatives of the vector field: make the module outside of it"
             )
+        if differentiate and times.requires_grad and self._form in ("mass", "residual"):
+            raise ConfigurationError(
+                f"t requires grad, and y' is not at hand for a problem given as {self._form}=: "
+                "pass t.detach()"
+            )
         problem = InitialValueProblem.create(
-            self.rhs, y0, times, declared if differentiate else (), check_undeclared=differentiate
-        )
+            self._functions[0], y0, times, declared if differentiate else (),
+            check_undeclared=differentiate, form=self._form, explicit=self.explicit,
+            mass=None if self.mass is None else MassMatrix(self.mass, StateLayout.of(y0)),
+        )  # fmt: skip
         monitor = _progress_bar(problem, self._monitor) if self._progress else self._monitor
         flat = problem.layout.flatten(y0)
         inputs = (flat, times, *problem.parameters)
@@ -314,13 +341,13 @@ def _time_gradient(
     run: Run, y0: torch.Tensor, ys: torch.Tensor, cotangents: torch.Tensor, initial: torch.Tensor
 ) -> torch.Tensor:
     """Derivatives with respect to the output times: along the exact flow, dy/dt = f."""
-    field = VectorField(replace(run.problem, check_undeclared=False), run.stats.backward)
+    field = vector_field(replace(run.problem, check_undeclared=False), run.stats.backward)
     direction = run.problem.direction
     gradient = torch.zeros(len(run.problem.times), dtype=torch.float64, device="cpu")
     for index, s in enumerate(run.problem.times):
         cotangent = -initial if index == 0 else cotangents[index]
         if bool(cotangent.ne(0).any()):
-            slope = field.rhs(s, ys[index].detach().clone())
+            slope = field.slope(s, ys[index].detach().clone())
             gradient[index] = direction * torch.dot(cotangent.double(), slope.double())
     return gradient
 

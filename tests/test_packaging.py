@@ -16,8 +16,8 @@ FOLDERS = {"pnode": "pnode", "solvers": "pnode.solvers", "adjoint": "pnode.adjoi
 LEAVES = {
     f"pnode.{name}"
     for name in (
-        "arguments",
         "errors",
+        "mass",
         "options",
         "problem",
         "solution",
@@ -30,6 +30,7 @@ LEVELS = {
     **dict.fromkeys(LEAVES, 0),
     "pnode.solvers": 1,
     "pnode.adjoint": 2,
+    "pnode.arguments": 3,
     "pnode.engine": 3,
     "pnode.integrate": 3,
     "pnode.parallel": 3,
