@@ -12,12 +12,13 @@ import torch
 from tqdm.auto import tqdm
 
 from pnode import arguments
+from pnode.consistency import check_consistency, consistent_state
 from pnode.engine import Engine, Run
 from pnode.errors import BackwardError, ConfigurationError
 from pnode.mass import MassMatrix
 from pnode.options import ODEINT_PREFIX, check_petsc_options
 from pnode.problem import InitialValueProblem, StateLayout, as_times, collect_parameters
-from pnode.solution import Solution
+from pnode.solution import Ledger, Solution
 from pnode.solvers.methods import find_method
 from pnode.solvers.stepping import StepControl
 from pnode.vectorfield import vector_field
@@ -48,6 +49,9 @@ class Solver(torch.nn.Module):
         differential-algebraic equation, of index 1 if it is to be solved as it stands.
     residual : callable, optional
         ``F(t, y, yp)``, yp being y' in y's shape; returns a tensor of that shape.
+    consistent_start : bool
+        For ``mass`` and ``residual``: whether to solve the algebraic equations for the algebraic
+        unknowns of y0 first (differentiably), instead of refusing a y0 that violates them.
     params : iterable of Tensor, optional
         Further tensors that f uses and that gradients are wanted for; non-leaf tensors too.
     method : str
@@ -109,6 +113,7 @@ class Solver(torch.nn.Module):
         explicit: Callable[..., Any] | None = None,
         mass: Any = None,
         residual: Callable[..., Any] | None = None,
+        consistent_start: bool = False,
         params: Iterable[torch.Tensor] | None = None,
         method: str = "dopri5",
         step_size: float | None = None,
@@ -165,6 +170,7 @@ class Solver(torch.nn.Module):
         self.implicit, self.explicit = implicit, explicit
         self.mass = mass
         self._form = form
+        self._consistent_start = bool(consistent_start)
         self._params = arguments.parameters(params)
         self._progress = progress
         self._engine = Engine(
@@ -247,6 +253,12 @@ class Solver(torch.nn.Module):
         )  # fmt: skip
         monitor = _progress_bar(problem, self._monitor) if self._progress else self._monitor
         flat = problem.layout.flatten(y0)
+        start = Ledger()
+        if self._form in ("mass", "residual"):
+            if self._consistent_start:
+                flat = consistent_state(problem, flat, start)
+            else:
+                check_consistency(problem, flat.detach(), start)
         inputs = (flat, times, *problem.parameters)
         if differentiate and any(tensor.requires_grad for tensor in inputs):
             holder: list[Run] = []
@@ -257,6 +269,7 @@ class Solver(torch.nn.Module):
                 ys, run = self._engine.forward(
                     problem, flat.detach().clone(), keep=False, monitor=monitor
                 )
+        run.stats.add(start)
         return Solution(times, problem.layout.unflatten(ys), run.stats)
 
 

@@ -38,8 +38,9 @@ class MassMatrix:
         parts = tuple(matrix) if isinstance(matrix, (tuple, list)) else (matrix,)
         for part in parts:
             if not isinstance(part, torch.Tensor) or not part.is_floating_point():
+                what = part.dtype if isinstance(part, torch.Tensor) else repr(part)
                 raise ConfigurationError(
-                    f"mass is {part!r}: give a real tensor, the diagonal or the matrix"
+                    f"mass is {what}: give a tensor of real numbers, the diagonal or the matrix"
                 )
             if part.requires_grad:
                 raise ConfigurationError(
@@ -84,6 +85,15 @@ class MassMatrix:
             return torch.diag(self.diagonal)
         assert self._matrix is not None
         return self._matrix if self._matrix.layout is torch.strided else self._matrix.to_dense()
+
+    def null_spaces(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return bases of the left and right null space; see :func:`null_spaces`."""
+        if self.diagonal is not None:
+            rows = self.diagonal.eq(0).nonzero().squeeze(1)
+            units = torch.zeros(self.size, len(rows), dtype=REAL)
+            units[rows, torch.arange(len(rows))] = 1.0
+            return units, units
+        return null_spaces(self.dense())
 
     def _times(self, matrix: torch.Tensor | None, v: torch.Tensor) -> torch.Tensor:
         if self.diagonal is not None:

@@ -394,6 +394,12 @@ class Linearization:
             for product, leaf in zip(products, self._leaves, strict=True)
         )
 
+    def vjps(self, cotangents: torch.Tensor) -> torch.Tensor:
+        """Return the VJPs with dg/du of the rows of ``cotangents``, shape ``(k, size)``."""
+        self._field.ledger.vjp += len(cotangents)
+        products = self._rows(cotangents)[0]
+        return products if self._sign > 0 else -products
+
     def jacobian(self) -> torch.Tensor:
         """Return dg/du as a dense matrix, shape ``(size, size)``, the user's precision.
 

@@ -31,6 +31,7 @@ LEVELS = {
     "pnode.solvers": 1,
     "pnode.adjoint": 2,
     "pnode.arguments": 3,
+    "pnode.consistency": 3,
     "pnode.engine": 3,
     "pnode.integrate": 3,
     "pnode.parallel": 3,
