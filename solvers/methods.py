@@ -13,7 +13,7 @@ from typing import Any
 
 from pnode.errors import ConfigurationError
 
-__all__ = ["METHODS", "REFUSED", "Method", "Tableau", "find_method", "markdown_table", "methods"]
+__all__ = ["LEFT_OUT", "METHODS", "REFUSED", "Method", "Tableau", "find_method", "markdown_table", "methods"]
 
 
 @dataclass(frozen=True)
@@ -245,6 +245,24 @@ REFUSED: dict[str, str] = {
     "kvaerno5": "esdirk6",
     "bdf": "es325",
     "scipy_solver": "es325",
+}
+
+#: PETSc's other TS types, and why they are not here.
+LEFT_OUT: dict[str, str] = {
+    "euler": "TSRK's `euler` is the same method, with an adjoint",
+    "pseudo": "marches to a steady state: its intermediate times mean nothing",
+    "alpha": "generalized-alpha: no stages or adjoint in PETSc; `cn`, `trbdf2` and `bdf2` serve",
+    "alpha2": "for second-order equations of structures, in a form of its own",
+    "glle": "general linear methods: a history of several vectors that PETSc keeps to itself",
+    "glee": "estimates the global error along with the solution; no adjoint, no stages",
+    "eimex": "extrapolated IMEX Euler: no stages or adjoint; `ark4` and `ark5` serve",
+    "mimex": "an experiment of PETSc's for mixed implicit-explicit conservation laws",
+    "mprk": "multirate: the state is split into fast and slow entries by index sets",
+    "discgrad": "discrete gradients: wants the structure of a gradient system, not f",
+    "irk": "Gauss methods: needs PETSc's Kronecker-product matrices of an assembled Jacobian",
+    "radau5": "an external Fortran code, not in PETSc's usual builds",
+    "sundials": "an external library, not in PETSc's usual builds",
+    "python": "what pnode's own methods are built on",
 }
 
 _BY_NAME: dict[str, Method] = {
