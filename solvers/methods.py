@@ -13,7 +13,16 @@ from typing import Any
 
 from pnode.errors import ConfigurationError
 
-__all__ = ["LEFT_OUT", "METHODS", "REFUSED", "Method", "Tableau", "find_method", "markdown_table", "methods"]
+__all__ = [
+    "LEFT_OUT",
+    "METHODS",
+    "REFUSED",
+    "Method",
+    "Tableau",
+    "find_method",
+    "markdown_table",
+    "methods",
+]
 
 
 @dataclass(frozen=True)
