@@ -20,6 +20,7 @@ from pnode.options import PETSc, SolverOptions, log_stage
 from pnode.solvers.bridge import Bridge, JacobianShell, shell_matrix
 from pnode.solvers.methods import Method
 from pnode.solvers.petsc_c import before_each_stage, register_rk, stage_vectors
+from pnode.tolerances import Resolved
 from pnode.vectorfield import VectorField
 
 __all__ = ["IntegratorSettings", "StepOutcome", "TimeIntegrator", "build_ts", "default_options"]
@@ -46,7 +47,7 @@ class IntegratorSettings:
         Precision of the vector field, which limits what Newton's method can reach.
     adaptive : bool
         Whether PETSc's step-size controller is on.
-    rtol, atol : float
+    rtol, atol : float or EntrywiseTolerance
         Tolerances of the controller.
     max_step : float
         Largest step.
@@ -60,8 +61,8 @@ class IntegratorSettings:
     size: int
     dtype: torch.dtype
     adaptive: bool = False
-    rtol: float = 1e-6
-    atol: float = 1e-8
+    rtol: Resolved = 1e-6
+    atol: Resolved = 1e-8
     max_step: float = math.inf
     jacobian: str = "dense"
     comm: Any = field(default_factory=lambda: PETSc.COMM_SELF, compare=False)
@@ -148,7 +149,9 @@ def build_ts(
             ts.setRHSJacobian(bridge.explicit_jacobian, shell, shell)
     ts.setExactFinalTime(PETSc.TS.ExactFinalTime.STEPOVER)
     ts.setMaxTime(_FOREVER)
-    ts.setTolerances(rtol=settings.rtol, atol=settings.atol)
+    ts.setTolerances(
+        rtol=_tolerance(settings, settings.rtol), atol=_tolerance(settings, settings.atol)
+    )
     ts.setSolution(vectors.create(comm, size))
     ts.setTimeStep(1.0)
     options.apply(ts)
@@ -163,6 +166,15 @@ def build_ts(
     ts.removeTrajectory()
     options.set_up(ts)
     return ts
+
+
+def _tolerance(settings: IntegratorSettings, tolerance: Resolved) -> Any:
+    """Return a tolerance as PETSc takes it: a number or a vector."""
+    if isinstance(tolerance, float):
+        return tolerance
+    vector = vectors.create(settings.comm, settings.size)
+    vectors.copy_in(vector, tolerance.tensor())
+    return vector
 
 
 def _refuse_other_type(ts: Any, method: Method) -> None:

@@ -21,6 +21,7 @@ LEAVES = {
         "options",
         "problem",
         "solution",
+        "tolerances",
         "vectorfield",
         "vectors",
     )
