@@ -307,14 +307,19 @@ class Engine:
             self.method, layout.size, layout.dtype,
             adaptive=self.control.step_size is None,
             rtol=rtol, atol=atol, max_step=self.control.max_step,
-            jacobian=jacobian,
+            jacobian=jacobian, controller=self.control.controller,
         )  # fmt: skip
 
     def _solver_options(self, settings: IntegratorSettings, adjoint: bool = False) -> SolverOptions:
         key = (settings.adaptive, settings.jacobian, settings.dtype, adjoint)
         if key not in self._options:
             defaults = default_options(
-                settings.method, settings.adaptive, settings.jacobian, settings.dtype, adjoint
+                settings.method,
+                settings.adaptive,
+                settings.jacobian,
+                settings.dtype,
+                adjoint,
+                settings.controller,
             )
             self._options[key] = SolverOptions(self.prefix, self.petsc_options, defaults)
         return self._options[key]

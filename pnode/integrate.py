@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from pnode import arguments, tolerances
+from pnode.controllers import check_controller
 from pnode.engine import Engine, Run
 from pnode.errors import BackwardError, ConfigurationError
 from pnode.options import ODEINT_PREFIX, check_petsc_options
@@ -51,6 +52,10 @@ class Solver(torch.nn.Module):
         that broadcast to y0, or tuples of such for a tuple state. The error of entry i is measured
         in units of ``atol_i + rtol_i |y_i|``, and a step is accepted if its root mean square is at
         most 1.
+    controller : str
+        Who chooses adaptive steps, one of PETSc's: "basic" (deadbeat, from the last error alone) or
+        a digital filter over the last errors and step sizes, whose steps vary more smoothly: "pi"
+        (PI42), "pid" (H312PID), or another name from :data:`pnode.controllers.FILTERS`.
     max_steps : int, optional
         Largest number of accepted steps of one solve.
     jacobian : {"auto", "dense", "matrix-free"}
@@ -106,6 +111,7 @@ class Solver(torch.nn.Module):
         max_step: float | None = None,
         rtol: tolerances.Tolerance = 1e-6,
         atol: tolerances.Tolerance = 1e-8,
+        controller: str = "basic",
         max_steps: int | None = None,
         jacobian: str = "auto",
         linear_solver: str | Mapping[str, Any] | None = None,
@@ -146,6 +152,7 @@ class Solver(torch.nn.Module):
             max_steps=arguments.count("max_steps", max_steps),
             rtol=tolerances.check("rtol", rtol),
             atol=tolerances.check("atol", atol),
+            controller=check_controller(controller, step_size),
         )
         if isinstance(control.rtol, float) and isinstance(control.atol, float):
             tolerances.refuse_zeros(control.rtol, control.atol)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pnode import vectors
+from pnode.controllers import controller_options
 from pnode.errors import (
     ConfigurationError,
     LinearSolveFailed,
@@ -53,6 +54,8 @@ class IntegratorSettings:
         Largest step.
     jacobian : {"matrix-free", "dense"}
         How an implicit method gets its Jacobian.
+    controller : str
+        Who chooses the steps; see :mod:`pnode.controllers`.
     comm : object
         PETSc communicator.
     """
@@ -65,11 +68,17 @@ class IntegratorSettings:
     atol: Resolved = 1e-8
     max_step: float = math.inf
     jacobian: str = "dense"
+    controller: str = "basic"
     comm: Any = field(default_factory=lambda: PETSc.COMM_SELF, compare=False)
 
 
 def default_options(
-    method: Method, adaptive: bool, jacobian: str, dtype: torch.dtype, adjoint: bool = False
+    method: Method,
+    adaptive: bool,
+    jacobian: str,
+    dtype: torch.dtype,
+    adjoint: bool = False,
+    controller: str = "basic",
 ) -> dict[str, Any]:
     """PETSc options that pnode sets unless the user does.
 
@@ -82,7 +91,7 @@ def default_options(
     residual, and can cut good steps to a tenth for tens of iterations. It is the second attempt
     where full steps fail (see :meth:`TimeIntegrator.attempt`).
     """
-    options: dict[str, Any] = {"ts_adapt_type": "basic" if adaptive else "none"}
+    options = controller_options(controller if adaptive else "none")
     if not method.implicit:
         return options
     double = dtype is torch.float64

@@ -53,6 +53,8 @@ class StepControl:
         Largest number of accepted steps.
     rtol, atol : float, Tensor or tuple
         Tolerances as the user gave them.
+    controller : str
+        Who chooses adaptive steps.
     """
 
     step_size: float | None = None
@@ -62,6 +64,7 @@ class StepControl:
     max_steps: int | None = None
     rtol: tolerances.Tolerance = 1e-6
     atol: tolerances.Tolerance = 1e-8
+    controller: str = "basic"
 
 
 def fixed_steps(start: float, end: float, step_size: float) -> Iterator[tuple[float, float, float]]:

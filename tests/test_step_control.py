@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from replica import replica
 
 import pnode
 
@@ -185,3 +186,150 @@ def test_tolerances_that_do_not_fit_the_state(case):
     keywords, y0, message = SOLVE_ERRORS[case]
     with pytest.raises(pnode.ConfigurationError, match=message):
         pnode.Solver(two_scales, **keywords)(y0, SPAN)
+
+
+# Controllers.
+
+FILTER_COEFFICIENTS = {  # Söderlind & Wang (2006), Table 1: kbeta_1..3, alpha_2..3
+    "PI42": ((3 / 5, -1 / 5, 0), (0, 0)),
+    "PI34": ((7 / 10, -4 / 10, 0), (0, 0)),
+    "PC11": ((2, -1, 0), (-1, 0)),
+    "H211b": ((1 / 4, 1 / 4, 0), (1 / 4, 0)),
+    "H312PID": ((1 / 18, 2 / 18, 1 / 18), (0, 0)),
+    "H321": ((6 / 18, 1 / 18, -5 / 18), (-15 / 18, -3 / 18)),
+}
+
+
+def predicted_steps(slope, name, atol, h, end):
+    """Ends of heun2's accepted steps for y' = slope(t), from the filter's recursion.
+
+    The error of heun2 (PETSc's 2a) against Euler is h/2 (k_2 - k_1), of order k = 2. A step is
+    accepted where the proposed ratio is at least 0.81. A rejection takes the last accepted step
+    out of the filter's memory, once: PETSc sees it as a rollback.
+    """
+    (b1, b2, b3), (a2, a3) = FILTER_COEFFICIENTS[name]
+    errors, ratios = [1.0] * 3, [1.0] * 3
+    t, ends, forgotten, rejected, first = 0.0, [], False, 0, True
+    while t + h < end:
+        control = (atol / abs(h / 2 * (slope(t + h) - slope(t)))) ** 0.5
+        ratio = control**b1 * errors[0] ** b2 * errors[1] ** b3
+        ratio *= ratios[0] ** -a2 * ratios[1] ** -a3
+        ratio = 1.0 + math.atan(ratio - 1.0)
+        if ratio >= 0.81:
+            errors, ratios = [control, *errors[:2]], [ratio, *ratios[:2]]
+            t += h
+            ends.append(t)
+            forgotten = first = False
+        else:
+            rejected += 1
+            if not forgotten and not first:
+                errors, ratios = [*errors[1:], 1.0], [*ratios[1:], 1.0]
+                forgotten = True
+        h *= min(max(ratio, 0.1), 10.0)
+    return ends, rejected
+
+
+@pytest.mark.parametrize("name", list(FILTER_COEFFICIENTS))
+def test_steps_are_those_of_the_filter(name):
+    """The filter remembers from step to step, although each is a call of its own."""
+
+    def slope(t):
+        return math.cos(3.0 * t) + 4.0 / (1.0 + 400.0 * (t - 1.0) ** 2)
+
+    atol = 1e-3
+    expected, rejected = predicted_steps(slope, name, atol, 0.05, 2.0)
+    ends, solution = grid(
+        rhs=lambda t, y: torch.full_like(y, slope(float(t))), y0=torch.zeros(1, dtype=D),
+        method="heun2", atol=atol, first_step=0.05, controller=name,
+    )  # fmt: skip
+    assert rejected > 0 and len(expected) > 30
+    assert solution.stats.rejected >= rejected
+    # The last two steps are fitted to the end.
+    assert ends[: len(expected) - 2] == pytest.approx(expected[:-2], rel=1e-9)
+
+
+def test_filters_start_afresh_in_every_solve():
+    solver = pnode.Solver(two_scales, controller="H312PID", rtol=1e-7, atol=1e-7)
+    first = solver(START, SPAN)
+    second = solver(START, SPAN)
+    assert torch.equal(first.ys, second.ys)
+    assert first.stats == second.stats
+
+
+@pytest.mark.parametrize("controller", ["basic", "pi", "pid", "H211b"])
+@pytest.mark.parametrize("method", ["dopri5", "bosh3", "es325"])
+def test_errors_are_proportional_to_the_tolerance(method, controller):
+    """The error falls by about as much as the tolerance; the slope of the fit is near one."""
+    tolerances = [1e-4, 1e-5, 1e-6, 1e-7]
+    end = torch.tensor(
+        [math.cos(2.0), -math.sin(2.0), 0.1 * math.cos(20.0), -0.1 * math.sin(20.0)], dtype=D
+    )
+    errors = []
+    for tolerance in tolerances:
+        _, solution = grid(method=method, atol=tolerance, controller=controller)
+        errors.append(float((solution.ys[-1] - end).norm()))
+    slope = np.polyfit(np.log10(tolerances), np.log10(errors), 1)[0]
+    # Error per step is controlled: a method of order p with an error estimate of order q has a
+    # global error tol^(p / q), from 3/3 to 5/5 here, and 3/2 where p exceeds q - 1.
+    assert 0.75 < slope < 1.35, errors
+
+
+def test_controllers_take_different_steps():
+    counts = {}
+    for controller in ("basic", "pi", "pid", "PI33", "H0321"):
+        ends, solution = grid(atol=1e-8, controller=controller)
+        counts[controller] = (len(ends), solution.stats.rejected, ends[5])
+    assert len(set(counts.values())) == len(counts)
+
+
+def test_names_of_controllers():
+    by_alias, _ = grid(atol=1e-6, controller="pid")
+    by_name, _ = grid(atol=1e-6, controller="h312pid")
+    assert by_alias == by_name
+    assert grid(atol=1e-6, controller="dsp")[0] == grid(atol=1e-6, controller="PI42")[0]
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"controller": "PIX"}, "'PIX' is unknown.*'basic'.*'H211PI'"),
+        ({"controller": None}, "None is unknown"),
+        ({"controller": "none"}, "step_size=h"),
+        ({"controller": "glee"}, "global error"),
+        ({"controller": "cfl"}, "CFL number"),
+        ({"controller": "history"}, "recorded steps"),
+        ({"controller": "pi", "step_size": 0.1}, "step_size=0.1.*no controller"),
+    ],
+)
+def test_unusable_controller(keywords, message):
+    with pytest.raises(pnode.ConfigurationError, match=message):
+        pnode.Solver(two_scales, **keywords)
+
+
+@pytest.mark.parametrize("controller", ["basic", "pi", "pid"])
+def test_limits_of_the_step(controller):
+    """max_step bounds every step; steps at min_step that fail are an error."""
+    ends, _ = grid(atol=1e-3, controller=controller, max_step=0.03)
+    steps = np.diff([0.0, *ends])
+    assert steps.max() <= 0.03 * (1.0 + 1e-12)
+    assert (np.abs(steps - 0.03) < 1e-12).sum() > 40
+    free, _ = grid(atol=1e-7, controller=controller)
+    smallest = np.diff([0.0, *free])[:-2].min()
+    ends, _ = grid(atol=1e-7, controller=controller, min_step=0.9 * smallest)
+    assert np.diff([0.0, *ends])[:-2].min() >= 0.9 * smallest * (1.0 - 1e-12)
+    with pytest.raises(pnode.StepSizeUnderflow, match=r"smallest one is 2\.00e-01"):
+        grid(atol=1e-9, controller=controller, min_step=0.2)
+
+
+def test_controller_through_odeint_and_gradients():
+    """The gradient is that of the accepted steps, whoever chose them."""
+    y0 = START.clone().requires_grad_()
+    ends = []
+    ys = pnode.odeint(
+        two_scales, y0, SPAN, rtol=1e-6, atol=1e-6, method="bosh3", controller="pid",
+        monitor=lambda step, t, y: ends.append(t),
+    )  # fmt: skip
+    (ours,) = torch.autograd.grad(ys[-1].square().sum(), y0)
+    states = replica(two_scales, "bosh3", y0, [0.0, *ends])
+    (theirs,) = torch.autograd.grad(states[-1].square().sum(), y0)
+    assert float((ours - theirs).norm() / theirs.norm()) < 1e-11
