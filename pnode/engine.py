@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from pnode import vectors
+from pnode import tolerances, vectors
 from pnode.adjoint.create import create_adjoint
 from pnode.adjoint.schedule import Adjoint, Discard, Restore, StoreEverything
 from pnode.adjoint.stepper import AdjointStepper
 from pnode.adjoint.trajectory import Trajectory
 from pnode.options import SolverOptions, next_prefix
-from pnode.problem import InitialValueProblem
+from pnode.problem import InitialValueProblem, StateLayout
 from pnode.solution import Stats
 from pnode.solvers.create import create_integrator
 from pnode.solvers.integrator import (
@@ -163,7 +163,7 @@ class Engine:
             For the backward sweep.
         """
         layout = problem.layout
-        run = Run(problem, Stats(), self._settings(layout.size, layout.dtype, problem.form))
+        run = Run(problem, Stats(), self._settings(layout, problem.form))
         ys = torch.empty(
             (len(problem.times), layout.size), dtype=layout.dtype, device=layout.device
         )
@@ -298,22 +298,28 @@ class Engine:
             integrator.begin(field_, y0.detach(), field_.problem.times[0])
             yield integrator
 
-    def _settings(self, size: int, dtype: torch.dtype, form: str) -> IntegratorSettings:
+    def _settings(self, layout: StateLayout, form: str) -> IntegratorSettings:
         jacobian = self.jacobian
         if jacobian == "auto":
-            jacobian = "dense" if size <= DENSE_LIMIT else "matrix-free"
+            jacobian = "dense" if layout.size <= DENSE_LIMIT else "matrix-free"
+        rtol, atol = tolerances.resolve(self.control.rtol, self.control.atol, layout)
         return IntegratorSettings(
-            self.method, size, dtype,
+            self.method, layout.size, layout.dtype,
             adaptive=self.control.step_size is None,
-            rtol=self.control.rtol, atol=self.control.atol, max_step=self.control.max_step,
-            jacobian=jacobian, form=form,
+            rtol=rtol, atol=atol, max_step=self.control.max_step,
+            jacobian=jacobian, controller=self.control.controller, form=form,
         )  # fmt: skip
 
     def _solver_options(self, settings: IntegratorSettings, adjoint: bool = False) -> SolverOptions:
         key = (settings.adaptive, settings.jacobian, settings.dtype, adjoint)
         if key not in self._options:
             defaults = default_options(
-                settings.method, settings.adaptive, settings.jacobian, settings.dtype, adjoint
+                settings.method,
+                settings.adaptive,
+                settings.jacobian,
+                settings.dtype,
+                adjoint,
+                settings.controller,
             )
             self._options[key] = SolverOptions(self.prefix, self.petsc_options, defaults)
         return self._options[key]

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from pnode import arguments
+from pnode import arguments, tolerances
 from pnode.consistency import check_consistency, consistent_state
+from pnode.controllers import check_controller
 from pnode.engine import Engine, Run
 from pnode.errors import BackwardError, ConfigurationError
 from pnode.mass import MassMatrix
@@ -64,8 +65,15 @@ class Solver(torch.nn.Module):
         of their first step, so theirs is never longer than the automatic one.
     min_step, max_step : float, optional
         Limits of adaptive steps.
-    rtol, atol : float
-        Relative and absolute tolerance of the local error of adaptive steps.
+    rtol, atol : float, Tensor or tuple
+        Relative and absolute tolerance of the local error of adaptive steps: numbers, or tensors
+        that broadcast to y0, or tuples of such for a tuple state. The error of entry i is measured
+        in units of ``atol_i + rtol_i |y_i|``, and a step is accepted if its root mean square is at
+        most 1.
+    controller : str
+        Who chooses adaptive steps, one of PETSc's: "basic" (deadbeat, from the last error alone) or
+        a digital filter over the last errors and step sizes, whose steps vary more smoothly: "pi"
+        (PI42), "pid" (H312PID), or another name from :data:`pnode.controllers.FILTERS`.
     max_steps : int, optional
         Largest number of accepted steps of one solve.
     jacobian : {"auto", "dense", "matrix-free"}
@@ -120,8 +128,9 @@ class Solver(torch.nn.Module):
         first_step: float | None = None,
         min_step: float | None = None,
         max_step: float | None = None,
-        rtol: float = 1e-6,
-        atol: float = 1e-8,
+        rtol: tolerances.Tolerance = 1e-6,
+        atol: tolerances.Tolerance = 1e-8,
+        controller: str = "basic",
         max_steps: int | None = None,
         jacobian: str = "auto",
         linear_solver: str | Mapping[str, Any] | None = None,
@@ -157,11 +166,12 @@ class Solver(torch.nn.Module):
             min_step=arguments.positive("min_step", min_step) or 0.0,
             max_step=arguments.positive("max_step", max_step) or math.inf,
             max_steps=arguments.count("max_steps", max_steps),
-            rtol=arguments.tolerance("rtol", rtol),
-            atol=arguments.tolerance("atol", atol),
+            rtol=tolerances.check("rtol", rtol),
+            atol=tolerances.check("atol", atol),
+            controller=check_controller(controller, step_size),
         )
-        if control.rtol == 0.0 and control.atol == 0.0:
-            raise ConfigurationError("rtol and atol are both 0: at least one must be positive")
+        if isinstance(control.rtol, float) and isinstance(control.atol, float):
+            tolerances.refuse_zeros(control.rtol, control.atol)
         if control.min_step > control.max_step:
             raise ConfigurationError(
                 f"min_step={min_step!r} exceeds max_step={max_step!r}: swap or drop one"
@@ -202,7 +212,7 @@ class Solver(torch.nn.Module):
         """Method and steps, for printing the module."""
         control = self._engine.control
         steps = (
-            f"rtol={control.rtol}, atol={control.atol}"
+            f"rtol={tolerances.describe(control.rtol)}, atol={tolerances.describe(control.atol)}"
             if control.step_size is None
             else f"step_size={control.step_size}"
         )
@@ -396,8 +406,8 @@ def odeint(
     y0: Any,
     t: Any,
     *,
-    rtol: float = 1e-7,
-    atol: float = 1e-9,
+    rtol: tolerances.Tolerance = 1e-7,
+    atol: tolerances.Tolerance = 1e-9,
     method: str | None = None,
     options: Mapping[str, Any] | None = None,
     params: Iterable[torch.Tensor] | None = None,
@@ -413,7 +423,7 @@ def odeint(
         Initial state.
     t : Tensor
         Output times, shape ``(T,)``, strictly monotone.
-    rtol, atol : float
+    rtol, atol : float, Tensor or tuple of Tensor
         Tolerances of adaptive steps.
     method : str, optional
         Name or alias of a method; "dopri5" by default. Methods without error estimate take one

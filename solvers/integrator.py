@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pnode import vectors
+from pnode.controllers import controller_options
 from pnode.errors import (
     ConfigurationError,
     LinearSolveFailed,
@@ -25,6 +26,7 @@ from pnode.solvers.petsc_c import (
     register_rk,
     stage_vectors,
 )
+from pnode.tolerances import Resolved
 from pnode.vectorfield import VectorField
 
 __all__ = ["IntegratorSettings", "StepOutcome", "TimeIntegrator", "build_ts", "default_options"]
@@ -51,7 +53,7 @@ class IntegratorSettings:
         Precision of the vector field, which limits what Newton's method can reach.
     adaptive : bool
         Whether PETSc's step-size controller is on.
-    rtol, atol : float
+    rtol, atol : float or EntrywiseTolerance
         Tolerances of the controller.
     max_step : float
         Largest step.
@@ -59,6 +61,8 @@ class IntegratorSettings:
         How an implicit method gets its Jacobian.
     form : {"rhs", "imex", "mass", "residual"}
         Form of the problem.
+    controller : str
+        Who chooses the steps; see :mod:`pnode.controllers`.
     comm : object
         PETSc communicator.
     """
@@ -67,16 +71,22 @@ class IntegratorSettings:
     size: int
     dtype: torch.dtype
     adaptive: bool = False
-    rtol: float = 1e-6
-    atol: float = 1e-8
+    rtol: Resolved = 1e-6
+    atol: Resolved = 1e-8
     max_step: float = math.inf
     jacobian: str = "dense"
     form: str = "rhs"
+    controller: str = "basic"
     comm: Any = field(default_factory=lambda: PETSc.COMM_SELF, compare=False)
 
 
 def default_options(
-    method: Method, adaptive: bool, jacobian: str, dtype: torch.dtype, adjoint: bool = False
+    method: Method,
+    adaptive: bool,
+    jacobian: str,
+    dtype: torch.dtype,
+    adjoint: bool = False,
+    controller: str = "basic",
 ) -> dict[str, Any]:
     """PETSc options that pnode sets unless the user does.
 
@@ -89,7 +99,7 @@ def default_options(
     residual, and can cut good steps to a tenth for tens of iterations. It is the second attempt
     where full steps fail (see :meth:`TimeIntegrator.attempt`).
     """
-    options: dict[str, Any] = {"ts_adapt_type": "basic" if adaptive else "none"}
+    options = controller_options(controller if adaptive else "none")
     if not method.implicit:
         return options
     double = dtype is torch.float64
@@ -160,7 +170,9 @@ def build_ts(
             ts.setRHSJacobian(bridge.explicit_jacobian, shell, shell)
     ts.setExactFinalTime(PETSc.TS.ExactFinalTime.STEPOVER)
     ts.setMaxTime(_FOREVER)
-    ts.setTolerances(rtol=settings.rtol, atol=settings.atol)
+    ts.setTolerances(
+        rtol=_tolerance(settings, settings.rtol), atol=_tolerance(settings, settings.atol)
+    )
     ts.setSolution(vectors.create(comm, size))
     ts.setTimeStep(1.0)
     options.apply(ts)
@@ -175,6 +187,15 @@ def build_ts(
     ts.removeTrajectory()
     options.set_up(ts)
     return ts
+
+
+def _tolerance(settings: IntegratorSettings, tolerance: Resolved) -> Any:
+    """Return a tolerance as PETSc takes it: a number or a vector."""
+    if isinstance(tolerance, float):
+        return tolerance
+    vector = vectors.create(settings.comm, settings.size)
+    vectors.copy_in(vector, tolerance.tensor())
+    return vector
 
 
 def _refuse_other_type(ts: Any, method: Method) -> None:

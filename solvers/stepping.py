@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pnode import vectors
+from pnode import tolerances, vectors
 from pnode.errors import NonFiniteVectorField, SolveError, StepLimitReached, StepSizeUnderflow
 from pnode.solution import Ledger
 from pnode.solvers.integrator import TimeIntegrator
@@ -51,8 +51,10 @@ class StepControl:
         Limits of adaptive steps.
     max_steps : int or None
         Largest number of accepted steps.
-    rtol, atol : float
-        Tolerances, for the automatic first step.
+    rtol, atol : float, Tensor or tuple
+        Tolerances as the user gave them.
+    controller : str
+        Who chooses adaptive steps.
     """
 
     step_size: float | None = None
@@ -60,8 +62,9 @@ class StepControl:
     min_step: float = 0.0
     max_step: float = math.inf
     max_steps: int | None = None
-    rtol: float = 1e-6
-    atol: float = 1e-8
+    rtol: tolerances.Tolerance = 1e-6
+    atol: tolerances.Tolerance = 1e-8
+    controller: str = "basic"
 
 
 def fixed_steps(start: float, end: float, step_size: float) -> Iterator[tuple[float, float, float]]:
@@ -242,13 +245,15 @@ def first_step(
         return min(1e-6 * (end - start), control.max_step)
     y0 = vectors.copy_out(integrator.solution, field.dtype)
     f0 = field.slope(start, y0.clone())
-    scale = control.atol + control.rtol * y0.abs()
+    settings = integrator.settings
+    rtol, atol = tolerances.values(settings.rtol), tolerances.values(settings.atol)
+    scale = atol + rtol * y0.abs()
     d0, d1 = _rms(y0 / scale), _rms(f0 / scale)
     guess = 0.01 * d0 / d1 if d0 >= 1e-5 and d1 >= 1e-5 else 1e-6
     guess = min(guess, end - start)
     d2 = _rms((field.slope(start + guess, y0 + guess * f0) - f0) / scale) / guess
     steepest = max(d1, d2)
-    order = integrator.settings.method.order
+    order = settings.method.order
     if not math.isfinite(steepest):  # outside the field's domain: let the controller feel its way
         return guess
     if steepest <= 1e-15:

@@ -16,11 +16,13 @@ FOLDERS = {"pnode": "pnode", "solvers": "pnode.solvers", "adjoint": "pnode.adjoi
 LEAVES = {
     f"pnode.{name}"
     for name in (
+        "controllers",
         "errors",
         "mass",
         "options",
         "problem",
         "solution",
+        "tolerances",
         "vectorfield",
         "vectors",
     )

@@ -1,0 +1,162 @@
+"""Tolerances of adaptive steps: one number, or one per entry of the state."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pnode import arguments
+from pnode.errors import ConfigurationError
+from pnode.problem import StateLayout
+from pnode.vectors import REAL
+
+__all__ = [
+    "EntrywiseTolerance",
+    "Resolved",
+    "Tolerance",
+    "check",
+    "describe",
+    "refuse_zeros",
+    "resolve",
+    "values",
+]
+
+#: What the user may give: a number, a tensor, or a tuple of them for a tuple state.
+Tolerance = float | torch.Tensor | tuple[float | torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class EntrywiseTolerance:
+    """One tolerance per entry of the flat state; hashable, compared by value.
+
+    Attributes
+    ----------
+    data : bytes
+        The numbers, in PETSc's precision.
+    """
+
+    data: bytes
+
+    @classmethod
+    def of(cls, values: torch.Tensor) -> EntrywiseTolerance:
+        """Keep the values of a flat tensor."""
+        return cls(values.to(REAL).numpy().tobytes())
+
+    def tensor(self) -> torch.Tensor:
+        """Return the values, shape ``(size,)``, PETSc's precision."""
+        return torch.frombuffer(bytearray(self.data), dtype=REAL)
+
+
+#: A tolerance fitted to a state.
+Resolved = float | EntrywiseTolerance
+
+
+def check(name: str, value: Any) -> Tolerance:
+    """Return a tolerance with finite entries that are not negative.
+
+    Raises
+    ------
+    ConfigurationError
+        If there are others, or the value is no number, tensor or tuple of these.
+    """
+    if isinstance(value, (tuple, list)):
+        parts = tuple(_check_part(f"{name}[{index}]", part) for index, part in enumerate(value))
+        if not parts:
+            raise ConfigurationError(f"{name} is empty: give one tolerance per part of y0")
+        return parts
+    return _check_part(name, value)
+
+
+def _check_part(name: str, value: Any) -> float | torch.Tensor:
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    if not isinstance(value, torch.Tensor) or value.numel() == 1:
+        return arguments.tolerance(name, value)
+    if value.is_complex() or value.dtype is torch.bool or value.device.type != "cpu":
+        raise ConfigurationError(
+            f"{name} has dtype {value.dtype} on {value.device}: give real numbers on the CPU"
+        )
+    if value.requires_grad:
+        raise ConfigurationError(
+            f"{name} requires grad, and the accepted steps count as constants: give {name}.detach()"
+        )
+    own = value.to(torch.float64, copy=True)
+    wrong = ~(own >= 0.0) | own.isinf()
+    if bool(wrong.any()):
+        index = tuple(wrong.nonzero()[0].tolist())
+        raise ConfigurationError(
+            f"{name}{list(index)}={float(own[index])!r}: tolerances must be finite and not negative"
+        )
+    return own
+
+
+def resolve(rtol: Tolerance, atol: Tolerance, layout: StateLayout) -> tuple[Resolved, Resolved]:
+    """Fit both tolerances to a state.
+
+    Raises
+    ------
+    ConfigurationError
+        If a shape cannot be broadcast to that of y0, or both are 0 for an entry.
+    """
+    fitted = _fit("rtol", rtol, layout), _fit("atol", atol, layout)
+    refuse_zeros(*fitted)
+    relative, absolute = (
+        value if isinstance(value, float) else EntrywiseTolerance.of(value) for value in fitted
+    )
+    return relative, absolute
+
+
+def refuse_zeros(rtol: float | torch.Tensor, atol: float | torch.Tensor) -> None:
+    """Refuse two tolerances that are both 0 somewhere."""
+    neither = (torch.as_tensor(rtol) == 0.0) & (torch.as_tensor(atol) == 0.0)
+    if bool(neither.any()):
+        where = f" for {int(neither.sum())} entries of y0" if neither.dim() else ""
+        raise ConfigurationError(f"rtol and atol are both 0{where}: at least one must be positive")
+
+
+def _fit(name: str, value: Tolerance, layout: StateLayout) -> float | torch.Tensor:
+    """Return a number, or one per entry of the flat state."""
+    if isinstance(value, float):
+        return value
+    if not isinstance(value, tuple) and not layout.is_tuple:
+        return _broadcast(name, value, layout.shapes[0])
+    if isinstance(value, tuple) and layout.is_tuple and len(value) == len(layout.shapes):
+        return torch.cat([
+            _broadcast(f"{name}[{index}]", torch.as_tensor(part, dtype=torch.float64), shape)
+            for index, (part, shape) in enumerate(zip(value, layout.shapes, strict=True))
+        ])  # fmt: skip
+    given = f"has {len(value)} parts" if isinstance(value, tuple) else "is one tensor"
+    state = f"a tuple of {len(layout.shapes)}" if layout.is_tuple else "one tensor"
+    raise ConfigurationError(
+        f"{name} {given} and y0 is {state}: give a number, or "
+        + ("one number or tensor per part" if layout.is_tuple else "a tensor of y0's shape")
+    )
+
+
+def _broadcast(name: str, value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    try:
+        return value.broadcast_to(shape).reshape(-1)
+    except RuntimeError:
+        raise ConfigurationError(
+            f"{name} has shape {tuple(value.shape)}, which does not broadcast to that of y0, "
+            f"{tuple(shape)}"
+        ) from None
+
+
+def values(tolerance: Resolved) -> float | torch.Tensor:
+    """Return a number, or a tensor of shape ``(size,)`` in PETSc's precision."""
+    return tolerance if isinstance(tolerance, float) else tolerance.tensor()
+
+
+def describe(tolerance: Tolerance) -> str:
+    """Return a short text: the number, or the range of the numbers."""
+    if isinstance(tolerance, float):
+        return repr(tolerance)
+    parts = tolerance if isinstance(tolerance, tuple) else (tolerance,)
+    flat = torch.cat([torch.as_tensor(part, dtype=torch.float64).reshape(-1) for part in parts])
+    low, high = float(flat.min()), float(flat.max())
+    return repr(low) if math.isclose(low, high) else f"{low!r}..{high!r}"
