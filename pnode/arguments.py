@@ -10,11 +10,9 @@ import torch
 
 from pnode.errors import ConfigurationError
 from pnode.options import PETSc, check_petsc_options
-from pnode.solvers.methods import METHODS, Method
 
 __all__ = [
     "check_communicator",
-    "check_form",
     "count",
     "finite",
     "linear_solver_options",
@@ -64,23 +62,6 @@ def problem_form(rhs: Any, implicit: Any, explicit: Any, mass: Any, residual: An
                 "Module"
             )
     return form
-
-
-def check_form(form: str, method: Method) -> None:
-    """Refuse a method that does not solve problems of this form."""
-    if form in method.forms:
-        return
-    able = ", ".join(repr(other.name) for other in METHODS if form in other.forms)
-    names = {"imex": "implicit= and explicit=", "mass": "mass=", "residual": "residual="}
-    hint = (
-        f"; it wants a right-hand side in two parts, {names['imex']}"
-        if method.kind == "imex"
-        else ""
-    )
-    raise ConfigurationError(
-        f"method={method.name!r} does not solve problems given as {names.get(form, 'rhs=')}: "
-        f"choose one of {able}{hint}"
-    )
 
 
 def check_communicator(comm: Any) -> None:

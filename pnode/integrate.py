@@ -20,7 +20,7 @@ from pnode.mass import MassMatrix
 from pnode.options import ODEINT_PREFIX, check_petsc_options
 from pnode.problem import InitialValueProblem, StateLayout, as_times, collect_parameters
 from pnode.solution import Ledger, Solution
-from pnode.solvers.methods import find_method
+from pnode.solvers.methods import check_form, find_method
 from pnode.solvers.stepping import StepControl
 from pnode.vectorfield import vector_field
 
@@ -151,7 +151,7 @@ class Solver(torch.nn.Module):
         if monitor is not None and not callable(monitor):
             raise ConfigurationError(f"monitor is {monitor!r}: give a callable (step, t, y)")
         chosen = find_method(method)
-        arguments.check_form(form, chosen)
+        check_form(form, chosen)
         if step_size is None and not chosen.adaptive:
             raise ConfigurationError(
                 f"method={chosen.name!r} has no error estimate and step_size is None: give "

@@ -19,6 +19,7 @@ __all__ = [
     "REFUSED",
     "Method",
     "Tableau",
+    "check_form",
     "find_method",
     "markdown_table",
     "methods",
@@ -308,6 +309,23 @@ def find_method(name: Any) -> Method:
         )
     choices = ", ".join(repr(method.name) for method in METHODS)
     raise ConfigurationError(f"method={name!r} is unknown: choose one of {choices}, or an alias")
+
+
+def check_form(form: str, method: Method) -> None:
+    """Refuse a method that does not solve problems of this form."""
+    if form in method.forms:
+        return
+    able = ", ".join(repr(other.name) for other in METHODS if form in other.forms)
+    names = {"imex": "implicit= and explicit=", "mass": "mass=", "residual": "residual="}
+    hint = (
+        f"; it wants a right-hand side in two parts, {names['imex']}"
+        if method.kind == "imex"
+        else ""
+    )
+    raise ConfigurationError(
+        f"method={method.name!r} does not solve problems given as {names.get(form, 'rhs=')}: "
+        f"choose one of {able}{hint}"
+    )
 
 
 def markdown_table() -> str:

@@ -16,6 +16,7 @@ FOLDERS = {"pnode": "pnode", "solvers": "pnode.solvers", "adjoint": "pnode.adjoi
 LEAVES = {
     f"pnode.{name}"
     for name in (
+        "arguments",
         "controllers",
         "errors",
         "mass",
@@ -32,7 +33,6 @@ LEVELS = {
     **dict.fromkeys(LEAVES, 0),
     "pnode.solvers": 1,
     "pnode.adjoint": 2,
-    "pnode.arguments": 3,
     "pnode.consistency": 3,
     "pnode.engine": 3,
     "pnode.integrate": 3,
