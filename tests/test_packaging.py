@@ -19,6 +19,7 @@ LEAVES = {
         "arguments",
         "controllers",
         "errors",
+        "interpolation",
         "options",
         "problem",
         "solution",
@@ -32,7 +33,9 @@ LEVELS = {
     **dict.fromkeys(LEAVES, 0),
     "pnode.solvers": 1,
     "pnode.adjoint": 2,
+    "pnode.dense": 3,
     "pnode.engine": 3,
+    "pnode.events": 3,
     "pnode.integrate": 3,
     "pnode.parallel": 3,
 }
