@@ -165,9 +165,9 @@ def test_steps_do_not_depend_on_the_outputs(name):
         solver = pnode.Solver(field, method=name, rtol=1e-4, atol=1e-4, **keywords)
         return solver(y0, t)
 
-    few, many = solve(2, dense=True), solve(1000, dense=True)
+    few, many = solve(2, dense=True), solve(300, dense=True)
     assert many.stats.steps == few.stats.steps < 100
-    assert solve(1000).stats.steps >= 999
+    assert solve(300).stats.steps >= 299
     assert torch.equal(few.ys[-1], many.ys[-1])
     assert torch.equal(few.ys[-1], solve(2).ys[-1])
     # One slope at either end of every step for the cubic, shared; none for dopri5's own.
