@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from pnode import vectors
@@ -10,7 +12,7 @@ from pnode.adjoint.trajectory import Checkpoint
 from pnode.errors import BackwardError, LinearSolveFailed
 from pnode.options import PETSc, SolverOptions, log_stage
 from pnode.solution import Ledger
-from pnode.solvers.bridge import Bridge, ParameterJacobianShell, shell_matrix
+from pnode.solvers.bridge import Bridge, ParameterJacobianShell, ParameterSums, shell_matrix
 from pnode.solvers.integrator import (
     IntegratorSettings,
     adjoint_vectors,
@@ -50,22 +52,25 @@ class DiscreteAdjoint(AdjointStepper):
         super().__init__(settings, parameters)
         self._options = options
         implicit = settings.method.implicit
-        self.bridge = Bridge(points=2 if implicit else 1, single_use=not implicit)
+        points = {"imex": 4}.get(settings.form, 2) if implicit else 1
+        self.bridge = Bridge(points=points, single_use=not implicit)
         self.ts = build_ts(settings, options, self.bridge, adjoint=True)
         comm = settings.comm
         self.cost_gradient = vectors.create(comm, settings.size)
-        weight = vectors.create(comm, 1) if parameters else None
-        self._parameters = None
-        if weight is not None:
-            self._parameters = ParameterJacobianShell(
-                self.bridge, -1.0 if implicit else 1.0, weight
-            )
-            shell = shell_matrix(self._parameters, settings.size, 1, comm)
+        self._parameters: ParameterSums | None = None
+        if parameters:
+            self._parameters = ParameterSums(vectors.create(comm, 1))
             if implicit:
-                self.ts.setIJacobianP(self.bridge.implicit_parameter_jacobian, shell)
-            else:
-                self.ts.setRHSJacobianP(self.bridge.explicit_parameter_jacobian, shell)
-        self.ts.setCostGradients(self.cost_gradient, weight)
+                self.ts.setIJacobianP(
+                    self.bridge.implicit_parameter_jacobian, self._parameter_shell(-1.0)
+                )
+            if not implicit or settings.form == "imex":
+                self.ts.setRHSJacobianP(
+                    self.bridge.explicit_parameter_jacobian, self._parameter_shell(1.0)
+                )
+        self.ts.setCostGradients(
+            self.cost_gradient, None if self._parameters is None else self._parameters.weight
+        )
         # TSAdjointSetUp wants a trajectory object to look at; nothing uses it afterwards.
         self.ts.setSaveTrajectory()
         self.ts.adjointSetUp()
@@ -73,6 +78,11 @@ class DiscreteAdjoint(AdjointStepper):
         self._vectors = adjoint_vectors(self.ts, settings.method)
         self._ksp = self.ts.getSNES().getKSP() if implicit else None
         self._iterations = 0
+
+    def _parameter_shell(self, factor: float) -> Any:
+        assert self._parameters is not None
+        context = ParameterJacobianShell(self.bridge, factor, self._parameters)
+        return shell_matrix(context, self.settings.size, 1, self.settings.comm)
 
     def begin(self, field: VectorField) -> None:
         """Begin a sweep with zero cost gradients. Collective."""

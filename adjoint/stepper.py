@@ -12,7 +12,7 @@ from pnode.adjoint.trajectory import Checkpoint
 from pnode.errors import LinearSolveFailed
 from pnode.options import PETSc, SolverOptions, log_stage
 from pnode.solution import Ledger
-from pnode.solvers.bridge import Bridge
+from pnode.solvers.bridge import Bridge, accumulate
 from pnode.solvers.integrator import IntegratorSettings, build_ts, raise_stored, reason_name
 from pnode.solvers.petsc_c import total_krylov_iterations
 from pnode.solvers.stepping import Step
@@ -133,20 +133,8 @@ class TorchAdjointStepper(AdjointStepper):
 
     def accumulate(self, terms: tuple[torch.Tensor | None, ...], weight: float) -> None:
         """Add ``weight`` times one product per parameter (any precision) to mu."""
-        if not self.wants_parameters:
-            return
-        sums, addends = [], []
-        for index, term in enumerate(terms):
-            if term is None:
-                continue
-            total = self._gradients[index]
-            if total is None:
-                self._gradients[index] = term.to(REAL) * weight
-            else:
-                sums.append(total)
-                addends.append(term)
-        if sums:
-            torch._foreach_add_(sums, addends, alpha=weight)
+        if self.wants_parameters:
+            accumulate(self._gradients, terms, weight)
 
 
 class ImplicitAdjointStepper(TorchAdjointStepper):
@@ -195,7 +183,7 @@ class ImplicitAdjointStepper(TorchAdjointStepper):
 
         Called at the point of the last :meth:`solve_transposed`, it shares that graph.
         """
-        point = self.bridge.point_at(s, u)
+        point = self.bridge.point_at(s, u, u_dot)
         return self.bridge.linearize(point).vjp(w.to(self.field.dtype))
 
     def solve_transposed(

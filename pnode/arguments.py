@@ -18,6 +18,7 @@ __all__ = [
     "linear_solver_options",
     "parameters",
     "positive",
+    "problem_form",
     "refuse_reserved",
     "tolerance",
 ]
@@ -28,9 +29,39 @@ def refuse_reserved(**arguments: Any) -> None:
     for name, value in arguments.items():
         if value is not None and value is not False:
             raise ConfigurationError(
-                f"{name}={value!r} is reserved for a later version of pnode; this one solves "
-                "y' = f(t, y) given as rhs, and keeps all stages in memory"
+                f"{name}={value!r} is reserved for a later version of pnode; this one keeps all "
+                "stages in memory"
             )
+
+
+def problem_form(rhs: Any, implicit: Any, explicit: Any, mass: Any, residual: Any) -> str:
+    """Return which problem form the arguments make up: exactly one must be complete."""
+    given = {
+        name: value
+        for name, value in (
+            ("rhs", rhs), ("implicit", implicit), ("explicit", explicit), ("residual", residual)
+        )
+        if value is not None
+    }  # fmt: skip
+    forms = {
+        ("rhs",): "rhs" if mass is None else "mass",
+        ("implicit", "explicit"): "imex",
+        ("residual",): "residual",
+    }
+    form = forms.get(tuple(given))
+    if form is None or (mass is not None and form != "mass"):
+        names = [*given, *(["mass"] if mass is not None else [])]
+        raise ConfigurationError(
+            f"{' and '.join(names) or 'nothing'} given: give exactly one of rhs; implicit and "
+            "explicit; rhs and mass; residual"
+        )
+    for name, value in given.items():
+        if not callable(value):
+            raise ConfigurationError(
+                f"{name} is {value!r}: give a callable f(t, y) (residual: F(t, y, yp)) or a torch "
+                "Module"
+            )
+    return form
 
 
 def check_communicator(comm: Any) -> None:

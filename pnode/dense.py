@@ -11,10 +11,11 @@ import torch
 
 from pnode import vectors
 from pnode.interpolation import hermite, hermite_rate, polynomial, polynomial_rate
+from pnode.solvers.bridge import accumulate
 from pnode.solvers.integrator import TimeIntegrator
 from pnode.solvers.petsc_c import rk_tableau
 from pnode.solvers.stepping import Step
-from pnode.vectorfield import VectorField
+from pnode.vectorfield import Linearization, VectorField
 from pnode.vectors import REAL
 
 __all__ = ["DenseAdjoint", "DenseOutput"]
@@ -127,7 +128,7 @@ class DenseOutput:
     def _slope_at(self, node: int, s: float, u: torch.Tensor) -> torch.Tensor:
         """Return g after ``node`` steps, from the step before if it was evaluated there."""
         if self._slope is None or self._slope[0] != node:
-            value = self._field.rhs(s, u.to(self._field.dtype, copy=True))
+            value = self._field.slope(s, u.to(self._field.dtype, copy=True))
             self._slope = node, value.to(REAL)
         return self._slope[1]
 
@@ -214,8 +215,7 @@ class DenseAdjoint:
         assert self._dense is not None
         u = self._dense.states[node]
         s = self._steps[node].start if node < len(self._steps) else self._steps[-1].end
-        linearization = self._field.linearize(s, u.to(self._field.dtype, copy=True))
-        value = linearization.flat_value().to(REAL)
+        value, parts = self._linearize(s, u)
         state, slope = torch.zeros_like(u), torch.zeros_like(u)
         for step, end, (inside, w) in rows:
             h = self._steps[step].length
@@ -224,9 +224,7 @@ class DenseAdjoint:
             slope.add_(w, alpha=weights.slope[end] * h)
             rate = rates.state[end] / h * torch.dot(w, u) + rates.slope[end] * torch.dot(w, value)
             self.times[inside.index] += float(rate)
-        products = linearization.vjp(slope.to(self._field.dtype))
-        self._accumulate(products.parameters)
-        return state.add_(products.state)
+        return state.add_(self._product(parts, slope))
 
     def _own(
         self, step_index: int, restore: Callable[[int], tuple[torch.Tensor, ...]]
@@ -237,41 +235,40 @@ class DenseAdjoint:
         end: w_i = h (sum b_i(theta) w + sum_{j>i} a_ji l_j), l_i = f_y(Y_i)^T w_i.
         """
         assert self._dense is not None and self._dense.tableau is not None
-        tableau, step, field = self._dense.tableau, self._steps[step_index], self._field
+        tableau, step = self._dense.tableau, self._steps[step_index]
         wanted = self._wanted[step_index]
         weights = [polynomial(tableau["interpolation"], inside.theta) for inside, _ in wanted]
         rates = [polynomial_rate(tableau["interpolation"], inside.theta) for inside, _ in wanted]
         stages = list(restore(step_index))
         if len(stages) < len(tableau["b"]):  # FSAL: the last stage is the end
-            stages.append(self._dense.states[step_index + 1].to(field.dtype))
+            stages.append(self._dense.states[step_index + 1])
         total = sum((w for _, w in wanted), start=torch.zeros_like(wanted[0][1]))
         below: list[tuple[int, torch.Tensor]] = []
         for i in reversed(range(len(stages))):
             s = step.start + tableau["c"][i] * step.length
-            linearization = field.linearize(s, stages[i].detach().clone())
-            value = linearization.flat_value().to(REAL)
+            value, parts = self._linearize(s, stages[i])
             slope = torch.zeros_like(total)
             for row, rate, (inside, w) in zip(weights, rates, wanted, strict=True):
                 slope.add_(w, alpha=row[i])
                 self.times[inside.index] += rate[i] * float(torch.dot(w, value))
             for j, product in below:
                 slope.add_(product, alpha=tableau["A"][j, i])
-            products = linearization.vjp((step.length * slope).to(field.dtype))
-            self._accumulate(products.parameters)
-            below.append((i, products.state.to(REAL)))
+            below.append((i, self._product(parts, step.length * slope)))
         return sum((product for _, product in below), start=total)
 
-    def _accumulate(self, terms: Sequence[torch.Tensor | None]) -> None:
-        self.parameters = add_gradients(self.parameters, terms)
+    def _linearize(self, s: float, u: torch.Tensor) -> tuple[torch.Tensor, list[Linearization]]:
+        """Return g(s, u), PETSc's precision, and the linearizations of its parts."""
+        field = self._field
+        parts = [part for part in (field, field.explicit) if part is not None]
+        made = [part.linearize(s, u.to(field.dtype, copy=True)) for part in parts]
+        value = sum((part.flat_value() for part in made[1:]), start=made[0].flat_value())
+        return value.to(REAL), made
 
-
-def add_gradients(
-    first: Sequence[torch.Tensor | None], second: Sequence[torch.Tensor | None]
-) -> list[torch.Tensor | None]:
-    """Add gradients, PETSc's precision; None counts as zero."""
-    return [
-        term.to(REAL) if total is None and term is not None
-        else total if term is None or total is None
-        else total + term
-        for total, term in zip(first, second, strict=True)
-    ]  # fmt: skip
+    def _product(self, parts: list[Linearization], w: torch.Tensor) -> torch.Tensor:
+        """Return w^T g_u, PETSc's precision, and add up w^T g_p."""
+        result = torch.zeros_like(w)
+        for part in parts:
+            products = part.vjp(w.to(self._field.dtype))
+            accumulate(self.parameters, products.parameters, 1.0)
+            result.add_(products.state)
+        return result

@@ -19,11 +19,12 @@ from pnode.adjoint.create import create_adjoint
 from pnode.adjoint.schedule import Adjoint, Discard, Restore, StoreEverything
 from pnode.adjoint.stepper import AdjointStepper
 from pnode.adjoint.trajectory import Trajectory
-from pnode.dense import DenseAdjoint, DenseOutput, add_gradients
+from pnode.dense import DenseAdjoint, DenseOutput
 from pnode.events import Event, EventLocator
 from pnode.options import SolverOptions, next_prefix
 from pnode.problem import InitialValueProblem, StateLayout
 from pnode.solution import Stats
+from pnode.solvers.bridge import accumulate
 from pnode.solvers.create import create_integrator
 from pnode.solvers.integrator import (
     DENSE_LIMIT,
@@ -33,7 +34,7 @@ from pnode.solvers.integrator import (
 )
 from pnode.solvers.methods import Method
 from pnode.solvers.stepping import Step, StepControl, forward_sweep
-from pnode.vectorfield import VectorField
+from pnode.vectorfield import VectorField, vector_field
 
 __all__ = ["Engine", "Requests", "Run"]
 
@@ -260,8 +261,8 @@ class Engine:
         run : Run
             For the backward sweep.
         """
-        run = Run(problem, Stats(), self._settings(problem.layout))
-        field_ = VectorField(problem, run.stats)
+        run = Run(problem, Stats(), self._settings(problem.layout, problem.form))
+        field_ = vector_field(problem, run.stats)
         if keep:
             run.trajectory = Trajectory(StoreEverything(), run.stats)
         with ExitStack() as leases, self._integrator(run.settings, field_, y0) as integrator:
@@ -318,9 +319,9 @@ class Engine:
         assert trajectory is not None
         ledger = run.stats.backward
         problem = replace(run.problem, check_undeclared=False)
-        field_ = VectorField(problem, ledger)
+        field_ = vector_field(problem, ledger)
         if not trajectory.complete:
-            self._repeat(run, VectorField(problem, ledger), y0)
+            self._repeat(run, vector_field(problem, ledger), y0)
         wanted = bool(field_.parameters)
 
         def create() -> AdjointStepper:
@@ -334,7 +335,8 @@ class Engine:
                 initial = self._reverse(run, adjoint, cotangents, dense)
             state = adjoint.state_gradient()
             parameters = adjoint.parameter_gradients(len(field_.parameters))
-        return state, add_gradients(parameters, dense.parameters), initial, dense.times
+            accumulate(parameters, tuple(dense.parameters), 1.0)
+        return state, parameters, initial, dense.times
 
     def _reverse(
         self, run: Run, adjoint: AdjointStepper, cotangents: torch.Tensor, dense: DenseAdjoint
@@ -405,7 +407,7 @@ class Engine:
             integrator.begin(field_, y0.detach(), field_.problem.times[0])
             yield integrator
 
-    def _settings(self, layout: StateLayout) -> IntegratorSettings:
+    def _settings(self, layout: StateLayout, form: str) -> IntegratorSettings:
         jacobian = self.jacobian
         if jacobian == "auto":
             jacobian = "dense" if layout.size <= DENSE_LIMIT else "matrix-free"
@@ -414,7 +416,7 @@ class Engine:
             self.method, layout.size, layout.dtype,
             adaptive=self.control.step_size is None,
             rtol=rtol, atol=atol, max_step=self.control.max_step,
-            jacobian=jacobian, controller=self.control.controller,
+            jacobian=jacobian, controller=self.control.controller, form=form,
         )  # fmt: skip
 
     def _solver_options(self, settings: IntegratorSettings, adjoint: bool = False) -> SolverOptions:

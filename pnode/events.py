@@ -16,14 +16,14 @@ import torch
 from scipy.optimize import brentq
 
 from pnode import vectors
-from pnode.errors import EventError
+from pnode.errors import ConfigurationError, EventError
 from pnode.problem import InitialValueProblem, StateLayout
 from pnode.solution import Ledger
 from pnode.solvers.integrator import TimeIntegrator
 from pnode.solvers.stepping import Step
-from pnode.vectorfield import VectorField
+from pnode.vectorfield import vector_field
 
-__all__ = ["Event", "EventLocator", "end_at_event"]
+__all__ = ["Event", "EventLocator", "check_rate", "end_at_event"]
 
 # Brent's method bisects at least every third time: a few hundred trials reach any tolerance.
 _MAX_TRIALS = 1000
@@ -189,6 +189,15 @@ def _call(
     return result.reshape(-1)
 
 
+def check_rate(form: str) -> None:
+    """Refuse gradients through an event where y' is not at hand."""
+    if form in ("mass", "residual"):
+        raise ConfigurationError(
+            f"gradients through an event need y', and a problem given as {form}= does not tell it: "
+            "solve under torch.no_grad(), or give y' = f(t, y) as rhs="
+        )
+
+
 def end_at_event(
     function: Callable[..., Any],
     problem: InitialValueProblem,
@@ -239,9 +248,10 @@ def end_at_event(
     if torch.is_grad_enabled():
         value = _call(function, layout, time, state, where)[event.entry]
         if value.requires_grad:
-            field = VectorField(replace(problem, check_undeclared=False), stats)
+            check_rate(problem.form)
+            field = vector_field(replace(problem, check_undeclared=False), stats)
             with torch.no_grad():
-                slope = problem.direction * field.rhs(event.time, state.detach().clone())
+                slope = problem.direction * field.slope(event.time, state.detach().clone())
             rate = _rate(function, layout, event, time, state, slope, where)
             shift = -(value - value.detach()) / rate
             end, state = end + shift.to(end), state + slope * shift

@@ -13,16 +13,18 @@ import torch
 from tqdm.auto import tqdm
 
 from pnode import arguments, tolerances
+from pnode.consistency import check_consistency, consistent_state
 from pnode.controllers import check_controller
 from pnode.engine import Engine, Requests, Run
 from pnode.errors import BackwardError, ConfigurationError
-from pnode.events import end_at_event
+from pnode.events import check_rate, end_at_event
+from pnode.mass import MassMatrix
 from pnode.options import ODEINT_PREFIX, check_petsc_options
-from pnode.problem import InitialValueProblem, as_times, collect_parameters
-from pnode.solution import Solution
-from pnode.solvers.methods import find_method
+from pnode.problem import InitialValueProblem, StateLayout, as_times, collect_parameters
+from pnode.solution import Ledger, Solution
+from pnode.solvers.methods import check_form, find_method
 from pnode.solvers.stepping import StepControl
-from pnode.vectorfield import VectorField
+from pnode.vectorfield import vector_field
 
 __all__ = ["Solver", "odeint", "odeint_adjoint", "odeint_event"]
 
@@ -30,13 +32,29 @@ _JACOBIANS = ("auto", "matrix-free", "dense")
 
 
 class Solver(torch.nn.Module):
-    """A reusable solver for y' = f(t, y) with exact discrete gradients.
+    """A reusable solver with exact discrete gradients.
+
+    It solves one of y' = f(t, y) (``rhs``), y' = f_I(t, y) + f_E(t, y) (``implicit`` and
+    ``explicit``), M y' = f(t, y) (``rhs`` and ``mass``), and F(t, y, y') = 0 (``residual``).
 
     Parameters
     ----------
-    rhs : callable
+    rhs : callable, optional
         ``f(t, y)``: t is a 0-dim tensor of y's dtype and device, y has the shape of y0; returns
-        dy/dt in that shape, dtype and device. A Module's parameters get gradients.
+        dy/dt (with ``mass``: M dy/dt) in that shape, dtype and device. A Module's parameters get
+        gradients.
+    implicit, explicit : callable, optional
+        Two such functions, whose sum is y': the first is treated implicitly, the second
+        explicitly, by a method of kind "imex". They may share parameters.
+    mass : Tensor or tuple of Tensor, optional
+        The constant matrix M: its diagonal (one entry per entry of the state), or a dense or
+        sparse ``(size, size)`` matrix for the flattened state. A singular M makes a
+        differential-algebraic equation, of index 1 if it is to be solved as it stands.
+    residual : callable, optional
+        ``F(t, y, yp)``, yp being y' in y's shape; returns a tensor of that shape.
+    consistent_start : bool
+        For ``mass`` and ``residual``: whether to solve the algebraic equations for the algebraic
+        unknowns of y0 first (differentiably), instead of refusing a y0 that violates them.
     params : iterable of Tensor, optional
         Further tensors that f uses and that gradients are wanted for; non-leaf tensors too.
     method : str
@@ -77,14 +95,16 @@ class Solver(torch.nn.Module):
     dense : bool
         Steps pass over the output times, whose states are interpolated; only the last time is hit.
         The interpolant is the method's own where it has one of degree 4 or more (dopri5), and the
-        cubic Hermite polynomial otherwise, whose error is of order h^4.
+        cubic Hermite polynomial otherwise, whose error is of order h^4. Not for ``mass`` and
+        ``residual``, which do not tell y'.
     event_fn : callable, optional
         ``event_fn(t, y)`` returns a real tensor of one or several numbers. The solve ends where the
         first of them changes sign, if the signs differ at the two ends of a step. A Module's or a
-        closure's parameters get gradients.
+        closure's parameters get gradients; with ``mass`` and ``residual`` there are none through
+        the event.
     event_tol : float
         Tolerance of the root, relative to the length of the step it lies in.
-    implicit, explicit, mass, residual, checkpointing, comm, compile
+    checkpointing, comm, compile
         Reserved: anything but the default is refused in this version.
 
     Raises
@@ -112,10 +132,11 @@ class Solver(torch.nn.Module):
         self,
         rhs: Callable[..., Any] | None = None,
         *,
-        implicit: Any = None,
-        explicit: Any = None,
+        implicit: Callable[..., Any] | None = None,
+        explicit: Callable[..., Any] | None = None,
         mass: Any = None,
-        residual: Any = None,
+        residual: Callable[..., Any] | None = None,
+        consistent_start: bool = False,
         params: Iterable[torch.Tensor] | None = None,
         method: str = "dopri5",
         step_size: float | None = None,
@@ -140,20 +161,22 @@ class Solver(torch.nn.Module):
     ) -> None:
         super().__init__()
         arguments.refuse_reserved(
-            implicit=implicit, explicit=explicit, mass=mass, residual=residual,
             checkpointing=checkpointing, compile=compile,
         )  # fmt: skip
-        if not callable(rhs):
-            raise ConfigurationError(
-                f"rhs is {rhs!r}: give the vector field, a callable f(t, y) or a torch Module"
-            )
+        form = arguments.problem_form(rhs, implicit, explicit, mass, residual)
         if monitor is not None and not callable(monitor):
             raise ConfigurationError(f"monitor is {monitor!r}: give a callable (step, t, y)")
         if event_fn is not None and not callable(event_fn):
             raise ConfigurationError(f"event_fn is {event_fn!r}: give a callable (t, y)")
         if not isinstance(dense, bool):
             raise ConfigurationError(f"dense={dense!r}: give True or False")
+        if dense and form in ("mass", "residual"):
+            raise ConfigurationError(
+                f"dense=True interpolates with y', which {form}= does not tell: let steps hit the "
+                "output times (dense=False)"
+            )
         chosen = find_method(method)
+        check_form(form, chosen)
         if step_size is None and not chosen.adaptive:
             raise ConfigurationError(
                 f"method={chosen.name!r} has no error estimate and step_size is None: give "
@@ -178,7 +201,11 @@ class Solver(torch.nn.Module):
             raise ConfigurationError(
                 f"min_step={min_step!r} exceeds max_step={max_step!r}: swap or drop one"
             )
-        self.rhs = rhs
+        self.rhs, self.residual = rhs, residual
+        self.implicit, self.explicit = implicit, explicit
+        self.mass = mass
+        self._form = form
+        self._consistent_start = bool(consistent_start)
         self._params = arguments.parameters(params)
         self._progress = progress
         self._engine = Engine(
@@ -191,7 +218,13 @@ class Solver(torch.nn.Module):
         if not 0.0 < self._requests.event_tol < 1.0:
             raise ConfigurationError(f"event_tol={event_tol!r}: give a number between 0 and 1")
         arguments.check_communicator(comm)
-        collect_parameters(rhs, self._params)
+        collect_parameters(self._functions, self._params)
+
+    @property
+    def _functions(self) -> tuple[Any, ...]:
+        """The user's functions: the implicit part first, then the explicit one."""
+        chosen = (self.rhs, self.residual, self.implicit, self.explicit)
+        return tuple(function for function in chosen if function is not None)
 
     @property
     def method(self) -> str:
@@ -243,20 +276,36 @@ class Solver(torch.nn.Module):
         """
         times = as_times(t, endless=self.event_fn is not None)
         differentiate = torch.is_grad_enabled()
-        declared = collect_parameters(self.rhs, self._params)
+        declared = collect_parameters(self._functions, self._params)
         if self._engine.method.implicit and any(tensor.is_inference() for tensor in declared):
             raise ConfigurationError(
                 f"a parameter was made in torch.inference_mode, and method={self.method!r} needs "
                 "derivatives of the vector field: make the module outside of it"
             )
+        if differentiate and times.requires_grad and self._form in ("mass", "residual"):
+            raise ConfigurationError(
+                f"t requires grad, and y' is not at hand for a problem given as {self._form}=: "
+                "pass t.detach()"
+            )
         problem = InitialValueProblem.create(
-            self.rhs, y0, times, declared if differentiate else (), check_undeclared=differentiate
-        )
+            self._functions[0], y0, times, declared if differentiate else (),
+            check_undeclared=differentiate, form=self._form, explicit=self.explicit,
+            mass=None if self.mass is None else MassMatrix(self.mass, StateLayout.of(y0)),
+        )  # fmt: skip
         flat = problem.layout.flatten(y0)
+        start = Ledger()
+        if self._form in ("mass", "residual"):
+            if self._consistent_start:
+                flat = consistent_state(problem, flat, start)
+            else:
+                check_consistency(problem, flat.detach(), start)
         inputs = (flat, times, *problem.parameters)
+        trainable = differentiate and any(tensor.requires_grad for tensor in inputs)
+        if trainable and self.event_fn is not None:
+            check_rate(self._form)
         wanted = replace(self._requests, event_fn=self.event_fn)
         with _progress_bar(problem, wanted, self._progress) as requests:
-            if differentiate and any(tensor.requires_grad for tensor in inputs):
+            if trainable:
                 holder: list[Run] = []
                 ys = _Solve.apply(self._engine, problem, requests, holder, *inputs)
                 run = holder.pop()
@@ -265,6 +314,7 @@ class Solver(torch.nn.Module):
                     ys, run = self._engine.forward(
                         problem, flat.detach().clone(), keep=False, requests=requests
                     )
+        run.stats.add(start)
         if run.event is None:
             return Solution(times, problem.layout.unflatten(ys), run.stats)
         assert self.event_fn is not None
@@ -366,7 +416,7 @@ def _time_gradient(
     Those of interpolated outputs are in ``inside`` already, and the time of an event, which ends
     the problem's times, is a constant here.
     """
-    field = VectorField(replace(run.problem, check_undeclared=False), run.stats.backward)
+    field = vector_field(replace(run.problem, check_undeclared=False), run.stats.backward)
     direction = run.problem.direction
     gradient = torch.zeros(number, dtype=torch.float64, device="cpu")
     interpolated = run.dense.interpolated if run.dense is not None else ()
@@ -378,7 +428,7 @@ def _time_gradient(
             continue
         cotangent = -initial if index == 0 else cotangents[index]
         if bool(cotangent.ne(0).any()):
-            slope = field.rhs(s, ys[index].detach().clone())
+            slope = field.slope(s, ys[index].detach().clone())
             gradient[index] = direction * torch.dot(cotangent.double(), slope.double())
     return gradient
 

@@ -120,7 +120,9 @@ class StateLayout:
 
 @dataclass(frozen=True)
 class InitialValueProblem:
-    """y' = f(t, y), y(t_0) = y0, wanted at the output times.
+    """An initial value problem, wanted at the output times.
+
+    y' = f(t, y); y' = implicit(t, y) + explicit(t, y); M y' = f(t, y); or F(t, y, y') = 0.
 
     Time is reflected (s = -t) when the output times decrease, so that integrators only ever see
     increasing times.
@@ -128,7 +130,7 @@ class InitialValueProblem:
     Attributes
     ----------
     function : callable
-        ``f(t, y)`` as the user wrote it.
+        ``f(t, y)``, the implicit part, or the residual ``F(t, y, y')``, as the user wrote it.
     layout : StateLayout
         Shape, dtype and device of the state.
     times : tuple of float
@@ -141,6 +143,12 @@ class InitialValueProblem:
         Declared tensors that do not require grad; they must not change before a backward sweep.
     check_undeclared : bool
         Whether to look for trainable tensors that f uses and nobody declared.
+    explicit : callable or None
+        The explicit part of a split right-hand side.
+    mass : object or None
+        The mass matrix, with ``apply``, ``apply_transpose`` and ``dense``.
+    form : {"rhs", "imex", "mass", "residual"}
+        Which of the four it is.
     """
 
     function: Callable[..., Any]
@@ -150,6 +158,9 @@ class InitialValueProblem:
     parameters: tuple[torch.Tensor, ...] = ()
     frozen: tuple[torch.Tensor, ...] = ()
     check_undeclared: bool = False
+    explicit: Callable[..., Any] | None = None
+    mass: Any = None
+    form: str = "rhs"
 
     @classmethod
     def create(
@@ -159,6 +170,7 @@ class InitialValueProblem:
         t: torch.Tensor,
         parameters: Sequence[torch.Tensor] = (),
         check_undeclared: bool = False,
+        **form: Any,
     ) -> InitialValueProblem:
         """Validate the arguments and build the problem."""
         layout = StateLayout.of(y0)
@@ -180,6 +192,7 @@ class InitialValueProblem:
             tuple(tensor for tensor in parameters if tensor.requires_grad),
             tuple(tensor for tensor in parameters if not tensor.requires_grad),
             check_undeclared,
+            **form,
         )
 
 
@@ -220,12 +233,13 @@ def as_times(t: Any, endless: bool = False) -> torch.Tensor:
 
 
 def collect_parameters(
-    function: Any, params: Iterable[torch.Tensor] | None
+    functions: Iterable[Any], params: Iterable[torch.Tensor] | None
 ) -> tuple[torch.Tensor, ...]:
-    """Tensors of a Module together with those passed as ``params=``, each once, frozen ones too."""
+    """Tensors of Modules together with those passed as ``params=``, each once, frozen ones too."""
     candidates: list[Any] = []
-    if isinstance(function, torch.nn.Module):
-        candidates.extend(function.parameters())
+    for function in functions:
+        if isinstance(function, torch.nn.Module):
+            candidates.extend(function.parameters())
     if params is not None:
         candidates.extend(params)
     chosen: dict[int, torch.Tensor] = {}

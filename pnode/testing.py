@@ -177,7 +177,7 @@ def dot_product_test(
     Not collective.
     """
     problem = InitialValueProblem.create(
-        func, y, torch.tensor([float(t)], dtype=torch.float64), collect_parameters(func, params)
+        func, y, torch.tensor([float(t)], dtype=torch.float64), collect_parameters([func], params)
     )
     field = VectorField(problem, Ledger())
     u = problem.layout.flatten(y).detach().clone()

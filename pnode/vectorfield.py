@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 
 from pnode.errors import ConfigurationError, VectorFieldError
+from pnode.mass import MassMatrix
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
 
-__all__ = ["Linearization", "Products", "VectorField"]
+__all__ = ["Linearization", "Products", "Residual", "VectorField", "vector_field"]
 
 
 class Products(NamedTuple):
@@ -45,14 +46,29 @@ class VectorField:
         Whose f, layout, direction and parameters are used.
     ledger : Ledger
         Where evaluations are counted.
+    function : callable, optional
+        Another f than the problem's.
+
+    Attributes
+    ----------
+    mass : MassMatrix or None
+        M of M y' = f; None for the identity.
+    explicit : VectorField or None
+        The explicit part of a split right-hand side, of which this one is the implicit part.
     """
 
-    def __init__(self, problem: InitialValueProblem, ledger: Ledger) -> None:
+    explicit: VectorField | None = None
+    #: Whether there is a g(s, u); a residual has none.
+    has_rhs = True
+
+    def __init__(self, problem: InitialValueProblem, ledger: Ledger, function: Any = None) -> None:
         self.problem = problem
+        self._function = problem.function if function is None else function
+        self.mass: MassMatrix | None = problem.mass
         self.ledger = ledger
         self.parameters = problem.parameters
         self.dtype = problem.layout.dtype
-        #: Whether the first evaluation used each parameter.
+        #: Whether the first evaluation (of one part or the other) used each parameter.
         self.used = [False] * len(problem.parameters)
         self._layout = problem.layout
         self._direction = problem.direction
@@ -81,7 +97,14 @@ class VectorField:
             value = self._call(s, u, self._layout.unflatten(u)).reshape(-1)
             return value if self._direction > 0 else -value
 
-    def linearize(self, s: float, u: torch.Tensor) -> Linearization:
+    def slope(self, s: float, u: torch.Tensor) -> torch.Tensor:
+        """Return du/ds, both parts of a split right-hand side; arguments as for :meth:`rhs`."""
+        own = self.rhs(s, u)
+        return own if self.explicit is None else own + self.explicit.rhs(s, u.clone())
+
+    def linearize(
+        self, s: float, u: torch.Tensor, u_dot: torch.Tensor | None = None
+    ) -> Linearization:
         """Evaluate f at (s, u) with its graph, for products with the Jacobian.
 
         Parameters
@@ -90,6 +113,8 @@ class VectorField:
             Time.
         u : Tensor
             Flat state as in :meth:`rhs`.
+        u_dot : Tensor, optional
+            Its rate; matters to residuals alone.
         """
         self.ledger.rhs += 1
         # A single tensor becomes a leaf in its own shape: no reshaping in the graph.
@@ -100,7 +125,7 @@ class VectorField:
         else:
             with torch.enable_grad():
                 value = self._record(s, leaf)
-        return Linearization(self, leaf, value, self._direction)
+        return Linearization(self, (leaf,), value, self._direction)
 
     def _record(self, s: float, leaf: torch.Tensor) -> torch.Tensor:
         """Call f on a leaf, under grad."""
@@ -120,8 +145,10 @@ class VectorField:
             self._find_parameters(value, leaf)
         return value
 
-    def _call(self, s: float, own: torch.Tensor, state: Any) -> torch.Tensor:
+    def _call(self, s: float, own: torch.Tensor, *state: Any) -> torch.Tensor:
         """Call f in the user's time on ``state``, made from ``own``, and check what comes back.
+
+        ``state`` is y, and y' too for a residual.
 
         Returns
         -------
@@ -131,7 +158,7 @@ class VectorField:
         layout = self._layout
         time = torch.scalar_tensor(self._direction * s, dtype=layout.dtype, device=layout.device)
         version = own._version
-        result = self.problem.function(time, state)
+        result = self._function(time, *state)
         if own._version != version:
             raise self._wrote_into_input(s)
         if not layout.is_tuple:
@@ -183,7 +210,7 @@ class VectorField:
         if problem:
             raise VectorFieldError(f"the vector field {problem}", time=self._direction * s)
 
-    def _find_parameters(self, result: torch.Tensor, state: torch.Tensor) -> None:
+    def _find_parameters(self, result: torch.Tensor, *states: torch.Tensor) -> None:
         """Walk the graph of the first evaluation: every trainable leaf must be declared."""
         leaves = {id(tensor): index for index, tensor in enumerate(self.parameters)}
         edges = {
@@ -202,7 +229,7 @@ class VectorField:
                 self.used[edges[edge]] = True
                 continue
             leaf = getattr(node, "variable", None)
-            if leaf is not None and leaf is not state:
+            if leaf is not None and not any(leaf is state for state in states):
                 if id(leaf) not in leaves:
                     raise ConfigurationError(
                         f"the vector field uses a tensor of shape {tuple(leaf.shape)} that "
@@ -213,34 +240,86 @@ class VectorField:
             pending.extend(node.next_functions)
 
 
+class Residual(VectorField):
+    """F(t, y, y') = 0 as g = -F: the state may not be solved for its rate."""
+
+    has_rhs = False
+
+    def rhs(self, s: float, u: torch.Tensor) -> torch.Tensor:
+        """Not available: a residual gives no rate."""
+        raise NotImplementedError("a residual has no right-hand side")
+
+    def linearize(
+        self, s: float, u: torch.Tensor, u_dot: torch.Tensor | None = None
+    ) -> Linearization:
+        """Evaluate F at (s, u, u_dot) with its graph."""
+        assert u_dot is not None
+        self.ledger.rhs += 1
+        layout = self._layout
+        leaves: tuple[torch.Tensor, ...] = (u, u_dot * self._direction)
+        if not layout.is_tuple:
+            leaves = tuple(leaf.view(layout.shapes[0]) for leaf in leaves)
+        with torch.enable_grad():
+            for leaf in leaves:
+                leaf.requires_grad_(True)
+            first, self._check_first = self._check_first, False
+            own, rate = (leaf.clone() for leaf in leaves)
+            state = layout.unflatten(own) if layout.is_tuple else own
+            value = self._call(s, own, state, layout.unflatten(rate) if layout.is_tuple else rate)
+            if first and self.problem.check_undeclared:
+                self._find_parameters(value, *leaves)
+        return Linearization(self, leaves, value, -1.0, self._direction)
+
+
+def vector_field(problem: InitialValueProblem, ledger: Ledger) -> VectorField:
+    """Return the field of a problem: its right-hand side, its two parts, or its residual."""
+    if problem.form == "residual":
+        return Residual(problem, ledger)
+    field = VectorField(problem, ledger)
+    if problem.explicit is not None:
+        field.explicit = VectorField(problem, ledger, problem.explicit)
+        field.explicit.used = field.used
+    return field
+
+
 class Linearization:
-    """f and its graph at one point; products with dg/dy and its transpose.
+    """g and its graph at one point; products with dg/du and its transpose.
 
     Parameters
     ----------
     field : VectorField
         The field.
-    leaf : Tensor
-        The state, in the user's shape (flat for a tuple) and precision, a leaf of the graph.
+    leaves : tuple of Tensor
+        Leaves of the graph, in the user's shape (flat for a tuple) and precision: the state y,
+        and its rate y' for a residual.
     value : Tensor
-        f's result with its graph, in the same shape.
-    direction : float
-        g = direction * f.
+        What the user's function returned, with its graph, in the same shape.
+    sign : float
+        g = sign * value.
+    rate_sign : float, optional
+        dF/du_dot = rate_sign * dvalue/dy', for a residual.
     """
 
     def __init__(
-        self, field: VectorField, leaf: torch.Tensor, value: torch.Tensor, direction: float
+        self,
+        field: VectorField,
+        leaves: tuple[torch.Tensor, ...],
+        value: torch.Tensor,
+        sign: float,
+        rate_sign: float | None = None,
     ) -> None:
         self._field = field
-        self._leaf = leaf
+        self._leaves = leaves
         self._value = value
-        self._direction = direction
-        self._double_backward: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._sign = sign
+        self._rate_sign = rate_sign
+        self._double_backward: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None
+        self._jacobians: tuple[torch.Tensor, ...] | None = None
 
     def flat_value(self) -> torch.Tensor:
         """Return g at this point, flat, without its graph."""
         value = self._value.detach().reshape(-1)
-        return value if self._direction > 0 else -value
+        return value if self._sign > 0 else -value
 
     def vjp(self, w: torch.Tensor) -> Products:
         """Return w^T dg/dy and w^T dg/dp from one backward pass.
@@ -252,18 +331,25 @@ class Linearization:
         """
         # The graph is kept even for a single product: part of it may be the user's, from
         # parameters that are not leaves.
-        inputs = (self._leaf, *self._field.parameters)
+        inputs = (*self._leaves, *self._field.parameters)
         self._field.ledger.vjp += 1
         products: tuple[torch.Tensor | None, ...] = (None,) * len(inputs)
         if self._value.requires_grad:
-            cotangent = (w if self._direction > 0 else -w).view(self._value.shape)
+            cotangent = (w if self._sign > 0 else -w).view(self._value.shape)
             products = torch.autograd.grad(
                 self._value, inputs, cotangent, retain_graph=True, allow_unused=True
             )
-        return Products(self._flat(products[0]), products[1:])
+        state = self._flat(products[0])
+        if self._rate_sign is not None:
+            rate = self._flat(products[1])
+            rate = rate if self._sign * self._rate_sign > 0 else -rate
+            return Products(state, products[2:], rate)
+        if self._field.mass is not None:
+            return Products(state, products[1:], self._field.mass.apply_transpose(w))
+        return Products(state, products[1:])
 
-    def jvp(self, v: torch.Tensor) -> torch.Tensor:
-        """Return dg/dy v, flat, by differentiating the VJP with respect to its cotangent.
+    def jvp(self, v: torch.Tensor, state: float = 1.0, rate: float = 0.0) -> torch.Tensor:
+        """Return ``state dg/du v + rate dF/du_dot v``, flat.
 
         The VJP w -> w^T J is linear in w, so its own VJP with v is J v. Its graph is built once
         per point and serves every Krylov iteration there.
@@ -271,52 +357,98 @@ class Linearization:
         self._field.ledger.jvp += 1
         if self._double_backward is None:
             self._double_backward = self._record_vjp()
-        cotangent, product = self._double_backward
+        cotangent, products = self._double_backward
+        factors = [state * self._sign]
+        if self._rate_sign is not None:
+            factors.append(rate * self._rate_sign)
+        chosen = [
+            (product, v * factor)
+            for product, factor in zip(products, factors, strict=True)
+            if product.requires_grad and factor
+        ]
         result = None
-        if product.requires_grad:
-            direction = (v if self._direction > 0 else -v).view(product.shape)
+        if chosen:
             (result,) = torch.autograd.grad(
-                product, cotangent, direction, retain_graph=True, allow_unused=True
+                [product for product, _ in chosen],
+                cotangent,
+                [direction.view(product.shape) for product, direction in chosen],
+                retain_graph=True,
+                allow_unused=True,
             )
-        return self._flat(result)
+        flat = self._flat(result)
+        if rate and self._rate_sign is None:
+            mass = self._field.mass
+            flat = flat + rate * (v if mass is None else mass.apply(v))
+        return flat
 
-    def _record_vjp(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _record_vjp(self) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         cotangent = torch.zeros_like(self._value, requires_grad=True)
-        product = None
+        products: tuple[torch.Tensor | None, ...] = (None,) * len(self._leaves)
         if self._value.requires_grad:
             with torch.enable_grad():
-                (product,) = torch.autograd.grad(
-                    self._value, self._leaf, cotangent, create_graph=True, allow_unused=True
+                products = torch.autograd.grad(
+                    self._value, self._leaves, cotangent, create_graph=True, allow_unused=True
                 )
-        return cotangent, torch.zeros_like(self._leaf) if product is None else product
+        return cotangent, tuple(
+            torch.zeros_like(leaf) if product is None else product
+            for product, leaf in zip(products, self._leaves, strict=True)
+        )
+
+    def vjps(self, cotangents: torch.Tensor) -> torch.Tensor:
+        """Return the VJPs with dg/du of the rows of ``cotangents``, shape ``(k, size)``."""
+        self._field.ledger.vjp += len(cotangents)
+        products = self._rows(cotangents)[0]
+        return products if self._sign > 0 else -products
 
     def jacobian(self) -> torch.Tensor:
-        """Return dg/dy as a dense matrix, shape ``(size, size)``, the user's precision.
+        """Return dg/du as a dense matrix, shape ``(size, size)``, the user's precision.
 
         All rows come from one batched backward pass; fields that torch cannot batch are done row
         by row.
         """
-        self._field.ledger.jacobians += 1
-        size = self._leaf.numel()
-        identity = torch.eye(size, dtype=self._leaf.dtype, device=self._leaf.device)
+        matrix = self._matrices()[0]
+        return matrix if self._sign > 0 else -matrix
+
+    def rate_jacobian(self) -> torch.Tensor | None:
+        """Return dF/du_dot as a dense matrix; None for the identity."""
+        if self._rate_sign is not None:
+            matrix = self._matrices()[1]
+            return matrix if self._rate_sign > 0 else -matrix
+        mass = self._field.mass
+        return None if mass is None else mass.dense()
+
+    def _matrices(self) -> tuple[torch.Tensor, ...]:
+        if self._jacobians is None:
+            self._field.ledger.jacobians += 1
+            size = self._value.numel()
+            identity = torch.eye(size, dtype=self._value.dtype, device=self._value.device)
+            self._jacobians = tuple(matrix.reshape(size, size) for matrix in self._rows(identity))
+        return self._jacobians
+
+    def _rows(self, cotangents: torch.Tensor) -> list[torch.Tensor]:
+        """Return the VJPs of the rows of ``cotangents``, shape ``(k, size)``, with each leaf."""
         if not self._value.requires_grad:
-            return torch.zeros_like(identity)
-        rows = (identity if self._direction > 0 else -identity).view(size, *self._value.shape)
-        matrix: torch.Tensor | None
-        try:
-            (matrix,) = torch.autograd.grad(
-                self._value, self._leaf, rows, retain_graph=True, allow_unused=True,
-                is_grads_batched=True,
+            return [torch.zeros_like(cotangents) for _ in self._leaves]
+        rows = cotangents.view(-1, *self._value.shape)
+
+        def products(seed: torch.Tensor, batched: bool) -> tuple[torch.Tensor | None, ...]:
+            return torch.autograd.grad(
+                self._value, self._leaves, seed, retain_graph=True, allow_unused=True,
+                is_grads_batched=batched,
             )  # fmt: skip
+
+        try:
+            found = products(rows, True)
         except RuntimeError:  # no batching rule for an operation of this field
-            products = [
-                torch.autograd.grad(
-                    self._value, self._leaf, row, retain_graph=True, allow_unused=True
-                )[0]
-                for row in rows
-            ]
-            matrix = None if products[0] is None else torch.stack(products)
-        return torch.zeros_like(identity) if matrix is None else matrix.reshape(size, size)
+            one_by_one = [products(row, False) for row in rows]
+            found = tuple(
+                None if parts[0] is None else torch.stack(parts)
+                for parts in zip(*one_by_one, strict=True)
+            )
+        return [
+            torch.zeros_like(cotangents) if part is None else part.reshape(len(rows), -1)
+            for part in found
+        ]
 
     def _flat(self, product: torch.Tensor | None) -> torch.Tensor:
-        return (torch.zeros_like(self._leaf) if product is None else product).reshape(-1)
+        return (torch.zeros_like(self._leaves[0]) if product is None else product).reshape(-1)

@@ -14,7 +14,7 @@ import torch
 
 from pnode.options import PETSc
 
-__all__ = ["REAL", "copy_in", "copy_out", "create", "is_moderate", "view"]
+__all__ = ["REAL", "add_to", "copy_in", "copy_out", "create", "is_moderate", "view"]
 
 #: torch dtype of PETSc's real numbers.
 REAL: torch.dtype = {
@@ -59,6 +59,11 @@ def copy_out(
 def copy_in(vector: Any, values: torch.Tensor) -> None:
     """Overwrite the local entries with a tensor of any precision. Not collective."""
     torch.from_numpy(vector.array_w).copy_(values.detach())
+
+
+def add_to(vector: Any, values: torch.Tensor, factor: float) -> None:
+    """Add ``factor`` times a tensor of any precision to the local entries. Not collective."""
+    torch.from_numpy(vector.array).add_(values.detach(), alpha=factor)
 
 
 def is_moderate(values: torch.Tensor) -> bool:

@@ -22,9 +22,16 @@ import torch
 
 from pnode.options import PETSc, log_event
 from pnode.vectorfield import Linearization, Products, VectorField
-from pnode.vectors import REAL, copy_in, copy_out, is_moderate
+from pnode.vectors import REAL, add_to, copy_in, copy_out, is_moderate
 
-__all__ = ["Bridge", "JacobianShell", "ParameterJacobianShell", "shell_matrix"]
+__all__ = [
+    "Bridge",
+    "JacobianShell",
+    "ParameterJacobianShell",
+    "ParameterSums",
+    "accumulate",
+    "shell_matrix",
+]
 
 _EVENTS = ("rhs", "jvp", "vjp", "jacobian")
 
@@ -41,6 +48,10 @@ class Point:
         Flat state, a copy in the user's precision.
     key : tuple
         PETSc vector and object state that u was copied from.
+    field : VectorField or None
+        Which field, of a split one.
+    u_dot : Tensor or None
+        Rate of the state, for residuals.
     linearization : Linearization or None
         The graph, once something asked for it.
     product : tuple or None
@@ -50,6 +61,8 @@ class Point:
     s: float
     u: torch.Tensor
     key: tuple[int, int]
+    field: VectorField | None = None
+    u_dot: torch.Tensor | None = None
     linearization: Linearization | None = None
     product: tuple[tuple[int, int], Products] | None = None
 
@@ -101,8 +114,8 @@ class Bridge:
         self._limit = points
         self._points: deque[Point] = deque()
         self._announced: dict[tuple[int, int], torch.Tensor] = {}
-        self.here = _NOWHERE
-        self.shells: weakref.WeakSet[JacobianShell] = weakref.WeakSet()
+        self.here = self.here_explicit = _NOWHERE
+        self.shells: weakref.WeakSet[JacobianShell | ParameterJacobianShell] = weakref.WeakSet()
         self._events = {name: log_event(f"pnode {name}") for name in _EVENTS}
 
     def attach(self, field: VectorField) -> None:
@@ -117,7 +130,7 @@ class Bridge:
         self.exception = None
         self._points.clear()
         self._announced.clear()
-        self.here = _NOWHERE
+        self.here = self.here_explicit = _NOWHERE
         for shell in self.shells:
             shell.point = _NOWHERE
         self.evaluated.clear()
@@ -127,6 +140,11 @@ class Bridge:
         if self._attached is None:
             raise RuntimeError("a PETSc callback was called outside of a sweep")
         return self._attached
+
+    @property
+    def _explicit(self) -> VectorField:
+        """What PETSc calls the right-hand side: the explicit part of a split one, or all of it."""
+        return self._field.explicit or self._field
 
     def take_exception(self) -> BaseException | None:
         """Return the stored exception and forget it."""
@@ -166,86 +184,115 @@ class Bridge:
             copy_in(f, value)
 
     def implicit_function(self, ts: Any, s: float, u: Any, u_dot: Any, f: Any) -> None:
-        """f = u_dot - g(s, u) (PETSc's IFunction).
+        """f = M u_dot - g(s, u), or the residual (PETSc's IFunction).
 
         The graph is kept: Newton's method asks for the Jacobian at the same point next.
         """
         s = s if self.start_time is None else self.start_time
-        linearization = self.guarded("rhs", self._linearize_at, s, u)
-        if linearization is None:
-            f.set(0.0)
+        value = self.guarded("rhs", self._implicit_value, s, u, u_dot)
+        if value is None:
+            u_dot.copy(f)
         else:
-            copy_in(f, linearization.flat_value())
-        f.aypx(-1.0, u_dot)
+            copy_in(f, value)
+            if self._field.mass is None and self._field.has_rhs:
+                f.axpy(1.0, u_dot)
 
     def implicit_jacobian(
         self, ts: Any, s: float, u: Any, u_dot: Any, shift: float, a: Any, p: Any
     ) -> None:
-        """Fill p (and a) with shift I - dg/du (PETSc's IJacobian).
+        """Fill p (and a) with shift dF/du_dot - dg/du (PETSc's IJacobian).
 
         PETSc's adjoint of the theta methods also asks for it with a shift of the other sign, or
         zero, only to multiply with it: nothing is assembled then.
         """
         s = s if self.start_time is None else self.start_time
         if a.getType() == "python":
-            a.getPythonContext().move_to(self.point(s, u), shift, -1.0)
+            a.getPythonContext().move_to(self.point(s, u, u_dot), shift, -1.0)
             a.assemble()
         if p.getType() != "python" and (shift > 0.0 or a.handle == p.handle):
-            matrix = self.guarded("jacobian", self._assemble_at, s, u)
+            matrices = self.guarded("jacobian", self._assemble_at, s, u, u_dot)
             array = p.getDenseArray()
-            array[...] = 0.0 if matrix is None else -matrix.numpy()
-            array.flat[:: array.shape[0] + 1] += shift
+            state, rate = (None, None) if matrices is None else matrices
+            array[...] = 0.0 if state is None else -state.numpy()
+            if rate is None:
+                array.flat[:: array.shape[0] + 1] += shift
+            else:
+                array += shift * rate.numpy()
             p.assemble()
 
     def explicit_jacobian(self, ts: Any, s: float, u: Any, a: Any, p: Any) -> None:
         """Point the shell at dg/du(s, u) (PETSc's RHSJacobian)."""
-        self.here = self.point(s, u)
-        a.getPythonContext().move_to(self.here, 0.0, 1.0)
+        self.here_explicit = self._point(self._explicit, s, u, None)
+        a.getPythonContext().move_to(self.here_explicit, 0.0, 1.0)
 
     def explicit_parameter_jacobian(self, ts: Any, s: float, u: Any, a: Any) -> None:
         """Stay where the RHSJacobian is, which PETSc asks for first (PETSc's RHSJacobianP)."""
+        a.getPythonContext().point = self.here_explicit
 
     def implicit_parameter_jacobian(
         self, ts: Any, s: float, u: Any, u_dot: Any, shift: float, a: Any
     ) -> None:
-        """Point the shell at -dg/dp(s, u), the p-derivative of u_dot - g (PETSc's IJacobianP)."""
-        self.here = self.point(s, u)
+        """Point the shell at -dF/dp(s, u, u_dot) (PETSc's IJacobianP)."""
+        a.getPythonContext().point = self.point(s, u, u_dot)
 
-    def point(self, s: float, u: Any) -> Point:
-        """Return the point (s, u), a recent one where it is the same."""
+    def point(self, s: float, u: Any, u_dot: Any = None) -> Point:
+        """Return the point (s, u, u_dot), a recent one where it is the same."""
+        return self._point(self._field, s, u, u_dot)
+
+    def _point(self, field: VectorField, s: float, u: Any, u_dot: Any) -> Point:
         key = (u.handle, u.stateGet())
-        for known in self._points:
-            if known.s == s and known.key == key:
-                return known
+        rate = None if field.has_rhs else copy_out(u_dot, field.dtype)
+        if rate is None:
+            for known in self._points:
+                if known.s == s and known.key == key and known.field is field:
+                    return known
         if self._single_use:
             own = self._announced.pop(key)
         else:
-            own = copy_out(u, self._field.dtype)
-            point = self._same_values(s, own)
+            own = copy_out(u, field.dtype)
+            point = self._same_values(field, s, own, rate)
             if point is not None:
                 point.key = key
                 return point
-        return self._new_point(s, own, key)
+        return self._new_point(field, s, own, rate, key)
 
-    def point_at(self, s: float, u: torch.Tensor) -> Point:
-        """Return the point (s, u), a recent one where it is the same; u is a tensor."""
-        point = self._same_values(s, u.to(self._field.dtype))
-        return point or self._new_point(s, u.to(self._field.dtype, copy=True), (0, -1))
+    def point_at(self, s: float, u: torch.Tensor, u_dot: torch.Tensor | None = None) -> Point:
+        """Return the point (s, u, u_dot) of tensors, a recent one where it is the same."""
+        field = self._field
+        own = u.to(field.dtype, copy=True)
+        rate = None if field.has_rhs or u_dot is None else u_dot.to(field.dtype, copy=True)
+        return self._same_values(field, s, own, rate) or self._new_point(
+            field, s, own, rate, (0, -1)
+        )
 
-    def _same_values(self, s: float, u: torch.Tensor) -> Point | None:
+    def _same_values(
+        self, field: VectorField, s: float, u: torch.Tensor, rate: torch.Tensor | None
+    ) -> Point | None:
         """Return a recent point with these values.
 
         The adjoint computes a time from the step's other side: the last bit may differ.
         """
         for known in self._points:
-            if math.isclose(known.s, s, rel_tol=1e-15) and torch.equal(known.u, u):
+            if (
+                known.field is field
+                and math.isclose(known.s, s, rel_tol=1e-15)
+                and torch.equal(known.u, u)
+                and (rate is None or (known.u_dot is not None and torch.equal(known.u_dot, rate)))
+            ):
                 return known
         return None
 
-    def _new_point(self, s: float, own: torch.Tensor, key: tuple[int, int]) -> Point:
+    def _new_point(
+        self,
+        field: VectorField,
+        s: float,
+        own: torch.Tensor,
+        rate: torch.Tensor | None,
+        key: tuple[int, int],
+    ) -> Point:
         while len(self._points) >= self._limit:
             self._points.popleft()  # before the next graph is built, so that memory is reused
-        point = Point(s, own, key)
+        point = Point(s, own, key, field, rate)
         self._points.append(point)
         return point
 
@@ -258,9 +305,9 @@ class Bridge:
         point.product = None if product is None else (key, product)
         return product
 
-    def jvp(self, point: Point, v: Any) -> torch.Tensor | None:
-        """Return dg/du v, or None once something has failed."""
-        return self.guarded("jvp", self._jvp_at, point, v)
+    def jvp(self, point: Point, v: Any, state: float, rate: float) -> torch.Tensor | None:
+        """Return ``state dg/du v + rate dF/du_dot v``, or None once something has failed."""
+        return self.guarded("jvp", self._jvp_at, point, v, state, rate)
 
     def announce(self, vectors: list[Any], tensors: tuple[torch.Tensor, ...]) -> None:
         """Say what PETSc's vectors stand for, instead of copying it into them.
@@ -274,21 +321,29 @@ class Bridge:
             self._announced[(vector.handle, vector.stateGet())] = tensor
 
     def _evaluate(self, s: float, u: Any) -> torch.Tensor:
-        own = copy_out(u, self._field.dtype)
+        field = self._explicit
+        own = copy_out(u, field.dtype)
         self.evaluated.append(own)
-        return self._field.rhs(s, own)
+        return field.rhs(s, own)
 
     def linearize(self, point: Point) -> Linearization:
         """Return the linearization at ``point``, made on first use."""
         if point.linearization is None:
-            point.linearization = self._field.linearize(point.s, point.u)
+            assert point.field is not None
+            point.linearization = point.field.linearize(point.s, point.u, point.u_dot)
         return point.linearization
 
-    def _linearize_at(self, s: float, u: Any) -> Linearization:
-        return self.linearize(self.point(s, u))
+    def _implicit_value(self, s: float, u: Any, u_dot: Any) -> torch.Tensor:
+        """Return F(s, u, u_dot), without the term u_dot where M is the identity."""
+        value = -self.linearize(self.point(s, u, u_dot)).flat_value()
+        mass = self._field.mass
+        return value if mass is None else mass.apply(copy_out(u_dot)) + value
 
-    def _assemble_at(self, s: float, u: Any) -> torch.Tensor:
-        return self._linearize_at(s, u).jacobian()
+    def _assemble_at(
+        self, s: float, u: Any, u_dot: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        linearization = self.linearize(self.point(s, u, u_dot))
+        return linearization.jacobian(), linearization.rate_jacobian()
 
     def _vjp_at(self, point: Point, w: Any) -> Products:
         cotangent = copy_out(w, self._field.dtype)
@@ -297,14 +352,14 @@ class Bridge:
             point.linearization = None
         return product
 
-    def _jvp_at(self, point: Point, v: Any) -> torch.Tensor:
-        return self.linearize(point).jvp(copy_out(v, self._field.dtype))
+    def _jvp_at(self, point: Point, v: Any, state: float, rate: float) -> torch.Tensor:
+        return self.linearize(point).jvp(copy_out(v, self._field.dtype), state, rate)
 
 
 class JacobianShell:
-    """Python context of the matrix ``identity_factor I + jacobian_factor dg/du``."""
+    """Python context of the matrix ``rate_factor dF/du_dot + jacobian_factor dg/du``."""
 
-    identity_factor = 0.0
+    rate_factor = 0.0
     jacobian_factor = 1.0
 
     def __init__(self, bridge: Bridge) -> None:
@@ -312,10 +367,10 @@ class JacobianShell:
         self.point = _NOWHERE
         bridge.shells.add(self)
 
-    def move_to(self, point: Point, identity_factor: float, jacobian_factor: float) -> None:
+    def move_to(self, point: Point, rate_factor: float, jacobian_factor: float) -> None:
         """Stand at a point; nothing is evaluated until the first product."""
         self.point = point
-        self.identity_factor = identity_factor
+        self.rate_factor = rate_factor
         self.jacobian_factor = jacobian_factor
 
     def duplicate(self, mat: Any, copy: Any) -> Any:
@@ -325,27 +380,37 @@ class JacobianShell:
 
     def scale(self, mat: Any, factor: float) -> None:
         """A = factor A."""
-        self.identity_factor *= factor
+        self.rate_factor *= factor
         self.jacobian_factor *= factor
 
     def mult(self, mat: Any, x: Any, y: Any) -> None:
         """y = A x."""
-        self._finish(x, y, self.bridge.jvp(self.point, x))
+        product = self.bridge.jvp(self.point, x, self.jacobian_factor, self.rate_factor)
+        if product is None:  # filler: keep Krylov methods going until the step is over
+            x.copy(y)
+        else:
+            copy_in(y, product)
 
     def multTranspose(self, mat: Any, x: Any, y: Any) -> None:
         """y = A^T x."""
         product = self.bridge.vjp(self.point, x)
-        self._finish(x, y, None if product is None else product.state)
-
-    def _finish(self, x: Any, y: Any, product: torch.Tensor | None) -> None:
-        if product is None:  # filler: keep Krylov methods going until the step is over
+        if product is None:
             x.copy(y)
             return
-        copy_in(y, product)
+        copy_in(y, product.state)
         if self.jacobian_factor != 1.0:
             y.scale(self.jacobian_factor)
-        if self.identity_factor:
-            y.axpy(self.identity_factor, x)
+        if self.rate_factor:
+            if product.rate is None:
+                y.axpy(self.rate_factor, x)
+            else:
+                add_to(y, product.rate, self.rate_factor)
+
+    def multTransposeAdd(self, mat: Any, x: Any, v: Any, y: Any) -> None:
+        """y = v + A^T x."""
+        added = v.copy()
+        self.multTranspose(mat, x, y)
+        y.axpy(1.0, added)
 
 
 class ZeroShell:
@@ -364,8 +429,8 @@ class ZeroShell:
             v.copy(y)
 
 
-class ParameterJacobianShell:
-    """Python context of the matrix ``factor dg/dp`` at the bridge's current point.
+class ParameterSums:
+    """The parameter gradients of a sweep.
 
     PETSc adds up ``mu += weight * (dg/dp)^T x`` over the stages, with a weight that only it knows.
     Only the weights go through PETSc: mu has one entry, and the product says 1, so that mu then
@@ -374,20 +439,15 @@ class ParameterJacobianShell:
 
     Parameters
     ----------
-    bridge : Bridge
-        Takes the products.
-    factor : float
-        1 for g, -1 for the implicit form u_dot - g.
     weight : Vec
         PETSc's mu, one entry per rank.
     """
 
-    def __init__(self, bridge: Bridge, factor: float, weight: Any) -> None:
-        self.bridge = bridge
-        self.factor = factor
+    def __init__(self, weight: Any) -> None:
         self.weight = weight
         self.gradients: list[torch.Tensor | None] = []
         self._waiting: tuple[torch.Tensor | None, ...] | None = None
+        self._factor = 1.0
 
     def begin(self, count: int) -> None:
         """Begin a sweep with ``count`` parameters."""
@@ -401,32 +461,64 @@ class ParameterJacobianShell:
         gradients, self.gradients = self.gradients, []
         return gradients
 
+    def wait(self, terms: tuple[torch.Tensor | None, ...], factor: float) -> None:
+        """Keep ``factor`` times a product until PETSc has given it its weight."""
+        self._waiting, self._factor = terms, factor
+
     def collect(self) -> None:
         """Add the last product with the weight that PETSc has given it since."""
         if self._waiting is None:
             return
-        weight = self.factor * float(self.weight.array_r[0])
+        weight = self._factor * float(self.weight.array_r[0])
         self.weight.set(0.0)
         waiting, self._waiting = self._waiting, None
-        sums, terms = [], []
-        for index, term in enumerate(waiting):
-            if term is None:
-                continue
-            total = self.gradients[index]
-            if total is None:
-                self.gradients[index] = term.to(REAL) * weight
-            else:
-                sums.append(total)
-                terms.append(term)
-        if sums:
-            torch._foreach_add_(sums, terms, alpha=weight)
+        accumulate(self.gradients, waiting, weight)
+
+
+def accumulate(
+    sums: list[torch.Tensor | None], terms: tuple[torch.Tensor | None, ...], weight: float
+) -> None:
+    """Add ``weight`` times ``terms`` (any precision) to ``sums`` (PETSc's), None being zero."""
+    totals, addends = [], []
+    for index, term in enumerate(terms):
+        if term is None:
+            continue
+        total = sums[index]
+        if total is None:
+            sums[index] = term.to(REAL) * weight
+        else:
+            totals.append(total)
+            addends.append(term)
+    if totals:
+        torch._foreach_add_(totals, addends, alpha=weight)
+
+
+class ParameterJacobianShell:
+    """Python context of the matrix ``factor dg/dp`` at ``point``.
+
+    Parameters
+    ----------
+    bridge : Bridge
+        Takes the products.
+    factor : float
+        1 for g, -1 for the implicit form M u_dot - g.
+    sums : ParameterSums
+        Where the products go.
+    """
+
+    def __init__(self, bridge: Bridge, factor: float, sums: ParameterSums) -> None:
+        self.bridge = bridge
+        self.factor = factor
+        self.point = _NOWHERE
+        self._sums = sums
+        bridge.shells.add(self)
 
     def multTranspose(self, mat: Any, x: Any, y: Any) -> None:
         """Take the product, from the same backward pass as (dg/du)^T x, and ask for its weight."""
-        self.collect()
-        product = self.bridge.vjp(self.bridge.here, x)
+        self._sums.collect()
+        product = self.bridge.vjp(self.point, x)
         if product is not None:
-            self._waiting = product.parameters
+            self._sums.wait(product.parameters, self.factor)
         y.set(1.0)
 
 

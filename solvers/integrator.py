@@ -20,7 +20,12 @@ from pnode.errors import (
 from pnode.options import PETSc, SolverOptions, log_stage
 from pnode.solvers.bridge import Bridge, JacobianShell, shell_matrix
 from pnode.solvers.methods import Method
-from pnode.solvers.petsc_c import before_each_stage, register_rk, stage_vectors
+from pnode.solvers.petsc_c import (
+    before_each_stage,
+    register_arkimex,
+    register_rk,
+    stage_vectors,
+)
 from pnode.tolerances import Resolved
 from pnode.vectorfield import VectorField
 
@@ -54,6 +59,8 @@ class IntegratorSettings:
         Largest step.
     jacobian : {"matrix-free", "dense"}
         How an implicit method gets its Jacobian.
+    form : {"rhs", "imex", "mass", "residual"}
+        Form of the problem.
     controller : str
         Who chooses the steps; see :mod:`pnode.controllers`.
     comm : object
@@ -68,6 +75,7 @@ class IntegratorSettings:
     atol: Resolved = 1e-8
     max_step: float = math.inf
     jacobian: str = "dense"
+    form: str = "rhs"
     controller: str = "basic"
     comm: Any = field(default_factory=lambda: PETSc.COMM_SELF, compare=False)
 
@@ -129,18 +137,22 @@ def build_ts(
     """
     method, size, comm = settings.method, settings.size, settings.comm
     if method.tableau is not None:
-        register_rk(
-            method.subtype, method.order, method.tableau.A, method.tableau.b,
-            method.tableau.b_embedded,
-        )  # fmt: skip
+        tableau = method.tableau
+        if method.ts_type == "arkimex":
+            register_arkimex(method.subtype, method.order, tableau.At, tableau.A)
+        else:
+            register_rk(method.subtype, method.order, tableau.A, tableau.b, tableau.b_embedded)
     ts = PETSc.TS().create(comm=comm)
     ts.setType(method.ts_type)
     if method.ts_type == "rk":
         ts.setRKType(method.subtype)
     elif method.ts_type == "dirk":
         ts.setDIRKType(method.subtype)
+    elif method.ts_type == "arkimex":
+        ts.setARKIMEXType(method.subtype)
     ts.setProblemType(PETSc.TS.ProblemType.NONLINEAR)
-    ts.setEquationType(PETSc.TS.EquationType.ODE_EXPLICIT)
+    kinds = PETSc.TS.EquationType
+    ts.setEquationType(kinds.ODE_EXPLICIT if settings.form in ("rhs", "imex") else kinds.IMPLICIT)
     work = vectors.create(comm, size)
     if method.implicit:
         ts.setIFunction(bridge.implicit_function, work)
@@ -151,8 +163,8 @@ def build_ts(
             ts.setIJacobian(bridge.implicit_jacobian, shell if adjoint else dense, dense)
         else:
             ts.setIJacobian(bridge.implicit_jacobian, shell, shell)
-    else:
-        ts.setRHSFunction(bridge.rhs_function, work)
+    if not method.implicit or settings.form == "imex":
+        ts.setRHSFunction(bridge.rhs_function, work.duplicate())
         if adjoint:
             shell = shell_matrix(JacobianShell(bridge), size, size, comm)
             ts.setRHSJacobian(bridge.explicit_jacobian, shell, shell)
@@ -193,7 +205,7 @@ def _refuse_other_type(ts: Any, method: Method) -> None:
             f"the option ts_type={ts.getType()!r} contradicts method={method.name!r}: choose the "
             "method with method="
         )
-    subtypes = {"rk": ts.getRKType, "dirk": ts.getDIRKType}
+    subtypes = {"rk": ts.getRKType, "dirk": ts.getDIRKType, "arkimex": ts.getARKIMEXType}
     if method.ts_type in subtypes and subtypes[method.ts_type]() != method.subtype:
         raise ConfigurationError(
             f"the option ts_{method.ts_type}_type={subtypes[method.ts_type]()!r} contradicts "

@@ -13,27 +13,41 @@ from typing import Any
 
 from pnode.errors import ConfigurationError
 
-__all__ = ["METHODS", "REFUSED", "Method", "Tableau", "find_method", "markdown_table", "methods"]
+__all__ = [
+    "LEFT_OUT",
+    "METHODS",
+    "REFUSED",
+    "Method",
+    "Tableau",
+    "check_form",
+    "find_method",
+    "markdown_table",
+    "methods",
+]
 
 
 @dataclass(frozen=True)
 class Tableau:
-    """Butcher tableau of an explicit method that PETSc does not have and pnode registers.
+    """Butcher tableau of a method that PETSc does not have (right) and pnode registers.
 
     Attributes
     ----------
     A : tuple of tuple of float
-        Stage coefficients, strictly lower triangular.
-    b, b_embedded : tuple of float
-        Weights of the solution and of the embedded one.
+        Explicit stage coefficients, strictly lower triangular.
     reference : str
         Where the coefficients are from.
+    b, b_embedded : tuple of float
+        Weights of the solution and of the embedded one; empty for an IMEX method, which is
+        stiffly accurate.
+    At : tuple of tuple of float
+        Implicit stage coefficients of an IMEX method, lower triangular.
     """
 
     A: tuple[tuple[float, ...], ...]
-    b: tuple[float, ...]
-    b_embedded: tuple[float, ...]
     reference: str
+    b: tuple[float, ...] = ()
+    b_embedded: tuple[float, ...] = ()
+    At: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,8 +68,9 @@ class Method:
         Other names: PETSc's, torchdiffeq's, the textbook's.
     subtype : str
         PETSc's subtype (``-ts_rk_type``), empty where there is none.
-    kind : {"explicit", "implicit"}
-        What a step costs: evaluations only, or nonlinear solves too.
+    kind : {"explicit", "implicit", "imex"}
+        What a step costs: evaluations only, or nonlinear solves too; or solves for one part of
+        the right-hand side and evaluations of the other.
     adaptive : bool
         Whether there is an error estimate to choose step sizes with.
     fsal : bool
@@ -93,7 +108,7 @@ class Method:
     @property
     def implicit(self) -> bool:
         """Whether a step solves nonlinear systems."""
-        return self.kind == "implicit"
+        return self.kind != "explicit"
 
 
 def _rk(name: str, subtype: str, order: int, stages: int, *aliases: str, **more: Any) -> Method:
@@ -106,11 +121,13 @@ def _rk(name: str, subtype: str, order: int, stages: int, *aliases: str, **more:
     )  # fmt: skip
 
 
-def _theta(name: str, ts_type: str, order: int, stages: int, *aliases: str) -> Method:
+def _theta(
+    name: str, ts_type: str, order: int, stages: int, *aliases: str, forms: tuple[str, ...]
+) -> Method:
     shared = ts_type != "theta"  # the endpoint forms
     return Method(
         name, ts_type, order, stages, aliases, kind="implicit", adaptive=True, shares_ends=shared,
-        checkpoint="solution" if shared else "1 stage and the solution",
+        checkpoint="solution" if shared else "1 stage and the solution", forms=forms,
     )  # fmt: skip
 
 
@@ -124,11 +141,39 @@ def _dirk(name: str, subtype: str, order: int, stages: int, *aliases: str) -> Me
     )  # fmt: skip
 
 
+def _arkimex(
+    name: str, subtype: str, order: int, stages: int, *aliases: str, **more: Any
+) -> Method:
+    return Method(
+        name, "arkimex", order, stages, (*aliases, f"arkimex{subtype}"), subtype, kind="imex",
+        forms=("imex",), checkpoint=f"{stages} stages", same_bits=True, **more,
+    )  # fmt: skip
+
+
 _FEHLBERG2 = Tableau(
     A=((0.0, 0.0, 0.0), (1 / 2, 0.0, 0.0), (1 / 256, 255 / 256, 0.0)),
     b=(1 / 512, 255 / 256, 1 / 512),
     b_embedded=(1 / 256, 255 / 256, 0.0),
     reference="E. Fehlberg, NASA TR R-315 (1969), RK1(2)",
+)
+
+# PETSc's own "bpr3" has 3/5 in the last row of A, and converges with order one.
+_BPR3 = Tableau(
+    A=(
+        (0.0, 0.0, 0.0, 0.0, 0.0),
+        (1.0, 0.0, 0.0, 0.0, 0.0),
+        (4 / 9, 2 / 9, 0.0, 0.0, 0.0),
+        (1 / 4, 0.0, 3 / 4, 0.0, 0.0),
+        (1 / 4, 0.0, 3 / 4, 0.0, 0.0),
+    ),
+    At=(
+        (0.0, 0.0, 0.0, 0.0, 0.0),
+        (1 / 2, 1 / 2, 0.0, 0.0, 0.0),
+        (5 / 18, -1 / 9, 1 / 2, 0.0, 0.0),
+        (1 / 2, 0.0, 0.0, 1 / 2, 0.0),
+        (1 / 4, 0.0, 3 / 4, -1 / 2, 1 / 2),
+    ),
+    reference="S. Boscarino, L. Pareschi & G. Russo, SIAM J. Sci. Comput. 35 (2013), BPR(3,5,3)",
 )
 
 #: Every method, explicit ones first, each group by order.
@@ -146,9 +191,18 @@ METHODS: tuple[Method, ...] = (
     _rk("verner6", "6vr", 6, 9, adaptive=True, fsal=True),
     _rk("verner7", "7vr", 7, 10, adaptive=True),
     _rk("verner8", "8vr", 8, 13, adaptive=True),
-    _theta("beuler", "beuler", 1, 1, "be", "implicit_euler", "backward_euler"),
-    _theta("cn", "cn", 2, 2, "crank_nicolson", "trapezoid"),
-    _theta("implicit_midpoint", "theta", 2, 1, "theta"),
+    _theta(
+        "beuler",
+        "beuler",
+        1,
+        1,
+        "be",
+        "implicit_euler",
+        "backward_euler",
+        forms=("rhs", "mass", "residual"),
+    ),
+    _theta("cn", "cn", 2, 2, "crank_nicolson", "trapezoid", forms=("rhs", "mass")),
+    _theta("implicit_midpoint", "theta", 2, 1, "theta", forms=("rhs", "mass")),
     _dirk("es122", "es122sal", 1, 2),
     _dirk("sdirk2", "s212", 2, 2),
     _dirk("trbdf2", "es213sal", 2, 3, "esdirk2"),
@@ -165,6 +219,19 @@ METHODS: tuple[Method, ...] = (
     _dirk("dirk8614a", "8614a", 8, 14),
     _dirk("dirk8616sal", "8616sal", 8, 16),
     _dirk("esdirk8", "es8516sal", 8, 16),
+    _arkimex("imexbe", "1bee", 1, 3, adaptive=True),
+    _arkimex("imexa2", "a2", 2, 2, adaptive=True),
+    _arkimex("imexl2", "l2", 2, 2, adaptive=True),
+    _arkimex("ars122", "ars122", 2, 2, adaptive=True),
+    _arkimex("ark2c", "2c", 2, 3, adaptive=True),
+    _arkimex("ark2d", "2d", 2, 3, adaptive=True),
+    _arkimex("ark2e", "2e", 2, 3, adaptive=True),
+    _arkimex("imexssp2", "prssp2", 2, 3),
+    _arkimex("ark3", "3", 3, 4, "kennedy_carpenter3", adaptive=True),
+    _arkimex("ars443", "ars443", 3, 5),
+    _arkimex("bpr3", "bpr353", 3, 5, tableau=_BPR3),
+    _arkimex("ark4", "4", 4, 6, "kennedy_carpenter4", adaptive=True),
+    _arkimex("ark5", "5", 5, 8, "kennedy_carpenter5", adaptive=True),
 )
 
 #: Names of other packages that pnode does not have, with the nearest method it has.
@@ -188,6 +255,24 @@ REFUSED: dict[str, str] = {
     "kvaerno5": "esdirk6",
     "bdf": "es325",
     "scipy_solver": "es325",
+}
+
+#: PETSc's other TS types, and why they are not here.
+LEFT_OUT: dict[str, str] = {
+    "euler": "TSRK's `euler` is the same method, with an adjoint",
+    "pseudo": "marches to a steady state: its intermediate times mean nothing",
+    "alpha": "generalized-alpha: no stages or adjoint in PETSc; `cn`, `trbdf2` and `bdf2` serve",
+    "alpha2": "for second-order equations of structures, in a form of its own",
+    "glle": "general linear methods: a history of several vectors that PETSc keeps to itself",
+    "glee": "estimates the global error along with the solution; no adjoint, no stages",
+    "eimex": "extrapolated IMEX Euler: no stages or adjoint; `ark4` and `ark5` serve",
+    "mimex": "an experiment of PETSc's for mixed implicit-explicit conservation laws",
+    "mprk": "multirate: the state is split into fast and slow entries by index sets",
+    "discgrad": "discrete gradients: wants the structure of a gradient system, not f",
+    "irk": "Gauss methods: needs PETSc's Kronecker-product matrices of an assembled Jacobian",
+    "radau5": "an external Fortran code, not in PETSc's usual builds",
+    "sundials": "an external library, not in PETSc's usual builds",
+    "python": "what pnode's own methods are built on",
 }
 
 _BY_NAME: dict[str, Method] = {
@@ -224,6 +309,23 @@ def find_method(name: Any) -> Method:
         )
     choices = ", ".join(repr(method.name) for method in METHODS)
     raise ConfigurationError(f"method={name!r} is unknown: choose one of {choices}, or an alias")
+
+
+def check_form(form: str, method: Method) -> None:
+    """Refuse a method that does not solve problems of this form."""
+    if form in method.forms:
+        return
+    able = ", ".join(repr(other.name) for other in METHODS if form in other.forms)
+    names = {"imex": "implicit= and explicit=", "mass": "mass=", "residual": "residual="}
+    hint = (
+        f"; it wants a right-hand side in two parts, {names['imex']}"
+        if method.kind == "imex"
+        else ""
+    )
+    raise ConfigurationError(
+        f"method={method.name!r} does not solve problems given as {names.get(form, 'rhs=')}: "
+        f"choose one of {able}{hint}"
+    )
 
 
 def markdown_table() -> str:

@@ -15,6 +15,7 @@ from pnode.options import PETSc
 
 __all__ = [
     "before_each_stage",
+    "register_arkimex",
     "register_rk",
     "rk_tableau",
     "stage_vectors",
@@ -128,6 +129,35 @@ def total_krylov_iterations(ksp: Any) -> int:
 _registered: set[str] = set()
 
 
+def _reals(values: Any) -> Any:
+    flat = np.asarray(values, dtype=float).ravel().tolist()
+    return (_Real * len(flat))(*flat)
+
+
+def register_arkimex(name: str, order: int, At: Any, A: Any) -> None:
+    """Add a stiffly accurate IMEX method to PETSc (``TSARKIMEXRegister``), once per process.
+
+    Parameters
+    ----------
+    name : str
+        The name for ``-ts_arkimex_type``.
+    order : int
+        Order of convergence.
+    At, A : sequences of sequences of float
+        Implicit and explicit stage coefficients; the weights are the last rows.
+    """
+    if name in _registered:
+        return
+    _check(
+        _library.TSARKIMEXRegister(
+            name.encode(), _Int(order), _Int(len(A)), _reals(At), None, None, _reals(A),
+            *(None,) * 4, _Int(0), None, None,
+        ),
+        "TSARKIMEXRegister",
+    )  # fmt: skip
+    _registered.add(name)
+
+
 def register_rk(name: str, order: int, A: Any, b: Any, b_embedded: Any) -> None:
     """Add an explicit Runge-Kutta method to PETSc (``TSRKRegister``), once per process.
 
@@ -143,15 +173,10 @@ def register_rk(name: str, order: int, A: Any, b: Any, b_embedded: Any) -> None:
     if name in _registered:
         return
     stages = len(b)
-
-    def reals(values: Any) -> Any:
-        flat = np.asarray(values, dtype=float).ravel().tolist()
-        return (_Real * len(flat))(*flat)
-
     _check(
         _library.TSRKRegister(
-            name.encode(), _Int(order), _Int(stages), reals(A), reals(b), None,
-            reals(b_embedded), _Int(0), None,
+            name.encode(), _Int(order), _Int(stages), _reals(A), _reals(b), None,
+            _reals(b_embedded), _Int(0), None,
         ),
         "TSRKRegister",
     )  # fmt: skip

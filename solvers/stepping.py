@@ -257,17 +257,20 @@ def first_step(
     """Choose a first step from two evaluations of the field.
 
     Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I, section II.4, "Starting
-    Step Size".
+    Step Size". Where y0' is not at hand (a mass matrix, a residual), a millionth of the first
+    output interval.
     """
+    if field.problem.form in ("mass", "residual"):
+        return min(1e-6 * (end - start), control.max_step)
     y0 = vectors.copy_out(integrator.solution, field.dtype)
-    f0 = field.rhs(start, y0.clone())
+    f0 = field.slope(start, y0.clone())
     settings = integrator.settings
     rtol, atol = tolerances.values(settings.rtol), tolerances.values(settings.atol)
     scale = atol + rtol * y0.abs()
     d0, d1 = _rms(y0 / scale), _rms(f0 / scale)
     guess = 0.01 * d0 / d1 if d0 >= 1e-5 and d1 >= 1e-5 else 1e-6
     guess = min(guess, end - start)
-    d2 = _rms((field.rhs(start + guess, y0 + guess * f0) - f0) / scale) / guess
+    d2 = _rms((field.slope(start + guess, y0 + guess * f0) - f0) / scale) / guess
     steepest = max(d1, d2)
     order = settings.method.order
     if not math.isfinite(steepest):  # outside the field's domain: let the controller feel its way

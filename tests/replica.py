@@ -13,8 +13,8 @@ from pnode.solution import Ledger
 from pnode.solvers.bridge import Bridge
 from pnode.solvers.integrator import IntegratorSettings, TimeIntegrator, build_ts, default_options
 from pnode.solvers.methods import Method, find_method
-from pnode.solvers.petsc_c import rk_tableau, stage_vectors
-from pnode.vectorfield import VectorField
+from pnode.solvers.petsc_c import before_each_stage, rk_tableau, stage_vectors
+from pnode.vectorfield import VectorField, vector_field
 from pnode.vectors import copy_out
 
 
@@ -76,6 +76,73 @@ def dirk_step(f, tableau, t, h, y):
             )
         slopes.append(f(time, stage))
     return y + sum(h * b * k for b, k in zip(tableau["b"], slopes, strict=True))
+
+
+def arkimex_tableau(method: Method) -> dict:
+    """Both Butcher tableaus of an IMEX method, measured stage by stage.
+
+    On y' = g, the k-th unit vector in stage k for each part (in its own half of the state), a
+    step of length 1 from zero has the stages (a_i1, ..., a_is) and the end (b_1, ..., b_s).
+    """
+    stages, now = method.stages, -1
+    times: dict[str, list[float]] = {"ct": [0.0] * stages, "c": [0.0] * stages}
+
+    def part(name, half):
+        def unit(t, y):
+            times[name][now] = float(t)
+            slope = torch.zeros(2, stages, dtype=torch.float64)
+            slope[half, now] = 1.0
+            return slope
+
+        return unit
+
+    zero = torch.zeros(2, stages, dtype=torch.float64)
+    problem = InitialValueProblem.create(
+        part("ct", 0), zero, torch.zeros(1), form="imex", explicit=part("c", 1)
+    )
+    integrator = TimeIntegrator(
+        IntegratorSettings(method, 2 * stages, torch.float64, form="imex"),
+        SolverOptions(next_prefix(), None, default_options(method, False, "dense", torch.float64)),
+    )
+
+    def count():
+        nonlocal now
+        now += 1
+
+    kept = before_each_stage(integrator.ts, count)
+    integrator.begin(vector_field(problem, Ledger()), zero.flatten(), 0.0)
+    integrator.attempt(0.0, 1.0, 0)
+    integrator.end()
+    assert now == stages - 1 and kept is not None
+    A = torch.stack([copy_out(stage) for stage in stage_vectors(integrator.ts)])
+    b = copy_out(integrator.solution)
+    integrator.destroy()
+    return {
+        "At": A[:, :stages].numpy(), "A": A[:, stages:].numpy(),
+        "bt": b[:stages].numpy(), "b": b[stages:].numpy(),
+    } | {name: np.array(values) for name, values in times.items()}  # fmt: skip
+
+
+def arkimex_step(implicit, explicit, tableau, t, h, y):
+    """One additive Runge-Kutta step."""
+
+    def combine(weights, slopes):
+        return sum((h * w * k for w, k in zip(weights, slopes, strict=False)), torch.zeros_like(y))
+
+    slopes_i: list[torch.Tensor] = []
+    slopes_e: list[torch.Tensor] = []
+    for i in range(len(tableau["b"])):
+        base = y + combine(tableau["At"][i][:i], slopes_i) + combine(tableau["A"][i][:i], slopes_e)
+        time = torch.as_tensor(t + tableau["ct"][i] * h, dtype=y.dtype)
+        diagonal = h * tableau["At"][i][i]
+        stage = base
+        if diagonal != 0.0:
+            stage = solve_implicit(
+                lambda x, z=base, d=diagonal, s=time: x - z - d * implicit(s, x), base
+            )
+        slopes_i.append(implicit(time, stage))
+        slopes_e.append(explicit(torch.as_tensor(t + tableau["c"][i] * h, dtype=y.dtype), stage))
+    return y + combine(tableau["bt"], slopes_i) + combine(tableau["b"], slopes_e)
 
 
 def rk_step(f, tableau, t, h, y):

@@ -8,7 +8,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from replica import petsc_tableau, replica
+from replica import arkimex_step, arkimex_tableau, petsc_tableau, replica
+from test_forms import Reaction, Transport
 from test_gradients import TIGHT, Field, initial, relative_difference, weights_like
 
 import pnode
@@ -23,30 +24,41 @@ HERMITE = ["euler", "rk4", "bosh3", "verner8", "beuler", "cn", "implicit_midpoin
 def interpolated(f, name, y0, grid, t):
     """States at t (differentiable in it) from a replica of the steps; the ends are exact."""
     states = replica(f, name, y0, grid)
+    if name != "dopri5":
+        return hermite_in_torch(f, states, grid, t)
+    tableau = petsc_tableau(find_method(name))
+
+    def inside(n, start, h, theta):
+        return own_interpolant(f, tableau, start, h, states[n], theta)
+
+    return torch.stack([at(states, grid, time, inside) for time in t])
+
+
+def at(states, grid, time, inside):
+    """State at one time: a state of the grid, or what ``inside`` makes of (n, t_n, h, theta)."""
     direction = 1.0 if grid[-1] > grid[0] else -1.0
-    tableau = petsc_tableau(find_method(name)) if name == "dopri5" else None
-    results = []
-    for time in t:
-        now = direction * float(time.detach())
-        n = max(k for k, node in enumerate(grid[:-1]) if direction * node <= now)
-        start, h = grid[n], grid[n + 1] - grid[n]
-        if float(time.detach()) in grid:
-            results.append(states[grid.index(float(time.detach()))])
-            continue
-        theta = (time - start) / h
+    now = float(time.detach())
+    if now in grid:
+        return states[grid.index(now)]
+    n = max(k for k, node in enumerate(grid[:-1]) if direction * node <= direction * now)
+    h = grid[n + 1] - grid[n]
+    return inside(n, grid[n], h, (time - grid[n]) / h)
+
+
+def hermite_in_torch(f, states, grid, t):
+    """Newton's form of the cubic through the values and slopes at both ends of a step."""
+
+    def inside(n, start, h, theta):
         u, v = states[n], states[n + 1]
-        if tableau is not None:
-            results.append(own_interpolant(f, tableau, start, h, u, theta))
-            continue
         f0 = f(torch.tensor(start, dtype=D), u)
         f1 = f(torch.tensor(grid[n + 1], dtype=D), v)
-        # Newton's form: the cubic through both values and both slopes.
         chord = (v - u) / h
-        results.append(
+        return (
             u + theta * h * f0 + h * theta**2 * (chord - f0)
             + h * theta**2 * (theta - 1.0) * (f0 + f1 - 2.0 * chord)
         )  # fmt: skip
-    return torch.stack(results)
+
+    return torch.stack([at(states, grid, time, inside) for time in t])
 
 
 def own_interpolant(f, tableau, start, h, y, theta):
@@ -113,6 +125,40 @@ def test_adaptive_gradient_is_that_of_the_accepted_steps(name):
     theirs = gradients_of(reference, field, y0, t)
     assert relative_difference(ours[:4], theirs[:4]) < 1e-9
     assert relative_difference([ours[4][1:-1]], [theirs[4][1:-1]]) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["arkimex2c", "arkimex3"])
+def test_imex_interpolates_with_the_whole_slope(name):
+    implicit, explicit, y0 = Reaction(), Transport(), torch.tensor([1.0, 0.5], dtype=D)
+    y0.requires_grad_()
+    solver = pnode.Solver(
+        implicit=implicit, explicit=explicit, method=name, step_size=0.1, dense=True,
+        petsc_options=TIGHT,
+    )  # fmt: skip
+    t = torch.tensor([0.0, 0.13, 0.18, 0.31, 0.5], dtype=D, requires_grad=True)
+    tableau, states = arkimex_tableau(find_method(name)), [y0]
+    for k in range(5):
+        states.append(arkimex_step(implicit, explicit, tableau, k / 10, 0.1, states[-1]))
+    reference = hermite_in_torch(
+        lambda t, y: implicit(t, y) + explicit(t, y), states, [k / 10 for k in range(6)], t[1:4]
+    )
+    ys = solver(y0, t).ys[1:4]
+    assert relative_difference([ys.detach()], [reference.detach()]) < 1e-9
+    tensors = [y0, implicit.rates, explicit.speed, t]
+    ours, theirs = (
+        torch.autograd.grad((x * weights_like(x)).sum(), tensors) for x in (ys, reference)
+    )
+    assert relative_difference([*ours[:3], ours[3][1:4]], [*theirs[:3], theirs[3][1:4]]) < 1e-9
+
+
+@pytest.mark.parametrize("form", ["mass", "residual"])
+def test_forms_without_a_rate_are_refused(form):
+    keywords = (
+        {"rhs": lambda t, y: -y, "mass": torch.ones(2)} if form == "mass"
+        else {"residual": lambda t, y, yp: yp + y}
+    )  # fmt: skip
+    with pytest.raises(pnode.ConfigurationError, match=f"dense=True.*{form}="):
+        pnode.Solver(method="beuler", step_size=0.1, dense=True, **keywords)
 
 
 @pytest.mark.parametrize("name", ["dopri5", "rk4", "cn"])

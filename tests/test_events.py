@@ -527,6 +527,33 @@ def test_event_without_derivative():
     assert float(solution.event_time) == pytest.approx(0.5, abs=1e-11)
 
 
+@pytest.mark.parametrize("form", ["imex", "mass", "residual"])
+def test_problem_forms(form):
+    """Of y' = 2, y(0) = 0 in each form, reaching 1; gradients where y' is at hand."""
+    keywords = {
+        "imex": {"implicit": lambda t, y: 0.5 * torch.ones_like(y), "method": "arkimex3",
+                 "explicit": lambda t, y: 1.5 * torch.ones_like(y)},
+        "mass": {"rhs": lambda t, y: torch.ones_like(y), "method": "cn",
+                 "mass": torch.tensor([0.5], dtype=D)},
+        "residual": {"residual": lambda t, y, yp: yp - 2.0, "method": "beuler"},
+    }[form]  # fmt: skip
+    r = torch.tensor(1.0, dtype=D, requires_grad=True)
+    solver = pnode.Solver(event_fn=lambda t, y: y[0] - r, step_size=0.3, **keywords)
+    t = times(0.0, 2.0)
+    with torch.no_grad():
+        solution = solver(state(0.0), t)
+    assert float(solution.event_time) == pytest.approx(0.5, rel=1e-12)
+    assert float(solution.ys[-1]) == pytest.approx(1.0, rel=1e-12)
+    y0 = state(0.0)
+    if form == "imex":
+        gradients = torch.autograd.grad(solver(y0, t).event_time, [y0, r])
+        assert [float(g) for g in gradients] == pytest.approx([-0.5, 0.5], rel=1e-9)
+        return
+    for start in (y0, y0.detach()):  # r alone requires grad in the second
+        with pytest.raises(pnode.ConfigurationError, match=f"{form}= does not tell"):
+            solver(start, t)
+
+
 def test_progress_bar_is_closed(capsys):
     solver = pnode.Solver(Fall(), event_fn=height, method="rk4", step_size=0.2, progress=True)
     seen = []

@@ -12,7 +12,7 @@ import pnode
 from pnode.solvers.methods import METHODS, find_method
 from pnode.testing import dot_product_test, taylor_test
 
-NAMES = [method.name for method in METHODS]
+NAMES = [method.name for method in METHODS if "rhs" in method.forms]
 # Two stages at the same time: their coefficients cannot be measured apart for the replica.
 UNMEASURED = ["esdirk3", "dirk8616sal"]
 REPLICATED = [name for name in NAMES if name not in UNMEASURED]

@@ -78,7 +78,14 @@ def rk4(field, y0, t, step_size):
 
 NOT_POSITIVE = [0, 0.0, -0.1, math.nan, math.inf, "many", [0.1], torch.ones(2)]
 CONSTRUCTOR = [
-    ("rhs", {"rhs": None}, "None"),
+    ("rhs", {"rhs": None}, "nothing given"),
+    ("rhs and implicit", {"implicit": decay}, "exactly one"),
+    ("rhs and residual", {"residual": decay}, "exactly one"),
+    ("implicit", {"rhs": None, "implicit": decay}, "explicit"),
+    ("residual and mass", {"rhs": None, "residual": decay, "mass": torch.eye(2)}, "exactly one"),
+    ("explicit", {"rhs": None, "implicit": decay, "explicit": 3}, "3.*callable"),
+    ("implicit= and explicit=", {"method": "ark4"}, "'ark4'.*'dopri5'"),
+    ("mass=", {"method": "dopri5", "mass": torch.eye(2)}, "'dopri5'.*'beuler'"),
     ("rhs", {"rhs": 3.0}, "3.0"),
     ("method", {"method": "nonsense"}, "'nonsense'.*'dopri5'"),
     ("method", {"method": None}, "None.*'dopri5'"),
@@ -112,7 +119,6 @@ CONSTRUCTOR = [
     ("params", {"params": [torch.ones(1), None]}, "NoneType.*entry 1"),
     ("params", {"params": 5}, "5|int"),
     *((name, {name: value}, "reserved") for name, value in {
-        "implicit": decay, "explicit": decay, "mass": torch.eye(2), "residual": decay,
         "checkpointing": "64MiB", "compile": True,
     }.items()),
 ]  # fmt: skip

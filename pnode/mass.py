@@ -1,0 +1,132 @@
+"""The constant mass matrix M of M y' = f(t, y), and the algebraic equations a singular one leaves.
+
+Source: Hairer & Wanner, Solving Ordinary Differential Equations II, section VI.1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pnode.errors import ConfigurationError
+from pnode.problem import StateLayout
+from pnode.vectors import REAL
+
+__all__ = ["MassMatrix", "null_spaces"]
+
+
+class MassMatrix:
+    """A constant square matrix: diagonal, dense or sparse.
+
+    Parameters
+    ----------
+    matrix : Tensor or tuple of Tensor
+        Diagonal: a vector of ``size`` entries, or tensors of the state's own shapes. Otherwise
+        ``(size, size)``, dense or sparse; rows and columns are those of the flattened state.
+    layout : StateLayout
+        Of the state.
+
+    Raises
+    ------
+    ConfigurationError
+        For another shape, NaN, zero, or a matrix that requires grad.
+    """
+
+    def __init__(self, matrix: Any, layout: StateLayout) -> None:
+        size = layout.size
+        parts = tuple(matrix) if isinstance(matrix, (tuple, list)) else (matrix,)
+        for part in parts:
+            if not isinstance(part, torch.Tensor) or not part.is_floating_point():
+                what = part.dtype if isinstance(part, torch.Tensor) else repr(part)
+                raise ConfigurationError(
+                    f"mass is {what}: give a tensor of real numbers, the diagonal or the matrix"
+                )
+            if part.requires_grad:
+                raise ConfigurationError(
+                    "mass requires grad, and a mass matrix is constant here: detach it, or write "
+                    "the problem as residual="
+                )
+        shapes = tuple(part.shape for part in parts)
+        own = parts[0]
+        self.size = size
+        if shapes == layout.shapes or (len(parts) == 1 and own.shape == (size,)):
+            values = torch.cat([part.to_dense().reshape(-1) for part in parts])
+            self.diagonal: torch.Tensor | None = values.detach().to("cpu", REAL)
+            self._matrix: torch.Tensor | None = None
+        elif len(parts) == 1 and own.shape == (size, size):
+            self.diagonal = None
+            values = own.detach().to("cpu", REAL)
+            if values.layout is not torch.strided:
+                values = values.to_sparse_coo().coalesce()
+            self._matrix = values
+            values = values if values.layout is torch.strided else values.values()
+        else:
+            raise ConfigurationError(
+                f"mass has shape {[tuple(shape) for shape in shapes]} for a state of {size} "
+                f"entries: give the diagonal ({size},) or the matrix ({size}, {size}) of the "
+                "flattened state"
+            )
+        if not bool(torch.isfinite(values).all()) or not bool(values.ne(0).any()):
+            raise ConfigurationError("mass is zero or not finite: give a matrix with finite values")
+        self._transpose = None if self._matrix is None else self._matrix.T
+
+    def apply(self, v: torch.Tensor) -> torch.Tensor:
+        """Return M v, shape ``(size,)``, v's precision."""
+        return self._times(self._matrix, v)
+
+    def apply_transpose(self, v: torch.Tensor) -> torch.Tensor:
+        """Return M^T v, shape ``(size,)``, v's precision."""
+        return self._times(self._transpose, v)
+
+    def dense(self) -> torch.Tensor:
+        """Return M as a dense matrix in PETSc's precision."""
+        if self.diagonal is not None:
+            return torch.diag(self.diagonal)
+        assert self._matrix is not None
+        return self._matrix if self._matrix.layout is torch.strided else self._matrix.to_dense()
+
+    def null_spaces(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return bases of the left and right null space; see :func:`null_spaces`."""
+        if self.diagonal is not None:
+            rows = self.diagonal.eq(0).nonzero().squeeze(1)
+            units = torch.zeros(self.size, len(rows), dtype=REAL)
+            units[rows, torch.arange(len(rows))] = 1.0
+            return units, units
+        return null_spaces(self.dense())
+
+    def _times(self, matrix: torch.Tensor | None, v: torch.Tensor) -> torch.Tensor:
+        if self.diagonal is not None:
+            return self.diagonal.to(v.dtype) * v
+        assert matrix is not None
+        return (matrix @ v.to(REAL)).to(v.dtype)
+
+
+def null_spaces(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return orthonormal bases of the left and right null space of a square matrix.
+
+    Parameters
+    ----------
+    matrix : Tensor
+        Shape ``(n, n)``.
+
+    Returns
+    -------
+    left, right : Tensor
+        Shape ``(n, k)`` each: ``left.T @ matrix = 0`` and ``matrix @ right = 0``.
+    """
+    # Rows and columns of zeros only, the common case, are told apart without round-off.
+    rows = matrix.ne(0).any(dim=1)
+    columns = matrix.ne(0).any(dim=0)
+    u, singular, vh = torch.linalg.svd(matrix[rows][:, columns])
+    threshold = singular.max() * matrix.shape[0] * torch.finfo(matrix.dtype).eps
+    rank = int((singular > threshold).sum())
+
+    def embed(basis: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        size = matrix.shape[0]
+        whole = torch.zeros(size, basis.shape[1], dtype=matrix.dtype)
+        whole[kept] = basis
+        units = torch.eye(size, dtype=matrix.dtype)[:, ~kept]
+        return torch.cat([units, whole], dim=1)
+
+    return embed(u[:, rank:], rows), embed(vh[rank:].T, columns)
