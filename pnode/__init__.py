@@ -10,6 +10,7 @@ from pnode.errors import (
     BackwardError,
     CheckpointError,
     ConfigurationError,
+    EventError,
     LinearSolveFailed,
     NonFiniteVectorField,
     NonlinearSolveFailed,
@@ -19,7 +20,7 @@ from pnode.errors import (
     StepSizeUnderflow,
     VectorFieldError,
 )
-from pnode.integrate import Solver, odeint, odeint_adjoint
+from pnode.integrate import Solver, odeint, odeint_adjoint, odeint_event
 from pnode.solution import Ledger, Solution, Stats
 from pnode.solvers.methods import Method, methods
 
@@ -27,6 +28,7 @@ __all__ = [
     "BackwardError",
     "CheckpointError",
     "ConfigurationError",
+    "EventError",
     "Ledger",
     "LinearSolveFailed",
     "Method",
@@ -44,6 +46,7 @@ __all__ = [
     "methods",
     "odeint",
     "odeint_adjoint",
+    "odeint_event",
 ]
 
 __version__ = "0.1.0"

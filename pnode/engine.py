@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,9 +19,12 @@ from pnode.adjoint.create import create_adjoint
 from pnode.adjoint.schedule import Adjoint, Discard, Restore, StoreEverything
 from pnode.adjoint.stepper import AdjointStepper
 from pnode.adjoint.trajectory import Trajectory
+from pnode.dense import DenseAdjoint, DenseOutput
+from pnode.events import Event, EventLocator
 from pnode.options import SolverOptions, next_prefix
 from pnode.problem import InitialValueProblem, StateLayout
 from pnode.solution import Stats
+from pnode.solvers.bridge import accumulate
 from pnode.solvers.create import create_integrator
 from pnode.solvers.integrator import (
     DENSE_LIMIT,
@@ -33,7 +36,7 @@ from pnode.solvers.methods import Method
 from pnode.solvers.stepping import Step, StepControl, forward_sweep
 from pnode.vectorfield import VectorField, vector_field
 
-__all__ = ["Engine", "Run"]
+__all__ = ["Engine", "Requests", "Run"]
 
 # Idle integrators kept per solver; a solver called with ever new sizes must not hoard them.
 _IDLE_LIMIT = 4
@@ -76,6 +79,28 @@ class _Pool:
             self._idle.pop()[1].destroy()
 
 
+@dataclass(frozen=True)
+class Requests:
+    """What a forward sweep is to do besides integrating.
+
+    Attributes
+    ----------
+    monitor : callable or None
+        ``monitor(step, t, y)`` after every accepted step.
+    dense : bool
+        Whether steps pass over output times, which are interpolated then.
+    event_fn : callable or None
+        ``event_fn(t, y)``; the sweep ends where it changes sign.
+    event_tol : float
+        Tolerance of that root, relative to the length of the step.
+    """
+
+    monitor: Callable[[int, float, Any], None] | None = None
+    dense: bool = False
+    event_fn: Callable[..., Any] | None = None
+    event_tol: float = 1e-12
+
+
 @dataclass
 class Run:
     """One forward sweep: what its backward sweeps need.
@@ -92,6 +117,10 @@ class Run:
         Steps and checkpoints; None without gradients.
     used : list of bool
         For each parameter, whether the vector field's first evaluation used it.
+    dense : DenseOutput or None
+        Outputs inside of steps.
+    event : Event or None
+        What ended the sweep early; ``problem`` then has the times of the outputs it returned.
     """
 
     problem: InitialValueProblem
@@ -99,6 +128,76 @@ class Run:
     settings: IntegratorSettings
     trajectory: Trajectory | None = None
     used: list[bool] = field(default_factory=list)
+    dense: DenseOutput | None = None
+    event: Event | None = None
+
+
+class _Record:
+    """Takes down what a forward sweep comes to: outputs, checkpoints, the event.
+
+    Parameters
+    ----------
+    run : Run
+        What to fill in.
+    monitor : callable or None
+        The user's.
+    integrator : TimeIntegrator
+        Whose solution is the sweep's.
+    locator : EventLocator or None
+        Has looked at a step before.
+    """
+
+    def __init__(
+        self, run: Run, monitor: Any, integrator: TimeIntegrator, locator: EventLocator | None
+    ) -> None:
+        layout = run.problem.layout
+        self._run = run
+        self._monitor = monitor
+        self._integrator = integrator
+        self._locator = locator
+        self._layout = layout
+        self._ys = torch.empty(
+            (len(run.problem.times), layout.size), dtype=layout.dtype, device=layout.device
+        )
+        self._reached = 0
+
+    @property
+    def last(self) -> TimeIntegrator:
+        """The integrator that took the last step."""
+        return self._integrator if self._locator is None else self._locator.integrator
+
+    def outputs(self) -> torch.Tensor:
+        """Return the outputs, shape ``(T, size)``."""
+        whole = self._reached == len(self._ys)
+        return self._ys if whole else self._ys[: self._reached].clone()
+
+    def output(self, state: torch.Tensor | None = None) -> None:
+        """Take the next output: a state given, or the solution as it stands."""
+        self._ys[self._reached] = (
+            vectors.view(self._integrator.solution) if state is None else state
+        )
+        self._reached += 1
+        if self._run.trajectory is not None:
+            self._run.trajectory.mark_output()
+
+    def on_step(self, step: Step) -> None:
+        """Note an accepted step."""
+        run, problem = self._run, self._run.problem
+        event = None if self._locator is None else self._locator.event
+        if run.trajectory is not None:
+            run.trajectory.record(step, self.last)
+        if run.dense is not None:
+            for state in run.dense.after_step(step, self.last, event is not None):
+                self.output(state)
+        if event is not None:
+            run.event = event
+            run.problem = replace(problem, times=(*problem.times[: self._reached], event.time))
+            self.output()
+        if self._monitor is not None:
+            state = vectors.copy_out(self._integrator.solution, self._layout.dtype)
+            self._monitor(
+                step.index + 1, problem.direction * step.end, self._layout.unflatten(state)
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +239,7 @@ class Engine:
         problem: InitialValueProblem,
         y0: torch.Tensor,
         keep: bool,
-        monitor: Callable[[int, float, Any], None] | None = None,
+        requests: Requests = Requests(),
     ) -> tuple[torch.Tensor, Run]:
         """Integrate. Collective.
 
@@ -152,49 +251,47 @@ class Engine:
             Flat initial state.
         keep : bool
             Whether a backward sweep may follow.
-        monitor : callable, optional
-            ``monitor(step, t, y)`` after every accepted step.
+        requests : Requests
+            Monitor, dense output, event.
 
         Returns
         -------
         ys : Tensor
-            Shape ``(T, size)``, y0's dtype.
+            Shape ``(T, size)``, y0's dtype; fewer rows after an event, whose state is the last.
         run : Run
             For the backward sweep.
         """
-        layout = problem.layout
-        run = Run(problem, Stats(), self._settings(layout, problem.form))
-        ys = torch.empty(
-            (len(problem.times), layout.size), dtype=layout.dtype, device=layout.device
-        )
+        run = Run(problem, Stats(), self._settings(problem.layout, problem.form))
         field_ = vector_field(problem, run.stats)
         if keep:
             run.trajectory = Trajectory(StoreEverything(), run.stats)
-        with self._integrator(run.settings, field_, y0) as integrator:
-
-            def on_output(index: int) -> None:
-                ys[index] = vectors.view(integrator.solution)
-                if run.trajectory is not None:
-                    run.trajectory.mark_output()
-
-            def on_step(step: Step) -> None:
-                if run.trajectory is not None:
-                    run.trajectory.record(step, integrator)
-                if monitor is not None:
-                    state = layout.unflatten(vectors.copy_out(integrator.solution, layout.dtype))
-                    monitor(step.index + 1, problem.direction * step.end, state)
-
+        with ExitStack() as leases, self._integrator(run.settings, field_, y0) as integrator:
+            locator: EventLocator | None = None
+            if requests.event_fn is not None:
+                trial = replace(run.settings, adaptive=False)
+                locator = EventLocator(
+                    requests.event_fn, problem, requests.event_tol, integrator,
+                    lambda: leases.enter_context(self._integrator(trial, field_, y0)),
+                )  # fmt: skip
+            times = problem.times
+            if requests.dense:
+                run.dense = DenseOutput(times, integrator, field_, keep)
+                times = (times[0], *times[1:][-1:])  # those that steps are to hit
+            record = _Record(run, requests.monitor, integrator, locator)
             forward_sweep(
-                integrator, field_, problem.times, self.control, run.stats, on_step, on_output
-            )
-            run.stats.newton, run.stats.krylov = integrator.iterations()
+                integrator, field_, times, self.control, run.stats, record.on_step,
+                lambda index: record.output(), locator.after_step if locator is not None else None,
+            )  # fmt: skip
+            for newton, krylov in (each.iterations() for each in {integrator, record.last}):
+                run.stats.newton += newton
+                run.stats.krylov += krylov
             run.used = field_.used
         integrator.options.warn_unused()
-        return ys, run
+        return record.outputs(), run
 
     def backward(
         self, run: Run, y0: torch.Tensor, cotangents: torch.Tensor
-    ) -> tuple[torch.Tensor, list[torch.Tensor | None], torch.Tensor]:
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None], torch.Tensor, dict[int, float]]:
         """Take the discrete adjoint of a forward sweep. Collective.
 
         Parameters
@@ -215,6 +312,8 @@ class Engine:
         initial : Tensor
             The part of ``state`` that came through the flow, without the first output's own
             cotangent: what the derivative with respect to t_0 needs.
+        times : dict
+            For each interpolated output, the derivative with respect to its time.
         """
         trajectory = run.trajectory
         assert trajectory is not None
@@ -231,19 +330,25 @@ class Engine:
 
         with self._pool.lease(("adjoint", run.settings, wanted), create) as adjoint:
             adjoint.begin(field_)
+            dense = DenseAdjoint(run.dense, trajectory.steps, field_, cotangents)
             with torch.enable_grad():  # here once, instead of at each stage
-                initial = self._reverse(run, adjoint, cotangents)
+                initial = self._reverse(run, adjoint, cotangents, dense)
             state = adjoint.state_gradient()
             parameters = adjoint.parameter_gradients(len(field_.parameters))
-        return state, parameters, initial
+            accumulate(parameters, tuple(dense.parameters), 1.0)
+        return state, parameters, initial, dense.times
 
-    def _reverse(self, run: Run, adjoint: AdjointStepper, cotangents: torch.Tensor) -> torch.Tensor:
+    def _reverse(
+        self, run: Run, adjoint: AdjointStepper, cotangents: torch.Tensor, dense: DenseAdjoint
+    ) -> torch.Tensor:
         """Execute the schedule's reverse actions, adding cotangents where outputs were."""
         trajectory, ledger = run.trajectory, run.stats.backward
         assert trajectory is not None
         waiting = list(enumerate(trajectory.outputs))
         active = False  # until the first non-zero cotangent, lambda is zero and stays it
         nonzero = cotangents.ne(0).any(dim=1).tolist()
+        for index in run.dense.interpolated if run.dense is not None else ():
+            nonzero[index] = False  # not a state at the end of a step
 
         def add_outputs(after: int) -> None:
             nonlocal active
@@ -252,6 +357,10 @@ class Engine:
                 if nonzero[index]:
                     active = True
                     adjoint.add(cotangents[index])
+            inside = dense.at(after, trajectory.restore)
+            if inside is not None:
+                active = True
+                adjoint.add(inside)
 
         add_outputs(len(trajectory.steps))
         for action in trajectory.schedule.reverse(len(trajectory.steps)):

@@ -10,6 +10,7 @@ __all__ = [
     "BackwardError",
     "CheckpointError",
     "ConfigurationError",
+    "EventError",
     "LinearSolveFailed",
     "NonFiniteVectorField",
     "NonlinearSolveFailed",
@@ -102,6 +103,10 @@ class NonFiniteVectorField(SolveError):
 
 class VectorFieldError(SolveError):
     """The vector field returned the wrong thing, or wrote into its input."""
+
+
+class EventError(SolveError):
+    """``event_fn`` returned the wrong thing, or its root has no derivative."""
 
 
 class CheckpointError(SolveError):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +15,9 @@ from tqdm.auto import tqdm
 from pnode import arguments, tolerances
 from pnode.consistency import check_consistency, consistent_state
 from pnode.controllers import check_controller
-from pnode.engine import Engine, Run
+from pnode.engine import Engine, Requests, Run
 from pnode.errors import BackwardError, ConfigurationError
+from pnode.events import check_rate, end_at_event
 from pnode.mass import MassMatrix
 from pnode.options import ODEINT_PREFIX, check_petsc_options
 from pnode.problem import InitialValueProblem, StateLayout, as_times, collect_parameters
@@ -24,7 +26,7 @@ from pnode.solvers.methods import check_form, find_method
 from pnode.solvers.stepping import StepControl
 from pnode.vectorfield import vector_field
 
-__all__ = ["Solver", "odeint", "odeint_adjoint"]
+__all__ = ["Solver", "odeint", "odeint_adjoint", "odeint_event"]
 
 _JACOBIANS = ("auto", "matrix-free", "dense")
 
@@ -86,10 +88,23 @@ class Solver(torch.nn.Module):
         PETSc options of this solver alone, without prefix: ``{"snes_rtol": 1e-12}``. Options
         ``-pnode_...`` (all solvers) and ``-pnode_<number>_...`` (one) on the command line win.
     monitor : callable, optional
-        ``monitor(step, t, y)``, called after every accepted step with a detached copy of y.
+        ``monitor(step, t, y)``, called after every accepted step with a detached copy of y; after
+        the last step of a solve that an event ends, with the event's time and state.
     progress : bool
         Show a progress bar over time.
-    checkpointing, comm, compile, dense, event_fn
+    dense : bool
+        Steps pass over the output times, whose states are interpolated; only the last time is hit.
+        The interpolant is the method's own where it has one of degree 4 or more (dopri5), and the
+        cubic Hermite polynomial otherwise, whose error is of order h^4. Not for ``mass`` and
+        ``residual``, which do not tell y'.
+    event_fn : callable, optional
+        ``event_fn(t, y)`` returns a real tensor of one or several numbers. The solve ends where the
+        first of them changes sign, if the signs differ at the two ends of a step. A Module's or a
+        closure's parameters get gradients; with ``mass`` and ``residual`` there are none through
+        the event.
+    event_tol : float
+        Tolerance of the root, relative to the length of the step it lies in.
+    checkpointing, comm, compile
         Reserved: anything but the default is refused in this version.
 
     Raises
@@ -139,17 +154,27 @@ class Solver(torch.nn.Module):
         petsc_options: Mapping[str, Any] | None = None,
         compile: bool = False,
         dense: bool = False,
-        event_fn: Any = None,
+        event_fn: Callable[..., Any] | None = None,
+        event_tol: float = 1e-12,
         monitor: Callable[[int, float, Any], None] | None = None,
         progress: bool = False,
     ) -> None:
         super().__init__()
         arguments.refuse_reserved(
-            checkpointing=checkpointing, compile=compile, dense=dense, event_fn=event_fn,
+            checkpointing=checkpointing, compile=compile,
         )  # fmt: skip
         form = arguments.problem_form(rhs, implicit, explicit, mass, residual)
         if monitor is not None and not callable(monitor):
             raise ConfigurationError(f"monitor is {monitor!r}: give a callable (step, t, y)")
+        if event_fn is not None and not callable(event_fn):
+            raise ConfigurationError(f"event_fn is {event_fn!r}: give a callable (t, y)")
+        if not isinstance(dense, bool):
+            raise ConfigurationError(f"dense={dense!r}: give True or False")
+        if dense and form in ("mass", "residual"):
+            raise ConfigurationError(
+                f"dense=True interpolates with y', which {form}= does not tell: let steps hit the "
+                "output times (dense=False)"
+            )
         chosen = find_method(method)
         check_form(form, chosen)
         if step_size is None and not chosen.adaptive:
@@ -188,7 +213,10 @@ class Solver(torch.nn.Module):
             arguments.linear_solver_options(linear_solver, jacobian)
             | check_petsc_options(petsc_options),
         )  # fmt: skip
-        self._monitor = monitor
+        self.event_fn = event_fn
+        self._requests = Requests(monitor, dense, None, arguments.finite("event_tol", event_tol))
+        if not 0.0 < self._requests.event_tol < 1.0:
+            raise ConfigurationError(f"event_tol={event_tol!r}: give a number between 0 and 1")
         arguments.check_communicator(comm)
         collect_parameters(self._functions, self._params)
 
@@ -227,14 +255,17 @@ class Solver(torch.nn.Module):
             State at ``t[0]``; any shape, float64 or float32.
         t : Tensor
             Output times, shape ``(T,)``, strictly increasing or strictly decreasing. Each is hit
-            exactly by a step.
+            exactly by a step, unless ``dense`` is set. With ``event_fn`` the last one may be
+            infinite: the solve then runs until the event (or ``max_steps``).
 
         Returns
         -------
         Solution
             ``ys`` has shape ``(T, *y0.shape)`` and y0's dtype and is differentiable with respect
             to y0, the parameters and t (for a time t_i: the cotangent of y_i times f(t_i, y_i),
-            the derivative of the exact flow; for t_0: minus lambda_0 times f(t_0, y_0)).
+            the derivative of the exact flow, or of the interpolant at interpolated times; for t_0:
+            minus lambda_0 times f(t_0, y_0)). After an event, ``reason`` is "event" and the last
+            entries of ``ts`` and ``ys`` are its time and state.
 
         Raises
         ------
@@ -243,7 +274,7 @@ class Solver(torch.nn.Module):
         SolveError
             For a failing solve; see :mod:`pnode.errors`. What f raises comes through as it is.
         """
-        times = as_times(t)
+        times = as_times(t, endless=self.event_fn is not None)
         differentiate = torch.is_grad_enabled()
         declared = collect_parameters(self._functions, self._params)
         if self._engine.method.implicit and any(tensor.is_inference() for tensor in declared):
@@ -261,7 +292,6 @@ class Solver(torch.nn.Module):
             check_undeclared=differentiate, form=self._form, explicit=self.explicit,
             mass=None if self.mass is None else MassMatrix(self.mass, StateLayout.of(y0)),
         )  # fmt: skip
-        monitor = _progress_bar(problem, self._monitor) if self._progress else self._monitor
         flat = problem.layout.flatten(y0)
         start = Ledger()
         if self._form in ("mass", "residual"):
@@ -270,17 +300,30 @@ class Solver(torch.nn.Module):
             else:
                 check_consistency(problem, flat.detach(), start)
         inputs = (flat, times, *problem.parameters)
-        if differentiate and any(tensor.requires_grad for tensor in inputs):
-            holder: list[Run] = []
-            ys = _Solve.apply(self._engine, problem, monitor, holder, *inputs)
-            run = holder.pop()
-        else:
-            with torch.inference_mode(False), torch.no_grad():
-                ys, run = self._engine.forward(
-                    problem, flat.detach().clone(), keep=False, monitor=monitor
-                )
+        trainable = differentiate and any(tensor.requires_grad for tensor in inputs)
+        if trainable and self.event_fn is not None:
+            check_rate(self._form)
+        wanted = replace(self._requests, event_fn=self.event_fn)
+        with _progress_bar(problem, wanted, self._progress) as requests:
+            if trainable:
+                holder: list[Run] = []
+                ys = _Solve.apply(self._engine, problem, requests, holder, *inputs)
+                run = holder.pop()
+            else:
+                with torch.inference_mode(False), torch.no_grad():
+                    ys, run = self._engine.forward(
+                        problem, flat.detach().clone(), keep=False, requests=requests
+                    )
         run.stats.add(start)
-        return Solution(times, problem.layout.unflatten(ys), run.stats)
+        if run.event is None:
+            return Solution(times, problem.layout.unflatten(ys), run.stats)
+        assert self.event_fn is not None
+        times, ys = end_at_event(
+            self.event_fn, run.problem, run.event, times, ys, self.method, run.stats
+        )
+        return Solution(
+            times, problem.layout.unflatten(ys), run.stats, reason="event", event_time=times[-1]
+        )
 
 
 class _Solve(torch.autograd.Function):
@@ -291,13 +334,13 @@ class _Solve(torch.autograd.Function):
         ctx: Any,
         engine: Engine,
         problem: InitialValueProblem,
-        monitor: Any,
+        requests: Requests,
         holder: list[Run],
         y0: torch.Tensor,
         t: torch.Tensor,
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
-        ys, run = engine.forward(problem, y0, keep=True, monitor=monitor)
+        ys, run = engine.forward(problem, y0, keep=True, requests=requests)
         ctx.engine, ctx.run = engine, run
         # Saved for torch's check that nobody has modified them since, besides their values.
         ctx.save_for_backward(y0, t, ys, *parameters, *problem.frozen)
@@ -310,9 +353,9 @@ class _Solve(torch.autograd.Function):
         y0, t, ys, *_ = ctx.saved_tensors
         engine, run = ctx.engine, ctx.run
         with torch.no_grad():
-            state, parameters, initial = engine.backward(run, y0, cotangents.detach())
+            state, parameters, initial, inside = engine.backward(run, y0, cotangents.detach())
             time = (
-                _time_gradient(run, y0, ys, cotangents, initial).to(t)
+                _time_gradient(run, ys, cotangents, initial, inside, len(t)).to(t)
                 if ctx.needs_input_grad[5]
                 else None
             )
@@ -361,13 +404,28 @@ def _as_parameter(
 
 
 def _time_gradient(
-    run: Run, y0: torch.Tensor, ys: torch.Tensor, cotangents: torch.Tensor, initial: torch.Tensor
+    run: Run,
+    ys: torch.Tensor,
+    cotangents: torch.Tensor,
+    initial: torch.Tensor,
+    inside: dict[int, float],
+    number: int,
 ) -> torch.Tensor:
-    """Derivatives with respect to the output times: along the exact flow, dy/dt = f."""
+    """Derivatives with respect to the output times: along the exact flow, dy/dt = f.
+
+    Those of interpolated outputs are in ``inside`` already, and the time of an event, which ends
+    the problem's times, is a constant here.
+    """
     field = vector_field(replace(run.problem, check_undeclared=False), run.stats.backward)
     direction = run.problem.direction
-    gradient = torch.zeros(len(run.problem.times), dtype=torch.float64, device="cpu")
-    for index, s in enumerate(run.problem.times):
+    gradient = torch.zeros(number, dtype=torch.float64, device="cpu")
+    interpolated = run.dense.interpolated if run.dense is not None else ()
+    for index in interpolated:
+        gradient[index] = direction * inside[index]
+    given = run.problem.times[: -1 if run.event is not None else None]
+    for index, s in enumerate(given):
+        if index in interpolated:
+            continue
         cotangent = -initial if index == 0 else cotangents[index]
         if bool(cotangent.ne(0).any()):
             slope = field.slope(s, ys[index].detach().clone())
@@ -375,21 +433,25 @@ def _time_gradient(
     return gradient
 
 
-def _progress_bar(problem: InitialValueProblem, then: Any) -> Callable[[int, float, Any], None]:
-    """Return a monitor that moves a progress bar over time, then calls the user's monitor."""
+@contextmanager
+def _progress_bar(
+    problem: InitialValueProblem, requests: Requests, wanted: bool
+) -> Iterator[Requests]:
+    """Let the monitor move a progress bar over time before it calls the user's, if wanted."""
+    if not wanted:
+        yield requests
+        return
     start, end = problem.times[0], problem.times[-1]
-    bar = tqdm(total=1.0, bar_format="{l_bar}{bar}| {postfix} [{elapsed}<{remaining}]")
 
     def monitor(step: int, t: float, y: Any) -> None:
         fraction = (problem.direction * t - start) / (end - start)
         bar.set_postfix_str(f"t = {t:.4g}, step {step}", refresh=False)
         bar.update(fraction - bar.n)
-        if fraction >= 1.0:
-            bar.close()
-        if then is not None:
-            then(step, t, y)
+        if requests.monitor is not None:
+            requests.monitor(step, t, y)
 
-    return monitor
+    with tqdm(total=1.0, bar_format="{l_bar}{bar}| {postfix} [{elapsed}<{remaining}]") as bar:
+        yield replace(requests, monitor=monitor)
 
 
 _TORCHDIFFEQ_OPTIONS = {
@@ -427,7 +489,8 @@ def odeint(
         Tolerances of adaptive steps.
     method : str, optional
         Name or alias of a method; "dopri5" by default. Methods without error estimate take one
-        step per output interval unless a ``step_size`` is given, as in torchdiffeq.
+        step per output interval unless a ``step_size`` is given, as in torchdiffeq; with
+        ``dense=True`` or without end they need it.
     options : mapping, optional
         torchdiffeq's: ``step_size``, ``first_step``, ``min_step``, ``max_step``,
         ``max_num_steps``.
@@ -439,7 +502,8 @@ def odeint(
     Returns
     -------
     Tensor or tuple of Tensor
-        Shape ``(T, *y0.shape)``.
+        Shape ``(T, *y0.shape)``. With ``event_fn``, a pair: the event's time and this, as in
+        torchdiffeq; the solve ends at ``t[-1]`` at the latest, and the time is then None.
 
     Raises
     ------
@@ -472,14 +536,18 @@ def odeint(
             )
         keywords[_TORCHDIFFEQ_OPTIONS[name]] = value
     chosen = find_method("dopri5" if method is None else method)
-    times = as_times(t)
+    event_fn = keywords.get("event_fn")
+    times = as_times(t, endless=event_fn is not None)
     if not chosen.adaptive and keywords.get("step_size") is None:
         # One step per interval: a step size that no interval exceeds.
-        keywords["step_size"] = float((times.max() - times.min()).item()) or 1.0
+        span = float((times.max() - times.min()).item()) or 1.0
+        if math.isfinite(span) and not keywords.get("dense"):
+            keywords["step_size"] = span
     solver = Solver(func, rtol=rtol, atol=atol, method=chosen.name, params=params, **keywords)
     # PETSc keeps half a kilobyte for every prefix it has ever seen: calls share one.
     solver._engine = replace(solver._engine, prefix=ODEINT_PREFIX)
-    return solver(y0, times).ys
+    solution = solver(y0, times)
+    return solution.ys if event_fn is None else (solution.event_time, solution.ys)
 
 
 def odeint_adjoint(func: Callable[..., Any], y0: Any, t: Any, **keywords: Any) -> Any:
@@ -504,3 +572,59 @@ def odeint_adjoint(func: Callable[..., Any], y0: Any, t: Any, **keywords: Any) -
             stacklevel=2,
         )
     return odeint(func, y0, t, **keywords)
+
+
+def odeint_event(
+    func: Callable[..., Any],
+    y0: Any,
+    t0: Any,
+    *,
+    event_fn: Callable[..., Any],
+    reverse_time: bool = False,
+    odeint_interface: Callable[..., Any] = odeint,
+    **keywords: Any,
+) -> tuple[torch.Tensor, Any]:
+    """Solve y' = func(t, y) from t0 until an event: the call of ``torchdiffeq.odeint_event``.
+
+    Parameters
+    ----------
+    func : callable
+        ``func(t, y)``, as for :class:`Solver`.
+    y0 : Tensor or tuple of Tensor
+        State at t0.
+    t0 : Tensor or float
+        Initial time, a single number.
+    event_fn : callable
+        ``event_fn(t, y)``, as for :class:`Solver`.
+    reverse_time : bool
+        Whether to look for an event before t0.
+    odeint_interface : callable
+        :func:`odeint` or :func:`odeint_adjoint`.
+    **keywords
+        Those of :func:`odeint`. There is no end but the event: give ``max_steps`` where it may not
+        come.
+
+    Returns
+    -------
+    event_time : Tensor
+        0-dim, differentiable.
+    solution : Tensor or tuple of Tensor
+        Shape ``(2, *y0.shape)``: y0 and the state at the event.
+
+    Raises
+    ------
+    ConfigurationError, SolveError
+        As :class:`Solver`.
+
+    Notes
+    -----
+    Collective on the solver's communicator.
+    """
+    start = as_times(t0.reshape(-1) if isinstance(t0, torch.Tensor) else [t0])
+    if len(start) != 1:
+        raise ConfigurationError(f"t0 has {len(start)} entries: give a single time")
+    if not start.is_floating_point():
+        start = start.to(torch.float64)
+    times = torch.cat([start, start.new_full((1,), -math.inf if reverse_time else math.inf)])
+    event_time, solution = odeint_interface(func, y0, times, event_fn=event_fn, **keywords)
+    return event_time, solution

@@ -196,8 +196,16 @@ class InitialValueProblem:
         )
 
 
-def as_times(t: Any) -> torch.Tensor:
-    """Validate output times and return them as a 1-D float tensor (the same one if it is one)."""
+def as_times(t: Any, endless: bool = False) -> torch.Tensor:
+    """Validate output times and return them as a 1-D float tensor (the same one if it is one).
+
+    Parameters
+    ----------
+    t : Tensor or sequence of float
+        Output times.
+    endless : bool
+        Whether the last one may be infinite.
+    """
     if not isinstance(t, torch.Tensor):
         try:
             t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
@@ -213,8 +221,14 @@ def as_times(t: Any) -> torch.Tensor:
         raise ConfigurationError(f"t has layout {t.layout} on {t.device}: give values, densely")
     if t.is_complex() or t.dtype is torch.bool:
         raise ConfigurationError(f"t has dtype {t.dtype}: times are real numbers")
-    if not bool(torch.isfinite(t.detach()).all()):
-        raise ConfigurationError("t contains NaN or infinity: give finite output times")
+    finite = torch.isfinite(t.detach())
+    if endless and len(t) > 1 and bool(torch.isinf(t.detach()[-1])):
+        finite = finite[:-1]
+    if not bool(finite.all()):
+        raise ConfigurationError(
+            "t contains NaN or infinity: give finite output times (with event_fn, the last one may "
+            "be infinite)"
+        )
     return t
 
 

@@ -68,16 +68,20 @@ class Solution:
     Attributes
     ----------
     ts : Tensor
-        The output times, shape ``(T,)``, as given.
+        The output times, shape ``(T,)``, as given. After an event: those before it, and its own
+        time.
     ys : Tensor or tuple of Tensor
         The states, shape ``(T, *y0.shape)``, dtype and device of y0; differentiable.
     stats : Stats
         The ledger. ``stats.backward`` fills up when gradients are computed.
     reason : str
-        ``"t_end"``.
+        ``"t_end"``, or ``"event"`` if event_fn changed sign before.
+    event_time : Tensor or None
+        Time of the event, 0-dim, differentiable; None without one.
     """
 
     ts: torch.Tensor
     ys: Any
     stats: Stats
     reason: str = "t_end"
+    event_time: torch.Tensor | None = None

@@ -276,12 +276,22 @@ class TimeIntegrator:
         self.options.begin_sweep(self)
         self.bridge.attach(field)
         self._direction = field.problem.direction
+        self.restart(u, s, step_index)
+        self._iterations = (self.ts.getSNESIterations(), self.ts.getKSPIterations())
+
+    def restart(self, u: torch.Tensor, s: float, step_index: int) -> None:
+        """Go on from state ``u`` at time ``s``, with nothing carried over. Collective."""
         vectors.copy_in(self.solution, u)
         self.ts.setTime(s)
         self.ts.setStepNumber(step_index)
         self.ts.restartStep()
         self._rolled_back = False
-        self._iterations = (self.ts.getSNESIterations(), self.ts.getKSPIterations())
+
+    def interpolate(self, s: float) -> torch.Tensor:
+        """Return the state at a time in the last step by PETSc's interpolant. Collective."""
+        result = self.solution.duplicate()
+        self.ts.interpolate(min(s, self.ts.getTime()), result)
+        return vectors.copy_out(result)
 
     def end(self) -> None:
         """End a sweep: let go of the user's objects."""

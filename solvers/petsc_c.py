@@ -63,7 +63,8 @@ def rk_tableau(ts: Any) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``A`` (s, s), ``b``, ``c``, ``b_embedded`` (None without one), ``fsal``.
+        ``A`` (s, s), ``b``, ``c``, ``b_embedded`` (None without one), ``interpolation`` (s, p) with
+        the coefficients of theta, ..., theta^p in each stage's weight, ``fsal``.
     """
     number, order = _Int(), _Int()
     pointers = {
@@ -89,6 +90,7 @@ def rk_tableau(ts: Any) -> dict[str, Any]:
         "b": array("b", (s,)),
         "c": array("c", (s,)),
         "b_embedded": array("b_embedded", (s,)),
+        "interpolation": array("interpolation", (s, order.value)),
         "fsal": bool(fsal.value & 0xFF),
     }
 

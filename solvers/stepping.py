@@ -70,9 +70,13 @@ class StepControl:
 def fixed_steps(start: float, end: float, step_size: float) -> Iterator[tuple[float, float, float]]:
     """Cut [start, end] into equal steps of at most ``step_size``: (start, length, end) of each.
 
-    A quotient that exceeds a whole number by round-off only does not add a step.
+    A quotient that exceeds a whole number by round-off only does not add a step. Without end
+    (infinity) the steps have this length.
     """
     span = end - start
+    if math.isinf(end):
+        for index in itertools.count():
+            yield start + index * step_size, step_size, start + (index + 1) * step_size
     number = max(1, math.ceil(span / step_size * (1.0 - 4.0 * np.finfo(float).eps)))
     length = span / number
     before = start
@@ -90,6 +94,7 @@ def forward_sweep(
     ledger: Ledger,
     on_step: Callable[[Step], None],
     on_output: Callable[[int], None],
+    end_at_event: Callable[[Step], Step | None] | None = None,
 ) -> None:
     """Integrate from ``times[0]`` to ``times[-1]``; the integrator has begun. Collective.
 
@@ -109,16 +114,23 @@ def forward_sweep(
         Called after every accepted step.
     on_output : callable
         Called with the index of each output time reached, 0 included.
+    end_at_event : callable, optional
+        Called after every accepted step, first. It may return the step shortened, with the solution
+        moved accordingly: the sweep then ends after :func:`on_step`.
     """
-    sweep = _Sweep(integrator, field, control, ledger, on_step)
+    sweep = _Sweep(integrator, field, control, ledger, on_step, end_at_event)
     integrator.ts.monitor(0, times[0], integrator.solution)
     on_output(0)
     for index, (start, end) in enumerate(itertools.pairwise(times), start=1):
         if control.step_size is not None:
             for before, length, after in fixed_steps(start, end, control.step_size):
                 sweep.fixed(before, length, after)
+                if sweep.ended:
+                    return
         else:
             sweep.adapt(start, end)
+            if sweep.ended:
+                return
         on_output(index)
 
 
@@ -132,7 +144,10 @@ class _Sweep:
         control: StepControl,
         ledger: Ledger,
         on_step: Callable[[Step], None],
+        end_at_event: Callable[[Step], Step | None] | None = None,
     ) -> None:
+        self.end_at_event = end_at_event
+        self.ended = False
         self.integrator = integrator
         self.field = field
         self.control = control
@@ -156,7 +171,7 @@ class _Sweep:
         if self.natural is None:
             self.natural = self._first_step(start, end)
         error: SolveError | None = None
-        while s < end:
+        while s < end and not self.ended:
             self._check_limit(s)
             natural = min(max(self.natural, control.min_step), control.max_step)
             length = _fit(natural, end - s)
@@ -188,6 +203,9 @@ class _Sweep:
         return automatic if wanted is None else min(wanted, automatic)
 
     def _accept(self, step: Step) -> None:
+        last = self.end_at_event(step) if self.end_at_event is not None else None
+        if last is not None:
+            step, self.ended = last, True
         self.index += 1
         self.ledger.steps += 1
         self.integrator.ts.monitor(self.index, step.end, self.integrator.solution)
@@ -204,7 +222,8 @@ class _Sweep:
 
     def _check_minimum(self, s: float, length: float, end: float, error: SolveError | None) -> None:
         """Stop when a failed step was the smallest; the last failure, if any, is the reason."""
-        smallest = max(self.control.min_step, 4.0 * float(np.spacing(abs(s))), 1e-30 * (end - s))
+        span = end - s if math.isfinite(end) else 1.0
+        smallest = max(self.control.min_step, 4.0 * float(np.spacing(abs(s))), 1e-30 * span)
         if length > smallest:
             return
         if isinstance(error, NonFiniteVectorField):

@@ -19,6 +19,7 @@ LEAVES = {
         "arguments",
         "controllers",
         "errors",
+        "interpolation",
         "mass",
         "options",
         "problem",
@@ -34,7 +35,9 @@ LEVELS = {
     "pnode.solvers": 1,
     "pnode.adjoint": 2,
     "pnode.consistency": 3,
+    "pnode.dense": 3,
     "pnode.engine": 3,
+    "pnode.events": 3,
     "pnode.integrate": 3,
     "pnode.parallel": 3,
 }

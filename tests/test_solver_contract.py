@@ -110,13 +110,16 @@ CONSTRUCTOR = [
     ("petsc_options", {"petsc_options": {"": 1}}, "key"),
     ("petsc_options", {"petsc_options": {1: 2}}, "1"),
     ("monitor", {"monitor": 5}, "5.*callable"),
+    ("event_fn", {"event_fn": 5}, "5.*callable"),
+    *(("event_tol", {"event_tol": value}, None) for value in NOT_POSITIVE),
+    ("dense", {"dense": "yes"}, "'yes'.*True"),
     ("comm", {"comm": 5}, "5"),
     ("params", {"params": torch.ones(2)}, "list"),
     ("params", {"params": [1.0]}, "float"),
     ("params", {"params": [torch.ones(1), None]}, "NoneType.*entry 1"),
     ("params", {"params": 5}, "5|int"),
     *((name, {name: value}, "reserved") for name, value in {
-        "checkpointing": "64MiB", "compile": True, "dense": True, "event_fn": decay,
+        "checkpointing": "64MiB", "compile": True,
     }.items()),
 ]  # fmt: skip
 

@@ -1,0 +1,274 @@
+"""Outputs inside steps: the forward interpolation of one sweep and its adjoint."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pnode import vectors
+from pnode.interpolation import hermite, hermite_rate, polynomial, polynomial_rate
+from pnode.solvers.bridge import accumulate
+from pnode.solvers.integrator import TimeIntegrator
+from pnode.solvers.petsc_c import rk_tableau
+from pnode.solvers.stepping import Step
+from pnode.vectorfield import Linearization, VectorField
+from pnode.vectors import REAL
+
+__all__ = ["DenseAdjoint", "DenseOutput"]
+
+# A method's own interpolant is used if it is of higher degree than the Hermite cubic.
+_OWN_DEGREE = 4
+
+
+@dataclass(frozen=True)
+class Inside:
+    """Output ``index`` lies at ``start + theta * length`` of its step."""
+
+    index: int
+    theta: float
+
+
+class DenseOutput:
+    """Interpolates outputs after each step of a forward sweep.
+
+    Parameters
+    ----------
+    times : tuple of float
+        Output times; the first is the start, the last is hit by a step.
+    integrator : TimeIntegrator
+        Stands at the start.
+    field : VectorField
+        For the slopes of the Hermite interpolant: one evaluation at either end of a step with
+        outputs inside, shared between neighbours.
+    keep : bool
+        Whether a backward sweep may follow: the states at the ends of such steps are then kept.
+
+    Attributes
+    ----------
+    inside : dict
+        The interpolated outputs of each step, by the step's index.
+    states : dict
+        States at the ends of these steps, by the number of steps before.
+    tableau : dict or None
+        Of a Runge-Kutta method with an interpolant of its own.
+    interpolated : set of int
+        Indices of all interpolated outputs.
+    """
+
+    def __init__(
+        self, times: tuple[float, ...], integrator: TimeIntegrator, field: VectorField, keep: bool
+    ) -> None:
+        self._times = times
+        self._field = field
+        self._keep = keep
+        self._next = 1
+        self._state = vectors.copy_out(integrator.solution)
+        self._slope: tuple[int, torch.Tensor] | None = None
+        self.inside: dict[int, list[Inside]] = defaultdict(list)
+        self.states: dict[int, torch.Tensor] = {}
+        self.interpolated: set[int] = set()
+        self.tableau: dict[str, Any] | None = None
+        if integrator.settings.method.ts_type == "rk":
+            tableau = rk_tableau(integrator.ts)
+            if tableau["interpolation"].shape[1] >= _OWN_DEGREE:
+                self.tableau = tableau
+
+    def after_step(
+        self, step: Step, integrator: TimeIntegrator, last: bool = False
+    ) -> Iterator[torch.Tensor | None]:
+        """Yield the outputs in a step in their order, the last of the sweep excepted.
+
+        Parameters
+        ----------
+        step : Step
+            The step.
+        integrator : TimeIntegrator
+            Has just taken it.
+        last : bool
+            Whether the sweep ends here, with an output of its own.
+
+        Yields
+        ------
+        Tensor or None
+            State, flat, PETSc's precision; None if the step ends there.
+        """
+        start, self._state = self._state, vectors.copy_out(integrator.solution)
+        while self._next < len(self._times) - 1 and self._times[self._next] < step.end:
+            theta = (self._times[self._next] - step.start) / step.length
+            self.inside[step.index].append(Inside(self._next, theta))
+            self.interpolated.add(self._next)
+            self._next += 1
+        if step.index in self.inside:
+            if self._keep:
+                self.states[step.index] = start
+                self.states[step.index + 1] = self._state
+            evaluate = self._hermite if self.tableau is None else self._own
+            for inside in self.inside[step.index]:
+                yield evaluate(step, inside, start, integrator)
+        if self._next < len(self._times) - 1 and self._times[self._next] == step.end and not last:
+            self._next += 1
+            yield None
+
+    def _hermite(
+        self, step: Step, inside: Inside, start: torch.Tensor, integrator: TimeIntegrator
+    ) -> torch.Tensor:
+        weights = hermite(inside.theta)
+        if inside is self.inside[step.index][0]:
+            first = self._slope_at(step.index, step.start, start)
+            self._slopes = first, self._slope_at(step.index + 1, step.end, self._state)
+        result = weights.state[0] * start + weights.state[1] * self._state
+        for weight, slope in zip(weights.slope, self._slopes, strict=True):
+            result.add_(slope, alpha=weight * step.length)
+        return result
+
+    def _slope_at(self, node: int, s: float, u: torch.Tensor) -> torch.Tensor:
+        """Return g after ``node`` steps, from the step before if it was evaluated there."""
+        if self._slope is None or self._slope[0] != node:
+            value = self._field.slope(s, u.to(self._field.dtype, copy=True))
+            self._slope = node, value.to(REAL)
+        return self._slope[1]
+
+    def _own(
+        self, step: Step, inside: Inside, start: torch.Tensor, integrator: TimeIntegrator
+    ) -> torch.Tensor:
+        """Let PETSc combine the stage slopes it has at hand."""
+        return integrator.interpolate(self._times[inside.index])
+
+
+class DenseAdjoint:
+    """Takes the cotangents of interpolated outputs back to the states at the ends of steps.
+
+    Parameters
+    ----------
+    dense : DenseOutput or None
+        Of the forward sweep, if outputs were interpolated.
+    steps : sequence of Step
+        Its steps.
+    field : VectorField
+        For products with its derivatives.
+    cotangents : Tensor
+        Derivatives of the loss with respect to all outputs, shape ``(T, size)``.
+
+    Attributes
+    ----------
+    parameters : list of Tensor or None
+        What the parameters get through the interpolants, PETSc's precision.
+    times : dict
+        Derivative of the loss with respect to the time of each interpolated output, along the
+        interpolant.
+    """
+
+    def __init__(
+        self,
+        dense: DenseOutput | None,
+        steps: Sequence[Step],
+        field: VectorField,
+        cotangents: torch.Tensor,
+    ) -> None:
+        self._dense = dense
+        self._steps = steps
+        self._field = field
+        self.parameters: list[torch.Tensor | None] = [None] * len(field.parameters)
+        self.times: dict[int, float] = defaultdict(float)
+        # Outputs that the loss depends on, with their cotangents.
+        self._wanted: dict[int, list[tuple[Inside, torch.Tensor]]] = {}
+        for step, found in dense.inside.items() if dense is not None else ():
+            rows = [(inside, cotangents[inside.index].to(REAL)) for inside in found]
+            rows = [(inside, row) for inside, row in rows if bool(row.ne(0.0).any())]
+            if rows:
+                self._wanted[step] = rows
+
+    def at(
+        self, node: int, restore: Callable[[int], tuple[torch.Tensor, ...]]
+    ) -> torch.Tensor | None:
+        """Return the cotangent of the state after ``node`` steps, None if it is zero.
+
+        Called from the last node to the first, when the adjoints of the later steps are done.
+
+        Parameters
+        ----------
+        node : int
+            Number of steps before.
+        restore : callable
+            Returns the checkpoint of a step; called with ``node`` only.
+        """
+        if self._dense is None:
+            return None
+        if self._dense.tableau is not None:
+            return self._own(node, restore) if node in self._wanted else None
+        return self._hermite(node)
+
+    def _hermite(self, node: int) -> torch.Tensor | None:
+        """Collect from the steps on both sides, of which this state is one end.
+
+        For y = a u_0 + b u_1 + h (c f_0 + d f_1) and its cotangent w, u_0 gets a w, f_0 gets
+        h c w, and what f_0 gets goes on to u_0 and the parameters by one product.
+        """
+        sides = [(node - 1, 1), (node, 0)]  # (step, which of its ends this is)
+        rows = [(step, end, row) for step, end in sides for row in self._wanted.get(step, ())]
+        if not rows:
+            return None
+        assert self._dense is not None
+        u = self._dense.states[node]
+        s = self._steps[node].start if node < len(self._steps) else self._steps[-1].end
+        value, parts = self._linearize(s, u)
+        state, slope = torch.zeros_like(u), torch.zeros_like(u)
+        for step, end, (inside, w) in rows:
+            h = self._steps[step].length
+            weights, rates = hermite(inside.theta), hermite_rate(inside.theta)
+            state.add_(w, alpha=weights.state[end])
+            slope.add_(w, alpha=weights.slope[end] * h)
+            rate = rates.state[end] / h * torch.dot(w, u) + rates.slope[end] * torch.dot(w, value)
+            self.times[inside.index] += float(rate)
+        return state.add_(self._product(parts, slope))
+
+    def _own(
+        self, step_index: int, restore: Callable[[int], tuple[torch.Tensor, ...]]
+    ) -> torch.Tensor:
+        """Take the cotangents of u + h sum_i b_i(theta) k_i back through the stages.
+
+        As in the adjoint of the step itself, with cotangents of the slopes instead of one of the
+        end: w_i = h (sum b_i(theta) w + sum_{j>i} a_ji l_j), l_i = f_y(Y_i)^T w_i.
+        """
+        assert self._dense is not None and self._dense.tableau is not None
+        tableau, step = self._dense.tableau, self._steps[step_index]
+        wanted = self._wanted[step_index]
+        weights = [polynomial(tableau["interpolation"], inside.theta) for inside, _ in wanted]
+        rates = [polynomial_rate(tableau["interpolation"], inside.theta) for inside, _ in wanted]
+        stages = list(restore(step_index))
+        if len(stages) < len(tableau["b"]):  # FSAL: the last stage is the end
+            stages.append(self._dense.states[step_index + 1])
+        total = sum((w for _, w in wanted), start=torch.zeros_like(wanted[0][1]))
+        below: list[tuple[int, torch.Tensor]] = []
+        for i in reversed(range(len(stages))):
+            s = step.start + tableau["c"][i] * step.length
+            value, parts = self._linearize(s, stages[i])
+            slope = torch.zeros_like(total)
+            for row, rate, (inside, w) in zip(weights, rates, wanted, strict=True):
+                slope.add_(w, alpha=row[i])
+                self.times[inside.index] += rate[i] * float(torch.dot(w, value))
+            for j, product in below:
+                slope.add_(product, alpha=tableau["A"][j, i])
+            below.append((i, self._product(parts, step.length * slope)))
+        return sum((product for _, product in below), start=total)
+
+    def _linearize(self, s: float, u: torch.Tensor) -> tuple[torch.Tensor, list[Linearization]]:
+        """Return g(s, u), PETSc's precision, and the linearizations of its parts."""
+        field = self._field
+        parts = [part for part in (field, field.explicit) if part is not None]
+        made = [part.linearize(s, u.to(field.dtype, copy=True)) for part in parts]
+        value = sum((part.flat_value() for part in made[1:]), start=made[0].flat_value())
+        return value.to(REAL), made
+
+    def _product(self, parts: list[Linearization], w: torch.Tensor) -> torch.Tensor:
+        """Return w^T g_u, PETSc's precision, and add up w^T g_p."""
+        result = torch.zeros_like(w)
+        for part in parts:
+            products = part.vjp(w.to(self._field.dtype))
+            accumulate(self.parameters, products.parameters, 1.0)
+            result.add_(products.state)
+        return result
