@@ -97,6 +97,8 @@ class Bridge:
         self.exception: BaseException | None = None
         self.nonfinite_time: float | None = None
         self.start_time: float | None = None
+        #: Whether residuals keep their graph for a Jacobian that is asked for next.
+        self.records = True
         self._single_use = single_use
         self._limit = points
         self._points: deque[Point] = deque()
@@ -168,14 +170,14 @@ class Bridge:
     def implicit_function(self, ts: Any, s: float, u: Any, u_dot: Any, f: Any) -> None:
         """f = u_dot - g(s, u) (PETSc's IFunction).
 
-        The graph is kept: Newton's method asks for the Jacobian at the same point next.
+        The graph is kept if ``records``: Newton's method asks for the Jacobian there next.
         """
         s = s if self.start_time is None else self.start_time
-        linearization = self.guarded("rhs", self._linearize_at, s, u)
-        if linearization is None:
+        value = self.guarded("rhs", self._value_at if self.records else self._evaluate, s, u)
+        if value is None:
             f.set(0.0)
         else:
-            copy_in(f, linearization.flat_value())
+            copy_in(f, value)
         f.aypx(-1.0, u_dot)
 
     def implicit_jacobian(
@@ -277,6 +279,9 @@ class Bridge:
         own = copy_out(u, self._field.dtype)
         self.evaluated.append(own)
         return self._field.rhs(s, own)
+
+    def _value_at(self, s: float, u: Any) -> torch.Tensor:
+        return self._linearize_at(s, u).flat_value()
 
     def linearize(self, point: Point) -> Linearization:
         """Return the linearization at ``point``, made on first use."""

@@ -124,6 +124,13 @@ def _dirk(name: str, subtype: str, order: int, stages: int, *aliases: str) -> Me
     )  # fmt: skip
 
 
+def _bdf(name: str, order: int, *aliases: str) -> Method:
+    return Method(
+        name, "python", order, 1, aliases, name, kind="implicit", adaptive=True,
+        adjoint="pnode", checkpoint="solution", same_bits=False,
+    )  # fmt: skip
+
+
 _FEHLBERG2 = Tableau(
     A=((0.0, 0.0, 0.0), (1 / 2, 0.0, 0.0), (1 / 256, 255 / 256, 0.0)),
     b=(1 / 512, 255 / 256, 1 / 512),
@@ -165,6 +172,8 @@ METHODS: tuple[Method, ...] = (
     _dirk("dirk8614a", "8614a", 8, 14),
     _dirk("dirk8616sal", "8616sal", 8, 16),
     _dirk("esdirk8", "es8516sal", 8, 16),
+    *(_bdf(f"bdf{order}", order) for order in range(1, 7)),
+    _bdf("bdf", 5),
 )
 
 #: Names of other packages that pnode does not have, with the nearest method it has.
@@ -186,8 +195,7 @@ REFUSED: dict[str, str] = {
     "kvaerno3": "esdirk3",
     "kvaerno4": "es325",
     "kvaerno5": "esdirk6",
-    "bdf": "es325",
-    "scipy_solver": "es325",
+    "scipy_solver": "bdf",
 }
 
 _BY_NAME: dict[str, Method] = {

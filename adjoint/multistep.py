@@ -1,0 +1,86 @@
+"""The discrete adjoint of BDF.
+
+A step solves F(t_n, u_n, sum_j d_j u_{n-j}) = 0. With lambda_n the derivative of the loss with
+respect to u_n, through everything that came after it,
+
+    (F_u + d_0 F_udot)^T w = lambda_n,
+    lambda_{n-j} -= d_j F_udot^T w,   j = 1, 2..., k,
+    mu -= F_p^T w.
+
+A step contributes to up to six states before it: those contributions wait here until their turn.
+Times, orders and coefficients are those of the forward sweep, held fixed.
+"""
+
+from __future__ import annotations
+
+from itertools import zip_longest
+
+import torch
+
+from pnode.adjoint.stepper import ImplicitAdjointStepper
+from pnode.solution import Ledger
+from pnode.solvers.bdf import start_weights
+from pnode.solvers.stepping import Step
+from pnode.vectorfield import VectorField
+
+__all__ = ["MultistepAdjoint"]
+
+
+class MultistepAdjoint(ImplicitAdjointStepper):
+    """Adjoint of BDF and of its start; see :class:`MultistepIntegrator`."""
+
+    def begin(self, field: VectorField) -> None:
+        """Begin a sweep with zero cost gradients. Collective."""
+        super().begin(field)
+        self._waiting: list[torch.Tensor] = []  # parts of lambda_{n-1}, lambda_{n-2}...
+
+    def end(self) -> None:
+        """End a sweep: let go of the user's objects."""
+        self._waiting = []
+        super().end()
+
+    def step(self, step: Step, ledger: Ledger) -> None:
+        """Take the adjoint of one step, whose checkpoint has been loaded. Collective.
+
+        Raises
+        ------
+        LinearSolveFailed
+            If a transposed solve did not converge.
+        BaseException
+            Whatever the vector field raised.
+        """
+        if step.order < 0:
+            parts = [self._extrapolated(step, -step.order, ledger)]
+        else:
+            u, d = self.checkpoint
+            first, *others = d.tolist()
+            rate = self._solve(step.start + step.length, u, first, self.state, step, ledger)
+            parts = [rate * -weight for weight in others]
+        pairs = zip_longest(parts, self._waiting)
+        self.state, *self._waiting = [
+            sum(part for part in pair if part is not None) for pair in pairs
+        ]
+        ledger.steps += 1
+
+    def _extrapolated(self, step: Step, order: int, ledger: Ledger) -> torch.Tensor:
+        """Adjoint of extrapolated implicit Euler: of each chain of substeps, weighted."""
+        (states,) = self.checkpoint
+        total = torch.zeros_like(self.state)
+        end = 0
+        for number, weight in enumerate(start_weights(order), start=1):
+            h, end = step.length / number, end + number
+            gradient = self.state * weight
+            for i in range(number, 0, -1):
+                u = states[end - number + i - 1]
+                gradient = self._solve(step.start + i * h, u, 1.0 / h, gradient, step, ledger) / h
+            total += gradient
+        return total
+
+    def _solve(
+        self, s: float, u: torch.Tensor, shift: float, b: torch.Tensor, step: Step, ledger: Ledger
+    ) -> torch.Tensor:
+        """Solve for w, add its products to mu, and return F_udot^T w."""
+        w = self.solve_transposed(s, u, shift, b, step, ledger)
+        products = self.products(s, u, w)
+        self.accumulate(products.parameters, 1.0)
+        return w if products.rate is None else products.rate
