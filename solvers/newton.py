@@ -57,9 +57,14 @@ class ModifiedNewton:
     residual, as in PETSc, if they are set. Neither can ask for more than round-off of f leaves.
     """
 
-    KAPPA = 0.02
+    KAPPA = 0.05
     # An iteration that converges more slowly gets a new Jacobian next time, or now if it fails.
-    _SLOW = 0.3
+    _SLOW = 0.2
+    # The observed rate of convergence is remembered: it falls at most, and grows while it is not
+    # observed, by these factors.
+    _MEMORY, _DOUBT = 0.2, 1.5
+    # What a rate of convergence that was not observed in this solve is at least.
+    _LEAST = 0.02
     # Allowed relative change of the shift before the matrix is formed anew.
     _SHIFT_CHANGE = 0.1
 
@@ -157,7 +162,7 @@ class ModifiedNewton:
         rtol = rtol if "snes_rtol" in given else 0.0
         by_norm = "snes_stol" in given
         limit = limit if "snes_max_it" in given or not self._adaptive else 4
-        u, norm, first = guess, 0.0, 0.0
+        u, norm, first, fresh = guess, 0.0, 0.0, self._refresh
         self._snes.setConvergedReason(_REASON.CONVERGED_ITERATING)
         for iteration in range(limit):
             self._snes.setIterationNumber(iteration)
@@ -196,10 +201,15 @@ class ModifiedNewton:
                     return self._converged(u)
                 if observed >= 2.0 or (observed >= 1.0 and iteration > 1):
                     return self._failed(_REASON.DIVERGED_DTOL, where)
-                self._rate = max(0.3 * self._rate, observed)
+                self._rate = observed if fresh else max(self._MEMORY * self._rate, observed)
+                fresh = False
             rate = min(self._rate, 0.999)
+            if not iteration:
+                rate = 0.5 if by_norm else max(rate, self._LEAST)
             if norm == 0.0 or rate / (1.0 - rate) * norm <= tolerance:
                 self._refresh = self._rate > self._SLOW and iteration > 0
+                if not iteration:  # not measured: trust the old rate less and less
+                    self._rate = min(1.0, self._DOUBT * self._rate)
                 return self._converged(u)
         return self._failed(_REASON.DIVERGED_MAX_IT, where)
 
