@@ -13,8 +13,6 @@ Times, orders and coefficients are those of the forward sweep, held fixed.
 
 from __future__ import annotations
 
-from itertools import zip_longest
-
 import torch
 
 from pnode.adjoint.stepper import ImplicitAdjointStepper
@@ -56,10 +54,12 @@ class MultistepAdjoint(ImplicitAdjointStepper):
             first, *others = d.tolist()
             rate = self._solve(step.start + step.length, u, first, self.state, step, ledger)
             parts = [rate * -weight for weight in others]
-        pairs = zip_longest(parts, self._waiting)
-        self.state, *self._waiting = [
-            sum(part for part in pair if part is not None) for pair in pairs
-        ]
+        for index, waiting in enumerate(self._waiting):
+            if index < len(parts):
+                parts[index] = parts[index] + waiting
+            else:
+                parts.append(waiting)
+        self.state, *self._waiting = parts
         ledger.steps += 1
 
     def _extrapolated(self, step: Step, order: int, ledger: Ledger) -> torch.Tensor:

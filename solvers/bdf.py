@@ -101,13 +101,13 @@ class OrderControl:
         Order of the next step.
     """
 
-    # Local errors aimed at, relative to the tolerance: at the same order; one lower; one higher.
-    # A change of order must pay.
-    _AIMS = {0: 1.0 / 6.0, -1: 1.0 / 6.0, 1: 1.0 / 10.0}
+    # Local error aimed at, relative to the tolerance; smaller for a higher order, which must pay.
+    _AIM, _AIM_HIGHER = 1.0 / 6.0, 1.0 / 10.0
     # A step grows by at least this factor or not at all: a new step size costs Newton's method.
-    _LEAST_GROWTH = 1.5
+    _LEAST_GROWTH, _LEAST_SHRINKAGE = 1.5, 0.9
     _GROWTH, _FIRST_GROWTH = 10.0, 1e3
-    _LEAST_SHRINKAGE = 0.9
+    # Rejections in a row after which the history counts for nothing.
+    _MANY = 3
 
     def __init__(self, lowest: int, highest: int) -> None:
         self._lowest, self._highest = lowest, highest
@@ -119,10 +119,9 @@ class OrderControl:
         self._since = 0  # accepted steps since the order was last changed
         self._taken = 0
         self._failures = 0
+        self._proposed = 0.0
 
-    def accept(
-        self, step: float, lengths: Sequence[float], size: Callable[[int], float]
-    ) -> float:
+    def accept(self, step: float, lengths: Sequence[float], size: Callable[[int], float]) -> float:
         """Choose order and length of the step after an accepted one.
 
         Parameters
@@ -143,31 +142,29 @@ class OrderControl:
         k, self._failures = self.order, 0
         self._since += 1
         self._taken += 1
-        known = len(lengths)  # divided differences up to this order are there
-        if self._taken == 1:
-            growth = self._FIRST_GROWTH
-        else:
-            growth = self._GROWTH
-        best, order = self._length(k, step, lengths, size, 0) if known > k else step, k
-        if k < self._lowest:
-            if self._since > k and known > k + 1:
-                order, best = k + 1, self._length(k + 1, step, lengths, size, 0)
-        elif self._since > k:
-            for change in (-1, 1):
-                q = k + change
-                if not self._lowest <= q <= self._highest or known <= q:
+        best, order = self._length(k, step, lengths, size, self._AIM), k
+        if self._since > k:
+            choices = [(k - 1, self._AIM), (k + 1, self._AIM_HIGHER)]
+            for q, aim in choices:
+                if not 1 <= q <= self._highest or len(lengths) <= q:
                     continue
-                length = self._length(q, step, lengths, size, change)
-                if length > best:
+                length = self._length(q, step, lengths, size, aim)
+                if k < self._lowest:  # on the way up
                     best, order = length, q
+                elif q >= self._lowest and length > best:
+                    best, order = length, q
+        growth = self._FIRST_GROWTH if self._taken == 1 else self._GROWTH
         best = min(best, growth * max(lengths[: k + 1]))
-        if order != k and not (best > self._LEAST_GROWTH * step or order < k or k < self._lowest):
+        if order > k >= self._lowest and best <= self._LEAST_GROWTH * step:
             order = k
         if order != k:
             self.order, self._since = order, 0
-        if self._LEAST_SHRINKAGE * step <= best <= self._LEAST_GROWTH * step:
-            return step
-        return best
+        # What was proposed last, of which a step that meets an output time is a part.
+        natural = self._proposed or step
+        if not self._LEAST_SHRINKAGE * natural <= best <= self._LEAST_GROWTH * natural:
+            natural = best
+        self._proposed = natural
+        return natural
 
     def reject(
         self, step: float, lengths: Sequence[float], size: Callable[[int], float], error: float
@@ -182,22 +179,27 @@ class OrderControl:
         self._since = 0
         shrunk = step * min(0.9, (6.0 * error) ** (-1.0 / (k + 1)))
         if k > self._lowest and len(lengths) >= k:
-            lower = self._length(k - 1, step, lengths, size, -1)
+            lower = self._length(k - 1, step, lengths, size, self._AIM)
             if lower > shrunk:
                 self.order, shrunk = k - 1, min(lower, 0.9 * step)
-        return max(shrunk, (0.2 if self._failures < 2 else 0.1) * step)
+        self._proposed = max(shrunk, (0.2 if self._failures < 2 else 0.1) * step)
+        return self._proposed
+
+    def fail(self) -> None:
+        """Note that there was no solution to estimate the error of."""
+        self._proposed = 0.0
 
     @property
     def lost(self) -> bool:
         """Whether rejections in a row say that the history is no guide any more."""
-        return self._failures >= 3
+        return self._failures >= self._MANY
 
+    @staticmethod
     def _length(
-        self, q: int, step: float, lengths: Sequence[float], size: Callable[[int], float],
-        change: int,
-    ) -> float:  # fmt: skip
-        """Return the step at which order q's local error is what we aim at."""
-        aim, s = self._AIMS[change], size(q + 1)
+        q: int, step: float, lengths: Sequence[float], size: Callable[[int], float], aim: float
+    ) -> float:
+        """Return the step at which order q's local error is ``aim``."""
+        s = size(q + 1)
         if not s > 0.0:
             return math.inf
         # Equal steps r h: distances r, 2 r..., so C = q! r^{q+1} / (1 + ... + 1/q).

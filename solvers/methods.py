@@ -126,7 +126,7 @@ def _dirk(name: str, subtype: str, order: int, stages: int, *aliases: str) -> Me
 
 def _bdf(name: str, order: int, *aliases: str) -> Method:
     return Method(
-        name, "python", order, 1, aliases, name, kind="implicit", adaptive=True,
+        name, "python", order, 1, aliases, kind="implicit", adaptive=True,
         adjoint="pnode", checkpoint="solution", same_bits=False,
     )  # fmt: skip
 

@@ -11,8 +11,8 @@ with 1, 2... k - 1 substeps, extrapolated to a local error of order k: the start
 spoil the order, and needs nothing but the same kind of nonlinear solves. Adaptive steps begin at
 order 1 with a step as short as its error estimate demands.
 
-To go on from a checkpoint, a multistep method needs its history: :attr:`MultistepIntegrator.history`
-before a step, given back to :meth:`MultistepIntegrator.restore`, and the orders of the steps.
+To go on from a checkpoint, a multistep method needs its history: what the integrator's ``history``
+was before a step goes back in with ``restore``; the orders of the steps are in the trajectory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 
 from pnode import vectors
 from pnode.errors import ConfigurationError, SolveError
-from pnode.options import PETSc, SolverOptions
+from pnode.options import SolverOptions
 from pnode.solvers import bdf
 from pnode.solvers.integrator import IntegratorSettings, StepOutcome, TimeIntegrator
 from pnode.solvers.newton import ModifiedNewton
@@ -135,7 +135,7 @@ class MultistepIntegrator(TimeIntegrator):
         adaptive = self.settings.adaptive
         if not order:
             if adaptive:
-                order = min(self._control.order, len(self._states))
+                order = self._control.order
             elif len(self._states) < self._highest:
                 order = -(self._highest - 1)
             else:
@@ -191,6 +191,7 @@ class MultistepIntegrator(TimeIntegrator):
             guess = torch.add(guess, self._initial_slope(s, where), alpha=step)
         new = self._newton.solve(s + step, guess, d[0], psi, size, where)
         if isinstance(new, SolveError):
+            self._control.fail()
             return StepOutcome(False, step, new)
         if not adaptive:
             self._accept(new, step)
@@ -210,9 +211,7 @@ class MultistepIntegrator(TimeIntegrator):
                 **where,
             )
         if error > 1.0:
-            proposed = self._control.reject(
-                step, lengths, lambda m: size(difference(m)), error
-            )
+            proposed = self._control.reject(step, lengths, lambda m: size(difference(m)), error)
             if self._control.lost:
                 self._control.restart()
                 self._states, self._lengths, self._slope = states[:1], (), None
@@ -229,7 +228,11 @@ class MultistepIntegrator(TimeIntegrator):
         return StepOutcome(True, proposed)
 
     def _accept(self, new: torch.Tensor, step: float) -> None:
-        """Move on: order k uses k states, its predictor one more, order k + 1's estimate another."""
+        """Move on.
+
+        Order k uses k states before the new one, its predictor one more, and the estimate at
+        order k + 1 another.
+        """
         most = self._highest + 2
         self._states = (new, *self._states)[:most]
         self._lengths = (step, *self._lengths)[: most - 1]
@@ -269,4 +272,3 @@ def _cumulative(lengths: Sequence[float]) -> list[float]:
         total += length
         distances.append(total)
     return distances
-

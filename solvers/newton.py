@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from pnode import vectors
-from pnode.errors import SolveError
+from pnode.errors import NonlinearSolveFailed, SolveError
 from pnode.options import PETSc, SolverOptions
 from pnode.solvers.bridge import Bridge
 from pnode.solvers.integrator import IntegratorSettings, newton_error, raise_stored
@@ -59,7 +59,7 @@ class ModifiedNewton:
 
     KAPPA = 0.05
     # An iteration that converges more slowly gets a new Jacobian next time, or now if it fails.
-    _SLOW = 0.2
+    _SLOW = 0.1
     # The observed rate of convergence is remembered: it falls at most, and grows while it is not
     # observed, by these factors.
     _MEMORY, _DOUBT = 0.2, 1.5
@@ -81,6 +81,9 @@ class ModifiedNewton:
             vectors.create(work[1], work[0]) for _ in range(4)
         )
         self._snes.setSolution(self._u)  # what monitors look at
+        self._equations = Equations()
+        ts.setPythonContext(self._equations)
+        self._searches = "snes_linesearch_type" in options.given
         self._given = options.values
         self._adaptive = settings.adaptive
         self._eps = torch.finfo(settings.dtype).eps
@@ -137,9 +140,41 @@ class ModifiedNewton:
         if stale and isinstance(result, SolveError):
             self._refresh = True
             result = self._iterate(s, guess, shift, psi, size, where)
+        if isinstance(result, NonlinearSolveFailed) and not self._adaptive:
+            result = self._full_newton(s, guess, shift, psi, where)
         if isinstance(result, SolveError):
             self._refresh = True
         return result
+
+    def _full_newton(
+        self, s: float, guess: torch.Tensor, shift: float, psi: torch.Tensor,
+        where: dict[str, Any],
+    ) -> torch.Tensor | SolveError:  # fmt: skip
+        """Solve with SNES: a fixed step cannot be made smaller.
+
+        With full steps first, then with backtracking, unless the user has chosen.
+        """
+        self._bridge.records = True
+        self._equations.stand(s, shift, psi)
+        search = self._snes.getLineSearch()
+        chosen = search.getType()
+        try:
+            for kind in (chosen,) if self._searches else (chosen, "bt"):
+                search.setType(kind)
+                vectors.copy_in(self._u, guess)
+                failure: PETSc.Error | None = None
+                try:
+                    self._snes.solve(None, self._u)
+                except PETSc.Error as error:
+                    failure = error
+                raise_stored(self._bridge, failure, where)
+                self.newton += self._snes.getIterationNumber()
+                if failure is None and self._snes.getConvergedReason() > 0:
+                    self._refresh = True  # SNES has used the matrix for its own
+                    return vectors.copy_out(self._u)
+        finally:
+            search.setType(chosen)
+        return newton_error(self._snes, where)
 
     def slope(self, s: float, u: torch.Tensor, where: dict[str, Any]) -> torch.Tensor:
         """Return u' of F(s, u, u') = u' - g(s, u). Collective."""
@@ -172,7 +207,7 @@ class ModifiedNewton:
             if not residual < 1e300:
                 return self._failed(_REASON.DIVERGED_FUNCTION_NANORINF, where)
             first = first or residual
-            if by_residual and (residual <= rtol * first and iteration or residual <= atol):
+            if by_residual and ((residual <= rtol * first and iteration) or residual <= atol):
                 return self._converged(u)
             self._prepare(s, shift, where)
             self._ksp.solve(self._f, self._update)
@@ -228,9 +263,7 @@ class ModifiedNewton:
     def _prepare(self, s: float, shift: float, where: dict[str, Any]) -> None:
         """Bring the matrix to this shift, with a new Jacobian at the last residual if wanted."""
         if self._refresh:
-            self._ts.computeIJacobian(
-                s, self._u, self._u_dot, shift, self._operator, self._matrix
-            )
+            self._ts.computeIJacobian(s, self._u, self._u_dot, shift, self._operator, self._matrix)
             raise_stored(self._bridge, None, where)
             self._keep(shift)
             self._refresh, self._rate = False, 1.0
@@ -267,3 +300,24 @@ class ModifiedNewton:
     def _failed(self, reason: int, where: dict[str, Any]) -> SolveError:
         self._snes.setConvergedReason(reason)
         return newton_error(self._snes, where)
+
+
+class Equations:
+    """Python context of the TS: gives its SNES the equations of the step, F = 0 as above."""
+
+    def stand(self, s: float, shift: float, psi: torch.Tensor) -> None:
+        """Set time, shift and psi."""
+        self._s, self._shift, self._psi = s, shift, psi
+
+    def formSNESFunction(self, snes: Any, u: Any, f: Any, ts: Any) -> None:
+        """f = F(s, u, shift u + psi)."""
+        ts.computeIFunction(self._s, u, self._rate(u), f)
+
+    def formSNESJacobian(self, snes: Any, u: Any, a: Any, p: Any, ts: Any) -> None:
+        """p (and a) = F_u + shift F_udot."""
+        ts.computeIJacobian(self._s, u, self._rate(u), self._shift, a, p)
+
+    def _rate(self, u: Any) -> Any:
+        u_dot = u.duplicate()
+        vectors.copy_in(u_dot, torch.add(self._psi, vectors.view(u), alpha=self._shift))
+        return u_dot

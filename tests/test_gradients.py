@@ -136,7 +136,9 @@ def test_equals_differences_of_fourth_order(name):
 
 
 @pytest.mark.parametrize("jacobian", ["dense", "matrix-free"])
-@pytest.mark.parametrize("name", ["beuler", "cn", "implicit_midpoint", "trbdf2", "dirk657a"])
+@pytest.mark.parametrize(
+    "name", ["beuler", "cn", "implicit_midpoint", "trbdf2", "dirk657a", "bdf3"]
+)
 def test_matrix_free_and_dense_agree(name, jacobian):
     field, y0 = Field(), initial()
     t = torch.tensor([0.0, 1.0], dtype=torch.float64)
