@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from pnode import vectors
-from pnode.errors import NonlinearSolveFailed, SolveError
+from pnode.errors import NonFiniteVectorField, NonlinearSolveFailed, SolveError
 from pnode.options import PETSc, SolverOptions
 from pnode.solvers.bridge import Bridge
 from pnode.solvers.integrator import IntegratorSettings, newton_error, raise_stored
@@ -137,7 +137,8 @@ class ModifiedNewton:
         """
         stale = not self._refresh
         result = self._iterate(s, guess, shift, psi, size, where)
-        if stale and isinstance(result, SolveError):
+        bad_guess = isinstance(result, NonFiniteVectorField) and not self._snes.getIterationNumber()
+        if stale and isinstance(result, SolveError) and not bad_guess:
             self._refresh = True
             result = self._iterate(s, guess, shift, psi, size, where)
         if isinstance(result, NonlinearSolveFailed) and not self._adaptive:
