@@ -56,6 +56,8 @@ class ModifiedNewton:
     which local errors are at most 1. With fixed steps, or once ``snes_stol`` is set, it must be
     below ``snes_stol`` times the norm of u instead. ``snes_rtol`` and ``snes_atol`` stop it by the
     residual, as in PETSc, if they are set. Neither can ask for more than round-off of f leaves.
+
+    The derivative F_u_dot must be the identity, which is what the shift is added to.
     """
 
     KAPPA = 0.05
