@@ -12,7 +12,7 @@ How: pnode's ledger, in which an evaluation that records a graph is one of ``rhs
 CVODE Python counters in the functions they call; for diffrax, which compiles everything,
 ``jax.pure_callback`` counters in f and in its JVP rule, at run time, in a program of its own:
 what XLA drops or the solver skips is not counted. Kvaerno5 forms two Jacobians per attempted step,
-the first of them for its explicit stage, and one more evaluation of f with each.
+the first of them for its explicit stage.
 
 Times are of separate runs without counters. Fields are torch functions for pnode, JAX functions
 for diffrax, and plain Python on floats, which is faster than NumPy for a few components, for SciPy
