@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pnode.adjoint.discrete import DiscreteAdjoint
+from pnode.adjoint.stages import ExplicitAdjoint, SymplecticAdjoint
 from pnode.adjoint.stepper import AdjointStepper
 from pnode.options import SolverOptions
 from pnode.solvers.integrator import IntegratorSettings
+from pnode.solvers.tableaus import ssp_tableau
 
 __all__ = ["create_adjoint"]
 
@@ -14,4 +16,10 @@ def create_adjoint(
     settings: IntegratorSettings, options: SolverOptions, parameters: bool
 ) -> AdjointStepper:
     """Create the adjoint of ``settings.method``. Collective on ``settings.comm``."""
+    method = settings.method
+    if method.ts_type == "ssp":
+        tableau = ssp_tableau(method.subtype, method.stages)
+        return ExplicitAdjoint(settings, parameters, tableau)
+    if method.ts_type == "basicsymplectic":
+        return SymplecticAdjoint(settings, parameters)
     return DiscreteAdjoint(settings, options, parameters)

@@ -9,14 +9,14 @@ import torch
 
 from pnode import vectors
 from pnode.adjoint.trajectory import Checkpoint
-from pnode.errors import LinearSolveFailed
+from pnode.errors import LinearSolveFailed, SolveError
 from pnode.options import PETSc, SolverOptions, log_stage
 from pnode.solution import Ledger
 from pnode.solvers.bridge import Bridge
 from pnode.solvers.integrator import IntegratorSettings, build_ts, raise_stored, reason_name
 from pnode.solvers.petsc_c import total_krylov_iterations
 from pnode.solvers.stepping import Step
-from pnode.vectorfield import Products, VectorField
+from pnode.vectorfield import Linearization, Products, VectorField
 from pnode.vectors import REAL
 
 __all__ = ["AdjointStepper", "ImplicitAdjointStepper", "TorchAdjointStepper"]
@@ -130,6 +130,13 @@ class TorchAdjointStepper(AdjointStepper):
 
     def destroy(self) -> None:
         """Nothing of PETSc's to free."""
+
+    def linearize(self, s: float, u: torch.Tensor, step: Step) -> Linearization:
+        """Evaluate the field at (s, u), a tensor that nothing writes into, with its graph."""
+        try:
+            return self.field.linearize(s, u.to(self.field.dtype))
+        except SolveError as error:
+            raise error.located(**self._where(step)) from error.__cause__
 
     def accumulate(self, terms: tuple[torch.Tensor | None, ...], weight: float) -> None:
         """Add ``weight`` times one product per parameter (any precision) to mu."""

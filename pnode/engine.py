@@ -20,7 +20,7 @@ from pnode.adjoint.schedule import Adjoint, Discard, Restore, StoreEverything
 from pnode.adjoint.stepper import AdjointStepper
 from pnode.adjoint.trajectory import Trajectory
 from pnode.options import SolverOptions, next_prefix
-from pnode.problem import InitialValueProblem
+from pnode.problem import InitialValueProblem, StateLayout
 from pnode.solution import Stats
 from pnode.solvers.create import create_integrator
 from pnode.solvers.integrator import (
@@ -31,6 +31,7 @@ from pnode.solvers.integrator import (
 )
 from pnode.solvers.methods import Method
 from pnode.solvers.stepping import Step, StepControl, forward_sweep
+from pnode.solvers.symplectic import split_size
 from pnode.vectorfield import VectorField
 
 __all__ = ["Engine", "Run"]
@@ -163,7 +164,7 @@ class Engine:
             For the backward sweep.
         """
         layout = problem.layout
-        run = Run(problem, Stats(), self._settings(layout.size, layout.dtype))
+        run = Run(problem, Stats(), self._settings(layout))
         ys = torch.empty(
             (len(problem.times), layout.size), dtype=layout.dtype, device=layout.device
         )
@@ -298,15 +299,16 @@ class Engine:
             integrator.begin(field_, y0.detach(), field_.problem.times[0])
             yield integrator
 
-    def _settings(self, size: int, dtype: torch.dtype) -> IntegratorSettings:
+    def _settings(self, layout: StateLayout) -> IntegratorSettings:
+        size = layout.size
         jacobian = self.jacobian
         if jacobian == "auto":
             jacobian = "dense" if size <= DENSE_LIMIT else "matrix-free"
         return IntegratorSettings(
-            self.method, size, dtype,
+            self.method, size, layout.dtype,
             adaptive=self.control.step_size is None,
             rtol=self.control.rtol, atol=self.control.atol, max_step=self.control.max_step,
-            jacobian=jacobian,
+            jacobian=jacobian, split=split_size(self.method, layout),
         )  # fmt: skip
 
     def _solver_options(self, settings: IntegratorSettings, adjoint: bool = False) -> SolverOptions:

@@ -151,6 +151,10 @@ class Bridge:
         """From now on PETSc passes the right times."""
         self.start_time = None
 
+    def set_rhs_function(self, ts: Any, work: Any) -> None:
+        """Make this the right-hand side of an explicit TS. Not collective."""
+        ts.setRHSFunction(self.rhs_function, work)
+
     def rhs_function(self, ts: Any, s: float, u: Any, f: Any) -> None:
         """f = g(s, u) (PETSc's RHSFunction)."""
         value = self.guarded("rhs", self._evaluate, s, u)

@@ -19,7 +19,14 @@ from pnode.errors import (
 from pnode.options import PETSc, SolverOptions, log_stage
 from pnode.solvers.bridge import Bridge, JacobianShell, shell_matrix
 from pnode.solvers.methods import Method
-from pnode.solvers.petsc_c import before_each_stage, register_rk, stage_vectors
+from pnode.solvers.petsc_c import (
+    before_each_stage,
+    register_rk,
+    set_subtype,
+    ssp_stages,
+    stage_vectors,
+    subtype,
+)
 from pnode.vectorfield import VectorField
 
 __all__ = ["IntegratorSettings", "StepOutcome", "TimeIntegrator", "build_ts", "default_options"]
@@ -52,6 +59,8 @@ class IntegratorSettings:
         Largest step.
     jacobian : {"matrix-free", "dense"}
         How an implicit method gets its Jacobian.
+    split : int
+        Entries of the positions, the first part of the state of a symplectic method.
     comm : object
         PETSc communicator.
     """
@@ -64,6 +73,7 @@ class IntegratorSettings:
     atol: float = 1e-8
     max_step: float = math.inf
     jacobian: str = "dense"
+    split: int = 0
     comm: Any = field(default_factory=lambda: PETSc.COMM_SELF, compare=False)
 
 
@@ -129,6 +139,8 @@ def build_ts(
         ts.setRKType(method.subtype)
     elif method.ts_type == "dirk":
         ts.setDIRKType(method.subtype)
+    elif method.subtype:
+        set_subtype(ts, method.ts_type, method.subtype, method.stages)
     ts.setProblemType(PETSc.TS.ProblemType.NONLINEAR)
     ts.setEquationType(PETSc.TS.EquationType.ODE_EXPLICIT)
     work = vectors.create(comm, size)
@@ -142,7 +154,7 @@ def build_ts(
         else:
             ts.setIJacobian(bridge.implicit_jacobian, shell, shell)
     else:
-        ts.setRHSFunction(bridge.rhs_function, work)
+        bridge.set_rhs_function(ts, work)
         if adjoint:
             shell = shell_matrix(JacobianShell(bridge), size, size, comm)
             ts.setRHSJacobian(bridge.explicit_jacobian, shell, shell)
@@ -172,11 +184,19 @@ def _refuse_other_type(ts: Any, method: Method) -> None:
             f"the option ts_type={ts.getType()!r} contradicts method={method.name!r}: choose the "
             "method with method="
         )
+    if not method.subtype:
+        return
     subtypes = {"rk": ts.getRKType, "dirk": ts.getDIRKType}
-    if method.ts_type in subtypes and subtypes[method.ts_type]() != method.subtype:
+    get = subtypes.get(method.ts_type, lambda: subtype(ts, method.ts_type))
+    if get() != method.subtype:
         raise ConfigurationError(
-            f"the option ts_{method.ts_type}_type={subtypes[method.ts_type]()!r} contradicts "
+            f"the option ts_{method.ts_type}_type={get()!r} contradicts "
             f"method={method.name!r}: choose the method with method="
+        )
+    if method.ts_type == "ssp" and ssp_stages(ts) != method.stages:
+        raise ConfigurationError(
+            f"the option ts_ssp_num_stages={ssp_stages(ts)} contradicts method={method.name!r}, "
+            f"which has {method.stages} stages: choose the method with method="
         )
 
 
@@ -214,14 +234,11 @@ class TimeIntegrator:
         self.settings = settings
         self.options = options
         method = settings.method
-        self.bridge = Bridge(
-            single_use=not method.implicit,
-            keep=0 if method.implicit else method.stages,
-            check=settings.adaptive,
-        )
+        self.bridge = self._create_bridge()
         self.ts = build_ts(settings, options, self.bridge)
         self.solution = self.ts.getSolution()
-        self._kept = adjoint_vectors(self.ts, method)
+        own = method.adjoint == "TSAdjoint"
+        self._kept = adjoint_vectors(self.ts, method) if own else []
         self._start = self.solution.duplicate() if settings.adaptive else None
         self._rolled_back = False
         self._starts = method.ts_type == "dirk"
@@ -236,6 +253,14 @@ class TimeIntegrator:
         )
         self._iterations = (0, 0)
         self._direction = 1.0
+
+    def _create_bridge(self) -> Bridge:
+        method = self.settings.method
+        return Bridge(
+            single_use=not method.implicit,
+            keep=0 if method.implicit else method.stages,
+            check=self.settings.adaptive,
+        )
 
     def begin(self, field: VectorField, u: torch.Tensor, s: float, step_index: int = 0) -> None:
         """Begin a sweep, or go on, from state ``u`` at time ``s``. Collective."""

@@ -61,9 +61,9 @@ class Method:
     fsal : bool
         First Same As Last: a step's first stage is the one before's last.
     forms : tuple of str
-        Problem forms.
-    adjoint : str
-        Where the discrete adjoint comes from.
+        Problem forms; "separable" is a pair (q, p) with dq/dt = g(t, p), dp/dt = f(t, q).
+    adjoint : {"TSAdjoint", "stages"}
+        Where the discrete adjoint comes from: PETSc, or pnode's own pass over the stages.
     checkpoint : str
         What a checkpoint of one step holds.
     same_bits : bool
@@ -124,6 +124,20 @@ def _dirk(name: str, subtype: str, order: int, stages: int, *aliases: str) -> Me
     )  # fmt: skip
 
 
+def _ssp(name: str, subtype: str, order: int, stages: int, *aliases: str) -> Method:
+    return Method(
+        name, "ssp", order, stages, aliases, subtype, adjoint="stages",
+        checkpoint=f"{stages} stages",
+    )  # fmt: skip
+
+
+def _symplectic(name: str, subtype: str, order: int, updates: int, *aliases: str) -> Method:
+    return Method(
+        name, "basicsymplectic", order, order, aliases, subtype, forms=("separable",),
+        adjoint="stages", checkpoint=f"{updates} states",
+    )  # fmt: skip
+
+
 _FEHLBERG2 = Tableau(
     A=((0.0, 0.0, 0.0), (1 / 2, 0.0, 0.0), (1 / 256, 255 / 256, 0.0)),
     b=(1 / 512, 255 / 256, 1 / 512),
@@ -146,6 +160,15 @@ METHODS: tuple[Method, ...] = (
     _rk("verner6", "6vr", 6, 9, adaptive=True, fsal=True),
     _rk("verner7", "7vr", 7, 10, adaptive=True),
     _rk("verner8", "8vr", 8, 13, adaptive=True),
+    _ssp("ssprk22", "rks2", 2, 2),
+    _ssp("ssprk52", "rks2", 2, 5, "rks2"),
+    _ssp("ssprk43", "rks3", 3, 4),
+    _ssp("ssprk93", "rks3", 3, 9, "rks3"),
+    _ssp("ssprk104", "rk104", 4, 10, "rk104"),
+    _symplectic("symplectic_euler", "1", 1, 2, "sieuler"),
+    _symplectic("velocity_verlet", "2", 2, 3, "velverlet"),
+    _symplectic("ruth3", "3", 3, 6),
+    _symplectic("forest_ruth", "4", 4, 7, "yoshida4"),
     _theta("beuler", "beuler", 1, 1, "be", "implicit_euler", "backward_euler"),
     _theta("cn", "cn", 2, 2, "crank_nicolson", "trapezoid"),
     _theta("implicit_midpoint", "theta", 2, 1, "theta"),

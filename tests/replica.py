@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import torch
 
+from pnode import Solver
 from pnode.options import SolverOptions, next_prefix
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
@@ -26,6 +27,44 @@ def petsc_tableau(method: Method) -> dict:
     tableau = rk_tableau(ts)
     ts.destroy()
     return tableau
+
+
+def measured_tableau(method: Method) -> dict:
+    """Butcher tableau of an explicit method, measured: PETSc tells only that of TSRK.
+
+    On y' = g with g the k-th unit vector at the k-th evaluation, a step of length 1 from zero
+    evaluates at the stages (a_k1, ..., a_ks) and ends at (b_1, ..., b_s).
+    """
+    times, stages = [], []
+
+    def indicator(t, y):
+        times.append(float(t))
+        stages.append(y.clone())
+        return torch.eye(method.stages, dtype=torch.float64)[len(times) - 1]
+
+    zero = torch.zeros(method.stages, dtype=torch.float64)
+    with torch.no_grad():
+        ys = Solver(indicator, method=method.name, step_size=1.0)(zero, torch.tensor([0.0, 1.0])).ys
+    return {"A": torch.stack(stages).numpy(), "b": ys[-1].numpy(), "c": np.array(times)}
+
+
+def symplectic_step(f, subtype, t, h, y):
+    """One step of positions, then momenta; each part has a clock of its own."""
+    third, root = 1.0 / 3.0, 2.0 ** (1.0 / 3.0)
+    w = 1.0 / (2.0 - root)
+    positions, momenta = {
+        "1": ([1.0], [1.0]),
+        "2": ([0.0, 1.0], [0.5, 0.5]),
+        "3": ([1.0, -2 * third, 2 * third], [-1 / 24, 3 / 4, 7 / 24]),
+        "4": ([w / 2, (1 - root) * w / 2, (1 - root) * w / 2, w / 2], [w, -root * w, w, 0.0]),
+    }[subtype]
+    q, p = y
+    for i, (c, d) in enumerate(zip(positions, momenta, strict=True)):
+        time = torch.as_tensor(t + h * sum(momenta[:i]), dtype=q.dtype)
+        q = q + c * h * f(time, (q, p))[0]
+        time = torch.as_tensor(t + h * sum(positions[: i + 1]), dtype=q.dtype)
+        p = p + d * h * f(time, (q, p))[1]
+    return q, p
 
 
 def dirk_tableau(method: Method) -> dict:
@@ -132,6 +171,10 @@ def replica(f, name, y0, grid):
         tableau, step = dirk_tableau(method), dirk_step
     elif method.implicit:
         tableau, step = method.name, theta_step
+    elif method.ts_type == "ssp":
+        tableau, step = measured_tableau(method), rk_step
+    elif method.ts_type == "basicsymplectic":
+        tableau, step = method.subtype, symplectic_step
     else:
         tableau, step = petsc_tableau(method), rk_step
     states, y = [y0], y0
@@ -139,7 +182,17 @@ def replica(f, name, y0, grid):
         h = after - t
         y = step(f, tableau, t, h, y)
         states.append(y)
+    if isinstance(y0, tuple):
+        return tuple(torch.stack(parts) for parts in zip(*states, strict=True))
     return torch.stack(states)
 
 
-__all__ = ["petsc_tableau", "replica", "rk_step", "solve_implicit", "theta_step"]
+__all__ = [
+    "measured_tableau",
+    "petsc_tableau",
+    "replica",
+    "rk_step",
+    "solve_implicit",
+    "symplectic_step",
+    "theta_step",
+]
