@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pnode.adjoint.discrete import DiscreteAdjoint
+from pnode.adjoint.rosenbrock import RosenbrockAdjoint
 from pnode.adjoint.stages import ExplicitAdjoint, SymplecticAdjoint
 from pnode.adjoint.stepper import AdjointStepper
 from pnode.options import SolverOptions
@@ -22,4 +23,6 @@ def create_adjoint(
         return ExplicitAdjoint(settings, parameters, tableau)
     if method.ts_type == "basicsymplectic":
         return SymplecticAdjoint(settings, parameters)
+    if method.ts_type == "rosw":
+        return RosenbrockAdjoint(settings, options, parameters)
     return DiscreteAdjoint(settings, options, parameters)

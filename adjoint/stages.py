@@ -95,8 +95,8 @@ class ExplicitAdjoint(TorchAdjointStepper):
 class SymplecticAdjoint(TorchAdjointStepper):
     """Adjoint of a symplectic step: its half-updates backwards.
 
-    The adjoint of ``p += h d f(x)`` at the state x = (q, p) is ``lambda += h d f_x^T lambda_p``, and
-    the same for q; for a separable field only the other part of lambda changes.
+    The adjoint of ``p += h d f(x)`` at x = (q, p) is ``lambda += h d f_x^T lambda_p``, and the same
+    for q; for a separable field only the other part of lambda changes.
     """
 
     def step(self, step: Step, ledger: Ledger) -> None:

@@ -78,10 +78,12 @@ class VectorField:
             return self.linearize(s, u).flat_value()
         self.ledger.rhs += 1
         with torch.no_grad():
-            value = self._call(s, u, self._layout.unflatten(u)).reshape(-1)
+            value = self._call(s, u, self._layout.unflatten(u), self._time(s)).reshape(-1)
             return value if self._direction > 0 else -value
 
-    def linearize(self, s: float, u: torch.Tensor) -> Linearization:
+    def linearize(
+        self, s: float, u: torch.Tensor, differentiate_time: bool = False
+    ) -> Linearization:
         """Evaluate f at (s, u) with its graph, for products with the Jacobian.
 
         Parameters
@@ -90,19 +92,27 @@ class VectorField:
             Time.
         u : Tensor
             Flat state as in :meth:`rhs`.
+        differentiate_time : bool
+            Whether the derivative with respect to time is wanted too.
         """
         self.ledger.rhs += 1
         # A single tensor becomes a leaf in its own shape: no reshaping in the graph.
         leaf = u if self._layout.is_tuple else u.view(self._layout.shapes[0])
         leaf.requires_grad_(True)
+        time = self._time(s).requires_grad_(differentiate_time)
         if torch.is_grad_enabled():
-            value = self._record(s, leaf)
+            value = self._record(s, leaf, time)
         else:
             with torch.enable_grad():
-                value = self._record(s, leaf)
-        return Linearization(self, leaf, value, self._direction)
+                value = self._record(s, leaf, time)
+        return Linearization(self, leaf, value, self._direction, time)
 
-    def _record(self, s: float, leaf: torch.Tensor) -> torch.Tensor:
+    def _time(self, s: float) -> torch.Tensor:
+        """Return the user's time as f gets it."""
+        layout = self._layout
+        return torch.scalar_tensor(self._direction * s, dtype=layout.dtype, device=layout.device)
+
+    def _record(self, s: float, leaf: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         """Call f on a leaf, under grad."""
         first, self._check_first = self._check_first, False
         # torch has an error of its own for writing into a leaf. The first time, f gets a copy of
@@ -110,17 +120,17 @@ class VectorField:
         own = leaf.clone() if first else leaf
         try:
             value = self._call(
-                s, own, self._layout.unflatten(own) if self._layout.is_tuple else own
+                s, own, self._layout.unflatten(own) if self._layout.is_tuple else own, time
             )
         except RuntimeError as error:
             if "leaf Variable" in str(error) or "created in no_grad mode" in str(error):
                 raise self._wrote_into_input(s, " (or into a parameter)") from error
             raise
         if first and self.problem.check_undeclared:
-            self._find_parameters(value, leaf)
+            self._find_parameters(value, leaf, time)
         return value
 
-    def _call(self, s: float, own: torch.Tensor, state: Any) -> torch.Tensor:
+    def _call(self, s: float, own: torch.Tensor, state: Any, time: torch.Tensor) -> torch.Tensor:
         """Call f in the user's time on ``state``, made from ``own``, and check what comes back.
 
         Returns
@@ -129,7 +139,6 @@ class VectorField:
             f's result in its own shape; flat for a tuple. Not yet in the integrator's direction.
         """
         layout = self._layout
-        time = torch.scalar_tensor(self._direction * s, dtype=layout.dtype, device=layout.device)
         version = own._version
         result = self.problem.function(time, state)
         if own._version != version:
@@ -183,7 +192,9 @@ class VectorField:
         if problem:
             raise VectorFieldError(f"the vector field {problem}", time=self._direction * s)
 
-    def _find_parameters(self, result: torch.Tensor, state: torch.Tensor) -> None:
+    def _find_parameters(
+        self, result: torch.Tensor, state: torch.Tensor, time: torch.Tensor
+    ) -> None:
         """Walk the graph of the first evaluation: every trainable leaf must be declared."""
         leaves = {id(tensor): index for index, tensor in enumerate(self.parameters)}
         edges = {
@@ -202,7 +213,7 @@ class VectorField:
                 self.used[edges[edge]] = True
                 continue
             leaf = getattr(node, "variable", None)
-            if leaf is not None and leaf is not state:
+            if leaf is not None and leaf is not state and leaf is not time:
                 if id(leaf) not in leaves:
                     raise ConfigurationError(
                         f"the vector field uses a tensor of shape {tuple(leaf.shape)} that "
@@ -226,15 +237,24 @@ class Linearization:
         f's result with its graph, in the same shape.
     direction : float
         g = direction * f.
+    time : Tensor
+        The user's time, a leaf of the graph if its derivative is wanted.
     """
 
     def __init__(
-        self, field: VectorField, leaf: torch.Tensor, value: torch.Tensor, direction: float
+        self,
+        field: VectorField,
+        leaf: torch.Tensor,
+        value: torch.Tensor,
+        direction: float,
+        time: torch.Tensor,
     ) -> None:
         self._field = field
         self._leaf = leaf
         self._value = value
         self._direction = direction
+        self._time = time
+        self._matrix: torch.Tensor | None = None
         self._double_backward: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def flat_value(self) -> torch.Tensor:
@@ -290,12 +310,70 @@ class Linearization:
                 )
         return cotangent, torch.zeros_like(self._leaf) if product is None else product
 
+    def second_vjp(self, w: torch.Tensor, v: torch.Tensor) -> Products:
+        """Return the derivatives of w^T (dg/dy) v with respect to y and the parameters.
+
+        By differentiating the VJP w^T dg/dy, in the direction v, once more.
+
+        Parameters
+        ----------
+        w, v : Tensor
+            Flat, shape ``(size,)``, the user's precision; both constant.
+        """
+        cotangent = w if self._direction > 0 else -w
+        return self._differentiate_vjp(cotangent, self._leaf, v.view(self._leaf.shape))
+
+    def time_derivative(self) -> torch.Tensor:
+        """Return dg/ds, flat, the user's precision; zero if the graph does not contain time.
+
+        With g(s, y) = d f(d s, y) and d = 1 or -1, this is df/dt.
+        """
+        result = None
+        if self._value.requires_grad and self._time.requires_grad:
+            self._field.ledger.jvp += 1
+            cotangent = torch.zeros_like(self._value, requires_grad=True)
+            with torch.enable_grad():
+                (product,) = torch.autograd.grad(
+                    self._value, self._time, cotangent, create_graph=True, allow_unused=True
+                )
+            if product is not None and product.requires_grad:
+                (result,) = torch.autograd.grad(product, cotangent, allow_unused=True)
+        return (torch.zeros_like(self._value) if result is None else result).reshape(-1)
+
+    def time_derivative_vjp(self, w: torch.Tensor) -> Products:
+        """Return the derivatives of w^T dg/ds with respect to y and the parameters."""
+        return self._differentiate_vjp(w, self._time, torch.ones_like(self._time))
+
+    def _differentiate_vjp(
+        self, cotangent: torch.Tensor, leaf: torch.Tensor, direction: torch.Tensor
+    ) -> Products:
+        """Differentiate <f_leaf^T cotangent, direction>, leaf being the state or time."""
+        inputs = (self._leaf, *self._field.parameters)
+        products: tuple[torch.Tensor | None, ...] = (None,) * len(inputs)
+        self._field.ledger.vjp += 1
+        if self._value.requires_grad and leaf.requires_grad:
+            with torch.enable_grad():
+                (product,) = torch.autograd.grad(
+                    self._value, leaf, cotangent.view(self._value.shape), create_graph=True,
+                    allow_unused=True,
+                )  # fmt: skip
+            if product is not None and product.requires_grad:
+                products = torch.autograd.grad(
+                    product, inputs, direction, retain_graph=True, allow_unused=True
+                )
+        return Products(self._flat(products[0]), products[1:])
+
     def jacobian(self) -> torch.Tensor:
         """Return dg/dy as a dense matrix, shape ``(size, size)``, the user's precision.
 
         All rows come from one batched backward pass; fields that torch cannot batch are done row
-        by row.
+        by row. Computed once per point.
         """
+        if self._matrix is None:
+            self._matrix = self._compute_jacobian()
+        return self._matrix
+
+    def _compute_jacobian(self) -> torch.Tensor:
         self._field.ledger.jacobians += 1
         size = self._leaf.numel()
         identity = torch.eye(size, dtype=self._leaf.dtype, device=self._leaf.device)

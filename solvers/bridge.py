@@ -192,7 +192,7 @@ class Bridge:
         """
         s = s if self.start_time is None else self.start_time
         if a.getType() == "python":
-            a.getPythonContext().move_to(self.point(s, u), shift, -1.0)
+            a.getPythonContext().move_to(self.jacobian_point(s, u), shift, -1.0)
             a.assemble()
         if p.getType() != "python" and (shift > 0.0 or a.handle == p.handle):
             matrix = self.guarded("jacobian", self._assemble_at, s, u)
@@ -200,6 +200,10 @@ class Bridge:
             array[...] = 0.0 if matrix is None else -matrix.numpy()
             array.flat[:: array.shape[0] + 1] += shift
             p.assemble()
+
+    def jacobian_point(self, s: float, u: Any) -> Point:
+        """Return where the Jacobian that PETSc asks for at (s, u) is taken."""
+        return self.point(s, u)
 
     def explicit_jacobian(self, ts: Any, s: float, u: Any, a: Any, p: Any) -> None:
         """Point the shell at dg/du(s, u) (PETSc's RHSJacobian)."""
@@ -292,7 +296,7 @@ class Bridge:
         return self.linearize(self.point(s, u))
 
     def _assemble_at(self, s: float, u: Any) -> torch.Tensor:
-        return self._linearize_at(s, u).jacobian()
+        return self.linearize(self.jacobian_point(s, u)).jacobian()
 
     def _vjp_at(self, point: Point, w: Any) -> Products:
         cotangent = copy_out(w, self._field.dtype)

@@ -85,7 +85,7 @@ def default_options(
     Newton's tolerances: convergence is quadratic, so the step test ``snes_stol`` leaves an error
     of its square, or what the precision of f leaves; the residual test serves Krylov methods,
     where convergence is linear. A transposed solve has no outer iteration to correct it, so its
-    Krylov tolerance is the accuracy of the gradient.
+    Krylov tolerance is the accuracy of the gradient. Nor has a Rosenbrock stage one.
 
     Newton's steps are taken in full: PETSc's backtracking judges a step by the norm of the stiff
     residual, and can cut good steps to a tenth for tens of iterations. It is the second attempt
@@ -95,8 +95,10 @@ def default_options(
     if not method.implicit:
         return options
     double = dtype is torch.float64
-    options |= {"snes_rtol": 1e-11 if double else 1e-6, "snes_stol": 1e-10 if double else 1e-5}
-    options["snes_linesearch_type"] = "basic"
+    linear = method.ts_type == "rosw"
+    if not linear:
+        options |= {"snes_rtol": 1e-11 if double else 1e-6, "snes_stol": 1e-10 if double else 1e-5}
+        options["snes_linesearch_type"] = "basic"
     if jacobian == "dense":
         options |= {"ksp_type": "preonly", "pc_type": "lu"}
     else:
@@ -104,7 +106,7 @@ def default_options(
         options |= {
             "ksp_type": "gmres",
             "ksp_gmres_restart": 100,
-            "ksp_rtol": tight if adjoint else loose,
+            "ksp_rtol": tight if adjoint or linear else loose,
             "pc_type": "none",
         }
     return options
@@ -367,7 +369,7 @@ class TimeIntegrator:
             if reason < 0:
                 return newton_error(snes, where)
         at = self.bridge.nonfinite_time
-        if (at is not None and not method.implicit) or not math.isfinite(self.solution.norm()):
+        if at is not None or not math.isfinite(self.solution.norm()):
             text = "the vector field returned NaN or infinity" + (
                 f" at t = {self._direction * at!r}" if at is not None else ""
             )

@@ -138,6 +138,16 @@ def _symplectic(name: str, subtype: str, order: int, updates: int, *aliases: str
     )  # fmt: skip
 
 
+def _rosw(name: str, order: int, stages: int, *aliases: str, **more: Any) -> Method:
+    """Return a row for TSROSW; every type but the theta methods has an embedded one."""
+    subtype = more.pop("subtype", name)
+    names = (*aliases, f"rosw_{subtype}") if name != f"rosw_{subtype}" else aliases
+    return Method(
+        name, "rosw", order, stages, names, subtype, kind="implicit",
+        adaptive=not subtype.startswith("theta"), adjoint="stages", checkpoint="solution", **more,
+    )  # fmt: skip
+
+
 _FEHLBERG2 = Tableau(
     A=((0.0, 0.0, 0.0), (1 / 2, 0.0, 0.0), (1 / 256, 255 / 256, 0.0)),
     b=(1 / 512, 255 / 256, 1 / 512),
@@ -172,6 +182,26 @@ METHODS: tuple[Method, ...] = (
     _theta("beuler", "beuler", 1, 1, "be", "implicit_euler", "backward_euler"),
     _theta("cn", "cn", 2, 2, "crank_nicolson", "trapezoid"),
     _theta("implicit_midpoint", "theta", 2, 1, "theta"),
+    _rosw("rosw_theta1", 1, 1, "linearly_implicit_euler", subtype="theta1"),
+    _rosw("rosw_theta2", 2, 1, "linearly_implicit_midpoint", subtype="theta2"),
+    _rosw("ros2m", 2, 2, subtype="2m"),
+    _rosw("ros2p", 2, 2, subtype="2p"),
+    _rosw("ra3pw", 3, 3),
+    _rosw("ra34pw2", 3, 4, "rosw"),
+    _rosw("r34prw", 3, 4, "ros34prw"),
+    _rosw("r3prl2", 3, 4, "ros3prl2"),
+    _rosw("rodas3", 3, 4),
+    _rosw("sandu3", 3, 3, "ros3"),
+    _rosw("assp3p3s1c", 3, 3),
+    _rosw("lassp3p4s2c", 3, 4),
+    _rosw("llssp3p4s2c", 3, 4),
+    _rosw("rosw_ark3", 3, 4, subtype="ark3"),
+    _rosw("rodaspr", 4, 6),
+    _rosw("rodaspr2", 4, 6),
+    _rosw("grk4t", 4, 4),
+    _rosw("shamp4", 4, 4),
+    _rosw("veldd4", 4, 4),
+    _rosw("ros4l", 4, 4, subtype="4l"),
     _dirk("es122", "es122sal", 1, 2),
     _dirk("sdirk2", "s212", 2, 2),
     _dirk("trbdf2", "es213sal", 2, 3, "esdirk2"),

@@ -18,6 +18,7 @@ __all__ = [
     "register_rk",
     "restart_jacobian_lag",
     "rk_tableau",
+    "set_recompute_jacobian",
     "set_subtype",
     "ssp_stages",
     "stage_vectors",
@@ -93,6 +94,12 @@ def ssp_stages(ts: Any) -> int:
         "TSSSPGetNumStages",
     )
     return number.value
+
+
+def set_recompute_jacobian(ts: Any, flag: bool) -> None:
+    """Say whether each stage of a TSROSW has a matrix of its own. Collective."""
+    name = "TSRosWSetRecomputeJacobian"
+    _check(_library[name](ctypes.c_void_p(ts.handle), ctypes.c_int(flag)), name)
 
 
 def restart_jacobian_lag(snes: Any) -> None:
