@@ -330,13 +330,13 @@ class Linearization:
         """
         result = None
         if self._value.requires_grad and self._time.requires_grad:
-            self._field.ledger.jvp += 1
             cotangent = torch.zeros_like(self._value, requires_grad=True)
             with torch.enable_grad():
                 (product,) = torch.autograd.grad(
                     self._value, self._time, cotangent, create_graph=True, allow_unused=True
                 )
             if product is not None and product.requires_grad:
+                self._field.ledger.jvp += 1
                 (result,) = torch.autograd.grad(product, cotangent, allow_unused=True)
         return (torch.zeros_like(self._value) if result is None else result).reshape(-1)
 

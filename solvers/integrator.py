@@ -35,6 +35,7 @@ __all__ = ["IntegratorSettings", "StepOutcome", "TimeIntegrator", "build_ts", "d
 # factorization then cost more than a few tens of Krylov iterations.
 DENSE_LIMIT = 256
 _FLOATING_POINT = 72  # PETSC_ERR_FP
+_ZERO_PIVOT = 71  # PETSC_ERR_MAT_LU_ZRPVT
 # TSStep wants a final time; ours is kept by the driver.
 _FOREVER = 1e300
 
@@ -349,6 +350,12 @@ class TimeIntegrator:
         except PETSc.Error as error:
             failure = error
         raise_stored(self.bridge, failure, where)
+        if failure is not None and failure.ierr == _ZERO_PIVOT:
+            raise LinearSolveFailed(
+                "the matrix of a linear solve is singular: take another step size, or choose "
+                "another linear_solver",
+                reason="zero pivot in LU factorization", **where,
+            ) from failure  # fmt: skip
         if failure is not None:
             overflow = (
                 "; an error norm overflows when rtol * |y| + atol is zero or tiny for an entry of y"

@@ -15,6 +15,7 @@ from pnode.solvers.bridge import Bridge
 from pnode.solvers.integrator import IntegratorSettings, TimeIntegrator, build_ts, default_options
 from pnode.solvers.methods import Method, find_method
 from pnode.solvers.petsc_c import rk_tableau, stage_vectors
+from pnode.solvers.rosenbrock_tableaus import ROSENBROCK
 from pnode.vectorfield import VectorField
 from pnode.vectors import copy_out
 
@@ -117,6 +118,43 @@ def dirk_step(f, tableau, t, h, y):
     return y + sum(h * b * k for b, k in zip(tableau["b"], slopes, strict=True))
 
 
+def rosw_step(f, tableau, t, h, y, time_slope=None, own_matrices=False):
+    """One Rosenbrock step, in the variables of the textbook.
+
+    ``time_slope``: whether g_t is part of it, by default where the method would lose its order
+    without. ``own_matrices``: every stage has the Jacobian at its own state, as PETSc's option
+    ts_rosw_recompute_jacobian does (but explicit stages have that at the start of the step).
+    """
+
+    def time_at(offset):
+        return torch.as_tensor(t + offset * h, dtype=y.dtype)
+
+    def jacobian(time, state):
+        def flat(x):
+            return f(time, x.view_as(y)).reshape(-1)
+
+        return torch.autograd.functional.jacobian(flat, state.reshape(-1), create_graph=True)
+
+    start = jacobian(time_at(0.0), y)
+    slope = 0.0
+    if tableau.needs_time_slope if time_slope is None else time_slope:
+        slope = torch.autograd.functional.jacobian(
+            lambda s: f(s, y).reshape(-1), time_at(0.0), create_graph=True
+        )
+    slopes: list[torch.Tensor] = []
+    eye = torch.eye(y.numel(), dtype=y.dtype)
+    for a, gamma in zip(tableau.A, tableau.Gamma, strict=True):
+        stage = y.reshape(-1) + sum(x * k for x, k in zip(a, slopes, strict=True))
+        time = time_at(sum(a))
+        J = start
+        if own_matrices:
+            J = jacobian(time, stage if gamma[-1] else y)
+        before = sum((x * k for x, k in zip(gamma, slopes, strict=False)), start=0.0 * stage)
+        b = h * f(time, stage.view_as(y)).reshape(-1) + h * J @ before + h * h * sum(gamma) * slope
+        slopes.append(torch.linalg.solve(eye - h * gamma[-1] * J, b))
+    return y + sum(b * k for b, k in zip(tableau.b, slopes, strict=True)).view_as(y)
+
+
 def rk_step(f, tableau, t, h, y):
     """One explicit Runge-Kutta step."""
     slopes: list[torch.Tensor] = []
@@ -169,6 +207,8 @@ def replica(f, name, y0, grid):
     method = find_method(name)
     if method.ts_type == "dirk":
         tableau, step = dirk_tableau(method), dirk_step
+    elif method.ts_type == "rosw":
+        tableau, step = ROSENBROCK[method.subtype], rosw_step
     elif method.implicit:
         tableau, step = method.name, theta_step
     elif method.ts_type == "ssp":
@@ -192,6 +232,7 @@ __all__ = [
     "petsc_tableau",
     "replica",
     "rk_step",
+    "rosw_step",
     "solve_implicit",
     "symplectic_step",
     "theta_step",
