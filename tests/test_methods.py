@@ -117,6 +117,7 @@ def test_order_of_convergence(method):
         "dirk8614a": (10, 12, 14, 16),
         "dirk8616sal": (6, 8, 10, 12),
         "esdirk8": (4, 5, 6, 8),
+        "veldd4": (16, 32, 64),
     }
     counts = {1: (64, 128, 256), 2: (32, 64, 128), 3: (16, 32, 64), 4: (8, 16, 32)}.get(
         method.order, (8, 12, 16, 24) if method.order < 7 else (2, 3, 4, 5)
