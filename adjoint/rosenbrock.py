@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from pnode.adjoint.stepper import ImplicitAdjointStepper
-from pnode.errors import SolveError
 from pnode.options import SolverOptions
 from pnode.solution import Ledger
 from pnode.solvers.integrator import IntegratorSettings
@@ -71,12 +71,8 @@ class RosenbrockAdjoint(ImplicitAdjointStepper):
             else:
                 self._use_matrix(i, step, u)
                 w = self.solve(cotangents[i], step, ledger)
-            products = point.vjp(w.to(dtype))
-            self.accumulate(products.parameters, 1.0)
-            Z = products.state.to(REAL)
-            second = base.second_vjp(w.to(dtype), v.to(dtype))
-            self.accumulate(second.parameters, 1.0)
-            self.state = self.state + Z + second.state
+            Z = self.pull_back(point.vjp, w)
+            self.state = self.state + Z + self.pull_back(base.second_vjp, w, v)
             through = base.vjp(w.to(dtype)).state.to(REAL) if explicit and i else None
             for j in range(i):
                 cotangents[j] = cotangents[j] + self._At[i, j] * Z - self._Ginv[i, j] / h * w
@@ -84,9 +80,7 @@ class RosenbrockAdjoint(ImplicitAdjointStepper):
                     cotangents[j] = cotangents[j] + self._corr[i, j] * through
             time_weight += self._tableau.gamma[i] * h * w
         if self._tableau.needs_time_slope:
-            products = base.time_derivative_vjp(time_weight.to(dtype))
-            self.accumulate(products.parameters, 1.0)
-            self.state = self.state + products.state
+            self.state = self.state + self.pull_back(base.time_derivative_vjp, time_weight)
         ledger.steps += 1
 
     def _stages(
@@ -104,7 +98,9 @@ class RosenbrockAdjoint(ImplicitAdjointStepper):
         tableau, h, dtype = self._tableau, step.length, self.field.dtype
         start = self.bridge.point_at(step.start, u)
         if start.linearization is None:
-            start.linearization = self._linearize_start(step, start.u)
+            start.linearization = self.linearize(
+                step.start, start.u, step, differentiate_time=tableau.needs_time_slope
+            )
         base = start.linearization
         slope = base.time_derivative().to(REAL) if tableau.needs_time_slope else None
         stages: list[tuple[Linearization, torch.Tensor, torch.Tensor]] = []
@@ -127,14 +123,6 @@ class RosenbrockAdjoint(ImplicitAdjointStepper):
             stages.append((point, Y, v))
         return stages, base
 
-    def _linearize_start(self, step: Step, u: torch.Tensor) -> Linearization:
-        try:
-            return self.field.linearize(
-                step.start, u, differentiate_time=self._tableau.needs_time_slope
-            )
-        except SolveError as error:
-            raise error.located(**self._where(step)) from error.__cause__
-
     def _use_matrix(self, stage: int, step: Step, u: torch.Tensor, again: bool = False) -> None:
         """Set the matrix of a stage, unless it is the one of the stage before."""
         if again or not self._tableau.one_matrix:
@@ -142,6 +130,6 @@ class RosenbrockAdjoint(ImplicitAdjointStepper):
             self.set_matrix(step.start, u, shift, step)
 
 
-def _combine(row: torch.Tensor, tensors: list[torch.Tensor], zero: torch.Tensor) -> torch.Tensor:
+def _combine(row: np.ndarray, tensors: list[torch.Tensor], zero: torch.Tensor) -> torch.Tensor:
     """Return the sum of row_j tensors_j."""
     return sum((row[j] * tensor for j, tensor in enumerate(tensors) if row[j]), start=zero)

@@ -15,7 +15,6 @@ from pnode.solution import Ledger
 from pnode.solvers.integrator import IntegratorSettings
 from pnode.solvers.stepping import Step
 from pnode.solvers.tableaus import ExplicitTableau, symplectic_scheme
-from pnode.vectors import REAL
 
 __all__ = ["ExplicitAdjoint", "SymplecticAdjoint"]
 
@@ -84,9 +83,7 @@ class ExplicitAdjoint(TorchAdjointStepper):
                 continue
             w = h * torch.stack([weight * tensor for weight, tensor in terms]).sum(dim=0)
             point = self.linearize(step.start + c[i] * h, self.checkpoint[i], step)
-            products = point.vjp(w.to(self.field.dtype))
-            self.accumulate(products.parameters, 1.0)
-            below.append((i, products.state.to(REAL)))
+            below.append((i, self.pull_back(point.vjp, w)))
         inside = [cotangent for _, cotangent in ends[1:]]
         self.state = sum((product for _, product in below), start=sum(inside, start=self.state))
         ledger.steps += 1
@@ -115,7 +112,5 @@ class SymplecticAdjoint(TorchAdjointStepper):
             w = torch.zeros_like(self.state)
             w[part] = step.length * update.weight * self.state[part]
             point = self.linearize(step.start + update.offset * step.length, stage, step)
-            products = point.vjp(w.to(self.field.dtype))
-            self.accumulate(products.parameters, 1.0)
-            self.state = self.state + products.state
+            self.state = self.state + self.pull_back(point.vjp, w)
         ledger.steps += 1

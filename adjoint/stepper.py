@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from pnode import vectors
 from pnode.adjoint.trajectory import Checkpoint
 from pnode.errors import LinearSolveFailed, SolveError
-from pnode.options import PETSc, SolverOptions, log_stage
+from pnode.options import PETSc, SolverOptions, log_event, log_stage
 from pnode.solution import Ledger
 from pnode.solvers.bridge import Bridge, accumulate
 from pnode.solvers.integrator import IntegratorSettings, build_ts, raise_stored, reason_name
@@ -131,12 +132,30 @@ class TorchAdjointStepper(AdjointStepper):
     def destroy(self) -> None:
         """Nothing of PETSc's to free."""
 
-    def linearize(self, s: float, u: torch.Tensor, step: Step) -> Linearization:
+    def linearize(
+        self, s: float, u: torch.Tensor, step: Step, differentiate_time: bool = False
+    ) -> Linearization:
         """Evaluate the field at (s, u), a tensor that nothing writes into, with its graph."""
         try:
-            return self.field.linearize(s, u.to(self.field.dtype))
+            with log_event("pnode rhs"):
+                return self.field.linearize(s, u.to(self.field.dtype), differentiate_time)
         except SolveError as error:
             raise error.located(**self._where(step)) from error.__cause__
+
+    def pull_back(
+        self, product: Callable[..., Products], *cotangents: torch.Tensor
+    ) -> torch.Tensor:
+        """Call ``product``, such as a linearization's ``vjp``, add its second part to mu.
+
+        Returns
+        -------
+        Tensor
+            Its first part, the one for the state, PETSc's precision.
+        """
+        with log_event("pnode vjp"):
+            products = product(*(tensor.to(self.field.dtype) for tensor in cotangents))
+        self.accumulate(products.parameters, 1.0)
+        return products.state.to(REAL)
 
     def accumulate(self, terms: tuple[torch.Tensor | None, ...], weight: float) -> None:
         """Add ``weight`` times one product per parameter (any precision) to mu."""

@@ -377,3 +377,9 @@ def test_fixed_step_methods_ask_for_a_step_size():
     for name in (*SSP, *SYMPLECTIC):
         with pytest.raises(ConfigurationError, match="no error estimate"):
             pnode.Solver(lambda t, y: y, method=name)
+
+
+def test_every_method_has_an_adjoint():
+    assert {method.adjoint for method in METHODS} == {"TSAdjoint", "stages"}
+    own = {method.ts_type for method in METHODS if method.adjoint == "stages"}
+    assert own == {"ssp", "basicsymplectic", "rosw"}
