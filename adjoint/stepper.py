@@ -138,7 +138,9 @@ class TorchAdjointStepper(AdjointStepper):
         """Evaluate the field at (s, u), a tensor that nothing writes into, with its graph."""
         try:
             with log_event("pnode rhs"):
-                return self.field.linearize(s, u.to(self.field.dtype), differentiate_time)
+                return self.field.linearize(
+                    s, u.to(self.field.dtype), differentiate_time=differentiate_time
+                )
         except SolveError as error:
             raise error.located(**self._where(step)) from error.__cause__
 
