@@ -21,7 +21,7 @@ from pnode.problem import InitialValueProblem, StateLayout
 from pnode.solution import Ledger
 from pnode.solvers.integrator import TimeIntegrator
 from pnode.solvers.stepping import Step
-from pnode.vectorfield import vector_field
+from pnode.vectorfield import directional_derivative, vector_field
 
 __all__ = ["Event", "EventLocator", "check_rate", "end_at_event"]
 
@@ -274,11 +274,7 @@ def _rate(
     """Return g_t + g_y f at the event."""
     t, y = time.clone().requires_grad_(), state.detach().clone().requires_grad_()
     value = _call(function, layout, t, y, where)[event.entry]
-    rate = 0.0
-    if value.requires_grad:
-        by_time, by_state = torch.autograd.grad(value, (t, y), allow_unused=True)
-        rate += 0.0 if by_time is None else float(by_time)
-        rate += 0.0 if by_state is None else float(torch.dot(by_state, slope))
+    rate = directional_derivative(value, (t, y), (torch.ones_like(t), slope))
     if rate == 0.0 or not math.isfinite(rate):
         raise EventError(
             f"the rate of event_fn along the solution is {rate} at the event, so its time has no "
