@@ -26,7 +26,7 @@ export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup same-petsc demo test lint format bench clean
+.PHONY: help setup same-petsc demo test lint format bench peers clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -52,6 +52,9 @@ format: setup ## let ruff repair and format the code
 bench: setup ## run the benchmarks
 	@if [ -e benchmarks/run.py ]; then $(RUN) $(BIN)/python benchmarks/run.py; \
 	else echo 'There is no benchmarks/run.py.'; fi
+
+peers: setup ## install the solvers that the benchmarks compare with
+	$(PIP_INSTALL) --requirement benchmarks/requirements.txt
 
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info

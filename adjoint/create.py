@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pnode.adjoint.discrete import DiscreteAdjoint
+from pnode.adjoint.multistep import MultistepAdjoint
 from pnode.adjoint.residual import BackwardEulerAdjoint
 from pnode.adjoint.stepper import AdjointStepper
 from pnode.options import SolverOptions
@@ -15,6 +16,8 @@ def create_adjoint(
     settings: IntegratorSettings, options: SolverOptions, parameters: bool
 ) -> AdjointStepper:
     """Create the adjoint of ``settings.method``. Collective on ``settings.comm``."""
+    if settings.method.ts_type == "python":
+        return MultistepAdjoint(settings, options, parameters)
     if settings.form == "residual":
         return BackwardEulerAdjoint(settings, options, parameters)
     return DiscreteAdjoint(settings, options, parameters)

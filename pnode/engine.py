@@ -385,7 +385,7 @@ class Engine:
         settings = replace(run.settings, adaptive=False)
         with self._integrator(settings, field_, y0) as integrator:
             for step in trajectory.steps:
-                outcome = integrator.attempt(step.start, step.length, step.index)
+                outcome = integrator.attempt(step.start, step.length, step.index, step.order)
                 if outcome.error is not None:
                     raise outcome.error
                 trajectory.record(step, integrator)

@@ -110,6 +110,8 @@ class Bridge:
         self.exception: BaseException | None = None
         self.nonfinite_time: float | None = None
         self.start_time: float | None = None
+        #: Whether residuals keep their graph for a Jacobian that is asked for next.
+        self.records = True
         self._single_use = single_use
         self._limit = points
         self._points: deque[Point] = deque()
@@ -186,7 +188,7 @@ class Bridge:
     def implicit_function(self, ts: Any, s: float, u: Any, u_dot: Any, f: Any) -> None:
         """f = M u_dot - g(s, u), or the residual (PETSc's IFunction).
 
-        The graph is kept: Newton's method asks for the Jacobian at the same point next.
+        The graph is kept if ``records``: Newton's method asks for the Jacobian there next.
         """
         s = s if self.start_time is None else self.start_time
         value = self.guarded("rhs", self._implicit_value, s, u, u_dot)
@@ -335,7 +337,11 @@ class Bridge:
 
     def _implicit_value(self, s: float, u: Any, u_dot: Any) -> torch.Tensor:
         """Return F(s, u, u_dot), without the term u_dot where M is the identity."""
-        value = -self.linearize(self.point(s, u, u_dot)).flat_value()
+        field = self._field
+        if self.records or not field.has_rhs:
+            value = -self.linearize(self.point(s, u, u_dot)).flat_value()
+        else:
+            value = -field.rhs(s, copy_out(u, field.dtype))
         mass = self._field.mass
         return value if mass is None else mass.apply(copy_out(u_dot)) + value
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pnode.options import SolverOptions
 from pnode.solvers.integrator import IntegratorSettings, TimeIntegrator
+from pnode.solvers.multistep import MultistepIntegrator
 
 __all__ = ["create_integrator"]
 
 
 def create_integrator(settings: IntegratorSettings, options: SolverOptions) -> TimeIntegrator:
     """Create the integrator of ``settings.method``. Collective on ``settings.comm``."""
+    if settings.method.ts_type == "python":
+        return MultistepIntegrator(settings, options)
     return TimeIntegrator(settings, options)

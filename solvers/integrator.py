@@ -103,12 +103,15 @@ def default_options(
     if not method.implicit:
         return options
     double = dtype is torch.float64
-    options |= {"snes_rtol": 1e-11 if double else 1e-6, "snes_stol": 1e-10 if double else 1e-5}
+    if method.ts_type != "python" or not adaptive:  # see ModifiedNewton for the other case
+        options |= {"snes_rtol": 1e-11 if double else 1e-6, "snes_stol": 1e-10 if double else 1e-5}
     options["snes_linesearch_type"] = "basic"
     if jacobian == "dense":
         options |= {"ksp_type": "preonly", "pc_type": "lu"}
     else:
         tight, loose = (1e-12, 1e-5) if double else (1e-6, 1e-3)
+        if method.ts_type == "python" and adaptive:
+            loose = 1e-3  # the rate that Newton observes includes it
         options |= {
             "ksp_type": "gmres",
             "ksp_gmres_restart": 100,
@@ -144,6 +147,8 @@ def build_ts(
             register_rk(method.subtype, method.order, tableau.A, tableau.b, tableau.b_embedded)
     ts = PETSc.TS().create(comm=comm)
     ts.setType(method.ts_type)
+    if method.ts_type == "python":  # a carrier of callbacks: pnode takes the steps
+        ts.setPythonContext(object())
     if method.ts_type == "rk":
         ts.setRKType(method.subtype)
     elif method.ts_type == "dirk":
@@ -225,11 +230,14 @@ class StepOutcome:
         Step size that the controller proposes.
     error : SolveError or None
         Why not, unless only the error estimate was too large.
+    order : int
+        What :class:`Step` records of it.
     """
 
     accepted: bool
     next_step: float
     error: SolveError | None = None
+    order: int = 0
 
 
 class TimeIntegrator:
@@ -241,9 +249,19 @@ class TimeIntegrator:
         Method, size and tolerances.
     options : SolverOptions
         PETSc options.
+
+    Attributes
+    ----------
+    proposes_absolute : bool
+        Whether proposed steps do not depend on the length of the last one.
+    first_order : int
+        Order of the first step.
     """
 
+    proposes_absolute = False
+
     def __init__(self, settings: IntegratorSettings, options: SolverOptions) -> None:
+        self.first_order = settings.method.order
         self.settings = settings
         self.options = options
         method = settings.method
@@ -304,8 +322,10 @@ class TimeIntegrator:
         newton, krylov = self._iterations
         return self.ts.getSNESIterations() - newton, self.ts.getKSPIterations() - krylov
 
-    def attempt(self, s: float, step: float, index: int) -> StepOutcome:
+    def attempt(self, s: float, step: float, index: int, order: int = 0) -> StepOutcome:
         """Try one step from ``s`` of length ``step``. Collective.
+
+        ``order`` is that of the :class:`Step` to be repeated, if any; one-step methods have none.
 
         Returns
         -------

@@ -150,6 +150,14 @@ def _arkimex(
     )  # fmt: skip
 
 
+def _bdf(name: str, order: int, *aliases: str) -> Method:
+    return Method(
+        name, "python", order, 1, aliases, kind="implicit", adaptive=True,
+        adjoint="pnode", checkpoint="solution", same_bits=False,
+        forms=("rhs", "mass", "residual"),
+    )  # fmt: skip
+
+
 _FEHLBERG2 = Tableau(
     A=((0.0, 0.0, 0.0), (1 / 2, 0.0, 0.0), (1 / 256, 255 / 256, 0.0)),
     b=(1 / 512, 255 / 256, 1 / 512),
@@ -232,6 +240,8 @@ METHODS: tuple[Method, ...] = (
     _arkimex("bpr3", "bpr353", 3, 5, tableau=_BPR3),
     _arkimex("ark4", "4", 4, 6, "kennedy_carpenter4", adaptive=True),
     _arkimex("ark5", "5", 5, 8, "kennedy_carpenter5", adaptive=True),
+    *(_bdf(f"bdf{order}", order) for order in range(1, 7)),
+    _bdf("bdf", 5),
 )
 
 #: Names of other packages that pnode does not have, with the nearest method it has.
@@ -253,8 +263,7 @@ REFUSED: dict[str, str] = {
     "kvaerno3": "esdirk3",
     "kvaerno4": "es325",
     "kvaerno5": "esdirk6",
-    "bdf": "es325",
-    "scipy_solver": "es325",
+    "scipy_solver": "bdf",
 }
 
 #: PETSc's other TS types, and why they are not here.
@@ -272,7 +281,7 @@ LEFT_OUT: dict[str, str] = {
     "irk": "Gauss methods: needs PETSc's Kronecker-product matrices of an assembled Jacobian",
     "radau5": "an external Fortran code, not in PETSc's usual builds",
     "sundials": "an external library, not in PETSc's usual builds",
-    "python": "what pnode's own methods are built on",
+    "bdf": "PETSc keeps its history to itself: pnode's own, on a TS of type python, replace it",
 }
 
 _BY_NAME: dict[str, Method] = {

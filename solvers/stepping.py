@@ -29,12 +29,16 @@ _FAILURE_FACTOR = 0.25
 
 @dataclass(frozen=True)
 class Step:
-    """An accepted step: index, start time and length in the integrator's time."""
+    """An accepted step: index, start time and length in the integrator's time.
+
+    ``order`` is the one taken, where a method has several (see ``MultistepIntegrator.attempt``).
+    """
 
     index: int
     start: float
     length: float
     end: float
+    order: int = 0
 
 
 @dataclass(frozen=True)
@@ -163,7 +167,7 @@ class _Sweep:
         if not outcome.accepted:
             assert outcome.error is not None
             raise outcome.error
-        self._accept(Step(self.index, start, length, end))
+        self._accept(Step(self.index, start, length, end, outcome.order))
 
     def adapt(self, start: float, end: float) -> None:
         """Step from output time to output time under PETSc's controller."""
@@ -179,9 +183,13 @@ class _Sweep:
             if outcome.accepted:
                 after = end if length == end - s else s + length
                 # A step shortened to meet an output time says nothing against the natural one.
-                shortened = length < natural and outcome.next_step >= length
+                shortened = (
+                    not self.integrator.proposes_absolute
+                    and length < natural
+                    and outcome.next_step >= length
+                )
                 self.natural = max(outcome.next_step, natural) if shortened else outcome.next_step
-                self._accept(Step(self.index, s, length, after))
+                self._accept(Step(self.index, s, length, after, outcome.order))
                 s, error = after, None
                 continue
             self.ledger.rejected += 1
@@ -272,7 +280,7 @@ def first_step(
     guess = min(guess, end - start)
     d2 = _rms((field.slope(start + guess, y0 + guess * f0) - f0) / scale) / guess
     steepest = max(d1, d2)
-    order = settings.method.order
+    order = integrator.first_order
     if not math.isfinite(steepest):  # outside the field's domain: let the controller feel its way
         return guess
     if steepest <= 1e-15:

@@ -192,9 +192,60 @@ def theta_step(f, name, t, h, y):
     return 2.0 * stage - y
 
 
-def replica(f, name, y0, grid):
-    """States at every time of ``grid`` (a list of floats), differentiable."""
+def bdf_replica(f, grid, y0, orders):
+    """BDF on a grid; an order -p is extrapolated implicit Euler of order p."""
+    times, states = [grid[0]], [y0]
+    for after, order in zip(grid[1:], orders, strict=True):
+        time = torch.as_tensor(after, dtype=y0.dtype)
+        if order > 0:
+            # sum_j d_j x_j^m is the derivative of x^m at t_n = 0: 1 for m = 1, 0 otherwise.
+            nodes = np.array([after, *times[: -order - 1 : -1]]) - after
+            scale = -nodes[1]
+            powers = np.vander(nodes / scale, increasing=True).T
+            d = np.linalg.solve(powers, np.eye(order + 1)[1]) / scale
+            psi = sum(w * u for w, u in zip(d[1:], reversed(states), strict=False))
+            new = solve_implicit(lambda x, d=d, p=psi, t=time: d[0] * x + p - f(t, x), states[-1])
+        else:
+            new = extrapolated_euler_step(f, -order, times[-1], after - times[-1], states[-1])
+        times.append(after)
+        states.append(new)
+    return torch.stack(states)
+
+
+def extrapolated_euler_step(f, order, t, h, y):
+    """Implicit Euler with 1, 2... substeps, extrapolated by Aitken and Neville."""
+    row: list[torch.Tensor] = []
+    for number in range(1, order + 1):
+        u = y
+        for i in range(1, number + 1):
+            time = torch.as_tensor(t + i * h / number, dtype=y.dtype)
+            u = solve_implicit(lambda x, u=u, n=number, s=time: x - u - h / n * f(s, x), u)
+        column = [u]
+        for k, before in enumerate(row, start=1):
+            column.append(column[-1] + (column[-1] - before) / (number / (number - k) - 1.0))
+        row = column
+    return row[-1]
+
+
+def recorded_orders(ys):
+    """Orders of the steps behind the result of a solve."""
+    node = ys.grad_fn
+    while not hasattr(node, "run"):
+        node = node.next_functions[0][0]
+    return [step.order for step in node.run.trajectory.steps]
+
+
+def replica(f, name, y0, grid, orders=None):
+    """States at every time of ``grid`` (a list of floats), differentiable.
+
+    ``orders`` are those of a multistep method's steps; without, those of fixed steps.
+    """
     method = find_method(name)
+    if method.ts_type == "python":
+        k = method.order
+        if orders is None:
+            orders = [1 - k if step < k - 1 else k for step in range(len(grid) - 1)]
+        return bdf_replica(f, grid, y0, orders)
     if method.ts_type == "dirk":
         tableau, step = dirk_tableau(method), dirk_step
     elif method.implicit:
@@ -209,4 +260,4 @@ def replica(f, name, y0, grid):
     return torch.stack(states)
 
 
-__all__ = ["petsc_tableau", "replica", "rk_step", "solve_implicit", "theta_step"]
+__all__ = ["petsc_tableau", "recorded_orders", "replica", "rk_step", "solve_implicit", "theta_step"]

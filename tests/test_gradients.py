@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from replica import replica
+from replica import recorded_orders, replica
 
 import pnode
 from pnode.solvers.methods import METHODS, find_method
@@ -100,7 +100,7 @@ def test_adaptive_gradient_is_that_of_the_accepted_steps(name):
     assert solution.stats.steps == len(grid) - 1
     if not method.implicit:  # implicit methods begin with a cautious step of ours
         assert solution.stats.rejected > 0
-    states = replica(field, name, y0, grid)
+    states = replica(field, name, y0, grid, recorded_orders(solution.ys))
     chosen = states[[grid.index(0.9), -1]]
     weights = weights_like(chosen)
     ours = gradients((solution.ys[1:] * weights).sum(), field, y0)
@@ -136,7 +136,9 @@ def test_equals_differences_of_fourth_order(name):
 
 
 @pytest.mark.parametrize("jacobian", ["dense", "matrix-free"])
-@pytest.mark.parametrize("name", ["beuler", "cn", "implicit_midpoint", "trbdf2", "dirk657a"])
+@pytest.mark.parametrize(
+    "name", ["beuler", "cn", "implicit_midpoint", "trbdf2", "dirk657a", "bdf3"]
+)
 def test_matrix_free_and_dense_agree(name, jacobian):
     field, y0 = Field(), initial()
     t = torch.tensor([0.0, 1.0], dtype=torch.float64)

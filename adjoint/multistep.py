@@ -1,0 +1,102 @@
+"""The discrete adjoint of BDF.
+
+A step solves F(t_n, u_n, sum_j d_j u_{n-j}) = 0. With lambda_n the derivative of the loss with
+respect to u_n, through everything that came after it,
+
+    (F_u + d_0 F_udot)^T w = lambda_n,
+    lambda_{n-j} -= d_j F_udot^T w,   j = 1, 2..., k,
+    mu -= F_p^T w.
+
+A step contributes to up to six states before it: those contributions wait here until their turn.
+Times, orders and coefficients are those of the forward sweep, held fixed.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pnode.adjoint.stepper import ImplicitAdjointStepper
+from pnode.solution import Ledger
+from pnode.solvers.bdf import start_weights
+from pnode.solvers.stepping import Step
+from pnode.vectorfield import VectorField
+
+__all__ = ["MultistepAdjoint"]
+
+
+class MultistepAdjoint(ImplicitAdjointStepper):
+    """Adjoint of BDF and of its start; see :class:`MultistepIntegrator`."""
+
+    def begin(self, field: VectorField) -> None:
+        """Begin a sweep with zero cost gradients. Collective."""
+        super().begin(field)
+        self._waiting: list[torch.Tensor] = []  # parts of lambda_{n-1}, lambda_{n-2}...
+
+    def end(self) -> None:
+        """End a sweep: let go of the user's objects."""
+        self._waiting = []
+        super().end()
+
+    def step(self, step: Step, ledger: Ledger) -> None:
+        """Take the adjoint of one step, whose checkpoint has been loaded. Collective.
+
+        Raises
+        ------
+        LinearSolveFailed
+            If a transposed solve did not converge.
+        BaseException
+            Whatever the vector field raised.
+        """
+        if step.order < 0:
+            parts = [self._extrapolated(step, -step.order, ledger)]
+        else:
+            u, d, *u_dot = self.checkpoint
+            first, *others = d.tolist()
+            end = step.start + step.length
+            rate = self._solve(end, u, *u_dot, shift=first, b=self.state, step=step, ledger=ledger)
+            parts = [rate * -weight for weight in others]
+        for index, waiting in enumerate(self._waiting):
+            if index < len(parts):
+                parts[index] = parts[index] + waiting
+            else:
+                parts.append(waiting)
+        self.state, *self._waiting = parts
+        ledger.steps += 1
+
+    def _extrapolated(self, step: Step, order: int, ledger: Ledger) -> torch.Tensor:
+        """Adjoint of extrapolated implicit Euler: of each chain of substeps, weighted."""
+        (states,) = self.checkpoint
+        residual = self.settings.form == "residual"
+        total = torch.zeros_like(self.state)
+        end = int(residual)  # a residual's start comes first
+        for number, weight in enumerate(start_weights(order), start=1):
+            h, end = step.length / number, end + number
+            gradient = self.state * weight
+            for i in range(number, 0, -1):
+                index = end - number + i - 1
+                u, u_dot = states[index], None
+                if residual:
+                    u_dot = (u - states[index - 1 if i > 1 else 0]) / h
+                gradient = self._solve(
+                    step.start + i * h, u, u_dot, shift=1.0 / h, b=gradient, step=step,
+                    ledger=ledger,
+                ) / h  # fmt: skip
+            total += gradient
+        return total
+
+    def _solve(
+        self,
+        s: float,
+        u: torch.Tensor,
+        u_dot: torch.Tensor | None = None,
+        *,
+        shift: float,
+        b: torch.Tensor,
+        step: Step,
+        ledger: Ledger,
+    ) -> torch.Tensor:
+        """Solve for w, add its products to mu, and return F_udot^T w."""
+        w = self.solve_transposed(s, u, shift, b, step, ledger, u_dot)
+        products = self.products(s, u, w, u_dot)
+        self.accumulate(products.parameters, 1.0)
+        return w if products.rate is None else products.rate.to(w)

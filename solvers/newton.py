@@ -1,0 +1,334 @@
+"""Modified Newton iteration for F(s, u, shift u + psi) = 0 on PETSc's linear solvers.
+
+The derivative F_u is evaluated rarely and kept. What changes from step to step is the shift: the
+matrix F_u + shift I is formed anew from it, and factored by PETSc's PC, without an evaluation
+(with a mass matrix, or for a residual, with one).
+PETSc's SNES evaluates F once more after its last update, for its residual test; here the size of
+the update and the observed rate of convergence decide, which saves an evaluation each solve.
+
+References
+----------
+E. Hairer, G. Wanner, Solving Ordinary Differential Equations II, section IV.8.
+A. C. Hindmarsh et al., SUNDIALS, ACM Trans. Math. Softw. 31 (2005), section 2.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pnode import vectors
+from pnode.errors import NonFiniteVectorField, NonlinearSolveFailed, SolveError
+from pnode.options import PETSc, SolverOptions
+from pnode.solvers.bridge import Bridge
+from pnode.solvers.integrator import IntegratorSettings, newton_error, raise_stored
+from pnode.solvers.petsc_c import total_krylov_iterations
+
+__all__ = ["ModifiedNewton"]
+
+_REASON = PETSc.SNES.ConvergedReason
+
+
+class ModifiedNewton:
+    """Solves one step's equations; reused from step to step.
+
+    Parameters
+    ----------
+    ts : TS
+        Its IFunction and IJacobian are F and its derivative, its SNES has tolerances and KSP.
+    bridge : Bridge
+        Behind those callbacks.
+    settings : IntegratorSettings
+        Precision of the vector field, and whether errors are measured by the tolerances.
+    options : SolverOptions
+        Which of SNES's tolerances someone has set.
+
+    Attributes
+    ----------
+    newton : int
+        Iterations so far.
+
+    Notes
+    -----
+    The iteration stops when the estimated error of u is below ``KAPPA`` in the weighted norm, in
+    which local errors are at most 1. With fixed steps, or once ``snes_stol`` is set, it must be
+    below ``snes_stol`` times the norm of u instead. ``snes_rtol`` and ``snes_atol`` stop it by the
+    residual, as in PETSc, if they are set. Neither can ask for more than round-off of f leaves.
+
+    The derivative F_u_dot must be the identity, which is what the shift is added to.
+    """
+
+    KAPPA = 0.05
+    # An iteration that converges more slowly gets a new Jacobian next time, or now if it fails.
+    _SLOW = 0.1
+    # The observed rate of convergence is remembered: it falls at most, and grows while it is not
+    # observed, by these factors.
+    _MEMORY, _DOUBT = 0.2, 1.5
+    # What a rate of convergence that was not observed in this solve is at least.
+    _LEAST = 0.02
+    # Allowed relative change of the shift before the matrix is formed anew.
+    _SHIFT_CHANGE = 0.1
+
+    def __init__(
+        self, ts: Any, bridge: Bridge, settings: IntegratorSettings, options: SolverOptions
+    ) -> None:
+        self._ts, self._bridge = ts, bridge
+        self._snes = ts.getSNES()
+        self._ksp = self._snes.getKSP()
+        self._operator, self._matrix = ts.getIJacobian()[:2]
+        self._kept: Any = None
+        work = settings.size, settings.comm
+        self._u, self._u_dot, self._f, self._update = (
+            vectors.create(work[1], work[0]) for _ in range(4)
+        )
+        self._snes.setSolution(self._u)  # what monitors look at
+        self._equations = Equations()
+        ts.setPythonContext(self._equations)
+        self._searches = "snes_linesearch_type" in options.given
+        self._given = options.values
+        self._adaptive = settings.adaptive
+        self._reforms = settings.form == "rhs"
+        self._eps = torch.finfo(settings.dtype).eps
+        self._read = False
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the Jacobian: a new problem begins. Its options are in PETSc's database."""
+        if not self._read:  # SNES would do so at its first solve, which may never come
+            self._ksp.setFromOptions()
+            self._read = True
+        self.newton = 0
+        self._refresh = True
+        self._shift = 0.0
+        self._rate = 1.0
+        self._krylov = total_krylov_iterations(self._ksp)
+
+    @property
+    def krylov(self) -> int:
+        """Krylov iterations since :meth:`begin`."""
+        return total_krylov_iterations(self._ksp) - self._krylov
+
+    def solve(
+        self,
+        s: float,
+        guess: torch.Tensor,
+        shift: float,
+        psi: torch.Tensor,
+        size: Callable[[torch.Tensor], float],
+        where: dict[str, Any],
+    ) -> torch.Tensor | SolveError:
+        """Return u with F(s, u, shift u + psi) = 0, or why there is none. Collective.
+
+        Parameters
+        ----------
+        s : float
+            Time.
+        guess : Tensor
+            First iterate.
+        shift, psi : float, Tensor
+            u_dot = shift u + psi.
+        size : callable
+            Weighted norm.
+        where : dict
+            Time, step and method, for errors.
+
+        Raises
+        ------
+        BaseException
+            Whatever the vector field raised.
+        """
+        stale = not self._refresh
+        result = self._iterate(s, guess, shift, psi, size, where)
+        bad_guess = isinstance(result, NonFiniteVectorField) and not self._snes.getIterationNumber()
+        if stale and isinstance(result, SolveError) and not bad_guess:
+            self._refresh = True
+            result = self._iterate(s, guess, shift, psi, size, where)
+        if isinstance(result, NonlinearSolveFailed) and not self._adaptive:
+            result = self._full_newton(s, guess, shift, psi, where)
+        if isinstance(result, SolveError):
+            self._refresh = True
+        return result
+
+    def _full_newton(
+        self, s: float, guess: torch.Tensor, shift: float, psi: torch.Tensor,
+        where: dict[str, Any],
+    ) -> torch.Tensor | SolveError:  # fmt: skip
+        """Solve with SNES: a fixed step cannot be made smaller.
+
+        With full steps first, then with backtracking, unless the user has chosen.
+        """
+        self._bridge.records = True
+        self._equations.stand(s, shift, psi)
+        search = self._snes.getLineSearch()
+        chosen = search.getType()
+        try:
+            for kind in (chosen,) if self._searches else (chosen, "bt"):
+                search.setType(kind)
+                vectors.copy_in(self._u, guess)
+                failure: PETSc.Error | None = None
+                try:
+                    self._snes.solve(None, self._u)
+                except PETSc.Error as error:
+                    failure = error
+                raise_stored(self._bridge, failure, where)
+                self.newton += self._snes.getIterationNumber()
+                if failure is None and self._snes.getConvergedReason() > 0:
+                    self._refresh = True  # SNES has used the matrix for its own
+                    return vectors.copy_out(self._u)
+        finally:
+            search.setType(chosen)
+        return newton_error(self._snes, where)
+
+    def slope(self, s: float, u: torch.Tensor, where: dict[str, Any]) -> torch.Tensor:
+        """Return u' of F(s, u, u') = u' - g(s, u). Collective."""
+        self._residual(s, u, 0.0, torch.zeros_like(u), where, False)
+        return -vectors.copy_out(self._f)
+
+    def _iterate(
+        self,
+        s: float,
+        guess: torch.Tensor,
+        shift: float,
+        psi: torch.Tensor,
+        size: Callable[[torch.Tensor], float],
+        where: dict[str, Any],
+    ) -> torch.Tensor | SolveError:
+        """Iterate with one Jacobian."""
+        rtol, atol, stol, limit = self._snes.getTolerances()
+        given = self._given
+        by_residual = "snes_rtol" in given or "snes_atol" in given
+        rtol = rtol if "snes_rtol" in given else 0.0
+        by_norm = "snes_stol" in given
+        limit = limit if "snes_max_it" in given or not self._adaptive else 4
+        u, norm, first, fresh = guess, 0.0, 0.0, self._refresh
+        self._snes.setConvergedReason(_REASON.CONVERGED_ITERATING)
+        for iteration in range(limit):
+            self._snes.setIterationNumber(iteration)
+            residual = self._residual(s, u, shift, psi, where, self._refresh)
+            self._snes.setFunctionNorm(residual)
+            self._snes.monitor(iteration, residual)
+            if not residual < 1e300:
+                return self._failed(_REASON.DIVERGED_FUNCTION_NANORINF, where)
+            first = first or residual
+            if by_residual and ((residual <= rtol * first and iteration) or residual <= atol):
+                return self._converged(u)
+            self._prepare(s, shift, where)
+            self._ksp.solve(self._f, self._update)
+            raise_stored(self._bridge, None, where)
+            if self._ksp.getConvergedReason() < 0:
+                return self._failed(_REASON.DIVERGED_LINEAR_SOLVE, where)
+            self.newton += 1
+            update = vectors.copy_out(self._update)
+            if shift != self._shift:  # between u_dot alone (factor ratio) and F_u alone (1)
+                update *= 2.0 / (1.0 + shift / self._shift)
+            u = u - update
+            before = norm
+            length = float(torch.linalg.vector_norm(u))
+            noise = self._eps * length
+            absolute = float(torch.linalg.vector_norm(update))
+            if by_norm:
+                norm, tolerance = absolute, max(stol * length, 2.0 * noise)
+            else:
+                norm = size(update)
+                tolerance = max(self.KAPPA, 4.0 * size(self._eps * u))
+            if not norm < 1e300:
+                return self._failed(_REASON.DIVERGED_FUNCTION_NANORINF, where)
+            if iteration:
+                observed = norm / before
+                if observed >= 1.0 and absolute <= 1e3 * noise:  # round-off is all that is left
+                    return self._converged(u)
+                if observed >= 2.0 or (observed >= 1.0 and iteration > 1):
+                    return self._failed(_REASON.DIVERGED_DTOL, where)
+                self._rate = observed if fresh else max(self._MEMORY * self._rate, observed)
+                fresh = False
+            rate = min(self._rate, 0.999)
+            if not iteration:
+                rate = 0.5 if by_norm else max(rate, self._LEAST)
+            if norm == 0.0 or rate / (1.0 - rate) * norm <= tolerance:
+                self._refresh = self._rate > self._SLOW and iteration > 0
+                if not iteration:  # not measured: trust the old rate less and less
+                    self._rate = min(1.0, self._DOUBT * self._rate)
+                return self._converged(u)
+        return self._failed(_REASON.DIVERGED_MAX_IT, where)
+
+    def _residual(
+        self, s: float, u: torch.Tensor, shift: float, psi: torch.Tensor,
+        where: dict[str, Any], graph: bool,
+    ) -> float:  # fmt: skip
+        """Evaluate F into ``self._f`` and return its norm."""
+        vectors.copy_in(self._u, u)
+        vectors.copy_in(self._u_dot, torch.add(psi, u, alpha=shift))
+        self._bridge.records = graph
+        self._ts.computeIFunction(s, self._u, self._u_dot, self._f)
+        raise_stored(self._bridge, None, where)
+        return float(self._f.norm())
+
+    def _prepare(self, s: float, shift: float, where: dict[str, Any]) -> None:
+        """Bring the matrix to this shift, with a new Jacobian at the last residual if wanted."""
+        if self._refresh:
+            self._evaluate(s, shift, where)
+            self._refresh, self._rate = False, 1.0
+        elif abs(shift / self._shift - 1.0) <= self._SHIFT_CHANGE:
+            return
+        elif self._reforms:
+            self._reshift(shift)
+        else:
+            self._evaluate(s, shift, where)
+        self._shift = shift
+        self._ksp.setOperators(self._operator, self._matrix)
+
+    def _evaluate(self, s: float, shift: float, where: dict[str, Any]) -> None:
+        """Evaluate the Jacobian at the last residual."""
+        self._ts.computeIJacobian(s, self._u, self._u_dot, shift, self._operator, self._matrix)
+        raise_stored(self._bridge, None, where)
+        self._keep(shift)
+
+    def _keep(self, shift: float) -> None:
+        """Keep F_u of an assembled F_u + shift I."""
+        if self._matrix.getType() == "python" or not self._reforms:
+            return
+        if self._kept is None:
+            self._kept = self._matrix.duplicate(copy=True)
+        else:
+            self._matrix.copy(self._kept)
+        self._kept.shift(-shift)
+
+    def _reshift(self, shift: float) -> None:
+        """Form F_u + shift I from the kept Jacobian."""
+        if self._operator.getType() == "python":
+            self._operator.getPythonContext().rate_factor = shift
+            self._operator.assemble()
+        if self._kept is not None:
+            self._kept.copy(self._matrix)
+            self._matrix.shift(shift)
+
+    def _converged(self, u: torch.Tensor) -> torch.Tensor:
+        self._snes.setConvergedReason(_REASON.CONVERGED_SNORM_RELATIVE)
+        return u
+
+    def _failed(self, reason: int, where: dict[str, Any]) -> SolveError:
+        self._snes.setConvergedReason(reason)
+        return newton_error(self._snes, where)
+
+
+class Equations:
+    """Python context of the TS: gives its SNES the equations of the step, F = 0 as above."""
+
+    def stand(self, s: float, shift: float, psi: torch.Tensor) -> None:
+        """Set time, shift and psi."""
+        self._s, self._shift, self._psi = s, shift, psi
+
+    def formSNESFunction(self, snes: Any, u: Any, f: Any, ts: Any) -> None:
+        """f = F(s, u, shift u + psi)."""
+        ts.computeIFunction(self._s, u, self._rate(u), f)
+
+    def formSNESJacobian(self, snes: Any, u: Any, a: Any, p: Any, ts: Any) -> None:
+        """p (and a) = F_u + shift F_udot."""
+        ts.computeIJacobian(self._s, u, self._rate(u), self._shift, a, p)
+
+    def _rate(self, u: Any) -> Any:
+        u_dot = u.duplicate()
+        vectors.copy_in(u_dot, torch.add(self._psi, vectors.view(u), alpha=self._shift))
+        return u_dot
