@@ -26,8 +26,17 @@ _REFUSED = {
 }
 
 
-def check_controller(name: Any, step_size: float | None) -> str:
+def check_controller(name: Any, step_size: float | None, own: str | None = None) -> str:
     """Return "basic", the name of a filter, or "none" for fixed steps.
+
+    Parameters
+    ----------
+    name : str
+        As the user gave it.
+    step_size : float or None
+        For fixed steps.
+    own : str or None
+        Name of a method that chooses its steps itself.
 
     Raises
     ------
@@ -42,6 +51,11 @@ def check_controller(name: Any, step_size: float | None) -> str:
             raise ConfigurationError(
                 f"controller={name!r} and step_size={step_size!r} are both given: fixed steps have "
                 "no controller, drop one"
+            )
+        if own is not None and key != "basic":
+            raise ConfigurationError(
+                f"controller={name!r} has no effect on method={own!r}, which chooses its steps and "
+                "orders itself: drop it"
             )
         return "basic" if key == "basic" else _NAMES[key]
     if key in _REFUSED:

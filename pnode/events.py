@@ -21,7 +21,7 @@ from pnode.problem import InitialValueProblem, StateLayout
 from pnode.solution import Ledger
 from pnode.solvers.integrator import TimeIntegrator
 from pnode.solvers.stepping import Step
-from pnode.vectorfield import vector_field
+from pnode.vectorfield import directional_derivative, vector_field
 
 __all__ = ["Event", "EventLocator", "check_rate", "end_at_event"]
 
@@ -76,14 +76,13 @@ class EventLocator:
         self._lease = lease
         self.event: Event | None = None
         self.integrator = integrator
-        self._start = vectors.copy_out(integrator.solution)
-        self._values = self._evaluate(problem.times[0], self._start, 0)
+        self._history = integrator.history
+        self._values = self._evaluate(problem.times[0], 0)
 
     def after_step(self, step: Step) -> Step | None:
         """Return the step shortened to the event, with the solution there; None without event."""
         main = self.integrator
-        end = vectors.copy_out(main.solution)
-        values = self._evaluate(step.end, end, step.index)
+        values = self._evaluate(step.end, step.index)
         before, self._values = self._values, values
         if len(values) != len(before):
             raise EventError(
@@ -93,7 +92,7 @@ class EventLocator:
         # A zero at the start of a step is not an event: the solution is leaving it.
         changed = np.flatnonzero((before != 0.0) & (np.sign(values) != np.sign(before)))
         if not len(changed):
-            self._start = end
+            self._history = main.history
             return None
         values_at = {0.0: before, 1.0: values}
         theta, entry = min(
@@ -114,9 +113,7 @@ class EventLocator:
         def value(theta: float) -> float:
             if theta not in values_at:
                 self._retake(step, theta)
-                state = vectors.copy_out(self.integrator.solution)
-                s = step.start + theta * step.length
-                values_at[theta] = self._evaluate(s, state, step.index)
+                values_at[theta] = self._evaluate(step.start + theta * step.length, step.index)
             return float(values_at[theta][entry])
 
         root: float = brentq(
@@ -129,19 +126,18 @@ class EventLocator:
         main = self.integrator
         if main.settings.adaptive:  # its controller would object
             self.integrator = self._lease()
-        self.integrator.restart(self._start, step.start, step.index)
-        outcome = self.integrator.attempt(step.start, theta * step.length, step.index)
+        self.integrator.restore(self._history)
+        outcome = self.integrator.attempt(step.start, theta * step.length, step.index, step.order)
         if outcome.error is not None:
             raise outcome.error
 
-    def _evaluate(self, s: float, u: torch.Tensor, step: int) -> Any:
-        """Return event_fn's entries as an array."""
+    def _evaluate(self, s: float, step: int) -> Any:
+        """Return event_fn's entries at the integrator's solution, as an array."""
         layout = self._problem.layout
         time = torch.tensor(self._problem.direction * s, dtype=layout.dtype, device=layout.device)
         with torch.no_grad():
-            values = _call(
-                self._function, layout, time, u.to(layout.dtype, copy=True), self._where(s, step)
-            )
+            u = vectors.copy_out(self.integrator.solution, layout.dtype)
+            values = _call(self._function, layout, time, u, self._where(s, step))
         return values.to(device="cpu", dtype=torch.float64).numpy()
 
     def _where(self, s: float, step: int) -> dict[str, Any]:
@@ -274,11 +270,7 @@ def _rate(
     """Return g_t + g_y f at the event."""
     t, y = time.clone().requires_grad_(), state.detach().clone().requires_grad_()
     value = _call(function, layout, t, y, where)[event.entry]
-    rate = 0.0
-    if value.requires_grad:
-        by_time, by_state = torch.autograd.grad(value, (t, y), allow_unused=True)
-        rate += 0.0 if by_time is None else float(by_time)
-        rate += 0.0 if by_state is None else float(torch.dot(by_state, slope))
+    rate = directional_derivative(value, (t, y), (torch.ones_like(t), slope))
     if rate == 0.0 or not math.isfinite(rate):
         raise EventError(
             f"the rate of event_fn along the solution is {rate} at the event, so its time has no "

@@ -193,7 +193,9 @@ class Solver(torch.nn.Module):
             max_steps=arguments.count("max_steps", max_steps),
             rtol=tolerances.check("rtol", rtol),
             atol=tolerances.check("atol", atol),
-            controller=check_controller(controller, step_size),
+            controller=check_controller(
+                controller, step_size, chosen.name if chosen.ts_type == "python" else None
+            ),
         )
         if isinstance(control.rtol, float) and isinstance(control.atol, float):
             tolerances.refuse_zeros(control.rtol, control.atol)

@@ -7,6 +7,7 @@ precision inside.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,14 @@ from pnode.mass import MassMatrix
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
 
-__all__ = ["Linearization", "Products", "Residual", "VectorField", "vector_field"]
+__all__ = [
+    "Linearization",
+    "Products",
+    "Residual",
+    "VectorField",
+    "directional_derivative",
+    "vector_field",
+]
 
 
 class Products(NamedTuple):
@@ -298,6 +306,20 @@ def vector_field(problem: InitialValueProblem, ledger: Ledger) -> VectorField:
         field.explicit = VectorField(problem, ledger, problem.explicit)
         field.explicit.used = field.used
     return field
+
+
+def directional_derivative(
+    value: torch.Tensor, leaves: Sequence[torch.Tensor], directions: Sequence[torch.Tensor]
+) -> float:
+    """Return the derivative of a scalar with respect to leaves of its graph, along directions."""
+    if not value.requires_grad:
+        return 0.0
+    gradients = torch.autograd.grad(value, leaves, allow_unused=True)
+    return sum(
+        float((gradient * direction).sum())
+        for gradient, direction in zip(gradients, directions, strict=True)
+        if gradient is not None
+    )
 
 
 class Linearization:

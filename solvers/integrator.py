@@ -320,14 +320,21 @@ class TimeIntegrator:
         self.options.begin_sweep(self)
         self.bridge.attach(field)
         self._direction = field.problem.direction
-        self.restart(u, s, step_index)
-        self._iterations = (self.ts.getSNESIterations(), self.ts.getKSPIterations())
-
-    def restart(self, u: torch.Tensor, s: float, step_index: int) -> None:
-        """Go on from state ``u`` at time ``s``, with nothing carried over. Collective."""
         vectors.copy_in(self.solution, u)
         self.ts.setTime(s)
         self.ts.setStepNumber(step_index)
+        self.ts.restartStep()
+        self._rolled_back = False
+        self._iterations = (self.ts.getSNESIterations(), self.ts.getKSPIterations())
+
+    @property
+    def history(self) -> Any:
+        """What the next step needs: the solution (see :meth:`restore`)."""
+        return (vectors.copy_out(self.solution),)
+
+    def restore(self, history: Any) -> None:
+        """Go on from a history, which an integrator of the same method had. Collective."""
+        vectors.copy_in(self.solution, history[0])
         self.ts.restartStep()
         self._rolled_back = False
 

@@ -153,7 +153,7 @@ def _arkimex(
 def _bdf(name: str, order: int, *aliases: str) -> Method:
     return Method(
         name, "python", order, 1, aliases, kind="implicit", adaptive=True,
-        adjoint="pnode", checkpoint="solution", same_bits=False,
+        adjoint="multistep", checkpoint="solution", same_bits=False,
         forms=("rhs", "mass", "residual"),
     )  # fmt: skip
 

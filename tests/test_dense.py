@@ -15,9 +15,11 @@ from test_gradients import TIGHT, Field, initial, relative_difference, weights_l
 import pnode
 from pnode.interpolation import hermite, hermite_rate, polynomial, polynomial_rate
 from pnode.solvers.methods import METHODS, find_method
+from pnode.testing import taylor_test
 
 D = torch.float64
 OUTPUTS = torch.tensor([0.0, 0.03, 0.17, 0.31, 0.31 + 1e-9, 0.4, 0.62, 0.77, 1.0], dtype=D)
+# And BDF, of which there is no replica here: see the Taylor test.
 HERMITE = ["euler", "rk4", "bosh3", "verner8", "beuler", "cn", "implicit_midpoint", "trbdf2"]
 
 
@@ -175,11 +177,21 @@ def test_second_backward_and_a_single_output(name):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("name", ["bdf2", "bdf4"])
+def test_taylor_remainder_of_multistep_methods(name):
+    field, y0 = Field(), initial()
+    solver = pnode.Solver(field, method=name, step_size=0.1, dense=True)
+    weights = weights_like(torch.empty(len(OUTPUTS), *y0.shape))
+    tensors = [y0, field.inner, field.outer, field.bias]
+    result = taylor_test(lambda: (solver(y0, OUTPUTS).ys * weights).sum(), tensors)
+    assert result.order > 1.95
+
+
 def decay_with_drive(t, y):
     return -y + torch.cos(3.0 * t) * torch.exp(-y / 4)
 
 
-@pytest.mark.parametrize("name", ["dopri5", *HERMITE, "fehlberg5", "esdirk3"])
+@pytest.mark.parametrize("name", ["dopri5", *HERMITE, "fehlberg5", "esdirk3", "bdf3"])
 def test_order_of_the_interpolated_values(name):
     """min(p, 4) with the cubic, whose error is of order h^4; 5 with dopri5's own."""
     order = find_method(name).order

@@ -159,6 +159,35 @@ def test_gradient_equals_finite_differences(name):
     assert slope == pytest.approx(difference, rel=1e-7)
 
 
+@pytest.mark.parametrize(
+    "keywords",
+    [{"method": "bdf4", "step_size": 0.02}, {"method": "bdf", "rtol": 1e-8, "atol": 1e-8}],
+)
+def test_multistep_methods(keywords):
+    """The step is taken again from the history before it, and the adjoint knows."""
+    w, y0 = torch.tensor(1.3, dtype=D, requires_grad=True), state(1.0, 0.0)
+    grid = []
+    solver = pnode.Solver(
+        lambda t, y: torch.stack([y[1], -(w**2) * y[0]]), params=[w], event_fn=height,
+        monitor=lambda step, t, y: grid.append(t), **keywords,
+    )  # fmt: skip
+    solution = solver(y0, times(0.0, 0.5, 3.0))
+    expected = math.pi / 2.6
+    # What BDF's error leaves; and of the root, what Newton's tolerance does.
+    assert float(solution.event_time.detach()) == pytest.approx(expected, rel=3e-6)
+    assert abs(float(solution.ys[-1, 0].detach())) < 1e-9
+    assert grid[-1] == float(solution.event_time.detach())
+    assert len(grid) == solution.stats.steps
+    inputs = [w, y0]
+    by_w, by_state = torch.autograd.grad(solution.event_time, inputs, retain_graph=True)
+    assert float(by_w) == pytest.approx(-expected / 1.3, rel=1e-5)
+    assert torch.allclose(by_state, times(0.0, 1.0 / 1.3**2), atol=1e-5)
+    again = torch.autograd.grad(solution.event_time, inputs)
+    # The recorded steps are repeated from the start, the shortened one included.
+    assert solution.stats.backward.recomputed == solution.stats.steps
+    assert torch.allclose(again[1], by_state, rtol=1e-7, atol=1e-9)
+
+
 def test_bouncing_ball():
     """Fifteen bounces that lose a fifth of the speed each: a geometric series."""
     loss = torch.tensor(0.8, dtype=D, requires_grad=True)

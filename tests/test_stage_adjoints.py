@@ -380,6 +380,6 @@ def test_fixed_step_methods_ask_for_a_step_size():
 
 
 def test_every_method_has_an_adjoint():
-    assert {method.adjoint for method in METHODS} == {"TSAdjoint", "stages"}
+    assert {method.adjoint for method in METHODS} == {"TSAdjoint", "stages", "multistep"}
     own = {method.ts_type for method in METHODS if method.adjoint == "stages"}
     assert own == {"ssp", "basicsymplectic", "rosw"}

@@ -298,6 +298,7 @@ def test_names_of_controllers():
         ({"controller": "glee"}, "global error"),
         ({"controller": "cfl"}, "CFL number"),
         ({"controller": "history"}, "recorded steps"),
+        ({"controller": "pi", "method": "bdf"}, "'bdf'.*itself"),
         ({"controller": "pi", "step_size": 0.1}, "step_size=0.1.*no controller"),
     ],
 )
