@@ -20,7 +20,7 @@ from pnode.adjoint.schedule import Adjoint, Discard, Restore, StoreEverything
 from pnode.adjoint.stepper import AdjointStepper
 from pnode.adjoint.trajectory import Trajectory
 from pnode.options import SolverOptions, next_prefix
-from pnode.problem import InitialValueProblem
+from pnode.problem import InitialValueProblem, StateLayout
 from pnode.solution import Stats
 from pnode.solvers.create import create_integrator
 from pnode.solvers.integrator import (
@@ -29,6 +29,7 @@ from pnode.solvers.integrator import (
     TimeIntegrator,
     default_options,
 )
+from pnode.solvers.jacobians import JacobianOptions, SparsityPattern
 from pnode.solvers.methods import Method
 from pnode.solvers.stepping import Step, StepControl, forward_sweep
 from pnode.vectorfield import VectorField, vector_field
@@ -111,8 +112,10 @@ class Engine:
         Row of the table.
     control : StepControl
         How steps are chosen.
-    jacobian : {"auto", "matrix-free", "dense"}
+    jacobian : {"auto", "matrix-free", "dense", "block", "sparse"}
         How implicit methods get Jacobians.
+    jacobian_options : JacobianOptions
+        How these are preconditioned and reused.
     petsc_options : dict
         The user's options.
     prefix : str
@@ -123,9 +126,11 @@ class Engine:
     control: StepControl
     jacobian: str
     petsc_options: dict[str, Any]
+    jacobian_options: JacobianOptions = field(default_factory=JacobianOptions)
     prefix: str = field(default_factory=next_prefix)
     _pool: _Pool = field(default_factory=_Pool, init=False)
     _options: dict[Hashable, SolverOptions] = field(default_factory=dict, init=False)
+    _patterns: dict[Hashable, SparsityPattern] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         """Destroy the pooled PETSc objects with the engine, not whenever they are collected."""
@@ -133,7 +138,16 @@ class Engine:
 
     def __reduce__(self) -> Any:
         """Copies and pickles take the configuration along, not the PETSc objects."""
-        return Engine, (self.method, self.control, self.jacobian, self.petsc_options)
+        return Engine, (
+            self.method, self.control, self.jacobian, self.petsc_options, self.jacobian_options
+        )  # fmt: skip
+
+    @property
+    def color_count(self) -> int:
+        """Products per sparse Jacobian, 0 as long as there is none."""
+        given = [self.jacobian_options.pattern] if self.jacobian_options.pattern else []
+        patterns = [*given, *self._patterns.values()]
+        return max((pattern.color_count for pattern in patterns), default=0)
 
     def forward(
         self,
@@ -163,7 +177,7 @@ class Engine:
             For the backward sweep.
         """
         layout = problem.layout
-        run = Run(problem, Stats(), self._settings(layout.size, layout.dtype, problem.form))
+        run = Run(problem, Stats(), self._settings(layout, problem.form))
         ys = torch.empty(
             (len(problem.times), layout.size), dtype=layout.dtype, device=layout.device
         )
@@ -298,22 +312,24 @@ class Engine:
             integrator.begin(field_, y0.detach(), field_.problem.times[0])
             yield integrator
 
-    def _settings(self, size: int, dtype: torch.dtype, form: str) -> IntegratorSettings:
+    def _settings(self, layout: StateLayout, form: str) -> IntegratorSettings:
         jacobian = self.jacobian
         if jacobian == "auto":
-            jacobian = "dense" if size <= DENSE_LIMIT else "matrix-free"
+            jacobian = "dense" if layout.size <= DENSE_LIMIT else "matrix-free"
         return IntegratorSettings(
-            self.method, size, dtype,
+            self.method, layout.size, layout.dtype,
             adaptive=self.control.step_size is None,
             rtol=self.control.rtol, atol=self.control.atol, max_step=self.control.max_step,
             jacobian=jacobian, form=form,
+            jacobian_options=self.jacobian_options.for_layout(jacobian, layout, self._patterns),
         )  # fmt: skip
 
     def _solver_options(self, settings: IntegratorSettings, adjoint: bool = False) -> SolverOptions:
         key = (settings.adaptive, settings.jacobian, settings.dtype, adjoint)
         if key not in self._options:
             defaults = default_options(
-                settings.method, settings.adaptive, settings.jacobian, settings.dtype, adjoint
-            )
+                settings.method, settings.adaptive, settings.jacobian, settings.dtype, adjoint,
+                settings.jacobian_options,
+            )  # fmt: skip
             self._options[key] = SolverOptions(self.prefix, self.petsc_options, defaults)
         return self._options[key]

@@ -24,7 +24,7 @@ from pnode.vectorfield import vector_field
 
 __all__ = ["Solver", "odeint", "odeint_adjoint"]
 
-_JACOBIANS = ("auto", "matrix-free", "dense")
+_JACOBIANS = ("auto", "matrix-free", "dense", "block", "sparse")
 
 
 class Solver(torch.nn.Module):
@@ -120,6 +120,9 @@ class Solver(torch.nn.Module):
         max_steps: int | None = None,
         jacobian: str = "auto",
         linear_solver: str | Mapping[str, Any] | None = None,
+        jacobian_pattern: Any = None,
+        jacobian_reuse: str = "iteration",
+        preconditioner: Any = None,
         checkpointing: Any = None,
         comm: Any = None,
         petsc_options: Mapping[str, Any] | None = None,
@@ -171,6 +174,9 @@ class Solver(torch.nn.Module):
             chosen, control, jacobian,
             arguments.linear_solver_options(linear_solver, jacobian)
             | check_petsc_options(petsc_options),
+            arguments.jacobian_options(
+                chosen, form, jacobian, jacobian_pattern, preconditioner, jacobian_reuse
+            ),
         )  # fmt: skip
         self._monitor = monitor
         arguments.check_communicator(comm)

@@ -18,6 +18,13 @@ from pnode.errors import (
 )
 from pnode.options import PETSc, SolverOptions, log_stage
 from pnode.solvers.bridge import Bridge, JacobianShell, shell_matrix
+from pnode.solvers.jacobians import (
+    BLOCK_LU,
+    Jacobian,
+    JacobianOptions,
+    create_assembly,
+    create_matrices,
+)
 from pnode.solvers.methods import Method
 from pnode.solvers.petsc_c import (
     before_each_stage,
@@ -55,8 +62,10 @@ class IntegratorSettings:
         Tolerances of the controller.
     max_step : float
         Largest step.
-    jacobian : {"matrix-free", "dense"}
+    jacobian : {"matrix-free", "dense", "block", "sparse"}
         How an implicit method gets its Jacobian.
+    jacobian_options : JacobianOptions
+        How it is preconditioned and reused.
     form : {"rhs", "imex", "mass", "residual"}
         Form of the problem.
     comm : object
@@ -71,12 +80,18 @@ class IntegratorSettings:
     atol: float = 1e-8
     max_step: float = math.inf
     jacobian: str = "dense"
+    jacobian_options: JacobianOptions = field(default_factory=JacobianOptions)
     form: str = "rhs"
     comm: Any = field(default_factory=lambda: PETSc.COMM_SELF, compare=False)
 
 
 def default_options(
-    method: Method, adaptive: bool, jacobian: str, dtype: torch.dtype, adjoint: bool = False
+    method: Method,
+    adaptive: bool,
+    jacobian: str,
+    dtype: torch.dtype,
+    adjoint: bool = False,
+    more: JacobianOptions | None = None,
 ) -> dict[str, Any]:
     """PETSc options that pnode sets unless the user does.
 
@@ -95,16 +110,23 @@ def default_options(
     double = dtype is torch.float64
     options |= {"snes_rtol": 1e-11 if double else 1e-6, "snes_stol": 1e-10 if double else 1e-5}
     options["snes_linesearch_type"] = "basic"
-    if jacobian == "dense":
-        options |= {"ksp_type": "preonly", "pc_type": "lu"}
+    more = more or JacobianOptions()
+    constant = more.reuse == "constant"
+    if constant:
+        options["snes_type"] = "ksponly"
+    if jacobian != "matrix-free":
+        options["ksp_type"] = "preonly"
     else:
         tight, loose = (1e-12, 1e-5) if double else (1e-6, 1e-3)
         options |= {
             "ksp_type": "gmres",
             "ksp_gmres_restart": 100,
-            "ksp_rtol": tight if adjoint else loose,
-            "pc_type": "none",
+            "ksp_rtol": tight if adjoint or constant else loose,
         }
+    assembled = more.assembled(jacobian)
+    options["pc_type"] = {None: "none", "block": "python"}.get(assembled, "lu")
+    if assembled == "block":
+        options["pc_python_type"] = BLOCK_LU
     return options
 
 
@@ -146,13 +168,13 @@ def build_ts(
     work = vectors.create(comm, size)
     if method.implicit:
         ts.setIFunction(bridge.implicit_function, work)
-        shell = shell_matrix(JacobianShell(bridge), size, size, comm)
-        if settings.jacobian == "dense":
-            dense = PETSc.Mat().createDense(((size, PETSc.DETERMINE),) * 2, comm=comm)
-            dense.setUp()
-            ts.setIJacobian(bridge.implicit_jacobian, shell if adjoint else dense, dense)
-        else:
-            ts.setIJacobian(bridge.implicit_jacobian, shell, shell)
+        assembly = create_assembly(settings.jacobian, settings.jacobian_options)
+        uses_shell = adjoint or settings.jacobian == "matrix-free"
+        bridge.jacobian = Jacobian(
+            assembly, settings.jacobian_options.reuse, uses_shell, adjoint
+        )  # fmt: skip
+        matrices = create_matrices(assembly, bridge, size, comm, uses_shell)
+        ts.setIJacobian(bridge.implicit_jacobian, *matrices)
     if not method.implicit or settings.form == "imex":
         ts.setRHSFunction(bridge.rhs_function, work.duplicate())
         if adjoint:
@@ -165,6 +187,8 @@ def build_ts(
     ts.setTimeStep(1.0)
     options.apply(ts)
     _refuse_other_type(ts, method)
+    if method.implicit:
+        _refuse_other_preconditioner(settings, options)
     # One ts.step() is one attempt: the length of every accepted step is then known exactly.
     ts.setMaxStepRejections(0)
     ts.setMaxSNESFailures(1)
@@ -189,6 +213,17 @@ def _refuse_other_type(ts: Any, method: Method) -> None:
         raise ConfigurationError(
             f"the option ts_{method.ts_type}_type={subtypes[method.ts_type]()!r} contradicts "
             f"method={method.name!r}: choose the method with method="
+        )
+
+
+def _refuse_other_preconditioner(settings: IntegratorSettings, options: SolverOptions) -> None:
+    """Refuse preconditioners that the blocks of independent samples do not offer."""
+    chosen = options.values.get("pc_type")
+    blocks = settings.jacobian_options.assembled(settings.jacobian) == "block"
+    if blocks and chosen not in ("python", "none"):
+        raise ConfigurationError(
+            f"pc_type={chosen!r} needs a matrix of PETSc's, and the blocks of independent samples "
+            "come with their own LU: drop pc_type, or use jacobian='sparse'"
         )
 
 
@@ -245,6 +280,7 @@ class TimeIntegrator:
             and not settings.adaptive
             and options.values.get("snes_linesearch_type") == "basic"
             and "snes_linesearch_type" not in options.given
+            and options.values.get("snes_type", "newtonls") == "newtonls"
         )
         self._iterations = (0, 0)
         self._direction = 1.0
@@ -294,8 +330,14 @@ class TimeIntegrator:
         where = {
             "time": self._direction * s, "step": index, "method": self.settings.method.name,
         }  # fmt: skip
+        if bridge.jacobian is not None:
+            bridge.jacobian.begin_step()
         self._step(where)
         error = self._failure(where)
+        if error is not None and bridge.jacobian is not None:
+            bridge.jacobian.renew()
+            if self._start is None and bridge.jacobian.reused and ts.getConvergedReason() < 0:
+                error = self._try_newton(s, step, where)
         if self._backtracks and isinstance(error, NonlinearSolveFailed):
             error = self._try_backtracking(s, step, where)
         if error is None and ts.getConvergedReason() >= 0:
@@ -312,6 +354,19 @@ class TimeIntegrator:
             ts.setStepNumber(index)
             self._start.copy(self.solution)
         return StepOutcome(False, proposed, error)
+
+    def _try_newton(self, s: float, step: float, where: dict[str, Any]) -> SolveError | None:
+        """Repeat a failed step with a new Jacobian at each iterate."""
+        jacobian = self.bridge.jacobian
+        assert jacobian is not None
+        jacobian.always = True
+        try:
+            self.ts.setTime(s)
+            self.ts.setTimeStep(step)
+            self._step(where)
+            return self._failure(where)
+        finally:
+            jacobian.always = False
 
     def _try_backtracking(self, s: float, step: float, where: dict[str, Any]) -> SolveError | None:
         """Repeat a failed step with damped Newton steps: a fixed step cannot be made smaller."""
