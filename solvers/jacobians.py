@@ -43,6 +43,9 @@ __all__ = [
 _SLOW = 0.1
 # More Krylov iterations than this in one solve want a new preconditioner.
 _MANY_ITERATIONS = 10
+# Relative difference of shifts that share a factorization where the Jacobian is constant.
+_SAME_SHIFT = 1e-11
+_NEVER = (math.nan, -1)  # shift and object state of a matrix that has not been filled
 # Entries of a Jacobian looked at together when its pattern is detected.
 _ENTRIES_AT_ONCE = 1 << 20
 _PROBES = 3
@@ -97,7 +100,7 @@ class Jacobian:
     def forget(self) -> None:
         """Begin or end a sweep: nothing is known of the field."""
         self._values: Any = None
-        self._formed: tuple[float, int] | None = None
+        self._formed = _NEVER
         self._first: Point | None = None
         self._checked = self._confirmed = False
         self._norm = math.inf
@@ -149,12 +152,12 @@ class Jacobian:
             return
         if self._values is None or self._outdated(ts):
             self._values = bridge.guarded("jacobian", self._evaluate, bridge, s, u, u_dot)
-            self._formed = None
-        if self._constant:
-            # Steps of one length differ by the round-off of their ends: they share factors.
-            shift = float(f"{shift:.10e}")
+            self._formed = _NEVER
+        # Steps of one length differ by the round-off of their ends.
+        close = _SAME_SHIFT if self._constant else 0.0
+        formed, state = self._formed
         # PETSc factors again if the matrix has changed, and scales it for DIRK's initial slope.
-        if self._formed != (shift, p.stateGet()):
+        if not math.isclose(shift, formed, rel_tol=close) or state != p.stateGet():
             self._assembly.form(p, self._values, shift)
             self._formed = (shift, p.stateGet())
 
@@ -184,6 +187,8 @@ class Jacobian:
             if not torch.equal(there.u, self._first.u):
                 self._confirmed = True
                 bridge.guarded("jacobian", _confirm_constant, bridge, self._first, there)
+                if not self._shell:  # its graph has served
+                    self._first.linearization = None
         return self._first
 
 
@@ -742,12 +747,6 @@ class GivenAssembly(EntryAssembly):
         self._dense = DenseAssembly()
         self._is_dense: bool | None = None
 
-    def create(self, size: int, comm: Any) -> Any:
-        """Return a matrix whose type the first approximation decides."""
-        matrix = PETSc.Mat().create(comm=comm)
-        matrix.setSizes(((size, PETSc.DETERMINE),) * 2)
-        return matrix
-
     def evaluate(self, bridge: Bridge, point: Point, check: bool) -> Any:
         """Return the approximation and the mass matrix."""
         matrix, mass = self._given.at(bridge, point), bridge.field.mass
@@ -768,10 +767,10 @@ class GivenAssembly(EntryAssembly):
 
     def form(self, matrix: Any, values: Any, shift: float) -> None:
         """Fill the matrix."""
-        if matrix.getType() is None:
-            matrix.setType(PETSc.Mat.Type.DENSE if self._is_dense else PETSc.Mat.Type.AIJ)
-            matrix.setUp()
         if self._is_dense:
+            if not matrix.isAssembled():  # nothing depends on the type that it was made with
+                matrix.setType(PETSc.Mat.Type.DENSE)
+                matrix.setUp()
             self._dense.form(matrix, values, shift)
         else:
             super().form(matrix, values, shift)
