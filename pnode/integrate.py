@@ -199,14 +199,19 @@ class Solver(torch.nn.Module):
         return self._engine.prefix
 
     def extra_repr(self) -> str:
-        """Method and steps, for printing the module."""
+        """Method, steps and Jacobian, for printing the module.
+
+        ``colors`` is the number of products that a sparse Jacobian costs.
+        """
         control = self._engine.control
         steps = (
             f"rtol={control.rtol}, atol={control.atol}"
             if control.step_size is None
             else f"step_size={control.step_size}"
         )
-        return f"method={self.method!r}, {steps}"
+        jacobian = f", jacobian={self._engine.jacobian!r}" if self._engine.method.implicit else ""
+        colors = f", colors={self._engine.color_count}" if self._engine.color_count else ""
+        return f"method={self.method!r}, {steps}{jacobian}{colors}"
 
     def forward(self, y0: Any, t: Any) -> Solution:
         """Integrate from ``t[0]`` and return the states at the times ``t``. Collective.

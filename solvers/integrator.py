@@ -34,12 +34,21 @@ from pnode.solvers.petsc_c import (
 )
 from pnode.vectorfield import VectorField
 
-__all__ = ["IntegratorSettings", "StepOutcome", "TimeIntegrator", "build_ts", "default_options"]
+__all__ = [
+    "SINGULAR",
+    "IntegratorSettings",
+    "StepOutcome",
+    "TimeIntegrator",
+    "build_ts",
+    "default_options",
+]
 
 # Above this size "auto" stops assembling Jacobians: n batched backward passes and an n^3 / 3
 # factorization then cost more than a few tens of Krylov iterations.
 DENSE_LIMIT = 256
 _FLOATING_POINT = 72  # PETSC_ERR_FP
+#: PETSC_ERR_MAT_LU_ZRPVT: LAPACK found a dense matrix singular; sparse ones fail the solve.
+SINGULAR = 71
 # TSStep wants a final time; ours is kept by the driver.
 _FOREVER = 1e300
 
@@ -108,9 +117,14 @@ def default_options(
     if not method.implicit:
         return options
     double = dtype is torch.float64
-    options |= {"snes_rtol": 1e-11 if double else 1e-6, "snes_stol": 1e-10 if double else 1e-5}
-    options["snes_linesearch_type"] = "basic"
     more = more or JacobianOptions()
+    # With an old Jacobian a step test leaves a tenth of the step, not its square.
+    old = more.reuse in ("step", "solve") and jacobian != "matrix-free"
+    if double:
+        options |= {"snes_rtol": 1e-13 if old else 1e-11, "snes_stol": 1e-12 if old else 1e-10}
+    else:
+        options |= {"snes_rtol": 1e-7 if old else 1e-6, "snes_stol": 1e-6 if old else 1e-5}
+    options["snes_linesearch_type"] = "basic"
     constant = more.reuse == "constant"
     if constant:
         options["snes_type"] = "ksponly"
@@ -395,7 +409,8 @@ class TimeIntegrator:
                 if failure.ierr == _FLOATING_POINT
                 else ""
             )
-            raise SolveError(
+            kind = LinearSolveFailed if failure.ierr == SINGULAR else SolveError
+            raise kind(
                 f"PETSc could not take this step{overflow}",
                 reason=str(failure).replace("\n", " "), **where,
             ) from failure  # fmt: skip

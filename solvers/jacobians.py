@@ -150,7 +150,8 @@ class Jacobian:
                 return
         if self._assembly is None:
             return
-        if self._values is None or self._outdated(ts):
+        outdated = self._outdated(ts)
+        if self._values is None or outdated:
             self._values = bridge.guarded("jacobian", self._evaluate, bridge, s, u, u_dot)
             self._formed = _NEVER
         # Steps of one length differ by the round-off of their ends.
