@@ -14,6 +14,7 @@ from pnode.options import PETSc, SolverOptions, log_stage
 from pnode.solution import Ledger
 from pnode.solvers.bridge import Bridge, ParameterJacobianShell, ParameterSums, shell_matrix
 from pnode.solvers.integrator import (
+    SINGULAR,
     IntegratorSettings,
     adjoint_vectors,
     build_ts,
@@ -144,8 +145,11 @@ class DiscreteAdjoint(AdjointStepper):
             failure = error
         raise_stored(self.bridge, failure, self._where(step))
         if failure is not None:
-            raise BackwardError(
-                "PETSc could not take the adjoint of this step",
+            kind = LinearSolveFailed if failure.ierr == SINGULAR else BackwardError
+            raise kind(
+                "a transposed solve of the adjoint failed"
+                if kind is LinearSolveFailed
+                else "PETSc could not take the adjoint of this step",
                 reason=str(failure).replace("\n", " "), **self._where(step),
             ) from failure  # fmt: skip
         ledger.steps += 1

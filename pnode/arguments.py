@@ -127,6 +127,8 @@ def linear_solver_options(linear_solver: Any, jacobian: str) -> dict[str, Any]:
                 "linear_solver='lu' needs a matrix to factor, and jacobian='matrix-free' has "
                 "none: use jacobian='dense'"
             )
+        if jacobian == "block":  # has its own
+            return {"ksp_type": "preonly"}
         return {"ksp_type": "preonly", "pc_type": "lu"}
     if isinstance(linear_solver, str):
         known = {

@@ -32,6 +32,7 @@ from pnode.solvers.integrator import (
     TimeIntegrator,
     default_options,
 )
+from pnode.solvers.jacobians import JacobianOptions, SparsityPattern
 from pnode.solvers.methods import Method
 from pnode.solvers.stepping import Step, StepControl, forward_sweep
 from pnode.solvers.symplectic import split_size
@@ -211,8 +212,10 @@ class Engine:
         Row of the table.
     control : StepControl
         How steps are chosen.
-    jacobian : {"auto", "matrix-free", "dense"}
+    jacobian : {"auto", "matrix-free", "dense", "block", "sparse"}
         How implicit methods get Jacobians.
+    jacobian_options : JacobianOptions
+        How these are preconditioned and reused.
     petsc_options : dict
         The user's options.
     prefix : str
@@ -223,9 +226,11 @@ class Engine:
     control: StepControl
     jacobian: str
     petsc_options: dict[str, Any]
+    jacobian_options: JacobianOptions = field(default_factory=JacobianOptions)
     prefix: str = field(default_factory=next_prefix)
     _pool: _Pool = field(default_factory=_Pool, init=False)
     _options: dict[Hashable, SolverOptions] = field(default_factory=dict, init=False)
+    _patterns: dict[Hashable, SparsityPattern] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         """Destroy the pooled PETSc objects with the engine, not whenever they are collected."""
@@ -233,7 +238,16 @@ class Engine:
 
     def __reduce__(self) -> Any:
         """Copies and pickles take the configuration along, not the PETSc objects."""
-        return Engine, (self.method, self.control, self.jacobian, self.petsc_options)
+        return Engine, (
+            self.method, self.control, self.jacobian, self.petsc_options, self.jacobian_options
+        )  # fmt: skip
+
+    @property
+    def color_count(self) -> int:
+        """Products per sparse Jacobian, 0 as long as there is none."""
+        given = [self.jacobian_options.pattern] if self.jacobian_options.pattern else []
+        patterns = [*given, *self._patterns.values()]
+        return max((pattern.color_count for pattern in patterns), default=0)
 
     def forward(
         self,
@@ -419,18 +433,15 @@ class Engine:
             rtol=rtol, atol=atol, max_step=self.control.max_step,
             jacobian=jacobian, controller=self.control.controller, form=form,
             split=split_size(self.method, layout),
+            jacobian_options=self.jacobian_options.for_layout(jacobian, layout, self._patterns),
         )  # fmt: skip
 
     def _solver_options(self, settings: IntegratorSettings, adjoint: bool = False) -> SolverOptions:
         key = (settings.adaptive, settings.jacobian, settings.dtype, adjoint)
         if key not in self._options:
             defaults = default_options(
-                settings.method,
-                settings.adaptive,
-                settings.jacobian,
-                settings.dtype,
-                adjoint,
-                settings.controller,
-            )
+                settings.method, settings.adaptive, settings.jacobian, settings.dtype, adjoint,
+                settings.controller, settings.jacobian_options,
+            )  # fmt: skip
             self._options[key] = SolverOptions(self.prefix, self.petsc_options, defaults)
         return self._options[key]

@@ -22,13 +22,14 @@ from pnode.mass import MassMatrix
 from pnode.options import ODEINT_PREFIX, check_petsc_options
 from pnode.problem import InitialValueProblem, StateLayout, as_times, collect_parameters
 from pnode.solution import Ledger, Solution
+from pnode.solvers.jacobian_options import jacobian_options
 from pnode.solvers.methods import check_form, find_method
 from pnode.solvers.stepping import StepControl
 from pnode.vectorfield import vector_field
 
 __all__ = ["Solver", "odeint", "odeint_adjoint", "odeint_event"]
 
-_JACOBIANS = ("auto", "matrix-free", "dense")
+_JACOBIANS = ("auto", "matrix-free", "dense", "block", "sparse")
 
 
 class Solver(torch.nn.Module):
@@ -149,6 +150,9 @@ class Solver(torch.nn.Module):
         max_steps: int | None = None,
         jacobian: str = "auto",
         linear_solver: str | Mapping[str, Any] | None = None,
+        jacobian_pattern: Any = None,
+        jacobian_reuse: str = "iteration",
+        preconditioner: Any = None,
         checkpointing: Any = None,
         comm: Any = None,
         petsc_options: Mapping[str, Any] | None = None,
@@ -214,6 +218,9 @@ class Solver(torch.nn.Module):
             chosen, control, jacobian,
             arguments.linear_solver_options(linear_solver, jacobian)
             | check_petsc_options(petsc_options),
+            jacobian_options(
+                chosen, form, jacobian, jacobian_pattern, preconditioner, jacobian_reuse
+            ),
         )  # fmt: skip
         self.event_fn = event_fn
         self._requests = Requests(monitor, dense, None, arguments.finite("event_tol", event_tol))
@@ -239,14 +246,19 @@ class Solver(torch.nn.Module):
         return self._engine.prefix
 
     def extra_repr(self) -> str:
-        """Method and steps, for printing the module."""
+        """Method, steps and Jacobian, for printing the module.
+
+        ``colors`` is the number of products that a sparse Jacobian costs.
+        """
         control = self._engine.control
         steps = (
             f"rtol={tolerances.describe(control.rtol)}, atol={tolerances.describe(control.atol)}"
             if control.step_size is None
             else f"step_size={control.step_size}"
         )
-        return f"method={self.method!r}, {steps}"
+        jacobian = f", jacobian={self._engine.jacobian!r}" if self._engine.method.implicit else ""
+        colors = f", colors={self._engine.color_count}" if self._engine.color_count else ""
+        return f"method={self.method!r}, {steps}{jacobian}{colors}"
 
     def forward(self, y0: Any, t: Any) -> Solution:
         """Integrate from ``t[0]`` and return the states at the times ``t``. Collective.

@@ -95,6 +95,42 @@ class MassMatrix:
             return units, units
         return null_spaces(self.dense())
 
+    def entries(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return rows, columns and values of the entries, the whole diagonal among them."""
+        diagonal = torch.arange(self.size, device="cpu")
+        if self.diagonal is not None:
+            return diagonal, diagonal, self.diagonal
+        assert self._matrix is not None
+        matrix = self._matrix.to_sparse_coo()
+        (rows, columns), values = matrix.coalesce().indices(), matrix.coalesce().values()
+        return (
+            torch.cat([rows, diagonal]),
+            torch.cat([columns, diagonal]),
+            torch.cat([values, torch.zeros(self.size, dtype=REAL, device="cpu")]),
+        )
+
+    def blocks(self, samples: int) -> torch.Tensor:
+        """Return the diagonal blocks, shape ``(samples, m, m)``, PETSc's precision.
+
+        Raises
+        ------
+        ConfigurationError
+            If there are entries elsewhere.
+        """
+        width = self.size // samples
+        rows, columns, values = self.entries()
+        sample = rows // width
+        if bool((values.ne(0) & (columns // width != sample)).any()):
+            raise ConfigurationError(
+                f"mass couples the {samples} samples of the state, and jacobian='block' (or "
+                "preconditioner='block') takes them as independent: use jacobian='dense' or "
+                "'sparse'"
+            )
+        kept = columns // width == sample
+        blocks = torch.zeros(samples, width, width, dtype=REAL, device="cpu")
+        index = (sample[kept], rows[kept] % width, columns[kept] % width)
+        return blocks.index_put_(index, values[kept], accumulate=True)
+
     def _times(self, matrix: torch.Tensor | None, v: torch.Tensor) -> torch.Tensor:
         if self.diagonal is not None:
             return self.diagonal.to(v.dtype) * v

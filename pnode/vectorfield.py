@@ -514,6 +514,28 @@ class Linearization:
         mass = self._field.mass
         return None if mass is None else mass.dense()
 
+    def rows(self, cotangents: torch.Tensor) -> list[torch.Tensor]:
+        """Return w^T dg/du for every row w; for a residual, w^T dF/du_dot too. Not counted.
+
+        Parameters
+        ----------
+        cotangents : Tensor
+            Shape ``(k, size)``, the user's precision.
+
+        Returns
+        -------
+        list of Tensor
+            One or two, shape ``(k, size)``.
+        """
+        signs = (self._sign, self._rate_sign or 1.0)
+        found = zip(self._rows(cotangents), signs, strict=False)
+        return [part if sign > 0 else -part for part, sign in found]
+
+    def assemble(self, cotangents: torch.Tensor) -> list[torch.Tensor]:
+        """Return :meth:`rows`, counted as one assembled Jacobian."""
+        self._field.ledger.jacobians += 1
+        return self.rows(cotangents)
+
     def _matrices(self) -> tuple[torch.Tensor, ...]:
         if self._jacobians is None:
             self._field.ledger.jacobians += 1
@@ -526,7 +548,7 @@ class Linearization:
         """Return the VJPs of the rows of ``cotangents``, shape ``(k, size)``, with each leaf."""
         if not self._value.requires_grad:
             return [torch.zeros_like(cotangents) for _ in self._leaves]
-        rows = cotangents.view(-1, *self._value.shape)
+        rows = cotangents.reshape(-1, *self._value.shape)
 
         def products(seed: torch.Tensor, batched: bool) -> tuple[torch.Tensor | None, ...]:
             return torch.autograd.grad(

@@ -16,7 +16,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,11 +24,15 @@ from pnode.options import PETSc, log_event
 from pnode.vectorfield import Linearization, Products, VectorField
 from pnode.vectors import REAL, add_to, copy_in, copy_out, is_moderate
 
+if TYPE_CHECKING:
+    from pnode.solvers.jacobians import Jacobian
+
 __all__ = [
     "Bridge",
     "JacobianShell",
     "ParameterJacobianShell",
     "ParameterSums",
+    "Point",
     "accumulate",
     "shell_matrix",
 ]
@@ -99,7 +103,11 @@ class Bridge:
     evaluated : deque of Tensor
         The last states that the right-hand side was evaluated at, oldest first: the stages of an
         explicit step.
+    jacobian : Jacobian or None
+        What fills the matrices of an implicit method, from :mod:`pnode.solvers.jacobians`.
     """
+
+    jacobian: Jacobian | None = None
 
     def __init__(
         self, points: int = 1, single_use: bool = False, keep: int = 0, check: bool = False
@@ -125,11 +133,15 @@ class Bridge:
         self._attached = field
         self.exception = None
         self.nonfinite_time = None
+        if self.jacobian is not None:
+            self.jacobian.forget()
 
     def detach(self) -> None:
         """End the sweep and drop everything that belongs to the user."""
         self._attached = None
         self.exception = None
+        if self.jacobian is not None:
+            self.jacobian.forget()
         self._points.clear()
         self._announced.clear()
         self.here = self.here_explicit = _NOWHERE
@@ -138,7 +150,8 @@ class Bridge:
         self.evaluated.clear()
 
     @property
-    def _field(self) -> VectorField:
+    def field(self) -> VectorField:
+        """The field of this sweep."""
         if self._attached is None:
             raise RuntimeError("a PETSc callback was called outside of a sweep")
         return self._attached
@@ -146,7 +159,7 @@ class Bridge:
     @property
     def _explicit(self) -> VectorField:
         """What PETSc calls the right-hand side: the explicit part of a split one, or all of it."""
-        return self._field.explicit or self._field
+        return self.field.explicit or self.field
 
     def take_exception(self) -> BaseException | None:
         """Return the stored exception and forget it."""
@@ -192,7 +205,7 @@ class Bridge:
     def implicit_function(self, ts: Any, s: float, u: Any, u_dot: Any, f: Any) -> None:
         """f = M u_dot - g(s, u), or the residual (PETSc's IFunction).
 
-        The graph is kept if ``records``: Newton's method asks for the Jacobian there next.
+        The graph is kept if the Jacobian is to be evaluated at the same point next.
         """
         s = s if self.start_time is None else self.start_time
         value = self.guarded("rhs", self._implicit_value, s, u, u_dot)
@@ -200,31 +213,16 @@ class Bridge:
             u_dot.copy(f)
         else:
             copy_in(f, value)
-            if self._field.mass is None and self._field.has_rhs:
+            if self.field.mass is None and self.field.has_rhs:
                 f.axpy(1.0, u_dot)
 
     def implicit_jacobian(
         self, ts: Any, s: float, u: Any, u_dot: Any, shift: float, a: Any, p: Any
     ) -> None:
-        """Fill p (and a) with shift dF/du_dot - dg/du (PETSc's IJacobian).
-
-        PETSc's adjoint of the theta methods also asks for it with a shift of the other sign, or
-        zero, only to multiply with it: nothing is assembled then.
-        """
+        """Fill p (and a) with shift dF/du_dot - dg/du (PETSc's IJacobian)."""
         s = s if self.start_time is None else self.start_time
-        if a.getType() == "python":
-            a.getPythonContext().move_to(self.jacobian_point(s, u, u_dot), shift, -1.0)
-            a.assemble()
-        if p.getType() != "python" and (shift > 0.0 or a.handle == p.handle):
-            matrices = self.guarded("jacobian", self._assemble_at, s, u, u_dot)
-            array = p.getDenseArray()
-            state, rate = (None, None) if matrices is None else matrices
-            array[...] = 0.0 if state is None else -state.numpy()
-            if rate is None:
-                array.flat[:: array.shape[0] + 1] += shift
-            else:
-                array += shift * rate.numpy()
-            p.assemble()
+        assert self.jacobian is not None
+        self.jacobian.compute(self, ts, s, u, u_dot, shift, a, p)
 
     def jacobian_point(self, s: float, u: Any, u_dot: Any) -> Point:
         """Return where the Jacobian that PETSc asks for at (s, u, u_dot) is taken."""
@@ -247,7 +245,7 @@ class Bridge:
 
     def point(self, s: float, u: Any, u_dot: Any = None) -> Point:
         """Return the point (s, u, u_dot), a recent one where it is the same."""
-        return self._point(self._field, s, u, u_dot)
+        return self._point(self.field, s, u, u_dot)
 
     def _point(self, field: VectorField, s: float, u: Any, u_dot: Any) -> Point:
         key = (u.handle, u.stateGet())
@@ -268,7 +266,7 @@ class Bridge:
 
     def point_at(self, s: float, u: torch.Tensor, u_dot: torch.Tensor | None = None) -> Point:
         """Return the point (s, u, u_dot) of tensors, a recent one where it is the same."""
-        field = self._field
+        field = self.field
         own = u.to(field.dtype, copy=True)
         rate = None if field.has_rhs or u_dot is None else u_dot.to(field.dtype, copy=True)
         return self._same_values(field, s, own, rate) or self._new_point(
@@ -345,29 +343,24 @@ class Bridge:
 
     def _implicit_value(self, s: float, u: Any, u_dot: Any) -> torch.Tensor:
         """Return F(s, u, u_dot), without the term u_dot where M is the identity."""
-        field = self._field
-        if self.records or not field.has_rhs:
+        field = self.field
+        wanted = self.records and (self.jacobian is None or self.jacobian.records)
+        if wanted or not field.has_rhs:
             value = -self.linearize(self.point(s, u, u_dot)).flat_value()
         else:
             value = -field.rhs(s, copy_out(u, field.dtype))
-        mass = self._field.mass
+        mass = field.mass
         return value if mass is None else mass.apply(copy_out(u_dot)) + value
 
-    def _assemble_at(
-        self, s: float, u: Any, u_dot: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        linearization = self.linearize(self.jacobian_point(s, u, u_dot))
-        return linearization.jacobian(), linearization.rate_jacobian()
-
     def _vjp_at(self, point: Point, w: Any) -> Products:
-        cotangent = copy_out(w, self._field.dtype)
+        cotangent = copy_out(w, self.field.dtype)
         product = self.linearize(point).vjp(cotangent)
         if self._single_use:
             point.linearization = None
         return product
 
     def _jvp_at(self, point: Point, v: Any, state: float, rate: float) -> torch.Tensor:
-        return self.linearize(point).jvp(copy_out(v, self._field.dtype), state, rate)
+        return self.linearize(point).jvp(copy_out(v, self.field.dtype), state, rate)
 
 
 class JacobianShell:

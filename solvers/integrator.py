@@ -19,6 +19,13 @@ from pnode.errors import (
 )
 from pnode.options import PETSc, SolverOptions, log_stage
 from pnode.solvers.bridge import Bridge, JacobianShell, shell_matrix
+from pnode.solvers.jacobians import (
+    BLOCK_LU,
+    Jacobian,
+    JacobianOptions,
+    create_assembly,
+    create_matrices,
+)
 from pnode.solvers.methods import Method
 from pnode.solvers.petsc_c import (
     before_each_stage,
@@ -32,13 +39,21 @@ from pnode.solvers.petsc_c import (
 from pnode.tolerances import Resolved
 from pnode.vectorfield import VectorField
 
-__all__ = ["IntegratorSettings", "StepOutcome", "TimeIntegrator", "build_ts", "default_options"]
+__all__ = [
+    "SINGULAR",
+    "IntegratorSettings",
+    "StepOutcome",
+    "TimeIntegrator",
+    "build_ts",
+    "default_options",
+]
 
 # Above this size "auto" stops assembling Jacobians: n batched backward passes and an n^3 / 3
 # factorization then cost more than a few tens of Krylov iterations.
 DENSE_LIMIT = 256
 _FLOATING_POINT = 72  # PETSC_ERR_FP
-_ZERO_PIVOT = 71  # PETSC_ERR_MAT_LU_ZRPVT
+#: PETSC_ERR_MAT_LU_ZRPVT: LAPACK found a dense matrix singular; sparse ones fail the solve.
+SINGULAR = 71
 # TSStep wants a final time; ours is kept by the driver.
 _FOREVER = 1e300
 
@@ -61,8 +76,10 @@ class IntegratorSettings:
         Tolerances of the controller.
     max_step : float
         Largest step.
-    jacobian : {"matrix-free", "dense"}
+    jacobian : {"matrix-free", "dense", "block", "sparse"}
         How an implicit method gets its Jacobian.
+    jacobian_options : JacobianOptions
+        How it is preconditioned and reused.
     form : {"rhs", "imex", "mass", "residual"}
         Form of the problem.
     controller : str
@@ -81,6 +98,7 @@ class IntegratorSettings:
     atol: Resolved = 1e-8
     max_step: float = math.inf
     jacobian: str = "dense"
+    jacobian_options: JacobianOptions = field(default_factory=JacobianOptions)
     form: str = "rhs"
     controller: str = "basic"
     split: int = 0
@@ -94,6 +112,7 @@ def default_options(
     dtype: torch.dtype,
     adjoint: bool = False,
     controller: str = "basic",
+    more: JacobianOptions | None = None,
 ) -> dict[str, Any]:
     """PETSc options that pnode sets unless the user does.
 
@@ -110,15 +129,24 @@ def default_options(
     if not method.implicit:
         return options
     double = dtype is torch.float64
-    linear = method.ts_type == "rosw"
+    more = more or JacobianOptions()
+    constant = more.reuse == "constant"
+    linear = method.ts_type == "rosw" or constant
+    # With an old Jacobian a step test leaves a tenth of the step, not its square.
+    old = more.reuse in ("step", "solve") and jacobian != "matrix-free"
     if not linear:
-        if method.ts_type != "python" or not adaptive:  # see ModifiedNewton for the other case
-            options |= {"snes_rtol": 1e-11, "snes_stol": 1e-10}
-            if not double:
-                options |= {"snes_rtol": 1e-6, "snes_stol": 1e-5}
+        if method.ts_type == "python" and adaptive:
+            pass  # see ModifiedNewton
+        elif double:
+            options |= {"snes_rtol": 1e-13 if old else 1e-11, "snes_stol": 1e-12 if old else 1e-10}
+        else:
+            options |= {"snes_rtol": 1e-7 if old else 1e-6, "snes_stol": 1e-6 if old else 1e-5}
+    if method.ts_type != "rosw":
         options["snes_linesearch_type"] = "basic"
-    if jacobian == "dense":
-        options |= {"ksp_type": "preonly", "pc_type": "lu"}
+    if constant:
+        options["snes_type"] = "ksponly"
+    if jacobian != "matrix-free":
+        options["ksp_type"] = "preonly"
     else:
         tight, loose = (1e-12, 1e-5) if double else (1e-6, 1e-3)
         if method.ts_type == "python" and adaptive:
@@ -127,8 +155,11 @@ def default_options(
             "ksp_type": "gmres",
             "ksp_gmres_restart": 100,
             "ksp_rtol": tight if adjoint or linear else loose,
-            "pc_type": "none",
         }
+    assembled = more.assembled(jacobian)
+    options["pc_type"] = {None: "none", "block": "python"}.get(assembled, "lu")
+    if assembled == "block":
+        options["pc_python_type"] = BLOCK_LU
     return options
 
 
@@ -174,13 +205,14 @@ def build_ts(
     work = vectors.create(comm, size)
     if method.implicit:
         ts.setIFunction(bridge.implicit_function, work)
-        shell = shell_matrix(JacobianShell(bridge), size, size, comm)
-        if settings.jacobian == "dense":
-            dense = PETSc.Mat().createDense(((size, PETSc.DETERMINE),) * 2, comm=comm)
-            dense.setUp()
-            ts.setIJacobian(bridge.implicit_jacobian, shell if adjoint else dense, dense)
-        else:
-            ts.setIJacobian(bridge.implicit_jacobian, shell, shell)
+        assembly = create_assembly(settings.jacobian, settings.jacobian_options)
+        uses_shell = adjoint or settings.jacobian == "matrix-free"
+        reuse = settings.jacobian_options.reuse
+        if method.ts_type in ("python", "rosw") and reuse != "constant":
+            reuse = "iteration"  # when to evaluate is part of these methods
+        bridge.jacobian = Jacobian(assembly, reuse, uses_shell, adjoint)
+        matrices = create_matrices(assembly, bridge, size, comm, uses_shell)
+        ts.setIJacobian(bridge.implicit_jacobian, *matrices)
     if not method.implicit or settings.form == "imex":
         bridge.set_rhs_function(ts, work.duplicate())
         if adjoint:
@@ -195,6 +227,8 @@ def build_ts(
     ts.setTimeStep(1.0)
     options.apply(ts)
     _refuse_other_type(ts, method)
+    if method.implicit:
+        _refuse_other_preconditioner(settings, options)
     # One ts.step() is one attempt: the length of every accepted step is then known exactly.
     ts.setMaxStepRejections(0)
     ts.setMaxSNESFailures(1)
@@ -236,6 +270,17 @@ def _refuse_other_type(ts: Any, method: Method) -> None:
         raise ConfigurationError(
             f"the option ts_ssp_num_stages={ssp_stages(ts)} contradicts method={method.name!r}, "
             f"which has {method.stages} stages: choose the method with method="
+        )
+
+
+def _refuse_other_preconditioner(settings: IntegratorSettings, options: SolverOptions) -> None:
+    """Refuse preconditioners that the blocks of independent samples do not offer."""
+    chosen = options.values.get("pc_type")
+    blocks = settings.jacobian_options.assembled(settings.jacobian) == "block"
+    if blocks and chosen not in ("python", "none"):
+        raise ConfigurationError(
+            f"pc_type={chosen!r} needs a matrix of PETSc's, and the blocks of independent samples "
+            "come with their own LU: drop pc_type, or use jacobian='sparse'"
         )
 
 
@@ -302,6 +347,7 @@ class TimeIntegrator:
             and not settings.adaptive
             and options.values.get("snes_linesearch_type") == "basic"
             and "snes_linesearch_type" not in options.given
+            and options.values.get("snes_type", "newtonls") == "newtonls"
         )
         self._iterations = (0, 0)
         self._direction = 1.0
@@ -378,8 +424,14 @@ class TimeIntegrator:
         where = {
             "time": self._direction * s, "step": index, "method": self.settings.method.name,
         }  # fmt: skip
+        if bridge.jacobian is not None:
+            bridge.jacobian.begin_step()
         self._step(where)
         error = self._failure(where)
+        if error is not None and bridge.jacobian is not None:
+            bridge.jacobian.renew()
+            if self._start is None and bridge.jacobian.reused and ts.getConvergedReason() < 0:
+                error = self._try_newton(s, step, where)
         if self._backtracks and isinstance(error, NonlinearSolveFailed):
             error = self._try_backtracking(s, step, where)
         if error is None and ts.getConvergedReason() >= 0:
@@ -396,6 +448,19 @@ class TimeIntegrator:
             ts.setStepNumber(index)
             self._start.copy(self.solution)
         return StepOutcome(False, proposed, error)
+
+    def _try_newton(self, s: float, step: float, where: dict[str, Any]) -> SolveError | None:
+        """Repeat a failed step with a new Jacobian at each iterate."""
+        jacobian = self.bridge.jacobian
+        assert jacobian is not None
+        jacobian.always = True
+        try:
+            self.ts.setTime(s)
+            self.ts.setTimeStep(step)
+            self._step(where)
+            return self._failure(where)
+        finally:
+            jacobian.always = False
 
     def _try_backtracking(self, s: float, step: float, where: dict[str, Any]) -> SolveError | None:
         """Repeat a failed step with damped Newton steps: a fixed step cannot be made smaller."""
@@ -418,7 +483,7 @@ class TimeIntegrator:
         except PETSc.Error as error:
             failure = error
         raise_stored(self.bridge, failure, where)
-        if failure is not None and failure.ierr == _ZERO_PIVOT:
+        if failure is not None and failure.ierr == SINGULAR:
             raise LinearSolveFailed(
                 "the matrix of a linear solve is singular: take another step size, or choose "
                 "another linear_solver",

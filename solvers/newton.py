@@ -89,7 +89,10 @@ class ModifiedNewton:
         self._searches = "snes_linesearch_type" in options.given
         self._given = options.values
         self._adaptive = settings.adaptive
-        self._reforms = settings.form == "rhs"
+        # Of an assembled matrix that is the operator too, or of products alone.
+        shells = [matrix.getType() == "python" for matrix in (self._operator, self._matrix)]
+        blocks = settings.jacobian_options.assembled(settings.jacobian) == "block"
+        self._reforms = settings.form == "rhs" and shells[0] == shells[1] and not blocks
         self._eps = torch.finfo(settings.dtype).eps
         self._read = False
         self.begin()

@@ -15,6 +15,7 @@ from pnode.options import PETSc
 
 __all__ = [
     "before_each_stage",
+    "color_columns",
     "register_arkimex",
     "register_rk",
     "restart_jacobian_lag",
@@ -175,6 +176,47 @@ def total_krylov_iterations(ksp: Any) -> int:
         "KSPGetTotalIterations",
     )
     return number.value
+
+
+_wrap_index_set = _exported("PyPetscIS_New", ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p))
+
+
+def color_columns(matrix: Any) -> Any:
+    """Color the columns of a sparse matrix: those of one color share no row.
+
+    PETSc's ``MatColoring`` of type ``sl``, smallest last. Not collective.
+
+    Parameters
+    ----------
+    matrix : Mat
+        Assembled, of type seqaij.
+
+    Returns
+    -------
+    ndarray
+        A color per column, counted from 0.
+    """
+    coloring, sets = ctypes.c_void_p(), ctypes.c_void_p()
+    number, indices = _Int(), ctypes.POINTER(ctypes.c_void_p)()
+    _check(
+        _library.MatColoringCreate(ctypes.c_void_p(matrix.handle), ctypes.byref(coloring)),
+        "MatColoringCreate",
+    )
+    _check(_library.MatColoringSetType(coloring, b"sl"), "MatColoringSetType")
+    _check(_library.MatColoringApply(coloring, ctypes.byref(sets)), "MatColoringApply")
+    use_pointer = 2  # PETSC_USE_POINTER
+    _check(
+        _library.ISColoringGetIS(
+            sets, use_pointer, ctypes.byref(number), ctypes.byref(indices)
+        ),
+        "ISColoringGetIS",
+    )  # fmt: skip
+    colors = np.empty(matrix.getSize()[1], dtype=np.int64)
+    for color in range(number.value):
+        colors[_wrap_index_set(indices[color]).getIndices()] = color
+    _check(_library.ISColoringDestroy(ctypes.byref(sets)), "ISColoringDestroy")
+    _check(_library.MatColoringDestroy(ctypes.byref(coloring)), "MatColoringDestroy")
+    return colors
 
 
 _registered: set[str] = set()

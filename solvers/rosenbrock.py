@@ -86,16 +86,16 @@ class RosenbrockBridge(Bridge):
         return super().jacobian_point(s, u, u_dot) if self._base is None else self._base
 
     def _evaluate_stage(self, s: float, u: Any) -> torch.Tensor:
-        own = copy_out(u, self._field.dtype)
+        own = copy_out(u, self.field.dtype)
         if self._base is None:
             wanted = self._tableau.needs_time_slope
-            linearization = self._field.linearize(s, own, differentiate_time=wanted)
-            self._base = Point(s, own, (0, -1), self._field, linearization=linearization)
+            linearization = self.field.linearize(s, own, differentiate_time=wanted)
+            self._base = Point(s, own, (0, -1), self.field, linearization=linearization)
             if wanted:
                 self._time_slope = linearization.time_derivative()
             value = linearization.flat_value()
         else:
-            value = self._field.rhs(s, own)
+            value = self.field.rhs(s, own)
         if self._time_slope is None:
             return value
         return value + self._step * self._tableau.gamma[self._stage] * self._time_slope

@@ -100,12 +100,12 @@ class SplitBridge(Bridge):
             copy_in(f, value[part])
 
     def _evaluate_state(self, s: float) -> torch.Tensor:
-        own = self._state.to(self._field.dtype, copy=True)
+        own = self._state.to(self.field.dtype, copy=True)
         self.evaluated.append(own)
         if not self._check_split:
-            return self._field.rhs(s, own)
+            return self.field.rhs(s, own)
         self._check_split = False
-        linearization = self._field.linearize(s, own)
+        linearization = self.field.linearize(s, own)
         generator = torch.Generator().manual_seed(0)
         for name, part in (("q", slice(None, self._split)), ("p", slice(self._split, None))):
             w = torch.zeros_like(own)

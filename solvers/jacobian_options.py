@@ -1,0 +1,84 @@
+"""Checks of the arguments that belong to ``jacobian=``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pnode.errors import ConfigurationError
+from pnode.solvers.jacobians import GivenMatrix, JacobianOptions, SparsityPattern, as_matrix
+from pnode.solvers.methods import Method
+
+__all__ = ["jacobian_options"]
+
+_REUSE = ("iteration", "step", "solve", "constant")
+_ASSEMBLED = ("dense", "block", "sparse")
+
+
+def jacobian_options(
+    method: Method, form: str, jacobian: str, pattern: Any, preconditioner: Any, reuse: str
+) -> JacobianOptions:
+    """Check what belongs to ``jacobian=``."""
+    if reuse not in _REUSE:
+        choices = ", ".join(map(repr, _REUSE))
+        raise ConfigurationError(f"jacobian_reuse={reuse!r} is unknown: choose one of {choices}")
+    named = [
+        name
+        for name, given in (
+            ("jacobian_pattern", pattern is not None),
+            ("preconditioner", preconditioner is not None),
+            ("jacobian_reuse", reuse != "iteration"),
+        )
+        if given
+    ]
+    if named and not method.implicit:
+        raise ConfigurationError(
+            f"{' and '.join(named)} given, and method={method.name!r} is explicit: drop it, or "
+            "take an implicit method such as 'cn' or 'es325'"
+        )
+    if isinstance(preconditioner, str) and preconditioner not in _ASSEMBLED:
+        choices = ", ".join(map(repr, _ASSEMBLED))
+        raise ConfigurationError(
+            f"preconditioner={preconditioner!r} is unknown: choose one of {choices}, or give a "
+            "matrix that approximates df/dy, or a callable (t, y) that returns one"
+        )
+    if preconditioner is not None and jacobian != "matrix-free":
+        raise ConfigurationError(
+            f"preconditioner given with jacobian={jacobian!r}: it belongs to "
+            "jacobian='matrix-free' (for an assembled Jacobian, choose one of PETSc's with "
+            "linear_solver={'pc_type': ...})"
+        )
+    if pattern is not None and "sparse" not in (jacobian, preconditioner):
+        raise ConfigurationError(
+            f"jacobian_pattern given with jacobian={jacobian!r}: it belongs to jacobian='sparse' "
+            "and preconditioner='sparse'"
+        )
+    if reuse in ("step", "solve") and jacobian == "matrix-free" and preconditioner is None:
+        raise ConfigurationError(
+            f"jacobian_reuse={reuse!r} has nothing to reuse with jacobian='matrix-free': give a "
+            "preconditioner, or use jacobian='dense', 'block' or 'sparse'"
+        )
+    if preconditioner is not None and not isinstance(preconditioner, str):
+        if form == "residual":
+            raise ConfigurationError(
+                "preconditioner is a matrix or a callable, which approximates df/dy, and a "
+                "residual has no f: use preconditioner='dense', 'block' or 'sparse'"
+            )
+        preconditioner = GivenMatrix(preconditioner)
+    if pattern is not None:
+        pattern = _sparsity_pattern(pattern)
+    return JacobianOptions(reuse, preconditioner, pattern)
+
+
+def _sparsity_pattern(pattern: Any) -> SparsityPattern:
+    """Return the entries stored in a sparse matrix, or those of a dense one that are not zero."""
+    matrix = as_matrix(pattern, "jacobian_pattern")
+    if matrix.shape[0] != matrix.shape[1]:
+        raise ConfigurationError(
+            f"jacobian_pattern has shape {tuple(matrix.shape)}: give a square matrix, one row and "
+            "column per entry of the flattened state"
+        )
+    dense = matrix.layout is torch.strided
+    rows, columns = matrix.nonzero().T if dense else matrix.indices()
+    return SparsityPattern(rows, columns, matrix.shape[0])
