@@ -5,9 +5,12 @@ from __future__ import annotations
 from pnode.adjoint.discrete import DiscreteAdjoint
 from pnode.adjoint.multistep import MultistepAdjoint
 from pnode.adjoint.residual import BackwardEulerAdjoint
+from pnode.adjoint.rosenbrock import RosenbrockAdjoint
+from pnode.adjoint.stages import ExplicitAdjoint, SymplecticAdjoint
 from pnode.adjoint.stepper import AdjointStepper
 from pnode.options import SolverOptions
 from pnode.solvers.integrator import IntegratorSettings
+from pnode.solvers.tableaus import ssp_tableau
 
 __all__ = ["create_adjoint"]
 
@@ -16,8 +19,16 @@ def create_adjoint(
     settings: IntegratorSettings, options: SolverOptions, parameters: bool
 ) -> AdjointStepper:
     """Create the adjoint of ``settings.method``. Collective on ``settings.comm``."""
-    if settings.method.ts_type == "python":
+    method = settings.method
+    if method.ts_type == "python":
         return MultistepAdjoint(settings, options, parameters)
     if settings.form == "residual":
         return BackwardEulerAdjoint(settings, options, parameters)
+    if method.ts_type == "ssp":
+        tableau = ssp_tableau(method.subtype, method.stages)
+        return ExplicitAdjoint(settings, parameters, tableau)
+    if method.ts_type == "basicsymplectic":
+        return SymplecticAdjoint(settings, parameters)
+    if method.ts_type == "rosw":
+        return RosenbrockAdjoint(settings, options, parameters)
     return DiscreteAdjoint(settings, options, parameters)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from pnode import vectors
 from pnode.adjoint.trajectory import Checkpoint
-from pnode.errors import LinearSolveFailed
-from pnode.options import PETSc, SolverOptions, log_stage
+from pnode.errors import LinearSolveFailed, SolveError
+from pnode.options import PETSc, SolverOptions, log_event, log_stage
 from pnode.solution import Ledger
 from pnode.solvers.bridge import Bridge, accumulate
 from pnode.solvers.integrator import IntegratorSettings, build_ts, raise_stored, reason_name
 from pnode.solvers.petsc_c import total_krylov_iterations
 from pnode.solvers.stepping import Step
-from pnode.vectorfield import Products, VectorField
+from pnode.vectorfield import Linearization, Products, VectorField
 from pnode.vectors import REAL
 
 __all__ = ["AdjointStepper", "ImplicitAdjointStepper", "TorchAdjointStepper"]
@@ -131,6 +132,33 @@ class TorchAdjointStepper(AdjointStepper):
     def destroy(self) -> None:
         """Nothing of PETSc's to free."""
 
+    def linearize(
+        self, s: float, u: torch.Tensor, step: Step, differentiate_time: bool = False
+    ) -> Linearization:
+        """Evaluate the field at (s, u), a tensor that nothing writes into, with its graph."""
+        try:
+            with log_event("pnode rhs"):
+                return self.field.linearize(
+                    s, u.to(self.field.dtype), differentiate_time=differentiate_time
+                )
+        except SolveError as error:
+            raise error.located(**self._where(step)) from error.__cause__
+
+    def pull_back(
+        self, product: Callable[..., Products], *cotangents: torch.Tensor
+    ) -> torch.Tensor:
+        """Call ``product``, such as a linearization's ``vjp``, add its second part to mu.
+
+        Returns
+        -------
+        Tensor
+            Its first part, the one for the state, PETSc's precision.
+        """
+        with log_event("pnode vjp"):
+            products = product(*(tensor.to(self.field.dtype) for tensor in cotangents))
+        self.accumulate(products.parameters, 1.0)
+        return products.state.to(REAL)
+
     def accumulate(self, terms: tuple[torch.Tensor | None, ...], weight: float) -> None:
         """Add ``weight`` times one product per parameter (any precision) to mu."""
         if self.wants_parameters:
@@ -221,33 +249,56 @@ class ImplicitAdjointStepper(TorchAdjointStepper):
         LinearSolveFailed
             If the Krylov method did not converge, or the matrix is singular.
         """
+        self.set_matrix(s, u, shift, step, u_dot)
+        return self.solve(b, step, ledger)
+
+    def set_matrix(
+        self, s: float, u: torch.Tensor, shift: float, step: Step, u_dot: torch.Tensor | None = None
+    ) -> None:
+        """Take ``F_u + shift F_u_dot`` at (s, u, u_dot) as the matrix of :meth:`solve`."""
         vectors.copy_in(self._u, u)
         if u_dot is None:
             self._u_dot.set(0.0)
         else:
             vectors.copy_in(self._u_dot, u_dot)
-        vectors.copy_in(self._b, b)
         failure: PETSc.Error | None = None
         try:
             self.ts.computeIJacobian(s, self._u, self._u_dot, shift, *self._matrices)
             self._ksp.setOperators(*self._matrices)
-            self._ksp.solveTranspose(self._b, self._x)
         except PETSc.Error as error:
             failure = error
+        self._check(failure, step)
+
+    def solve(
+        self, b: torch.Tensor, step: Step, ledger: Ledger, transposed: bool = True
+    ) -> torch.Tensor:
+        """Solve with the matrix, or its transpose, as :meth:`solve_transposed` does. Collective.
+
+        Several solves share the factors or the preconditioner.
+        """
+        vectors.copy_in(self._b, b)
+        failure: PETSc.Error | None = None
+        try:
+            (self._ksp.solveTranspose if transposed else self._ksp.solve)(self._b, self._x)
+        except PETSc.Error as error:
+            failure = error
+        self._check(failure, step)
+        total = total_krylov_iterations(self._ksp)
+        ledger.krylov += total - self._iterations
+        self._iterations = total
+        return vectors.copy_out(self._x)
+
+    def _check(self, failure: PETSc.Error | None, step: Step) -> None:
         raise_stored(self.bridge, failure, self._where(step))
         reason = self._ksp.getConvergedReason()
         if failure is not None or reason < 0:
             name = reason_name(PETSc.KSP.ConvergedReason, reason)
             raise LinearSolveFailed(
-                "a transposed solve of the adjoint failed: use jacobian='dense', or give "
+                "a linear solve of the adjoint failed: use jacobian='dense', or give "
                 "linear_solver a preconditioner or more iterations",
                 reason=str(failure).replace("\n", " ") if failure is not None else name,
                 **self._where(step),
             ) from failure
-        total = total_krylov_iterations(self._ksp)
-        ledger.krylov += total - self._iterations
-        self._iterations = total
-        return vectors.copy_out(self._x)
 
     def destroy(self) -> None:
         """Free the PETSc objects. Collective."""

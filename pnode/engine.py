@@ -34,6 +34,7 @@ from pnode.solvers.integrator import (
 )
 from pnode.solvers.methods import Method
 from pnode.solvers.stepping import Step, StepControl, forward_sweep
+from pnode.solvers.symplectic import split_size
 from pnode.vectorfield import VectorField, vector_field
 
 __all__ = ["Engine", "Requests", "Run"]
@@ -417,6 +418,7 @@ class Engine:
             adaptive=self.control.step_size is None,
             rtol=rtol, atol=atol, max_step=self.control.max_step,
             jacobian=jacobian, controller=self.control.controller, form=form,
+            split=split_size(self.method, layout),
         )  # fmt: skip
 
     def _solver_options(self, settings: IntegratorSettings, adjoint: bool = False) -> SolverOptions:

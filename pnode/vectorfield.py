@@ -102,7 +102,7 @@ class VectorField:
             return self.linearize(s, u).flat_value()
         self.ledger.rhs += 1
         with torch.no_grad():
-            value = self._call(s, u, self._layout.unflatten(u)).reshape(-1)
+            value = self._call(s, u, self._time(s), self._layout.unflatten(u)).reshape(-1)
             return value if self._direction > 0 else -value
 
     def slope(self, s: float, u: torch.Tensor) -> torch.Tensor:
@@ -111,7 +111,11 @@ class VectorField:
         return own if self.explicit is None else own + self.explicit.rhs(s, u.clone())
 
     def linearize(
-        self, s: float, u: torch.Tensor, u_dot: torch.Tensor | None = None
+        self,
+        s: float,
+        u: torch.Tensor,
+        u_dot: torch.Tensor | None = None,
+        differentiate_time: bool = False,
     ) -> Linearization:
         """Evaluate f at (s, u) with its graph, for products with the Jacobian.
 
@@ -123,19 +127,27 @@ class VectorField:
             Flat state as in :meth:`rhs`.
         u_dot : Tensor, optional
             Its rate; matters to residuals alone.
+        differentiate_time : bool
+            Whether the derivative with respect to time is wanted too.
         """
         self.ledger.rhs += 1
         # A single tensor becomes a leaf in its own shape: no reshaping in the graph.
         leaf = u if self._layout.is_tuple else u.view(self._layout.shapes[0])
         leaf.requires_grad_(True)
+        time = self._time(s).requires_grad_(differentiate_time)
         if torch.is_grad_enabled():
-            value = self._record(s, leaf)
+            value = self._record(s, leaf, time)
         else:
             with torch.enable_grad():
-                value = self._record(s, leaf)
-        return Linearization(self, (leaf,), value, self._direction)
+                value = self._record(s, leaf, time)
+        return Linearization(self, (leaf,), value, self._direction, time)
 
-    def _record(self, s: float, leaf: torch.Tensor) -> torch.Tensor:
+    def _time(self, s: float) -> torch.Tensor:
+        """Return the user's time as f gets it."""
+        layout = self._layout
+        return torch.scalar_tensor(self._direction * s, dtype=layout.dtype, device=layout.device)
+
+    def _record(self, s: float, leaf: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         """Call f on a leaf, under grad."""
         first, self._check_first = self._check_first, False
         # torch has an error of its own for writing into a leaf. The first time, f gets a copy of
@@ -143,20 +155,20 @@ class VectorField:
         own = leaf.clone() if first else leaf
         try:
             value = self._call(
-                s, own, self._layout.unflatten(own) if self._layout.is_tuple else own
+                s, own, time, self._layout.unflatten(own) if self._layout.is_tuple else own
             )
         except RuntimeError as error:
             if "leaf Variable" in str(error) or "created in no_grad mode" in str(error):
                 raise self._wrote_into_input(s, " (or into a parameter)") from error
             raise
         if first and self.problem.check_undeclared:
-            self._find_parameters(value, leaf)
+            self._find_parameters(value, leaf, time)
         return value
 
-    def _call(self, s: float, own: torch.Tensor, *state: Any) -> torch.Tensor:
+    def _call(self, s: float, own: torch.Tensor, time: torch.Tensor, *state: Any) -> torch.Tensor:
         """Call f in the user's time on ``state``, made from ``own``, and check what comes back.
 
-        ``state`` is y, and y' too for a residual.
+        ``time`` is the user's, ``state`` y, and y' too for a residual.
 
         Returns
         -------
@@ -164,7 +176,6 @@ class VectorField:
             f's result in its own shape; flat for a tuple. Not yet in the integrator's direction.
         """
         layout = self._layout
-        time = torch.scalar_tensor(self._direction * s, dtype=layout.dtype, device=layout.device)
         version = own._version
         result = self._function(time, *state)
         if own._version != version:
@@ -258,11 +269,16 @@ class Residual(VectorField):
         raise NotImplementedError("a residual has no right-hand side")
 
     def linearize(
-        self, s: float, u: torch.Tensor, u_dot: torch.Tensor | None = None
+        self,
+        s: float,
+        u: torch.Tensor,
+        u_dot: torch.Tensor | None = None,
+        differentiate_time: bool = False,
     ) -> Linearization:
         """Evaluate F at (s, u, u_dot) with its graph."""
         assert u_dot is not None
         self.ledger.rhs += 1
+        time = self._time(s)
         layout = self._layout
         leaves: tuple[torch.Tensor, ...] = (u, u_dot * self._direction)
         if not layout.is_tuple:
@@ -273,10 +289,12 @@ class Residual(VectorField):
             first, self._check_first = self._check_first, False
             own, rate = (leaf.clone() for leaf in leaves)
             state = layout.unflatten(own) if layout.is_tuple else own
-            value = self._call(s, own, state, layout.unflatten(rate) if layout.is_tuple else rate)
+            value = self._call(
+                s, own, time, state, layout.unflatten(rate) if layout.is_tuple else rate
+            )
             if first and self.problem.check_undeclared:
                 self._find_parameters(value, *leaves)
-        return Linearization(self, leaves, value, -1.0, self._direction)
+        return Linearization(self, leaves, value, -1.0, time, self._direction)
 
 
 def vector_field(problem: InitialValueProblem, ledger: Ledger) -> VectorField:
@@ -318,6 +336,8 @@ class Linearization:
         What the user's function returned, with its graph, in the same shape.
     sign : float
         g = sign * value.
+    time : Tensor
+        The user's time, a leaf of the graph if its derivative is wanted.
     rate_sign : float, optional
         dF/du_dot = rate_sign * dvalue/dy', for a residual.
     """
@@ -328,6 +348,7 @@ class Linearization:
         leaves: tuple[torch.Tensor, ...],
         value: torch.Tensor,
         sign: float,
+        time: torch.Tensor,
         rate_sign: float | None = None,
     ) -> None:
         self._field = field
@@ -335,6 +356,7 @@ class Linearization:
         self._value = value
         self._sign = sign
         self._rate_sign = rate_sign
+        self._time = time
         self._double_backward: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None
         self._jacobians: tuple[torch.Tensor, ...] | None = None
 
@@ -422,11 +444,64 @@ class Linearization:
         products = self._rows(cotangents)[0]
         return products if self._sign > 0 else -products
 
+    def second_vjp(self, w: torch.Tensor, v: torch.Tensor) -> Products:
+        """Return the derivatives of w^T (dg/dy) v with respect to y and the parameters.
+
+        By differentiating the VJP w^T dg/dy, in the direction v, once more.
+
+        Parameters
+        ----------
+        w, v : Tensor
+            Flat, shape ``(size,)``, the user's precision; both constant.
+        """
+        cotangent = w if self._sign > 0 else -w
+        return self._differentiate_vjp(cotangent, self._leaves[0], v.view(self._leaves[0].shape))
+
+    def time_derivative(self) -> torch.Tensor:
+        """Return dg/ds, flat, the user's precision; zero if the graph does not contain time.
+
+        With g(s, y) = d f(d s, y) and d = 1 or -1, this is df/dt.
+        """
+        result = None
+        if self._value.requires_grad and self._time.requires_grad:
+            cotangent = torch.zeros_like(self._value, requires_grad=True)
+            with torch.enable_grad():
+                (product,) = torch.autograd.grad(
+                    self._value, self._time, cotangent, create_graph=True, allow_unused=True
+                )
+            if product is not None and product.requires_grad:
+                self._field.ledger.jvp += 1
+                (result,) = torch.autograd.grad(product, cotangent, allow_unused=True)
+        return (torch.zeros_like(self._value) if result is None else result).reshape(-1)
+
+    def time_derivative_vjp(self, w: torch.Tensor) -> Products:
+        """Return the derivatives of w^T dg/ds with respect to y and the parameters."""
+        return self._differentiate_vjp(w, self._time, torch.ones_like(self._time))
+
+    def _differentiate_vjp(
+        self, cotangent: torch.Tensor, leaf: torch.Tensor, direction: torch.Tensor
+    ) -> Products:
+        """Differentiate <f_leaf^T cotangent, direction>, leaf being the state or time."""
+        inputs = (self._leaves[0], *self._field.parameters)
+        products: tuple[torch.Tensor | None, ...] = (None,) * len(inputs)
+        self._field.ledger.vjp += 1
+        if self._value.requires_grad and leaf.requires_grad:
+            with torch.enable_grad():
+                (product,) = torch.autograd.grad(
+                    self._value, leaf, cotangent.view(self._value.shape), create_graph=True,
+                    allow_unused=True,
+                )  # fmt: skip
+            if product is not None and product.requires_grad:
+                products = torch.autograd.grad(
+                    product, inputs, direction, retain_graph=True, allow_unused=True
+                )
+        return Products(self._flat(products[0]), products[1:])
+
     def jacobian(self) -> torch.Tensor:
         """Return dg/du as a dense matrix, shape ``(size, size)``, the user's precision.
 
         All rows come from one batched backward pass; fields that torch cannot batch are done row
-        by row.
+        by row. Computed once per point.
         """
         matrix = self._matrices()[0]
         return matrix if self._sign > 0 else -matrix

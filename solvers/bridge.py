@@ -171,6 +171,10 @@ class Bridge:
         """From now on PETSc passes the right times."""
         self.start_time = None
 
+    def set_rhs_function(self, ts: Any, work: Any) -> None:
+        """Make this the right-hand side of an explicit TS. Not collective."""
+        ts.setRHSFunction(self.rhs_function, work)
+
     def rhs_function(self, ts: Any, s: float, u: Any, f: Any) -> None:
         """f = g(s, u) (PETSc's RHSFunction)."""
         value = self.guarded("rhs", self._evaluate, s, u)
@@ -209,7 +213,7 @@ class Bridge:
         """
         s = s if self.start_time is None else self.start_time
         if a.getType() == "python":
-            a.getPythonContext().move_to(self.point(s, u, u_dot), shift, -1.0)
+            a.getPythonContext().move_to(self.jacobian_point(s, u, u_dot), shift, -1.0)
             a.assemble()
         if p.getType() != "python" and (shift > 0.0 or a.handle == p.handle):
             matrices = self.guarded("jacobian", self._assemble_at, s, u, u_dot)
@@ -221,6 +225,10 @@ class Bridge:
             else:
                 array += shift * rate.numpy()
             p.assemble()
+
+    def jacobian_point(self, s: float, u: Any, u_dot: Any) -> Point:
+        """Return where the Jacobian that PETSc asks for at (s, u, u_dot) is taken."""
+        return self.point(s, u, u_dot)
 
     def explicit_jacobian(self, ts: Any, s: float, u: Any, a: Any, p: Any) -> None:
         """Point the shell at dg/du(s, u) (PETSc's RHSJacobian)."""
@@ -348,7 +356,7 @@ class Bridge:
     def _assemble_at(
         self, s: float, u: Any, u_dot: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        linearization = self.linearize(self.point(s, u, u_dot))
+        linearization = self.linearize(self.jacobian_point(s, u, u_dot))
         return linearization.jacobian(), linearization.rate_jacobian()
 
     def _vjp_at(self, point: Point, w: Any) -> Products:

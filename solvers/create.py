@@ -5,6 +5,8 @@ from __future__ import annotations
 from pnode.options import SolverOptions
 from pnode.solvers.integrator import IntegratorSettings, TimeIntegrator
 from pnode.solvers.multistep import MultistepIntegrator
+from pnode.solvers.rosenbrock import RosenbrockIntegrator
+from pnode.solvers.symplectic import SymplecticIntegrator
 
 __all__ = ["create_integrator"]
 
@@ -13,4 +15,8 @@ def create_integrator(settings: IntegratorSettings, options: SolverOptions) -> T
     """Create the integrator of ``settings.method``. Collective on ``settings.comm``."""
     if settings.method.ts_type == "python":
         return MultistepIntegrator(settings, options)
+    if settings.method.ts_type == "basicsymplectic":
+        return SymplecticIntegrator(settings, options)
+    if settings.method.ts_type == "rosw":
+        return RosenbrockIntegrator(settings, options)
     return TimeIntegrator(settings, options)

@@ -24,7 +24,10 @@ from pnode.solvers.petsc_c import (
     before_each_stage,
     register_arkimex,
     register_rk,
+    set_subtype,
+    ssp_stages,
     stage_vectors,
+    subtype,
 )
 from pnode.tolerances import Resolved
 from pnode.vectorfield import VectorField
@@ -35,6 +38,7 @@ __all__ = ["IntegratorSettings", "StepOutcome", "TimeIntegrator", "build_ts", "d
 # factorization then cost more than a few tens of Krylov iterations.
 DENSE_LIMIT = 256
 _FLOATING_POINT = 72  # PETSC_ERR_FP
+_ZERO_PIVOT = 71  # PETSC_ERR_MAT_LU_ZRPVT
 # TSStep wants a final time; ours is kept by the driver.
 _FOREVER = 1e300
 
@@ -63,6 +67,8 @@ class IntegratorSettings:
         Form of the problem.
     controller : str
         Who chooses the steps; see :mod:`pnode.controllers`.
+    split : int
+        Entries of the positions, the first part of the state of a symplectic method.
     comm : object
         PETSc communicator.
     """
@@ -77,6 +83,7 @@ class IntegratorSettings:
     jacobian: str = "dense"
     form: str = "rhs"
     controller: str = "basic"
+    split: int = 0
     comm: Any = field(default_factory=lambda: PETSc.COMM_SELF, compare=False)
 
 
@@ -93,7 +100,7 @@ def default_options(
     Newton's tolerances: convergence is quadratic, so the step test ``snes_stol`` leaves an error
     of its square, or what the precision of f leaves; the residual test serves Krylov methods,
     where convergence is linear. A transposed solve has no outer iteration to correct it, so its
-    Krylov tolerance is the accuracy of the gradient.
+    Krylov tolerance is the accuracy of the gradient. Nor has a Rosenbrock stage one.
 
     Newton's steps are taken in full: PETSc's backtracking judges a step by the norm of the stiff
     residual, and can cut good steps to a tenth for tens of iterations. It is the second attempt
@@ -103,9 +110,13 @@ def default_options(
     if not method.implicit:
         return options
     double = dtype is torch.float64
-    if method.ts_type != "python" or not adaptive:  # see ModifiedNewton for the other case
-        options |= {"snes_rtol": 1e-11 if double else 1e-6, "snes_stol": 1e-10 if double else 1e-5}
-    options["snes_linesearch_type"] = "basic"
+    linear = method.ts_type == "rosw"
+    if not linear:
+        if method.ts_type != "python" or not adaptive:  # see ModifiedNewton for the other case
+            options |= {"snes_rtol": 1e-11, "snes_stol": 1e-10}
+            if not double:
+                options |= {"snes_rtol": 1e-6, "snes_stol": 1e-5}
+        options["snes_linesearch_type"] = "basic"
     if jacobian == "dense":
         options |= {"ksp_type": "preonly", "pc_type": "lu"}
     else:
@@ -115,7 +126,7 @@ def default_options(
         options |= {
             "ksp_type": "gmres",
             "ksp_gmres_restart": 100,
-            "ksp_rtol": tight if adjoint else loose,
+            "ksp_rtol": tight if adjoint or linear else loose,
             "pc_type": "none",
         }
     return options
@@ -155,6 +166,8 @@ def build_ts(
         ts.setDIRKType(method.subtype)
     elif method.ts_type == "arkimex":
         ts.setARKIMEXType(method.subtype)
+    elif method.subtype:
+        set_subtype(ts, method.ts_type, method.subtype, method.stages)
     ts.setProblemType(PETSc.TS.ProblemType.NONLINEAR)
     kinds = PETSc.TS.EquationType
     ts.setEquationType(kinds.ODE_EXPLICIT if settings.form in ("rhs", "imex") else kinds.IMPLICIT)
@@ -169,7 +182,7 @@ def build_ts(
         else:
             ts.setIJacobian(bridge.implicit_jacobian, shell, shell)
     if not method.implicit or settings.form == "imex":
-        ts.setRHSFunction(bridge.rhs_function, work.duplicate())
+        bridge.set_rhs_function(ts, work.duplicate())
         if adjoint:
             shell = shell_matrix(JacobianShell(bridge), size, size, comm)
             ts.setRHSJacobian(bridge.explicit_jacobian, shell, shell)
@@ -210,11 +223,19 @@ def _refuse_other_type(ts: Any, method: Method) -> None:
             f"the option ts_type={ts.getType()!r} contradicts method={method.name!r}: choose the "
             "method with method="
         )
+    if not method.subtype:
+        return
     subtypes = {"rk": ts.getRKType, "dirk": ts.getDIRKType, "arkimex": ts.getARKIMEXType}
-    if method.ts_type in subtypes and subtypes[method.ts_type]() != method.subtype:
+    get = subtypes.get(method.ts_type, lambda: subtype(ts, method.ts_type))
+    if get() != method.subtype:
         raise ConfigurationError(
-            f"the option ts_{method.ts_type}_type={subtypes[method.ts_type]()!r} contradicts "
+            f"the option ts_{method.ts_type}_type={get()!r} contradicts "
             f"method={method.name!r}: choose the method with method="
+        )
+    if method.ts_type == "ssp" and ssp_stages(ts) != method.stages:
+        raise ConfigurationError(
+            f"the option ts_ssp_num_stages={ssp_stages(ts)} contradicts method={method.name!r}, "
+            f"which has {method.stages} stages: choose the method with method="
         )
 
 
@@ -265,14 +286,11 @@ class TimeIntegrator:
         self.settings = settings
         self.options = options
         method = settings.method
-        self.bridge = Bridge(
-            single_use=not method.implicit,
-            keep=0 if method.implicit else method.stages,
-            check=settings.adaptive,
-        )
+        self.bridge = self._create_bridge()
         self.ts = build_ts(settings, options, self.bridge)
         self.solution = self.ts.getSolution()
-        self._kept = adjoint_vectors(self.ts, method)
+        own = method.adjoint == "TSAdjoint"
+        self._kept = adjoint_vectors(self.ts, method) if own else []
         self._start = self.solution.duplicate() if settings.adaptive else None
         self._rolled_back = False
         self._starts = method.ts_type == "dirk"
@@ -287,6 +305,14 @@ class TimeIntegrator:
         )
         self._iterations = (0, 0)
         self._direction = 1.0
+
+    def _create_bridge(self) -> Bridge:
+        method = self.settings.method
+        return Bridge(
+            single_use=not method.implicit,
+            keep=0 if method.implicit else method.stages,
+            check=self.settings.adaptive,
+        )
 
     def begin(self, field: VectorField, u: torch.Tensor, s: float, step_index: int = 0) -> None:
         """Begin a sweep, or go on, from state ``u`` at time ``s``. Collective."""
@@ -392,6 +418,12 @@ class TimeIntegrator:
         except PETSc.Error as error:
             failure = error
         raise_stored(self.bridge, failure, where)
+        if failure is not None and failure.ierr == _ZERO_PIVOT:
+            raise LinearSolveFailed(
+                "the matrix of a linear solve is singular: take another step size, or choose "
+                "another linear_solver",
+                reason="zero pivot in LU factorization", **where,
+            ) from failure  # fmt: skip
         if failure is not None:
             overflow = (
                 "; an error norm overflows when rtol * |y| + atol is zero or tiny for an entry of y"
@@ -412,7 +444,7 @@ class TimeIntegrator:
             if reason < 0:
                 return newton_error(snes, where)
         at = self.bridge.nonfinite_time
-        if (at is not None and not method.implicit) or not math.isfinite(self.solution.norm()):
+        if at is not None or not math.isfinite(self.solution.norm()):
             text = "the vector field returned NaN or infinity" + (
                 f" at t = {self._direction * at!r}" if at is not None else ""
             )

@@ -76,9 +76,9 @@ class Method:
     fsal : bool
         First Same As Last: a step's first stage is the one before's last.
     forms : tuple of str
-        Problem forms.
-    adjoint : str
-        Where the discrete adjoint comes from.
+        Problem forms; "separable" is a pair (q, p) with dq/dt = g(t, p), dp/dt = f(t, q).
+    adjoint : {"TSAdjoint", "stages"}
+        Where the discrete adjoint comes from: PETSc, or pnode's own pass over the stages.
     checkpoint : str
         What a checkpoint of one step holds.
     same_bits : bool
@@ -153,8 +153,32 @@ def _arkimex(
 def _bdf(name: str, order: int, *aliases: str) -> Method:
     return Method(
         name, "python", order, 1, aliases, kind="implicit", adaptive=True,
-        adjoint="pnode", checkpoint="solution", same_bits=False,
+        adjoint="multistep", checkpoint="solution", same_bits=False,
         forms=("rhs", "mass", "residual"),
+    )  # fmt: skip
+
+
+def _ssp(name: str, subtype: str, order: int, stages: int, *aliases: str) -> Method:
+    return Method(
+        name, "ssp", order, stages, aliases, subtype, adjoint="stages",
+        checkpoint=f"{stages} stages",
+    )  # fmt: skip
+
+
+def _symplectic(name: str, subtype: str, order: int, updates: int, *aliases: str) -> Method:
+    return Method(
+        name, "basicsymplectic", order, order, aliases, subtype, forms=("separable",),
+        adjoint="stages", checkpoint=f"{updates} states",
+    )  # fmt: skip
+
+
+def _rosw(name: str, order: int, stages: int, *aliases: str, **more: Any) -> Method:
+    """Return a row for TSROSW; every type but the theta methods has an embedded one."""
+    subtype = more.pop("subtype", name)
+    names = (*aliases, f"rosw_{subtype}") if name != f"rosw_{subtype}" else aliases
+    return Method(
+        name, "rosw", order, stages, names, subtype, kind="implicit",
+        adaptive=not subtype.startswith("theta"), adjoint="stages", checkpoint="solution", **more,
     )  # fmt: skip
 
 
@@ -199,6 +223,15 @@ METHODS: tuple[Method, ...] = (
     _rk("verner6", "6vr", 6, 9, adaptive=True, fsal=True),
     _rk("verner7", "7vr", 7, 10, adaptive=True),
     _rk("verner8", "8vr", 8, 13, adaptive=True),
+    _ssp("ssprk22", "rks2", 2, 2),
+    _ssp("ssprk52", "rks2", 2, 5, "rks2"),
+    _ssp("ssprk43", "rks3", 3, 4),
+    _ssp("ssprk93", "rks3", 3, 9, "rks3"),
+    _ssp("ssprk104", "rk104", 4, 10, "rk104"),
+    _symplectic("symplectic_euler", "1", 1, 2, "sieuler"),
+    _symplectic("velocity_verlet", "2", 2, 3, "velverlet"),
+    _symplectic("ruth3", "3", 3, 6),
+    _symplectic("forest_ruth", "4", 4, 7, "yoshida4"),
     _theta(
         "beuler",
         "beuler",
@@ -211,6 +244,26 @@ METHODS: tuple[Method, ...] = (
     ),
     _theta("cn", "cn", 2, 2, "crank_nicolson", "trapezoid", forms=("rhs", "mass")),
     _theta("implicit_midpoint", "theta", 2, 1, "theta", forms=("rhs", "mass")),
+    _rosw("rosw_theta1", 1, 1, "linearly_implicit_euler", subtype="theta1"),
+    _rosw("rosw_theta2", 2, 1, "linearly_implicit_midpoint", subtype="theta2"),
+    _rosw("ros2m", 2, 2, subtype="2m"),
+    _rosw("ros2p", 2, 2, subtype="2p"),
+    _rosw("ra3pw", 3, 3),
+    _rosw("ra34pw2", 3, 4, "rosw"),
+    _rosw("r34prw", 3, 4, "ros34prw"),
+    _rosw("r3prl2", 3, 4, "ros3prl2"),
+    _rosw("rodas3", 3, 4),
+    _rosw("sandu3", 3, 3, "ros3"),
+    _rosw("assp3p3s1c", 3, 3),
+    _rosw("lassp3p4s2c", 3, 4),
+    _rosw("llssp3p4s2c", 3, 4),
+    _rosw("rosw_ark3", 3, 4, subtype="ark3"),
+    _rosw("rodaspr", 4, 6),
+    _rosw("rodaspr2", 4, 6),
+    _rosw("grk4t", 4, 4),
+    _rosw("shamp4", 4, 4),
+    _rosw("veldd4", 4, 4),
+    _rosw("ros4l", 4, 4, subtype="4l"),
     _dirk("es122", "es122sal", 1, 2),
     _dirk("sdirk2", "s212", 2, 2),
     _dirk("trbdf2", "es213sal", 2, 3, "esdirk2"),
@@ -322,7 +375,7 @@ def find_method(name: Any) -> Method:
 
 def check_form(form: str, method: Method) -> None:
     """Refuse a method that does not solve problems of this form."""
-    if form in method.forms:
+    if form in method.forms or (form == "rhs" and "separable" in method.forms):
         return
     able = ", ".join(repr(other.name) for other in METHODS if form in other.forms)
     names = {"imex": "implicit= and explicit=", "mass": "mass=", "residual": "residual="}

@@ -17,8 +17,13 @@ __all__ = [
     "before_each_stage",
     "register_arkimex",
     "register_rk",
+    "restart_jacobian_lag",
     "rk_tableau",
+    "set_recompute_jacobian",
+    "set_subtype",
+    "ssp_stages",
     "stage_vectors",
+    "subtype",
     "total_krylov_iterations",
 ]
 
@@ -55,6 +60,52 @@ def stage_vectors(ts: Any) -> list[Any]:
         "TSGetStages",
     )
     return [_wrap_vector(array[index]) for index in range(number.value)]
+
+
+#: Functions that petsc4py does not wrap, by TS type.
+_FAMILIES = {"ssp": "TSSSP", "basicsymplectic": "TSBasicSymplectic", "rosw": "TSRosW"}
+
+
+def set_subtype(ts: Any, ts_type: str, name: str, stages: int) -> None:
+    """Choose the method within a TS type that petsc4py has no setter for.
+
+    Collective. ``stages`` is for TSSSP, whose methods come with any number of stages.
+    """
+    function = f"{_FAMILIES[ts_type]}SetType"
+    _check(_library[function](ctypes.c_void_p(ts.handle), name.encode()), function)
+    if ts_type == "ssp":
+        _check(
+            _library.TSSSPSetNumStages(ctypes.c_void_p(ts.handle), _Int(stages)),
+            "TSSSPSetNumStages",
+        )
+
+
+def subtype(ts: Any, ts_type: str) -> str:
+    """Return what :func:`set_subtype` or an option has set. Not collective."""
+    function, name = f"{_FAMILIES[ts_type]}GetType", ctypes.c_char_p()
+    _check(_library[function](ctypes.c_void_p(ts.handle), ctypes.byref(name)), function)
+    return (name.value or b"").decode()
+
+
+def ssp_stages(ts: Any) -> int:
+    """Return the number of stages of a TSSSP (``TSSSPGetNumStages``). Not collective."""
+    number = _Int()
+    _check(
+        _library.TSSSPGetNumStages(ctypes.c_void_p(ts.handle), ctypes.byref(number)),
+        "TSSSPGetNumStages",
+    )
+    return number.value
+
+
+def set_recompute_jacobian(ts: Any, flag: bool) -> None:
+    """Say whether each stage of a TSROSW has a matrix of its own. Collective."""
+    name = "TSRosWSetRecomputeJacobian"
+    _check(_library[name](ctypes.c_void_p(ts.handle), ctypes.c_int(flag)), name)
+
+
+def restart_jacobian_lag(snes: Any) -> None:
+    """Let SNES build its Jacobian at the next solve (``SNESSetLagJacobian``, 1). Collective."""
+    _check(_library.SNESSetLagJacobian(ctypes.c_void_p(snes.handle), _Int(1)), "SNESSetLagJacobian")
 
 
 def rk_tableau(ts: Any) -> dict[str, Any]:

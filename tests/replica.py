@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import torch
 
+from pnode import Solver
 from pnode.options import SolverOptions, next_prefix
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
@@ -14,6 +15,7 @@ from pnode.solvers.bridge import Bridge
 from pnode.solvers.integrator import IntegratorSettings, TimeIntegrator, build_ts, default_options
 from pnode.solvers.methods import Method, find_method
 from pnode.solvers.petsc_c import before_each_stage, rk_tableau, stage_vectors
+from pnode.solvers.rosenbrock_tableaus import ROSENBROCK
 from pnode.vectorfield import VectorField, vector_field
 from pnode.vectors import copy_out
 
@@ -26,6 +28,44 @@ def petsc_tableau(method: Method) -> dict:
     tableau = rk_tableau(ts)
     ts.destroy()
     return tableau
+
+
+def measured_tableau(method: Method) -> dict:
+    """Butcher tableau of an explicit method, measured: PETSc tells only that of TSRK.
+
+    On y' = g with g the k-th unit vector at the k-th evaluation, a step of length 1 from zero
+    evaluates at the stages (a_k1, ..., a_ks) and ends at (b_1, ..., b_s).
+    """
+    times, stages = [], []
+
+    def indicator(t, y):
+        times.append(float(t))
+        stages.append(y.clone())
+        return torch.eye(method.stages, dtype=torch.float64)[len(times) - 1]
+
+    zero = torch.zeros(method.stages, dtype=torch.float64)
+    with torch.no_grad():
+        ys = Solver(indicator, method=method.name, step_size=1.0)(zero, torch.tensor([0.0, 1.0])).ys
+    return {"A": torch.stack(stages).numpy(), "b": ys[-1].numpy(), "c": np.array(times)}
+
+
+def symplectic_step(f, subtype, t, h, y):
+    """One step of positions, then momenta; each part has a clock of its own."""
+    third, root = 1.0 / 3.0, 2.0 ** (1.0 / 3.0)
+    w = 1.0 / (2.0 - root)
+    positions, momenta = {
+        "1": ([1.0], [1.0]),
+        "2": ([0.0, 1.0], [0.5, 0.5]),
+        "3": ([1.0, -2 * third, 2 * third], [-1 / 24, 3 / 4, 7 / 24]),
+        "4": ([w / 2, (1 - root) * w / 2, (1 - root) * w / 2, w / 2], [w, -root * w, w, 0.0]),
+    }[subtype]
+    q, p = y
+    for i, (c, d) in enumerate(zip(positions, momenta, strict=True)):
+        time = torch.as_tensor(t + h * sum(momenta[:i]), dtype=q.dtype)
+        q = q + c * h * f(time, (q, p))[0]
+        time = torch.as_tensor(t + h * sum(positions[: i + 1]), dtype=q.dtype)
+        p = p + d * h * f(time, (q, p))[1]
+    return q, p
 
 
 def dirk_tableau(method: Method) -> dict:
@@ -145,6 +185,43 @@ def arkimex_step(implicit, explicit, tableau, t, h, y):
     return y + combine(tableau["bt"], slopes_i) + combine(tableau["b"], slopes_e)
 
 
+def rosw_step(f, tableau, t, h, y, time_slope=None, own_matrices=False):
+    """One Rosenbrock step, in the variables of the textbook.
+
+    ``time_slope``: whether g_t is part of it, by default where the method would lose its order
+    without. ``own_matrices``: every stage has the Jacobian at its own state, as PETSc's option
+    ts_rosw_recompute_jacobian does (but explicit stages have that at the start of the step).
+    """
+
+    def time_at(offset):
+        return torch.as_tensor(t + offset * h, dtype=y.dtype)
+
+    def jacobian(time, state):
+        def flat(x):
+            return f(time, x.view_as(y)).reshape(-1)
+
+        return torch.autograd.functional.jacobian(flat, state.reshape(-1), create_graph=True)
+
+    start = jacobian(time_at(0.0), y)
+    slope = 0.0
+    if tableau.needs_time_slope if time_slope is None else time_slope:
+        slope = torch.autograd.functional.jacobian(
+            lambda s: f(s, y).reshape(-1), time_at(0.0), create_graph=True
+        )
+    slopes: list[torch.Tensor] = []
+    eye = torch.eye(y.numel(), dtype=y.dtype)
+    for a, gamma in zip(tableau.A, tableau.Gamma, strict=True):
+        stage = y.reshape(-1) + sum(x * k for x, k in zip(a, slopes, strict=True))
+        time = time_at(sum(a))
+        J = start
+        if own_matrices:
+            J = jacobian(time, stage if gamma[-1] else y)
+        before = sum((x * k for x, k in zip(gamma, slopes, strict=False)), start=0.0 * stage)
+        b = h * f(time, stage.view_as(y)).reshape(-1) + h * J @ before + h * h * sum(gamma) * slope
+        slopes.append(torch.linalg.solve(eye - h * gamma[-1] * J, b))
+    return y + sum(b * k for b, k in zip(tableau.b, slopes, strict=True)).view_as(y)
+
+
 def rk_step(f, tableau, t, h, y):
     """One explicit Runge-Kutta step."""
     slopes: list[torch.Tensor] = []
@@ -248,8 +325,14 @@ def replica(f, name, y0, grid, orders=None):
         return bdf_replica(f, grid, y0, orders)
     if method.ts_type == "dirk":
         tableau, step = dirk_tableau(method), dirk_step
+    elif method.ts_type == "rosw":
+        tableau, step = ROSENBROCK[method.subtype], rosw_step
     elif method.implicit:
         tableau, step = method.name, theta_step
+    elif method.ts_type == "ssp":
+        tableau, step = measured_tableau(method), rk_step
+    elif method.ts_type == "basicsymplectic":
+        tableau, step = method.subtype, symplectic_step
     else:
         tableau, step = petsc_tableau(method), rk_step
     states, y = [y0], y0
@@ -257,7 +340,18 @@ def replica(f, name, y0, grid, orders=None):
         h = after - t
         y = step(f, tableau, t, h, y)
         states.append(y)
+    if isinstance(y0, tuple):
+        return tuple(torch.stack(parts) for parts in zip(*states, strict=True))
     return torch.stack(states)
 
 
-__all__ = ["petsc_tableau", "recorded_orders", "replica", "rk_step", "solve_implicit", "theta_step"]
+__all__ = [
+    "measured_tableau",
+    "petsc_tableau",
+    "replica",
+    "rk_step",
+    "rosw_step",
+    "solve_implicit",
+    "symplectic_step",
+    "theta_step",
+]

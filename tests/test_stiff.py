@@ -66,7 +66,7 @@ PROBLEMS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["es325", "esdirk6"])
+@pytest.mark.parametrize("method", ["es325", "esdirk6", "ra34pw2", "rodaspr"])
 @pytest.mark.parametrize("problem", list(PROBLEMS))
 def test_published_end_values(problem, method):
     field, start, end, expected, ratio = PROBLEMS[problem]
@@ -103,7 +103,7 @@ def forward_sensitivities(k, end):
     return solved.y[:3, -1], solved.y[3:, -1].reshape(3, 3)
 
 
-@pytest.mark.parametrize("method", ["esdirk6"])
+@pytest.mark.parametrize("method", ["esdirk6", "rodaspr"])
 def test_gradient_of_robertson_with_respect_to_its_rates(method):
     end = 40.0
     state, sensitivity = forward_sensitivities(RATES.numpy(), end)

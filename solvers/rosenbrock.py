@@ -1,0 +1,141 @@
+"""TSROSW: one linear solve per stage, with the Jacobian at the start of the step.
+
+PETSc's own way with Jacobian and time loses the order of some of its types: it keeps the matrix of
+the first stage even where the stages differ in their shifts, does not build it anew for the next
+step where the last stage is explicit, and leaves out the derivative of f with respect to t, as it
+says ("only works with autonomous ODE"). Here the callbacks see to it that every type takes the
+step of its paper; see :class:`~pnode.solvers.rosenbrock_tableaus.RosenbrockTableau`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pnode.errors import ConfigurationError
+from pnode.options import SolverOptions
+from pnode.solvers.bridge import Bridge, Point
+from pnode.solvers.integrator import IntegratorSettings, TimeIntegrator
+from pnode.solvers.petsc_c import (
+    before_each_stage,
+    restart_jacobian_lag,
+    set_recompute_jacobian,
+)
+from pnode.solvers.rosenbrock_tableaus import ROSENBROCK, RosenbrockTableau
+from pnode.vectors import REAL, copy_in, copy_out, is_moderate
+
+__all__ = ["RosenbrockBridge", "RosenbrockIntegrator"]
+
+# Options that would make the steps those of another method.
+_FIXED = (
+    "snes_type",
+    "snes_lag_jacobian",
+    "snes_lag_preconditioner",
+    "ts_rosw_recompute_jacobian",
+)
+
+
+class RosenbrockBridge(Bridge):
+    """Callbacks of a Rosenbrock step.
+
+    Parameters
+    ----------
+    tableau : RosenbrockTableau
+        Of the method.
+    """
+
+    def __init__(self, tableau: RosenbrockTableau) -> None:
+        super().__init__()
+        self._tableau = tableau
+        self._step = 0.0
+        self._stage = -1
+        self._base: Point | None = None
+        self._time_slope: torch.Tensor | None = None
+
+    def detach(self) -> None:
+        """End the sweep and drop everything that belongs to the user."""
+        super().detach()
+        self._base = self._time_slope = None
+
+    def begin_step(self, step: float) -> None:
+        """Say that a step of this length follows."""
+        self._step, self._stage = step, -1
+        self._base = self._time_slope = None
+
+    def stage_begins(self) -> None:
+        """Count PETSc's stages."""
+        self._stage += 1
+
+    def implicit_function(self, ts: Any, s: float, u: Any, u_dot: Any, f: Any) -> None:
+        """f = u_dot - g(s, u) - gamma_i h g_t (PETSc's IFunction).
+
+        The first evaluation of a step is at its start, and its graph is kept for the Jacobian.
+        """
+        value = self.guarded("rhs", self._evaluate_stage, s, u)
+        if value is not None and is_moderate(value):
+            copy_in(f, value)
+        else:
+            if value is not None and self.nonfinite_time is None:
+                self.nonfinite_time = s
+            f.set(0.0)
+        f.aypx(-1.0, u_dot)
+
+    def jacobian_point(self, s: float, u: Any, u_dot: Any) -> Point:
+        """Return the start of the step."""
+        return super().jacobian_point(s, u, u_dot) if self._base is None else self._base
+
+    def _evaluate_stage(self, s: float, u: Any) -> torch.Tensor:
+        own = copy_out(u, self._field.dtype)
+        if self._base is None:
+            wanted = self._tableau.needs_time_slope
+            linearization = self._field.linearize(s, own, differentiate_time=wanted)
+            self._base = Point(s, own, (0, -1), self._field, linearization=linearization)
+            if wanted:
+                self._time_slope = linearization.time_derivative()
+            value = linearization.flat_value()
+        else:
+            value = self._field.rhs(s, own)
+        if self._time_slope is None:
+            return value
+        return value + self._step * self._tableau.gamma[self._stage] * self._time_slope
+
+
+class RosenbrockIntegrator(TimeIntegrator):
+    """A forward TSROSW.
+
+    Raises
+    ------
+    ConfigurationError
+        For options with which the steps are no longer those of a Rosenbrock method.
+    """
+
+    bridge: RosenbrockBridge
+
+    def __init__(self, settings: IntegratorSettings, options: SolverOptions) -> None:
+        for name in _FIXED:
+            value = options.values.get(name)
+            if value is not None and (name, value) != ("snes_type", "ksponly"):
+                raise ConfigurationError(
+                    f"the option {name}={value!r} is not for method={settings.method.name!r}, "
+                    "which solves one linear system per stage with the Jacobian at the start of "
+                    "the step: drop it, or take an implicit method such as 'es325'"
+                )
+        super().__init__(settings, options)
+        set_recompute_jacobian(self.ts, not ROSENBROCK[settings.method.subtype].one_matrix)
+        self._before = torch.empty(0, dtype=REAL, device="cpu")
+        self._count_stages = before_each_stage(self.ts, self.bridge.stage_begins)
+
+    def _create_bridge(self) -> RosenbrockBridge:
+        return RosenbrockBridge(ROSENBROCK[self.settings.method.subtype])
+
+    def _step(self, where: dict[str, Any]) -> None:
+        self.bridge.begin_step(self.ts.getTimeStep())
+        self._before = copy_out(self.solution)
+        # After a failed stage, or a step with an explicit last one, PETSc would keep its matrix.
+        restart_jacobian_lag(self.ts.getSNES())
+        super()._step(where)
+
+    def checkpoint(self, previous: tuple[torch.Tensor, ...] | None) -> tuple[torch.Tensor, ...]:
+        """Return the state at the start of the last step. Not collective."""
+        return (self._before,)
