@@ -61,8 +61,9 @@ class Solver(torch.nn.Module):
     method : str
         A name or alias from :func:`pnode.methods`.
     step_size : float, optional
-        Fixed steps: each output interval is cut into equal steps of at most this length. None
-        chooses steps from ``rtol`` and ``atol``, for methods with an error estimate.
+        Fixed steps: each output interval (with ``dense``, the whole of them) is cut into equal
+        steps of at most this length. None chooses steps from ``rtol`` and ``atol``, for methods
+        with an error estimate.
     first_step : float, optional
         First adaptive step; chosen automatically if None. Implicit methods have no error estimate
         of their first step, so theirs is never longer than the automatic one.
