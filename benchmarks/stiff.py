@@ -13,7 +13,7 @@ discrete adjoint of pnode against backpropagation through diffrax, with the erro
 reference, of the worst entry.
 
     python benchmarks/stiff.py [--quick] [--solvers es325 cvode-bdf] [--problems ROBER]
-        [--repeats 3] [--limit 2] [--no-gradients] [--json FILE] [--plot FILE]
+        [--repeats 3] [--limit 3] [--no-gradients] [--json FILE] [--plot FILE]
 """
 
 from __future__ import annotations
@@ -344,7 +344,7 @@ def main() -> int:
     )
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--limit", type=float, default=2.0, help="CPU seconds for one solve")
+    parser.add_argument("--limit", type=float, default=3.0, help="CPU seconds for one solve")
     parser.add_argument("--no-gradients", action="store_true")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--plot", type=Path, help="write the work-precision plot here")
