@@ -1,0 +1,41 @@
+"""Features together that are each tested alone elsewhere."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import pnode
+from pnode.solvers.methods import METHODS
+
+D = torch.float64
+
+
+def times(*values):
+    return torch.tensor(values, dtype=D)
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [(m.name, form) for m in METHODS for form in m.forms
+     if form in ("mass", "residual") and m.name in ("beuler", "cn", "implicit_midpoint", "bdf")],
+)  # fmt: skip
+@pytest.mark.parametrize("direction", [1.0, -1.0])
+def test_event_without_end_where_the_slope_is_not_at_hand(name, form, direction):
+    """The first step cannot be a part of an infinite interval."""
+    problem = {
+        "mass": {"rhs": lambda t, y: -2.0 * direction * y, "mass": times(2.0, 2.0)},
+        "residual": {"residual": lambda t, y, yp: yp + direction * y},
+    }[form]
+    with torch.no_grad():
+        event_time, ys = pnode.odeint_event(
+            problem.pop("rhs", None), times(1.0, 2.0), 0.0, event_fn=lambda t, y: y[0] - 0.5,
+            reverse_time=direction < 0.0, method=name, rtol=1e-5, atol=1e-5, max_steps=2000,
+            **problem,
+        )  # fmt: skip
+    # The global error of the first-order method grows like the root of the tolerance.
+    tolerance = 1e-2 if name == "beuler" else 1e-3
+    assert abs(event_time - direction * math.log(2.0)) < tolerance
+    assert abs(ys[-1] - times(0.5, 1.0)).max() < 1e-9
