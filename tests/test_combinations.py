@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import pnode
+from pnode.errors import ConfigurationError
 from pnode.solvers.methods import METHODS
 
 D = torch.float64
+DECAY = torch.tensor([[-3.0, 1.0], [0.5, -1.0]], dtype=D)
 
 
 def times(*values):
@@ -39,3 +41,23 @@ def test_event_without_end_where_the_slope_is_not_at_hand(name, form, direction)
     tolerance = 1e-2 if name == "beuler" else 1e-3
     assert abs(event_time - direction * math.log(2.0)) < tolerance
     assert abs(ys[-1] - times(0.5, 1.0)).max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    "name", [m.name for m in METHODS if m.adaptive and m.order > 1 and m.ts_type != "python"]
+)
+def test_errors_of_linear_problems_are_seen(name):
+    """An embedded method with the stability function of its method would see none at all."""
+    y0, t = times(1.0, 2.0), times(0.0, 2.0)
+    problem = {"rhs": lambda t, y: DECAY @ y}
+    if name in [m.name for m in METHODS if m.kind == "imex"]:
+        problem = {"implicit": problem["rhs"], "explicit": lambda t, y: torch.zeros_like(y)}
+    ys = pnode.Solver(**problem, method=name, rtol=1e-5, atol=1e-5)(y0, t).ys
+    # fehlberg2 estimates the loerror of its first-order companion, a hundredth of the truth.
+    assert (ys[-1] - torch.matrix_exp(2.0 * DECAY) @ y0).abs().max() < 1.5e-3
+
+
+@pytest.mark.parametrize("name", ["ra3pw", "lassp3p4s2c"])
+def test_methods_with_a_blind_error_estimate_want_fixed_steps(name):
+    with pytest.raises(ConfigurationError, match=f"{name}.*no error estimate.*step_size"):
+        pnode.Solver(lambda t, y: DECAY @ y, method=name)
