@@ -61,3 +61,29 @@ def test_errors_of_linear_problems_are_seen(name):
 def test_methods_with_a_blind_error_estimate_want_fixed_steps(name):
     with pytest.raises(ConfigurationError, match=f"{name}.*no error estimate.*step_size"):
         pnode.Solver(lambda t, y: DECAY @ y, method=name)
+
+
+@pytest.mark.parametrize("form", ["mass", "sparse mass", "residual"])
+@pytest.mark.parametrize("consistent_start", [True, False])
+def test_algebraic_equations_in_inference_mode(form, consistent_start):
+    """Null spaces and Newton's corrections want derivatives, a sparse matrix its transpose."""
+    mass = times(1.0, 0.0)
+
+    def rhs(t, y):
+        return torch.stack([-y[0], y[1] - y[0] ** 2])
+
+    problem = {
+        "mass": {"rhs": rhs, "mass": mass},
+        "sparse mass": {"rhs": rhs, "mass": torch.diag(mass).to_sparse()},
+        "residual": {"residual": lambda t, y, yp: mass * yp - rhs(t, y)},
+    }[form]
+    solver = pnode.Solver(
+        **problem, consistent_start=consistent_start, method="bdf2", step_size=0.1
+    )
+    y0, t = times(1.0, 5.0 if consistent_start else 1.0), times(0.0, 1.0)
+    with torch.no_grad():
+        expected = solver(y0, t).ys
+    with torch.inference_mode():
+        assert torch.equal(solver(y0, t).ys, expected)
+        assert torch.equal(solver(y0.clone(), t.clone()).ys, expected)
+    assert abs(expected[0, 1] - 1.0) < 1e-12
