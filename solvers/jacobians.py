@@ -102,7 +102,8 @@ class Jacobian:
         self._values: Any = None
         self._formed = _NEVER
         self._first: Point | None = None
-        self._checked = self._confirmed = False
+        self._checked = False
+        self._promise: _Promise | None = None
         self._norm = math.inf
         self.always = False
 
@@ -144,8 +145,11 @@ class Jacobian:
                 a.getPythonContext().move_to(point, shift, -1.0)
                 a.assemble()
         elif self._shell:
-            a.getPythonContext().move_to(bridge.jacobian_point(s, u, u_dot), shift, -1.0)
+            point = bridge.jacobian_point(s, u, u_dot)
+            a.getPythonContext().move_to(point, shift, -1.0)
             a.assemble()
+            if self._constant:  # forward, BDF may converge without it
+                self._test(bridge, point)
             if shift <= 0.0:
                 return
         if self._assembly is None:
@@ -180,17 +184,23 @@ class Jacobian:
         return self._assembly.evaluate(bridge, bridge.jacobian_point(s, u, u_dot), check)
 
     def _stay(self, bridge: Bridge, s: float, u: Any, u_dot: Any) -> Point:
-        """Return the first point of the sweep; at the first other one, test the promise."""
+        """Return the first point of the sweep; at others, test the promise."""
         if self._first is None:
             self._first = bridge.point(s, u, u_dot)
-        elif not self._confirmed:
-            there = bridge.point(s, u, u_dot)
-            if not torch.equal(there.u, self._first.u):
-                self._confirmed = True
-                bridge.guarded("jacobian", _confirm_constant, bridge, self._first, there)
-                if not self._shell:  # its graph has served
-                    self._first.linearization = None
+            self._test(bridge, self._first)
+        elif self._test(bridge, bridge.point(s, u, u_dot)) and not self._shell:
+            self._first.linearization = None  # its graph has served
         return self._first
+
+    def _test(self, bridge: Bridge, point: Point) -> bool:
+        """Test the promise of a constant Jacobian at this point, unless it is near others."""
+        if self._promise is None:
+            self._promise = bridge.guarded("jacobian", _Promise, bridge, point)
+            return False
+        if not self._promise.far(point):
+            return False
+        bridge.guarded("jacobian", self._promise.test, bridge, point)
+        return True
 
 
 def create_matrices(
@@ -290,18 +300,39 @@ def _differ(exact: torch.Tensor, found: torch.Tensor, scale: torch.Tensor) -> bo
     return bool(((exact - found).abs() > tolerance * (scale + exact.abs())).any())
 
 
-def _confirm_constant(bridge: Bridge, first: Point, other: Point) -> None:
-    """Compare one product at two points."""
-    _, before = _probe(bridge.linearize(first))
-    _, after = _probe(bridge.linearize(other))
-    for one, two in zip(before, after, strict=True):
-        # Entries of a product cancel in parts: relative to the largest.
-        if _differ(two, one, one.abs().max().expand_as(one)):
-            raise ConfigurationError(
-                "jacobian_reuse='constant' promises that the implicit part is linear with constant "
-                "coefficients, and its Jacobian differs between two states: use "
-                "jacobian_reuse='step' or 'iteration'"
-            )
+class _Promise:
+    """The promise of a constant Jacobian, tested by one product.
+
+    First at the first other state, which may be very near, then wherever the distance to the first
+    one in state or time has grown tenfold.
+    """
+
+    def __init__(self, bridge: Bridge, first: Point) -> None:
+        self._s, self._u = first.s, first.u
+        _, self._products = _probe(bridge.linearize(first))
+        self._reach = (0.0, 0.0)
+
+    def far(self, point: Point) -> bool:
+        """Whether no point so far from the first one has been tested."""
+        distances = self._distances(point)
+        return any(far > 10.0 * near for far, near in zip(distances, self._reach, strict=True))
+
+    def test(self, bridge: Bridge, point: Point) -> None:
+        """Compare the products at this point with those at the first one."""
+        state, time = self._distances(point)
+        self._reach = max(state, self._reach[0]), max(time, self._reach[1])
+        _, after = _probe(bridge.linearize(point))
+        for one, two in zip(self._products, after, strict=True):
+            # Entries of a product cancel in parts: relative to the largest.
+            if _differ(two, one, one.abs().max().expand_as(one)):
+                raise ConfigurationError(
+                    "jacobian_reuse='constant' promises that the implicit part is linear with "
+                    "constant coefficients, and its Jacobian differs between two states: use "
+                    "jacobian_reuse='step' or 'iteration'"
+                )
+
+    def _distances(self, point: Point) -> tuple[float, float]:
+        return float((point.u - self._u).abs().max()), abs(point.s - self._s)
 
 
 # ------------------------------------------------------------------------------------------ dense

@@ -9,7 +9,7 @@ import torch
 
 import pnode
 from pnode.errors import ConfigurationError
-from pnode.solvers.methods import METHODS
+from pnode.solvers.methods import METHODS, find_method
 
 D = torch.float64
 DECAY = torch.tensor([[-3.0, 1.0], [0.5, -1.0]], dtype=D)
@@ -87,3 +87,58 @@ def test_algebraic_equations_in_inference_mode(form, consistent_start):
         assert torch.equal(solver(y0, t).ys, expected)
         assert torch.equal(solver(y0.clone(), t.clone()).ys, expected)
     assert abs(expected[0, 1] - 1.0) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [(name, form) for name in ("bdf", "bdf3", "cn") for form in find_method(name).forms],
+)
+@pytest.mark.parametrize("jacobian", ["dense", "sparse", "matrix-free"])
+@pytest.mark.parametrize("first_step", [None, 1e-12])
+def test_broken_promise_is_seen_from_short_first_steps(name, form, jacobian, first_step):
+    """Near the start nothing differs; and BDF converges with any Jacobian, its adjoint does not."""
+
+    def rhs(t, y):
+        return -(y**2)
+
+    problem = {
+        "rhs": {"rhs": rhs},
+        "mass": {"rhs": lambda t, y: 2.0 * rhs(t, y), "mass": times(2.0, 2.0)},
+        "residual": {"residual": lambda t, y, yp: yp - rhs(t, y)},
+    }[form]
+    solver = pnode.Solver(
+        **problem, method=name, jacobian=jacobian, jacobian_reuse="constant", first_step=first_step,
+        rtol=1e-6, atol=1e-6,
+    )  # fmt: skip
+    y0 = times(1.0, 2.0).requires_grad_()
+    with pytest.raises(ConfigurationError, match="jacobian_reuse='constant' promises"):
+        solver(y0, times(0.0, 1.0)).ys[-1].sum().backward()
+
+
+def test_broken_promise_in_time_alone():
+    """The state rests, and so does the Jacobian at first."""
+    solver = pnode.Solver(
+        lambda t, y: -y * (1.0 + torch.relu(t - 0.25)), method="cn", step_size=0.1,
+        jacobian_reuse="constant",
+    )  # fmt: skip
+    with pytest.raises(ConfigurationError, match="jacobian_reuse='constant' promises"):
+        solver(times(0.0, 0.0), times(0.0, 2.0))
+
+
+@pytest.mark.parametrize("jacobian", ["dense", "sparse", "matrix-free"])
+@pytest.mark.parametrize("name", ["bdf", "bdf3", "bdf2-fixed", "rodas3", "cn-fixed", "es325-fixed"])
+def test_kept_promise(name, jacobian):
+    name, _, fixed = name.partition("-")
+    steps = {"step_size": 0.05} if fixed else {"rtol": 1e-6, "atol": 1e-8}
+    A = DECAY.clone().requires_grad_()
+
+    def gradients(**keywords):
+        y0 = times(1.0, 2.0).requires_grad_()
+        solver = pnode.Solver(lambda t, y: A @ y, params=[A], method=name, **steps, **keywords)
+        return torch.autograd.grad(solver(y0, times(0.0, 0.7, 2.0)).ys.square().sum(), [y0, A])
+
+    ours = gradients(jacobian=jacobian, jacobian_reuse="constant")
+    tight = {} if name == "rodas3" else {"petsc_options": {"snes_rtol": 1e-14, "snes_stol": 1e-14}}
+    # The adaptive BDFs iterate to a part of the tolerance, and steps follow what they leave.
+    for one, two in zip(ours, gradients(**tight), strict=True):
+        assert (one - two).norm() < (1e-4 if "bdf" in name and not fixed else 1e-9) * two.norm()
