@@ -119,7 +119,7 @@ class EventLocator:
         root: float = brentq(
             value, 0.0, 1.0, xtol=self._tolerance, rtol=_RELATIVE, maxiter=_MAX_TRIALS
         )
-        return root
+        return max(root, self._tolerance, _RELATIVE)  # implicit methods divide by the length
 
     def _retake(self, step: Step, theta: float) -> None:
         """Take the step again from its start, shortened."""

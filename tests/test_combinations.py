@@ -142,3 +142,41 @@ def test_kept_promise(name, jacobian):
     # The adaptive BDFs iterate to a part of the tolerance, and steps follow what they leave.
     for one, two in zip(ours, gradients(**tight), strict=True):
         assert (one - two).norm() < (1e-4 if "bdf" in name and not fixed else 1e-9) * two.norm()
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize(
+    "name", ["dopri5", "cn", "implicit_midpoint", "rodas3", "es325", "ark4", "bdf", "bdf2-fixed"]
+)
+@pytest.mark.parametrize("after", [1e-300, 1e-17, 1e-14])
+def test_event_at_the_start_of_a_step(name, dense, after):
+    """Not before, by round-off: the step to it has some length, by which methods divide."""
+    name, _, fixed = name.partition("-")
+    problem = {"rhs": lambda t, y: -y}
+    if name == "ark4":
+        problem = {"implicit": problem["rhs"], "explicit": lambda t, y: torch.zeros_like(y)}
+    solver = pnode.Solver(
+        **problem, method=name, dense=dense, step_size=0.1 if fixed else None,
+        event_fn=lambda t, y: t - after,
+    )  # fmt: skip
+    y0 = times(1.0, 2.0).requires_grad_()
+    solution = solver(y0, times(0.0, 0.02, 0.5))
+    assert solution.reason == "event" and solution.stats.steps == 1
+    assert 0.0 < solution.event_time < 1e-11 and len(solution.ts) == 2
+    assert (solution.ys[1] - y0).abs().max() < 1e-11
+    solution.ys[1].sum().backward()
+    assert (y0.grad - 1.0).abs().max() < 1e-11
+
+
+@pytest.mark.parametrize("event_tol", [1e-300, 1e-12])
+def test_event_just_after_an_output_time(event_tol):
+    """A sign by round-off where a step has been told to end."""
+    solver = pnode.Solver(
+        lambda t, y: -y, method="cn", step_size=0.1, event_tol=event_tol,
+        event_fn=lambda t, y: t - 0.3 - 1e-16 * (1.0 if t <= 0.3 else -1.0),
+    )  # fmt: skip
+    y0 = times(1.0, 2.0).requires_grad_()
+    solution = solver(y0, times(0.0, 0.3, 0.5))
+    assert abs(solution.event_time - 0.3) < 1e-12 and len(solution.ts) == 3
+    solution.ys[-1].sum().backward()
+    assert (y0.grad - solution.ys[-1] / y0).abs().max() < 1e-11
