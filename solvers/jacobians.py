@@ -741,6 +741,12 @@ class GivenMatrix:
                 f"preconditioner has shape {tuple(matrix.shape)} for a state of {size} entries: "
                 f"give ({size}, {size}), for the flattened state"
             )
+        values = matrix if matrix.layout is torch.strided else matrix.values()
+        if not bool(torch.isfinite(values).all()):
+            raise VectorFieldError(
+                "preconditioner contains NaN or infinity: give finite values wherever the solution "
+                "may come"
+            )
         return matrix if problem.direction > 0 else -matrix
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pnode
-from pnode.errors import ConfigurationError
+from pnode.errors import ConfigurationError, VectorFieldError
 from pnode.solvers.methods import METHODS, find_method
 
 D = torch.float64
@@ -180,3 +180,17 @@ def test_event_just_after_an_output_time(event_tol):
     assert abs(solution.event_time - 0.3) < 1e-12 and len(solution.ts) == 3
     solution.ys[-1].sum().backward()
     assert (y0.grad - solution.ys[-1] / y0).abs().max() < 1e-11
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("name", ["cn", "bdf", "rodas3"])
+def test_preconditioner_that_is_not_finite(name, sparse):
+    def preconditioner(t, y):
+        matrix = torch.diag(-math.nan * y)
+        return matrix.to_sparse() if sparse else matrix
+
+    solver = pnode.Solver(
+        lambda t, y: -y, method=name, jacobian="matrix-free", preconditioner=preconditioner
+    )
+    with pytest.raises(VectorFieldError, match="preconditioner contains NaN"):
+        solver(times(1.0, 2.0), times(0.0, 1.0))
