@@ -10,7 +10,8 @@ import torch
 
 from pnode.errors import ConfigurationError
 from pnode.options import PETSc, check_petsc_options
-from pnode.solvers.jacobians import GivenMatrix, JacobianOptions, SparsityPattern, as_matrix
+from pnode.solvers.assemblies import GivenMatrix, SparsityPattern, as_matrix
+from pnode.solvers.jacobians import JacobianOptions
 from pnode.solvers.methods import METHODS, Method
 
 __all__ = [

@@ -22,6 +22,7 @@ from pnode.adjoint.trajectory import Trajectory
 from pnode.options import SolverOptions, next_prefix
 from pnode.problem import InitialValueProblem, StateLayout
 from pnode.solution import Stats
+from pnode.solvers.assemblies import SparsityPattern
 from pnode.solvers.create import create_integrator
 from pnode.solvers.integrator import (
     DENSE_LIMIT,
@@ -29,7 +30,7 @@ from pnode.solvers.integrator import (
     TimeIntegrator,
     default_options,
 )
-from pnode.solvers.jacobians import JacobianOptions, SparsityPattern
+from pnode.solvers.jacobians import JacobianOptions
 from pnode.solvers.methods import Method
 from pnode.solvers.stepping import Step, StepControl, forward_sweep
 from pnode.vectorfield import VectorField, vector_field
