@@ -24,6 +24,7 @@ from pnode.events import Event, EventLocator
 from pnode.options import SolverOptions, next_prefix
 from pnode.problem import InitialValueProblem, StateLayout
 from pnode.solution import Stats
+from pnode.solvers.assemblies import SparsityPattern
 from pnode.solvers.bridge import accumulate
 from pnode.solvers.create import create_integrator
 from pnode.solvers.integrator import (
@@ -32,7 +33,7 @@ from pnode.solvers.integrator import (
     TimeIntegrator,
     default_options,
 )
-from pnode.solvers.jacobians import JacobianOptions, SparsityPattern
+from pnode.solvers.jacobians import JacobianOptions
 from pnode.solvers.methods import Method
 from pnode.solvers.stepping import Step, StepControl, forward_sweep
 from pnode.solvers.symplectic import split_size

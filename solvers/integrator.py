@@ -18,9 +18,9 @@ from pnode.errors import (
     SolveError,
 )
 from pnode.options import PETSc, SolverOptions, log_stage
+from pnode.solvers.assemblies import BLOCK_LU
 from pnode.solvers.bridge import Bridge, JacobianShell, shell_matrix
 from pnode.solvers.jacobians import (
-    BLOCK_LU,
     Jacobian,
     JacobianOptions,
     create_assembly,
