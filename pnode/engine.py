@@ -16,7 +16,7 @@ import torch
 
 from pnode import tolerances, vectors
 from pnode.adjoint.create import create_adjoint
-from pnode.adjoint.schedule import Adjoint, Discard, Restore, StoreEverything
+from pnode.adjoint.schedule import Adjoint, DiscardStages, RestoreStages, StoreEverything
 from pnode.adjoint.stepper import AdjointStepper
 from pnode.adjoint.trajectory import Trajectory
 from pnode.dense import DenseAdjoint, DenseOutput
@@ -379,13 +379,13 @@ class Engine:
 
         add_outputs(len(trajectory.steps))
         for action in trajectory.schedule.reverse(len(trajectory.steps)):
-            if isinstance(action, Restore) and active:
+            if isinstance(action, RestoreStages) and active:
                 adjoint.load(trajectory.restore(action.step))
             elif isinstance(action, Adjoint):
                 if active:
                     adjoint.step(trajectory.steps[action.step], ledger)
                 add_outputs(action.step)
-            elif isinstance(action, Discard):
+            elif isinstance(action, DiscardStages):
                 trajectory.discard(action.step)
         initial = adjoint.state_gradient()
         if nonzero[0]:
