@@ -133,6 +133,9 @@ class Schedule(ABC):
         """
         return ()
 
+    #: Whether :meth:`reverse` begins with the last step's stages live.
+    begins_live = True
+
     @abstractmethod
     def reverse(self, steps: int) -> Iterator[Action]:
         """Yield the actions that take the adjoint over steps ``steps - 1`` to 0, lazily.
@@ -149,6 +152,8 @@ class Schedule(ABC):
 
 class StoreEverything(Schedule):
     """Store the stages of every step; repeat none."""
+
+    begins_live = False
 
     def after_step(self, step: int) -> Iterator[Action]:
         """Store this step."""

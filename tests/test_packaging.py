@@ -17,6 +17,7 @@ LEAVES = {
     f"pnode.{name}"
     for name in (
         "arguments",
+        "checkpointing",
         "controllers",
         "errors",
         "interpolation",
