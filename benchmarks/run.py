@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPTS = ("overhead.py",)
+SCRIPTS = ("overhead.py", "schedule.py")
 
 
 def main() -> int:
