@@ -167,7 +167,7 @@ def test_no_module_imports_a_higher_one(module: str) -> None:
         assert level(name) <= level(module), message
 
 
-@pytest.mark.parametrize("name", ["schedule", "optimal", "online"])
+@pytest.mark.parametrize("name", ["schedule", "costs", "optimal", "online"])
 def test_schedules_import_neither_petsc_nor_torch(name: str) -> None:
     tree = parse(ROOT / "adjoint" / f"{name}.py")
     seen: set[str] = set()
