@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from itertools import accumulate, pairwise
 
-from pnode.adjoint.optimal import A, R, Sweeper, minimal_units
+from pnode.adjoint.costs import A, R
+from pnode.adjoint.optimal import Sweeper, minimal_units
 from pnode.adjoint.schedule import (
     Action,
     Adjoint,
@@ -75,7 +76,7 @@ class OnlineSchedule(Schedule):
         self.stiffly_accurate = stiffly_accurate
         self.initial_free = initial_free
         self._ends_only = stiffly_accurate and stage_units == 1
-        self._sweeper = Sweeper(units, stage_units, stiffly_accurate)
+        self._sweeper = Sweeper(stage_units, stiffly_accurate)
         self._least_cost = lru_cache(maxsize=1 << 16)(self._sweeper.costs)
         self._begin()
 

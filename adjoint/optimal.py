@@ -1,42 +1,18 @@
-"""Optimal multistage checkpointing of a known number of steps: closed form and schedule. Pure.
+"""Optimal multistage checkpointing of a known number of steps. Pure.
 
-One unit of storage holds one state; a solution checkpoint takes 1 unit, a stage checkpoint
-``stage_units``. The cost of a schedule is its extra forward steps, those beyond the forward sweep.
-Let F(m, u) be the least cost of m steps with u units, in one of three situations:
-
-- A: the start of the first step is live and not stored, u units are free;
-- P: it is live and stored in one of the u units;
-- R: it is live and can be restored without taking any of the u units: it is the initial state, if
-  that is free, or the end of a stored step of a stiffly accurate method.
-
-Dynamic programming over the first checkpoint (as Griewank & Walther, ACM TOMS 26, 2000, for
-solution checkpoints; Zhang & Constantinescu, J. Comput. Sci. 69, 2023, and Maddison, J. Comput.
-Sci. 82, 2024, for stage checkpoints) gives, with l for ``stage_units`` and X = R for stiffly
-accurate methods, X = A for the others, and 1 <= k < m::
-
-    A(m, u) = min(P(m, u),                                       store the start
-                  X(m - 1, u - l))                               store the first step's stages
-    P(m, u) = min(m - 1 + A(m - 1, u),                           store nothing
-                  k + P(m - k, u - 1) + A(k, u),                 store the start of step k
-                  k - 1 + X(m - k, u - 1 - l) + A(k - 1, u))     store the stages of step k - 1
-    R(m, u) = min(m - 1 + R(m - 1, u),
-                  k + P(m - k, u) + R(k, u),
-                  k - 1 + X(m - k, u - l) + R(k - 1, u))
-
-A, P and R are 0 for m <= 1, and infinite for m > 1 if P or A has no unit. As functions of m they
-are their convex hulls, rounded up; :func:`_locate` evaluates them in closed form, and
-:class:`_Hulls` tabulates the hulls' edges, from which each decision takes constant time.
+The recurrences and their notation are in :mod:`pnode.adjoint.costs`. :class:`_Hulls` gets the
+decisions from the edges of the hulls, when they are needed.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import dropwhile
-from math import comb, inf
+from math import inf
 from typing import NamedTuple
 
+from pnode.adjoint.costs import A, Costs, P, R
 from pnode.adjoint.schedule import (
     DISK,
     RAM,
@@ -55,7 +31,6 @@ from pnode.adjoint.schedule import (
 from pnode.errors import ConfigurationError
 
 __all__ = [
-    "Costs",
     "OptimalSchedule",
     "Revolve",
     "Sweeper",
@@ -63,117 +38,7 @@ __all__ = [
     "minimal_units",
 ]
 
-#: Situations of the start of the first step; see the module's docstring.
-A, P, R = range(3)
-
 _STORES = ("auto", "stages", "solutions")
-
-
-class Costs:
-    """The least cost F(m, u) of m steps with u units, in closed form.
-
-    Parameters
-    ----------
-    stage_units : int
-        Units of a stage checkpoint, l.
-    stiffly_accurate : bool
-        Whether a stage checkpoint includes the step's end.
-
-    Notes
-    -----
-    With q = floor(u / l), L = l - 1 for stiffly accurate methods, else l, A is zero up to
-    ``N(u, 0) = 1 + q``, and between the breakpoints ``N(u, r) = sum(C(u - l k + r, r), k = 0..q)``
-    its increments are, in order: w times r; then for k = q, ..., 1, C(u - l k + r - 1, r - 1)
-    blocks of L k steps, each with increments r + 1, r, ..., r. For stiffly accurate methods with
-    l = 1 there are no blocks, and N(u, r) = C(u + r + 1, r + 1).
-    """
-
-    def __init__(self, stage_units: int, stiffly_accurate: bool) -> None:
-        self.stage_units = stage_units
-        self.stiffly_accurate = stiffly_accurate
-        self._length = stage_units - 1 if stiffly_accurate else stage_units  # L
-
-    def __call__(self, situation: int, steps: int, units: int) -> int:
-        """Return F(steps, units) in a situation A, P or R, which must be feasible."""
-        cost = self.locate(R if situation == R else A, steps, units)[0]
-        if situation != P or steps <= 1:
-            return cost
-        if self._length == 0:
-            return cost + (steps > units)
-        return max(cost, steps - 1 - (units - 1) // self.stage_units)
-
-    def locate(self, situation: int, steps: int, units: int) -> tuple[int, int, int]:
-        """Return F(steps, units) and where it lies: the edge of slope ``r + 1 / c`` of the hull.
-
-        Parameters
-        ----------
-        situation : {A, R}
-            A, with at least one unit or step; or R.
-        steps, units : int
-            m and u.
-
-        Returns
-        -------
-        cost, r, c : int
-            c = 0 stands for the edge of slope r.
-        """
-        l, length = self.stage_units, self._length  # noqa: E741
-        shifted = 0
-        if situation == R:  # R(m, u) is A(m, u + 1), unless that has room for one checkpoint more
-            units += 1
-            shifted = int(units % l == 0)
-            steps += shifted
-        if self._breakpoint(units, 0) >= steps:
-            return 0, 0, 0
-        r = 1
-        while self._breakpoint(units, r) < steps:
-            r *= 2
-        r = bisect_left(range(r), steps, r // 2 + 1, key=lambda r: self._breakpoint(units, r))
-        corner = self._breakpoint(units, r - 1)
-        excess = steps - corner
-        cost = (r - 1) * corner + r * excess
-        if length == 0:
-            return cost - comb(units + r, r - 1) + 1, r, 0
-        if r > 1:
-            cost -= comb(units + r - 1, r - 2) + (r - 1) * shifted
-        number, k = self._blocks(units, r, excess, shifted)
-        return cost + number, r, length * k
-
-    def _blocks(self, units: int, r: int, excess: int, shifted: int) -> tuple[int, int]:
-        """Return how many blocks are entered ``excess`` steps after N(u, r - 1), and the last's k.
-
-        ``shifted`` merges the block of k = q, of which there is one, into the w steps.
-        """
-        l, length = self.stage_units, self._length  # noqa: E741
-        q = units // l
-        last = q - shifted
-        if r == 1:  # one block of each k
-            excess -= (q + 1) * (2 * units - (l + length) * q) // 2 + shifted * length * q
-            number = bisect_left(
-                range(last + 1), excess, key=lambda j: length * j * (2 * last + 1 - j) // 2
-            )
-            return number, last + 1 - number if number else 0
-        counts = [comb(units - l * k + r - 1, r - 1) for k in range(q + 1)]
-        excess -= self._breakpoint(units, r) - self._breakpoint(units, r - 1)
-        excess += length * sum(k * count for k, count in enumerate(counts))
-        excess -= shifted * length * q
-        number = k = 0
-        while excess > 0:
-            k = last
-            number += min(counts[k], -(-excess // (length * k)))
-            excess -= length * k * counts[k]
-            last -= 1
-        return number, k
-
-    def _breakpoint(self, units: int, r: int) -> int:
-        """Return N(units, r)."""
-        l = self.stage_units  # noqa: E741
-        if self._length == 0:
-            return comb(units + r + 1, r + 1)
-        q = units // l
-        if r < 2:
-            return (1 + q) * (2 + r * (2 * units - l * q)) // 2
-        return sum(comb(u + r, r) for u in range(units, -1, -l))
 
 
 #: What to do first: advance to the last step; to a solution; to stages; store the start itself.
@@ -191,94 +56,62 @@ class _Option(NamedTuple):
     left_high: int = 0
 
 
-class _Edge(NamedTuple):
-    """Where ``c (slope m - F(m, u))`` is greatest: the value, the first m and the last."""
-
-    value: int
-    low: int
-    high: int
-    options: tuple[_Option, ...] = ()
-
-
 class _Hulls:
-    """Edges of the hulls of F, all of slope ``r + a / c``, r = 0, 1, ....
+    """Ways to begin at the hulls' edges of slope ``r + a / c``; a / c is 0 or 1 / c.
 
-    The conjugate of F turns the recurrences' convolutions into sums: if the greatest values of
-    the right part at this slope and of the left part at this slope less one are known, so is that
-    of the whole, and the steps at which it is taken are the sums of theirs.
+    The conjugate of F, the greatest ``c (slope m - F(m, u))``, turns the recurrences' convolutions
+    into sums: if it and the m where it is taken are known for the right part at this slope and for
+    the left part at this slope less one, those of the whole are the sums.
     """
 
-    def __init__(self, costs: Costs, units: int, solutions: bool, c: int = 0) -> None:
+    def __init__(self, costs: Costs, solutions: bool, c: int = 0) -> None:
         self.denominator = c or 1
-        self._numerator = int(c > 0)
+        self._c = c
+        self._costs = costs
         self._solutions = solutions
-        self._stage_units = costs.stage_units
         self._after = R if costs.stiffly_accurate else A
-        below = _Edge(self._numerator - self.denominator, 1, 1)  # slope a / c - 1
-        self._lowest = [[below] * (units + 1)] * 3
-        self._levels: list[list[list[_Edge]]] = []
-
-    def edge(self, situation: int, r: int, units: int) -> _Edge:
-        """Return the edge of slope r + a / c."""
-        while len(self._levels) <= r:
-            self._add_level()
-        return self._levels[r][situation][units]
+        # Bounded: with very many units there are as many edges.
+        self._edge = lru_cache(maxsize=1 << 13)(self._find_edge)
+        self.options = lru_cache(maxsize=1 << 12)(self._find_options)
 
     def slope(self, r: int) -> int:
         """Return c (r + a / c)."""
-        return r * self.denominator + self._numerator
+        return r * self.denominator + (self._c > 0)
 
-    def _add_level(self) -> None:
-        left = self._levels[-1] if self._levels else self._lowest
-        one = self.slope(len(self._levels))
-        level: list[list[_Edge]] = [[], [], []]
-        for units in range(len(left[A])):
-            for situation in (P, A, R):
-                options = tuple(self._options(situation, units, one, left, level))
-                value = max([one, *(option.value for option in options)])
-                best = [option for option in options if option.value == value]
-                lows, highs = [option.low for option in best], [option.high for option in best]
-                if value == one:
-                    lows.append(1)
-                    highs.append(1)
-                level[situation].append(_Edge(value, min(lows), max(highs), options))
-        self._levels.append(level)
+    def _find_edge(self, situation: int, r: int, units: int) -> tuple[int, int, int]:
+        """Return the conjugate, the first m where it is taken and the last."""
+        if r < 0:
+            return self.slope(r), 1, 1
+        low, high = self._costs.edge(situation, units, r, self._c)
+        value = self.slope(r) * low - self.denominator * self._costs(situation, low, units)
+        return value, low, high
 
-    def _options(
-        self,
-        situation: int,
-        units: int,
-        one: int,
-        left: list[list[_Edge]],
-        level: list[list[_Edge]],
-    ) -> Iterator[_Option]:
-        """Yield the ways to begin, in the order of preference."""
+    def _find_options(self, situation: int, r: int, units: int) -> tuple[int, tuple[_Option, ...]]:
+        """Return the conjugate and the ways to begin, in the order of preference."""
+        return self._edge(situation, r, units)[0], tuple(self._ways(situation, r, units))
+
+    def _ways(self, situation: int, r: int, units: int) -> Iterator[_Option]:
+        one = self.slope(r)
         free = units - (situation == P)  # without the start
-        stage_units = self._stage_units
+        stage_units = self._costs.stage_units
         if situation == A:
             if free >= stage_units:
-                value, low, high, _ = level[self._after][free - stage_units]
+                value, low, high = self._edge(self._after, r, free - stage_units)
                 yield _Option(_STAGES, one + value, 1 + low, 1 + high)
             if free >= 1 and self._solutions:
-                yield _Option(_START, *level[P][units][:3])
+                yield _Option(_START, *self._edge(P, r, units))
             return
-        if free < 0:
-            return
-        value, low, high, _ = before = left[A if situation == P else R][units]
+        value, low, high = self._edge(A if situation == P else R, r - 1, units)
         yield _Option(_LAST, one + value, 1 + low, 1 + high, low, high)
-        if free >= stage_units:
-            if value <= 0:
-                low, value, high = 0, 0, high if value == 0 else 0
-            right = level[self._after][free - stage_units]
-            yield _Option(
-                _STAGES, one + right.value + value, 1 + right.low + low, 1 + right.high + high,
-                low, high,
-            )  # fmt: skip
         if free >= 1 and self._solutions:
-            value, low, high, _ = before
-            right = level[P][free]
+            right = self._edge(P, r, free)
+            yield _Option(_SOLUTION, right[0] + value, right[1] + low, right[2] + high, low, high)
+        if free >= stage_units:
+            if value <= 0:  # nothing left of it is as good
+                low, value, high = 0, 0, high if value == 0 else 0
+            right = self._edge(self._after, r, free - stage_units)
             yield _Option(
-                _SOLUTION, right.value + value, right.low + low, right.high + high, low, high
+                _STAGES, one + right[0] + value, 1 + right[1] + low, 1 + right[2] + high, low, high
             )
 
 
@@ -287,33 +120,29 @@ class Sweeper:
 
     Parameters
     ----------
-    units : int
-        The most units of an interval.
     stage_units : int
         Units of a stage checkpoint.
     stiffly_accurate : bool
         Whether a stage checkpoint includes the step's end.
     solutions : bool
         Whether solution checkpoints are allowed.
-    ram : int or None
-        Units in memory; what does not fit goes to disk. None: all.
+    ram : int or math.inf
+        Units in memory; what does not fit goes to disk.
     """
 
     def __init__(
         self,
-        units: int,
         stage_units: int,
         stiffly_accurate: bool,
         *,
         solutions: bool = True,
-        ram: int | None = None,
+        ram: float = inf,
     ) -> None:
         self.costs = Costs(stage_units, stiffly_accurate)
-        self._units = units
         self._solutions = solutions
-        self._ram = units if ram is None else ram
-        self._plain = _Hulls(self.costs, units, solutions)
-        self._hulls = {0: self._plain}
+        self._ram = ram
+        self._plain = _Hulls(self.costs, solutions)
+        self._hulls = lru_cache(maxsize=4)(partial(_Hulls, self.costs, solutions))
 
     def actions(
         self, situation: int, first: int, steps: int, units: int, *, swept: bool = False
@@ -333,9 +162,7 @@ class Sweeper:
         _, r, c = self.costs.locate(situation, steps, units)
         if c == 1:
             r, c = r + 1, 0
-        if c not in self._hulls:
-            self._hulls[c] = _Hulls(self.costs, self._units, self._solutions, c)
-        hulls = self._hulls[c]
+        hulls = self._hulls(c) if c else self._plain
         later: list[tuple] = []  # intervals to the left and steps between, nearest last
         stored = False
         while True:
@@ -401,16 +228,15 @@ class Sweeper:
         l = self.costs.stage_units  # noqa: E741
         if not (self._solutions or self.costs.stiffly_accurate):
             return _SOLUTION, steps - 1 - units // l, hulls  # the rest's stages find room
-        edge = hulls.edge(situation, r, units)
-        value = edge.value
-        for option in edge.options:
+        value, options = hulls.options(situation, r, units)
+        for option in options:
             if option.value == value and option.low <= steps <= option.high:
                 break
         else:  # between the hull's corners: F is the hull rounded up
             cost = -((value - hulls.slope(r) * steps) // hulls.denominator)
             hulls = self._plain
             value = r * steps - cost
-            for option in hulls.edge(situation, r, units).options:
+            for option in hulls.options(situation, r, units)[1]:
                 if option.value == value and option.low <= steps <= option.high:
                     break
             else:
@@ -483,8 +309,8 @@ def minimal_extra_steps(
 class OptimalSchedule(Schedule):
     """The schedule with the fewest repeated steps, for a known number of steps.
 
-    Its memory does not grow with ``steps``, only with the checkpoints of the forward sweep, and
-    each action takes constant time.
+    Its memory does not grow with ``steps``, only with the checkpoints of the forward sweep; an
+    action takes less than a microsecond.
 
     Parameters
     ----------
@@ -536,7 +362,6 @@ class OptimalSchedule(Schedule):
         self.extra_steps = request.extra_steps
         self._request = request
         self._sweeper = _sweeper(
-            request.units,
             request.stage_units,
             request.stiffly_accurate,
             request.solutions,
@@ -548,7 +373,7 @@ class OptimalSchedule(Schedule):
             if isinstance(action, Adjoint):
                 break
             stores = self._stage_stores if isinstance(action, StoreStages) else self._stores
-            stores[action.step] = [action]
+            stores.setdefault(action.step, []).append(action)
 
     def before_step(self, step: int) -> Iterable[Action]:
         """Store the start of ``step`` if it is a solution checkpoint."""
@@ -578,11 +403,9 @@ class OptimalSchedule(Schedule):
 
 
 @lru_cache(maxsize=8)
-def _sweeper(
-    units: int, stage_units: int, stiffly_accurate: bool, solutions: bool, ram: int
-) -> Sweeper:
-    """Return a sweeper whose tables serve many schedules, as those of a training loop."""
-    return Sweeper(units, stage_units, stiffly_accurate, solutions=solutions, ram=ram)
+def _sweeper(stage_units: int, stiffly_accurate: bool, solutions: bool, ram: int) -> Sweeper:
+    """Return a sweeper whose decisions serve many schedules, as those of a training loop."""
+    return Sweeper(stage_units, stiffly_accurate, solutions=solutions, ram=ram)
 
 
 class Revolve(OptimalSchedule):

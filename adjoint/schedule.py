@@ -10,8 +10,8 @@ Two things are *live*, that is in the integrator's hands and not in a checkpoint
 
 A solution checkpoint holds a state, a stage checkpoint holds stages; that of a stiffly accurate
 method holds the step's end solution among them, and the forward sweep can start again from there.
-Solutions and stages of the same step are separate checkpoints. ``restorable`` states also include
-the initial state where a schedule takes it to be free.
+Solutions and stages of the same step are separate checkpoints. Some schedules take the initial
+state to be free: it can always be restored, and is never stored or discarded.
 """
 
 from __future__ import annotations
