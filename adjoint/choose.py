@@ -99,7 +99,13 @@ class Plan:
 
 
 def plan(
-    method: str, steps: int, state_bytes: int, memory: Any = None, *, store: str = "auto"
+    method: str,
+    steps: int,
+    state_bytes: int,
+    memory: Any = None,
+    disk: Any = None,
+    *,
+    store: str = "auto",
 ) -> Plan:
     """Predict what a gradient through fixed steps costs. Not collective.
 
@@ -111,8 +117,8 @@ def plan(
         Number of steps.
     state_bytes : int
         Bytes of a state in PETSc's precision: 8 per entry as a rule.
-    memory, store
-        As for :class:`pnode.Checkpointing`.
+    memory, disk, store
+        As for :class:`pnode.Checkpointing`; nothing is written to ``disk``.
 
     Returns
     -------
@@ -138,10 +144,11 @@ def plan(
         raise ConfigurationError(
             f"method={method!r} keeps a history and every step's state: there is nothing to plan"
         )
-    limit = Checkpointing(memory=memory, store=store).bytes
-    schedule = choose_schedule(row, steps, state_bytes, limit, store, False)
+    limit = Checkpointing(memory=memory, disk=disk, store=store).bytes
+    schedule = choose_schedule(row, steps, state_bytes, limit, store, disk is not None)
     ledger = Ledger()
-    trajectory = Trajectory(schedule, CheckpointStore(ledger, limit))
+    folder: Any = None if disk is None else _NoFolder
+    trajectory = Trajectory(schedule, CheckpointStore(ledger, limit, folder))
     shadow: Any = _Shadow(row, max(1, state_bytes // REAL.itemsize))
     for index in range(steps):
         trajectory.before_step(index, shadow)
@@ -158,7 +165,17 @@ def plan(
                 pass
             case _:
                 trajectory.execute(action, shadow)
+    trajectory.clear()
     return Plan(recomputed, ledger.ram_bytes, ledger.disk_bytes)
+
+
+class _NoFolder(dict[str, Any]):
+    """Stands for a folder of checkpoint files."""
+
+    write = dict.__setitem__
+    read = dict.__getitem__
+    remove = dict.__delitem__
+    close = dict.clear
 
 
 class _Shadow:

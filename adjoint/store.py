@@ -17,6 +17,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,8 @@ class DiskFolder:
                         file.write(array.data.cast("B"))
             partial.replace(path)
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
             raise CheckpointError(
                 f"the checkpoint {path} could not be written ({error}): give disk= a folder with "
                 "more room, or raise memory="
@@ -156,19 +158,19 @@ class CheckpointStore:
     limit : int or None
         Bytes in memory at any instant; None for no limit. Where there is a disk, the oldest
         checkpoints move there to make room; otherwise the limit is an error.
-    scratch : path or None
-        Where a private folder for level 1 is made when it is needed.
+    folder : callable or None
+        Makes the folder for level 1 when it is needed: a :class:`DiskFolder`.
     """
 
     def __init__(
         self,
         ledger: Ledger,
         limit: int | None = None,
-        scratch: str | os.PathLike[str] | None = None,
+        folder: Callable[[], DiskFolder] | None = None,
     ) -> None:
         self._ledger = ledger
         self._limit = math.inf if limit is None else limit
-        self._scratch = scratch
+        self._create_folder = folder
         self._folder: DiskFolder | None = None
         self._memory: dict[Hashable, Tensors] = {}
         self._files: dict[Hashable, tuple[str, int]] = {}
@@ -273,7 +275,7 @@ class CheckpointStore:
                 self._finish_reading()
             elif self._writing is not None:
                 self._finish_writing()
-            elif self._scratch is not None and self._memory:
+            elif self._create_folder is not None and self._memory:
                 key = next(iter(self._memory))
                 self._write(key, self._memory.pop(key))
             else:
@@ -286,8 +288,8 @@ class CheckpointStore:
         """Begin to write tensors that are held."""
         self._finish_writing()
         if self._folder is None:
-            assert self._scratch is not None
-            self._folder = DiskFolder(self._scratch)
+            assert self._create_folder is not None
+            self._folder = self._create_folder()
         self._number += 1
         name = f"checkpoint-{self._number}"
         size = sum(map(_size, tensors))

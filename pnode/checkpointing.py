@@ -85,7 +85,8 @@ class Checkpointing:
         if self.store not in _STORES:
             choices = ", ".join(map(repr, _STORES))
             raise ConfigurationError(f"store={self.store!r} is unknown: choose one of {choices}")
-        if self.disk is not None and not os.path.isdir(self.disk):
+        is_path = isinstance(self.disk, (str, os.PathLike))
+        if self.disk is not None and not (is_path and os.path.isdir(self.disk)):
             raise ConfigurationError(f"disk={self.disk!r} is not a folder: create it first")
 
     @property

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from pnode.adjoint.choose import choose_schedule
 from pnode.adjoint.create import create_adjoint
 from pnode.adjoint.schedule import Adjoint, Advance, RestoreEnd, RestoreSolution
 from pnode.adjoint.stepper import AdjointStepper
-from pnode.adjoint.store import CheckpointStore
+from pnode.adjoint.store import CheckpointStore, DiskFolder
 from pnode.adjoint.trajectory import Trajectory
 from pnode.checkpointing import Checkpointing
 from pnode.dense import DenseAdjoint, DenseOutput
@@ -520,7 +521,8 @@ class Engine:
             self.method, steps, run.settings.size * REAL.itemsize, chosen.bytes, chosen.store,
             chosen.disk is not None,
         )  # fmt: skip
-        return Trajectory(schedule, CheckpointStore(run.stats, chosen.bytes, chosen.disk))
+        folder = None if chosen.disk is None else partial(DiskFolder, chosen.disk)
+        return Trajectory(schedule, CheckpointStore(run.stats, chosen.bytes, folder))
 
     @contextmanager
     def _integrator(
