@@ -13,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from pnode import arguments, tolerances
+from pnode.checkpointing import Checkpointing
 from pnode.consistency import check_consistency, consistent_state
 from pnode.controllers import check_controller
 from pnode.engine import Engine, Requests, Run
@@ -122,7 +123,11 @@ class Solver(torch.nn.Module):
         the event.
     event_tol : float
         Tolerance of the root, relative to the length of the step it lies in.
-    checkpointing, comm, compile
+    checkpointing : Checkpointing, int or str, optional
+        A limit for the memory of checkpoints, :class:`pnode.Checkpointing` or its ``memory``
+        alone: ``"256MiB"``. Steps are repeated in the backward sweep where it is too little for
+        all of them. Without a limit all stages are kept.
+    comm, compile
         Reserved: anything but the default is refused in this version.
 
     Raises
@@ -182,7 +187,7 @@ class Solver(torch.nn.Module):
     ) -> None:
         super().__init__()
         arguments.refuse_reserved(
-            checkpointing=checkpointing, compile=compile,
+            compile=compile,
         )  # fmt: skip
         form = arguments.problem_form(rhs, implicit, explicit, mass, residual)
         if monitor is not None and not callable(monitor):
@@ -238,6 +243,7 @@ class Solver(torch.nn.Module):
             jacobian_options(
                 chosen, form, jacobian, jacobian_pattern, preconditioner, jacobian_reuse
             ),
+            _checkpointing(checkpointing),
         )  # fmt: skip
         self.event_fn = event_fn
         self._requests = Requests(monitor, dense, None, arguments.finite("event_tol", event_tol))
@@ -355,6 +361,12 @@ class Solver(torch.nn.Module):
         return Solution(
             times, problem.layout.unflatten(ys), run.stats, reason="event", event_time=times[-1]
         )
+
+
+def _checkpointing(chosen: Any) -> Checkpointing:
+    if isinstance(chosen, Checkpointing):
+        return chosen
+    return Checkpointing() if chosen is None else Checkpointing(memory=chosen)
 
 
 class _Solve(torch.autograd.Function):
