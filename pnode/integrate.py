@@ -324,18 +324,20 @@ class Solver(torch.nn.Module):
                 f"t requires grad, and y' is not at hand for a problem given as {self._form}=: "
                 "pass t.detach()"
             )
-        problem = InitialValueProblem.create(
-            self._functions[0], y0, times, declared if differentiate else (),
-            check_undeclared=differentiate, form=self._form, explicit=self.explicit,
-            mass=None if self.mass is None else MassMatrix(self.mass, StateLayout.of(y0)),
-        )  # fmt: skip
-        flat = problem.layout.flatten(y0)
-        start = Ledger()
-        if self._form in ("mass", "residual"):
-            if self._consistent_start:
-                flat = consistent_state(problem, flat, start)
-            else:
-                check_consistency(problem, flat.detach(), start)
+        # Of tensors made in inference mode there are no derivatives, nor transposes if sparse.
+        with torch.inference_mode(False), torch.set_grad_enabled(differentiate):
+            problem = InitialValueProblem.create(
+                self._functions[0], y0, times, declared if differentiate else (),
+                check_undeclared=differentiate, form=self._form, explicit=self.explicit,
+                mass=None if self.mass is None else MassMatrix(self.mass, StateLayout.of(y0)),
+            )  # fmt: skip
+            flat = problem.layout.flatten(y0)
+            start = Ledger()
+            if self._form in ("mass", "residual"):
+                if self._consistent_start:
+                    flat = consistent_state(problem, flat, start)
+                else:
+                    check_consistency(problem, flat.detach(), start)
         inputs = (flat, times, *problem.parameters)
         trainable = differentiate and any(tensor.requires_grad for tensor in inputs)
         if trainable and self.event_fn is not None:

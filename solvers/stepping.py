@@ -288,10 +288,11 @@ def first_step(
 
     Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I, section II.4, "Starting
     Step Size". Where y0' is not at hand (a mass matrix, a residual), a millionth of the first
-    output interval.
+    output interval, or of 1 where that has no end.
     """
     if field.problem.form in ("mass", "residual"):
-        return min(1e-6 * (end - start), control.max_step)
+        span = end - start if math.isfinite(end) else 1.0
+        return min(1e-6 * span, control.max_step)
     y0 = vectors.copy_out(integrator.solution, field.dtype)
     f0 = field.slope(start, y0.clone())
     settings = integrator.settings

@@ -102,7 +102,9 @@ def test_every_type_of_petsc_is_in_the_table():
         set_subtype(ts, "rosw", method.subtype, method.stages)
         tableau = ROSENBROCK[method.subtype]
         assert tableau.stages == method.stages
-        assert method.adaptive == (not method.subtype.startswith("theta"))
+        # The others' error estimate is missing, or zero on linear problems: test_combinations.py.
+        blind = method.subtype in ("theta1", "theta2", "ra3pw", "lassp3p4s2c")
+        assert method.adaptive == (not blind)
     ts.destroy()
 
 
