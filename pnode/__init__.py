@@ -6,6 +6,8 @@
 >>> y[-1].sum().backward()
 """
 
+from pnode.adjoint.choose import Plan, plan
+from pnode.checkpointing import Checkpointing
 from pnode.errors import (
     BackwardError,
     CheckpointError,
@@ -27,6 +29,7 @@ from pnode.solvers.methods import Method, methods
 __all__ = [
     "BackwardError",
     "CheckpointError",
+    "Checkpointing",
     "ConfigurationError",
     "EventError",
     "Ledger",
@@ -34,6 +37,7 @@ __all__ = [
     "Method",
     "NonFiniteVectorField",
     "NonlinearSolveFailed",
+    "Plan",
     "PnodeError",
     "Solution",
     "SolveError",
@@ -47,6 +51,7 @@ __all__ = [
     "odeint",
     "odeint_adjoint",
     "odeint_event",
+    "plan",
 ]
 
 __version__ = "0.1.0"

@@ -10,20 +10,25 @@ import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from pnode import tolerances, vectors
+from pnode.adjoint.choose import choose_schedule
 from pnode.adjoint.create import create_adjoint
-from pnode.adjoint.schedule import Adjoint, Discard, Restore, StoreEverything
+from pnode.adjoint.schedule import Adjoint, Advance, RestoreEnd, RestoreSolution
 from pnode.adjoint.stepper import AdjointStepper
+from pnode.adjoint.store import CheckpointStore, DiskFolder
 from pnode.adjoint.trajectory import Trajectory
+from pnode.checkpointing import Checkpointing
 from pnode.dense import DenseAdjoint, DenseOutput
 from pnode.events import Event, EventLocator
 from pnode.options import SolverOptions, next_prefix
 from pnode.problem import InitialValueProblem, StateLayout
 from pnode.solution import Stats
+from pnode.solvers.assemblies import SparsityPattern
 from pnode.solvers.bridge import accumulate
 from pnode.solvers.create import create_integrator
 from pnode.solvers.integrator import (
@@ -32,11 +37,12 @@ from pnode.solvers.integrator import (
     TimeIntegrator,
     default_options,
 )
-from pnode.solvers.jacobians import JacobianOptions, SparsityPattern
+from pnode.solvers.jacobians import JacobianOptions
 from pnode.solvers.methods import Method
-from pnode.solvers.stepping import Step, StepControl, forward_sweep
+from pnode.solvers.stepping import Step, StepControl, count_fixed_steps, forward_sweep
 from pnode.solvers.symplectic import split_size
 from pnode.vectorfield import VectorField, vector_field
+from pnode.vectors import REAL
 
 __all__ = ["Engine", "Requests", "Run"]
 
@@ -123,6 +129,8 @@ class Run:
         Outputs inside of steps.
     event : Event or None
         What ended the sweep early; ``problem`` then has the times of the outputs it returned.
+    reproducible : bool
+        Whether every step starts afresh.
     """
 
     problem: InitialValueProblem
@@ -132,6 +140,7 @@ class Run:
     used: list[bool] = field(default_factory=list)
     dense: DenseOutput | None = None
     event: Event | None = None
+    reproducible: bool = False
 
 
 class _Record:
@@ -182,6 +191,13 @@ class _Record:
         if self._run.trajectory is not None:
             self._run.trajectory.mark_output()
 
+    def before_step(self, index: int) -> None:
+        """Store the start of a step, if it is wanted."""
+        if self._run.trajectory is not None:
+            self._run.trajectory.before_step(index, self._integrator)
+        if self._run.reproducible:
+            self._integrator.ts.restartStep()
+
     def on_step(self, step: Step) -> None:
         """Note an accepted step."""
         run, problem = self._run, self._run.problem
@@ -202,6 +218,69 @@ class _Record:
             )
 
 
+class _Repeated:
+    """Repeats recorded steps, on an integrator leased when the first is wanted.
+
+    Parameters
+    ----------
+    engine : Engine
+        Lends the integrator.
+    run : Run
+        Whose steps.
+    y0 : Tensor
+        Flat initial state.
+
+    Attributes
+    ----------
+    integrator : TimeIntegrator or None
+        Once there is one.
+    """
+
+    def __init__(self, engine: Engine, run: Run, y0: torch.Tensor) -> None:
+        self._engine = engine
+        self._run = run
+        self._y0 = y0
+        self._lease = ExitStack()
+        self.integrator: TimeIntegrator | None = None
+
+    def __enter__(self) -> _Repeated:
+        return self
+
+    def __exit__(self, *error: Any) -> Any:
+        if self.integrator is not None:
+            newton, krylov = self.integrator.iterations()
+            self._run.stats.backward.newton += newton
+            self._run.stats.backward.krylov += krylov
+        return self._lease.__exit__(*error)
+
+    def restart(self, step: int, state: torch.Tensor) -> None:
+        """Stand at the start of a step."""
+        run = self._run
+        assert run.trajectory is not None
+        if self.integrator is None:
+            problem = replace(run.problem, check_undeclared=False)
+            field_ = vector_field(problem, run.stats.backward)
+            settings = replace(run.settings, adaptive=False)
+            lease = self._engine._integrator(settings, field_, self._y0)
+            self.integrator = self._lease.enter_context(lease)
+            if step == 0:
+                return
+        self.integrator.restore((state,))
+
+    def advance(self, step: int) -> None:
+        """Repeat a step from where the integrator stands."""
+        run = self._run
+        assert run.trajectory is not None and self.integrator is not None
+        recorded = run.trajectory.steps[step]
+        if run.reproducible:
+            self.integrator.ts.restartStep()
+        with torch.no_grad():
+            outcome = self.integrator.attempt(recorded.start, recorded.length, step, recorded.order)
+        if outcome.error is not None:
+            raise outcome.error
+        run.stats.backward.recomputed += 1
+
+
 @dataclass(frozen=True, eq=False)
 class Engine:
     """Method, tolerances and options of a solver, and its pool of PETSc objects.
@@ -218,6 +297,8 @@ class Engine:
         How these are preconditioned and reused.
     petsc_options : dict
         The user's options.
+    checkpointing : Checkpointing
+        What checkpoints may take.
     prefix : str
         Options prefix of all its PETSc objects.
     """
@@ -227,6 +308,7 @@ class Engine:
     jacobian: str
     petsc_options: dict[str, Any]
     jacobian_options: JacobianOptions = field(default_factory=JacobianOptions)
+    checkpointing: Checkpointing = field(default_factory=Checkpointing)
     prefix: str = field(default_factory=next_prefix)
     _pool: _Pool = field(default_factory=_Pool, init=False)
     _options: dict[Hashable, SolverOptions] = field(default_factory=dict, init=False)
@@ -239,7 +321,8 @@ class Engine:
     def __reduce__(self) -> Any:
         """Copies and pickles take the configuration along, not the PETSc objects."""
         return Engine, (
-            self.method, self.control, self.jacobian, self.petsc_options, self.jacobian_options
+            self.method, self.control, self.jacobian, self.petsc_options, self.jacobian_options,
+            self.checkpointing,
         )  # fmt: skip
 
     @property
@@ -279,7 +362,10 @@ class Engine:
         run = Run(problem, Stats(), self._settings(problem.layout, problem.form))
         field_ = vector_field(problem, run.stats)
         if keep:
-            run.trajectory = Trajectory(StoreEverything(), run.stats)
+            run.trajectory = self._trajectory(run, requests)
+            # What one-step methods carry over from the step before; the others have the same bits.
+            fresh = self.method.ts_type in ("rk", "dirk") and not self.method.same_bits
+            run.reproducible = self.checkpointing.reproducible and fresh
         with ExitStack() as leases, self._integrator(run.settings, field_, y0) as integrator:
             locator: EventLocator | None = None
             if requests.event_fn is not None:
@@ -296,7 +382,10 @@ class Engine:
             forward_sweep(
                 integrator, field_, times, self.control, run.stats, record.on_step,
                 lambda index: record.output(), locator.after_step if locator is not None else None,
+                record.before_step,
             )  # fmt: skip
+            if run.trajectory is not None:
+                run.trajectory.finish(record.last)
             for newton, krylov in (each.iterations() for each in {integrator, record.last}):
                 run.stats.newton += newton
                 run.stats.krylov += krylov
@@ -335,8 +424,9 @@ class Engine:
         ledger = run.stats.backward
         problem = replace(run.problem, check_undeclared=False)
         field_ = vector_field(problem, ledger)
-        if not trajectory.complete:
+        if not trajectory.ready:
             self._repeat(run, vector_field(problem, ledger), y0)
+        trajectory.ready = False
         wanted = bool(field_.parameters)
 
         def create() -> AdjointStepper:
@@ -347,14 +437,19 @@ class Engine:
             adjoint.begin(field_)
             dense = DenseAdjoint(run.dense, trajectory.steps, field_, cotangents)
             with torch.enable_grad():  # here once, instead of at each stage
-                initial = self._reverse(run, adjoint, cotangents, dense)
+                initial = self._reverse(run, adjoint, cotangents, dense, y0)
             state = adjoint.state_gradient()
             parameters = adjoint.parameter_gradients(len(field_.parameters))
             accumulate(parameters, tuple(dense.parameters), 1.0)
         return state, parameters, initial, dense.times
 
     def _reverse(
-        self, run: Run, adjoint: AdjointStepper, cotangents: torch.Tensor, dense: DenseAdjoint
+        self,
+        run: Run,
+        adjoint: AdjointStepper,
+        cotangents: torch.Tensor,
+        dense: DenseAdjoint,
+        y0: torch.Tensor,
     ) -> torch.Tensor:
         """Execute the schedule's reverse actions, adding cotangents where outputs were."""
         trajectory, ledger = run.trajectory, run.stats.backward
@@ -372,21 +467,30 @@ class Engine:
                 if nonzero[index]:
                     active = True
                     adjoint.add(cotangents[index])
-            inside = dense.at(after, trajectory.restore)
+            inside = dense.at(after, lambda step: trajectory.stages(step, repeated.integrator))
             if inside is not None:
                 active = True
                 adjoint.add(inside)
 
-        add_outputs(len(trajectory.steps))
-        for action in trajectory.schedule.reverse(len(trajectory.steps)):
-            if isinstance(action, Restore) and active:
-                adjoint.load(trajectory.restore(action.step))
-            elif isinstance(action, Adjoint):
-                if active:
-                    adjoint.step(trajectory.steps[action.step], ledger)
-                add_outputs(action.step)
-            elif isinstance(action, Discard):
-                trajectory.discard(action.step)
+        with _Repeated(self, run, y0) as repeated:
+            add_outputs(len(trajectory.steps))
+            for action in trajectory.schedule.reverse(len(trajectory.steps)):
+                match action:
+                    case Advance(step):
+                        repeated.advance(step)
+                    case RestoreSolution(step):
+                        repeated.restart(step, y0 if step == 0 else trajectory.solution(step))
+                    case RestoreEnd(step):
+                        repeated.restart(step + 1, trajectory.end(step))
+                    case Adjoint(step):
+                        if active:
+                            adjoint.load(trajectory.stages(step, repeated.integrator))
+                            adjoint.step(trajectory.steps[step], ledger)
+                        add_outputs(step)
+                        trajectory.forget_live()
+                    case _:
+                        trajectory.execute(action, repeated.integrator)
+        trajectory.clear()
         initial = adjoint.state_gradient()
         if nonzero[0]:
             adjoint.add(cotangents[0])
@@ -397,17 +501,29 @@ class Engine:
         trajectory = run.trajectory
         assert trajectory is not None
         trajectory.clear()
-        settings = replace(run.settings, adaptive=False)
-        with self._integrator(settings, field_, y0) as integrator:
+        with _Repeated(self, run, y0) as repeated:
+            repeated.restart(0, y0)
+            assert repeated.integrator is not None
             for step in trajectory.steps:
-                outcome = integrator.attempt(step.start, step.length, step.index, step.order)
-                if outcome.error is not None:
-                    raise outcome.error
-                trajectory.record(step, integrator)
-                run.stats.backward.recomputed += 1
-            newton, krylov = integrator.iterations()
-            run.stats.backward.newton += newton
-            run.stats.backward.krylov += krylov
+                trajectory.before_step(step.index, repeated.integrator)
+                repeated.advance(step.index)
+                trajectory.record(step, repeated.integrator)
+            trajectory.finish(repeated.integrator)
+
+    def _trajectory(self, run: Run, requests: Requests) -> Trajectory:
+        """Return an empty trajectory with the schedule that the memory allows."""
+        chosen, control = self.checkpointing, self.control
+        steps = None
+        if control.step_size is not None and requests.event_fn is None:
+            times = run.problem.times
+            times = (times[0], times[-1]) if requests.dense else times
+            steps = count_fixed_steps(times, control.step_size)
+        schedule = choose_schedule(
+            self.method, steps, run.settings.size * REAL.itemsize, chosen.bytes, chosen.store,
+            chosen.disk is not None,
+        )  # fmt: skip
+        folder = None if chosen.disk is None else partial(DiskFolder, chosen.disk)
+        return Trajectory(schedule, CheckpointStore(run.stats, chosen.bytes, folder))
 
     @contextmanager
     def _integrator(

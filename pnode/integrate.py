@@ -13,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from pnode import arguments, tolerances
+from pnode.checkpointing import Checkpointing
 from pnode.consistency import check_consistency, consistent_state
 from pnode.controllers import check_controller
 from pnode.engine import Engine, Requests, Run
@@ -80,12 +81,28 @@ class Solver(torch.nn.Module):
         (PI42), "pid" (H312PID), or another name from :data:`pnode.controllers.FILTERS`.
     max_steps : int, optional
         Largest number of accepted steps of one solve.
-    jacobian : {"auto", "dense", "matrix-free"}
-        For implicit methods: assembled and factored (LU), or products only (GMRES). "auto" is
-        dense up to 256 state entries.
+    jacobian : {"auto", "dense", "block", "sparse", "matrix-free"}
+        For implicit methods: assembled from n products and factored (LU); for y0 of shape (B, ...)
+        whose rows f treats independently, B blocks from n / B products; sparse, from one product
+        per color of the pattern; or products only (GMRES). "auto" is dense up to 256 state
+        entries and matrix-free beyond. See docs/jacobians.md.
     linear_solver : str or mapping, optional
         A PETSc KSP type (``"gmres"``, ``"bcgs"``...), ``"lu"`` for a direct solve, or a mapping
         of PETSc's ksp and pc options.
+    jacobian_pattern : Tensor, array or sparse matrix of SciPy, optional
+        Shape ``(size, size)`` for the flattened state: where the Jacobian may be non-zero, for
+        "sparse". Detected from Jacobians at three states if None, which can miss entries that
+        vanish there; the first assembly of each sweep is compared with a product.
+    jacobian_reuse : {"iteration", "step", "solve", "constant"}
+        Evaluate the Jacobian at each Newton iterate; once a step, or once a solve, and wherever
+        an iteration leaves more than a tenth of the residual; or once, for an implicit part that
+        is linear with constant coefficients. A matrix-free operator is always exact ("constant"
+        apart): its preconditioner is what is reused. The adjoint evaluates it at every converged
+        stage, "constant" apart.
+    preconditioner : {"dense", "block", "sparse"}, Tensor, sparse matrix or callable, optional
+        For "matrix-free": the Jacobian assembled in one of these ways, or a matrix that
+        approximates df/dy, dense or sparse, shape ``(size, size)`` for the flattened state; or a
+        callable ``(t, y)`` that returns one. pnode forms ``shift M - df/dy`` and factors it.
     petsc_options : mapping, optional
         PETSc options of this solver alone, without prefix: ``{"snes_rtol": 1e-12}``. Options
         ``-pnode_...`` (all solvers) and ``-pnode_<number>_...`` (one) on the command line win.
@@ -106,7 +123,11 @@ class Solver(torch.nn.Module):
         the event.
     event_tol : float
         Tolerance of the root, relative to the length of the step it lies in.
-    checkpointing, comm, compile
+    checkpointing : Checkpointing, int or str, optional
+        A limit for the memory of checkpoints, :class:`pnode.Checkpointing` or its ``memory``
+        alone: ``"256MiB"``. Steps are repeated in the backward sweep where it is too little for
+        all of them. Without a limit all stages are kept.
+    comm, compile
         Reserved: anything but the default is refused in this version.
 
     Raises
@@ -166,7 +187,7 @@ class Solver(torch.nn.Module):
     ) -> None:
         super().__init__()
         arguments.refuse_reserved(
-            checkpointing=checkpointing, compile=compile,
+            compile=compile,
         )  # fmt: skip
         form = arguments.problem_form(rhs, implicit, explicit, mass, residual)
         if monitor is not None and not callable(monitor):
@@ -222,6 +243,7 @@ class Solver(torch.nn.Module):
             jacobian_options(
                 chosen, form, jacobian, jacobian_pattern, preconditioner, jacobian_reuse
             ),
+            _checkpointing(checkpointing),
         )  # fmt: skip
         self.event_fn = event_fn
         self._requests = Requests(monitor, dense, None, arguments.finite("event_tol", event_tol))
@@ -341,6 +363,12 @@ class Solver(torch.nn.Module):
         return Solution(
             times, problem.layout.unflatten(ys), run.stats, reason="event", event_time=times[-1]
         )
+
+
+def _checkpointing(chosen: Any) -> Checkpointing:
+    if isinstance(chosen, Checkpointing):
+        return chosen
+    return Checkpointing() if chosen is None else Checkpointing(memory=chosen)
 
 
 class _Solve(torch.autograd.Function):

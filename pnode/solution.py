@@ -25,7 +25,7 @@ class Ledger:
     jvp, vjp : int
         Jacobian-vector and vector-Jacobian products, outside of assembled Jacobians.
     jacobians : int
-        Assembled Jacobians.
+        Assembled Jacobians: n products each if dense, n / B for B blocks, one per color if sparse.
     newton, krylov : int
         Newton and Krylov iterations.
     recomputed : int

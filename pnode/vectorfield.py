@@ -153,6 +153,7 @@ class VectorField:
         # torch has an error of its own for writing into a leaf. The first time, f gets a copy of
         # the leaf, so that the write goes through and _call reports it.
         own = leaf.clone() if first else leaf
+        before = _hidden_state(self._function) if first and self.problem.check_undeclared else None
         try:
             value = self._call(
                 s, own, time, self._layout.unflatten(own) if self._layout.is_tuple else own
@@ -161,9 +162,27 @@ class VectorField:
             if "leaf Variable" in str(error) or "created in no_grad mode" in str(error):
                 raise self._wrote_into_input(s, " (or into a parameter)") from error
             raise
-        if first and self.problem.check_undeclared:
+        if before is not None:
+            self._refuse_hidden_state(s, before)
             self._find_parameters(value, leaf, time)
         return value
+
+    def _refuse_hidden_state(self, s: float, before: tuple[torch.Tensor, list[int]]) -> None:
+        """Refuse a field that is not a function of t and y: its adjoint would be another's."""
+        random, buffers = before
+        if not torch.equal(random, torch.get_rng_state()):
+            raise VectorFieldError(
+                "the vector field draws random numbers (dropout in training mode?), so that its "
+                "value cannot be had again for the gradient: call .eval() on it, or draw them "
+                "once before the solve",
+                time=self._direction * s,
+            )
+        if buffers != _hidden_state(self._function)[1]:
+            raise VectorFieldError(
+                "the vector field writes into one of its buffers, so that its value cannot be had "
+                "again for the gradient: call .eval() on it, or keep what it counts outside",
+                time=self._direction * s,
+            )
 
     def _call(self, s: float, own: torch.Tensor, time: torch.Tensor, *state: Any) -> torch.Tensor:
         """Call f in the user's time on ``state``, made from ``own``, and check what comes back.
@@ -295,6 +314,15 @@ class Residual(VectorField):
             if first and self.problem.check_undeclared:
                 self._find_parameters(value, *leaves)
         return Linearization(self, leaves, value, -1.0, time, self._direction)
+
+
+def _hidden_state(function: Any) -> tuple[torch.Tensor, list[int]]:
+    """Return torch's random state and the versions of a Module's floating-point buffers."""
+    buffers = function.buffers() if isinstance(function, torch.nn.Module) else ()
+    return (
+        torch.get_rng_state(),
+        [buffer._version for buffer in buffers if buffer.is_floating_point()],
+    )
 
 
 def vector_field(problem: InitialValueProblem, ledger: Ledger) -> VectorField:

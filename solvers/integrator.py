@@ -18,9 +18,9 @@ from pnode.errors import (
     SolveError,
 )
 from pnode.options import PETSc, SolverOptions, log_stage
+from pnode.solvers.assemblies import BLOCK_LU
 from pnode.solvers.bridge import Bridge, JacobianShell, shell_matrix
 from pnode.solvers.jacobians import (
-    BLOCK_LU,
     Jacobian,
     JacobianOptions,
     create_assembly,
@@ -342,6 +342,9 @@ class TimeIntegrator:
         self._stage_callback = (
             before_each_stage(self.ts, self.bridge.stage_begins) if self._starts else None
         )
+        if self._starts:
+            # PETSc solves for DIRK's initial slope from whatever slope it had last.
+            self.ts.getSNES().setInitialGuess(self._guess_slope)
         self._backtracks = (
             method.implicit
             and not settings.adaptive
@@ -395,6 +398,11 @@ class TimeIntegrator:
         self.options.end_sweep(self)
         self.bridge.detach()
         log_stage("pnode forward").pop()
+
+    def _guess_slope(self, snes: Any, guess: Any) -> None:
+        """Begin the solve for the initial slope from zero: the same bits whatever came before."""
+        if self.bridge.start_time is not None:
+            guess.set(0.0)
 
     def iterations(self) -> tuple[int, int]:
         """Newton and Krylov iterations since :meth:`begin`."""

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from pnode.errors import ConfigurationError
-from pnode.solvers.jacobians import GivenMatrix, JacobianOptions, SparsityPattern, as_matrix
+from pnode.solvers.assemblies import GivenMatrix, SparsityPattern, as_matrix
+from pnode.solvers.jacobians import JacobianOptions
 from pnode.solvers.methods import Method
 
 __all__ = ["jacobian_options"]

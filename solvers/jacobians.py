@@ -1,8 +1,7 @@
 """Jacobians of implicit methods: which matrices PETSc gets, and when they are evaluated anew.
 
 A nonlinear system F(s, u, u_dot) = 0 is solved with ``shift dF/du_dot - dg/du`` (F = M u_dot - g;
-for a residual g stands for -F). An :class:`Assembly` evaluates dg/du and forms the matrix for a
-shift; :class:`Jacobian` decides when.
+for a residual g stands for -F). :mod:`pnode.solvers.assemblies` has the matrices.
 
 Jacobians refer to no PETSc object; see :mod:`pnode.solvers.bridge`.
 """
@@ -10,34 +9,26 @@ Jacobians refer to no PETSc object; see :mod:`pnode.solvers.bridge`.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-import torch
-
-from pnode.errors import ConfigurationError, VectorFieldError
-from pnode.options import PETSc, log_event
+from pnode.errors import ConfigurationError
 from pnode.problem import StateLayout
+from pnode.solvers.assemblies import (
+    Assembly,
+    BlockAssembly,
+    DenseAssembly,
+    GivenAssembly,
+    GivenMatrix,
+    SparseAssembly,
+    SparsityPattern,
+    differ,
+    probe,
+    sample_count,
+)
 from pnode.solvers.bridge import Bridge, JacobianShell, Point, shell_matrix
-from pnode.solvers.petsc_c import color_columns
-from pnode.vectorfield import Linearization
-from pnode.vectors import REAL, copy_in, view
 
-__all__ = [
-    "BLOCK_LU",
-    "Assembly",
-    "BlockLU",
-    "GivenMatrix",
-    "Jacobian",
-    "JacobianOptions",
-    "SparsityPattern",
-    "create_assembly",
-    "create_matrices",
-    "sample_count",
-]
+__all__ = ["Jacobian", "JacobianOptions", "create_assembly", "create_matrices"]
 
 # A Newton iteration that leaves more than this part of the residual wants a new Jacobian.
 _SLOW = 0.1
@@ -46,28 +37,6 @@ _MANY_ITERATIONS = 10
 # Relative difference of shifts that share a factorization where the Jacobian is constant.
 _SAME_SHIFT = 1e-11
 _NEVER = (math.nan, -1)  # shift and object state of a matrix that has not been filled
-# Entries of a Jacobian looked at together when its pattern is detected.
-_ENTRIES_AT_ONCE = 1 << 20
-_PROBES = 3
-
-
-class Assembly(ABC):
-    """One kind of assembled Jacobian."""
-
-    @abstractmethod
-    def create(self, size: int, comm: Any) -> Any:
-        """Return a new PETSc matrix, ``size`` rows and columns on this rank. Collective."""
-
-    @abstractmethod
-    def evaluate(self, bridge: Bridge, point: Point, check: bool) -> Any:
-        """Return what :meth:`form` needs of the derivatives at ``point``.
-
-        With ``check``, compare with a product of the true Jacobian where that can differ.
-        """
-
-    @abstractmethod
-    def form(self, matrix: Any, values: Any, shift: float) -> None:
-        """Fill ``matrix`` for a shift; with ``shift`` times the identity if ``values`` is None."""
 
 
 class Jacobian:
@@ -283,23 +252,6 @@ def create_assembly(jacobian: str, options: JacobianOptions) -> Assembly | None:
     return None
 
 
-# ----------------------------------------------------------------------------------------- checks
-
-
-def _probe(linearization: Linearization) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return a random w and its products w^T dg/du (and w^T dF/du_dot, for a residual)."""
-    generator = torch.Generator().manual_seed(0)
-    like = linearization.flat_value()
-    w = torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
-    return w, [product[0] for product in linearization.rows(w[None])]
-
-
-def _differ(exact: torch.Tensor, found: torch.Tensor, scale: torch.Tensor) -> bool:
-    """Whether two products differ by more than round-off of ``scale``, their absolute sum."""
-    tolerance = math.sqrt(torch.finfo(exact.dtype).eps)
-    return bool(((exact - found).abs() > tolerance * (scale + exact.abs())).any())
-
-
 class _Promise:
     """The promise of a constant Jacobian, tested by one product.
 
@@ -309,7 +261,7 @@ class _Promise:
 
     def __init__(self, bridge: Bridge, first: Point) -> None:
         self._s, self._u = first.s, first.u
-        _, self._products = _probe(bridge.linearize(first))
+        _, self._products = probe(bridge.linearize(first))
         self._reach = (0.0, 0.0)
 
     def far(self, point: Point) -> bool:
@@ -321,10 +273,10 @@ class _Promise:
         """Compare the products at this point with those at the first one."""
         state, time = self._distances(point)
         self._reach = max(state, self._reach[0]), max(time, self._reach[1])
-        _, after = _probe(bridge.linearize(point))
+        _, after = probe(bridge.linearize(point))
         for one, two in zip(self._products, after, strict=True):
             # Entries of a product cancel in parts: relative to the largest.
-            if _differ(two, one, one.abs().max().expand_as(one)):
+            if differ(two, one, one.abs().max().expand_as(one)):
                 raise ConfigurationError(
                     "jacobian_reuse='constant' promises that the implicit part is linear with "
                     "constant coefficients, and its Jacobian differs between two states: use "
@@ -333,482 +285,3 @@ class _Promise:
 
     def _distances(self, point: Point) -> tuple[float, float]:
         return float((point.u - self._u).abs().max()), abs(point.s - self._s)
-
-
-# ------------------------------------------------------------------------------------------ dense
-
-
-class DenseAssembly(Assembly):
-    """A dense matrix, from ``size`` batched products."""
-
-    def create(self, size: int, comm: Any) -> Any:
-        """Return a dense matrix."""
-        matrix = PETSc.Mat().createDense(((size, PETSc.DETERMINE),) * 2, comm=comm)
-        matrix.setUp()
-        return matrix
-
-    def evaluate(self, bridge: Bridge, point: Point, check: bool) -> Any:
-        """Return dg/du and dF/du_dot (None for the identity)."""
-        linearization = bridge.linearize(point)
-        return linearization.jacobian(), linearization.rate_jacobian()
-
-    def form(self, matrix: Any, values: Any, shift: float) -> None:
-        """Fill the matrix."""
-        state, rate = (None, None) if values is None else values
-        array = matrix.getDenseArray()
-        array[...] = 0.0 if state is None else -state.numpy()
-        if rate is None:
-            array.flat[:: array.shape[0] + 1] += shift
-        else:
-            array += shift * rate.numpy()
-        matrix.assemble()
-
-
-# ------------------------------------------------------------------------------------------ block
-
-#: Options value of the preconditioner.
-BLOCK_LU = "pnode.solvers.jacobians.BlockLU"
-
-
-def sample_count(layout: StateLayout) -> int:
-    """Return B of a state of shape (B, ...).
-
-    Raises
-    ------
-    ConfigurationError
-        For a tuple or a single number.
-    """
-    if layout.is_tuple or not layout.shapes[0]:
-        shapes = [tuple(shape) for shape in layout.shapes]
-        raise ConfigurationError(
-            "jacobian='block' (or preconditioner='block') needs a state that is one tensor of "
-            f"shape (B, ...), B independent samples, and y0 has the shape {shapes}: stack the "
-            "parts along a later dimension, or use jacobian='sparse'"
-        )
-    return layout.shapes[0][0]
-
-
-class BlockMatrix:
-    """Python context of a block-diagonal matrix.
-
-    Attributes
-    ----------
-    blocks : Tensor
-        Shape ``(B, m, m)``, PETSc's precision.
-    """
-
-    def __init__(self, blocks: torch.Tensor) -> None:
-        self.blocks = blocks
-
-    def mult(self, mat: Any, x: Any, y: Any) -> None:
-        """y = A x."""
-        copy_in(y, self._product(self.blocks, x))
-
-    def multTranspose(self, mat: Any, x: Any, y: Any) -> None:
-        """y = A^T x."""
-        copy_in(y, self._product(self.blocks.mT, x))
-
-    def scale(self, mat: Any, factor: float) -> None:
-        """A = factor A."""
-        self.blocks = self.blocks * factor
-
-    @staticmethod
-    def _product(blocks: torch.Tensor, x: Any) -> torch.Tensor:
-        return torch.bmm(blocks, view(x).view(len(blocks), -1, 1)).reshape(-1)
-
-
-class BlockLU:
-    """Python context of a preconditioner: LU of every block of a :class:`BlockMatrix`."""
-
-    def setUp(self, pc: Any) -> None:
-        """Factor; a singular block fails the solve, as PETSc's own LU does."""
-        event = log_event("pnode block LU")
-        event.begin()
-        blocks = pc.getOperators()[1].getPythonContext().blocks
-        self._factors, self._pivots, info = torch.linalg.lu_factor_ex(blocks)
-        self._singular = bool(info.ne(0).any())
-        event.end()
-        reasons = PETSc.PC.FailedReason
-        pc.setFailedReason(reasons.FACTOR_NUMERIC_ZEROPIVOT if self._singular else reasons.NOERROR)
-
-    def apply(self, pc: Any, x: Any, y: Any) -> None:
-        """y = A^-1 x."""
-        self._solve(x, y, False)
-
-    def applyTranspose(self, pc: Any, x: Any, y: Any) -> None:
-        """y = A^-T x."""
-        self._solve(x, y, True)
-
-    def _solve(self, x: Any, y: Any, transposed: bool) -> None:
-        if self._singular:
-            x.copy(y)
-            return
-        b = view(x).view(len(self._factors), -1, 1)
-        solution = torch.linalg.lu_solve(self._factors, self._pivots, b, adjoint=transposed)
-        copy_in(y, solution.reshape(-1))
-
-
-class BlockAssembly(Assembly):
-    """Samples that do not know of one another: B blocks from m products for all at once."""
-
-    def __init__(self, samples: int) -> None:
-        self._samples = samples
-        self._width = 0
-
-    def create(self, size: int, comm: Any) -> Any:
-        """Return a python matrix."""
-        self._width = size // self._samples
-        blocks = torch.zeros(self._samples, self._width, self._width, dtype=REAL, device="cpu")
-        return shell_matrix(BlockMatrix(blocks), size, size, comm)
-
-    def evaluate(self, bridge: Bridge, point: Point, check: bool) -> Any:
-        """Return the blocks of dg/du and dF/du_dot (None for the identity), (B, m, m) each."""
-        linearization = bridge.linearize(point)
-        batch, width = self._samples, self._width
-        # Row j of every sample's Jacobian at once: no entry of the state has two of them.
-        units = torch.eye(width, dtype=point.u.dtype)[:, None, :].expand(width, batch, width)
-        found = linearization.assemble(units.reshape(width, -1))
-        blocks = [rows.view(width, batch, width).transpose(0, 1).contiguous() for rows in found]
-        if check:
-            self._check(linearization, blocks)
-        if len(blocks) == 2:
-            return blocks[0].to(REAL), blocks[1].to(REAL)
-        mass = bridge.field.mass
-        return blocks[0].to(REAL), None if mass is None else mass.blocks(batch)
-
-    def _check(self, linearization: Linearization, blocks: list[torch.Tensor]) -> None:
-        w, exact = _probe(linearization)
-        rows = w.view(self._samples, 1, self._width)
-        for block, product in zip(blocks, exact, strict=True):
-            found = torch.bmm(rows, block).reshape(-1)
-            if _differ(product, found, torch.bmm(rows.abs(), block.abs()).reshape(-1)):
-                raise ConfigurationError(
-                    "jacobian='block' (or preconditioner='block') needs a vector field that acts "
-                    f"on each of the {self._samples} rows of the batch by itself, and this one "
-                    "couples them: use jacobian='dense', 'sparse' or 'matrix-free', or put each "
-                    "system of coupled samples into one row"
-                )
-
-    def form(self, matrix: Any, values: Any, shift: float) -> None:
-        """Put the blocks into the matrix's context."""
-        context = matrix.getPythonContext()
-        state, rate = (None, None) if values is None else values
-        unit = torch.eye(self._width, dtype=REAL) if rate is None else rate
-        blocks = (shift * unit).expand(self._samples, -1, -1)
-        context.blocks = blocks.contiguous() if state is None else blocks - state
-        matrix.assemble()
-        matrix.stateIncrease()
-
-
-# ----------------------------------------------------------------------------------------- sparse
-
-
-class Entries(NamedTuple):
-    """The matrix ``fixed + shift * scaled`` in coordinates; repeated ones add up.
-
-    Attributes
-    ----------
-    rows, columns : Tensor
-        Shape ``(k,)``.
-    fixed, scaled : Tensor
-        Shape ``(k,)``, PETSc's precision.
-    """
-
-    rows: torch.Tensor
-    columns: torch.Tensor
-    fixed: torch.Tensor
-    scaled: torch.Tensor
-
-
-class SparsityPattern:
-    """Where the Jacobian of a state of ``size`` entries may be non-zero.
-
-    Parameters
-    ----------
-    rows, columns : Tensor, optional
-        Coordinates; detected on first use if not given.
-    size : int, optional
-        Rows and columns of a given pattern.
-
-    Attributes
-    ----------
-    colors : Tensor
-        A color per row: rows of one color have no column in common, so that one product with
-        their sum tells all their entries (Curtis, Powell & Reid, J. Inst. Maths Applics 13, 1974).
-    """
-
-    def __init__(
-        self, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None, size: int = 0
-    ) -> None:
-        self.detected = rows is None
-        self.size = size
-        empty = torch.empty(0, dtype=torch.int64, device="cpu")
-        self.rows = self.columns = self.colors = empty
-        if rows is not None and columns is not None:
-            self._add(rows, columns)
-
-    @property
-    def known(self) -> bool:
-        """Whether there is a pattern yet."""
-        return len(self.colors) > 0
-
-    @property
-    def color_count(self) -> int:
-        """Products that an assembly costs."""
-        return int(self.colors.max()) + 1 if self.known else 0
-
-    def _add(self, rows: torch.Tensor, columns: torch.Tensor) -> None:
-        """Join entries and color the rows anew."""
-        flat = torch.cat([self.rows * self.size + self.columns, rows * self.size + columns])
-        flat = flat.unique()
-        self.rows, self.columns = flat // self.size, flat % self.size
-        self.colors = _color_rows(self.rows, self.columns, self.size)
-
-    def detect(self, bridge: Bridge, point: Point) -> None:
-        """Add what is not zero in dense Jacobians at ``point`` and at random states near it.
-
-        Rows are looked at a block at a time. NaN counts as an entry.
-        """
-        self.size = size = len(point.u)
-        generator = torch.Generator().manual_seed(1)
-
-        def near(values: torch.Tensor) -> torch.Tensor:
-            scale = torch.maximum(values.abs(), values.abs().mean())
-            scale = 0.01 * torch.where(scale > 0, scale, torch.ones_like(scale))
-            noise = torch.randn(values.shape, generator=generator, dtype=torch.float64)
-            return values + scale * noise.to(values)
-
-        field, rows, columns = bridge.field, [], []
-        together = max(1, _ENTRIES_AT_ONCE // size)
-        for probe in range(_PROBES):
-            if probe == 0:
-                linearization = bridge.linearize(point)
-            else:
-                rate = None if point.u_dot is None else near(point.u_dot.detach())
-                linearization = field.linearize(point.s, near(point.u.detach()), rate)
-            for start in range(0, size, together):
-                stop = min(start + together, size)
-                units = torch.zeros(stop - start, size, dtype=point.u.dtype, device="cpu")
-                units[torch.arange(stop - start), torch.arange(start, stop)] = 1.0
-                for part in linearization.rows(units):
-                    found = part.ne(0).nonzero()
-                    rows.append(found[:, 0] + start)
-                    columns.append(found[:, 1])
-        self._add(torch.cat(rows), torch.cat(columns))
-
-
-def _color_rows(rows: torch.Tensor, columns: torch.Tensor, size: int) -> torch.Tensor:
-    """Color the rows of a pattern: the columns of its transpose, for PETSc."""
-    order = torch.argsort(columns * size + rows)
-    pointers = torch.zeros(size + 1, dtype=torch.int64)
-    pointers[1:] = torch.bincount(columns, minlength=size).cumsum(0)
-    csr = (
-        pointers.numpy().astype(PETSc.IntType), rows[order].numpy().astype(PETSc.IntType)
-    )  # fmt: skip
-    values = np.ones(len(rows), dtype=PETSc.RealType)
-    transpose = PETSc.Mat().createAIJ((size, size), csr=(*csr, values), comm=PETSc.COMM_SELF)
-    transpose.assemble()
-    colors = torch.from_numpy(color_columns(transpose)).to(torch.int64)
-    transpose.destroy()
-    return colors
-
-
-class EntryAssembly(Assembly):
-    """Fills a sparse matrix from coordinates, its structure once."""
-
-    def __init__(self) -> None:
-        self._structure: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def create(self, size: int, comm: Any) -> Any:
-        """Return a sparse matrix without structure."""
-        matrix = PETSc.Mat().create(comm=comm)
-        matrix.setSizes(((size, PETSc.DETERMINE),) * 2)
-        matrix.setType(PETSc.Mat.Type.AIJ)
-        return matrix
-
-    def form(self, matrix: Any, values: Entries | None, shift: float) -> None:
-        """Fill the matrix."""
-        if values is None:
-            diagonal = torch.arange(matrix.getLocalSize()[0])
-            ones = torch.ones(len(diagonal), dtype=REAL)
-            values = Entries(diagonal, diagonal, 0 * ones, ones)
-        structure = (values.rows, values.columns)
-        if self._structure is None or not all(map(torch.equal, structure, self._structure)):
-            indices = [index.numpy().astype(PETSc.IntType) for index in structure]
-            matrix.setPreallocationCOO(*indices)
-            self._structure = structure
-        matrix.setValuesCOO((values.fixed + shift * values.scaled).numpy())
-        matrix.assemble()
-
-
-def _identity(size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    diagonal = torch.arange(size)
-    return diagonal, diagonal, torch.ones(size, dtype=REAL)
-
-
-class SparseAssembly(EntryAssembly):
-    """A sparse matrix from one product per color of its pattern."""
-
-    def __init__(self, pattern: SparsityPattern) -> None:
-        super().__init__()
-        self._pattern = pattern
-
-    def evaluate(self, bridge: Bridge, point: Point, check: bool) -> Any:
-        """Return the entries of dg/du and of dF/du_dot."""
-        pattern, linearization = self._pattern, bridge.linearize(point)
-        if not pattern.known:
-            pattern.detect(bridge, point)
-        parts = self._parts(linearization)
-        if check and self._wrong(linearization, parts):
-            if pattern.detected:  # entries may have vanished when it was detected
-                pattern.detect(bridge, point)
-                parts = self._parts(linearization)
-            if not pattern.detected or self._wrong(linearization, parts):
-                raise ConfigurationError(
-                    "the sparsity pattern of jacobian='sparse' (or preconditioner='sparse') misses "
-                    "entries: a product with the Jacobian differs from one with the assembled "
-                    "matrix; give every entry that can be non-zero in jacobian_pattern="
-                )
-        fixed = -parts[0].to(REAL)
-        if len(parts) == 2:
-            # The diagonal belongs to the structure: factorizations want it.
-            rows, columns, scaled = _identity(pattern.size)
-            scaled, own = 0 * scaled, parts[1].to(REAL)
-        else:
-            mass = bridge.field.mass
-            rows, columns, scaled = _identity(pattern.size) if mass is None else mass.entries()
-            own = torch.zeros_like(fixed)
-        return Entries(
-            torch.cat([pattern.rows, rows]),
-            torch.cat([pattern.columns, columns]),
-            torch.cat([fixed, torch.zeros_like(scaled)]),
-            torch.cat([own, scaled]),
-        )
-
-    def _parts(self, linearization: Linearization) -> list[torch.Tensor]:
-        """Return the values of the entries of dg/du (and dF/du_dot), from compressed products."""
-        pattern = self._pattern
-        dtype = linearization.flat_value().dtype
-        seeds = torch.zeros(pattern.color_count, pattern.size, dtype=dtype, device="cpu")
-        seeds[pattern.colors, torch.arange(pattern.size)] = 1.0
-        chosen = (pattern.colors[pattern.rows], pattern.columns)
-        return [part[chosen] for part in linearization.assemble(seeds)]
-
-    def _wrong(self, linearization: Linearization, parts: list[torch.Tensor]) -> bool:
-        pattern = self._pattern
-        w, exact = _probe(linearization)
-        for part, product in zip(parts, exact, strict=True):
-            terms = part * w[pattern.rows]
-            found, scale = (
-                torch.zeros_like(w).index_add_(0, pattern.columns, addends)
-                for addends in (terms, terms.abs())
-            )
-            if _differ(product, found, scale):
-                return True
-        return False
-
-
-# -------------------------------------------------------------------------- the user's own matrix
-
-
-class GivenMatrix:
-    """The user's approximation of df/dy.
-
-    Parameters
-    ----------
-    matrix : Tensor, sparse matrix of SciPy, or callable
-        Shape ``(size, size)`` for the flattened state; or ``matrix(t, y)`` that returns one.
-    """
-
-    def __init__(self, matrix: Any) -> None:
-        self._function: Callable[..., Any] | None = matrix if callable(matrix) else None
-        self._constant = None if callable(matrix) else as_matrix(matrix, "preconditioner")
-
-    def at(self, bridge: Bridge, point: Point) -> torch.Tensor:
-        """Return the approximation of dg/du at ``point``, dense or sparse, PETSc's precision."""
-        problem = bridge.field.problem
-        matrix = self._constant
-        if self._function is not None:
-            layout = problem.layout
-            time = torch.scalar_tensor(problem.direction * point.s, dtype=layout.dtype)
-            with torch.no_grad():
-                state = layout.unflatten(point.u.detach().clone())
-                matrix = as_matrix(self._function(time, state), "preconditioner(t, y)")
-        assert matrix is not None
-        size = problem.layout.size
-        if matrix.shape != (size, size):
-            raise VectorFieldError(
-                f"preconditioner has shape {tuple(matrix.shape)} for a state of {size} entries: "
-                f"give ({size}, {size}), for the flattened state"
-            )
-        values = matrix if matrix.layout is torch.strided else matrix.values()
-        if not bool(torch.isfinite(values).all()):
-            raise VectorFieldError(
-                "preconditioner contains NaN or infinity: give finite values wherever the solution "
-                "may come"
-            )
-        return matrix if problem.direction > 0 else -matrix
-
-
-def as_matrix(matrix: Any, name: str) -> torch.Tensor:
-    """Return a real matrix as a dense or coalesced sparse tensor in PETSc's precision.
-
-    Raises
-    ------
-    ConfigurationError
-        For anything but a real 2-D tensor, array or sparse matrix.
-    """
-    if hasattr(matrix, "tocoo"):  # SciPy's
-        coo = matrix.tocoo()
-        indices = torch.from_numpy(np.stack([coo.row, coo.col]).astype(np.int64))
-        matrix = torch.sparse_coo_tensor(
-            indices, torch.from_numpy(np.array(coo.data)), coo.shape, check_invariants=True
-        )
-    elif isinstance(matrix, np.ndarray):
-        matrix = torch.from_numpy(matrix)
-    if not isinstance(matrix, torch.Tensor) or matrix.dim() != 2 or matrix.is_complex():
-        shape = f" of shape {tuple(matrix.shape)}" if isinstance(matrix, torch.Tensor) else ""
-        raise ConfigurationError(
-            f"{name} is a {type(matrix).__name__}{shape}: give a real matrix, as a tensor (dense "
-            "or sparse) or a sparse matrix of SciPy"
-        )
-    matrix = matrix.detach().to("cpu", REAL)
-    return matrix if matrix.layout is torch.strided else matrix.to_sparse_coo().coalesce()
-
-
-class GivenAssembly(EntryAssembly):
-    """The user's approximation of df/dy, with the mass matrix; dense or sparse as it comes."""
-
-    def __init__(self, given: GivenMatrix) -> None:
-        super().__init__()
-        self._given = given
-        self._dense = DenseAssembly()
-        self._is_dense: bool | None = None
-
-    def evaluate(self, bridge: Bridge, point: Point, check: bool) -> Any:
-        """Return the approximation and the mass matrix."""
-        matrix, mass = self._given.at(bridge, point), bridge.field.mass
-        if self._is_dense is None:
-            self._is_dense = matrix.layout is torch.strided
-        if self._is_dense:
-            matrix = matrix.to_dense()
-            return matrix, None if mass is None else mass.dense()
-        matrix = matrix.to_sparse_coo().coalesce()
-        (rows, columns), values = matrix.indices(), matrix.values()
-        others = _identity(matrix.shape[0]) if mass is None else mass.entries()
-        return Entries(
-            torch.cat([rows, others[0]]),
-            torch.cat([columns, others[1]]),
-            torch.cat([-values, torch.zeros_like(others[2])]),
-            torch.cat([torch.zeros_like(values), others[2]]),
-        )
-
-    def form(self, matrix: Any, values: Any, shift: float) -> None:
-        """Fill the matrix."""
-        if self._is_dense:
-            if not matrix.isAssembled():  # nothing depends on the type that it was made with
-                matrix.setType(PETSc.Mat.Type.DENSE)
-                matrix.setUp()
-            self._dense.form(matrix, values, shift)
-        else:
-            super().form(matrix, values, shift)

@@ -106,6 +106,29 @@ class Method:
     tableau: Tableau | None = field(default=None, repr=False)
 
     @property
+    def stage_units(self) -> int:
+        """How many states a step's checkpoint holds if it shares none with its neighbours."""
+        if self.ts_type in ("theta", "cn", "beuler"):
+            return 2
+        if self.ts_type in ("dirk", "arkimex"):
+            return self.stages
+        number = self.checkpoint.split()[0]
+        return int(number) if number.isdigit() else 1
+
+    @property
+    def holds_end(self) -> bool:
+        """Whether the last of these states is the step's end (stiffly accurate methods)."""
+        # Not what the names of PETSc's types say: 8616sal does not, 658a and s659a do.
+        others = ("s212", "657a", "759a", "8614a", "8616sal")
+        stiff = self.ts_type == "dirk" and self.subtype not in others
+        return stiff or self.ts_type in ("theta", "cn", "beuler")
+
+    @property
+    def restarts(self) -> bool:
+        """Whether a step can be repeated from the state at its start alone."""
+        return self.ts_type != "python"
+
+    @property
     def implicit(self) -> bool:
         """Whether a step solves nonlinear systems."""
         return self.kind != "explicit"

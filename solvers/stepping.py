@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from pnode.solution import Ledger
 from pnode.solvers.integrator import TimeIntegrator
 from pnode.vectorfield import VectorField
 
-__all__ = ["Step", "StepControl", "first_step", "fixed_steps", "forward_sweep"]
+__all__ = ["Step", "StepControl", "count_fixed_steps", "first_step", "fixed_steps", "forward_sweep"]
 
 # After a failed nonlinear solve or a non-finite vector field there is no error estimate to go by.
 _FAILURE_FACTOR = 0.25
@@ -81,13 +81,22 @@ def fixed_steps(start: float, end: float, step_size: float) -> Iterator[tuple[fl
     if math.isinf(end):
         for index in itertools.count():
             yield start + index * step_size, step_size, start + (index + 1) * step_size
-    number = max(1, math.ceil(span / step_size * (1.0 - 4.0 * np.finfo(float).eps)))
+    number = _number(span, step_size)
     length = span / number
     before = start
     for index in range(1, number + 1):
         after = end if index == number else start + index * length
         yield before, length, after
         before = after
+
+
+def count_fixed_steps(times: Sequence[float], step_size: float) -> int:
+    """Return how many fixed steps there are from the first of ``times`` to the last."""
+    return sum(_number(end - start, step_size) for start, end in itertools.pairwise(times))
+
+
+def _number(span: float, step_size: float) -> int:
+    return max(1, math.ceil(span / step_size * (1.0 - 4.0 * np.finfo(float).eps)))
 
 
 def forward_sweep(
@@ -99,6 +108,7 @@ def forward_sweep(
     on_step: Callable[[Step], None],
     on_output: Callable[[int], None],
     end_at_event: Callable[[Step], Step | None] | None = None,
+    before_step: Callable[[int], None] = lambda index: None,
 ) -> None:
     """Integrate from ``times[0]`` to ``times[-1]``; the integrator has begun. Collective.
 
@@ -121,8 +131,10 @@ def forward_sweep(
     end_at_event : callable, optional
         Called after every accepted step, first. It may return the step shortened, with the solution
         moved accordingly: the sweep then ends after :func:`on_step`.
+    before_step : callable
+        Called with the index of every step before it is first tried.
     """
-    sweep = _Sweep(integrator, field, control, ledger, on_step, end_at_event)
+    sweep = _Sweep(integrator, field, control, ledger, on_step, end_at_event, before_step)
     integrator.ts.monitor(0, times[0], integrator.solution)
     on_output(0)
     for index, (start, end) in enumerate(itertools.pairwise(times), start=1):
@@ -148,9 +160,12 @@ class _Sweep:
         control: StepControl,
         ledger: Ledger,
         on_step: Callable[[Step], None],
-        end_at_event: Callable[[Step], Step | None] | None = None,
+        end_at_event: Callable[[Step], Step | None] | None,
+        before_step: Callable[[int], None],
     ) -> None:
         self.end_at_event = end_at_event
+        self.before_step = before_step
+        self.announced = -1
         self.ended = False
         self.integrator = integrator
         self.field = field
@@ -163,6 +178,7 @@ class _Sweep:
     def fixed(self, start: float, length: float, end: float) -> None:
         """Take one step of given length; any failure is final."""
         self._check_limit(start)
+        self._announce()
         outcome = self.integrator.attempt(start, length, self.index)
         if not outcome.accepted:
             assert outcome.error is not None
@@ -179,6 +195,7 @@ class _Sweep:
             self._check_limit(s)
             natural = min(max(self.natural, control.min_step), control.max_step)
             length = _fit(natural, end - s)
+            self._announce()
             outcome = self.integrator.attempt(s, length, self.index)
             if outcome.accepted:
                 after = end if length == end - s else s + length
@@ -209,6 +226,11 @@ class _Sweep:
             return wanted
         automatic = first_step(self.integrator, self.field, start, end, self.control)
         return automatic if wanted is None else min(wanted, automatic)
+
+    def _announce(self) -> None:
+        if self.announced < self.index:
+            self.announced = self.index
+            self.before_step(self.index)
 
     def _accept(self, step: Step) -> None:
         last = self.end_at_event(step) if self.end_at_event is not None else None

@@ -655,6 +655,48 @@ def test_constant_jacobian_of_blocks():
     assert (solution.stats.jacobians, solution.stats.backward.jacobians) == (1, 1)
 
 
+@pytest.mark.parametrize("kind", ["dense", "sparse", "matrix-free"])
+@pytest.mark.parametrize("form", ["rhs", "mass", "residual"])
+def test_constant_jacobian_of_other_forms(form, kind):
+    matrix = torch.nn.Parameter(torch.from_numpy(heat(12)[1].toarray()) / 20.0)
+    mass = torch.linspace(1.0, 2.0, 12, dtype=D)
+    problem = {
+        "rhs": {"rhs": lambda t, y: matrix @ y + torch.cos(t)},
+        "mass": {"rhs": lambda t, y: matrix @ y + torch.cos(t), "mass": mass},
+        "residual": {"residual": lambda t, y, yp: mass * yp - matrix @ y - torch.cos(t)},
+    }[form] | {"params": [matrix]}
+    y0 = torch.linspace(0.0, 1.0, 12, dtype=D).requires_grad_()
+    _, expected = solve("beuler", problem, y0, jacobian="dense")
+    _, ours = solve("beuler", problem, y0, jacobian=kind, jacobian_reuse="constant")
+    assert difference(ours, expected) < 1e-9
+
+
+def test_constant_jacobian_with_adaptive_steps():
+    def run(**keywords):
+        problem, parameters = linear_imex()
+        y0 = torch.linspace(0.0, 1.0, 12, dtype=D).requires_grad_()
+        solver = pnode.Solver(method="ark4", rtol=1e-6, atol=1e-8, **problem, **keywords)
+        solution = solver(y0, torch.tensor(T, dtype=D))
+        found = torch.autograd.grad(solution.ys.square().sum(), [y0, *parameters])
+        return solution.stats, [solution.ys.detach(), *found]
+
+    _, expected = run(petsc_options=TIGHT)
+    (stats, ours), (forward, _) = factorizations(
+        lambda: run(jacobian="sparse", jacobian_reuse="constant")
+    )
+    # Step sizes come from differences of states, which amplify round-off.
+    assert difference(ours, expected) < 1e-8
+    assert stats.jacobians == 1
+    assert forward <= stats.steps + stats.rejected
+
+
+@pytest.mark.parametrize("kind", ["block", "sparse", "matrix-free+sparse"])
+def test_field_without_derivative(kind):
+    problem = {"rhs": lambda t, y: torch.ones_like(y) * t}
+    _, ours = solve("cn", problem, initial(), **KINDS[kind])
+    assert torch.allclose(ours[0][-1], initial().detach() + 0.5, rtol=1e-13)
+
+
 def test_factorizations_without_reuse_and_with_reuse_over_a_step():
     """Five solves a step; one Jacobian and one matrix suffice for those of a step."""
     problem, _ = linear_imex()

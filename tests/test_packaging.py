@@ -17,6 +17,7 @@ LEAVES = {
     f"pnode.{name}"
     for name in (
         "arguments",
+        "checkpointing",
         "controllers",
         "errors",
         "interpolation",
@@ -172,11 +173,9 @@ def test_no_module_imports_a_higher_one(module: str) -> None:
         assert level(name) <= level(module), message
 
 
-def test_schedules_import_neither_petsc_nor_torch() -> None:
-    path = ROOT / "adjoint" / "schedule.py"
-    if not path.exists():
-        pytest.skip("there is no adjoint/schedule.py")
-    tree = parse(path)
+@pytest.mark.parametrize("name", ["schedule", "costs", "optimal", "online"])
+def test_schedules_import_neither_petsc_nor_torch(name: str) -> None:
+    tree = parse(ROOT / "adjoint" / f"{name}.py")
     seen: set[str] = set()
     while True:
         roots = {name.partition(".")[0] for name, _ in imported_names(tree)}

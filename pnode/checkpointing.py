@@ -1,0 +1,95 @@
+"""How much memory checkpoints may take, and where they go."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from pnode.errors import ConfigurationError
+
+__all__ = ["Checkpointing", "parse_bytes"]
+
+_STORES = ("auto", "stages", "solutions")
+_FACTORS = {
+    "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+    "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+}  # fmt: skip
+
+
+def parse_bytes(name: str, value: Any) -> int:
+    """Return a number of bytes, from a whole number or a text such as ``"256MiB"``.
+
+    Raises
+    ------
+    ConfigurationError
+        For anything else, and for less than one byte.
+    """
+    number: float | None = None
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", value)
+        if match is not None and match[2].lower() in _FACTORS and match[1].count(".") < 2:
+            digits = match[1] if match[1] != "." else "0"
+            number = float(digits) * _FACTORS[match[2].lower()]
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        number = float(value)
+    if number is None or not 1 <= number < 2**62:
+        raise ConfigurationError(
+            f"{name}={value!r} is not an amount of memory: give bytes, or a text such as '256MiB' "
+            "or '2GB'"
+        )
+    return int(number)
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """A limit for the memory of checkpoints.
+
+    Parameters
+    ----------
+    memory : int or str, optional
+        What the checkpoints of one sweep may hold in memory at any instant: bytes, or a text such
+        as ``"256MiB"``. Not y0, the outputs and PETSc's work vectors. None: no limit, and no step
+        is repeated.
+    disk : path, optional
+        An existing folder for further checkpoints, when ``memory`` is used up. Each sweep makes a
+        private folder in it and removes it.
+    store : {"auto", "stages", "solutions"}
+        What to keep of a step: its stages, with which its adjoint can be taken at once, or the
+        state at its start, with which it is repeated. "auto" mixes both so that the fewest
+        steps are repeated.
+    reproducible : bool
+        Whether every step starts afresh (costs one more evaluation of f per step with FSAL
+        methods): gradients are then the same to the last bit whatever is repeated.
+
+    Raises
+    ------
+    ConfigurationError
+        For an unusable value.
+    """
+
+    memory: int | str | None = None
+    disk: str | os.PathLike[str] | None = None
+    store: str = "auto"
+    reproducible: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.memory is not None:
+            object.__setattr__(self, "memory", parse_bytes("memory", self.memory))
+        elif self.disk is not None:
+            raise ConfigurationError(
+                f"disk={self.disk!r} without memory=: say how much memory to use before the disk"
+            )
+        if self.store not in _STORES:
+            choices = ", ".join(map(repr, _STORES))
+            raise ConfigurationError(f"store={self.store!r} is unknown: choose one of {choices}")
+        is_path = isinstance(self.disk, (str, os.PathLike))
+        if self.disk is not None and not (is_path and os.path.isdir(self.disk)):
+            raise ConfigurationError(f"disk={self.disk!r} is not a folder: create it first")
+
+    @property
+    def bytes(self) -> int | None:
+        """The limit in bytes; None for none."""
+        return None if self.memory is None else int(self.memory)

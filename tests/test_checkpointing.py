@@ -1,0 +1,421 @@
+"""Gradients within a budget of memory: the same numbers, and never more bytes than allowed."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from test_gradients import TIGHT, Field, gradients, initial, relative_difference
+
+import pnode
+from pnode.adjoint.store import CheckpointStore, DiskFolder
+from pnode.adjoint.trajectory import Trajectory
+from pnode.options import SolverOptions, next_prefix
+from pnode.problem import InitialValueProblem
+from pnode.solution import Ledger
+from pnode.solvers.create import create_integrator
+from pnode.solvers.integrator import IntegratorSettings, default_options
+from pnode.solvers.methods import METHODS, find_method
+from pnode.vectorfield import vector_field
+from pnode.vectors import copy_out
+
+D = torch.float64
+STATE = 48  # bytes of initial()
+ORDINARY = [m for m in METHODS if "rhs" in m.forms]
+RESTARTING = [m.name for m in ORDINARY if m.restarts]
+T = torch.linspace(0, 1, 4, dtype=D)
+
+
+def solve(name, checkpointing=None, field=None, y0=None, **keywords):
+    """Gradient of a loss on all outputs, and the ledger."""
+    field, y0 = field or Field(), initial() if y0 is None else y0
+    keywords = {"step_size": 0.06} | keywords
+    if find_method(name).implicit:
+        keywords.setdefault("petsc_options", TIGHT)
+    solver = pnode.Solver(field, method=name, checkpointing=checkpointing, **keywords)
+    solution = solver(y0, T)
+    weights = torch.arange(1.0, 5.0, dtype=D)[:, None, None]
+    return gradients((solution.ys * weights).sum(), field, y0), solution.stats
+
+
+def same_bits(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("name", [m.name for m in ORDINARY if m.ts_type in ("dirk", "theta", "cn")])
+def test_the_last_state_of_a_checkpoint_is_the_end_where_the_table_says_so(name):
+    method, field, y0 = find_method(name), Field(), initial().detach()
+    integrator = create_integrator(
+        IntegratorSettings(method, 6, D),
+        SolverOptions(next_prefix(), TIGHT, default_options(method, False, "dense", D)),
+    )
+    problem = InitialValueProblem.create(field, y0, torch.zeros(1))
+    integrator.begin(vector_field(problem, Ledger()), y0.flatten(), 0.0)
+    integrator.attempt(0.0, 0.1, 0)
+    checkpoint = integrator.checkpoint(None)
+    assert len(checkpoint) == method.stage_units
+    assert torch.equal(checkpoint[-1], copy_out(integrator.solution)) == method.holds_end
+    integrator.end()
+
+
+@pytest.mark.parametrize("name", RESTARTING)
+def test_gradient_and_plan_do_not_depend_on_the_budget(name):
+    """The same bits where a step depends on nothing but its start; plan and ledger agree."""
+    method = find_method(name)
+    expected, free = solve(name)
+    assert free.backward.recomputed == 0
+    for extra in (0, 2, 9):
+        memory = (method.stage_units + extra) * STATE
+        found, stats = solve(name, memory)
+        plan = pnode.plan(name, stats.steps, STATE, memory)
+        assert plan.recomputed == stats.backward.recomputed > 0
+        assert plan.ram_bytes == stats.ram_bytes <= memory
+        assert relative_difference(found, expected) < 1e-13
+        assert same_bits(found, expected) or not method.same_bits
+
+
+@pytest.mark.parametrize("store", ["stages", "solutions"])
+@pytest.mark.parametrize("name", ["rk4", "cn", "trbdf2"])
+def test_each_kind_of_checkpoint_alone(name, store):
+    expected, _ = solve(name)
+    memory = 12 * STATE
+    found, stats = solve(name, pnode.Checkpointing(memory=memory, store=store))
+    mixed = pnode.plan(name, stats.steps, STATE, memory)
+    assert relative_difference(found, expected) < 1e-13
+    assert stats.backward.recomputed >= mixed.recomputed > 0
+    assert stats.ram_bytes <= memory
+
+
+@pytest.mark.parametrize("name", [m.name for m in ORDINARY if m.fsal or m.ts_type == "dirk"])
+def test_reproducible_gives_the_same_bits(name):
+    free = pnode.Checkpointing(reproducible=True)
+    tight = pnode.Checkpointing(
+        memory=(find_method(name).stage_units + 2) * STATE, reproducible=True
+    )
+    expected, stats = solve(name, free)
+    found, other = solve(name, tight)
+    assert other.backward.recomputed > 0
+    assert same_bits(found, expected)
+    if find_method(name).fsal:  # one more evaluation per step
+        assert stats.rhs == find_method(name).stages * stats.steps
+
+
+@pytest.mark.parametrize("name", ["dopri5", "verner8", "es325", "cn", "ra34pw2"])
+@pytest.mark.parametrize("units", [1, 5, 30])
+def test_adaptive_steps_within_a_budget(name, units):
+    keywords = {"step_size": None, "rtol": 1e-7, "atol": 1e-7}
+    expected, free = solve(name, **keywords)
+    memory = (find_method(name).stage_units + units) * STATE
+    found, stats = solve(name, memory, **keywords)
+    assert stats.steps == free.steps
+    assert stats.ram_bytes <= memory
+    assert relative_difference(found, expected) < 1e-12
+
+
+def test_second_backward_within_a_budget():
+    field, y0 = Field(), initial()
+    solver = pnode.Solver(field, method="rk4", step_size=0.06, checkpointing=8 * STATE)
+    solution = solver(y0, T)
+    tensors = [y0, field.inner, field.outer, field.bias]
+    loss = solution.ys.square().sum()
+    first = torch.autograd.grad(loss, tensors, retain_graph=True)
+    once = solution.stats.backward.recomputed
+    second = torch.autograd.grad(loss, tensors)
+    assert same_bits(first, second)
+    # The forward sweep is repeated once more.
+    assert solution.stats.backward.recomputed == 2 * once + solution.stats.steps
+    assert solution.stats.ram_bytes <= 8 * STATE
+
+
+def test_events_and_dense_output_within_a_budget():
+    def f(t, y):
+        return torch.stack([y[1], -torch.sin(y[0])])
+
+    y0 = torch.tensor([1.0, 0.0], dtype=D, requires_grad=True)
+
+    def value(checkpointing, **keywords):
+        solver = pnode.Solver(
+            f, method="dopri5", rtol=1e-8, atol=1e-8, checkpointing=checkpointing, **keywords
+        )
+        solution = solver(y0, torch.linspace(0, 5, 7, dtype=D))
+        loss = solution.ys.square().sum()
+        if solution.event_time is not None:
+            loss = loss + solution.event_time
+        return torch.autograd.grad(loss, y0)[0], solution.stats
+
+    for keywords in ({"dense": True}, {"event_fn": lambda t, y: y[0]}):
+        expected, _ = value(None, **keywords)
+        found, stats = value(12 * 16, **keywords)
+        assert stats.backward.recomputed > 0
+        assert stats.ram_bytes <= 12 * 16
+        assert torch.allclose(found, expected, rtol=1e-11, atol=0.0)
+
+
+@pytest.mark.parametrize("name", ["rk4", "dopri5", "cn", "esdirk6", "bdf"])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_disk(name, adaptive, tmp_path):
+    """No step is repeated; what does not fit into memory goes to disk, and nothing is left."""
+    if adaptive and not find_method(name).adaptive:
+        adaptive = False
+    keywords = {"step_size": None, "rtol": 1e-6, "atol": 1e-6} if adaptive else {}
+    expected, free = solve(name, **keywords)
+    memory = max(free.ram_bytes // 3, 3 * find_method(name).stage_units * STATE)
+    found, stats = solve(name, pnode.Checkpointing(memory=memory, disk=tmp_path), **keywords)
+    assert same_bits(found, expected)
+    assert stats.ram_bytes <= memory
+    assert stats.disk_bytes > 0 or free.ram_bytes <= memory
+    assert stats.backward.recomputed == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_is_private_and_removed_when_the_graph_goes(tmp_path):
+    field, y0 = Field(), initial()
+    solver = pnode.Solver(
+        field, method="rk4", step_size=0.06,
+        checkpointing=pnode.Checkpointing(memory=20 * STATE, disk=tmp_path),
+    )  # fmt: skip
+    solutions = [solver(y0, T), solver(y0, T)]
+    folders = list(tmp_path.iterdir())
+    assert len(folders) == 2
+    assert all(str(os.getpid()) in folder.name for folder in folders)
+    del solutions
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_is_removed_after_a_failure(tmp_path):
+    class Stop(Exception):
+        pass
+
+    def field(t, y):
+        if float(t) > 0.8:
+            raise Stop
+        return -y
+
+    solver = pnode.Solver(
+        field, method="rk4", step_size=0.02,
+        checkpointing=pnode.Checkpointing(memory=20 * STATE, disk=tmp_path),
+    )  # fmt: skip
+    with pytest.raises(Stop):
+        solver(initial(), T)
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "header", "delete", "swap"])
+def test_damaged_files_are_named(damage, tmp_path):
+    field, y0 = Field(), initial()
+    solver = pnode.Solver(
+        field, method="rk4", step_size=0.03,
+        checkpointing=pnode.Checkpointing(memory=12 * STATE, disk=tmp_path),
+    )  # fmt: skip
+    loss = solver(y0, T).ys.sum()
+    (folder,) = tmp_path.iterdir()
+    first, second, *_ = sorted(folder.glob("checkpoint-*"))
+    data = bytearray(first.read_bytes())
+    if damage == "truncate":
+        first.write_bytes(data[:-5])
+    elif damage == "flip":
+        data[-9] ^= 1
+        first.write_bytes(data)
+    elif damage == "header":
+        first.write_bytes(b"{}" + data)
+    elif damage == "delete":
+        first.unlink()
+    else:
+        first.write_bytes(second.read_bytes())
+    with pytest.raises(pnode.CheckpointError, match=first.name):
+        loss.backward()
+
+
+def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
+    def full(self, name, tensors):
+        raise pnode.CheckpointError(f"the checkpoint {self.path / name} could not be written")
+
+    monkeypatch.setattr(DiskFolder, "write", full)
+    with pytest.raises(pnode.CheckpointError, match="could not be written"):
+        solve("rk4", pnode.Checkpointing(memory=12 * STATE, disk=tmp_path))
+
+
+def test_a_write_that_fails_leaves_no_file(tmp_path):
+    folder = DiskFolder(tmp_path)
+    (folder.path / "a.partial").mkdir()  # in the way
+    with pytest.raises(pnode.CheckpointError, match="a could not be written"):
+        folder.write("a", (torch.ones(3),))
+    assert not (folder.path / "a").exists()
+    folder.close()
+
+
+def test_bdf_keeps_every_step_and_says_so():
+    with pytest.raises(pnode.CheckpointError, match=r"memory=480.*disk="):
+        solve("bdf", 10 * STATE)
+
+
+@pytest.mark.parametrize("name", ["rk4", "dopri5", "es325"])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_too_little_memory_is_an_error_with_the_least(name, adaptive):
+    units = find_method(name).stage_units
+    keywords = {"step_size": None} if adaptive and find_method(name).adaptive else {}
+    with pytest.raises(pnode.ConfigurationError, match=f"at least {units * STATE} bytes"):
+        solve(name, units * STATE - 1, **keywords)
+    assert solve(name, units * STATE, **keywords)[1].ram_bytes == units * STATE
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"memory": 0}, "memory=0"),
+        ({"memory": "lots"}, "'lots'"),
+        ({"memory": "1.2.3MB"}, "1.2.3MB"),
+        ({"memory": True}, "True"),
+        ({"memory": [1]}, r"\[1\]"),
+        ({"store": "tapes"}, "'tapes'.*'auto'"),
+        ({"disk": "."}, "memory="),
+        ({"memory": 100, "disk": "/nonexistent"}, "/nonexistent"),
+        ({"memory": 100, "disk": 3.5}, "3.5"),
+    ],
+)
+def test_unusable_checkpointing(keywords, message):
+    with pytest.raises(pnode.ConfigurationError, match=message):
+        pnode.Checkpointing(**keywords)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("256MiB", 2**28), ("2 GB", 2 * 10**9), ("1.5kib", 1536), (4096, 4096), ("77", 77)],
+)
+def test_amounts_of_memory(text, number):
+    assert pnode.Checkpointing(memory=text).bytes == number
+
+
+def test_stores_that_need_a_known_number_of_steps():
+    chosen = pnode.Checkpointing(memory=100 * STATE, store="solutions")
+    with pytest.raises(pnode.ConfigurationError, match="known in advance"):
+        solve("dopri5", chosen, step_size=None)
+    with pytest.raises(pnode.ConfigurationError, match="needs memory="):
+        solve("rk4", pnode.Checkpointing(store="solutions"))
+
+
+def test_allocated_tensors_stay_within_the_budget(monkeypatch):
+    """A count of the tensors that are really alive in the store, beside the ledger's own."""
+    peak, alive = 0, {}
+    original = CheckpointStore.hold, CheckpointStore.release
+
+    def hold(self, tensors):
+        nonlocal peak
+        original[0](self, tensors)
+        for tensor in tensors:
+            alive[id(tensor)] = tensor.untyped_storage().nbytes()
+        peak = max(peak, sum(alive.values()))
+
+    def release(self, tensors):
+        original[1](self, tensors)
+        for tensor in tensors:
+            if not self._holders[id(tensor)]:
+                alive.pop(id(tensor), None)
+
+    monkeypatch.setattr(CheckpointStore, "hold", hold)
+    monkeypatch.setattr(CheckpointStore, "release", release)
+    _, stats = solve("rk4", 15 * STATE, step_size=0.01)
+    assert peak == stats.ram_bytes <= 15 * STATE
+    assert not alive or sum(alive.values()) <= 15 * STATE
+
+
+def test_process_memory_does_not_grow_with_the_steps():
+    """60 MB of stages without a limit: the resident set grows by a fraction of that."""
+    resource = Path("/proc/self/statm")
+    if not resource.exists():
+        pytest.fail("this test reads /proc/self/statm")
+    page = os.sysconf("SC_PAGE_SIZE")
+
+    def resident():
+        return int(resource.read_text().split()[1]) * page
+
+    y0 = torch.ones(25_000, dtype=D, requires_grad=True)  # 200 kB
+    f = torch.nn.Tanh()
+    solver = pnode.Solver(
+        lambda t, y: f(y), method="rk4", step_size=1 / 75, checkpointing="4MB", params=[]
+    )
+    t = torch.tensor([0.0, 1.0], dtype=D)
+    solver(y0, t).ys[-1].sum().backward()  # PETSc's own vectors
+    before = resident()
+    solution = solver(y0, t)
+    assert resident() - before < 12e6
+    solution.ys[-1].sum().backward()
+    assert solution.stats.ram_bytes <= 4_000_000
+    assert 4 * 200_000 * solution.stats.steps == 60_000_000
+
+
+def test_plan_of_the_documented_example():
+    plan = pnode.plan("rk4", 100, 8000, memory=14 * 8000)
+    assert isinstance(plan, pnode.Plan)
+    assert plan.ram_bytes == 14 * 8000
+    free = pnode.plan("rk4", 100, 8000)
+    assert (free.recomputed, free.ram_bytes) == (0, 4 * 100 * 8000)
+    for wrong in ({"steps": 0}, {"steps": 1.5}, {"state_bytes": 0}):
+        with pytest.raises(pnode.ConfigurationError, match=next(iter(wrong))):
+            pnode.plan(**{"method": "rk4", "steps": 3, "state_bytes": 8} | wrong)
+    with pytest.raises(pnode.ConfigurationError, match="nothing to plan"):
+        pnode.plan("bdf", 100, 8000)
+
+
+@pytest.mark.parametrize("units", [6, 20, 100])
+def test_plan_with_a_disk(units, tmp_path):
+    memory = units * STATE
+    _, stats = solve("rk4", pnode.Checkpointing(memory=memory, disk=tmp_path))
+    plan = pnode.plan("rk4", stats.steps, STATE, memory, tmp_path)
+    assert (plan.recomputed, plan.ram_bytes, plan.disk_bytes) == (
+        0, stats.ram_bytes, stats.disk_bytes
+    )  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+class Noisy(torch.nn.Module):
+    """A field that is not a function of t and y in training mode."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, t, y):
+        return self.layer(y) - y
+
+
+class Averaging(torch.nn.Module):
+    """Subtracts a running mean, which it updates in training mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3, dtype=D))
+
+    def forward(self, y):
+        if self.training:
+            self.mean.mul_(0.9).add_(y.detach().mean(0), alpha=0.1)
+        return y - self.mean
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [(lambda: torch.nn.Dropout(0.5), "random numbers"), (Averaging, "buffers")],
+)
+@pytest.mark.parametrize("method", ["rk4", "cn"])
+def test_stochastic_and_stateful_fields_are_refused(layer, message, method):
+    field = Noisy(layer())
+    solver = pnode.Solver(field, method=method, step_size=0.1)
+    with pytest.raises(pnode.VectorFieldError, match=message):
+        solver(initial(), T)
+    if method == "rk4":  # no gradient, no harm (Newton's method would not converge)
+        with torch.no_grad():
+            assert bool(torch.isfinite(solver(initial(), T).ys).all())
+    field.eval()
+    solver(initial(), T).ys.sum().backward()
+
+
+def test_trajectories_name_what_is_missing():
+    trajectory = Trajectory.__new__(Trajectory)
+    trajectory._live = None
+    with pytest.raises(pnode.CheckpointError, match="no checkpoint of this step"):
+        trajectory.stages(3, None)
