@@ -15,7 +15,7 @@ import tempfile
 import weakref
 import zlib
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +29,8 @@ from pnode.solution import Ledger
 __all__ = ["CheckpointStore", "DiskFolder", "Tensors"]
 
 Tensors = tuple[torch.Tensor, ...]
+#: Kind of a checkpoint and the step it belongs to.
+Key = tuple[str, int]
 
 _DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.int64)}
 
@@ -172,19 +174,18 @@ class CheckpointStore:
         self._limit = math.inf if limit is None else limit
         self._create_folder = folder
         self._folder: DiskFolder | None = None
-        self._memory: dict[Hashable, Tensors] = {}
-        self._files: dict[Hashable, tuple[str, int]] = {}
+        self._memory: dict[Key, Tensors] = {}
+        self._files: dict[Key, tuple[str, int]] = {}
         self._holders: Counter[int] = Counter()
         self._ram_bytes = self._disk_bytes = 0
-        self._number = 0
         self._thread: ThreadPoolExecutor | None = None
-        self._writing: tuple[Hashable, Future[None], Tensors] | None = None
-        self._reading: tuple[Hashable, Future[Tensors], int] | None = None
+        self._writing: tuple[Key, Future[None], Tensors] | None = None
+        self._reading: tuple[Key, Future[Tensors], int] | None = None
 
-    def __contains__(self, key: Hashable) -> bool:
+    def __contains__(self, key: Key) -> bool:
         return key in self._memory or key in self._files
 
-    def put(self, key: Hashable, tensors: Tensors, level: int = 0) -> None:
+    def put(self, key: Key, tensors: Tensors, level: int = 0) -> None:
         """Keep a checkpoint.
 
         Raises
@@ -199,11 +200,20 @@ class CheckpointStore:
         else:
             self._write(key, tensors)
 
-    def peek(self, key: Hashable) -> Tensors | None:
+    def adopt(self, key: Key, name: str, size: int) -> None:
+        """Take a file that is in the folder as the checkpoint ``key``."""
+        if self._folder is None:
+            assert self._create_folder is not None
+            self._folder = self._create_folder()
+        self._files[key] = (name, size)
+        self._disk_bytes += size
+        self._ledger.disk_bytes = max(self._ledger.disk_bytes, self._disk_bytes)
+
+    def peek(self, key: Key) -> Tensors | None:
         """Return a checkpoint if it is in memory."""
         return self._memory.get(key)
 
-    def get(self, key: Hashable) -> Tensors:
+    def get(self, key: Key) -> Tensors:
         """Return a checkpoint.
 
         Raises
@@ -225,7 +235,7 @@ class CheckpointStore:
         self._read_ahead(key)
         return tensors
 
-    def discard(self, key: Hashable) -> None:
+    def discard(self, key: Key) -> None:
         """Free a checkpoint."""
         if key in self._memory:
             self.release(self._memory.pop(key))
@@ -252,6 +262,13 @@ class CheckpointStore:
             if not self._holders[id(tensor)]:
                 del self._holders[id(tensor)]
                 self._ram_bytes -= _size(tensor)
+
+    def leave(self) -> None:
+        """Finish what is being written, and let go of the folder as it is."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
+            self._thread = None
+        self._folder = None
 
     def close(self) -> None:
         """Free everything, and remove the folder."""
@@ -284,14 +301,13 @@ class CheckpointStore:
                     "folder"
                 )
 
-    def _write(self, key: Hashable, tensors: Tensors) -> None:
+    def _write(self, key: Key, tensors: Tensors) -> None:
         """Begin to write tensors that are held."""
         self._finish_writing()
         if self._folder is None:
             assert self._create_folder is not None
             self._folder = self._create_folder()
-        self._number += 1
-        name = f"checkpoint-{self._number}"
+        name = "-".join(map(str, key))
         size = sum(map(_size, tensors))
         self._files[key] = (name, size)
         self._disk_bytes += size
@@ -311,7 +327,7 @@ class CheckpointStore:
             self.release(tensors)
             future.result()
 
-    def _read_ahead(self, key: Hashable) -> None:
+    def _read_ahead(self, key: Key) -> None:
         """Begin to read the newest other file, if it fits into memory."""
         others = (other for other in reversed(self._files) if other != key)
         following = next(others, None)

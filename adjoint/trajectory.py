@@ -5,8 +5,12 @@ A trajectory belongs to one autograd node. Any number of them may be alive at on
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
+from pnode.adjoint.resume import Progress
 from pnode.adjoint.schedule import (
     Action,
     DiscardSolution,
@@ -39,6 +43,8 @@ class Trajectory:
         What to store.
     store : CheckpointStore
         Where.
+    progress : Progress or None
+        What the sweep is to be taken up from again.
 
     Attributes
     ----------
@@ -48,10 +54,16 @@ class Trajectory:
         For each output time, how many steps come before it.
     ready : bool
         Whether a backward sweep can begin.
+    progress : Progress or None
+        As given.
     """
 
-    def __init__(self, schedule: Schedule, store: CheckpointStore) -> None:
+    def __init__(
+        self, schedule: Schedule, store: CheckpointStore, progress: Progress | None = None
+    ) -> None:
         self.schedule = schedule
+        self.progress = progress
+        self._start: torch.Tensor | None = None
         self.steps: list[Step] = []
         self.outputs: list[int] = []
         self.ready = False
@@ -61,6 +73,8 @@ class Trajectory:
 
     def before_step(self, index: int, integrator: TimeIntegrator) -> None:
         """Store what the schedule wants before a step, whose start the integrator stands at."""
+        if self.progress is not None:
+            (self._start,) = integrator.history
         for action in self.schedule.before_step(index):
             self.execute(action, integrator)
 
@@ -68,6 +82,8 @@ class Trajectory:
         """Note an accepted step and store what the schedule wants of it."""
         if step.index == len(self.steps):
             self.steps.append(step)
+            if self.progress is not None:
+                self.progress.add_step(step)
         for action in self.schedule.after_step(step.index):
             self.execute(action, integrator)
 
@@ -80,9 +96,28 @@ class Trajectory:
             self._store.hold(self._held)
         self.ready = True
 
-    def mark_output(self) -> None:
-        """Note that an output time was reached after the steps so far."""
+    def mark_output(self, state: torch.Tensor) -> None:
+        """Note that an output time was reached after the steps so far, with this state."""
+        if self.progress is not None:
+            self.progress.add_output(len(self.outputs), len(self.steps), state)
         self.outputs.append(len(self.steps))
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Be in the forward sweep: after a failure only what is to be taken up again stays."""
+        try:
+            if self.progress is not None:
+                self.steps = list(self.progress.steps)
+                self.outputs = [steps for steps, _ in self.progress.outputs]
+                self.progress.adopt(self._store)
+            yield
+        except BaseException:
+            if self.progress is None:
+                self.clear()
+            else:
+                self._store.leave()
+                self.progress.leave()
+            raise
 
     def execute(self, action: Action, integrator: TimeIntegrator | None) -> None:
         """Store, restore or discard something; the integrator is for what is stored."""
@@ -91,6 +126,9 @@ class Trajectory:
             case StoreStages():
                 checkpoint = self.stages(step, integrator)
                 self._live = None
+                if self.progress is not None:
+                    assert self._start is not None
+                    checkpoint = (*checkpoint, self._start)
                 store.put((_STAGES, step), checkpoint, action.level)
             case StoreSolution():
                 assert integrator is not None
@@ -104,7 +142,7 @@ class Trajectory:
                 store.discard((_STAGES, step))
                 store.put((_SOLUTION, step + 1), (end,))
             case RestoreStages():
-                self._live = (step, self._checked(step, store.get((_STAGES, step))))
+                self._live = (step, self._checked(step, self._own(store.get((_STAGES, step)))))
             case _:
                 raise AssertionError(f"{action} is not for the trajectory")
 
@@ -139,7 +177,12 @@ class Trajectory:
 
     def _keep_live(self, index: int, integrator: TimeIntegrator) -> None:
         previous = self._store.peek((_STAGES, index - 1))
+        previous = None if previous is None else self._own(previous)
         self._live = (index, self._checked(index, integrator.checkpoint(previous)))
+
+    def _own(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Return a checkpoint without the start of its step, if that is with it."""
+        return checkpoint if self.progress is None else checkpoint[:-1]
 
     def _checked(self, index: int, checkpoint: Checkpoint) -> Checkpoint:
         """Return a checkpoint unless the vector field has written into a state of this step.

@@ -63,6 +63,11 @@ class Checkpointing:
         Whether every step starts afresh (costs one more evaluation of f per step with FSAL
         methods): gradients are then the same to the last bit whatever is repeated.
 
+    resume : str, optional
+        A name under which the forward sweep can be taken up again after its process was killed:
+        the same solve with the same name goes on from what is in ``disk``. The folder stays until
+        the gradient has been taken. Not for BDF, events and dense output.
+
     Raises
     ------
     ConfigurationError
@@ -73,6 +78,7 @@ class Checkpointing:
     disk: str | os.PathLike[str] | None = None
     store: str = "auto"
     reproducible: bool = False
+    resume: str | None = None
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -82,6 +88,14 @@ class Checkpointing:
             raise ConfigurationError(
                 f"disk={self.disk!r} without memory=: say how much memory to use before the disk"
             )
+        if self.resume is not None and (
+            not isinstance(self.resume, str) or not re.fullmatch(r"[\w.-]+", self.resume)
+        ):
+            raise ConfigurationError(
+                f"resume={self.resume!r} is not a name: use letters, digits, dots and dashes"
+            )
+        if self.resume is not None and self.disk is None:
+            raise ConfigurationError(f"resume={self.resume!r} without disk=: give a folder")
         if self.store not in _STORES:
             choices = ", ".join(map(repr, _STORES))
             raise ConfigurationError(f"store={self.store!r} is unknown: choose one of {choices}")

@@ -18,12 +18,14 @@ import torch
 from pnode import tolerances, vectors
 from pnode.adjoint.choose import choose_schedule
 from pnode.adjoint.create import create_adjoint
+from pnode.adjoint.resume import Progress, fingerprint
 from pnode.adjoint.schedule import Adjoint, Advance, RestoreEnd, RestoreSolution
 from pnode.adjoint.stepper import AdjointStepper
 from pnode.adjoint.store import CheckpointStore, DiskFolder
 from pnode.adjoint.trajectory import Trajectory
 from pnode.checkpointing import Checkpointing
 from pnode.dense import DenseAdjoint, DenseOutput
+from pnode.errors import ConfigurationError
 from pnode.events import Event, EventLocator
 from pnode.options import SolverOptions, next_prefix
 from pnode.problem import InitialValueProblem, StateLayout
@@ -189,7 +191,18 @@ class _Record:
         )
         self._reached += 1
         if self._run.trajectory is not None:
-            self._run.trajectory.mark_output()
+            self._run.trajectory.mark_output(self._ys[self._reached - 1])
+
+    def output_at(self, index: int) -> None:
+        """Take output ``index`` from the solution, unless it was reached in another process."""
+        if index == self._reached:
+            self.output()
+
+    def take_up(self, progress: Progress) -> None:
+        """Begin with what was done in another process."""
+        for _, state in progress.outputs:
+            self._ys[self._reached] = state
+            self._reached += 1
 
     def before_step(self, index: int) -> None:
         """Store the start of a step, if it is wanted."""
@@ -216,6 +229,10 @@ class _Record:
             self._monitor(
                 step.index + 1, problem.direction * step.end, self._layout.unflatten(state)
             )
+
+
+def _itself(folder: DiskFolder) -> DiskFolder:
+    return folder
 
 
 class _Repeated:
@@ -362,11 +379,13 @@ class Engine:
         run = Run(problem, Stats(), self._settings(problem.layout, problem.form))
         field_ = vector_field(problem, run.stats)
         if keep:
-            run.trajectory = self._trajectory(run, requests)
+            run.trajectory = self._trajectory(run, requests, y0)
             # What one-step methods carry over from the step before; the others have the same bits.
             fresh = self.method.ts_type in ("rk", "dirk") and not self.method.same_bits
             run.reproducible = self.checkpointing.reproducible and fresh
         with ExitStack() as leases, self._integrator(run.settings, field_, y0) as integrator:
+            if run.trajectory is not None:
+                leases.enter_context(run.trajectory.forward())
             locator: EventLocator | None = None
             if requests.event_fn is not None:
                 trial = replace(run.settings, adaptive=False)
@@ -379,10 +398,17 @@ class Engine:
                 run.dense = DenseOutput(times, integrator, field_, keep)
                 times = (times[0], *times[1:][-1:])  # those that steps are to hit
             record = _Record(run, requests.monitor, integrator, locator)
+            done: list[Step] = []
+            progress = None if run.trajectory is None else run.trajectory.progress
+            if progress is not None and progress.start is not None:
+                done = progress.steps
+                run.stats.steps = len(done)
+                record.take_up(progress)
+                integrator.restore((progress.start,))
             forward_sweep(
                 integrator, field_, times, self.control, run.stats, record.on_step,
-                lambda index: record.output(), locator.after_step if locator is not None else None,
-                record.before_step,
+                record.output_at, locator.after_step if locator is not None else None,
+                record.before_step, done,
             )  # fmt: skip
             if run.trajectory is not None:
                 run.trajectory.finish(record.last)
@@ -510,7 +536,7 @@ class Engine:
                 trajectory.record(step, repeated.integrator)
             trajectory.finish(repeated.integrator)
 
-    def _trajectory(self, run: Run, requests: Requests) -> Trajectory:
+    def _trajectory(self, run: Run, requests: Requests, y0: torch.Tensor) -> Trajectory:
         """Return an empty trajectory with the schedule that the memory allows."""
         chosen, control = self.checkpointing, self.control
         steps = None
@@ -522,8 +548,30 @@ class Engine:
             self.method, steps, run.settings.size * REAL.itemsize, chosen.bytes, chosen.store,
             chosen.disk is not None,
         )  # fmt: skip
-        folder = None if chosen.disk is None else partial(DiskFolder, chosen.disk)
-        return Trajectory(schedule, CheckpointStore(run.stats, chosen.bytes, folder))
+        folder: Callable[[], DiskFolder] | None = None
+        progress = None
+        if chosen.resume is not None:
+            assert chosen.disk is not None
+            if not self.method.restarts or requests.event_fn is not None or requests.dense:
+                raise ConfigurationError(
+                    f"resume={chosen.resume!r} is not for BDF, event_fn and dense=True: they go "
+                    "on from more than one state"
+                )
+            progress = Progress(chosen.disk, chosen.resume, self._identity(run, y0))
+            folder = partial(_itself, progress)
+        elif chosen.disk is not None:
+            folder = partial(DiskFolder, chosen.disk)
+        return Trajectory(schedule, CheckpointStore(run.stats, chosen.bytes, folder), progress)
+
+    def _identity(self, run: Run, y0: torch.Tensor) -> dict[str, str]:
+        """Return what tells one sweep from another."""
+        problem = run.problem
+        facts = {
+            "method": self.method.name, "steps": self.control, "times": problem.times,
+            "direction": problem.direction, "form": problem.form, "jacobian": self.jacobian,
+            "petsc_options": self.petsc_options,
+        }  # fmt: skip
+        return fingerprint(facts, (y0, *problem.parameters, *problem.frozen))
 
     @contextmanager
     def _integrator(

@@ -109,6 +109,7 @@ def forward_sweep(
     on_output: Callable[[int], None],
     end_at_event: Callable[[Step], Step | None] | None = None,
     before_step: Callable[[int], None] = lambda index: None,
+    done: Sequence[Step] = (),
 ) -> None:
     """Integrate from ``times[0]`` to ``times[-1]``; the integrator has begun. Collective.
 
@@ -133,21 +134,33 @@ def forward_sweep(
         moved accordingly: the sweep then ends after :func:`on_step`.
     before_step : callable
         Called with the index of every step before it is first tried.
+    done : sequence of Step
+        Steps taken in another process; the integrator stands at the end of the last.
     """
     sweep = _Sweep(integrator, field, control, ledger, on_step, end_at_event, before_step)
-    integrator.ts.monitor(0, times[0], integrator.solution)
-    on_output(0)
+    sweep.index = len(done)
+    reached = done[-1].end if done else times[0]
+    if done:
+        sweep.natural = done[-1].length
+    else:
+        integrator.ts.monitor(0, times[0], integrator.solution)
+        on_output(0)
+    number = 0
     for index, (start, end) in enumerate(itertools.pairwise(times), start=1):
         if control.step_size is not None:
             for before, length, after in fixed_steps(start, end, control.step_size):
+                number += 1
+                if number <= len(done):
+                    continue
                 sweep.fixed(before, length, after)
                 if sweep.ended:
                     return
         else:
-            sweep.adapt(start, end)
+            sweep.adapt(max(start, reached), end)
             if sweep.ended:
                 return
-        on_output(index)
+        if end >= reached:
+            on_output(index)
 
 
 class _Sweep:

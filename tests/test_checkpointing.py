@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -214,7 +217,7 @@ def test_damaged_files_are_named(damage, tmp_path):
     )  # fmt: skip
     loss = solver(y0, T).ys.sum()
     (folder,) = tmp_path.iterdir()
-    first, second, *_ = sorted(folder.glob("checkpoint-*"))
+    first, second, *_ = sorted(folder.glob("stages-*"))
     data = bytearray(first.read_bytes())
     if damage == "truncate":
         first.write_bytes(data[:-5])
@@ -419,3 +422,108 @@ def test_trajectories_name_what_is_missing():
     trajectory._live = None
     with pytest.raises(pnode.CheckpointError, match="no checkpoint of this step"):
         trajectory.stages(3, None)
+
+
+PROGRAM = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import torch, pnode
+from test_gradients import Field, gradients, initial
+
+folder, method, kill, step = sys.argv[2], sys.argv[3], int(sys.argv[4]), float(sys.argv[5])
+taken = 0
+
+def monitor(step, t, y):
+    global taken
+    taken += 1
+    if taken == kill:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+keywords = {"step_size": step} if step else {"rtol": 1e-8, "atol": 1e-8}
+chosen = pnode.Checkpointing(memory=1920, disk=folder, resume="run") if folder else None
+field, y0 = Field(), initial()
+solver = pnode.Solver(field, method=method, checkpointing=chosen, monitor=monitor, **keywords)
+solution = solver(y0, torch.linspace(0, 1, 5, dtype=torch.float64))
+loss = (solution.ys * torch.arange(1.0, 6.0)[:, None, None]).sum()
+torch.save((taken, solution.stats.steps, gradients(loss, field, y0)), sys.argv[6])
+"""
+
+
+def run_program(tmp_path, folder, method, kill, step):
+    result = tmp_path / "result"
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(Path(__file__).parent), str(folder), method,
+         str(kill), str(step), str(result)],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    if kill:
+        assert run.returncode == -signal.SIGKILL, run.stderr
+        return None
+    assert run.returncode == 0, run.stderr
+    return torch.load(result)
+
+
+@pytest.mark.parametrize(
+    ("method", "step", "kills"),
+    [
+        ("rk4", 0.01, (60, 25)), ("cn", 0.01, (60, 25)), ("es325", 0.02, (30, 12)),
+        ("dopri5", 0, (3, 8)), ("ra34pw2", 0.01, (70,)), ("rk4", 0.01, (2,)),
+    ],
+)  # fmt: skip
+def test_resume_after_a_kill(method, step, kills, tmp_path):
+    """The same gradient as of a sweep in one go, with fewer steps than that in the last process."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    _, steps, expected = run_program(tmp_path, "", method, 0, step)
+    for kill in kills:
+        run_program(tmp_path, scratch, method, kill, step)
+    taken, total, found = run_program(tmp_path, scratch, method, 0, step)
+    assert total == steps
+    assert taken < steps or max(kills) < 10
+    assert relative_difference(found, expected) < 1e-12
+    assert same_bits(found, expected) or not find_method(method).same_bits
+    assert list(scratch.iterdir()) == []
+
+
+def test_resume_wants_the_same_problem_and_one_solve_at_a_time(tmp_path):
+    chosen = pnode.Checkpointing(memory=1920, disk=tmp_path, resume="run")
+
+    class Stop(Exception):
+        pass
+
+    def field(t, y):
+        if float(t) > stop:
+            raise Stop
+        return -y
+
+    solver = pnode.Solver(field, method="rk4", step_size=0.01, checkpointing=chosen)
+    stop = 0.7
+    with pytest.raises(Stop):
+        solver(initial(), T)
+    with pytest.raises(pnode.CheckpointError, match=r"pnode-run.*another sweep: tensors"):
+        solver(initial() + 1.0, T)
+    with pytest.raises(pnode.CheckpointError, match="times"):
+        solver(initial(), T + 1.0)
+    stop = 2.0
+    solution = solver(initial(), T)
+    assert solution.stats.rhs < 4 * 99
+    with pytest.raises(pnode.CheckpointError, match=f"in use by process {os.getpid()}"):
+        solver(initial(), T)
+    del solution  # its steps stay, and the name is free again
+    gc.collect()
+    solution = solver(initial(), T)
+    solution.ys.sum().backward()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("keywords", [{"method": "bdf"}, {"dense": True}, {"event_fn": len}])
+def test_resume_is_refused_where_one_state_is_not_enough(keywords, tmp_path):
+    chosen = pnode.Checkpointing(memory=1920, disk=tmp_path, resume="run")
+    solver = pnode.Solver(lambda t, y: -y, checkpointing=chosen, **keywords)
+    with pytest.raises(pnode.ConfigurationError, match="resume='run'"):
+        solver(initial(), T)
+    for wrong in ("a/b", "", 5):
+        with pytest.raises(pnode.ConfigurationError, match="resume="):
+            pnode.Checkpointing(memory=1920, disk=tmp_path, resume=wrong)
+    with pytest.raises(pnode.ConfigurationError, match="without disk="):
+        pnode.Checkpointing(memory=1920, resume="run")
