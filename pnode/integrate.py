@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from pnode import arguments, tolerances
-from pnode.checkpointing import Checkpointing
+from pnode.checkpointing import Checkpointing, parse_bytes
 from pnode.consistency import check_consistency, consistent_state
 from pnode.controllers import check_controller
 from pnode.engine import Engine, Requests, Run
@@ -368,7 +368,9 @@ class Solver(torch.nn.Module):
 def _checkpointing(chosen: Any) -> Checkpointing:
     if isinstance(chosen, Checkpointing):
         return chosen
-    return Checkpointing() if chosen is None else Checkpointing(memory=chosen)
+    if chosen is None:
+        return Checkpointing()
+    return Checkpointing(memory=parse_bytes("checkpointing", chosen))
 
 
 class _Solve(torch.autograd.Function):

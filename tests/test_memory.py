@@ -223,9 +223,12 @@ def test_backward_frees_the_checkpoints(kind):
     while "Solve" not in type(node).__name__:
         node = node.next_functions[0][0]
     trajectory = node.run.trajectory
-    assert trajectory.complete
+    assert trajectory.ready
+    assert ("stages", 0) in trajectory._store
     solution.ys.sum().backward()
-    assert not trajectory.complete
+    assert not trajectory.ready
+    assert ("stages", 0) not in trajectory._store
+    assert trajectory._store._ram_bytes == 0
 
 
 @pytest.mark.usefixtures("no_collector")

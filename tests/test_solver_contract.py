@@ -114,12 +114,14 @@ CONSTRUCTOR = [
     *(("event_tol", {"event_tol": value}, None) for value in NOT_POSITIVE),
     ("dense", {"dense": "yes"}, "'yes'.*True"),
     ("comm", {"comm": 5}, "5"),
+    ("checkpointing", {"checkpointing": "lots"}, "'lots'.*'256MiB'"),
+    ("checkpointing", {"checkpointing": [1]}, r"\[1\]"),
     ("params", {"params": torch.ones(2)}, "list"),
     ("params", {"params": [1.0]}, "float"),
     ("params", {"params": [torch.ones(1), None]}, "NoneType.*entry 1"),
     ("params", {"params": 5}, "5|int"),
     *((name, {name: value}, "reserved") for name, value in {
-        "checkpointing": "64MiB", "compile": True,
+        "compile": True,
     }.items()),
 ]  # fmt: skip
 
