@@ -419,11 +419,15 @@ def check_form(form: str, method: Method) -> None:
 
 
 def markdown_table() -> str:
-    """Return the table of methods as the README shows it."""
+    """Return the table of methods as the README shows it.
+
+    "Bits": whether a repeated step has the same bits as the first time.
+    """
     head = (
-        "| method | other names | PETSc | order | stages | kind | adaptive | checkpoint of a step |"
+        "| method | other names | PETSc | order | stages | kind | adaptive | forms | adjoint "
+        "| checkpoint of a step | bits |"
     )
-    lines = [head, "|" + " --- |" * 8]
+    lines = [head, "|" + " --- |" * 11]
     for method in METHODS:
         petsc = method.ts_type + (f" {method.subtype}" if method.subtype else "")
         cells = (
@@ -434,7 +438,10 @@ def markdown_table() -> str:
             str(method.stages) + (" (FSAL)" if method.fsal else ""),
             method.kind,
             "yes" if method.adaptive else "no",
+            ", ".join(method.forms),
+            method.adjoint,
             method.checkpoint,
+            "yes" if method.same_bits else "no",
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
