@@ -54,8 +54,8 @@ def choose_schedule(
     ConfigurationError
         If no schedule does with so little memory.
     """
-    if memory is None or disk or not method.restarts:
-        if store == "solutions":
+    if memory is None or disk or not method.restarts or steps == 0:
+        if store == "solutions" and steps != 0:
             raise ConfigurationError(
                 "store='solutions' repeats steps from states, which needs memory= (without disk=) "
                 "and a method that can start from one state alone: drop it"

@@ -62,8 +62,8 @@ class DiskFolder:
                 f"disk={scratch!r} cannot be written to ({error}): give an existing folder with "
                 "room, such as a node's scratch space"
             ) from error
-        self.path = Path(name)
-        self._finalizer = weakref.finalize(self, shutil.rmtree, name, ignore_errors=True)
+        self.path = Path(name).absolute()
+        self._finalizer = weakref.finalize(self, _remove_tree, self.path, os.getpid())
 
     def close(self) -> None:
         """Remove the folder and everything in it."""
@@ -151,7 +151,8 @@ class CheckpointStore:
     """Checkpoints by key, in memory (level 0) or on disk (level 1).
 
     A disk checkpoint is written by a thread, one at a time; until it is written its tensors count
-    as memory. On the way back the file before the one just read is read ahead if there is room.
+    as memory. One that was read counts as memory until it is discarded; the file before it is read
+    ahead if there is room.
 
     Parameters
     ----------
@@ -178,7 +179,9 @@ class CheckpointStore:
         self._files: dict[Key, tuple[str, int]] = {}
         self._holders: Counter[int] = Counter()
         self._ram_bytes = self._disk_bytes = 0
+        self._loaded: dict[Key, Tensors] = {}
         self._thread: ThreadPoolExecutor | None = None
+        self._process = os.getpid()  # the thread's
         self._writing: tuple[Key, Future[None], Tensors] | None = None
         self._reading: tuple[Key, Future[Tensors], int] | None = None
 
@@ -223,6 +226,8 @@ class CheckpointStore:
         """
         if key in self._memory:
             return self._memory[key]
+        if key in self._loaded:
+            return self._loaded[key]
         if key not in self._files:
             raise CheckpointError(f"there is no checkpoint {key!r}")
         if self._writing is not None and self._writing[0] == key:
@@ -232,6 +237,8 @@ class CheckpointStore:
         else:
             assert self._folder is not None
             tensors = self._folder.read(self._files[key][0])
+        self.hold(tensors)
+        self._loaded[key] = tensors
         self._read_ahead(key)
         return tensors
 
@@ -242,6 +249,7 @@ class CheckpointStore:
             return
         if self._writing is not None and self._writing[0] == key:
             self._finish_writing()
+        self.release(self._loaded.pop(key, ()))
         name, size = self._files.pop(key)
         self._disk_bytes -= size
         assert self._folder is not None
@@ -277,6 +285,7 @@ class CheckpointStore:
             self._thread = None
         self._memory.clear()
         self._files.clear()
+        self._loaded.clear()
         self._holders.clear()
         self._ram_bytes = self._disk_bytes = 0
         self._writing = self._reading = None
@@ -286,8 +295,11 @@ class CheckpointStore:
 
     def _make_room(self, tensors: Tensors) -> None:
         """Move the oldest checkpoints to disk until these fit into memory."""
-        size = sum(_size(tensor) for tensor in tensors if not self._holders[id(tensor)])
-        while self._ram_bytes + size > self._limit:
+
+        def size() -> int:  # grows when a checkpoint that shares tensors with this one moves
+            return sum(_size(tensor) for tensor in tensors if id(tensor) not in self._holders)
+
+        while self._ram_bytes + size() > self._limit:
             if self._reading is not None:
                 self._finish_reading()
             elif self._writing is not None:
@@ -296,9 +308,9 @@ class CheckpointStore:
                 key = next(iter(self._memory))
                 self._write(key, self._memory.pop(key))
             else:
+                disk = ", or give disk= a folder" if self._create_folder is None else ""
                 raise CheckpointError(
-                    f"checkpoints need more than memory={self._limit}: raise it, or give disk= a "
-                    "folder"
+                    f"checkpoints need more than memory={self._limit}: raise it{disk}"
                 )
 
     def _write(self, key: Key, tensors: Tensors) -> None:
@@ -317,11 +329,22 @@ class CheckpointStore:
     def _submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="pnode-checkpoints")
+            self._process = os.getpid()
+        self._check_process()
         return self._thread.submit(function, *arguments)
+
+    def _check_process(self) -> None:
+        """Refuse to wait for a thread that a fork has not got."""
+        if self._process != os.getpid():
+            raise CheckpointError(
+                "these checkpoints on disk belong to the process that this one was forked from: "
+                "solve again in this process"
+            )
 
     def _finish_writing(self) -> None:
         """Wait for the write in flight; its failure, if any, is raised here."""
         if self._writing is not None:
+            self._check_process()
             _, future, tensors = self._writing
             self._writing = None
             self.release(tensors)
@@ -342,10 +365,17 @@ class CheckpointStore:
 
     def _finish_reading(self) -> Tensors:
         assert self._reading is not None
+        self._check_process()
         _, future, size = self._reading
         self._reading = None
         self._ram_bytes -= size
         return future.result()
+
+
+def _remove_tree(path: Path, process: int) -> None:
+    """Remove a folder, unless this is a fork of the process that owns it."""
+    if os.getpid() == process:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _size(tensor: torch.Tensor) -> int:

@@ -102,6 +102,8 @@ class Checkpointing:
         is_path = isinstance(self.disk, (str, os.PathLike))
         if self.disk is not None and not (is_path and os.path.isdir(self.disk)):
             raise ConfigurationError(f"disk={self.disk!r} is not a folder: create it first")
+        if self.disk is not None:  # whatever the working directory will be
+            object.__setattr__(self, "disk", os.path.abspath(self.disk))
 
     @property
     def bytes(self) -> int | None:

@@ -527,3 +527,78 @@ def test_resume_is_refused_where_one_state_is_not_enough(keywords, tmp_path):
             pnode.Checkpointing(memory=1920, disk=tmp_path, resume=wrong)
     with pytest.raises(pnode.ConfigurationError, match="without disk="):
         pnode.Checkpointing(memory=1920, resume="run")
+
+
+@pytest.mark.parametrize("name", ["rk4", "dopri5", "cn", "bdf"])
+@pytest.mark.parametrize("memory", [STATE, 20 * STATE])
+def test_one_time_takes_no_checkpoints(name, memory):
+    y0 = initial()
+    solver = pnode.Solver(Field(), method=name, step_size=0.1, checkpointing=memory)
+    solution = solver(y0, T[:1])
+    (gradient,) = torch.autograd.grad(solution.ys.square().sum(), y0)
+    assert torch.equal(gradient, 2 * y0)
+    assert solution.stats.ram_bytes == 0
+
+
+def test_the_working_directory_may_change(tmp_path, monkeypatch):
+    expected, _ = solve("rk4")
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path)
+    chosen = pnode.Checkpointing(memory=12 * STATE, disk="here")
+    monkeypatch.chdir(tmp_path / "there")
+    field, y0 = Field(), initial()
+    solution = pnode.Solver(field, method="rk4", step_size=0.06, checkpointing=chosen)(y0, T)
+    assert len(list((tmp_path / "here").iterdir())) == 1
+    monkeypatch.chdir(tmp_path)
+    weights = torch.arange(1.0, 5.0, dtype=D)[:, None, None]
+    assert same_bits(gradients((solution.ys * weights).sum(), field, y0), expected)
+    assert list((tmp_path / "here").iterdir()) == []
+    DiskFolder("here").close()
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_a_fork_leaves_the_folder_alone_and_does_not_wait_for_the_thread(tmp_path):
+    store = CheckpointStore(Ledger(), 24, lambda: DiskFolder(tmp_path))
+    for index in range(4):
+        store.put(("stages", index), (torch.full((3,), float(index), dtype=D),))
+    assert len(list(tmp_path.glob("*/stages-*"))) == 3
+    child = os.fork()
+    if child == 0:
+        try:
+            store.put(("stages", 4), (torch.ones(3, dtype=D),))
+        except pnode.CheckpointError as error:
+            store.close()  # what a collected graph, too, would do
+            os._exit(42 if "forked" in str(error) else 1)
+        finally:
+            os._exit(2)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 42
+    assert torch.equal(store.get(("stages", 0))[0], torch.zeros(3, dtype=D))
+    store.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_that_was_read_counts_as_memory(tmp_path):
+    ledger = Ledger()
+    store = CheckpointStore(ledger, 24, lambda: DiskFolder(tmp_path))
+    for index in range(4):
+        store.put(("stages", index), (torch.full((3,), float(index), dtype=D),))
+    for index in range(3, -1, -1):
+        assert torch.equal(store.get(("stages", index))[0], torch.full((3,), float(index), dtype=D))
+        assert store._ram_bytes == 24  # no room to read ahead
+        assert store._reading is None
+        store.discard(("stages", index))
+    assert ledger.ram_bytes == 24
+    store.close()
+
+
+def test_room_for_tensors_shared_with_a_checkpoint_that_moves(tmp_path):
+    a, b, c = torch.ones(3, 3, dtype=D)
+    ledger = Ledger()
+    store = CheckpointStore(ledger, 2 * 24, lambda: DiskFolder(tmp_path))
+    store.put(("stages", 0), (a, b))
+    with pytest.raises(pnode.CheckpointError, match=r"memory=48: raise it$"):
+        store.put(("stages", 1), (b, c, a))
+    assert ledger.ram_bytes == 48
+    store.close()
