@@ -172,7 +172,7 @@ class _Record:
         self._ys = torch.empty(
             (len(run.problem.times), layout.size), dtype=layout.dtype, device=layout.device
         )
-        self._reached = 0
+        self._reached = self._taken_up = 0
 
     @property
     def last(self) -> TimeIntegrator:
@@ -195,7 +195,7 @@ class _Record:
 
     def output_at(self, index: int) -> None:
         """Take output ``index`` from the solution, unless it was reached in another process."""
-        if index == self._reached:
+        if index >= self._taken_up:
             self.output()
 
     def take_up(self, progress: Progress) -> None:
@@ -203,6 +203,7 @@ class _Record:
         for _, state in progress.outputs:
             self._ys[self._reached] = state
             self._reached += 1
+        self._taken_up = self._reached
 
     def before_step(self, index: int) -> None:
         """Store the start of a step, if it is wanted."""
