@@ -159,7 +159,8 @@ def plan(
         match action:
             case Advance():
                 recomputed += 1
-            case Adjoint():
+            case Adjoint(step):
+                trajectory.stages(step, shadow)
                 trajectory.forget_live()
             case RestoreSolution() | RestoreEnd():
                 pass

@@ -90,10 +90,7 @@ class Trajectory:
     def finish(self, integrator: TimeIntegrator) -> None:
         """End the forward sweep: the last step's stages stay at hand if they are not stored."""
         if self.schedule.begins_live and self.steps:
-            self._keep_live(len(self.steps) - 1, integrator)
-            assert self._live is not None
-            self._held = self._live[1]
-            self._store.hold(self._held)
+            self.stages(len(self.steps) - 1, integrator)
         self.ready = True
 
     def mark_output(self, state: torch.Tensor) -> None:
@@ -124,7 +121,7 @@ class Trajectory:
         step, store = action.step, self._store
         match action:
             case StoreStages():
-                checkpoint = self.stages(step, integrator)
+                checkpoint = self._find_live(step, integrator)
                 self._live = None
                 if self.progress is not None:
                     assert self._start is not None
@@ -147,7 +144,19 @@ class Trajectory:
                 raise AssertionError(f"{action} is not for the trajectory")
 
     def stages(self, index: int, integrator: TimeIntegrator | None) -> Checkpoint:
-        """Return the stages of a step that are live: restored, or in the integrator's hands."""
+        """Return the stages of a step that are live: restored, or in the integrator's hands.
+
+        They count as memory until :meth:`forget_live`.
+        """
+        live = self._find_live(index, integrator)
+        if self._held is not live:
+            if self._held is not None:
+                self._store.release(self._held)
+            self._store.hold(live)
+            self._held = live
+        return live
+
+    def _find_live(self, index: int, integrator: TimeIntegrator | None) -> Checkpoint:
         if self._live is None or self._live[0] != index:
             if integrator is None:
                 raise CheckpointError("there is no checkpoint of this step", step=index)

@@ -417,6 +417,28 @@ def test_stochastic_and_stateful_fields_are_refused(layer, message, method):
     solver(initial(), T).ys.sum().backward()
 
 
+@pytest.mark.parametrize("name", ["rk4", "bosh3", "es325", "cn"])
+def test_live_stages_of_repeated_steps_are_in_the_ledger(name, monkeypatch):
+    """The peak over what the store holds and the stages whose adjoint is taken."""
+    peak = 0
+    original = Trajectory.stages
+
+    def stages(self, index, integrator):
+        nonlocal peak
+        live = original(self, index, integrator)
+        tensors = [*live, *(t for kept in self._store._memory.values() for t in kept)]
+        sizes = {t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        peak = max(peak, sum(sizes.values()))
+        return live
+
+    monkeypatch.setattr(Trajectory, "stages", stages)
+    for extra in range(10):
+        memory = (find_method(name).stage_units + extra) * STATE
+        peak = 0
+        _, stats = solve(name, memory)
+        assert peak <= stats.ram_bytes <= memory
+
+
 def test_trajectories_name_what_is_missing():
     trajectory = Trajectory.__new__(Trajectory)
     trajectory._live = None
