@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from pnode.errors import ConfigurationError
+from pnode.layouts import Layout
 from pnode.options import PETSc, check_petsc_options
+from pnode.ranks import as_communicator
 
 __all__ = [
-    "check_communicator",
+    "communicator",
     "count",
     "finite",
     "linear_solver_options",
@@ -61,16 +63,42 @@ def problem_form(rhs: Any, implicit: Any, explicit: Any, mass: Any, residual: An
     return form
 
 
-def check_communicator(comm: Any) -> None:
-    """Accept communicators of one process."""
-    if comm is None:
-        return
-    size = comm.Get_size() if hasattr(comm, "Get_size") else getattr(comm, "size", None)
-    if size != 1:
+def communicator(
+    comm: Any, layout: Any, form: str, resume: str | None, event_fn: Any
+) -> tuple[Any, Layout | None]:
+    """Return the communicator of a solve and its layout, and refuse what several ranks cannot do.
+
+    Not collective: the arguments that decide are compared among the ranks at the first solve.
+    """
+    if layout is not None and not isinstance(layout, Layout):
         raise ConfigurationError(
-            f"comm={comm!r} has {size} processes: this version integrates one state per process, "
-            "use comm=None and average gradients over the processes yourself"
+            f"layout={layout!r} is not a layout: give a pnode.parallel.Grid or GhostLayout"
         )
+    if comm is not None:
+        comm = as_communicator(comm)
+        if layout is not None and comm != layout.comm:
+            raise ConfigurationError(
+                "comm= and layout= have different communicators: drop comm=, the layout has one"
+            )
+    chosen = as_communicator(layout.comm if layout is not None else comm)
+    if layout is not None and form == "residual":
+        raise ConfigurationError(
+            "layout= with residual= is not supported: give rhs=, implicit= and explicit=, or rhs= "
+            "and mass="
+        )
+    if chosen.size == 1:
+        return chosen, layout
+    unsupported = {
+        "residual": form == "residual",
+        "event_fn": event_fn is not None,
+        "resume": resume is not None,
+    }
+    for name in (name for name, given in unsupported.items() if given):
+        raise ConfigurationError(
+            f"{name}= is not supported with a communicator of {chosen.size} ranks: drop it, or "
+            "integrate on each rank by itself (comm=None)"
+        )
+    return chosen, layout
 
 
 def finite(name: str, value: Any) -> float:

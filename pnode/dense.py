@@ -178,7 +178,8 @@ class DenseAdjoint:
         self._wanted: dict[int, list[tuple[Inside, torch.Tensor]]] = {}
         for step, found in dense.inside.items() if dense is not None else ():
             rows = [(inside, cotangents[inside.index].to(REAL)) for inside in found]
-            rows = [(inside, row) for inside, row in rows if bool(row.ne(0.0).any())]
+            if not field.problem.ranks.parallel:  # what one rank needs all take part in
+                rows = [(inside, row) for inside, row in rows if bool(row.ne(0.0).any())]
             if rows:
                 self._wanted[step] = rows
 

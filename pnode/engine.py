@@ -9,11 +9,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
+from mpi4py import MPI
 
 from pnode import tolerances, vectors
 from pnode.adjoint.choose import choose_schedule
@@ -25,10 +27,11 @@ from pnode.adjoint.store import CheckpointStore, DiskFolder
 from pnode.adjoint.trajectory import Trajectory
 from pnode.checkpointing import Checkpointing
 from pnode.dense import DenseAdjoint, DenseOutput
-from pnode.errors import ConfigurationError
+from pnode.errors import ConfigurationError, SolveError
 from pnode.events import Event, EventLocator
+from pnode.layouts import Layout
 from pnode.options import SolverOptions, next_prefix
-from pnode.problem import InitialValueProblem, StateLayout
+from pnode.problem import InitialValueProblem
 from pnode.solution import Stats
 from pnode.solvers.assemblies import SparsityPattern
 from pnode.solvers.bridge import accumulate
@@ -169,6 +172,7 @@ class _Record:
         self._integrator = integrator
         self._locator = locator
         self._layout = layout
+        self._attempt = run.problem.ranks.attempt
         self._ys = torch.empty(
             (len(run.problem.times), layout.size), dtype=layout.dtype, device=layout.device
         )
@@ -208,7 +212,7 @@ class _Record:
     def before_step(self, index: int) -> None:
         """Store the start of a step, if it is wanted."""
         if self._run.trajectory is not None:
-            self._run.trajectory.before_step(index, self._integrator)
+            self._attempt(self._run.trajectory.before_step, index, self._integrator)
         if self._run.reproducible:
             self._integrator.ts.restartStep()
 
@@ -217,7 +221,7 @@ class _Record:
         run, problem = self._run, self._run.problem
         event = None if self._locator is None else self._locator.event
         if run.trajectory is not None:
-            run.trajectory.record(step, self.last)
+            self._attempt(run.trajectory.record, step, self.last)
         if run.dense is not None:
             for state in run.dense.after_step(step, self.last, event is not None):
                 self.output(state)
@@ -227,9 +231,10 @@ class _Record:
             self.output()
         if self._monitor is not None:
             state = vectors.copy_out(self._integrator.solution, self._layout.dtype)
-            self._monitor(
-                step.index + 1, problem.direction * step.end, self._layout.unflatten(state)
-            )
+            self._attempt(
+                self._monitor,
+                step.index + 1, problem.direction * step.end, self._layout.unflatten(state),
+            )  # fmt: skip
 
 
 def _itself(folder: DiskFolder) -> DiskFolder:
@@ -317,6 +322,10 @@ class Engine:
         The user's options.
     checkpointing : Checkpointing
         What checkpoints may take.
+    comm : mpi4py.MPI.Intracomm
+        Ranks that share the state.
+    exchange : Layout or None
+        Of a state with ghost cells.
     prefix : str
         Options prefix of all its PETSc objects.
     """
@@ -327,6 +336,8 @@ class Engine:
     petsc_options: dict[str, Any]
     jacobian_options: JacobianOptions = field(default_factory=JacobianOptions)
     checkpointing: Checkpointing = field(default_factory=Checkpointing)
+    comm: Any = field(default_factory=lambda: MPI.COMM_SELF)
+    exchange: Layout | None = None
     prefix: str = field(default_factory=next_prefix)
     _pool: _Pool = field(default_factory=_Pool, init=False)
     _options: dict[Hashable, SolverOptions] = field(default_factory=dict, init=False)
@@ -340,8 +351,13 @@ class Engine:
         """Copies and pickles take the configuration along, not the PETSc objects."""
         return Engine, (
             self.method, self.control, self.jacobian, self.petsc_options, self.jacobian_options,
-            self.checkpointing,
+            self.checkpointing, self.comm, self.exchange,
         )  # fmt: skip
+
+    def __deepcopy__(self, memo: Any) -> Engine:
+        """Copies share the communicator and the layout, which belong to the process."""
+        make, (*settings, comm, exchange) = self.__reduce__()
+        return make(*deepcopy(settings, memo), comm, exchange)
 
     @property
     def color_count(self) -> int:
@@ -377,7 +393,12 @@ class Engine:
         run : Run
             For the backward sweep.
         """
-        run = Run(problem, Stats(), self._settings(problem.layout, problem.form))
+        run = Run(problem, Stats(), self._settings(problem))
+        with problem.ranks.together():
+            return self._forward(run, y0, keep, requests), run
+
+    def _forward(self, run: Run, y0: torch.Tensor, keep: bool, requests: Requests) -> torch.Tensor:
+        problem = run.problem
         field_ = vector_field(problem, run.stats)
         if keep:
             run.trajectory = self._trajectory(run, requests, y0)
@@ -412,13 +433,13 @@ class Engine:
                 record.before_step, done,
             )  # fmt: skip
             if run.trajectory is not None:
-                run.trajectory.finish(record.last)
+                problem.ranks.attempt(run.trajectory.finish, record.last)
             for newton, krylov in (each.iterations() for each in {integrator, record.last}):
                 run.stats.newton += newton
                 run.stats.krylov += krylov
             run.used = field_.used
         integrator.options.warn_unused()
-        return record.outputs(), run
+        return record.outputs()
 
     def backward(
         self, run: Run, y0: torch.Tensor, cotangents: torch.Tensor
@@ -451,8 +472,25 @@ class Engine:
         ledger = run.stats.backward
         problem = replace(run.problem, check_undeclared=False)
         field_ = vector_field(problem, ledger)
+        problem.ranks.begin()
+        try:
+            state, parameters, initial, times = self._backward(run, field_, y0, cotangents)
+        except SolveError as error:  # raised where all ranks knew
+            found = problem.ranks.settle(error)
+            if found is None or found is error:
+                raise
+            raise found from found.__cause__
+        # The one reduction of a backward sweep, which also tells whether a rank has failed.
+        parameters = problem.ranks.sum_gradients(parameters, field_.parameters)
+        return state, parameters, initial, times
+
+    def _backward(
+        self, run: Run, field_: VectorField, y0: torch.Tensor, cotangents: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None], torch.Tensor, dict[int, float]]:
+        trajectory = run.trajectory
+        assert trajectory is not None
         if not trajectory.ready:
-            self._repeat(run, vector_field(problem, ledger), y0)
+            self._repeat(run, y0)
         trajectory.ready = False
         wanted = bool(field_.parameters)
 
@@ -483,7 +521,11 @@ class Engine:
         assert trajectory is not None
         waiting = list(enumerate(trajectory.outputs))
         active = False  # until the first non-zero cotangent, lambda is zero and stays it
+        ranks = run.problem.ranks
+        attempt = ranks.attempt
         nonzero = cotangents.ne(0).any(dim=1).tolist()
+        if ranks.parallel:  # what one rank needs all take part in
+            nonzero = [True] * len(nonzero)
         for index in run.dense.interpolated if run.dense is not None else ():
             nonzero[index] = False  # not a state at the end of a step
 
@@ -494,10 +536,19 @@ class Engine:
                 if nonzero[index]:
                     active = True
                     adjoint.add(cotangents[index])
-            inside = dense.at(after, lambda step: trajectory.stages(step, repeated.integrator))
+            inside = dense.at(after, stages)
             if inside is not None:
                 active = True
                 adjoint.add(inside)
+
+        def restored(restore: Callable[..., Any], *arguments: Any) -> Any:
+            """Return a state; y0 for one that cannot be had, in a sweep that is lost anyway."""
+            state = attempt(restore, *arguments)
+            return y0.to(REAL) if state is None else state
+
+        def stages(step: int) -> tuple[torch.Tensor, ...]:
+            found = attempt(trajectory.stages, step, repeated.integrator)
+            return (y0.to(REAL),) * run.settings.method.stage_units if found is None else found
 
         with _Repeated(self, run, y0) as repeated:
             add_outputs(len(trajectory.steps))
@@ -506,24 +557,26 @@ class Engine:
                     case Advance(step):
                         repeated.advance(step)
                     case RestoreSolution(step):
-                        repeated.restart(step, y0 if step == 0 else trajectory.solution(step))
+                        state = y0 if step == 0 else restored(trajectory.solution, step)
+                        repeated.restart(step, state)
                     case RestoreEnd(step):
-                        repeated.restart(step + 1, trajectory.end(step))
+                        repeated.restart(step + 1, restored(trajectory.end, step))
                     case Adjoint(step):
                         if active:
-                            adjoint.load(trajectory.stages(step, repeated.integrator))
+                            ranks.where = {"step": step, "method": run.settings.method.name}
+                            adjoint.load(stages(step))
                             adjoint.step(trajectory.steps[step], ledger)
                         add_outputs(step)
                         trajectory.forget_live()
                     case _:
-                        trajectory.execute(action, repeated.integrator)
+                        attempt(trajectory.execute, action, repeated.integrator)
         trajectory.clear()
         initial = adjoint.state_gradient()
         if nonzero[0]:
             adjoint.add(cotangents[0])
         return initial
 
-    def _repeat(self, run: Run, field_: VectorField, y0: torch.Tensor) -> None:
+    def _repeat(self, run: Run, y0: torch.Tensor) -> None:
         """Repeat the forward sweep with the recorded steps, to store its checkpoints again."""
         trajectory = run.trajectory
         assert trajectory is not None
@@ -531,11 +584,12 @@ class Engine:
         with _Repeated(self, run, y0) as repeated:
             repeated.restart(0, y0)
             assert repeated.integrator is not None
+            attempt = run.problem.ranks.attempt
             for step in trajectory.steps:
-                trajectory.before_step(step.index, repeated.integrator)
+                attempt(trajectory.before_step, step.index, repeated.integrator)
                 repeated.advance(step.index)
-                trajectory.record(step, repeated.integrator)
-            trajectory.finish(repeated.integrator)
+                attempt(trajectory.record, step, repeated.integrator)
+            attempt(trajectory.finish, repeated.integrator)
 
     def _trajectory(self, run: Run, requests: Requests, y0: torch.Tensor) -> Trajectory:
         """Return an empty trajectory with the schedule that the memory allows."""
@@ -546,7 +600,7 @@ class Engine:
             times = (times[0], times[-1]) if requests.dense else times
             steps = count_fixed_steps(times, control.step_size)
         schedule = choose_schedule(
-            self.method, steps, run.settings.size * REAL.itemsize, chosen.bytes, chosen.store,
+            self.method, steps, run.problem.largest * REAL.itemsize, chosen.bytes, chosen.store,
             chosen.disk is not None,
         )  # fmt: skip
         folder: Callable[[], DiskFolder] | None = None
@@ -587,18 +641,22 @@ class Engine:
             integrator.begin(field_, y0.detach(), field_.problem.times[0])
             yield integrator
 
-    def _settings(self, layout: StateLayout, form: str) -> IntegratorSettings:
-        jacobian = self.jacobian
+    def _settings(self, problem: InitialValueProblem) -> IntegratorSettings:
+        layout, jacobian = problem.layout, self.jacobian
         if jacobian == "auto":
-            jacobian = "dense" if layout.size <= DENSE_LIMIT else "matrix-free"
+            small = problem.largest <= DENSE_LIMIT and self.exchange is None
+            jacobian = "dense" if small else "matrix-free"
         rtol, atol = tolerances.resolve(self.control.rtol, self.control.atol, layout)
         return IntegratorSettings(
             self.method, layout.size, layout.dtype,
             adaptive=self.control.step_size is None,
             rtol=rtol, atol=atol, max_step=self.control.max_step,
-            jacobian=jacobian, controller=self.control.controller, form=form,
+            jacobian=jacobian, controller=self.control.controller, form=problem.form,
             split=split_size(self.method, layout),
-            jacobian_options=self.jacobian_options.for_layout(jacobian, layout, self._patterns),
+            jacobian_options=replace(
+                self.jacobian_options, by_rank=problem.ranks.parallel
+            ).for_layout(jacobian, layout, self._patterns, self.exchange),
+            distribution=problem.distribution, comm=self.comm,
         )  # fmt: skip
 
     def _solver_options(self, settings: IntegratorSettings, adjoint: bool = False) -> SolverOptions:
@@ -606,7 +664,7 @@ class Engine:
         if key not in self._options:
             defaults = default_options(
                 settings.method, settings.adaptive, settings.jacobian, settings.dtype, adjoint,
-                settings.controller, settings.jacobian_options,
+                settings.controller, settings.jacobian_options, settings.comm.size,
             )  # fmt: skip
             self._options[key] = SolverOptions(self.prefix, self.petsc_options, defaults)
         return self._options[key]

@@ -1,7 +1,8 @@
 """Exceptions raised by pnode.
 
 Every error is a :class:`PnodeError`. Errors in the arguments are also ``ValueError``; errors of a
-running solve are also ``RuntimeError`` and carry ``time``, ``step``, ``method`` and ``reason``.
+running solve are also ``RuntimeError`` and carry ``time``, ``step``, ``method`` and ``reason``, and
+``rank`` where a solve of several processes failed on one of them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ __all__ = [
     "NonFiniteVectorField",
     "NonlinearSolveFailed",
     "PnodeError",
+    "RankError",
     "SolveError",
     "StepLimitReached",
     "StepSizeUnderflow",
@@ -45,6 +47,8 @@ class SolveError(PnodeError, RuntimeError):
         Name of the method.
     reason : str, optional
         PETSc's own reason, such as ``"DIVERGED_MAX_IT"``.
+    rank : int, optional
+        Which process of several it happened on.
     """
 
     def __init__(
@@ -55,9 +59,11 @@ class SolveError(PnodeError, RuntimeError):
         step: int | None = None,
         method: str | None = None,
         reason: str | None = None,
+        rank: int | None = None,
     ) -> None:
         self.message = message
         self.time, self.step, self.method, self.reason = time, step, method, reason
+        self.rank = rank
         where = [
             text
             for text, value in (
@@ -65,6 +71,7 @@ class SolveError(PnodeError, RuntimeError):
                 (f"step {step}", step),
                 (f"method {method!r}", method),
                 (f"PETSc: {reason}", reason),
+                (f"rank {rank}", rank),
             )
             if value is not None
         ]
@@ -78,6 +85,7 @@ class SolveError(PnodeError, RuntimeError):
             step=step if self.step is None else self.step,
             method=method if self.method is None else self.method,
             reason=self.reason,
+            rank=self.rank,
         ).with_traceback(self.__traceback__)
 
 
@@ -115,3 +123,7 @@ class CheckpointError(SolveError):
 
 class BackwardError(SolveError):
     """The backward sweep cannot be done as asked."""
+
+
+class RankError(SolveError):
+    """Code of the user's raised something on one process of several; its cause there is that."""

@@ -22,6 +22,7 @@ from pnode.events import check_rate, end_at_event
 from pnode.mass import MassMatrix
 from pnode.options import ODEINT_PREFIX, check_petsc_options
 from pnode.problem import InitialValueProblem, StateLayout, as_times, collect_parameters
+from pnode.ranks import ALONE, Ranks
 from pnode.solution import Ledger, Solution
 from pnode.solvers.jacobian_options import jacobian_options
 from pnode.solvers.methods import check_form, find_method
@@ -31,6 +32,13 @@ from pnode.vectorfield import vector_field
 __all__ = ["Solver", "odeint", "odeint_adjoint", "odeint_event"]
 
 _JACOBIANS = ("auto", "matrix-free", "dense", "block", "sparse")
+# What has to be the same on all ranks of a solve; see Solver._facts.
+_COMPARED = (
+    "method", "t", "the dtype of y0", "step_size", "rtol, atol", "the step control",
+    "the problem's form", "layout", "jacobian", "petsc_options", "checkpointing",
+    "the number of parameters", "the shapes of the parameters", "dense",
+    "whether gradients are wanted (torch.no_grad)", "requires_grad of y0, t or the parameters",
+)  # fmt: skip
 
 
 class Solver(torch.nn.Module):
@@ -127,7 +135,14 @@ class Solver(torch.nn.Module):
         A limit for the memory of checkpoints, :class:`pnode.Checkpointing` or its ``memory``
         alone: ``"256MiB"``. Steps are repeated in the backward sweep where it is too little for
         all of them. Without a limit all stages are kept.
-    comm, compile
+    comm : mpi4py.MPI.Intracomm, optional
+        Ranks that share one state, each with its part of it in y0 (samples of a batch, or the cells
+        of a layout): all take the same steps, by one error norm, and the gradients of the
+        parameters, which every rank has, are summed up over the ranks. None: this process alone.
+    layout : Grid or GhostLayout, optional
+        Of a state whose ranks look at each other's cells, from :mod:`pnode.parallel`: the vector
+        field then gets y with ghost cells and returns dy/dt without. It brings its communicator.
+    compile
         Reserved: anything but the default is refused in this version.
 
     Raises
@@ -137,7 +152,8 @@ class Solver(torch.nn.Module):
 
     Notes
     -----
-    Collective on ``comm``, which is this process alone so far.
+    Creating a solver is not collective; calling it, and ``backward``, are, on ``comm``. Arguments
+    that differ between the ranks, and failures on one of them, are errors on all: see docs/mpi.md.
 
     The gradient is that of the numbers the solve returned: the discrete adjoint of the accepted
     steps (Zhang, Constantinescu & Smith, "PETSc TSAdjoint", SIAM J. Sci. Comput. 44, 2022). The
@@ -177,6 +193,7 @@ class Solver(torch.nn.Module):
         preconditioner: Any = None,
         checkpointing: Any = None,
         comm: Any = None,
+        layout: Any = None,
         petsc_options: Mapping[str, Any] | None = None,
         compile: bool = False,
         dense: bool = False,
@@ -235,7 +252,9 @@ class Solver(torch.nn.Module):
         self._form = form
         self._consistent_start = bool(consistent_start)
         self._params = arguments.parameters(params)
-        self._progress = progress
+        limits = _checkpointing(checkpointing)
+        chosen_comm, exchange = arguments.communicator(comm, layout, form, limits.resume, event_fn)
+        self._progress = progress and chosen_comm.rank == 0
         self._engine = Engine(
             chosen, control, jacobian,
             arguments.linear_solver_options(linear_solver, jacobian)
@@ -243,13 +262,12 @@ class Solver(torch.nn.Module):
             jacobian_options(
                 chosen, form, jacobian, jacobian_pattern, preconditioner, jacobian_reuse
             ),
-            _checkpointing(checkpointing),
+            limits, chosen_comm, exchange,
         )  # fmt: skip
         self.event_fn = event_fn
         self._requests = Requests(monitor, dense, None, arguments.finite("event_tol", event_tol))
         if not 0.0 < self._requests.event_tol < 1.0:
             raise ConfigurationError(f"event_tol={event_tol!r}: give a number between 0 and 1")
-        arguments.check_communicator(comm)
         collect_parameters(self._functions, self._params)
 
     @property
@@ -311,8 +329,53 @@ class Solver(torch.nn.Module):
         SolveError
             For a failing solve; see :mod:`pnode.errors`. What f raises comes through as it is.
         """
-        times = as_times(t, endless=self.event_fn is not None)
+        engine = self._engine
+        ranks = Ranks(engine.comm)
         differentiate = torch.is_grad_enabled()
+        prepared = ranks.attempt(self._prepare, y0, t, ranks, differentiate)
+        facts, size = None, 0
+        if prepared is not None:
+            problem, flat, times, start = prepared
+            facts, size = self._facts(problem, differentiate, flat, times), problem.layout.size
+        largest, distribution = ranks.compare(_COMPARED, facts, size)
+        problem = replace(problem, largest=largest, distribution=distribution)
+        inputs = (flat, times, *problem.parameters)
+        trainable = differentiate and any(tensor.requires_grad for tensor in inputs)
+        if trainable and self.event_fn is not None:
+            check_rate(self._form)
+        wanted = replace(self._requests, event_fn=self.event_fn)
+        with _progress_bar(problem, wanted, self._progress) as requests:
+            if trainable:
+                holder: list[Run] = []
+                ys = _Solve.apply(engine, problem, requests, holder, *inputs)
+                run = holder.pop()
+            else:
+                with torch.inference_mode(False), torch.no_grad():
+                    ys, run = engine.forward(
+                        problem, flat.detach().clone(), keep=False, requests=requests
+                    )
+        run.stats.add(start)
+        if run.event is None:
+            return Solution(times, problem.layout.unflatten(ys), run.stats)
+        assert self.event_fn is not None
+        times, ys = end_at_event(
+            self.event_fn, run.problem, run.event, times, ys, self.method, run.stats
+        )
+        return Solution(
+            times, problem.layout.unflatten(ys), run.stats, reason="event", event_time=times[-1]
+        )
+
+    def _prepare(
+        self, y0: Any, t: Any, ranks: Ranks, differentiate: bool
+    ) -> tuple[InitialValueProblem, torch.Tensor, torch.Tensor, Ledger]:
+        """Validate what a solve is given. Not collective.
+
+        Returns
+        -------
+        problem, flat, times, ledger
+            The problem, the flat initial state, the output times, and the evaluations so far.
+        """
+        times = as_times(t, endless=self.event_fn is not None)
         declared = collect_parameters(self._functions, self._params)
         if self._engine.method.implicit and any(tensor.is_inference() for tensor in declared):
             raise ConfigurationError(
@@ -330,39 +393,59 @@ class Solver(torch.nn.Module):
                 self._functions[0], y0, times, declared if differentiate else (),
                 check_undeclared=differentiate, form=self._form, explicit=self.explicit,
                 mass=None if self.mass is None else MassMatrix(self.mass, StateLayout.of(y0)),
+                ranks=ranks, exchange=self._engine.exchange,
             )  # fmt: skip
             flat = problem.layout.flatten(y0)
             start = Ledger()
-            if self._form in ("mass", "residual"):
+            # With ghost cells f is collective, and what belongs together is not one rank's to see.
+            if self._form in ("mass", "residual") and self._engine.exchange is None:
+                own = replace(problem, ranks=ALONE)
                 if self._consistent_start:
-                    flat = consistent_state(problem, flat, start)
+                    flat = consistent_state(own, flat, start)
                 else:
-                    check_consistency(problem, flat.detach(), start)
-        inputs = (flat, times, *problem.parameters)
-        trainable = differentiate and any(tensor.requires_grad for tensor in inputs)
-        if trainable and self.event_fn is not None:
-            check_rate(self._form)
-        wanted = replace(self._requests, event_fn=self.event_fn)
-        with _progress_bar(problem, wanted, self._progress) as requests:
-            if trainable:
-                holder: list[Run] = []
-                ys = _Solve.apply(self._engine, problem, requests, holder, *inputs)
-                run = holder.pop()
-            else:
-                with torch.inference_mode(False), torch.no_grad():
-                    ys, run = self._engine.forward(
-                        problem, flat.detach().clone(), keep=False, requests=requests
-                    )
-        run.stats.add(start)
-        if run.event is None:
-            return Solution(times, problem.layout.unflatten(ys), run.stats)
-        assert self.event_fn is not None
-        times, ys = end_at_event(
-            self.event_fn, run.problem, run.event, times, ys, self.method, run.stats
+                    check_consistency(own, flat.detach(), start)
+        return problem, flat, times, start
+
+    def _facts(
+        self, problem: InitialValueProblem, differentiate: bool, flat: torch.Tensor, times: Any
+    ) -> dict[str, Any]:
+        """Return what has to be the same on all ranks."""
+        if not problem.ranks.parallel:
+            return {}
+        engine, control = self._engine, self._engine.control
+        tolerances_ = tuple(
+            value if isinstance(value, float) else "entrywise"
+            for value in (control.rtol, control.atol)
         )
-        return Solution(
-            times, problem.layout.unflatten(ys), run.stats, reason="event", event_time=times[-1]
-        )
+        limits = engine.checkpointing
+        return {
+            "method": engine.method.name,
+            "t": tuple(problem.direction * time for time in problem.times),
+            "the dtype of y0": str(problem.layout.dtype),
+            "step_size": control.step_size,
+            "rtol, atol": tolerances_,
+            "the step control": (
+                control.first_step, control.min_step, control.max_step, control.max_steps,
+                control.controller,
+            ),
+            "the problem's form": self._form,
+            "layout": None if engine.exchange is None else type(engine.exchange).__name__,
+            "jacobian": (
+                engine.jacobian, engine.jacobian_options.reuse,
+                type(engine.jacobian_options.preconditioner).__name__,
+            ),
+            "petsc_options": sorted(engine.petsc_options.items()),
+            "checkpointing": (
+                limits.memory, limits.disk is None, limits.store, limits.reproducible
+            ),
+            "the number of parameters": len(problem.parameters),
+            "the shapes of the parameters": [tuple(p.shape) for p in problem.parameters],
+            "dense": self._requests.dense,
+            "whether gradients are wanted (torch.no_grad)": differentiate,
+            "requires_grad of y0, t or the parameters": (
+                flat.requires_grad, times.requires_grad,
+            ) if differentiate else (),
+        }  # fmt: skip
 
 
 def _checkpointing(chosen: Any) -> Checkpointing:
@@ -401,11 +484,12 @@ class _Solve(torch.autograd.Function):
         engine, run = ctx.engine, ctx.run
         with torch.no_grad():
             state, parameters, initial, inside = engine.backward(run, y0, cotangents.detach())
-            time = (
-                _time_gradient(run, ys, cotangents, initial, inside, len(t)).to(t)
-                if ctx.needs_input_grad[5]
-                else None
-            )
+            time = None
+            if ctx.needs_input_grad[5]:
+                ranks = run.problem.ranks
+                with ranks.together():
+                    time = _time_gradient(run, ys, cotangents, initial, inside, len(t))
+                time = ranks.sum(time).to(t)
         gradients = [
             state.to(y0.dtype) if ctx.needs_input_grad[4] else None,
             time,
@@ -474,7 +558,7 @@ def _time_gradient(
         if index in interpolated:
             continue
         cotangent = -initial if index == 0 else cotangents[index]
-        if bool(cotangent.ne(0).any()):
+        if run.problem.ranks.parallel or bool(cotangent.ne(0).any()):
             slope = field.slope(s, ys[index].detach().clone())
             gradient[index] = direction * torch.dot(cotangent.double(), slope.double())
     return gradient

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from pnode.errors import ConfigurationError
+from pnode.layouts import Layout
+from pnode.ranks import ALONE, Ranks
 
 __all__ = ["InitialValueProblem", "StateLayout", "collect_parameters"]
 
@@ -149,6 +151,14 @@ class InitialValueProblem:
         The mass matrix, with ``apply``, ``apply_transpose`` and ``dense``.
     form : {"rhs", "imex", "mass", "residual"}
         Which of the four it is.
+    ranks : Ranks
+        The processes that share the state.
+    exchange : Layout or None
+        Of a state with ghost cells, which f gets.
+    largest : int
+        Entries of the state on the rank that has most.
+    distribution : int
+        Fingerprint of the number of entries on all ranks.
     """
 
     function: Callable[..., Any]
@@ -161,6 +171,10 @@ class InitialValueProblem:
     explicit: Callable[..., Any] | None = None
     mass: Any = None
     form: str = "rhs"
+    ranks: Ranks = ALONE
+    exchange: Layout | None = None
+    largest: int = 0
+    distribution: int = 0
 
     @classmethod
     def create(
@@ -174,6 +188,14 @@ class InitialValueProblem:
     ) -> InitialValueProblem:
         """Validate the arguments and build the problem."""
         layout = StateLayout.of(y0)
+        exchange = form.get("exchange")
+        if exchange is not None and (layout.is_tuple or layout.shapes[0] != exchange.shape):
+            given = "a tuple" if layout.is_tuple else f"shape {tuple(layout.shapes[0])}"
+            raise ConfigurationError(
+                f"y0 has {given}, and this rank's part of layout={exchange!r} has shape "
+                f"{exchange.shape}: give the owned part alone, such as layout.part(y0)"
+            )
+        form.setdefault("largest", layout.size)
         times = tuple(t.detach().to(torch.float64).tolist())
         direction = -1.0 if len(times) > 1 and times[1] < times[0] else 1.0
         times = tuple(direction * time for time in times)

@@ -1,8 +1,9 @@
 """The vector field as the integrators see it: values, JVPs, VJPs and Jacobians on flat states.
 
-The only module that calls autograd. Everything is in the integrator's time s = direction * t, for
-the field g(s, y) = direction * f(direction * s, y), and in PETSc's precision outside, the user's
-precision inside.
+The only module that calls autograd, and the one that exchanges ghost cells before f is called.
+Everything is in the integrator's time s = direction * t, for the field
+g(s, y) = direction * f(direction * s, y), and in PETSc's precision outside, the user's precision
+inside.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
 
 __all__ = [
+    "DistributedField",
     "Linearization",
     "Products",
     "Residual",
@@ -98,12 +100,19 @@ class VectorField:
         VectorFieldError
             If f returns the wrong type, shape, dtype or device, or writes into its input.
         """
+        return self._rhs(s, u)
+
+    def _rhs(self, s: float, u: torch.Tensor) -> torch.Tensor:
         if self._check_first and self.problem.check_undeclared:
-            return self.linearize(s, u).flat_value()
+            return self._linearize(s, u, False).flat_value()
         self.ledger.rhs += 1
         with torch.no_grad():
-            value = self._call(s, u, self._time(s), self._layout.unflatten(u)).reshape(-1)
+            value = self._call(s, u, self._time(s), self._shaped(u)).reshape(-1)
             return value if self._direction > 0 else -value
+
+    def _shaped(self, u: torch.Tensor) -> Any:
+        """Return the state as f gets it."""
+        return self._layout.unflatten(u)
 
     def slope(self, s: float, u: torch.Tensor) -> torch.Tensor:
         """Return du/ds, both parts of a split right-hand side; arguments as for :meth:`rhs`."""
@@ -130,9 +139,12 @@ class VectorField:
         differentiate_time : bool
             Whether the derivative with respect to time is wanted too.
         """
+        return self._linearize(s, u, differentiate_time)
+
+    def _linearize(self, s: float, u: torch.Tensor, differentiate_time: bool) -> Linearization:
         self.ledger.rhs += 1
         # A single tensor becomes a leaf in its own shape: no reshaping in the graph.
-        leaf = u if self._layout.is_tuple else u.view(self._layout.shapes[0])
+        leaf = u if self._layout.is_tuple else self._shaped(u)
         leaf.requires_grad_(True)
         time = self._time(s).requires_grad_(differentiate_time)
         if torch.is_grad_enabled():
@@ -140,7 +152,10 @@ class VectorField:
         else:
             with torch.enable_grad():
                 value = self._record(s, leaf, time)
-        return Linearization(self, (leaf,), value, self._direction, time)
+        return self._wrap((leaf,), value, self._direction, time)
+
+    def _wrap(self, *arguments: Any) -> Linearization:
+        return Linearization(self, *arguments)
 
     def _time(self, s: float) -> torch.Tensor:
         """Return the user's time as f gets it."""
@@ -316,6 +331,53 @@ class Residual(VectorField):
         return Linearization(self, leaves, value, -1.0, time, self._direction)
 
 
+class DistributedField(VectorField):
+    """A vector field on the ranks of a communicator, which may look at ghost cells.
+
+    Its methods are collective where the state's layout has ghost cells, and they never raise: a
+    failure is remembered (see :mod:`pnode.ranks`), and the result is NaN.
+    """
+
+    def __init__(self, problem: InitialValueProblem, ledger: Ledger, function: Any = None) -> None:
+        super().__init__(problem, ledger, function)
+        self.ranks = problem.ranks
+        self.exchange = problem.exchange
+
+    def rhs(self, s: float, u: torch.Tensor) -> torch.Tensor:
+        """Return g(s, u), flat, or NaN. Collective with ghost cells."""
+        value = self.ranks.attempt(self._rhs, s, self.gather(u))
+        return torch.full_like(u, torch.nan) if value is None else value
+
+    def linearize(
+        self,
+        s: float,
+        u: torch.Tensor,
+        u_dot: torch.Tensor | None = None,
+        differentiate_time: bool = False,
+    ) -> Linearization:
+        """Evaluate f at (s, u) with its graph. Collective with ghost cells."""
+        state = self.gather(u)
+        made = self.ranks.attempt(self._linearize, s, state, differentiate_time)
+        if made is not None:
+            return made
+        nothing = torch.full_like(u, torch.nan).view(self._layout.shapes[0])
+        return self._wrap((state.detach(),), nothing, self._direction, self._time(s))
+
+    def gather(self, u: torch.Tensor) -> torch.Tensor:
+        """Return the ghosted part of a flat state, flat."""
+        return u if self.exchange is None else self.exchange.gather(u).reshape(-1)
+
+    def scatter(self, w: torch.Tensor) -> torch.Tensor:
+        """Return the transpose of :meth:`gather` applied to w."""
+        return w if self.exchange is None else self.exchange.scatter(w)
+
+    def _shaped(self, u: torch.Tensor) -> Any:
+        return super()._shaped(u) if self.exchange is None else u.view(self.exchange.ghosted_shape)
+
+    def _wrap(self, *arguments: Any) -> Linearization:
+        return DistributedLinearization(self, *arguments)
+
+
 def _hidden_state(function: Any) -> tuple[torch.Tensor, list[int]]:
     """Return torch's random state and the versions of a Module's floating-point buffers."""
     buffers = function.buffers() if isinstance(function, torch.nn.Module) else ()
@@ -329,9 +391,11 @@ def vector_field(problem: InitialValueProblem, ledger: Ledger) -> VectorField:
     """Return the field of a problem: its right-hand side, its two parts, or its residual."""
     if problem.form == "residual":
         return Residual(problem, ledger)
-    field = VectorField(problem, ledger)
+    distributed = problem.ranks.parallel or problem.exchange is not None
+    kind = DistributedField if distributed else VectorField
+    field = kind(problem, ledger)
     if problem.explicit is not None:
-        field.explicit = VectorField(problem, ledger, problem.explicit)
+        field.explicit = kind(problem, ledger, problem.explicit)
         field.explicit.used = field.used
     return field
 
@@ -447,7 +511,7 @@ class Linearization:
                 retain_graph=True,
                 allow_unused=True,
             )
-        flat = self._flat(result)
+        flat = (torch.zeros_like(self._value) if result is None else result).reshape(-1)
         if rate and self._rate_sign is None:
             mass = self._field.mass
             flat = flat + rate * (v if mass is None else mass.apply(v))
@@ -575,7 +639,7 @@ class Linearization:
     def _rows(self, cotangents: torch.Tensor) -> list[torch.Tensor]:
         """Return the VJPs of the rows of ``cotangents``, shape ``(k, size)``, with each leaf."""
         if not self._value.requires_grad:
-            return [torch.zeros_like(cotangents) for _ in self._leaves]
+            return [cotangents.new_zeros(len(cotangents), leaf.numel()) for leaf in self._leaves]
         rows = cotangents.reshape(-1, *self._value.shape)
 
         def products(seed: torch.Tensor, batched: bool) -> tuple[torch.Tensor | None, ...]:
@@ -593,9 +657,67 @@ class Linearization:
                 for parts in zip(*one_by_one, strict=True)
             )
         return [
-            torch.zeros_like(cotangents) if part is None else part.reshape(len(rows), -1)
-            for part in found
+            cotangents.new_zeros(len(rows), leaf.numel())
+            if part is None
+            else part.reshape(len(rows), -1)
+            for part, leaf in zip(found, self._leaves, strict=True)
         ]
 
     def _flat(self, product: torch.Tensor | None) -> torch.Tensor:
         return (torch.zeros_like(self._leaves[0]) if product is None else product).reshape(-1)
+
+
+class DistributedLinearization(Linearization):
+    """A linearization of a :class:`DistributedField`: products exchange ghost cells too.
+
+    Assembled rows (:meth:`rows`) are with respect to the ghosted state.
+    """
+
+    _field: DistributedField
+
+    def vjp(self, w: torch.Tensor) -> Products:
+        """Return w^T dg/dy and this rank's part of w^T dg/dp. Collective with ghost cells."""
+        products = self._field.ranks.attempt(super().vjp, w)
+        if products is None:
+            nothing = torch.full_like(self._leaves[0], torch.nan).reshape(-1)
+            parameters = (None,) * len(self._field.parameters)
+            rate = None if self._field.mass is None else torch.full_like(w, torch.nan)
+            products = Products(nothing, parameters, rate)
+        return products._replace(state=self._field.scatter(products.state))
+
+    def jvp(self, v: torch.Tensor, state: float = 1.0, rate: float = 0.0) -> torch.Tensor:
+        """Return ``state dg/du v + rate dF/du_dot v``, flat. Collective with ghost cells."""
+        field = self._field
+        product = field.ranks.attempt(super().jvp, field.gather(v), state, 0.0)
+        if product is None:
+            return torch.full_like(v, torch.nan)
+        if rate:
+            product = product + rate * (v if field.mass is None else field.mass.apply(v))
+        return product
+
+    def second_vjp(self, w: torch.Tensor, v: torch.Tensor) -> Products:
+        """Return the derivatives of w^T (dg/dy) v. Collective with ghost cells."""
+        return self._second(super().second_vjp, w, self._field.gather(v))
+
+    def time_derivative(self) -> torch.Tensor:
+        """Return dg/ds, flat."""
+        slope = self._field.ranks.attempt(super().time_derivative)
+        return torch.full_like(self.flat_value(), torch.nan) if slope is None else slope
+
+    def time_derivative_vjp(self, w: torch.Tensor) -> Products:
+        """Return the derivatives of w^T dg/ds. Collective with ghost cells."""
+        return self._second(super().time_derivative_vjp, w)
+
+    def _second(self, product: Any, *arguments: torch.Tensor) -> Products:
+        products = self._field.ranks.attempt(product, *arguments)
+        if products is None:
+            nothing = torch.full_like(self._leaves[0], torch.nan).reshape(-1)
+            products = Products(nothing, (None,) * len(self._field.parameters))
+        return products._replace(state=self._field.scatter(products.state))
+
+    def _rows(self, cotangents: torch.Tensor) -> list[torch.Tensor]:
+        rows = self._field.ranks.attempt(super()._rows, cotangents)
+        if rows is None:
+            width = self._leaves[0].numel()
+            return [cotangents.new_full((len(cotangents), width), torch.nan)]
+        return rows

@@ -17,6 +17,7 @@ import torch
 from pnode.errors import ConfigurationError, VectorFieldError
 from pnode.options import PETSc, log_event
 from pnode.problem import StateLayout
+from pnode.ranks import as_communicator
 from pnode.solvers.bridge import Bridge, Point, shell_matrix
 from pnode.solvers.petsc_c import color_columns
 from pnode.vectorfield import Linearization
@@ -273,6 +274,8 @@ class SparsityPattern:
         Coordinates; detected on first use if not given.
     size : int, optional
         Rows and columns of a given pattern.
+    columns_to : Tensor, optional
+        For columns that are ghosted entries: the global index of each, -1 for none.
 
     Attributes
     ----------
@@ -282,10 +285,15 @@ class SparsityPattern:
     """
 
     def __init__(
-        self, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None, size: int = 0
+        self,
+        rows: torch.Tensor | None = None,
+        columns: torch.Tensor | None = None,
+        size: int = 0,
+        columns_to: torch.Tensor | None = None,
     ) -> None:
         self.detected = rows is None
         self.size = size
+        self.columns_to = columns_to
         empty = torch.empty(0, dtype=torch.int64, device="cpu")
         self.rows = self.columns = self.colors = empty
         if rows is not None and columns is not None:
@@ -303,10 +311,16 @@ class SparsityPattern:
 
     def _add(self, rows: torch.Tensor, columns: torch.Tensor) -> None:
         """Join entries and color the rows anew."""
-        flat = torch.cat([self.rows * self.size + self.columns, rows * self.size + columns])
+        width = self.width
+        flat = torch.cat([self.rows * width + self.columns, rows * width + columns])
         flat = flat.unique()
-        self.rows, self.columns = flat // self.size, flat % self.size
-        self.colors = _color_rows(self.rows, self.columns, self.size)
+        self.rows, self.columns = flat // width, flat % width
+        self.colors = _color_rows(self.rows, self.columns, self.size, width)
+
+    @property
+    def width(self) -> int:
+        """Number of columns."""
+        return self.size if self.columns_to is None else len(self.columns_to)
 
     def detect(self, bridge: Bridge, point: Point) -> None:
         """Add what is not zero in dense Jacobians at ``point`` and at random states near it.
@@ -341,16 +355,16 @@ class SparsityPattern:
         self._add(torch.cat(rows), torch.cat(columns))
 
 
-def _color_rows(rows: torch.Tensor, columns: torch.Tensor, size: int) -> torch.Tensor:
+def _color_rows(rows: torch.Tensor, columns: torch.Tensor, size: int, width: int) -> torch.Tensor:
     """Color the rows of a pattern: the columns of its transpose, for PETSc."""
     order = torch.argsort(columns * size + rows)
-    pointers = torch.zeros(size + 1, dtype=torch.int64)
-    pointers[1:] = torch.bincount(columns, minlength=size).cumsum(0)
+    pointers = torch.zeros(width + 1, dtype=torch.int64)
+    pointers[1:] = torch.bincount(columns, minlength=width).cumsum(0)
     csr = (
         pointers.numpy().astype(PETSc.IntType), rows[order].numpy().astype(PETSc.IntType)
     )  # fmt: skip
     values = np.ones(len(rows), dtype=PETSc.RealType)
-    transpose = PETSc.Mat().createAIJ((size, size), csr=(*csr, values), comm=PETSc.COMM_SELF)
+    transpose = PETSc.Mat().createAIJ((width, size), csr=(*csr, values), comm=PETSc.COMM_SELF)
     transpose.assemble()
     colors = torch.from_numpy(color_columns(transpose)).to(torch.int64)
     transpose.destroy()
@@ -358,13 +372,21 @@ def _color_rows(rows: torch.Tensor, columns: torch.Tensor, size: int) -> torch.T
 
 
 class EntryAssembly(Assembly):
-    """Fills a sparse matrix from coordinates, its structure once."""
+    """Fills a sparse matrix from coordinates, its structure once.
+
+    Setting the structure is collective: among several ranks it stays what it was at first.
+    """
 
     def __init__(self) -> None:
         self._structure: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._parallel = False
+        self._first_row = 0
 
     def create(self, size: int, comm: Any) -> Any:
         """Return a sparse matrix without structure."""
+        self._parallel = comm.size > 1
+        if self._parallel:
+            self._first_row = as_communicator(comm).exscan(size) or 0
         matrix = PETSc.Mat().create(comm=comm)
         matrix.setSizes(((size, PETSc.DETERMINE),) * 2)
         matrix.setType(PETSc.Mat.Type.AIJ)
@@ -373,11 +395,16 @@ class EntryAssembly(Assembly):
     def form(self, matrix: Any, values: Entries | None, shift: float) -> None:
         """Fill the matrix."""
         if values is None:
-            diagonal = torch.arange(matrix.getLocalSize()[0])
-            ones = torch.ones(len(diagonal), dtype=REAL)
-            values = Entries(diagonal, diagonal, 0 * ones, ones)
+            if self._parallel and self._structure is not None:
+                rows, columns = self._structure
+            else:
+                rows = columns = torch.arange(*matrix.getOwnershipRange())
+            ones = (rows == columns).to(REAL)
+            values = Entries(rows, columns, 0 * ones, ones)
         structure = (values.rows, values.columns)
-        if self._structure is None or not all(map(torch.equal, structure, self._structure)):
+        if self._structure is None or not (
+            self._parallel or all(map(torch.equal, structure, self._structure))
+        ):
             indices = [index.numpy().astype(PETSc.IntType) for index in structure]
             matrix.setPreallocationCOO(*indices)
             self._structure = structure
@@ -404,10 +431,12 @@ class SparseAssembly(EntryAssembly):
             pattern.detect(bridge, point)
         parts = self._parts(linearization)
         if check and self._wrong(linearization, parts):
-            if pattern.detected:  # entries may have vanished when it was detected
+            # Entries may have vanished when it was detected. Among several ranks the structure
+            # stays.
+            if pattern.detected and not self._parallel:
                 pattern.detect(bridge, point)
                 parts = self._parts(linearization)
-            if not pattern.detected or self._wrong(linearization, parts):
+            if self._wrong(linearization, parts):
                 raise ConfigurationError(
                     "the sparsity pattern of jacobian='sparse' (or preconditioner='sparse') misses "
                     "entries: a product with the Jacobian differs from one with the assembled "
@@ -422,11 +451,16 @@ class SparseAssembly(EntryAssembly):
             mass = bridge.field.mass
             rows, columns, scaled = _identity(pattern.size) if mass is None else mass.entries()
             own = torch.zeros_like(fixed)
+        first = self._first_row
+        inner = pattern.columns + first
+        if pattern.columns_to is not None:
+            inner = pattern.columns_to[pattern.columns]
+        kept = inner >= 0
         return Entries(
-            torch.cat([pattern.rows, rows]),
-            torch.cat([pattern.columns, columns]),
-            torch.cat([fixed, torch.zeros_like(scaled)]),
-            torch.cat([own, scaled]),
+            torch.cat([pattern.rows[kept] + first, rows + first]),
+            torch.cat([inner[kept], columns + first]),
+            torch.cat([fixed[kept], torch.zeros_like(scaled)]),
+            torch.cat([own[kept], scaled]),
         )
 
     def _parts(self, linearization: Linearization) -> list[torch.Tensor]:
@@ -444,7 +478,7 @@ class SparseAssembly(EntryAssembly):
         for part, product in zip(parts, exact, strict=True):
             terms = part * w[pattern.rows]
             found, scale = (
-                torch.zeros_like(w).index_add_(0, pattern.columns, addends)
+                torch.zeros_like(product).index_add_(0, pattern.columns, addends)
                 for addends in (terms, terms.abs())
             )
             if differ(product, found, scale):
@@ -533,19 +567,31 @@ class GivenAssembly(EntryAssembly):
         """Return the approximation and the mass matrix."""
         matrix, mass = self._given.at(bridge, point), bridge.field.mass
         if self._is_dense is None:
-            self._is_dense = matrix.layout is torch.strided
+            self._is_dense = matrix.layout is torch.strided and not self._parallel
         if self._is_dense:
             matrix = matrix.to_dense()
             return matrix, None if mass is None else mass.dense()
-        matrix = matrix.to_sparse_coo().coalesce()
-        (rows, columns), values = matrix.indices(), matrix.values()
+        if matrix.layout is torch.strided:
+            rows, columns = torch.ones_like(matrix).nonzero().T
+            values = matrix.reshape(-1)
+        else:
+            matrix = matrix.to_sparse_coo().coalesce()
+            (rows, columns), values = matrix.indices(), matrix.values()
         others = _identity(matrix.shape[0]) if mass is None else mass.entries()
-        return Entries(
-            torch.cat([rows, others[0]]),
-            torch.cat([columns, others[1]]),
+        first = self._first_row
+        entries = Entries(
+            torch.cat([rows, others[0]]) + first,
+            torch.cat([columns, others[1]]) + first,
             torch.cat([-values, torch.zeros_like(others[2])]),
             torch.cat([torch.zeros_like(values), others[2]]),
         )
+        known = self._structure
+        if self._parallel and known is not None and not all(map(torch.equal, entries[:2], known)):
+            raise VectorFieldError(
+                "preconditioner(t, y) has other entries than at first, which a solve of several "
+                "ranks cannot take: return the same sparsity pattern each time"
+            )
+        return entries
 
     def form(self, matrix: Any, values: Any, shift: float) -> None:
         """Fill the matrix."""

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pnode.options import PETSc, log_event
+from pnode.ranks import ALONE, Ranks
 from pnode.vectorfield import Linearization, Products, VectorField
-from pnode.vectors import REAL, add_to, copy_in, copy_out, is_moderate
+from pnode.vectors import REAL, add_to, copy_in, copy_out, is_moderate, view
 
 if TYPE_CHECKING:
     from pnode.solvers.jacobians import Jacobian
@@ -60,6 +61,8 @@ class Point:
         The graph, once something asked for it.
     product : tuple or None
         The last VJP, with the vector and object state it was taken with.
+    source : Tensor or None
+        What u is a copy of.
     """
 
     s: float
@@ -69,6 +72,7 @@ class Point:
     u_dot: torch.Tensor | None = None
     linearization: Linearization | None = None
     product: tuple[tuple[int, int], Products] | None = None
+    source: torch.Tensor | None = None
 
 
 _NOWHERE = Point(0.0, torch.empty(0, device="cpu"), (0, -1))
@@ -117,6 +121,10 @@ class Bridge:
         self._check = check
         self.exception: BaseException | None = None
         self.nonfinite_time: float | None = None
+        self.ranks: Ranks = ALONE
+        #: Makes this rank reject the attempt under way, in a solve of several with a controller.
+        self.reject: weakref.WeakMethod[Callable[[], None]] | None = None
+        self._fillers = 0
         self.start_time: float | None = None
         #: Whether residuals keep their graph for a Jacobian that is asked for next.
         self.records = True
@@ -131,6 +139,7 @@ class Bridge:
     def attach(self, field: VectorField) -> None:
         """Begin a sweep with ``field``."""
         self._attached = field
+        self.ranks = field.problem.ranks
         self.exception = None
         self.nonfinite_time = None
         if self.jacobian is not None:
@@ -175,7 +184,10 @@ class Bridge:
         try:
             return function(*arguments)
         except BaseException as exception:
-            self.exception = exception
+            if self.ranks.parallel:  # the others must not be left alone in what follows
+                self.ranks.fail(exception)
+            else:
+                self.exception = exception
             return None
         finally:
             logged.end()
@@ -192,15 +204,30 @@ class Bridge:
         """f = g(s, u) (PETSc's RHSFunction)."""
         value = self.guarded("rhs", self._evaluate, s, u)
         if value is None:
-            f.set(0.0)
+            self.fill(f)
             return
-        if self._check and not is_moderate(value):
+        if (self._check or self.ranks.parallel) and not is_moderate(value):
             # PETSc's error norm would end the step with an error of its own.
             if self.nonfinite_time is None:
                 self.nonfinite_time = s
-            f.set(0.0)
+            self.fill(f)
         else:
             copy_in(f, value)
+
+    def fill(self, f: Any) -> None:
+        """Fill f with finite numbers, instead of a value that is not to be had.
+
+        Among several ranks with a controller, such that the error estimate is not zero whatever
+        its weights, and it is too large on this rank. Norms that PETSc caches must be cached on
+        all ranks or none: no ``f.set``.
+        """
+        value = 0.0
+        reject = None if self.reject is None else self.reject()
+        if reject is not None and self.ranks.parallel:
+            self._fillers += 1
+            value = 1.0 + self._fillers * 0.6180339887498949 % 1.0
+            reject()
+        copy_in(f, torch.full((f.getLocalSize(),), value, dtype=REAL, device="cpu"))
 
     def implicit_function(self, ts: Any, s: float, u: Any, u_dot: Any, f: Any) -> None:
         """f = M u_dot - g(s, u), or the residual (PETSc's IFunction).
@@ -210,8 +237,14 @@ class Bridge:
         s = s if self.start_time is None else self.start_time
         value = self.guarded("rhs", self._implicit_value, s, u, u_dot)
         if value is None:
-            u_dot.copy(f)
+            if self.ranks.parallel:  # stops the iteration on all ranks
+                value = torch.full((f.getLocalSize(),), torch.nan, dtype=REAL, device="cpu")
+                copy_in(f, value)
+            else:
+                u_dot.copy(f)
         else:
+            if self.ranks.parallel and self.nonfinite_time is None and not is_moderate(value):
+                self.nonfinite_time = s
             copy_in(f, value)
             if self.field.mass is None and self.field.has_rhs:
                 f.axpy(1.0, u_dot)
@@ -258,7 +291,9 @@ class Bridge:
             own = self._announced.pop(key)
         else:
             own = copy_out(u, field.dtype)
-            point = self._same_values(field, s, own, rate)
+            point = None
+            if field.problem.exchange is None:  # evaluations are collective, values each rank's
+                point = self._same_values(field, s, own, rate)
             if point is not None:
                 point.key = key
                 return point
@@ -269,9 +304,17 @@ class Bridge:
         field = self.field
         own = u.to(field.dtype, copy=True)
         rate = None if field.has_rhs or u_dot is None else u_dot.to(field.dtype, copy=True)
-        return self._same_values(field, s, own, rate) or self._new_point(
-            field, s, own, rate, (0, -1)
-        )
+        if field.problem.exchange is not None:  # the same decision on all ranks
+            for known in self._points:
+                if known.field is field and known.s == s and known.source is u:
+                    return known
+        else:
+            same = self._same_values(field, s, own, rate)
+            if same is not None:
+                return same
+        point = self._new_point(field, s, own, rate, (0, -1))
+        point.source = u
+        return point
 
     def _same_values(
         self, field: VectorField, s: float, u: torch.Tensor, rate: torch.Tensor | None
@@ -394,7 +437,7 @@ class JacobianShell:
         """y = A x."""
         product = self.bridge.jvp(self.point, x, self.jacobian_factor, self.rate_factor)
         if product is None:  # filler: keep Krylov methods going until the step is over
-            x.copy(y)
+            copy_in(y, view(x))
         else:
             copy_in(y, product)
 
@@ -402,7 +445,7 @@ class JacobianShell:
         """y = A^T x."""
         product = self.bridge.vjp(self.point, x)
         if product is None:
-            x.copy(y)
+            copy_in(y, view(x))
             return
         copy_in(y, product.state)
         if self.jacobian_factor != 1.0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from pnode.errors import (
     SolveError,
 )
 from pnode.options import PETSc, SolverOptions, log_stage
+from pnode.ranks import ALONE
 from pnode.solvers.assemblies import BLOCK_LU
 from pnode.solvers.bridge import Bridge, JacobianShell, shell_matrix
 from pnode.solvers.jacobians import (
@@ -56,6 +58,7 @@ _FLOATING_POINT = 72  # PETSC_ERR_FP
 SINGULAR = 71
 # TSStep wants a final time; ours is kept by the driver.
 _FOREVER = 1e300
+_CURABLE = (NonFiniteVectorField, NonlinearSolveFailed, LinearSolveFailed)
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,10 @@ class IntegratorSettings:
         Who chooses the steps; see :mod:`pnode.controllers`.
     split : int
         Entries of the positions, the first part of the state of a symplectic method.
+    distribution : int
+        Fingerprint of the sizes on all ranks.
     comm : object
-        PETSc communicator.
+        Communicator.
     """
 
     method: Method
@@ -102,7 +107,13 @@ class IntegratorSettings:
     form: str = "rhs"
     controller: str = "basic"
     split: int = 0
+    distribution: int = 0
     comm: Any = field(default_factory=lambda: PETSc.COMM_SELF, compare=False)
+
+    @property
+    def parallel(self) -> bool:
+        """Whether several ranks share the state."""
+        return bool(self.comm.size > 1)
 
 
 def default_options(
@@ -113,6 +124,7 @@ def default_options(
     adjoint: bool = False,
     controller: str = "basic",
     more: JacobianOptions | None = None,
+    ranks: int = 1,
 ) -> dict[str, Any]:
     """PETSc options that pnode sets unless the user does.
 
@@ -120,6 +132,9 @@ def default_options(
     of its square, or what the precision of f leaves; the residual test serves Krylov methods,
     where convergence is linear. A transposed solve has no outer iteration to correct it, so its
     Krylov tolerance is the accuracy of the gradient. Nor has a Rosenbrock stage one.
+
+    Among several ranks a sparse matrix is factored by the part of each: exactly, if the ranks'
+    parts do not know of one another; a preconditioner for GMRES if they share ghost cells.
 
     Newton's steps are taken in full: PETSc's backtracking judges a step by the norm of the stiff
     residual, and can cut good steps to a tenth for tens of iterations. It is the second attempt
@@ -145,7 +160,8 @@ def default_options(
         options["snes_linesearch_type"] = "basic"
     if constant:
         options["snes_type"] = "ksponly"
-    if jacobian != "matrix-free":
+    iterative = jacobian == "matrix-free" or more.exchange is not None
+    if not iterative:
         options["ksp_type"] = "preonly"
     else:
         tight, loose = (1e-12, 1e-5) if double else (1e-6, 1e-3)
@@ -158,6 +174,9 @@ def default_options(
         }
     assembled = more.assembled(jacobian)
     options["pc_type"] = {None: "none", "block": "python"}.get(assembled, "lu")
+    if assembled == "sparse" and (ranks > 1 or more.exchange is not None):
+        options["pc_type"] = "bjacobi"
+        options["sub_pc_type"] = "lu" if more.exchange is None else "ilu"
     if assembled == "block":
         options["pc_python_type"] = BLOCK_LU
     return options
@@ -242,12 +261,20 @@ def build_ts(
 
 
 def _tolerance(settings: IntegratorSettings, tolerance: Resolved) -> Any:
-    """Return a tolerance as PETSc takes it: a number or a vector."""
-    if isinstance(tolerance, float):
+    """Return a tolerance as PETSc takes it: a number or a vector.
+
+    A vector on several ranks, so that one of them can reject a step: see :meth:`_reject`.
+    """
+    if isinstance(tolerance, float) and not (settings.parallel and settings.adaptive):
         return tolerance
     vector = vectors.create(settings.comm, settings.size)
-    vectors.copy_in(vector, tolerance.tensor())
+    _fill_tolerance(vector, tolerance)
     return vector
+
+
+def _fill_tolerance(vector: Any, tolerance: Resolved) -> None:
+    values = tolerance if isinstance(tolerance, float) else tolerance.tensor()
+    vectors.copy_in(vector, torch.as_tensor(values, dtype=vectors.REAL).expand(vector.local_size))
 
 
 def _refuse_other_type(ts: Any, method: Method) -> None:
@@ -354,6 +381,10 @@ class TimeIntegrator:
         )
         self._iterations = (0, 0)
         self._direction = 1.0
+        self._rejecting = False
+        self.ranks = ALONE
+        if settings.parallel and settings.adaptive:
+            self.bridge.reject = weakref.WeakMethod(self._reject)
 
     def _create_bridge(self) -> Bridge:
         method = self.settings.method
@@ -368,6 +399,7 @@ class TimeIntegrator:
         log_stage("pnode forward").push()
         self.options.begin_sweep(self)
         self.bridge.attach(field)
+        self.ranks = field.problem.ranks
         self._direction = field.problem.direction
         vectors.copy_in(self.solution, u)
         self.ts.setTime(s)
@@ -429,21 +461,28 @@ class TimeIntegrator:
         ts.setTimeStep(step)
         if self._start is not None:
             self.solution.copy(self._start)
-        where = {
+        where: dict[str, Any] = {
             "time": self._direction * s, "step": index, "method": self.settings.method.name,
         }  # fmt: skip
+        self.ranks.where = where
         if bridge.jacobian is not None:
             bridge.jacobian.begin_step()
         self._step(where)
         error = self._failure(where)
+        if self.ranks.parallel and (error is not None or ts.getConvergedReason() < 0):
+            error = self._settle(error)
         if error is not None and bridge.jacobian is not None:
             bridge.jacobian.renew()
             if self._start is None and bridge.jacobian.reused and ts.getConvergedReason() < 0:
                 error = self._try_newton(s, step, where)
         if self._backtracks and isinstance(error, NonlinearSolveFailed):
             error = self._try_backtracking(s, step, where)
+            if self.ranks.parallel and error is not None:
+                error = self._settle(error)
         if error is None and ts.getConvergedReason() >= 0:
             self._rolled_back = False
+            if self._rejecting:
+                self.ranks.fail(SolveError("a step that failed on one rank was accepted", **where))
             return StepOutcome(True, ts.getTimeStep())
         proposed = ts.getTimeStep()
         bridge.nonfinite_time = None
@@ -456,6 +495,53 @@ class TimeIntegrator:
             ts.setStepNumber(index)
             self._start.copy(self.solution)
         return StepOutcome(False, proposed, error)
+
+    def _reject(self) -> None:
+        """Make the error estimate of this step too large, by tiny tolerances on this rank.
+
+        The norm that PETSc reduces then rejects the step on all ranks. Not collective.
+        """
+        if not self._rejecting:
+            self._rejecting = True
+            for vector, value in zip(self._tolerances(), (0.0, 1e-100), strict=True):
+                _fill_tolerance(vector, value)
+
+    def _tolerances(self) -> tuple[Any, Any]:
+        rtol, atol = self.ts.getTolerances()
+        return rtol, atol
+
+    def _settle(self, error: SolveError | None) -> SolveError | None:
+        """Agree on why a step failed: all ranks know that it did. Collective.
+
+        Returns
+        -------
+        SolveError or None
+            What a smaller step may cure; None for a step that was only too long.
+
+        Raises
+        ------
+        PnodeError
+            For anything else that failed on one of the ranks.
+        """
+        if self._rejecting:
+            self._rejecting = False
+            tolerances = (self.settings.rtol, self.settings.atol)
+            for vector, value in zip(self._tolerances(), tolerances, strict=True):
+                _fill_tolerance(vector, value)
+        if self.bridge.nonfinite_time is not None:
+            self.ranks.fail(self._nonfinite(self.bridge.nonfinite_time))
+            self.bridge.nonfinite_time = None
+        found = self.ranks.settle(error)
+        if found is None or isinstance(found, _CURABLE):
+            return found
+        raise found from found.__cause__
+
+    def _nonfinite(self, at: float | None) -> NonFiniteVectorField:
+        text = "the vector field returned NaN or infinity" + (
+            f" at t = {self._direction * at!r}" if at is not None else ""
+        )
+        text = f"{text}: check it there, or take smaller steps"
+        return NonFiniteVectorField(text, **self.ranks.where)
 
     def _try_newton(self, s: float, step: float, where: dict[str, Any]) -> SolveError | None:
         """Repeat a failed step with a new Jacobian at each iterate."""
@@ -517,11 +603,14 @@ class TimeIntegrator:
             if reason < 0:
                 return newton_error(snes, where)
         at = self.bridge.nonfinite_time
-        if at is not None or not math.isfinite(self.solution.norm()):
-            text = "the vector field returned NaN or infinity" + (
-                f" at t = {self._direction * at!r}" if at is not None else ""
-            )
-            return NonFiniteVectorField(f"{text}: check it there, or take smaller steps", **where)
+        if not self.ranks.parallel:
+            finite = math.isfinite(self.solution.norm())
+            return self._nonfinite(at) if at is not None or not finite else None
+        # What only this rank knows must not change what it does next.
+        if not self.settings.adaptive:
+            if at is not None or not vectors.is_moderate(vectors.view(self.solution)):
+                self.ranks.fail(self._nonfinite(at))
+            self.bridge.nonfinite_time = None
         return None
 
     def checkpoint(self, previous: tuple[torch.Tensor, ...] | None) -> tuple[torch.Tensor, ...]:

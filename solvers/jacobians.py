@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pnode.errors import ConfigurationError
+from pnode.layouts import Layout
 from pnode.problem import StateLayout
 from pnode.solvers.assemblies import (
     Assembly,
@@ -64,6 +65,7 @@ class Jacobian:
         self._reuse = "iteration" if adjoint and not self._constant else reuse
         self._shell = shell
         self._stays = self._constant and not adjoint
+        self._tested = False
         self.forget()
 
     def forget(self) -> None:
@@ -73,6 +75,7 @@ class Jacobian:
         self._first: Point | None = None
         self._checked = False
         self._promise: _Promise | None = None
+        self._tested = False
         self._norm = math.inf
         self.always = False
 
@@ -166,8 +169,13 @@ class Jacobian:
         if self._promise is None:
             self._promise = bridge.guarded("jacobian", _Promise, bridge, point)
             return False
-        if not self._promise.far(point):
+        if bridge.field.problem.exchange is not None:
+            # Evaluations are collective, distances each rank's: test at the second state alone.
+            if self._tested:
+                return False
+        elif not self._promise.far(point):
             return False
+        self._tested = True
         bridge.guarded("jacobian", self._promise.test, bridge, point)
         return True
 
@@ -195,23 +203,37 @@ class JacobianOptions:
         Where entries may be.
     samples : int
         Number of independent samples.
+    exchange : Layout or None
+        Of a state with ghost cells.
+    by_rank : bool
+        Whether several ranks share the state: "dense" is then one block for each.
     """
 
     reuse: str = "iteration"
     preconditioner: str | GivenMatrix | None = None
     pattern: SparsityPattern | None = None
     samples: int = 1
+    exchange: Layout | None = None
+    by_rank: bool = False
 
     def assembled(self, jacobian: str) -> str | None:
         """Return what is assembled: "dense", "block", "sparse", "given" or None."""
-        if jacobian != "matrix-free":
-            return jacobian
-        return "given" if isinstance(self.preconditioner, GivenMatrix) else self.preconditioner
+        if jacobian == "matrix-free":
+            if isinstance(self.preconditioner, GivenMatrix):
+                return "given"
+            kind = self.preconditioner
+        else:
+            kind = jacobian
+        return "block" if kind == "dense" and self.by_rank else kind
 
     def for_layout(
-        self, jacobian: str, layout: StateLayout, patterns: dict[Any, SparsityPattern]
+        self,
+        jacobian: str,
+        layout: StateLayout,
+        patterns: dict[Any, SparsityPattern],
+        exchange: Layout | None = None,
     ) -> JacobianOptions:
-        """Return the options for one state layout.
+        """Return the options for one state layout. Collective with an exchange.
 
         ``patterns`` keeps detected patterns by the state's shapes.
 
@@ -221,7 +243,11 @@ class JacobianOptions:
             If the layout does not suit them.
         """
         kind = self.assembled(jacobian)
+        if exchange is not None:
+            return self._for_exchange(kind, exchange, patterns)
         if kind == "block":
+            if self.by_rank and "dense" in (jacobian, self.preconditioner):
+                return self
             return replace(self, samples=sample_count(layout))
         if kind != "sparse":
             return self
@@ -234,6 +260,24 @@ class JacobianOptions:
                 "state"
             )
         return self
+
+    def _for_exchange(
+        self, kind: str | None, exchange: Layout, patterns: dict[Any, SparsityPattern]
+    ) -> JacobianOptions:
+        if kind not in (None, "sparse"):
+            raise ConfigurationError(
+                f"jacobian={kind!r} (or such a preconditioner) with layout=: a state with ghost "
+                "cells takes jacobian='matrix-free' or 'sparse'"
+            )
+        pattern = self.pattern
+        if kind == "sparse" and pattern is None:
+            if exchange not in patterns:
+                rows, columns = exchange.pattern() or (None, None)
+                patterns[exchange] = SparsityPattern(
+                    rows, columns, exchange.size, exchange.columns()
+                )
+            pattern = patterns[exchange]
+        return replace(self, pattern=pattern, exchange=exchange)
 
 
 def create_assembly(jacobian: str, options: JacobianOptions) -> Assembly | None:

@@ -143,12 +143,15 @@ class MultistepIntegrator(TimeIntegrator):
         scale = self._scale(self._states[0])
 
         def size(v: torch.Tensor) -> float:
-            return float((v / scale).square_().mean().sqrt())
+            return self.ranks.rms(v / scale)
 
+        self.ranks.where = where
         if order < 0:
             outcome = self._extrapolate(s, step, -order, size, where)
         else:
             outcome = self._differentiate(s, step, order, size, where)
+        if not outcome.accepted and self.ranks.parallel:
+            outcome.error = self._settle(outcome.error)
         outcome.order = order
         return outcome
 
@@ -224,7 +227,7 @@ class MultistepIntegrator(TimeIntegrator):
             lengths = (step, 0.0)
         proposed = self._control.accept(
             step, lengths,
-            lambda m: float((difference(m) / scale).square_().mean().sqrt()),
+            lambda m: self.ranks.rms(difference(m) / scale),
         )  # fmt: skip
         return StepOutcome(True, proposed)
 

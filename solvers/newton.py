@@ -228,9 +228,10 @@ class ModifiedNewton:
                 update *= 2.0 / (1.0 + shift / self._shift)
             u = u - update
             before = norm
-            length = float(torch.linalg.vector_norm(u))
+            ranks = self._bridge.ranks
+            length = ranks.norm(u)
             noise = self._eps * length
-            absolute = float(torch.linalg.vector_norm(update))
+            absolute = ranks.norm(update)
             if by_norm:
                 norm, tolerance = absolute, max(stol * length, 2.0 * noise)
             else:

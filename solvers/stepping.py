@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from pnode import tolerances, vectors
 from pnode.errors import NonFiniteVectorField, SolveError, StepLimitReached, StepSizeUnderflow
@@ -311,10 +310,11 @@ def first_step(
     settings = integrator.settings
     rtol, atol = tolerances.values(settings.rtol), tolerances.values(settings.atol)
     scale = atol + rtol * y0.abs()
-    d0, d1 = _rms(y0 / scale), _rms(f0 / scale)
+    rms = field.problem.ranks.rms
+    d0, d1 = rms(y0 / scale), rms(f0 / scale)
     guess = 0.01 * d0 / d1 if d0 >= 1e-5 and d1 >= 1e-5 else 1e-6
     guess = min(guess, end - start)
-    d2 = _rms((field.slope(start + guess, y0 + guess * f0) - f0) / scale) / guess
+    d2 = rms((field.slope(start + guess, y0 + guess * f0) - f0) / scale) / guess
     steepest = max(d1, d2)
     order = integrator.first_order
     if not math.isfinite(steepest):  # outside the field's domain: let the controller feel its way
@@ -324,7 +324,3 @@ def first_step(
     else:
         better = (0.01 / steepest) ** (1.0 / (order + 1))
     return min(100.0 * guess, better, control.max_step)
-
-
-def _rms(values: torch.Tensor) -> float:
-    return float(values.square().mean().sqrt())

@@ -78,8 +78,9 @@ class SplitBridge(Bridge):
             "position": (self._split, 0, self._position_function),
             "momentum": (size - self._split, self._split, self._momentum_function),
         }
+        start = work.getOwnershipRange()[0]
         for name, (entries, first, function) in parts.items():
-            ts.setRHSSplitIS(name, PETSc.IS().createStride(entries, first, 1, comm=comm))
+            ts.setRHSSplitIS(name, PETSc.IS().createStride(entries, start + first, 1, comm=comm))
             ts.setRHSSplitRHSFunction(name, function)
 
     def _position_function(self, ts: Any, s: float, p: Any, q_dot: Any) -> None:
@@ -95,7 +96,7 @@ class SplitBridge(Bridge):
         self._next += 1
         value = self.guarded("rhs", self._evaluate_state, s)
         if value is None:
-            f.set(0.0)
+            self.fill(f)
         else:
             copy_in(f, value[part])
 
