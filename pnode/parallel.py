@@ -63,7 +63,7 @@ def total(value: torch.Tensor, comm: Any) -> torch.Tensor:
     >>> total(torch.tensor(2.0), MPI.COMM_SELF)
     tensor(2.)
     """
-    return _Total.apply(value, as_communicator(comm))  # type: ignore[no-any-return]
+    return _Total.apply(value, as_communicator(comm))
 
 
 def replicate(tensor: torch.Tensor, comm: Any) -> torch.Tensor:
@@ -84,7 +84,7 @@ def replicate(tensor: torch.Tensor, comm: Any) -> torch.Tensor:
     -----
     Not collective; its backward is collective on ``comm``.
     """
-    return _Replicate.apply(tensor, as_communicator(comm))  # type: ignore[no-any-return]
+    return _Replicate.apply(tensor, as_communicator(comm))
 
 
 class _Total(torch.autograd.Function):
@@ -264,5 +264,3 @@ def init_process_group(comm: Any = None, backend: str = "gloo") -> None:
     if backend == "gloo" and host == "localhost":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     distributed.init_process_group(backend, store=store, rank=comm.rank, world_size=comm.size)
-
-

@@ -85,7 +85,7 @@ class Ranks:
         self.comm = _own(comm) if self.parallel else comm
         self.where: dict[str, Any] = {}
         self._failure: BaseException | None = None
-        self._step = 0
+        self._place: dict[str, Any] = {}
 
     def __reduce__(self) -> Any:
         """Communicators belong to a process: a copy is alone."""
@@ -106,7 +106,7 @@ class Ranks:
     def fail(self, error: BaseException) -> None:
         """Remember the first failure of this rank. Not collective."""
         if self._failure is None:
-            self._failure, self._step = error, self.where.get("step", 0)
+            self._failure, self._place = error, dict(self.where)
 
     def attempt(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call something that does not communicate. Not collective.
@@ -141,13 +141,14 @@ class Ranks:
         if not self.parallel:
             return error
         own, self._failure = self._failure, None
-        key = np.array([_NOBODY if own is None else self._step * self.size + self.rank], np.int64)
+        step = self._place.get("step", 0)
+        key = np.array([_NOBODY if own is None else step * self.size + self.rank], np.int64)
         self.comm.Allreduce(MPI.IN_PLACE, key, MPI.MIN)
         if key[0] == _NOBODY:
             return error
         origin = int(key[0]) % self.size
         text = self.comm.bcast(
-            _describe(own, self.where) if self.rank == origin and own is not None else None, origin
+            _describe(own, self._place) if self.rank == origin and own is not None else None, origin
         )
         if own is not None and not isinstance(own, Exception):
             raise own  # an interrupt is this rank's; the others hear of it below

@@ -204,28 +204,29 @@ class Bridge:
         """f = g(s, u) (PETSc's RHSFunction)."""
         value = self.guarded("rhs", self._evaluate, s, u)
         if value is None:
-            self.fill(f)
+            self.fill(ts, u, f)
             return
         if (self._check or self.ranks.parallel) and not is_moderate(value):
             # PETSc's error norm would end the step with an error of its own.
             if self.nonfinite_time is None:
                 self.nonfinite_time = s
-            self.fill(f)
+            self.fill(ts, u, f)
         else:
             copy_in(f, value)
 
-    def fill(self, f: Any) -> None:
-        """Fill f with finite numbers, instead of a value that is not to be had.
+    def fill(self, ts: Any, u: Any, f: Any) -> None:
+        """Fill f with finite numbers, instead of a value at u that is not to be had.
 
         Among several ranks with a controller, such that the error estimate is not zero whatever
-        its weights, and it is too large on this rank. Norms that PETSc caches must be cached on
-        all ranks or none: no ``f.set``.
+        its weights and however short the step, and it is too large on this rank. Norms that PETSc
+        caches must be cached on all ranks or none: no ``f.set``.
         """
         value = 0.0
         reject = None if self.reject is None else self.reject()
         if reject is not None and self.ranks.parallel:
             self._fillers += 1
-            value = 1.0 + self._fillers * 0.6180339887498949 % 1.0
+            scale = (1.0 + float(view(u).abs().max())) / abs(ts.getTimeStep())
+            value = scale * (1.0 + self._fillers * 0.6180339887498949 % 1.0)
             reject()
         copy_in(f, torch.full((f.getLocalSize(),), value, dtype=REAL, device="cpu"))
 

@@ -78,7 +78,7 @@ class RosenbrockBridge(Bridge):
         else:
             if value is not None and self.nonfinite_time is None:
                 self.nonfinite_time = s
-            self.fill(f)
+            self.fill(ts, u, f)
         f.aypx(-1.0, u_dot)
 
     def jacobian_point(self, s: float, u: Any, u_dot: Any) -> Point:

@@ -96,7 +96,7 @@ class SplitBridge(Bridge):
         self._next += 1
         value = self.guarded("rhs", self._evaluate_state, s)
         if value is None:
-            self.fill(f)
+            copy_in(f, torch.zeros(f.getLocalSize(), dtype=REAL))
         else:
             copy_in(f, value[part])
 
