@@ -21,9 +21,11 @@ LEAVES = {
         "controllers",
         "errors",
         "interpolation",
+        "layouts",
         "mass",
         "options",
         "problem",
+        "ranks",
         "solution",
         "tolerances",
         "vectorfield",
@@ -192,7 +194,7 @@ def test_schedules_import_neither_petsc_nor_torch(name: str) -> None:
 # --------------------------------------------------------------------------- who calls autograd
 
 CALLS_AUTOGRAD = {"pnode.vectorfield", "pnode.testing"}
-DEFINES_FUNCTION = {"pnode.integrate"}  # the one torch.autograd.Function
+DEFINES_FUNCTION = {"pnode.integrate", "pnode.parallel"}  # the solve, and sums over ranks
 
 
 def dotted(node: ast.AST) -> str:
