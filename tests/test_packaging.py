@@ -21,6 +21,7 @@ LEAVES = {
         "controllers",
         "errors",
         "interpolation",
+        "launchers",
         "mass",
         "options",
         "problem",
@@ -41,8 +42,11 @@ LEVELS = {
     "pnode.events": 3,
     "pnode.integrate": 3,
     "pnode.parallel": 3,
+    "pnode.facts": 4,
+    "pnode.doctor": 4,
+    "pnode.cli": 4,
 }
-TOP_LEVEL = 4  # pnode itself, pnode.cli, pnode.plotting, pnode.testing, and any other
+TOP_LEVEL = 4  # pnode itself, pnode.__main__, pnode.plotting, pnode.testing, and any other
 
 
 def source_files() -> Iterator[tuple[str, Path]]:
