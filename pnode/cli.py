@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 from collections.abc import Sequence
 
 __all__ = ["asked_for_doctor", "main"]
@@ -58,8 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "doctor":
         from pnode.doctor import diagnose
 
-        return diagnose(options.scratch, options.json)
-    from pnode.solvers.methods import markdown_table
+        text, status = diagnose(options.scratch, options.json)
+    else:
+        from pnode.solvers.methods import markdown_table
 
-    print(markdown_table())
-    return 0
+        text, status = markdown_table(), 0
+    # PETSc's handler would make an error of a reader that stops early, as in `... | head`.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if text:
+        print(text, flush=True)
+    return status

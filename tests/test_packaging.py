@@ -42,7 +42,7 @@ LEVELS = {
     "pnode.events": 3,
     "pnode.integrate": 3,
     "pnode.parallel": 3,
-    "pnode.facts": 4,
+    "pnode.diagnosis": 3,
     "pnode.doctor": 4,
     "pnode.cli": 4,
 }
