@@ -195,7 +195,8 @@ def test_schedules_import_neither_petsc_nor_torch(name: str) -> None:
 
 # --------------------------------------------------------------------------- who calls autograd
 
-CALLS_AUTOGRAD = {"pnode.vectorfield", "pnode.testing"}
+# The probe solves a problem and takes its gradient as a user would.
+CALLS_AUTOGRAD = {"pnode.vectorfield", "pnode.testing", "pnode.diagnosis.probe"}
 DEFINES_FUNCTION = {"pnode.integrate"}  # the one torch.autograd.Function
 
 

@@ -343,22 +343,24 @@ def _solve() -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch = importlib.import_module("torch")
-            integrate = importlib.import_module("pnode.integrate")
+            import torch
+
+            from pnode.integrate import odeint
+
             rate = torch.ones((), dtype=torch.float64, requires_grad=True)
             y0 = torch.ones(1, dtype=torch.float64)
             times = torch.tensor([0.0, 1.0], dtype=torch.float64)
-            y = integrate.odeint(
+            y = odeint(
                 lambda t, y: -rate * y, y0, times, method="cn", params=[rate],
                 options={"step_size": 0.1},
             )  # fmt: skip
-            y[-1].sum().backward()
+            (gradient,) = torch.autograd.grad(y[-1].sum(), [rate])
     except Exception as error:  # whatever a broken installation raises
         return _message(error)
     # Crank-Nicolson: y(1) = q^10 with q = (1 - a h/2) / (1 + a h/2).
     q, slope = 0.95 / 1.05, -0.05 / 1.05 - 0.05 * 0.95 / 1.05**2
     expected = (q**10, 10 * q**9 * slope)
-    found = (y[-1].item(), rate.grad.item())
+    found = (y[-1].item(), gradient.item())
     if any(abs(a - b) > 1e-5 * abs(b) for a, b in zip(found, expected, strict=True)):
         return f"y(1), dy(1)/da = {found}, and not {expected}"
     return ""
