@@ -53,13 +53,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.add_argument("--scratch", metavar="FOLDER", help="a folder for checkpoints to try")
+    doctor.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     commands.add_parser("methods", help="print the table of methods")
     options = parser.parse_args(arguments)
     # Imports where they are needed: what the table of methods needs may be what is broken.
     if options.command == "doctor":
-        from pnode.doctor import diagnose
+        from pnode.doctor import answer, diagnose, supervise
 
-        text, status = diagnose(options.scratch, options.json)
+        if options.inside:
+            text, status = answer(*diagnose(options.scratch, options.json)), 0
+        else:
+            text, status = supervise(options.scratch, options.json)
     else:
         from pnode.solvers.methods import markdown_table
 

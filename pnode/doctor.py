@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -17,9 +19,11 @@ from pnode.diagnosis.facts import Facts
 from pnode.diagnosis.probe import gather
 from pnode.launchers import find_mismatch, torchrun_claim
 
-__all__ = ["Merged", "diagnose", "examine", "merge", "report"]
+__all__ = ["Merged", "answer", "diagnose", "examine", "merge", "report", "supervise"]
 
 STATUSES = ("ok", "note", "warning", "error")
+_TIME_LIMIT = 300
+_ANSWER = "pnode doctor answers "
 _MARKS = {"ok": "ok", "note": "note", "warning": "WARNING", "error": "ERROR"}
 
 
@@ -114,7 +118,7 @@ def _as_json(findings: Sequence[Merged], size: int) -> str:
 
 
 def diagnose(scratch: str | None = None, as_json: bool = False) -> tuple[str, int]:
-    """Gather the facts, judge them and write the report. Collective where MPI works.
+    """Gather the facts of this process and judge them. Collective where MPI works.
 
     Processes that a foreign launcher started do not see one another: the one that the launcher
     calls 0 has the report, and the others are silent.
@@ -135,17 +139,60 @@ def diagnose(scratch: str | None = None, as_json: bool = False) -> tuple[str, in
         The exit status: 1 if there is an error on any rank, else 0.
     """
     facts = gather(scratch)
-    everyone: list[Facts] = [facts]
-    printing = True
+    everyone = [facts]
     if facts.mpi is not None and facts.mpi.size > 1:
         from mpi4py import MPI
 
         everyone = MPI.COMM_WORLD.allgather(facts)
-        printing = facts.mpi.rank == 0
-    else:
-        claim = find_mismatch(1, facts.environment) or torchrun_claim(facts.environment)
-        printing = claim is None or not claim.rank
+    return _conclude(facts, everyone, as_json)
+
+
+def _conclude(facts: Facts, everyone: Sequence[Facts], as_json: bool) -> tuple[str, int]:
     findings = examine(everyone)
+    if len(everyone) > 1:
+        rank = facts.mpi.rank if facts.mpi else 0
+    else:  # alone, or believing so
+        claim = find_mismatch(1, facts.environment) or torchrun_claim(facts.environment)
+        rank = (claim and claim.rank) or 0
     show = _as_json if as_json else report
-    text = show(findings, len(everyone)) if printing else ""
+    text = show(findings, len(everyone)) if rank == 0 else ""
     return text, int(any(finding.status == "error" for finding in findings))
+
+
+def supervise(scratch: str | None = None, as_json: bool = False) -> tuple[str, int]:
+    """Let another process :func:`diagnose`, and report its end if that is not a good one.
+
+    Importing two MPIs, or starting one under the launcher of another, can end a process on the
+    spot. The other process takes this one's place for the launcher: it inherits its environment
+    and its open files. Parameters and returns are those of :func:`diagnose`.
+    """
+    command = [sys.executable, "-m", "pnode", "doctor", "--inside"]
+    command += ["--json"] * as_json + ([] if scratch is None else ["--scratch", scratch])
+    try:
+        run = subprocess.run(
+            command,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            encoding="utf-8",
+            errors="replace",
+            timeout=_TIME_LIMIT,
+            close_fds=False,
+            check=False,
+        )
+        last = (run.stdout.splitlines() or [""])[-1]
+        if last.startswith(_ANSWER):
+            text, status = json.loads(last.removeprefix(_ANSWER))
+            return str(text), int(status)
+        by = f"signal {-run.returncode}" if run.returncode < 0 else f"status {run.returncode}"
+        words = " ".join(run.stderr.split())
+        end = f"the process that imports MPI, PETSc and torch ended with {by}"
+        crash = f"{end}: ...{words[-500:]}" if len(words) > 500 else f"{end}: {words}"
+    except subprocess.TimeoutExpired:
+        crash = f"importing MPI, PETSc and torch did not end within {_TIME_LIMIT} s"
+    facts = gather(scratch, crash)
+    return _conclude(facts, [facts], as_json)
+
+
+def answer(text: str, status: int) -> str:
+    """Return the line in which one process tells the other what it found."""
+    return _ANSWER + json.dumps([text, status])

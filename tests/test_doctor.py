@@ -64,6 +64,10 @@ CASES = {
         replace(GOOD, crash="ends the process with signal 11"),
         checks.check_packages, "error", "signal 11", "--no-binary mpi4py",
     ),
+    "crash under a launcher": (
+        replace(GOOD, crash="ended with status 16", environment=OPEN_MPI),
+        checks.check_packages, "error", "status 16", "without the launcher",
+    ),
     "no petsc4py": (
         replace(GOOD, import_errors={"petsc4py.PETSc": "No module named 'petsc4py'"}),
         checks.check_packages, "error", "petsc4py.PETSc: No module", "docs/install.md",
@@ -103,6 +107,10 @@ CASES = {
     "foreign launcher": (
         replace(GOOD, environment=OPEN_MPI),
         checks.check_launcher, "error", "Open MPI's mpiexec started 4 processes", "srun --mpi",
+    ),
+    "MPI does not start under the launcher": (
+        replace(GOOD, mpi=None, environment=OPEN_MPI, own_mpiexec="/env/bin/mpiexec"),
+        checks.check_launcher, "warning", "MPI did not start", "(perhaps /env/bin/mpiexec)",
     ),
     "launcher and MPI count differently": (
         replace(GOOD, mpi=replace(MPI, size=2), environment=OPEN_MPI),
@@ -511,7 +519,11 @@ def test_it_runs_where_petsc4py_does_not_import_and_finds_a_second_mpi(tmp_path)
 def test_it_survives_an_import_that_ends_the_process(tmp_path):
     outcome = doctor("--json", PYTHONPATH=broken(tmp_path, "import os\nos.abort()\n"))
     assert outcome.returncode == 1, outcome.stderr
-    assert "signal 6" in entitled(json.loads(outcome.stdout), "packages")["found"]
+    content = json.loads(outcome.stdout)
+    assert "signal 6" in entitled(content, "packages")["found"]
+    assert {finding["title"] for finding in content["findings"]} == {
+        "packages", "launcher", "scratch", "threads",
+    }  # fmt: skip
 
 
 def test_methods_prints_the_table(capsys):

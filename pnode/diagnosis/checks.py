@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pnode.diagnosis.facts import Facts
-from pnode.launchers import find_mismatch, torchrun_claim
+from pnode.launchers import claims, find_mismatch, torchrun_claim
 
 __all__ = ["CHECKS", "MINIMUM", "Finding", "check_threads", "plural"]
 
@@ -56,9 +55,11 @@ def check_packages(facts: Facts) -> Finding:
     if facts.crash:
         return Finding(
             "packages", "error", facts.crash,
-            "mpi4py and petsc4py are probably linked to different MPIs: build both from source "
-            "with one mpicc, `MPICC=$(which mpicc) pip install --no-cache-dir --no-binary mpi4py "
-            "mpi4py`, then petsc4py (docs/hpc.md)",
+            "try it without the launcher: if that is well, see below"
+            if claims(facts.environment)
+            else "mpi4py and petsc4py are probably linked to different MPIs: build both from "
+            "source with one mpicc, `MPICC=$(which mpicc) pip install --no-cache-dir --no-binary "
+            "mpi4py mpi4py`, then petsc4py (docs/hpc.md)",
         )  # fmt: skip
     if broken:
         return Finding("packages", "error", "; ".join(broken), _import_remedy(" ".join(broken)))
@@ -78,8 +79,8 @@ def check_packages(facts: Facts) -> Finding:
 def _import_remedy(text: str) -> str:
     if "libmpi" in text or "MPI library" in text:
         return (
-            "no MPI library was found: load the cluster's MPI module, or `pip install mpich`; "
-            "mpi4py and petsc4py must use the same one (docs/install.md)"
+            "no usable MPI library was found: load the cluster's MPI module, or `pip install "
+            "mpich`; mpi4py and petsc4py must use the same one (docs/install.md)"
         )
     if "openblas" in text:
         return "install OpenBLAS: `apt-get install libopenblas0`, or the cluster's module"
@@ -137,16 +138,20 @@ def check_launcher(facts: Facts) -> Finding | None:
     if claim is not None:
         several = f"{claim.size} processes" if claim.size is not None else "several processes"
         found = f"{claim.launcher} started {several}, but MPI sees {size}"
-        if size == 1:
+        status, library = "warning", "may use another MPI"
+        if facts.mpi is None:
+            found = f"{claim.launcher} started {several}, and MPI did not start in this one"
+        else:
+            library = f"uses {facts.mpi.library}"
+        if facts.mpi is not None and size == 1:
+            status = "error"
             found += ": each believes it is alone, and nothing is shared between them"
-        library = "another MPI" if facts.mpi is None else facts.mpi.library
-        status = "error" if size == 1 else "warning"
+        own = f" (perhaps {facts.own_mpiexec})" if facts.own_mpiexec else ""
         return Finding(
             "launcher", status, found,
-            f"mpi4py uses {library}: start with the mpiexec that belongs to it "
-            f"({os.path.join(sys.prefix, 'bin', 'mpiexec')} if it is there); under Slurm choose "
-            "the interface with `srun --mpi=...` (`srun --mpi=list`); or rebuild mpi4py and "
-            "petsc4py for the MPI of the launcher (docs/hpc.md)",
+            f"mpi4py {library}: start with the mpiexec that belongs to it{own}; under "
+            "Slurm choose the interface with `srun --mpi=...` (`srun --mpi=list`); or rebuild "
+            "mpi4py and petsc4py for the MPI of the launcher (docs/hpc.md)"
         )  # fmt: skip
     torchrun = torchrun_claim(facts.environment)
     if torchrun is not None and size == 1 and (torchrun.size or 1) > 1:
@@ -161,17 +166,17 @@ def check_launcher(facts: Facts) -> Finding | None:
 
 
 def _check_mpiexec(facts: Facts) -> Finding:
-    beside = os.path.join(sys.prefix, "bin", "mpiexec")
     if not facts.mpiexec:
         found = "one process; no mpiexec was looked for, or none is on the search path"
         return Finding("launcher", "ok", found)
     path, text = facts.mpiexec
+    other = f" (perhaps {facts.own_mpiexec})" if facts.own_mpiexec not in ("", path) else ""
     if facts.mpi is not None and _differ(text, facts.mpi.library):
         return Finding(
             "launcher", "warning",
             f"{path} is {_family(text)}'s, but mpi4py uses {facts.mpi.library}: it would start "
             "processes that do not see one another",
-            f"use the mpiexec of mpi4py's MPI ({beside} if it is there), or put it first on PATH",
+            f"use the mpiexec of mpi4py's MPI{other}, or put it first on PATH",
         )  # fmt: skip
     return Finding("launcher", "ok", f"one process; {path} would start more")
 

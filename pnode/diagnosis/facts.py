@@ -15,7 +15,7 @@ class MPIFacts:
     Attributes
     ----------
     library : str
-        First line of what the library says about itself.
+        Its name and version as it says.
     size, rank : int
         Of ``MPI.COMM_WORLD``.
     threads : str
@@ -124,12 +124,14 @@ class Facts:
     import_errors : mapping of str to str
         What went wrong for modules that do not import.
     crash : str
-        How a trial process ended that imported mpi4py and petsc4py; empty if well, or not tried.
+        How a process ended that gathered all of this; empty if it did not.
     environment : mapping of str to str
         Variables of launchers, of threads and of PETSc's place.
     mpiexec : tuple of str
         Path and version of the mpiexec on the search path; empty if there is none or a launcher
         is at work already.
+    own_mpiexec : str
+        Path of the mpiexec beside Python's interpreter; empty if there is none.
     mpi, petsc, torch : MPIFacts, PETScFacts, TorchFacts, optional
         None where the import fails.
     mpi_libraries : mapping of str to str
@@ -152,6 +154,7 @@ class Facts:
     crash: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
     mpiexec: tuple[str, ...] = ()
+    own_mpiexec: str = ""
     mpi: MPIFacts | None = None
     petsc: PETScFacts | None = None
     torch: TorchFacts | None = None

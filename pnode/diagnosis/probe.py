@@ -43,32 +43,28 @@ _BLAS_THREADS = (
     "bli_thread_get_num_threads",
 )
 _GPU_PACKAGES = ("cuda", "hip", "sycl", "kokkos")
-_IMPORTS = "from mpi4py import MPI; from petsc4py import PETSc"
 
 
-def gather(scratch: str | None = None) -> Facts:
+def gather(scratch: str | None = None, crash: str = "") -> Facts:
     """Gather the facts of this process. Collective where MPI works.
 
     Parameters
     ----------
     scratch : str, optional
         Folder for checkpoints to try; by default Python's choice of a temporary folder.
+    crash : str
+        How another process ended that gathered everything; then nothing is imported here.
     """
     errors: dict[str, str] = {}
-    # Under a launcher a child would talk to it as well, or see another MPI than its parent.
-    alone = not claims() and "mpi4py.MPI" not in sys.modules
-    crash = _trial_import() if alone else ""
-    mpiexec = _mpiexec() if alone else ()
+    mpiexec = () if claims() else _mpiexec()
     mpi = petsc = torch = None
     loaded: dict[str, str] = {}
-    if crash:
-        errors["petsc4py.PETSc"] = errors["mpi4py.MPI"] = crash
-    else:
+    if not crash:
         mpi = _attempt("mpi4py.MPI", _mpi_facts, errors)
         loaded |= dict.fromkeys(mpi_libraries(), "mpi4py")
         petsc = _attempt("petsc4py.PETSc", _petsc_facts, errors)
         loaded = dict.fromkeys(mpi_libraries(), "petsc4py") | loaded
-    torch = _attempt("torch", _torch_facts, errors)
+        torch = _attempt("torch", _torch_facts, errors)
     return Facts(
         python=sys.version.split()[0],
         versions=_versions(),
@@ -80,6 +76,7 @@ def gather(scratch: str | None = None) -> Facts:
             if name in _VARIABLES or name.startswith(_PREFIXES)
         },
         mpiexec=mpiexec,
+        own_mpiexec=shutil.which("mpiexec", path=os.path.join(sys.prefix, "bin")) or "",
         mpi=mpi,
         petsc=petsc,
         torch=torch,
@@ -88,7 +85,7 @@ def gather(scratch: str | None = None) -> Facts:
         cores=_cores(),
         quota=_own_quota(),
         scratch=scratch_facts(scratch),
-        solve=None if errors else _solve(),
+        solve=None if errors or crash else _solve(),
     )
 
 
@@ -106,25 +103,6 @@ def _attempt(module: str, describe: Any, errors: dict[str, str]) -> Any:
     except Exception as error:  # whatever a broken installation raises
         errors[module] = _message(error)
         return None
-
-
-def _trial_import() -> str:
-    """Import MPI and PETSc in another process: two MPIs in one may end it with a signal."""
-    try:
-        run = subprocess.run(
-            [sys.executable, "-c", _IMPORTS],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return "importing mpi4py and petsc4py did not end within 120 s"
-    if run.returncode >= 0 and ("Traceback" in run.stderr or not run.returncode):
-        return ""  # ordinary errors are met again, and told apart, in this process
-    last = (run.stderr.strip().splitlines() or [""])[-1]
-    how = f"signal {-run.returncode}" if run.returncode < 0 else f"status {run.returncode}"
-    return f"importing mpi4py and petsc4py ends the process with {how} {last}".strip()
 
 
 def _mpiexec() -> tuple[str, ...]:
@@ -189,7 +167,7 @@ def _mpi_facts(MPI: Any) -> MPIFacts:
     node.Free()
     text = MPI.Get_library_version().replace("\0", "")
     return MPIFacts(
-        library=" ".join(text.splitlines()[0].split()),
+        library=" ".join(text.splitlines()[0].partition(",")[0].split()),
         size=world.size,
         rank=world.rank,
         threads=levels.get(MPI.Query_thread(), "unknown"),
