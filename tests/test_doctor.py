@@ -481,7 +481,6 @@ def test_on_two_ranks_one_prints():
     assert launcher["found"] == "2 ranks, and the launcher agrees"
 
 
-@pytest.mark.mpi
 def test_a_foreign_launcher_gives_one_report():
     """Two processes that are alone for MPI, as with the mpiexec of another MPI."""
     outcomes = [doctor(OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_RANK=rank) for rank in ("0", "1")]
