@@ -87,7 +87,7 @@ def communicator(
     if comm is not None or layout is not None:
         alone = launcher_mismatch(MPI.COMM_WORLD.size)
         if alone is not None:
-            warnings.warn(alone, RuntimeWarning, stacklevel=4)
+            warnings.warn(alone, RuntimeWarning, stacklevel=3)
     if layout is not None and form == "residual":
         raise ConfigurationError(
             "layout= with residual= is not supported: give rhs=, implicit= and explicit=, or rhs= "
