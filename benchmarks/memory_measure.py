@@ -1,6 +1,6 @@
 """One measurement of ``memory.py``: peak memory and time of one gradient, in a process of its own.
 
-    python benchmarks/memory_measure.py SERIES STEPS [--limit BYTES]
+    python benchmarks/memory_measure.py SERIES STEPS [--limit BYTES] [--repeats 3]
 
 The gradient is that of the sum of squares of the final state, with respect to the parameters and
 the initial state, of a 64-256-64 tanh network on a batch of 256, float64, from t = 0 to 1. A
@@ -9,7 +9,7 @@ and work vectors, diffrax's compiled program). Freed memory is then given back t
 (malloc_trim), and resident memory is the base. The peak is the one of the first gradient after it:
 ``VmHWM`` of ``/proc/self/status``, which writing 5 to ``/proc/self/clear_refs`` resets. Where that
 does not work, ``ru_maxrss`` stands in for both; it never falls, so small gradients then show as
-nothing. The time is the median of up to three gradients, fewer if they take long.
+nothing. The time is the median of up to ``--repeats`` gradients, fewer if they take long.
 
 Beyond ``--limit`` bytes above the base, by RLIMIT_DATA, an allocation fails.
 """
@@ -40,7 +40,7 @@ import numpy as np
 SIZE, WIDTH, BATCH = 64, 256, 256
 STATE_BYTES = 8 * SIZE * BATCH
 WARM_UP = 3  # steps
-REPEATS, ENOUGH = 3, 5.0  # gradients, seconds
+ENOUGH = 5.0  # seconds, after which no gradient is repeated
 OVER_LIMIT = 3  # exit code
 
 
@@ -290,7 +290,7 @@ def status(field: str) -> int:
     return 1024 * int(dict(line.split(":", 1) for line in lines)[field].split()[0])
 
 
-def measure(series: Series, steps: int, limit: int | None) -> dict[str, Any]:
+def measure(series: Series, steps: int, limit: int | None, repeats: int) -> dict[str, Any]:
     """Take the gradient and return what it took."""
     task = TASKS[series.package](series, steps)
     for _ in range(2):  # the second finds everything in place
@@ -301,7 +301,7 @@ def measure(series: Series, steps: int, limit: int | None) -> dict[str, Any]:
         resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
     seconds: list[float] = []
     result: dict[str, Any] = {}
-    while len(seconds) < REPEATS and sum(seconds) < ENOUGH:
+    while len(seconds) < repeats and sum(seconds) < ENOUGH:
         begin = time.perf_counter()
         norm = task.gradient()
         seconds.append(time.perf_counter() - begin)
@@ -316,9 +316,12 @@ def main() -> int:
     parser.add_argument("series", choices=SERIES)
     parser.add_argument("steps", type=int)
     parser.add_argument("--limit", type=int)
+    parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     try:
-        result = measure(SERIES[arguments.series], arguments.steps, arguments.limit)
+        result = measure(
+            SERIES[arguments.series], arguments.steps, arguments.limit, arguments.repeats
+        )
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and "llocat" not in str(error):
             raise
