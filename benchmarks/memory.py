@@ -102,7 +102,8 @@ def print_row(row: dict[str, Any]) -> None:
         return
     print(
         line + f"{megabytes(row, 'peak_bytes'):>9} {megabytes(row, 'in_use_bytes'):>9} "
-        f"{row['seconds']:>8.3f} {row.get('evaluations', '-'):>7} {row.get('recomputed', '-'):>10} "
+        f"{row['seconds']:>8.3f} {row['cpu_seconds']:>8.3f} {row.get('evaluations', '-'):>7} "
+        f"{row.get('recomputed', '-'):>10} "
         f"{megabytes(row, 'ram_bytes'):>8} {megabytes(row, 'disk_bytes'):>8} "
         f"{ {True: 'equal', False: 'DIFFERS'}.get(row.get('as_planned'), '-'):>7}",
         flush=True,
@@ -128,9 +129,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             steps, [row["in_use_bytes"] / 1e6 for row in done], line, label=series.label, **style
         )
         memory.loglog(steps, [row["peak_bytes"] / 1e6 for row in done], ":", alpha=0.6, **style)
-        seconds.loglog(steps, [row["seconds"] for row in done], line, label=series.label, **style)
+        seconds.loglog(steps, [row["cpu_seconds"] for row in done], line, **style)
     memory.set(xlabel="steps", ylabel="MB", title="peak memory in use (dotted: with lost room)")
-    seconds.set(xlabel="steps", ylabel="seconds", title="time of a gradient")
+    seconds.set(xlabel="steps", ylabel="seconds", title="CPU time of a gradient")
     for panel in (memory, seconds):
         panel.grid(alpha=0.3)
     memory.legend(fontsize="small")
@@ -158,8 +159,8 @@ def main() -> int:
             chosen.append(SERIES[name])
     print(
         "64-256-64 tanh network, batch 256, float64, four stages a step; MB of 10^6 bytes\n"
-        f"{'':>21} {'method':>14} {'steps':>6} {'peak':>9} {'in use':>9} {'seconds':>8} {'f':>7} "
-        f"{'recomputed':>10} {'RAM':>8} {'disk':>8} {'plan':>7}"
+        f"{'':>21} {'method':>14} {'steps':>6} {'peak':>9} {'in use':>9} {'seconds':>8} "
+        f"{'CPU':>8} {'f':>7} {'recomputed':>10} {'RAM':>8} {'disk':>8} {'plan':>7}"
     )
     for series in chosen:
         for steps in (*arguments.steps, *(LONG if arguments.long and series.bounded else ())):

@@ -9,7 +9,7 @@ and work vectors, diffrax's compiled program). Freed memory is then given back t
 (malloc_trim), and resident memory is the base. The peak is the one of the first gradient after it:
 ``VmHWM`` of ``/proc/self/status``, which writing 5 to ``/proc/self/clear_refs`` resets. Where that
 does not work, ``ru_maxrss`` stands in for both; it never falls, so small gradients then show as
-nothing. The time is the median of up to ``--repeats`` gradients, fewer if they take long.
+nothing. Times, wall and CPU, are medians of up to ``--repeats`` gradients, fewer if they take long.
 
 Beyond ``--limit`` bytes above the base, by RLIMIT_DATA, an allocation fails.
 """
@@ -300,14 +300,19 @@ def measure(series: Series, steps: int, limit: int | None, repeats: int) -> dict
         allowed = status("VmData") + limit
         resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
     seconds: list[float] = []
+    cpu_seconds: list[float] = []
     result: dict[str, Any] = {}
     while len(seconds) < repeats and sum(seconds) < ENOUGH:
-        begin = time.perf_counter()
+        begin, cpu = time.perf_counter(), time.process_time()
         norm = task.gradient()
         seconds.append(time.perf_counter() - begin)
+        cpu_seconds.append(time.process_time() - cpu)
         if len(seconds) == 1:
             result = {"peak_bytes": memory.above_base(), "gradient_norm": norm, **task.facts()}
-    return {"counter": memory.source, **result, "seconds": statistics.median(seconds)}
+    return {
+        "counter": memory.source, **result,
+        "seconds": statistics.median(seconds), "cpu_seconds": statistics.median(cpu_seconds),
+    }  # fmt: skip
 
 
 def main() -> int:
