@@ -1,8 +1,9 @@
-"""The benchmark of stiff solvers: its counts, its problems, its comparison at equal errors."""
+"""The benchmarks of stiff solvers and of memory: counts, problems, comparison, curves."""
 
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -121,3 +122,42 @@ def test_failures_are_rows():
         ("good", 1e-4, None), ("bad", 1e-4, "ZeroDivisionError: no end"),
     ]  # fmt: skip
     assert all((row.seconds is None) == (row.solver == "bad") for row in rows)
+
+
+def test_memory_stays_within_the_budget(tmp_path):
+    path = tmp_path / "memory.json"
+    command = [
+        sys.executable, str(FOLDER / "memory.py"), "--steps", "100", "--json", str(path),
+        "--series", "torchdiffeq", "pnode", "pnode-16MB", "pnode-16MB-disk",
+    ]  # fmt: skip
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert run.returncode == 0, run.stderr
+    left_out = "torchdiffeq: left out, torchdiffeq is not installed\n"
+    assert (left_out in run.stdout) == (find_spec("torchdiffeq") is None)
+    rows = {row["series"]: row for row in json.loads(path.read_text())["rows"]}
+    free, steps = rows["pnode"], 100
+    assert free["ram_bytes"] == steps * 4 * 64 * 256 * 8
+    assert free["in_use_bytes"] > free["ram_bytes"]
+    fixed = 12e6  # outputs, gradients, the graph of f at one stage: 3.4e6 bytes with 10 steps
+    for row in (rows["pnode-16MB"], rows["pnode-16MB-disk"]):
+        assert row["failure"] is None
+        assert row["as_planned"]
+        assert row["taken"] == steps
+        assert row["ram_bytes"] <= 16e6
+        assert row["evaluations"] == 8 * steps + 4 * row["recomputed"]
+        assert row["gradient_norm"] == free["gradient_norm"]
+        assert row["in_use_bytes"] < 16e6 + fixed < free["in_use_bytes"]
+    assert rows["pnode-16MB"]["recomputed"] > 0 == rows["pnode-16MB-disk"]["recomputed"]
+    assert rows["pnode-16MB-disk"]["disk_bytes"] > 0 == rows["pnode-16MB"]["disk_bytes"]
+
+
+def test_memory_series_end_at_the_limits():
+    command = [
+        sys.executable, str(FOLDER / "memory.py"), "--steps", "150", "200", "--series", "pnode",
+    ]  # fmt: skip
+    for limit, reason in ((["--limit", "40MB"], "over 40MB"), (["--seconds", "1"], "over 1 s")):
+        run = subprocess.run(
+            [*command, *limit], capture_output=True, text=True, timeout=120, check=False
+        )
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.splitlines()[-1].split(maxsplit=5)[-1] == f"150 {reason}"
