@@ -20,8 +20,6 @@ from peer_flows import PNODE, Outcome, Task, joined, variant
 from stiff_problems import SENSITIVITIES
 from stiff_solvers import MAX_STEPS, SolveFailed, Unavailable, diffrax_solve
 
-import pnode
-
 __all__ = ["STIFF", "STIFF_SOLVERS", "Kinetics", "create_stiff_task", "gradient_error", "reference"]
 
 SENSITIVITY = SENSITIVITIES["ROBER A(40)"]
@@ -79,7 +77,7 @@ def _torch_field(kinetics: Kinetics) -> tuple[Any, list[torch.Tensor]]:
 def _pnode(kinetics: Kinetics, name: str, method: str, rtol: float) -> Task:
     field, parameters = _torch_field(kinetics)
     solver = variant(
-        name, pnode.Solver, field, params=parameters, method=method, rtol=rtol,
+        name, field, params=parameters, method=method, rtol=rtol,
         atol=PROBLEM.ratio * rtol, max_steps=MAX_STEPS,
     )  # fmt: skip
     y0 = torch.tensor(PROBLEM.start, dtype=torch.float64)

@@ -20,8 +20,6 @@ import torch
 from peer_flows import PNODE, Outcome, Task, joined, variant
 from stiff_solvers import Unavailable
 
-import pnode
-
 __all__ = ["TRAINING", "create_training_task"]
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -46,9 +44,7 @@ def _example() -> tuple[Any, Any, Any]:
 def _pnode(name: str) -> Task:
     robertson, observations, network = _example()
     longest = float(observations.times.diff().max())
-    solver = variant(
-        name, pnode.Solver, network, method="cn", step_size=2.0 * longest, jacobian="dense"
-    )
+    solver = variant(name, network, method="cn", step_size=2.0 * longest, jacobian="dense")
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=RATE, betas=BETAS, eps=EPSILON, weight_decay=DECAY
     )

@@ -35,25 +35,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from peer_threads import thread_settings
 
-def threads_wanted(argv: list[str]) -> int:
-    """Read ``--threads`` before anybody starts their threads."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--threads", type=int, default=1)
-    return parser.parse_known_args(argv)[0].threads
-
-
-def limit_threads(threads: int) -> None:
-    """Set what torch, BLAS and XLA read when they are loaded."""
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NPROC"):
-        os.environ[name] = str(threads)  # XLA's thread pool has NPROC threads
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    eigen = "true" if threads > 1 else "false"
-    os.environ["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen={eigen}"
-
-
-if __name__ == "__main__":
-    limit_threads(threads_wanted(sys.argv[1:]))
+os.environ.update(thread_settings(sys.argv[1:]))
 
 import numpy as np
 import torch
@@ -77,6 +61,7 @@ TOLERANCES = tuple(10.0**-k for k in range(2, 8))
 ERRORS = (1e-4, 1e-6)
 SHORTEST = 0.01  # seconds of one measurement
 LEAST, MOST = 3, 41  # rounds
+LIMIT = 2.5  # seconds of a stiff solve, beyond which tolerances are not tightened
 DOPRI5_STAGES = 6  # the seventh is the next step's first
 
 
@@ -263,11 +248,11 @@ class StiffRow:
 
 def measure_stiff(
     kinetics: Kinetics, names: list[str], tolerances: tuple[float, ...], seconds: float,
-    limit: float, absent: Absent,
+    absent: Absent,
 ) -> tuple[list[StiffRow], list[dict[str, Any]]]:  # fmt: skip
     """Run everybody at all tolerances, and compare at equal errors.
 
-    A solver goes on to the next tolerance as long as a solve takes less than ``limit`` seconds.
+    A solver goes on to the next tolerance as long as a solve takes less than :data:`LIMIT`.
     """
     exact = reference(kinetics, print)
     rows, tasks = [], {}
@@ -293,7 +278,7 @@ def measure_stiff(
             row.accepted, row.rejected = outcome.accepted, outcome.rejected
             rows.append(row)
             tasks[f"{name} {rtol}"] = task.run
-            if taken > limit:
+            if taken > LIMIT:
                 break
     times = rounds(tasks, seconds, most=15)
     for row in rows:
@@ -467,9 +452,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--workloads", nargs="+", choices=(*FLOWS, "stiff", "training"),
         default=(*FLOWS, "stiff", "training"),
     )  # fmt: skip
-    parser.add_argument(
-        "--solvers", nargs="+", help="those whose names begin so; pnode is always there"
-    )
+    parser.add_argument("--solvers", nargs="+", help="pnode, and those whose names begin so")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--plot", type=Path, help="write the figure here")
     parser.add_argument("--profile", action="store_true", help="show where pnode's time goes")
@@ -480,8 +463,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def chosen(names: Iterable[str], wanted: list[str] | None) -> list[str]:
-    """Return the names that begin as one that is wanted."""
-    return [n for n in names if wanted is None or n.startswith(("pnode", *wanted))]
+    """Return the names that begin as one that is wanted, and pnode itself."""
+    own = ("pnode", *(f"pnode {method}" for method in METHODS))
+    return [n for n in names if wanted is None or n in own or n.startswith(tuple(wanted))]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -511,7 +495,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, kinetics in STIFF.items():
             tolerances = TOLERANCES[1:3] if arguments.quick else TOLERANCES
             stiff_rows, table = measure_stiff(
-                kinetics, chosen(STIFF_SOLVERS, wanted), tolerances, seconds, seconds / 15.0, absent
+                kinetics, chosen(STIFF_SOLVERS, wanted), tolerances, seconds, absent
             )
             print_stiff(name, stiff_rows, table)
             report["stiff"][name] = {
