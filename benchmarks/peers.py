@@ -425,10 +425,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         names = [name for name, _ in bars]
         # The ratios are pnode's over theirs: the other way round the quartiles change places.
         middle, low, high = (np.array([1.0 / r[i] for _, r in bars]) for i in (0, 2, 1))
-        axis.barh(
-            names, middle, xerr=(middle - low, high - middle),
-            color=["C0" if name.startswith("pnode") else "C7" for name in names],
-        )  # fmt: skip
+        axis.errorbar(middle, names, xerr=(middle - low, high - middle), fmt="o", capsize=3)
         axis.axvline(1.0, color="black", linewidth=0.8)
         axis.set(title=title, xscale="log", xlabel="time / pnode's time")
         axis.invert_yaxis()
