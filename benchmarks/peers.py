@@ -15,8 +15,8 @@ What is timed must first be right: in fixed steps all values and gradients must 
 their row is refused. Adjoint equations solved backwards give a gradient of their own, whose
 difference is shown, as is the error of adaptive gradients; only their values must agree.
 
-    python benchmarks/peers.py [--quick] [--threads 1] [--seconds 60] [--workloads 2-50-2 stiff]
-        [--solvers pnode diffrax] [--json FILE] [--plot FILE] [--profile]
+    python benchmarks/peers.py [--quick] [--threads 1] [--cpu-time] [--seconds 60]
+        [--workloads 2-50-2 stiff] [--solvers torch diffrax] [--json FILE] [--plot FILE] [--profile]
 """
 
 from __future__ import annotations
@@ -83,14 +83,17 @@ class Row:
 
 
 def rounds(
-    tasks: dict[str, Callable[[], Any]], seconds: float, most: int = MOST
+    tasks: dict[str, Callable[[], Any]],
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+    most: int = MOST,
 ) -> dict[str, list[float]]:
     """Time warm tasks in turn until ``seconds`` are over; return each one's time in each round."""
     calls = {}
     for name, task in tasks.items():
-        start = time.perf_counter()
+        start = clock()
         task()
-        once = time.perf_counter() - start
+        once = clock() - start
         calls[name] = max(1, math.ceil(SHORTEST / max(once, 1e-9)))
     times: dict[str, list[float]] = {name: [] for name in tasks}
     names = list(tasks)
@@ -102,10 +105,10 @@ def rounds(
         first = number % max(1, len(names))
         for name in names[first:] + names[:first]:
             task, count = tasks[name], calls[name]
-            start = time.perf_counter()
+            start = clock()
             for _ in range(count):
                 task()
-            times[name].append((time.perf_counter() - start) / count)
+            times[name].append((clock() - start) / count)
     return times
 
 
@@ -178,7 +181,7 @@ class Absent:
 
 def measure(
     names: Iterable[str], create: Callable[[str], Task], steps: int | None,
-    expected: Outcome | None, seconds: float, absent: Absent,
+    expected: Outcome | None, seconds: float, clock: Callable[[], float], absent: Absent,
 ) -> list[Row]:  # fmt: skip
     """Check and time all solvers on one workload; the first one's result is the default to expect.
 
@@ -194,6 +197,8 @@ def measure(
         What adaptive solves are compared with.
     seconds : float
         How long to go on.
+    clock : callable
+        What tells the time.
     absent : callable
         Told who cannot take part.
     """
@@ -213,13 +218,14 @@ def measure(
         rows.append(row)
         if row.refused is None:
             tasks[name] = task.run
-    fill(rows, rounds(tasks, seconds))
+    fill(rows, rounds(tasks, seconds, clock))
     return rows
 
 
 def measure_flow(
-    flow: Flow, adaptive: bool, names: list[str], seconds: float, absent: Absent
-) -> list[Row]:
+    flow: Flow, adaptive: bool, names: list[str], seconds: float, clock: Callable[[], float],
+    absent: Absent,
+) -> list[Row]:  # fmt: skip
     """Run everybody on one flow; adaptive gradients are compared with a much tighter one."""
     expected = None
     if adaptive:
@@ -230,7 +236,8 @@ def measure_flow(
     def create(name: str) -> Task:
         return create_flow_task(name, flow, adaptive)
 
-    return measure(names, create, None if adaptive else flow.steps, expected, seconds, absent)
+    steps = None if adaptive else flow.steps
+    return measure(names, create, steps, expected, seconds, clock, absent)
 
 
 @dataclass
@@ -248,7 +255,7 @@ class StiffRow:
 
 def measure_stiff(
     kinetics: Kinetics, names: list[str], tolerances: tuple[float, ...], seconds: float,
-    absent: Absent,
+    clock: Callable[[], float], absent: Absent,
 ) -> tuple[list[StiffRow], list[dict[str, Any]]]:  # fmt: skip
     """Run everybody at all tolerances, and compare at equal errors.
 
@@ -280,7 +287,7 @@ def measure_stiff(
             tasks[f"{name} {rtol}"] = task.run
             if taken > LIMIT:
                 break
-    times = rounds(tasks, seconds, most=15)
+    times = rounds(tasks, seconds, clock, most=15)
     for row in rows:
         if f"{row.solver} {row.rtol}" in times:
             row.seconds = statistics.median(times[f"{row.solver} {row.rtol}"])
@@ -450,10 +457,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=(*FLOWS, "stiff", "training"),
     )  # fmt: skip
     parser.add_argument("--solvers", nargs="+", help="pnode, and those whose names begin so")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="CPU time: for a machine that others use as well"
+    )
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--plot", type=Path, help="write the figure here")
     parser.add_argument("--profile", action="store_true", help="show where pnode's time goes")
     arguments = parser.parse_args(argv)
+    if arguments.cpu_time and arguments.threads != 1:
+        parser.error("--cpu-time adds up the time of all threads: it goes with --threads 1 only")
     if arguments.seconds is None:
         arguments.seconds = 3.0 if arguments.quick else 60.0
     return arguments
@@ -472,27 +484,31 @@ def main(argv: list[str] | None = None) -> int:
     absent = Absent()
     flows = {name: flow for name, flow in FLOWS.items() if name in arguments.workloads}
     seconds, wanted = arguments.seconds, arguments.solvers
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
     report: dict[str, Any] = {
-        "versions": versions(), "threads": arguments.threads, "workloads": {}, "stiff": {},
+        "versions": versions(), "threads": arguments.threads,
+        "clock": "CPU time" if arguments.cpu_time else "wall time", "workloads": {}, "stiff": {},
         "memory": [],
     }  # fmt: skip
     for name, flow in flows.items():
         for adaptive in (False, True):
             how = f"dopri5, rtol {flow.rtol:.0e}" if adaptive else f"dopri5, {flow.steps} steps"
             title = f"{name}, batch {flow.shape[0]}, {how}"
-            rows = measure_flow(flow, adaptive, chosen(VARIANTS, wanted), seconds, absent)
+            rows = measure_flow(flow, adaptive, chosen(VARIANTS, wanted), seconds, clock, absent)
             print_rows(title, rows)
             report["workloads"][title] = [asdict(row) for row in rows]
     if "training" in arguments.workloads:
         title = "training iteration of examples/robertson.py"
-        rows = measure(chosen(TRAINING, wanted), create_training_task, 40, None, seconds, absent)
+        rows = measure(
+            chosen(TRAINING, wanted), create_training_task, 40, None, seconds, clock, absent
+        )
         print_rows(title, rows)
         report["workloads"][title] = [asdict(row) for row in rows]
     if "stiff" in arguments.workloads:
         for name, kinetics in STIFF.items():
             tolerances = TOLERANCES[1:3] if arguments.quick else TOLERANCES
             stiff_rows, table = measure_stiff(
-                kinetics, chosen(STIFF_SOLVERS, wanted), tolerances, seconds, absent
+                kinetics, chosen(STIFF_SOLVERS, wanted), tolerances, seconds, clock, absent
             )
             print_stiff(name, stiff_rows, table)
             report["stiff"][name] = {

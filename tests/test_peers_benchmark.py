@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ def test_quick_run_without_peers(tmp_path):
     command = [
         sys.executable, str(FOLDER / "peers.py"), "--quick", "--seconds", "0.1", "--workloads",
         "2-50-2", "training", "--solvers", "bare", "--json", str(report), "--plot", str(figure),
-        "--profile",
+        "--profile", "--cpu-time",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
@@ -43,7 +44,7 @@ def test_quick_run_without_peers(tmp_path):
     for row in (*fixed, *adaptive, *training):
         assert row["refused"] is None and row["seconds"] > 0 and row["rounds"] >= peers.LEAST
     middle, low, high = fixed[0]["to_bare"]
-    assert low <= middle <= high and middle > 1  # more than the calls it is made of
+    assert 0 < low <= middle <= high
     assert fixed[1]["of_pnode"]["pnode"][0] == pytest.approx(middle)
     (memory,) = figures["memory"]
     assert memory["bytes_per_step"] == memory["stages_times_state"] == 6 * 8 * math.prod(flow.shape)
@@ -85,7 +86,9 @@ def test_refused_solvers_are_not_timed():
         entries = (1.0, 3.0) if name == "wrong" else (1.0, 2.0)
         return Task(lambda: calls.append(name) or outcome(entries=entries), lambda raw: raw)
 
-    rows = peers.measure(["pnode", "wrong", "broken"], create, 4, None, 0.0, peers.Absent())
+    rows = peers.measure(
+        ["pnode", "wrong", "broken"], create, 4, None, 0.0, time.perf_counter, peers.Absent()
+    )
     assert [row.refused for row in rows] == [
         None, "its gradient differs by 5.0e-01", "ZeroDivisionError: no end",
     ]  # fmt: skip
@@ -140,13 +143,15 @@ def test_gradient_of_a_flow(shape):
 
 
 def test_stiff_gradients():
-    exact = reference(Kinetics(0), print)
     task = create_stiff_task("pnode bdf", Kinetics(0), 1e-5)
+    exact = reference(Kinetics(0), print)
     assert gradient_error(task.read(task.run()).gradient, exact) < 1e-3
-    exact = reference(Kinetics(4), print)
-    assert exact.shape == (3 + 4 * 3 + 4 + 4 + 1,)
-    task = create_stiff_task("pnode bdf", Kinetics(4), 1e-5)
-    assert gradient_error(task.read(task.run()).gradient, exact) < 1e-2
+    results = []
+    for solver, rtol in (("pnode bdf", 1e-5), ("pnode es325", 1e-4)):
+        task = create_stiff_task(solver, Kinetics(4), rtol)
+        results.append(task.read(task.run()).gradient)
+    assert results[0].shape == (3 + 4 * 3 + 4 + 4 + 1,)
+    assert 0 < gradient_error(*results) < 1e-3  # by two methods that share no coefficients
 
 
 def test_training_iterations_do_not_train():
