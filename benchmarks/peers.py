@@ -269,9 +269,9 @@ def measure_stiff(
             try:
                 task = create_stiff_task(name, kinetics, rtol)
                 task.run()
-                start = time.perf_counter()
+                start = clock()
                 raw = task.run()
-                taken = time.perf_counter() - start
+                taken = clock() - start
                 assert task.read is not None
                 outcome = task.read(raw)
             except Unavailable as reason:
