@@ -44,8 +44,8 @@ def choose_schedule(
         Bytes of one state.
     memory : int or None
         Bytes that checkpoints may hold; None for no limit.
-    store : {"auto", "stages", "solutions"}
-        What to keep of a step.
+    store : {"auto", "tape", "stages", "solutions"}
+        What to keep of a step; graphs ("tape") take what the schedule leaves.
     disk : bool
         Whether there is a disk for what does not fit: no step is repeated then.
 
@@ -54,6 +54,13 @@ def choose_schedule(
     ConfigurationError
         If no schedule does with so little memory.
     """
+    if store == "tape":
+        if method.ts_type != "rk":
+            raise ConfigurationError(
+                f"store='tape' keeps the graphs of explicit Runge-Kutta stages, and "
+                f"method={method.name!r} has none: use store='auto', or a method such as 'dopri5'"
+            )
+        store = "auto"
     if memory is None or disk or not method.restarts or steps == 0:
         if store == "solutions" and steps != 0:
             raise ConfigurationError(
@@ -124,7 +131,8 @@ def plan(
     -------
     Plan
         What ``Solution.stats`` and ``stats.backward.recomputed`` will say after a backward sweep
-        (a float32 vector field's stages are smaller than predicted).
+        (a float32 vector field's stages are smaller than predicted, and the graphs that
+        store="tape" keeps besides are not in it).
 
     Raises
     ------
@@ -161,7 +169,7 @@ def plan(
                 recomputed += 1
             case Adjoint(step):
                 trajectory.stages(step, shadow)
-                trajectory.forget_live()
+                trajectory.forget_live(step)
             case RestoreSolution() | RestoreEnd():
                 pass
             case _:

@@ -103,13 +103,13 @@ class DiscreteAdjoint(AdjointStepper):
         self.bridge.detach()
         log_stage("pnode adjoint").pop()
 
-    def load(self, checkpoint: Checkpoint) -> None:
-        """Put a step's checkpoint in place. Not collective."""
+    def load(self, checkpoint: Checkpoint, tape: Any = None) -> None:
+        """Put a step's checkpoint in place, with the graphs at its stages. Not collective."""
         if self.settings.method.implicit:
             for vector, tensor in zip(self._vectors, checkpoint, strict=True):
                 vectors.copy_in(vector, tensor)
         else:
-            self.bridge.announce(self._vectors, checkpoint)
+            self.bridge.announce(self._vectors, checkpoint, tape)
 
     def state_gradient(self) -> torch.Tensor:
         """Return lambda, flat, in PETSc's precision, as a new tensor."""

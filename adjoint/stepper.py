@@ -51,8 +51,8 @@ class AdjointStepper(ABC):
         """End a sweep: let go of the user's objects."""
 
     @abstractmethod
-    def load(self, checkpoint: Checkpoint) -> None:
-        """Put a step's checkpoint in place. Not collective."""
+    def load(self, checkpoint: Checkpoint, tape: Any = None) -> None:
+        """Put a step's checkpoint in place, with the graphs at its stages. Not collective."""
 
     @abstractmethod
     def add(self, cotangent: torch.Tensor) -> None:
@@ -113,7 +113,7 @@ class TorchAdjointStepper(AdjointStepper):
         self.checkpoint, self._gradients = (), []
         log_stage("pnode adjoint").pop()
 
-    def load(self, checkpoint: Checkpoint) -> None:
+    def load(self, checkpoint: Checkpoint, tape: Any = None) -> None:
         """Put a step's checkpoint in place. Not collective."""
         self.checkpoint = checkpoint
 

@@ -184,6 +184,7 @@ class CheckpointStore:
         self._process = os.getpid()  # the thread's
         self._writing: tuple[Key, Future[None], Tensors] | None = None
         self._reading: tuple[Key, Future[Tensors], int] | None = None
+        self._tapes: dict[int, tuple[Any, int]] = {}
 
     def __contains__(self, key: Key) -> bool:
         return key in self._memory or key in self._files
@@ -211,6 +212,27 @@ class CheckpointStore:
         self._files[key] = (name, size)
         self._disk_bytes += size
         self._ledger.disk_bytes = max(self._ledger.disk_bytes, self._disk_bytes)
+
+    def keep_tape(self, step: int, tape: Any, size: int) -> None:
+        """Keep the graphs of a step, ``size`` bytes, if there is room when older ones go."""
+        self._drop_tapes(size)
+        if self._ram_bytes + size <= self._limit:
+            self._tapes[step] = (tape, size)
+            self._ram_bytes += size
+            self._ledger.ram_bytes = max(self._ledger.ram_bytes, self._ram_bytes)
+
+    def tape(self, step: int) -> Any:
+        """Return the graphs of a step, None if they are not kept."""
+        return self._tapes.get(step, (None, 0))[0]
+
+    def discard_tape(self, step: int) -> None:
+        """Free the graphs of a step, if they are kept."""
+        self._ram_bytes -= self._tapes.pop(step, (None, 0))[1]
+
+    def _drop_tapes(self, size: int) -> None:
+        """Free the graphs of the earliest steps until ``size`` bytes more fit, or none is left."""
+        while self._tapes and self._ram_bytes + size > self._limit:
+            self.discard_tape(next(iter(self._tapes)))
 
     def peek(self, key: Key) -> Tensors | None:
         """Return a checkpoint if it is in memory."""
@@ -257,6 +279,8 @@ class CheckpointStore:
 
     def hold(self, tensors: Tensors) -> None:
         """Count tensors as memory; one that is held twice counts once."""
+        if self._tapes:
+            self._drop_tapes(self._added(tensors))
         for tensor in tensors:
             if not self._holders[id(tensor)]:
                 self._ram_bytes += _size(tensor)
@@ -287,6 +311,7 @@ class CheckpointStore:
         self._files.clear()
         self._loaded.clear()
         self._holders.clear()
+        self._tapes.clear()
         self._ram_bytes = self._disk_bytes = 0
         self._writing = self._reading = None
         if self._folder is not None:
@@ -295,11 +320,9 @@ class CheckpointStore:
 
     def _make_room(self, tensors: Tensors) -> None:
         """Move the oldest checkpoints to disk until these fit into memory."""
-
-        def size() -> int:  # grows when a checkpoint that shares tensors with this one moves
-            return sum(_size(tensor) for tensor in tensors if id(tensor) not in self._holders)
-
-        while self._ram_bytes + size() > self._limit:
+        self._drop_tapes(self._added(tensors))
+        # What is added grows when a checkpoint that shares tensors with this one moves.
+        while self._ram_bytes + self._added(tensors) > self._limit:
             if self._reading is not None:
                 self._finish_reading()
             elif self._writing is not None:
@@ -312,6 +335,10 @@ class CheckpointStore:
                 raise CheckpointError(
                     f"checkpoints need more than memory={self._limit}: raise it{disk}"
                 )
+
+    def _added(self, tensors: Tensors) -> int:
+        """Return the bytes of those tensors that are not held."""
+        return sum(_size(tensor) for tensor in tensors if id(tensor) not in self._holders)
 
     def _write(self, key: Key, tensors: Tensors) -> None:
         """Begin to write tensors that are held."""

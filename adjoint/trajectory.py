@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -45,6 +46,8 @@ class Trajectory:
         Where.
     progress : Progress or None
         What the sweep is to be taken up from again.
+    tapes : bool
+        Whether to keep the graphs of steps where there is room.
 
     Attributes
     ----------
@@ -56,11 +59,18 @@ class Trajectory:
         Whether a backward sweep can begin.
     progress : Progress or None
         As given.
+    tapes : bool
+        As given.
     """
 
     def __init__(
-        self, schedule: Schedule, store: CheckpointStore, progress: Progress | None = None
+        self,
+        schedule: Schedule,
+        store: CheckpointStore,
+        progress: Progress | None = None,
+        tapes: bool = False,
     ) -> None:
+        self.tapes = tapes
         self.schedule = schedule
         self.progress = progress
         self._start: torch.Tensor | None = None
@@ -86,6 +96,12 @@ class Trajectory:
                 self.progress.add_step(step)
         for action in self.schedule.after_step(step.index):
             self.execute(action, integrator)
+        if self.tapes and integrator.graphs:
+            self._store.keep_tape(step.index, *integrator.tape())
+
+    def tape(self, index: int) -> Any:
+        """Return the graphs of a step's stages, None if they are not kept."""
+        return self._store.tape(index)
 
     def finish(self, integrator: TimeIntegrator) -> None:
         """End the forward sweep: the last step's stages stay at hand if they are not stored."""
@@ -164,8 +180,9 @@ class Trajectory:
         assert self._live is not None
         return self._live[1]
 
-    def forget_live(self) -> None:
-        """Let go of the live stages, after the adjoint of their step."""
+    def forget_live(self, index: int) -> None:
+        """Let go of what is live of a step, after its adjoint."""
+        self._store.discard_tape(index)
         if self._held is not None:
             self._store.release(self._held)
         self._live = self._held = None

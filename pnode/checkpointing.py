@@ -11,7 +11,7 @@ from pnode.errors import ConfigurationError
 
 __all__ = ["Checkpointing", "parse_bytes"]
 
-_STORES = ("auto", "stages", "solutions")
+_STORES = ("auto", "tape", "stages", "solutions")
 _FACTORS = {
     "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
@@ -55,10 +55,13 @@ class Checkpointing:
     disk : path, optional
         An existing folder for further checkpoints, when ``memory`` is used up. Each sweep makes a
         private folder in it and removes it.
-    store : {"auto", "stages", "solutions"}
+    store : {"auto", "tape", "stages", "solutions"}
         What to keep of a step: its stages, with which its adjoint can be taken at once, or the
         state at its start, with which it is repeated. "auto" mixes both so that the fewest
-        steps are repeated.
+        steps are repeated. "tape" does so too, and spends what is left of ``memory`` on autograd's
+        graphs of f at the stages of the last steps, whose adjoints then evaluate nothing again:
+        for explicit Runge-Kutta methods of PETSc's "rk" type. Without a limit all steps keep their
+        graphs, which is as fast and as large as backpropagation.
     reproducible : bool
         Whether every step starts afresh (costs one more evaluation of f per step with FSAL
         methods): gradients are then the same to the last bit whatever is repeated.

@@ -408,6 +408,8 @@ class Engine:
         with ExitStack() as leases, self._integrator(run.settings, field_, y0) as integrator:
             if run.trajectory is not None:
                 leases.enter_context(run.trajectory.forward())
+                if run.trajectory.tapes:
+                    integrator.bridge.keep_graphs()
             locator: EventLocator | None = None
             if requests.event_fn is not None:
                 trial = replace(run.settings, adaptive=False)
@@ -564,10 +566,10 @@ class Engine:
                     case Adjoint(step):
                         if active:
                             ranks.where = {"step": step, "method": run.settings.method.name}
-                            adjoint.load(stages(step))
+                            adjoint.load(stages(step), trajectory.tape(step))
                             adjoint.step(trajectory.steps[step], ledger)
                         add_outputs(step)
-                        trajectory.forget_live()
+                        trajectory.forget_live(step)
                     case _:
                         attempt(trajectory.execute, action, repeated.integrator)
         trajectory.clear()
@@ -616,7 +618,8 @@ class Engine:
             folder = partial(_itself, progress)
         elif chosen.disk is not None:
             folder = partial(DiskFolder, chosen.disk)
-        return Trajectory(schedule, CheckpointStore(run.stats, chosen.bytes, folder), progress)
+        store = CheckpointStore(run.stats, chosen.bytes, folder)
+        return Trajectory(schedule, store, progress, tapes=chosen.store == "tape")
 
     def _identity(self, run: Run, y0: torch.Tensor) -> dict[str, str]:
         """Return what tells one sweep from another."""

@@ -144,6 +144,27 @@ class VectorField:
         """
         return self._linearize(s, u, differentiate_time)
 
+    def measure(self, s: float, u: torch.Tensor) -> tuple[Linearization, int]:
+        """Do as :meth:`linearize`, and return how many bytes the graph keeps besides u.
+
+        Storages that are shared count once; those of the parameters, and what they were made of,
+        not at all.
+        """
+        outside = {parameter.untyped_storage().data_ptr() for parameter in self.parameters}
+        outside.add(u.untyped_storage().data_ptr())
+        kept: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in outside:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            made = self.linearize(s, u)
+        pack(made.flat_value())
+        return made, sum(kept.values())
+
     def linearize_gathered(self, s: float, u: torch.Tensor, ghosted: torch.Tensor) -> Linearization:
         """Do as :meth:`linearize`, with ``gather(u)`` at hand. Not collective."""
         raise NotImplementedError("only a state with ghost cells is gathered")
@@ -466,6 +487,10 @@ class Linearization:
         self._time = time
         self._double_backward: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None
         self._jacobians: tuple[torch.Tensor, ...] | None = None
+
+    def adopt(self, field: VectorField) -> None:
+        """Take products for another field of the same problem, and count them there."""
+        self._field = field
 
     def flat_value(self) -> torch.Tensor:
         """Return g at this point, flat, without its graph."""

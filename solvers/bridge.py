@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -122,6 +122,9 @@ class Bridge:
     ) -> None:
         self._attached: VectorField | None = None
         self.evaluated: deque[torch.Tensor] = deque(maxlen=keep)
+        #: Graphs of f at these states and the bytes they keep, if a sweep asks for them.
+        self.graphs: deque[tuple[Linearization, int]] | None = None
+        self._graph_bytes = -1
         self._check = check
         self.exception: BaseException | None = None
         self.nonfinite_time: float | None = None
@@ -135,7 +138,7 @@ class Bridge:
         self._single_use = single_use
         self._limit = points
         self._points: deque[Point] = deque()
-        self._announced: dict[tuple[int, int], torch.Tensor] = {}
+        self._announced: dict[tuple[int, int], tuple[torch.Tensor, Linearization | None]] = {}
         self.here = self.here_explicit = _NOWHERE
         self.shells: weakref.WeakSet[JacobianShell | ParameterJacobianShell] = weakref.WeakSet()
         self._events = {name: log_event(f"pnode {name}") for name in _EVENTS}
@@ -161,6 +164,12 @@ class Bridge:
         for shell in self.shells:
             shell.point = _NOWHERE
         self.evaluated.clear()
+        self.graphs = None
+
+    def keep_graphs(self) -> None:
+        """From now on keep the graphs of f at the last evaluated states."""
+        self.graphs = deque(maxlen=self.evaluated.maxlen)
+        self._graph_bytes = -1
 
     @property
     def field(self) -> VectorField:
@@ -293,7 +302,10 @@ class Bridge:
                 if known.s == s and known.key == key and known.field is field:
                     return known
         if self._single_use:
-            own = self._announced.pop(key)
+            own, graph = self._announced.pop(key)
+            made = self._new_point(field, s, own, rate, key)
+            made.linearization = graph
+            return made
         else:
             own = copy_out(u, field.dtype)
             ghosted = _gathered(field, own)
@@ -302,7 +314,6 @@ class Bridge:
                 point.key = key
                 return point
             return self._new_point(field, s, own, rate, key, ghosted)
-        return self._new_point(field, s, own, rate, key)
 
     def point_at(self, s: float, u: torch.Tensor, u_dot: torch.Tensor | None = None) -> Point:
         """Return the point (s, u, u_dot) of tensors, a recent one where it is the same."""
@@ -373,22 +384,38 @@ class Bridge:
         """Return ``state dg/du v + rate dF/du_dot v``, or None once something has failed."""
         return self.guarded("jvp", self._jvp_at, point, v, state, rate)
 
-    def announce(self, vectors: list[Any], tensors: tuple[torch.Tensor, ...]) -> None:
+    def announce(
+        self,
+        vectors: list[Any],
+        tensors: tuple[torch.Tensor, ...],
+        graphs: Sequence[Linearization] | None = None,
+    ) -> None:
         """Say what PETSc's vectors stand for, instead of copying it into them.
 
         Right for vectors that PETSc only hands to callbacks: the stages of the RK adjoint. A
-        vector that was not announced, or has changed since, is an error.
+        vector that was not announced, or has changed since, is an error. ``graphs`` are those of f
+        there, if they were kept.
         """
         self._announced = {}
-        for vector, tensor in zip(vectors, tensors, strict=True):
+        made = (None,) * len(vectors) if graphs is None else graphs
+        for vector, tensor, graph in zip(vectors, tensors, made, strict=True):
             vector.stateIncrease()
-            self._announced[(vector.handle, vector.stateGet())] = tensor
+            if graph is not None:
+                graph.adopt(self.field)
+            self._announced[(vector.handle, vector.stateGet())] = tensor, graph
 
     def _evaluate(self, s: float, u: Any) -> torch.Tensor:
         field = self._explicit
         own = copy_out(u, field.dtype)
         self.evaluated.append(own)
-        return field.rhs(s, own)
+        if self.graphs is None:
+            return field.rhs(s, own)
+        if self._graph_bytes < 0:  # measured once: every evaluation keeps as much
+            linearization, self._graph_bytes = field.measure(s, own)
+        else:
+            linearization = field.linearize(s, own)
+        self.graphs.append((linearization, self._graph_bytes))
+        return linearization.flat_value()
 
     def linearize(self, point: Point) -> Linearization:
         """Return the linearization at ``point``, made on first use."""

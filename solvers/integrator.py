@@ -39,7 +39,7 @@ from pnode.solvers.petsc_c import (
     subtype,
 )
 from pnode.tolerances import Resolved
-from pnode.vectorfield import VectorField
+from pnode.vectorfield import Linearization, VectorField
 
 __all__ = [
     "SINGULAR",
@@ -632,6 +632,18 @@ class TimeIntegrator:
         else:
             first = vectors.copy_out(start)
         return (first, *(vectors.copy_out(vector) for vector in rest))
+
+    def tape(self) -> tuple[tuple[Linearization, ...], int]:
+        """Return the graphs at the stages of :meth:`checkpoint`, and the bytes they keep."""
+        kept = list(self.bridge.graphs or ())
+        if self.settings.method.fsal:
+            kept = kept[:-1]
+        return tuple(graph for graph, _ in kept), sum(size for _, size in kept)
+
+    @property
+    def graphs(self) -> bool:
+        """Whether the graphs of the last step are at hand."""
+        return self.bridge.graphs is not None
 
     def destroy(self) -> None:
         """Free the PETSc objects. Collective."""
