@@ -32,6 +32,7 @@ from pnode.problem import InitialValueProblem, StateLayout
 from pnode.solution import Stats
 from pnode.solvers.assemblies import SparsityPattern
 from pnode.solvers.bridge import accumulate
+from pnode.solvers.compiled import CompiledIntegrator, Compiler, Start
 from pnode.solvers.create import create_integrator
 from pnode.solvers.integrator import (
     DENSE_LIMIT,
@@ -210,7 +211,7 @@ class _Record:
         if self._run.trajectory is not None:
             self._run.trajectory.before_step(index, self._integrator)
         if self._run.reproducible:
-            self._integrator.ts.restartStep()
+            self._integrator.restart_step()
 
     def on_step(self, step: Step) -> None:
         """Note an accepted step."""
@@ -291,7 +292,7 @@ class _Repeated:
         assert run.trajectory is not None and self.integrator is not None
         recorded = run.trajectory.steps[step]
         if run.reproducible:
-            self.integrator.ts.restartStep()
+            self.integrator.restart_step()
         with torch.no_grad():
             outcome = self.integrator.attempt(recorded.start, recorded.length, step, recorded.order)
         if outcome.error is not None:
@@ -319,6 +320,8 @@ class Engine:
         What checkpoints may take.
     prefix : str
         Options prefix of all its PETSc objects.
+    compile : bool
+        Whether steps are compiled where that is possible.
     """
 
     method: Method
@@ -328,7 +331,9 @@ class Engine:
     jacobian_options: JacobianOptions = field(default_factory=JacobianOptions)
     checkpointing: Checkpointing = field(default_factory=Checkpointing)
     prefix: str = field(default_factory=next_prefix)
+    compile: bool = False
     _pool: _Pool = field(default_factory=_Pool, init=False)
+    _compiler: Compiler = field(default_factory=Compiler, init=False)
     _options: dict[Hashable, SolverOptions] = field(default_factory=dict, init=False)
     _patterns: dict[Hashable, SparsityPattern] = field(default_factory=dict, init=False)
 
@@ -340,7 +345,7 @@ class Engine:
         """Copies and pickles take the configuration along, not the PETSc objects."""
         return Engine, (
             self.method, self.control, self.jacobian, self.petsc_options, self.jacobian_options,
-            self.checkpointing,
+            self.checkpointing, next_prefix(), self.compile,
         )  # fmt: skip
 
     @property
@@ -379,12 +384,16 @@ class Engine:
         """
         run = Run(problem, Stats(), self._settings(problem.layout, problem.form))
         field_ = vector_field(problem, run.stats)
+        start = self._compiled(run, field_, y0, keep, requests) if self.compile else None
         if keep:
             run.trajectory = self._trajectory(run, requests, y0)
             # What one-step methods carry over from the step before; the others have the same bits.
             fresh = self.method.ts_type in ("rk", "dirk") and not self.method.same_bits
             run.reproducible = self.checkpointing.reproducible and fresh
         with ExitStack() as leases, self._integrator(run.settings, field_, y0) as integrator:
+            if start is not None:
+                assert isinstance(integrator, CompiledIntegrator)
+                integrator.know_slope(start)
             if run.trajectory is not None:
                 leases.enter_context(run.trajectory.forward())
             locator: EventLocator | None = None
@@ -573,6 +582,20 @@ class Engine:
             "petsc_options": self.petsc_options,
         }  # fmt: skip
         return fingerprint(facts, (y0, *problem.parameters, *problem.frozen))
+
+    def _compiled(
+        self, run: Run, field_: VectorField, y0: torch.Tensor, keep: bool, requests: Requests
+    ) -> Start | None:
+        """Choose compiled steps for a run, if there are any."""
+        chosen = self.checkpointing
+        free = chosen.bytes is None and chosen.disk is None and chosen.store == "auto"
+        start = self._compiler.start(
+            field_, y0, run.settings, self._solver_options(run.settings),
+            tape=keep and free and not requests.dense,
+        )  # fmt: skip
+        if start is not None:
+            run.settings = replace(run.settings, graphs=start.graphs)
+        return start
 
     @contextmanager
     def _integrator(

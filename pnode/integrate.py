@@ -127,7 +127,12 @@ class Solver(torch.nn.Module):
         A limit for the memory of checkpoints, :class:`pnode.Checkpointing` or its ``memory``
         alone: ``"256MiB"``. Steps are repeated in the backward sweep where it is too little for
         all of them. Without a limit all stages are kept.
-    comm, compile
+    compile : bool
+        For explicit Runge-Kutta methods: compile whole steps and their adjoints, by torch's
+        inductor and a C++ compiler; see docs/compile.md. f is traced once per shape and dtype and
+        the result kept on disk. Where that is impossible, one warning says why, and the solve goes
+        on without.
+    comm
         Reserved: anything but the default is refused in this version.
 
     Raises
@@ -186,9 +191,8 @@ class Solver(torch.nn.Module):
         progress: bool = False,
     ) -> None:
         super().__init__()
-        arguments.refuse_reserved(
-            compile=compile,
-        )  # fmt: skip
+        if not isinstance(compile, bool):
+            raise ConfigurationError(f"compile={compile!r}: give True or False")
         form = arguments.problem_form(rhs, implicit, explicit, mass, residual)
         if monitor is not None and not callable(monitor):
             raise ConfigurationError(f"monitor is {monitor!r}: give a callable (step, t, y)")
@@ -244,6 +248,7 @@ class Solver(torch.nn.Module):
                 chosen, form, jacobian, jacobian_pattern, preconditioner, jacobian_reuse
             ),
             _checkpointing(checkpointing),
+            compile=compile,
         )  # fmt: skip
         self.event_fn = event_fn
         self._requests = Requests(monitor, dense, None, arguments.finite("event_tol", event_tol))

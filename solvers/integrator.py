@@ -86,6 +86,8 @@ class IntegratorSettings:
         Who chooses the steps; see :mod:`pnode.controllers`.
     split : int
         Entries of the positions, the first part of the state of a symplectic method.
+    graphs : object or None
+        Compiled steps, see :mod:`pnode.solvers.compiled`.
     comm : object
         PETSc communicator.
     """
@@ -102,6 +104,7 @@ class IntegratorSettings:
     form: str = "rhs"
     controller: str = "basic"
     split: int = 0
+    graphs: Any = None
     comm: Any = field(default_factory=lambda: PETSc.COMM_SELF, compare=False)
 
 
@@ -386,6 +389,10 @@ class TimeIntegrator:
         vectors.copy_in(self.solution, history[0])
         self.ts.restartStep()
         self._rolled_back = False
+
+    def restart_step(self) -> None:
+        """Let the next step start afresh, without what the last one has left."""
+        self.ts.restartStep()
 
     def interpolate(self, s: float) -> torch.Tensor:
         """Return the state at a time in the last step by PETSc's interpolant. Collective."""

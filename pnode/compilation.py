@@ -1,0 +1,109 @@
+"""Graphs of torch operations compiled to machine code by torch's inductor, and kept on disk.
+
+One file per graph in a folder of the user's (``PNODE_CACHE_DIR``, else ``$XDG_CACHE_HOME/pnode``,
+else ``~/.cache/pnode``). A file appears whole or not at all, so processes may share the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import os
+import platform
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from pnode import tracing
+from pnode.tracing import compose
+
+__all__ = ["CompilationFailed", "Compiled", "cache_folder", "compile_graph", "fingerprint"]
+
+#: Takes and returns a list of tensors.
+Compiled = Callable[[list[torch.Tensor]], list[torch.Tensor]]
+
+class CompilationFailed(Exception):
+    """Why a graph could not be compiled."""
+
+
+def cache_folder() -> Path:
+    """Return the folder of compiled graphs, made if need be."""
+    own = os.environ.get("PNODE_CACHE_DIR")
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = Path(own) if own else Path(base) / "pnode"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@cache
+def _machine() -> str:
+    """Return what machine code depends on besides the graph: versions, processor."""
+    flags = platform.processor()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        flags += next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    try:
+        version = importlib.metadata.version("pnode")
+    except importlib.metadata.PackageNotFoundError:
+        version = ""
+    sources = [Path(file).read_text(encoding="utf-8") for file in (__file__, tracing.__file__)]
+    capability = torch.backends.cpu.get_cpu_capability()
+    return "\n".join((version, torch.__version__, capability, platform.machine(), flags, *sources))
+
+
+def fingerprint(*parts: str) -> str:
+    """Return a name for what a compiled graph depends on."""
+    text = "\n".join((_machine(), str(torch.get_num_threads()), *parts))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def compile_graph(
+    name: str, function: Callable[..., object], examples: Sequence[torch.Tensor]
+) -> Compiled:
+    """Compile a function of tensors, or load it if that was done before.
+
+    Parameters
+    ----------
+    name : str
+        Tells it from every other one; see :func:`fingerprint`.
+    function : callable
+        Takes tensors, returns a tuple of tensors; made of torch operations without effects.
+    examples : sequence of Tensor
+        Arguments; shapes, strides and dtypes matter.
+
+    Raises
+    ------
+    CompilationFailed
+        With the reason: no compiler, no room on disk...
+    """
+    try:
+        path = cache_folder() / f"{name}.pt2"
+        if path.exists():
+            with contextlib.suppress(Exception):  # damaged, or of a torch that cannot be told apart
+                return _load(path)
+        _build(path, function, examples)
+        return _load(path)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise CompilationFailed(f"{type(error).__name__}: {text[:300]}") from error
+
+
+def _load(path: Path) -> Compiled:
+    run: Compiled = torch._inductor.aoti_load_package(str(path)).loader.run  # type: ignore[union-attr]
+    return run
+
+
+def _build(path: Path, function: Callable[..., object], examples: Sequence[torch.Tensor]) -> None:
+    graph = compose(function, examples)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as folder:
+        partial = Path(folder) / path.name
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(graph, tuple(examples), strict=False)
+            torch._inductor.aoti_compile_and_package(exported, package_path=str(partial))
+        partial.replace(path)
