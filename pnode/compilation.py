@@ -27,6 +27,9 @@ __all__ = ["CompilationFailed", "Compiled", "cache_folder", "compile_graph", "fi
 #: Takes and returns a list of tensors.
 Compiled = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 
+_aten = torch.ops.aten
+
+
 class CompilationFailed(Exception):
     """Why a graph could not be compiled."""
 
@@ -100,6 +103,7 @@ def _load(path: Path) -> Compiled:
 
 def _build(path: Path, function: Callable[..., object], examples: Sequence[torch.Tensor]) -> None:
     graph = compose(function, examples)
+    _join_rows(graph)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as folder:
         partial = Path(folder) / path.name
         with torch.no_grad(), warnings.catch_warnings():
@@ -107,3 +111,32 @@ def _build(path: Path, function: Callable[..., object], examples: Sequence[torch
             exported = torch.export.export(graph, tuple(examples), strict=False)
             torch._inductor.aoti_compile_and_package(exported, package_path=str(partial))
         partial.replace(path)
+
+
+def _join_rows(graph: torch.fx.GraphModule) -> None:
+    """Replace the concatenation of all rows of a tensor, one after the other, by a view of it."""
+    nodes = graph.graph
+    for node in list(nodes.nodes):
+        if node.target is not _aten.cat.default or len(node.args) > 1:
+            continue
+        rows = [_strip(part) for part in node.args[0]]
+        if any(row.target is not _aten.select.int or row.args[1] != 0 for row in rows):
+            continue
+        whole = rows[0].args[0]
+        shape = whole.meta["val"].shape
+        expected = [(whole, index) for index in range(shape[0])]
+        if [(row.args[0], row.args[2]) for row in rows] == expected and len(shape) > 2:
+            with nodes.inserting_before(node):
+                view = nodes.call_function(
+                    _aten.view.default, (whole, [shape[0] * shape[1], *shape[2:]])
+                )
+            node.replace_all_uses_with(view)
+            nodes.erase_node(node)
+    nodes.eliminate_dead_code()
+    graph.recompile()
+
+
+def _strip(node: torch.fx.Node) -> torch.fx.Node:
+    while node.target is _aten.detach.default:
+        node = node.args[0]  # type: ignore[assignment]
+    return node

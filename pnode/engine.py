@@ -17,6 +17,7 @@ import torch
 
 from pnode import tolerances, vectors
 from pnode.adjoint.choose import choose_schedule
+from pnode.adjoint.compiled import CompiledAdjoint
 from pnode.adjoint.create import create_adjoint
 from pnode.adjoint.resume import Progress, fingerprint
 from pnode.adjoint.schedule import Adjoint, Advance, RestoreEnd, RestoreSolution
@@ -32,7 +33,7 @@ from pnode.problem import InitialValueProblem, StateLayout
 from pnode.solution import Stats
 from pnode.solvers.assemblies import SparsityPattern
 from pnode.solvers.bridge import accumulate
-from pnode.solvers.compiled import CompiledIntegrator, Compiler, Start
+from pnode.solvers.compiled import CompiledIntegrator, Compiler, Start, Tape
 from pnode.solvers.create import create_integrator
 from pnode.solvers.integrator import (
     DENSE_LIMIT,
@@ -134,6 +135,8 @@ class Run:
         What ended the sweep early; ``problem`` then has the times of the outputs it returned.
     reproducible : bool
         Whether every step starts afresh.
+    tape : Tape or None
+        Steps and checkpoints of compiled fixed steps, instead of a trajectory.
     """
 
     problem: InitialValueProblem
@@ -144,6 +147,7 @@ class Run:
     dense: DenseOutput | None = None
     event: Event | None = None
     reproducible: bool = False
+    tape: Tape | None = None
 
 
 class _Record:
@@ -385,6 +389,8 @@ class Engine:
         run = Run(problem, Stats(), self._settings(problem.layout, problem.form))
         field_ = vector_field(problem, run.stats)
         start = self._compiled(run, field_, y0, keep, requests) if self.compile else None
+        if start is not None and self._is_plain(run, requests, keep):
+            return self._sweep(run, field_, y0, keep, start), run
         if keep:
             run.trajectory = self._trajectory(run, requests, y0)
             # What one-step methods carry over from the step before; the others have the same bits.
@@ -455,6 +461,8 @@ class Engine:
         times : dict
             For each interpolated output, the derivative with respect to its time.
         """
+        if run.tape is not None:
+            return self._reverse_sweep(run, y0, cotangents)
         trajectory = run.trajectory
         assert trajectory is not None
         ledger = run.stats.backward
@@ -465,11 +473,7 @@ class Engine:
         trajectory.ready = False
         wanted = bool(field_.parameters)
 
-        def create() -> AdjointStepper:
-            options = self._solver_options(run.settings, adjoint=True)
-            return create_adjoint(run.settings, options, wanted)
-
-        with self._pool.lease(("adjoint", run.settings, wanted), create) as adjoint:
+        with self._adjoint(run.settings, wanted) as adjoint:
             adjoint.begin(field_)
             dense = DenseAdjoint(run.dense, trajectory.steps, field_, cotangents)
             with torch.enable_grad():  # here once, instead of at each stage
@@ -478,6 +482,65 @@ class Engine:
             parameters = adjoint.parameter_gradients(len(field_.parameters))
             accumulate(parameters, tuple(dense.parameters), 1.0)
         return state, parameters, initial, dense.times
+
+    def _is_plain(self, run: Run, requests: Requests, keep: bool) -> bool:
+        """Whether a sweep of compiled steps has nothing to do between them but to go on."""
+        control, chosen = self.control, self.checkpointing
+        if control.step_size is None or requests.dense or requests.event_fn is not None:
+            return False
+        if keep and (chosen.bytes is not None or chosen.disk is not None):
+            return False
+        if keep and (chosen.store == "solutions" or chosen.resume or chosen.reproducible):
+            return False
+        options = self._solver_options(run.settings).values
+        if requests.monitor is not None or any(name.startswith("ts_monitor") for name in options):
+            return False
+        limit = control.max_steps
+        return limit is None or count_fixed_steps(run.problem.times, control.step_size) <= limit
+
+    def _sweep(
+        self, run: Run, field_: VectorField, y0: torch.Tensor, keep: bool, start: Start | None
+    ) -> torch.Tensor:
+        """Take fixed compiled steps to the last output."""
+        problem, layout = run.problem, run.problem.layout
+        assert self.control.step_size is not None
+        ys = torch.empty((len(problem.times), layout.size), dtype=layout.dtype)
+        tape = Tape() if keep else None
+        with self._integrator(run.settings, field_, y0) as integrator:
+            assert isinstance(integrator, CompiledIntegrator)
+            if start is not None:
+                integrator.know_slope(start)
+            steps = integrator.sweep(problem.times, self.control.step_size, ys, tape)
+            integrator.options.warn_unused()
+        if tape is not None:
+            run.tape = tape
+            run.stats.ram_bytes = max(run.stats.ram_bytes, tape.bytes)
+        if start is not None:
+            run.stats.steps += steps
+            run.used = field_.used
+        else:
+            run.stats.backward.recomputed += steps
+        return ys
+
+    def _reverse_sweep(
+        self, run: Run, y0: torch.Tensor, cotangents: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None], torch.Tensor, dict[int, float]]:
+        """Take the adjoint of :meth:`_sweep`; see :meth:`backward`."""
+        ledger = run.stats.backward
+        field_ = vector_field(replace(run.problem, check_undeclared=False), ledger)
+        assert run.tape is not None
+        if len(run.tape.steps) < run.tape.outputs[-1]:  # freed by a backward sweep before
+            self._sweep(run, field_, y0, True, None)
+        nonzero = cotangents.ne(0).any(dim=1).tolist()
+        with self._adjoint(run.settings, bool(field_.parameters)) as adjoint:
+            assert isinstance(adjoint, CompiledAdjoint)
+            adjoint.begin(field_)
+            adjoint.reverse(run.tape, cotangents, nonzero, ledger)
+            initial = adjoint.state_gradient()
+            if nonzero[0]:
+                adjoint.add(cotangents[0])
+            parameters = adjoint.parameter_gradients(len(field_.parameters))
+            return adjoint.state_gradient(), parameters, initial, {}
 
     def _reverse(
         self,
@@ -596,6 +659,17 @@ class Engine:
         if start is not None:
             run.settings = replace(run.settings, graphs=start.graphs)
         return start
+
+    @contextmanager
+    def _adjoint(self, settings: IntegratorSettings, parameters: bool) -> Iterator[AdjointStepper]:
+        """Lend an adjoint."""
+
+        def create() -> AdjointStepper:
+            options = self._solver_options(settings, adjoint=True)
+            return create_adjoint(settings, options, parameters)
+
+        with self._pool.lease(("adjoint", settings, parameters), create) as adjoint:
+            yield adjoint
 
     @contextmanager
     def _integrator(

@@ -124,7 +124,11 @@ class VectorField:
             found: Sequence[torch.Tensor | None] = (None,) * len(inputs)
             if value.requires_grad:
                 found = torch.autograd.grad(value, inputs, w, allow_unused=True)
-        return [value.detach(), torch.zeros_like(leaf) if found[0] is None else found[0], *found[1:]]
+        return [
+            value.detach(),
+            torch.zeros_like(leaf) if found[0] is None else found[0],
+            *found[1:],
+        ]
 
     def slope(self, s: float, u: torch.Tensor) -> torch.Tensor:
         """Return du/ds, both parts of a split right-hand side; arguments as for :meth:`rhs`."""

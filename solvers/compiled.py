@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,12 +23,13 @@ from pnode.solvers.explicit_graphs import StepGraphs
 from pnode.solvers.integrator import IntegratorSettings, StepOutcome, TimeIntegrator
 from pnode.solvers.methods import Method
 from pnode.solvers.petsc_c import rk_tableau
+from pnode.solvers.stepping import fixed_steps
 from pnode.solvers.tableaus import ExplicitTableau, ssp_tableau
 from pnode.tracing import FieldGraph, Untraceable, trace_field
 from pnode.vectorfield import VectorField, vector_field
 from pnode.vectors import REAL
 
-__all__ = ["CompiledIntegrator", "Compiler", "Start"]
+__all__ = ["CompiledIntegrator", "Compiler", "Start", "Tape"]
 
 # Fields whose graph changes more often than this are not compiled any more.
 _MOST_GRAPHS = 8
@@ -159,7 +162,9 @@ class Compiler:
         point = (y0.detach() + 1e-2 * noise[0] * (1.0 + y0.detach().abs())).to(field_.dtype)
         w = noise[1].to(field_.dtype)
         times = problem.times
-        s = times[0] + 0.37 * (times[1] - times[0] if len(times) > 1 and math.isfinite(times[1]) else 1.0)
+        s = times[0] + 0.37 * (
+            times[1] - times[0] if len(times) > 1 and math.isfinite(times[1]) else 1.0
+        )
         time = torch.scalar_tensor(problem.direction * s, dtype=field_.dtype)
         inputs = graph.inputs()
         with torch.no_grad():
@@ -239,6 +244,30 @@ def _tolerances(settings: IntegratorSettings) -> list[torch.Tensor]:
         return []
     found = (tolerances.values(settings.rtol), tolerances.values(settings.atol))
     return [torch.as_tensor(value, dtype=REAL) for value in found]
+
+
+@dataclass(eq=False)
+class Tape:
+    """Checkpoints of all steps of one forward sweep.
+
+    Attributes
+    ----------
+    steps : list of tuple
+        Of each step t and h (0-dim), and the checkpoint.
+    outputs : list of int
+        For each output time, how many steps come before it.
+    """
+
+    steps: list[tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]] = field(
+        default_factory=list
+    )
+    outputs: list[int] = field(default_factory=lambda: [0])
+
+    @property
+    def bytes(self) -> int:
+        """Size of the checkpoints: no two share a tensor, and all are alike."""
+        first = self.steps[0][2] if self.steps else ()
+        return len(self.steps) * sum(tensor.numel() * tensor.element_size() for tensor in first)
 
 
 class CompiledIntegrator(TimeIntegrator):
@@ -352,6 +381,68 @@ class CompiledIntegrator(TimeIntegrator):
             self._saved = tuple(results[len(results) - graphs.saved :]) if graphs.saved else ()
         return StepOutcome(True, proposed)
 
+    def sweep(
+        self, times: Sequence[float], step_size: float, outputs: torch.Tensor, tape: Tape | None
+    ) -> int:
+        """Take fixed steps through all of ``times``: :func:`forward_sweep` without its choices.
+
+        Between two steps the interpreter does next to nothing.
+
+        Parameters
+        ----------
+        times : sequence of float
+            Increasing output times.
+        step_size : float
+            Largest step.
+        outputs : Tensor
+            Receives the states at these times, shape ``(T, size)``.
+        tape : Tape or None
+            Receives what the adjoint needs.
+
+        Returns
+        -------
+        int
+            Number of steps.
+
+        Raises
+        ------
+        NonFiniteVectorField
+            After the step that leaves the finite numbers.
+        """
+        graphs, run, inputs, direction = self._graphs, self._run, self._inputs, self._direction
+        fsal, last = graphs.fsal, -graphs.saved or None
+        u, slope, saved, number = self._u, self._slope, self._saved, 0
+        length, h = math.nan, self._number[1]
+        outputs[0] = u
+        if fsal and slope is None and len(times) > 1:
+            t = torch.scalar_tensor(direction * times[0], dtype=REAL)
+            slope, saved = graphs.start(t, u)
+            self._field.ledger.rhs += 1
+        for index, (start, end) in enumerate(itertools.pairwise(times), start=1):
+            for s, this_length, _ in fixed_steps(start, end, step_size):
+                t = torch.scalar_tensor(direction * s, dtype=REAL)
+                if this_length != length:
+                    length = this_length
+                    h = torch.scalar_tensor(direction * length, dtype=REAL)
+                results = run([t, h, u, slope, *inputs] if fsal else [t, h, u, *inputs])
+                if not results[0].item() < _MODERATE:
+                    error = self._look(results[0].tolist(), results[1], s, number)
+                    if error is not None:
+                        raise error
+                if tape is not None:
+                    tape.steps.append((t, h, graphs.checkpoint(u, saved, results)))
+                u = results[1]
+                if fsal:
+                    slope = results[2]
+                    saved = results[last:] if last else ()
+                number += 1
+            outputs[index] = u
+            if tape is not None:
+                tape.outputs.append(number)
+        self._field.ledger.rhs += number * self._evaluations
+        self._stand_at(u)
+        return number
+
     def _choose(self, step: float, looks: list[float]) -> tuple[bool, float]:
         """Return whether to accept the step, and the next length: TSADAPTBASIC."""
         error = looks[1]
@@ -383,12 +474,7 @@ class CompiledIntegrator(TimeIntegrator):
         The stages at which f was evaluated, as other explicit methods do, and what was saved of
         each (see :class:`StepGraphs`).
         """
-        graphs = self._graphs
-        start, first, results = self._last
-        begin = 3 if graphs.fsal else 2
-        end = begin + graphs.stages - 1
-        kept = results[end : end + graphs.saved * (graphs.stages - len(first) // (graphs.saved or 1))]
-        return (start.to(graphs.dtype), *results[begin:end], *first, *kept)
+        return self._graphs.checkpoint(*self._last)
 
     def interpolate(self, s: float) -> torch.Tensor:
         """Return the state at a time in the last step by the method's interpolant. Collective."""

@@ -18,6 +18,8 @@ from pnode.vectors import REAL
 __all__ = ["StepGraphs"]
 
 Tensors = tuple[torch.Tensor, ...]
+# Entries of a factor that are worth another matrix product to leave where they are.
+_LARGE = 32_768
 _SOURCE = Path(__file__).read_text(encoding="utf-8")
 
 
@@ -91,13 +93,16 @@ class StepGraphs:
 
         Inputs: t, h, u; for ``error`` rtol and atol; with FSAL k_1; what f reads.
         Outputs: what to look at (see :class:`CompiledIntegrator`), u', with FSAL k_s; the
-        stages after the first; what is saved of every stage evaluated here.
+        stages after the first. With tape these are one tensor, and what is saved of the stages
+        evaluated here follows, one tensor for all stages each; with FSAL the last stage's apart.
         """
         t, h, u, *rest = inputs
         shape = self.field_graph.shape
         u = u.view(shape)
         A, b, c = self.tableau.A, self.tableau.b, self.tableau.c
-        rtol, atol = (_shaped(rest.pop(0), shape), _shaped(rest.pop(0), shape)) if error else (None, None)
+        rtol, atol = (
+            (_shaped(rest.pop(0), shape), _shaped(rest.pop(0), shape)) if error else (None, None)
+        )
         slopes = [rest.pop(0).view(shape)] if self.fsal else []
         captured = tuple(rest)
         points, saved = [], []
@@ -106,18 +111,20 @@ class StepGraphs:
             slope, kept = self._evaluate(t + c[i] * h, point, captured)
             points.append(point)
             slopes.append(slope)
-            saved.extend(kept)
+            saved.append(kept)
         end = _combine(u, h, b, slopes)
         looks = [end.square().sum()]
         carried: list[torch.Tensor] = []
         if self.fsal:
             slope, kept = self._evaluate(t + h, end.to(self.dtype), captured)
             slopes.append(slope)
-            saved.extend(kept)
+            saved.append(kept)
             carried = [slope]
         if error:
             assert self.b_embedded is not None and rtol is not None and atol is not None
-            differences = [e - w for e, w in zip(self.b_embedded, (*b, *[0.0] * len(c)), strict=False)]
+            differences = [
+                e - w for e, w in zip(self.b_embedded, (*b, *[0.0] * len(c)), strict=False)
+            ]
             defect = _combine(None, h, differences, slopes)
             # VecErrorWeightedNorms: the embedded solution is end + defect.
             scale = atol + rtol * torch.maximum(end.abs(), (end + defect).abs())
@@ -125,20 +132,36 @@ class StepGraphs:
             looks.append(torch.stack([k.square().sum() for k in slopes]).max())
         if not self.fsal:
             points = points[1:]
-        states = [x.reshape(-1) for x in (end, *carried, *points)]
-        return (torch.stack(looks), *states, *saved)
+        states = [x.reshape(-1) for x in (end, *carried)]
+        if not self.tape:
+            return (torch.stack(looks), *states, *(x.reshape(-1) for x in points))
+        here = saved[:-1] if self.fsal else saved
+        stacks = [torch.stack(group) for group in (points, *zip(*here, strict=True)) if group]
+        return (torch.stack(looks), *states, *stacks, *(saved[-1] if self.fsal else ()))
 
     def _adjoint(self, *inputs: torch.Tensor) -> Tensors:
         """The adjoint of one step; see :class:`pnode.adjoint.stages.ExplicitAdjoint`.
 
-        Inputs: t, h, lambda; U_1, ..., U_s; what was saved of each; mu; what f reads.
+        Inputs: t, h, lambda; the checkpoint, see :meth:`checkpoint`; mu; what f reads.
         Outputs: lambda and mu at the start of the step.
         """
         t, h, state, *rest = inputs
         A, b, c = self.tableau.A, self.tableau.b, self.tableau.c
         state = state.view(self.field_graph.shape)
-        points = [rest.pop(0).view(self.field_graph.shape) for _ in range(self.stages)]
-        kept = [[rest.pop(0) for _ in range(self.saved)] for _ in points]
+        points = [rest.pop(0).view(self.field_graph.shape)]
+        kept: list[list[torch.Tensor]] = [[] for _ in range(self.stages)]
+        if self.tape:
+            if self.stages > 1:
+                points += _rows(rest.pop(0))
+            first = 0
+            if self.fsal:
+                kept[0] = [rest.pop(0) for _ in range(self.saved)]
+                first = 1
+            for _ in range(self.saved if self.stages > first else 0):
+                for row, tensors in zip(_rows(rest.pop(0)), kept[first:], strict=True):
+                    tensors.append(row)
+        else:
+            points += [rest.pop(0).view(self.field_graph.shape) for _ in range(self.stages - 1)]
         sums = [rest.pop(0) for _ in self.field_graph.parameters]
         captured = tuple(rest)
         below: list[torch.Tensor | None] = [None] * self.stages
@@ -158,16 +181,33 @@ class StepGraphs:
             parts.append(tuple(results))
         state = sum((product for product in below if product is not None), start=state)
         for index, part in enumerate(self.field_graph.parameters):
-            if part.factors:
-                left = torch.cat([results[part.first] for results in parts])
-                right = torch.cat([results[part.first + 1] for results in parts])
-                total = left.t() @ right
-                total = total.t() if part.transposed else total
-                sums[index] = sums[index] + total
-            else:
+            if not part.factors:
                 for results in parts:
                     sums[index] = sums[index] + results[part.first]
+                continue
+            pairs = [results[part.first : part.first + 2] for results in reversed(parts)]
+            # One product for all stages. Not for a large factor of the first stage, which does not
+            # lie next to those of the others.
+            large = pairs[0][1].numel() > _LARGE
+            for group in (pairs[:1], pairs[1:]) if large else (pairs,):
+                left, right = (torch.cat(factors) for factors in zip(*group, strict=True))
+                total = left.t() @ right
+                sums[index] = sums[index] + (total.t() if part.transposed else total)
         return (state.reshape(-1), *sums)
+
+    def checkpoint(self, u: torch.Tensor, saved: Tensors, results: list[torch.Tensor]) -> Tensors:
+        """Return what the adjoint of a step takes, from the step's start and results.
+
+        The stages that the solution depends on; with tape those after the first as one tensor, and
+        what was saved of the first (FSAL), and of the others.
+        """
+        begin = 3 if self.fsal else 2
+        end = begin + self.stages - 1
+        if not self.tape:
+            return (u.to(self.dtype), *results[begin:end])
+        end = begin + (self.stages > 1)
+        last = len(results) - (self.saved if self.fsal else 0)
+        return (u.to(self.dtype), *results[begin:end], *saved, *results[end:last])
 
     # -------------------------------------------------------------------------------- the compiler
 
@@ -199,10 +239,16 @@ class StepGraphs:
         state = torch.zeros(self.size, dtype=REAL)
         point = torch.zeros(self.size, dtype=self.dtype)
         _, saved = self.start(number, state)
-        kept = [x.clone() for _ in range(self.stages) for x in saved[: self.saved]]
+        stacked = self.stages - self.fsal
+        if self.tape:
+            others = [point.view(self.field_graph.shape)] * (self.stages - 1)
+            kept = [torch.stack(others)] if others else []
+            kept += [x.clone() for x in saved] if self.fsal else []
+            kept += [torch.stack([x] * stacked) for x in saved if stacked]
+        else:
+            kept = [point.clone() for _ in range(self.stages - 1)]
         examples = [
-            number, number.clone(), state, *(point.clone() for _ in range(self.stages)), *kept,
-            *self.zeros(), *self.field_graph.inputs(),
+            number, number.clone(), state, point, *kept, *self.zeros(), *self.field_graph.inputs()
         ]  # fmt: skip
         return compile_graph(
             self._key("adjoint"), lambda *inputs: self._adjoint(*inputs), _detached(examples)
@@ -211,6 +257,10 @@ class StepGraphs:
     def zeros(self) -> list[torch.Tensor]:
         """Return zero gradients, one per parameter that f uses."""
         return [torch.zeros(part.shape, dtype=REAL) for part in self.field_graph.parameters]
+
+
+def _rows(stack: torch.Tensor) -> list[torch.Tensor]:
+    return [stack.select(0, index) for index in range(len(stack))]
 
 
 def _combine(
