@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 
@@ -28,6 +29,7 @@ __all__ = ["CompilationFailed", "Compiled", "cache_folder", "compile_graph", "fi
 Compiled = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 
 _aten = torch.ops.aten
+_Node: TypeAlias = Any  # torch.fx.Node, whose arguments are typed as a union of everything
 
 
 class CompilationFailed(Exception):
@@ -97,13 +99,12 @@ def compile_graph(
 
 
 def _load(path: Path) -> Compiled:
-    run: Compiled = torch._inductor.aoti_load_package(str(path)).loader.run  # type: ignore[union-attr]
+    run: Compiled = torch._inductor.aoti_load_package(str(path)).loader.run
     return run
 
 
 def _build(path: Path, function: Callable[..., object], examples: Sequence[torch.Tensor]) -> None:
-    graph = compose(function, examples)
-    _join_rows(graph)
+    graph = prepare(function, examples)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as folder:
         partial = Path(folder) / path.name
         with torch.no_grad(), warnings.catch_warnings():
@@ -111,6 +112,15 @@ def _build(path: Path, function: Callable[..., object], examples: Sequence[torch
             exported = torch.export.export(graph, tuple(examples), strict=False)
             torch._inductor.aoti_compile_and_package(exported, package_path=str(partial))
         partial.replace(path)
+
+
+def prepare(
+    function: Callable[..., object], examples: Sequence[torch.Tensor]
+) -> torch.fx.GraphModule:
+    """Return the graph that is compiled."""
+    graph = compose(function, examples)
+    _join_rows(graph)
+    return graph
 
 
 def _join_rows(graph: torch.fx.GraphModule) -> None:
@@ -136,7 +146,7 @@ def _join_rows(graph: torch.fx.GraphModule) -> None:
     graph.recompile()
 
 
-def _strip(node: torch.fx.Node) -> torch.fx.Node:
+def _strip(node: _Node) -> _Node:
     while node.target is _aten.detach.default:
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     return node

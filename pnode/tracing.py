@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -21,6 +21,7 @@ from pnode.vectorfield import VectorField
 __all__ = ["FieldGraph", "Untraceable", "compose", "trace_field"]
 
 _aten = torch.ops.aten
+_Node: TypeAlias = Any  # torch.fx.Node, whose arguments are typed as a union of everything
 # Below so many multiplications a matrix product costs less as a loop, fused with what is around
 # it, than as a call of the BLAS.
 _SMALL_PRODUCT = 20_000
@@ -117,9 +118,9 @@ def trace_field(field: VectorField) -> FieldGraph:
         With the reason.
     """
     layout = field.problem.layout
-    like = {"dtype": layout.dtype, "device": layout.device}
-    shape = (layout.size,) if layout.is_tuple else layout.shapes[0]
-    example = (torch.zeros((), **like), torch.zeros(shape, **like))
+    shape = (layout.size,) if layout.is_tuple else tuple(layout.shapes[0])
+    like = torch.empty(0, dtype=layout.dtype, device=layout.device)
+    example = (like.new_zeros(()), like.new_zeros(shape))
     try:
         graph = compose(lambda t, y, w: field.products(t, y, w), (*example, example[1].clone()))
     except Exception as error:
@@ -145,9 +146,8 @@ def _reason(error: Exception) -> str:
 
 def _tidy(graph: torch.fx.GraphModule) -> list[int]:
     """Drop results that are None; return the indices of the parameters that are left."""
-    output = graph.graph.output_node()
-    results = list(output.args[0])  # type: ignore[arg-type]
-    value, state, *products = results
+    output: _Node = graph.graph.output_node()
+    value, state, *products = output.args[0]
     used = [index for index, product in enumerate(products) if product is not None]
     output.args = ((value, state, *(products[index] for index in used)),)
     graph.graph.eliminate_dead_code()
@@ -158,7 +158,7 @@ def _lift_captured(graph: torch.fx.GraphModule) -> tuple[torch.Tensor, ...]:
     """Make inputs of the tensors that the graph holds, each once."""
     nodes = graph.graph
     captured: list[torch.Tensor] = []
-    inputs: dict[int, torch.fx.Node] = {}
+    inputs: dict[int, _Node] = {}
     last = [node for node in nodes.nodes if node.op == "placeholder"][-1]
     for node in list(nodes.nodes):
         if node.op != "get_attr":
@@ -201,7 +201,7 @@ def _expand_small_products(
     nodes = graph.graph
     placeholders = [node for node in nodes.nodes if node.op == "placeholder"]
     order = {node: index for index, node in enumerate(placeholders[3:])}
-    copies: dict[int, torch.fx.Node] = {}
+    copies: dict[int, _Node] = {}
     last = placeholders[-1]
     for node in list(nodes.nodes):
         if node.target not in (_aten.mm.default, _aten.addmm.default) or node.kwargs:
@@ -244,16 +244,16 @@ def _expand_small_products(
     return tuple(copies)
 
 
-def _is_mutation(node: torch.fx.Node) -> bool:
+def _is_mutation(node: _Node) -> bool:
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
-def _packet(node: torch.fx.Node) -> Any:
+def _packet(node: _Node) -> Any:
     return getattr(node.target, "overloadpacket", None)
 
 
-def _is_view(node: torch.fx.Node) -> bool:
+def _is_view(node: _Node) -> bool:
     return node.op == "call_function" and (
         _packet(node) in _VIEWS or bool(getattr(node.target, "is_view", False))
     )
@@ -265,7 +265,7 @@ def _base(node: Any) -> Any:
     return node
 
 
-def _size(node: torch.fx.Node) -> int:
+def _size(node: _Node) -> int:
     value = node.meta.get("val")
     return value.numel() if isinstance(value, torch.Tensor) else 0
 
@@ -283,16 +283,17 @@ def _split(
     """
     nodes = list(graph.graph.nodes)
     t, y, w, *inputs = [node for node in nodes if node.op == "placeholder"]
-    value, state, *products = graph.graph.output_node().args[0]  # type: ignore[misc]
+    output: _Node = graph.graph.output_node()
+    value, state, *products = output.args[0]
     late, moving, timed = {w}, {y}, {t}
     for node in nodes:
         for group in (late, moving, timed):
             if node.op == "call_function" and group & set(node.all_input_nodes):
                 group.add(node)
     early = [node for node in nodes if node.op == "call_function" and node not in late]
-    at_hand: set[torch.fx.Node] = {t, y, *inputs}
+    at_hand: set[_Node] = {t, y, *inputs}
 
-    def repeatable(node: torch.fx.Node) -> bool:
+    def repeatable(node: _Node) -> bool:
         if node in at_hand:
             return True
         if node not in moving and (node not in timed or _size(node) <= 1):
@@ -301,17 +302,17 @@ def _split(
         cheap = power or _is_view(node) or _packet(node) in _CHEAP
         return cheap and all(map(repeatable, node.all_input_nodes))
 
-    saved: list[torch.fx.Node] = []
+    saved: list[_Node] = []
 
-    def need(node: torch.fx.Node) -> None:
+    def need(node: _Node) -> None:
         if repeatable(node):
             return
         if _is_view(node) or _packet(node) is None:  # a getitem counts as a view of its pair
-            need(node.args[0]) if _is_view(node) else keep(node)  # type: ignore[arg-type]
+            need(node.args[0]) if _is_view(node) else keep(node)
             return
         keep(node)
 
-    def keep(node: torch.fx.Node) -> None:
+    def keep(node: _Node) -> None:
         saved.append(node)
         at_hand.add(node)
 
@@ -336,21 +337,19 @@ def _split(
     )  # fmt: skip
 
 
-def _factors(
-    products: list[torch.fx.Node], used: list[int]
-) -> tuple[list[torch.fx.Node], list[ParameterPart]]:
+def _factors(products: list[_Node], used: list[int]) -> tuple[list[_Node], list[ParameterPart]]:
     """Return the results that the product graph is to have, matrix products as their factors."""
-    results: list[torch.fx.Node] = []
+    results: list[_Node] = []
     parts = []
     for index, product in zip(used, products, strict=True):
         node, transposed = product, False
         shape = tuple(product.meta["val"].shape)
         while _packet(node) in (_aten.t, _aten.detach):
             transposed ^= _packet(node) is _aten.t
-            node = node.args[0]  # type: ignore[assignment]
+            node = node.args[0]
         if _packet(node) is _aten.mm and _packet(node.args[0]) is _aten.t:
             parts.append(ParameterPart(index, shape, len(results), True, transposed))
-            results.extend((node.args[0].args[0], node.args[1]))  # type: ignore[union-attr,arg-type]
+            results.extend((node.args[0].args[0], node.args[1]))
         else:
             parts.append(ParameterPart(index, shape, len(results)))
             results.append(product)
@@ -358,10 +357,10 @@ def _factors(
 
 
 def _extract(
-    nodes: list[torch.fx.Node],
-    inputs: tuple[torch.fx.Node, ...],
-    outputs: tuple[torch.fx.Node, ...],
-    inner: set[torch.fx.Node],
+    nodes: list[_Node],
+    inputs: tuple[_Node, ...],
+    outputs: tuple[_Node, ...],
+    inner: set[_Node],
 ) -> torch.fx.GraphModule:
     """Return the graph from inputs to outputs, made of the nodes that it needs out of ``inner``."""
     graph = torch.fx.Graph()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pnode import tolerances, vectors
+from pnode import tolerances
 from pnode.compilation import CompilationFailed, Compiled
 from pnode.errors import NonFiniteVectorField, SolveError
 from pnode.interpolation import polynomial
@@ -60,7 +60,7 @@ class Start:
 
 @dataclass(eq=False)
 class _Entry:
-    field: FieldGraph
+    traced: FieldGraph
     graphs: dict[Any, StepGraphs] = field(default_factory=dict)
 
 
@@ -123,8 +123,8 @@ class Compiler:
         try:
             value = field_.rhs(s, y0.detach().to(field_.dtype, copy=True)) * problem.direction
         except SolveError as error:
-            where = {"time": problem.direction * s, "step": 0, "method": method.name}
-            raise error.located(**where) from error.__cause__
+            at = problem.direction * s
+            raise error.located(time=at, step=0, method=method.name) from error.__cause__
         if not method.fsal:  # a check, which the method makes no use of
             field_.ledger.rhs -= 1
         time = torch.scalar_tensor(problem.direction * s, dtype=REAL)
@@ -185,7 +185,7 @@ class Compiler:
         if key not in entry.graphs:
             tableau, embedded = _tableau(settings.method)
             entry.graphs[key] = StepGraphs(
-                entry.field, tableau, embedded if settings.adaptive else None,
+                entry.traced, tableau, embedded if settings.adaptive else None,
                 settings.method.fsal, settings.size, settings.dtype, tape,
             )  # fmt: skip
         return entry.graphs[key]
@@ -296,6 +296,8 @@ class CompiledIntegrator(TimeIntegrator):
         self.solution = PETSc.Vec().createWithArray(memory, comm=settings.comm)
         self._longest = self.ts.getStepLimits()[1] if settings.adaptive else math.inf
         self._evaluations = len(graphs.tableau.c) - graphs.fsal
+        self._slope: torch.Tensor | None = None
+        self._saved: tuple[torch.Tensor, ...] = ()
         self._number: tuple[float, torch.Tensor] = (0.0, torch.zeros((), dtype=REAL))
 
     def begin(self, field: VectorField, u: torch.Tensor, s: float, step_index: int = 0) -> None:
@@ -310,7 +312,7 @@ class CompiledIntegrator(TimeIntegrator):
         super().end()
         del self._field, self._last
         self._inputs = []
-        self._slope, self._saved = None, ()
+        self.restart_step()
 
     def know_slope(self, start: Start) -> None:
         """Take the slope at the state it stands at."""
@@ -319,7 +321,8 @@ class CompiledIntegrator(TimeIntegrator):
 
     def restart_step(self) -> None:
         """Forget the slope that the last step has left."""
-        self._slope, self._saved = None, ()
+        self._slope = None
+        self._saved = ()
 
     def _stand_at(self, u: torch.Tensor) -> None:
         self._u = u
@@ -354,11 +357,12 @@ class CompiledIntegrator(TimeIntegrator):
         inputs = [t, self._number[1], self._u, *self._tolerances]
         saved = self._saved
         if graphs.fsal:
-            if self._slope is None:
-                self._slope, self._saved = graphs.start(t, self._u)
-                saved = self._saved
+            slope = self._slope
+            if slope is None:
+                slope, saved = graphs.start(t, self._u)
+                self._slope, self._saved = slope, saved
                 ledger.rhs += 1
-            inputs.append(self._slope)
+            inputs.append(slope)
         results = self._run(inputs + self._inputs)
         ledger.rhs += self._evaluations
         looks = results[0].tolist()
@@ -378,7 +382,7 @@ class CompiledIntegrator(TimeIntegrator):
         self.solution.stateIncrease()
         if graphs.fsal:
             self._slope = results[2]
-            self._saved = tuple(results[len(results) - graphs.saved :]) if graphs.saved else ()
+            self._saved = tuple(results[-graphs.saved :]) if graphs.saved else ()
         return StepOutcome(True, proposed)
 
     def sweep(
@@ -424,7 +428,9 @@ class CompiledIntegrator(TimeIntegrator):
                 if this_length != length:
                     length = this_length
                     h = torch.scalar_tensor(direction * length, dtype=REAL)
-                results = run([t, h, u, slope, *inputs] if fsal else [t, h, u, *inputs])
+                results = run(
+                    [t, h, u, slope, *inputs] if slope is not None else [t, h, u, *inputs]
+                )
                 if not results[0].item() < _MODERATE:
                     error = self._look(results[0].tolist(), results[1], s, number)
                     if error is not None:
@@ -434,7 +440,7 @@ class CompiledIntegrator(TimeIntegrator):
                 u = results[1]
                 if fsal:
                     slope = results[2]
-                    saved = results[last:] if last else ()
+                    saved = tuple(results[last:]) if last else ()
                 number += 1
             outputs[index] = u
             if tape is not None:
@@ -460,13 +466,10 @@ class CompiledIntegrator(TimeIntegrator):
             return None
         if len(looks) == 1 and bool(end.isfinite().all()):
             return None
-        where = {
-            "time": self._direction * s, "step": index, "method": self.settings.method.name,
-        }  # fmt: skip
         return NonFiniteVectorField(
             "the vector field returned NaN or infinity: check it there, or take smaller steps",
-            **where,
-        )
+            time=self._direction * s, step=index, method=self.settings.method.name,
+        )  # fmt: skip
 
     def checkpoint(self, previous: tuple[torch.Tensor, ...] | None) -> tuple[torch.Tensor, ...]:
         """Return what the adjoint of the last step needs. Not collective.

@@ -136,7 +136,7 @@ class StepGraphs:
         if not self.tape:
             return (torch.stack(looks), *states, *(x.reshape(-1) for x in points))
         here = saved[:-1] if self.fsal else saved
-        stacks = [torch.stack(group) for group in (points, *zip(*here, strict=True)) if group]
+        stacks = [torch.stack(list(group)) for group in (points, *zip(*here, strict=True)) if group]
         return (torch.stack(looks), *states, *stacks, *(saved[-1] if self.fsal else ()))
 
     def _adjoint(self, *inputs: torch.Tensor) -> Tensors:

@@ -18,6 +18,7 @@ LEAVES = {
     for name in (
         "arguments",
         "checkpointing",
+        "compilation",
         "controllers",
         "errors",
         "interpolation",
@@ -26,6 +27,7 @@ LEAVES = {
         "problem",
         "solution",
         "tolerances",
+        "tracing",
         "vectorfield",
         "vectors",
     )
@@ -191,7 +193,8 @@ def test_schedules_import_neither_petsc_nor_torch(name: str) -> None:
 
 # --------------------------------------------------------------------------- who calls autograd
 
-CALLS_AUTOGRAD = {"pnode.vectorfield", "pnode.testing"}
+# pnode.tracing records vectorfield's calls, and rewrites operations in place (functionalize).
+CALLS_AUTOGRAD = {"pnode.vectorfield", "pnode.tracing", "pnode.testing"}
 DEFINES_FUNCTION = {"pnode.integrate"}  # the one torch.autograd.Function
 
 
