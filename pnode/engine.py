@@ -388,7 +388,8 @@ class Engine:
         """
         run = Run(problem, Stats(), self._settings(problem.layout, problem.form))
         field_ = vector_field(problem, run.stats)
-        start = self._compiled(run, field_, y0, keep, requests) if self.compile else None
+        compiled = self.compile and len(problem.times) > 1
+        start = self._compiled(run, field_, y0, keep, requests) if compiled else None
         if start is not None and self._is_plain(run, requests, keep):
             return self._sweep(run, field_, y0, keep, start), run
         if keep:

@@ -172,6 +172,7 @@ def _lift_captured(graph: torch.fx.GraphModule) -> tuple[torch.Tensor, ...]:
             captured.append(tensor)
         node.replace_all_uses_with(inputs[id(tensor)])
         nodes.erase_node(node)
+    graph.recompile()
     return tuple(captured)
 
 

@@ -184,6 +184,8 @@ class Compiler:
         key = (settings.method, settings.adaptive, tape)
         if key not in entry.graphs:
             tableau, embedded = _tableau(settings.method)
+            if not settings.adaptive:
+                tableau = tableau.without_idle_stages(settings.method.fsal)
             entry.graphs[key] = StepGraphs(
                 entry.traced, tableau, embedded if settings.adaptive else None,
                 settings.method.fsal, settings.size, settings.dtype, tape,

@@ -105,7 +105,7 @@ def assert_same(found: list[Any], expected: list[Any], rtol: float = 1e-12) -> N
 
 
 def start(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(2), dtype=dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=dtype)
 
 
 def both(*arguments: Any, within: float = 1e-12, **keywords: Any) -> tuple[Any, Any]:
@@ -122,8 +122,10 @@ def both(*arguments: Any, within: float = 1e-12, **keywords: Any) -> tuple[Any, 
 @pytest.mark.parametrize("method", [method.name for method in EXPLICIT])
 def test_fixed_steps_of_every_method(method: str, interpreted: dict[str, int]) -> None:
     ledger, expected = both(Net(), start(4, 3), method=method, step_size=0.1)
-    assert (ledger.steps, ledger.rhs) == (expected.steps, expected.rhs)
-    assert ledger.backward.vjp == expected.backward.vjp
+    # One stage of two methods is for their error estimates only, and left out.
+    idle = ledger.steps if method in ("verner7", "verner8") else 0
+    assert (ledger.steps, ledger.rhs) == (expected.steps, expected.rhs - idle)
+    assert ledger.backward.vjp == expected.backward.vjp - idle
     assert (ledger.backward.rhs, ledger.backward.recomputed) == (3, 0)  # for t, none for the steps
     assert interpreted == {"step": ledger.steps, "adjoint": ledger.steps}
 
@@ -232,7 +234,7 @@ def test_parameters_that_are_not_leaves(interpreted: dict[str, int]) -> None:
     both(
         lambda t, y: torch.sin(derived * y),
         start(4, 3),
-        tensors=(leaf,),
+        tensors=(derived,),
         params=[derived],
         step_size=0.2,
     )
@@ -388,33 +390,40 @@ def test_changes_in_place_take_effect(interpreted: dict[str, int]) -> None:
 
 
 def test_changes_of_python_objects_are_noticed(interpreted: dict[str, int]) -> None:
-    class Scaled(torch.nn.Module):
+    class Scaled:
         factor: Any = 1.0
 
-        def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        def __call__(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             return -self.factor * y
 
     field = Scaled()
     solver = pnode.Solver(field, step_size=0.1, compile=True)
     other = pnode.Solver(field, step_size=0.1)
-    for factor in (
-        1.0,
-        2.0,
-        torch.tensor(3.0),
-        torch.tensor(4.0),
-        torch.nn.Parameter(torch.tensor(5.0)),
-    ):
+    for factor in (1.0, 2.0, torch.tensor(3.0), torch.tensor(4.0)):
         field.factor = factor
-        assert_same([solver(start(3), TIMES).ys.detach()], [other(start(3), TIMES).ys.detach()])
+        assert_same([solver(start(3), TIMES).ys], [other(start(3), TIMES).ys])
+
+
+def test_replaced_parameters_get_gradients(interpreted: dict[str, int]) -> None:
+    net = Net()
+    solver = pnode.Solver(net, step_size=0.1, compile=True)
+    for _ in range(2):
+        solver(start(4, 3), TIMES).ys.sum().backward()
+        assert net.first.weight.grad is not None
+        net.first.weight = torch.nn.Parameter(net.first.weight.detach().clone())  # same values
 
 
 def test_ever_new_numbers_fall_back(interpreted: dict[str, int]) -> None:
     factor = 1.0
-    solver = pnode.Solver(lambda t, y: -factor * y, step_size=0.1, compile=True)
+
+    def field(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return -factor * y
+
+    solver = pnode.Solver(field, step_size=0.1, compile=True)
     with pytest.warns(UserWarning, match=r"compile=True.*different again: let numbers") as caught:
         for _ in range(12):
             factor += 1.0
-            expected = pnode.Solver(lambda t, y: -factor * y, step_size=0.1)(start(3), TIMES).ys
+            expected = pnode.Solver(field, step_size=0.1)(start(3), TIMES).ys
             assert_same([solver(start(3), TIMES).ys], [expected])
     assert len([w for w in caught if "compile=True" in str(w.message)]) == 1
 
@@ -494,7 +503,7 @@ def test_dropout_is_an_error_as_ever(interpreted: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("value", [None, 1, "yes"])
 def test_bad_argument(value: Any) -> None:
-    with pytest.raises(ConfigurationError, match="compile=.*give True or False"):
+    with pytest.raises(ConfigurationError, match=r"compile=.*give True or False"):
         pnode.Solver(Net(), compile=value)
 
 
@@ -550,7 +559,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compiled")
     programs = [run_program(folder) for _ in range(2)]
     for program in programs:
-        out, err = program.communicate(timeout=500)
+        _, err = program.communicate(timeout=500)
         assert program.returncode == 0, err
     return folder
 
@@ -608,12 +617,9 @@ def test_graphs_keep_only_what_the_product_needs() -> None:
     from pnode.vectorfield import vector_field
 
     layer = torch.nn.Linear(3, 5).double()
-    for function, saved in (
-        (lambda t, y: torch.tanh(layer(y)).sum(1, True) * y, 5 + 1),
-        (lambda t, y: y**3, 0),
-    ):
-        problem = InitialValueProblem.create(
-            function, start(2, 3), TIMES, tuple(layer.parameters())
-        )
+    cases = (lambda t, y: torch.tanh(layer(y)).sum(1, True) * y, 5 + 1), (lambda t, y: y**3, 0)
+    parameters = tuple(layer.parameters())
+    for function, saved in cases:
+        problem = InitialValueProblem.create(function, start(2, 3), TIMES, parameters)
         graph = tracing.trace_field(vector_field(problem, Ledger()))
         assert graph.saved_bytes == saved * 2 * 8
