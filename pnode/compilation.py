@@ -86,6 +86,8 @@ def compile_graph(
     CompilationFailed
         With the reason: no compiler, no room on disk...
     """
+    import torch._inductor  # takes seconds, and most programs never need it
+
     try:
         path = cache_folder() / f"{name}.pt2"
         if path.exists():
@@ -95,7 +97,10 @@ def compile_graph(
         return _load(path)
     except Exception as error:
         text = " ".join(str(error).split())
-        raise CompilationFailed(f"{type(error).__name__}: {text[:300]}") from error
+        raise CompilationFailed(
+            f"torch's inductor failed ({type(error).__name__}: {text[:300]}); it needs a C++ "
+            "compiler such as g++, and a folder to write to, which PNODE_CACHE_DIR can name"
+        ) from error
 
 
 def _load(path: Path) -> Compiled:

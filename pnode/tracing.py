@@ -140,8 +140,11 @@ def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())
     name = type(error).__name__
     if "DataDependent" in name or "_local_scalar_dense" in text or "item()" in text:
-        return "its Python code depends on values of tensors (an if, float() or item() on t or y)"
-    return f"{name}: {text[:200]}"
+        return (
+            "the vector field's Python code depends on values of tensors (an if, float() or item() "
+            "on t or y): use torch.where, and tensors instead of numbers"
+        )
+    return f"torch cannot trace the vector field ({name}: {text[:200]})"
 
 
 def _tidy(graph: torch.fx.GraphModule) -> list[int]:
@@ -183,11 +186,13 @@ def _refuse_effects(graph: torch.fx.GraphModule) -> None:
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
         if torch.Tag.nondeterministic_seeded in node.target.tags:
-            raise Untraceable(f"it draws random numbers ({node.target})")
+            raise Untraceable(f"the vector field draws random numbers ({node.target})")
         for argument, declared in zip(node.args, node.target._schema.arguments, strict=False):
             info = declared.alias_info
             if info is not None and info.is_write and _base(argument) in given:
-                raise Untraceable(f"it writes into a tensor that it was given ({node.target})")
+                raise Untraceable(
+                    f"the vector field writes into a tensor that it was given ({node.target})"
+                )
 
 
 def _expand_small_products(
