@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -86,8 +87,6 @@ def compile_graph(
     CompilationFailed
         With the reason: no compiler, no room on disk...
     """
-    import torch._inductor  # takes seconds, and most programs never need it
-
     try:
         path = cache_folder() / f"{name}.pt2"
         if path.exists():
@@ -104,7 +103,8 @@ def compile_graph(
 
 
 def _load(path: Path) -> Compiled:
-    run: Compiled = torch._inductor.aoti_load_package(str(path)).loader.run
+    inductor = importlib.import_module("torch._inductor")  # takes seconds, and most do without
+    run: Compiled = inductor.aoti_load_package(str(path)).loader.run
     return run
 
 
@@ -115,7 +115,8 @@ def _build(path: Path, function: Callable[..., object], examples: Sequence[torch
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exported = torch.export.export(graph, tuple(examples), strict=False)
-            torch._inductor.aoti_compile_and_package(exported, package_path=str(partial))
+            inductor = importlib.import_module("torch._inductor")
+            inductor.aoti_compile_and_package(exported, package_path=str(partial))
         partial.replace(path)
 
 

@@ -481,7 +481,7 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fail(*arguments: Any, **keywords: Any) -> Any:
         raise RuntimeError("InvalidCxxCompiler")
 
-    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fail)
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", fail)
     with pytest.warns(UserWarning, match="compile=True has no effect.*InvalidCxxCompiler"):
         found, _ = gradients(Net(), start(4, 3), step_size=0.1, compile=True)
     assert_same(found, gradients(Net(), start(4, 3), step_size=0.1)[0], 0.0)
