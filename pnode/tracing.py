@@ -55,6 +55,8 @@ class FieldGraph:
         The user's, or ``(size,)`` for a tuple.
     captured : tuple of Tensor
         What f reads besides t and y, parameters among them.
+    layouts : tuple
+        Their shapes, strides and dtypes.
     transposed : tuple of int
         Which of them are wanted transposed too, see :meth:`inputs`.
     saved : int
@@ -71,15 +73,28 @@ class FieldGraph:
     product: torch.fx.GraphModule
     shape: tuple[int, ...]
     captured: tuple[torch.Tensor, ...]
+    layouts: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
     transposed: tuple[int, ...]
     saved: int
     saved_bytes: int
     parameters: tuple[ParameterPart, ...]
     code: str
 
+    def fits(self) -> bool:
+        """Whether ``captured`` have the shapes and dtypes that they had (``net.double()``...)."""
+        present = [(tensor.shape, tensor.dtype) for tensor in self.captured]
+        return present == [(shape, dtype) for shape, _, dtype in self.layouts]
+
     def inputs(self) -> list[torch.Tensor]:
-        """Return what the graphs take for ``inputs``, from the present values of ``captured``."""
+        """Return what the graphs take for ``inputs``, from the present values of ``captured``.
+
+        Compiled graphs rely on strides, which ``parameter.data = other`` can change.
+        """
         present = [tensor.detach() for tensor in self.captured]
+        for index, (tensor, (_, stride, _)) in enumerate(zip(present, self.layouts, strict=True)):
+            if tensor.stride() != stride:
+                other = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype)
+                present[index] = other.copy_(tensor)
         return present + [present[index].t().contiguous() for index in self.transposed]
 
 
@@ -335,11 +350,11 @@ def _split(
     parts, factors = _factors(products, used)
     repeated = {*early, *late} - {w} - set(saved)
     second = _extract(nodes, (w, t, y, *inputs, *saved), (state, *parts), repeated)
-    shapes = [(tuple(x.shape), x.stride(), str(x.dtype)) for x in captured]
+    layouts = tuple((x.shape, x.stride(), x.dtype) for x in captured)
     return FieldGraph(
-        first, second, tuple(y.meta["val"].shape), captured, transposed, len(saved),
-        sum(_size(node) * node.meta["val"].element_size() for node in saved),
-        tuple(factors), "\n".join((first.code, second.code, repr(shapes), repr(factors))),
+        first, second, tuple(y.meta["val"].shape), captured, layouts, transposed,
+        len(saved), sum(_size(node) * node.meta["val"].element_size() for node in saved),
+        tuple(factors), "\n".join((first.code, second.code, repr(layouts), repr(factors))),
     )  # fmt: skip
 
 

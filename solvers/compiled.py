@@ -139,7 +139,7 @@ class Compiler:
         key = (problem.layout, tuple(map(id, problem.parameters)))
         for attempt in range(2):
             entry = self._entries.get(key)
-            if entry is None or attempt:
+            if entry is None or attempt or not entry.traced.fits():
                 entry = self._trace(problem, y0)
                 self._entries[key] = entry
             graphs = self._graphs(entry, settings, tape)
@@ -336,7 +336,7 @@ class CompiledIntegrator(TimeIntegrator):
         self._saved = ()
 
     def _stand_at(self, u: torch.Tensor) -> None:
-        self._u = u
+        self._u = u = u.contiguous()
         self._memory.copy_(u)
         self.solution.stateIncrease()
         self._last: tuple[Any, ...] = ()

@@ -413,6 +413,27 @@ def test_replaced_parameters_get_gradients(interpreted: dict[str, int]) -> None:
         net.first.weight = torch.nn.Parameter(net.first.weight.detach().clone())  # same values
 
 
+def test_other_data_in_the_same_tensors(interpreted: dict[str, int]) -> None:
+    """Strides and dtypes that graphs rely on: ``data=`` and ``Module.to`` change them in place."""
+    net = Net()
+    solver = pnode.Solver(net, step_size=0.1, compile=True)
+    layout = solver(start(4, 3), TIMES)
+    weight = net.first.weight
+    weight.data = 2.0 * weight.detach().t().contiguous().t()
+    assert weight.stride() == (1, 9)
+    (entry,) = solver._engine._compiler._entries.values()
+    assert [x.stride() for x in entry.traced.captured] != [x[1] for x in entry.traced.layouts]
+    given = entry.traced.inputs()[: len(entry.traced.captured)]
+    assert [x.stride() for x in given] == [x[1] for x in entry.traced.layouts]
+    expected = pnode.Solver(net, step_size=0.1)(start(4, 3), TIMES).ys
+    assert_same([solver(start(4, 3), TIMES).ys.detach()], [expected.detach()])
+    assert not torch.equal(layout.ys, expected)
+    net.float()
+    half = solver(start(4, 3).float(), TIMES).ys
+    expected = pnode.Solver(net, step_size=0.1)(start(4, 3).float(), TIMES).ys
+    assert_same([half.detach()], [expected.detach()], 1e-5)
+
+
 def test_ever_new_numbers_fall_back(interpreted: dict[str, int]) -> None:
     factor = 1.0
 
