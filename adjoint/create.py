@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pnode.adjoint.compiled import CompiledAdjoint
 from pnode.adjoint.discrete import DiscreteAdjoint
 from pnode.adjoint.multistep import MultistepAdjoint
 from pnode.adjoint.residual import BackwardEulerAdjoint
@@ -20,6 +21,8 @@ def create_adjoint(
 ) -> AdjointStepper:
     """Create the adjoint of ``settings.method``. Collective on ``settings.comm``."""
     method = settings.method
+    if settings.graphs is not None:
+        return CompiledAdjoint(settings, parameters)
     if method.ts_type == "python":
         return MultistepAdjoint(settings, options, parameters)
     if settings.form == "residual":

@@ -96,8 +96,8 @@ class Trajectory:
                 self.progress.add_step(step)
         for action in self.schedule.after_step(step.index):
             self.execute(action, integrator)
-        if self.tapes and integrator.graphs:
-            self._store.keep_tape(step.index, *integrator.tape())
+        if self.tapes and integrator.keeps_graphs:
+            self._store.keep_tape(step.index, *integrator.kept_graphs())
 
     def tape(self, index: int) -> Any:
         """Return the graphs of a step's stages, None if they are not kept."""

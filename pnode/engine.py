@@ -19,6 +19,7 @@ from mpi4py import MPI
 
 from pnode import tolerances, vectors
 from pnode.adjoint.choose import choose_schedule
+from pnode.adjoint.compiled import CompiledAdjoint
 from pnode.adjoint.create import create_adjoint
 from pnode.adjoint.resume import Progress, fingerprint
 from pnode.adjoint.schedule import Adjoint, Advance, RestoreEnd, RestoreSolution
@@ -35,6 +36,7 @@ from pnode.problem import InitialValueProblem
 from pnode.solution import Stats
 from pnode.solvers.assemblies import SparsityPattern
 from pnode.solvers.bridge import accumulate
+from pnode.solvers.compiled import CompiledIntegrator, Compiler, Start, Tape
 from pnode.solvers.create import create_integrator
 from pnode.solvers.integrator import (
     DENSE_LIMIT,
@@ -136,6 +138,8 @@ class Run:
         What ended the sweep early; ``problem`` then has the times of the outputs it returned.
     reproducible : bool
         Whether every step starts afresh.
+    tape : Tape or None
+        Steps and checkpoints of compiled fixed steps, instead of a trajectory.
     """
 
     problem: InitialValueProblem
@@ -146,6 +150,7 @@ class Run:
     dense: DenseOutput | None = None
     event: Event | None = None
     reproducible: bool = False
+    tape: Tape | None = None
 
 
 class _Record:
@@ -214,7 +219,7 @@ class _Record:
         if self._run.trajectory is not None:
             self._attempt(self._run.trajectory.before_step, index, self._integrator)
         if self._run.reproducible:
-            self._integrator.ts.restartStep()
+            self._integrator.restart_step()
 
     def on_step(self, step: Step) -> None:
         """Note an accepted step."""
@@ -296,7 +301,7 @@ class _Repeated:
         assert run.trajectory is not None and self.integrator is not None
         recorded = run.trajectory.steps[step]
         if run.reproducible:
-            self.integrator.ts.restartStep()
+            self.integrator.restart_step()
         with torch.no_grad():
             outcome = self.integrator.attempt(recorded.start, recorded.length, step, recorded.order)
         if outcome.error is not None:
@@ -328,6 +333,8 @@ class Engine:
         Of a state with ghost cells.
     prefix : str
         Options prefix of all its PETSc objects.
+    compile : bool
+        Whether steps are compiled where that is possible.
     """
 
     method: Method
@@ -339,7 +346,9 @@ class Engine:
     comm: Any = field(default_factory=lambda: MPI.COMM_SELF)
     exchange: Layout | None = None
     prefix: str = field(default_factory=next_prefix)
+    compile: bool = False
     _pool: _Pool = field(default_factory=_Pool, init=False)
+    _compiler: Compiler = field(default_factory=Compiler, init=False)
     _options: dict[Hashable, SolverOptions] = field(default_factory=dict, init=False)
     _patterns: dict[Hashable, SparsityPattern] = field(default_factory=dict, init=False)
 
@@ -351,13 +360,13 @@ class Engine:
         """Copies and pickles take the configuration along, not the PETSc objects."""
         return Engine, (
             self.method, self.control, self.jacobian, self.petsc_options, self.jacobian_options,
-            self.checkpointing, self.comm, self.exchange,
+            self.checkpointing, self.comm, self.exchange, next_prefix(), self.compile,
         )  # fmt: skip
 
     def __deepcopy__(self, memo: Any) -> Engine:
         """Copies share the communicator and the layout, which belong to the process."""
-        make, (*settings, comm, exchange) = self.__reduce__()
-        return make(*deepcopy(settings, memo), comm, exchange)
+        make, (*settings, comm, exchange, prefix, compiled) = self.__reduce__()
+        return make(*deepcopy(settings, memo), comm, exchange, prefix, compiled)
 
     @property
     def color_count(self) -> int:
@@ -400,15 +409,23 @@ class Engine:
     def _forward(self, run: Run, y0: torch.Tensor, keep: bool, requests: Requests) -> torch.Tensor:
         problem = run.problem
         field_ = vector_field(problem, run.stats)
+        compiled = self.compile and len(problem.times) > 1
+        compiled = compiled and not problem.ranks.parallel and self.exchange is None
+        start = self._compiled(run, field_, y0, keep, requests) if compiled else None
+        if start is not None and self._is_plain(run, requests, keep):
+            return self._sweep(run, field_, y0, keep, start)
         if keep:
             run.trajectory = self._trajectory(run, requests, y0)
             # What one-step methods carry over from the step before; the others have the same bits.
             fresh = self.method.ts_type in ("rk", "dirk") and not self.method.same_bits
             run.reproducible = self.checkpointing.reproducible and fresh
         with ExitStack() as leases, self._integrator(run.settings, field_, y0) as integrator:
+            if start is not None:
+                assert isinstance(integrator, CompiledIntegrator)
+                integrator.know_slope(start)
             if run.trajectory is not None:
                 leases.enter_context(run.trajectory.forward())
-                if run.trajectory.tapes:
+                if run.trajectory.tapes and start is None:
                     integrator.bridge.keep_graphs()
             locator: EventLocator | None = None
             if requests.event_fn is not None:
@@ -469,6 +486,8 @@ class Engine:
         times : dict
             For each interpolated output, the derivative with respect to its time.
         """
+        if run.tape is not None:
+            return self._reverse_sweep(run, y0, cotangents)
         trajectory = run.trajectory
         assert trajectory is not None
         ledger = run.stats.backward
@@ -496,11 +515,7 @@ class Engine:
         trajectory.ready = False
         wanted = bool(field_.parameters)
 
-        def create() -> AdjointStepper:
-            options = self._solver_options(run.settings, adjoint=True)
-            return create_adjoint(run.settings, options, wanted)
-
-        with self._pool.lease(("adjoint", run.settings, wanted), create) as adjoint:
+        with self._adjoint(run.settings, wanted) as adjoint:
             adjoint.begin(field_)
             dense = DenseAdjoint(run.dense, trajectory.steps, field_, cotangents)
             with torch.enable_grad():  # here once, instead of at each stage
@@ -509,6 +524,65 @@ class Engine:
             parameters = adjoint.parameter_gradients(len(field_.parameters))
             accumulate(parameters, tuple(dense.parameters), 1.0)
         return state, parameters, initial, dense.times
+
+    def _is_plain(self, run: Run, requests: Requests, keep: bool) -> bool:
+        """Whether a sweep of compiled steps has nothing to do between them but to go on."""
+        control, chosen = self.control, self.checkpointing
+        if control.step_size is None or requests.dense or requests.event_fn is not None:
+            return False
+        if keep and (chosen.bytes is not None or chosen.disk is not None):
+            return False
+        if keep and (chosen.store == "solutions" or chosen.resume or chosen.reproducible):
+            return False
+        options = self._solver_options(run.settings).values
+        if requests.monitor is not None or any(name.startswith("ts_monitor") for name in options):
+            return False
+        limit = control.max_steps
+        return limit is None or count_fixed_steps(run.problem.times, control.step_size) <= limit
+
+    def _sweep(
+        self, run: Run, field_: VectorField, y0: torch.Tensor, keep: bool, start: Start | None
+    ) -> torch.Tensor:
+        """Take fixed compiled steps to the last output."""
+        problem, layout = run.problem, run.problem.layout
+        assert self.control.step_size is not None
+        ys = torch.empty((len(problem.times), layout.size), dtype=layout.dtype)
+        tape = Tape() if keep else None
+        with self._integrator(run.settings, field_, y0) as integrator:
+            assert isinstance(integrator, CompiledIntegrator)
+            if start is not None:
+                integrator.know_slope(start)
+            steps = integrator.sweep(problem.times, self.control.step_size, ys, tape)
+            integrator.options.warn_unused()
+        if tape is not None:
+            run.tape = tape
+            run.stats.ram_bytes = max(run.stats.ram_bytes, tape.bytes)
+        if start is not None:
+            run.stats.steps += steps
+            run.used = field_.used
+        else:
+            run.stats.backward.recomputed += steps
+        return ys
+
+    def _reverse_sweep(
+        self, run: Run, y0: torch.Tensor, cotangents: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None], torch.Tensor, dict[int, float]]:
+        """Take the adjoint of :meth:`_sweep`; see :meth:`backward`."""
+        ledger = run.stats.backward
+        field_ = vector_field(replace(run.problem, check_undeclared=False), ledger)
+        assert run.tape is not None
+        if len(run.tape.steps) < run.tape.outputs[-1]:  # freed by a backward sweep before
+            self._sweep(run, field_, y0, True, None)
+        nonzero = cotangents.ne(0).any(dim=1).tolist()
+        with self._adjoint(run.settings, bool(field_.parameters)) as adjoint:
+            assert isinstance(adjoint, CompiledAdjoint)
+            adjoint.begin(field_)
+            adjoint.reverse(run.tape, cotangents, nonzero, ledger)
+            initial = adjoint.state_gradient()
+            if nonzero[0]:
+                adjoint.add(cotangents[0])
+            parameters = adjoint.parameter_gradients(len(field_.parameters))
+            return adjoint.state_gradient(), parameters, initial, {}
 
     def _reverse(
         self,
@@ -630,6 +704,31 @@ class Engine:
             "petsc_options": self.petsc_options,
         }  # fmt: skip
         return fingerprint(facts, (y0, *problem.parameters, *problem.frozen))
+
+    def _compiled(
+        self, run: Run, field_: VectorField, y0: torch.Tensor, keep: bool, requests: Requests
+    ) -> Start | None:
+        """Choose compiled steps for a run, if there are any."""
+        chosen = self.checkpointing
+        free = chosen.bytes is None and chosen.disk is None and chosen.store in ("auto", "tape")
+        start = self._compiler.start(
+            field_, y0, run.settings, self._solver_options(run.settings),
+            tape=keep and free and not requests.dense,
+        )  # fmt: skip
+        if start is not None:
+            run.settings = replace(run.settings, graphs=start.graphs)
+        return start
+
+    @contextmanager
+    def _adjoint(self, settings: IntegratorSettings, parameters: bool) -> Iterator[AdjointStepper]:
+        """Lend an adjoint."""
+
+        def create() -> AdjointStepper:
+            options = self._solver_options(settings, adjoint=True)
+            return create_adjoint(settings, options, parameters)
+
+        with self._pool.lease(("adjoint", settings, parameters), create) as adjoint:
+            yield adjoint
 
     @contextmanager
     def _integrator(

@@ -142,8 +142,11 @@ class Solver(torch.nn.Module):
     layout : Grid or GhostLayout, optional
         Of a state whose ranks look at each other's cells, from :mod:`pnode.parallel`: the vector
         field then gets y with ghost cells and returns dy/dt without. It brings its communicator.
-    compile
-        Reserved: anything but the default is refused in this version.
+    compile : bool
+        For explicit Runge-Kutta methods: compile whole steps and their adjoints, by torch's
+        inductor and a C++ compiler; see docs/compile.md. f is traced once per shape and dtype and
+        the result kept on disk. Where that is impossible, one warning says why, and the solve goes
+        on without.
 
     Raises
     ------
@@ -203,9 +206,8 @@ class Solver(torch.nn.Module):
         progress: bool = False,
     ) -> None:
         super().__init__()
-        arguments.refuse_reserved(
-            compile=compile,
-        )  # fmt: skip
+        if not isinstance(compile, bool):
+            raise ConfigurationError(f"compile={compile!r}: give True or False")
         form = arguments.problem_form(rhs, implicit, explicit, mass, residual)
         if monitor is not None and not callable(monitor):
             raise ConfigurationError(f"monitor is {monitor!r}: give a callable (step, t, y)")
@@ -255,6 +257,11 @@ class Solver(torch.nn.Module):
         limits = _checkpointing(checkpointing)
         chosen_comm, exchange = arguments.communicator(comm, layout, form, limits.resume, event_fn)
         self._progress = progress and chosen_comm.rank == 0
+        if compile and (chosen_comm.size > 1 or exchange is not None):
+            warnings.warn(
+                "compile=True is not for states that several ranks share: the solve goes on without",
+                RuntimeWarning, stacklevel=2,
+            )  # fmt: skip
         self._engine = Engine(
             chosen, control, jacobian,
             arguments.linear_solver_options(linear_solver, jacobian)
@@ -262,7 +269,7 @@ class Solver(torch.nn.Module):
             jacobian_options(
                 chosen, form, jacobian, jacobian_pattern, preconditioner, jacobian_reuse
             ),
-            limits, chosen_comm, exchange,
+            limits, chosen_comm, exchange, compile=compile,
         )  # fmt: skip
         self.event_fn = event_fn
         self._requests = Requests(monitor, dense, None, arguments.finite("event_tol", event_tol))

@@ -117,6 +117,31 @@ class VectorField:
         """Return the state as f gets it."""
         return self._layout.unflatten(u)
 
+    def products(
+        self, time: torch.Tensor, u: torch.Tensor, w: torch.Tensor
+    ) -> list[torch.Tensor | None]:
+        """Return f at the user's time, w^T df/dy and w^T df/dp for each parameter, to be traced.
+
+        u, w, f and w^T df/dy have y's shape (flat for a tuple). Without direction, and not counted;
+        None for parameters that are not used.
+        """
+        layout = self._layout
+        leaf = u.detach().requires_grad_(True)
+        with torch.enable_grad():
+            # A copy, so that writing into y is reported by _call and not by torch.
+            own = leaf.clone()
+            state = layout.unflatten(own) if layout.is_tuple else own
+            value = self._call(float("nan"), own, time.detach(), state)
+            inputs = (leaf, *self.parameters)
+            found: Sequence[torch.Tensor | None] = (None,) * len(inputs)
+            if value.requires_grad:
+                found = torch.autograd.grad(value, inputs, w, allow_unused=True)
+        return [
+            value.detach(),
+            torch.zeros_like(leaf) if found[0] is None else found[0],
+            *found[1:],
+        ]
+
     def slope(self, s: float, u: torch.Tensor) -> torch.Tensor:
         """Return du/ds, both parts of a split right-hand side; arguments as for :meth:`rhs`."""
         own = self.rhs(s, u)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pnode.options import SolverOptions
+from pnode.solvers.compiled import CompiledIntegrator
 from pnode.solvers.integrator import IntegratorSettings, TimeIntegrator
 from pnode.solvers.multistep import MultistepIntegrator
 from pnode.solvers.rosenbrock import RosenbrockIntegrator
@@ -13,6 +14,8 @@ __all__ = ["create_integrator"]
 
 def create_integrator(settings: IntegratorSettings, options: SolverOptions) -> TimeIntegrator:
     """Create the integrator of ``settings.method``. Collective on ``settings.comm``."""
+    if settings.graphs is not None:
+        return CompiledIntegrator(settings, options)
     if settings.method.ts_type == "python":
         return MultistepIntegrator(settings, options)
     if settings.method.ts_type == "basicsymplectic":

@@ -91,6 +91,8 @@ class IntegratorSettings:
         Entries of the positions, the first part of the state of a symplectic method.
     distribution : int
         Fingerprint of the sizes on all ranks.
+    graphs : object or None
+        Compiled steps, see :mod:`pnode.solvers.compiled`.
     comm : object
         Communicator.
     """
@@ -108,6 +110,7 @@ class IntegratorSettings:
     controller: str = "basic"
     split: int = 0
     distribution: int = 0
+    graphs: Any = None
     comm: Any = field(default_factory=lambda: PETSc.COMM_SELF, compare=False)
 
     @property
@@ -419,6 +422,10 @@ class TimeIntegrator:
         self.ts.restartStep()
         self._rolled_back = False
 
+    def restart_step(self) -> None:
+        """Let the next step start afresh, without what the last one has left."""
+        self.ts.restartStep()
+
     def interpolate(self, s: float) -> torch.Tensor:
         """Return the state at a time in the last step by PETSc's interpolant. Collective."""
         result = self.solution.duplicate()
@@ -633,7 +640,7 @@ class TimeIntegrator:
             first = vectors.copy_out(start)
         return (first, *(vectors.copy_out(vector) for vector in rest))
 
-    def tape(self) -> tuple[tuple[Linearization, ...], int]:
+    def kept_graphs(self) -> tuple[tuple[Linearization, ...], int]:
         """Return the graphs at the stages of :meth:`checkpoint`, and the bytes they keep."""
         kept = list(self.bridge.graphs or ())
         if self.settings.method.fsal:
@@ -641,7 +648,7 @@ class TimeIntegrator:
         return tuple(graph for graph, _ in kept), sum(size for _, size in kept)
 
     @property
-    def graphs(self) -> bool:
+    def keeps_graphs(self) -> bool:
         """Whether the graphs of the last step are at hand."""
         return self.bridge.graphs is not None
 

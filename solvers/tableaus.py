@@ -35,6 +35,25 @@ class ExplicitTableau:
     b: tuple[float, ...]
     c: tuple[float, ...]
 
+    def without_idle_stages(self, fsal: bool) -> ExplicitTableau:
+        """Return the method without stages that only an embedded solution needs.
+
+        Parameters
+        ----------
+        fsal : bool
+            Whether the last stage is the next step's first, and stays.
+        """
+        live: set[int] = set()
+        for i in reversed(range(len(self.c))):
+            if self.b[i] or (fsal and i == len(self.c) - 1) or any(self.A[j][i] for j in live):
+                live.add(i)
+        kept = sorted(live)
+        return ExplicitTableau(
+            tuple(tuple(self.A[i][j] for j in kept) for i in kept),
+            tuple(self.b[i] for i in kept),
+            tuple(self.c[i] for i in kept),
+        )
+
 
 class _LowStorage:
     """A register of a low-storage method: u_n + h sum_j row_j k_j, row exact."""

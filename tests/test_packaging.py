@@ -18,6 +18,7 @@ LEAVES = {
     for name in (
         "arguments",
         "checkpointing",
+        "compilation",
         "controllers",
         "errors",
         "interpolation",
@@ -29,6 +30,7 @@ LEAVES = {
         "ranks",
         "solution",
         "tolerances",
+        "tracing",
         "vectorfield",
         "vectors",
     )
@@ -197,8 +199,11 @@ def test_schedules_import_neither_petsc_nor_torch(name: str) -> None:
 
 # --------------------------------------------------------------------------- who calls autograd
 
-# The probe solves a problem and takes its gradient as a user would.
-CALLS_AUTOGRAD = {"pnode.vectorfield", "pnode.testing", "pnode.diagnosis.probe"}
+# pnode.tracing records vectorfield's calls, and rewrites operations in place (functionalize). The
+# probe solves a problem and takes its gradient as a user would.
+CALLS_AUTOGRAD = {
+    "pnode.vectorfield", "pnode.tracing", "pnode.testing", "pnode.diagnosis.probe"
+}  # fmt: skip
 DEFINES_FUNCTION = {"pnode.integrate", "pnode.parallel"}  # the solve, and sums over ranks
 
 

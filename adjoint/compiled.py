@@ -1,0 +1,105 @@
+"""The discrete adjoint of an explicit step as one compiled graph."""
+
+from __future__ import annotations
+
+import torch
+
+from pnode.adjoint.stepper import TorchAdjointStepper
+from pnode.solution import Ledger
+from pnode.solvers.compiled import Tape
+from pnode.solvers.explicit_graphs import StepGraphs
+from pnode.solvers.integrator import IntegratorSettings
+from pnode.solvers.stepping import Step
+from pnode.vectorfield import VectorField
+from pnode.vectors import REAL
+
+__all__ = ["CompiledAdjoint"]
+
+
+class CompiledAdjoint(TorchAdjointStepper):
+    """Takes the adjoint of each step by one call of a compiled graph.
+
+    Parameters
+    ----------
+    settings : IntegratorSettings
+        With ``graphs``.
+    parameters : bool
+        Whether gradients with respect to parameters are wanted.
+    """
+
+    def __init__(self, settings: IntegratorSettings, parameters: bool) -> None:
+        super().__init__(settings, parameters)
+        assert settings.graphs is not None
+        self._graphs: StepGraphs = settings.graphs
+        self._run = self._graphs.adjoint
+
+    def begin(self, field: VectorField) -> None:
+        """Begin a sweep with zero cost gradients. Collective."""
+        super().begin(field)
+        self._inputs = self._graphs.field_graph.inputs()
+        self._sums = self._graphs.zeros()
+        self._stepped = False
+
+    def end(self) -> None:
+        """End a sweep: let go of the user's objects."""
+        super().end()
+        self._inputs, self._sums = [], []
+
+    def step(self, step: Step, ledger: Ledger) -> None:
+        """Take the adjoint of one step, whose checkpoint has been loaded."""
+        t = torch.scalar_tensor(self._direction * step.start, dtype=REAL)
+        h = torch.scalar_tensor(self._direction * step.length, dtype=REAL)
+        results = self._run([t, h, self.state, *self.checkpoint, *self._sums, *self._inputs])
+        self.state, self._sums = results[0], results[1:]
+        self._stepped = True
+        self._count(1, ledger)
+
+    def reverse(
+        self, tape: Tape, cotangents: torch.Tensor, nonzero: list[bool], ledger: Ledger
+    ) -> None:
+        """Take the adjoints of all steps, and free their checkpoints on the way.
+
+        Parameters
+        ----------
+        tape : Tape
+            Of the forward sweep.
+        cotangents : Tensor
+            Derivatives of the loss with respect to the outputs, shape ``(T, size)``; the first
+            output's is left to the caller.
+        nonzero : list of bool
+            Which of them do not vanish.
+        ledger : Ledger
+            Counts the steps.
+        """
+        run, inputs, steps = self._run, self._inputs, tape.steps
+        state, sums, number = self.state, self._sums, 0
+        waiting = [
+            (after, index) for index, after in enumerate(tape.outputs) if index and nonzero[index]
+        ]
+        while steps:
+            while waiting and waiting[-1][0] == len(steps):
+                state = state + cotangents[waiting.pop()[1]]
+                number = number or -1  # from here on lambda does not vanish
+            t, h, checkpoint = steps.pop()
+            if number:
+                results = run([t, h, state, *checkpoint, *sums, *inputs])
+                state, sums = results[0], results[1:]
+                number = max(number, 0) + 1
+        number = max(number, 0)
+        self.state, self._sums, self._stepped = state, sums, number > 0
+        self._count(number, ledger)
+
+    def _count(self, number: int, ledger: Ledger) -> None:
+        products = number * self._graphs.products
+        self.field.ledger.vjp += products
+        if not self._graphs.tape:
+            self.field.ledger.rhs += products
+        ledger.steps += number
+
+    def parameter_gradients(self, count: int) -> list[torch.Tensor | None]:
+        """Return mu: one tensor per parameter, None for those that the field never used."""
+        gradients: list[torch.Tensor | None] = [None] * count
+        if self._stepped:
+            for part, total in zip(self._graphs.field_graph.parameters, self._sums, strict=True):
+                gradients[part.index] = total
+        return gradients

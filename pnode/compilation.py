@@ -1,0 +1,158 @@
+"""Graphs of torch operations compiled to machine code by torch's inductor, and kept on disk.
+
+One file per graph in a folder of the user's (``PNODE_CACHE_DIR``, else ``$XDG_CACHE_HOME/pnode``,
+else ``~/.cache/pnode``). A file appears whole or not at all, so processes may share the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import importlib.metadata
+import os
+import platform
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from pnode import tracing
+from pnode.tracing import compose
+
+__all__ = ["CompilationFailed", "Compiled", "cache_folder", "compile_graph", "fingerprint"]
+
+#: Takes and returns a list of tensors.
+Compiled = Callable[[list[torch.Tensor]], list[torch.Tensor]]
+
+_aten = torch.ops.aten
+_Node: TypeAlias = Any  # torch.fx.Node, whose arguments are typed as a union of everything
+
+
+class CompilationFailed(Exception):
+    """Why a graph could not be compiled."""
+
+
+def cache_folder() -> Path:
+    """Return the folder of compiled graphs, made if need be."""
+    own = os.environ.get("PNODE_CACHE_DIR")
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = Path(own) if own else Path(base) / "pnode"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@cache
+def _machine() -> str:
+    """Return what machine code depends on besides the graph: versions, processor."""
+    flags = platform.processor()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        flags += next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    try:
+        version = importlib.metadata.version("pnode")
+    except importlib.metadata.PackageNotFoundError:
+        version = ""
+    sources = [Path(file).read_text(encoding="utf-8") for file in (__file__, tracing.__file__)]
+    capability = torch.backends.cpu.get_cpu_capability()
+    return "\n".join((version, torch.__version__, capability, platform.machine(), flags, *sources))
+
+
+def fingerprint(*parts: str) -> str:
+    """Return a name for what a compiled graph depends on."""
+    text = "\n".join((_machine(), str(torch.get_num_threads()), *parts))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def compile_graph(
+    name: str, function: Callable[..., object], examples: Sequence[torch.Tensor]
+) -> Compiled:
+    """Compile a function of tensors, or load it if that was done before.
+
+    Parameters
+    ----------
+    name : str
+        Tells it from every other one; see :func:`fingerprint`.
+    function : callable
+        Takes tensors, returns a tuple of tensors; made of torch operations without effects.
+    examples : sequence of Tensor
+        Arguments; shapes, strides and dtypes matter.
+
+    Raises
+    ------
+    CompilationFailed
+        With the reason: no compiler, no room on disk...
+    """
+    try:
+        path = cache_folder() / f"{name}.pt2"
+        if path.exists():
+            with contextlib.suppress(Exception):  # damaged, or of a torch that cannot be told apart
+                return _load(path)
+        _build(path, function, examples)
+        return _load(path)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise CompilationFailed(
+            f"torch's inductor failed ({type(error).__name__}: {text[:300]}); it needs a C++ "
+            "compiler such as g++, and a folder to write to, which PNODE_CACHE_DIR can name"
+        ) from error
+
+
+def _load(path: Path) -> Compiled:
+    inductor = importlib.import_module("torch._inductor")  # takes seconds, and most do without
+    run: Compiled = inductor.aoti_load_package(str(path)).loader.run
+    return run
+
+
+def _build(path: Path, function: Callable[..., object], examples: Sequence[torch.Tensor]) -> None:
+    graph = prepare(function, examples)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as folder:
+        partial = Path(folder) / path.name
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(graph, tuple(examples), strict=False)
+            inductor = importlib.import_module("torch._inductor")
+            inductor.aoti_compile_and_package(exported, package_path=str(partial))
+        partial.replace(path)
+
+
+def prepare(
+    function: Callable[..., object], examples: Sequence[torch.Tensor]
+) -> torch.fx.GraphModule:
+    """Return the graph that is compiled."""
+    graph = compose(function, examples)
+    _join_rows(graph)
+    return graph
+
+
+def _join_rows(graph: torch.fx.GraphModule) -> None:
+    """Replace the concatenation of all rows of a tensor, one after the other, by a view of it."""
+    nodes = graph.graph
+    for node in list(nodes.nodes):
+        if node.target is not _aten.cat.default or len(node.args) > 1:
+            continue
+        rows = [_strip(part) for part in node.args[0]]
+        if any(row.target is not _aten.select.int or row.args[1] != 0 for row in rows):
+            continue
+        whole = rows[0].args[0]
+        shape = whole.meta["val"].shape
+        expected = [(whole, index) for index in range(shape[0])]
+        if [(row.args[0], row.args[2]) for row in rows] == expected and len(shape) > 2:
+            with nodes.inserting_before(node):
+                view = nodes.call_function(
+                    _aten.view.default, (whole, [shape[0] * shape[1], *shape[2:]])
+                )
+            node.replace_all_uses_with(view)
+            nodes.erase_node(node)
+    nodes.eliminate_dead_code()
+    graph.recompile()
+
+
+def _strip(node: _Node) -> _Node:
+    while node.target is _aten.detach.default:
+        node = node.args[0]
+    return node

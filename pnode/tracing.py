@@ -1,0 +1,404 @@
+"""The vector field as graphs of torch operations: its value and its vector-Jacobian product.
+
+Traced once, with autograd, at fake tensors. What f reads besides t and y (parameters, buffers,
+tensors of a closure) becomes an input of the graphs, by identity: a change of its values takes
+effect. Python numbers and the course of Python's control flow are constants of a graph; see
+``Compiler.program`` in :mod:`pnode.solvers.compiled` for how a change is noticed.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pnode.vectorfield import VectorField
+
+__all__ = ["FieldGraph", "Untraceable", "compose", "trace_field"]
+
+_aten = torch.ops.aten
+_Node: TypeAlias = Any  # torch.fx.Node, whose arguments are typed as a union of everything
+# Below so many multiplications a matrix product costs less as a loop, fused with what is around
+# it, than as a call of the BLAS.
+_SMALL_PRODUCT = 20_000
+# Entries that such a loop takes at once, in any case.
+_VECTOR = 8
+# Cheaper to repeat from their operands than to keep.
+_CHEAP = {
+    _aten.add, _aten.sub, _aten.mul, _aten.neg, _aten.rsub, _aten.relu, _aten.square, _aten.abs,
+    _aten.clamp, _aten.clamp_min, _aten.clamp_max, _aten.maximum, _aten.minimum, _aten.where,
+    _aten.ge, _aten.gt, _aten.le, _aten.lt, _aten.eq, _aten.ne, _aten.sign, _aten._to_copy,
+}  # fmt: skip
+# Copies are views too where nothing is written in place.
+_VIEWS = {_aten.detach, _aten.lift_fresh_copy, _aten.alias, _aten.clone}
+
+
+class Untraceable(Exception):
+    """Why there are no graphs of a field."""
+
+
+@dataclass(frozen=True, eq=False)
+class FieldGraph:
+    """Graphs of f(t, y) and of its product with a cotangent, in the user's precision.
+
+    Attributes
+    ----------
+    value : GraphModule
+        ``(t, y, *inputs) -> (f, *saved)``; t is 0-dim, y and f have ``shape``.
+    product : GraphModule
+        ``(w, t, y, *inputs, *saved) -> (w^T f_y, *parts)``.
+    shape : tuple of int
+        The user's, or ``(size,)`` for a tuple.
+    captured : tuple of Tensor
+        What f reads besides t and y, parameters among them.
+    layouts : tuple
+        Their shapes, strides and dtypes.
+    transposed : tuple of int
+        Which of them are wanted transposed too, see :meth:`inputs`.
+    saved : int
+        How many intermediate results of ``value`` the product needs.
+    saved_bytes : int
+        Their size.
+    parameters : tuple of ParameterPart
+        How the gradients with respect to the parameters follow from ``parts``.
+    code : str
+        Everything that the graphs depend on, as text.
+    """
+
+    value: torch.fx.GraphModule
+    product: torch.fx.GraphModule
+    shape: tuple[int, ...]
+    captured: tuple[torch.Tensor, ...]
+    layouts: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
+    transposed: tuple[int, ...]
+    saved: int
+    saved_bytes: int
+    parameters: tuple[ParameterPart, ...]
+    code: str
+
+    def fits(self) -> bool:
+        """Whether ``captured`` have the shapes and dtypes that they had (``net.double()``...)."""
+        present = [(tensor.shape, tensor.dtype) for tensor in self.captured]
+        return present == [(shape, dtype) for shape, _, dtype in self.layouts]
+
+    def inputs(self) -> list[torch.Tensor]:
+        """Return what the graphs take for ``inputs``, from the present values of ``captured``.
+
+        Compiled graphs rely on strides, which ``parameter.data = other`` can change.
+        """
+        present = [tensor.detach() for tensor in self.captured]
+        for index, (tensor, (_, stride, _)) in enumerate(zip(present, self.layouts, strict=True)):
+            if tensor.stride() != stride:
+                other = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype)
+                present[index] = other.copy_(tensor)
+        return present + [present[index].t().contiguous() for index in self.transposed]
+
+
+@dataclass(frozen=True)
+class ParameterPart:
+    """One parameter's share of the results of ``FieldGraph.product``.
+
+    Attributes
+    ----------
+    index : int
+        Which parameter.
+    shape : tuple of int
+        Its shape.
+    first : int
+        Position of its result, or of the first of its two factors.
+    factors : bool
+        Whether the result is given as factors (a, b) of the matrix product a^T b. Those of several
+        evaluations are one product then: ``[a_1; a_2]^T [b_1; b_2] = a_1^T b_1 + a_2^T b_2``.
+    transposed : bool
+        Whether the gradient is the transpose of that product.
+    """
+
+    index: int
+    shape: tuple[int, ...]
+    first: int
+    factors: bool = False
+    transposed: bool = False
+
+
+def trace_field(field: VectorField) -> FieldGraph:
+    """Trace a field and its vector-Jacobian product.
+
+    Raises
+    ------
+    Untraceable
+        With the reason.
+    """
+    layout = field.problem.layout
+    shape = (layout.size,) if layout.is_tuple else tuple(layout.shapes[0])
+    like = torch.empty(0, dtype=layout.dtype, device=layout.device)
+    example = (like.new_zeros(()), like.new_zeros(shape))
+    try:
+        graph = compose(lambda t, y, w: field.products(t, y, w), (*example, example[1].clone()))
+    except Exception as error:
+        raise Untraceable(_reason(error)) from error
+    used = _tidy(graph)
+    captured = _lift_captured(graph)
+    _refuse_effects(graph)
+    if any(_is_mutation(node) for node in graph.graph.nodes):
+        values = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+        graph = compose(torch.func.functionalize(graph), [torch.empty_like(x) for x in values])
+        graph.graph.eliminate_dead_code()
+    transposed = _expand_small_products(graph, captured)
+    return _split(graph, captured, transposed, used)
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    name = type(error).__name__
+    if "DataDependent" in name or "_local_scalar_dense" in text or "item()" in text:
+        return (
+            "the vector field's Python code depends on values of tensors (an if, float() or item() "
+            "on t or y): use torch.where, and tensors instead of numbers"
+        )
+    return f"torch cannot trace the vector field ({name}: {text[:200]})"
+
+
+def _tidy(graph: torch.fx.GraphModule) -> list[int]:
+    """Drop results that are None; return the indices of the parameters that are left."""
+    output: _Node = graph.graph.output_node()
+    value, state, *products = output.args[0]
+    used = [index for index, product in enumerate(products) if product is not None]
+    output.args = ((value, state, *(products[index] for index in used)),)
+    graph.graph.eliminate_dead_code()
+    return used
+
+
+def _lift_captured(graph: torch.fx.GraphModule) -> tuple[torch.Tensor, ...]:
+    """Make inputs of the tensors that the graph holds, each once."""
+    nodes = graph.graph
+    captured: list[torch.Tensor] = []
+    inputs: dict[int, _Node] = {}
+    last = [node for node in nodes.nodes if node.op == "placeholder"][-1]
+    for node in list(nodes.nodes):
+        if node.op != "get_attr":
+            continue
+        tensor = operator.attrgetter(node.target)(graph)
+        if id(tensor) not in inputs:
+            with nodes.inserting_after(last):
+                last = nodes.placeholder(f"captured_{len(captured)}")
+            last.meta["val"] = tensor
+            inputs[id(tensor)] = last
+            captured.append(tensor)
+        node.replace_all_uses_with(inputs[id(tensor)])
+        nodes.erase_node(node)
+    graph.recompile()
+    return tuple(captured)
+
+
+def _refuse_effects(graph: torch.fx.GraphModule) -> None:
+    """Refuse what has effects besides its result."""
+    given = {node for node in graph.graph.nodes if node.op == "placeholder"}
+    for node in graph.graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if torch.Tag.nondeterministic_seeded in node.target.tags:
+            raise Untraceable(f"the vector field draws random numbers ({node.target})")
+        for argument, declared in zip(node.args, node.target._schema.arguments, strict=False):
+            info = declared.alias_info
+            if info is not None and info.is_write and _base(argument) in given:
+                raise Untraceable(
+                    f"the vector field writes into a tensor that it was given ({node.target})"
+                )
+
+
+def _expand_small_products(
+    graph: torch.fx.GraphModule, captured: tuple[torch.Tensor, ...]
+) -> tuple[int, ...]:
+    """Write small products with a matrix that f reads as sums, which fuse with their neighbours.
+
+    That pays if entries next to each other in memory are taken at once: those of a row where there
+    are enough columns, else those that are summed. Where the matrix lies the other way round, its
+    transpose becomes an input too; returns the indices of these matrices.
+    """
+    nodes = graph.graph
+    placeholders = [node for node in nodes.nodes if node.op == "placeholder"]
+    order = {node: index for index, node in enumerate(placeholders[3:])}
+    copies: dict[int, _Node] = {}
+    last = placeholders[-1]
+    for node in list(nodes.nodes):
+        if node.target not in (_aten.mm.default, _aten.addmm.default) or node.kwargs:
+            continue
+        *bias, a, b = node.args
+        base, flipped = b, False
+        while _packet(base) in (_aten.t, _aten.detach):
+            flipped ^= _packet(base) is _aten.t
+            base = base.args[0]
+        (rows, inner), columns = a.meta["val"].shape, b.meta["val"].shape[1]
+        if base not in order or rows * inner * columns > _SMALL_PRODUCT:
+            continue
+        index = order[base]
+        by_rows = columns >= _VECTOR
+        if not captured[index].is_contiguous():
+            continue
+        if flipped == by_rows and min(captured[index].shape) > 1:
+            if index not in copies:
+                with nodes.inserting_after(last):
+                    last = copies[index] = nodes.placeholder(f"transposed_{index}")
+                last.meta["val"] = captured[index].detach().t().contiguous()
+            base, flipped = copies[index], not flipped
+        with nodes.inserting_before(node):
+            if by_rows:
+                right = nodes.call_function(_aten.unsqueeze.default, (b if flipped else base, 0))
+                left = nodes.call_function(_aten.unsqueeze.default, (a, 2))
+                summed = 1
+            else:
+                right = nodes.call_function(_aten.unsqueeze.default, (base, 0))
+                left = nodes.call_function(_aten.unsqueeze.default, (a, 1))
+                summed = 2
+            terms = nodes.call_function(_aten.mul.Tensor, (left, right))
+            total = nodes.call_function(_aten.sum.dim_IntList, (terms, [summed]))
+            for tensor in bias:
+                total = nodes.call_function(_aten.add.Tensor, (total, tensor))
+        total.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(total)
+        nodes.erase_node(node)
+    nodes.eliminate_dead_code()
+    return tuple(copies)
+
+
+def _is_mutation(node: _Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def _packet(node: _Node) -> Any:
+    return getattr(node.target, "overloadpacket", None)
+
+
+def _is_view(node: _Node) -> bool:
+    return node.op == "call_function" and (
+        _packet(node) in _VIEWS or bool(getattr(node.target, "is_view", False))
+    )
+
+
+def _base(node: Any) -> Any:
+    while isinstance(node, torch.fx.Node) and _is_view(node):
+        node = node.args[0]
+    return node
+
+
+def _size(node: _Node) -> int:
+    value = node.meta.get("val")
+    return value.numel() if isinstance(value, torch.Tensor) else 0
+
+
+def _split(
+    graph: torch.fx.GraphModule,
+    captured: tuple[torch.Tensor, ...],
+    transposed: tuple[int, ...],
+    used: list[int],
+) -> FieldGraph:
+    """Part the graph in what does not depend on the cotangent, and the rest.
+
+    What the second half needs of the first is kept, or repeated if that is cheap: views, results
+    that do not depend on the state, arithmetic on what is at hand.
+    """
+    nodes = list(graph.graph.nodes)
+    t, y, w, *inputs = [node for node in nodes if node.op == "placeholder"]
+    output: _Node = graph.graph.output_node()
+    value, state, *products = output.args[0]
+    late, moving, timed = {w}, {y}, {t}
+    for node in nodes:
+        for group in (late, moving, timed):
+            if node.op == "call_function" and group & set(node.all_input_nodes):
+                group.add(node)
+    early = [node for node in nodes if node.op == "call_function" and node not in late]
+    at_hand: set[_Node] = {t, y, *inputs}
+
+    def repeatable(node: _Node) -> bool:
+        if node in at_hand:
+            return True
+        if node not in moving and (node not in timed or _size(node) <= 1):
+            return True
+        power = _packet(node) is _aten.pow and isinstance(node.args[1], (int, float))
+        cheap = power or _is_view(node) or _packet(node) in _CHEAP
+        return cheap and all(map(repeatable, node.all_input_nodes))
+
+    saved: list[_Node] = []
+
+    def need(node: _Node) -> None:
+        if repeatable(node):
+            return
+        if _is_view(node) or _packet(node) is None:  # a getitem counts as a view of its pair
+            need(node.args[0]) if _is_view(node) else keep(node)
+            return
+        keep(node)
+
+    def keep(node: _Node) -> None:
+        saved.append(node)
+        at_hand.add(node)
+
+    wanted = [node for node in (state, *products) if node not in late]
+    for node in nodes:
+        if node in late:
+            for source in node.all_input_nodes:
+                if source not in late:
+                    need(source)
+    for node in wanted:
+        need(node)
+
+    first = _extract(nodes, (t, y, *inputs), (value, *saved), set(early))
+    parts, factors = _factors(products, used)
+    repeated = {*early, *late} - {w} - set(saved)
+    second = _extract(nodes, (w, t, y, *inputs, *saved), (state, *parts), repeated)
+    layouts = tuple((x.shape, x.stride(), x.dtype) for x in captured)
+    return FieldGraph(
+        first, second, tuple(y.meta["val"].shape), captured, layouts, transposed,
+        len(saved), sum(_size(node) * node.meta["val"].element_size() for node in saved),
+        tuple(factors), "\n".join((first.code, second.code, repr(layouts), repr(factors))),
+    )  # fmt: skip
+
+
+def _factors(products: list[_Node], used: list[int]) -> tuple[list[_Node], list[ParameterPart]]:
+    """Return the results that the product graph is to have, matrix products as their factors."""
+    results: list[_Node] = []
+    parts = []
+    for index, product in zip(used, products, strict=True):
+        node, transposed = product, False
+        shape = tuple(product.meta["val"].shape)
+        while _packet(node) in (_aten.t, _aten.detach):
+            transposed ^= _packet(node) is _aten.t
+            node = node.args[0]
+        if _packet(node) is _aten.mm and _packet(node.args[0]) is _aten.t:
+            parts.append(ParameterPart(index, shape, len(results), True, transposed))
+            results.extend((node.args[0].args[0], node.args[1]))
+        else:
+            parts.append(ParameterPart(index, shape, len(results)))
+            results.append(product)
+    return results, parts
+
+
+def _extract(
+    nodes: list[_Node],
+    inputs: tuple[_Node, ...],
+    outputs: tuple[_Node, ...],
+    inner: set[_Node],
+) -> torch.fx.GraphModule:
+    """Return the graph from inputs to outputs, made of the nodes that it needs out of ``inner``."""
+    graph = torch.fx.Graph()
+    copies = {}
+    for index, node in enumerate(inputs):
+        copies[node] = graph.placeholder(f"x{index}")
+        copies[node].meta = dict(node.meta)
+    for node in nodes:
+        if node in inner and node not in copies:
+            copies[node] = graph.node_copy(node, lambda source: copies[source])
+    graph.output(tuple(copies[node] for node in outputs))
+    graph.eliminate_dead_code()
+    graph.lint()
+    return torch.fx.GraphModule(torch.nn.Module(), graph)
+
+
+def compose(function: Any, examples: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
+    """Trace a function that calls graphs, at tensors of the given shapes and dtypes."""
+    with torch.no_grad():
+        return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)

@@ -1,0 +1,282 @@
+"""A step of an explicit Runge-Kutta method and its adjoint as one graph each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pnode.compilation import Compiled, compile_graph, fingerprint
+from pnode.solvers.tableaus import ExplicitTableau
+from pnode.tracing import FieldGraph
+from pnode.vectors import REAL
+
+__all__ = ["StepGraphs"]
+
+Tensors = tuple[torch.Tensor, ...]
+# Entries of a factor that are worth another matrix product to leave where they are.
+_LARGE = 32_768
+_SOURCE = Path(__file__).read_text(encoding="utf-8")
+
+
+@dataclass(eq=False)
+class StepGraphs:
+    """The compiled graphs of one field, method and kind of state.
+
+    With k_i = f(t + c_i h, U_i), U_i = u + h sum_j a_ij k_j and u' = u + h sum_i b_i k_i.
+
+    Parameters
+    ----------
+    field_graph : FieldGraph
+        The field, in the user's time: h is negative where that runs backwards.
+    tableau : ExplicitTableau
+        A, b and c.
+    b_embedded : tuple of float or None
+        Weights of the embedded solution, for adaptive steps.
+    fsal : bool
+        Whether the last stage is u': its slope is the next step's k_1.
+    size : int
+        Entries of the state.
+    dtype : torch.dtype
+        The user's precision.
+    tape : bool
+        Whether steps keep what the products need, so that the adjoint evaluates nothing again.
+    """
+
+    field_graph: FieldGraph
+    tableau: ExplicitTableau
+    b_embedded: tuple[float, ...] | None
+    fsal: bool
+    size: int
+    dtype: torch.dtype
+    tape: bool
+    _steps: dict[Any, Compiled] = field(default_factory=dict, init=False)
+
+    @property
+    def stages(self) -> int:
+        """How many stages a checkpoint holds: those that the solution depends on."""
+        return len(self.tableau.c) - self.fsal
+
+    @property
+    def saved(self) -> int:
+        """How many tensors a stage adds to a checkpoint."""
+        return self.field_graph.saved if self.tape else 0
+
+    @cached_property
+    def products(self) -> int:
+        """How many vector-Jacobian products the adjoint of a step takes."""
+        A, b = self.tableau.A, self.tableau.b
+        needed: set[int] = set()
+        for i in reversed(range(self.stages)):
+            if b[i] or any(A[j][i] for j in needed):
+                needed.add(i)
+        return len(needed)
+
+    def start(self, t: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
+        """Return k_1, PETSc's precision, and what is saved of it, without the compiler."""
+        point = u.to(self.dtype).view(self.field_graph.shape)
+        value, *saved = self.field_graph.value(t.to(self.dtype), point, *self.field_graph.inputs())
+        return value.to(REAL).reshape(-1), tuple(saved[: self.saved])
+
+    # ---------------------------------------------------------------------------------- the graphs
+
+    def _evaluate(self, t: torch.Tensor, u: torch.Tensor, captured: Tensors) -> Any:
+        value, *saved = self.field_graph.value(t.to(self.dtype), u, *captured)
+        return value.to(REAL), tuple(saved[: self.saved])
+
+    def _step(self, error: bool, *inputs: torch.Tensor) -> Tensors:
+        """One step.
+
+        Inputs: t, h, u; for ``error`` rtol and atol; with FSAL k_1; what f reads.
+        Outputs: what to look at (see :class:`CompiledIntegrator`), u', with FSAL k_s; the
+        stages after the first. With tape these are one tensor, and what is saved of the stages
+        evaluated here follows, one tensor for all stages each; with FSAL the last stage's apart.
+        """
+        t, h, u, *rest = inputs
+        shape = self.field_graph.shape
+        u = u.view(shape)
+        A, b, c = self.tableau.A, self.tableau.b, self.tableau.c
+        rtol, atol = (
+            (_shaped(rest.pop(0), shape), _shaped(rest.pop(0), shape)) if error else (None, None)
+        )
+        slopes = [rest.pop(0).view(shape)] if self.fsal else []
+        captured = tuple(rest)
+        points, saved = [], []
+        for i in range(len(slopes), len(c) - self.fsal):
+            point = (_combine(u, h, A[i], slopes) if i else u).to(self.dtype)
+            slope, kept = self._evaluate(t + c[i] * h, point, captured)
+            points.append(point)
+            slopes.append(slope)
+            saved.append(kept)
+        end = _combine(u, h, b, slopes)
+        looks = [end.square().sum()]
+        carried: list[torch.Tensor] = []
+        if self.fsal:
+            slope, kept = self._evaluate(t + h, end.to(self.dtype), captured)
+            slopes.append(slope)
+            saved.append(kept)
+            carried = [slope]
+        if error:
+            assert self.b_embedded is not None and rtol is not None and atol is not None
+            differences = [
+                e - w for e, w in zip(self.b_embedded, (*b, *[0.0] * len(c)), strict=False)
+            ]
+            defect = _combine(None, h, differences, slopes)
+            # VecErrorWeightedNorms: the embedded solution is end + defect.
+            scale = atol + rtol * torch.maximum(end.abs(), (end + defect).abs())
+            looks.append((defect / scale).square().mean().sqrt())
+            looks.append(torch.stack([k.square().sum() for k in slopes]).max())
+        if not self.fsal:
+            points = points[1:]
+        states = [x.reshape(-1) for x in (end, *carried)]
+        if not self.tape:
+            return (torch.stack(looks), *states, *(x.reshape(-1) for x in points))
+        here = saved[:-1] if self.fsal else saved
+        stacks = [torch.stack(list(group)) for group in (points, *zip(*here, strict=True)) if group]
+        return (torch.stack(looks), *states, *stacks, *(saved[-1] if self.fsal else ()))
+
+    def _adjoint(self, *inputs: torch.Tensor) -> Tensors:
+        """The adjoint of one step; see :class:`pnode.adjoint.stages.ExplicitAdjoint`.
+
+        Inputs: t, h, lambda; the checkpoint, see :meth:`checkpoint`; mu; what f reads.
+        Outputs: lambda and mu at the start of the step.
+        """
+        t, h, state, *rest = inputs
+        A, b, c = self.tableau.A, self.tableau.b, self.tableau.c
+        state = state.view(self.field_graph.shape)
+        points = [rest.pop(0).view(self.field_graph.shape)]
+        kept: list[list[torch.Tensor]] = [[] for _ in range(self.stages)]
+        if self.tape:
+            if self.stages > 1:
+                points += _rows(rest.pop(0))
+            first = 0
+            if self.fsal:
+                kept[0] = [rest.pop(0) for _ in range(self.saved)]
+                first = 1
+            for _ in range(self.saved if self.stages > first else 0):
+                for row, tensors in zip(_rows(rest.pop(0)), kept[first:], strict=True):
+                    tensors.append(row)
+        else:
+            points += [rest.pop(0).view(self.field_graph.shape) for _ in range(self.stages - 1)]
+        sums = [rest.pop(0) for _ in self.field_graph.parameters]
+        captured = tuple(rest)
+        below: list[torch.Tensor | None] = [None] * self.stages
+        parts: list[Tensors] = []
+        for i in reversed(range(self.stages)):
+            rows = [(b[i], state)] + [(A[j][i], below[j]) for j in range(i + 1, self.stages)]
+            terms = [weight * tensor for weight, tensor in rows if weight and tensor is not None]
+            if not terms:
+                continue
+            w = (h * sum(terms[1:], start=terms[0])).to(self.dtype)
+            time = (t + c[i] * h).to(self.dtype)
+            saved = kept[i]
+            if not self.tape:
+                _, *saved = self.field_graph.value(time, points[i], *captured)
+            product, *results = self.field_graph.product(w, time, points[i], *captured, *saved)
+            below[i] = product.to(REAL)
+            parts.append(tuple(results))
+        state = sum((product for product in below if product is not None), start=state)
+        for index, part in enumerate(self.field_graph.parameters):
+            if not part.factors:
+                for results in parts:
+                    sums[index] = sums[index] + results[part.first]
+                continue
+            pairs = [results[part.first : part.first + 2] for results in reversed(parts)]
+            # One product for all stages. Not for a large factor of the first stage, which does not
+            # lie next to those of the others.
+            large = pairs[0][1].numel() > _LARGE
+            for group in (pairs[:1], pairs[1:]) if large else (pairs,):
+                left, right = (torch.cat(factors) for factors in zip(*group, strict=True))
+                total = left.t() @ right
+                sums[index] = sums[index] + (total.t() if part.transposed else total)
+        return (state.reshape(-1), *sums)
+
+    def checkpoint(self, u: torch.Tensor, saved: Tensors, results: list[torch.Tensor]) -> Tensors:
+        """Return what the adjoint of a step takes, from the step's start and results.
+
+        The stages that the solution depends on; with tape those after the first as one tensor, and
+        what was saved of the first (FSAL), and of the others.
+        """
+        begin = 3 if self.fsal else 2
+        end = begin + self.stages - 1
+        if not self.tape:
+            return (u.to(self.dtype), *results[begin:end])
+        end = begin + (self.stages > 1)
+        last = len(results) - (self.saved if self.fsal else 0)
+        return (u.to(self.dtype), *results[begin:end], *saved, *results[end:last])
+
+    # -------------------------------------------------------------------------------- the compiler
+
+    def _key(self, kind: str, *more: object) -> str:
+        facts = (self.tableau, self.b_embedded, self.fsal, self.size, self.dtype, self.tape)
+        return f"{kind}-{fingerprint(self.field_graph.code, repr(facts), repr(more), _SOURCE)}"
+
+    def compile_step(self, tolerances: Sequence[torch.Tensor]) -> Compiled:
+        """Return the graph of a step; adaptive with tolerances."""
+        shapes = tuple(tuple(x.shape) for x in tolerances)
+        if shapes not in self._steps:
+            self._steps[shapes] = self._compile_step(tolerances, shapes)
+        return self._steps[shapes]
+
+    def _compile_step(self, tolerances: Sequence[torch.Tensor], shapes: object) -> Compiled:
+        number = torch.zeros((), dtype=REAL)
+        state = torch.zeros(self.size, dtype=REAL)
+        first = [state.clone()] if self.fsal else []
+        examples = [number, number.clone(), state, *tolerances, *first, *self.field_graph.inputs()]
+        return compile_graph(
+            self._key("step", shapes),
+            lambda *inputs: self._step(bool(tolerances), *inputs), _detached(examples),
+        )  # fmt: skip
+
+    @cached_property
+    def adjoint(self) -> Compiled:
+        """The graph of the adjoint of a step."""
+        number = torch.zeros((), dtype=REAL)
+        state = torch.zeros(self.size, dtype=REAL)
+        point = torch.zeros(self.size, dtype=self.dtype)
+        _, saved = self.start(number, state)
+        stacked = self.stages - self.fsal
+        if self.tape:
+            others = [point.view(self.field_graph.shape)] * (self.stages - 1)
+            kept = [torch.stack(others)] if others else []
+            kept += [x.clone() for x in saved] if self.fsal else []
+            kept += [torch.stack([x] * stacked) for x in saved if stacked]
+        else:
+            kept = [point.clone() for _ in range(self.stages - 1)]
+        examples = [
+            number, number.clone(), state, point, *kept, *self.zeros(), *self.field_graph.inputs()
+        ]  # fmt: skip
+        return compile_graph(
+            self._key("adjoint"), lambda *inputs: self._adjoint(*inputs), _detached(examples)
+        )
+
+    def zeros(self) -> list[torch.Tensor]:
+        """Return zero gradients, one per parameter that f uses."""
+        return [torch.zeros(part.shape, dtype=REAL) for part in self.field_graph.parameters]
+
+
+def _rows(stack: torch.Tensor) -> list[torch.Tensor]:
+    return [stack.select(0, index) for index in range(len(stack))]
+
+
+def _combine(
+    u: torch.Tensor | None, h: torch.Tensor, weights: Sequence[float], slopes: list[torch.Tensor]
+) -> torch.Tensor:
+    """Return u + h sum_j weights_j slopes_j."""
+    terms = [w * slope for w, slope in zip(weights, slopes, strict=False) if w]
+    if not terms:
+        return u if u is not None else torch.zeros_like(slopes[0])
+    total = h * sum(terms[1:], start=terms[0])
+    return total if u is None else u + total
+
+
+def _shaped(tolerance: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    return tolerance.view(shape) if tolerance.dim() else tolerance
+
+
+def _detached(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [tensor.detach() for tensor in tensors]
