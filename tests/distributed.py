@@ -239,14 +239,16 @@ def results(
         start = 0 if comm is None else (comm.exscan(y0.numel()) or 0)
         diagonal = 1.5 + 0.3 * torch.cos(start + torch.arange(y0.numel(), dtype=D))
         arguments["mass"] = diagonal.to(dtype).reshape(y0.shape)
-    t = torch.tensor([0.0, 0.1, 0.3], dtype=D, requires_grad=True)
+    t = torch.tensor([0.0, 0.1, 0.3], dtype=D, requires_grad=form != "mass")
     solver = pnode.Solver(**arguments, **options)
     solution = solver(case.y0 if case.tuple_state else case.y0[0], t)
     outputs = solution.ys if case.tuple_state else (solution.ys,)
     term = sum((y[-1] ** 2).sum() + (y[1] ** 4).sum() for y in outputs)
     loss = term if comm is None else total(term, comm)
     loss.backward()
-    numbers = {"loss": loss.detach().reshape(1), "t": t.grad}
+    numbers = {"loss": loss.detach().reshape(1)}
+    if t.requires_grad:
+        numbers["t"] = t.grad
     for index, (y, start) in enumerate(zip(outputs, case.y0, strict=True)):
         numbers[f"y{index}"] = torch.cat([case.gather(row) for row in y])
         numbers[f"y0{index}"] = case.gather(start.grad)
