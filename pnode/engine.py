@@ -548,7 +548,9 @@ class Engine:
 
         def stages(step: int) -> tuple[torch.Tensor, ...]:
             found = attempt(trajectory.stages, step, repeated.integrator)
-            return (y0.to(REAL),) * run.settings.method.stage_units if found is None else found
+            if found is None:
+                return adjoint.placeholder(trajectory.steps[step], y0.to(REAL))
+            return found
 
         with _Repeated(self, run, y0) as repeated:
             add_outputs(len(trajectory.steps))
@@ -563,7 +565,10 @@ class Engine:
                         repeated.restart(step + 1, restored(trajectory.end, step))
                     case Adjoint(step):
                         if active:
-                            ranks.where = {"step": step, "method": run.settings.method.name}
+                            ranks.where = {
+                                "time": run.problem.direction * trajectory.steps[step].start,
+                                "step": step, "method": run.settings.method.name,
+                            }  # fmt: skip
                             adjoint.load(stages(step))
                             adjoint.step(trajectory.steps[step], ledger)
                         add_outputs(step)

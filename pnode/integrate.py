@@ -36,8 +36,8 @@ _JACOBIANS = ("auto", "matrix-free", "dense", "block", "sparse")
 _COMPARED = (
     "method", "t", "the dtype of y0", "step_size", "rtol, atol", "the step control",
     "the problem's form", "layout", "jacobian", "petsc_options", "checkpointing",
-    "the number of parameters", "the shapes of the parameters", "dense",
-    "whether gradients are wanted (torch.no_grad)", "requires_grad of y0, t or the parameters",
+    "whether gradients are wanted (torch.no_grad)", "the number of parameters",
+    "the shapes of the parameters", "dense", "requires_grad of y0, t or the parameters",
 )  # fmt: skip
 
 
