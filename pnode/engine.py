@@ -32,6 +32,7 @@ from pnode.events import Event, EventLocator
 from pnode.layouts import Layout
 from pnode.options import SolverOptions, next_prefix
 from pnode.problem import InitialValueProblem
+from pnode.ranks import clean_up
 from pnode.solution import Stats
 from pnode.solvers.assemblies import SparsityPattern
 from pnode.solvers.bridge import accumulate
@@ -495,6 +496,7 @@ class Engine:
         wanted = bool(field_.parameters)
 
         def create() -> AdjointStepper:
+            clean_up(self.comm)
             options = self._solver_options(run.settings, adjoint=True)
             return create_adjoint(run.settings, options, wanted)
 
@@ -640,6 +642,7 @@ class Engine:
         """Lease a forward integrator that stands at the initial state."""
 
         def create() -> TimeIntegrator:
+            clean_up(self.comm)  # all ranks create together
             return create_integrator(settings, self._solver_options(settings))
 
         with self._pool.lease(("forward", settings), create) as integrator:

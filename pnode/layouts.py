@@ -153,6 +153,7 @@ class Grid(Layout):
     ) -> None:
         self.comm = ranks.as_communicator(comm)
         group = ranks.Ranks(self.comm)
+        ranks.clean_up(self.comm)
         checked = group.attempt(_check_grid, shape, fields, width, boundary, stencil)
         names = ("shape", "fields", "width", "boundary", "stencil")
         facts = None if checked is None else dict(zip(names, checked, strict=True))
@@ -409,6 +410,7 @@ class GhostLayout(Layout):
     ) -> None:
         self.comm = ranks.as_communicator(comm)
         group = ranks.Ranks(self.comm)
+        ranks.clean_up(self.comm)
         checked = group.attempt(_check_layout, owned, ghosts, fields, pattern)
         facts = None if checked is None else {"fields": checked[2], "pattern": checked[3] is None}
         group.compare(("fields", "pattern"), facts, 0)

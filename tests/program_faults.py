@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,9 +191,8 @@ def damaged_files() -> None:
                 for path in files:
                     os.truncate(path, path.stat().st_size // 2)
 
-        trial.fails(
-            "damaged file", lambda: trial.gradient(damage), (errors.CheckpointError,)  # noqa: B023
-        )
+        attempt = partial(trial.gradient, damage)
+        trial.fails("damaged file", attempt, (errors.CheckpointError,))
         gc.collect()  # tracebacks of the error
         checks.true(not list(own.iterdir()), "files are left", method, *own.iterdir())
     comm.Barrier()

@@ -57,7 +57,7 @@ def growth() -> None:
         for _ in range(100):
             solve(solver)
         before = resident()
-        for _ in range(500):
+        for _ in range(400):
             solve(solver)
         checks.below(resident() - before, 1.0, "growth", method, "MiB")
     for rounds in (50, 200):  # the first of them to warm up
