@@ -19,7 +19,11 @@ def mpiexec() -> str:
 
 
 def launch(
-    program: str, ranks: int, *arguments: str, limit: float = 120.0
+    program: str,
+    ranks: int,
+    *arguments: str,
+    limit: float = 120.0,
+    environment: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a program of this folder on some ranks.
 
@@ -27,16 +31,17 @@ def launch(
     not over within ``limit`` seconds.
     """
     path = Path(__file__).with_name(program)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    environment = dict(os.environ) if environment is None else environment
+    environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     command = [mpiexec(), "-n", str(ranks), sys.executable, "-m", "mpi4py", str(path), *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=limit, env=environment, check=False
     )
 
 
-def check(program: str, ranks: int, *arguments: str, limit: float = 120.0) -> str:
-    """Run a program that is to succeed; return what it printed."""
-    run = launch(program, ranks, *arguments, limit=limit)
+def check(program: str, ranks: int, *arguments: str, **options: Any) -> str:
+    """Run a program that is to succeed, see :func:`launch`; return what it printed."""
+    run = launch(program, ranks, *arguments, **options)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-6000:]
     assert f"ranks {ranks}" in run.stdout
     return run.stdout

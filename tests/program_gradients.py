@@ -37,7 +37,7 @@ def compare(bound: float, name: str, serial: dict | None = None, **options: obje
         checks.below(value, bound, name, options, what, worst)
         checks.true(stats.steps == other_stats.steps, name, options, what, "steps")
         if VERBOSE and comm.rank == 0:
-            print(f"{value:.1e} {worst:5s} {name} {options} {what} {stats.steps} {seconds:.2f} s", flush=True)
+            print(f"{value:.1e} {worst} {name} {options} {what} {seconds:.2f} s", flush=True)
 
 
 VERBOSE = "-v" in sys.argv
