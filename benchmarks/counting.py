@@ -80,10 +80,12 @@ class Counter:
 
         petsc = ctypes.CDLL(PETSc.__file__)
         profiled = ctypes.CDLL(None)
+        messages = (("isend_ct", "send_ct"), ("irecv_ct", "recv_ct"), ("isend_len", "send_len"))
         self._counters = [
-            [ctypes.c_double.in_dll(petsc, f"petsc_{name}") for name in names]
-            for names in (("isend_ct", "send_ct"), ("irecv_ct", "recv_ct"), ("isend_len", "send_len"))
-        ] + [[ctypes.c_double.in_dll(profiled, name)] for name in ("mpi_calls", "mpi_call_bytes")]
+            [ctypes.c_double.in_dll(petsc, f"petsc_{name}") for name in names] for names in messages
+        ]
+        for name in ("mpi_calls", "mpi_call_bytes"):
+            self._counters.append([ctypes.c_double.in_dll(profiled, name)])
 
     def totals(self) -> Counts:
         """Return everything so far."""

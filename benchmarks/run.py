@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPTS = ("overhead.py", "stiff.py", "schedule.py")
+SCRIPTS = ("overhead.py", "stiff.py", "schedule.py", "scaling.py")
 
 
 def main() -> int:

@@ -94,7 +94,6 @@ def implicit() -> None:
     compare(1e-4, "ring", dense, method="cn", dtype=torch.float32, step_size=0.05)
 
 
-
 def taylor_of(method: str, jacobian: str) -> None:
     """Remainders of a loss over the ranks fall as h^2, along y0, the parameters and t."""
     grid = Grid((10,), boundary="mirror", comm=comm)
