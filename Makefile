@@ -7,6 +7,7 @@
 #   TORCH_INDEX_URL  package index for torch alone, for example
 #                    https://download.pytorch.org/whl/cpu; default: pip's own
 #   WHEELS           folder of prebuilt wheels, searched beside pip's own places
+#   BENCH            options of the benchmarks: BENCH=--quick
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -49,12 +50,11 @@ format: setup ## let ruff repair and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## run the benchmarks
-	@if [ -e benchmarks/run.py ]; then $(RUN) $(BIN)/python benchmarks/run.py; \
-	else echo 'There is no benchmarks/run.py.'; fi
+bench: setup ## run the benchmarks, beside the other solvers that can be installed
+	@$(MAKE) --no-print-directory peers || echo 'Peers that are not installed are left out.'
+	$(RUN) $(BIN)/python benchmarks/run.py $(BENCH)
 
-peers: setup ## install the solvers that the benchmarks compare with
-	$(PIP_INSTALL) --requirement benchmarks/requirements.txt
+peers: $(STAMPS)/peers ## install the solvers that the benchmarks compare with
 
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info
@@ -98,4 +98,11 @@ $(STAMPS)/pnode: $(STAMPS)/petsc setup.py pyproject.toml tools/check_install.py
 	@[ -x $(BIN)/ruff ] || $(BIN)/python -m pip install --quiet --no-deps --ignore-installed \
 		--constraint constraints.txt ruff
 	@$(BIN)/python tools/check_install.py
+	@touch $@
+
+$(STAMPS)/peers: $(STAMPS)/pnode benchmarks/requirements.txt
+	@echo 'Installing what the benchmarks compare with'
+	@failed=; for peer in $$(grep -v '^#' benchmarks/requirements.txt); do \
+	    $(PIP_INSTALL) "$$peer" || failed="$$failed $$peer"; done; \
+	if [ -n "$$failed" ]; then echo "Not installed:$$failed" >&2; exit 1; fi
 	@touch $@

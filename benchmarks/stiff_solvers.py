@@ -205,8 +205,11 @@ class _Cvode:
         return Run(solved.y[-1], rhs.count, 0, jacobian.count, len(solved.t) - 1)
 
 
-def diffrax_solve(field: Any, y0: Any, parameters: Any, end: Any, rtol: Any, atol: Any) -> Any:
-    """Trace diffrax's Kvaerno5 from 0 to ``end`` for ``field(y, p)``, an array to an array.
+def diffrax_solve(
+    field: Any, y0: Any, parameters: Any, end: Any, rtol: Any, atol: Any, solver: Any = None,
+    max_steps: int = MAX_STEPS, **keywords: Any,
+) -> Any:  # fmt: skip
+    """Trace diffrax's Kvaerno5, or another solver, from 0 to ``end`` for ``field(y, p)``.
 
     The step sizes are those of a PI controller: diffrax's default, an integral controller, has
     Kvaerno5 reject half of its steps on these problems.
@@ -214,9 +217,10 @@ def diffrax_solve(field: Any, y0: Any, parameters: Any, end: Any, rtol: Any, ato
     import diffrax
 
     return diffrax.diffeqsolve(
-        diffrax.ODETerm(lambda t, y, p: field(y, p)), diffrax.Kvaerno5(), 0.0, end, None, y0,
-        parameters, saveat=diffrax.SaveAt(t1=True), max_steps=MAX_STEPS, throw=False,
+        diffrax.ODETerm(lambda t, y, p: field(y, p)), solver or diffrax.Kvaerno5(), 0.0, end, None,
+        y0, parameters, saveat=diffrax.SaveAt(t1=True), max_steps=max_steps, throw=False,
         stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol, pcoeff=0.4, icoeff=0.3),
+        **keywords,
     )  # fmt: skip
 
 

@@ -6,25 +6,33 @@
 >>> y[-1].sum().backward()
 """
 
-from pnode.adjoint.choose import Plan, plan
-from pnode.checkpointing import Checkpointing
-from pnode.errors import (
-    BackwardError,
-    CheckpointError,
-    ConfigurationError,
-    EventError,
-    LinearSolveFailed,
-    NonFiniteVectorField,
-    NonlinearSolveFailed,
-    PnodeError,
-    SolveError,
-    StepLimitReached,
-    StepSizeUnderflow,
-    VectorFieldError,
-)
-from pnode.integrate import Solver, odeint, odeint_adjoint, odeint_event
-from pnode.solution import Ledger, Solution, Stats
-from pnode.solvers.methods import Method, methods
+import sys
+
+from pnode.cli import asked_for_doctor
+
+# `python -m pnode doctor` imports this file too, and must run where these imports fail.
+if not asked_for_doctor(sys.argv, sys.orig_argv):
+    from pnode import parallel
+    from pnode.adjoint.choose import Plan, plan
+    from pnode.checkpointing import Checkpointing
+    from pnode.errors import (
+        BackwardError,
+        CheckpointError,
+        ConfigurationError,
+        EventError,
+        LinearSolveFailed,
+        NonFiniteVectorField,
+        NonlinearSolveFailed,
+        PnodeError,
+        RankError,
+        SolveError,
+        StepLimitReached,
+        StepSizeUnderflow,
+        VectorFieldError,
+    )
+    from pnode.integrate import Solver, odeint, odeint_adjoint, odeint_event
+    from pnode.solution import Ledger, Solution, Stats
+    from pnode.solvers.methods import Method, methods
 
 __all__ = [
     "BackwardError",
@@ -39,6 +47,7 @@ __all__ = [
     "NonlinearSolveFailed",
     "Plan",
     "PnodeError",
+    "RankError",
     "Solution",
     "SolveError",
     "Solver",
@@ -51,6 +60,7 @@ __all__ = [
     "odeint",
     "odeint_adjoint",
     "odeint_event",
+    "parallel",
     "plan",
 ]
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from mpi4py import MPI
 
 from pnode.errors import ConfigurationError
+from pnode.launchers import launcher_mismatch
 from pnode.layouts import Layout
 from pnode.options import PETSc, check_petsc_options
 from pnode.ranks import as_communicator
@@ -81,6 +84,10 @@ def communicator(
                 "comm= and layout= have different communicators: drop comm=, the layout has one"
             )
     chosen = as_communicator(layout.comm if layout is not None else comm)
+    if comm is not None or layout is not None:
+        alone = launcher_mismatch(MPI.COMM_WORLD.size)
+        if alone is not None:
+            warnings.warn(alone, RuntimeWarning, stacklevel=3)
     if layout is not None and form == "residual":
         raise ConfigurationError(
             "layout= with residual= is not supported: give rhs=, implicit= and explicit=, or rhs= "

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pnode.errors import ConfigurationError, VectorFieldError
+from pnode.layouts import Layout
 from pnode.mass import MassMatrix
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
@@ -70,6 +71,8 @@ class VectorField:
     explicit: VectorField | None = None
     #: Whether there is a g(s, u); a residual has none.
     has_rhs = True
+    #: Of a state with ghost cells.
+    exchange: Layout | None = None
 
     def __init__(self, problem: InitialValueProblem, ledger: Ledger, function: Any = None) -> None:
         self.problem = problem
@@ -140,6 +143,10 @@ class VectorField:
             Whether the derivative with respect to time is wanted too.
         """
         return self._linearize(s, u, differentiate_time)
+
+    def linearize_gathered(self, s: float, u: torch.Tensor, ghosted: torch.Tensor) -> Linearization:
+        """Do as :meth:`linearize`, with ``gather(u)`` at hand. Not collective."""
+        raise NotImplementedError("only a state with ghost cells is gathered")
 
     def _linearize(self, s: float, u: torch.Tensor, differentiate_time: bool) -> Linearization:
         self.ledger.rhs += 1
@@ -356,7 +363,15 @@ class DistributedField(VectorField):
         differentiate_time: bool = False,
     ) -> Linearization:
         """Evaluate f at (s, u) with its graph. Collective with ghost cells."""
-        state = self.gather(u)
+        return self._attempt(s, u, self.gather(u), differentiate_time)
+
+    def linearize_gathered(self, s: float, u: torch.Tensor, ghosted: torch.Tensor) -> Linearization:
+        """Do as :meth:`linearize`, with ``gather(u)`` at hand. Not collective."""
+        return self._attempt(s, u, ghosted, False)
+
+    def _attempt(
+        self, s: float, u: torch.Tensor, state: torch.Tensor, differentiate_time: bool
+    ) -> Linearization:
         made = self.ranks.attempt(self._linearize, s, state, differentiate_time)
         if made is not None:
             return made

@@ -63,6 +63,9 @@ class Point:
         The last VJP, with the vector and object state it was taken with.
     source : Tensor or None
         What u is a copy of.
+    ghosted : Tensor or None
+        u with the ghost cells that f looks at: exchanged when the point is made, so that whether
+        its graph is made, or shared with another point, is each rank's to decide.
     """
 
     s: float
@@ -73,6 +76,7 @@ class Point:
     linearization: Linearization | None = None
     product: tuple[tuple[int, int], Products] | None = None
     source: torch.Tensor | None = None
+    ghosted: torch.Tensor | None = None
 
 
 _NOWHERE = Point(0.0, torch.empty(0, device="cpu"), (0, -1))
@@ -292,12 +296,12 @@ class Bridge:
             own = self._announced.pop(key)
         else:
             own = copy_out(u, field.dtype)
-            point = None
-            if field.problem.exchange is None:  # evaluations are collective, values each rank's
-                point = self._same_values(field, s, own, rate)
+            ghosted = _gathered(field, own)
+            point = self._same_values(field, s, own, rate, ghosted)
             if point is not None:
                 point.key = key
                 return point
+            return self._new_point(field, s, own, rate, key, ghosted)
         return self._new_point(field, s, own, rate, key)
 
     def point_at(self, s: float, u: torch.Tensor, u_dot: torch.Tensor | None = None) -> Point:
@@ -305,22 +309,25 @@ class Bridge:
         field = self.field
         own = u.to(field.dtype, copy=True)
         rate = None if field.has_rhs or u_dot is None else u_dot.to(field.dtype, copy=True)
-        if field.problem.exchange is not None:  # the same decision on all ranks
-            for known in self._points:
-                if known.field is field and known.s == s and known.source is u:
-                    return known
-        else:
-            same = self._same_values(field, s, own, rate)
-            if same is not None:
-                return same
-        point = self._new_point(field, s, own, rate, (0, -1))
+        for known in self._points:
+            if known.field is field and known.s == s and known.source is u and rate is None:
+                return known
+        ghosted = _gathered(field, own)
+        point = self._same_values(field, s, own, rate, ghosted) or self._new_point(
+            field, s, own, rate, (0, -1), ghosted
+        )
         point.source = u
         return point
 
     def _same_values(
-        self, field: VectorField, s: float, u: torch.Tensor, rate: torch.Tensor | None
+        self,
+        field: VectorField,
+        s: float,
+        u: torch.Tensor,
+        rate: torch.Tensor | None,
+        ghosted: torch.Tensor | None,
     ) -> Point | None:
-        """Return a recent point with these values.
+        """Return a recent point with these values. Not collective.
 
         The adjoint computes a time from the step's other side: the last bit may differ.
         """
@@ -330,6 +337,10 @@ class Bridge:
                 and math.isclose(known.s, s, rel_tol=1e-15)
                 and torch.equal(known.u, u)
                 and (rate is None or (known.u_dot is not None and torch.equal(known.u_dot, rate)))
+                and (
+                    ghosted is None
+                    or (known.ghosted is not None and torch.equal(known.ghosted, ghosted))
+                )
             ):
                 return known
         return None
@@ -341,10 +352,11 @@ class Bridge:
         own: torch.Tensor,
         rate: torch.Tensor | None,
         key: tuple[int, int],
+        ghosted: torch.Tensor | None = None,
     ) -> Point:
         while len(self._points) >= self._limit:
             self._points.popleft()  # before the next graph is built, so that memory is reused
-        point = Point(s, own, key, field, rate)
+        point = Point(s, own, key, field, rate, ghosted=ghosted)
         self._points.append(point)
         return point
 
@@ -382,7 +394,12 @@ class Bridge:
         """Return the linearization at ``point``, made on first use."""
         if point.linearization is None:
             assert point.field is not None
-            point.linearization = point.field.linearize(point.s, point.u, point.u_dot)
+            if point.ghosted is not None:
+                point.linearization = point.field.linearize_gathered(
+                    point.s, point.u, point.ghosted
+                )
+            else:
+                point.linearization = point.field.linearize(point.s, point.u, point.u_dot)
         return point.linearization
 
     def _implicit_value(self, s: float, u: Any, u_dot: Any) -> torch.Tensor:
@@ -405,6 +422,11 @@ class Bridge:
 
     def _jvp_at(self, point: Point, v: Any, state: float, rate: float) -> torch.Tensor:
         return self.linearize(point).jvp(copy_out(v, self.field.dtype), state, rate)
+
+
+def _gathered(field: VectorField, u: torch.Tensor) -> torch.Tensor | None:
+    """Return u with its ghost cells, flat, if there are any. Collective then."""
+    return None if field.exchange is None else field.exchange.gather(u).reshape(-1)
 
 
 class JacobianShell:

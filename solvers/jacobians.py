@@ -65,7 +65,6 @@ class Jacobian:
         self._reuse = "iteration" if adjoint and not self._constant else reuse
         self._shell = shell
         self._stays = self._constant and not adjoint
-        self._tested = False
         self.forget()
 
     def forget(self) -> None:
@@ -75,7 +74,6 @@ class Jacobian:
         self._first: Point | None = None
         self._checked = False
         self._promise: _Promise | None = None
-        self._tested = False
         self._norm = math.inf
         self.always = False
 
@@ -169,13 +167,8 @@ class Jacobian:
         if self._promise is None:
             self._promise = bridge.guarded("jacobian", _Promise, bridge, point)
             return False
-        if bridge.field.problem.exchange is not None:
-            # Evaluations are collective, distances each rank's: test at the second state alone.
-            if self._tested:
-                return False
-        elif not self._promise.far(point):
+        if not self._promise.far(point):
             return False
-        self._tested = True
         bridge.guarded("jacobian", self._promise.test, bridge, point)
         return True
 

@@ -1,9 +1,9 @@
-"""The benchmark of stiff solvers: its counts, its problems, its comparison at equal errors."""
+"""The benchmarks of stiff solvers and of memory: counts, problems, comparison, curves."""
 
-import itertools
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,6 @@ import pnode
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))  # where Python looks when it runs a script of it
 
-import scaling  # noqa: E402
 import stiff  # noqa: E402
 import stiff_gradients  # noqa: E402
 from stiff_problems import PROBLEMS, SENSITIVITIES  # noqa: E402
@@ -125,41 +124,40 @@ def test_failures_are_rows():
     assert all((row.seconds is None) == (row.solver == "bad") for row in rows)
 
 
-@pytest.mark.mpi
-def test_scaling(tmp_path):
-    path, picture = tmp_path / "scaling.json", tmp_path / "scaling.png"
+def test_memory_stays_within_the_budget(tmp_path):
+    path = tmp_path / "memory.json"
     command = [
-        sys.executable, str(FOLDER / "scaling.py"), "--quick", "--json", str(path),
-        "--plot", str(picture),
+        sys.executable, str(FOLDER / "memory.py"), "--steps", "100", "--json", str(path),
+        "--series", "torchdiffeq", "pnode", "pnode-16MB", "pnode-16MB-disk",
     ]  # fmt: skip
     run = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert run.returncode == 0, run.stderr
-    report = json.loads(path.read_text())
-    assert picture.stat().st_size > 10_000
-    for mode, result in report["modes"].items():
-        counts = result["per_step"]
-        if "GMRES" in mode:
-            assert counts["reductions"] > 10.0
-        else:
-            assert counts["reductions"] == float("adaptive" in mode)
-        if "rk4" in mode:  # a message per stage forward, two backward: for f, and for its product
-            assert counts["sends"] == (0.0 if "batch" in mode else 12.0)
-            # Two rows of 16 cells and two corners each, of two fields.
-            assert counts["sent"] == counts["sends"] * 8 * 2 * 2 * (16 + 2)
-        for kind in ("weak", "strong"):
-            efficiencies = result["cluster"][kind]
-            assert efficiencies[0] == pytest.approx(1.0, rel=1e-12)
-            assert all(0.0 < b <= a * (1 + 1e-12) for a, b in itertools.pairwise(efficiencies))
+    left_out = "torchdiffeq: left out, torchdiffeq is not installed\n"
+    assert (left_out in run.stdout) == (find_spec("torchdiffeq") is None)
+    rows = {row["series"]: row for row in json.loads(path.read_text())["rows"]}
+    free, steps = rows["pnode"], 100
+    assert free["ram_bytes"] == steps * 4 * 64 * 256 * 8
+    assert free["in_use_bytes"] > free["ram_bytes"]
+    fixed = 12e6  # outputs, gradients, the graph of f at one stage: 3.4e6 bytes with 10 steps
+    for row in (rows["pnode-16MB"], rows["pnode-16MB-disk"]):
+        assert row["failure"] is None
+        assert row["as_planned"]
+        assert row["taken"] == steps
+        assert row["ram_bytes"] <= 16e6
+        assert row["evaluations"] == 8 * steps + 4 * row["recomputed"]
+        assert row["gradient_norm"] == free["gradient_norm"]
+        assert row["in_use_bytes"] < 16e6 + fixed < free["in_use_bytes"]
+    assert rows["pnode-16MB"]["recomputed"] > 0 == rows["pnode-16MB-disk"]["recomputed"]
+    assert rows["pnode-16MB-disk"]["disk_bytes"] > 0 == rows["pnode-16MB"]["disk_bytes"]
 
 
-def test_communication_model():
-    machine = scaling.Machine(latency=2.0, bandwidth=8.0, reduction=3.0)
-    model = scaling.Model(
-        base=5.0, per_cell=0.5, exchanges=2.0, reductions=1.0, once=4.0, steps=8.0
-    )
-    # 100 cells: 55 alone; with 15 others, 8 neighbours, 4 sides of 10 cells and 4 corners of two
-    # fields, and four stages of 1.5 reductions.
-    assert model.seconds(machine, 1, 100) == 55.0
-    assert model.seconds(machine, 16, 100) == 55.0 + 2 * (8 * 2.0 + 704 / 8.0) + 1.5 * 4 * 3.0
-    assert model.weak(machine, 16, 100) == 55.0 / model.seconds(machine, 16, 100)
-    assert model.strong(machine, 16, 1600) == 805.0 / (16 * model.seconds(machine, 16, 100))
+def test_memory_series_end_at_the_limits():
+    command = [
+        sys.executable, str(FOLDER / "memory.py"), "--steps", "150", "200", "--series", "pnode",
+    ]  # fmt: skip
+    for limit, reason in ((["--limit", "40MB"], "over 40MB"), (["--seconds", "1"], "over 1 s")):
+        run = subprocess.run(
+            [*command, *limit], capture_output=True, text=True, timeout=120, check=False
+        )
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.splitlines()[-1].split(maxsplit=5)[-1] == f"150 {reason}"

@@ -15,24 +15,25 @@ from pnode.solvers.methods import markdown_table
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCKS = [
-    pytest.param(block, id=f"{page.name}-{index}")
-    for page in PAGES
-    for index, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.S))
-]
+BLOCKS = {page: re.findall(r"```python\n(.*?)```", page.read_text(), re.S) for page in PAGES}
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-def test_python_blocks_run(block, capsys):
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if BLOCKS[page]], ids=lambda page: page.name
+)
+def test_python_blocks_run(page, capsys):
+    """Later blocks of a page may use what earlier ones have defined."""
     threads = torch.get_num_threads()
+    namespace = {"__name__": "documentation"}
     try:
-        exec(compile(block, "<documentation>", "exec"), {"__name__": "documentation"})
+        for block in BLOCKS[page]:
+            exec(compile(block, "<documentation>", "exec"), namespace)
     finally:
         torch.set_num_threads(threads)
 
 
 def test_readme_has_a_python_block():
-    assert any(parameter.id.startswith("README") for parameter in BLOCKS)
+    assert BLOCKS[ROOT / "README.md"]
 
 
 def test_readme_shows_the_method_table():
@@ -48,7 +49,9 @@ def test_links_lead_to_files(page):
     assert not missing
 
 
-@pytest.mark.parametrize("module", ["pnode", "pnode.testing", "pnode.integrate"])
+@pytest.mark.parametrize(
+    "module", ["pnode", "pnode.testing", "pnode.integrate", "pnode.layouts", "pnode.parallel"]
+)
 def test_docstring_examples(module):
     result = doctest.testmod(
         importlib.import_module(module), extraglobs={"torch": torch, "pnode": pnode}

@@ -21,9 +21,12 @@ LEAVES = {
         "controllers",
         "errors",
         "interpolation",
+        "launchers",
+        "layouts",
         "mass",
         "options",
         "problem",
+        "ranks",
         "solution",
         "tolerances",
         "vectorfield",
@@ -41,8 +44,11 @@ LEVELS = {
     "pnode.events": 3,
     "pnode.integrate": 3,
     "pnode.parallel": 3,
+    "pnode.diagnosis": 3,
+    "pnode.doctor": 4,
+    "pnode.cli": 4,
 }
-TOP_LEVEL = 4  # pnode itself, pnode.cli, pnode.plotting, pnode.testing, and any other
+TOP_LEVEL = 4  # pnode itself, pnode.__main__, pnode.plotting, pnode.testing, and any other
 
 
 def source_files() -> Iterator[tuple[str, Path]]:
@@ -191,8 +197,9 @@ def test_schedules_import_neither_petsc_nor_torch(name: str) -> None:
 
 # --------------------------------------------------------------------------- who calls autograd
 
-CALLS_AUTOGRAD = {"pnode.vectorfield", "pnode.testing"}
-DEFINES_FUNCTION = {"pnode.integrate"}  # the one torch.autograd.Function
+# The probe solves a problem and takes its gradient as a user would.
+CALLS_AUTOGRAD = {"pnode.vectorfield", "pnode.testing", "pnode.diagnosis.probe"}
+DEFINES_FUNCTION = {"pnode.integrate", "pnode.parallel"}  # the solve, and sums over ranks
 
 
 def dotted(node: ast.AST) -> str:

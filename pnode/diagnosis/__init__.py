@@ -1,0 +1,1 @@
+"""Facts about an installation, and checks that judge them."""
