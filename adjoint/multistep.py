@@ -20,6 +20,7 @@ from pnode.solution import Ledger
 from pnode.solvers.bdf import start_weights
 from pnode.solvers.stepping import Step
 from pnode.vectorfield import VectorField
+from pnode.vectors import REAL
 
 __all__ = ["MultistepAdjoint"]
 
@@ -36,6 +37,15 @@ class MultistepAdjoint(ImplicitAdjointStepper):
         """End a sweep: let go of the user's objects."""
         self._waiting = []
         super().end()
+
+    def placeholder(self, step: Step, state: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return what stands for a step's checkpoint that cannot be had, in a sweep that is lost.
+
+        Of an ODE: residuals are not for several ranks, where alone a sweep goes on when it is lost.
+        """
+        if step.order < 0:
+            return (state.expand(-step.order * (1 - step.order) // 2, -1),)
+        return state, torch.full((step.order + 1,), 1.0 / step.length, dtype=REAL)
 
     def step(self, step: Step, ledger: Ledger) -> None:
         """Take the adjoint of one step, whose checkpoint has been loaded. Collective.

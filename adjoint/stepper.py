@@ -54,6 +54,18 @@ class AdjointStepper(ABC):
     def load(self, checkpoint: Checkpoint, tape: Any = None) -> None:
         """Put a step's checkpoint in place, with the graphs at its stages. Not collective."""
 
+    def placeholder(self, step: Step, state: torch.Tensor) -> Checkpoint:
+        """Return what stands for a step's checkpoint that cannot be had, in a sweep that is lost.
+
+        Parameters
+        ----------
+        step : Step
+            The step.
+        state : Tensor
+            Any state, flat, PETSc's precision.
+        """
+        return (state,) * self.settings.method.stage_units
+
     @abstractmethod
     def add(self, cotangent: torch.Tensor) -> None:
         """Add the derivative of the loss with respect to the state at this time."""

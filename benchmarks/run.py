@@ -18,8 +18,9 @@ SCRIPTS = {
     "stiff.py": ["--quick"],
     "schedule.py": [],
     "memory.py": ["--steps", "10", "30"],
+    "scaling.py": ["--quick"],
 }
-PLOTS = ("peers.py", "stiff.py", "memory.py")
+PLOTS = ("peers.py", "stiff.py", "memory.py", "scaling.py")
 
 
 def commands(quick: bool) -> list[list[str]]:

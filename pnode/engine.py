@@ -33,6 +33,7 @@ from pnode.events import Event, EventLocator
 from pnode.layouts import Layout
 from pnode.options import SolverOptions, next_prefix
 from pnode.problem import InitialValueProblem
+from pnode.ranks import clean_up
 from pnode.solution import Stats
 from pnode.solvers.assemblies import SparsityPattern
 from pnode.solvers.bridge import accumulate
@@ -624,7 +625,9 @@ class Engine:
 
         def stages(step: int) -> tuple[torch.Tensor, ...]:
             found = attempt(trajectory.stages, step, repeated.integrator)
-            return (y0.to(REAL),) * run.settings.method.stage_units if found is None else found
+            if found is None:
+                return adjoint.placeholder(trajectory.steps[step], y0.to(REAL))
+            return found
 
         with _Repeated(self, run, y0) as repeated:
             add_outputs(len(trajectory.steps))
@@ -639,7 +642,10 @@ class Engine:
                         repeated.restart(step + 1, restored(trajectory.end, step))
                     case Adjoint(step):
                         if active:
-                            ranks.where = {"step": step, "method": run.settings.method.name}
+                            ranks.where = {
+                                "time": run.problem.direction * trajectory.steps[step].start,
+                                "step": step, "method": run.settings.method.name,
+                            }  # fmt: skip
                             adjoint.load(stages(step), trajectory.tape(step))
                             adjoint.step(trajectory.steps[step], ledger)
                         add_outputs(step)
@@ -724,6 +730,7 @@ class Engine:
         """Lend an adjoint."""
 
         def create() -> AdjointStepper:
+            clean_up(self.comm)
             options = self._solver_options(settings, adjoint=True)
             return create_adjoint(settings, options, parameters)
 
@@ -737,6 +744,7 @@ class Engine:
         """Lease a forward integrator that stands at the initial state."""
 
         def create() -> TimeIntegrator:
+            clean_up(self.comm)  # all ranks create together
             return create_integrator(settings, self._solver_options(settings))
 
         with self._pool.lease(("forward", settings), create) as integrator:

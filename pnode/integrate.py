@@ -36,8 +36,8 @@ _JACOBIANS = ("auto", "matrix-free", "dense", "block", "sparse")
 _COMPARED = (
     "method", "t", "the dtype of y0", "step_size", "rtol, atol", "the step control",
     "the problem's form", "layout", "jacobian", "petsc_options", "checkpointing",
-    "the number of parameters", "the shapes of the parameters", "dense",
-    "whether gradients are wanted (torch.no_grad)", "requires_grad of y0, t or the parameters",
+    "whether gradients are wanted (torch.no_grad)", "the number of parameters",
+    "the shapes of the parameters", "dense", "requires_grad of y0, t or the parameters",
 )  # fmt: skip
 
 
@@ -259,7 +259,7 @@ class Solver(torch.nn.Module):
         self._progress = progress and chosen_comm.rank == 0
         if compile and (chosen_comm.size > 1 or exchange is not None):
             warnings.warn(
-                "compile=True is not for states that several ranks share: the solve goes on without",
+                "compile=True is not for states that several ranks share: solving without",
                 RuntimeWarning, stacklevel=2,
             )  # fmt: skip
         self._engine = Engine(

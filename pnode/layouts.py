@@ -153,31 +153,26 @@ class Grid(Layout):
     ) -> None:
         self.comm = ranks.as_communicator(comm)
         group = ranks.Ranks(self.comm)
+        ranks.clean_up(self.comm)
         checked = group.attempt(_check_grid, shape, fields, width, boundary, stencil)
         names = ("shape", "fields", "width", "boundary", "stencil")
         facts = None if checked is None else dict(zip(names, checked, strict=True))
         group.compare(names, facts, 0)
         self.global_shape, self.fields, self.width, self.boundary, self.stencil = checked
-        periodic, other = PETSc.DM.BoundaryType.PERIODIC, PETSc.DM.BoundaryType.GHOSTED
-        kinds = PETSc.DMDA.StencilType
+        # PETSc looks at the cells of each rank by itself: those with too few would raise, and leave
+        # the others waiting. Its partition, which all know, is looked at first.
         try:
-            self._dm = PETSc.DMDA().create(
-                dim=len(self.global_shape),
-                dof=self.fields or 1,
-                sizes=self.global_shape[::-1],  # PETSc's first dimension is contiguous
-                boundary_type=[
-                    periodic if kind == "periodic" else other for kind in self.boundary[::-1]
-                ],
-                stencil_type=kinds.BOX if stencil == "box" else kinds.STAR,
-                stencil_width=self.width,
-                comm=self.comm,
-            )
-        except PETSc.Error as error:
+            partition = self._create(0).getOwnershipRanges()
+            fits = all(min(cells) >= max(self.width, 1) for cells in partition)
+        except PETSc.Error:  # fewer cells than ranks, in one of the dimensions: on all of them
+            fits = False
+        if not fits:
             raise ConfigurationError(
                 f"shape={self.global_shape} with width={self.width} does not split over "
-                f"{self.comm.size} ranks, each of which needs at least {self.width} cells in every "
-                "dimension: take fewer ranks or a larger grid"
-            ) from error
+                f"{self.comm.size} ranks, each of which needs {max(self.width, 1)} or more cells "
+                "in every dimension: take fewer ranks or a larger grid"
+            )
+        self._dm = self._create(self.width)
         corners, ghost_corners = self._dm.getCorners(), self._dm.getGhostCorners()
         self.starts, self.cells = (tuple(part[::-1]) for part in corners)
         ghost_starts, ghosted = (tuple(part[::-1]) for part in ghost_corners)
@@ -193,6 +188,21 @@ class Grid(Layout):
         self._local.set(0.0)
         self._offsets = tuple(a - b for a, b in zip(self.starts, ghost_starts, strict=True))
         self._ghosted_cells = ghosted
+
+    def _create(self, width: int) -> Any:
+        periodic, other = PETSc.DM.BoundaryType.PERIODIC, PETSc.DM.BoundaryType.GHOSTED
+        kinds = PETSc.DMDA.StencilType
+        return PETSc.DMDA().create(
+            dim=len(self.global_shape),
+            dof=self.fields or 1,
+            sizes=self.global_shape[::-1],  # PETSc's first dimension is contiguous
+            boundary_type=[
+                periodic if kind == "periodic" else other for kind in self.boundary[::-1]
+            ],
+            stencil_type=kinds.BOX if self.stencil == "box" else kinds.STAR,
+            stencil_width=width,
+            comm=self.comm,
+        )
 
     def __repr__(self) -> str:
         """Show the arguments."""
@@ -282,7 +292,10 @@ class Grid(Layout):
     def _fills(self) -> list[tuple[tuple[slice, ...], tuple[slice, ...]]]:
         """Return single layers of cells and the ghost layers beyond the ends that repeat them."""
         found = []
-        everything = (slice(None),) * len(self.cells)
+        everything = tuple(
+            slice(None) if self.stencil == "box" else slice(first, first + number)
+            for first, number in zip(self._offsets, self.cells, strict=True)
+        )
         for dimension, (kind, ends) in enumerate(zip(self.boundary, self.at_ends, strict=True)):
             if kind not in ("mirror", "replicate"):
                 continue
@@ -397,6 +410,7 @@ class GhostLayout(Layout):
     ) -> None:
         self.comm = ranks.as_communicator(comm)
         group = ranks.Ranks(self.comm)
+        ranks.clean_up(self.comm)
         checked = group.attempt(_check_layout, owned, ghosts, fields, pattern)
         facts = None if checked is None else {"fields": checked[2], "pattern": checked[3] is None}
         group.compare(("fields", "pattern"), facts, 0)

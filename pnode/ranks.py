@@ -23,7 +23,7 @@ from pnode.errors import ConfigurationError, PnodeError, RankError, SolveError
 from pnode.options import PETSc
 from pnode.vectors import REAL
 
-__all__ = ["ALONE", "Ranks", "as_communicator"]
+__all__ = ["ALONE", "Ranks", "as_communicator", "clean_up"]
 
 _NOBODY = 2**62  # key of no failure
 _keepers: dict[int, Any] = {}
@@ -59,6 +59,15 @@ def _own(comm: Any) -> Any:
         keeper = PETSc.Vec().createMPI((0, PETSc.DETERMINE), comm=comm)
         _keepers[key] = keeper
     return _keepers[key].getComm().tompi4py()
+
+
+def clean_up(comm: Any) -> None:
+    """Destroy the PETSc objects that Python has let go of on all ranks. Collective.
+
+    petsc4py keeps those of several ranks, as each collects its garbage when it likes.
+    """
+    if comm.size > 1:
+        PETSc.garbage_cleanup(comm)
 
 
 class Ranks:

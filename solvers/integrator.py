@@ -510,10 +510,10 @@ class TimeIntegrator:
         """
         if not self._rejecting:
             self._rejecting = True
-            for vector, value in zip(self._tolerances(), (0.0, 1e-100), strict=True):
+            for vector, value in zip(self._tolerance_vectors(), (0.0, 1e-100), strict=True):
                 _fill_tolerance(vector, value)
 
-    def _tolerances(self) -> tuple[Any, Any]:
+    def _tolerance_vectors(self) -> tuple[Any, Any]:
         rtol, atol = self.ts.getTolerances()
         return rtol, atol
 
@@ -533,7 +533,7 @@ class TimeIntegrator:
         if self._rejecting:
             self._rejecting = False
             tolerances = (self.settings.rtol, self.settings.atol)
-            for vector, value in zip(self._tolerances(), tolerances, strict=True):
+            for vector, value in zip(self._tolerance_vectors(), tolerances, strict=True):
                 _fill_tolerance(vector, value)
         if self.bridge.nonfinite_time is not None:
             self.ranks.fail(self._nonfinite(self.bridge.nonfinite_time))

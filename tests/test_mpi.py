@@ -1,33 +1,53 @@
-"""Several ranks, each with its own solver: started here, in subprocesses with a hard limit."""
+"""Several ranks: programs of this folder in subprocesses with a hard limit."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from launch import check, launch
 
-PROGRAM = Path(__file__).with_name("program_average_gradient.py")
-
-
-def mpiexec() -> str:
-    """The launcher that belongs to mpi4py's MPI: beside the interpreter, else on the path."""
-    beside = Path(sys.executable).with_name("mpiexec")
-    found = str(beside) if beside.exists() else shutil.which("mpiexec")
-    assert found, "mpiexec is missing: install mpich into this environment"
-    return found
+pytestmark = pytest.mark.mpi
 
 
-@pytest.mark.mpi
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_ranks_with_their_own_batches_average_to_one_gradient(ranks):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [mpiexec(), "-n", str(ranks), sys.executable, str(PROGRAM)],
-        capture_output=True, text=True, timeout=120, env=environment,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert f"ranks {ranks}" in run.stdout
+    check("program_average_gradient.py", ranks)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_ghost_cells_and_their_adjoints(ranks):
+    check("program_layouts.py", ranks)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "sections"),
+    [
+        (1, ("explicit",)),
+        (2, ("explicit", "implicit", "taylor", "checkpoints")),
+        (3, ("explicit", "checkpoints")),
+    ],
+)
+def test_gradients_over_ranks(ranks, sections):
+    check("program_gradients.py", ranks, *sections, limit=240)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "sections"),
+    [
+        (2, ("sweeps", "interrupts", "damaged_files", "mismatches")),
+        (3, ("sweeps", "few", "mismatches")),
+    ],
+)
+def test_failures_on_one_rank_are_errors_on_all(ranks, sections):
+    check("program_faults.py", ranks, *sections, limit=240)
+
+
+@pytest.mark.parametrize("how", ["exit", "kill"])
+def test_a_rank_that_dies_ends_the_job(how):
+    run = launch("program_faults.py", 2, "death", how, limit=60)
+    assert run.stdout.count("alive") == 2, run.stdout + run.stderr
+    assert run.returncode == (3 if how == "exit" else 9)
+    assert "ranks" not in run.stdout
+
+
+def test_solves_do_not_grow_and_sums_of_gradients():
+    check("program_lifetime.py", 2, limit=240)

@@ -1,0 +1,257 @@
+"""Run under mpiexec: what fails on one rank is the same error on all, and the solver goes on."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from launch import Checks
+from mpi4py import MPI
+
+import pnode
+from pnode import errors
+from pnode.parallel import Grid, total
+
+torch.set_num_threads(1)
+comm = MPI.COMM_WORLD
+checks = Checks(comm)
+D = torch.float64
+BAD = comm.size - 1
+VERBOSE = "-v" in sys.argv
+
+
+class Field:
+    """Diffusion of cells or decay of samples, which fails on one rank when told to."""
+
+    def __init__(self, mode: str) -> None:
+        self.w = torch.tensor([0.8, 1.1, 0.5], dtype=D, requires_grad=True)
+        self.ghosts = mode == "grid"
+        self.fault = ""
+
+    def __call__(self, t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        own = u[1:-1] if self.ghosts else u
+        if self.fault and comm.rank == BAD and 0.1 < t.item() < 0.2:
+            if self.fault == "raise":
+                raise ValueError("boom")
+            if self.fault == "interrupt":
+                raise KeyboardInterrupt
+            if self.fault == "shape":
+                return own[:-1]
+            if self.fault == "nan":
+                own = own * torch.nan
+        if self.fault == "newton" and comm.rank == BAD and t.item() > 0.1:
+            own = own + 1e4 * (1.0 + own**2)  # has no solution at the end of a step
+        spread = u[2:] - 2.0 * own + u[:-2] if self.ghosts else -own
+        return spread * self.w[0] + torch.tanh(self.w[1] * own) * self.w[2]
+
+
+class Trial:
+    """One solver, which is made to fail in several ways."""
+
+    def __init__(self, mode: str, **options: Any) -> None:
+        self.mode, self.options = mode, options
+        self.field = Field(mode)
+        self.monitor_fails = False
+        if mode == "grid":
+            grid = Grid((4 * comm.size + 1,), boundary="replicate", comm=comm)
+            options["layout"], shape = grid, grid.shape
+        else:
+            options["comm"], shape = comm, (3 + comm.rank,)
+        self.y0 = torch.linspace(0.1, 1.0, *shape, dtype=D)
+        self.solver = pnode.Solver(
+            self.field, params=[self.field.w], monitor=self.monitor, **options
+        )
+        self.good = self.gradient()
+
+    def monitor(self, step: int, t: float, y: torch.Tensor) -> None:
+        if self.monitor_fails and comm.rank == BAD and t > 0.1:
+            raise OSError("the disk of the user's monitor is full")
+
+    def forward(self) -> torch.Tensor:
+        solution = self.solver(self.y0, torch.tensor([0.0, 0.3], dtype=D))
+        return total(solution.ys[-1].sum(), comm)
+
+    def gradient(self, before_backward: Any = None) -> torch.Tensor:
+        loss = self.forward()
+        if before_backward is not None:
+            before_backward()
+        return torch.autograd.grad(loss, self.field.w)[0]
+
+    def fails(
+        self, what: str, attempt: Any, kinds: tuple[type, ...], where: bool = True,
+        cause: type | None = None,
+    ) -> None:  # fmt: skip
+        """Expect the same error on all ranks; then the solver is to work as before."""
+        name = (what, self.mode, self.options.get("method"), self.options.get("step_size"))
+        try:
+            attempt()
+            found: BaseException | None = None
+        except Exception as error:
+            found = error
+        self.field.fault, self.monitor_fails = "", False
+        message = f"{type(found).__name__}: {found}"
+        seen = comm.allgather(message)
+        if VERBOSE and comm.rank == 0:
+            print(*name, message, flush=True)
+        checks.true(len(set(seen)) == 1, *name, "messages differ:", *set(seen))
+        checks.true(isinstance(found, kinds), *name, message)
+        if where and isinstance(found, errors.SolveError):
+            checks.true(found.rank == BAD and f"rank {BAD}" in message, *name, message)
+            checks.true(found.step is not None and found.time is not None, *name, message)
+            checks.true(found.method == self.solver.method, *name, message)
+        if cause is not None and comm.rank == BAD:
+            checks.true(isinstance(found.__cause__, cause), *name, repr(found.__cause__))
+        again = self.gradient()
+        close = bool(((again - self.good).abs() <= 1e-12 * self.good.abs()).all())
+        checks.true(close, *name, "works again", again, self.good)
+
+    def forward_fault(self, fault: str, *arguments: Any, **options: Any) -> None:
+        """Fail in the forward sweep."""
+        self.field.fault = fault
+        self.fails(f"forward {fault}", self.forward, *arguments, **options)
+
+    def backward_fault(self, fault: str, *arguments: Any, **options: Any) -> None:
+        """Fail in the backward sweep."""
+
+        def attempt() -> None:
+            self.gradient(lambda: setattr(self.field, "fault", fault))
+
+        self.fails(f"backward {fault}", attempt, *arguments, **options)
+
+
+def sweeps() -> None:
+    """Every kind of failure, forward and backward, for every kind of step."""
+    choices = (
+        {"method": "rk4", "step_size": 0.03},
+        {"method": "dopri5", "rtol": 1e-4, "min_step": 1e-3},
+        {"method": "cn", "step_size": 0.03},
+        {"method": "es325", "rtol": 1e-3, "min_step": 1e-3},
+        {"method": "rodaspr", "rtol": 1e-3, "min_step": 1e-3},
+        {"method": "bdf", "rtol": 1e-3, "min_step": 1e-3},
+        {"method": "bdf2", "step_size": 0.03},
+        {"method": "ssprk43", "step_size": 0.03},
+        {"method": "dopri5", "rtol": 1e-6, "dense": True},
+    )
+    chosen = {"batch": ("rk4", "bdf"), "grid": [options["method"] for options in choices]}
+    if "few" in sys.argv:
+        chosen = {"batch": ("dopri5",), "grid": ("rk4", "cn")}
+    for mode in ("batch", "grid"):
+        for options in choices:
+            if options["method"] not in chosen[mode]:
+                continue
+            trial = Trial(mode, **options)
+            trial.forward_fault("raise", (errors.RankError,), cause=ValueError)
+            trial.forward_fault("shape", (errors.VectorFieldError,))
+            trial.forward_fault("nan", (errors.NonFiniteVectorField, errors.StepSizeUnderflow))
+            trial.monitor_fails = True
+            trial.fails("monitor", trial.forward, (errors.RankError,), cause=OSError)
+            trial.backward_fault("raise", (errors.RankError,), cause=ValueError)
+            trial.backward_fault("shape", (errors.VectorFieldError,))
+            if options["method"] in ("cn", "es325", "bdf2"):
+                kinds = (errors.NonlinearSolveFailed, errors.StepSizeUnderflow)
+                kinds += (errors.NonFiniteVectorField,)  # iterates may overflow
+                trial.forward_fault("newton", kinds, where=False)
+
+
+def interrupts() -> None:
+    """An interrupt stays one on its rank, and is an error on the others."""
+    trial = Trial("grid", method="dopri5", step_size=0.03)
+    trial.field.fault = "interrupt"
+    try:
+        trial.forward()
+        found: BaseException | None = None
+    except (KeyboardInterrupt, errors.RankError) as error:
+        found = error
+    expected = KeyboardInterrupt if comm.rank == BAD else errors.RankError
+    checks.true(type(found) is expected, "interrupt", repr(found))
+    trial.field.fault = ""
+    checks.true(torch.equal(trial.gradient(), trial.good), "works after an interrupt")
+
+
+def damaged_files() -> None:
+    """A file of checkpoints that is damaged, or gone, on one rank."""
+    shared = comm.bcast(tempfile.mkdtemp() if comm.rank == 0 else None)
+    own = Path(shared) / f"rank{comm.rank}"
+    own.mkdir()
+    limits = pnode.Checkpointing(memory=2000, disk=own)
+    for method in ("rk4", "cn"):
+        trial = Trial("grid", method=method, step_size=0.003, checkpointing=limits)
+
+        def damage() -> None:
+            if comm.rank == BAD:
+                files = [path for path in own.rglob("*") if path.is_file()]
+                assert files
+                for path in files:
+                    os.truncate(path, path.stat().st_size // 2)
+
+        attempt = partial(trial.gradient, damage)
+        trial.fails("damaged file", attempt, (errors.CheckpointError,))
+        gc.collect()  # tracebacks of the error
+        checks.true(not list(own.iterdir()), "files are left", method, *own.iterdir())
+    comm.Barrier()
+    if comm.rank == 0:
+        shutil.rmtree(shared)
+
+
+def mismatches() -> None:
+    """Arguments that differ between the ranks are named, with what each was given."""
+    y0, t = torch.ones(3, dtype=D), torch.tensor([0.0, 0.1])
+    w = torch.ones(3, dtype=D, requires_grad=True)
+    bad = comm.rank == BAD
+
+    def refused(text: str, **changes: Any) -> None:
+        given = {"y0": y0, "t": t, "method": "rk4", "step_size": 0.05, "params": [w]}
+        given |= changes if bad else {}
+        y0_, t_ = given.pop("y0"), given.pop("t")
+        grad = given.pop("grad", True)
+        try:
+            with torch.set_grad_enabled(grad):
+                pnode.Solver(lambda t, y: -y * w[0].detach(), comm=comm, **given)(y0_, t_)
+            message = "accepted"
+        except errors.ConfigurationError as error:
+            message = str(error)
+        seen = comm.allgather(message)
+        checks.true(len(set(seen)) == 1, "mismatch", text, *seen)
+        checks.true(text in message and f"rank {BAD}" in message, "mismatch", text, message)
+
+    refused("t differs", t=torch.tensor([0.0, 0.11]))
+    refused("method differs", method="dopri5")
+    refused("step_size differs", step_size=0.04)
+    refused("the number of parameters differs", params=[w, w.detach().clone().requires_grad_()])
+    refused("the shapes of the parameters", params=[torch.ones(4, dtype=D, requires_grad=True)])
+    refused("the dtype of y0 differs", y0=y0.float())
+    refused("(torch.no_grad) differs", grad=False, params=[])
+    refused("requires_grad of y0", y0=y0.clone().requires_grad_())
+    refused("contains NaN", y0=y0 * torch.nan)
+    refused("rtol, atol differs", rtol=1e-3)
+    refused("checkpointing differs", checkpointing="1MiB")
+    refused("dense differs", dense=True)
+
+
+def death() -> None:
+    """One rank dies, by exit or by signal, in the middle of a sweep."""
+    how = sys.argv[2]
+
+    def field(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        if comm.rank == BAD and float(t) > 0.1:
+            if how == "exit":
+                os._exit(3)
+            os.kill(os.getpid(), 9)
+        return u[2:] - u[:-2]
+
+    grid = Grid((8,), comm=comm)
+    solver = pnode.Solver(field, method="dopri5", layout=grid)
+    print("alive", flush=True)
+    solver(torch.linspace(0.0, 1.0, *grid.shape), torch.tensor([0.0, 5.0]))
+
+
+for wanted in [name for name in sys.argv[1:] if name in globals()]:
+    globals()[wanted]()
+checks.finish()
