@@ -9,7 +9,7 @@ is solved on few cells, which several ranks may share::
 
 What is learned from is the solution on 8 or 16 times as many cells, averaged to the coarse ones:
 
-1. *The viscosity*, where the coarse cells resolve the shocks (nu = 0.01): one unknown number.
+1. *The viscosity*, where the coarse cells resolve the shocks (nu = 0.02): one unknown number.
 2. *A closure*, where they do not (nu = 0.002). The averages then obey
 
        d u_i / dt = -(F(u) + tau)_{i+1/2} / dx + (F(u) + tau)_{i-1/2} / dx + diffusion,
@@ -52,7 +52,7 @@ WIDTH = 2  # ghost cells: how far the closure looks beyond a rank's cells
 SOLUTIONS = 8  # to learn from, and as many to predict
 END = 0.25  # of what is learned from
 OUTPUTS = 5  # until then
-VISCOUS, THIN = 0.01, 0.002  # the two viscosities
+VISCOUS, THIN = 0.02, 0.002  # the two viscosities
 FINER = {VISCOUS: 8, THIN: 16}  # fine cells in a coarse one
 FIRST_GUESS = 2.0 * VISCOUS
 COURANT = 0.8  # step / dx
@@ -194,7 +194,8 @@ class Result:
     without, with_closure : float
         Root-mean-square errors of the solutions that were not learned from.
     viscosity_losses, closure_losses : list of float
-        Mean squared errors of those that were, one per iteration and one after the last.
+        Mean squared errors of those that were: one per evaluation; one per iteration and one
+        after the last.
     """
 
     seed: int
@@ -237,20 +238,25 @@ def mean_square_error(
 def learn_viscosity(
     result: Result, iterations: int, generator: torch.Generator, comm: MPI.Intracomm
 ) -> None:
-    """Learn one number."""
+    """Learn one number, by L-BFGS."""
     truth = reference(result.cells, VISCOUS, END, generator, comm)
     data = truth.averages[:, :SOLUTIONS]
     grid = Grid((result.cells,), fields=SOLUTIONS, width=WIDTH, comm=comm)
     diffusion = Diffusion(1.0 / result.cells, FIRST_GUESS)
     solver = make_solver(grid, diffusion, result.method)
-    result.viscosity_losses = train(
-        diffusion.parameters(),
-        lambda: mean_square_error(solver, grid, truth.times, data),
-        iterations,
-        0.05,
-        comm,
-        lambda: f", viscosity {diffusion.viscosity:.5f}",
+    optimizer = torch.optim.LBFGS(
+        diffusion.parameters(), max_iter=iterations, line_search_fn="strong_wolfe"
     )
+
+    def evaluate() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = mean_square_error(solver, grid, truth.times, data)
+        loss.backward()
+        say(comm, f"  loss {loss.item():.3e}, viscosity {diffusion.viscosity:.6f}")
+        result.viscosity_losses.append(loss.item())
+        return loss
+
+    optimizer.step(evaluate)
     result.viscosity = diffusion.viscosity
 
 
@@ -329,8 +335,9 @@ def plot(
 
     axis = axes[1, 1]
     axis.semilogy(result.closure_losses, color="C3", label="closure")
-    axis.semilogy(result.viscosity_losses, color="C2", label="viscosity")
-    axis.set(xlabel="iteration", ylabel="loss (mean squared error)", title="training")
+    axis.semilogy(result.viscosity_losses, "o-", ms=3, color="C2", label="viscosity")
+    axis.set(xlabel="evaluation of the gradient", ylabel="loss (mean squared error)")
+    axis.set_title("training")
     axis.legend(frameon=False)
     for axis in axes.flat:
         axis.grid(alpha=0.25)
@@ -371,7 +378,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = Result(options.seed, options.cells, options.method, comm.size)
 
     say(comm, f"viscosity, from {FINER[VISCOUS] * options.cells} cells on {options.cells}:")
-    learn_viscosity(result, min(options.iterations, 50), generator, comm)
+    learn_viscosity(result, min(options.iterations, 10), generator, comm)
     error = 100.0 * (result.viscosity / VISCOUS - 1.0)
     say(comm, f"  viscosity {result.viscosity:.6f}, truth {VISCOUS} ({error:+.2f} %)\n")
 

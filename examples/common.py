@@ -79,7 +79,6 @@ def train(
     iterations: int,
     rate: float,
     comm: MPI.Intracomm,
-    describe: Callable[[], str] = str,
 ) -> list[float]:
     """Minimise a loss by Adam, with a learning rate that falls along half a cosine.
 
@@ -102,12 +101,12 @@ def train(
         value.backward()
         losses.append(value.item())
         if iteration % max(iterations // 10, 1) == 0:
-            say(comm, f"  iteration {iteration:4d}: loss {losses[-1]:.3e}{describe()}")
+            say(comm, f"  iteration {iteration:4d}: loss {losses[-1]:.3e}")
         optimizer.step()
         schedule.step()
     with torch.no_grad():
         losses.append(loss().item())
-    say(comm, f"  iteration {iterations:4d}: loss {losses[-1]:.3e}{describe()}")
+    say(comm, f"  iteration {iterations:4d}: loss {losses[-1]:.3e}")
     return losses
 
 
