@@ -36,13 +36,12 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from common import at_least, network, parser, prepare, pyplot, say, train, write_json
+from common import at_least, launch, network, parser, pyplot, say, train, write_json
 from mpi4py import MPI
 
 import pnode
@@ -363,17 +362,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; return its exit code. Collective."""
-    options = parse(argv)
-    comm = MPI.COMM_WORLD
-    torch.set_num_threads(1)
-    begin = time.perf_counter()
-    problem = prepare(options.output, not options.no_plot, comm)
-    if problem is not None:
-        if comm.rank == 0:
-            print(f"burgers.py: error: {problem}", file=sys.stderr)
-        return 2
+def run(options: argparse.Namespace, comm: MPI.Intracomm) -> None:
+    """Learn both, and write what was learned. Collective."""
     generator = torch.Generator().manual_seed(options.seed)
     result = Result(options.seed, options.cells, options.method, comm.size)
 
@@ -397,8 +387,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             written.insert(0, options.output / "burgers.png")
             plot(result, *shown, written[0])
         print("wrote " + " and ".join(map(str, written)))
-        print(f"{time.perf_counter() - begin:.0f} s on {comm.size} ranks")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; return its exit code. Collective."""
+    options = parse(argv)
+    comm = MPI.COMM_WORLD
+    torch.set_num_threads(1)
+    return launch("burgers", options.output, not options.no_plot, lambda: run(options, comm), comm)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
+import time
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +14,8 @@ from typing import Any
 
 import torch
 from mpi4py import MPI
+
+import pnode
 
 FINAL_RATE = 0.01  # share of the first learning rate
 
@@ -22,8 +26,8 @@ def at_least(kind: type, least: float) -> Callable[[str], float]:
     def convert(text: str) -> float:
         value = kind(text)
         if not least <= value < 2**63:
-            bound = {0: "not negative", 1: "positive"}.get(least, f"at least {least}")
-            bound = "positive" if 0 < least < 1 else bound
+            bound = "not negative" if least == 0 else "positive" if least <= 1 else None
+            bound = bound or f"at least {least}"
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bound}")
         return value
 
@@ -116,22 +120,39 @@ def say(comm: MPI.Intracomm, text: str) -> None:
         print(text, flush=True)
 
 
-def prepare(folder: Path, figure: bool, comm: MPI.Intracomm) -> str | None:
-    """Make sure before the training that the results can be written; return what hinders it.
+def launch(
+    program: str, folder: Path, figure: bool, run: Callable[[], None], comm: MPI.Intracomm
+) -> int:
+    """Make sure that the results can be written, and run; return the exit code. Collective.
 
-    Rank 0 tries, all ranks get its answer.
+    0 is done, 1 a solve that failed, 2 an option that is unusable. Rank 0 tells why.
     """
-    problem = None
-    if comm.rank == 0:
+    problem, code = comm.bcast(hindrance(folder, figure) if comm.rank == 0 else None), 2
+    if problem is None:
+        begin = time.perf_counter()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(folder, os.W_OK):
-                problem = f"{folder} cannot be written to"
-            elif figure and find_spec("matplotlib") is None:
-                problem = "the figure needs matplotlib: install it, or give --no-plot"
-        except OSError as error:
-            problem = str(error)
-    return comm.bcast(problem)
+            run()
+        except pnode.PnodeError as error:  # the same on all ranks
+            problem, code = str(error), 2 if isinstance(error, pnode.ConfigurationError) else 1
+    if problem is not None:
+        if comm.rank == 0:
+            print(f"{program}.py: error: {problem}", file=sys.stderr)
+        return code
+    say(comm, f"{time.perf_counter() - begin:.0f} s on {comm.size} ranks")
+    return 0
+
+
+def hindrance(folder: Path, figure: bool) -> str | None:
+    """Make the folder of the results; return why they cannot be written, if they cannot."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return str(error)
+    if not os.access(folder, os.W_OK):
+        return f"the folder {folder} cannot be written to"
+    if figure and find_spec("matplotlib") is None:
+        return "the figure needs matplotlib: install it, or give --no-plot"
+    return None
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:

@@ -33,13 +33,12 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from common import at_least, network, parser, prepare, pyplot, say, train, write_json
+from common import at_least, launch, network, parser, pyplot, say, train, write_json
 from mpi4py import MPI
 
 import pnode
@@ -278,27 +277,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; return its exit code. Collective."""
-    options = parse(argv)
-    comm = MPI.COMM_WORLD
-    torch.set_num_threads(1)
-    begin = time.perf_counter()
-    problem = prepare(options.output, not options.no_plot, comm)
-    if problem is not None:
-        if comm.rank == 0:
-            print(f"lorenz96.py: error: {problem}", file=sys.stderr)
-        return 2
+def run(options: argparse.Namespace, comm: MPI.Intracomm) -> None:
+    """Learn the closure, and write what was learned. Collective."""
     result = Result(options.seed, options.cells, options.method, comm.size)
     say(comm, f"closure of {options.cells} slow variables, {FAST} fast ones for each:")
     shown = learn(result, options.iterations, comm)
-    for lead in (result.times[KNOWN - 1], result.times[-1]):
-        index = result.times.index(lead)
+    for index in (KNOWN - 1, len(result.times) - 1):
         without, learned = result.without[index], result.with_closure[index]
         say(
             comm,
-            f"  error of other forecasts at time {lead:.1f}: {without:.4f} without closure, "
-            f"{learned:.4f} with it: {without / learned:.2f} times smaller",
+            f"  error of other forecasts at time {result.times[index]:.1f}: {without:.4f} without "
+            f"closure, {learned:.4f} with it: {without / learned:.2f} times smaller",
         )
     say(
         comm,
@@ -312,8 +301,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             written.insert(0, options.output / "lorenz96.png")
             plot(result, *shown, written[0])
         print("wrote " + " and ".join(map(str, written)))
-        print(f"{time.perf_counter() - begin:.0f} s on {comm.size} ranks")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; return its exit code. Collective."""
+    options = parse(argv)
+    comm = MPI.COMM_WORLD
+    torch.set_num_threads(1)
+    return launch("lorenz96", options.output, not options.no_plot, lambda: run(options, comm), comm)
 
 
 if __name__ == "__main__":
