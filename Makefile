@@ -6,6 +6,7 @@
 #   PETSC_DIR        an existing PETSc to build petsc4py against (PETSC_ARCH if it has one)
 #   TORCH_INDEX_URL  package index for torch alone, for example
 #                    https://download.pytorch.org/whl/cpu; default: pip's own
+#   RANKS            number of processes of make examples; default: 1
 #   WHEELS           folder of prebuilt wheels, searched beside pip's own places
 #   BENCH            options of the benchmarks: BENCH=--quick
 
@@ -15,6 +16,7 @@ STAMPS := $(VENV)/.stamps
 CONSTRAINTS := $(VENV)/constraints.txt
 PYTHON ?=
 TORCH_INDEX_URL ?=
+RANKS ?= 1
 WHEELS ?= $(wildcard ../shared/wheels)
 
 # --find-links adds to what PIP_FIND_LINKS or pip's configuration name already.
@@ -27,16 +29,20 @@ export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup same-petsc demo test lint format bench peers clean
+.PHONY: help setup same-petsc demo examples test lint format bench peers clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
-	@echo 'Variables: PYTHON, PETSC_DIR, PETSC_ARCH, TORCH_INDEX_URL, WHEELS; see docs/install.md.'
+	@echo 'Variables: PYTHON, PETSC_DIR, PETSC_ARCH, TORCH_INDEX_URL, WHEELS, RANKS; see docs/install.md.'
 
 setup: same-petsc $(STAMPS)/pnode ## create .venv and install everything into it
 
 demo: setup ## set up and run examples/robertson.py
 	$(RUN) $(BIN)/python examples/robertson.py --output demo
+
+examples: setup ## run the parallel examples on RANKS processes (1)
+	$(RUN) mpiexec -n $(RANKS) $(BIN)/python examples/burgers.py --output results
+	$(RUN) mpiexec -n $(RANKS) $(BIN)/python examples/lorenz96.py --output results
 
 test: lint ## lint, types, then all tests
 	$(RUN) $(BIN)/python -m pytest tests

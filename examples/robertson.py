@@ -48,7 +48,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -56,6 +56,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from common import at_least
 from observations import DataError, Observations, read_csv, refine, robertson_observations
 from report import COUNTS, FINE, plot, table, write_json
 from tqdm import tqdm
@@ -374,12 +375,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     smallest = sys.float_info.min
     add("--method", default="cn", help="any method of pnode (cn); dopri5 shows why not")
-    add("--seed", type=_at_least(int, 0), default=0, help="seed of the initial weights (0)")
-    add("--iterations", type=_at_least(int, 1), default=400, help="updates of the weights (400)")
-    add("--lr", type=_at_least(float, smallest), default=0.02, help="peak learning rate (0.02)")
+    add("--seed", type=at_least(int, 0), default=0, help="seed of the initial weights (0)")
+    add("--iterations", type=at_least(int, 1), default=400, help="updates of the weights (400)")
+    add("--lr", type=at_least(float, smallest), default=0.02, help="peak learning rate (0.02)")
     add(
         "--max-steps",
-        type=_at_least(int, 1),
+        type=at_least(int, 1),
         default=2000,
         help="most steps in one solve, for explicit methods that choose their steps (2000)",
     )
@@ -394,18 +395,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--no-plot", action="store_true", help="write no figure")
     add("--quiet", action="store_true", help="show no progress bar")
     return parser.parse_args(argv)
-
-
-def _at_least(kind: type, least: float) -> Callable[[str], float]:
-    def convert(text: str) -> float:
-        value = kind(text)
-        if not least <= value < 2**63:
-            positive = "positive" if least > 0 else "not negative"
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {positive}")
-        return value
-
-    convert.__name__ = kind.__name__
-    return convert
 
 
 def main(argv: Sequence[str] | None = None) -> int:

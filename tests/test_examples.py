@@ -1,8 +1,10 @@
-"""The main example: its numbers, its messages, its files."""
+"""The examples: their numbers, their messages, their files."""
 
 import importlib.util
 import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,9 +12,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from test_mpi import mpiexec
 
 import pnode
 
+THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "robertson.py"
 
 
@@ -340,3 +344,72 @@ def test_unusable_options_are_refused(capsys, argv):
         robertson.main(argv)
     assert stop.value.code == 2
     assert f"argument {argv[0]}" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------- on several ranks
+
+
+def numbers_of(example: str, ranks: int, folder: Path, *argv: str) -> dict[str, object]:
+    """Run an example, on several ranks with mpiexec; return what its JSON file says."""
+    command = [sys.executable, str(SCRIPT.with_name(f"{example}.py"))]
+    if ranks > 1:
+        command = [mpiexec(), "-n", str(ranks), *command]
+    run = subprocess.run(
+        [*command, "--output", str(folder), *argv],
+        capture_output=True, text=True, timeout=240, env=os.environ | THREADS,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count("wrote ") == 1  # rank 0 alone
+    content = json.loads((folder / f"{example}.json").read_text())
+    assert content.pop("ranks") == ranks
+    return content
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("example", "argv"),
+    [
+        ("burgers", ["--cells", "32", "--iterations", "12"]),
+        ("lorenz96", ["--cells", "8", "--iterations", "20"]),
+    ],
+)
+def test_training_on_two_ranks_gives_the_numbers_of_one(tmp_path, example, argv):
+    alone = numbers_of(example, 1, tmp_path / "1", *argv)
+    shared = numbers_of(example, 2, tmp_path / "2", *argv, "--no-plot")
+    png = tmp_path / "1" / f"{example}.png"
+    assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 20_000
+    assert not (tmp_path / "2" / f"{example}.png").exists()
+    assert shared.keys() == alone.keys()
+    for name, value in alone.items():
+        close = isinstance(value, (float, list))
+        assert shared[name] == (pytest.approx(value, rel=1e-10, abs=0) if close else value), name
+    if example == "burgers":
+        assert alone["viscosity_losses"][-1] < alone["viscosity_losses"][0] / 50
+        assert alone["viscosity"] == pytest.approx(0.02, rel=0.1)
+        assert len(alone["closure_losses"]) == 13
+        assert alone["closure_losses"][-1] < alone["closure_losses"][0] / 2
+        assert alone["with_closure"] < alone["without"] / 1.5
+    else:
+        assert len(alone["losses"]) == 21
+        assert alone["losses"][-1] < alone["losses"][0] / 4
+        assert alone["with_closure"][2] < alone["without"][2] / 2
+        assert 0.5 < alone["explained"] < alone["explainable"] < 1
+
+
+@pytest.mark.parametrize(
+    ("example", "argv", "code", "message"),
+    [
+        ("burgers", ["--method", "rk4"], 2, "argument --method"),
+        ("burgers", ["--cells", "4"], 2, "it must be at least 8"),
+        ("burgers", ["--output", str(SCRIPT)], 2, "burgers.py: error: [Errno"),
+        ("lorenz96", ["--iterations", "0"], 2, "it must be positive"),
+    ],
+)
+def test_the_other_examples_refuse_unusable_options(example, argv, code, message):
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT.with_name(f"{example}.py")), *argv],
+        capture_output=True, text=True, timeout=60, env=os.environ | THREADS,
+    )  # fmt: skip
+    assert run.returncode == code
+    assert message in run.stderr
+    assert "Traceback" not in run.stderr

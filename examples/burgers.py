@@ -1,0 +1,401 @@
+"""Learn a viscosity and a sub-grid closure for Burgers' equation from a finer grid.
+
+    u_t + (u^2 / 2)_x = nu u_xx    on a ring of length 1
+
+is solved on few cells, which several ranks may share::
+
+    python examples/burgers.py
+    mpirun -n 2 python examples/burgers.py
+
+What is learned from is the solution on 8 or 16 times as many cells, averaged to the coarse ones:
+
+1. *The viscosity*, where the coarse cells resolve the shocks (nu = 0.02): one unknown number.
+2. *A closure*, where they do not (nu = 0.002). The averages then obey
+
+       d u_i / dt = -(F(u) + tau)_{i+1/2} / dx + (F(u) + tau)_{i-1/2} / dx + diffusion,
+
+   F being the coarse flux and tau what it lacks. A small network of the three differences around a
+   face is to stand for tau: of differences alone, as Burgers' equation is the same for an
+   observer who moves along, and the same for a stencil read backwards, as it is the same for
+   x -> -x, u -> -u. It is a flux, so nothing it does can change the sum of u.
+
+The first learns from 8 solutions until t = 0.25. The second does too, and is then to predict 8
+others until t = 0.5, with and without closure.
+
+**IMEX.** Diffusion is linear and stiff on fine grids (its rates grow like 1 / dx^2): it is treated
+implicitly, with one matrix for the whole solve (``jacobian_reuse="constant"``). Transport and the
+network are treated explicitly: no step solves an equation with the network in it.
+
+**Ranks.** Each has its cells of all solutions, and pnode brings the ghost cells. The loss is
+summed over the ranks by ``pnode.parallel.total``; parameters and their gradients are the same on
+all ranks, and so each makes the same updates. The numbers do not depend on how many there are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from common import at_least, launch, network, parser, pyplot, say, train, write_json
+from mpi4py import MPI
+
+import pnode
+from pnode.parallel import Grid, total
+
+WIDTH = 2  # ghost cells: how far the closure looks beyond a rank's cells
+SOLUTIONS = 8  # to learn from, and as many to predict
+END = 0.25  # of what is learned from
+OUTPUTS = 5  # until then
+VISCOUS, THIN = 0.02, 0.002  # the two viscosities
+FINER = {VISCOUS: 8, THIN: 16}  # fine cells in a coarse one
+FIRST_GUESS = 2.0 * VISCOUS
+COURANT = 0.8  # step / dx
+# The implicit systems are solved to round-off, for numbers that do not depend on the ranks.
+LINEAR_SOLVER = {"ksp_rtol": 1e-13}
+
+
+# ------------------------------------------------------------------------------------ the model
+
+
+class Diffusion(torch.nn.Module):
+    """The viscous part nu u_xx. The parameter is log(nu), so that nu stays positive."""
+
+    def __init__(self, dx: float, viscosity: float) -> None:
+        super().__init__()
+        self.dx = dx
+        self.log_viscosity = torch.nn.Parameter(
+            torch.tensor(math.log(viscosity), dtype=torch.float64)
+        )
+
+    @property
+    def viscosity(self) -> float:
+        return math.exp(self.log_viscosity.item())
+
+    def forward(self, t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """From the cells with two ghosts on each side to the cells."""
+        second = u[..., 1:-3] - 2.0 * u[..., 2:-2] + u[..., 3:-1]
+        return self.log_viscosity.exp() / self.dx**2 * second
+
+
+class Closure(torch.nn.Module):
+    """The flux through each face that the coarse flux lacks; zero before it is trained."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.net = network(2 * WIDTH - 1, 16, generator)
+
+    def forward(self, u: torch.Tensor) -> torch.Tensor:
+        stencils = u.diff(dim=-1).unfold(-1, 2 * WIDTH - 1, 1)
+        return 0.5 * (self.net(stencils) + self.net(stencils.flip(-1))).squeeze(-1)
+
+
+class Transport(torch.nn.Module):
+    """The part -(u^2 / 2)_x, by a flux that conserves energy, with or without closure."""
+
+    def __init__(self, dx: float, closure: Closure | None = None) -> None:
+        super().__init__()
+        self.dx, self.closure = dx, closure
+
+    def forward(self, t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """From the cells with two ghosts on each side to the cells."""
+        flux = coarse_flux(u[..., 1:-1])
+        if self.closure is not None:
+            flux = flux + self.closure(u)
+        return -flux.diff(dim=-1) / self.dx
+
+
+def coarse_flux(u: torch.Tensor) -> torch.Tensor:
+    """Return the flux through the faces between cells."""
+    left, right = u[..., :-1], u[..., 1:]
+    return (left * left + left * right + right * right) / 6.0
+
+
+# ------------------------------------------------------------------------------------- the data
+
+
+@dataclass
+class Reference:
+    """Solutions on a fine grid, the same on all ranks.
+
+    Attributes
+    ----------
+    times : Tensor
+        Shape (T,).
+    averages : Tensor
+        Over each coarse cell; shape (T, solutions, cells).
+    missing : Tensor
+        The flux through the upper face of each coarse cell, less the one that the averages would
+        have there; shape (T, solutions, cells).
+    """
+
+    times: torch.Tensor
+    averages: torch.Tensor
+    missing: torch.Tensor
+
+
+def initial_states(number: int, cells: int, generator: torch.Generator) -> torch.Tensor:
+    """Random waves of four lengths with a root mean square of 0.7, shape (number, cells)."""
+    wave = torch.arange(1, 5, dtype=torch.float64)
+    amplitudes = torch.randn(number, 4, generator=generator, dtype=torch.float64) / wave.sqrt()
+    phases = torch.rand(number, 4, generator=generator, dtype=torch.float64)
+    x = (torch.arange(cells, dtype=torch.float64) + 0.5) / cells
+    waves = torch.sin(2.0 * torch.pi * (wave[:, None] * x + phases[..., None]))
+    states = (amplitudes[..., None] * waves).sum(1)
+    return 0.7 * states / states.square().mean(1, keepdim=True).sqrt()
+
+
+def reference(
+    cells: int, viscosity: float, end: float, generator: torch.Generator, comm: MPI.Intracomm
+) -> Reference:
+    """Solve on the fine grid, by rk4 in steps that are stable for both parts."""
+    finer = FINER[viscosity]
+    grid = Grid((finer * cells,), fields=2 * SOLUTIONS, width=WIDTH, comm=comm)
+    dx = 1.0 / (finer * cells)
+    transport, diffusion = Transport(dx), Diffusion(dx, viscosity)
+    start = initial_states(2 * SOLUTIONS, finer * cells, generator)
+    solver = pnode.Solver(
+        lambda t, u: transport(t, u) + diffusion(t, u),
+        method="rk4",
+        step_size=0.6 * min(dx / float(start.abs().max()), 2.7 * dx**2 / (4.0 * viscosity)),
+        layout=grid,
+    )
+    times = torch.linspace(0.0, end, round(OUTPUTS * end / END) + 1, dtype=torch.float64)
+    with torch.no_grad():
+        fine = grid.whole(solver(grid.part(start), times).ys)
+    averages = fine.unflatten(-1, (cells, finer)).mean(-1)
+    missing = total_flux(fine, viscosity, dx)[..., finer - 1 :: finer]
+    missing = missing - total_flux(averages, viscosity, finer * dx)
+    return Reference(times, averages, missing)
+
+
+def total_flux(u: torch.Tensor, viscosity: float, dx: float) -> torch.Tensor:
+    """Return the flux, transport and diffusion, through the upper face of each cell of a ring."""
+    ring = torch.cat([u, u[..., :1]], dim=-1)
+    return coarse_flux(ring) - viscosity / dx * ring.diff(dim=-1)
+
+
+# --------------------------------------------------------------------------------- the training
+
+
+@dataclass
+class Result:
+    """What was learned.
+
+    Attributes
+    ----------
+    viscosity : float
+        Learned, where ``VISCOUS`` is the truth.
+    without, with_closure : float
+        Root-mean-square errors of the solutions that were not learned from.
+    viscosity_losses, closure_losses : list of float
+        Mean squared errors of those that were: one per evaluation; one per iteration and one
+        after the last.
+    """
+
+    seed: int
+    cells: int
+    method: str
+    ranks: int
+    viscosity: float = math.nan
+    viscosity_losses: list[float] = field(default_factory=list)
+    without: float = math.nan
+    with_closure: float = math.nan
+    closure_losses: list[float] = field(default_factory=list)
+
+
+def make_solver(
+    grid: Grid, diffusion: Diffusion, method: str, closure: Closure | None = None
+) -> pnode.Solver:
+    """Diffusion implicitly, with one matrix; everything else explicitly."""
+    cells = grid.global_shape[0]
+    return pnode.Solver(
+        implicit=diffusion,
+        explicit=Transport(1.0 / cells, closure),
+        method=method,
+        step_size=COURANT / cells,
+        layout=grid,
+        jacobian="sparse",
+        jacobian_reuse="constant",
+        linear_solver=LINEAR_SOLVER,
+    )
+
+
+def mean_square_error(
+    solver: pnode.Solver, grid: Grid, times: torch.Tensor, data: torch.Tensor
+) -> torch.Tensor:
+    """Solve from the first of the data and compare with the others, over all ranks' cells."""
+    own = grid.part(data)
+    squares = (solver(own[0], times).ys[1:] - own[1:]).square().sum()
+    return total(squares, grid.comm) / data[1:].numel()
+
+
+def learn_viscosity(
+    result: Result, iterations: int, generator: torch.Generator, comm: MPI.Intracomm
+) -> None:
+    """Learn one number, by L-BFGS."""
+    truth = reference(result.cells, VISCOUS, END, generator, comm)
+    data = truth.averages[:, :SOLUTIONS]
+    grid = Grid((result.cells,), fields=SOLUTIONS, width=WIDTH, comm=comm)
+    diffusion = Diffusion(1.0 / result.cells, FIRST_GUESS)
+    solver = make_solver(grid, diffusion, result.method)
+    optimizer = torch.optim.LBFGS(
+        diffusion.parameters(), max_iter=iterations, line_search_fn="strong_wolfe"
+    )
+
+    def evaluate() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = mean_square_error(solver, grid, truth.times, data)
+        loss.backward()
+        say(comm, f"  loss {loss.item():.3e}, viscosity {diffusion.viscosity:.6f}")
+        result.viscosity_losses.append(loss.item())
+        return loss
+
+    optimizer.step(evaluate)
+    result.viscosity = diffusion.viscosity
+
+
+def learn_closure(
+    result: Result, iterations: int, generator: torch.Generator, comm: MPI.Intracomm
+) -> tuple[Reference, torch.Tensor, torch.Tensor, Closure]:
+    """Learn the flux; return what the figure shows: truth, predictions without and with it."""
+    truth = reference(result.cells, THIN, 2.0 * END, generator, comm)
+    seen, unseen = truth.averages.split(SOLUTIONS, dim=1)
+    grid = Grid((result.cells,), fields=SOLUTIONS, width=WIDTH, comm=comm)
+    diffusion = Diffusion(1.0 / result.cells, THIN).requires_grad_(False)
+    closure = Closure(generator)
+    plain = make_solver(grid, diffusion, result.method)
+    hybrid = make_solver(grid, diffusion, result.method, closure)
+    known = slice(OUTPUTS + 1)
+    result.closure_losses = train(
+        closure.parameters(),
+        lambda: mean_square_error(hybrid, grid, truth.times[known], seen[known]),
+        iterations,
+        0.02,
+        comm,
+    )
+    with torch.no_grad():
+        predictions = [
+            grid.whole(solver(grid.part(unseen[0]), truth.times).ys) for solver in (plain, hybrid)
+        ]
+    result.without, result.with_closure = (
+        (states[1:] - unseen[1:]).square().mean().sqrt().item() for states in predictions
+    )
+    return truth, predictions[0], predictions[1], closure
+
+
+def plot(
+    result: Result,
+    truth: Reference,
+    without: torch.Tensor,
+    with_closure: torch.Tensor,
+    closure: Closure,
+    path: Path,
+) -> None:
+    """Draw a solution that was not learned from, its closure, and how training went."""
+    plt = pyplot()
+    figure, axes = plt.subplots(2, 2, figsize=(10.0, 6.6), layout="constrained")
+    x = (torch.arange(result.cells) + 0.5) / result.cells
+    unseen = truth.averages[:, SOLUTIONS:]
+    # The solution for which the closure does most, at the end of what is learned from.
+    index = int((without - unseen)[OUTPUTS].square().sum(-1).argmax())
+
+    axis = axes[0, 0]
+    axis.plot(x, unseen[OUTPUTS, index], color="0.75", lw=5, label="truth")
+    axis.plot(x, without[OUTPUTS, index], color="C0", lw=1.2, label="no closure")
+    axis.plot(x, with_closure[OUTPUTS, index], color="C3", lw=1.6, label="learned closure")
+    axis.set(xlabel="x", ylabel=f"u at t = {END}", title="a solution that was not learned from")
+    axis.legend(frameon=False)
+
+    axis = axes[0, 1]
+    state = unseen[OUTPUTS, index]
+    # Stencils of the upper faces, on the ring; a constant flux has no effect, and uniform flow
+    # needs no closure: that is where both are zero.
+    ring = torch.cat([state[-1:], state, state[:2]])
+    with torch.no_grad():
+        learned = closure(ring) - closure(torch.zeros(4, dtype=torch.float64))
+    axis.plot(x, truth.missing[OUTPUTS, SOLUTIONS + index], color="0.75", lw=5, label="truth")
+    axis.plot(x, learned, color="C3", lw=1.6, label="learned")
+    axis.set(xlabel="x", ylabel="missing flux", title="the closure for this solution")
+    axis.legend(frameon=False)
+
+    axis = axes[1, 0]
+    for states, color, label in ((without, "C0", "no closure"), (with_closure, "C3", "learned")):
+        errors = (states - unseen).square().mean((1, 2)).sqrt()
+        axis.plot(truth.times, errors, color=color, label=label)
+    axis.axvline(END, color="0.5", ls=":", lw=1.0)
+    axis.set(xlabel="t (learned from solutions until the dotted line)", ylabel="error (RMS)")
+    axis.set_title(f"error of {SOLUTIONS} solutions that were not learned from")
+    axis.legend(frameon=False)
+
+    axis = axes[1, 1]
+    axis.semilogy(result.closure_losses, color="C3", label="closure")
+    axis.semilogy(result.viscosity_losses, "o-", ms=3, color="C2", label="viscosity")
+    axis.set(xlabel="evaluation of the gradient", ylabel="loss (mean squared error)")
+    axis.set_title("training")
+    axis.legend(frameon=False)
+    for axis in axes.flat:
+        axis.grid(alpha=0.25)
+    figure.suptitle(
+        f"Burgers, {result.cells} cells: viscosity {result.viscosity:.5f} (truth {VISCOUS}), "
+        f"error with closure {result.with_closure:.4f} (without {result.without:.4f})"
+    )
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------- the program
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    options = parser("burgers", __doc__.splitlines()[0], 120)
+    options.add_argument("--cells", type=at_least(int, 8), default=64, help="coarse cells (64)")
+    imex = [row.name for row in pnode.methods() if row.kind == "imex"]
+    options.add_argument(
+        "--method", choices=imex, default="ark3", metavar="NAME", help="an IMEX method (ark3)"
+    )
+    return options.parse_args(argv)
+
+
+def run(options: argparse.Namespace, comm: MPI.Intracomm) -> None:
+    """Learn both, and write what was learned. Collective."""
+    generator = torch.Generator().manual_seed(options.seed)
+    result = Result(options.seed, options.cells, options.method, comm.size)
+
+    say(comm, f"viscosity, from {FINER[VISCOUS] * options.cells} cells on {options.cells}:")
+    learn_viscosity(result, min(options.iterations, 10), generator, comm)
+    error = 100.0 * (result.viscosity / VISCOUS - 1.0)
+    say(comm, f"  viscosity {result.viscosity:.6f}, truth {VISCOUS} ({error:+.2f} %)\n")
+
+    say(comm, f"closure, from {FINER[THIN] * options.cells} cells on {options.cells}:")
+    shown = learn_closure(result, options.iterations, generator, comm)
+    say(
+        comm,
+        f"  error of other solutions: {result.without:.5f} without closure, "
+        f"{result.with_closure:.5f} with it: {result.without / result.with_closure:.2f} times "
+        "smaller\n",
+    )
+    if comm.rank == 0:
+        written = [options.output / "burgers.json"]
+        write_json(asdict(result), written[0])
+        if not options.no_plot:
+            written.insert(0, options.output / "burgers.png")
+            plot(result, *shown, written[0])
+        print("wrote " + " and ".join(map(str, written)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; return its exit code. Collective."""
+    options = parse(argv)
+    comm = MPI.COMM_WORLD
+    torch.set_num_threads(1)
+    return launch("burgers", options.output, not options.no_plot, lambda: run(options, comm), comm)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,315 @@
+"""Learn what the fast variables of the two-scale Lorenz 96 system do to the slow ones.
+
+The slow variables X_k sit on a ring; each has J fast ones, which sit on one long ring::
+
+    dX_k / dt = -X_{k-1} (X_{k-2} - X_{k+1}) - X_k + F - (h c / b) sum_j Y_{j,k}
+    dY_j / dt = -c b Y_{j+1} (Y_{j+2} - Y_{j-1}) - c Y_j + (h c / b) X_k
+
+(E. N. Lorenz, "Predictability - a problem partly solved", 1996). A forecast that knows the slow
+equation but not the fast variables lacks the last term of the first line. A network of X_k is
+to stand for it::
+
+    dX_k / dt = -X_{k-1} (X_{k-2} - X_{k+1}) - X_k + F + closure(X_k)
+
+What it learns from is states of the slow variables alone: forecasts with the closure, over 0.3
+time units, shall end where the two-scale system does. Several ranks may share the ring::
+
+    python examples/lorenz96.py
+    mpirun -n 2 python examples/lorenz96.py
+
+It is then to forecast, over one time unit, from states that it has not learned from. No function of
+X_k can be exact, as equal X_k meet different fast variables: the figure shows them, their mean,
+and what was learned.
+
+**Ranks.** Each has its part of the ring, of all forecasts; pnode brings the two neighbours on each
+side that the slow equation looks at. The loss is summed over the ranks by ``pnode.parallel.total``;
+parameters and their gradients are the same on all ranks, and so each makes the same updates. The
+two-scale system is chaotic: over the 4 time units of a run, round-off would grow to order one. So
+rank 0 solves it alone, and the data are the same for any number of ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from common import at_least, launch, network, parser, pyplot, say, train, write_json
+from mpi4py import MPI
+
+import pnode
+from pnode.parallel import Grid, total
+
+WIDTH = 2  # neighbours on each side that the slow equation looks at
+FORCING, COUPLING, SPEED, RATIO = 18.0, 1.0, 10.0, 10.0  # F, h, c, b
+FAST = 16  # fast variables for each slow one, J
+SEEN, UNSEEN = 48, 16  # runs to learn from and to forecast
+SPIN_UP, END = 3.0, 1.0  # time before the data begin, and length of the runs
+OUTPUT = 0.1  # time between the states of a run
+KNOWN = 3  # how many of them a forecast is compared with in training
+FAST_STEP, STEP = 0.002, 0.01
+SCALE = 10.0  # the size of X
+
+
+# ----------------------------------------------------------------------------------- the models
+
+
+def slow_part(x: torch.Tensor) -> torch.Tensor:
+    """The slow equation without the fast variables; from (..., cells + 4) to (..., cells)."""
+    here, before, before_that, after = x[..., 2:-2], x[..., 1:-3], x[..., :-4], x[..., 3:-1]
+    return -before * (before_that - after) - here + FORCING
+
+
+def two_scales(t: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """The two-scale system: X and its J fast variables, as 1 + J fields of each run.
+
+    From (runs * (1 + J), cells + 4) to (runs * (1 + J), cells).
+    """
+    fields = state.unflatten(0, (-1, 1 + FAST))
+    x, fast = fields[:, 0], fields[:, 1:, 1:-1]
+    # The long ring with J more on each side than wanted.
+    ring = fast.transpose(1, 2).flatten(1)
+    here, before = ring[:, FAST:-FAST], ring[:, FAST - 1 : -FAST - 1]
+    after, after_that = ring[:, FAST + 1 : -FAST + 1], ring[:, FAST + 2 : -FAST + 2]
+    strength = COUPLING * SPEED / RATIO
+    d_fast = -SPEED * RATIO * after * (after_that - before) - SPEED * here
+    d_fast = d_fast.unflatten(1, (-1, FAST)).transpose(1, 2) + strength * x[:, None, 2:-2]
+    d_slow = slow_part(x) - strength * fields[:, 1:, 2:-2].sum(1)
+    return torch.cat([d_slow[:, None], d_fast], dim=1).flatten(0, 1)
+
+
+class Hybrid(torch.nn.Module):
+    """The slow equation with a closure; zero before it is trained."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.net = network(1, 16, generator)
+
+    def closure(self, x: torch.Tensor) -> torch.Tensor:
+        return SCALE * self.net(x[..., None] / SCALE).squeeze(-1)
+
+    def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """From (runs, cells + 4) to (runs, cells)."""
+        return slow_part(x) + self.closure(x[..., 2:-2])
+
+
+# ------------------------------------------------------------------------------------- the data
+
+
+def reference(
+    cells: int, generator: torch.Generator, comm: MPI.Intracomm
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Solve the two-scale system on rank 0.
+
+    Returns
+    -------
+    times : Tensor
+        Shape (T,).
+    slow, effect : Tensor
+        X, and the term of the fast variables in its equation; shape (T, runs, cells).
+    """
+    times = torch.linspace(0.0, END, round(END / OUTPUT) + 1, dtype=torch.float64)
+    runs = SEEN + UNSEEN
+    slow = effect = None
+    if comm.rank == 0:
+        grid = Grid((cells,), fields=runs * (1 + FAST), width=WIDTH)
+        solver = pnode.Solver(two_scales, method="rk4", step_size=FAST_STEP, layout=grid)
+        start = torch.randn(runs, 1 + FAST, cells, generator=generator, dtype=torch.float64)
+        start[:, 0] = 3.0 + 5.0 * start[:, 0]
+        start[:, 1:] *= 0.1
+        with torch.no_grad():
+            start = solver(start.flatten(0, 1), torch.tensor([-SPIN_UP, 0.0])).ys[-1]
+            states = solver(start, times).ys.unflatten(1, (runs, 1 + FAST))
+        slow = states[:, :, 0].clone()
+        effect = -(COUPLING * SPEED / RATIO) * states[:, :, 1:].sum(2)
+    return (times, *comm.bcast((slow, effect)))
+
+
+# --------------------------------------------------------------------------------- the training
+
+
+@dataclass
+class Result:
+    """What was learned.
+
+    Attributes
+    ----------
+    without, with_closure : list of float
+        Root-mean-square errors of forecasts from states that were not learned from, one for each
+        time.
+    explained : float
+        Share of the variance of the fast variables' effect that the closure explains, in those.
+    explainable : float
+        The same of its mean for each X: the most that a function of X can.
+    losses : list of float
+        Mean squared errors of forecasts in training, one per iteration and one after the last.
+    """
+
+    seed: int
+    cells: int
+    method: str
+    ranks: int
+    times: list[float] = field(default_factory=list)
+    without: list[float] = field(default_factory=list)
+    with_closure: list[float] = field(default_factory=list)
+    explained: float = math.nan
+    explainable: float = math.nan
+    losses: list[float] = field(default_factory=list)
+
+
+def make_solver(field: Hybrid, grid: Grid, method: str) -> pnode.Solver:
+    """Fixed steps: all forecasts of a training take the same."""
+    return pnode.Solver(field, method=method, step_size=STEP, layout=grid)
+
+
+def forecast_errors(
+    solver: pnode.Solver, grid: Grid, times: torch.Tensor, data: torch.Tensor
+) -> torch.Tensor:
+    """Forecast from the first of the data; return the mean squared errors at the other times."""
+    own = grid.part(data)
+    squares = (solver(own[0], times).ys[1:] - own[1:]).square().sum((1, 2))
+    return total(squares, grid.comm) / data[0].numel()
+
+
+def binned(x: torch.Tensor, values: torch.Tensor, bins: int = 40) -> torch.Tensor:
+    """Group the values by x, equally many in each group; return means of both, shape (2, bins)."""
+    order = x.argsort()
+    groups = [part[order].tensor_split(bins) for part in (x, values)]
+    return torch.stack([torch.stack([group.mean() for group in part]) for part in groups])
+
+
+def explained(values: torch.Tensor, estimate: torch.Tensor) -> float:
+    """Return the share of the variance of the values that an estimate explains."""
+    return 1.0 - float((values - estimate).square().mean() / values.var(correction=0))
+
+
+def learn(
+    result: Result, iterations: int, comm: MPI.Intracomm
+) -> tuple[torch.Tensor, torch.Tensor, Hybrid]:
+    """Train, forecast and compare; return X and the fast variables' effect, not learned from."""
+    generator = torch.Generator().manual_seed(result.seed)
+    hybrid = Hybrid(generator)
+    times, slow, effect = reference(result.cells, generator, comm)
+    seen, unseen = slow.split((SEEN, UNSEEN), dim=1)
+
+    grid = Grid((result.cells,), fields=SEEN, width=WIDTH, comm=comm)
+    solver = make_solver(hybrid, grid, result.method)
+    known = slice(KNOWN + 1)
+    result.losses = train(
+        hybrid.parameters(),
+        lambda: forecast_errors(solver, grid, times[known], seen[known]).mean(),
+        iterations,
+        0.02,
+        comm,
+    )
+
+    grid = Grid((result.cells,), fields=UNSEEN, width=WIDTH, comm=comm)
+    plain = Hybrid(generator)  # not trained: the closure is zero
+    with torch.no_grad():
+        result.without, result.with_closure = (
+            forecast_errors(make_solver(field, grid, result.method), grid, times, unseen)
+            .sqrt()
+            .tolist()
+            for field in (plain, hybrid)
+        )
+        x, values = unseen.flatten(), effect[:, SEEN:].flatten()
+        result.explained = explained(values, hybrid.closure(x))
+    result.times = times[1:].tolist()
+    centers, means = binned(x, values)
+    nearest = (x[:, None] - centers).abs().argmin(1)
+    result.explainable = explained(values, means[nearest])
+    return x, values, hybrid
+
+
+def plot(result: Result, x: torch.Tensor, values: torch.Tensor, hybrid: Hybrid, path: Path) -> None:
+    """Draw the closure, the errors of the forecasts, and how training went."""
+    plt = pyplot()
+    figure, axes = plt.subplots(
+        1, 3, figsize=(12.0, 4.2), layout="constrained", width_ratios=(1.5, 1.0, 1.0)
+    )
+    axis = axes[0]
+    axis.plot(x, values, ",", color="0.6", zorder=0)
+    axis.plot(*binned(x, values), "o", ms=4.5, mfc="white", mec="black", label="their mean")
+    line = torch.linspace(float(x.min()), float(x.max()), 200, dtype=torch.float64)
+    with torch.no_grad():
+        axis.plot(line, hybrid.closure(line), color="C3", lw=2.0, label="learned")
+    axis.set(xlabel="$X_k$", ylabel="effect on $dX_k/dt$", title="the fast variables (dots)")
+    axis.legend(frameon=False)
+
+    axis = axes[1]
+    for errors, color, label in (
+        (result.without, "C0", "no closure"),
+        (result.with_closure, "C3", "learned"),
+    ):
+        axis.plot([0.0, *result.times], [0.0, *errors], color=color, label=label)
+    axis.axvline(result.times[KNOWN - 1], color="0.5", ls=":", lw=1.0)
+    axis.set(xlabel="time (trained for the dotted line)", ylabel="error (RMS)")
+    axis.set_title("forecasts not learned from")
+    axis.legend(frameon=False)
+
+    axis = axes[2]
+    axis.semilogy(result.losses, color="C3")
+    axis.set(xlabel="iteration", ylabel="loss (mean squared error)", title="training")
+    for axis in axes:
+        axis.grid(alpha=0.25)
+    figure.suptitle(f"Lorenz 96, {result.cells} slow variables, {FAST} fast ones for each")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------- the program
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    options = parser("lorenz96", __doc__.splitlines()[0], 150)
+    options.add_argument("--cells", type=at_least(int, 8), default=16, help="slow variables (16)")
+    explicit = [
+        row.name for row in pnode.methods() if row.kind == "explicit" and "rhs" in row.forms
+    ]
+    options.add_argument(
+        "--method", choices=explicit, default="rk4", metavar="NAME", help="an explicit method (rk4)"
+    )
+    return options.parse_args(argv)
+
+
+def run(options: argparse.Namespace, comm: MPI.Intracomm) -> None:
+    """Learn the closure, and write what was learned. Collective."""
+    result = Result(options.seed, options.cells, options.method, comm.size)
+    say(comm, f"closure of {options.cells} slow variables, {FAST} fast ones for each:")
+    shown = learn(result, options.iterations, comm)
+    for index in (KNOWN - 1, len(result.times) - 1):
+        without, learned = result.without[index], result.with_closure[index]
+        say(
+            comm,
+            f"  error of other forecasts at time {result.times[index]:.1f}: {without:.4f} without "
+            f"closure, {learned:.4f} with it: {without / learned:.2f} times smaller",
+        )
+    say(
+        comm,
+        f"  variance of the fast variables' effect explained: {100 * result.explained:.1f} % of "
+        f"{100 * result.explainable:.1f} % that a function of X can\n",
+    )
+    if comm.rank == 0:
+        written = [options.output / "lorenz96.json"]
+        write_json(asdict(result), written[0])
+        if not options.no_plot:
+            written.insert(0, options.output / "lorenz96.png")
+            plot(result, *shown, written[0])
+        print("wrote " + " and ".join(map(str, written)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; return its exit code. Collective."""
+    options = parse(argv)
+    comm = MPI.COMM_WORLD
+    torch.set_num_threads(1)
+    return launch("lorenz96", options.output, not options.no_plot, lambda: run(options, comm), comm)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
