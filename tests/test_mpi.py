@@ -27,7 +27,7 @@ def test_ghost_cells_and_their_adjoints(ranks):
     ],
 )
 def test_gradients_over_ranks(ranks, sections):
-    check("program_gradients.py", ranks, *sections, limit=240)
+    check("program_gradients.py", ranks, *sections, limit=400)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_gradients_over_ranks(ranks, sections):
     ],
 )
 def test_failures_on_one_rank_are_errors_on_all(ranks, sections):
-    check("program_faults.py", ranks, *sections, limit=240)
+    check("program_faults.py", ranks, *sections, limit=400)
 
 
 @pytest.mark.parametrize("how", ["exit", "kill"])
@@ -50,4 +50,4 @@ def test_a_rank_that_dies_ends_the_job(how):
 
 
 def test_solves_do_not_grow_and_sums_of_gradients():
-    check("program_lifetime.py", 2, limit=240)
+    check("program_lifetime.py", 2, limit=400)
