@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_mpi import mpiexec
+from launch import mpiexec
 
 from pnode.cli import asked_for_doctor, main
 from pnode.diagnosis import checks

@@ -12,7 +12,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from test_mpi import mpiexec
+from launch import mpiexec
 
 import pnode
 
