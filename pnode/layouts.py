@@ -114,6 +114,9 @@ class Grid(Layout):
         see :attr:`at_ends`.
     stencil : {"box", "star"}
         Whether ghost cells at corners are wanted ("star" leaves them zero and sends less).
+    coupled : bool
+        Whether the derivative of a field depends on other fields. With False (states of a batch on
+        one grid) ``jacobian="sparse"`` has that many fewer entries and colors.
     comm : mpi4py.MPI.Intracomm, optional
         Ranks that share the grid; this process alone by default.
 
@@ -149,6 +152,7 @@ class Grid(Layout):
         width: int = 1,
         boundary: str | Sequence[str] = "periodic",
         stencil: str = "box",
+        coupled: bool = True,
         comm: Any = None,
     ) -> None:
         self.comm = ranks.as_communicator(comm)
@@ -184,6 +188,7 @@ class Grid(Layout):
                 self.boundary, self.starts, self.cells, self.global_shape, strict=True
             )
         )
+        self.coupled = bool(coupled)
         self._global, self._local = self._dm.createGlobalVec(), self._dm.createLocalVec()
         self._local.set(0.0)
         self._offsets = tuple(a - b for a, b in zip(self.starts, ghost_starts, strict=True))
@@ -313,7 +318,7 @@ class Grid(Layout):
         return found
 
     def pattern(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the stencil: every field at every cell within ``width``."""
+        """Return the stencil: every field, or the same one, at every cell within ``width``."""
         reach = range(-self.width, self.width + 1)
         offsets = [
             offset
@@ -331,6 +336,10 @@ class Grid(Layout):
                 for start, step, cells in zip(self._offsets, offset, self.cells, strict=True)
             )
             seen = ghosted[(slice(None), *window)]
+            if not self.coupled:
+                rows.append(local.reshape(-1))
+                columns.append(seen.reshape(-1))
+                continue
             for field in range(number):
                 rows.append(local.reshape(-1))
                 columns.append(seen[field : field + 1].expand(local.shape).reshape(-1))

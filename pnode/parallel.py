@@ -31,6 +31,7 @@ __all__ = [
     "Grid",
     "broadcast_parameters",
     "init_process_group",
+    "mean",
     "replicate",
     "sum_gradients",
     "total",
@@ -64,6 +65,28 @@ def total(value: torch.Tensor, comm: Any) -> torch.Tensor:
     tensor(2.)
     """
     return _Total.apply(value, as_communicator(comm))
+
+
+def mean(values: torch.Tensor, comm: Any) -> torch.Tensor:
+    """Return the mean over the entries of all ranks, 0-dim, the same on all. Differentiable.
+
+    Parameters
+    ----------
+    values : Tensor
+        This rank's entries, any shape, as many as it has; float64 or float32, on the CPU.
+    comm : mpi4py.MPI.Intracomm
+        The ranks.
+
+    Notes
+    -----
+    Collective on ``comm``, as :func:`total`, which it is made of.
+
+    Examples
+    --------
+    >>> mean(torch.tensor([1.0, 2.0]), MPI.COMM_SELF)
+    tensor(1.5000)
+    """
+    return total(values.sum(), comm) / as_communicator(comm).allreduce(values.numel())
 
 
 def replicate(tensor: torch.Tensor, comm: Any) -> torch.Tensor:
