@@ -34,6 +34,7 @@ from pnode.solution import Stats
 from pnode.solvers.assemblies import SparsityPattern
 from pnode.solvers.bridge import accumulate
 from pnode.solvers.compiled import CompiledIntegrator, Compiler, Start, Tape
+from pnode.solvers.implicit_programs import ImplicitCompiler, ImplicitSweep
 from pnode.solvers.create import create_integrator
 from pnode.solvers.integrator import (
     DENSE_LIMIT,
@@ -137,6 +138,8 @@ class Run:
         Whether every step starts afresh.
     tape : Tape or None
         Steps and checkpoints of compiled fixed steps, instead of a trajectory.
+    sweep : ImplicitSweep or None
+        The whole sweep of an implicit method, compiled.
     """
 
     problem: InitialValueProblem
@@ -148,6 +151,7 @@ class Run:
     event: Event | None = None
     reproducible: bool = False
     tape: Tape | None = None
+    sweep: ImplicitSweep | None = None
 
 
 class _Record:
@@ -338,6 +342,7 @@ class Engine:
     compile: bool = False
     _pool: _Pool = field(default_factory=_Pool, init=False)
     _compiler: Compiler = field(default_factory=Compiler, init=False)
+    _sweeps: ImplicitCompiler = field(default_factory=ImplicitCompiler, init=False)
     _options: dict[Hashable, SolverOptions] = field(default_factory=dict, init=False)
     _patterns: dict[Hashable, SparsityPattern] = field(default_factory=dict, init=False)
 
@@ -389,6 +394,11 @@ class Engine:
         run = Run(problem, Stats(), self._settings(problem.layout, problem.form))
         field_ = vector_field(problem, run.stats)
         compiled = self.compile and len(problem.times) > 1
+        if compiled and self.method.implicit:
+            compiled = False
+            outputs = self._implicit_sweep(run, field_, y0, keep, requests)
+            if outputs is not None:
+                return outputs, run
         start = self._compiled(run, field_, y0, keep, requests) if compiled else None
         if start is not None and self._is_plain(run, requests, keep):
             return self._sweep(run, field_, y0, keep, start), run
@@ -462,6 +472,8 @@ class Engine:
         times : dict
             For each interpolated output, the derivative with respect to its time.
         """
+        if run.sweep is not None:
+            return self._reverse_implicit(run, cotangents)
         if run.tape is not None:
             return self._reverse_sweep(run, y0, cotangents)
         trajectory = run.trajectory
@@ -522,6 +534,34 @@ class Engine:
         else:
             run.stats.backward.recomputed += steps
         return ys
+
+    def _implicit_sweep(
+        self, run: Run, field_: VectorField, y0: torch.Tensor, keep: bool, requests: Requests
+    ) -> torch.Tensor | None:
+        """Take all steps of an implicit method at once, if that is possible and they succeed."""
+        chosen, unusual = self.checkpointing, None
+        if requests.dense or requests.event_fn is not None or requests.monitor is not None:
+            unusual = "dense=True, events and monitors look at single steps of implicit methods"
+        elif keep and chosen != Checkpointing():
+            unusual = "of implicit methods all steps are kept: drop checkpointing"
+        options = self._solver_options(run.settings)
+        sweep = self._sweeps.begin(field_, y0, run.settings, options, self.control, unusual)
+        if sweep is None:
+            return None
+        outputs = sweep.forward(run.problem.times, y0, keep, run.stats)
+        if outputs is not None:
+            run.sweep, run.used = sweep, field_.used
+        return outputs
+
+    def _reverse_implicit(
+        self, run: Run, cotangents: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None], torch.Tensor, dict[int, float]]:
+        """Take the adjoint of :meth:`_implicit_sweep`; see :meth:`backward`."""
+        assert run.sweep is not None
+        nonzero = cotangents.ne(0).any(dim=1).tolist()
+        number = len(run.problem.parameters)
+        initial, parameters = run.sweep.reverse(cotangents, nonzero, number, run.stats.backward)
+        return initial + cotangents[0], parameters, initial, {}
 
     def _reverse_sweep(
         self, run: Run, y0: torch.Tensor, cotangents: torch.Tensor

@@ -25,6 +25,7 @@ LEAVES = {
         "mass",
         "options",
         "problem",
+        "scalars",
         "solution",
         "tolerances",
         "tracing",
