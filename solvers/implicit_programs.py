@@ -172,7 +172,7 @@ def _generate(
     with torch.no_grad():
         _, *saved_values = traced.value(like, state, *inputs)
     value = decomposed(traced.value, (like, state, *inputs))
-    product = decomposed(traced.product, (state, like, state, *inputs, *saved_values))
+    product = decomposed(traced.product, (state.clone(), like, state, *inputs, *saved_values))
     t, y = scalars.variable("t"), scalars.input("y", traced.shape)
     captured = [scalars.input(f"c[{i}]", x.shape) for i, x in enumerate(traced.captured)]
     read = [*captured, *(Symbols(captured[i].ids.t()) for i in traced.transposed)]
@@ -450,7 +450,7 @@ def _prepare(
         max_steps=-1 if control.max_steps is None else control.max_steps,
         max_newton=int(newton["snes_max_it"]),
         stiffly_accurate=bool((tableau.A[-1] == tableau.b).all()),
-        explicit_first=not rosenbrock and tableau.A[0, 0] == 0.0,
+        explicit_first=bool(not rosenbrock and tableau.A[0, 0] == 0.0),
         carries_slope=method.ts_type == "dirk",
         order=method.order, step_size=control.step_size or 0.0,
         first_step=control.first_step or 0.0, min_step=control.min_step,

@@ -104,11 +104,18 @@ void multiply_transposed(const double* J, const double* w, double* l) {
   }
 }
 
-// The accepted steps of a sweep, and what their adjoints need of each.
+// The accepted steps of a sweep, and what their adjoints need: the state at the start of a
+// Rosenbrock step, all stages of the others. An explicit first stage is the step before's last.
 struct Sweep {
   std::vector<double> starts, lengths, kept;
   std::vector<int64_t> outputs;
 };
+
+int64_t first_kept(const Settings& m) { return m.explicit_first ? N : 0; }
+
+int64_t kept_per_step(const Settings& m) {
+  return m.rosenbrock ? N : N * (m.stages - m.explicit_first);
+}
 
 struct Stepper {
   const Settings& m;
@@ -117,7 +124,7 @@ struct Stepper {
   double stages[MOST_STAGES][N];
   double end[N], defect[N];
   double first_slope[N], last_slope[N];
-  bool knows_slope = false;
+  bool knows_slope = false, forwards = true;
 
   Stepper(const Settings& m, Captured c, Counts& counts) : m(m), c(c), counts(counts) {}
 
@@ -169,7 +176,7 @@ struct Stepper {
       if (i == 0 || !m.one_matrix)
         if (!factors.factor(1.0 / (h * m.diagonal[i]), J)) return SINGULAR;
       factors.solve(y);
-      counts.krylov++;
+      counts.newton += forwards, counts.krylov++;
       std::memcpy(V[i], y, sizeof(V[i]));
     }
     return DONE;
@@ -181,7 +188,6 @@ struct Stepper {
     double Z[MOST_STAGES][N], V[MOST_STAGES][N], J[N * N];
     Factors factors;
     const Status status = rosenbrock_stages(t, h, u, stages, Z, V, J, factors);
-    counts.newton += status == DONE ? m.stages : 0;
     if (status != DONE) return status;
     for (int k = 0; k < N; k++) {
       end[k] = u[k];
@@ -294,8 +300,8 @@ struct Driver {
     if (m.keep) {
       sweep.starts.push_back(s);
       sweep.lengths.push_back(h);
-      const double* kept = m.rosenbrock ? u : stepper.stages[0];
-      sweep.kept.insert(sweep.kept.end(), kept, kept + (m.rosenbrock ? N : N * m.stages));
+      const double* kept = m.rosenbrock ? u : stepper.stages[m.explicit_first];
+      sweep.kept.insert(sweep.kept.end(), kept, kept + kept_per_step(m));
     }
     std::memcpy(u, stepper.end, sizeof(u));
     stepper.accept();
@@ -460,6 +466,7 @@ struct Backwards {
     double S[N * N] = {}, weight[N] = {}, w[N], l[N], through[N], lambda[N];
     Factors factors;
     Stepper stepper(m, c, counts);
+    stepper.forwards = false;
     Status status = stepper.rosenbrock_stages(t, h, u, Y, Z, V, J, factors);
     if (status != DONE) return status;
     for (int i = 0; i < s; i++)
@@ -517,6 +524,7 @@ void* pnode_forward(const Settings* m, Captured c, const double* y0, const doubl
   Driver driver(*m, c, *counts, *sweep);
   std::memcpy(driver.u, y0, sizeof(driver.u));
   std::memcpy(ys, y0, sizeof(driver.u));
+  if (m->keep) sweep->kept.assign(y0, y0 + first_kept(*m));
   sweep->outputs.push_back(0);
   *status = DONE;
   for (int64_t index = 1; index < number; index++) {
@@ -536,7 +544,7 @@ int64_t pnode_reverse(const Settings* m, Captured c, const void* done, const dou
                       Counts* counts) {
   const Sweep& sweep = *static_cast<const Sweep*>(done);
   Backwards adjoint{*m, c, *counts, state, mu, wanted != 0};
-  const int64_t width = m->rosenbrock ? N : N * m->stages;
+  const int64_t width = kept_per_step(*m);
   int64_t waiting = int64_t(sweep.outputs.size()) - 1;
   bool active = false;
   for (int64_t step = int64_t(sweep.starts.size()); step >= 1; step--) {
