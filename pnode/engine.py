@@ -34,8 +34,8 @@ from pnode.solution import Stats
 from pnode.solvers.assemblies import SparsityPattern
 from pnode.solvers.bridge import accumulate
 from pnode.solvers.compiled import CompiledIntegrator, Compiler, Start, Tape
-from pnode.solvers.implicit_programs import ImplicitCompiler, ImplicitSweep
 from pnode.solvers.create import create_integrator
+from pnode.solvers.implicit_programs import ImplicitCompiler, ImplicitSweep
 from pnode.solvers.integrator import (
     DENSE_LIMIT,
     IntegratorSettings,
