@@ -343,6 +343,7 @@ class Engine:
     _pool: _Pool = field(default_factory=_Pool, init=False)
     _compiler: Compiler = field(default_factory=Compiler, init=False)
     _sweeps: ImplicitCompiler = field(default_factory=ImplicitCompiler, init=False)
+    _known_settings: dict[Hashable, IntegratorSettings] = field(default_factory=dict, init=False)
     _options: dict[Hashable, SolverOptions] = field(default_factory=dict, init=False)
     _patterns: dict[Hashable, SparsityPattern] = field(default_factory=dict, init=False)
 
@@ -726,11 +727,15 @@ class Engine:
             yield integrator
 
     def _settings(self, layout: StateLayout, form: str) -> IntegratorSettings:
+        known = self._known_settings.get((layout, form))
+        return self._new_settings(layout, form) if known is None else known
+
+    def _new_settings(self, layout: StateLayout, form: str) -> IntegratorSettings:
         jacobian = self.jacobian
         if jacobian == "auto":
             jacobian = "dense" if layout.size <= DENSE_LIMIT else "matrix-free"
         rtol, atol = tolerances.resolve(self.control.rtol, self.control.atol, layout)
-        return IntegratorSettings(
+        settings = IntegratorSettings(
             self.method, layout.size, layout.dtype,
             adaptive=self.control.step_size is None,
             rtol=rtol, atol=atol, max_step=self.control.max_step,
@@ -738,6 +743,10 @@ class Engine:
             split=split_size(self.method, layout),
             jacobian_options=self.jacobian_options.for_layout(jacobian, layout, self._patterns),
         )  # fmt: skip
+        # What is detected during a solve, and the values of tensors, may be others next time.
+        if jacobian == "dense" and isinstance(rtol, float) and isinstance(atol, float):
+            self._known_settings[layout, form] = settings
+        return settings
 
     def _solver_options(self, settings: IntegratorSettings, adjoint: bool = False) -> SolverOptions:
         key = (settings.adaptive, settings.jacobian, settings.dtype, adjoint)

@@ -308,6 +308,10 @@ class Scalars:
                 slopes[number] = self.total(self.apply("mul", s, p) for s, p in pairs if s)
         return [slopes.get(number, 0) for number in results]
 
+    def depends(self, results: Iterable[int], argument: int) -> bool:
+        """Whether one of the results depends on another expression."""
+        return argument in self._needed(results)
+
     def _needed(self, results: Iterable[int]) -> list[int]:
         """Return the numbers of all expressions that these depend on, in order."""
         seen, pending = set(), list(results)
@@ -377,8 +381,8 @@ class Scalars:
                     values[node] = self._call(node, arguments, dict(keywords))
                 except (KeyError, NotImplementedError, RuntimeError, TypeError) as error:
                     raise Untraceable(
-                        f"implicit methods are compiled as programs of scalars, in which {node.target} "
-                        f"does not occur ({type(error).__name__}: {str(error)[:80]})"
+                        "implicit methods are compiled as programs of scalars, in which "
+                        f"{node.target} does not occur ({type(error).__name__}: {str(error)[:80]})"
                     ) from error
         raise AssertionError("a graph without output")
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._utils import _unflatten_dense_tensors
 
 from pnode import tolerances
 from pnode.compilation import CompilationFailed, cache_folder, fingerprint
@@ -60,6 +61,9 @@ typedef const double* const* Captured;
 """
 # PETSc's largest step (TSAdaptSetStepLimits).
 _LONGEST = 1e20
+# Kept per solver: each holds on to the tensors that f reads.
+_MOST_PROGRAMS = 8
+_ROUND_OFF = 1e-9  # relative
 _SINGULAR = 5  # Status in implicit_sweeps.cpp
 # Newton's options, and SNES's defaults.
 _NEWTON = {
@@ -117,8 +121,8 @@ class _Program:
                 raise Untraceable(f"it reads a tensor of type {tensor.dtype} on {tensor.device}")
         self.traced = traced
         self.size = math.prod(traced.shape)
-        self._sizes = [math.prod(part.shape) for part in traced.parameters]
-        self.sums = sum(self._sizes)
+        self._templates = [torch.empty(part.shape, device="meta") for part in traced.parameters]
+        self.sums = sum(template.numel() for template in self._templates)
         self._pointers = ctypes.c_void_p * max(1, len(traced.captured))
         self.library = _load(_generate(traced, parameters, rosenbrock))
 
@@ -130,32 +134,32 @@ class _Program:
         ]
         return present, self._pointers(*[x.data_ptr() for x in present])
 
-    def value(self, t: float, y: torch.Tensor) -> torch.Tensor:
-        """Return f, flat."""
-        y, result = y.detach().to(REAL).contiguous(), torch.empty(self.size, dtype=REAL)
-        alive, pointers = self.inputs()
-        self.library.pnode_value(pointers, ctypes.c_double(t), _at(y), _at(result))
-        return result
+    def agrees(self, pointers: Any, t: float, y: torch.Tensor, expected: torch.Tensor) -> bool:
+        """Whether f is what it should be but for round-off; y and f are flat and contiguous."""
+        difference: float = self.library.pnode_difference(
+            pointers, ctypes.c_double(t), _at(y), _at(expected)
+        )
+        return difference <= _ROUND_OFF
 
     def products(
         self, t: float, y: torch.Tensor, w: torch.Tensor, v: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ...]:
         """Return f, w^T df/dy and w^T df/dp; with v the derivatives of w^T (df/dy v + df/dt)."""
-        f, l, mu = (torch.zeros(n, dtype=REAL) for n in (self.size, self.size, self.sums))
-        alive, pointers = self.inputs()
+        f, back, mu = (torch.zeros(n, dtype=REAL) for n in (self.size, self.size, self.sums))
+        _alive, pointers = self.inputs()
         time = ctypes.c_double(t)
         if v is None:
-            self.library.pnode_products(pointers, time, *map(_at, (y, w, f, l, mu)))
+            self.library.pnode_products(pointers, time, *map(_at, (y, w, f, back, mu)))
         else:
-            self.library.pnode_second(pointers, time, *map(_at, (y, w, v, l, mu)))
-        return f, l, mu
+            self.library.pnode_second(pointers, time, *map(_at, (y, w, v, back, mu)))
+        return f, back, mu
 
     def split(self, mu: torch.Tensor, count: int) -> list[torch.Tensor | None]:
         """Return the gradient with respect to each of so many parameters."""
         gradients: list[torch.Tensor | None] = [None] * count
-        parts = mu.split(self._sizes) if self._sizes else ()
+        parts = _unflatten_dense_tensors(mu, self._templates) if self._templates else ()
         for part, gradient in zip(self.traced.parameters, parts, strict=True):
-            gradients[part.index] = gradient.view(part.shape)
+            gradients[part.index] = gradient
         return gradients
 
 
@@ -199,6 +203,7 @@ def _generate(traced: FieldGraph, parameters: Sequence[torch.Tensor], rosenbrock
     jacobian = [*slope, *((f"J[{k}] =", number) for k, number in enumerate(entries))]
     back = [(f"l[{k}] =", number) for k, number in enumerate(transposed.flat())]
     sums = [(f"mu[{k}] +=", number) for k, number in enumerate(mu) if number]
+    timed = scalars.depends((number for _, number in jacobian), t.flat()[0])
     functions = [
         ("value", "double* f", slope),
         ("jacobian", "double* f, double* J", jacobian),
@@ -227,7 +232,8 @@ def _generate(traced: FieldGraph, parameters: Sequence[torch.Tensor], rosenbrock
         ]  # fmt: skip
     text = [
         f"#define ROSENBROCK {int(rosenbrock)}", _PRELUDE,
-        f"constexpr int N = {size}, PARAMETERS = {len(mu)};",
+        f"constexpr int N = {size};",
+        f"constexpr bool AUTONOMOUS = {str(not timed).lower()};",
     ]  # fmt: skip
     for name, arguments, results in functions:
         given = arguments if "Captured" in arguments else f"Captured c, {arguments}"
@@ -265,6 +271,7 @@ def _load(source: str) -> ctypes.CDLL:
         raise CompilationFailed(f"{type(error).__name__}: {text[:300]}") from error
     library.pnode_forward.restype = ctypes.c_void_p
     library.pnode_reverse.restype = ctypes.c_int64
+    library.pnode_difference.restype = ctypes.c_double
     return library
 
 
@@ -321,47 +328,42 @@ class ImplicitCompiler(Compiler):
         options: SolverOptions, control: StepControl,
     ) -> ImplicitSweep:  # fmt: skip
         problem = field_.problem
-        s, direction = problem.times[0], problem.direction
-        key = (problem.layout, tuple(map(id, problem.parameters)))
+        layout, direction = problem.layout, problem.direction
+        t, y0 = direction * problem.times[0], y0.detach().contiguous()
+        key = (layout, tuple(map(id, problem.parameters)))
         kept = self._kept.get(key)
         if kept is not None:
-            unchecked = VectorField(replace(problem, check_undeclared=False), Ledger())
-            value = self._value(unchecked, y0, settings)
-            found = kept.program.value(direction * s, y0)
-            close = float((found - value).norm()) <= 1e-9 * float(value.norm())
-            if close or _agree(found, value):
+            _alive, pointers = kept.program.inputs()
+            time = torch.scalar_tensor(t, dtype=layout.dtype)
+            with torch.no_grad():
+                value = _flat(problem.function(time, layout.unflatten(y0.clone())))
+            usual = value is not None and len(value) == layout.size
+            if value is not None and usual and kept.program.agrees(pointers, t, y0, value):
                 field_.used[:] = kept.used
-                return self._sweep(kept, direction, settings, options, control)
-        value = self._value(field_, y0, settings)
-        field_.ledger.rhs -= 1  # a check, which the method makes no use of
+                prepared = _prepare(kept, settings, options, control)
+                return ImplicitSweep(kept.program, prepared, direction)
+        # The first time, or something has changed: with all checks.
+        try:
+            value = field_.rhs(problem.times[0], y0.clone()) * direction
+        except SolveError as error:
+            name = settings.method.name
+            raise error.located(time=t, step=0, method=name) from error.__cause__
+        field_.ledger.rhs -= 1  # the method makes no use of it
         rosenbrock = settings.method.ts_type == "rosw"
         program = _Program(self._trace(problem, y0).traced, problem.parameters, rosenbrock)
         self._check(program, field_, y0, rosenbrock)
-        if not _agree(program.value(direction * s, y0), value):
+        _alive, pointers = program.inputs()
+        finite = bool(value.isfinite().all())
+        if finite and not program.agrees(pointers, t, y0, value.contiguous()):
             raise Untraceable(
                 "its value is not that of its graph: does it compute with something else than "
                 "torch?"
             )
         kept = self._kept[key] = _Kept(program, list(field_.used))
-        return self._sweep(kept, direction, settings, options, control)
-
-    def _value(
-        self, field_: VectorField, y0: torch.Tensor, settings: IntegratorSettings
-    ) -> torch.Tensor:
-        """Return f at the start, flat."""
-        s, direction = field_.problem.times[0], field_.problem.direction
-        try:
-            return field_.rhs(s, y0.detach().clone()) * direction
-        except SolveError as error:
-            where = {"time": direction * s, "step": 0, "method": settings.method.name}
-            raise error.located(**where) from error.__cause__
-
-    def _sweep(
-        self, kept: _Kept, direction: float, settings: IntegratorSettings, options: SolverOptions,
-        control: StepControl,
-    ) -> ImplicitSweep:  # fmt: skip
+        if len(self._kept) > _MOST_PROGRAMS:  # parameters that are other tensors every time
+            del self._kept[next(iter(self._kept))]
         prepared = _prepare(kept, settings, options, control)
-        return ImplicitSweep(kept.program, prepared, direction)
+        return ImplicitSweep(program, prepared, direction)
 
     def _check(
         self, program: _Program, field_: VectorField, y0: torch.Tensor, rosenbrock: bool
@@ -374,15 +376,15 @@ class ImplicitCompiler(Compiler):
         s, direction = problem.times[0] + 0.1, problem.direction
         own = vector_field(problem, Ledger())
         here = own.linearize(s, y.clone(), differentiate_time=rosenbrock)
-        f, l, mu = program.products(direction * s, y, w)
+        f, back, mu = program.products(direction * s, y, w)
         expected = here.vjp(w)
-        pairs = [(f * direction, here.flat_value()), (l * direction, expected.state)]
+        pairs = [(f * direction, here.flat_value()), (back * direction, expected.state)]
         found = program.split(mu * direction, len(problem.parameters))
         pairs += _matched(found, expected.parameters)
         if rosenbrock:
-            _, l, mu = program.products(direction * s, y, w, v * direction)
+            _, back, mu = program.products(direction * s, y, w, v * direction)
             jacobian, slope = here.second_vjp(w, v), here.time_derivative_vjp(w)
-            pairs.append((l, jacobian.state + slope.state))
+            pairs.append((back, jacobian.state + slope.state))
             sums = [
                 b if a is None else a if b is None else a + b
                 for a, b in zip(jacobian.parameters, slope.parameters, strict=True)
@@ -393,6 +395,18 @@ class ImplicitCompiler(Compiler):
                 "its derivatives are not those of its scalar operations: does it define some of "
                 "its own?"
             )
+
+
+def _flat(result: Any) -> torch.Tensor | None:
+    """Return what a field has returned as one float64 tensor, None if that is nothing usual."""
+    parts = result if isinstance(result, (tuple, list)) else (result,)
+    if not all(isinstance(part, torch.Tensor) and part.dtype is REAL for part in parts):
+        return None
+    return (
+        torch.cat([part.reshape(-1) for part in parts])
+        if len(parts) > 1
+        else (parts[0].reshape(-1).contiguous())
+    )
 
 
 def _matched(found: Sequence[Any], expected: Sequence[Any]) -> list[tuple[Any, Any]]:
@@ -519,7 +533,7 @@ class ImplicitSweep:
             seen.
         """
         program, counts, status = self._program, _Counts(), ctypes.c_int64()
-        alive, pointers = program.inputs()
+        _alive, pointers = program.inputs()
         start = y0.detach().to(REAL).contiguous()
         outputs = torch.empty((len(times), program.size), dtype=REAL)
         self._settings.keep = keep
@@ -565,7 +579,7 @@ class ImplicitSweep:
             If a matrix is singular.
         """
         program, counts = self._program, _Counts()
-        alive, pointers = program.inputs()
+        _alive, pointers = program.inputs()
         given = cotangents.detach().to(REAL).contiguous()
         state, mu = torch.zeros(program.size, dtype=REAL), torch.zeros(program.sums, dtype=REAL)
         status = program.library.pnode_reverse(

@@ -2,7 +2,8 @@
 //
 // What stands above this file when it is compiled (see implicit_programs.py), for y' = f(t, y, p):
 //
-//   N, PARAMETERS                        sizes of y and of p, whose gradients are wanted
+//   N                                    size of y
+//   AUTONOMOUS                           whether f does not depend on t
 //   Captured                             the arrays that f reads besides t and y
 //   value(t, y, c, f)                    f
 //   jacobian(t, y, c, f, J)              f and J = df/dy, by rows
@@ -125,6 +126,8 @@ struct Stepper {
   double end[N], defect[N];
   double first_slope[N], last_slope[N];
   bool knows_slope = false, forwards = true;
+  // Newton's last iterate, f and J there: a first guess is a stage already solved for.
+  double last_time = NAN, last_iterate[N] = {}, f[N], J[N * N];
 
   Stepper(const Settings& m, Captured c, Counts& counts) : m(m), c(c), counts(counts) {}
 
@@ -203,9 +206,19 @@ struct Stepper {
 #endif
   }
 
+  // Evaluate f and J, unless that was done last.
+  void evaluate(double t, const double* y) {
+    const bool there = std::memcmp(y, last_iterate, sizeof(last_iterate)) == 0;
+    if (there && (t == last_time || (AUTONOMOUS && !std::isnan(last_time)))) return;
+    jacobian(t, y, c, f, J);
+    counts.rhs++;
+    last_time = t;
+    std::memcpy(last_iterate, y, sizeof(last_iterate));
+  }
+
   // Solve (y - z) / (h a) = f(t, y) for y, from a first guess, by Newton's method as SNES does.
-  Status newton(double t, double shift, const double* z, double* y, double* f) {
-    double J[N * N], residual[N], first = 0.0, norm = 0.0;
+  Status newton(double t, double shift, const double* z, double* y) {
+    double residual[N], first = 0.0, norm = 0.0;
     Factors factors;
     for (int iteration = 0;; iteration++) {
       double step = 0.0, size = 0.0;
@@ -216,8 +229,7 @@ struct Stepper {
         for (int k = 0; k < N; k++) y[k] -= residual[k];
         step = std::sqrt(square(residual)), size = std::sqrt(square(y));
       }
-      jacobian(t, y, c, f, J);
-      counts.rhs++;
+      evaluate(t, y);
       for (int k = 0; k < N; k++) residual[k] = shift * (y[k] - z[k]) - f[k];
       norm = std::sqrt(square(residual));
       if (!(norm * norm < MODERATE)) return NOT_FINITE;
@@ -255,7 +267,7 @@ struct Stepper {
       }
       std::memcpy(y, i ? stages[i - 1] : u, sizeof(z));
       const double shift = 1.0 / (h * diagonal);
-      const Status status = newton(t + m.alpha[i] * h, shift, z, y, last_slope);
+      const Status status = newton(t + m.alpha[i] * h, shift, z, y);
       if (status != DONE) return status;
       for (int k = 0; k < N; k++) slope[i][k] = shift * (y[k] - z[k]);
     }
@@ -268,7 +280,7 @@ struct Stepper {
       end[k] = m.stiffly_accurate ? stages[s - 1][k] : u[k] + h * sum;
       defect[k] = h * difference;
     }
-    if (m.carries_slope) std::memcpy(last_slope, slope[s - 1], sizeof(z));
+    std::memcpy(last_slope, m.carries_slope ? slope[s - 1] : f, sizeof(z));
     return std::isfinite(square(end)) ? DONE : NOT_FINITE;
   }
 
@@ -577,7 +589,14 @@ void pnode_products(Captured c, double t, const double* y, const double* w, doub
   parameters(t, y, w, c, mu);
 }
 
-void pnode_value(Captured c, double t, const double* y, double* f) { value(t, y, c, f); }
+// The relative difference of f and what it should be; NaN if one of them is not finite.
+double pnode_difference(Captured c, double t, const double* y, const double* expected) {
+  double f[N];
+  value(t, y, c, f);
+  for (int k = 0; k < N; k++) f[k] -= expected[k];
+  const double difference = std::sqrt(square(f));
+  return difference == 0.0 ? 0.0 : difference / std::sqrt(square(expected));
+}
 
 // The derivatives of w^T J v + w^T df/dt. l and mu come as zeros.
 void pnode_second(Captured c, double t, const double* y, const double* w, const double* v,

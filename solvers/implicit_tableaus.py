@@ -64,8 +64,7 @@ class ImplicitTableau:
 def implicit_tableau(method: Method) -> ImplicitTableau:
     """Return the coefficients of a theta, DIRK or Rosenbrock method."""
     if method.ts_type in _THETA:
-        A, b, c = _THETA[method.ts_type]
-        return ImplicitTableau(np.array(A), np.array(b), np.array(c))
+        return ImplicitTableau(*map(np.array, _THETA[method.ts_type]))
     if method.ts_type == "dirk":
         A, b, embedded = _measure(method)
         return ImplicitTableau(A, b, A.sum(axis=1), embedded - b)

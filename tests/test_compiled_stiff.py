@@ -82,7 +82,8 @@ def test_fixed_steps_are_the_eager_ones(method):
     kinetics = Kinetics()
     eager, compiled = (solve(kinetics, c, method=method, step_size=0.1) for c in (False, True))
     compare(eager, compiled)
-    assert compiled[0].stats.newton == eager[0].stats.newton
+    # Round-off decides where an iteration just meets a tolerance.
+    assert abs(compiled[0].stats.newton - eager[0].stats.newton) <= 1
     assert compiled[0].stats.backward.steps == eager[0].stats.backward.steps
 
 
@@ -134,7 +135,7 @@ def test_batches_and_tuples():
             self.kinetics = Kinetics()
 
         def forward(self, t, state):
-            y, total = state
+            y = state[0]
             return self.kinetics(t, y), (y**2).sum(-1)
 
     weights = torch.linspace(0.5, 1.0, 6, dtype=torch.float64).view(2, 3)
@@ -182,6 +183,64 @@ def test_parameters_are_inputs_and_numbers_are_traced_anew():
         field.number, field.factor.data = number, torch.tensor(factor, dtype=torch.float64)
         expected = 1.0 / (1.0 - 0.5 * number * factor)
         assert solver(y0, times).ys[-1].item() == pytest.approx(expected, rel=1e-14)
+
+
+def smooth(a, b):
+    """Everything pointwise, at 0.2 < a, b < 0.8."""
+    torch_ = torch.nn.functional
+    parts = [
+        a.abs(), a.exp(), a.expm1(), a.log(), a.log1p(), a.log2(), a.log10(), a.exp2(), a.sqrt(),
+        a.rsqrt(), a.sin(), a.cos(), a.tan(), a.asin(), a.acos(), a.atan(), torch.atan2(a, b),
+        a.sinh(), a.cosh(), a.tanh(), a.asinh(), (1.0 + a).acosh(), a.atanh(), a.erf(), a.erfc(),
+        a**3, a**-2, a**2.7, a**b, 2.0**a, 1.0 / a, a / b, a.square(), a.reciprocal(), -a, 3.0 - a,
+        a.sigmoid(), torch_.softplus(a), torch_.gelu(a), torch_.silu(a), torch_.elu(a - 0.5),
+        torch_.relu(a), torch.maximum(a, b), torch.minimum(a, b), a.clamp(0.3, 0.6),
+        torch.where((a > b) & ~(b > 0.5), a, b), a.sign() * b, a.floor() + b, torch_.leaky_relu(-a),
+        torch.lerp(a, b, 0.3), torch.addcmul(a, b, b), torch.logaddexp(a, b), torch.hypot(a, b),
+    ]  # fmt: skip
+    return torch.stack([part.sum() for part in parts]).sum() / len(parts)
+
+
+def shaped(a, b):
+    """Operations that move or combine entries; a and b have the shape (2, 3)."""
+    torch_, index = torch.nn.functional, torch.tensor([[2, 0, 1], [1, 1, 0]])
+    parts = [
+        a @ b.t(), torch.bmm(a[None], b.t()[None]), torch.einsum("ij,kj->ik", a, b),
+        torch.cat([a, b], 1)[:, 1:4], torch.stack([a, b]).transpose(0, 2), a.roll(1, 1), b.flip(0),
+        a.gather(1, index), a[:, [2, 0]], torch_.softmax(a, -1), torch_.log_softmax(b, 0),
+        torch_.layer_norm(a, (3,)), a.mean(0), a.var(1), a.norm(dim=1), a.prod(1), a.amax(1),
+        torch.logsumexp(a, 1), a.tril(), torch_.pad(a, (1, 1)), a.unbind(1)[1], a.diagonal(),
+        torch.outer(a[0], b[1]), a.repeat(2, 1), a.expand(2, 2, 3), a.reshape(3, 2).squeeze(),
+        torch.addmm(a[:, :2], a, b.t(), beta=0.5, alpha=2.0), torch.mv(a, b[0]), a[0].dot(b[0]),
+    ]  # fmt: skip
+    weights = torch.cos(torch.arange(sum(p.numel() for p in parts), dtype=a.dtype))
+    return torch.cat([part.reshape(-1) for part in parts]).dot(weights)
+
+
+def test_operations_and_their_second_derivatives():
+    """A Rosenbrock step and its adjoint take f, J and the derivatives of J."""
+
+    class Everything(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.b = torch.nn.Parameter(torch.linspace(0.7, 0.25, 6, dtype=torch.float64))
+
+        def forward(self, t, y):
+            a, b = torch.sigmoid(y).view(2, 3), self.b.view(2, 3)
+            mixed = torch.stack([smooth(a, b), smooth(b, a), shaped(a, b), smooth(a * a, b)])
+            return torch.cat([mixed, torch.stack([shaped(b, a), t * y[0]])]) * 0.1 - y
+
+    field, found = Everything(), []
+    for compile in (False, True):
+        solver = pnode.Solver(
+            field, method="rodas3", step_size=0.1, jacobian="dense", compile=compile
+        )
+        y0 = torch.linspace(-0.9, 1.0, 6, dtype=torch.float64).requires_grad_(True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ys = solver(y0, torch.tensor([0.0, 0.2])).ys
+        found.append([ys, *torch.autograd.grad(ys.square().sum(), (y0, field.b))])
+    assert max(map(difference, *found)) < 1e-9
 
 
 # -------------------------------------------------------------------------------------- failures
