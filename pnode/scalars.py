@@ -26,11 +26,12 @@ _Node: TypeAlias = Any  # torch.fx.Node, whose arguments are typed as a union of
 _MOST_OPERATIONS = 40_000
 # They move entries, or set them to zero, whose number is 0.
 _MOVES = {
-    "_reshape_alias", "_unsafe_view", "alias", "as_strided", "cat", "clone", "constant_pad_nd",
+    "broadcast_in_dim", "collapse_view", "rev", "split_dim",  # prims
+    "alias", "cat", "clone", "constant_pad_nd",
     "detach", "diag_embed", "diagonal", "diagonal_scatter", "expand", "flip", "gather", "index",
-    "index_select", "lift_fresh_copy", "narrow", "permute", "repeat", "reshape", "roll", "select",
+    "index_select", "lift_fresh_copy", "narrow", "permute", "repeat", "roll", "select",
     "select_scatter", "slice", "slice_scatter", "split", "split_with_sizes", "squeeze", "stack",
-    "t", "take", "transpose", "tril", "triu", "unbind", "unfold", "unsqueeze", "view",
+    "t", "take", "transpose", "tril", "triu", "unbind", "unfold", "unsqueeze",
 }  # fmt: skip
 _SAME = {"_to_copy", "convert_element_type", "lift", "to", "device_put"}
 # Operation: C++, with its arguments.
@@ -355,8 +356,10 @@ class Scalars:
 
     # ------------------------------------------------------------------------------------ graphs
 
-    def evaluate(self, graph: torch.fx.GraphModule, *inputs: Symbols) -> list[Symbols]:
-        """Return the results of a graph.
+    def evaluate(
+        self, graph: torch.fx.GraphModule, *inputs: Symbols | torch.Tensor
+    ) -> list[Symbols]:
+        """Return the results of a graph; inputs that are tensors are constants.
 
         Raises
         ------
@@ -400,12 +403,19 @@ class Scalars:
         if node.target is operator.getitem:
             return arguments[0][arguments[1]]
         value = node.meta.get("val")
-        if isinstance(value, torch.Tensor) and value.dtype not in (torch.float64, torch.bool):
+        lossy = isinstance(value, torch.Tensor) and (
+            value.is_complex() or value.is_floating_point()
+        )
+        if lossy and value.dtype is not torch.float64:
             raise NotImplementedError(f"numbers of type {value.dtype}")
         name = node.target.overloadpacket.__name__
         name = _SYNONYMS.get(name.rstrip("_"), name)
         if name in _SAME:
-            return arguments[0]
+            before = node.args[0].meta["val"].dtype
+            if dtype is torch.bool and before is not torch.bool:
+                return self._pointwise("ne", arguments[0], 0.0)
+            rounded = before.is_floating_point and not dtype.is_floating_point
+            return self._pointwise("trunc", arguments[0]) if rounded else arguments[0]
         if name in _MOVES:
             ids = torch.utils._pytree.tree_map(self._moved, (arguments, keywords))
             moved = node.target(*ids[0], **ids[1])
@@ -434,6 +444,11 @@ class Scalars:
         done = [self.apply(name, *row) for row in rows]
         return Symbols(torch.tensor(done, dtype=torch.int64).reshape(ids[0].shape))
 
+    def _do_view(self, a: Symbols, shape: Sequence[int], *_: Any) -> Symbols:
+        return Symbols(a.ids.reshape(tuple(shape)))
+
+    _do_reshape = _do__unsafe_view = _do__reshape_alias = _do_view
+
     def _do_add(self, a: Any, b: Any, alpha: float = 1.0) -> Symbols:
         return self._pointwise("add", a, b if alpha == 1 else self._pointwise("mul", alpha, b))
 
@@ -448,6 +463,10 @@ class Scalars:
 
     def _do_rsqrt(self, a: Any) -> Symbols:
         return self._pointwise("div", 1.0, self._pointwise("sqrt", a))
+
+    def _do_hypot(self, a: Any, b: Any) -> Symbols:
+        squares = (self._pointwise("mul", x, x) for x in (a, b))
+        return self._pointwise("sqrt", self._pointwise("add", *squares))
 
     def _do_square(self, a: Any) -> Symbols:
         return self._pointwise("mul", a, a)
@@ -510,6 +529,18 @@ class Scalars:
         total = self._reduce(self.total, a, axes, keep)
         return self._pointwise("div", total, a.ids.numel() / max(total.ids.numel(), 1))
 
+    def _do_var(
+        self, a: Symbols, axes: Any = None, correction: float | None = None, keepdim: bool = False
+    ) -> Symbols:
+        mean = self._do_mean(a, axes, True)
+        away = self._pointwise("sub", a, mean)
+        total = self._do_sum(self._pointwise("mul", away, away), axes, keepdim)
+        number = a.ids.numel() / max(total.ids.numel(), 1)
+        return self._pointwise("div", total, number - (1.0 if correction is None else correction))
+
+    def _do_var_mean(self, a: Symbols, axes: Any = None, **how: Any) -> tuple[Symbols, Symbols]:
+        return self._do_var(a, axes, **how), self._do_mean(a, axes, how.get("keepdim", False))
+
     def _do_amax(self, a: Symbols, axes: Any = (), keep: bool = False) -> Symbols:
         return self._reduce(lambda row: self._chain("maximum", row), a, axes, keep)
 
@@ -547,6 +578,25 @@ class Scalars:
     def _do_addmm(self, c: Any, a: Any, b: Any, beta: float = 1, alpha: float = 1) -> Symbols:
         product: Any = self._do_mm(a, b)
         return self._do_add(c if beta == 1 else self._pointwise("mul", beta, c), product, alpha)
+
+    def _do_addcmul(self, c: Any, a: Any, b: Any, value: float = 1) -> Symbols:
+        return self._do_add(c, self._pointwise("mul", a, b), value)
+
+    def _do_addcdiv(self, c: Any, a: Any, b: Any, value: float = 1) -> Symbols:
+        return self._do_add(c, self._pointwise("div", a, b), value)
+
+    def _do_cumsum(self, a: Symbols, axis: int, **_: Any) -> Symbols:
+        return self._accumulate("add", a, axis)
+
+    def _do_cumprod(self, a: Symbols, axis: int, **_: Any) -> Symbols:
+        return self._accumulate("mul", a, axis)
+
+    def _accumulate(self, name: str, a: Symbols, axis: int) -> Symbols:
+        rows = [Symbols(row) for row in a.ids.movedim(axis, 0)]
+        done = [rows[0]]
+        for row in rows[1:]:
+            done.append(self._pointwise(name, done[-1], row))
+        return Symbols(torch.stack([row.ids for row in done]).movedim(0, axis))
 
     def _do_index_put(
         self, a: Any, indices: Sequence[Any], values: Any, accumulate: bool = False

@@ -117,7 +117,7 @@ class _Program:
         self, traced: FieldGraph, parameters: Sequence[torch.Tensor], rosenbrock: bool
     ) -> None:
         for tensor in traced.captured:
-            if tensor.dtype not in (torch.float64, torch.bool) or tensor.device.type != "cpu":
+            if tensor.dtype in (torch.float32, torch.complex128) or tensor.device.type != "cpu":
                 raise Untraceable(f"it reads a tensor of type {tensor.dtype} on {tensor.device}")
         self.traced = traced
         self.size = math.prod(traced.shape)
@@ -178,8 +178,12 @@ def _generate(traced: FieldGraph, parameters: Sequence[torch.Tensor], rosenbrock
     value = decomposed(traced.value, (like, state, *inputs))
     product = decomposed(traced.product, (state.clone(), like, state, *inputs, *saved_values))
     t, y = scalars.variable("t"), scalars.input("y", traced.shape)
-    captured = [scalars.input(f"c[{i}]", x.shape) for i, x in enumerate(traced.captured)]
-    read = [*captured, *(Symbols(captured[i].ids.t()) for i in traced.transposed)]
+    # Integers are constants of a program, as Python's numbers are.
+    captured = [
+        scalars.input(f"c[{i}]", x.shape) if x.dtype in (REAL, torch.bool) else x.detach().clone()
+        for i, x in enumerate(traced.captured)
+    ]
+    read = [*captured, *(_transposed(captured[i]) for i in traced.transposed)]
     f, *saved = scalars.evaluate(value, t, y, *read)
 
     def pull_back(w: Symbols) -> list[Symbols]:
@@ -192,8 +196,8 @@ def _generate(traced: FieldGraph, parameters: Sequence[torch.Tensor], rosenbrock
         result = parts[part.first]
         if part.factors:
             left, right = parts[part.first : part.first + 2]
-            result = scalars.matrix_product(Symbols(left.ids.t()), right)
-            result = Symbols(result.ids.t()) if part.transposed else result
+            result = scalars.matrix_product(_transposed(left), right)
+            result = _transposed(result) if part.transposed else result
         mu += result.flat()
     rows = []
     for row in torch.eye(size, dtype=REAL):
@@ -218,7 +222,9 @@ def _generate(traced: FieldGraph, parameters: Sequence[torch.Tensor], rosenbrock
         )
         wanted = y.flat()
         for part in traced.parameters:
-            wanted += captured[_position(traced, parameters[part.index])].flat()
+            parameter = captured[_position(traced, parameters[part.index])]
+            assert isinstance(parameter, Symbols)
+            wanted += parameter.flat()
         slopes = scalars.gradient(form, wanted)
         second = [(f"l[{k}] +=", x) for k, x in enumerate(slopes[:size]) if x]
         second += [(f"mu[{k}] +=", x) for k, x in enumerate(slopes[size:]) if x]
@@ -241,6 +247,10 @@ def _generate(traced: FieldGraph, parameters: Sequence[torch.Tensor], rosenbrock
             f"void {name}(double t, const double* y, {given}) {{\n{scalars.code(results)}\n}}"
         )
     return "\n".join([*text, "}  // namespace", _SOURCE.read_text(encoding="utf-8")])
+
+
+def _transposed(matrix: Any) -> Any:
+    return Symbols(matrix.ids.t()) if isinstance(matrix, Symbols) else matrix.t()
 
 
 def _position(traced: FieldGraph, parameter: torch.Tensor) -> int:

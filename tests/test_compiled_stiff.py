@@ -209,7 +209,8 @@ def shaped(a, b):
         torch.cat([a, b], 1)[:, 1:4], torch.stack([a, b]).transpose(0, 2), a.roll(1, 1), b.flip(0),
         a.gather(1, index), a[:, [2, 0]], torch_.softmax(a, -1), torch_.log_softmax(b, 0),
         torch_.layer_norm(a, (3,)), a.mean(0), a.var(1), a.norm(dim=1), a.prod(1), a.amax(1),
-        torch.logsumexp(a, 1), a.tril(), torch_.pad(a, (1, 1)), a.unbind(1)[1], a.diagonal(),
+        torch.logsumexp(a, 1), a.cumsum(1), a.tril(), torch_.pad(a, (1, 1)), a.unbind(1)[1],
+        a.diagonal(),
         torch.outer(a[0], b[1]), a.repeat(2, 1), a.expand(2, 2, 3), a.reshape(3, 2).squeeze(),
         torch.addmm(a[:, :2], a, b.t(), beta=0.5, alpha=2.0), torch.mv(a, b[0]), a[0].dot(b[0]),
     ]  # fmt: skip
