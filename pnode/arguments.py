@@ -19,16 +19,8 @@ __all__ = [
     "parameters",
     "positive",
     "problem_form",
-    "refuse_reserved",
     "tolerance",
 ]
-
-
-def refuse_reserved(**arguments: Any) -> None:
-    """Refuse keywords that later versions will give a meaning."""
-    for name, value in arguments.items():
-        if value is not None and value is not False:
-            raise ConfigurationError(f"{name}={value!r} is reserved for a later version of pnode")
 
 
 def problem_form(rhs: Any, implicit: Any, explicit: Any, mass: Any, residual: Any) -> str:

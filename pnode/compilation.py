@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -95,11 +96,15 @@ def compile_graph(
         return _load(path)
     except Exception as error:
         text = " ".join(str(error).split())
-        raise CompilationFailed(f"{type(error).__name__}: {text[:300]}") from error
+        raise CompilationFailed(
+            f"torch's inductor failed ({type(error).__name__}: {text[:300]}); it needs a C++ "
+            "compiler such as g++, and a folder to write to, which PNODE_CACHE_DIR can name"
+        ) from error
 
 
 def _load(path: Path) -> Compiled:
-    run: Compiled = torch._inductor.aoti_load_package(str(path)).loader.run
+    inductor = importlib.import_module("torch._inductor")  # takes seconds, and most do without
+    run: Compiled = inductor.aoti_load_package(str(path)).loader.run
     return run
 
 
@@ -110,7 +115,8 @@ def _build(path: Path, function: Callable[..., object], examples: Sequence[torch
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exported = torch.export.export(graph, tuple(examples), strict=False)
-            torch._inductor.aoti_compile_and_package(exported, package_path=str(partial))
+            inductor = importlib.import_module("torch._inductor")
+            inductor.aoti_compile_and_package(exported, package_path=str(partial))
         partial.replace(path)
 
 

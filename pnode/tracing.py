@@ -55,6 +55,8 @@ class FieldGraph:
         The user's, or ``(size,)`` for a tuple.
     captured : tuple of Tensor
         What f reads besides t and y, parameters among them.
+    layouts : tuple
+        Their shapes, strides and dtypes.
     transposed : tuple of int
         Which of them are wanted transposed too, see :meth:`inputs`.
     saved : int
@@ -71,15 +73,28 @@ class FieldGraph:
     product: torch.fx.GraphModule
     shape: tuple[int, ...]
     captured: tuple[torch.Tensor, ...]
+    layouts: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
     transposed: tuple[int, ...]
     saved: int
     saved_bytes: int
     parameters: tuple[ParameterPart, ...]
     code: str
 
+    def fits(self) -> bool:
+        """Whether ``captured`` have the shapes and dtypes that they had (``net.double()``...)."""
+        present = [(tensor.shape, tensor.dtype) for tensor in self.captured]
+        return present == [(shape, dtype) for shape, _, dtype in self.layouts]
+
     def inputs(self) -> list[torch.Tensor]:
-        """Return what the graphs take for ``inputs``, from the present values of ``captured``."""
+        """Return what the graphs take for ``inputs``, from the present values of ``captured``.
+
+        Compiled graphs rely on strides, which ``parameter.data = other`` can change.
+        """
         present = [tensor.detach() for tensor in self.captured]
+        for index, (tensor, (_, stride, _)) in enumerate(zip(present, self.layouts, strict=True)):
+            if tensor.stride() != stride:
+                other = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype)
+                present[index] = other.copy_(tensor)
         return present + [present[index].t().contiguous() for index in self.transposed]
 
 
@@ -140,8 +155,11 @@ def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())
     name = type(error).__name__
     if "DataDependent" in name or "_local_scalar_dense" in text or "item()" in text:
-        return "its Python code depends on values of tensors (an if, float() or item() on t or y)"
-    return f"{name}: {text[:200]}"
+        return (
+            "the vector field's Python code depends on values of tensors (an if, float() or item() "
+            "on t or y): use torch.where, and tensors instead of numbers"
+        )
+    return f"torch cannot trace the vector field ({name}: {text[:200]})"
 
 
 def _tidy(graph: torch.fx.GraphModule) -> list[int]:
@@ -183,11 +201,13 @@ def _refuse_effects(graph: torch.fx.GraphModule) -> None:
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
         if torch.Tag.nondeterministic_seeded in node.target.tags:
-            raise Untraceable(f"it draws random numbers ({node.target})")
+            raise Untraceable(f"the vector field draws random numbers ({node.target})")
         for argument, declared in zip(node.args, node.target._schema.arguments, strict=False):
             info = declared.alias_info
             if info is not None and info.is_write and _base(argument) in given:
-                raise Untraceable(f"it writes into a tensor that it was given ({node.target})")
+                raise Untraceable(
+                    f"the vector field writes into a tensor that it was given ({node.target})"
+                )
 
 
 def _expand_small_products(
@@ -330,11 +350,11 @@ def _split(
     parts, factors = _factors(products, used)
     repeated = {*early, *late} - {w} - set(saved)
     second = _extract(nodes, (w, t, y, *inputs, *saved), (state, *parts), repeated)
-    shapes = [(tuple(x.shape), x.stride(), str(x.dtype)) for x in captured]
+    layouts = tuple((x.shape, x.stride(), x.dtype) for x in captured)
     return FieldGraph(
-        first, second, tuple(y.meta["val"].shape), captured, transposed, len(saved),
-        sum(_size(node) * node.meta["val"].element_size() for node in saved),
-        tuple(factors), "\n".join((first.code, second.code, repr(shapes), repr(factors))),
+        first, second, tuple(y.meta["val"].shape), captured, layouts, transposed,
+        len(saved), sum(_size(node) * node.meta["val"].element_size() for node in saved),
+        tuple(factors), "\n".join((first.code, second.code, repr(layouts), repr(factors))),
     )  # fmt: skip
 
 

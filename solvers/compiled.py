@@ -64,6 +64,10 @@ class _Entry:
     graphs: dict[Any, StepGraphs] = field(default_factory=dict)
 
 
+class _TooManyGraphs(Untraceable):
+    """For this solve; others may go on with the graphs there are."""
+
+
 class Compiler:
     """Compiles the steps of one solver, once per shape and dtype of the state.
 
@@ -101,11 +105,14 @@ class Compiler:
         if reason is not None:
             self._warn(reason)
             return None
+        evaluations = field_.ledger.rhs
         try:
             return self._start(field_, y0, settings, tape)
         except (Untraceable, CompilationFailed) as error:
-            self.refused = str(error)
-            self._warn(self.refused)
+            if not isinstance(error, _TooManyGraphs):
+                self.refused = str(error)
+            self._warn(str(error))
+            field_.ledger.rhs = evaluations
             return None
 
     def _warn(self, reason: str) -> None:
@@ -132,8 +139,9 @@ class Compiler:
         key = (problem.layout, tuple(map(id, problem.parameters)))
         for attempt in range(2):
             entry = self._entries.get(key)
-            if entry is None or attempt:
-                entry = self._entries[key] = self._trace(problem, y0)
+            if entry is None or attempt or not entry.traced.fits():
+                entry = self._trace(problem, y0)
+                self._entries[key] = entry
             graphs = self._graphs(entry, settings, tape)
             with torch.no_grad():
                 slope, saved = graphs.start(time, state)
@@ -144,19 +152,20 @@ class Compiler:
                     graphs.adjoint  # noqa: B018
                 return Start(graphs, slope, saved)
         raise Untraceable(
-            "its value is not that of its graph: does it compute with something else than torch?"
+            "the vector field's value is not that of its graph: does it compute with something "
+            "else than torch?"
         )
 
     def _trace(self, problem: InitialValueProblem, y0: torch.Tensor) -> _Entry:
         """Trace the field and compare value and product at another point."""
+        if len(self._codes) == _MOST_GRAPHS:
+            raise _TooManyGraphs(
+                f"the vector field was compiled {_MOST_GRAPHS} times and is different again: let "
+                "numbers that change be tensors, such as buffers, and keep to few shapes of y0"
+            )
         field_ = vector_field(replace(problem, check_undeclared=False), Ledger())
         graph = trace_field(field_)
         self._codes.add(graph.code)
-        if len(self._codes) > _MOST_GRAPHS:
-            raise Untraceable(
-                f"it was compiled {_MOST_GRAPHS} times and is different again: let numbers that "
-                "change be tensors, such as buffers, and keep shapes"
-            )
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(2, len(y0), generator=generator, dtype=torch.float64)
         point = (y0.detach() + 1e-2 * noise[0] * (1.0 + y0.detach().abs())).to(field_.dtype)
@@ -175,8 +184,8 @@ class Compiler:
         same = _agree(value.reshape(-1) * problem.direction, here.flat_value())
         if not same or not _agree(state.reshape(-1) * problem.direction, here.vjp(w).state):
             raise Untraceable(
-                "it depends on the state in a way that torch does not record (numpy? Python "
-                "control flow?)"
+                "the vector field depends on the state in a way that torch does not record (numpy? "
+                "Python control flow?)"
             )
         return _Entry(graph)
 
@@ -327,7 +336,7 @@ class CompiledIntegrator(TimeIntegrator):
         self._saved = ()
 
     def _stand_at(self, u: torch.Tensor) -> None:
-        self._u = u
+        self._u = u = u.contiguous()
         self._memory.copy_(u)
         self.solution.stateIncrease()
         self._last: tuple[Any, ...] = ()

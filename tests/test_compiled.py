@@ -413,6 +413,27 @@ def test_replaced_parameters_get_gradients(interpreted: dict[str, int]) -> None:
         net.first.weight = torch.nn.Parameter(net.first.weight.detach().clone())  # same values
 
 
+def test_other_data_in_the_same_tensors(interpreted: dict[str, int]) -> None:
+    """Strides and dtypes that graphs rely on: ``data=`` and ``Module.to`` change them in place."""
+    net = Net()
+    solver = pnode.Solver(net, step_size=0.1, compile=True)
+    layout = solver(start(4, 3), TIMES)
+    weight = net.first.weight
+    weight.data = 2.0 * weight.detach().t().contiguous().t()
+    assert weight.stride() == (1, 9)
+    (entry,) = solver._engine._compiler._entries.values()
+    assert [x.stride() for x in entry.traced.captured] != [x[1] for x in entry.traced.layouts]
+    given = entry.traced.inputs()[: len(entry.traced.captured)]
+    assert [x.stride() for x in given] == [x[1] for x in entry.traced.layouts]
+    expected = pnode.Solver(net, step_size=0.1)(start(4, 3), TIMES).ys
+    assert_same([solver(start(4, 3), TIMES).ys.detach()], [expected.detach()])
+    assert not torch.equal(layout.ys, expected)
+    net.float()
+    half = solver(start(4, 3).float(), TIMES).ys
+    expected = pnode.Solver(net, step_size=0.1)(start(4, 3).float(), TIMES).ys
+    assert_same([half.detach()], [expected.detach()], 1e-5)
+
+
 def test_ever_new_numbers_fall_back(interpreted: dict[str, int]) -> None:
     factor = 1.0
 
@@ -420,11 +441,13 @@ def test_ever_new_numbers_fall_back(interpreted: dict[str, int]) -> None:
         return -factor * y
 
     solver = pnode.Solver(field, step_size=0.1, compile=True)
+    other = pnode.Solver(field, step_size=0.1)
     with pytest.warns(UserWarning, match=r"compile=True.*different again: let numbers") as caught:
         for _ in range(12):
             factor += 1.0
-            expected = pnode.Solver(field, step_size=0.1)(start(3), TIMES).ys
-            assert_same([solver(start(3), TIMES).ys], [expected])
+            found, expected = solver(start(3), TIMES), other(start(3), TIMES)
+            assert_same([found.ys], [expected.ys])
+            assert found.stats.rhs == expected.stats.rhs
     assert len([w for w in caught if "compile=True" in str(w.message)]) == 1
 
 
@@ -479,7 +502,7 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fail(*arguments: Any, **keywords: Any) -> Any:
         raise RuntimeError("InvalidCxxCompiler")
 
-    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fail)
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", fail)
     with pytest.warns(UserWarning, match="compile=True has no effect.*InvalidCxxCompiler"):
         found, _ = gradients(Net(), start(4, 3), step_size=0.1, compile=True)
     assert_same(found, gradients(Net(), start(4, 3), step_size=0.1)[0], 0.0)

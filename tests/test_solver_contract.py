@@ -120,9 +120,7 @@ CONSTRUCTOR = [
     ("params", {"params": [1.0]}, "float"),
     ("params", {"params": [torch.ones(1), None]}, "NoneType.*entry 1"),
     ("params", {"params": 5}, "5|int"),
-    *((name, {name: value}, "reserved") for name, value in {
-        "compile": True,
-    }.items()),
+    ("compile", {"compile": 1}, "True or False"),
 ]  # fmt: skip
 
 
