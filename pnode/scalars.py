@@ -403,11 +403,9 @@ class Scalars:
         if node.target is operator.getitem:
             return arguments[0][arguments[1]]
         value = node.meta.get("val")
-        lossy = isinstance(value, torch.Tensor) and (
-            value.is_complex() or value.is_floating_point()
-        )
-        if lossy and value.dtype is not torch.float64:
-            raise NotImplementedError(f"numbers of type {value.dtype}")
+        dtype = value.dtype if isinstance(value, torch.Tensor) else torch.float64
+        if (dtype.is_complex or dtype.is_floating_point) and dtype is not torch.float64:
+            raise NotImplementedError(f"numbers of type {dtype}")
         name = node.target.overloadpacket.__name__
         name = _SYNONYMS.get(name.rstrip("_"), name)
         if name in _SAME:
@@ -582,6 +580,9 @@ class Scalars:
     def _do_addcmul(self, c: Any, a: Any, b: Any, value: float = 1) -> Symbols:
         return self._do_add(c, self._pointwise("mul", a, b), value)
 
+    def _do_fma(self, a: Any, b: Any, c: Any) -> Symbols:
+        return self._pointwise("add", self._pointwise("mul", a, b), c)
+
     def _do_addcdiv(self, c: Any, a: Any, b: Any, value: float = 1) -> Symbols:
         return self._do_add(c, self._pointwise("div", a, b), value)
 
@@ -601,14 +602,24 @@ class Scalars:
     def _do_index_put(
         self, a: Any, indices: Sequence[Any], values: Any, accumulate: bool = False
     ) -> Symbols:
-        ids = self._symbols(a).ids.clone()
         chosen = tuple(slice(None) if index is None else index for index in indices)
-        places = torch.arange(ids.numel()).reshape(ids.shape)[chosen]
+        return self._put(a, lambda places: places[chosen], values, accumulate)
+
+    def _do_scatter_add(self, a: Any, axis: int, index: torch.Tensor, values: Any) -> Symbols:
+        part = self._symbols(values).ids[tuple(map(slice, index.shape))]
+        return self._put(a, lambda places: places.gather(axis, index), Symbols(part), True)
+
+    def _put(
+        self, a: Any, choose: Callable[[torch.Tensor], torch.Tensor], values: Any, accumulate: bool
+    ) -> Symbols:
+        """Write values, or add them, at the places that are chosen of all."""
+        ids = self._symbols(a).ids
+        places = choose(torch.arange(ids.numel()).reshape(ids.shape))
         entries = self._symbols(values).ids.expand(places.shape).reshape(-1).tolist()
-        flat = ids.reshape(-1)
+        flat = ids.reshape(-1).tolist()
         for place, entry in zip(places.reshape(-1).tolist(), entries, strict=True):
-            flat[place] = self.apply("add", int(flat[place]), entry) if accumulate else entry
-        return Symbols(flat.reshape(ids.shape))
+            flat[place] = self.apply("add", flat[place], entry) if accumulate else entry
+        return Symbols(torch.tensor(flat, dtype=torch.int64).reshape(ids.shape))
 
 
 def decomposed(
