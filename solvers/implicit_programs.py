@@ -7,9 +7,10 @@ uses; the result is kept on disk. A sweep is one call then.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
-import os
+import shlex
 import subprocess
 import tempfile
 import weakref
@@ -264,18 +265,15 @@ def _position(traced: FieldGraph, parameter: torch.Tensor) -> int:
 def _load(source: str) -> ctypes.CDLL:
     """Compile a program, or take it from the disk."""
     try:
-        compiler = os.environ.get("CXX") or get_cpp_compiler()
+        compiler = get_cpp_compiler()
         path = cache_folder() / f"{fingerprint(source, compiler, *_FLAGS)}.so"
-        if not path.exists():
-            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as folder:
-                code, partial = Path(folder) / "program.cpp", Path(folder) / path.name
-                code.write_text(source, encoding="utf-8")
-                command = [compiler, *_FLAGS, "-o", str(partial), str(code), "-lm"]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    raise RuntimeError(done.stderr)
-                partial.replace(path)
-        library = ctypes.CDLL(str(path))
+        library = None
+        if path.exists():
+            with contextlib.suppress(OSError):  # damaged
+                library = ctypes.CDLL(str(path))
+        if library is None:
+            _build(path, source, compiler)
+            library = ctypes.CDLL(str(path))
     except Exception as error:
         text = " ".join(str(error).split())
         raise CompilationFailed(f"{type(error).__name__}: {text[:300]}") from error
@@ -283,6 +281,17 @@ def _load(source: str) -> ctypes.CDLL:
     library.pnode_reverse.restype = ctypes.c_int64
     library.pnode_difference.restype = ctypes.c_double
     return library
+
+
+def _build(path: Path, source: str, compiler: str) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as folder:
+        code, partial = Path(folder) / "program.cpp", Path(folder) / path.name
+        code.write_text(source, encoding="utf-8")
+        command = [*shlex.split(compiler), *_FLAGS, "-o", str(partial), str(code), "-lm"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+        partial.replace(path)
 
 
 @dataclass(eq=False)

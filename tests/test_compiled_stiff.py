@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import pnode
+from pnode import compilation
+from pnode.solvers import implicit_programs
 from pnode.solvers.methods import METHODS
 
 TIMES = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
@@ -339,6 +341,29 @@ def test_one_warning_says_why_a_solve_is_not_compiled(keywords, reason):
         assert torch.equal(solver(y0, TIMES).ys, ys)
     expected = pnode.Solver(Kinetics(), **keywords)(y0, TIMES).ys
     assert torch.equal(ys, expected)
+
+
+def test_without_a_compiler_a_solve_goes_on(monkeypatch):
+    monkeypatch.setattr(implicit_programs, "get_cpp_compiler", lambda: "no-such-compiler")
+    solver = pnode.Solver(lambda t, y: -3.0 * y, method="cn", step_size=0.5, compile=True)
+    with pytest.warns(UserWarning, match="no-such-compiler"):
+        ys = solver(START, TIMES).ys
+    assert difference(ys[1], START * (1.0 - 0.45) / (1.0 + 0.45)) < 1e-12
+
+
+def test_a_damaged_program_is_built_again():
+    def field(t, y):
+        return -7.0 * y
+
+    found = []
+    for _ in range(2):
+        solver = pnode.Solver(field, method="cn", step_size=0.5, compile=True)
+        before = set(compilation.cache_folder().glob("*.so"))
+        found.append(solver(START, TIMES).ys)
+        for path in set(compilation.cache_folder().glob("*.so")) - before:
+            path.unlink()
+            path.write_bytes(b"nothing")
+    assert torch.equal(*found)
 
 
 class Doubled(torch.autograd.Function):
