@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pnode.tracing import Untraceable
@@ -626,6 +625,8 @@ def decomposed(
     function: Callable[..., Any], examples: Sequence[torch.Tensor]
 ) -> torch.fx.GraphModule:
     """Return a function's graph in the operations that torch's inductor gets to see."""
+    from torch._inductor.decomposition import select_decomp_table  # takes a second
+
     with torch.no_grad():
         graph = make_fx(
             function, decomposition_table=select_decomp_table(), tracing_mode="fake",

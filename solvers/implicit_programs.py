@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._utils import _unflatten_dense_tensors
 
 from pnode import tolerances
@@ -264,8 +263,10 @@ def _position(traced: FieldGraph, parameter: torch.Tensor) -> int:
 
 def _load(source: str) -> ctypes.CDLL:
     """Compile a program, or take it from the disk."""
+    from torch._inductor import cpp_builder  # takes a second
+
     try:
-        compiler = get_cpp_compiler()
+        compiler = cpp_builder.get_cpp_compiler()
         path = cache_folder() / f"{fingerprint(source, compiler, *_FLAGS)}.so"
         library = None
         if path.exists():
@@ -332,6 +333,8 @@ class ImplicitCompiler(Compiler):
             What else the solve is to do that such a sweep does not.
         """
         reason = self.refused or unusual or _unsupported(settings)
+        if reason is None and y0.device.type != "cpu":
+            reason = f"implicit methods are compiled for the CPU, and y0 is on {y0.device}"
         if reason is not None:
             self._warn(reason)
             return None
@@ -457,6 +460,8 @@ def _unsupported(settings: IntegratorSettings) -> str | None:
         return "implicit methods are compiled with jacobian='dense', jacobian_reuse='iteration'"
     if settings.size > _LARGEST_STATE:
         return f"implicit methods are compiled for up to {_LARGEST_STATE} state entries"
+    if settings.comm.getSize() > 1:
+        return "implicit methods are compiled for solves by one process only"
     if settings.dtype is not torch.float64:
         return "implicit methods are compiled in float64 only"
     if settings.controller not in ("basic", "none"):

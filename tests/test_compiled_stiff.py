@@ -6,10 +6,10 @@ import warnings
 
 import pytest
 import torch
+from torch._inductor import cpp_builder
 
 import pnode
 from pnode import compilation
-from pnode.solvers import implicit_programs
 from pnode.solvers.methods import METHODS
 
 TIMES = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
@@ -344,7 +344,7 @@ def test_one_warning_says_why_a_solve_is_not_compiled(keywords, reason):
 
 
 def test_without_a_compiler_a_solve_goes_on(monkeypatch):
-    monkeypatch.setattr(implicit_programs, "get_cpp_compiler", lambda: "no-such-compiler")
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", lambda: "no-such-compiler")
     solver = pnode.Solver(lambda t, y: -3.0 * y, method="cn", step_size=0.5, compile=True)
     with pytest.warns(UserWarning, match="no-such-compiler"):
         ys = solver(START, TIMES).ys
