@@ -39,6 +39,7 @@ from pnode.solvers.assemblies import SparsityPattern
 from pnode.solvers.bridge import accumulate
 from pnode.solvers.compiled import CompiledIntegrator, Compiler, Start, Tape
 from pnode.solvers.create import create_integrator
+from pnode.solvers.implicit_programs import ImplicitCompiler, ImplicitSweep
 from pnode.solvers.integrator import (
     DENSE_LIMIT,
     IntegratorSettings,
@@ -141,6 +142,8 @@ class Run:
         Whether every step starts afresh.
     tape : Tape or None
         Steps and checkpoints of compiled fixed steps, instead of a trajectory.
+    sweep : ImplicitSweep or None
+        The whole sweep of an implicit method, compiled.
     """
 
     problem: InitialValueProblem
@@ -152,6 +155,7 @@ class Run:
     event: Event | None = None
     reproducible: bool = False
     tape: Tape | None = None
+    sweep: ImplicitSweep | None = None
 
 
 class _Record:
@@ -350,6 +354,8 @@ class Engine:
     compile: bool = False
     _pool: _Pool = field(default_factory=_Pool, init=False)
     _compiler: Compiler = field(default_factory=Compiler, init=False)
+    _sweeps: ImplicitCompiler = field(default_factory=ImplicitCompiler, init=False)
+    _known_settings: dict[Hashable, IntegratorSettings] = field(default_factory=dict, init=False)
     _options: dict[Hashable, SolverOptions] = field(default_factory=dict, init=False)
     _patterns: dict[Hashable, SparsityPattern] = field(default_factory=dict, init=False)
 
@@ -412,6 +418,11 @@ class Engine:
         field_ = vector_field(problem, run.stats)
         compiled = self.compile and len(problem.times) > 1
         compiled = compiled and not problem.ranks.parallel and self.exchange is None
+        if compiled and self.method.implicit:
+            compiled = False
+            outputs = self._implicit_sweep(run, field_, y0, keep, requests)
+            if outputs is not None:
+                return outputs
         start = self._compiled(run, field_, y0, keep, requests) if compiled else None
         if start is not None and self._is_plain(run, requests, keep):
             return self._sweep(run, field_, y0, keep, start)
@@ -487,6 +498,8 @@ class Engine:
         times : dict
             For each interpolated output, the derivative with respect to its time.
         """
+        if run.sweep is not None:
+            return self._reverse_implicit(run, cotangents)
         if run.tape is not None:
             return self._reverse_sweep(run, y0, cotangents)
         trajectory = run.trajectory
@@ -564,6 +577,34 @@ class Engine:
         else:
             run.stats.backward.recomputed += steps
         return ys
+
+    def _implicit_sweep(
+        self, run: Run, field_: VectorField, y0: torch.Tensor, keep: bool, requests: Requests
+    ) -> torch.Tensor | None:
+        """Take all steps of an implicit method at once, if that is possible and they succeed."""
+        chosen, unusual = self.checkpointing, None
+        if requests.dense or requests.event_fn is not None or requests.monitor is not None:
+            unusual = "dense=True, events and monitors look at single steps of implicit methods"
+        elif keep and chosen != Checkpointing():
+            unusual = "of implicit methods all steps are kept: drop checkpointing"
+        options = self._solver_options(run.settings)
+        sweep = self._sweeps.begin(field_, y0, run.settings, options, self.control, unusual)
+        if sweep is None:
+            return None
+        outputs = sweep.forward(run.problem.times, y0, keep, run.stats)
+        if outputs is not None:
+            run.sweep, run.used = sweep, field_.used
+        return outputs
+
+    def _reverse_implicit(
+        self, run: Run, cotangents: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None], torch.Tensor, dict[int, float]]:
+        """Take the adjoint of :meth:`_implicit_sweep`; see :meth:`backward`."""
+        assert run.sweep is not None
+        nonzero = cotangents.ne(0).any(dim=1).tolist()
+        number = len(run.problem.parameters)
+        initial, parameters = run.sweep.reverse(cotangents, nonzero, number, run.stats.backward)
+        return initial + cotangents[0], parameters, initial, {}
 
     def _reverse_sweep(
         self, run: Run, y0: torch.Tensor, cotangents: torch.Tensor
@@ -752,12 +793,17 @@ class Engine:
             yield integrator
 
     def _settings(self, problem: InitialValueProblem) -> IntegratorSettings:
+        key = (problem.layout, problem.form, problem.largest, problem.distribution)
+        known = self._known_settings.get(key)
+        return self._new_settings(problem, key) if known is None else known
+
+    def _new_settings(self, problem: InitialValueProblem, key: Hashable) -> IntegratorSettings:
         layout, jacobian = problem.layout, self.jacobian
         if jacobian == "auto":
             small = problem.largest <= DENSE_LIMIT and self.exchange is None
             jacobian = "dense" if small else "matrix-free"
         rtol, atol = tolerances.resolve(self.control.rtol, self.control.atol, layout)
-        return IntegratorSettings(
+        settings = IntegratorSettings(
             self.method, layout.size, layout.dtype,
             adaptive=self.control.step_size is None,
             rtol=rtol, atol=atol, max_step=self.control.max_step,
@@ -768,6 +814,10 @@ class Engine:
             ).for_layout(jacobian, layout, self._patterns, self.exchange),
             distribution=problem.distribution, comm=self.comm,
         )  # fmt: skip
+        # What is detected during a solve, and the values of tensors, may be others next time.
+        if jacobian == "dense" and isinstance(rtol, float) and isinstance(atol, float):
+            self._known_settings[key] = settings
+        return settings
 
     def _solver_options(self, settings: IntegratorSettings, adjoint: bool = False) -> SolverOptions:
         key = (settings.adaptive, settings.jacobian, settings.dtype, adjoint)

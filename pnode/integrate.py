@@ -144,9 +144,9 @@ class Solver(torch.nn.Module):
         field then gets y with ghost cells and returns dy/dt without. It brings its communicator.
     compile : bool
         For explicit Runge-Kutta methods: compile whole steps and their adjoints, by torch's
-        inductor and a C++ compiler; see docs/compile.md. f is traced once per shape and dtype and
-        the result kept on disk. Where that is impossible, one warning says why, and the solve goes
-        on without.
+        inductor and a C++ compiler; for one-step implicit methods and small problems: whole
+        sweeps. See docs/compile.md. f is traced once per shape and dtype and the result kept on
+        disk. Where that is impossible, one warning says why, and the solve goes on without.
 
     Raises
     ------

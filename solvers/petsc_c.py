@@ -16,6 +16,7 @@ from pnode.options import PETSc
 __all__ = [
     "before_each_stage",
     "color_columns",
+    "evaluate_step",
     "register_arkimex",
     "register_rk",
     "restart_jacobian_lag",
@@ -102,6 +103,13 @@ def set_recompute_jacobian(ts: Any, flag: bool) -> None:
     """Say whether each stage of a TSROSW has a matrix of its own. Collective."""
     name = "TSRosWSetRecomputeJacobian"
     _check(_library[name](ctypes.c_void_p(ts.handle), ctypes.c_int(flag)), name)
+
+
+def evaluate_step(ts: Any, order: int, vector: Any) -> None:
+    """Complete the last step with the weights of another order (``TSEvaluateStep``). Collective."""
+    handles = ctypes.c_void_p(ts.handle), ctypes.c_void_p(vector.handle)
+    error = _library.TSEvaluateStep(handles[0], _Int(order), handles[1], ctypes.c_void_p())
+    _check(error, "TSEvaluateStep")
 
 
 def restart_jacobian_lag(snes: Any) -> None:

@@ -28,6 +28,7 @@ LEAVES = {
         "options",
         "problem",
         "ranks",
+        "scalars",
         "solution",
         "tolerances",
         "tracing",

@@ -1,0 +1,636 @@
+"""Graphs of torch operations on small tensors as straight-line programs of scalars, in C++.
+
+A tensor is a tensor of the numbers of its entries' expressions, so that operations that only move
+entries act on these numbers as they are. Equal expressions are one, and what is multiplied by zero
+vanishes: a Jacobian's structural zeros cost nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pnode.tracing import Untraceable
+
+__all__ = ["Scalars", "Symbols", "decomposed"]
+
+_aten = torch.ops.aten
+_Node: TypeAlias = Any  # torch.fx.Node, whose arguments are typed as a union of everything
+# A program of more operations takes minutes to compile.
+_MOST_OPERATIONS = 40_000
+# They move entries, or set them to zero, whose number is 0.
+_MOVES = {
+    "broadcast_in_dim", "collapse_view", "rev", "split_dim",  # prims
+    "alias", "cat", "clone", "constant_pad_nd",
+    "detach", "diag_embed", "diagonal", "diagonal_scatter", "expand", "flip", "gather", "index",
+    "index_select", "lift_fresh_copy", "narrow", "permute", "repeat", "roll", "select",
+    "select_scatter", "slice", "slice_scatter", "split", "split_with_sizes", "squeeze", "stack",
+    "t", "take", "transpose", "tril", "triu", "unbind", "unfold", "unsqueeze",
+}  # fmt: skip
+_SAME = {"_to_copy", "convert_element_type", "lift", "to", "device_put"}
+# Operation: C++, with its arguments.
+_CODE = {
+    "add": "{} + {}", "sub": "{} - {}", "mul": "{} * {}", "div": "{} / {}", "neg": "-{}",
+    "abs": "fabs({})", "exp": "exp({})", "expm1": "expm1({})", "log": "log({})",
+    "log1p": "log1p({})", "log2": "log2({})", "log10": "log10({})", "exp2": "exp2({})",
+    "sqrt": "sqrt({})", "sin": "sin({})", "cos": "cos({})", "tan": "tan({})", "asin": "asin({})",
+    "acos": "acos({})", "atan": "atan({})", "atan2": "atan2({}, {})", "sinh": "sinh({})",
+    "cosh": "cosh({})", "tanh": "tanh({})", "asinh": "asinh({})", "acosh": "acosh({})",
+    "atanh": "atanh({})", "erf": "erf({})", "erfc": "erfc({})", "pow": "pow({}, {})",
+    "floor": "floor({})", "ceil": "ceil({})", "trunc": "trunc({})", "round": "nearbyint({})",
+    "sign": "double(({0} > 0.0) - ({0} < 0.0))", "maximum": "larger({}, {})",
+    "minimum": "smaller({}, {})", "where": "{} != 0.0 ? {} : {}", "lt": "double({} < {})",
+    "le": "double({} <= {})", "gt": "double({} > {})", "ge": "double({} >= {})",
+    "eq": "double({} == {})", "ne": "double({} != {})",
+    "logical_and": "double({} != 0.0 && {} != 0.0)", "logical_or": "double({} != 0.0 || {} != 0.0)",
+    "logical_not": "double({} == 0.0)",
+}  # fmt: skip
+_CONSTANT_BETWEEN = {
+    "floor", "ceil", "trunc", "round", "sign", "lt", "le", "gt", "ge", "eq", "ne", "logical_and",
+    "logical_or", "logical_not",
+}  # fmt: skip
+_SYNONYMS = {
+    "bitwise_and": "logical_and", "bitwise_or": "logical_or", "bitwise_not": "logical_not",
+    "sgn": "sign", "fmax": "maximum", "fmin": "minimum", "true_divide": "div",
+}  # fmt: skip
+_COMMUTE = {"add", "mul"}
+_FOLD: dict[str, Callable[..., float]] = {
+    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv,
+    "neg": operator.neg, "sqrt": math.sqrt, "exp": math.exp, "log": math.log, "pow": math.pow,
+}  # fmt: skip
+
+
+class Symbols:
+    """A tensor of expressions.
+
+    Attributes
+    ----------
+    ids : Tensor
+        Their numbers, int64.
+    """
+
+    def __init__(self, ids: torch.Tensor) -> None:
+        self.ids = ids
+
+    def flat(self) -> list[int]:
+        """Return the numbers one after the other."""
+        numbers: list[int] = self.ids.reshape(-1).tolist()
+        return numbers
+
+
+class Scalars:
+    """Expressions of scalars, each kept once; their numbers are in an order of evaluation."""
+
+    def __init__(self) -> None:
+        self._nodes: list[tuple[Any, ...]] = []
+        self._numbers: dict[tuple[Any, ...], int] = {}
+        self.constant(0.0)
+
+    # ------------------------------------------------------------------------------ expressions
+
+    def _number(self, *node: Any) -> int:
+        number = self._numbers.get(node)
+        if number is None:
+            if len(self._nodes) > _MOST_OPERATIONS:
+                raise Untraceable(
+                    f"it and its derivatives take more than {_MOST_OPERATIONS} scalar operations, "
+                    "and implicit methods are compiled for small problems only"
+                )
+            number = self._numbers[node] = len(self._nodes)
+            self._nodes.append(node)
+        return number
+
+    def constant(self, value: float) -> int:
+        """Return the number of a constant."""
+        return self._number("constant", float(value).hex())
+
+    def input(self, name: str, shape: Sequence[int]) -> Symbols:
+        """Return the entries of an array of this name."""
+        ids = [self._number("input", f"{name}[{index}]") for index in range(math.prod(shape))]
+        return Symbols(torch.tensor(ids, dtype=torch.int64).reshape(tuple(shape)))
+
+    def variable(self, name: str) -> Symbols:
+        """Return a number of this name, as a 0-dim tensor."""
+        return Symbols(torch.tensor(self._number("input", name)))
+
+    def constants(self, values: torch.Tensor) -> Symbols:
+        """Return a tensor of constants."""
+        ids = [self.constant(value) for value in values.double().reshape(-1).tolist()]
+        return Symbols(torch.tensor(ids, dtype=torch.int64).reshape(values.shape))
+
+    def _value(self, number: int) -> float | None:
+        node = self._nodes[number]
+        return float.fromhex(node[1]) if node[0] == "constant" else None
+
+    def apply(self, name: str, *arguments: int) -> int:
+        """Return the number of an operation's result."""
+        values = [self._value(number) for number in arguments]
+        if name in _FOLD and None not in values:
+            try:
+                return self.constant(_FOLD[name](*values))
+            except (ArithmeticError, ValueError):
+                pass  # as it will come
+        first = arguments[0]
+        match name:
+            case "add":
+                if 0.0 in values:
+                    return arguments[1 - values.index(0.0)]
+            case "sub":
+                if values[1] == 0.0:
+                    return first
+                if values[0] == 0.0:
+                    return self.apply("neg", arguments[1])
+            case "mul":
+                if 0.0 in values:
+                    return 0
+                for number in (1.0, -1.0):
+                    if number in values:
+                        other = arguments[1 - values.index(number)]
+                        return other if number > 0 else self.apply("neg", other)
+            case "div":
+                if values[0] == 0.0:
+                    return 0
+                if values[1] == 1.0:
+                    return first
+            case "neg":
+                if self._nodes[first][0] == "neg":
+                    return int(self._nodes[first][1])
+            case "where":
+                if arguments[1] == arguments[2]:
+                    return arguments[1]
+                if values[0] is not None:
+                    return arguments[1 if values[0] else 2]
+            case "pow":
+                return self._power(first, arguments[1], values[1])
+        if name in _COMMUTE:
+            arguments = tuple(sorted(arguments))
+        return self._number(name, *arguments)
+
+    def _power(self, base: int, exponent: int, value: float | None) -> int:
+        if value == 0.0:
+            return self.constant(1.0)
+        if value == 0.5:
+            return self.apply("sqrt", base)
+        if value is None or value != int(value) or abs(value) > 8:
+            return self._number("pow", base, exponent)
+        result = base
+        for _ in range(abs(int(value)) - 1):
+            result = self.apply("mul", result, base)
+        return result if value > 0 else self.apply("div", self.constant(1.0), result)
+
+    def total(self, terms: Iterable[int]) -> int:
+        """Return the sum."""
+        result = 0
+        for term in terms:
+            result = self.apply("add", result, term)
+        return result
+
+    def product_sum(self, left: Sequence[int], right: Sequence[int]) -> int:
+        """Return the sum of the products of two rows."""
+        return self.total(self.apply("mul", a, b) for a, b in zip(left, right, strict=True))
+
+    # ------------------------------------------------------------------------------- derivatives
+
+    def _partials(self, number: int) -> list[tuple[int, int]]:
+        """Return the arguments that an expression depends on smoothly, and its derivatives."""
+        name, *arguments = self._nodes[number]
+        if name in ("constant", "input") or name in _CONSTANT_BETWEEN:
+            return []
+        a = arguments[0]
+        b = arguments[1] if len(arguments) > 1 else 0
+        one, do = self.constant(1.0), self.apply
+        minus = self.constant(-1.0)
+
+        def number_of(value: float) -> int:
+            return self.constant(value)
+
+        def squared(x: int) -> int:
+            return do("mul", x, x)
+
+        def over(x: int) -> int:
+            return do("div", one, x)
+
+        match name:
+            case "add":
+                return [(a, one), (b, one)]
+            case "sub":
+                return [(a, one), (b, minus)]
+            case "mul":
+                return [(a, b), (b, a)]
+            case "div":
+                return [(a, over(b)), (b, do("neg", do("div", number, b)))]
+            case "neg":
+                return [(a, minus)]
+            case "abs":
+                return [(a, do("sign", a))]
+            case "exp":
+                return [(a, number)]
+            case "exp2":
+                return [(a, do("mul", number_of(math.log(2.0)), number))]
+            case "expm1":
+                return [(a, do("add", number, one))]
+            case "log":
+                return [(a, over(a))]
+            case "log2":
+                return [(a, do("div", number_of(1.0 / math.log(2.0)), a))]
+            case "log10":
+                return [(a, do("div", number_of(1.0 / math.log(10.0)), a))]
+            case "log1p":
+                return [(a, over(do("add", one, a)))]
+            case "sqrt":
+                return [(a, do("div", number_of(0.5), number))]
+            case "sin":
+                return [(a, do("cos", a))]
+            case "cos":
+                return [(a, do("neg", do("sin", a)))]
+            case "tan":
+                return [(a, do("add", one, squared(number)))]
+            case "asin" | "acos":
+                slope = over(do("sqrt", do("sub", one, squared(a))))
+                return [(a, slope if name == "asin" else do("neg", slope))]
+            case "atan":
+                return [(a, over(do("add", one, squared(a))))]
+            case "atan2":
+                square = do("add", squared(a), squared(b))
+                return [(a, do("div", b, square)), (b, do("neg", do("div", a, square)))]
+            case "sinh":
+                return [(a, do("cosh", a))]
+            case "cosh":
+                return [(a, do("sinh", a))]
+            case "tanh":
+                return [(a, do("sub", one, squared(number)))]
+            case "asinh":
+                return [(a, over(do("sqrt", do("add", squared(a), one))))]
+            case "acosh":
+                return [(a, over(do("sqrt", do("sub", squared(a), one))))]
+            case "atanh":
+                return [(a, over(do("sub", one, squared(a))))]
+            case "erf" | "erfc":
+                factor = 2.0 / math.sqrt(math.pi) * (1.0 if name == "erf" else -1.0)
+                bell = do("exp", do("neg", squared(a)))
+                return [(a, do("mul", number_of(factor), bell))]
+            case "pow":
+                lower = do("pow", a, do("sub", b, one))
+                slopes = [(a, do("mul", b, lower))]
+                if self._value(b) is None:
+                    slopes.append((b, do("mul", number, do("log", a))))
+                return slopes
+            case "maximum" | "minimum":
+                left = do("ge" if name == "maximum" else "le", a, b)
+                return [(a, left), (b, do("sub", one, left))]
+            case "where":
+                condition, yes, no = arguments
+                return [(yes, do("where", condition, one, 0)), (no, do("where", condition, 0, one))]
+        raise Untraceable(f"the derivative of {name} is not known here")
+
+    def gradient(self, result: int, inputs: Sequence[int]) -> list[int]:
+        """Return the derivatives of an expression with respect to inputs."""
+        slopes = {result: self.constant(1.0)}
+        for number in reversed(self._needed([result])):
+            slope = slopes.get(number, 0)
+            if slope:
+                for argument, partial in self._partials(number):
+                    term = self.apply("mul", slope, partial)
+                    slopes[argument] = self.apply("add", slopes.get(argument, 0), term)
+        return [slopes.get(number, 0) for number in inputs]
+
+    def directional(self, results: Sequence[int], direction: int) -> list[int]:
+        """Return the derivatives of expressions with respect to one input."""
+        slopes = {direction: self.constant(1.0)}
+        for number in self._needed(results):
+            if number not in slopes:
+                pairs = [(slopes.get(a, 0), p) for a, p in self._partials(number)]
+                slopes[number] = self.total(self.apply("mul", s, p) for s, p in pairs if s)
+        return [slopes.get(number, 0) for number in results]
+
+    def depends(self, results: Iterable[int], argument: int) -> bool:
+        """Whether one of the results depends on another expression."""
+        return argument in self._needed(results)
+
+    def _needed(self, results: Iterable[int]) -> list[int]:
+        """Return the numbers of all expressions that these depend on, in order."""
+        seen, pending = set(), list(results)
+        while pending:
+            number = pending.pop()
+            if number not in seen:
+                seen.add(number)
+                if self._nodes[number][0] not in ("constant", "input"):
+                    pending.extend(self._nodes[number][1:])
+        return sorted(seen)
+
+    # -------------------------------------------------------------------------------------- code
+
+    def code(self, results: Sequence[tuple[str, int]]) -> str:
+        """Return C++ statements ``target expression;``, such as ``"f[0] ="``, and what they need.
+
+        Parameters
+        ----------
+        results : sequence of (str, int)
+            Targets and expressions.
+        """
+        lines = []
+        for number in self._needed(expression for _, expression in results):
+            name, *arguments = self._nodes[number]
+            if name not in ("constant", "input"):
+                code = _CODE[name].format(*map(self._name, arguments))
+                lines.append(f"const double x{number} = {code};")
+        lines += [f"{target} {self._name(number)};" for target, number in results]
+        return "\n".join(f"  {line}" for line in lines)
+
+    def _name(self, number: int) -> str:
+        node = self._nodes[number]
+        if node[0] == "input":
+            return str(node[1])
+        if node[0] != "constant":
+            return f"x{number}"
+        value = float.fromhex(node[1])
+        if not math.isfinite(value):
+            return "NAN" if math.isnan(value) else f"({'-' if value < 0 else ''}INFINITY)"
+        return f"({value!r})"
+
+    # ------------------------------------------------------------------------------------ graphs
+
+    def evaluate(
+        self, graph: torch.fx.GraphModule, *inputs: Symbols | torch.Tensor
+    ) -> list[Symbols]:
+        """Return the results of a graph; inputs that are tensors are constants.
+
+        Raises
+        ------
+        Untraceable
+            For an operation that is not known here.
+        """
+        values: dict[_Node, Any] = {}
+        given = iter(inputs)
+        for node in graph.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = next(given)
+            elif node.op == "get_attr":
+                values[node] = operator.attrgetter(node.target)(graph)
+            elif node.op == "output":
+                results = torch.fx.node.map_arg(node.args[0], lambda source: values[source])
+                return [self._symbols(result) for result in results]
+            else:
+                arguments, keywords = torch.fx.node.map_arg(
+                    (node.args, node.kwargs), lambda source: values[source]
+                )
+                try:
+                    values[node] = self._call(node, arguments, dict(keywords))
+                except (KeyError, NotImplementedError, RuntimeError, TypeError) as error:
+                    raise Untraceable(
+                        "implicit methods are compiled as programs of scalars, in which "
+                        f"{node.target} does not occur ({type(error).__name__}: {str(error)[:80]})"
+                    ) from error
+        raise AssertionError("a graph without output")
+
+    def _symbols(self, value: Any) -> Symbols:
+        if isinstance(value, Symbols):
+            return value
+        if not isinstance(value, torch.Tensor):
+            value = torch.tensor(value, dtype=torch.float64)
+        return self.constants(value)
+
+    def _call(self, node: _Node, arguments: Any, keywords: dict[str, Any]) -> Any:
+        flat = torch.utils._pytree.tree_leaves((arguments, keywords))
+        if not any(isinstance(value, Symbols) for value in flat):
+            return node.target(*arguments, **keywords)
+        if node.target is operator.getitem:
+            return arguments[0][arguments[1]]
+        value = node.meta.get("val")
+        dtype = value.dtype if isinstance(value, torch.Tensor) else torch.float64
+        if (dtype.is_complex or dtype.is_floating_point) and dtype is not torch.float64:
+            raise NotImplementedError(f"numbers of type {dtype}")
+        name = node.target.overloadpacket.__name__
+        name = _SYNONYMS.get(name.rstrip("_"), name)
+        if name in _SAME:
+            before = node.args[0].meta["val"].dtype
+            if dtype is torch.bool and before is not torch.bool:
+                return self._pointwise("ne", arguments[0], 0.0)
+            rounded = before.is_floating_point and not dtype.is_floating_point
+            return self._pointwise("trunc", arguments[0]) if rounded else arguments[0]
+        if name in _MOVES:
+            ids = torch.utils._pytree.tree_map(self._moved, (arguments, keywords))
+            moved = node.target(*ids[0], **ids[1])
+            if isinstance(moved, torch.Tensor):
+                return Symbols(moved.clone())
+            return [Symbols(part.clone()) for part in moved]
+        special = getattr(self, f"_do_{name}", None)
+        if special is not None:
+            return special(*arguments, **keywords)
+        if name not in _CODE or any(keywords.values()):
+            raise NotImplementedError(f"{name} {keywords or ''}")
+        return self._pointwise(name, *arguments)
+
+    def _moved(self, value: Any) -> Any:
+        if isinstance(value, Symbols):
+            return value.ids
+        if isinstance(value, float):  # what constant_pad_nd fills with
+            return self.constant(value)
+        if isinstance(value, torch.Tensor) and value.dtype is torch.float64:
+            return self.constants(value).ids
+        return value
+
+    def _pointwise(self, name: str, *arguments: Any) -> Symbols:
+        ids = torch.broadcast_tensors(*(self._symbols(value).ids for value in arguments))
+        rows = zip(*(part.reshape(-1).tolist() for part in ids), strict=True)
+        done = [self.apply(name, *row) for row in rows]
+        return Symbols(torch.tensor(done, dtype=torch.int64).reshape(ids[0].shape))
+
+    def _do_view(self, a: Symbols, shape: Sequence[int], *_: Any) -> Symbols:
+        return Symbols(a.ids.reshape(tuple(shape)))
+
+    _do_reshape = _do__unsafe_view = _do__reshape_alias = _do_view
+
+    def _do_add(self, a: Any, b: Any, alpha: float = 1.0) -> Symbols:
+        return self._pointwise("add", a, b if alpha == 1 else self._pointwise("mul", alpha, b))
+
+    def _do_sub(self, a: Any, b: Any, alpha: float = 1.0) -> Symbols:
+        return self._pointwise("sub", a, b if alpha == 1 else self._pointwise("mul", alpha, b))
+
+    def _do_rsub(self, a: Any, b: Any, alpha: float = 1.0) -> Symbols:
+        return self._do_sub(b, a, alpha)
+
+    def _do_reciprocal(self, a: Any) -> Symbols:
+        return self._pointwise("div", 1.0, a)
+
+    def _do_rsqrt(self, a: Any) -> Symbols:
+        return self._pointwise("div", 1.0, self._pointwise("sqrt", a))
+
+    def _do_hypot(self, a: Any, b: Any) -> Symbols:
+        squares = (self._pointwise("mul", x, x) for x in (a, b))
+        return self._pointwise("sqrt", self._pointwise("add", *squares))
+
+    def _do_square(self, a: Any) -> Symbols:
+        return self._pointwise("mul", a, a)
+
+    def _do_sigmoid(self, a: Any) -> Symbols:
+        growth = self._pointwise("exp", self._pointwise("neg", a))
+        return self._pointwise("div", 1.0, self._pointwise("add", 1.0, growth))
+
+    def _do_relu(self, a: Any) -> Symbols:
+        return self._pointwise("maximum", a, 0.0)
+
+    def _do_clamp(self, a: Any, least: Any = None, largest: Any = None) -> Symbols:
+        if least is not None:
+            a = self._pointwise("maximum", a, least)
+        return a if largest is None else self._pointwise("minimum", a, largest)
+
+    def _do_clamp_min(self, a: Any, least: Any) -> Symbols:
+        return self._do_clamp(a, least)
+
+    def _do_clamp_max(self, a: Any, largest: Any) -> Symbols:
+        return self._do_clamp(a, None, largest)
+
+    def _do_full_like(self, a: Symbols, value: float, **_: Any) -> Symbols:
+        return self.constants(torch.full(a.ids.shape, value, dtype=torch.float64))
+
+    def _do_zeros_like(self, a: Symbols, **_: Any) -> Symbols:
+        return self._do_full_like(a, 0.0)
+
+    def _do_ones_like(self, a: Symbols, **_: Any) -> Symbols:
+        return self._do_full_like(a, 1.0)
+
+    def _do_new_zeros(self, a: Symbols, size: Sequence[int], **_: Any) -> Symbols:
+        return self.constants(torch.zeros(*size, dtype=torch.float64))
+
+    def _do_new_ones(self, a: Symbols, size: Sequence[int], **_: Any) -> Symbols:
+        return self.constants(torch.ones(*size, dtype=torch.float64))
+
+    def _do_new_full(self, a: Symbols, size: Sequence[int], value: float, **_: Any) -> Symbols:
+        return self.constants(torch.full(tuple(size), value, dtype=torch.float64))
+
+    def _reduce(
+        self, combine: Callable[[list[int]], int], a: Symbols, axes: Any, keep: bool
+    ) -> Symbols:
+        number = a.ids.dim()
+        axes = [axes] if isinstance(axes, int) else list(axes or range(number))
+        axes = [axis % number if number else 0 for axis in axes]
+        kept = [axis for axis in range(number) if axis not in axes]
+        shape = [1 if axis in axes else size for axis, size in enumerate(a.ids.shape)]
+        if not keep:
+            shape = [a.ids.shape[axis] for axis in kept]
+        order = [*kept, *(axes if number else [])]
+        moved = a.ids.permute(order).reshape(math.prod(a.ids.shape[axis] for axis in kept), -1)
+        done = [combine(row) for row in moved.tolist()]
+        return Symbols(torch.tensor(done, dtype=torch.int64).reshape(shape))
+
+    def _do_sum(self, a: Symbols, axes: Any = None, keep: bool = False, **_: Any) -> Symbols:
+        return self._reduce(self.total, a, axes, keep)
+
+    def _do_mean(self, a: Symbols, axes: Any = None, keep: bool = False, **_: Any) -> Symbols:
+        total = self._reduce(self.total, a, axes, keep)
+        return self._pointwise("div", total, a.ids.numel() / max(total.ids.numel(), 1))
+
+    def _do_var(
+        self, a: Symbols, axes: Any = None, correction: float | None = None, keepdim: bool = False
+    ) -> Symbols:
+        mean = self._do_mean(a, axes, True)
+        away = self._pointwise("sub", a, mean)
+        total = self._do_sum(self._pointwise("mul", away, away), axes, keepdim)
+        number = a.ids.numel() / max(total.ids.numel(), 1)
+        return self._pointwise("div", total, number - (1.0 if correction is None else correction))
+
+    def _do_var_mean(self, a: Symbols, axes: Any = None, **how: Any) -> tuple[Symbols, Symbols]:
+        return self._do_var(a, axes, **how), self._do_mean(a, axes, how.get("keepdim", False))
+
+    def _do_amax(self, a: Symbols, axes: Any = (), keep: bool = False) -> Symbols:
+        return self._reduce(lambda row: self._chain("maximum", row), a, axes, keep)
+
+    def _do_amin(self, a: Symbols, axes: Any = (), keep: bool = False) -> Symbols:
+        return self._reduce(lambda row: self._chain("minimum", row), a, axes, keep)
+
+    def _do_prod(self, a: Symbols, axes: Any = None, keep: bool = False, **_: Any) -> Symbols:
+        return self._reduce(lambda row: self._chain("mul", row), a, axes, keep)
+
+    def _chain(self, name: str, row: list[int]) -> int:
+        result = row[0]
+        for number in row[1:]:
+            result = self.apply(name, result, number)
+        return result
+
+    def matrix_product(self, a: Any, b: Any) -> Symbols:
+        """Return the product of two matrices."""
+        rows, columns = self._symbols(a).ids.tolist(), self._symbols(b).ids.t().tolist()
+        done = [[self.product_sum(row, column) for column in columns] for row in rows]
+        return Symbols(torch.tensor(done, dtype=torch.int64).reshape(len(rows), len(columns)))
+
+    _do_mm = matrix_product
+
+    def _do_bmm(self, a: Any, b: Any) -> Symbols:
+        pairs = zip(self._symbols(a).ids, self._symbols(b).ids, strict=True)
+        return Symbols(torch.stack([self._do_mm(Symbols(x), Symbols(y)).ids for x, y in pairs]))
+
+    def _do_mv(self, a: Any, b: Any) -> Symbols:
+        column = Symbols(self._symbols(b).ids.unsqueeze(1))
+        return Symbols(self._do_mm(a, column).ids.squeeze(1))
+
+    def _do_dot(self, a: Any, b: Any) -> Symbols:
+        return self._do_sum(self._pointwise("mul", a, b))
+
+    def _do_addmm(self, c: Any, a: Any, b: Any, beta: float = 1, alpha: float = 1) -> Symbols:
+        product: Any = self._do_mm(a, b)
+        return self._do_add(c if beta == 1 else self._pointwise("mul", beta, c), product, alpha)
+
+    def _do_addcmul(self, c: Any, a: Any, b: Any, value: float = 1) -> Symbols:
+        return self._do_add(c, self._pointwise("mul", a, b), value)
+
+    def _do_fma(self, a: Any, b: Any, c: Any) -> Symbols:
+        return self._pointwise("add", self._pointwise("mul", a, b), c)
+
+    def _do_addcdiv(self, c: Any, a: Any, b: Any, value: float = 1) -> Symbols:
+        return self._do_add(c, self._pointwise("div", a, b), value)
+
+    def _do_cumsum(self, a: Symbols, axis: int, **_: Any) -> Symbols:
+        return self._accumulate("add", a, axis)
+
+    def _do_cumprod(self, a: Symbols, axis: int, **_: Any) -> Symbols:
+        return self._accumulate("mul", a, axis)
+
+    def _accumulate(self, name: str, a: Symbols, axis: int) -> Symbols:
+        rows = [Symbols(row) for row in a.ids.movedim(axis, 0)]
+        done = [rows[0]]
+        for row in rows[1:]:
+            done.append(self._pointwise(name, done[-1], row))
+        return Symbols(torch.stack([row.ids for row in done]).movedim(0, axis))
+
+    def _do_index_put(
+        self, a: Any, indices: Sequence[Any], values: Any, accumulate: bool = False
+    ) -> Symbols:
+        chosen = tuple(slice(None) if index is None else index for index in indices)
+        return self._put(a, lambda places: places[chosen], values, accumulate)
+
+    def _do_scatter_add(self, a: Any, axis: int, index: torch.Tensor, values: Any) -> Symbols:
+        part = self._symbols(values).ids[tuple(map(slice, index.shape))]
+        return self._put(a, lambda places: places.gather(axis, index), Symbols(part), True)
+
+    def _put(
+        self, a: Any, choose: Callable[[torch.Tensor], torch.Tensor], values: Any, accumulate: bool
+    ) -> Symbols:
+        """Write values, or add them, at the places that are chosen of all."""
+        ids = self._symbols(a).ids
+        places = choose(torch.arange(ids.numel()).reshape(ids.shape))
+        entries = self._symbols(values).ids.expand(places.shape).reshape(-1).tolist()
+        flat = ids.reshape(-1).tolist()
+        for place, entry in zip(places.reshape(-1).tolist(), entries, strict=True):
+            flat[place] = self.apply("add", flat[place], entry) if accumulate else entry
+        return Symbols(torch.tensor(flat, dtype=torch.int64).reshape(ids.shape))
+
+
+def decomposed(
+    function: Callable[..., Any], examples: Sequence[torch.Tensor]
+) -> torch.fx.GraphModule:
+    """Return a function's graph in the operations that torch's inductor gets to see."""
+    from torch._inductor.decomposition import select_decomp_table  # takes a second
+
+    with torch.no_grad():
+        graph = make_fx(
+            function, decomposition_table=select_decomp_table(), tracing_mode="fake",
+            _allow_non_fake_inputs=True,
+        )(*examples)  # fmt: skip
+    graph.graph.eliminate_dead_code()
+    return graph

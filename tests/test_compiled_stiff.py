@@ -1,0 +1,423 @@
+"""Compiled sweeps of implicit methods: the eager ones' solutions, gradients, counts and errors."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch._inductor import cpp_builder
+
+import pnode
+from pnode import compilation
+from pnode.solvers.methods import METHODS
+
+TIMES = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
+THETA = ["beuler", "cn", "implicit_midpoint"]
+ROSW = [method.name for method in METHODS if method.ts_type == "rosw"]
+DIRK = [method.name for method in METHODS if method.ts_type == "dirk"]
+ADAPTIVE = [m.name for m in METHODS if m.adaptive and m.name in (*ROSW, *DIRK)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    """Programs of this run alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PNODE_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
+        yield
+
+
+class Kinetics(torch.nn.Module):
+    """Stiff, nonlinear, non-autonomous, with parameters; the second of them stays unused."""
+
+    def __init__(self, rate=50.0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+
+        def parameter(*shape):
+            return torch.nn.Parameter(
+                0.5 * torch.randn(*shape, generator=generator, dtype=torch.float64)
+            )
+
+        self.weight, self.unused, self.bias = parameter(3, 3), parameter(2), parameter(3)
+        self.register_buffer("rate", torch.tensor([1.0, rate, 1.0], dtype=torch.float64))
+
+    def forward(self, t, y):
+        flow = torch.tanh(y @ self.weight + self.bias) * (1.0 + 0.3 * torch.sin(3.0 * t))
+        return flow - self.rate * (y - y.roll(1) ** 2)
+
+
+START = torch.tensor([1.0, 0.2, -0.4], dtype=torch.float64)
+
+
+def solve(kinetics, compile, y0=START, times=TIMES, **keywords):
+    """Return the solution and the gradients with respect to start, times and parameters."""
+    solver = pnode.Solver(kinetics, jacobian="dense", compile=compile, **keywords)
+    kinetics.zero_grad()
+    y0 = y0.clone().requires_grad_(True)
+    times = times.clone().requires_grad_(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solution = solver(y0, times)
+    weights = torch.linspace(-1.0, 2.0, solution.ys.numel(), dtype=torch.float64)
+    (solution.ys * weights.view(solution.ys.shape)).sum().backward()
+    return solution, [y0.grad, times.grad, *(p.grad for p in kinetics.parameters())]
+
+
+def difference(a, b):
+    return float((a - b).detach().norm() / b.detach().norm())
+
+
+def compare(eager, compiled, tolerance=1e-9):
+    assert compiled[0].stats.jvp == 0 and eager[0].stats.steps > 1
+    assert difference(compiled[0].ys, eager[0].ys) < tolerance
+    for a, b in zip(compiled[1], eager[1], strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert difference(a, b) < tolerance
+    assert compiled[0].stats.steps == eager[0].stats.steps
+    assert compiled[0].stats.rejected == eager[0].stats.rejected
+
+
+@pytest.mark.parametrize("method", [*THETA, *ROSW, *DIRK])
+def test_fixed_steps_are_the_eager_ones(method):
+    kinetics = Kinetics()
+    eager, compiled = (solve(kinetics, c, method=method, step_size=0.1) for c in (False, True))
+    compare(eager, compiled)
+    # Round-off decides where an iteration just meets a tolerance.
+    assert abs(compiled[0].stats.newton - eager[0].stats.newton) <= 1
+    assert compiled[0].stats.backward.steps == eager[0].stats.backward.steps
+
+
+@pytest.mark.parametrize("method", ADAPTIVE)
+def test_adaptive_steps_are_the_eager_ones(method):
+    kinetics, keywords = Kinetics(), {"rtol": 1e-4, "atol": 1e-6}
+    eager, compiled = (solve(kinetics, c, method=method, **keywords) for c in (False, True))
+    # The steps of a DIRK vary with what Newton's method leaves, 1e-10 of the state.
+    compare(eager, compiled, 1e-9 if method in ROSW else 1e-7)
+
+
+@pytest.mark.parametrize("method", ["cn", "rodaspr", "es325"])
+def test_backward_in_time(method):
+    times = torch.tensor([0.5, 0.3, 0.0], dtype=torch.float64)
+    eager, compiled = (
+        solve(Kinetics(5.0), c, times=times, method=method, step_size=0.05) for c in (False, True)
+    )
+    compare(eager, compiled)
+
+
+def test_tolerances_limits_and_first_step():
+    keywords = {
+        "method": "rodas3", "rtol": torch.tensor([1e-3, 1e-5, 1e-4]), "atol": 1e-7,
+        "first_step": 0.02, "max_step": 0.09, "min_step": 1e-9,
+    }  # fmt: skip
+    eager, compiled = (solve(Kinetics(), c, **keywords) for c in (False, True))
+    compare(eager, compiled)
+    assert compiled[0].stats.steps >= 12
+
+
+def test_a_solution_kept_for_two_backward_passes_and_none():
+    kinetics = Kinetics()
+    solver = pnode.Solver(kinetics, method="cn", step_size=0.1, jacobian="dense", compile=True)
+    y0 = START.clone().requires_grad_(True)
+    ys = solver(y0, TIMES).ys
+    with torch.no_grad():
+        other = solver(0.5 * START, TIMES).ys
+        assert torch.equal(solver(START, TIMES).ys, ys)
+    first = torch.autograd.grad(ys[-1].sum(), y0, retain_graph=True)[0]
+    solver(0.5 * y0, TIMES).ys.sum().backward()
+    assert torch.equal(torch.autograd.grad(ys[-1].sum(), y0)[0], first)
+    assert difference(other, ys) > 0.1
+
+
+def test_batches_and_tuples():
+    class Pair(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kinetics = Kinetics()
+
+        def forward(self, t, state):
+            y = state[0]
+            return self.kinetics(t, y), (y**2).sum(-1)
+
+    weights = torch.linspace(0.5, 1.0, 6, dtype=torch.float64).view(2, 3)
+    for function, y0 in (
+        (Kinetics(), weights),
+        (Pair(), (weights, torch.zeros_like(weights[:, 0]))),
+    ):
+        found = []
+        for compile in (False, True):
+            solver = pnode.Solver(
+                function, method="rodaspr", step_size=0.1, jacobian="dense", compile=compile
+            )
+            function.zero_grad()
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                ys = solver(y0, TIMES).ys
+            parts = ys if isinstance(ys, tuple) else (ys,)
+            sum((part**2).sum() for part in parts).backward()
+            used = [p.grad for p in function.parameters() if p.grad is not None]
+            assert len(used) == 2
+            found.append([*parts, *used])
+        assert max(map(difference, *found)) < 1e-9
+
+
+def test_memory_is_one_state_a_step_where_that_is_enough():
+    for method, states in (("rodaspr", 10), ("cn", 11), ("beuler", 10), ("es325", 41)):
+        solution, _ = solve(Kinetics(), True, method=method, step_size=0.1)
+        assert solution.stats.ram_bytes == states * 3 * 8, method
+
+
+def test_parameters_are_inputs_and_numbers_are_traced_anew():
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor = torch.nn.Parameter(torch.tensor(-1.0, dtype=torch.float64))
+            self.number = 1.0
+
+        def forward(self, t, y):
+            return self.factor * self.number * y
+
+    field = Scaled()
+    solver = pnode.Solver(field, method="beuler", step_size=0.5, jacobian="dense", compile=True)
+    y0, times = torch.ones(1, dtype=torch.float64), torch.tensor([0.0, 0.5])
+    for number, factor in ((1.0, -1.0), (1.0, -3.0), (2.0, -3.0)):
+        field.number, field.factor.data = number, torch.tensor(factor, dtype=torch.float64)
+        expected = 1.0 / (1.0 - 0.5 * number * factor)
+        assert solver(y0, times).ys[-1].item() == pytest.approx(expected, rel=1e-14)
+
+
+def smooth(a, b):
+    """Everything pointwise, at 0.2 < a, b < 0.8."""
+    torch_ = torch.nn.functional
+    parts = [
+        a.abs(), a.exp(), a.expm1(), a.log(), a.log1p(), a.log2(), a.log10(), a.exp2(), a.sqrt(),
+        a.rsqrt(), a.sin(), a.cos(), a.tan(), a.asin(), a.acos(), a.atan(), torch.atan2(a, b),
+        a.sinh(), a.cosh(), a.tanh(), a.asinh(), (1.0 + a).acosh(), a.atanh(), a.erf(), a.erfc(),
+        a**3, a**-2, a**2.7, a**b, 2.0**a, 1.0 / a, a / b, a.square(), a.reciprocal(), -a, 3.0 - a,
+        a.sigmoid(), torch_.softplus(a), torch_.gelu(a), torch_.silu(a), torch_.elu(a - 0.5),
+        torch_.relu(a), torch.maximum(a, b), torch.minimum(a, b), a.clamp(0.3, 0.6),
+        torch.where((a > b) & ~(b > 0.5), a, b), a.sign() * b, a.floor() + b, torch_.leaky_relu(-a),
+        torch.lerp(a, b, 0.3), torch.addcmul(a, b, b), torch.logaddexp(a, b), torch.hypot(a, b),
+    ]  # fmt: skip
+    return torch.stack([part.sum() for part in parts]).sum() / len(parts)
+
+
+def shaped(a, b):
+    """Operations that move or combine entries; a and b have the shape (2, 3)."""
+    torch_, index = torch.nn.functional, torch.tensor([[2, 0, 1], [1, 1, 0]])
+    parts = [
+        a @ b.t(), torch.bmm(a[None], b.t()[None]), torch.einsum("ij,kj->ik", a, b),
+        torch.cat([a, b], 1)[:, 1:4], torch.stack([a, b]).transpose(0, 2), a.roll(1, 1), b.flip(0),
+        a.gather(1, index), a[:, [2, 0]], torch_.softmax(a, -1), torch_.log_softmax(b, 0),
+        torch_.layer_norm(a, (3,)), a.mean(0), a.var(1), a.norm(dim=1), a.prod(1), a.amax(1),
+        torch.logsumexp(a, 1), a.cumsum(1), a.tril(), torch_.pad(a, (1, 1)), a.unbind(1)[1],
+        a.diagonal(),
+        torch.outer(a[0], b[1]), a.repeat(2, 1), a.expand(2, 2, 3), a.reshape(3, 2).squeeze(),
+        torch.addmm(a[:, :2], a, b.t(), beta=0.5, alpha=2.0), torch.mv(a, b[0]), a[0].dot(b[0]),
+    ]  # fmt: skip
+    weights = torch.cos(torch.arange(sum(p.numel() for p in parts), dtype=a.dtype))
+    return torch.cat([part.reshape(-1) for part in parts]).dot(weights)
+
+
+def test_operations_and_their_second_derivatives():
+    """A Rosenbrock step and its adjoint take f, J and the derivatives of J."""
+
+    class Everything(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.b = torch.nn.Parameter(torch.linspace(0.7, 0.25, 6, dtype=torch.float64))
+
+        def forward(self, t, y):
+            a, b = torch.sigmoid(y).view(2, 3), self.b.view(2, 3)
+            mixed = torch.stack([smooth(a, b), shaped(a, b), t * y[0]])
+            return torch.cat([0.1 * mixed, a[1]]) - y
+
+    field, found = Everything(), []
+    for compile in (False, True):
+        solver = pnode.Solver(
+            field, method="rodas3", step_size=0.1, jacobian="dense", compile=compile
+        )
+        y0 = torch.linspace(-0.9, 1.0, 6, dtype=torch.float64).requires_grad_(True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ys = solver(y0, torch.tensor([0.0, 0.2])).ys
+        found.append([ys, *torch.autograd.grad(ys.square().sum(), (y0, field.b))])
+    assert max(map(difference, *found)) < 1e-9
+
+
+# -------------------------------------------------------------------------------------- failures
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error"),
+    [
+        ({"method": "rodaspr", "rtol": 1e-8, "max_steps": 3}, pnode.StepLimitReached),
+        ({"method": "cn", "step_size": 0.1, "max_steps": 3}, pnode.StepLimitReached),
+        ({"method": "rodaspr", "rtol": 1e-9, "min_step": 0.2}, pnode.StepSizeUnderflow),
+        ({"method": "es325", "rtol": 1e-9, "min_step": 0.2}, pnode.StepSizeUnderflow),
+        (
+            {"method": "cn", "step_size": 0.1, "petsc_options": {"snes_max_it": 1}},
+            pnode.NonlinearSolveFailed,
+        ),
+    ],
+)
+def test_failures_are_the_eager_ones(keywords, error):
+    errors = []
+    for compile in (False, True):
+        with pytest.raises(error) as raised:
+            solve(Kinetics(), compile, **keywords)
+        errors.append(raised.value)
+    assert str(errors[0]) == str(errors[1])
+
+
+@pytest.mark.parametrize("method", ["cn", "rodaspr"])
+def test_a_field_that_leaves_its_domain(method):
+    class Root(torch.nn.Module):
+        def forward(self, t, y):
+            return -torch.sqrt(y) - 1.0
+
+    y0, times = torch.ones(1, dtype=torch.float64), torch.tensor([0.0, 1.0])
+    errors = []
+    for compile in (False, True):
+        solver = pnode.Solver(Root(), method=method, step_size=0.3, compile=compile)
+        with pytest.raises(pnode.SolveError) as raised:
+            solver(y0, times)
+        errors.append(raised.value)
+    assert type(errors[0]) is type(errors[1]) and str(errors[0]) == str(errors[1])
+
+
+def test_a_singular_matrix():
+    """1 / (h gamma) - 1 = 0."""
+    errors = []
+    for compile in (False, True):
+        solver = pnode.Solver(lambda t, y: y, method="beuler", step_size=1.0, compile=compile)
+        with pytest.raises(pnode.LinearSolveFailed) as raised:
+            solver(torch.ones(2, dtype=torch.float64), torch.tensor([0.0, 1.0]))
+        errors.append(str(raised.value))
+    assert errors[0] == errors[1]
+
+
+def test_newtons_second_attempt_is_petscs():
+    """Full steps diverge on arctan from afar: the eager sweep backtracks, and so does this one."""
+    y0, times = torch.full((1,), 9.0, dtype=torch.float64), torch.tensor([0.0, 50.0])
+    solutions = [
+        pnode.Solver(lambda t, y: -torch.atan(y), method="beuler", step_size=50.0, compile=c)(
+            y0, times
+        ).ys[-1]
+        for c in (False, True)
+    ]
+    assert abs(solutions[0]) < 1.0
+    assert torch.equal(*solutions)
+
+
+# ----------------------------------------------------------------------------- what is not compiled
+
+
+@pytest.mark.parametrize(
+    ("keywords", "reason"),
+    [
+        ({"method": "bdf"}, "is not compiled so far"),
+        ({"method": "cn", "rtol": 1e-2, "atol": 1e-2}, "fixed steps only"),
+        ({"method": "rodaspr", "jacobian": "matrix-free"}, "jacobian='dense'"),
+        ({"method": "cn", "step_size": 0.1, "jacobian_reuse": "step"}, "jacobian='dense'"),
+        ({"method": "rodaspr", "controller": "pi"}, "controller='basic'"),
+        ({"method": "rodaspr", "dense": True}, "single steps"),
+        ({"method": "rodaspr", "monitor": lambda step, t, y: None}, "single steps"),
+        ({"method": "rodaspr", "checkpointing": "1MiB"}, "checkpointing"),
+        (
+            {"method": "cn", "step_size": 0.1, "petsc_options": {"pc_factor_shift_type": "none"}},
+            "pc_factor_shift_type",
+        ),
+    ],
+)
+def test_one_warning_says_why_a_solve_is_not_compiled(keywords, reason):
+    solver = pnode.Solver(Kinetics(), compile=True, **keywords)
+    y0 = START.clone().requires_grad_(True)
+    with pytest.warns(UserWarning, match=reason):
+        ys = solver(y0, TIMES).ys
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(solver(y0, TIMES).ys, ys)
+    expected = pnode.Solver(Kinetics(), **keywords)(y0, TIMES).ys
+    assert torch.equal(ys, expected)
+
+
+def test_without_a_compiler_a_solve_goes_on(monkeypatch):
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", lambda: "no-such-compiler")
+    solver = pnode.Solver(lambda t, y: -3.0 * y, method="cn", step_size=0.5, compile=True)
+    with pytest.warns(UserWarning, match="no-such-compiler"):
+        ys = solver(START, TIMES).ys
+    assert difference(ys[1], START * (1.0 - 0.45) / (1.0 + 0.45)) < 1e-12
+
+
+def test_a_damaged_program_is_built_again():
+    def field(t, y):
+        return -7.0 * y
+
+    found = []
+    for _ in range(2):
+        solver = pnode.Solver(field, method="cn", step_size=0.5, compile=True)
+        before = set(compilation.cache_folder().glob("*.so"))
+        found.append(solver(START, TIMES).ys)
+        for path in set(compilation.cache_folder().glob("*.so")) - before:
+            path.unlink()
+            path.write_bytes(b"nothing")
+    assert torch.equal(*found)
+
+
+class Doubled(torch.autograd.Function):
+    """Whose derivative is not that of its value."""
+
+    @staticmethod
+    def forward(ctx, y):
+        return y * y
+
+    @staticmethod
+    def backward(ctx, w):
+        return w
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda t, y: torch.fft.rfft(y).real[0] - y, "does not occur"),
+        (lambda t, y: -y if float(y[0]) > 0 else y, "depends on values"),
+        (lambda t, y: -torch.special.bessel_j0(y), "does not occur|derivative"),
+        (lambda t, y: (-y.float()).double(), "float32"),
+        (
+            lambda t, y: (
+                -y.detach()
+                + torch.zeros(40_000).sum()
+                - (
+                    y[None]
+                    * torch.ones(40_001, 1, dtype=torch.float64)
+                    * torch.arange(40_001)[:, None]
+                ).sum()
+            ),
+            "40000",
+        ),
+    ],
+)
+def test_fields_that_are_no_programs_of_scalars(function, reason):
+    keywords = {"method": "rosw_theta2", "step_size": 0.5}
+    solver = pnode.Solver(function, **keywords, compile=True)
+    with pytest.warns(UserWarning, match=reason):
+        ys = solver(START, TIMES).ys
+    assert torch.equal(ys, pnode.Solver(function, **keywords)(START, TIMES).ys)
+
+
+def test_derivatives_of_ones_own():
+    """First derivatives are torch's; a second derivative is compared with torch's."""
+    keywords = {"step_size": 0.1, "jacobian": "dense"}
+    functions = {
+        c: pnode.Solver(lambda t, y: -Doubled.apply(y), method="cn", compile=c, **keywords)
+        for c in (False, True)
+    }
+    found = []
+    for solver in functions.values():
+        y0 = START.clone().requires_grad_(True)
+        ys = solver(y0, TIMES).ys
+        found.append((ys, torch.autograd.grad(ys.sum(), y0)[0]))
+    assert difference(found[1][0], found[0][0]) < 1e-9
+    assert difference(found[1][1], found[0][1]) < 1e-9
