@@ -460,7 +460,7 @@ def _unsupported(settings: IntegratorSettings) -> str | None:
         return "implicit methods are compiled with jacobian='dense', jacobian_reuse='iteration'"
     if settings.size > _LARGEST_STATE:
         return f"implicit methods are compiled for up to {_LARGEST_STATE} state entries"
-    if settings.comm.getSize() > 1:
+    if settings.comm.size > 1:
         return "implicit methods are compiled for solves by one process only"
     if settings.dtype is not torch.float64:
         return "implicit methods are compiled in float64 only"
