@@ -382,7 +382,7 @@ class Doubled(torch.autograd.Function):
     ("function", "reason"),
     [
         (lambda t, y: torch.fft.rfft(y).real[0] - y, "does not occur"),
-        (lambda t, y: -y if float(y[0]) > 0 else y, "depends on values"),
+        (lambda t, y: -y if y[0] > 0 else y, "depends on values"),
         (lambda t, y: -torch.special.bessel_j0(y), "does not occur|derivative"),
         (lambda t, y: (-y.float()).double(), "float32"),
         (
