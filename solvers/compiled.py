@@ -33,6 +33,8 @@ __all__ = ["CompiledIntegrator", "Compiler", "Start", "Tape"]
 
 # Fields whose graph changes more often than this are not compiled any more.
 _MOST_GRAPHS = 8
+# Traces kept, each with the tensors that it reads.
+_MOST_ENTRIES = 8
 # TSADAPTBASIC's defaults (TSAdaptSetSafety, TSAdaptSetClip).
 _SAFETY, _LEAST_FACTOR, _LARGEST_FACTOR = 0.9, 0.1, 10.0
 # What an adaptive step may square and divide by a tolerance; see vectors.is_moderate.
@@ -142,6 +144,8 @@ class Compiler:
             if entry is None or attempt or not entry.traced.fits():
                 entry = self._trace(problem, y0)
                 self._entries[key] = entry
+                while len(self._entries) > _MOST_ENTRIES:  # parameters that are new in each solve
+                    del self._entries[next(iter(self._entries))]
             graphs = self._graphs(entry, settings, tape)
             with torch.no_grad():
                 slope, saved = graphs.start(time, state)

@@ -646,3 +646,29 @@ def test_graphs_keep_only_what_the_product_needs() -> None:
         problem = InitialValueProblem.create(function, start(2, 3), TIMES, parameters)
         graph = tracing.trace_field(vector_field(problem, Ledger()))
         assert graph.saved_bytes == saved * 2 * 8
+
+
+def test_parameters_that_are_new_tensors_each_time(interpreted: dict[str, int]) -> None:
+    """A network's output as parameters: exact, and old ones are let go of."""
+    base = torch.tensor([0.5, 1.5], dtype=torch.float64, requires_grad=True)
+    y0, t = torch.ones(2, dtype=torch.float64), torch.tensor([0.0, 0.5])
+    held: list[torch.Tensor] = [base]
+
+    def solve_often(compile: bool) -> tuple[pnode.Solver, list[torch.Tensor]]:
+        solver = pnode.Solver(
+            lambda t, y: -held[0] * y, params=held, method="rk4", step_size=0.25, compile=compile
+        )
+        gradients = []
+        for number in range(12):
+            held[0] = base * (1.0 + number)
+            solver._params = tuple(held)
+            (gradient,) = torch.autograd.grad(solver(y0, t).ys[-1].sum(), base)
+            gradients.append(gradient)
+        return solver, gradients
+
+    solver, compiled = solve_often(True)
+    _, eager = solve_often(False)
+    for one, two in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=0.0)
+    assert interpreted["step"] == 12 * 2
+    assert len(solver._engine._compiler._entries) <= 8
