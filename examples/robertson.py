@@ -142,7 +142,11 @@ def can_adapt(method: str) -> bool:
 
 
 def make_solver(
-    kinetics: Kinetics, observations: Observations, method: str, max_steps: int
+    kinetics: Kinetics,
+    observations: Observations,
+    method: str,
+    max_steps: int,
+    compiled: bool = False,
 ) -> pnode.Solver:
     """One step per interval for an implicit method; an explicit one chooses its steps if it can."""
     adaptive = is_explicit(method) and can_adapt(method)
@@ -154,6 +158,7 @@ def make_solver(
         step_size=None if adaptive else 2.0 * longest,
         max_steps=max_steps if adaptive else None,
         jacobian="auto" if is_explicit(method) else "dense",
+        compile=compiled,
     )
 
 
@@ -328,6 +333,7 @@ def run(
     iterations: int = 400,
     lr: float = 0.02,
     max_steps: int = 2000,
+    compiled: bool = False,
     quiet: bool = True,
 ) -> Result:
     """Train and evaluate.
@@ -336,7 +342,7 @@ def run(
     ----------
     observations : Observations, optional
         What to learn; Robertson's kinetics by default.
-    method, seed, iterations, lr, max_steps, quiet
+    method, seed, iterations, lr, max_steps, compiled, quiet
         As on the command line; ``lr`` is the peak learning rate.
 
     Returns
@@ -346,7 +352,7 @@ def run(
     """
     observations = observations if observations is not None else robertson_observations()
     kinetics = Kinetics(observations.rates, observations.scaled[1:].mean(0), seed)
-    solver = make_solver(kinetics, observations, method, max_steps)
+    solver = make_solver(kinetics, observations, method, max_steps, compiled)
     result = Result(method=method, seed=seed)
     train(solver, kinetics, observations, result, iterations, lr, quiet)
     if not result.iterations:
@@ -392,6 +398,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="PREFIX",
         help="write PREFIX.png and PREFIX.json (robertson)",
     )
+    add("--compile", action="store_true", help="compile the solves (see docs/compile.md)")
     add("--no-plot", action="store_true", help="write no figure")
     add("--quiet", action="store_true", help="show no progress bar")
     return parser.parse_args(argv)
@@ -411,6 +418,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             iterations=options.iterations,
             lr=options.lr,
             max_steps=options.max_steps,
+            compiled=options.compile,
             quiet=options.quiet,
         )
         write_json(result, observations, report)

@@ -413,3 +413,10 @@ def test_the_other_examples_refuse_unusable_options(example, argv, code, message
     assert run.returncode == code
     assert message in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_compiled_training_is_the_same():
+    """Newton's tolerance apart, see tests/test_compiled_stiff.py."""
+    eager, compiled = (robertson.run(iterations=6, compiled=compiled) for compiled in (False, True))
+    assert compiled.losses == pytest.approx(eager.losses, rel=1e-8, nan_ok=True)
+    assert compiled.gradient_norms == pytest.approx(eager.gradient_norms, rel=1e-7, nan_ok=True)
