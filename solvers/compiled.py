@@ -492,7 +492,9 @@ class CompiledIntegrator(TimeIntegrator):
         The stages at which f was evaluated, as other explicit methods do, and what was saved of
         each (see :class:`StepGraphs`).
         """
-        return self._graphs.checkpoint(*self._last)
+        # Matrix products write into what they return, which is not the user's doing: .data has a
+        # version of its own.
+        return tuple(tensor.data for tensor in self._graphs.checkpoint(*self._last))
 
     def interpolate(self, s: float) -> torch.Tensor:
         """Return the state at a time in the last step by the method's interpolant. Collective."""
