@@ -28,7 +28,7 @@ from pnode.adjoint.store import CheckpointStore, DiskFolder
 from pnode.adjoint.trajectory import Trajectory
 from pnode.checkpointing import Checkpointing
 from pnode.dense import DenseAdjoint, DenseOutput
-from pnode.errors import ConfigurationError, SolveError
+from pnode.errors import ConfigurationError
 from pnode.events import Event, EventLocator
 from pnode.layouts import Layout
 from pnode.options import SolverOptions, next_prefix
@@ -507,14 +507,8 @@ class Engine:
         ledger = run.stats.backward
         problem = replace(run.problem, check_undeclared=False)
         field_ = vector_field(problem, ledger)
-        problem.ranks.begin()
-        try:
+        with problem.ranks.together(agree=False):
             state, parameters, initial, times = self._backward(run, field_, y0, cotangents)
-        except SolveError as error:  # raised where all ranks knew
-            found = problem.ranks.settle(error)
-            if found is None or found is error:
-                raise
-            raise found from found.__cause__
         # The one reduction of a backward sweep, which also tells whether a rank has failed.
         parameters = problem.ranks.sum_gradients(parameters, field_.parameters)
         return state, parameters, initial, times

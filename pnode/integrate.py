@@ -256,6 +256,10 @@ class Solver(torch.nn.Module):
         self._params = arguments.parameters(params)
         limits = _checkpointing(checkpointing)
         chosen_comm, exchange = arguments.communicator(comm, layout, form, limits.resume, event_fn)
+        if consistent_start and exchange is not None:
+            raise ConfigurationError(
+                "consistent_start=True is not supported with layout=: give a consistent y0"
+            )
         self._progress = progress and chosen_comm.rank == 0
         if compile and (chosen_comm.size > 1 or exchange is not None):
             warnings.warn(

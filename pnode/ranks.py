@@ -167,8 +167,11 @@ class Ranks:
         return found
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """Agree at the end on whether something has failed, and raise it on all ranks."""
+    def together(self, agree: bool = True) -> Iterator[None]:
+        """Agree at the end on whether something has failed, and raise it on all ranks.
+
+        Not at a good end without ``agree``: the caller's own reduction follows, which tells.
+        """
         if not self.parallel:
             yield
             return
@@ -181,7 +184,7 @@ class Ranks:
             if found is error:
                 raise
             raise found from found.__cause__
-        found = self.settle()
+        found = self.settle() if agree else None
         if found is not None:
             raise found from found.__cause__
 

@@ -45,6 +45,14 @@ def test_fields_that_are_coupled_after_all_are_found_out():
         solve(coupled_diffusion, coupled=False)
 
 
+def test_consistent_start_is_refused_with_ghost_cells():
+    with pytest.raises(pnode.ConfigurationError, match="consistent_start=True is not supported"):
+        pnode.Solver(
+            diffusion, mass=torch.ones(36), method="bdf", layout=Grid((12,), fields=3),
+            consistent_start=True,
+        )  # fmt: skip
+
+
 def test_mean_and_its_gradient():
     values = torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64, requires_grad=True)
     result = mean(values, MPI.COMM_SELF)
