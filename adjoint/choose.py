@@ -55,7 +55,7 @@ def choose_schedule(
         If no schedule does with so little memory.
     """
     if store == "tape":
-        if method.ts_type != "rk":
+        if not method.tapes:
             raise ConfigurationError(
                 f"store='tape' keeps the graphs of explicit Runge-Kutta stages, and "
                 f"method={method.name!r} has none: use store='auto', or a method such as 'dopri5'"
@@ -131,8 +131,8 @@ def plan(
     -------
     Plan
         What ``Solution.stats`` and ``stats.backward.recomputed`` will say after a backward sweep
-        (a float32 vector field's stages are smaller than predicted, and the graphs that
-        store="tape" keeps besides are not in it).
+        (a float32 vector field's stages are smaller than predicted; graphs of f, which take what
+        is left, are not in it but in ``stats.tape_bytes``).
 
     Raises
     ------

@@ -54,7 +54,7 @@ class DiscreteAdjoint(AdjointStepper):
         self._options = options
         implicit = settings.method.implicit
         points = {"imex": 4}.get(settings.form, 2) if implicit else 1
-        self.bridge = Bridge(points=points, single_use=not implicit)
+        self.bridge = Bridge(points=points)
         self.ts = build_ts(settings, options, self.bridge, adjoint=True)
         comm = settings.comm
         self.cost_gradient = vectors.create(comm, settings.size)
@@ -105,11 +105,8 @@ class DiscreteAdjoint(AdjointStepper):
 
     def load(self, checkpoint: Checkpoint, tape: Any = None) -> None:
         """Put a step's checkpoint in place, with the graphs at its stages. Not collective."""
-        if self.settings.method.implicit:
-            for vector, tensor in zip(self._vectors, checkpoint, strict=True):
-                vectors.copy_in(vector, tensor)
-        else:
-            self.bridge.announce(self._vectors, checkpoint, tape)
+        for vector, tensor in zip(self._vectors, checkpoint, strict=True):
+            vectors.copy_in(vector, tensor)
 
     def state_gradient(self) -> torch.Tensor:
         """Return lambda, flat, in PETSc's precision, as a new tensor."""

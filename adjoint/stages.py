@@ -1,20 +1,27 @@
 """Discrete adjoints of explicit methods, from the states that f was evaluated at.
 
-One product with the transposed Jacobian per evaluation, and no PETSc: the methods here have no
-TSAdjoint.
+One product with the transposed Jacobian per evaluation, and no PETSc: it has no TSAdjoint for most
+of the methods here, and for TSRK one that enters the interpreter four times a stage.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
 from pnode.adjoint.stepper import TorchAdjointStepper
+from pnode.adjoint.trajectory import Checkpoint
+from pnode.options import log_event
 from pnode.solution import Ledger
+from pnode.solvers.bridge import accumulate
 from pnode.solvers.integrator import IntegratorSettings
 from pnode.solvers.stepping import Step
 from pnode.solvers.tableaus import ExplicitTableau, symplectic_scheme
+from pnode.vectorfield import Linearization, VectorField
+from pnode.vectors import REAL
 
 __all__ = ["ExplicitAdjoint", "SymplecticAdjoint"]
 
@@ -41,7 +48,8 @@ class ExplicitAdjoint(TorchAdjointStepper):
         lambda = lambda' + sum_i l_i,                  mu += sum_i g_p(U_i)^T w_i
 
     (E. Hairer, C. Lubich & G. Wanner, Geometric Numerical Integration, section VI.9; A. Sandu, On
-    the properties of Runge-Kutta discrete adjoints, ICCS 2006).
+    the properties of Runge-Kutta discrete adjoints, ICCS 2006). These are the numbers of PETSc's
+    TSAdjoint, which calls back four times a stage where one call does.
     """
 
     def __init__(
@@ -49,6 +57,40 @@ class ExplicitAdjoint(TorchAdjointStepper):
     ) -> None:
         super().__init__(settings, parameters)
         self._tableau = tableau
+        stages = range(len(tableau.c))
+        # lambda' and, from the last stage to the first, the l_i, as rows. Those that stage i looks
+        # at come first: w_i is the product of its weights with that many of them.
+        self._products = torch.zeros((len(stages) + 1, settings.size), dtype=REAL, device="cpu")
+        self._rows = list(self._products)
+        self._columns = [self._products[: i + 1].t() for i in range(len(self._rows))]
+        weights = [
+            [tableau.b[i], *(tableau.A[j][i] for j in reversed(stages[i + 1 :]))]
+            for i in reversed(stages)
+        ]
+        self._counts = [len(row) for row in weights]
+        self._weights = torch.tensor([x for row in weights for x in row], dtype=REAL, device="cpu")
+        self._ones = torch.ones(len(self._rows), dtype=REAL, device="cpu")
+        self._vjp_event = log_event("pnode vjp")
+        self._length = math.nan
+        self._scaled: tuple[torch.Tensor, ...] = ()
+        # The rows of stages that u' does not depend on stay zero.
+        self._needed = tableau.live_stages()
+
+    def begin(self, field: VectorField) -> None:
+        """Begin a sweep with zero cost gradients. Collective."""
+        super().begin(field)
+        self._products.zero_()
+        self._graphs: Sequence[Linearization] | None = None
+
+    def load(self, checkpoint: Checkpoint, tape: Any = None) -> None:
+        """Put a step's checkpoint in place, with the graphs at its stages. Not collective."""
+        super().load(checkpoint)
+        self._graphs = tape
+
+    def end(self) -> None:
+        """End a sweep: let go of the user's objects."""
+        super().end()
+        self._graphs = None
 
     def step(
         self,
@@ -73,19 +115,36 @@ class ExplicitAdjoint(TorchAdjointStepper):
         BaseException
             Whatever the vector field raised.
         """
-        A, c, h = self._tableau.A, self._tableau.c, step.length
-        ends = [(self._tableau.b, self.state), *outputs]
-        below: list[tuple[int, torch.Tensor]] = []  # (j, l_j) of the stages done so far
-        for i in reversed(range(len(c))):
-            terms = [(weights[i], cotangent) for weights, cotangent in ends if weights[i]]
-            terms += [(A[j][i], product) for j, product in below if A[j][i]]
-            if not terms:
+        h, field, dtype = step.length, self.field, self.field.dtype
+        if h != self._length:
+            self._length, self._scaled = h, (self._weights * h).split(self._counts)
+        outputs, needed, stages = tuple(outputs), self._needed, len(self._tableau.c)
+        if outputs:
+            needed = frozenset(range(len(self.checkpoint)))
+        self._rows[0].copy_(self.state)
+        for row, weights in enumerate(self._scaled):
+            i = stages - 1 - row
+            if i not in needed:
                 continue
-            w = h * torch.stack([weight * tensor for weight, tensor in terms]).sum(dim=0)
-            point = self.linearize(step.start + c[i] * h, self.checkpoint[i], step)
-            below.append((i, self.pull_back(point.vjp, w)))
-        inside = [cotangent for _, cotangent in ends[1:]]
-        self.state = sum((product for _, product in below), start=sum(inside, start=self.state))
+            w = torch.mv(self._columns[row], weights)
+            for inside, cotangent in outputs:
+                w.add_(cotangent, alpha=h * inside[i])
+            if self._graphs is None:
+                s = step.start + self._tableau.c[i] * h
+                graph = self.linearize(s, self.checkpoint[i], step)
+            else:
+                graph = self._graphs[i]
+                graph.adopt(field)
+            with self._vjp_event:
+                products = graph.vjp(w if dtype is REAL else w.to(dtype))
+            if self.wants_parameters:
+                accumulate(self._gradients, products.parameters, 1.0)
+            self._rows[row + 1].copy_(products.state)
+        self.state = torch.mv(self._columns[-1], self._ones)
+        for _, cotangent in outputs:
+            self.state.add_(cotangent)
+        if outputs:
+            self._products.zero_()
         ledger.steps += 1
 
 

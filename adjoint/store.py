@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 import weakref
 import zlib
@@ -163,6 +164,8 @@ class CheckpointStore:
         checkpoints move there to make room; otherwise the limit is an error.
     folder : callable or None
         Makes the folder for level 1 when it is needed: a :class:`DiskFolder`.
+    tape_limit : float
+        Bytes that graphs may hold besides, at most: what checkpoints leave of ``limit``.
     """
 
     def __init__(
@@ -170,6 +173,7 @@ class CheckpointStore:
         ledger: Ledger,
         limit: int | None = None,
         folder: Callable[[], DiskFolder] | None = None,
+        tape_limit: float = math.inf,
     ) -> None:
         self._ledger = ledger
         self._limit = math.inf if limit is None else limit
@@ -185,6 +189,8 @@ class CheckpointStore:
         self._writing: tuple[Key, Future[None], Tensors] | None = None
         self._reading: tuple[Key, Future[Tensors], int] | None = None
         self._tapes: dict[int, tuple[Any, int]] = {}
+        self._tape_limit = tape_limit
+        self._tape_bytes = 0
 
     def __contains__(self, key: Key) -> bool:
         return key in self._memory or key in self._files
@@ -213,13 +219,26 @@ class CheckpointStore:
         self._disk_bytes += size
         self._ledger.disk_bytes = max(self._ledger.disk_bytes, self._disk_bytes)
 
-    def keep_tape(self, step: int, tape: Any, size: int) -> None:
-        """Keep the graphs of a step, ``size`` bytes, if there is room when older ones go."""
-        self._drop_tapes(size)
-        if self._ram_bytes + size <= self._limit:
-            self._tapes[step] = (tape, size)
-            self._ram_bytes += size
-            self._ledger.ram_bytes = max(self._ledger.ram_bytes, self._ram_bytes)
+    def keep_tape(self, step: int, tape: Any, size: int) -> bool:
+        """Keep the graphs of a step, ``size`` bytes, if there is room when older ones go.
+
+        Returns
+        -------
+        bool
+            Whether there was.
+        """
+        self._drop_tapes(size, self._tape_room)
+        if self._tape_room() < size:
+            return False
+        self._tapes[step] = (tape, size)
+        self._tape_bytes += size
+        self._ledger.tape_bytes = max(self._ledger.tape_bytes, self._tape_bytes)
+        return True
+
+    def most_tapes(self, size: int) -> int:
+        """Return how many steps with graphs of ``size`` bytes there is room for at most."""
+        most = min(self._limit, self._tape_limit) / max(1, size)
+        return sys.maxsize if math.isinf(most) else int(most)
 
     def tape(self, step: int) -> Any:
         """Return the graphs of a step, None if they are not kept."""
@@ -227,11 +246,19 @@ class CheckpointStore:
 
     def discard_tape(self, step: int) -> None:
         """Free the graphs of a step, if they are kept."""
-        self._ram_bytes -= self._tapes.pop(step, (None, 0))[1]
+        self._tape_bytes -= self._tapes.pop(step, (None, 0))[1]
 
-    def _drop_tapes(self, size: int) -> None:
+    def _room(self) -> float:
+        """Return how many bytes could be added."""
+        return self._limit - self._ram_bytes - self._tape_bytes
+
+    def _tape_room(self) -> float:
+        """Return how many bytes of graphs could be added."""
+        return min(self._room(), self._tape_limit - self._tape_bytes)
+
+    def _drop_tapes(self, size: int, room: Callable[[], float]) -> None:
         """Free the graphs of the earliest steps until ``size`` bytes more fit, or none is left."""
-        while self._tapes and self._ram_bytes + size > self._limit:
+        while self._tapes and room() < size:
             self.discard_tape(next(iter(self._tapes)))
 
     def peek(self, key: Key) -> Tensors | None:
@@ -280,20 +307,22 @@ class CheckpointStore:
     def hold(self, tensors: Tensors) -> None:
         """Count tensors as memory; one that is held twice counts once."""
         if self._tapes:
-            self._drop_tapes(self._added(tensors))
+            self._drop_tapes(self._added(tensors), self._room)
+        holders = self._holders
         for tensor in tensors:
-            if not self._holders[id(tensor)]:
-                self._ram_bytes += _size(tensor)
-            self._holders[id(tensor)] += 1
+            if not holders[id(tensor)]:
+                self._ram_bytes += tensor.nbytes
+            holders[id(tensor)] += 1
         self._ledger.ram_bytes = max(self._ledger.ram_bytes, self._ram_bytes)
 
     def release(self, tensors: Tensors) -> None:
         """Stop counting them."""
+        holders = self._holders
         for tensor in tensors:
-            self._holders[id(tensor)] -= 1
-            if not self._holders[id(tensor)]:
-                del self._holders[id(tensor)]
-                self._ram_bytes -= _size(tensor)
+            holders[id(tensor)] -= 1
+            if not holders[id(tensor)]:
+                del holders[id(tensor)]
+                self._ram_bytes -= tensor.nbytes
 
     def leave(self) -> None:
         """Finish what is being written, and let go of the folder as it is."""
@@ -312,7 +341,7 @@ class CheckpointStore:
         self._loaded.clear()
         self._holders.clear()
         self._tapes.clear()
-        self._ram_bytes = self._disk_bytes = 0
+        self._ram_bytes = self._disk_bytes = self._tape_bytes = 0
         self._writing = self._reading = None
         if self._folder is not None:
             self._folder.close()
@@ -320,7 +349,9 @@ class CheckpointStore:
 
     def _make_room(self, tensors: Tensors) -> None:
         """Move the oldest checkpoints to disk until these fit into memory."""
-        self._drop_tapes(self._added(tensors))
+        if self._limit == math.inf:
+            return
+        self._drop_tapes(self._added(tensors), self._room)
         # What is added grows when a checkpoint that shares tensors with this one moves.
         while self._ram_bytes + self._added(tensors) > self._limit:
             if self._reading is not None:
@@ -338,7 +369,7 @@ class CheckpointStore:
 
     def _added(self, tensors: Tensors) -> int:
         """Return the bytes of those tensors that are not held."""
-        return sum(_size(tensor) for tensor in tensors if id(tensor) not in self._holders)
+        return sum([tensor.nbytes for tensor in tensors if id(tensor) not in self._holders])
 
     def _write(self, key: Key, tensors: Tensors) -> None:
         """Begin to write tensors that are held."""
@@ -347,7 +378,7 @@ class CheckpointStore:
             assert self._create_folder is not None
             self._folder = self._create_folder()
         name = "-".join(map(str, key))
-        size = sum(map(_size, tensors))
+        size = sum([tensor.nbytes for tensor in tensors])
         self._files[key] = (name, size)
         self._disk_bytes += size
         self._ledger.disk_bytes = max(self._ledger.disk_bytes, self._disk_bytes)
@@ -384,7 +415,7 @@ class CheckpointStore:
         if following is None or self._reading is not None or self._writing is not None:
             return
         name, size = self._files[following]
-        if self._ram_bytes + size <= self._limit:
+        if size <= self._room():
             assert self._folder is not None
             self._ram_bytes += size
             self._ledger.ram_bytes = max(self._ledger.ram_bytes, self._ram_bytes)
@@ -403,7 +434,3 @@ def _remove_tree(path: Path, process: int) -> None:
     """Remove a folder, unless this is a fork of the process that owns it."""
     if os.getpid() == process:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _size(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -48,6 +48,9 @@ class Trajectory:
         What the sweep is to be taken up from again.
     tapes : bool
         Whether to keep the graphs of steps where there is room.
+    total : int or None
+        Number of steps, if it is known: graphs of those that could not keep theirs to the end are
+        not made.
 
     Attributes
     ----------
@@ -69,8 +72,11 @@ class Trajectory:
         store: CheckpointStore,
         progress: Progress | None = None,
         tapes: bool = False,
+        total: int | None = None,
     ) -> None:
         self.tapes = tapes
+        self._total = total
+        self._first_tape = 0
         self.schedule = schedule
         self.progress = progress
         self._start: torch.Tensor | None = None
@@ -96,8 +102,22 @@ class Trajectory:
                 self.progress.add_step(step)
         for action in self.schedule.after_step(step.index):
             self.execute(action, integrator)
-        if self.tapes and integrator.keeps_graphs:
-            self._store.keep_tape(step.index, *integrator.kept_graphs())
+        if self.tapes:
+            self._keep_tape(step.index, integrator)
+
+    def _keep_tape(self, index: int, integrator: TimeIntegrator) -> None:
+        """Keep the graphs of the step just taken, and say whether the next one makes any."""
+        kept = integrator.kept_graphs()
+        if kept is not None:
+            fits = self._store.keep_tape(index, *kept)
+            if not fits:  # nor will the next: checkpoints only become more
+                self.tapes = False
+                integrator.make_graphs(False)
+                return
+            if index == 0 and self._total is not None:
+                # The first stage may be the last of the step before.
+                self._first_tape = self._total - self._store.most_tapes(kept[1]) - 1
+        integrator.make_graphs(index + 1 >= self._first_tape)
 
     def tape(self, index: int) -> Any:
         """Return the graphs of a step's stages, None if they are not kept."""
@@ -220,7 +240,7 @@ class Trajectory:
         VectorFieldError
             If it has.
         """
-        if any(tensor._version for tensor in checkpoint):
+        if any([tensor._version for tensor in checkpoint]):
             raise VectorFieldError(
                 "the vector field kept a state y and wrote into it later; keep y.clone() instead",
                 step=index,

@@ -30,7 +30,7 @@ __all__ = ["FLOWS", "PNODE", "VARIANTS", "Flow", "Outcome", "Task", "create_flow
 PNODE: dict[str, Callable[[], dict[str, Any]]] = {
     "pnode": dict,
     "pnode compiled": lambda: {"compile": True},
-    "pnode tape": lambda: {"checkpointing": pnode.Checkpointing(store="tape")},
+    "pnode stages": lambda: {"checkpointing": pnode.Checkpointing(store="stages")},
 }
 NEVER = 1e12  # a tolerance that no error exceeds
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -9,7 +10,10 @@ from typing import Any
 
 from pnode.errors import ConfigurationError
 
-__all__ = ["Checkpointing", "parse_bytes"]
+__all__ = ["DEFAULT_TAPE", "Checkpointing", "parse_bytes"]
+
+#: Bytes of graphs that store="auto" keeps if memory has no limit.
+DEFAULT_TAPE = 256 * 2**20
 
 _STORES = ("auto", "tape", "stages", "solutions")
 _FACTORS = {
@@ -58,10 +62,11 @@ class Checkpointing:
     store : {"auto", "tape", "stages", "solutions"}
         What to keep of a step: its stages, with which its adjoint can be taken at once, or the
         state at its start, with which it is repeated. "auto" mixes both so that the fewest
-        steps are repeated. "tape" does so too, and spends what is left of ``memory`` on autograd's
-        graphs of f at the stages of the last steps, whose adjoints then evaluate nothing again:
-        for explicit Runge-Kutta methods of PETSc's "rk" type. Without a limit all steps keep their
-        graphs, which is as fast and as large as backpropagation.
+        steps are repeated, and with explicit Runge-Kutta methods spends what is left of ``memory``
+        on autograd's graphs of f at the stages of the last steps, whose adjoints then evaluate
+        nothing again; without a limit 256 MiB. "tape" has no such limit of its own: without
+        ``memory`` all steps keep their graphs, which is as fast and as large as backpropagation.
+        "stages" keeps no graphs.
     reproducible : bool
         Whether every step starts afresh (costs one more evaluation of f per step with FSAL
         methods): gradients are then the same to the last bit whatever is repeated.
@@ -107,6 +112,13 @@ class Checkpointing:
             raise ConfigurationError(f"disk={self.disk!r} is not a folder: create it first")
         if self.disk is not None:  # whatever the working directory will be
             object.__setattr__(self, "disk", os.path.abspath(self.disk))
+
+    @property
+    def tape_limit(self) -> float:
+        """Bytes that graphs of f may take at most, besides the limit of all; 0 for no graphs."""
+        if self.store == "auto":
+            return DEFAULT_TAPE if self.memory is None else math.inf
+        return math.inf if self.store == "tape" else 0
 
     @property
     def bytes(self) -> int | None:

@@ -6,6 +6,7 @@ forwards may be alive at once: what belongs to one forward lives in its :class:`
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -50,7 +51,7 @@ from pnode.solvers.jacobians import JacobianOptions
 from pnode.solvers.methods import Method
 from pnode.solvers.stepping import Step, StepControl, count_fixed_steps, forward_sweep
 from pnode.solvers.symplectic import split_size
-from pnode.vectorfield import VectorField, vector_field
+from pnode.vectorfield import VectorField, note_kept, vector_field
 from pnode.vectors import REAL
 
 __all__ = ["Engine", "Requests", "Run"]
@@ -411,7 +412,9 @@ class Engine:
         """
         run = Run(problem, Stats(), self._settings(problem))
         with problem.ranks.together():
-            return self._forward(run, y0, keep, requests), run
+            outputs = self._forward(run, y0, keep, requests)
+        note_kept(run.stats.ram_bytes + run.stats.tape_bytes)
+        return outputs, run
 
     def _forward(self, run: Run, y0: torch.Tensor, keep: bool, requests: Requests) -> torch.Tensor:
         problem = run.problem
@@ -437,8 +440,8 @@ class Engine:
                 integrator.know_slope(start)
             if run.trajectory is not None:
                 leases.enter_context(run.trajectory.forward())
-                if run.trajectory.tapes and start is None:
-                    integrator.bridge.keep_graphs()
+                run.trajectory.tapes &= start is None
+                integrator.make_graphs(run.trajectory.tapes)
             locator: EventLocator | None = None
             if requests.event_fn is not None:
                 trial = replace(run.settings, adaptive=False)
@@ -733,8 +736,27 @@ class Engine:
             folder = partial(_itself, progress)
         elif chosen.disk is not None:
             folder = partial(DiskFolder, chosen.disk)
-        store = CheckpointStore(run.stats, chosen.bytes, folder)
-        return Trajectory(schedule, store, progress, tapes=chosen.store == "tape")
+        tape_limit = self._tape_limit()
+        store = CheckpointStore(run.stats, chosen.bytes, folder, tape_limit)
+        return Trajectory(schedule, store, progress, tape_limit > 0, steps)
+
+    def _tape_limit(self) -> float:
+        """Return how many bytes of graphs may be kept.
+
+        Where ghost cells are exchanged, a step's graphs are kept on all ranks or none: evaluating
+        f again is collective. Their sizes differ between the ranks, so no limit must count.
+        """
+        chosen = self.checkpointing
+        if not self.method.tapes:
+            return 0
+        if self.exchange is None or chosen.tape_limit == 0:
+            return chosen.tape_limit
+        if chosen.store == "tape" and chosen.bytes is not None:
+            raise ConfigurationError(
+                f"store='tape' with memory={chosen.memory!r} is not supported for layout=: the "
+                "ranks would keep different graphs; drop memory=, or use store='auto'"
+            )
+        return math.inf if chosen.store == "tape" else 0
 
     def _identity(self, run: Run, y0: torch.Tensor) -> dict[str, str]:
         """Return what tells one sweep from another."""

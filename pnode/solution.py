@@ -32,6 +32,8 @@ class Ledger:
         Steps repeated because no checkpoint of them was kept.
     ram_bytes, disk_bytes : int
         Peak size of the checkpoints.
+    tape_bytes : int
+        Peak size of the graphs of f that are kept besides, within the same limit of memory.
     """
 
     steps: int = 0
@@ -45,12 +47,13 @@ class Ledger:
     recomputed: int = 0
     ram_bytes: int = 0
     disk_bytes: int = 0
+    tape_bytes: int = 0
 
     def add(self, other: Ledger) -> None:
         """Add the counts of another sweep; of the peaks the larger one stays."""
         for item in fields(Ledger):
             mine, theirs = getattr(self, item.name), getattr(other, item.name)
-            peak = item.name in ("ram_bytes", "disk_bytes")
+            peak = item.name.endswith("_bytes")
             setattr(self, item.name, max(mine, theirs) if peak else mine + theirs)
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "Residual",
     "VectorField",
     "directional_derivative",
+    "note_kept",
     "vector_field",
 ]
 
@@ -83,7 +84,9 @@ class VectorField:
         self.dtype = problem.layout.dtype
         #: Whether the first evaluation (of one part or the other) used each parameter.
         self.used = [False] * len(problem.parameters)
-        self._layout = problem.layout
+        self._layout = layout = problem.layout
+        #: The state's, unless that is a tuple.
+        self._shape = None if layout.is_tuple else layout.shapes[0]
         self._direction = problem.direction
         self._check_first = True
 
@@ -109,13 +112,17 @@ class VectorField:
         if self._check_first and self.problem.check_undeclared:
             return self._linearize(s, u, False).flat_value()
         self.ledger.rhs += 1
-        with torch.no_grad():
-            value = self._call(s, u, self._time(s), self._shaped(u)).reshape(-1)
-            return value if self._direction > 0 else -value
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                value = self._call(s, u, self._time(s), self._shaped(u))
+        else:
+            value = self._call(s, u, self._time(s), self._shaped(u))
+        value = value.reshape(-1)
+        return value if self._direction > 0 else -value
 
     def _shaped(self, u: torch.Tensor) -> Any:
         """Return the state as f gets it."""
-        return self._layout.unflatten(u)
+        return self._layout.unflatten(u) if self._shape is None else u.view(self._shape)
 
     def products(
         self, time: torch.Tensor, u: torch.Tensor, w: torch.Tensor
@@ -173,7 +180,7 @@ class VectorField:
         """Do as :meth:`linearize`, and return how many bytes the graph keeps besides u.
 
         Storages that are shared count once; those of the parameters, and what they were made of,
-        not at all.
+        not at all. A solve inside f counts with its checkpoints.
         """
         outside = {parameter.untyped_storage().data_ptr() for parameter in self.parameters}
         outside.add(u.untyped_storage().data_ptr())
@@ -185,10 +192,11 @@ class VectorField:
                 kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
+        before = _kept_by_solves
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             made = self.linearize(s, u)
         pack(made.flat_value())
-        return made, sum(kept.values())
+        return made, sum(kept.values()) + _kept_by_solves - before
 
     def linearize_gathered(self, s: float, u: torch.Tensor, ghosted: torch.Tensor) -> Linearization:
         """Do as :meth:`linearize`, with ``gather(u)`` at hand. Not collective."""
@@ -197,9 +205,11 @@ class VectorField:
     def _linearize(self, s: float, u: torch.Tensor, differentiate_time: bool) -> Linearization:
         self.ledger.rhs += 1
         # A single tensor becomes a leaf in its own shape: no reshaping in the graph.
-        leaf = u if self._layout.is_tuple else self._shaped(u)
+        leaf = u if self._shape is None else self._shaped(u)
         leaf.requires_grad_(True)
-        time = self._time(s).requires_grad_(differentiate_time)
+        time = self._time(s)
+        if differentiate_time:
+            time.requires_grad_(True)
         if torch.is_grad_enabled():
             value = self._record(s, leaf, time)
         else:
@@ -461,6 +471,48 @@ def vector_field(problem: InitialValueProblem, ledger: Ledger) -> VectorField:
     return field
 
 
+_kept_by_solves = 0
+
+
+def note_kept(size: int) -> None:
+    """Note that a solve has kept so many bytes for its gradient: it may be one inside of f."""
+    global _kept_by_solves
+    _kept_by_solves += size
+
+
+def _gradients(
+    value: torch.Tensor, inputs: tuple[torch.Tensor, ...], cotangent: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    """Return the VJPs of a cotangent of value's shape, None for unused inputs; keep the graph."""
+    return torch.autograd.grad(value, inputs, cotangent, retain_graph=True, allow_unused=True)
+
+
+def _engine_gradients(
+    value: torch.Tensor, inputs: tuple[torch.Tensor, ...], cotangent: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    """Do as :func:`_gradients`, without its checks, which cost a third of a small product."""
+    return _engine((value,), (cotangent,), True, False, inputs, True, accumulate_grad=False)
+
+
+def _engine_works() -> bool:
+    """Whether torch's own way into its autograd engine, which is not public, is the known one."""
+    try:
+        with torch.enable_grad():
+            x, unused = (torch.ones(2, requires_grad=True) for _ in range(2))
+            y = 2.0 * x
+        for _ in range(2):  # the graph is kept
+            first, other = _engine_gradients(y, (x, unused), torch.ones(2))
+            if first is None or first.tolist() != [2.0, 2.0] or other is not None:
+                return False
+        return True
+    except Exception:
+        return False
+
+
+_engine: Any = getattr(torch.autograd.graph, "_engine_run_backward", None)
+_pull_back = _engine_gradients if _engine_works() else _gradients
+
+
 def directional_derivative(
     value: torch.Tensor, leaves: Sequence[torch.Tensor], directions: Sequence[torch.Tensor]
 ) -> float:
@@ -537,9 +589,7 @@ class Linearization:
         products: tuple[torch.Tensor | None, ...] = (None,) * len(inputs)
         if self._value.requires_grad:
             cotangent = (w if self._sign > 0 else -w).view(self._value.shape)
-            products = torch.autograd.grad(
-                self._value, inputs, cotangent, retain_graph=True, allow_unused=True
-            )
+            products = _pull_back(self._value, inputs, cotangent)
         state = self._flat(products[0])
         if self._rate_sign is not None:
             rate = self._flat(products[1])

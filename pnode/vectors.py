@@ -53,12 +53,14 @@ def copy_out(
     vector: Any, dtype: torch.dtype = REAL, device: torch.device | None = None
 ) -> torch.Tensor:
     """Local entries as a new tensor of ``dtype`` on ``device``. Not collective."""
+    if dtype is REAL and device is None:
+        return view(vector).clone()
     return view(vector).to(device=device, dtype=dtype, copy=True)
 
 
 def copy_in(vector: Any, values: torch.Tensor) -> None:
     """Overwrite the local entries with a tensor of any precision. Not collective."""
-    torch.from_numpy(vector.array_w).copy_(values.detach())
+    torch.from_numpy(vector.array_w).copy_(values.detach() if values.requires_grad else values)
 
 
 def add_to(vector: Any, values: torch.Tensor, factor: float) -> None:

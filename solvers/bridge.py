@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -88,12 +88,10 @@ class Bridge:
     Parameters
     ----------
     points : int
-        How many linearizations to keep. One serves most; the adjoint of a theta method needs
+        How many linearizations to keep. A point is also recognised by its values: PETSc hands the
+        same state over in another vector, from the line search to the Jacobian and from step to
+        step. One serves most; the adjoint of a theta method needs
         those at both ends of a step, and meets one of them again in the next.
-    single_use : bool
-        Whether each linearization serves a single VJP (explicit methods), so that its graph can
-        go at once. Otherwise a point is also recognised by its values: PETSc hands the same state
-        over in another vector, from the line search to the Jacobian and from step to step.
     keep : int
         How many of the last evaluated states to keep.
     check : bool
@@ -117,14 +115,14 @@ class Bridge:
 
     jacobian: Jacobian | None = None
 
-    def __init__(
-        self, points: int = 1, single_use: bool = False, keep: int = 0, check: bool = False
-    ) -> None:
+    def __init__(self, points: int = 1, keep: int = 0, check: bool = False) -> None:
         self._attached: VectorField | None = None
+        #: What PETSc calls the right-hand side: the explicit part of a split one, or all of it.
+        self._explicit: Any = None
         self.evaluated: deque[torch.Tensor] = deque(maxlen=keep)
-        #: Graphs of f at these states and the bytes they keep, if a sweep asks for them.
-        self.graphs: deque[tuple[Linearization, int]] | None = None
-        self._graph_bytes = -1
+        #: Graphs of f at these states, if a sweep asks for them, and the bytes that each keeps.
+        self.graphs: deque[Linearization] | None = None
+        self.graph_bytes = -1
         self._check = check
         self.exception: BaseException | None = None
         self.nonfinite_time: float | None = None
@@ -135,10 +133,8 @@ class Bridge:
         self.start_time: float | None = None
         #: Whether residuals keep their graph for a Jacobian that is asked for next.
         self.records = True
-        self._single_use = single_use
         self._limit = points
         self._points: deque[Point] = deque()
-        self._announced: dict[tuple[int, int], tuple[torch.Tensor, Linearization | None]] = {}
         self.here = self.here_explicit = _NOWHERE
         self.shells: weakref.WeakSet[JacobianShell | ParameterJacobianShell] = weakref.WeakSet()
         self._events = {name: log_event(f"pnode {name}") for name in _EVENTS}
@@ -146,6 +142,7 @@ class Bridge:
     def attach(self, field: VectorField) -> None:
         """Begin a sweep with ``field``."""
         self._attached = field
+        self._explicit = field.explicit or field
         self.ranks = field.problem.ranks
         self.exception = None
         self.nonfinite_time = None
@@ -155,21 +152,21 @@ class Bridge:
     def detach(self) -> None:
         """End the sweep and drop everything that belongs to the user."""
         self._attached = None
+        self._explicit = None
         self.exception = None
         if self.jacobian is not None:
             self.jacobian.forget()
         self._points.clear()
-        self._announced.clear()
         self.here = self.here_explicit = _NOWHERE
         for shell in self.shells:
             shell.point = _NOWHERE
         self.evaluated.clear()
         self.graphs = None
+        self.graph_bytes = -1
 
     def keep_graphs(self) -> None:
         """From now on keep the graphs of f at the last evaluated states."""
         self.graphs = deque(maxlen=self.evaluated.maxlen)
-        self._graph_bytes = -1
 
     @property
     def field(self) -> VectorField:
@@ -177,11 +174,6 @@ class Bridge:
         if self._attached is None:
             raise RuntimeError("a PETSc callback was called outside of a sweep")
         return self._attached
-
-    @property
-    def _explicit(self) -> VectorField:
-        """What PETSc calls the right-hand side: the explicit part of a split one, or all of it."""
-        return self.field.explicit or self.field
 
     def take_exception(self) -> BaseException | None:
         """Return the stored exception and forget it."""
@@ -301,19 +293,13 @@ class Bridge:
             for known in self._points:
                 if known.s == s and known.key == key and known.field is field:
                     return known
-        if self._single_use:
-            own, graph = self._announced.pop(key)
-            made = self._new_point(field, s, own, rate, key)
-            made.linearization = graph
-            return made
-        else:
-            own = copy_out(u, field.dtype)
-            ghosted = _gathered(field, own)
-            point = self._same_values(field, s, own, rate, ghosted)
-            if point is not None:
-                point.key = key
-                return point
-            return self._new_point(field, s, own, rate, key, ghosted)
+        own = copy_out(u, field.dtype)
+        ghosted = _gathered(field, own)
+        point = self._same_values(field, s, own, rate, ghosted)
+        if point is not None:
+            point.key = key
+            return point
+        return self._new_point(field, s, own, rate, key, ghosted)
 
     def point_at(self, s: float, u: torch.Tensor, u_dot: torch.Tensor | None = None) -> Point:
         """Return the point (s, u, u_dot) of tensors, a recent one where it is the same."""
@@ -384,37 +370,17 @@ class Bridge:
         """Return ``state dg/du v + rate dF/du_dot v``, or None once something has failed."""
         return self.guarded("jvp", self._jvp_at, point, v, state, rate)
 
-    def announce(
-        self,
-        vectors: list[Any],
-        tensors: tuple[torch.Tensor, ...],
-        graphs: Sequence[Linearization] | None = None,
-    ) -> None:
-        """Say what PETSc's vectors stand for, instead of copying it into them.
-
-        Right for vectors that PETSc only hands to callbacks: the stages of the RK adjoint. A
-        vector that was not announced, or has changed since, is an error. ``graphs`` are those of f
-        there, if they were kept.
-        """
-        self._announced = {}
-        made = (None,) * len(vectors) if graphs is None else graphs
-        for vector, tensor, graph in zip(vectors, tensors, made, strict=True):
-            vector.stateIncrease()
-            if graph is not None:
-                graph.adopt(self.field)
-            self._announced[(vector.handle, vector.stateGet())] = tensor, graph
-
     def _evaluate(self, s: float, u: Any) -> torch.Tensor:
         field = self._explicit
         own = copy_out(u, field.dtype)
         self.evaluated.append(own)
         if self.graphs is None:
             return field.rhs(s, own)
-        if self._graph_bytes < 0:  # measured once: every evaluation keeps as much
-            linearization, self._graph_bytes = field.measure(s, own)
+        if self.graph_bytes < 0:  # measured once: every evaluation keeps as much
+            linearization, self.graph_bytes = field.measure(s, own)
         else:
             linearization = field.linearize(s, own)
-        self.graphs.append((linearization, self._graph_bytes))
+        self.graphs.append(linearization)
         return linearization.flat_value()
 
     def linearize(self, point: Point) -> Linearization:
@@ -442,10 +408,7 @@ class Bridge:
 
     def _vjp_at(self, point: Point, w: Any) -> Products:
         cotangent = copy_out(w, self.field.dtype)
-        product = self.linearize(point).vjp(cotangent)
-        if self._single_use:
-            point.linearization = None
-        return product
+        return self.linearize(point).vjp(cotangent)
 
     def _jvp_at(self, point: Point, v: Any, state: float, rate: float) -> torch.Tensor:
         return self.linearize(point).jvp(copy_out(v, self.field.dtype), state, rate)

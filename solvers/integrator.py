@@ -392,7 +392,6 @@ class TimeIntegrator:
     def _create_bridge(self) -> Bridge:
         method = self.settings.method
         return Bridge(
-            single_use=not method.implicit,
             keep=0 if method.implicit else method.stages,
             check=self.settings.adaptive,
         )
@@ -640,17 +639,24 @@ class TimeIntegrator:
             first = vectors.copy_out(start)
         return (first, *(vectors.copy_out(vector) for vector in rest))
 
-    def kept_graphs(self) -> tuple[tuple[Linearization, ...], int]:
-        """Return the graphs at the stages of :meth:`checkpoint`, and the bytes they keep."""
+    def make_graphs(self, wanted: bool) -> None:
+        """Say whether f is evaluated with its graph from now on, for :meth:`kept_graphs`."""
+        if wanted and self.bridge.graphs is None:
+            self.bridge.keep_graphs()
+        elif not wanted:
+            self.bridge.graphs = None
+
+    def kept_graphs(self) -> tuple[tuple[Linearization, ...], int] | None:
+        """Return the graphs at the stages of :meth:`checkpoint`, and the bytes they keep.
+
+        None if they were not made at all of them.
+        """
         kept = list(self.bridge.graphs or ())
+        if len(kept) < self.settings.method.stages:
+            return None
         if self.settings.method.fsal:
             kept = kept[:-1]
-        return tuple(graph for graph, _ in kept), sum(size for _, size in kept)
-
-    @property
-    def keeps_graphs(self) -> bool:
-        """Whether the graphs of the last step are at hand."""
-        return self.bridge.graphs is not None
+        return tuple(kept), len(kept) * self.bridge.graph_bytes
 
     def destroy(self) -> None:
         """Free the PETSc objects. Collective."""

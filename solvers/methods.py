@@ -129,6 +129,11 @@ class Method:
         return self.ts_type != "python"
 
     @property
+    def tapes(self) -> bool:
+        """Whether adjoints can use the graphs of f from the forward sweep."""
+        return self.ts_type in ("rk", "ssp")
+
+    @property
     def implicit(self) -> bool:
         """Whether a step solves nonlinear systems."""
         return self.kind != "explicit"
@@ -138,7 +143,7 @@ def _rk(name: str, subtype: str, order: int, stages: int, *aliases: str, **more:
     names = [other for other in (subtype, *aliases, f"rk{subtype}") if other != name]
     kept = stages - 1 if more.get("fsal") else stages
     return Method(
-        name, "rk", order, stages, tuple(names), subtype,
+        name, "rk", order, stages, tuple(names), subtype, adjoint="stages",
         checkpoint=f"{kept} stage{'s' if kept > 1 else ''}",
         same_bits=not more.get("fsal", False), **more,
     )  # fmt: skip

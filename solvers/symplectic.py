@@ -54,7 +54,7 @@ class SplitBridge(Bridge):
     """
 
     def __init__(self, updates: tuple[HalfUpdate, ...], split: int) -> None:
-        super().__init__(single_use=True, keep=len(updates))
+        super().__init__(keep=len(updates))
         self._updates = updates
         self._split = split
         self._state = torch.empty(0, device="cpu")

@@ -7,11 +7,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
+
+from pnode.options import PETSc
+from pnode.solvers import petsc_c
+from pnode.solvers.methods import Method
 
 __all__ = [
     "ExplicitTableau",
     "HalfUpdate",
     "SymplecticScheme",
+    "rk_tableau",
     "ssp_tableau",
     "symplectic_scheme",
 ]
@@ -35,6 +41,20 @@ class ExplicitTableau:
     b: tuple[float, ...]
     c: tuple[float, ...]
 
+    def live_stages(self, fsal: bool = False) -> frozenset[int]:
+        """Return the stages that the solution depends on.
+
+        Parameters
+        ----------
+        fsal : bool
+            Whether the last stage counts in any case, as the next step's first.
+        """
+        live: set[int] = set()
+        for i in reversed(range(len(self.c))):
+            if self.b[i] or (fsal and i == len(self.c) - 1) or any(self.A[j][i] for j in live):
+                live.add(i)
+        return frozenset(live)
+
     def without_idle_stages(self, fsal: bool) -> ExplicitTableau:
         """Return the method without stages that only an embedded solution needs.
 
@@ -43,11 +63,7 @@ class ExplicitTableau:
         fsal : bool
             Whether the last stage is the next step's first, and stays.
         """
-        live: set[int] = set()
-        for i in reversed(range(len(self.c))):
-            if self.b[i] or (fsal and i == len(self.c) - 1) or any(self.A[j][i] for j in live):
-                live.add(i)
-        kept = sorted(live)
+        kept = sorted(self.live_stages(fsal))
         return ExplicitTableau(
             tuple(tuple(self.A[i][j] for j in kept) for i in kept),
             tuple(self.b[i] for i in kept),
@@ -71,6 +87,30 @@ class _LowStorage:
         """Return (1 - weight) self + weight other."""
         pairs = zip(self.row, other.row, strict=True)
         return _LowStorage([(1 - weight) * mine + weight * theirs for mine, theirs in pairs])
+
+
+@cache
+def rk_tableau(method: Method) -> tuple[ExplicitTableau, tuple[float, ...] | None]:
+    """Return the tableau of a method of PETSc's type "rk", and its embedded weights, if any."""
+    if method.tableau is not None:
+        given = method.tableau
+        c = tuple(map(sum, given.A))
+        return ExplicitTableau(given.A, given.b, c), given.b_embedded or None
+    ts = PETSc.TS().create(comm=PETSc.COMM_SELF)
+    try:
+        ts.setType("rk")
+        ts.setRKType(method.subtype)
+        found = petsc_c.rk_tableau(ts)
+    finally:
+        ts.destroy()
+    embedded = found["b_embedded"]
+    return (
+        ExplicitTableau(
+            tuple(map(tuple, found["A"].tolist())), tuple(found["b"].tolist()),
+            tuple(found["c"].tolist()),
+        ),
+        None if embedded is None else tuple(embedded.tolist()),
+    )  # fmt: skip
 
 
 def ssp_tableau(subtype: str, stages: int) -> ExplicitTableau:

@@ -64,6 +64,8 @@ class Trial:
             options["layout"], shape = grid, grid.shape
         else:
             options["comm"], shape = comm, (3 + comm.rank,)
+        # Without graphs from the forward sweep f is evaluated, and can fail, on the way back.
+        options.setdefault("checkpointing", pnode.Checkpointing(store="stages"))
         self.y0 = torch.linspace(0.1, 1.0, *shape, dtype=D)
         self.solver = pnode.Solver(
             self.field, params=[self.field.w], monitor=self.monitor, **options

@@ -109,7 +109,9 @@ def test_reproducible_gives_the_same_bits(name):
 @pytest.mark.parametrize("name", ["dopri5", "verner8", "es325", "cn", "ra34pw2"])
 @pytest.mark.parametrize("units", [1, 5, 30])
 def test_adaptive_steps_within_a_budget(name, units):
-    keywords = {"step_size": None, "rtol": 1e-7, "atol": 1e-7}
+    # The error estimate of cn is that of a first-order method: thousands of steps at 1e-7.
+    tolerance = 1e-5 if name == "cn" else 1e-7
+    keywords = {"step_size": None, "rtol": tolerance, "atol": tolerance}
     expected, free = solve(name, **keywords)
     memory = (find_method(name).stage_units + units) * STATE
     found, stats = solve(name, memory, **keywords)
@@ -164,7 +166,8 @@ def test_disk(name, adaptive, tmp_path):
     if adaptive and not find_method(name).adaptive:
         adaptive = False
     keywords = {"step_size": None, "rtol": 1e-6, "atol": 1e-6} if adaptive else {}
-    expected, free = solve(name, **keywords)
+    # Not with graphs: an FSAL stage's time may then be the step before's end to the last bit.
+    expected, free = solve(name, pnode.Checkpointing(store="stages"), **keywords)
     memory = max(free.ram_bytes // 3, 3 * find_method(name).stage_units * STATE)
     found, stats = solve(name, pnode.Checkpointing(memory=memory, disk=tmp_path), **keywords)
     assert same_bits(found, expected)

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 import pnode
+from pnode.adjoint.store import CheckpointStore
+from pnode.solvers.methods import Method, find_method
+from pnode.vectorfield import VectorField
 
 STATE = 8 * 40
 
@@ -39,7 +42,7 @@ def test_same_gradient_and_nothing_is_evaluated_again(method, adaptive):
     keywords = {"method": method}
     if adaptive:
         keywords |= {"step_size": None, "rtol": 1e-7, "first_step": 0.5}
-    plain, stats = solve(None, **keywords)
+    plain, stats = solve(pnode.Checkpointing(store="stages"), **keywords)
     taped, tape = solve(pnode.Checkpointing(store="tape"), **keywords)
     assert tape.rejected == stats.rejected
     assert adaptive == (stats.rejected > 0)
@@ -56,31 +59,84 @@ def test_same_gradient_and_nothing_is_evaluated_again(method, adaptive):
 
 
 def test_bytes_are_those_of_what_the_graphs_save():
-    _, stats = solve(None, method="rk4")
+    _, stats = solve(pnode.Checkpointing(store="stages"), method="rk4")
     _, tape = solve(pnode.Checkpointing(store="tape"), method="rk4")
     # Per evaluation: tanh's output, its product with the outer weights saves that too, f's result
     # before the factor, the factor, and the result.
-    extra = (tape.ram_bytes - stats.ram_bytes) / (20 * 4)
+    extra = tape.tape_bytes / (20 * 4)
+    assert tape.ram_bytes == stats.ram_bytes
     assert 5 * 32 * 8 + 5 * 8 * 8 <= extra <= 2 * 5 * 32 * 8 + 4 * 5 * 8 * 8
 
 
+@pytest.fixture
+def peak(monkeypatch):
+    """Return what checkpoints and graphs held together at most, in all solves so far."""
+    held = [0]
+
+    def watch(name):
+        method = getattr(CheckpointStore, name)
+
+        def watched(self, *arguments):
+            result = method(self, *arguments)
+            held[0] = max(held[0], self._ram_bytes + self._tape_bytes)
+            return result
+
+        monkeypatch.setattr(CheckpointStore, name, watched)
+
+    watch("hold")
+    watch("keep_tape")
+    return held
+
+
+@pytest.mark.parametrize("store", ["auto", "tape"])
 @pytest.mark.parametrize("states", [7, 20, 60, 120, 200, 400, 800])
-def test_budget_holds_with_the_same_bits(states):
+def test_budget_holds_with_the_same_bits(states, store, peak, monkeypatch):
     """Tapes take what the schedule leaves; where it repeats steps, the bits are those of that."""
     memory = states * STATE
-    plain, stats = solve(pnode.Checkpointing(memory=memory), method="rk4")
-    taped, tape = solve(pnode.Checkpointing(memory=memory, store="tape"), method="rk4")
+    with monkeypatch.context() as patch:
+        patch.setattr(Method, "tapes", False)
+        plain, stats = solve(pnode.Checkpointing(memory=memory), method="rk4")
+    taped, tape = solve(pnode.Checkpointing(memory=memory, store=store), method="rk4")
     assert all(map(torch.equal, plain, taped))
-    assert tape.ram_bytes <= memory
+    assert 0 < peak[0] <= memory
+    assert stats.tape_bytes == 0
+    assert (tape.ram_bytes, tape.backward.ram_bytes) == (stats.ram_bytes, stats.backward.ram_bytes)
     assert tape.backward.recomputed == stats.backward.recomputed
     assert tape.backward.rhs <= stats.backward.rhs
     if states == 400:  # stages of all steps, and some graphs
         assert 3 < tape.backward.rhs < stats.backward.rhs
-    everything, _ = solve(None, method="rk4")
+    everything, _ = solve(pnode.Checkpointing(store="stages"), method="rk4")
     assert all(map(torch.equal, everything, taped))
 
 
-def test_unknown_number_of_steps_within_a_budget():
+@pytest.mark.parametrize("method", ["rk4", "dopri5", "ssprk43"])
+@pytest.mark.parametrize("steps", [0, 1, 3, 19, 20, 40])
+def test_graphs_of_the_last_steps_only(method, steps, monkeypatch):
+    """Without a limit graphs of so many bytes are kept, and hardly more are made."""
+    _, everything = solve(None, method=method)
+    assert everything.backward.rhs == 3  # for the times
+    size = everything.tape_bytes // 20
+    monkeypatch.setattr("pnode.checkpointing.DEFAULT_TAPE", max(1, steps * size))
+    made = []
+    linearize = VectorField.linearize
+
+    def counted(*arguments, **keywords):
+        made.append(1)
+        return linearize(*arguments, **keywords)
+
+    monkeypatch.setattr(VectorField, "linearize", counted)
+    gradient, stats = solve(None, method=method)
+    kept = min(steps, 20)
+    used = find_method(method).stages - find_method(method).fsal
+    assert stats.tape_bytes == kept * size
+    assert stats.backward.rhs == (20 - kept) * used + 3
+    forward = len(made) - (20 - kept) * used
+    assert kept * used <= forward <= min(20, kept + 2) * used + 1
+    plain, _ = solve(pnode.Checkpointing(store="stages"), method=method)
+    assert all(map(torch.equal, gradient, plain))
+
+
+def test_unknown_number_of_steps_within_a_budget(peak, monkeypatch):
     keywords = {"step_size": None, "rtol": 1e-10}
     plain, _ = solve(None, **keywords)
     taped, tape = solve(pnode.Checkpointing(memory=150 * STATE, store="tape"), **keywords)
@@ -125,3 +181,21 @@ def test_a_parameter_changed_in_between_is_an_error():
 def test_methods_without_tape_say_so():
     with pytest.raises(pnode.ConfigurationError, match=r"store=.tape.*cn"):
         solve(pnode.Checkpointing(store="tape"), method="cn")
+
+
+def test_a_solve_inside_the_field_counts_with_its_checkpoints():
+    inner = pnode.Solver(lambda t, y: -y.sin(), method="rk4", step_size=0.1)
+    kept = []
+
+    def field(t, y):
+        solution = inner(y, torch.tensor([0.0, 1.0]))
+        kept.append(solution.stats.ram_bytes + solution.stats.tape_bytes)
+        return solution.ys[-1] - y
+
+    y0 = torch.ones(7, dtype=torch.float64, requires_grad=True)
+    solution = pnode.Solver(field, method="rk4", step_size=0.25)(y0, torch.tensor([0.0, 1.0]))
+    assert len(kept) == 16
+    assert kept[0] >= 10 * 4 * 7 * 8
+    assert solution.stats.tape_bytes >= sum(kept)
+    solution.ys[-1].sum().backward()
+    assert solution.stats.backward.rhs == 0
