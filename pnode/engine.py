@@ -35,10 +35,11 @@ from pnode.layouts import Layout
 from pnode.options import SolverOptions, next_prefix
 from pnode.problem import InitialValueProblem
 from pnode.ranks import clean_up
-from pnode.solution import Stats
+from pnode.solution import Ledger, Stats
 from pnode.solvers.assemblies import SparsityPattern
 from pnode.solvers.bridge import accumulate
 from pnode.solvers.compiled import CompiledIntegrator, Compiler, Start, Tape
+from pnode.solvers.compiled_fields import FieldCode, FieldCompiler, compiled_field
 from pnode.solvers.create import create_integrator
 from pnode.solvers.implicit_programs import ImplicitCompiler, ImplicitSweep
 from pnode.solvers.integrator import (
@@ -145,6 +146,8 @@ class Run:
         Steps and checkpoints of compiled fixed steps, instead of a trajectory.
     sweep : ImplicitSweep or None
         The whole sweep of an implicit method, compiled.
+    codes : tuple of FieldCode
+        Of the field and its explicit part, where these are compiled and nothing else.
     """
 
     problem: InitialValueProblem
@@ -157,6 +160,14 @@ class Run:
     reproducible: bool = False
     tape: Tape | None = None
     sweep: ImplicitSweep | None = None
+    codes: tuple[FieldCode, ...] = ()
+
+    def field(self, ledger: Ledger) -> VectorField:
+        """Return the field for another sweep, without checks of what it uses."""
+        problem = replace(self.problem, check_undeclared=False)
+        if self.codes:
+            return compiled_field(problem, ledger, self.codes)
+        return vector_field(problem, ledger)
 
 
 class _Record:
@@ -292,8 +303,7 @@ class _Repeated:
         run = self._run
         assert run.trajectory is not None
         if self.integrator is None:
-            problem = replace(run.problem, check_undeclared=False)
-            field_ = vector_field(problem, run.stats.backward)
+            field_ = run.field(run.stats.backward)
             settings = replace(run.settings, adaptive=False)
             lease = self._engine._integrator(settings, field_, self._y0)
             self.integrator = self._lease.enter_context(lease)
@@ -356,6 +366,7 @@ class Engine:
     _pool: _Pool = field(default_factory=_Pool, init=False)
     _compiler: Compiler = field(default_factory=Compiler, init=False)
     _sweeps: ImplicitCompiler = field(default_factory=ImplicitCompiler, init=False)
+    _fields: FieldCompiler = field(default_factory=FieldCompiler, init=False)
     _known_settings: dict[Hashable, IntegratorSettings] = field(default_factory=dict, init=False)
     _options: dict[Hashable, SolverOptions] = field(default_factory=dict, init=False)
     _patterns: dict[Hashable, SparsityPattern] = field(default_factory=dict, init=False)
@@ -419,16 +430,20 @@ class Engine:
     def _forward(self, run: Run, y0: torch.Tensor, keep: bool, requests: Requests) -> torch.Tensor:
         problem = run.problem
         field_ = vector_field(problem, run.stats)
-        compiled = self.compile and len(problem.times) > 1
-        compiled = compiled and not problem.ranks.parallel and self.exchange is None
-        if compiled and self.method.implicit:
-            compiled = False
+        compiles = self.compile and len(problem.times) > 1
+        compiles = compiles and not problem.ranks.parallel and self.exchange is None
+        start: Start | None = None
+        if compiles and self.method.implicit:
             outputs = self._implicit_sweep(run, field_, y0, keep, requests)
             if outputs is not None:
                 return outputs
-        start = self._compiled(run, field_, y0, keep, requests) if compiled else None
+            compiles = not self._sweeps.begun  # after a failure as it is, for its error
+        elif compiles:
+            start = self._compiled(run, field_, y0, keep, requests)
         if start is not None and self._is_plain(run, requests, keep):
             return self._sweep(run, field_, y0, keep, start)
+        if compiles and start is None:
+            field_ = self._compiled_field(run, field_, y0, keep)
         if keep:
             run.trajectory = self._trajectory(run, requests, y0)
             # What one-step methods carry over from the step before; the others have the same bits.
@@ -508,8 +523,7 @@ class Engine:
         trajectory = run.trajectory
         assert trajectory is not None
         ledger = run.stats.backward
-        problem = replace(run.problem, check_undeclared=False)
-        field_ = vector_field(problem, ledger)
+        problem, field_ = run.problem, run.field(ledger)
         with problem.ranks.together(agree=False):
             state, parameters, initial, times = self._backward(run, field_, y0, cotangents)
         # The one reduction of a backward sweep, which also tells whether a rank has failed.
@@ -608,7 +622,7 @@ class Engine:
     ) -> tuple[torch.Tensor, list[torch.Tensor | None], torch.Tensor, dict[int, float]]:
         """Take the adjoint of :meth:`_sweep`; see :meth:`backward`."""
         ledger = run.stats.backward
-        field_ = vector_field(replace(run.problem, check_undeclared=False), ledger)
+        field_ = run.field(ledger)
         assert run.tape is not None
         if len(run.tape.steps) < run.tape.outputs[-1]:  # freed by a backward sweep before
             self._sweep(run, field_, y0, True, None)
@@ -781,6 +795,21 @@ class Engine:
         if start is not None:
             run.settings = replace(run.settings, graphs=start.graphs)
         return start
+
+    def _compiled_field(
+        self, run: Run, field_: VectorField, y0: torch.Tensor, keep: bool
+    ) -> VectorField:
+        """Return the field with compiled evaluations and products, if that is possible."""
+        if not self.method.implicit and self._compiler.field_fails:
+            self._fields.warn(self._compiler.reason)
+            return field_
+        why = (self._sweeps if self.method.implicit else self._compiler).reason
+        run.codes = self._fields.begin(field_, y0, run.settings, keep, why)
+        if not run.codes:
+            return field_
+        compiled = compiled_field(run.problem, run.stats, run.codes)
+        compiled.used[:] = field_.used
+        return compiled
 
     @contextmanager
     def _adjoint(self, settings: IntegratorSettings, parameters: bool) -> Iterator[AdjointStepper]:

@@ -145,8 +145,9 @@ class Solver(torch.nn.Module):
     compile : bool
         For explicit Runge-Kutta methods: compile whole steps and their adjoints, by torch's
         inductor and a C++ compiler; for one-step implicit methods and small problems: whole
-        sweeps. See docs/compile.md. f is traced once per shape and dtype and the result kept on
-        disk. Where that is impossible, one warning says why, and the solve goes on without.
+        sweeps; otherwise f and its derivatives. See docs/compile.md. f is traced once per shape and
+        dtype and the result kept on disk. Where that is impossible, one warning says why, and the
+        solve goes on without.
 
     Raises
     ------

@@ -8,7 +8,7 @@ inside.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +27,7 @@ __all__ = [
     "VectorField",
     "directional_derivative",
     "note_kept",
+    "transposed",
     "vector_field",
 ]
 
@@ -77,7 +78,7 @@ class VectorField:
 
     def __init__(self, problem: InitialValueProblem, ledger: Ledger, function: Any = None) -> None:
         self.problem = problem
-        self._function = problem.function if function is None else function
+        self.function = problem.function if function is None else function
         self.mass: MassMatrix | None = problem.mass
         self.ledger = ledger
         self.parameters = problem.parameters
@@ -231,7 +232,7 @@ class VectorField:
         # torch has an error of its own for writing into a leaf. The first time, f gets a copy of
         # the leaf, so that the write goes through and _call reports it.
         own = leaf.clone() if first else leaf
-        before = _hidden_state(self._function) if first and self.problem.check_undeclared else None
+        before = _hidden_state(self.function) if first and self.problem.check_undeclared else None
         try:
             value = self._call(
                 s, own, time, self._layout.unflatten(own) if self._layout.is_tuple else own
@@ -255,7 +256,7 @@ class VectorField:
                 "once before the solve",
                 time=self._direction * s,
             )
-        if buffers != _hidden_state(self._function)[1]:
+        if buffers != _hidden_state(self.function)[1]:
             raise VectorFieldError(
                 "the vector field writes into one of its buffers, so that its value cannot be had "
                 "again for the gradient: call .eval() on it, or keep what it counts outside",
@@ -274,7 +275,7 @@ class VectorField:
         """
         layout = self._layout
         version = own._version
-        result = self._function(time, *state)
+        result = self.function(time, *state)
         if own._version != version:
             raise self._wrote_into_input(s)
         if not layout.is_tuple:
@@ -511,6 +512,13 @@ def _engine_works() -> bool:
 
 _engine: Any = getattr(torch.autograd.graph, "_engine_run_backward", None)
 _pull_back = _engine_gradients if _engine_works() else _gradients
+
+
+def transposed(linear: Callable[[torch.Tensor], torch.Tensor], v: torch.Tensor) -> torch.Tensor:
+    """Apply the transpose of a linear map between equal spaces to v; may be traced."""
+    pull_back = torch.func.vjp(linear, v)[1]
+    result: torch.Tensor = pull_back(v)[0]
+    return result
 
 
 def directional_derivative(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -61,12 +60,14 @@ class Start:
 
 
 @dataclass(eq=False)
-class _Entry:
+class Entry:
+    """A trace of a field, and what was compiled of it."""
+
     traced: FieldGraph
     graphs: dict[Any, StepGraphs] = field(default_factory=dict)
 
 
-class _TooManyGraphs(Untraceable):
+class TooManyGraphs(Untraceable):
     """For this solve; others may go on with the graphs there are."""
 
 
@@ -78,17 +79,18 @@ class Compiler:
     """
 
     def __init__(self) -> None:
-        self._entries: dict[Any, _Entry] = {}
+        self._entries: dict[Any, Entry] = {}
         self._codes: set[str] = set()
-        self._warned = False
         #: Why the field is not compiled, once that is certain.
         self.refused: str | None = None
+        #: Why the last solve was not, and whether that is the field's fault.
+        self.reason, self.field_fails = "", False
 
     def start(
         self, field_: VectorField, y0: torch.Tensor, settings: IntegratorSettings,
         options: SolverOptions, tape: bool,
     ) -> Start | None:  # fmt: skip
-        """Return the graphs for a solve from y0, or None, after one warning, if there are none.
+        """Return the graphs for a solve from y0, or None, with a ``reason``, if there are none.
 
         Parameters
         ----------
@@ -104,25 +106,19 @@ class Compiler:
             Whether steps keep what their adjoints need.
         """
         reason = self.refused or _unsupported(settings, options)
+        self.field_fails = self.refused is not None
         if reason is not None:
-            self._warn(reason)
+            self.reason = reason
             return None
         evaluations = field_.ledger.rhs
         try:
             return self._start(field_, y0, settings, tape)
         except (Untraceable, CompilationFailed) as error:
-            if not isinstance(error, _TooManyGraphs):
+            if not isinstance(error, TooManyGraphs):
                 self.refused = str(error)
-            self._warn(str(error))
+            self.reason, self.field_fails = str(error), True
             field_.ledger.rhs = evaluations
             return None
-
-    def _warn(self, reason: str) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"compile=True has no effect, the solve goes on without: {reason}", stacklevel=6
-            )
 
     def _start(
         self, field_: VectorField, y0: torch.Tensor, settings: IntegratorSettings, tape: bool
@@ -140,16 +136,11 @@ class Compiler:
         state = y0.detach().to(REAL)
         key = (problem.layout, tuple(map(id, problem.parameters)))
         for attempt in range(2):
-            entry = self._entries.get(key)
-            if entry is None or attempt or not entry.traced.fits():
-                entry = self._trace(problem, y0)
-                self._entries[key] = entry
-                while len(self._entries) > _MOST_ENTRIES:  # parameters that are new in each solve
-                    del self._entries[next(iter(self._entries))]
+            entry = self._entry(key, problem, y0, renew=attempt > 0)
             graphs = self._graphs(entry, settings, tape)
             with torch.no_grad():
                 slope, saved = graphs.start(time, state)
-            if _agree(slope, value):
+            if agree(slope, value):
                 # Compile what will be wanted now: a failure is still in time for the other way.
                 graphs.compile_step(_tolerances(settings))
                 if tape:
@@ -160,10 +151,21 @@ class Compiler:
             "else than torch?"
         )
 
-    def _trace(self, problem: InitialValueProblem, y0: torch.Tensor) -> _Entry:
+    def _entry(
+        self, key: Any, problem: InitialValueProblem, y0: torch.Tensor, renew: bool
+    ) -> Entry:
+        """Return the trace of a field, a new one if there is none that fits, or to ``renew`` it."""
+        entry = self._entries.get(key)
+        if entry is None or renew or not entry.traced.fits():
+            entry = self._entries[key] = self._trace(problem, y0)
+            while len(self._entries) > _MOST_ENTRIES:  # parameters that are new in each solve
+                del self._entries[next(iter(self._entries))]
+        return entry
+
+    def _trace(self, problem: InitialValueProblem, y0: torch.Tensor) -> Entry:
         """Trace the field and compare value and product at another point."""
         if len(self._codes) == _MOST_GRAPHS:
-            raise _TooManyGraphs(
+            raise TooManyGraphs(
                 f"the vector field was compiled {_MOST_GRAPHS} times and is different again: let "
                 "numbers that change be tensors, such as buffers, and keep to few shapes of y0"
             )
@@ -185,15 +187,15 @@ class Compiler:
             value, *saved = graph.value(time, shaped, *inputs)
             state, *_ = graph.product(w.view(graph.shape), time, shaped, *inputs, *saved)
         here = field_.linearize(s, point.clone())
-        same = _agree(value.reshape(-1) * problem.direction, here.flat_value())
-        if not same or not _agree(state.reshape(-1) * problem.direction, here.vjp(w).state):
+        same = agree(value.reshape(-1) * problem.direction, here.flat_value())
+        if not same or not agree(state.reshape(-1) * problem.direction, here.vjp(w).state):
             raise Untraceable(
                 "the vector field depends on the state in a way that torch does not record (numpy? "
                 "Python control flow?)"
             )
-        return _Entry(graph)
+        return Entry(graph)
 
-    def _graphs(self, entry: _Entry, settings: IntegratorSettings, tape: bool) -> StepGraphs:
+    def _graphs(self, entry: Entry, settings: IntegratorSettings, tape: bool) -> StepGraphs:
         key = (settings.method, settings.adaptive, tape)
         if key not in entry.graphs:
             tableau, embedded = _tableau(settings.method)
@@ -206,7 +208,7 @@ class Compiler:
         return entry.graphs[key]
 
 
-def _agree(a: torch.Tensor, b: torch.Tensor) -> bool:
+def agree(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two values are the same but for round-off."""
     rtol = 1e-9 if b.dtype is torch.float64 else 1e-4
     a, b = a.detach().double(), b.detach().double()

@@ -29,7 +29,7 @@ from pnode.errors import LinearSolveFailed, SolveError
 from pnode.options import SolverOptions
 from pnode.scalars import Scalars, Symbols, decomposed
 from pnode.solution import Ledger
-from pnode.solvers.compiled import Compiler, _agree
+from pnode.solvers.compiled import Compiler, agree
 from pnode.solvers.implicit_tableaus import implicit_tableau
 from pnode.solvers.integrator import IntegratorSettings, default_options
 from pnode.solvers.rosenbrock_tableaus import ROSENBROCK
@@ -310,12 +310,14 @@ class ImplicitCompiler(Compiler):
     def __init__(self) -> None:
         super().__init__()
         self._kept: dict[Any, _Kept] = {}
+        #: Whether the last solve has a sweep.
+        self.begun = False
 
     def begin(
         self, field_: VectorField, y0: torch.Tensor, settings: IntegratorSettings,
         options: SolverOptions, control: StepControl, unusual: str | None,
     ) -> ImplicitSweep | None:  # fmt: skip
-        """Return the sweep of a solve from y0, or None, after one warning, if there is none.
+        """Return the sweep of a solve from y0, or None, with a ``reason``, if there is none.
 
         Parameters
         ----------
@@ -332,17 +334,19 @@ class ImplicitCompiler(Compiler):
         unusual : str or None
             What else the solve is to do that such a sweep does not.
         """
+        self.begun = False
         reason = self.refused or unusual or _unsupported(settings)
         if reason is None and y0.device.type != "cpu":
             reason = f"implicit methods are compiled for the CPU, and y0 is on {y0.device}"
         if reason is not None:
-            self._warn(reason)
+            self.reason = reason
             return None
         try:
-            return self._begin(field_, y0, settings, options, control)
+            sweep = self._begin(field_, y0, settings, options, control)
+            self.begun = True
+            return sweep
         except (Untraceable, CompilationFailed) as error:
-            self.refused = str(error)
-            self._warn(self.refused)
+            self.refused = self.reason = str(error)
             return None
 
     def _begin(
@@ -412,7 +416,7 @@ class ImplicitCompiler(Compiler):
                 for a, b in zip(jacobian.parameters, slope.parameters, strict=True)
             ]
             pairs += _matched(program.split(mu, len(problem.parameters)), sums)
-        if not all(_agree(a, b) for a, b in pairs):
+        if not all(agree(a, b) for a, b in pairs):
             raise Untraceable(
                 "its derivatives are not those of its scalar operations: does it define some of "
                 "its own?"

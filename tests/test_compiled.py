@@ -18,7 +18,7 @@ import torch
 import pnode
 from pnode import compilation, tracing
 from pnode.errors import ConfigurationError, NonFiniteVectorField
-from pnode.solvers import explicit_graphs
+from pnode.solvers import compiled_fields, explicit_graphs
 from pnode.solvers.methods import METHODS, Method, find_method
 
 EXPLICIT = [method for method in METHODS if method.ts_type in ("rk", "ssp")]
@@ -61,6 +61,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         return run
 
     monkeypatch.setattr(explicit_graphs, "compile_graph", run_graph)
+    monkeypatch.setattr(compiled_fields, "compile_graph", run_graph)
     return calls
 
 
@@ -496,11 +497,13 @@ def test_what_torch_cannot_trace(interpreted: dict[str, int]) -> None:
         {"petsc_options": {"ts_adapt_safety": 0.8}},
     ],
 )
-def test_what_is_not_compiled(keywords: dict[str, Any], interpreted: dict[str, int]) -> None:
-    with pytest.warns(UserWarning, match="compile=True has no effect"):
-        found, _ = gradients(Net(), start(4, 3), compile=True, **keywords)
-    assert not interpreted
-    assert_same(found, gradients(Net(), start(4, 3), **keywords)[0], 0.0)
+def test_what_has_no_compiled_steps_has_a_compiled_field(
+    keywords: dict[str, Any], interpreted: dict[str, int]
+) -> None:
+    """See test_compiled_fields.py."""
+    both(Net(), start(4, 3), within=1e-9, **keywords)
+    assert {"value", "product"} <= set(interpreted)
+    assert not {"step", "adjoint"} & set(interpreted)
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -317,18 +317,12 @@ def test_newtons_second_attempt_is_petscs():
 @pytest.mark.parametrize(
     ("keywords", "reason"),
     [
-        ({"method": "bdf"}, "is not compiled so far"),
-        ({"method": "cn", "rtol": 1e-2, "atol": 1e-2}, "fixed steps only"),
         ({"method": "rodaspr", "jacobian": "matrix-free"}, "jacobian='dense'"),
-        ({"method": "cn", "step_size": 0.1, "jacobian_reuse": "step"}, "jacobian='dense'"),
         ({"method": "rodaspr", "controller": "pi"}, "controller='basic'"),
         ({"method": "rodaspr", "dense": True}, "single steps"),
         ({"method": "rodaspr", "monitor": lambda step, t, y: None}, "single steps"),
         ({"method": "rodaspr", "checkpointing": "1MiB"}, "checkpointing"),
-        (
-            {"method": "cn", "step_size": 0.1, "petsc_options": {"pc_factor_shift_type": "none"}},
-            "pc_factor_shift_type",
-        ),
+        ({"method": "rodaspr", "petsc_options": {"pc_factor_shift_type": "none"}}, "pc_factor"),
     ],
 )
 def test_one_warning_says_why_a_solve_is_not_compiled(keywords, reason):
@@ -341,6 +335,27 @@ def test_one_warning_says_why_a_solve_is_not_compiled(keywords, reason):
         assert torch.equal(solver(y0, TIMES).ys, ys)
     expected = pnode.Solver(Kinetics(), **keywords)(y0, TIMES).ys
     assert torch.equal(ys, expected)
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"method": "bdf"},
+        {"method": "cn", "rtol": 1e-2, "atol": 1e-2},
+        {"method": "cn", "step_size": 0.1, "jacobian_reuse": "step"},
+        {"method": "cn", "step_size": 0.1, "petsc_options": {"pc_factor_shift_type": "none"}},
+    ],
+)
+def test_what_has_no_compiled_sweep_has_a_compiled_field(keywords):
+    """Without a warning; see test_compiled_fields.py."""
+    field = Kinetics()
+    solver = pnode.Solver(field, compile=True, **keywords)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ys = solver(START, TIMES).ys.detach()
+    assert solver._engine._fields._codes
+    expected = pnode.Solver(field, **keywords)(START, TIMES).ys.detach()
+    assert difference(ys, expected) < 1e-6
 
 
 def test_without_a_compiler_a_solve_goes_on(monkeypatch):

@@ -1,0 +1,379 @@
+"""A vector field whose values and derivatives are compiled graphs, behind the usual interface.
+
+For the solves that are not compiled as a whole: every integrator and adjoint goes on as it is, and
+each evaluation, product or Jacobian is one call of machine code.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pnode.compilation import CompilationFailed, Compiled, compile_graph, fingerprint
+from pnode.errors import SolveError
+from pnode.problem import InitialValueProblem
+from pnode.solution import Ledger
+from pnode.solvers.compiled import Compiler, TooManyGraphs, agree
+from pnode.solvers.integrator import IntegratorSettings
+from pnode.tracing import FieldGraph, Untraceable
+from pnode.vectorfield import Linearization, Products, VectorField, transposed
+
+__all__ = ["CompiledField", "CompiledLinearization", "FieldCode", "FieldCompiler", "compiled_field"]
+
+_SOURCE = Path(__file__).read_text(encoding="utf-8")
+# So many requests for a number of rows are worth a graph of their own.
+_OFTEN = 3
+
+
+class FieldCode:
+    """The compiled graphs of one field, each made when it is first wanted.
+
+    Parameters
+    ----------
+    traced : FieldGraph
+        The field and its vector-Jacobian product.
+    dtype : torch.dtype
+        The user's precision.
+    """
+
+    def __init__(self, traced: FieldGraph, dtype: torch.dtype) -> None:
+        self.traced = traced
+        self._dtype = dtype
+        self._rows: dict[int, Compiled] = {}
+        self._asked: Counter[int] = Counter()
+
+    def _state(self, *lead: int) -> torch.Tensor:
+        return torch.zeros((*lead, *self.traced.shape), dtype=self._dtype)
+
+    @cached_property
+    def _examples(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Time, state and what f reads; what is saved of an evaluation. Values do not matter."""
+        given = [self._state()[:0].sum(), self._state(), *self.traced.inputs()]
+        with torch.no_grad():
+            return given, list(self._evaluate(*given)[1:])
+
+    def _compile(self, kind: str, function: Any, examples: Sequence[torch.Tensor]) -> Compiled:
+        shapes = [(tuple(x.shape), x.dtype) for x in examples]
+        name = f"{kind}-{fingerprint('field', self.traced.code, repr(shapes), _SOURCE)}"
+        return compile_graph(name, function, [x.detach() for x in examples])
+
+    def _compile_if_possible(
+        self, kind: str, function: Any, examples: Sequence[torch.Tensor]
+    ) -> Compiled:
+        """Compile a derivative in the middle of a solve, which must not fail for that."""
+        try:
+            return self._compile(kind, function, examples)
+        except CompilationFailed as error:
+            warnings.warn(
+                f"compile=True: the {kind} of the field goes uncompiled: {error}",
+                stacklevel=_outside(),
+            )
+
+            def run(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+                with torch.no_grad():
+                    return list(function(*inputs))
+
+            return run
+
+    def _evaluate(self, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        value, *saved = self.traced.value(*given)
+        return value, *(x.contiguous() for x in saved)
+
+    def _product(self, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        state, *parts = self.traced.product(*given)
+        gradients = []
+        for part in self.traced.parameters:
+            gradient = parts[part.first]
+            if part.factors:
+                gradient = gradient.t() @ parts[part.first + 1]
+            gradients.append(gradient.t() if part.transposed else gradient)
+        return state, *gradients
+
+    @cached_property
+    def value(self) -> Compiled:
+        """``[t, y, *inputs] -> [f, *saved]``."""
+        return self._compile("value", self._evaluate, self._examples[0])
+
+    @cached_property
+    def product(self) -> Compiled:
+        """``[w, t, y, *inputs, *saved] -> [w^T f_y, *(w^T f_p)]``, the parameters used."""
+        given, saved = self._examples
+        return self._compile("product", self._product, [self._state(), *given, *saved])
+
+    @cached_property
+    def derivative(self) -> Compiled:
+        """``[v, t, y, *inputs, *saved] -> [f_y v]``.
+
+        The transpose of ``w -> f_y^T w``, which is linear: its own vector-Jacobian product.
+        """
+
+        def transpose(v: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return (transposed(lambda w: self.traced.product(w, *rest)[0], v),)
+
+        given, saved = self._examples
+        return self._compile_if_possible("derivative", transpose, [self._state(), *given, *saved])
+
+    def rows(self, number: int) -> Compiled | None:
+        """Return ``[W, t, y, *inputs, *saved] -> [W f_y]`` for so many rows w of W.
+
+        None where it is asked for too seldom.
+        """
+        if number not in self._rows:
+            self._asked[number] += 1
+            if self._asked[number] < _OFTEN:
+                return None
+
+            def products(W: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
+                return (torch.vmap(lambda w: self.traced.product(w, *rest)[0])(W),)
+
+            given, saved = self._examples
+            examples = [self._state(number), *given, *saved]
+            self._rows[number] = self._compile_if_possible("rows", products, examples)
+        return self._rows[number]
+
+
+class CompiledField(VectorField):
+    """A vector field that calls compiled graphs; for one sweep.
+
+    Parameters
+    ----------
+    problem, ledger, function
+        As for :class:`VectorField`.
+    code : FieldCode
+        The graphs.
+    """
+
+    def __init__(
+        self, problem: InitialValueProblem, ledger: Ledger, code: FieldCode, function: Any = None
+    ) -> None:
+        super().__init__(problem, ledger, function)
+        self.code = code
+        self.inputs = code.traced.inputs()
+        self._check_first = False
+
+    def rhs(self, s: float, u: torch.Tensor) -> torch.Tensor:
+        """Return g(s, u), flat, in the user's precision."""
+        value = self.evaluate(s, u)[2][0].reshape(-1)
+        return value if self._direction > 0 else -value
+
+    def evaluate(
+        self, s: float, u: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        """Return the user's time, the state as the graphs take it, f and what is saved of it."""
+        self.ledger.rhs += 1
+        time, y = self._time(s), u.detach().view(self.code.traced.shape)
+        return time, y, self.code.value([time, y, *self.inputs])
+
+    def linearize(
+        self,
+        s: float,
+        u: torch.Tensor,
+        u_dot: torch.Tensor | None = None,
+        differentiate_time: bool = False,
+    ) -> Linearization:
+        """Evaluate f at (s, u), for products with the Jacobian."""
+        if differentiate_time:
+            raise NotImplementedError("compiled fields have no derivative with respect to time")
+        return CompiledLinearization(self, self._direction, *self.evaluate(s, u))
+
+    def measure(self, s: float, u: torch.Tensor) -> tuple[Linearization, int]:
+        """Do as :meth:`linearize`, and return how many bytes are saved besides u."""
+        made = CompiledLinearization(self, self._direction, *self.evaluate(s, u))
+        return made, sum(x.nbytes for x in made.results)
+
+
+class CompiledLinearization(Linearization):
+    """g at one point, and products with dg/du and its transpose by compiled graphs.
+
+    Parameters
+    ----------
+    field : CompiledField
+        The field.
+    sign : float
+        g = sign * f.
+    time, y : Tensor
+        Where.
+    results : list of Tensor
+        Of ``FieldCode.value``.
+    """
+
+    _field: CompiledField
+
+    def __init__(
+        self,
+        field: CompiledField,
+        sign: float,
+        time: torch.Tensor,
+        y: torch.Tensor,
+        results: list[torch.Tensor],
+    ) -> None:
+        super().__init__(field, (y,), results[0], sign, time)
+        self.results = results
+
+    def _arguments(self, field: CompiledField) -> list[torch.Tensor]:
+        return [self._time, self._leaves[0], *field.inputs, *self.results[1:]]
+
+    def vjp(self, w: torch.Tensor) -> Products:
+        """Return w^T dg/dy and w^T dg/dp; see :class:`Linearization`."""
+        field, y = self._field, self._leaves[0]
+        field.ledger.vjp += 1
+        cotangent = (w if self._sign > 0 else -w).view(y.shape)
+        state, *found = field.code.product([cotangent, *self._arguments(field)])
+        products: list[torch.Tensor | None] = [None] * len(field.parameters)
+        for part, product in zip(field.code.traced.parameters, found, strict=True):
+            products[part.index] = product
+        rate = None if field.mass is None else field.mass.apply_transpose(w)
+        return Products(state.reshape(-1), tuple(products), rate)
+
+    def jvp(self, v: torch.Tensor, state: float = 1.0, rate: float = 0.0) -> torch.Tensor:
+        """Return ``state dg/du v + rate dF/du_dot v``, flat."""
+        field, y = self._field, self._leaves[0]
+        field.ledger.jvp += 1
+        direction = (v * (state * self._sign)).view(y.shape)
+        (flat,) = field.code.derivative([direction, *self._arguments(field)])
+        flat = flat.reshape(-1)
+        if rate:
+            flat = flat + rate * (v if field.mass is None else field.mass.apply(v))
+        return flat
+
+    def _rows(self, cotangents: torch.Tensor) -> list[torch.Tensor]:
+        """Return the VJPs of the rows of ``cotangents``, shape ``(k, size)``."""
+        code, shape = self._field.code, self._leaves[0].shape
+        rows = cotangents.reshape(-1, *shape)
+        given = self._arguments(self._field)
+        run = code.rows(len(rows))
+        if run is not None:
+            return [run([rows, *given])[0].reshape(len(rows), -1)]
+        return [torch.stack([code.product([row, *given])[0].reshape(-1) for row in rows])]
+
+    def second_vjp(self, w: torch.Tensor, v: torch.Tensor) -> Products:
+        """Not available."""
+        raise NotImplementedError("compiled fields have no second derivatives")
+
+    def time_derivative(self) -> torch.Tensor:
+        """Not available."""
+        raise NotImplementedError("compiled fields have no derivative with respect to time")
+
+    def time_derivative_vjp(self, w: torch.Tensor) -> Products:
+        """Not available."""
+        raise NotImplementedError("compiled fields have no derivative with respect to time")
+
+
+def compiled_field(
+    problem: InitialValueProblem, ledger: Ledger, codes: Sequence[FieldCode]
+) -> CompiledField:
+    """Return the field of a problem, or its two parts, one code each."""
+    field = CompiledField(problem, ledger, codes[0])
+    if problem.explicit is not None:
+        field.explicit = CompiledField(problem, ledger, codes[1], problem.explicit)
+        field.explicit.used = field.used
+    return field
+
+
+class FieldCompiler(Compiler):
+    """Compiles the field of a solver whose sweeps or steps are not compiled as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._field_codes: dict[FieldGraph, FieldCode] = {}
+        self._warned = False
+
+    def begin(
+        self,
+        field_: VectorField,
+        y0: torch.Tensor,
+        settings: IntegratorSettings,
+        keep: bool,
+        why: str,
+    ) -> tuple[FieldCode, ...]:
+        """Return the code of each part of a field; none, after one warning, if there is none.
+
+        Parameters
+        ----------
+        field_ : VectorField
+            The field; each part is evaluated once.
+        y0 : Tensor
+            Flat initial state.
+        settings : IntegratorSettings
+            Method and form.
+        keep : bool
+            Whether a backward sweep may follow.
+        why : str
+            Why nothing more of the solve is compiled.
+        """
+        evaluations, reason = field_.ledger.rhs, self.refused or _unsupported(settings)
+        if reason is None:
+            parts = [part for part in (field_, field_.explicit) if part is not None]
+            try:
+                return tuple(self._code(part, y0, settings, keep) for part in parts)
+            except (Untraceable, CompilationFailed) as error:
+                reason = str(error)
+                if not isinstance(error, TooManyGraphs):
+                    self.refused = reason
+            finally:
+                field_.ledger.rhs = evaluations  # checks, which the method makes no use of
+        self.warn(why if reason in why else f"{why}; {reason}")
+        return ()
+
+    def warn(self, reason: str) -> None:
+        """Warn once that nothing is compiled."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"compile=True has no effect, the solve goes on without: {reason}",
+                stacklevel=_outside(),
+            )
+
+    def _code(
+        self, part: VectorField, y0: torch.Tensor, settings: IntegratorSettings, keep: bool
+    ) -> FieldCode:
+        problem = replace(part.problem, function=part.function, explicit=None, form="rhs")
+        s = problem.times[0]
+        try:
+            value = part.rhs(s, y0.detach().to(part.dtype, copy=True))
+        except SolveError as error:
+            at, name = problem.direction * s, settings.method.name
+            raise error.located(time=at, step=0, method=name) from error.__cause__
+        key = (problem.layout, part.function, tuple(map(id, problem.parameters)))
+        for attempt in range(2):
+            traced = self._entry(key, problem, y0, renew=attempt > 0).traced
+            code = self._field_codes.get(traced)
+            if code is None:
+                code = self._field_codes[traced] = FieldCode(traced, part.dtype)
+                known = {id(entry.traced) for entry in self._entries.values()}
+                for other in [other for other in self._field_codes if id(other) not in known]:
+                    del self._field_codes[other]
+            own = CompiledField(problem, Ledger(), code)
+            if agree(own.rhs(s, y0.detach().to(part.dtype)), value):
+                if keep or settings.method.implicit:
+                    code.product  # noqa: B018  # a failure is still in time for the other way
+                return code
+        raise Untraceable(
+            "the vector field's value is not that of its graph: does it compute with something "
+            "else than torch?"
+        )
+
+
+def _outside() -> int:
+    """Return the stack level, for a warning by the caller, of the code that uses pnode."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith(("pnode.", "torch.")):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _unsupported(settings: IntegratorSettings) -> str | None:
+    """Return why there is no compiled field for these settings."""
+    if settings.form == "residual":
+        return "nor is a residual by itself"
+    if settings.method.ts_type == "rosw":
+        return "nor are the single products of Rosenbrock methods, which differentiate it twice"
+    return None

@@ -1,0 +1,206 @@
+"""compile=True where sweeps are not compiled as a whole: the field's graphs behind any method."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_compiled import Net, assert_same, both, gradients, interpreted, no_warnings, start
+
+import pnode
+from pnode import compilation
+from pnode.errors import NonFiniteVectorField
+from pnode.solvers import compiled_fields
+
+__all__ = ["interpreted", "no_warnings"]  # fixtures
+
+
+pytestmark = pytest.mark.usefixtures("interpreted")
+
+
+class Split(torch.nn.Module):
+    """One part of a split right-hand side."""
+
+    def __init__(self, stiff):
+        super().__init__()
+        torch.manual_seed(3 + stiff)
+        self.layer = torch.nn.Linear(3, 3).double()
+        self.rate = 20.0 if stiff else 1.0
+
+    def forward(self, t, y):
+        return torch.tanh(self.layer(y)) * torch.cos(t) - self.rate * y
+
+
+METHODS = {
+    "bdf, adaptive": {"method": "bdf", "rtol": 1e-6},
+    "bdf3": {"method": "bdf3", "step_size": 0.1},
+    "cn, adaptive": {"method": "cn", "rtol": 1e-3},
+    "cn, blocks": {"method": "cn", "step_size": 0.1, "jacobian": "block"},
+    "cn, sparse": {"method": "cn", "step_size": 0.1, "jacobian": "sparse"},
+    "cn, matrix-free": {"method": "cn", "step_size": 0.1, "jacobian": "matrix-free"},
+    "beuler, reuse": {"method": "beuler", "step_size": 0.1, "jacobian_reuse": "step"},
+    "es325, dense output": {"method": "es325", "step_size": 0.2, "dense": True},
+    "esdirk6, limit": {"method": "esdirk6", "step_size": 0.1, "checkpointing": "8KiB"},
+    "dopri5, pi": {"method": "dopri5", "rtol": 1e-6, "controller": "pi"},
+}
+
+
+@pytest.mark.parametrize("case", METHODS)
+def test_same_numbers_and_counts(case, interpreted):
+    """The field's own code runs once a solve, as a check."""
+    net = Net()
+    y0 = start(4, 3)
+    # Newton's iterations end at a tolerance, where round-off decides on one more: within that.
+    loose = case in ("bdf, adaptive", "beuler, reuse", "cn, adaptive")
+    ledger, expected = both(net, y0, within=1e-7 if loose else 1e-9, **METHODS[case])
+    assert (ledger.steps, ledger.rejected) == (expected.steps, expected.rejected)
+    if not loose:
+        ledger.tape_bytes = expected.tape_bytes  # other things are kept
+        assert ledger == expected
+    assert interpreted["value"] > 0 and interpreted["product"] > 0
+    solver = pnode.Solver(net, compile=True, **METHODS[case])
+    calls = []
+    for _ in range(2):
+        solution = solver(y0.clone().requires_grad_(), torch.tensor([0.0, 0.3, 1.0]))
+        solution.ys.sum().backward()
+        calls.append(net.calls)
+    solver(y0, torch.tensor([0.0, 1.0]))
+    assert net.calls - calls[1] == 1
+
+
+def test_split_right_hand_side():
+    parts = Split(True), Split(False)
+    found = []
+    for compiled in (False, True):
+        y0 = start(4, 3).requires_grad_()
+        solver = pnode.Solver(
+            implicit=parts[0], explicit=parts[1], method="ark3", step_size=0.1, compile=compiled
+        )
+        solution = solver(y0, torch.tensor([0.0, 1.0]))
+        tensors = [y0, *parts[0].parameters(), *parts[1].parameters()]
+        found.append(
+            [solution.ys.detach(), *torch.autograd.grad(solution.ys.square().sum(), tensors)]
+        )
+    assert_same(found[1], found[0], 1e-10)
+
+
+@pytest.mark.parametrize("jacobian", ["dense", "matrix-free"])
+def test_mass_matrix(jacobian):
+    mass = torch.linspace(1.0, 2.0, 12, dtype=torch.float64)
+    found, net = [], Net()
+    for compiled in (False, True):
+        solver = pnode.Solver(
+            net, mass=mass, method="cn", step_size=0.1, jacobian=jacobian, compile=compiled
+        )
+        y0 = start(4, 3).requires_grad_()
+        ys = solver(y0, [0.0, 1.0]).ys
+        tensors = [y0, *net.first.parameters(), *net.second.parameters()]
+        found.append([ys.detach(), *torch.autograd.grad(ys.square().sum(), tensors)])
+    assert_same(found[1], found[0], 1e-9)
+
+
+def test_float32_and_decreasing_times():
+    net = Net(torch.float32)
+    both(
+        net, start(4, 3, dtype=torch.float32), torch.tensor([1.0, 0.3, 0.0]), within=2e-4,
+        method="bdf2", step_size=0.1,
+    )  # fmt: skip
+
+
+def test_tuple_state():
+    net = Net()
+
+    def field(t, y):
+        a, b = y
+        return net(t, a), -b * a.sum()
+
+    y0 = (start(4, 3), start(2))
+    keywords = {"method": "trbdf2", "step_size": 0.1, "jacobian": "matrix-free"}
+    both(field, y0, params=list(net.parameters()), within=1e-9, **keywords)
+
+
+def test_changed_parameters_take_effect_and_changed_code_is_noticed(interpreted):
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor, self.rate = 1.0, torch.nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, t, y):
+            return -self.factor * self.rate * y
+
+    field = Scaled().double()
+    solvers = [pnode.Solver(field, method="bdf2", step_size=0.1, compile=c) for c in (True, False)]
+    for change in ("rate", "factor", None):
+        found, expected = (solver(start(3), [0.0, 1.0]).ys for solver in solvers)
+        assert_same([found.detach()], [expected.detach()])
+        if change == "rate":
+            field.rate.data.mul_(1.5)
+        elif change == "factor":
+            field.factor = 2.0
+    assert len(solvers[0]._engine._fields._codes) == 2
+
+
+def test_exceptions_and_nan_come_through():
+    def field(t, y):
+        return torch.where(t > 0.5, torch.nan, 1.0) * -y
+
+    solver = pnode.Solver(field, method="bdf2", step_size=0.1, compile=True)
+    with pytest.raises(NonFiniteVectorField):
+        solver(start(3), [0.0, 1.0])
+    assert solver(start(3), [0.0, 0.4]).stats.steps == 4
+
+
+def test_second_backward():
+    net = Net()
+    ys = pnode.Solver(net, compile=True, method="cn", rtol=1e-3)(start(4, 3), [0.0, 1.0]).ys
+    first, second = (
+        torch.autograd.grad(ys.square().sum(), list(net.first.parameters()), retain_graph=True)
+        for _ in range(2)
+    )
+    assert_same(list(first), list(second), 1e-13)
+
+
+@pytest.mark.parametrize(("keywords", "reason"), [
+    ({"residual": lambda t, y, yp: yp + y, "method": "bdf"}, "nor is a residual"),
+    ({"rhs": lambda t, y: -y if float(t) < 2 else y, "method": "bdf"}, "torch.where"),
+    (
+        {"rhs": lambda t, y: -y, "method": "rodaspr", "dense": True},
+        "single steps.*differentiate it twice",
+    ),
+])  # fmt: skip
+def test_one_warning_where_nothing_is_compiled(keywords, reason):
+    solver = pnode.Solver(**keywords, compile=True)
+    with pytest.warns(UserWarning, match=f"no effect.*{reason}") as caught:
+        solver(start(3), [0.0, 1.0])
+        solver(start(3), [0.0, 1.0])
+    found = [warning for warning in caught if "compile=True" in str(warning.message)]
+    assert len(found) == 1
+    assert found[0].filename == __file__
+
+
+def test_a_derivative_that_cannot_be_compiled_goes_on_uncompiled(monkeypatch):
+    compile_graph = compiled_fields.compile_graph
+
+    def fail(name, function, examples):
+        if name.startswith("derivative"):
+            raise compilation.CompilationFailed("no room on disk")
+        return compile_graph(name, function, examples)
+
+    monkeypatch.setattr(compiled_fields, "compile_graph", fail)
+    keywords = METHODS["cn, matrix-free"]
+    expected, _ = gradients(Net(), start(4, 3), **keywords)
+    with pytest.warns(UserWarning, match="derivative of the field goes uncompiled.*no room"):
+        found, _ = gradients(Net(), start(4, 3), compile=True, **keywords)
+    assert_same(found, expected, 1e-9)
+
+
+def test_machine_code(monkeypatch, tmp_path):
+    """The real compiler once, and its results from the disk in another solver."""
+    monkeypatch.undo()
+    monkeypatch.setenv("PNODE_CACHE_DIR", str(tmp_path))
+    keywords = {"method": "bdf3", "step_size": 0.1}
+    both(Net(), start(4, 3), within=1e-9, **keywords)
+    files = sorted(tmp_path.iterdir())
+    assert [file.name.split("-")[0] for file in files] == ["product", "rows", "value"]
+    stamps = [file.stat().st_mtime_ns for file in files]
+    both(Net(), start(4, 3), within=1e-9, **keywords)
+    assert [file.stat().st_mtime_ns for file in sorted(tmp_path.iterdir())] == stamps
