@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from pnode import tracing
+from pnode import fast_tanh, tracing
 from pnode.tracing import compose
 
 __all__ = ["CompilationFailed", "Compiled", "cache_folder", "compile_graph", "fingerprint"]
@@ -31,6 +31,10 @@ Compiled = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 
 _aten = torch.ops.aten
 _Node: TypeAlias = Any  # torch.fx.Node, whose arguments are typed as a union of everything
+
+_SOURCES = (__file__, tracing.__file__, fast_tanh.__file__)
+# Products that are added to something are rounded once.
+_INDUCTOR = {"cpp.enable_floating_point_contract_flag": "fast"}
 
 
 class CompilationFailed(Exception):
@@ -57,7 +61,7 @@ def _machine() -> str:
         version = importlib.metadata.version("pnode")
     except importlib.metadata.PackageNotFoundError:
         version = ""
-    sources = [Path(file).read_text(encoding="utf-8") for file in (__file__, tracing.__file__)]
+    sources = [Path(file).read_text(encoding="utf-8") for file in _SOURCES]
     capability = torch.backends.cpu.get_cpu_capability()
     return "\n".join((version, torch.__version__, capability, platform.machine(), flags, *sources))
 
@@ -116,7 +120,9 @@ def _build(path: Path, function: Callable[..., object], examples: Sequence[torch
             warnings.simplefilter("ignore")
             exported = torch.export.export(graph, tuple(examples), strict=False)
             inductor = importlib.import_module("torch._inductor")
-            inductor.aoti_compile_and_package(exported, package_path=str(partial))
+            inductor.aoti_compile_and_package(
+                exported, package_path=str(partial), inductor_configs=_INDUCTOR
+            )
         partial.replace(path)
 
 
@@ -124,7 +130,7 @@ def prepare(
     function: Callable[..., object], examples: Sequence[torch.Tensor]
 ) -> torch.fx.GraphModule:
     """Return the graph that is compiled."""
-    graph = compose(function, examples)
+    graph = compose(function, examples, fast_tanh.DECOMPOSITIONS)
     _join_rows(graph)
     return graph
 

@@ -12,7 +12,7 @@ import torch
 
 from pnode.compilation import Compiled, compile_graph, fingerprint
 from pnode.solvers.tableaus import ExplicitTableau
-from pnode.tracing import FieldGraph
+from pnode.tracing import SMALL_PRODUCT, VECTOR, FieldGraph, ParameterPart
 from pnode.vectors import REAL
 
 __all__ = ["StepGraphs"]
@@ -181,18 +181,13 @@ class StepGraphs:
             parts.append(tuple(results))
         state = sum((product for product in below if product is not None), start=state)
         for index, part in enumerate(self.field_graph.parameters):
-            if not part.factors:
+            if part.factors:
+                pairs = [results[part.first : part.first + 2] for results in reversed(parts)]
+                for total in _products(pairs):
+                    sums[index] = sums[index] + total
+            else:
                 for results in parts:
                     sums[index] = sums[index] + results[part.first]
-                continue
-            pairs = [results[part.first : part.first + 2] for results in reversed(parts)]
-            # One product for all stages. Not for a large factor of the first stage, which does not
-            # lie next to those of the others.
-            large = pairs[0][1].numel() > _LARGE
-            for group in (pairs[:1], pairs[1:]) if large else (pairs,):
-                left, right = (torch.cat(factors) for factors in zip(*group, strict=True))
-                total = left.t() @ right
-                sums[index] = sums[index] + (total.t() if part.transposed else total)
         return (state.reshape(-1), *sums)
 
     def checkpoint(self, u: torch.Tensor, saved: Tensors, results: list[torch.Tensor]) -> Tensors:
@@ -255,8 +250,48 @@ class StepGraphs:
         )
 
     def zeros(self) -> list[torch.Tensor]:
-        """Return zero gradients, one per parameter that f uses."""
-        return [torch.zeros(part.shape, dtype=REAL) for part in self.field_graph.parameters]
+        """Return zero sums for mu, one per parameter that f uses."""
+        return [
+            torch.zeros(part.shape[::-1] if _is_transposed(part) else part.shape, dtype=REAL)
+            for part in self.field_graph.parameters
+        ]
+
+    def gradients(self, sums: Sequence[torch.Tensor]) -> list[tuple[int, torch.Tensor]]:
+        """Return mu from its sums: the index of each parameter that f uses, and its gradient."""
+        return [
+            (part.index, total.t().contiguous() if _is_transposed(part) else total)
+            for part, total in zip(self.field_graph.parameters, sums, strict=True)
+        ]
+
+
+def _is_transposed(part: ParameterPart) -> bool:
+    """Whether the transpose of a gradient is summed: of matrix products the wide form is."""
+    if not part.factors:
+        return False
+    rows, columns = part.shape
+    return rows > columns if rows != columns else part.transposed
+
+
+def _products(pairs: list[Tensors]) -> list[torch.Tensor]:
+    """Return terms whose sum is the sum of a^T b over pairs (a, b), or its transpose if wider."""
+    # One product for all stages, but: b is what f evaluates, and the first stage's does not lie next
+    # to those of the others; a lies where it was computed.
+    (computed, evaluated), result = pairs[0], pairs[0][0].shape[1] * pairs[0][1].shape[1]
+    groups = [pairs]
+    if computed.numel() > max(_LARGE, 2 * result):
+        groups = [[pair] for pair in pairs]
+    elif evaluated.numel() > _LARGE:
+        groups = [pairs[:1], pairs[1:]]
+    if computed.shape[1] > evaluated.shape[1]:
+        groups = [[(b, a) for a, b in group] for group in groups]
+    columns = max(computed.shape[1], evaluated.shape[1])
+    if sum(len(a) for a, _ in pairs) * result <= SMALL_PRODUCT and columns >= VECTOR:
+        return [(a.unsqueeze(2) * b.unsqueeze(1)).sum(0) for group in groups for a, b in group]
+    return [
+        torch.cat([a for a, _ in group]).t() @ torch.cat([b for _, b in group])
+        for group in groups
+        if group
+    ]
 
 
 def _rows(stack: torch.Tensor) -> list[torch.Tensor]:
