@@ -53,11 +53,14 @@ class Start:
         f at the initial state, flat, PETSc's precision.
     saved : tuple of Tensor
         What is saved of it.
+    tolerances : tuple of Tensor
+        Relative and absolute, of adaptive steps.
     """
 
     graphs: StepGraphs
     slope: torch.Tensor
     saved: tuple[torch.Tensor, ...]
+    tolerances: tuple[torch.Tensor, ...]
 
 
 @dataclass(eq=False)
@@ -151,10 +154,11 @@ class Compiler:
                 slope, saved = graphs.start(time, state)
             if _agree(slope, value):
                 # Compile what will be wanted now: a failure is still in time for the other way.
-                graphs.compile_step(_tolerances(settings))
+                given = _tolerances(settings)
+                graphs.compile_step(given)
                 if tape:
                     graphs.adjoint  # noqa: B018
-                return Start(graphs, slope, saved)
+                return Start(graphs, slope, saved, given)
         raise Untraceable(
             "the vector field's value is not that of its graph: does it compute with something "
             "else than torch?"
@@ -254,11 +258,11 @@ def _tableau(method: Method) -> tuple[ExplicitTableau, tuple[float, ...] | None]
     )  # fmt: skip
 
 
-def _tolerances(settings: IntegratorSettings) -> list[torch.Tensor]:
+def _tolerances(settings: IntegratorSettings) -> tuple[torch.Tensor, ...]:
     if not settings.adaptive:
-        return []
+        return ()
     found = (tolerances.values(settings.rtol), tolerances.values(settings.atol))
-    return [torch.as_tensor(value, dtype=REAL) for value in found]
+    return tuple(torch.as_tensor(value, dtype=REAL) for value in found)
 
 
 @dataclass(eq=False)
@@ -309,8 +313,8 @@ class CompiledIntegrator(TimeIntegrator):
         memory = np.zeros(settings.size)
         self._memory = torch.from_numpy(memory)
         self.solution = PETSc.Vec().createWithArray(memory, comm=settings.comm)
-        self._longest = self.ts.getStepLimits()[1] if settings.adaptive else math.inf
-        self._evaluations = len(graphs.tableau.c) - graphs.fsal
+        #: Longest adaptive step.
+        self.longest = self.ts.getStepLimits()[1] if settings.adaptive else math.inf
         self._slope: torch.Tensor | None = None
         self._saved: tuple[torch.Tensor, ...] = ()
         self._number: tuple[float, torch.Tensor] = (0.0, torch.zeros((), dtype=REAL))
@@ -379,7 +383,7 @@ class CompiledIntegrator(TimeIntegrator):
                 ledger.rhs += 1
             inputs.append(slope)
         results = self._run(inputs + self._inputs)
-        ledger.rhs += self._evaluations
+        ledger.rhs += graphs.evaluations
         looks = results[0].tolist()
         proposed = step
         if self.settings.adaptive:
@@ -460,7 +464,7 @@ class CompiledIntegrator(TimeIntegrator):
             outputs[index] = u
             if tape is not None:
                 tape.outputs.append(number)
-        self._field.ledger.rhs += number * self._evaluations
+        self._field.ledger.rhs += number * graphs.evaluations
         self._stand_at(u)
         return number
 
@@ -471,7 +475,7 @@ class CompiledIntegrator(TimeIntegrator):
             return False, step
         factor = _SAFETY * error ** (-1.0 / self.settings.method.order) if error else math.inf
         factor = min(max(factor, _LEAST_FACTOR), _LARGEST_FACTOR)
-        return error <= 1.0, min(step * factor, self._longest)
+        return error <= 1.0, min(step * factor, self.longest)
 
     def _look(
         self, looks: list[float], end: torch.Tensor, s: float, index: int

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,6 +18,28 @@ from pnode.vectors import REAL
 __all__ = ["StepGraphs"]
 
 Tensors = tuple[torch.Tensor, ...]
+
+
+class Layout(NamedTuple):
+    """Which results of a step make a checkpoint.
+
+    Attributes
+    ----------
+    results : int
+        Number of results.
+    begin, end : int
+        The stages, which come after the step's start and before what was saved of the first.
+    last : int
+        From ``end`` to here: what was saved of the others. From here on: what the next step's
+        checkpoint takes for its first stage.
+    """
+
+    results: int
+    begin: int
+    end: int
+    last: int
+
+
 # Entries of a factor that are worth another matrix product to leave where they are.
 _LARGE = 32_768
 _SOURCE = Path(__file__).read_text(encoding="utf-8")
@@ -55,10 +77,17 @@ class StepGraphs:
     dtype: torch.dtype
     tape: bool
     _steps: dict[Any, Compiled] = field(default_factory=dict, init=False)
+    #: What takes whole sweeps, see :func:`pnode.solvers.explicit_driver.driver_of`.
+    drivers: dict[Any, Any] = field(default_factory=dict, init=False)
 
     @property
     def stages(self) -> int:
         """How many stages a checkpoint holds: those that the solution depends on."""
+        return len(self.tableau.c) - self.fsal
+
+    @property
+    def evaluations(self) -> int:
+        """How often a step evaluates f."""
         return len(self.tableau.c) - self.fsal
 
     @property
@@ -196,13 +225,28 @@ class StepGraphs:
         The stages that the solution depends on; with tape those after the first as one tensor, and
         what was saved of the first (FSAL), and of the others.
         """
+        layout = self.layout
+        return (
+            u.to(self.dtype), *results[layout.begin : layout.end], *saved,
+            *results[layout.end : layout.last],
+        )  # fmt: skip
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Where the results of a step go."""
         begin = 3 if self.fsal else 2
-        end = begin + self.stages - 1
         if not self.tape:
-            return (u.to(self.dtype), *results[begin:end])
+            end = begin + self.stages - 1
+            return Layout(end, begin, end, end)
         end = begin + (self.stages > 1)
-        last = len(results) - (self.saved if self.fsal else 0)
-        return (u.to(self.dtype), *results[begin:end], *saved, *results[end:last])
+        last = end + (self.saved if self.stages > self.fsal else 0)
+        return Layout(last + self.saved * self.fsal, begin, end, last)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Size of a checkpoint."""
+        kept = self.field_graph.saved_bytes if self.tape else 0
+        return self.stages * (self.size * self.dtype.itemsize + kept)
 
     # -------------------------------------------------------------------------------- the compiler
 
@@ -274,8 +318,8 @@ def _is_transposed(part: ParameterPart) -> bool:
 
 def _products(pairs: list[Tensors]) -> list[torch.Tensor]:
     """Return terms whose sum is the sum of a^T b over pairs (a, b), or its transpose if wider."""
-    # One product for all stages, but: b is what f evaluates, and the first stage's does not lie next
-    # to those of the others; a lies where it was computed.
+    # One product for all stages, but: b is what f evaluates, and the first stage's does not lie
+    # next to those of the others; a lies where it was computed.
     (computed, evaluated), result = pairs[0], pairs[0][0].shape[1] * pairs[0][1].shape[1]
     groups = [pairs]
     if computed.numel() > max(_LARGE, 2 * result):
