@@ -588,11 +588,13 @@ class Engine:
             first = control.first_step or 0.0
             if settings.adaptive and not first:
                 (begin, end), order = problem.times[:2], self.method.order
-                first = automatic_step(field_, y0.detach(), settings, order, begin, end, control)
+                first = automatic_step(
+                    field_, y0.detach(), settings, order, begin, end, control, start.value
+                )
             state = y0.detach().to(REAL, copy=True)
             given = (state, start.slope, start.saved)
             sweep = driver.sweep(problem.times, problem.direction, control, first, given)
-            outputs = sweep.forward()
+            outputs = sweep.forward(start.inputs)
         finally:
             log_stage("pnode forward").pop()
         options.warn_unused()

@@ -30,6 +30,8 @@ _Node: TypeAlias = Any  # torch.fx.Node, whose arguments are typed as a union of
 SMALL_PRODUCT = 20_000
 #: Entries that such a loop takes at once, in any case.
 VECTOR = 8
+# Into so many sums the entries along a row are added up first.
+_LANES = 16
 # Cheaper to repeat from their operands than to keep.
 _CHEAP = {
     _aten.add, _aten.sub, _aten.mul, _aten.neg, _aten.rsub, _aten.relu, _aten.square, _aten.abs,
@@ -269,21 +271,53 @@ def _arrange_products(
 def _write_as_sum(nodes: torch.fx.Graph, node: _Node, base: _Node, by_rows: _Node) -> None:
     """Replace a product by a sum: over rows of ``by_rows``, or along rows of ``base``."""
     *bias, a, b = node.args
-    if b.meta["val"].shape[1] >= VECTOR:
-        right = nodes.call_function(_aten.unsqueeze.default, (by_rows, 0))
-        left = nodes.call_function(_aten.unsqueeze.default, (a, 2))
-        summed = 1
+    call = nodes.call_function
+    (_, inner), columns = a.meta["val"].shape, b.meta["val"].shape[1]
+    if columns >= VECTOR:
+        right = call(_aten.unsqueeze.default, (by_rows, 0))
+        left = call(_aten.unsqueeze.default, (a, 2))
+        total = call(_aten.sum.dim_IntList, (call(_aten.mul.Tensor, (left, right)), [1]))
+    elif inner >= 2 * _LANES:
+        total = _sum_in_lanes(call, a, base, inner)
     else:
-        right = nodes.call_function(_aten.unsqueeze.default, (base, 0))
-        left = nodes.call_function(_aten.unsqueeze.default, (a, 1))
-        summed = 2
-    terms = nodes.call_function(_aten.mul.Tensor, (left, right))
-    total = nodes.call_function(_aten.sum.dim_IntList, (terms, [summed]))
+        right = call(_aten.unsqueeze.default, (base, 0))
+        left = call(_aten.unsqueeze.default, (a, 1))
+        total = call(_aten.sum.dim_IntList, (call(_aten.mul.Tensor, (left, right)), [2]))
     for tensor in bias:
-        total = nodes.call_function(_aten.add.Tensor, (total, tensor))
+        total = call(_aten.add.Tensor, (total, tensor))
     total.meta["val"] = node.meta["val"]
     node.replace_all_uses_with(total)
     nodes.erase_node(node)
+
+
+def _sum_in_lanes(call: Any, a: _Node, base: _Node, inner: int) -> _Node:
+    """Return a base^T, summed lane by lane first.
+
+    To add up the entries of one vector costs as much as some ten additions of vectors.
+    """
+    blocks = inner // _LANES
+    whole = blocks * _LANES
+
+    def block(matrix: _Node, place: int) -> _Node:
+        part = call(_aten.slice.Tensor, (matrix, 1, 0, whole))
+        parts = call(_aten.view.default, (part, [len_of(matrix), blocks, _LANES]))
+        return call(_aten.unsqueeze.default, (parts, place))
+
+    def len_of(matrix: _Node) -> int:
+        return int(matrix.meta["val"].shape[0])
+
+    products = call(_aten.mul.Tensor, (block(a, 1), block(base, 0)))
+    lanes = call(_aten.sum.dim_IntList, (products, [2]))
+    terms = [call(_aten.select.int, (lanes, 2, index)) for index in range(_LANES)]
+    for index in range(whole, inner):
+        left = call(_aten.slice.Tensor, (a, 1, index, index + 1))
+        right = call(_aten.select.int, (base, 1, index))
+        terms.append(call(_aten.mul.Tensor, (left, right)))
+    while len(terms) > 1:
+        last = terms[len(terms) // 2 * 2 :]
+        pairs = zip(terms[0::2], terms[1::2], strict=False)
+        terms = [call(_aten.add.Tensor, pair) for pair in pairs] + last
+    return terms[0]
 
 
 def _is_mutation(node: _Node) -> bool:

@@ -291,8 +291,13 @@ class DrivenSweep:
         """Whether all checkpoints are there."""
         return bool(self._library.pnode_kept(self._handle) == self.steps)
 
-    def forward(self) -> torch.Tensor | None:
+    def forward(self, inputs: list[torch.Tensor]) -> torch.Tensor | None:
         """Take all steps.
+
+        Parameters
+        ----------
+        inputs : list of Tensor
+            What the graphs take for what f reads.
 
         Returns
         -------
@@ -302,7 +307,6 @@ class DrivenSweep:
         """
         graphs, counts = self.driver.graphs, _Counts()
         outputs = torch.empty((self._outputs, graphs.size), dtype=graphs.dtype)
-        inputs = graphs.field_graph.inputs()
         arguments = (
             self._handle, self.driver._given, _pointers(inputs), outputs.data_ptr(), _PATIENCE,
             ctypes.byref(counts),
@@ -316,7 +320,7 @@ class DrivenSweep:
     def repeat(self) -> None:
         """Take the steps again, for their checkpoints."""
         self._library.pnode_repeat(self._handle, 1)
-        if self.forward() is None:
+        if self.forward(self.driver.graphs.field_graph.inputs()) is None:
             raise RuntimeError("compiled steps that succeeded once failed when repeated")
 
     def reverse(

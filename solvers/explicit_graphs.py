@@ -105,10 +105,13 @@ class StepGraphs:
                 needed.add(i)
         return len(needed)
 
-    def start(self, t: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
+    def start(
+        self, t: torch.Tensor, u: torch.Tensor, inputs: Sequence[torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, Tensors]:
         """Return k_1, PETSc's precision, and what is saved of it, without the compiler."""
+        read = self.field_graph.inputs() if inputs is None else inputs
         point = u.to(self.dtype).view(self.field_graph.shape)
-        value, *saved = self.field_graph.value(t.to(self.dtype), point, *self.field_graph.inputs())
+        value, *saved = self.field_graph.value(t.to(self.dtype), point, *read)
         return value.to(REAL).reshape(-1), tuple(saved[: self.saved])
 
     # ---------------------------------------------------------------------------------- the graphs

@@ -315,14 +315,15 @@ def first_step(
 
 def automatic_step(
     field: VectorField, y0: torch.Tensor, settings: IntegratorSettings, order: int,
-    start: float, end: float, control: StepControl,
+    start: float, end: float, control: StepControl, f0: torch.Tensor | None = None,
 ) -> float:  # fmt: skip
-    """Choose a first step from two evaluations of the field.
+    """Choose a first step from two evaluations of the field, one if ``f0`` is at hand.
 
     Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I, section II.4, "Starting
     Step Size".
     """
-    f0 = field.slope(start, y0.clone())
+    if f0 is None:
+        f0 = field.slope(start, y0.clone())
     rtol, atol = tolerances.values(settings.rtol), tolerances.values(settings.atol)
     scale = atol + rtol * y0.abs()
     rms = field.problem.ranks.rms

@@ -4,7 +4,6 @@ import gc
 import warnings
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -117,6 +116,8 @@ def test_same_bits_as_step_by_step(
     monkeypatch.setattr(engine, "driver_of", one_by_one)
     expected, other = solve(Net(), start(), times, **keywords)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    # The evaluation that checks the graph is the first of the two that choose the first step.
+    other.rhs -= int("rtol" in keywords and "first_step" not in keywords)
     assert stats == other
     assert stats.steps > 2
 
@@ -189,7 +190,7 @@ def test_nothing_is_left_behind() -> None:
     assert owned() == before
 
 
-# ------------------------------------------------------------------------------------------ failures
+# ----------------------------------------------------------------------------------------- failures
 
 
 def failure(kind: type[Exception], net: Net, **keywords: Any) -> Any:
@@ -237,7 +238,7 @@ def test_without_the_driver_solves_go_on(monkeypatch: pytest.MonkeyPatch) -> Non
         assert all(torch.equal(a, b) for a, b in zip(each, expected, strict=True))
 
 
-# ---------------------------------------------------------------- how often the interpreter is entered
+# ------------------------------------------------------------- how often the interpreter is entered
 
 
 class Calls(TorchDispatchMode):
@@ -276,10 +277,7 @@ def test_calls_do_not_grow_with_the_steps(steps: str, counted: Counted) -> None:
         }  # fmt: skip
     assert taken[1] > 2 * taken[0]
     assert numbers[0] == numbers[1]
-    assert numbers[0][0] <= LIMITS[0] and numbers[0][1] <= LIMITS[1]
-
-
-LIMITS = (1000, 1000)
+    assert numbers[0][0] <= 100 and numbers[0][1] <= 150, numbers
 
 
 def test_allocations_per_step() -> None:
@@ -299,15 +297,16 @@ def test_allocations_per_step() -> None:
     assert find_method("dopri5").stages == 7
 
 
-def test_operations_that_torch_alone_can_call(tmp_path: Path) -> None:
+def test_operations_that_torch_alone_can_call() -> None:
     """Without a C interface, they are taken from Python."""
-    y0 = start()
-    with pytest.warns(RuntimeWarning, match="one by one from Python"):
-        explicit_driver._warn_once.cache_clear()
-        found = pnode.Solver(
-            lambda t, y: torch.special.i0e(torch.cumprod(y, 0)) - y, step_size=0.5, compile=True
-        )(y0, TIMES)
-    expected = pnode.Solver(lambda t, y: torch.special.i0e(torch.cumprod(y, 0)) - y, step_size=0.5)(
-        y0, TIMES
-    )
+
+    def field(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        upper = torch.eye(2, dtype=y.dtype) + 0.1 * y[:2].T @ y[:2]
+        return torch.linalg.solve_triangular(upper, y.T, upper=True).T
+
+    explicit_driver._warn_once.cache_clear()
+    y0 = start().detach()
+    with pytest.warns(RuntimeWarning, match=r"one by one from Python.*only torch can call"):
+        found = pnode.Solver(field, step_size=0.5, compile=True)(y0, TIMES)
+    expected = pnode.Solver(field, step_size=0.5)(y0, TIMES)
     torch.testing.assert_close(found.ys, expected.ys, rtol=1e-12, atol=1e-13)
