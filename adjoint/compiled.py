@@ -100,6 +100,6 @@ class CompiledAdjoint(TorchAdjointStepper):
         """Return mu: one tensor per parameter, None for those that the field never used."""
         gradients: list[torch.Tensor | None] = [None] * count
         if self._stepped:
-            for part, total in zip(self._graphs.field_graph.parameters, self._sums, strict=True):
-                gradients[part.index] = total
+            for index, gradient in self._graphs.gradients(self._sums):
+                gradients[index] = gradient
         return gradients

@@ -7,30 +7,43 @@ else ``~/.cache/pnode``). A file appears whole or not at all, so processes may s
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import importlib
 import importlib.metadata
+import json
 import os
 import platform
+import shlex
+import subprocess
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
-from pnode import tracing
+from pnode import fast_tanh, tracing
 from pnode.tracing import compose
 
-__all__ = ["CompilationFailed", "Compiled", "cache_folder", "compile_graph", "fingerprint"]
+__all__ = [
+    "CompilationFailed", "Compiled", "CompiledGraph", "cache_folder", "compile_graph",
+    "compile_source", "fingerprint", "open_graph",
+]  # fmt: skip
 
 #: Takes and returns a list of tensors.
 Compiled = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 
 _aten = torch.ops.aten
 _Node: TypeAlias = Any  # torch.fx.Node, whose arguments are typed as a union of everything
+
+_SOURCES = (__file__, tracing.__file__, fast_tanh.__file__)
+# Products that are added to something are rounded once.
+_INDUCTOR = {"cpp.enable_floating_point_contract_flag": "fast"}
 
 
 class CompilationFailed(Exception):
@@ -57,7 +70,7 @@ def _machine() -> str:
         version = importlib.metadata.version("pnode")
     except importlib.metadata.PackageNotFoundError:
         version = ""
-    sources = [Path(file).read_text(encoding="utf-8") for file in (__file__, tracing.__file__)]
+    sources = [Path(file).read_text(encoding="utf-8") for file in _SOURCES]
     capability = torch.backends.cpu.get_cpu_capability()
     return "\n".join((version, torch.__version__, capability, platform.machine(), flags, *sources))
 
@@ -102,10 +115,21 @@ def compile_graph(
         ) from error
 
 
-def _load(path: Path) -> Compiled:
+@dataclass(frozen=True, eq=False)
+class CompiledGraph:
+    """A compiled graph, to be called; ``path`` is its package."""
+
+    path: Path
+    run: Compiled
+
+    def __call__(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return its results."""
+        return self.run(inputs)
+
+
+def _load(path: Path) -> CompiledGraph:
     inductor = importlib.import_module("torch._inductor")  # takes seconds, and most do without
-    run: Compiled = inductor.aoti_load_package(str(path)).loader.run
-    return run
+    return CompiledGraph(path, inductor.aoti_load_package(str(path)).loader.run)
 
 
 def _build(path: Path, function: Callable[..., object], examples: Sequence[torch.Tensor]) -> None:
@@ -116,7 +140,73 @@ def _build(path: Path, function: Callable[..., object], examples: Sequence[torch
             warnings.simplefilter("ignore")
             exported = torch.export.export(graph, tuple(examples), strict=False)
             inductor = importlib.import_module("torch._inductor")
-            inductor.aoti_compile_and_package(exported, package_path=str(partial))
+            inductor.aoti_compile_and_package(
+                exported, package_path=str(partial), inductor_configs=_INDUCTOR
+            )
+        partial.replace(path)
+
+
+@cache
+def open_graph(path: Path) -> ctypes.CDLL:
+    """Return the library in a graph's package, for callers of torch's C interface.
+
+    Raises
+    ------
+    CompilationFailed
+        If there is none that can be called without torch's help.
+    """
+    try:
+        with zipfile.ZipFile(path) as package, tempfile.TemporaryDirectory() as folder:
+            names = package.namelist()
+            # Operations without a C interface: torch calls them by these notes.
+            notes = [n for n in names if n.endswith(".json") and not n.endswith("_metadata.json")]
+            if any(json.loads(package.read(name)).get("nodes") for name in notes):
+                raise CompilationFailed("it calls operations that only torch can call")
+            (name,) = (name for name in names if name.endswith(".so"))
+            return ctypes.CDLL(package.extract(name, folder))
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise CompilationFailed(f"{type(error).__name__}: {error}") from error
+
+
+def compile_source(source: str, flags: Sequence[str], kind: str = "") -> ctypes.CDLL:
+    """Compile a program in C++, or take it from the disk.
+
+    Parameters
+    ----------
+    source : str
+        The program.
+    flags : sequence of str
+        The compiler's options.
+    kind : str
+        Begins the file's name.
+
+    Raises
+    ------
+    CompilationFailed
+        With the reason.
+    """
+    try:
+        cpp_builder = importlib.import_module("torch._inductor.cpp_builder")  # takes a second
+        compiler = cpp_builder.get_cpp_compiler()
+        path = cache_folder() / f"{kind}{fingerprint(source, compiler, *flags)}.so"
+        if path.exists():
+            with contextlib.suppress(OSError):  # damaged
+                return ctypes.CDLL(str(path))
+        _build_source(path, source, compiler, flags)
+        return ctypes.CDLL(str(path))
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise CompilationFailed(f"{type(error).__name__}: {text[:300]}") from error
+
+
+def _build_source(path: Path, source: str, compiler: str, flags: Sequence[str]) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as folder:
+        code, partial = Path(folder) / "program.cpp", Path(folder) / path.name
+        code.write_text(source, encoding="utf-8")
+        command = [*shlex.split(compiler), *flags, "-o", str(partial), str(code), "-lm"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stderr)
         partial.replace(path)
 
 
@@ -124,7 +214,7 @@ def prepare(
     function: Callable[..., object], examples: Sequence[torch.Tensor]
 ) -> torch.fx.GraphModule:
     """Return the graph that is compiled."""
-    graph = compose(function, examples)
+    graph = compose(function, examples, fast_tanh.DECOMPOSITIONS)
     _join_rows(graph)
     return graph
 

@@ -32,7 +32,7 @@ from pnode.dense import DenseAdjoint, DenseOutput
 from pnode.errors import ConfigurationError
 from pnode.events import Event, EventLocator
 from pnode.layouts import Layout
-from pnode.options import SolverOptions, next_prefix
+from pnode.options import SolverOptions, log_stage, next_prefix
 from pnode.problem import InitialValueProblem
 from pnode.ranks import clean_up
 from pnode.solution import Ledger, Stats
@@ -41,6 +41,7 @@ from pnode.solvers.bridge import accumulate
 from pnode.solvers.compiled import CompiledIntegrator, Compiler, Start, Tape
 from pnode.solvers.compiled_fields import FieldCode, FieldCompiler, compiled_field
 from pnode.solvers.create import create_integrator
+from pnode.solvers.explicit_driver import DrivenSweep, driver_of
 from pnode.solvers.implicit_programs import ImplicitCompiler, ImplicitSweep
 from pnode.solvers.integrator import (
     DENSE_LIMIT,
@@ -50,7 +51,13 @@ from pnode.solvers.integrator import (
 )
 from pnode.solvers.jacobians import JacobianOptions
 from pnode.solvers.methods import Method
-from pnode.solvers.stepping import Step, StepControl, count_fixed_steps, forward_sweep
+from pnode.solvers.stepping import (
+    Step,
+    StepControl,
+    automatic_step,
+    count_fixed_steps,
+    forward_sweep,
+)
 from pnode.solvers.symplectic import split_size
 from pnode.vectorfield import VectorField, note_kept, vector_field
 from pnode.vectors import REAL
@@ -144,6 +151,8 @@ class Run:
         Whether every step starts afresh.
     tape : Tape or None
         Steps and checkpoints of compiled fixed steps, instead of a trajectory.
+    driven : DrivenSweep or None
+        Compiled steps that were taken all at once, with their checkpoints.
     sweep : ImplicitSweep or None
         The whole sweep of an implicit method, compiled.
     codes : tuple of FieldCode
@@ -159,6 +168,7 @@ class Run:
     event: Event | None = None
     reproducible: bool = False
     tape: Tape | None = None
+    driven: DrivenSweep | None = None
     sweep: ImplicitSweep | None = None
     codes: tuple[FieldCode, ...] = ()
 
@@ -440,9 +450,15 @@ class Engine:
             compiles = not self._sweeps.begun  # after a failure as it is, for its error
         elif compiles:
             start = self._compiled(run, field_, y0, keep, requests)
-        if start is not None and self._is_plain(run, requests, keep):
-            return self._sweep(run, field_, y0, keep, start)
-        if compiles and start is None:
+        if start is not None:
+            plain = self._is_plain(run, requests, keep)
+            outputs = self._drive(run, field_, y0, keep, start) if plain else None
+            if outputs is not None:
+                return outputs
+            run.settings = replace(run.settings, graphs=start.graphs)
+            if plain and self.control.step_size is not None:
+                return self._sweep(run, field_, y0, keep, start)
+        elif compiles:
             field_ = self._compiled_field(run, field_, y0, keep)
         if keep:
             run.trajectory = self._trajectory(run, requests, y0)
@@ -518,6 +534,8 @@ class Engine:
         """
         if run.sweep is not None:
             return self._reverse_implicit(run, cotangents)
+        if run.driven is not None:
+            return self._reverse_driven(run, run.driven, cotangents)
         if run.tape is not None:
             return self._reverse_sweep(run, y0, cotangents)
         trajectory = run.trajectory
@@ -553,7 +571,7 @@ class Engine:
     def _is_plain(self, run: Run, requests: Requests, keep: bool) -> bool:
         """Whether a sweep of compiled steps has nothing to do between them but to go on."""
         control, chosen = self.control, self.checkpointing
-        if control.step_size is None or requests.dense or requests.event_fn is not None:
+        if requests.dense or requests.event_fn is not None:
             return False
         if keep and (chosen.bytes is not None or chosen.disk is not None):
             return False
@@ -562,8 +580,50 @@ class Engine:
         options = self._solver_options(run.settings).values
         if requests.monitor is not None or any(name.startswith("ts_monitor") for name in options):
             return False
-        limit = control.max_steps
-        return limit is None or count_fixed_steps(run.problem.times, control.step_size) <= limit
+        limit, step_size = control.max_steps, control.step_size
+        if limit is None or step_size is None:
+            return True
+        return count_fixed_steps(run.problem.times, step_size) <= limit
+
+    def _drive(
+        self, run: Run, field_: VectorField, y0: torch.Tensor, keep: bool, start: Start
+    ) -> torch.Tensor | None:
+        """Take all compiled steps at once, if that is possible and they succeed."""
+        problem, control, settings = run.problem, self.control, run.settings
+        graphs, options = start.graphs, self._solver_options(settings)
+
+        def longest() -> float:
+            with self._integrator(replace(settings, graphs=graphs), field_, y0) as integrator:
+                assert isinstance(integrator, CompiledIntegrator)
+                return integrator.longest
+
+        driver = driver_of(graphs, start.tolerances, keep, self.method.order, longest)
+        if driver is None:
+            return None
+        log_stage("pnode forward").push()
+        try:
+            first = control.first_step or 0.0
+            if settings.adaptive and not first:
+                (begin, end), order = problem.times[:2], self.method.order
+                first = automatic_step(
+                    field_, y0.detach(), settings, order, begin, end, control, start.value
+                )
+            state = y0.detach().to(REAL, copy=True)
+            given = (state, start.slope, start.saved)
+            sweep = driver.sweep(problem.times, problem.direction, control, first, given)
+            outputs = sweep.forward(start.inputs)
+        finally:
+            log_stage("pnode forward").pop()
+        options.warn_unused()
+        if outputs is None:
+            return None
+        run.stats.steps, run.stats.rejected = sweep.steps, sweep.rejected
+        run.stats.rhs += (sweep.steps + sweep.rejected) * graphs.evaluations
+        run.used = field_.used
+        if keep:
+            run.driven = sweep
+            run.stats.ram_bytes = max(run.stats.ram_bytes, sweep.bytes)
+        return outputs
 
     def _sweep(
         self, run: Run, field_: VectorField, y0: torch.Tensor, keep: bool, start: Start | None
@@ -615,6 +675,26 @@ class Engine:
         nonzero = cotangents.ne(0).any(dim=1).tolist()
         number = len(run.problem.parameters)
         initial, parameters = run.sweep.reverse(cotangents, nonzero, number, run.stats.backward)
+        return initial + cotangents[0], parameters, initial, {}
+
+    def _reverse_driven(
+        self, run: Run, sweep: DrivenSweep, cotangents: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None], torch.Tensor, dict[int, float]]:
+        """Take the adjoint of :meth:`_drive`; see :meth:`backward`."""
+        ledger, nonzero = run.stats.backward, cotangents.ne(0).any(dim=1).tolist()
+        log_stage("pnode adjoint").push()
+        try:
+            if not sweep.whole:  # freed by a backward sweep before
+                sweep.repeat()
+                ledger.recomputed += sweep.steps
+                ledger.rhs += sweep.steps * sweep.driver.graphs.evaluations
+            initial, sums = sweep.reverse(cotangents, nonzero, ledger)
+        finally:
+            log_stage("pnode adjoint").pop()
+        parameters: list[torch.Tensor | None] = [None] * len(run.problem.parameters)
+        if sums:
+            for index, gradient in sweep.driver.graphs.gradients(sums):
+                parameters[index] = gradient
         return initial + cotangents[0], parameters, initial, {}
 
     def _reverse_sweep(
@@ -788,13 +868,10 @@ class Engine:
         """Choose compiled steps for a run, if there are any."""
         chosen = self.checkpointing
         free = chosen.bytes is None and chosen.disk is None and chosen.store in ("auto", "tape")
-        start = self._compiler.start(
+        return self._compiler.start(
             field_, y0, run.settings, self._solver_options(run.settings),
             tape=keep and free and not requests.dense,
         )  # fmt: skip
-        if start is not None:
-            run.settings = replace(run.settings, graphs=start.graphs)
-        return start
 
     def _compiled_field(
         self, run: Run, field_: VectorField, y0: torch.Tensor, keep: bool

@@ -18,15 +18,20 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pnode.vectorfield import VectorField
 
-__all__ = ["FieldGraph", "Untraceable", "compose", "trace_field"]
+__all__ = [
+    "SMALL_PRODUCT", "VECTOR", "FieldGraph", "ParameterPart", "Untraceable", "compose",
+    "trace_field",
+]  # fmt: skip
 
 _aten = torch.ops.aten
 _Node: TypeAlias = Any  # torch.fx.Node, whose arguments are typed as a union of everything
-# Below so many multiplications a matrix product costs less as a loop, fused with what is around
+#: Below so many multiplications a matrix product costs less as a loop, fused with what is around
 # it, than as a call of the BLAS.
-_SMALL_PRODUCT = 20_000
-# Entries that such a loop takes at once, in any case.
-_VECTOR = 8
+SMALL_PRODUCT = 20_000
+#: Entries that such a loop takes at once, in any case.
+VECTOR = 8
+# Into so many sums the entries along a row are added up first.
+_LANES = 16
 # Cheaper to repeat from their operands than to keep.
 _CHEAP = {
     _aten.add, _aten.sub, _aten.mul, _aten.neg, _aten.rsub, _aten.relu, _aten.square, _aten.abs,
@@ -147,7 +152,7 @@ def trace_field(field: VectorField) -> FieldGraph:
         values = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
         graph = compose(torch.func.functionalize(graph), [torch.empty_like(x) for x in values])
         graph.graph.eliminate_dead_code()
-    transposed = _expand_small_products(graph, captured)
+    transposed = _arrange_products(graph, captured)
     return _split(graph, captured, transposed, used)
 
 
@@ -210,20 +215,31 @@ def _refuse_effects(graph: torch.fx.GraphModule) -> None:
                 )
 
 
-def _expand_small_products(
+def _arrange_products(
     graph: torch.fx.GraphModule, captured: tuple[torch.Tensor, ...]
 ) -> tuple[int, ...]:
-    """Write small products with a matrix that f reads as sums, which fuse with their neighbours.
+    """Write products with a matrix that f reads in the form in which they take least time.
 
-    That pays if entries next to each other in memory are taken at once: those of a row where there
-    are enough columns, else those that are summed. Where the matrix lies the other way round, its
-    transpose becomes an input too; returns the indices of these matrices.
+    Small ones are sums, which fuse with their neighbours. That pays if entries next to each other
+    in memory are taken at once: those of a row where there are enough columns, else those that are
+    summed. Large ones (float64) are given the matrix with the summed entries next to each other,
+    which the BLAS likes best. Where the matrix lies the other way round, its transpose becomes an
+    input too; returns the indices of these matrices.
     """
     nodes = graph.graph
     placeholders = [node for node in nodes.nodes if node.op == "placeholder"]
     order = {node: index for index, node in enumerate(placeholders[3:])}
     copies: dict[int, _Node] = {}
     last = placeholders[-1]
+
+    def transposed(index: int) -> _Node:
+        nonlocal last
+        if index not in copies:
+            with nodes.inserting_after(last):
+                last = copies[index] = nodes.placeholder(f"transposed_{index}")
+            last.meta["val"] = captured[index].detach().t().contiguous()
+        return copies[index]
+
     for node in list(nodes.nodes):
         if node.target not in (_aten.mm.default, _aten.addmm.default) or node.kwargs:
             continue
@@ -232,37 +248,76 @@ def _expand_small_products(
         while _packet(base) in (_aten.t, _aten.detach):
             flipped ^= _packet(base) is _aten.t
             base = base.args[0]
-        (rows, inner), columns = a.meta["val"].shape, b.meta["val"].shape[1]
-        if base not in order or rows * inner * columns > _SMALL_PRODUCT:
+        if base not in order or not captured[order[base]].is_contiguous():
             continue
         index = order[base]
-        by_rows = columns >= _VECTOR
-        if not captured[index].is_contiguous():
+        (rows, inner), columns = a.meta["val"].shape, b.meta["val"].shape[1]
+        if rows * inner * columns > SMALL_PRODUCT:
+            wide = rows >= VECTOR and captured[index].dtype is torch.float64
+            if wide and not flipped and min(captured[index].shape) > 1:
+                with nodes.inserting_before(node):
+                    right = nodes.call_function(_aten.t.default, (transposed(index),))
+                right.meta["val"] = b.meta["val"]
+                node.args = (*bias, a, right)
             continue
-        if flipped == by_rows and min(captured[index].shape) > 1:
-            if index not in copies:
-                with nodes.inserting_after(last):
-                    last = copies[index] = nodes.placeholder(f"transposed_{index}")
-                last.meta["val"] = captured[index].detach().t().contiguous()
-            base, flipped = copies[index], not flipped
+        if flipped == (columns >= VECTOR) and min(captured[index].shape) > 1:
+            base, flipped = transposed(index), not flipped
         with nodes.inserting_before(node):
-            if by_rows:
-                right = nodes.call_function(_aten.unsqueeze.default, (b if flipped else base, 0))
-                left = nodes.call_function(_aten.unsqueeze.default, (a, 2))
-                summed = 1
-            else:
-                right = nodes.call_function(_aten.unsqueeze.default, (base, 0))
-                left = nodes.call_function(_aten.unsqueeze.default, (a, 1))
-                summed = 2
-            terms = nodes.call_function(_aten.mul.Tensor, (left, right))
-            total = nodes.call_function(_aten.sum.dim_IntList, (terms, [summed]))
-            for tensor in bias:
-                total = nodes.call_function(_aten.add.Tensor, (total, tensor))
-        total.meta["val"] = node.meta["val"]
-        node.replace_all_uses_with(total)
-        nodes.erase_node(node)
+            _write_as_sum(nodes, node, base, b if flipped else base)
     nodes.eliminate_dead_code()
     return tuple(copies)
+
+
+def _write_as_sum(nodes: torch.fx.Graph, node: _Node, base: _Node, by_rows: _Node) -> None:
+    """Replace a product by a sum: over rows of ``by_rows``, or along rows of ``base``."""
+    *bias, a, b = node.args
+    call = nodes.call_function
+    (_, inner), columns = a.meta["val"].shape, b.meta["val"].shape[1]
+    if columns >= VECTOR:
+        right = call(_aten.unsqueeze.default, (by_rows, 0))
+        left = call(_aten.unsqueeze.default, (a, 2))
+        total = call(_aten.sum.dim_IntList, (call(_aten.mul.Tensor, (left, right)), [1]))
+    elif inner >= 2 * _LANES:
+        total = _sum_in_lanes(call, a, base, inner)
+    else:
+        right = call(_aten.unsqueeze.default, (base, 0))
+        left = call(_aten.unsqueeze.default, (a, 1))
+        total = call(_aten.sum.dim_IntList, (call(_aten.mul.Tensor, (left, right)), [2]))
+    for tensor in bias:
+        total = call(_aten.add.Tensor, (total, tensor))
+    total.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(total)
+    nodes.erase_node(node)
+
+
+def _sum_in_lanes(call: Any, a: _Node, base: _Node, inner: int) -> _Node:
+    """Return a base^T, summed lane by lane first.
+
+    To add up the entries of one vector costs as much as some ten additions of vectors.
+    """
+    blocks = inner // _LANES
+    whole = blocks * _LANES
+
+    def block(matrix: _Node, place: int) -> _Node:
+        part = call(_aten.slice.Tensor, (matrix, 1, 0, whole))
+        parts = call(_aten.view.default, (part, [len_of(matrix), blocks, _LANES]))
+        return call(_aten.unsqueeze.default, (parts, place))
+
+    def len_of(matrix: _Node) -> int:
+        return int(matrix.meta["val"].shape[0])
+
+    products = call(_aten.mul.Tensor, (block(a, 1), block(base, 0)))
+    lanes = call(_aten.sum.dim_IntList, (products, [2]))
+    terms = [call(_aten.select.int, (lanes, 2, index)) for index in range(_LANES)]
+    for index in range(whole, inner):
+        left = call(_aten.slice.Tensor, (a, 1, index, index + 1))
+        right = call(_aten.select.int, (base, 1, index))
+        terms.append(call(_aten.mul.Tensor, (left, right)))
+    while len(terms) > 1:
+        last = terms[len(terms) // 2 * 2 :]
+        pairs = zip(terms[0::2], terms[1::2], strict=False)
+        terms = [call(_aten.add.Tensor, pair) for pair in pairs] + last
+    return terms[0]
 
 
 def _is_mutation(node: _Node) -> bool:
@@ -398,7 +453,10 @@ def _extract(
     return torch.fx.GraphModule(torch.nn.Module(), graph)
 
 
-def compose(function: Any, examples: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
+def compose(
+    function: Any, examples: Sequence[torch.Tensor], decompositions: Any = None
+) -> torch.fx.GraphModule:
     """Trace a function that calls graphs, at tensors of the given shapes and dtypes."""
+    trace = make_fx(function, decompositions, tracing_mode="fake", _allow_non_fake_inputs=True)
     with torch.no_grad():
-        return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
+        return trace(*examples)

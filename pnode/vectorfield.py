@@ -150,6 +150,17 @@ class VectorField:
             *found[1:],
         ]
 
+    def trust(self, used: list[bool] | None) -> None:
+        """Take over which parameters f uses, instead of finding out at the first evaluation.
+
+        Parameters
+        ----------
+        used : list of bool or None
+            What :attr:`used` was in an earlier solve; None: find out after all.
+        """
+        self._check_first = used is None
+        self.used[:] = used or [False] * len(self.parameters)
+
     def slope(self, s: float, u: torch.Tensor) -> torch.Tensor:
         """Return du/ds, both parts of a split right-hand side; arguments as for :meth:`rhs`."""
         own = self.rhs(s, u)

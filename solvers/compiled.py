@@ -52,11 +52,20 @@ class Start:
         f at the initial state, flat, PETSc's precision.
     saved : tuple of Tensor
         What is saved of it.
+    tolerances : tuple of Tensor
+        Relative and absolute, of adaptive steps.
+    value : Tensor
+        The slope as f itself gives it, in the integrator's time and the user's precision.
+    inputs : list of Tensor
+        What the graphs take for what f reads.
     """
 
     graphs: StepGraphs
     slope: torch.Tensor
     saved: tuple[torch.Tensor, ...]
+    tolerances: tuple[torch.Tensor, ...]
+    value: torch.Tensor
+    inputs: list[torch.Tensor]
 
 
 @dataclass(eq=False)
@@ -65,6 +74,8 @@ class Entry:
 
     traced: FieldGraph
     graphs: dict[Any, StepGraphs] = field(default_factory=dict)
+    #: Which parameters f uses, once that has been looked at.
+    used: list[bool] | None = None
 
 
 class TooManyGraphs(Untraceable):
@@ -123,29 +134,36 @@ class Compiler:
     def _start(
         self, field_: VectorField, y0: torch.Tensor, settings: IntegratorSettings, tape: bool
     ) -> Start:
-        problem, method = field_.problem, settings.method
-        s = problem.times[0]
-        try:
-            value = field_.rhs(s, y0.detach().to(field_.dtype, copy=True)) * problem.direction
-        except SolveError as error:
-            at = problem.direction * s
-            raise error.located(time=at, step=0, method=method.name) from error.__cause__
-        if not method.fsal:  # a check, which the method makes no use of
-            field_.ledger.rhs -= 1
-        time = torch.scalar_tensor(problem.direction * s, dtype=REAL)
+        problem = field_.problem
+        time = torch.scalar_tensor(problem.direction * problem.times[0], dtype=REAL)
         state = y0.detach().to(REAL)
         key = (problem.layout, tuple(map(id, problem.parameters)))
+        entry = self._entries.get(key)
+        trusted = entry is not None and entry.used is not None
+        if entry is not None and entry.used is not None:
+            field_.trust(entry.used)
+        value = self._value(field_, y0, settings)
         for attempt in range(2):
-            entry = self._entry(key, problem, y0, renew=attempt > 0)
+            if entry is None or attempt or not entry.traced.fits():
+                if trusted:  # something has changed: with all checks
+                    trusted, before = False, field_.ledger.rhs
+                    field_.trust(None)
+                    value = self._value(field_, y0, settings)
+                    field_.ledger.rhs = before
+                entry = self._entry(key, problem, y0, renew=True)
             graphs = self._graphs(entry, settings, tape)
+            inputs = entry.traced.inputs()
             with torch.no_grad():
-                slope, saved = graphs.start(time, state)
-            if agree(slope, value):
+                slope, saved = graphs.start(time, state, inputs)
+            if agree(slope if problem.direction > 0 else -slope, value):
                 # Compile what will be wanted now: a failure is still in time for the other way.
-                graphs.compile_step(_tolerances(settings))
+                given = _tolerances(settings)
+                graphs.compile_step(given)
                 if tape:
                     graphs.adjoint  # noqa: B018
-                return Start(graphs, slope, saved)
+                if problem.check_undeclared:
+                    entry.used = list(field_.used)
+                return Start(graphs, slope, saved, given, value, inputs)
         raise Untraceable(
             "the vector field's value is not that of its graph: does it compute with something "
             "else than torch?"
@@ -161,6 +179,21 @@ class Compiler:
             while len(self._entries) > _MOST_ENTRIES:  # parameters that are new in each solve
                 del self._entries[next(iter(self._entries))]
         return entry
+
+    def _value(
+        self, field_: VectorField, y0: torch.Tensor, settings: IntegratorSettings
+    ) -> torch.Tensor:
+        """Evaluate f where the solve begins."""
+        problem, method = field_.problem, settings.method
+        s = problem.times[0]
+        try:
+            value = field_.rhs(s, y0.detach().to(field_.dtype, copy=True))
+        except SolveError as error:
+            at = problem.direction * s
+            raise error.located(time=at, step=0, method=method.name) from error.__cause__
+        if not method.fsal:  # a check, which the method makes no use of
+            field_.ledger.rhs -= 1
+        return value
 
     def _trace(self, problem: InitialValueProblem, y0: torch.Tensor) -> Entry:
         """Trace the field and compare value and product at another point."""
@@ -212,6 +245,8 @@ def agree(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two values are the same but for round-off."""
     rtol = 1e-9 if b.dtype is torch.float64 else 1e-4
     a, b = a.detach().double(), b.detach().double()
+    if float((a - b).abs().max()) <= rtol * float(b.abs().max()):
+        return True
     scale = float(b.abs().nan_to_num(0.0, 0.0, 0.0).max())
     return torch.allclose(a, b, rtol=rtol, atol=rtol * scale, equal_nan=True)
 
@@ -256,11 +291,11 @@ def _tableau(method: Method) -> tuple[ExplicitTableau, tuple[float, ...] | None]
     )  # fmt: skip
 
 
-def _tolerances(settings: IntegratorSettings) -> list[torch.Tensor]:
+def _tolerances(settings: IntegratorSettings) -> tuple[torch.Tensor, ...]:
     if not settings.adaptive:
-        return []
+        return ()
     found = (tolerances.values(settings.rtol), tolerances.values(settings.atol))
-    return [torch.as_tensor(value, dtype=REAL) for value in found]
+    return tuple(torch.as_tensor(value, dtype=REAL) for value in found)
 
 
 @dataclass(eq=False)
@@ -311,8 +346,8 @@ class CompiledIntegrator(TimeIntegrator):
         memory = np.zeros(settings.size)
         self._memory = torch.from_numpy(memory)
         self.solution = PETSc.Vec().createWithArray(memory, comm=settings.comm)
-        self._longest = self.ts.getStepLimits()[1] if settings.adaptive else math.inf
-        self._evaluations = len(graphs.tableau.c) - graphs.fsal
+        #: Longest adaptive step.
+        self.longest = self.ts.getStepLimits()[1] if settings.adaptive else math.inf
         self._slope: torch.Tensor | None = None
         self._saved: tuple[torch.Tensor, ...] = ()
         self._number: tuple[float, torch.Tensor] = (0.0, torch.zeros((), dtype=REAL))
@@ -381,7 +416,7 @@ class CompiledIntegrator(TimeIntegrator):
                 ledger.rhs += 1
             inputs.append(slope)
         results = self._run(inputs + self._inputs)
-        ledger.rhs += self._evaluations
+        ledger.rhs += graphs.evaluations
         looks = results[0].tolist()
         proposed = step
         if self.settings.adaptive:
@@ -462,7 +497,7 @@ class CompiledIntegrator(TimeIntegrator):
             outputs[index] = u
             if tape is not None:
                 tape.outputs.append(number)
-        self._field.ledger.rhs += number * self._evaluations
+        self._field.ledger.rhs += number * graphs.evaluations
         self._stand_at(u)
         return number
 
@@ -473,7 +508,7 @@ class CompiledIntegrator(TimeIntegrator):
             return False, step
         factor = _SAFETY * error ** (-1.0 / self.settings.method.order) if error else math.inf
         factor = min(max(factor, _LEAST_FACTOR), _LARGEST_FACTOR)
-        return error <= 1.0, min(step * factor, self._longest)
+        return error <= 1.0, min(step * factor, self.longest)
 
     def _look(
         self, looks: list[float], end: torch.Tensor, s: float, index: int

@@ -6,18 +6,40 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from pnode.compilation import Compiled, compile_graph, fingerprint
 from pnode.solvers.tableaus import ExplicitTableau
-from pnode.tracing import FieldGraph
+from pnode.tracing import SMALL_PRODUCT, VECTOR, FieldGraph, ParameterPart
 from pnode.vectors import REAL
 
 __all__ = ["StepGraphs"]
 
 Tensors = tuple[torch.Tensor, ...]
+
+
+class Layout(NamedTuple):
+    """Which results of a step make a checkpoint.
+
+    Attributes
+    ----------
+    results : int
+        Number of results.
+    begin, end : int
+        The stages, which come after the step's start and before what was saved of the first.
+    last : int
+        From ``end`` to here: what was saved of the others. From here on: what the next step's
+        checkpoint takes for its first stage.
+    """
+
+    results: int
+    begin: int
+    end: int
+    last: int
+
+
 # Entries of a factor that are worth another matrix product to leave where they are.
 _LARGE = 32_768
 _SOURCE = Path(__file__).read_text(encoding="utf-8")
@@ -55,10 +77,17 @@ class StepGraphs:
     dtype: torch.dtype
     tape: bool
     _steps: dict[Any, Compiled] = field(default_factory=dict, init=False)
+    #: What takes whole sweeps, see :func:`pnode.solvers.explicit_driver.driver_of`.
+    drivers: dict[Any, Any] = field(default_factory=dict, init=False)
 
     @property
     def stages(self) -> int:
         """How many stages a checkpoint holds: those that the solution depends on."""
+        return len(self.tableau.c) - self.fsal
+
+    @property
+    def evaluations(self) -> int:
+        """How often a step evaluates f."""
         return len(self.tableau.c) - self.fsal
 
     @property
@@ -76,10 +105,13 @@ class StepGraphs:
                 needed.add(i)
         return len(needed)
 
-    def start(self, t: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
+    def start(
+        self, t: torch.Tensor, u: torch.Tensor, inputs: Sequence[torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, Tensors]:
         """Return k_1, PETSc's precision, and what is saved of it, without the compiler."""
+        read = self.field_graph.inputs() if inputs is None else inputs
         point = u.to(self.dtype).view(self.field_graph.shape)
-        value, *saved = self.field_graph.value(t.to(self.dtype), point, *self.field_graph.inputs())
+        value, *saved = self.field_graph.value(t.to(self.dtype), point, *read)
         return value.to(REAL).reshape(-1), tuple(saved[: self.saved])
 
     # ---------------------------------------------------------------------------------- the graphs
@@ -181,18 +213,13 @@ class StepGraphs:
             parts.append(tuple(results))
         state = sum((product for product in below if product is not None), start=state)
         for index, part in enumerate(self.field_graph.parameters):
-            if not part.factors:
+            if part.factors:
+                pairs = [results[part.first : part.first + 2] for results in reversed(parts)]
+                for total in _products(pairs):
+                    sums[index] = sums[index] + total
+            else:
                 for results in parts:
                     sums[index] = sums[index] + results[part.first]
-                continue
-            pairs = [results[part.first : part.first + 2] for results in reversed(parts)]
-            # One product for all stages. Not for a large factor of the first stage, which does not
-            # lie next to those of the others.
-            large = pairs[0][1].numel() > _LARGE
-            for group in (pairs[:1], pairs[1:]) if large else (pairs,):
-                left, right = (torch.cat(factors) for factors in zip(*group, strict=True))
-                total = left.t() @ right
-                sums[index] = sums[index] + (total.t() if part.transposed else total)
         return (state.reshape(-1), *sums)
 
     def checkpoint(self, u: torch.Tensor, saved: Tensors, results: list[torch.Tensor]) -> Tensors:
@@ -201,13 +228,28 @@ class StepGraphs:
         The stages that the solution depends on; with tape those after the first as one tensor, and
         what was saved of the first (FSAL), and of the others.
         """
+        layout = self.layout
+        return (
+            u.to(self.dtype), *results[layout.begin : layout.end], *saved,
+            *results[layout.end : layout.last],
+        )  # fmt: skip
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Where the results of a step go."""
         begin = 3 if self.fsal else 2
-        end = begin + self.stages - 1
         if not self.tape:
-            return (u.to(self.dtype), *results[begin:end])
+            end = begin + self.stages - 1
+            return Layout(end, begin, end, end)
         end = begin + (self.stages > 1)
-        last = len(results) - (self.saved if self.fsal else 0)
-        return (u.to(self.dtype), *results[begin:end], *saved, *results[end:last])
+        last = end + (self.saved if self.stages > self.fsal else 0)
+        return Layout(last + self.saved * self.fsal, begin, end, last)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Size of a checkpoint."""
+        kept = self.field_graph.saved_bytes if self.tape else 0
+        return self.stages * (self.size * self.dtype.itemsize + kept)
 
     # -------------------------------------------------------------------------------- the compiler
 
@@ -255,8 +297,48 @@ class StepGraphs:
         )
 
     def zeros(self) -> list[torch.Tensor]:
-        """Return zero gradients, one per parameter that f uses."""
-        return [torch.zeros(part.shape, dtype=REAL) for part in self.field_graph.parameters]
+        """Return zero sums for mu, one per parameter that f uses."""
+        return [
+            torch.zeros(part.shape[::-1] if _is_transposed(part) else part.shape, dtype=REAL)
+            for part in self.field_graph.parameters
+        ]
+
+    def gradients(self, sums: Sequence[torch.Tensor]) -> list[tuple[int, torch.Tensor]]:
+        """Return mu from its sums: the index of each parameter that f uses, and its gradient."""
+        return [
+            (part.index, total.t().contiguous() if _is_transposed(part) else total)
+            for part, total in zip(self.field_graph.parameters, sums, strict=True)
+        ]
+
+
+def _is_transposed(part: ParameterPart) -> bool:
+    """Whether the transpose of a gradient is summed: of matrix products the wide form is."""
+    if not part.factors:
+        return False
+    rows, columns = part.shape
+    return rows > columns if rows != columns else part.transposed
+
+
+def _products(pairs: list[Tensors]) -> list[torch.Tensor]:
+    """Return terms whose sum is the sum of a^T b over pairs (a, b), or its transpose if wider."""
+    # One product for all stages, but: b is what f evaluates, and the first stage's does not lie
+    # next to those of the others; a lies where it was computed.
+    (computed, evaluated), result = pairs[0], pairs[0][0].shape[1] * pairs[0][1].shape[1]
+    groups = [pairs]
+    if computed.numel() > max(_LARGE, 2 * result):
+        groups = [[pair] for pair in pairs]
+    elif evaluated.numel() > _LARGE:
+        groups = [pairs[:1], pairs[1:]]
+    if computed.shape[1] > evaluated.shape[1]:
+        groups = [[(b, a) for a, b in group] for group in groups]
+    columns = max(computed.shape[1], evaluated.shape[1])
+    if sum(len(a) for a, _ in pairs) * result <= SMALL_PRODUCT and columns >= VECTOR:
+        return [(a.unsqueeze(2) * b.unsqueeze(1)).sum(0) for group in groups for a, b in group]
+    return [
+        torch.cat([a for a, _ in group]).t() @ torch.cat([b for _, b in group])
+        for group in groups
+        if group
+    ]
 
 
 def _rows(stack: torch.Tensor) -> list[torch.Tensor]:

@@ -7,12 +7,8 @@ uses; the result is kept on disk. A sweep is one call then.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import math
-import shlex
-import subprocess
-import tempfile
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +20,7 @@ import torch
 from torch._utils import _unflatten_dense_tensors
 
 from pnode import tolerances
-from pnode.compilation import CompilationFailed, cache_folder, fingerprint
+from pnode.compilation import CompilationFailed, compile_source
 from pnode.errors import LinearSolveFailed, SolveError
 from pnode.options import SolverOptions
 from pnode.scalars import Scalars, Symbols, decomposed
@@ -263,36 +259,11 @@ def _position(traced: FieldGraph, parameter: torch.Tensor) -> int:
 
 def _load(source: str) -> ctypes.CDLL:
     """Compile a program, or take it from the disk."""
-    from torch._inductor import cpp_builder  # takes a second
-
-    try:
-        compiler = cpp_builder.get_cpp_compiler()
-        path = cache_folder() / f"{fingerprint(source, compiler, *_FLAGS)}.so"
-        library = None
-        if path.exists():
-            with contextlib.suppress(OSError):  # damaged
-                library = ctypes.CDLL(str(path))
-        if library is None:
-            _build(path, source, compiler)
-            library = ctypes.CDLL(str(path))
-    except Exception as error:
-        text = " ".join(str(error).split())
-        raise CompilationFailed(f"{type(error).__name__}: {text[:300]}") from error
+    library = compile_source(source, _FLAGS)
     library.pnode_forward.restype = ctypes.c_void_p
     library.pnode_reverse.restype = ctypes.c_int64
     library.pnode_difference.restype = ctypes.c_double
     return library
-
-
-def _build(path: Path, source: str, compiler: str) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as folder:
-        code, partial = Path(folder) / "program.cpp", Path(folder) / path.name
-        code.write_text(source, encoding="utf-8")
-        command = [*shlex.split(compiler), *_FLAGS, "-o", str(partial), str(code), "-lm"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(done.stderr)
-        partial.replace(path)
 
 
 @dataclass(eq=False)

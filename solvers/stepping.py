@@ -13,14 +13,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from pnode import tolerances, vectors
 from pnode.errors import NonFiniteVectorField, SolveError, StepLimitReached, StepSizeUnderflow
 from pnode.solution import Ledger
-from pnode.solvers.integrator import TimeIntegrator
+from pnode.solvers.integrator import IntegratorSettings, TimeIntegrator
 from pnode.vectorfield import VectorField
 
-__all__ = ["Step", "StepControl", "count_fixed_steps", "first_step", "fixed_steps", "forward_sweep"]
+__all__ = [
+    "Step", "StepControl", "automatic_step", "count_fixed_steps", "first_step", "fixed_steps",
+    "forward_sweep",
+]  # fmt: skip
 
 # After a failed nonlinear solve or a non-finite vector field there is no error estimate to go by.
 _FAILURE_FACTOR = 0.25
@@ -296,18 +300,30 @@ def _fit(natural: float, remaining: float) -> float:
 def first_step(
     integrator: TimeIntegrator, field: VectorField, start: float, end: float, control: StepControl
 ) -> float:
-    """Choose a first step from two evaluations of the field.
+    """Choose a first step; see :func:`automatic_step`.
 
-    Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I, section II.4, "Starting
-    Step Size". Where y0' is not at hand (a mass matrix, a residual), a millionth of the first
-    output interval, or of 1 where that has no end.
+    Where y0' is not at hand (a mass matrix, a residual), a millionth of the first output interval,
+    or of 1 where that has no end.
     """
     if field.problem.form in ("mass", "residual"):
         span = end - start if math.isfinite(end) else 1.0
         return min(1e-6 * span, control.max_step)
     y0 = vectors.copy_out(integrator.solution, field.dtype)
-    f0 = field.slope(start, y0.clone())
     settings = integrator.settings
+    return automatic_step(field, y0, settings, integrator.first_order, start, end, control)
+
+
+def automatic_step(
+    field: VectorField, y0: torch.Tensor, settings: IntegratorSettings, order: int,
+    start: float, end: float, control: StepControl, f0: torch.Tensor | None = None,
+) -> float:  # fmt: skip
+    """Choose a first step from two evaluations of the field, one if ``f0`` is at hand.
+
+    Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I, section II.4, "Starting
+    Step Size".
+    """
+    if f0 is None:
+        f0 = field.slope(start, y0.clone())
     rtol, atol = tolerances.values(settings.rtol), tolerances.values(settings.atol)
     scale = atol + rtol * y0.abs()
     rms = field.problem.ranks.rms
@@ -316,7 +332,6 @@ def first_step(
     guess = min(guess, end - start)
     d2 = rms((field.slope(start + guess, y0 + guess * f0) - f0) / scale) / guess
     steepest = max(d1, d2)
-    order = integrator.first_order
     if not math.isfinite(steepest):  # outside the field's domain: let the controller feel its way
         return guess
     if steepest <= 1e-15:

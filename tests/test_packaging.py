@@ -21,6 +21,7 @@ LEAVES = {
         "compilation",
         "controllers",
         "errors",
+        "fast_tanh",
         "interpolation",
         "launchers",
         "layouts",
