@@ -28,6 +28,7 @@ from pnode.adjoint.store import CheckpointStore, DiskFolder
 from pnode.adjoint.trajectory import Trajectory
 from pnode.checkpointing import Checkpointing
 from pnode.dense import DenseAdjoint, DenseOutput
+from pnode.devices import place_of
 from pnode.errors import ConfigurationError
 from pnode.events import Event, EventLocator
 from pnode.layouts import Layout
@@ -418,6 +419,8 @@ class Engine:
         field_ = vector_field(problem, run.stats)
         compiled = self.compile and len(problem.times) > 1
         compiled = compiled and not problem.ranks.parallel and self.exchange is None
+        if compiled and not (run.settings.place.on_host and problem.compute is None):
+            compiled = self._compiler.refuse("y0 is on a device, for which nothing is compiled yet")
         if compiled and self.method.implicit:
             compiled = False
             outputs = self._implicit_sweep(run, field_, y0, keep, requests)
@@ -808,6 +811,9 @@ class Engine:
             ).for_layout(jacobian, layout, self._patterns, self.exchange),
             distribution=problem.distribution, comm=self.comm,
         )  # fmt: skip
+        # The option vec_type chooses between PETSc's types on a device.
+        vec_type = self._solver_options(settings).take("vec_type")
+        settings = replace(settings, place=place_of(layout.device, vec_type))
         # What is detected during a solve, and the values of tensors, may be others next time.
         if jacobian == "dense" and isinstance(rtol, float) and isinstance(atol, float):
             self._known_settings[key] = settings

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from pnode import arguments
+from pnode.devices import HOST
 from pnode.errors import ConfigurationError
 from pnode.problem import StateLayout
 from pnode.vectors import REAL
@@ -147,9 +148,9 @@ def _broadcast(name: str, value: torch.Tensor, shape: torch.Size) -> torch.Tenso
         ) from None
 
 
-def values(tolerance: Resolved) -> float | torch.Tensor:
+def values(tolerance: Resolved, device: torch.device = HOST.device) -> float | torch.Tensor:
     """Return a number, or a tensor of shape ``(size,)`` in PETSc's precision."""
-    return tolerance if isinstance(tolerance, float) else tolerance.tensor()
+    return tolerance if isinstance(tolerance, float) else tolerance.tensor().to(device)
 
 
 def describe(tolerance: Tolerance) -> str:

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from pnode.devices import random_states
 from pnode.errors import ConfigurationError, VectorFieldError
 from pnode.layouts import Layout
 from pnode.mass import MassMatrix
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
+from pnode.transfers import remote
 
 __all__ = [
     "DistributedField",
@@ -76,7 +78,8 @@ class VectorField:
 
     def __init__(self, problem: InitialValueProblem, ledger: Ledger, function: Any = None) -> None:
         self.problem = problem
-        self._function = problem.function if function is None else function
+        self._own = problem.function if function is None else function
+        self._function = remote(self._own, problem.compute, ledger)
         self.mass: MassMatrix | None = problem.mass
         self.ledger = ledger
         self.parameters = problem.parameters
@@ -221,7 +224,7 @@ class VectorField:
         # torch has an error of its own for writing into a leaf. The first time, f gets a copy of
         # the leaf, so that the write goes through and _call reports it.
         own = leaf.clone() if first else leaf
-        before = _hidden_state(self._function) if first and self.problem.check_undeclared else None
+        before = self._hidden_state() if first and self.problem.check_undeclared else None
         try:
             value = self._call(
                 s, own, time, self._layout.unflatten(own) if self._layout.is_tuple else own
@@ -235,17 +238,26 @@ class VectorField:
             self._find_parameters(value, leaf, time)
         return value
 
-    def _refuse_hidden_state(self, s: float, before: tuple[torch.Tensor, list[int]]) -> None:
+    def _hidden_state(self) -> tuple[list[torch.Tensor], list[int]]:
+        """Return torch's random states and the versions of a Module's floating-point buffers."""
+        own = self._own
+        buffers = own.buffers() if isinstance(own, torch.nn.Module) else ()
+        return (
+            random_states(self.problem.compute or self._layout.device),
+            [buffer._version for buffer in buffers if buffer.is_floating_point()],
+        )
+
+    def _refuse_hidden_state(self, s: float, before: tuple[list[torch.Tensor], list[int]]) -> None:
         """Refuse a field that is not a function of t and y: its adjoint would be another's."""
-        random, buffers = before
-        if not torch.equal(random, torch.get_rng_state()):
+        now = self._hidden_state()
+        if not all(map(torch.equal, before[0], now[0])):
             raise VectorFieldError(
                 "the vector field draws random numbers (dropout in training mode?), so that its "
                 "value cannot be had again for the gradient: call .eval() on it, or draw them "
                 "once before the solve",
                 time=self._direction * s,
             )
-        if buffers != _hidden_state(self._function)[1]:
+        if before[1] != now[1]:
             raise VectorFieldError(
                 "the vector field writes into one of its buffers, so that its value cannot be had "
                 "again for the gradient: call .eval() on it, or keep what it counts outside",
@@ -437,15 +449,6 @@ class DistributedField(VectorField):
 
     def _wrap(self, *arguments: Any) -> Linearization:
         return DistributedLinearization(self, *arguments)
-
-
-def _hidden_state(function: Any) -> tuple[torch.Tensor, list[int]]:
-    """Return torch's random state and the versions of a Module's floating-point buffers."""
-    buffers = function.buffers() if isinstance(function, torch.nn.Module) else ()
-    return (
-        torch.get_rng_state(),
-        [buffer._version for buffer in buffers if buffer.is_floating_point()],
-    )
 
 
 def vector_field(problem: InitialValueProblem, ledger: Ledger) -> VectorField:

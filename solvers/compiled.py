@@ -117,6 +117,11 @@ class Compiler:
             field_.ledger.rhs = evaluations
             return None
 
+    def refuse(self, reason: str) -> bool:
+        """Warn, the first time, that a solve goes on without; False."""
+        self._warn(reason)
+        return False
+
     def _warn(self, reason: str) -> None:
         if not self._warned:
             self._warned = True

@@ -250,7 +250,10 @@ class MultistepIntegrator(TimeIntegrator):
 
     def _scale(self, u: torch.Tensor) -> torch.Tensor:
         settings = self.settings
-        return tolerances.values(settings.atol) + tolerances.values(settings.rtol) * u.abs()
+        rtol, atol = (
+            tolerances.values(value, u.device) for value in (settings.rtol, settings.atol)
+        )
+        return atol + rtol * u.abs()
 
     def _initial_slope(self, s: float, where: dict[str, Any]) -> torch.Tensor:
         """Return u' where the history is a single state: -F(s, u, 0).

@@ -20,6 +20,7 @@ LEAVES = {
         "checkpointing",
         "compilation",
         "controllers",
+        "devices",
         "errors",
         "interpolation",
         "launchers",
@@ -32,6 +33,7 @@ LEAVES = {
         "solution",
         "tolerances",
         "tracing",
+        "transfers",
         "vectorfield",
         "vectors",
     )
