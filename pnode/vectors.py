@@ -24,6 +24,7 @@ from pnode.options import PETSc
 __all__ = [
     "REAL",
     "add_to",
+    "adopt",
     "are_moderate",
     "copy_in",
     "copy_out",
@@ -70,6 +71,18 @@ def create(comm: Any, local_size: int, place: Place = HOST) -> Any:
     vector.setSizes((local_size, PETSc.DETERMINE))
     vector.setType(place.vec_type)
     vector.set(0.0)
+    adopt(vector, place)
+    return vector
+
+
+def adopt(vector: Any, place: Place) -> None:
+    """Reach a vector, and others of its type, where it lives. Not collective.
+
+    Raises
+    ------
+    ConfigurationError
+        If PETSc has put it elsewhere than ``place`` says.
+    """
     if not place.on_host:
         _through_dlpack.add(vector.getType())
         found = view(vector).device
@@ -79,7 +92,6 @@ def create(comm: Any, local_size: int, place: Place = HOST) -> Any:
                 f"{found}: start without -vec_bind_below and with -device_select "
                 f"{place.device.index}"
             )
-    return vector
 
 
 def view(vector: Any) -> torch.Tensor:

@@ -344,7 +344,7 @@ class SparsityPattern:
 
     def bring_to(self, device: torch.device) -> None:
         """Keep the entries on a device from now on."""
-        if self.rows.device != device:
+        if self.colors.device != device:
             self.rows, self.columns = self.rows.to(device), self.columns.to(device)
             self.colors = self.colors.to(device)
             if self.columns_to is not None:

@@ -17,7 +17,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from pnode import devices, engine, integrate, transfers, vectors
+from pnode import devices, engine, integrate, layouts, transfers, vectors
 
 DEVICE = torch.device("cuda", 0)
 _FACTORIES = {
@@ -158,6 +158,8 @@ class _Redirect(TorchFunctionMode):
         if function in _FACTORIES and _is_device(kwargs.get("device")):
             kwargs.pop("device")
             return OnDevice(function(*args, **kwargs))
+        if function is torch.autograd.grad and kwargs.get("is_grads_batched"):
+            raise RuntimeError("vmap makes zeros where it likes: not simulated")
         if function is torch.Tensor.cpu:
             return move(args[0], torch.device("cpu"))
         if function is torch.Tensor.to:
@@ -262,7 +264,7 @@ def _simulate(patch: pytest.MonkeyPatch, petsc: bool, streams: Streams) -> None:
     if petsc:
         from_dlpack = vectors.from_dlpack
         patch.setattr(vectors, "from_dlpack", lambda capsule: OnDevice(from_dlpack(capsule)))
-        for module in (devices, engine, integrate):
+        for module in (devices, engine, integrate, layouts):
             patch.setattr(module, "place_of", _place_of)
         patch.setattr(devices, "petsc_stream", lambda: 0)
         patch.setattr(vectors, "_through_dlpack", set())

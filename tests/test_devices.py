@@ -144,6 +144,39 @@ def test_problem_forms(form, state):
         agree(values, expected, 1e-11)
 
 
+LAYOUTS = {
+    "grid": lambda: pnode.parallel.Grid((12,), width=1, boundary="mirror"),
+    "ghosts": lambda: pnode.parallel.GhostLayout(12, torch.tensor([3, 7])),
+}
+
+
+@pytest.mark.parametrize("state", ["device", "host"])
+@pytest.mark.parametrize("solve", [{"method": "rk4"}, {"method": "cn", "jacobian": "matrix-free"},
+                                   {"method": "cn", "jacobian": "sparse"}])  # fmt: skip
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ghost_cells(layout, solve, state):
+    if layout == "ghosts" and solve.get("jacobian") == "sparse":
+        solve = {"method": "beuler", "jacobian": "matrix-free"}
+
+    def field(t, y):
+        inner = y[1:-1] if layout == "grid" else y[:12]
+        return (y[2:] - 2 * inner + y[:-2] if layout == "grid" else y[12:].sum() - inner) * 3.0
+
+    def run(y0):
+        solver = pnode.Solver(
+            field, layout=LAYOUTS[layout](), device_state=state, step_size=0.05, **solve
+        )
+        solution = solver(y0, TIMES)
+        solution.ys.square().sum().backward()
+        return solution.ys.detach(), y0.grad
+
+    y0 = torch.linspace(0.0, 1.0, 12, dtype=torch.float64).sin()
+    expected = run(y0.clone().requires_grad_())
+    with simulated(petsc=state == "device"):
+        found = run(on_device(y0).requires_grad_())
+        agree(found, expected)
+
+
 @pytest.mark.parametrize("state", ["device", "host"])
 def test_pairs_and_symplectic_methods(state):
     def make(field):
