@@ -1,4 +1,4 @@
-"""Where checkpoints live: memory first, then a disk.
+"""Where checkpoints live: on the device first, then in memory, then on a disk.
 
 A disk checkpoint is one file: a JSON header (shapes, dtypes, lengths, checksum), a newline, and the
 tensors' bytes. Plain files need no library, can be written by a thread while the sweep goes on
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from pnode.adjoint.offload import DeviceLevel, Transfer
 from pnode.errors import CheckpointError, ConfigurationError
 from pnode.solution import Ledger
 
@@ -148,11 +149,16 @@ class DiskFolder:
 
 
 class CheckpointStore:
-    """Checkpoints by key, in memory (level 0) or on disk (level 1).
+    """Checkpoints by key, in memory (level 0) or on disk (level 1), or on a device before that.
 
     A disk checkpoint is written by a thread, one at a time; until it is written its tensors count
     as memory. One that was read counts as memory until it is discarded; the file before it is read
     ahead if there is room.
+
+    With a device level, checkpoints of tensors there stay as long as there is room, the oldest move
+    to memory, and are copied back when they are wanted. Both copies run beside the computation, one
+    at a time each way; while it lasts, a checkpoint counts on both sides. Without one, tensors
+    count as memory wherever they are.
 
     Parameters
     ----------
@@ -163,6 +169,8 @@ class CheckpointStore:
         checkpoints move there to make room; otherwise the limit is an error.
     folder : callable or None
         Makes the folder for level 1 when it is needed: a :class:`DiskFolder`.
+    device : DeviceLevel or None
+        Of a state on a device.
     """
 
     def __init__(
@@ -170,6 +178,7 @@ class CheckpointStore:
         ledger: Ledger,
         limit: int | None = None,
         folder: Callable[[], DiskFolder] | None = None,
+        device: DeviceLevel | None = None,
     ) -> None:
         self._ledger = ledger
         self._limit = math.inf if limit is None else limit
@@ -185,9 +194,17 @@ class CheckpointStore:
         self._writing: tuple[Key, Future[None], Tensors] | None = None
         self._reading: tuple[Key, Future[Tensors], int] | None = None
         self._tapes: dict[int, tuple[Any, int]] = {}
+        self._level = device
+        self._device_bytes = 0
+        self._device: dict[Key, Tensors] = {}
+        self._leaving: tuple[Key, Transfer, Tensors] | None = None
+        self._arriving: tuple[Key, Transfer, int] | None = None
+        self._back: tuple[Key, Tensors] | None = None  # the last one that was copied back
+        self._twins: dict[int, torch.Tensor] = {}  # copies of tensors that others still hold
+        self._masks: dict[Key, list[bool]] = {}
 
     def __contains__(self, key: Key) -> bool:
-        return key in self._memory or key in self._files
+        return key in self._device or key in self._memory or key in self._files
 
     def put(self, key: Key, tensors: Tensors, level: int = 0) -> None:
         """Keep a checkpoint.
@@ -197,6 +214,9 @@ class CheckpointStore:
         CheckpointError
             If there is no room.
         """
+        if self._level is not None and any(map(self._on_device, tensors)):
+            self._put_on_device(key, tensors)
+            return
         self._make_room(tensors)
         self.hold(tensors)
         if level == 0:
@@ -235,8 +255,8 @@ class CheckpointStore:
             self.discard_tape(next(iter(self._tapes)))
 
     def peek(self, key: Key) -> Tensors | None:
-        """Return a checkpoint if it is in memory."""
-        return self._memory.get(key)
+        """Return a checkpoint if it is in memory, or on the device where that is a level."""
+        return (self._memory if self._level is None else self._device).get(key)
 
     def get(self, key: Key) -> Tensors:
         """Return a checkpoint.
@@ -246,6 +266,12 @@ class CheckpointStore:
         CheckpointError
             If there is none, or its file is damaged.
         """
+        if key in self._device:
+            return self._device[key]
+        return self._get(key) if self._level is None else self._bring_back(key)
+
+    def _get(self, key: Key) -> Tensors:
+        """Return a checkpoint in memory or on disk."""
         if key in self._memory:
             return self._memory[key]
         if key in self._loaded:
@@ -266,6 +292,16 @@ class CheckpointStore:
 
     def discard(self, key: Key) -> None:
         """Free a checkpoint."""
+        if key in self._device:
+            self.release(self._device.pop(key))
+            return
+        if self._leaving is not None and self._leaving[0] == key:
+            self._finish_leaving()
+        if self._arriving is not None and self._arriving[0] == key:
+            self._forget_arriving()
+        if self._back is not None and self._back[0] == key:
+            self._forget_back()
+        self._masks.pop(key, None)
         if key in self._memory:
             self.release(self._memory.pop(key))
             return
@@ -281,11 +317,26 @@ class CheckpointStore:
         """Count tensors as memory; one that is held twice counts once."""
         if self._tapes:
             self._drop_tapes(self._added(tensors))
+        if self._level is not None and self._device_added(tensors):
+            self._make_device_room(lambda: self._device_added(tensors))
         for tensor in tensors:
             if not self._holders[id(tensor)]:
-                self._ram_bytes += _size(tensor)
+                self._count(tensor, _size(tensor))
             self._holders[id(tensor)] += 1
-        self._ledger.ram_bytes = max(self._ledger.ram_bytes, self._ram_bytes)
+
+    def _count(self, tensor: torch.Tensor, size: int) -> None:
+        """Count bytes where a tensor is."""
+        ledger = self._ledger
+        if self._on_device(tensor):
+            self._device_bytes += size
+            ledger.device_bytes = max(ledger.device_bytes, self._device_bytes)
+        else:
+            self._ram_bytes += size
+            ledger.ram_bytes = max(ledger.ram_bytes, self._ram_bytes)
+
+    def _on_device(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor counts as memory of the device."""
+        return self._level is not None and self._level.offload.resident(tensor)
 
     def release(self, tensors: Tensors) -> None:
         """Stop counting them."""
@@ -293,7 +344,8 @@ class CheckpointStore:
             self._holders[id(tensor)] -= 1
             if not self._holders[id(tensor)]:
                 del self._holders[id(tensor)]
-                self._ram_bytes -= _size(tensor)
+                self._twins.pop(id(tensor), None)
+                self._count(tensor, -_size(tensor))
 
     def leave(self) -> None:
         """Finish what is being written, and let go of the folder as it is."""
@@ -312,8 +364,12 @@ class CheckpointStore:
         self._loaded.clear()
         self._holders.clear()
         self._tapes.clear()
-        self._ram_bytes = self._disk_bytes = 0
+        self._ram_bytes = self._disk_bytes = self._device_bytes = 0
         self._writing = self._reading = None
+        self._device.clear()
+        self._twins.clear()
+        self._masks.clear()
+        self._leaving = self._arriving = self._back = None
         if self._folder is not None:
             self._folder.close()
             self._folder = None
@@ -337,11 +393,17 @@ class CheckpointStore:
                 )
 
     def _added(self, tensors: Tensors) -> int:
-        """Return the bytes of those tensors that are not held."""
-        return sum(_size(tensor) for tensor in tensors if id(tensor) not in self._holders)
+        """Return the bytes in memory of those tensors that are not held."""
+        return sum(
+            _size(tensor)
+            for tensor in tensors
+            if id(tensor) not in self._holders and not self._on_device(tensor)
+        )
 
     def _write(self, key: Key, tensors: Tensors) -> None:
         """Begin to write tensors that are held."""
+        if self._leaving is not None and self._leaving[0] == key:
+            self._finish_leaving()  # their values are there then
         self._finish_writing()
         if self._folder is None:
             assert self._create_folder is not None
@@ -352,6 +414,174 @@ class CheckpointStore:
         self._disk_bytes += size
         self._ledger.disk_bytes = max(self._ledger.disk_bytes, self._disk_bytes)
         self._writing = (key, self._submit(self._folder.write, name, tensors), tensors)
+
+    # ------------------------------------------------------------------------------ the device
+
+    def _put_on_device(self, key: Key, tensors: Tensors) -> None:
+        """Keep a checkpoint on the device, or in memory if it is the older ones that stay."""
+        self._make_device_room(lambda: self._device_added(tensors))
+        size, level = self._device_added(tensors), self._level
+        assert level is not None
+        if self._device_bytes + size <= level.limit:
+            self.hold(tensors)
+            self._device[key] = tensors
+            # Room for the next one like this, while the next step is taken.
+            if self._device_bytes + size > level.limit and self._leaving is None:
+                self._move_oldest_off()
+        elif self._fits_memory(size):
+            mask, moving = self._moving(tensors)
+            self._keep_copies(key, tensors, mask, level.offload.to_host(moving).wait())
+        else:
+            raise CheckpointError(
+                f"checkpoints need more than device_memory={level.limit} and "
+                f"memory={self._limit}: raise one of them"
+            )
+
+    def _make_device_room(self, added: Callable[[], int]) -> None:
+        """Move the oldest checkpoints off the device until so many bytes more fit, if they can."""
+        assert self._level is not None
+        limit = self._level.limit
+        while self._device_bytes + added() > limit:
+            if self._arriving is not None:
+                self._forget_arriving()
+            elif self._leaving is not None:
+                self._finish_leaving()
+            elif self._back is not None:
+                self._forget_back()
+            elif not self._leaves_room(self._device_bytes + added() - limit):
+                return
+            else:
+                self._move_oldest_off()
+
+    def _leaves_room(self, excess: int) -> bool:
+        """Whether the oldest checkpoints on the device, of so many bytes, fit into memory."""
+        found = 0
+        for tensors in self._device.values():
+            found += sum(map(_size, self._moving(tensors)[1]))
+            if found >= excess:
+                break
+        return bool(self._device) and self._fits_memory(found)
+
+    def _fits_memory(self, size: int) -> bool:
+        return self._create_folder is not None or self._ram_bytes + size <= self._limit
+
+    def _device_added(self, tensors: Tensors) -> int:
+        """Return the bytes on the device of those tensors that are not held."""
+        return sum(
+            _size(tensor)
+            for tensor in tensors
+            if id(tensor) not in self._holders and self._on_device(tensor)
+        )
+
+    def _moving(self, tensors: Tensors) -> tuple[list[bool], list[torch.Tensor]]:
+        """Return which tensors are on the device, and those of them that have no copy yet."""
+        mask = [self._on_device(tensor) for tensor in tensors]
+        pairs = zip(tensors, mask, strict=True)
+        return mask, [tensor for tensor, there in pairs if there and id(tensor) not in self._twins]
+
+    def _move_oldest_off(self) -> None:
+        """Begin to copy the oldest checkpoint on the device to memory, if there is room."""
+        assert self._level is not None
+        key, tensors = next(iter(self._device.items()))
+        mask, moving = self._moving(tensors)
+        if not self._fits_memory(sum(map(_size, moving))):
+            return
+        transfer = self._level.offload.to_host(moving)
+        del self._device[key]
+        self._keep_copies(key, tensors, mask, transfer.tensors)
+        self._leaving = (key, transfer, tensors)
+
+    def _keep_copies(self, key: Key, tensors: Tensors, mask: list[bool], copies: Tensors) -> None:
+        """Keep a checkpoint in memory, from copies of those tensors that are on the device."""
+        _, moving = self._moving(tensors)
+        self._twins |= {id(a): b for a, b in zip(moving, copies, strict=True)}
+        own = tuple(
+            self._twins[id(tensor)] if there else tensor
+            for tensor, there in zip(tensors, mask, strict=True)
+        )
+        for tensor in moving:  # a copy serves others as long as the tensor is held
+            if id(tensor) not in self._holders:
+                del self._twins[id(tensor)]
+        self._make_room(own)
+        self.hold(own)
+        self._masks[key] = mask
+        self._memory[key] = own
+
+    def _finish_leaving(self) -> None:
+        """Wait until the checkpoint that leaves the device has left."""
+        assert self._leaving is not None
+        _, transfer, tensors = self._leaving
+        self._leaving = None
+        transfer.wait()
+        self.release(tensors)
+
+    def _bring_back(self, key: Key) -> Tensors:
+        """Return a checkpoint on the device, from memory or disk."""
+        if self._back is not None and self._back[0] == key:
+            return self._back[1]
+        self._forget_back()
+        if self._leaving is not None and self._leaving[0] == key:
+            self._finish_leaving()
+        if self._arriving is not None and self._arriving[0] == key:
+            _, transfer, size = self._arriving
+            self._arriving = None
+            self._device_bytes -= size
+        else:
+            size = self._moved_size(self._get(key), key)
+            self._make_device_room(lambda: size)
+            transfer = self._begin_arriving(key)
+        tensors = transfer.wait()
+        self.hold(tensors)
+        self._back = (key, tensors)
+        others = (other for other in reversed(self._memory) if other != key)
+        following = next(others, None)
+        if following is not None and self._arriving is None and self._leaving is None:
+            size = self._moved_size(self._memory[following], following)
+            assert self._level is not None
+            if self._device_bytes + size <= self._level.limit:
+                self._arriving = (following, self._begin_arriving(following), size)
+                self._device_bytes += size
+                self._ledger.device_bytes = max(self._ledger.device_bytes, self._device_bytes)
+        return tensors
+
+    def _begin_arriving(self, key: Key) -> Transfer:
+        """Begin to copy a checkpoint to the device."""
+        assert self._level is not None
+        source = self._get(key)
+        mask = self._masks.get(key, [True] * len(source))
+        moving = [tensor for tensor, there in zip(source, mask, strict=True) if there]
+        transfer = self._level.offload.to_device(moving)
+
+        def finish() -> None:
+            transfer.wait()
+            self.release(self._loaded.pop(key, ()))
+
+        copies = iter(transfer.tensors)
+        return Transfer(
+            tuple(
+                next(copies) if there else tensor
+                for tensor, there in zip(source, mask, strict=True)
+            ),
+            finish,
+        )
+
+    def _moved_size(self, tensors: Tensors, key: Key) -> int:
+        mask = self._masks.get(key, [True] * len(tensors))
+        return sum(_size(t) for t, there in zip(tensors, mask, strict=True) if there)
+
+    def _forget_arriving(self) -> None:
+        """Let go of what was copied to the device in advance."""
+        assert self._arriving is not None
+        _, transfer, size = self._arriving
+        self._arriving = None
+        transfer.wait()
+        self._device_bytes -= size
+
+    def _forget_back(self) -> None:
+        """Let go of the last checkpoint that was copied back; memory or disk still has it."""
+        if self._back is not None:
+            self.release(self._back[1])
+            self._back = None
 
     def _submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         if self._thread is None:

@@ -18,9 +18,10 @@ import torch
 from mpi4py import MPI
 
 from pnode import tolerances, vectors
-from pnode.adjoint.choose import choose_schedule
+from pnode.adjoint.choose import choose_schedule, memory_limit
 from pnode.adjoint.compiled import CompiledAdjoint
 from pnode.adjoint.create import create_adjoint
+from pnode.adjoint.offload import DeviceLevel, Offload
 from pnode.adjoint.resume import Progress, fingerprint
 from pnode.adjoint.schedule import Adjoint, Advance, RestoreEnd, RestoreSolution
 from pnode.adjoint.stepper import AdjointStepper
@@ -719,9 +720,10 @@ class Engine:
             times = run.problem.times
             times = (times[0], times[-1]) if requests.dense else times
             steps = count_fixed_steps(times, control.step_size)
+        state_bytes = run.problem.largest * REAL.itemsize
         schedule = choose_schedule(
-            self.method, steps, run.problem.largest * REAL.itemsize, chosen.bytes, chosen.store,
-            chosen.disk is not None,
+            self.method, steps, state_bytes, memory_limit(chosen, self.method, state_bytes),
+            chosen.store, chosen.disk is not None,
         )  # fmt: skip
         folder: Callable[[], DiskFolder] | None = None
         progress = None
@@ -736,7 +738,16 @@ class Engine:
             folder = partial(_itself, progress)
         elif chosen.disk is not None:
             folder = partial(DiskFolder, chosen.disk)
-        store = CheckpointStore(run.stats, chosen.bytes, folder)
+        level = None
+        if chosen.device_bytes is not None:
+            device = run.settings.place.device
+            if run.settings.place.on_host:
+                raise ConfigurationError(
+                    f"device_memory={chosen.device_bytes} is for a state on a device, and this one "
+                    "is on the host: use memory=, or y0.cuda() without device_state='host'"
+                )
+            level = DeviceLevel(chosen.device_bytes, Offload(device))
+        store = CheckpointStore(run.stats, chosen.bytes, folder, level)
         return Trajectory(schedule, store, progress, tapes=chosen.store == "tape")
 
     def _identity(self, run: Run, y0: torch.Tensor) -> dict[str, str]:

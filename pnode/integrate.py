@@ -473,7 +473,8 @@ class Solver(torch.nn.Module):
             ),
             "petsc_options": sorted(engine.petsc_options.items()),
             "checkpointing": (
-                limits.memory, limits.disk is None, limits.store, limits.reproducible
+                limits.memory, limits.device_memory, limits.disk is None, limits.store,
+                limits.reproducible,
             ),
             "the number of parameters": len(problem.parameters),
             "the shapes of the parameters": [tuple(p.shape) for p in problem.parameters],

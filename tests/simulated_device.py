@@ -62,6 +62,9 @@ class OnDevice(torch.Tensor):
     def data_ptr(self) -> int:
         return self.inner.data_ptr()
 
+    def record_stream(self, stream: Any) -> None:
+        stream.log.append((stream.name, "holds", tuple(self.shape)))
+
     def untyped_storage(self) -> Any:
         return self.inner.untyped_storage()
 
@@ -158,6 +161,8 @@ class _Redirect(TorchFunctionMode):
         if function in _FACTORIES and _is_device(kwargs.get("device")):
             kwargs.pop("device")
             return OnDevice(function(*args, **kwargs))
+        if function is torch.empty and kwargs.pop("pin_memory", False):
+            return function(*args, **kwargs)
         if function is torch.autograd.grad and kwargs.get("is_grads_batched"):
             raise RuntimeError("vmap makes zeros where it likes: not simulated")
         if function is torch.Tensor.cpu:
@@ -193,8 +198,27 @@ class Stream:
     def __init__(self, name: str, log: list[Any]) -> None:
         self.name, self.log = name, log
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stream) and other.name == self.name
+
     def wait_stream(self, other: Stream) -> None:
         self.log.append((self.name, "waits for", other.name))
+
+    def wait_event(self, event: Event) -> None:
+        self.log.append((self.name, "waits for", event.name))
+
+    def record_event(self) -> Event:
+        return Event(f"event on {self.name}", self.log)
+
+
+class Event:
+    """An event on a stream."""
+
+    def __init__(self, name: str, log: list[Any]) -> None:
+        self.name, self.log = name, log
+
+    def synchronize(self) -> None:
+        self.log.append(("host", "waits for", self.name))
 
 
 class Streams:
@@ -213,9 +237,10 @@ class Streams:
         yield
 
     def _stream(self, name: str) -> Stream:
-        made = Stream(name, self.log)
-        Stream.__eq__ = lambda one, other: one.name == other.name
-        return made
+        return Stream(name, self.log)
+
+    def Stream(self, device: torch.device) -> Stream:
+        return self._stream("copies")
 
     def current_stream(self, device: torch.device) -> Stream:
         return self._stream(self.current)
