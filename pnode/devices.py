@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -178,17 +178,27 @@ def petsc_stream() -> int:
     return ctypes.cast(handle, ctypes.POINTER(ctypes.c_void_p))[0] or 0
 
 
+def _stays(*tensors: torch.Tensor | None) -> None:
+    """Nothing to do: there is one stream."""
+
+
 @contextmanager
-def ordered(place: Place) -> Iterator[None]:
+def ordered(place: Place) -> Iterator[Callable[..., None]]:
     """Let torch work on PETSc's device and stream, in the order of the surrounding program.
 
     torch's current stream may be another one than PETSc's, and the thread may be autograd's, whose
     current device is its own affair. What was begun on the caller's stream is done before anything
     in here begins, and the other way round at the end; the host does not wait. On the host there is
     nothing to do.
+
+    Yields
+    ------
+    callable
+        To be called with the tensors that leave, which torch must not give away while the caller's
+        stream still reads them.
     """
     if place.on_host:
-        yield
+        yield _stays
         return
     with _cuda.device(place.device):
         address, outer = petsc_stream(), _cuda.current_stream(place.device)
@@ -198,12 +208,18 @@ def ordered(place: Place) -> Iterator[None]:
             else _cuda.default_stream(place.device)
         )
         if stream == outer:
-            yield
+            yield _stays
             return
+
+        def leave(*tensors: torch.Tensor | None) -> None:
+            for tensor in tensors:
+                if tensor is not None and tensor.device == place.device:
+                    tensor.record_stream(outer)
+
         stream.wait_stream(outer)
         try:
             with _cuda.stream(stream):
-                yield
+                yield leave
         finally:
             outer.wait_stream(stream)
 

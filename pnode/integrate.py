@@ -383,10 +383,11 @@ class Solver(torch.nn.Module):
                 run = holder.pop()
             else:
                 own = ordered(place_of(problem.layout.device))
-                with torch.inference_mode(False), torch.no_grad(), own:
+                with torch.inference_mode(False), torch.no_grad(), own as leave:
                     ys, run = engine.forward(
                         problem, flat.detach().clone(), keep=False, requests=requests
                     )
+                    leave(ys)
         reason, event_time = "t_end", None
         if run.event is not None:
             assert event_fn is not None
@@ -515,8 +516,9 @@ class _Solve(torch.autograd.Function):
         t: torch.Tensor,
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
-        with ordered(place_of(problem.layout.device)):
+        with ordered(place_of(problem.layout.device)) as leave:
             ys, run = engine.forward(problem, y0, keep=True, requests=requests)
+            leave(ys)
         ctx.engine, ctx.run = engine, run
         # Saved for torch's check that nobody has modified them since, besides their values.
         ctx.save_for_backward(y0, t, ys, *parameters, *problem.frozen)
@@ -528,8 +530,9 @@ class _Solve(torch.autograd.Function):
         (cotangents,) = outputs
         y0, t, ys, *_ = ctx.saved_tensors
         engine, run = ctx.engine, ctx.run
-        with torch.no_grad(), ordered(place_of(run.problem.layout.device)):
+        with torch.no_grad(), ordered(place_of(run.problem.layout.device)) as leave:
             state, parameters, initial, inside = engine.backward(run, y0, cotangents.detach())
+            leave(state, *parameters)
             time = None
             if ctx.needs_input_grad[5]:
                 ranks = run.problem.ranks

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 __all__ = [
@@ -157,6 +158,7 @@ def mpi_libraries(files: list[str] | None = None) -> list[str]:
     return [path for path in files if _MPI_LIBRARY.match(os.path.basename(path))]
 
 
+@cache
 def gpu_aware() -> bool | None:
     """Return whether the MPI library takes device memory; None if it does not say."""
     answers = []

@@ -200,16 +200,17 @@ def test_every_sweep_is_ordered_and_sets_the_device_of_its_thread():
     with simulated(streams=streams):
         solver = pnode.Solver(module_on_device(Field()), method="rk4", step_size=0.5)
         y0 = on_device(start()).requires_grad_()
-        sweep = [
-            ("device", DEVICE), ("default", "waits for", "users"), ("inside", "default"),
-            ("users", "waits for", "default"),
-        ]  # fmt: skip
+        begin = [("device", DEVICE), ("default", "waits for", "users"), ("inside", "default")]
+        end = [("users", "waits for", "default")]
+        # What leaves is not given away while the user's stream reads it.
+        outputs = [("users", "holds", (4, 12))]
+        shapes = [(12,), *(tuple(p.shape) for p in solver.rhs.parameters())]
         solution = solver(y0, TIMES)
-        assert streams.log == sweep
+        assert streams.log == begin + outputs + end
         streams.log.clear()
         solution.ys.sum().backward()
-        assert streams.log == sweep
+        assert streams.log == begin + [("users", "holds", shape) for shape in shapes] + end
         streams.log.clear()
         with torch.no_grad():
             solver(y0, TIMES)
-        assert streams.log == sweep
+        assert streams.log == begin + outputs + end
