@@ -63,7 +63,7 @@ HOST = Place(torch.device("cpu"), "standard", "dense", "aij")
 _TYPES = {
     "cuda": ("cuda", "densecuda", "aijcusparse"),
     "hip": ("hip", "densehip", "aijhipsparse"),
-    "kokkos": ("kokkos_kernels", None, "aijkokkos"),
+    "kokkos": ("kokkos-kernels", None, "aijkokkos"),
 }
 
 

@@ -73,9 +73,9 @@ def find(monkeypatch, packages, device=DEVICE, vec_type=None, hip=None, **petsc)
     [
         (("cuda",), None, None, ("cuda", "densecuda", "aijcusparse")),
         (("hip",), "6.0", None, ("hip", "densehip", "aijhipsparse")),
-        (("cuda", "kokkos_kernels"), None, None, ("cuda", "densecuda", "aijcusparse")),
-        (("cuda", "kokkos_kernels"), None, "kokkos", ("kokkos", None, "aijkokkos")),
-        (("hip", "kokkos_kernels"), "6.0", "kokkos", ("kokkos", None, "aijkokkos")),
+        (("cuda", "kokkos-kernels"), None, None, ("cuda", "densecuda", "aijcusparse")),
+        (("cuda", "kokkos-kernels"), None, "kokkos", ("kokkos", None, "aijkokkos")),
+        (("hip", "kokkos-kernels"), "6.0", "kokkos", ("kokkos", None, "aijkokkos")),
     ],
 )
 def test_types_follow_from_the_device_and_the_build(
