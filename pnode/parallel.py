@@ -132,9 +132,9 @@ class _Replicate(torch.autograd.Function):
 
 
 def _sum(value: torch.Tensor, comm: Any) -> torch.Tensor:
-    result = value.detach().clone(memory_format=torch.contiguous_format)
+    result = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     comm.Allreduce(MPI.IN_PLACE, result.numpy(), MPI.SUM)
-    return result
+    return result.to(value.device)
 
 
 def _tensors(parameters: Any) -> list[torch.Tensor]:

@@ -221,6 +221,23 @@ def test_events_and_monitors_see_the_device(state):
             torch.testing.assert_close(bare(one.grad), two.grad)
 
 
+def test_sums_over_ranks_go_through_the_host():
+    comm = pnode.parallel.MPI.COMM_SELF
+    with simulated():
+        field, value = module_on_device(Field()), on_device(start()).requires_grad_()
+        total = pnode.parallel.total(value.square(), comm)
+        total.sum().backward()
+        torch.testing.assert_close(bare(value.grad), 2.0 * bare(value))
+        field(0.0 * value[0, 0], value.detach()).sum().backward()
+        before = [bare(parameter.grad).clone() for parameter in field.parameters()]
+        pnode.parallel.sum_gradients(field, comm)
+        pnode.parallel.broadcast_parameters(field, comm)
+        for parameter, gradient in zip(field.parameters(), before, strict=True):
+            torch.testing.assert_close(bare(parameter.grad), gradient)
+        problem_ranks = pnode.ranks.Ranks(comm)
+        assert isinstance(problem_ranks.sum(total), OnDevice)
+
+
 # ------------------------------------------------------------------------- what it costs
 
 
