@@ -132,7 +132,7 @@ class DiskFolder:
                 tensors.append(
                     torch.frombuffer(part, dtype=dtype).view(shape)
                     if count
-                    else torch.empty(shape, dtype=dtype)
+                    else torch.empty(shape, dtype=dtype, device="cpu")
                 )
                 offset += size
             if offset != len(body) or zlib.crc32(body) != header["checksum"]:

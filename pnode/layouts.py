@@ -91,7 +91,7 @@ class Layout(ABC):
         Entries are numbered rank by rank, in the order of the flattened owned parts.
         """
         start = self.comm.exscan(self.size) or 0
-        numbers = torch.arange(start + 1, start + 1 + self.size, dtype=REAL)
+        numbers = torch.arange(start + 1, start + 1 + self.size, dtype=REAL, device=HOST.device)
         return self.gather(numbers).reshape(-1).round().to(torch.int64) - 1
 
 
@@ -271,7 +271,7 @@ class Grid(Layout):
         if ghosted:
             first -= self._offsets[dimension]
             number = self._ghosted_cells[dimension]
-        return torch.arange(first, first + number)
+        return torch.arange(first, first + number, device=HOST.device)
 
     def _gather(self, owned: torch.Tensor) -> torch.Tensor:
         number = self.fields or 1
@@ -341,8 +341,11 @@ class Grid(Layout):
             if self.stencil == "box" or sum(step != 0 for step in offset) <= 1
         ]
         number = self.fields or 1
-        local = torch.arange(number * math.prod(self.cells)).view(number, *self.cells)
-        ghosted = torch.arange(number * math.prod(self._ghosted_cells))
+        local, ghosted = (
+            torch.arange(number * math.prod(cells), device=HOST.device)
+            for cells in (self.cells, self._ghosted_cells)
+        )
+        local = local.view(number, *self.cells)
         ghosted = ghosted.view(number, *self._ghosted_cells)
         rows, columns = [], []
         for offset in offsets:
@@ -489,7 +492,7 @@ class GhostLayout(Layout):
             return None
         rows, columns = self._pattern
         width = self.fields or 1
-        inner = torch.arange(width)
+        inner = torch.arange(width, device=HOST.device)
         return (
             (rows[:, None, None] * width + inner[None, :, None]).expand(-1, -1, width).reshape(-1),
             (columns[:, None, None] * width + inner[None, None, :])
@@ -504,7 +507,7 @@ def _check_layout(owned: Any, ghosts: Any, fields: Any, pattern: Any) -> tuple[A
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
             raise ConfigurationError(f"{name}={value!r} must be a whole number of at least 1")
     try:
-        indices = torch.as_tensor(ghosts)
+        indices = torch.as_tensor(ghosts, device=HOST.device)
         if indices.numel() == 0:
             indices = indices.to(torch.int64)
         whole = not indices.is_floating_point() and not indices.is_complex()
@@ -516,7 +519,9 @@ def _check_layout(owned: Any, ghosts: Any, fields: Any, pattern: Any) -> tuple[A
             "of items, shape (G,)"
         )
     if pattern is not None:
-        rows, columns = (torch.as_tensor(part).to(torch.int64) for part in pattern)
+        rows, columns = (
+            torch.as_tensor(part, device=HOST.device).to(torch.int64) for part in pattern
+        )
         inside = (
             rows.shape == columns.shape
             and rows.dim() == 1

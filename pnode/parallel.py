@@ -182,6 +182,7 @@ def sum_gradients(
     flat = torch.zeros(
         len(tensors) + sum(tensor.numel() for tensor in tensors),
         dtype=torch.float64 if wide else torch.float32,
+        device="cpu",
     )
     parts = flat[len(tensors) :].split([tensor.numel() for tensor in tensors])
     for index, (tensor, part) in enumerate(zip(tensors, parts, strict=True)):

@@ -250,7 +250,7 @@ class Ranks:
             return float(values.square().mean().sqrt())
         local = torch.stack([
             values.square().sum(dtype=torch.float64).cpu(),
-            torch.tensor(float(values.numel())).double(),
+            torch.tensor(float(values.numel()), dtype=torch.float64, device="cpu"),
         ])  # fmt: skip
         square, number = self.sum(local).tolist()
         return float((square / number) ** 0.5)

@@ -86,10 +86,14 @@ class Assembly(ABC):
 
 def probe(linearization: Linearization) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return a random w and its products w^T dg/du (and w^T dF/du_dot, for a residual)."""
-    generator = torch.Generator().manual_seed(0)
     like = linearization.flat_value()
-    w = torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+    w = _noise(like.shape, torch.Generator(HOST.device).manual_seed(0)).to(like)
     return w, [product[0] for product in linearization.rows(w[None])]
+
+
+def _noise(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Return normal random numbers, the same on every device."""
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
 
 
 def differ(exact: torch.Tensor, found: torch.Tensor, scale: torch.Tensor) -> bool:
@@ -361,13 +365,12 @@ class SparsityPattern:
         Rows are looked at a block at a time. NaN counts as an entry.
         """
         self.size = size = len(point.u)
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator(HOST.device).manual_seed(1)
 
         def near(values: torch.Tensor) -> torch.Tensor:
             scale = torch.maximum(values.abs(), values.abs().mean())
             scale = 0.01 * torch.where(scale > 0, scale, torch.ones_like(scale))
-            noise = torch.randn(values.shape, generator=generator, dtype=torch.float64)
-            return values + scale * noise.to(values)
+            return values + scale * _noise(values.shape, generator).to(values)
 
         field, rows, columns = bridge.field, [], []
         together = max(1, _ENTRIES_AT_ONCE // size)
@@ -391,7 +394,7 @@ class SparsityPattern:
 def _color_rows(rows: torch.Tensor, columns: torch.Tensor, size: int, width: int) -> torch.Tensor:
     """Color the rows of a pattern: the columns of its transpose, for PETSc."""
     order = torch.argsort(columns * size + rows)
-    pointers = torch.zeros(width + 1, dtype=torch.int64)
+    pointers = torch.zeros(width + 1, dtype=torch.int64, device=HOST.device)
     pointers[1:] = torch.bincount(columns, minlength=width).cumsum(0)
     csr = (
         pointers.numpy().astype(PETSc.IntType), rows[order].numpy().astype(PETSc.IntType)

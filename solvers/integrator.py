@@ -282,7 +282,8 @@ def _tolerance(settings: IntegratorSettings, tolerance: Resolved) -> Any:
 
 def _fill_tolerance(vector: Any, tolerance: Resolved) -> None:
     values = tolerance if isinstance(tolerance, float) else tolerance.tensor()
-    vectors.copy_in(vector, torch.as_tensor(values, dtype=vectors.REAL).expand(vector.local_size))
+    values = torch.as_tensor(values, dtype=vectors.REAL, device=HOST.device)
+    vectors.copy_in(vector, values.expand(vector.local_size))
 
 
 def _refuse_other_type(ts: Any, method: Method) -> None:

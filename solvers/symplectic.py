@@ -108,12 +108,13 @@ class SplitBridge(Bridge):
             return self.field.rhs(s, own)
         self._check_split = False
         linearization = self.field.linearize(s, own)
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(HOST.device).manual_seed(0)
         for name, part in (("q", slice(None, self._split)), ("p", slice(self._split, None))):
             w = torch.zeros_like(own)
-            w[part] = (
-                torch.rand(w[part].shape, generator=generator, dtype=torch.float64) + 0.5
-            ).to(w)
+            noise = torch.rand(
+                w[part].shape, generator=generator, dtype=torch.float64, device=HOST.device
+            )
+            w[part] = (noise + 0.5).to(w)
             if bool(linearization.vjp(w).state[part].ne(0.0).any()):
                 raise ConfigurationError(
                     f"d{name}/dt depends on {name}: symplectic methods are for separable fields, "

@@ -144,6 +144,24 @@ def test_problem_forms(form, state):
         agree(values, expected, 1e-11)
 
 
+@pytest.mark.parametrize("case", [*CASES, *FORMS])
+def test_torchs_default_device_is_not_asked(case):
+    """``torch.set_default_device`` is the user's: what pnode makes has a device of its own."""
+
+    def make(field):
+        if case in FORMS:
+            return FORMS[case](field)
+        return pnode.Solver(field, **CASES[case])
+
+    expected = gradients(Field(), start(), make)[1]
+    field, y0, solver = Field(), start(), make
+    made = solver(field)
+    with torch.device("meta"):
+        found = gradients(field, y0, lambda field: made)[1]
+    for one, two in zip(found, expected, strict=True):
+        assert torch.equal(one, two)
+
+
 LAYOUTS = {
     "grid": lambda: pnode.parallel.Grid((12,), width=1, boundary="mirror"),
     "ghosts": lambda: pnode.parallel.GhostLayout(12, torch.tensor([3, 7])),
