@@ -26,7 +26,7 @@ from pnode.solvers.methods import Method, find_method
 from pnode.solvers.stepping import Step
 from pnode.vectors import REAL
 
-__all__ = ["Plan", "choose_schedule", "plan"]
+__all__ = ["Plan", "choose_schedule", "memory_limit", "plan"]
 
 
 def choose_schedule(
@@ -86,6 +86,32 @@ def choose_schedule(
             )
         return OnlineSchedule(units, *sizes, initial_free=True)
     return OptimalSchedule(steps, units, *sizes, initial_free=True, store=store)
+
+
+def memory_limit(chosen: Checkpointing, method: Method, state_bytes: int) -> int | None:
+    """Return the bytes that a schedule may count on; None for no limit.
+
+    Those of a device and of memory together, less what may stay free on both sides because the
+    stages of a step stay together.
+
+    Raises
+    ------
+    ConfigurationError
+        If the device has no room for the stages of one step.
+    """
+    if chosen.device_bytes is None:
+        return chosen.bytes
+    live = method.stage_units * state_bytes
+    if chosen.device_bytes < live:
+        raise ConfigurationError(
+            f"device_memory={chosen.device_bytes} is too little: the stages of one step of "
+            f"method={method.name!r} need {live} bytes there"
+        )
+    if chosen.bytes is None:
+        return None
+    # Whole states on either side.
+    whole = sum(limit // state_bytes for limit in (chosen.device_bytes, chosen.bytes))
+    return (whole - (method.stage_units - 1)) * state_bytes
 
 
 @dataclass(frozen=True)

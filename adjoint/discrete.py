@@ -57,7 +57,7 @@ class DiscreteAdjoint(AdjointStepper):
         self.bridge = Bridge(points=points)
         self.ts = build_ts(settings, options, self.bridge, adjoint=True)
         comm = settings.comm
-        self.cost_gradient = vectors.create(comm, settings.size)
+        self.cost_gradient = vectors.create(comm, settings.size, settings.place)
         self._parameters: ParameterSums | None = None
         if parameters:
             self._parameters = ParameterSums(vectors.create(comm, 1))
@@ -83,7 +83,8 @@ class DiscreteAdjoint(AdjointStepper):
     def _parameter_shell(self, factor: float) -> Any:
         assert self._parameters is not None
         context = ParameterJacobianShell(self.bridge, factor, self._parameters)
-        return shell_matrix(context, self.settings.size, 1, self.settings.comm)
+        settings = self.settings
+        return shell_matrix(context, settings.size, 1, settings.comm, settings.place)
 
     def begin(self, field: VectorField) -> None:
         """Begin a sweep with zero cost gradients. Collective."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 
 from pnode.adjoint.stepper import ImplicitAdjointStepper
+from pnode.devices import HOST
 from pnode.solution import Ledger
 from pnode.solvers.bdf import start_weights
 from pnode.solvers.stepping import Step
@@ -45,7 +46,8 @@ class MultistepAdjoint(ImplicitAdjointStepper):
         """
         if step.order < 0:
             return (state.expand(-step.order * (1 - step.order) // 2, -1),)
-        return state, torch.full((step.order + 1,), 1.0 / step.length, dtype=REAL)
+        d = torch.full((step.order + 1,), 1.0 / step.length, dtype=REAL, device=HOST.device)
+        return state, d
 
     def step(self, step: Step, ledger: Ledger) -> None:
         """Take the adjoint of one step, whose checkpoint has been loaded. Collective.

@@ -57,10 +57,11 @@ class ExplicitAdjoint(TorchAdjointStepper):
     ) -> None:
         super().__init__(settings, parameters)
         self._tableau = tableau
+        device = settings.place.device
         stages = range(len(tableau.c))
         # lambda' and, from the last stage to the first, the l_i, as rows. Those that stage i looks
         # at come first: w_i is the product of its weights with that many of them.
-        self._products = torch.zeros((len(stages) + 1, settings.size), dtype=REAL, device="cpu")
+        self._products = torch.zeros((len(stages) + 1, settings.size), dtype=REAL, device=device)
         self._rows = list(self._products)
         self._columns = [self._products[: i + 1].t() for i in range(len(self._rows))]
         weights = [
@@ -68,8 +69,8 @@ class ExplicitAdjoint(TorchAdjointStepper):
             for i in reversed(stages)
         ]
         self._counts = [len(row) for row in weights]
-        self._weights = torch.tensor([x for row in weights for x in row], dtype=REAL, device="cpu")
-        self._ones = torch.ones(len(self._rows), dtype=REAL, device="cpu")
+        self._weights = torch.tensor([x for row in weights for x in row], dtype=REAL, device=device)
+        self._ones = torch.ones(len(self._rows), dtype=REAL, device=device)
         self._vjp_event = log_event("pnode vjp")
         self._length = math.nan
         self._scaled: tuple[torch.Tensor, ...] = ()

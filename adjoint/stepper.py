@@ -115,7 +115,8 @@ class TorchAdjointStepper(AdjointStepper):
         log_stage("pnode adjoint").push()
         self.field = field
         self._direction = field.problem.direction
-        self.state = torch.zeros(self.settings.size, dtype=REAL, device="cpu")
+        place = self.settings.place
+        self.state = torch.zeros(self.settings.size, dtype=REAL, device=place.device)
         self.checkpoint: Checkpoint = ()
         self._gradients: list[torch.Tensor | None] = [None] * len(field.parameters)
 
@@ -194,7 +195,7 @@ class ImplicitAdjointStepper(TorchAdjointStepper):
         self._ksp = self.ts.getSNES().getKSP()
         self._matrices = self.ts.getIJacobian()[:2]
         self._u, self._u_dot, self._b, self._x = (
-            vectors.create(settings.comm, settings.size) for _ in range(4)
+            vectors.create(settings.comm, settings.size, settings.place) for _ in range(4)
         )
         self._read_options = False
         self._iterations = 0

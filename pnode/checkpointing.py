@@ -56,6 +56,11 @@ class Checkpointing:
         What the checkpoints of one sweep may hold in memory at any instant: bytes, or a text such
         as ``"256MiB"``. Not y0, the outputs and PETSc's work vectors. None: no limit, and no step
         is repeated.
+    device_memory : int or str, optional
+        For states on a device: what the checkpoints of one sweep may hold there; the oldest of
+        them move to pinned host memory beside the computation, where ``memory`` is their limit,
+        and come back when they are wanted. None: they stay on the device, and ``memory`` is their
+        limit there.
     disk : path, optional
         An existing folder for further checkpoints, when ``memory`` is used up. Each sweep makes a
         private folder in it and removes it.
@@ -87,9 +92,18 @@ class Checkpointing:
     store: str = "auto"
     reproducible: bool = False
     resume: str | None = None
+    device_memory: int | str | None = None
 
     def __post_init__(self) -> None:
         """Check the values."""
+        if self.device_memory is not None:
+            limit = parse_bytes("device_memory", self.device_memory)
+            object.__setattr__(self, "device_memory", limit)
+        if self.device_memory is not None and self.store == "tape":
+            raise ConfigurationError(
+                "store='tape' with device_memory=: graphs stay on the device and cannot be moved; "
+                "use store='auto', or memory= alone"
+            )
         if self.memory is not None:
             object.__setattr__(self, "memory", parse_bytes("memory", self.memory))
         elif self.disk is not None:
@@ -124,3 +138,8 @@ class Checkpointing:
     def bytes(self) -> int | None:
         """The limit in bytes; None for none."""
         return None if self.memory is None else int(self.memory)
+
+    @property
+    def device_bytes(self) -> int | None:
+        """The limit of a device in bytes; None where it is no level of its own."""
+        return None if self.device_memory is None else int(self.device_memory)

@@ -17,6 +17,7 @@ from pnode.errors import ConfigurationError, NonlinearSolveFailed
 from pnode.mass import null_spaces
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
+from pnode.transfers import remote
 from pnode.vectorfield import VectorField, vector_field
 from pnode.vectors import REAL
 
@@ -113,12 +114,14 @@ def consistent_state(problem: InitialValueProblem, u: torch.Tensor, ledger: Ledg
     # One more Newton step, whose graph is that of the implicit function.
     layout = problem.layout
     moved = u + (solution - start)
-    time = torch.scalar_tensor(problem.direction * problem.times[0], dtype=layout.dtype)
+    time = torch.scalar_tensor(
+        problem.direction * problem.times[0], dtype=layout.dtype, device=layout.device
+    )
     state = layout.unflatten(moved)
     arguments: tuple[Any, ...] = (state,)
     if problem.form == "residual":
         arguments = (state, layout.unflatten(torch.zeros_like(start)))
-    value = problem.function(time, *arguments)
+    value = remote(problem.function, problem.compute, ledger)(time, *arguments)
     equations = left.T @ layout.flatten(value).to(REAL)
     return moved - (right @ (inverse @ (equations - equations.detach()))).to(u.dtype)
 

@@ -19,9 +19,10 @@ import torch
 from mpi4py import MPI
 
 from pnode import tolerances, vectors
-from pnode.adjoint.choose import choose_schedule
+from pnode.adjoint.choose import choose_schedule, memory_limit
 from pnode.adjoint.compiled import CompiledAdjoint
 from pnode.adjoint.create import create_adjoint
+from pnode.adjoint.offload import DeviceLevel, Offload
 from pnode.adjoint.resume import Progress, fingerprint
 from pnode.adjoint.schedule import Adjoint, Advance, RestoreEnd, RestoreSolution
 from pnode.adjoint.stepper import AdjointStepper
@@ -29,6 +30,7 @@ from pnode.adjoint.store import CheckpointStore, DiskFolder
 from pnode.adjoint.trajectory import Trajectory
 from pnode.checkpointing import Checkpointing
 from pnode.dense import DenseAdjoint, DenseOutput
+from pnode.devices import place_of
 from pnode.errors import ConfigurationError
 from pnode.events import Event, EventLocator
 from pnode.layouts import Layout
@@ -442,6 +444,9 @@ class Engine:
         field_ = vector_field(problem, run.stats)
         compiles = self.compile and len(problem.times) > 1
         compiles = compiles and not problem.ranks.parallel and self.exchange is None
+        if compiles and not (run.settings.place.on_host and problem.compute is None):
+            compiles = False
+            self._fields.warn("y0 is on a device, for which nothing is compiled yet")
         start: Start | None = None
         if compiles and self.method.implicit:
             outputs = self._implicit_sweep(run, field_, y0, keep, requests)
@@ -813,9 +818,10 @@ class Engine:
             times = run.problem.times
             times = (times[0], times[-1]) if requests.dense else times
             steps = count_fixed_steps(times, control.step_size)
+        state_bytes = run.problem.largest * REAL.itemsize
         schedule = choose_schedule(
-            self.method, steps, run.problem.largest * REAL.itemsize, chosen.bytes, chosen.store,
-            chosen.disk is not None,
+            self.method, steps, state_bytes, memory_limit(chosen, self.method, state_bytes),
+            chosen.store, chosen.disk is not None,
         )  # fmt: skip
         folder: Callable[[], DiskFolder] | None = None
         progress = None
@@ -830,8 +836,17 @@ class Engine:
             folder = partial(_itself, progress)
         elif chosen.disk is not None:
             folder = partial(DiskFolder, chosen.disk)
+        level = None
+        if chosen.device_bytes is not None:
+            device = run.settings.place.device
+            if run.settings.place.on_host:
+                raise ConfigurationError(
+                    f"device_memory={chosen.device_bytes} is for a state on a device, and this one "
+                    "is on the host: use memory=, or y0.cuda() without device_state='host'"
+                )
+            level = DeviceLevel(chosen.device_bytes, Offload(device))
         tape_limit = self._tape_limit()
-        store = CheckpointStore(run.stats, chosen.bytes, folder, tape_limit)
+        store = CheckpointStore(run.stats, chosen.bytes, folder, level, tape_limit)
         return Trajectory(schedule, store, progress, tape_limit > 0, steps)
 
     def _tape_limit(self) -> float:
@@ -936,6 +951,9 @@ class Engine:
             ).for_layout(jacobian, layout, self._patterns, self.exchange),
             distribution=problem.distribution, comm=self.comm,
         )  # fmt: skip
+        # The option vec_type chooses between PETSc's types on a device.
+        vec_type = self._solver_options(settings).take("vec_type")
+        settings = replace(settings, place=place_of(layout.device, vec_type))
         # What is detected during a solve, and the values of tensors, may be others next time.
         if jacobian == "dense" and isinstance(rtol, float) and isinstance(atol, float):
             self._known_settings[key] = settings

@@ -16,6 +16,7 @@ import torch
 from scipy.optimize import brentq
 
 from pnode import vectors
+from pnode.devices import HOST
 from pnode.errors import ConfigurationError, EventError
 from pnode.problem import InitialValueProblem, StateLayout
 from pnode.solution import Ledger
@@ -138,7 +139,7 @@ class EventLocator:
         with torch.no_grad():
             u = vectors.copy_out(self.integrator.solution, layout.dtype)
             values = _call(self._function, layout, time, u, self._where(s, step))
-        return values.to(device="cpu", dtype=torch.float64).numpy()
+        return values.to(device=HOST.device, dtype=torch.float64).numpy()
 
     def _where(self, s: float, step: int) -> dict[str, Any]:
         return {

@@ -16,6 +16,7 @@ from pnode import arguments, tolerances
 from pnode.checkpointing import Checkpointing, parse_bytes
 from pnode.consistency import check_consistency, consistent_state
 from pnode.controllers import check_controller
+from pnode.devices import HOST, ordered, place_of
 from pnode.engine import Engine, Requests, Run
 from pnode.errors import BackwardError, ConfigurationError
 from pnode.events import check_rate, end_at_event
@@ -23,14 +24,16 @@ from pnode.mass import MassMatrix
 from pnode.options import ODEINT_PREFIX, check_petsc_options
 from pnode.problem import InitialValueProblem, StateLayout, as_times, collect_parameters
 from pnode.ranks import ALONE, Ranks
-from pnode.solution import Ledger, Solution
+from pnode.solution import Solution, Stats
 from pnode.solvers.jacobian_options import jacobian_options
 from pnode.solvers.methods import check_form, find_method
 from pnode.solvers.stepping import StepControl
+from pnode.transfers import carry_once, on_host, remote
 from pnode.vectorfield import vector_field
 
 __all__ = ["Solver", "odeint", "odeint_adjoint", "odeint_event"]
 
+_DEVICE_STATES = ("device", "host")
 _JACOBIANS = ("auto", "matrix-free", "dense", "block", "sparse")
 # What has to be the same on all ranks of a solve; see Solver._facts.
 _COMPARED = (
@@ -142,6 +145,10 @@ class Solver(torch.nn.Module):
     layout : Grid or GhostLayout, optional
         Of a state whose ranks look at each other's cells, from :mod:`pnode.parallel`: the vector
         field then gets y with ghost cells and returns dy/dt without. It brings its communicator.
+    device_state : {"device", "host"}
+        Where the state of a y0 on a GPU lives: there too, in PETSc's device vectors, which a PETSc
+        built for the GPU has; or on the host, with copies to and from f at each evaluation, which
+        the ledger counts (``stats.copies``, ``stats.copied_bytes``). See docs/gpu.md.
     compile : bool
         For explicit Runge-Kutta methods: compile whole steps and their adjoints, by torch's
         inductor and a C++ compiler; for one-step implicit methods and small problems: whole
@@ -199,6 +206,7 @@ class Solver(torch.nn.Module):
         comm: Any = None,
         layout: Any = None,
         petsc_options: Mapping[str, Any] | None = None,
+        device_state: str = "device",
         compile: bool = False,
         dense: bool = False,
         event_fn: Callable[..., Any] | None = None,
@@ -209,6 +217,12 @@ class Solver(torch.nn.Module):
         super().__init__()
         if not isinstance(compile, bool):
             raise ConfigurationError(f"compile={compile!r}: give True or False")
+        if device_state not in _DEVICE_STATES:
+            choices = ", ".join(map(repr, _DEVICE_STATES))
+            raise ConfigurationError(
+                f"device_state={device_state!r} is unknown: choose one of {choices}"
+            )
+        self._device_state = device_state
         form = arguments.problem_form(rhs, implicit, explicit, mass, residual)
         if monitor is not None and not callable(monitor):
             raise ConfigurationError(f"monitor is {monitor!r}: give a callable (step, t, y)")
@@ -355,31 +369,42 @@ class Solver(torch.nn.Module):
         trainable = differentiate and any(tensor.requires_grad for tensor in inputs)
         if trainable and self.event_fn is not None:
             check_rate(self._form)
-        wanted = replace(self._requests, event_fn=self.event_fn)
+        compute = problem.compute
+        event_fn = self.event_fn
+        if event_fn is not None:
+            event_fn = remote(event_fn, compute, start, strict=False)
+        wanted = replace(
+            self._requests,
+            monitor=_at_home(self._requests.monitor, compute, start), event_fn=event_fn,
+        )  # fmt: skip
         with _progress_bar(problem, wanted, self._progress) as requests:
             if trainable:
                 holder: list[Run] = []
                 ys = _Solve.apply(engine, problem, requests, holder, *inputs)
                 run = holder.pop()
             else:
-                with torch.inference_mode(False), torch.no_grad():
+                own = ordered(place_of(problem.layout.device))
+                with torch.inference_mode(False), torch.no_grad(), own as leave:
                     ys, run = engine.forward(
                         problem, flat.detach().clone(), keep=False, requests=requests
                     )
+                    leave(ys)
+        reason, event_time = "t_end", None
+        if run.event is not None:
+            assert event_fn is not None
+            times, ys = end_at_event(
+                event_fn, run.problem, run.event, times, ys, self.method, run.stats
+            )
+            reason, event_time = "event", times[-1]
+        if compute is not None:
+            ys = carry_once(ys, compute, start)
+            start.backward = run.stats.backward
         run.stats.add(start)
-        if run.event is None:
-            return Solution(times, problem.layout.unflatten(ys), run.stats)
-        assert self.event_fn is not None
-        times, ys = end_at_event(
-            self.event_fn, run.problem, run.event, times, ys, self.method, run.stats
-        )
-        return Solution(
-            times, problem.layout.unflatten(ys), run.stats, reason="event", event_time=times[-1]
-        )
+        return Solution(times, problem.layout.unflatten(ys), run.stats, reason, event_time)
 
     def _prepare(
         self, y0: Any, t: Any, ranks: Ranks, differentiate: bool
-    ) -> tuple[InitialValueProblem, torch.Tensor, torch.Tensor, Ledger]:
+    ) -> tuple[InitialValueProblem, torch.Tensor, torch.Tensor, Stats]:
         """Validate what a solve is given. Not collective.
 
         Returns
@@ -388,6 +413,9 @@ class Solver(torch.nn.Module):
             The problem, the flat initial state, the output times, and the evaluations so far.
         """
         times = as_times(t, endless=self.event_fn is not None)
+        start = Stats()
+        with torch.inference_mode(False), torch.set_grad_enabled(differentiate):
+            y0, compute = on_host(y0, self._device_state, start)
         declared = collect_parameters(self._functions, self._params)
         if self._engine.method.implicit and any(tensor.is_inference() for tensor in declared):
             raise ConfigurationError(
@@ -405,10 +433,9 @@ class Solver(torch.nn.Module):
                 self._functions[0], y0, times, declared if differentiate else (),
                 check_undeclared=differentiate, form=self._form, explicit=self.explicit,
                 mass=None if self.mass is None else MassMatrix(self.mass, StateLayout.of(y0)),
-                ranks=ranks, exchange=self._engine.exchange,
+                ranks=ranks, exchange=self._engine.exchange, compute=compute,
             )  # fmt: skip
             flat = problem.layout.flatten(y0)
-            start = Ledger()
             # With ghost cells f is collective, and what belongs together is not one rank's to see.
             if self._form in ("mass", "residual") and self._engine.exchange is None:
                 own = replace(problem, ranks=ALONE)
@@ -448,7 +475,8 @@ class Solver(torch.nn.Module):
             ),
             "petsc_options": sorted(engine.petsc_options.items()),
             "checkpointing": (
-                limits.memory, limits.disk is None, limits.store, limits.reproducible
+                limits.memory, limits.device_memory, limits.disk is None, limits.store,
+                limits.reproducible,
             ),
             "the number of parameters": len(problem.parameters),
             "the shapes of the parameters": [tuple(p.shape) for p in problem.parameters],
@@ -458,6 +486,13 @@ class Solver(torch.nn.Module):
                 flat.requires_grad, times.requires_grad,
             ) if differentiate else (),
         }  # fmt: skip
+
+
+def _at_home(monitor: Any, compute: torch.device | None, stats: Stats) -> Any:
+    """Return the monitor as it is called with a state on the host."""
+    if monitor is None or compute is None:
+        return monitor
+    return lambda step, t, y: monitor(step, t, carry_once(y, compute, stats))
 
 
 def _checkpointing(chosen: Any) -> Checkpointing:
@@ -482,7 +517,9 @@ class _Solve(torch.autograd.Function):
         t: torch.Tensor,
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
-        ys, run = engine.forward(problem, y0, keep=True, requests=requests)
+        with ordered(place_of(problem.layout.device)) as leave:
+            ys, run = engine.forward(problem, y0, keep=True, requests=requests)
+            leave(ys)
         ctx.engine, ctx.run = engine, run
         # Saved for torch's check that nobody has modified them since, besides their values.
         ctx.save_for_backward(y0, t, ys, *parameters, *problem.frozen)
@@ -494,8 +531,9 @@ class _Solve(torch.autograd.Function):
         (cotangents,) = outputs
         y0, t, ys, *_ = ctx.saved_tensors
         engine, run = ctx.engine, ctx.run
-        with torch.no_grad():
+        with torch.no_grad(), ordered(place_of(run.problem.layout.device)) as leave:
             state, parameters, initial, inside = engine.backward(run, y0, cotangents.detach())
+            leave(state, *parameters)
             time = None
             if ctx.needs_input_grad[5]:
                 ranks = run.problem.ranks
@@ -561,7 +599,7 @@ def _time_gradient(
     """
     field = vector_field(replace(run.problem, check_undeclared=False), run.stats.backward)
     direction = run.problem.direction
-    gradient = torch.zeros(number, dtype=torch.float64, device="cpu")
+    gradient = torch.zeros(number, dtype=torch.float64, device=HOST.device)
     interpolated = run.dense.interpolated if run.dense is not None else ()
     for index in interpolated:
         gradient[index] = direction * inside[index]

@@ -6,11 +6,24 @@ fails, and every sum over ranks is wrong. Launchers leave their count in environ
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
-__all__ = ["Claim", "claims", "find_mismatch", "launcher_mismatch", "torchrun_claim"]
+__all__ = [
+    "Claim",
+    "claims",
+    "find_mismatch",
+    "gpu_aware",
+    "launcher_mismatch",
+    "mapped_files",
+    "mpi_libraries",
+    "torchrun_claim",
+]
 
 # Name for messages; variables with the number of processes and with this one's rank.
 _LAUNCHERS = (
@@ -120,3 +133,40 @@ def launcher_mismatch(size: int, environment: Mapping[str, str] = os.environ) ->
         f"{claim.launcher} started {several}, but MPI sees one rank: each computes alone. "
         "The launcher belongs to another MPI than mpi4py: `python -m pnode doctor` says which"
     )
+
+
+# ------------------------------------------------------------------------------- loaded libraries
+
+# Whole MPI libraries; not their C++ and Fortran parts, nor helpers such as libmpi_gtl_cuda.
+_MPI_LIBRARY = re.compile(r"lib(mpi|mpich|mpi_abi|mpi_(cray|gnu|intel|amd|aocc|nvidia|pgi)\w*)[-.]")
+
+
+def mapped_files() -> list[str]:
+    """Files that are mapped into this process; none where there is no /proc."""
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    # Address, permissions, offset, device, inode, path (which may contain blanks).
+    fields = (line.split(maxsplit=5) for line in lines)
+    return sorted({words[5] for words in fields if len(words) == 6 and words[5].startswith("/")})
+
+
+def mpi_libraries(files: list[str] | None = None) -> list[str]:
+    """Return the paths of the MPI libraries among files, by default those loaded here."""
+    files = mapped_files() if files is None else files
+    return [path for path in files if _MPI_LIBRARY.match(os.path.basename(path))]
+
+
+@cache
+def gpu_aware() -> bool | None:
+    """Return whether the MPI library takes device memory; None if it does not say."""
+    answers = []
+    for path in mpi_libraries():
+        library = ctypes.CDLL(path)
+        names = ("cuda", "hip", "rocm", "ze")
+        functions = [f"MPIX_Query_{name}_support" for name in names]
+        answers += [bool(library[name]()) for name in functions if hasattr(library, name)]
+    if os.environ.get("MPICH_GPU_SUPPORT_ENABLED") == "1":  # Cray
+        answers.append(True)
+    return any(answers) if answers else None

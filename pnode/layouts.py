@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from pnode import ranks, vectors
+from pnode.devices import HOST, place_of
 from pnode.errors import ConfigurationError
 from pnode.options import PETSc, log_event
 from pnode.vectors import REAL
@@ -90,7 +91,7 @@ class Layout(ABC):
         Entries are numbered rank by rank, in the order of the flattened owned parts.
         """
         start = self.comm.exscan(self.size) or 0
-        numbers = torch.arange(start + 1, start + 1 + self.size, dtype=REAL)
+        numbers = torch.arange(start + 1, start + 1 + self.size, dtype=REAL, device=HOST.device)
         return self.gather(numbers).reshape(-1).round().to(torch.int64) - 1
 
 
@@ -189,10 +190,22 @@ class Grid(Layout):
             )
         )
         self.coupled = bool(coupled)
-        self._global, self._local = self._dm.createGlobalVec(), self._dm.createLocalVec()
-        self._local.set(0.0)
+        self._vectors: dict[torch.device, tuple[Any, Any]] = {}
+        self._vectors_on(HOST.device)
         self._offsets = tuple(a - b for a, b in zip(self.starts, ghost_starts, strict=True))
         self._ghosted_cells = ghosted
+
+    def _vectors_on(self, device: torch.device) -> tuple[Any, Any]:
+        """Return the global and the local vector on a device. Collective the first time."""
+        if device not in self._vectors:
+            place = place_of(device)
+            self._dm.setVecType(place.vec_type)
+            made = self._dm.createGlobalVec(), self._dm.createLocalVec()
+            vectors.adopt(made[0], place)
+            vectors.adopt(made[1], place)
+            made[1].set(0.0)
+            self._vectors[device] = made
+        return self._vectors[device]
 
     def _create(self, width: int) -> Any:
         periodic, other = PETSc.DM.BoundaryType.PERIODIC, PETSc.DM.BoundaryType.GHOSTED
@@ -240,8 +253,8 @@ class Grid(Layout):
                 f"rank's cells, {self.cells}"
             )
         result = part.new_empty((*part.shape[:-dimensions], *self.global_shape)).detach()
-        for owned, values in self.comm.allgather((self.owned, part.detach().numpy())):
-            result[(..., *owned)] = torch.from_numpy(values)
+        for owned, values in self.comm.allgather((self.owned, part.detach().cpu().numpy())):
+            result[(..., *owned)] = torch.from_numpy(values).to(result)
         return result
 
     def coordinates(self, dimension: int = 0, ghosted: bool = False) -> torch.Tensor:
@@ -258,15 +271,16 @@ class Grid(Layout):
         if ghosted:
             first -= self._offsets[dimension]
             number = self._ghosted_cells[dimension]
-        return torch.arange(first, first + number)
+        return torch.arange(first, first + number, device=HOST.device)
 
     def _gather(self, owned: torch.Tensor) -> torch.Tensor:
         number = self.fields or 1
-        inside = torch.from_numpy(self._global.array_w).view(*self.cells, number)
+        whole, local = self._vectors_on(owned.device)
+        inside = vectors.overwrite(whole).view(*self.cells, number)
         inside.movedim(-1, 0).copy_(owned.reshape(number, *self.cells))
         del inside
-        self._dm.globalToLocal(self._global, self._local)
-        values = torch.from_numpy(self._local.array_r).view(*self._ghosted_cells, number)
+        self._dm.globalToLocal(whole, local)
+        values = vectors.view(local).view(*self._ghosted_cells, number)
         result = values.movedim(-1, 0).to(
             owned.dtype, copy=True, memory_format=torch.contiguous_format
         )
@@ -281,17 +295,18 @@ class Grid(Layout):
         for cells, ghosts in reversed(self._fills()):
             values[(slice(None), *cells)] += values[(slice(None), *ghosts)]
             values[(slice(None), *ghosts)] = 0.0
-        local = torch.from_numpy(self._local.array_w).view(*self._ghosted_cells, number)
-        local.movedim(-1, 0).copy_(values)
-        del local
-        self._global.set(0.0)
-        self._dm.localToGlobal(self._local, self._global, addv=PETSc.InsertMode.ADD_VALUES)
-        inside = torch.from_numpy(self._global.array_r).view(*self.cells, number)
+        whole, local = self._vectors_on(ghosted.device)
+        cells = vectors.overwrite(local).view(*self._ghosted_cells, number)
+        cells.movedim(-1, 0).copy_(values)
+        del cells
+        whole.set(0.0)
+        self._dm.localToGlobal(local, whole, addv=PETSc.InsertMode.ADD_VALUES)
+        inside = vectors.view(whole).view(*self.cells, number)
         result = inside.movedim(-1, 0).to(
             ghosted.dtype, copy=True, memory_format=torch.contiguous_format
         )
         del inside
-        torch.from_numpy(self._local.array_w).zero_()  # what lies beyond the ends stays zero
+        vectors.fill(local, 0.0)  # what lies beyond the ends stays zero
         return result.reshape(-1)
 
     def _fills(self) -> list[tuple[tuple[slice, ...], tuple[slice, ...]]]:
@@ -326,8 +341,11 @@ class Grid(Layout):
             if self.stencil == "box" or sum(step != 0 for step in offset) <= 1
         ]
         number = self.fields or 1
-        local = torch.arange(number * math.prod(self.cells)).view(number, *self.cells)
-        ghosted = torch.arange(number * math.prod(self._ghosted_cells))
+        local, ghosted = (
+            torch.arange(number * math.prod(cells), device=HOST.device)
+            for cells in (self.cells, self._ghosted_cells)
+        )
+        local = local.view(number, *self.cells)
         ghosted = ghosted.view(number, *self._ghosted_cells)
         rows, columns = [], []
         for offset in offsets:
@@ -431,28 +449,42 @@ class GhostLayout(Layout):
         group.compare((), {}, 0)
         tail = () if self.fields is None else (self.fields,)
         self.shape, self.ghosted_shape = (number, *tail), (number + len(indices), *tail)
-        self._global = vectors.create(self.comm, number * width)
-        self._ghost_values = vectors.create(PETSc.COMM_SELF, len(indices) * width)
         blocks = indices.numpy().astype(PETSc.IntType)
-        source = PETSc.IS().createBlock(width, blocks, comm=self.comm)
-        self._exchange = PETSc.Scatter().create(self._global, source, self._ghost_values, None)
+        self._source = PETSc.IS().createBlock(width, blocks, comm=self.comm)
+        self._vectors: dict[torch.device, tuple[Any, Any, Any]] = {}
+        self._vectors_on(HOST.device)
 
     def __repr__(self) -> str:
         """Show the arguments."""
         return f"GhostLayout({self.owned}, ghosts={len(self.ghosts)}, fields={self.fields})"
 
+    def _vectors_on(self, device: torch.device) -> tuple[Any, Any, Any]:
+        """Return the vectors of own and ghost entries on a device, and what sends one to the other.
+
+        Collective the first time.
+        """
+        if device not in self._vectors:
+            place, width = place_of(device), self.fields or 1
+            own = vectors.create(self.comm, self.owned * width, place)
+            ghosts = vectors.create(PETSc.COMM_SELF, len(self.ghosts) * width, place)
+            exchange = PETSc.Scatter().create(own, self._source, ghosts, None)
+            self._vectors[device] = own, ghosts, exchange
+        return self._vectors[device]
+
     def _gather(self, owned: torch.Tensor) -> torch.Tensor:
-        vectors.copy_in(self._global, owned.reshape(-1))
-        self._exchange.scatter(self._global, self._ghost_values, addv=False, mode="forward")
-        ghosts = vectors.copy_out(self._ghost_values, owned.dtype)
+        own, beyond, exchange = self._vectors_on(owned.device)
+        vectors.copy_in(own, owned.reshape(-1))
+        exchange.scatter(own, beyond, addv=False, mode="forward")
+        ghosts = vectors.copy_out(beyond, owned.dtype)
         return torch.cat([owned.reshape(-1), ghosts]).view(self.ghosted_shape)
 
     def _scatter(self, ghosted: torch.Tensor) -> torch.Tensor:
         flat = ghosted.reshape(-1)
-        vectors.copy_in(self._global, flat[: self.size])
-        vectors.copy_in(self._ghost_values, flat[self.size :])
-        self._exchange.scatter(self._ghost_values, self._global, addv=True, mode="reverse")
-        return vectors.copy_out(self._global, ghosted.dtype)
+        own, beyond, exchange = self._vectors_on(flat.device)
+        vectors.copy_in(own, flat[: self.size])
+        vectors.copy_in(beyond, flat[self.size :])
+        exchange.scatter(beyond, own, addv=True, mode="reverse")
+        return vectors.copy_out(own, ghosted.dtype)
 
     def pattern(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return the user's pattern, for all fields of the items."""
@@ -460,7 +492,7 @@ class GhostLayout(Layout):
             return None
         rows, columns = self._pattern
         width = self.fields or 1
-        inner = torch.arange(width)
+        inner = torch.arange(width, device=HOST.device)
         return (
             (rows[:, None, None] * width + inner[None, :, None]).expand(-1, -1, width).reshape(-1),
             (columns[:, None, None] * width + inner[None, None, :])
@@ -475,7 +507,7 @@ def _check_layout(owned: Any, ghosts: Any, fields: Any, pattern: Any) -> tuple[A
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
             raise ConfigurationError(f"{name}={value!r} must be a whole number of at least 1")
     try:
-        indices = torch.as_tensor(ghosts)
+        indices = torch.as_tensor(ghosts, device=HOST.device)
         if indices.numel() == 0:
             indices = indices.to(torch.int64)
         whole = not indices.is_floating_point() and not indices.is_complex()
@@ -487,7 +519,9 @@ def _check_layout(owned: Any, ghosts: Any, fields: Any, pattern: Any) -> tuple[A
             "of items, shape (G,)"
         )
     if pattern is not None:
-        rows, columns = (torch.as_tensor(part).to(torch.int64) for part in pattern)
+        rows, columns = (
+            torch.as_tensor(part, device=HOST.device).to(torch.int64) for part in pattern
+        )
         inside = (
             rows.shape == columns.shape
             and rows.dim() == 1

@@ -52,11 +52,11 @@ class MassMatrix:
         self.size = size
         if shapes == layout.shapes or (len(parts) == 1 and own.shape == (size,)):
             values = torch.cat([part.to_dense().reshape(-1) for part in parts])
-            self.diagonal: torch.Tensor | None = values.detach().to("cpu", REAL)
+            self.diagonal: torch.Tensor | None = values.detach().to(layout.device, REAL)
             self._matrix: torch.Tensor | None = None
         elif len(parts) == 1 and own.shape == (size, size):
             self.diagonal = None
-            values = own.detach().to("cpu", REAL)
+            values = own.detach().to(layout.device, REAL)
             if values.layout is not torch.strided:
                 values = values.to_sparse_coo().coalesce()
             self._matrix = values
@@ -90,23 +90,24 @@ class MassMatrix:
         """Return bases of the left and right null space; see :func:`null_spaces`."""
         if self.diagonal is not None:
             rows = self.diagonal.eq(0).nonzero().squeeze(1)
-            units = torch.zeros(self.size, len(rows), dtype=REAL)
-            units[rows, torch.arange(len(rows))] = 1.0
+            units = torch.zeros(self.size, len(rows), dtype=REAL, device=rows.device)
+            units[rows, torch.arange(len(rows), device=rows.device)] = 1.0
             return units, units
         return null_spaces(self.dense())
 
     def entries(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return rows, columns and values of the entries, the whole diagonal among them."""
-        diagonal = torch.arange(self.size, device="cpu")
         if self.diagonal is not None:
+            diagonal = torch.arange(self.size, device=self.diagonal.device)
             return diagonal, diagonal, self.diagonal
         assert self._matrix is not None
+        diagonal = torch.arange(self.size, device=self._matrix.device)
         matrix = self._matrix.to_sparse_coo()
         (rows, columns), values = matrix.coalesce().indices(), matrix.coalesce().values()
         return (
             torch.cat([rows, diagonal]),
             torch.cat([columns, diagonal]),
-            torch.cat([values, torch.zeros(self.size, dtype=REAL, device="cpu")]),
+            torch.cat([values, torch.zeros_like(diagonal, dtype=REAL)]),
         )
 
     def blocks(self, samples: int) -> torch.Tensor:
@@ -127,7 +128,7 @@ class MassMatrix:
                 "'sparse'"
             )
         kept = columns // width == sample
-        blocks = torch.zeros(samples, width, width, dtype=REAL, device="cpu")
+        blocks = torch.zeros(samples, width, width, dtype=REAL, device=values.device)
         index = (sample[kept], rows[kept] % width, columns[kept] % width)
         return blocks.index_put_(index, values[kept], accumulate=True)
 
@@ -160,9 +161,9 @@ def null_spaces(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     def embed(basis: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         size = matrix.shape[0]
-        whole = torch.zeros(size, basis.shape[1], dtype=matrix.dtype)
+        whole = matrix.new_zeros(size, basis.shape[1])
         whole[kept] = basis
-        units = torch.eye(size, dtype=matrix.dtype)[:, ~kept]
+        units = torch.eye(size, dtype=matrix.dtype, device=matrix.device)[:, ~kept]
         return torch.cat([units, whole], dim=1)
 
     return embed(u[:, rank:], rows), embed(vh[rank:].T, columns)

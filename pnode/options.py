@@ -135,6 +135,12 @@ class SolverOptions:
         """All options in force, without the prefix."""
         return dict(self._manager.parameters)
 
+    def take(self, name: str) -> Any:
+        """Return an option that pnode acts on itself, None if nobody has set it."""
+        if name in self.given:
+            self._manager._used_options.add(name)
+        return self.values.get(name)
+
     def apply(self, petsc_object: Any) -> None:
         """Set the prefix of a PETSc object and let it read its options. Collective.
 

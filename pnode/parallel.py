@@ -132,9 +132,9 @@ class _Replicate(torch.autograd.Function):
 
 
 def _sum(value: torch.Tensor, comm: Any) -> torch.Tensor:
-    result = value.detach().clone(memory_format=torch.contiguous_format)
+    result = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     comm.Allreduce(MPI.IN_PLACE, result.numpy(), MPI.SUM)
-    return result
+    return result.to(value.device)
 
 
 def _tensors(parameters: Any) -> list[torch.Tensor]:
@@ -182,6 +182,7 @@ def sum_gradients(
     flat = torch.zeros(
         len(tensors) + sum(tensor.numel() for tensor in tensors),
         dtype=torch.float64 if wide else torch.float32,
+        device="cpu",
     )
     parts = flat[len(tensors) :].split([tensor.numel() for tensor in tensors])
     for index, (tensor, part) in enumerate(zip(tensors, parts, strict=True)):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from pnode.devices import HOST
 from pnode.errors import ConfigurationError
 from pnode.layouts import Layout
 from pnode.ranks import ALONE, Ranks
@@ -32,7 +33,8 @@ class StateLayout:
     dtype : torch.dtype
         Precision in which the vector field is called.
     device : torch.device
-        Where the vector field is called.
+        Where the state lives, and the vector field is called (see ``compute`` of
+        :class:`InitialValueProblem`).
     """
 
     shapes: tuple[torch.Size, ...]
@@ -80,11 +82,6 @@ class StateLayout:
                 raise ConfigurationError(
                     f"{name} contains NaN or infinity: start from finite values"
                 )
-        if parts[0].device.type != "cpu":
-            raise ConfigurationError(
-                f"y0 is on {parts[0].device}: this version integrates host states only, "
-                "use y0.cpu() (the vector field may move data to a device itself)"
-            )
         layout = cls(tuple(part.shape for part in parts), is_tuple, parts[0].dtype, parts[0].device)
         if layout.size == 0:
             raise ConfigurationError("y0 has no entries: give a state with at least one number")
@@ -159,6 +156,8 @@ class InitialValueProblem:
         Entries of the state on the rank that has most.
     distribution : int
         Fingerprint of the number of entries on all ranks.
+    compute : torch.device or None
+        Where f computes, if the state is kept elsewhere: see :mod:`pnode.transfers`.
     """
 
     function: Callable[..., Any]
@@ -175,6 +174,7 @@ class InitialValueProblem:
     exchange: Layout | None = None
     largest: int = 0
     distribution: int = 0
+    compute: torch.device | None = None
 
     @classmethod
     def create(
@@ -230,7 +230,7 @@ def as_times(t: Any, endless: bool = False) -> torch.Tensor:
     """
     if not isinstance(t, torch.Tensor):
         try:
-            t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
+            t = torch.as_tensor(t, dtype=torch.float64, device=HOST.device)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ConfigurationError(
                 f"t is a {type(t).__name__}: give a 1-D tensor of output times"

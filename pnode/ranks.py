@@ -233,12 +233,12 @@ class Ranks:
         return int(-low[1]), int(total[0])
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the sum over the ranks of a contiguous tensor on the host."""
+        """Return the sum over the ranks of a contiguous tensor, by way of the host."""
         if not self.parallel:
             return values
-        total = values.clone()
+        total = values.detach().to("cpu", copy=True)
         self.comm.Allreduce(MPI.IN_PLACE, total.numpy(), MPI.SUM)
-        return total
+        return total.to(values.device)
 
     def norm(self, values: torch.Tensor) -> float:
         """Return the Euclidean norm of a distributed vector."""
@@ -249,7 +249,8 @@ class Ranks:
         if not self.parallel:
             return float(values.square().mean().sqrt())
         local = torch.stack([
-            values.square().sum(dtype=torch.float64), torch.tensor(float(values.numel())).double()
+            values.square().sum(dtype=torch.float64).cpu(),
+            torch.tensor(float(values.numel()), dtype=torch.float64, device="cpu"),
         ])  # fmt: skip
         square, number = self.sum(local).tolist()
         return float((square / number) ** 0.5)
@@ -279,7 +280,7 @@ class Ranks:
         if not self.parallel:
             return list(gradients)
         number = len(like)
-        flat = torch.zeros(1 + number + sum(p.numel() for p in like), dtype=REAL)
+        flat = torch.zeros(1 + number + sum(p.numel() for p in like), dtype=REAL, device="cpu")
         flat[0] = float(self.failed)
         parts = flat[1 + number :].split([p.numel() for p in like]) if number else ()
         for index, (part, gradient) in enumerate(zip(parts, gradients, strict=True)):

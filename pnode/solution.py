@@ -30,10 +30,14 @@ class Ledger:
         Newton and Krylov iterations.
     recomputed : int
         Steps repeated because no checkpoint of them was kept.
-    ram_bytes, disk_bytes : int
-        Peak size of the checkpoints.
+    ram_bytes, disk_bytes, device_bytes : int
+        Peak size of the checkpoints in memory, on disk, and on the device where that is a level of
+        its own (``Checkpointing(device_memory=...)``).
     tape_bytes : int
         Peak size of the graphs of f that are kept besides, within the same limit of memory.
+    copies, copied_bytes : int
+        Copies between f's device and a state that is kept on the host
+        (``Solver(device_state="host")``), and their bytes.
     """
 
     steps: int = 0
@@ -47,13 +51,16 @@ class Ledger:
     recomputed: int = 0
     ram_bytes: int = 0
     disk_bytes: int = 0
+    device_bytes: int = 0
     tape_bytes: int = 0
+    copies: int = 0
+    copied_bytes: int = 0
 
     def add(self, other: Ledger) -> None:
         """Add the counts of another sweep; of the peaks the larger one stays."""
         for item in fields(Ledger):
             mine, theirs = getattr(self, item.name), getattr(other, item.name)
-            peak = item.name.endswith("_bytes")
+            peak = item.name in ("ram_bytes", "disk_bytes", "device_bytes", "tape_bytes")
             setattr(self, item.name, max(mine, theirs) if peak else mine + theirs)
 
 

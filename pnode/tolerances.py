@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from pnode import arguments
+from pnode.devices import HOST
 from pnode.errors import ConfigurationError
 from pnode.problem import StateLayout
 from pnode.vectors import REAL
@@ -112,7 +113,8 @@ def resolve(rtol: Tolerance, atol: Tolerance, layout: StateLayout) -> tuple[Reso
 
 def refuse_zeros(rtol: float | torch.Tensor, atol: float | torch.Tensor) -> None:
     """Refuse two tolerances that are both 0 somewhere."""
-    neither = (torch.as_tensor(rtol) == 0.0) & (torch.as_tensor(atol) == 0.0)
+    zero = [torch.as_tensor(value, device=HOST.device) == 0.0 for value in (rtol, atol)]
+    neither = zero[0] & zero[1]
     if bool(neither.any()):
         where = f" for {int(neither.sum())} entries of y0" if neither.dim() else ""
         raise ConfigurationError(f"rtol and atol are both 0{where}: at least one must be positive")
@@ -126,7 +128,7 @@ def _fit(name: str, value: Tolerance, layout: StateLayout) -> float | torch.Tens
         return _broadcast(name, value, layout.shapes[0])
     if isinstance(value, tuple) and layout.is_tuple and len(value) == len(layout.shapes):
         return torch.cat([
-            _broadcast(f"{name}[{index}]", torch.as_tensor(part, dtype=torch.float64), shape)
+            _broadcast(f"{name}[{index}]", _as_tensor(part), shape)
             for index, (part, shape) in enumerate(zip(value, layout.shapes, strict=True))
         ])  # fmt: skip
     given = f"has {len(value)} parts" if isinstance(value, tuple) else "is one tensor"
@@ -135,6 +137,10 @@ def _fit(name: str, value: Tolerance, layout: StateLayout) -> float | torch.Tens
         f"{name} {given} and y0 is {state}: give a number, or "
         + ("one number or tensor per part" if layout.is_tuple else "a tensor of y0's shape")
     )
+
+
+def _as_tensor(value: float | torch.Tensor) -> torch.Tensor:
+    return torch.as_tensor(value, dtype=torch.float64, device=HOST.device)
 
 
 def _broadcast(name: str, value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
@@ -147,9 +153,9 @@ def _broadcast(name: str, value: torch.Tensor, shape: torch.Size) -> torch.Tenso
         ) from None
 
 
-def values(tolerance: Resolved) -> float | torch.Tensor:
+def values(tolerance: Resolved, device: torch.device = HOST.device) -> float | torch.Tensor:
     """Return a number, or a tensor of shape ``(size,)`` in PETSc's precision."""
-    return tolerance if isinstance(tolerance, float) else tolerance.tensor()
+    return tolerance if isinstance(tolerance, float) else tolerance.tensor().to(device)
 
 
 def describe(tolerance: Tolerance) -> str:
@@ -157,6 +163,6 @@ def describe(tolerance: Tolerance) -> str:
     if isinstance(tolerance, float):
         return repr(tolerance)
     parts = tolerance if isinstance(tolerance, tuple) else (tolerance,)
-    flat = torch.cat([torch.as_tensor(part, dtype=torch.float64).reshape(-1) for part in parts])
+    flat = torch.cat([_as_tensor(part).reshape(-1) for part in parts])
     low, high = float(flat.min()), float(flat.max())
     return repr(low) if math.isclose(low, high) else f"{low!r}..{high!r}"

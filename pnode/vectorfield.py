@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from pnode.devices import random_states
 from pnode.errors import ConfigurationError, VectorFieldError
 from pnode.layouts import Layout
 from pnode.mass import MassMatrix
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
+from pnode.transfers import Remote, remote
 
 __all__ = [
     "DistributedField",
@@ -79,6 +81,7 @@ class VectorField:
     def __init__(self, problem: InitialValueProblem, ledger: Ledger, function: Any = None) -> None:
         self.problem = problem
         self.function = problem.function if function is None else function
+        self._function = remote(self.function, problem.compute, ledger)
         self.mass: MassMatrix | None = problem.mass
         self.ledger = ledger
         self.parameters = problem.parameters
@@ -160,6 +163,11 @@ class VectorField:
         """
         self._check_first = used is None
         self.used[:] = used or [False] * len(self.parameters)
+
+    def count_copies(self, ledger: Ledger) -> None:
+        """Count copies between devices, those of cotangents in this field's graphs too, there."""
+        if isinstance(self._function, Remote):
+            self._function.ledger = ledger
 
     def slope(self, s: float, u: torch.Tensor) -> torch.Tensor:
         """Return du/ds, both parts of a split right-hand side; arguments as for :meth:`rhs`."""
@@ -243,7 +251,7 @@ class VectorField:
         # torch has an error of its own for writing into a leaf. The first time, f gets a copy of
         # the leaf, so that the write goes through and _call reports it.
         own = leaf.clone() if first else leaf
-        before = _hidden_state(self.function) if first and self.problem.check_undeclared else None
+        before = self._hidden_state() if first and self.problem.check_undeclared else None
         try:
             value = self._call(
                 s, own, time, self._layout.unflatten(own) if self._layout.is_tuple else own
@@ -257,17 +265,26 @@ class VectorField:
             self._find_parameters(value, leaf, time)
         return value
 
-    def _refuse_hidden_state(self, s: float, before: tuple[torch.Tensor, list[int]]) -> None:
+    def _hidden_state(self) -> tuple[list[torch.Tensor], list[int]]:
+        """Return torch's random states and the versions of a Module's floating-point buffers."""
+        own = self.function
+        buffers = own.buffers() if isinstance(own, torch.nn.Module) else ()
+        return (
+            random_states(self.problem.compute or self._layout.device),
+            [buffer._version for buffer in buffers if buffer.is_floating_point()],
+        )
+
+    def _refuse_hidden_state(self, s: float, before: tuple[list[torch.Tensor], list[int]]) -> None:
         """Refuse a field that is not a function of t and y: its adjoint would be another's."""
-        random, buffers = before
-        if not torch.equal(random, torch.get_rng_state()):
+        now = self._hidden_state()
+        if not all(map(torch.equal, before[0], now[0])):
             raise VectorFieldError(
                 "the vector field draws random numbers (dropout in training mode?), so that its "
                 "value cannot be had again for the gradient: call .eval() on it, or draw them "
                 "once before the solve",
                 time=self._direction * s,
             )
-        if buffers != _hidden_state(self.function)[1]:
+        if before[1] != now[1]:
             raise VectorFieldError(
                 "the vector field writes into one of its buffers, so that its value cannot be had "
                 "again for the gradient: call .eval() on it, or keep what it counts outside",
@@ -286,7 +303,7 @@ class VectorField:
         """
         layout = self._layout
         version = own._version
-        result = self.function(time, *state)
+        result = self._function(time, *state)
         if own._version != version:
             raise self._wrote_into_input(s)
         if not layout.is_tuple:
@@ -461,15 +478,6 @@ class DistributedField(VectorField):
         return DistributedLinearization(self, *arguments)
 
 
-def _hidden_state(function: Any) -> tuple[torch.Tensor, list[int]]:
-    """Return torch's random state and the versions of a Module's floating-point buffers."""
-    buffers = function.buffers() if isinstance(function, torch.nn.Module) else ()
-    return (
-        torch.get_rng_state(),
-        [buffer._version for buffer in buffers if buffer.is_floating_point()],
-    )
-
-
 def vector_field(problem: InitialValueProblem, ledger: Ledger) -> VectorField:
     """Return the field of a problem: its right-hand side, its two parts, or its residual."""
     if problem.form == "residual":
@@ -586,6 +594,8 @@ class Linearization:
 
     def adopt(self, field: VectorField) -> None:
         """Take products for another field of the same problem, and count them there."""
+        if self._field.problem.compute is not None:
+            self._field.count_copies(field.ledger)
         self._field = field
 
     def flat_value(self) -> torch.Tensor:

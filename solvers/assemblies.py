@@ -14,14 +14,23 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from pnode.devices import HOST, Place
 from pnode.errors import ConfigurationError, VectorFieldError
 from pnode.options import PETSc, log_event
 from pnode.problem import StateLayout
 from pnode.ranks import as_communicator
 from pnode.solvers.bridge import Bridge, Point, shell_matrix
-from pnode.solvers.petsc_c import color_columns
+from pnode.solvers.petsc_c import color_columns, set_values_coo
+from pnode.transfers import remote
 from pnode.vectorfield import Linearization
-from pnode.vectors import REAL, copy_in, view
+from pnode.vectors import (
+    REAL,
+    copy_in,
+    create_dense,
+    matrix_view,
+    set_dense_type,
+    view,
+)
 
 __all__ = [
     "BLOCK_LU",
@@ -45,7 +54,16 @@ _PROBES = 3
 
 
 class Assembly(ABC):
-    """One kind of assembled Jacobian."""
+    """One kind of assembled Jacobian.
+
+    Parameters
+    ----------
+    place : Place
+        Where the matrix lives.
+    """
+
+    def __init__(self, place: Place = HOST) -> None:
+        self._place = place
 
     @abstractmethod
     def create(self, size: int, comm: Any) -> Any:
@@ -68,10 +86,14 @@ class Assembly(ABC):
 
 def probe(linearization: Linearization) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return a random w and its products w^T dg/du (and w^T dF/du_dot, for a residual)."""
-    generator = torch.Generator().manual_seed(0)
     like = linearization.flat_value()
-    w = torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+    w = _noise(like.shape, torch.Generator(HOST.device).manual_seed(0)).to(like)
     return w, [product[0] for product in linearization.rows(w[None])]
+
+
+def _noise(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Return normal random numbers, the same on every device."""
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
 
 
 def differ(exact: torch.Tensor, found: torch.Tensor, scale: torch.Tensor) -> bool:
@@ -88,9 +110,7 @@ class DenseAssembly(Assembly):
 
     def create(self, size: int, comm: Any) -> Any:
         """Return a dense matrix."""
-        matrix = PETSc.Mat().createDense(((size, PETSc.DETERMINE),) * 2, comm=comm)
-        matrix.setUp()
-        return matrix
+        return create_dense(comm, size, self._place)
 
     def evaluate(self, bridge: Bridge, point: Point, check: bool) -> Any:
         """Return dg/du and dF/du_dot (None for the identity)."""
@@ -100,12 +120,15 @@ class DenseAssembly(Assembly):
     def form(self, matrix: Any, values: Any, shift: float) -> None:
         """Fill the matrix."""
         state, rate = (None, None) if values is None else values
-        array = matrix.getDenseArray()
-        array[...] = 0.0 if state is None else -state.numpy()
-        if rate is None:
-            array.flat[:: array.shape[0] + 1] += shift
+        entries = matrix_view(matrix, self._place)
+        if state is None:
+            entries.zero_()
         else:
-            array += shift * rate.numpy()
+            entries.copy_(state).neg_()
+        if rate is None:
+            entries.diagonal().add_(shift)
+        else:
+            entries.add_(rate, alpha=shift)
         matrix.assemble()
 
 
@@ -196,22 +219,26 @@ class BlockLU:
 class BlockAssembly(Assembly):
     """Samples that do not know of one another: B blocks from m products for all at once."""
 
-    def __init__(self, samples: int) -> None:
+    def __init__(self, samples: int, place: Place = HOST) -> None:
+        super().__init__(place)
         self._samples = samples
         self._width = 0
 
     def create(self, size: int, comm: Any) -> Any:
         """Return a python matrix."""
         self._width = size // self._samples
-        blocks = torch.zeros(self._samples, self._width, self._width, dtype=REAL, device="cpu")
-        return shell_matrix(BlockMatrix(blocks), size, size, comm)
+        blocks = torch.zeros(
+            self._samples, self._width, self._width, dtype=REAL, device=self._place.device
+        )
+        return shell_matrix(BlockMatrix(blocks), size, size, comm, self._place)
 
     def evaluate(self, bridge: Bridge, point: Point, check: bool) -> Any:
         """Return the blocks of dg/du and dF/du_dot (None for the identity), (B, m, m) each."""
         linearization = bridge.linearize(point)
         batch, width = self._samples, self._width
         # Row j of every sample's Jacobian at once: no entry of the state has two of them.
-        units = torch.eye(width, dtype=point.u.dtype)[:, None, :].expand(width, batch, width)
+        units = torch.eye(width, dtype=point.u.dtype, device=self._place.device)
+        units = units[:, None, :].expand(width, batch, width)
         found = linearization.assemble(units.reshape(width, -1))
         blocks = [rows.view(width, batch, width).transpose(0, 1).contiguous() for rows in found]
         if check:
@@ -238,7 +265,9 @@ class BlockAssembly(Assembly):
         """Put the blocks into the matrix's context."""
         context = matrix.getPythonContext()
         state, rate = (None, None) if values is None else values
-        unit = torch.eye(self._width, dtype=REAL) if rate is None else rate
+        unit = rate
+        if unit is None:
+            unit = torch.eye(self._width, dtype=REAL, device=self._place.device)
         blocks = (shift * unit).expand(self._samples, -1, -1)
         context.blocks = blocks.contiguous() if state is None else blocks - state
         matrix.assemble()
@@ -294,7 +323,7 @@ class SparsityPattern:
         self.detected = rows is None
         self.size = size
         self.columns_to = columns_to
-        empty = torch.empty(0, dtype=torch.int64, device="cpu")
+        empty = torch.empty(0, dtype=torch.int64, device=HOST.device)
         self.rows = self.columns = self.colors = empty
         if rows is not None and columns is not None:
             self._add(rows, columns)
@@ -313,9 +342,17 @@ class SparsityPattern:
         """Join entries and color the rows anew."""
         width = self.width
         flat = torch.cat([self.rows * width + self.columns, rows * width + columns])
-        flat = flat.unique()
+        flat = flat.to(HOST.device).unique()
         self.rows, self.columns = flat // width, flat % width
         self.colors = _color_rows(self.rows, self.columns, self.size, width)
+
+    def bring_to(self, device: torch.device) -> None:
+        """Keep the entries on a device from now on."""
+        if self.colors.device != device:
+            self.rows, self.columns = self.rows.to(device), self.columns.to(device)
+            self.colors = self.colors.to(device)
+            if self.columns_to is not None:
+                self.columns_to = self.columns_to.to(device)
 
     @property
     def width(self) -> int:
@@ -328,13 +365,12 @@ class SparsityPattern:
         Rows are looked at a block at a time. NaN counts as an entry.
         """
         self.size = size = len(point.u)
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator(HOST.device).manual_seed(1)
 
         def near(values: torch.Tensor) -> torch.Tensor:
             scale = torch.maximum(values.abs(), values.abs().mean())
             scale = 0.01 * torch.where(scale > 0, scale, torch.ones_like(scale))
-            noise = torch.randn(values.shape, generator=generator, dtype=torch.float64)
-            return values + scale * noise.to(values)
+            return values + scale * _noise(values.shape, generator).to(values)
 
         field, rows, columns = bridge.field, [], []
         together = max(1, _ENTRIES_AT_ONCE // size)
@@ -346,10 +382,10 @@ class SparsityPattern:
                 linearization = field.linearize(point.s, near(point.u.detach()), rate)
             for start in range(0, size, together):
                 stop = min(start + together, size)
-                units = torch.zeros(stop - start, size, dtype=point.u.dtype, device="cpu")
-                units[torch.arange(stop - start), torch.arange(start, stop)] = 1.0
+                units = torch.zeros(stop - start, size, dtype=point.u.dtype, device=point.u.device)
+                units.diagonal(start).fill_(1.0)
                 for part in linearization.rows(units):
-                    found = part.ne(0).nonzero()
+                    found = part.ne(0).nonzero().to(self.rows)
                     rows.append(found[:, 0] + start)
                     columns.append(found[:, 1])
         self._add(torch.cat(rows), torch.cat(columns))
@@ -358,7 +394,7 @@ class SparsityPattern:
 def _color_rows(rows: torch.Tensor, columns: torch.Tensor, size: int, width: int) -> torch.Tensor:
     """Color the rows of a pattern: the columns of its transpose, for PETSc."""
     order = torch.argsort(columns * size + rows)
-    pointers = torch.zeros(width + 1, dtype=torch.int64)
+    pointers = torch.zeros(width + 1, dtype=torch.int64, device=HOST.device)
     pointers[1:] = torch.bincount(columns, minlength=width).cumsum(0)
     csr = (
         pointers.numpy().astype(PETSc.IntType), rows[order].numpy().astype(PETSc.IntType)
@@ -377,7 +413,8 @@ class EntryAssembly(Assembly):
     Setting the structure is collective: among several ranks it stays what it was at first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, place: Place = HOST) -> None:
+        super().__init__(place)
         self._structure: tuple[torch.Tensor, torch.Tensor] | None = None
         self._parallel = False
         self._first_row = 0
@@ -389,7 +426,7 @@ class EntryAssembly(Assembly):
             self._first_row = as_communicator(comm).exscan(size) or 0
         matrix = PETSc.Mat().create(comm=comm)
         matrix.setSizes(((size, PETSc.DETERMINE),) * 2)
-        matrix.setType(PETSc.Mat.Type.AIJ)
+        matrix.setType(self._place.sparse_type)
         return matrix
 
     def form(self, matrix: Any, values: Entries | None, shift: float) -> None:
@@ -398,30 +435,32 @@ class EntryAssembly(Assembly):
             if self._parallel and self._structure is not None:
                 rows, columns = self._structure
             else:
-                rows = columns = torch.arange(*matrix.getOwnershipRange())
+                rows = columns = torch.arange(
+                    *matrix.getOwnershipRange(), device=self._place.device
+                )
             ones = (rows == columns).to(REAL)
             values = Entries(rows, columns, 0 * ones, ones)
         structure = (values.rows, values.columns)
         if self._structure is None or not (
             self._parallel or all(map(torch.equal, structure, self._structure))
         ):
-            indices = [index.numpy().astype(PETSc.IntType) for index in structure]
+            indices = [index.cpu().numpy().astype(PETSc.IntType) for index in structure]
             matrix.setPreallocationCOO(*indices)
             self._structure = structure
-        matrix.setValuesCOO((values.fixed + shift * values.scaled).numpy())
+        set_values_coo(matrix, values.fixed + shift * values.scaled)
         matrix.assemble()
 
 
-def _identity(size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    diagonal = torch.arange(size)
-    return diagonal, diagonal, torch.ones(size, dtype=REAL)
+def _identity(size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    diagonal = torch.arange(size, device=device)
+    return diagonal, diagonal, torch.ones(size, dtype=REAL, device=device)
 
 
 class SparseAssembly(EntryAssembly):
     """A sparse matrix from one product per color of its pattern."""
 
-    def __init__(self, pattern: SparsityPattern) -> None:
-        super().__init__()
+    def __init__(self, pattern: SparsityPattern, place: Place = HOST) -> None:
+        super().__init__(place)
         self._pattern = pattern
 
     def evaluate(self, bridge: Bridge, point: Point, check: bool) -> Any:
@@ -429,12 +468,14 @@ class SparseAssembly(EntryAssembly):
         pattern, linearization = self._pattern, bridge.linearize(point)
         if not pattern.known:
             pattern.detect(bridge, point)
+        pattern.bring_to(self._place.device)
         parts = self._parts(linearization)
         if check and self._wrong(linearization, parts):
             # Entries may have vanished when it was detected. Among several ranks the structure
             # stays.
             if pattern.detected and not self._parallel:
                 pattern.detect(bridge, point)
+                pattern.bring_to(self._place.device)
                 parts = self._parts(linearization)
             if self._wrong(linearization, parts):
                 raise ConfigurationError(
@@ -445,11 +486,14 @@ class SparseAssembly(EntryAssembly):
         fixed = -parts[0].to(REAL)
         if len(parts) == 2:
             # The diagonal belongs to the structure: factorizations want it.
-            rows, columns, scaled = _identity(pattern.size)
+            rows, columns, scaled = _identity(pattern.size, self._place.device)
             scaled, own = 0 * scaled, parts[1].to(REAL)
         else:
             mass = bridge.field.mass
-            rows, columns, scaled = _identity(pattern.size) if mass is None else mass.entries()
+            if mass is None:
+                rows, columns, scaled = _identity(pattern.size, self._place.device)
+            else:
+                rows, columns, scaled = mass.entries()
             own = torch.zeros_like(fixed)
         first = self._first_row
         inner = pattern.columns + first
@@ -466,9 +510,9 @@ class SparseAssembly(EntryAssembly):
     def _parts(self, linearization: Linearization) -> list[torch.Tensor]:
         """Return the values of the entries of dg/du (and dF/du_dot), from compressed products."""
         pattern = self._pattern
-        dtype = linearization.flat_value().dtype
-        seeds = torch.zeros(pattern.color_count, pattern.size, dtype=dtype, device="cpu")
-        seeds[pattern.colors, torch.arange(pattern.size)] = 1.0
+        dtype, device = linearization.flat_value().dtype, self._place.device
+        seeds = torch.zeros(pattern.color_count, pattern.size, dtype=dtype, device=device)
+        seeds[pattern.colors, torch.arange(pattern.size, device=device)] = 1.0
         chosen = (pattern.colors[pattern.rows], pattern.columns)
         return [part[chosen] for part in linearization.assemble(seeds)]
 
@@ -508,10 +552,13 @@ class GivenMatrix:
         matrix = self._constant
         if self._function is not None:
             layout = problem.layout
-            time = torch.scalar_tensor(problem.direction * point.s, dtype=layout.dtype)
+            time = torch.scalar_tensor(
+                problem.direction * point.s, dtype=layout.dtype, device=layout.device
+            )
+            function = remote(self._function, problem.compute, bridge.field.ledger, strict=False)
             with torch.no_grad():
                 state = layout.unflatten(point.u.detach().clone())
-                matrix = as_matrix(self._function(time, state), "preconditioner(t, y)")
+                matrix = as_matrix(function(time, state), "preconditioner(t, y)")
         assert matrix is not None
         size = problem.layout.size
         if matrix.shape != (size, size):
@@ -525,6 +572,7 @@ class GivenMatrix:
                 "preconditioner contains NaN or infinity: give finite values wherever the solution "
                 "may come"
             )
+        matrix = matrix.to(problem.layout.device)
         return matrix if problem.direction > 0 else -matrix
 
 
@@ -550,17 +598,17 @@ def as_matrix(matrix: Any, name: str) -> torch.Tensor:
             f"{name} is a {type(matrix).__name__}{shape}: give a real matrix, as a tensor (dense "
             "or sparse) or a sparse matrix of SciPy"
         )
-    matrix = matrix.detach().to("cpu", REAL)
+    matrix = matrix.detach().to(HOST.device, REAL)
     return matrix if matrix.layout is torch.strided else matrix.to_sparse_coo().coalesce()
 
 
 class GivenAssembly(EntryAssembly):
     """The user's approximation of df/dy, with the mass matrix; dense or sparse as it comes."""
 
-    def __init__(self, given: GivenMatrix) -> None:
-        super().__init__()
+    def __init__(self, given: GivenMatrix, place: Place = HOST) -> None:
+        super().__init__(place)
         self._given = given
-        self._dense = DenseAssembly()
+        self._dense = DenseAssembly(place)
         self._is_dense: bool | None = None
 
     def evaluate(self, bridge: Bridge, point: Point, check: bool) -> Any:
@@ -577,7 +625,7 @@ class GivenAssembly(EntryAssembly):
         else:
             matrix = matrix.to_sparse_coo().coalesce()
             (rows, columns), values = matrix.indices(), matrix.values()
-        others = _identity(matrix.shape[0]) if mass is None else mass.entries()
+        others = _identity(len(matrix), matrix.device) if mass is None else mass.entries()
         first = self._first_row
         entries = Entries(
             torch.cat([rows, others[0]]) + first,
@@ -597,8 +645,7 @@ class GivenAssembly(EntryAssembly):
         """Fill the matrix."""
         if self._is_dense:
             if not matrix.isAssembled():  # nothing depends on the type that it was made with
-                matrix.setType(PETSc.Mat.Type.DENSE)
-                matrix.setUp()
+                set_dense_type(matrix, self._place)
             self._dense.form(matrix, values, shift)
         else:
             super().form(matrix, values, shift)

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pnode.devices import HOST, Place
 from pnode.options import PETSc, log_event
 from pnode.ranks import ALONE, Ranks
 from pnode.vectorfield import Linearization, Products, VectorField
-from pnode.vectors import REAL, add_to, copy_in, copy_out, is_moderate, view
+from pnode.vectors import REAL, add_to, are_moderate, copy_in, copy_out, fill, is_moderate, view
 
 if TYPE_CHECKING:
     from pnode.solvers.jacobians import Jacobian
@@ -79,7 +80,7 @@ class Point:
     ghosted: torch.Tensor | None = None
 
 
-_NOWHERE = Point(0.0, torch.empty(0, device="cpu"), (0, -1))
+_NOWHERE = Point(0.0, torch.empty(0, device=HOST.device), (0, -1))
 
 
 class Bridge:
@@ -126,6 +127,7 @@ class Bridge:
         self._check = check
         self.exception: BaseException | None = None
         self.nonfinite_time: float | None = None
+        self._screened: list[tuple[float, torch.Tensor]] = []
         self.ranks: Ranks = ALONE
         #: Makes this rank reject the attempt under way, in a solve of several with a controller.
         self.reject: weakref.WeakMethod[Callable[[], None]] | None = None
@@ -157,6 +159,7 @@ class Bridge:
         if self.jacobian is not None:
             self.jacobian.forget()
         self._points.clear()
+        self._screened.clear()
         self.here = self.here_explicit = _NOWHERE
         for shell in self.shells:
             shell.point = _NOWHERE
@@ -211,13 +214,35 @@ class Bridge:
         if value is None:
             self.fill(ts, u, f)
             return
-        if (self._check or self.ranks.parallel) and not is_moderate(value):
+        if self._check and self._defers(value):
+            copy_in(f, self._screen(s, value))
+        elif (self._check or self.ranks.parallel) and not is_moderate(value):
             # PETSc's error norm would end the step with an error of its own.
             if self.nonfinite_time is None:
                 self.nonfinite_time = s
             self.fill(ts, u, f)
         else:
             copy_in(f, value)
+
+    def _defers(self, value: torch.Tensor) -> bool:
+        """Whether the host looks at values after the step only, instead of waiting for each."""
+        return value.device != HOST.device and not self.ranks.parallel
+
+    def _screen(self, s: float, value: torch.Tensor) -> torch.Tensor:
+        """Return a value, or zero if PETSc's error norm would not take it."""
+        moderate = are_moderate(value)
+        self._screened.append((s, moderate))
+        return torch.where(moderate, value, 0.0)
+
+    def first_nonfinite(self) -> float | None:
+        """Return the first stage time since the last call at which f was NaN or infinite."""
+        if self._screened:
+            fine = torch.stack([moderate for _, moderate in self._screened]).tolist()
+            times = [s for (s, _), good in zip(self._screened, fine, strict=True) if not good]
+            if times and self.nonfinite_time is None:
+                self.nonfinite_time = times[0]
+            self._screened.clear()
+        return self.nonfinite_time
 
     def fill(self, ts: Any, u: Any, f: Any) -> None:
         """Fill f with finite numbers, instead of a value at u that is not to be had.
@@ -233,7 +258,7 @@ class Bridge:
             scale = (1.0 + float(view(u).abs().max())) / abs(ts.getTimeStep())
             value = scale * (1.0 + self._fillers * 0.6180339887498949 % 1.0)
             reject()
-        copy_in(f, torch.full((f.getLocalSize(),), value, dtype=REAL, device="cpu"))
+        fill(f, value)
 
     def implicit_function(self, ts: Any, s: float, u: Any, u_dot: Any, f: Any) -> None:
         """f = M u_dot - g(s, u), or the residual (PETSc's IFunction).
@@ -244,8 +269,7 @@ class Bridge:
         value = self.guarded("rhs", self._implicit_value, s, u, u_dot)
         if value is None:
             if self.ranks.parallel:  # stops the iteration on all ranks
-                value = torch.full((f.getLocalSize(),), torch.nan, dtype=REAL, device="cpu")
-                copy_in(f, value)
+                fill(f, torch.nan)
             else:
                 u_dot.copy(f)
         else:
@@ -439,7 +463,9 @@ class JacobianShell:
     def duplicate(self, mat: Any, copy: Any) -> Any:
         """Return what PETSc duplicates the Jacobian for: room for that of the explicit part."""
         (rows, _), (columns, _) = mat.getSizes()
-        return shell_matrix(ZeroShell(), rows, columns, mat.getComm())
+        zero = shell_matrix(ZeroShell(), rows, columns, mat.getComm())
+        zero.setVecType(mat.getVecType())
+        return zero
 
     def scale(self, mat: Any, factor: float) -> None:
         """A = factor A."""
@@ -585,12 +611,17 @@ class ParameterJacobianShell:
         y.set(1.0)
 
 
-def shell_matrix(context: Any, rows: int, columns: int, comm: Any) -> Any:
-    """Create the PETSc matrix of a shell, local sizes given. Collective on ``comm``."""
+def shell_matrix(context: Any, rows: int, columns: int, comm: Any, place: Place = HOST) -> Any:
+    """Create the PETSc matrix of a shell, local sizes given. Collective on ``comm``.
+
+    Vectors that PETSc makes to fit it live at ``place``.
+    """
     matrix = PETSc.Mat().create(comm=comm)
     matrix.setSizes(((rows, PETSc.DETERMINE), (columns, PETSc.DETERMINE)))
     matrix.setType("python")
     matrix.setPythonContext(context)
+    if not place.on_host:
+        matrix.setVecType(place.vec_type)
     matrix.setUp()
     matrix.assemble()
     return matrix

@@ -11,6 +11,7 @@ import torch
 
 from pnode import vectors
 from pnode.controllers import controller_options
+from pnode.devices import HOST, Place
 from pnode.errors import (
     ConfigurationError,
     LinearSolveFailed,
@@ -93,6 +94,8 @@ class IntegratorSettings:
         Fingerprint of the sizes on all ranks.
     graphs : object or None
         Compiled steps, see :mod:`pnode.solvers.compiled`.
+    place : Place
+        Where the state lives.
     comm : object
         Communicator.
     """
@@ -111,6 +114,7 @@ class IntegratorSettings:
     split: int = 0
     distribution: int = 0
     graphs: Any = None
+    place: Place = HOST
     comm: Any = field(default_factory=lambda: PETSc.COMM_SELF, compare=False)
 
     @property
@@ -203,6 +207,7 @@ def build_ts(
         the assembled matrix serves the transposed solve alone.
     """
     method, size, comm = settings.method, settings.size, settings.comm
+    place = settings.place
     if method.tableau is not None:
         tableau = method.tableau
         if method.ts_type == "arkimex":
@@ -224,28 +229,28 @@ def build_ts(
     ts.setProblemType(PETSc.TS.ProblemType.NONLINEAR)
     kinds = PETSc.TS.EquationType
     ts.setEquationType(kinds.ODE_EXPLICIT if settings.form in ("rhs", "imex") else kinds.IMPLICIT)
-    work = vectors.create(comm, size)
+    work = vectors.create(comm, size, place)
     if method.implicit:
         ts.setIFunction(bridge.implicit_function, work)
-        assembly = create_assembly(settings.jacobian, settings.jacobian_options)
+        assembly = create_assembly(settings.jacobian, settings.jacobian_options, place)
         uses_shell = adjoint or settings.jacobian == "matrix-free"
         reuse = settings.jacobian_options.reuse
         if method.ts_type in ("python", "rosw") and reuse != "constant":
             reuse = "iteration"  # when to evaluate is part of these methods
         bridge.jacobian = Jacobian(assembly, reuse, uses_shell, adjoint)
-        matrices = create_matrices(assembly, bridge, size, comm, uses_shell)
+        matrices = create_matrices(assembly, bridge, size, comm, uses_shell, place)
         ts.setIJacobian(bridge.implicit_jacobian, *matrices)
     if not method.implicit or settings.form == "imex":
         bridge.set_rhs_function(ts, work.duplicate())
         if adjoint:
-            shell = shell_matrix(JacobianShell(bridge), size, size, comm)
+            shell = shell_matrix(JacobianShell(bridge), size, size, comm, place)
             ts.setRHSJacobian(bridge.explicit_jacobian, shell, shell)
     ts.setExactFinalTime(PETSc.TS.ExactFinalTime.STEPOVER)
     ts.setMaxTime(_FOREVER)
     ts.setTolerances(
         rtol=_tolerance(settings, settings.rtol), atol=_tolerance(settings, settings.atol)
     )
-    ts.setSolution(vectors.create(comm, size))
+    ts.setSolution(vectors.create(comm, size, place))
     ts.setTimeStep(1.0)
     options.apply(ts)
     _refuse_other_type(ts, method)
@@ -270,14 +275,15 @@ def _tolerance(settings: IntegratorSettings, tolerance: Resolved) -> Any:
     """
     if isinstance(tolerance, float) and not (settings.parallel and settings.adaptive):
         return tolerance
-    vector = vectors.create(settings.comm, settings.size)
+    vector = vectors.create(settings.comm, settings.size, settings.place)
     _fill_tolerance(vector, tolerance)
     return vector
 
 
 def _fill_tolerance(vector: Any, tolerance: Resolved) -> None:
     values = tolerance if isinstance(tolerance, float) else tolerance.tensor()
-    vectors.copy_in(vector, torch.as_tensor(values, dtype=vectors.REAL).expand(vector.local_size))
+    values = torch.as_tensor(values, dtype=vectors.REAL, device=HOST.device)
+    vectors.copy_in(vector, values.expand(vector.local_size))
 
 
 def _refuse_other_type(ts: Any, method: Method) -> None:
@@ -608,7 +614,7 @@ class TimeIntegrator:
             reason = snes.getConvergedReason()
             if reason < 0:
                 return newton_error(snes, where)
-        at = self.bridge.nonfinite_time
+        at = self.bridge.first_nonfinite()
         if not self.ranks.parallel:
             finite = math.isfinite(self.solution.norm())
             return self._nonfinite(at) if at is not None or not finite else None

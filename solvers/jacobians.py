@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pnode.devices import HOST, Place
 from pnode.errors import ConfigurationError
 from pnode.layouts import Layout
 from pnode.problem import StateLayout
@@ -174,11 +175,18 @@ class Jacobian:
 
 
 def create_matrices(
-    assembly: Assembly | None, bridge: Bridge, size: int, comm: Any, shell: bool
+    assembly: Assembly | None,
+    bridge: Bridge,
+    size: int,
+    comm: Any,
+    shell: bool,
+    place: Place = HOST,
 ) -> tuple[Any, Any]:
     """Return the operator and the matrix to precondition with. Collective."""
     matrix = None if assembly is None else assembly.create(size, comm)
-    operator = shell_matrix(JacobianShell(bridge), size, size, comm) if shell else matrix
+    operator = matrix
+    if shell:
+        operator = shell_matrix(JacobianShell(bridge), size, size, comm, place)
     return operator, operator if matrix is None else matrix
 
 
@@ -273,19 +281,21 @@ class JacobianOptions:
         return replace(self, pattern=pattern, exchange=exchange)
 
 
-def create_assembly(jacobian: str, options: JacobianOptions) -> Assembly | None:
-    """Return what is assembled, if anything."""
+def create_assembly(
+    jacobian: str, options: JacobianOptions, place: Place = HOST
+) -> Assembly | None:
+    """Return what is assembled at ``place``, if anything."""
     kind = options.assembled(jacobian)
     if kind == "dense":
-        return DenseAssembly()
+        return DenseAssembly(place)
     if kind == "block":
-        return BlockAssembly(options.samples)
+        return BlockAssembly(options.samples, place)
     if kind == "sparse":
         assert options.pattern is not None
-        return SparseAssembly(options.pattern)
+        return SparseAssembly(options.pattern, place)
     if kind == "given":
         assert isinstance(options.preconditioner, GivenMatrix)
-        return GivenAssembly(options.preconditioner)
+        return GivenAssembly(options.preconditioner, place)
     return None
 
 

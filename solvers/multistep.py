@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from pnode import tolerances, vectors
+from pnode.devices import HOST
 from pnode.errors import ConfigurationError, SolveError
 from pnode.options import SolverOptions
 from pnode.solvers import bdf
@@ -232,7 +233,7 @@ class MultistepIntegrator(TimeIntegrator):
         return StepOutcome(True, proposed)
 
     def _store(self, new: torch.Tensor, d: Sequence[float], psi: torch.Tensor) -> None:
-        self._checkpoint = (new, torch.tensor(d, dtype=vectors.REAL))
+        self._checkpoint = (new, torch.tensor(d, dtype=vectors.REAL, device=HOST.device))
         if self.settings.form == "residual":
             self._checkpoint += (torch.add(psi, new, alpha=d[0]),)
 
@@ -250,7 +251,10 @@ class MultistepIntegrator(TimeIntegrator):
 
     def _scale(self, u: torch.Tensor) -> torch.Tensor:
         settings = self.settings
-        return tolerances.values(settings.atol) + tolerances.values(settings.rtol) * u.abs()
+        rtol, atol = (
+            tolerances.values(value, u.device) for value in (settings.rtol, settings.atol)
+        )
+        return atol + rtol * u.abs()
 
     def _initial_slope(self, s: float, where: dict[str, Any]) -> torch.Tensor:
         """Return u' where the history is a single state: -F(s, u, 0).

@@ -79,9 +79,8 @@ class ModifiedNewton:
         self._ksp = self._snes.getKSP()
         self._operator, self._matrix = ts.getIJacobian()[:2]
         self._kept: Any = None
-        work = settings.size, settings.comm
         self._u, self._u_dot, self._f, self._update = (
-            vectors.create(work[1], work[0]) for _ in range(4)
+            vectors.create(settings.comm, settings.size, settings.place) for _ in range(4)
         )
         self._snes.setSolution(self._u)  # what monitors look at
         self._equations = Equations()

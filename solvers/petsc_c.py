@@ -23,6 +23,7 @@ __all__ = [
     "rk_tableau",
     "set_recompute_jacobian",
     "set_subtype",
+    "set_values_coo",
     "ssp_stages",
     "stage_vectors",
     "subtype",
@@ -110,6 +111,23 @@ def evaluate_step(ts: Any, order: int, vector: Any) -> None:
     handles = ctypes.c_void_p(ts.handle), ctypes.c_void_p(vector.handle)
     error = _library.TSEvaluateStep(handles[0], _Int(order), handles[1], ctypes.c_void_p())
     _check(error, "TSEvaluateStep")
+
+
+def set_values_coo(matrix: Any, values: Any) -> None:
+    """Fill a sparse matrix whose coordinates are set (``MatSetValuesCOO``). Collective.
+
+    Parameters
+    ----------
+    matrix : Mat
+        After ``setPreallocationCOO``.
+    values : Tensor
+        One per coordinate, PETSc's precision, in the memory of the matrix: PETSc takes device
+        memory too, petsc4py does not.
+    """
+    values = values.contiguous()
+    handles = ctypes.c_void_p(matrix.handle), ctypes.c_void_p(values.data_ptr())
+    insert = PETSc.InsertMode.INSERT_VALUES
+    _check(_library.MatSetValuesCOO(*handles, ctypes.c_int(insert)), "MatSetValuesCOO")
 
 
 def restart_jacobian_lag(snes: Any) -> None:

@@ -123,7 +123,7 @@ class RosenbrockIntegrator(TimeIntegrator):
                 )
         super().__init__(settings, options)
         set_recompute_jacobian(self.ts, not ROSENBROCK[settings.method.subtype].one_matrix)
-        self._before = torch.empty(0, dtype=REAL, device="cpu")
+        self._before = torch.empty(0, dtype=REAL, device=settings.place.device)
         self._count_stages = before_each_stage(self.ts, self.bridge.stage_begins)
 
     def _create_bridge(self) -> RosenbrockBridge:

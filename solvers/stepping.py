@@ -324,7 +324,7 @@ def automatic_step(
     """
     if f0 is None:
         f0 = field.slope(start, y0.clone())
-    rtol, atol = tolerances.values(settings.rtol), tolerances.values(settings.atol)
+    rtol, atol = (tolerances.values(value, y0.device) for value in (settings.rtol, settings.atol))
     scale = atol + rtol * y0.abs()
     rms = field.problem.ranks.rms
     d0, d1 = rms(y0 / scale), rms(f0 / scale)

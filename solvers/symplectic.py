@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from pnode.devices import HOST
 from pnode.errors import ConfigurationError
 from pnode.options import PETSc
 from pnode.problem import StateLayout
@@ -14,7 +15,7 @@ from pnode.solvers.integrator import TimeIntegrator
 from pnode.solvers.methods import Method
 from pnode.solvers.tableaus import HalfUpdate, symplectic_scheme
 from pnode.vectorfield import VectorField
-from pnode.vectors import REAL, copy_in, copy_out, view
+from pnode.vectors import REAL, copy_in, copy_out, fill, view
 
 __all__ = ["SplitBridge", "SymplecticIntegrator", "split_size"]
 
@@ -57,7 +58,7 @@ class SplitBridge(Bridge):
         super().__init__(keep=len(updates))
         self._updates = updates
         self._split = split
-        self._state = torch.empty(0, device="cpu")
+        self._state = torch.empty(0, device=HOST.device)
         self._time = self._step = 0.0
         self._next = 0
         self._check_split = False
@@ -96,7 +97,7 @@ class SplitBridge(Bridge):
         self._next += 1
         value = self.guarded("rhs", self._evaluate_state, s)
         if value is None:
-            copy_in(f, torch.zeros(f.getLocalSize(), dtype=REAL))
+            fill(f, 0.0)
         else:
             copy_in(f, value[part])
 
@@ -107,10 +108,13 @@ class SplitBridge(Bridge):
             return self.field.rhs(s, own)
         self._check_split = False
         linearization = self.field.linearize(s, own)
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(HOST.device).manual_seed(0)
         for name, part in (("q", slice(None, self._split)), ("p", slice(self._split, None))):
             w = torch.zeros_like(own)
-            w[part] = torch.rand(w[part].shape, generator=generator, dtype=w.dtype) + 0.5
+            noise = torch.rand(
+                w[part].shape, generator=generator, dtype=torch.float64, device=HOST.device
+            )
+            w[part] = (noise + 0.5).to(w)
             if bool(linearization.vjp(w).state[part].ne(0.0).any()):
                 raise ConfigurationError(
                     f"d{name}/dt depends on {name}: symplectic methods are for separable fields, "

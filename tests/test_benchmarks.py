@@ -15,6 +15,7 @@ import pnode
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))  # where Python looks when it runs a script of it
 
+import gpu  # noqa: E402
 import stiff  # noqa: E402
 import stiff_gradients  # noqa: E402
 from stiff_problems import PROBLEMS, SENSITIVITIES  # noqa: E402
@@ -161,3 +162,39 @@ def test_memory_series_end_at_the_limits():
         )
         assert run.returncode == 0, run.stderr
         assert run.stdout.splitlines()[-1].split(maxsplit=5)[-1] == f"150 {reason}"
+
+
+def test_gpu_table_without_a_gpu(monkeypatch, capsys):
+    """On the CPU the table can be tried: both places of the state are the same there."""
+    tiny = {
+        "explicit": ((4, 3), 5, {"method": "rk4", "step_size": 0.5}),
+        "blocks": ((4, 3), 5, {"method": "cn", "step_size": 0.5, "jacobian": "block"}),
+        "wrong": ((4, 3), 5, {"method": "cn", "step_size": 0.5, "jacobian": "none"}),
+    }
+    monkeypatch.setattr(gpu, "PROBLEMS", tiny)
+    rows = gpu.table("cpu", gpu.time.perf_counter() + 60.0)
+    found = {(row["problem"], row["way"]): row for row in rows}
+    for name in ("explicit", "blocks"):
+        for way in ("device", "host"):
+            row = found[name, way]
+            assert row["steps"] == 2
+            assert row["forward"] > 0.0 and row["backward"] > 0.0
+    assert "jacobian='none' is unknown" in found["wrong", "host"]["error"]
+    assert "failed, ConfigurationError" in capsys.readouterr().out
+    assert gpu.table("cpu", gpu.time.perf_counter()) == []
+    assert "the time is up" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_battery_says_that_there_is_no_gpu(tmp_path):
+    path = tmp_path / "gpu.json"
+    command = [sys.executable, str(FOLDER / "gpu.py"), "--json", str(path)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 2
+    assert "there is no GPU here" in run.stderr
+    assert not path.exists()
+    # Its tests are skipped, for the same reason.
+    result = gpu.run_tests(120.0)
+    assert result["finished"]
+    assert result["counts"].keys() == {"skipped"}
+    assert result["skipped"] == ["torch sees no CUDA or HIP device"]

@@ -41,6 +41,10 @@ def test_failures_on_one_rank_are_errors_on_all(ranks, sections):
     check("program_faults.py", ranks, *sections, limit=400)
 
 
+def test_states_on_simulated_devices_of_several_ranks():
+    check("program_devices.py", 2)
+
+
 @pytest.mark.parametrize("how", ["exit", "kill"])
 def test_a_rank_that_dies_ends_the_job(how):
     run = launch("program_faults.py", 2, "death", how, limit=60)

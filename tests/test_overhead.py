@@ -64,8 +64,10 @@ class Calls:
 
     def __enter__(self):
         def profile(frame, event, argument):
-            if event == "call" and frame.f_globals.get("__name__", "").startswith("pnode"):
-                self.names[frame.f_code.co_qualname] += 1
+            module, code = frame.f_globals.get("__name__", ""), frame.f_code
+            # Comprehensions are functions in some versions of Python.
+            if event == "call" and module.startswith("pnode") and not code.co_name[0] == "<":
+                self.names[code.co_qualname] += 1
 
         threading.setprofile(profile)
         sys.setprofile(profile)

@@ -20,6 +20,7 @@ LEAVES = {
         "checkpointing",
         "compilation",
         "controllers",
+        "devices",
         "errors",
         "fast_tanh",
         "interpolation",
@@ -33,6 +34,7 @@ LEAVES = {
         "solution",
         "tolerances",
         "tracing",
+        "transfers",
         "vectorfield",
         "vectors",
     )
@@ -262,3 +264,17 @@ def test_only_vectorfield_calls_autograd(module: str) -> None:
 )
 def test_the_search_for_autograd_finds(source: str, expected: list[str]) -> None:
     assert [name for name, _ in autograd_uses(ast.parse(source))] == expected
+
+
+def test_both_conda_environments_have_the_same_packages():
+    """Apart from what makes one of them a CUDA build."""
+
+    def packages(name: str) -> set[str]:
+        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+        return {line.split("#")[0].strip(" -") for line in lines if line.lstrip().startswith("- ")}
+
+    plain, cuda = packages("environment.yml"), packages("environment-cuda.yml")
+    assert plain - cuda == {"mpich", "petsc=*=real*", "pytorch>=2.4"}
+    assert cuda - plain == {
+        "cuda-version>=12,<13", "openmpi", "petsc=*=cuda12_real*", "pytorch-gpu>=2.4",
+    }  # fmt: skip

@@ -342,8 +342,8 @@ def check_gpu(facts: Facts) -> Finding | None:
     if not petsc.devices:
         return Finding(
             "GPU", "note", found,
-            "the vector field may compute on the device; for PETSc's vectors there, build PETSc "
-            f"and petsc4py with --with-{kind}",
+            "f may compute on the device, with device_state='host'; for states there, build PETSc "
+            f"and petsc4py with --with-{kind} (docs/gpu.md)",
         )  # fmt: skip
     if kind not in petsc.devices:
         remedy = f"build PETSc with --with-{kind}, or take the torch for {petsc.devices[0]}"
@@ -351,9 +351,8 @@ def check_gpu(facts: Facts) -> Finding | None:
     if facts.mpi is not None and facts.mpi.size > 1 and not facts.mpi.gpu_aware:
         return Finding(
             "GPU", "warning", found,
-            "PETSc stops at the first device vector: start with -use_gpu_aware_mpi 0 (copies "
-            "through the host), or take an MPI built for the device (Cray: "
-            "MPICH_GPU_SUPPORT_ENABLED=1)",
+            "states on the device are sent through the host, as with -use_gpu_aware_mpi 0: for "
+            "the direct way take an MPI built for the device (Cray: MPICH_GPU_SUPPORT_ENABLED=1)",
         )  # fmt: skip
     return Finding("GPU", "ok", found)
 

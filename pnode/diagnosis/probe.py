@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pnode.diagnosis.facts import Facts, MPIFacts, PETScFacts, ScratchFacts, TorchFacts
-from pnode.launchers import claims
+from pnode.launchers import claims, gpu_aware, mapped_files, mpi_libraries
 
 __all__ = ["PACKAGES", "blas_threads", "cpu_quota", "gather", "mpi_libraries", "scratch_facts"]
 
@@ -30,8 +30,6 @@ _VARIABLES = (
     "TORCHELASTIC_RUN_ID", "WORLD_SIZE", "RANK",
 )  # fmt: skip
 _PREFIXES = ("OMPI_COMM_", "PMI_", "PMIX_RANK", "MV2_COMM_", "MPI_LOCAL", "PALS_", "SLURM_")
-# Whole MPI libraries; not their C++ and Fortran parts, nor helpers such as libmpi_gtl_cuda.
-_MPI_LIBRARY = re.compile(r"lib(mpi|mpich|mpi_abi|mpi_(cray|gnu|intel|amd|aocc|nvidia|pgi)\w*)[-.]")
 _BLAS_LIBRARY = re.compile(r"lib(scipy_)?(openblas|mkl_rt|blis|blas|flexiblas|nvpl_blas|armpl)")
 _BLAS_THREADS = (
     *(
@@ -130,27 +128,10 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _mapped_files() -> list[str]:
-    """Files that are mapped into this process; none where there is no /proc."""
-    try:
-        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    # Address, permissions, offset, device, inode, path (which may contain blanks).
-    fields = (line.split(maxsplit=5) for line in lines)
-    return sorted({words[5] for words in fields if len(words) == 6 and words[5].startswith("/")})
-
-
-def mpi_libraries(files: list[str] | None = None) -> list[str]:
-    """Return the paths of the MPI libraries among files, by default those loaded here."""
-    files = _mapped_files() if files is None else files
-    return [path for path in files if _MPI_LIBRARY.match(os.path.basename(path))]
-
-
 def blas_threads() -> dict[str, int | None]:
     """Return the loaded BLAS libraries with the number of threads each would use."""
     found: dict[str, int | None] = {}
-    for path in _mapped_files():
+    for path in mapped_files():
         if _BLAS_LIBRARY.match(os.path.basename(path)):
             library = ctypes.CDLL(path)
             known = [name for name in _BLAS_THREADS if hasattr(library, name)]
@@ -172,20 +153,8 @@ def _mpi_facts(MPI: Any) -> MPIFacts:
         rank=world.rank,
         threads=levels.get(MPI.Query_thread(), "unknown"),
         node=first,
-        gpu_aware=_gpu_aware(),
+        gpu_aware=gpu_aware(),
     )
-
-
-def _gpu_aware() -> bool | None:
-    answers = []
-    for path in mpi_libraries():
-        library = ctypes.CDLL(path)
-        names = ("cuda", "hip", "rocm", "ze")
-        functions = [f"MPIX_Query_{name}_support" for name in names]
-        answers += [bool(library[name]()) for name in functions if hasattr(library, name)]
-    if os.environ.get("MPICH_GPU_SUPPORT_ENABLED") == "1":  # Cray
-        answers.append(True)
-    return any(answers) if answers else None
 
 
 def _petsc_facts(PETSc: Any) -> PETScFacts:
