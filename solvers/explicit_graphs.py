@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pnode.compilation import Compiled, compile_graph, fingerprint
+from pnode.compilation import Compiled, CompiledGraph, compile_graph, fingerprint
 from pnode.solvers.tableaus import ExplicitTableau
 from pnode.tracing import SMALL_PRODUCT, VECTOR, FieldGraph, ParameterPart
 from pnode.vectors import REAL
@@ -42,6 +43,8 @@ class Layout(NamedTuple):
 
 # Entries of a factor that are worth another matrix product to leave where they are.
 _LARGE = 32_768
+# Bytes of a state and of what f evaluates, up to which torch's calls take longer than a step.
+_SMALL = 65_536
 _SOURCE = Path(__file__).read_text(encoding="utf-8")
 
 
@@ -77,6 +80,7 @@ class StepGraphs:
     dtype: torch.dtype
     tape: bool
     _steps: dict[Any, Compiled] = field(default_factory=dict, init=False)
+    _quick: Any = field(default=None, init=False)
     #: What takes whole sweeps, see :func:`pnode.solvers.explicit_driver.driver_of`.
     drivers: dict[Any, Any] = field(default_factory=dict, init=False)
 
@@ -84,6 +88,11 @@ class StepGraphs:
     def stages(self) -> int:
         """How many stages a checkpoint holds: those that the solution depends on."""
         return len(self.tableau.c) - self.fsal
+
+    @property
+    def compiled(self) -> bool:
+        """Whether a step has been compiled."""
+        return bool(self._steps)
 
     @property
     def evaluations(self) -> int:
@@ -108,8 +117,16 @@ class StepGraphs:
     def start(
         self, t: torch.Tensor, u: torch.Tensor, inputs: Sequence[torch.Tensor] | None = None
     ) -> tuple[torch.Tensor, Tensors]:
-        """Return k_1, PETSc's precision, and what is saved of it, without the compiler."""
+        """Return k_1, PETSc's precision, and what is saved of it."""
         read = self.field_graph.inputs() if inputs is None else inputs
+        if self._quick is not None:
+            # A step of length 0 evaluates f at u, in less time than torch takes for a small f.
+            run, tolerances = self._quick
+            state = u.to(REAL).contiguous()
+            zero, slope = torch.zeros_like(t), torch.zeros_like(state)
+            results = run([t, zero, state, *tolerances, slope, *read])
+            if math.isfinite(float(results[2].sum())):
+                return results[2], tuple(results[self.layout.last :])
         point = u.to(self.dtype).view(self.field_graph.shape)
         value, *saved = self.field_graph.value(t.to(self.dtype), point, *read)
         return value.to(REAL).reshape(-1), tuple(saved[: self.saved])
@@ -262,7 +279,11 @@ class StepGraphs:
         shapes = tuple(tuple(x.shape) for x in tolerances)
         if shapes not in self._steps:
             self._steps[shapes] = self._compile_step(tolerances, shapes)
-        return self._steps[shapes]
+        run = self._steps[shapes]
+        evaluated = self.size * REAL.itemsize + self.field_graph.saved_bytes
+        if self.fsal and evaluated <= _SMALL and isinstance(run, CompiledGraph):
+            self._quick = run, tolerances
+        return run
 
     def _compile_step(self, tolerances: Sequence[torch.Tensor], shapes: object) -> Compiled:
         number = torch.zeros((), dtype=REAL)

@@ -218,6 +218,22 @@ def test_field_of_many_operations(interpreted: dict[str, int]) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("batch", "size", "width"), [(6, 2, 37), (20, 3, 50), (40, 30, 50), (300, 20, 130), (1, 90, 90)]
+)
+def test_products_of_all_sizes(
+    batch: int, size: int, width: int, bias: bool, interpreted: dict[str, int]
+) -> None:
+    """Sums over rows, along rows, lane by lane; products for all stages, or for each."""
+    net = torch.nn.Sequential(
+        torch.nn.Linear(size, width, bias), torch.nn.Tanh(), torch.nn.Linear(width, size, bias)
+    ).double()
+    y0 = 0.1 * start(batch, size)
+    parameters = tuple(net.parameters())
+    both(lambda t, y: net(y), y0, tensors=parameters, params=parameters, step_size=0.3)
+
+
 def test_convolutions(interpreted: dict[str, int]) -> None:
     net = torch.nn.Sequential(
         torch.nn.Conv2d(2, 4, 3, padding=1),
