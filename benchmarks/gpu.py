@@ -171,7 +171,7 @@ def measure(name: str, way: str, device: str, repeats: int = 5) -> dict[str, Any
         row["peak_bytes"] = torch.cuda.max_memory_allocated()
     if stats is not None:
         row["steps"] = stats.steps
-        row["bytes_copied"] = stats.bytes_copied + stats.backward.bytes_copied
+        row["copied_bytes"] = stats.copied_bytes + stats.backward.copied_bytes
     return row
 
 
@@ -199,7 +199,7 @@ def table(device: str, end: float) -> list[dict[str, Any]]:
             rows.append(row)
             print(
                 f"{name:28} {way:12} {1e3 * row['forward']:7.1f} ms {1e3 * row['backward']:7.1f} ms"
-                f" {row.get('bytes_copied', 0) / 1e6:9.1f} MB",
+                f" {row.get('copied_bytes', 0) / 1e6:9.1f} MB",
                 flush=True,
             )
     return rows

@@ -148,7 +148,7 @@ class Solver(torch.nn.Module):
     device_state : {"device", "host"}
         Where the state of a y0 on a GPU lives: there too, in PETSc's device vectors, which a PETSc
         built for the GPU has; or on the host, with copies to and from f at each evaluation, which
-        the ledger counts (``stats.copies``, ``stats.bytes_copied``). See docs/gpu.md.
+        the ledger counts (``stats.copies``, ``stats.copied_bytes``). See docs/gpu.md.
     compile : bool
         For explicit Runge-Kutta methods: compile whole steps and their adjoints, by torch's
         inductor and a C++ compiler; for one-step implicit methods and small problems: whole

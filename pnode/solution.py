@@ -33,7 +33,7 @@ class Ledger:
     ram_bytes, disk_bytes, device_bytes : int
         Peak size of the checkpoints in memory, on disk, and on the device where that is a level of
         its own (``Checkpointing(device_memory=...)``).
-    copies, bytes_copied : int
+    copies, copied_bytes : int
         Copies between f's device and a state that is kept on the host
         (``Solver(device_state="host")``), and their bytes.
     """
@@ -51,13 +51,13 @@ class Ledger:
     disk_bytes: int = 0
     device_bytes: int = 0
     copies: int = 0
-    bytes_copied: int = 0
+    copied_bytes: int = 0
 
     def add(self, other: Ledger) -> None:
         """Add the counts of another sweep; of the peaks the larger one stays."""
         for item in fields(Ledger):
             mine, theirs = getattr(self, item.name), getattr(other, item.name)
-            peak = item.name.endswith("_bytes")
+            peak = item.name in ("ram_bytes", "disk_bytes", "device_bytes")
             setattr(self, item.name, max(mine, theirs) if peak else mine + theirs)
 
 

@@ -105,7 +105,7 @@ class Remote:
     @staticmethod
     def _count(copied: torch.Tensor, ledger: Ledger) -> None:
         ledger.copies += 1
-        ledger.bytes_copied += copied.numel() * copied.element_size()
+        ledger.copied_bytes += copied.numel() * copied.element_size()
 
     def _count_cotangent(self, cotangent: torch.Tensor) -> None:
         """Count the copy of a cotangent, and of those of its own derivatives."""

@@ -271,7 +271,7 @@ def test_copies_are_counted():
         assert first.copies == counts.to_device + counts.to_host
         # The first evaluation looks for undeclared tensors, whose graph is dropped.
         assert first.copies == 1 + 4 * 3 + 1
-        assert first.bytes_copied == 8 * (12 + 4 * (1 + 12 + 12) + 2 * 12)
+        assert first.copied_bytes == 8 * (12 + 4 * (1 + 12 + 12) + 2 * 12)
         counts.clear()
         solution.ys.sum().backward()
         assert first.backward.copies == counts.to_device + counts.to_host
