@@ -1,4 +1,4 @@
-"""Run every benchmark of this folder; what they write lies in ``results`` in it.
+"""Run every benchmark of this folder but gpu.py; what they write lies in ``results`` in it.
 
 python benchmarks/run.py [--quick]
 """
