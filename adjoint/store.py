@@ -173,8 +173,8 @@ class CheckpointStore:
     device : DeviceLevel or None
         Of a state on a device.
     tape_limit : float
-        Bytes that graphs may hold besides, at most: what checkpoints leave of ``limit``, or of the
-        device's.
+        Bytes that graphs may hold besides, at most: what checkpoints leave of ``limit``. Not with a
+        device level.
     """
 
     def __init__(
@@ -258,8 +258,7 @@ class CheckpointStore:
 
     def most_tapes(self, size: int) -> int:
         """Return how many steps with graphs of ``size`` bytes there is room for at most."""
-        limit = self._limit if self._level is None else self._level.limit
-        most = min(limit, self._tape_limit) / max(1, size)
+        most = min(self._limit, self._tape_limit) / max(1, size)
         return sys.maxsize if math.isinf(most) else int(most)
 
     def tape(self, step: int) -> Any:
@@ -272,18 +271,11 @@ class CheckpointStore:
 
     def _room(self) -> float:
         """Return how many bytes could be added in memory."""
-        tapes = self._tape_bytes if self._level is None else 0
-        return self._limit - self._ram_bytes - tapes
-
-    def _graph_room(self) -> float:
-        """Return how many bytes could be added where graphs are: where the state is."""
-        if self._level is None:
-            return self._room()
-        return self._level.limit - self._device_bytes - self._tape_bytes
+        return self._limit - self._ram_bytes - self._tape_bytes
 
     def _tape_room(self) -> float:
         """Return how many bytes of graphs could be added."""
-        return min(self._graph_room(), self._tape_limit - self._tape_bytes)
+        return min(self._room(), self._tape_limit - self._tape_bytes)
 
     def _drop_tapes(self, size: int, room: Callable[[], float]) -> None:
         """Free the graphs of the earliest steps until ``size`` bytes more fit, or none is left."""
@@ -352,8 +344,7 @@ class CheckpointStore:
     def hold(self, tensors: Tensors) -> None:
         """Count tensors as memory; one that is held twice counts once."""
         if self._tapes:
-            added = self._added if self._level is None else self._device_added
-            self._drop_tapes(added(tensors), self._graph_room)
+            self._drop_tapes(self._added(tensors), self._room)
         if self._level is not None and self._device_added(tensors):
             self._make_device_room(lambda: self._device_added(tensors))
         holders = self._holders
@@ -422,8 +413,7 @@ class CheckpointStore:
         """Move the oldest checkpoints to disk until these fit into memory."""
         if self._limit == math.inf:
             return
-        if self._level is None:
-            self._drop_tapes(self._added(tensors), self._room)
+        self._drop_tapes(self._added(tensors), self._room)
         # What is added grows when a checkpoint that shares tensors with this one moves.
         while self._ram_bytes + self._added(tensors) > self._limit:
             if self._reading is not None:
@@ -487,7 +477,6 @@ class CheckpointStore:
         """Move the oldest checkpoints off the device until so many bytes more fit, if they can."""
         assert self._level is not None
         limit = self._level.limit
-        self._drop_tapes(added(), self._graph_room)
         while self._device_bytes + added() > limit:
             if self._arriving is not None:
                 self._forget_arriving()
@@ -582,7 +571,7 @@ class CheckpointStore:
         if following is not None and self._arriving is None and self._leaving is None:
             size = self._moved_size(self._memory[following], following)
             assert self._level is not None
-            if size <= self._graph_room():
+            if self._device_bytes + size <= self._level.limit:
                 self._arriving = (following, self._begin_arriving(following), size)
                 self._device_bytes += size
                 self._ledger.device_bytes = max(self._ledger.device_bytes, self._device_bytes)

@@ -852,11 +852,12 @@ class Engine:
     def _tape_limit(self) -> float:
         """Return how many bytes of graphs may be kept.
 
-        Where ghost cells are exchanged, a step's graphs are kept on all ranks or none: evaluating
-        f again is collective. Their sizes differ between the ranks, so no limit must count.
+        None beside device_memory, which they would fill and cannot be moved from. Where ghost cells
+        are exchanged, a step's graphs are kept on all ranks or none: evaluating f again is
+        collective. Their sizes differ between the ranks, so no limit must count.
         """
         chosen = self.checkpointing
-        if not self.method.tapes:
+        if not self.method.tapes or chosen.device_bytes is not None:
             return 0
         if self.exchange is None or chosen.tape_limit == 0:
             return chosen.tape_limit
