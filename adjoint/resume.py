@@ -19,7 +19,8 @@ from typing import Any, TextIO
 
 import torch
 
-from pnode.adjoint.store import CheckpointStore, DiskFolder
+from pnode.adjoint.disk import DiskFolder
+from pnode.adjoint.store import CheckpointStore
 from pnode.errors import CheckpointError
 from pnode.solvers.stepping import Step
 

@@ -1,152 +1,29 @@
 """Where checkpoints live: on the device first, then in memory, then on a disk.
 
-A disk checkpoint is one file: a JSON header (shapes, dtypes, lengths, checksum), a newline, and the
-tensors' bytes. Plain files need no library, can be written by a thread while the sweep goes on
-(h5py holds the interpreter lock through its own), and one damaged file names itself.
+Files are written and read by a thread while the sweep goes on; see :mod:`pnode.adjoint.disk`.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import shutil
 import sys
-import tempfile
-import weakref
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from pnode.adjoint.disk import DiskFolder, Tensors
 from pnode.adjoint.offload import DeviceLevel, Transfer
-from pnode.errors import CheckpointError, ConfigurationError
+from pnode.errors import CheckpointError
 from pnode.solution import Ledger
 
-__all__ = ["CheckpointStore", "DiskFolder", "Tensors"]
+__all__ = ["CheckpointStore"]
 
-Tensors = tuple[torch.Tensor, ...]
 #: Kind of a checkpoint and the step it belongs to.
 Key = tuple[str, int]
-
-_DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.int64)}
-
-
-class DiskFolder:
-    """A private folder of checkpoint files.
-
-    Parameters
-    ----------
-    scratch : str or path
-        An existing folder, which other processes may use at the same time.
-
-    Raises
-    ------
-    ConfigurationError
-        If it is not a folder, or cannot be written to.
-
-    Notes
-    -----
-    The folder is removed by :meth:`close`, when the object is collected, and at interpreter exit;
-    a killed process leaves it behind (its name has the process id).
-    """
-
-    def __init__(self, scratch: str | os.PathLike[str]) -> None:
-        try:
-            name = tempfile.mkdtemp(prefix=f"pnode-{os.getpid()}-", dir=scratch)
-        except (OSError, TypeError) as error:
-            raise ConfigurationError(
-                f"disk={scratch!r} cannot be written to ({error}): give an existing folder with "
-                "room, such as a node's scratch space"
-            ) from error
-        self.path = Path(name).absolute()
-        self._finalizer = weakref.finalize(self, _remove_tree, self.path, os.getpid())
-
-    def close(self) -> None:
-        """Remove the folder and everything in it."""
-        self._finalizer()
-
-    def write(self, name: str, tensors: Tensors) -> None:
-        """Write a checkpoint; the file appears whole or not at all.
-
-        Raises
-        ------
-        CheckpointError
-            If the disk is full or the file cannot be written.
-        """
-        path, partial = self.path / name, self.path / f"{name}.partial"
-        arrays = [tensor.detach().contiguous().cpu().numpy() for tensor in tensors]
-        checksum = 0
-        for array in arrays:
-            checksum = zlib.crc32(array.data.cast("B") if array.size else b"", checksum)
-        header = {
-            "name": name,
-            "tensors": [[str(t.dtype), list(t.shape)] for t in tensors],
-            "checksum": checksum,
-        }
-        try:
-            with partial.open("wb") as file:
-                file.write(json.dumps(header).encode() + b"\n")
-                for array in arrays:
-                    if array.size:
-                        file.write(array.data.cast("B"))
-            partial.replace(path)
-        except OSError as error:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise CheckpointError(
-                f"the checkpoint {path} could not be written ({error}): give disk= a folder with "
-                "more room, or raise memory="
-            ) from error
-
-    def read(self, name: str) -> Tensors:
-        """Read a checkpoint back.
-
-        Raises
-        ------
-        CheckpointError
-            If the file is missing, truncated or damaged.
-        """
-        path = self.path / name
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise CheckpointError(f"the checkpoint {path} cannot be read ({error})") from error
-        line, _, body = data.partition(b"\n")
-        try:
-            header = json.loads(line)
-            if header["name"] != name:
-                raise ValueError("name")
-            tensors, offset = [], 0
-            for dtype_name, shape in header["tensors"]:
-                dtype = _DTYPES[dtype_name]
-                count = torch.Size(shape).numel()
-                size = count * dtype.itemsize
-                part = bytearray(body[offset : offset + size])
-                if len(part) != size:
-                    raise ValueError("length")
-                tensors.append(
-                    torch.frombuffer(part, dtype=dtype).view(shape)
-                    if count
-                    else torch.empty(shape, dtype=dtype, device="cpu")
-                )
-                offset += size
-            if offset != len(body) or zlib.crc32(body) != header["checksum"]:
-                raise ValueError("checksum")
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise CheckpointError(
-                f"the checkpoint {path} is damaged: its contents do not match its checksum"
-            ) from error
-        return tuple(tensors)
-
-    def remove(self, name: str) -> None:
-        """Remove a checkpoint, if it is there."""
-        (self.path / name).unlink(missing_ok=True)
 
 
 class CheckpointStore:
@@ -660,9 +537,3 @@ class CheckpointStore:
         self._reading = None
         self._ram_bytes -= size
         return future.result()
-
-
-def _remove_tree(path: Path, process: int) -> None:
-    """Remove a folder, unless this is a fork of the process that owns it."""
-    if os.getpid() == process:
-        shutil.rmtree(path, ignore_errors=True)

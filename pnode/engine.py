@@ -22,11 +22,12 @@ from pnode import tolerances, vectors
 from pnode.adjoint.choose import choose_schedule, memory_limit
 from pnode.adjoint.compiled import CompiledAdjoint
 from pnode.adjoint.create import create_adjoint
+from pnode.adjoint.disk import DiskFolder
 from pnode.adjoint.offload import DeviceLevel, Offload
 from pnode.adjoint.resume import Progress, fingerprint
 from pnode.adjoint.schedule import Adjoint, Advance, RestoreEnd, RestoreSolution
 from pnode.adjoint.stepper import AdjointStepper
-from pnode.adjoint.store import CheckpointStore, DiskFolder
+from pnode.adjoint.store import CheckpointStore
 from pnode.adjoint.trajectory import Trajectory
 from pnode.checkpointing import Checkpointing
 from pnode.dense import DenseAdjoint, DenseOutput

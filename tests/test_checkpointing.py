@@ -14,7 +14,8 @@ import torch
 from test_gradients import TIGHT, Field, gradients, initial, relative_difference
 
 import pnode
-from pnode.adjoint.store import CheckpointStore, DiskFolder
+from pnode.adjoint.disk import DiskFolder
+from pnode.adjoint.store import CheckpointStore
 from pnode.adjoint.trajectory import Trajectory
 from pnode.options import SolverOptions, next_prefix
 from pnode.problem import InitialValueProblem

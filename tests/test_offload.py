@@ -10,8 +10,9 @@ from simulated_device import Streams, bare, counts, module_on_device, on_device,
 from test_devices import TIMES, Field, gradients, start
 
 import pnode
+from pnode.adjoint.disk import DiskFolder
 from pnode.adjoint.offload import DeviceLevel, Offload, Transfer
-from pnode.adjoint.store import CheckpointStore, DiskFolder
+from pnode.adjoint.store import CheckpointStore
 from pnode.errors import CheckpointError, ConfigurationError
 from pnode.solution import Ledger
 
