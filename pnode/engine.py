@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
-from pnode import tolerances, vectors
+from pnode import compiled_sweeps, tolerances, vectors
 from pnode.adjoint.choose import choose_schedule, memory_limit
-from pnode.adjoint.compiled import CompiledAdjoint
 from pnode.adjoint.create import create_adjoint
 from pnode.adjoint.disk import DiskFolder
 from pnode.adjoint.offload import DeviceLevel, Offload
@@ -35,7 +34,7 @@ from pnode.devices import place_of
 from pnode.errors import ConfigurationError
 from pnode.events import Event, EventLocator
 from pnode.layouts import Layout
-from pnode.options import SolverOptions, log_stage, next_prefix
+from pnode.options import SolverOptions, next_prefix
 from pnode.problem import InitialValueProblem
 from pnode.ranks import clean_up
 from pnode.solution import Ledger, Stats
@@ -44,7 +43,7 @@ from pnode.solvers.bridge import accumulate
 from pnode.solvers.compiled import CompiledIntegrator, Compiler, Start, Tape
 from pnode.solvers.compiled_fields import FieldCode, FieldCompiler, compiled_field
 from pnode.solvers.create import create_integrator
-from pnode.solvers.explicit_driver import DrivenSweep, driver_of
+from pnode.solvers.explicit_driver import DrivenSweep
 from pnode.solvers.implicit_programs import ImplicitCompiler, ImplicitSweep
 from pnode.solvers.integrator import (
     DENSE_LIMIT,
@@ -57,7 +56,6 @@ from pnode.solvers.methods import Method
 from pnode.solvers.stepping import (
     Step,
     StepControl,
-    automatic_step,
     count_fixed_steps,
     forward_sweep,
 )
@@ -318,7 +316,7 @@ class _Repeated:
         if self.integrator is None:
             field_ = run.field(run.stats.backward)
             settings = replace(run.settings, adaptive=False)
-            lease = self._engine._integrator(settings, field_, self._y0)
+            lease = self._engine.integrator(settings, field_, self._y0)
             self.integrator = self._lease.enter_context(lease)
             if step == 0:
                 return
@@ -364,6 +362,8 @@ class Engine:
         Options prefix of all its PETSc objects.
     compile : bool
         Whether steps are compiled where that is possible.
+    explicit_steps, implicit_sweeps, compiled_fields
+        What has been compiled.
     """
 
     method: Method
@@ -377,9 +377,9 @@ class Engine:
     prefix: str = field(default_factory=next_prefix)
     compile: bool = False
     _pool: _Pool = field(default_factory=_Pool, init=False)
-    _compiler: Compiler = field(default_factory=Compiler, init=False)
-    _sweeps: ImplicitCompiler = field(default_factory=ImplicitCompiler, init=False)
-    _fields: FieldCompiler = field(default_factory=FieldCompiler, init=False)
+    explicit_steps: Compiler = field(default_factory=Compiler, init=False)
+    implicit_sweeps: ImplicitCompiler = field(default_factory=ImplicitCompiler, init=False)
+    compiled_fields: FieldCompiler = field(default_factory=FieldCompiler, init=False)
     _known_settings: dict[Hashable, IntegratorSettings] = field(default_factory=dict, init=False)
     _options: dict[Hashable, SolverOptions] = field(default_factory=dict, init=False)
     _patterns: dict[Hashable, SparsityPattern] = field(default_factory=dict, init=False)
@@ -443,35 +443,18 @@ class Engine:
     def _forward(self, run: Run, y0: torch.Tensor, keep: bool, requests: Requests) -> torch.Tensor:
         problem = run.problem
         field_ = vector_field(problem, run.stats)
-        compiles = self.compile and len(problem.times) > 1
-        compiles = compiles and not problem.ranks.parallel and self.exchange is None
-        if compiles and not (run.settings.place.on_host and problem.compute is None):
-            compiles = False
-            self._fields.warn("y0 is on a device, for which nothing is compiled yet")
         start: Start | None = None
-        if compiles and self.method.implicit:
-            outputs = self._implicit_sweep(run, field_, y0, keep, requests)
-            if outputs is not None:
-                return outputs
-            compiles = not self._sweeps.begun  # after a failure as it is, for its error
-        elif compiles:
-            start = self._compiled(run, field_, y0, keep, requests)
-        if start is not None:
-            plain = self._is_plain(run, requests, keep)
-            outputs = self._drive(run, field_, y0, keep, start) if plain else None
-            if outputs is not None:
-                return outputs
-            run.settings = replace(run.settings, graphs=start.graphs)
-            if plain and self.control.step_size is not None:
-                return self._sweep(run, field_, y0, keep, start)
-        elif compiles:
-            field_ = self._compiled_field(run, field_, y0, keep)
+        if self.compile:
+            begun = compiled_sweeps.begin(self, run, field_, y0, keep, requests)
+            if begun.outputs is not None:
+                return begun.outputs
+            field_, start = begun.field, begun.start
         if keep:
             run.trajectory = self._trajectory(run, requests, y0)
             # What one-step methods carry over from the step before; the others have the same bits.
             fresh = self.method.ts_type in ("rk", "dirk") and not self.method.same_bits
             run.reproducible = self.checkpointing.reproducible and fresh
-        with ExitStack() as leases, self._integrator(run.settings, field_, y0) as integrator:
+        with ExitStack() as leases, self.integrator(run.settings, field_, y0) as integrator:
             if start is not None:
                 assert isinstance(integrator, CompiledIntegrator)
                 integrator.know_slope(start)
@@ -484,7 +467,7 @@ class Engine:
                 trial = replace(run.settings, adaptive=False)
                 locator = EventLocator(
                     requests.event_fn, problem, requests.event_tol, integrator,
-                    lambda: leases.enter_context(self._integrator(trial, field_, y0)),
+                    lambda: leases.enter_context(self.integrator(trial, field_, y0)),
                 )  # fmt: skip
             times = problem.times
             if requests.dense:
@@ -538,12 +521,8 @@ class Engine:
         times : dict
             For each interpolated output, the derivative with respect to its time.
         """
-        if run.sweep is not None:
-            return self._reverse_implicit(run, cotangents)
-        if run.driven is not None:
-            return self._reverse_driven(run, run.driven, cotangents)
-        if run.tape is not None:
-            return self._reverse_sweep(run, y0, cotangents)
+        if run.trajectory is None:
+            return compiled_sweeps.reverse(self, run, y0, cotangents)
         trajectory = run.trajectory
         assert trajectory is not None
         ledger = run.stats.backward
@@ -564,7 +543,7 @@ class Engine:
         trajectory.ready = False
         wanted = bool(field_.parameters)
 
-        with self._adjoint(run.settings, wanted) as adjoint:
+        with self.adjoint(run.settings, wanted) as adjoint:
             adjoint.begin(field_)
             dense = DenseAdjoint(run.dense, trajectory.steps, field_, cotangents)
             with torch.enable_grad():  # here once, instead of at each stage
@@ -573,155 +552,6 @@ class Engine:
             parameters = adjoint.parameter_gradients(len(field_.parameters))
             accumulate(parameters, tuple(dense.parameters), 1.0)
         return state, parameters, initial, dense.times
-
-    def _is_plain(self, run: Run, requests: Requests, keep: bool) -> bool:
-        """Whether a sweep of compiled steps has nothing to do between them but to go on."""
-        control, chosen = self.control, self.checkpointing
-        if requests.dense or requests.event_fn is not None:
-            return False
-        if keep and (chosen.bytes is not None or chosen.disk is not None):
-            return False
-        if keep and (chosen.store == "solutions" or chosen.resume or chosen.reproducible):
-            return False
-        options = self._solver_options(run.settings).values
-        if requests.monitor is not None or any(name.startswith("ts_monitor") for name in options):
-            return False
-        limit, step_size = control.max_steps, control.step_size
-        if limit is None or step_size is None:
-            return True
-        return count_fixed_steps(run.problem.times, step_size) <= limit
-
-    def _drive(
-        self, run: Run, field_: VectorField, y0: torch.Tensor, keep: bool, start: Start
-    ) -> torch.Tensor | None:
-        """Take all compiled steps at once, if that is possible and they succeed."""
-        problem, control, settings = run.problem, self.control, run.settings
-        graphs, options = start.graphs, self._solver_options(settings)
-
-        def longest() -> float:
-            with self._integrator(replace(settings, graphs=graphs), field_, y0) as integrator:
-                assert isinstance(integrator, CompiledIntegrator)
-                return integrator.longest
-
-        driver = driver_of(graphs, start.tolerances, keep, self.method.order, longest)
-        if driver is None:
-            return None
-        log_stage("pnode forward").push()
-        try:
-            first = control.first_step or 0.0
-            if settings.adaptive and not first:
-                (begin, end), order = problem.times[:2], self.method.order
-                first = automatic_step(
-                    field_, y0.detach(), settings, order, begin, end, control, start.value
-                )
-            state = y0.detach().to(REAL, copy=True)
-            given = (state, start.slope, start.saved)
-            sweep = driver.sweep(problem.times, problem.direction, control, first, given)
-            outputs = sweep.forward(start.inputs)
-        finally:
-            log_stage("pnode forward").pop()
-        options.warn_unused()
-        if outputs is None:
-            return None
-        run.stats.steps, run.stats.rejected = sweep.steps, sweep.rejected
-        run.stats.rhs += (sweep.steps + sweep.rejected) * graphs.evaluations
-        run.used = field_.used
-        if keep:
-            run.driven = sweep
-            run.stats.ram_bytes = max(run.stats.ram_bytes, sweep.bytes)
-        return outputs
-
-    def _sweep(
-        self, run: Run, field_: VectorField, y0: torch.Tensor, keep: bool, start: Start | None
-    ) -> torch.Tensor:
-        """Take fixed compiled steps to the last output."""
-        problem, layout = run.problem, run.problem.layout
-        assert self.control.step_size is not None
-        ys = torch.empty((len(problem.times), layout.size), dtype=layout.dtype)
-        tape = Tape() if keep else None
-        with self._integrator(run.settings, field_, y0) as integrator:
-            assert isinstance(integrator, CompiledIntegrator)
-            if start is not None:
-                integrator.know_slope(start)
-            steps = integrator.sweep(problem.times, self.control.step_size, ys, tape)
-            integrator.options.warn_unused()
-        if tape is not None:
-            run.tape = tape
-            run.stats.ram_bytes = max(run.stats.ram_bytes, tape.bytes)
-        if start is not None:
-            run.stats.steps += steps
-            run.used = field_.used
-        else:
-            run.stats.backward.recomputed += steps
-        return ys
-
-    def _implicit_sweep(
-        self, run: Run, field_: VectorField, y0: torch.Tensor, keep: bool, requests: Requests
-    ) -> torch.Tensor | None:
-        """Take all steps of an implicit method at once, if that is possible and they succeed."""
-        chosen, unusual = self.checkpointing, None
-        if requests.dense or requests.event_fn is not None or requests.monitor is not None:
-            unusual = "dense=True, events and monitors look at single steps of implicit methods"
-        elif keep and chosen != Checkpointing():
-            unusual = "of implicit methods all steps are kept: drop checkpointing"
-        options = self._solver_options(run.settings)
-        sweep = self._sweeps.begin(field_, y0, run.settings, options, self.control, unusual)
-        if sweep is None:
-            return None
-        outputs = sweep.forward(run.problem.times, y0, keep, run.stats)
-        if outputs is not None:
-            run.sweep, run.used = sweep, field_.used
-        return outputs
-
-    def _reverse_implicit(
-        self, run: Run, cotangents: torch.Tensor
-    ) -> tuple[torch.Tensor, list[torch.Tensor | None], torch.Tensor, dict[int, float]]:
-        """Take the adjoint of :meth:`_implicit_sweep`; see :meth:`backward`."""
-        assert run.sweep is not None
-        nonzero = cotangents.ne(0).any(dim=1).tolist()
-        number = len(run.problem.parameters)
-        initial, parameters = run.sweep.reverse(cotangents, nonzero, number, run.stats.backward)
-        return initial + cotangents[0], parameters, initial, {}
-
-    def _reverse_driven(
-        self, run: Run, sweep: DrivenSweep, cotangents: torch.Tensor
-    ) -> tuple[torch.Tensor, list[torch.Tensor | None], torch.Tensor, dict[int, float]]:
-        """Take the adjoint of :meth:`_drive`; see :meth:`backward`."""
-        ledger, nonzero = run.stats.backward, cotangents.ne(0).any(dim=1).tolist()
-        log_stage("pnode adjoint").push()
-        try:
-            if not sweep.whole:  # freed by a backward sweep before
-                sweep.repeat()
-                ledger.recomputed += sweep.steps
-                ledger.rhs += sweep.steps * sweep.driver.graphs.evaluations
-            initial, sums = sweep.reverse(cotangents, nonzero, ledger)
-        finally:
-            log_stage("pnode adjoint").pop()
-        parameters: list[torch.Tensor | None] = [None] * len(run.problem.parameters)
-        if sums:
-            for index, gradient in sweep.driver.graphs.gradients(sums):
-                parameters[index] = gradient
-        return initial + cotangents[0], parameters, initial, {}
-
-    def _reverse_sweep(
-        self, run: Run, y0: torch.Tensor, cotangents: torch.Tensor
-    ) -> tuple[torch.Tensor, list[torch.Tensor | None], torch.Tensor, dict[int, float]]:
-        """Take the adjoint of :meth:`_sweep`; see :meth:`backward`."""
-        ledger = run.stats.backward
-        field_ = run.field(ledger)
-        assert run.tape is not None
-        if len(run.tape.steps) < run.tape.outputs[-1]:  # freed by a backward sweep before
-            self._sweep(run, field_, y0, True, None)
-        nonzero = cotangents.ne(0).any(dim=1).tolist()
-        with self._adjoint(run.settings, bool(field_.parameters)) as adjoint:
-            assert isinstance(adjoint, CompiledAdjoint)
-            adjoint.begin(field_)
-            adjoint.reverse(run.tape, cotangents, nonzero, ledger)
-            initial = adjoint.state_gradient()
-            if nonzero[0]:
-                adjoint.add(cotangents[0])
-            parameters = adjoint.parameter_gradients(len(field_.parameters))
-            return adjoint.state_gradient(), parameters, initial, {}
 
     def _reverse(
         self,
@@ -879,53 +709,27 @@ class Engine:
         }  # fmt: skip
         return fingerprint(facts, (y0, *problem.parameters, *problem.frozen))
 
-    def _compiled(
-        self, run: Run, field_: VectorField, y0: torch.Tensor, keep: bool, requests: Requests
-    ) -> Start | None:
-        """Choose compiled steps for a run, if there are any."""
-        chosen = self.checkpointing
-        free = chosen.bytes is None and chosen.disk is None and chosen.store in ("auto", "tape")
-        return self._compiler.start(
-            field_, y0, run.settings, self._solver_options(run.settings),
-            tape=keep and free and not requests.dense,
-        )  # fmt: skip
-
-    def _compiled_field(
-        self, run: Run, field_: VectorField, y0: torch.Tensor, keep: bool
-    ) -> VectorField:
-        """Return the field with compiled evaluations and products, if that is possible."""
-        if not self.method.implicit and self._compiler.field_fails:
-            self._fields.warn(self._compiler.reason)
-            return field_
-        why = (self._sweeps if self.method.implicit else self._compiler).reason
-        run.codes = self._fields.begin(field_, y0, run.settings, keep, why)
-        if not run.codes:
-            return field_
-        compiled = compiled_field(run.problem, run.stats, run.codes)
-        compiled.used[:] = field_.used
-        return compiled
-
     @contextmanager
-    def _adjoint(self, settings: IntegratorSettings, parameters: bool) -> Iterator[AdjointStepper]:
+    def adjoint(self, settings: IntegratorSettings, parameters: bool) -> Iterator[AdjointStepper]:
         """Lend an adjoint."""
 
         def create() -> AdjointStepper:
             clean_up(self.comm)
-            options = self._solver_options(settings, adjoint=True)
+            options = self.solver_options(settings, adjoint=True)
             return create_adjoint(settings, options, parameters)
 
         with self._pool.lease(("adjoint", settings, parameters), create) as adjoint:
             yield adjoint
 
     @contextmanager
-    def _integrator(
+    def integrator(
         self, settings: IntegratorSettings, field_: VectorField, y0: torch.Tensor
     ) -> Iterator[TimeIntegrator]:
         """Lease a forward integrator that stands at the initial state."""
 
         def create() -> TimeIntegrator:
             clean_up(self.comm)  # all ranks create together
-            return create_integrator(settings, self._solver_options(settings))
+            return create_integrator(settings, self.solver_options(settings))
 
         with self._pool.lease(("forward", settings), create) as integrator:
             integrator.begin(field_, y0.detach(), field_.problem.times[0])
@@ -954,14 +758,15 @@ class Engine:
             distribution=problem.distribution, comm=self.comm,
         )  # fmt: skip
         # The option vec_type chooses between PETSc's types on a device.
-        vec_type = self._solver_options(settings).take("vec_type")
+        vec_type = self.solver_options(settings).take("vec_type")
         settings = replace(settings, place=place_of(layout.device, vec_type))
         # What is detected during a solve, and the values of tensors, may be others next time.
         if jacobian == "dense" and isinstance(rtol, float) and isinstance(atol, float):
             self._known_settings[key] = settings
         return settings
 
-    def _solver_options(self, settings: IntegratorSettings, adjoint: bool = False) -> SolverOptions:
+    def solver_options(self, settings: IntegratorSettings, adjoint: bool = False) -> SolverOptions:
+        """Return the PETSc options of an integrator or an adjoint."""
         key = (settings.adaptive, settings.jacobian, settings.dtype, adjoint)
         if key not in self._options:
             defaults = default_options(

@@ -353,7 +353,7 @@ def test_what_has_no_compiled_sweep_has_a_compiled_field(keywords):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ys = solver(START, TIMES).ys.detach()
-    assert solver._engine._fields._codes
+    assert solver._engine.compiled_fields._codes
     expected = pnode.Solver(field, **keywords)(START, TIMES).ys.detach()
     assert difference(ys, expected) < 1e-6
 

@@ -11,14 +11,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pnode
-from pnode import engine
+from pnode import compiled_sweeps
 from pnode.compilation import CompilationFailed
 from pnode.errors import NonFiniteVectorField, StepLimitReached, StepSizeUnderflow
 from pnode.solvers import explicit_driver
 from pnode.solvers.methods import find_method
 
 TIMES = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
-DRIVER_OF = engine.driver_of
+DRIVER_OF = compiled_sweeps.driver_of
 
 
 class Net(torch.nn.Module):
@@ -113,7 +113,7 @@ def test_same_bits_as_step_by_step(
     times = TIMES.flip(0) if backwards else TIMES
     found, stats = solve(Net(), start(), times, **keywords)
     assert (counted.calls["pnode_forward"], counted.calls["pnode_reverse"]) == (1, 1)
-    monkeypatch.setattr(engine, "driver_of", one_by_one)
+    monkeypatch.setattr(compiled_sweeps, "driver_of", one_by_one)
     expected, other = solve(Net(), start(), times, **keywords)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     # The evaluation that checks the graph is the first of the two that choose the first step.
@@ -126,7 +126,7 @@ def test_single_precision(monkeypatch: pytest.MonkeyPatch, counted: Counted) -> 
     found, _ = solve(Net(torch.float32), start(torch.float32), step_size=0.1)
     assert counted.calls["pnode_forward"] == 1
     assert {x.dtype for x in found} == {torch.float32}
-    monkeypatch.setattr(engine, "driver_of", one_by_one)
+    monkeypatch.setattr(compiled_sweeps, "driver_of", one_by_one)
     expected, _ = solve(Net(torch.float32), start(torch.float32), step_size=0.1)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -217,7 +217,7 @@ def test_errors_are_those_of_single_steps(
     for name, value in change.items():
         getattr(net, name).fill_(value)
     found = failure(kind, net, **keywords)
-    monkeypatch.setattr(engine, "driver_of", one_by_one)
+    monkeypatch.setattr(compiled_sweeps, "driver_of", one_by_one)
     expected = failure(kind, net, **keywords)
     assert str(found) == str(expected)
     assert (found.time, found.step, found.method) == (expected.time, expected.step, "dopri5")
@@ -284,7 +284,7 @@ def test_allocations_per_step() -> None:
     """Tensors that a step of dopri5 and its adjoint make, by the code that was compiled."""
     solver = pnode.Solver(Net(), step_size=0.07, compile=True)
     solver(start(), TIMES)
-    (entry,) = solver._engine._compiler._entries.values()
+    (entry,) = solver._engine.explicit_steps._entries.values()
     (graphs,) = entry.graphs.values()
     numbers = []
     for graph in (graphs.compile_step(()), graphs.adjoint):
