@@ -24,7 +24,17 @@ from stiff_solvers import SolveFailed, Unavailable
 
 import pnode
 
-__all__ = ["FLOWS", "PNODE", "VARIANTS", "Flow", "Outcome", "Task", "create_flow_task", "variant"]
+__all__ = [
+    "FLOWS",
+    "OTHERWISE",
+    "PNODE",
+    "VARIANTS",
+    "Flow",
+    "Outcome",
+    "Task",
+    "create_flow_task",
+    "variant",
+]
 
 #: Keywords of Solver that make pnode's variants.
 PNODE: dict[str, Callable[[], dict[str, Any]]] = {
@@ -32,6 +42,8 @@ PNODE: dict[str, Callable[[], dict[str, Any]]] = {
     "pnode compiled": lambda: {"compile": True},
     "pnode stages": lambda: {"checkpointing": pnode.Checkpointing(store="stages")},
 }
+#: Those that differ from one another where f is not evaluated by an explicit method.
+OTHERWISE = tuple(name for name in PNODE if name != "pnode stages")
 NEVER = 1e12  # a tolerance that no error exceeds
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peer_flows import PNODE, Outcome, Task, joined, variant
+from peer_flows import OTHERWISE, Outcome, Task, joined, variant
 from stiff_problems import SENSITIVITIES
 from stiff_solvers import MAX_STEPS, SolveFailed, Unavailable, diffrax_solve
 
@@ -28,7 +28,7 @@ METHODS = ("bdf", "rodaspr", "es325", "esdirk6")
 PEERS = ("Kvaerno3", "Kvaerno5")
 #: Solvers by name: variants of pnode with each method, and diffrax's.
 STIFF_SOLVERS: tuple[str, ...] = (
-    *(f"{name} {method}" for name in PNODE for method in METHODS),
+    *(f"{name} {method}" for name in OTHERWISE for method in METHODS),
     *(f"diffrax {peer}" for peer in PEERS),
 )
 TIGHT = {"pnode esdirk6": 1e-10, "diffrax Kvaerno5": 1e-10}

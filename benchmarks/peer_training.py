@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peer_flows import PNODE, Outcome, Task, joined, variant
+from peer_flows import OTHERWISE, PNODE, Outcome, Task, joined, variant
 from stiff_solvers import Unavailable
 
 __all__ = ["TRAINING", "create_training_task"]
@@ -27,7 +27,7 @@ RATE = 1e-15
 DECAY = 0.01
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
-TRAINING = (*PNODE, "JAX program")
+TRAINING = (*OTHERWISE, "JAX program")
 
 
 def _example() -> tuple[Any, Any, Any]:

@@ -99,10 +99,20 @@ def solve(net: Net, y0: torch.Tensor, times: torch.Tensor = TIMES, **keywords: A
     "keywords",
     [
         {"step_size": 0.07},
-        {"step_size": 0.07, "checkpointing": pnode.Checkpointing(store="stages")},
+        {
+            "step_size": 0.07,
+            "method": "bosh3",
+            "checkpointing": pnode.Checkpointing(store="stages"),
+        },
         {"step_size": 0.1, "method": "rk4"},
         {"rtol": 1e-9, "atol": 1e-11},
-        {"rtol": 1e-6, "atol": torch.full((4, 2), 1e-8), "first_step": 0.9, "max_step": 0.31},
+        {
+            "rtol": 1e-6,
+            "atol": torch.full((4, 2), 1e-8),
+            "first_step": 0.9,
+            "max_step": 0.31,
+            "method": "bosh3",
+        },
         {"rtol": 1e-6, "method": "bosh3", "min_step": 1e-5},
     ],
 )
