@@ -18,12 +18,12 @@ from pnode.interpolation import polynomial
 from pnode.options import PETSc, SolverOptions
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
+from pnode.solvers import petsc_c
 from pnode.solvers.explicit_graphs import StepGraphs
 from pnode.solvers.integrator import IntegratorSettings, StepOutcome, TimeIntegrator
 from pnode.solvers.methods import Method
-from pnode.solvers.petsc_c import rk_tableau
 from pnode.solvers.stepping import fixed_steps
-from pnode.solvers.tableaus import ExplicitTableau, ssp_tableau
+from pnode.solvers.tableaus import ExplicitTableau, rk_tableau, ssp_tableau
 from pnode.tracing import FieldGraph, Untraceable, trace_field
 from pnode.vectorfield import VectorField, vector_field
 from pnode.vectors import REAL
@@ -274,21 +274,7 @@ def _tableau(method: Method) -> tuple[ExplicitTableau, tuple[float, ...] | None]
     """Return A, b, c of a method, PETSc's own, and the embedded weights."""
     if method.ts_type == "ssp":
         return ssp_tableau(method.subtype, method.stages), None
-    ts = PETSc.TS().create(comm=PETSc.COMM_SELF)
-    try:
-        ts.setType("rk")
-        ts.setRKType(method.subtype)
-        found = rk_tableau(ts)
-    finally:
-        ts.destroy()
-    embedded = found["b_embedded"]
-    return (
-        ExplicitTableau(
-            tuple(map(tuple, found["A"].tolist())), tuple(found["b"].tolist()),
-            tuple(found["c"].tolist()),
-        ),
-        None if embedded is None else tuple(embedded.tolist()),
-    )  # fmt: skip
+    return rk_tableau(method)
 
 
 def _tolerances(settings: IntegratorSettings) -> tuple[torch.Tensor, ...]:
@@ -536,7 +522,7 @@ class CompiledIntegrator(TimeIntegrator):
     def interpolate(self, s: float) -> torch.Tensor:
         """Return the state at a time in the last step by the method's interpolant. Collective."""
         graphs = self._graphs
-        (start, _, results), tableau = self._last, rk_tableau(self.ts)
+        (start, _, results), tableau = self._last, petsc_c.rk_tableau(self.ts)
         stages = self.checkpoint(None)[: graphs.stages]
         begin, h = self._begin, self._number[0]
         slopes = []
