@@ -78,7 +78,7 @@ class StateLayout:
                     f"{name} has dtype {part.dtype} on {part.device}, but y0[0] has "
                     f"{parts[0].dtype} on {parts[0].device}: all parts of a state must agree"
                 )
-            if not bool(torch.isfinite(part.detach()).all()):
+            if not _is_finite(part.detach()):
                 raise ConfigurationError(
                     f"{name} contains NaN or infinity: start from finite values"
                 )
@@ -243,15 +243,20 @@ def as_times(t: Any, endless: bool = False) -> torch.Tensor:
         raise ConfigurationError(f"t has layout {t.layout} on {t.device}: give values, densely")
     if t.is_complex() or t.dtype is torch.bool:
         raise ConfigurationError(f"t has dtype {t.dtype}: times are real numbers")
-    finite = torch.isfinite(t.detach())
-    if endless and len(t) > 1 and bool(torch.isinf(t.detach()[-1])):
-        finite = finite[:-1]
-    if not bool(finite.all()):
+    times = t.detach()
+    if endless and len(t) > 1 and bool(torch.isinf(times[-1])):
+        times = times[:-1]
+    if not _is_finite(times):
         raise ConfigurationError(
             "t contains NaN or infinity: give finite output times (with event_fn, the last one may "
             "be infinite)"
         )
     return t
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    """Whether all entries are finite: at once if their sum is, which costs a tenth."""
+    return math.isfinite(float(values.sum())) or bool(torch.isfinite(values).all())
 
 
 def collect_parameters(
