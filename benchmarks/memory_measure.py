@@ -62,6 +62,8 @@ class Series:
         Budget of pnode's checkpoints, bytes.
     disk : bool
         Whether there is a disk beside it.
+    store : str
+        What pnode keeps of a step.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Series:
     bounded: bool
     memory: int | None = None
     disk: bool = False
+    store: str = "auto"
 
 
 CLASSICAL = "classical RK4"
@@ -78,6 +81,7 @@ SERIES = {
     series.name: series
     for series in (
         Series("pnode", "pnode, no limit", "pnode", CLASSICAL, False),
+        Series("pnode-stages", "pnode, stages", "pnode", CLASSICAL, False, store="stages"),
         Series("pnode-64MB", "pnode, 64 MB", "pnode", CLASSICAL, True, 64 * 10**6),
         Series("pnode-16MB", "pnode, 16 MB", "pnode", CLASSICAL, True, 16 * 10**6),
         Series(
@@ -162,7 +166,8 @@ def pnode_task(series: Series, steps: int) -> Task:
     import pnode
 
     folder = tempfile.TemporaryDirectory() if series.disk else None
-    limits = {"memory": series.memory, "disk": None if folder is None else folder.name}
+    disk = None if folder is None else folder.name
+    limits = {"memory": series.memory, "disk": disk, "store": series.store}
     solvers: list[Any] = []
     found: dict[str, Any] = {}
 
@@ -188,7 +193,10 @@ def pnode_task(series: Series, steps: int) -> Task:
             "disk_bytes": max(stats.disk_bytes, stats.backward.disk_bytes),
         }
         planned = {name: getattr(plan, name) for name in ledger}
-        return {"taken": stats.steps, **ledger, "planned": planned, "as_planned": planned == ledger}
+        return {
+            "taken": stats.steps, **ledger, "tape_bytes": stats.tape_bytes, "planned": planned,
+            "as_planned": planned == ledger,
+        }  # fmt: skip
 
     return torch_task(solve, facts, steps)
 

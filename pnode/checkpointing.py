@@ -13,7 +13,7 @@ from pnode.errors import ConfigurationError
 __all__ = ["DEFAULT_TAPE", "Checkpointing", "parse_bytes"]
 
 #: Bytes of graphs that store="auto" keeps if memory has no limit.
-DEFAULT_TAPE = 256 * 2**20
+DEFAULT_TAPE = 128 * 2**20
 
 _STORES = ("auto", "tape", "stages", "solutions")
 _FACTORS = {
@@ -69,7 +69,7 @@ class Checkpointing:
         state at its start, with which it is repeated. "auto" mixes both so that the fewest
         steps are repeated, and with explicit Runge-Kutta methods spends what is left of ``memory``
         on autograd's graphs of f at the stages of the last steps, whose adjoints then evaluate
-        nothing again; without a limit 256 MiB. "tape" has no such limit of its own: without
+        nothing again; without a limit 128 MiB. "tape" has no such limit of its own: without
         ``memory`` all steps keep their graphs, which is as fast and as large as backpropagation.
         "stages" keeps no graphs.
     reproducible : bool
