@@ -141,6 +141,7 @@ class ExplicitAdjoint(TorchAdjointStepper):
             if self.wants_parameters:
                 accumulate(self._gradients, products.parameters, 1.0)
             self._rows[row + 1].copy_(products.state)
+            del graph, products  # before the next graph is built, so that memory is reused
         self.state = torch.mv(self._columns[-1], self._ones)
         for _, cotangent in outputs:
             self.state.add_(cotangent)

@@ -53,12 +53,7 @@ from pnode.solvers.integrator import (
 )
 from pnode.solvers.jacobians import JacobianOptions
 from pnode.solvers.methods import Method
-from pnode.solvers.stepping import (
-    Step,
-    StepControl,
-    count_fixed_steps,
-    forward_sweep,
-)
+from pnode.solvers.stepping import Step, StepControl, count_fixed_steps, forward_sweep
 from pnode.solvers.symplectic import split_size
 from pnode.vectorfield import VectorField, note_kept, vector_field
 from pnode.vectors import REAL

@@ -91,8 +91,8 @@ class Bridge:
     points : int
         How many linearizations to keep. A point is also recognised by its values: PETSc hands the
         same state over in another vector, from the line search to the Jacobian and from step to
-        step. One serves most; the adjoint of a theta method needs
-        those at both ends of a step, and meets one of them again in the next.
+        step. One serves most; the adjoint of a theta method needs those at both ends of a step, and
+        meets one of them again in the next.
     keep : int
         How many of the last evaluated states to keep.
     check : bool
