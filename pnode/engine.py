@@ -33,8 +33,8 @@ from pnode.checkpointing import Checkpointing
 from pnode.dense import DenseAdjoint, DenseOutput
 from pnode.devices import place_of
 from pnode.errors import ConfigurationError, FieldChanged
-from pnode.evidence import Reads
 from pnode.events import Event, EventLocator
+from pnode.evidence import Reads
 from pnode.layouts import Layout
 from pnode.options import SolverOptions, next_prefix
 from pnode.problem import InitialValueProblem

@@ -125,7 +125,7 @@ def test_torch_operations_and_allocations_of_a_forward_stage(store):
     assert extra <= (10 if store == "stages" else 12)
     extra = per_stage(Operations, store, False, lambda o: o.allocations)
     extra -= of_field(False).allocations
-    assert extra <= 2.5  # the stage and the time
+    assert extra <= (3.5 if store == "stages" else 4.5)  # the stage, the time, the projection
 
 
 def test_torch_operations_and_allocations_of_an_adjoint_stage():
@@ -140,7 +140,7 @@ def test_torch_operations_and_allocations_of_an_adjoint_stage():
 
 
 @pytest.mark.parametrize(("store", "backward", "most"), [
-    ("stages", False, 18), ("auto", False, 24), ("stages", True, 22), ("auto", True, 12),
+    ("stages", False, 19), ("auto", False, 24), ("stages", True, 22), ("auto", True, 12),
 ])  # fmt: skip
 def test_python_calls_per_stage(store, backward, most):
     """How often pnode's own functions are entered, those that serve a whole step included."""

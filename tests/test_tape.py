@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import pnode
-from pnode.graphs import NODE_BYTES
 from pnode.adjoint.store import CheckpointStore
+from pnode.graphs import NODE_BYTES
 from pnode.solvers.methods import Method, find_method
 from pnode.vectorfield import VectorField
 
