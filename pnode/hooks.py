@@ -48,9 +48,7 @@ class ParameterHooks:
         Those that were made of other parameters.
     """
 
-    def __init__(
-        self, observed: Sequence[torch.Tensor], derived: Sequence[torch.Tensor]
-    ) -> None:
+    def __init__(self, observed: Sequence[torch.Tensor], derived: Sequence[torch.Tensor]) -> None:
         chosen = {id(tensor): tensor for tensor in (*observed, *derived)}
         self._tensors = tuple(chosen.values())
         self._derived = frozenset(map(id, derived))
