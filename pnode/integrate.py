@@ -739,7 +739,6 @@ def odeint(
     return solution.ys if event_fn is None else (solution.event_time, solution.ys)
 
 
-@outside_compiler
 def odeint_adjoint(func: Callable[..., Any], y0: Any, t: Any, **keywords: Any) -> Any:
     """Solve as :func:`odeint` does, and accept torchdiffeq's ``adjoint_*`` keywords too.
 

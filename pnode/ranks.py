@@ -298,7 +298,7 @@ class Ranks:
             raise found from found.__cause__
         used = flat[1 : 1 + number].tolist()
         return [
-            from_reals(part.clone(), p) if count else None
+            from_reals(part, p) if count else None
             for part, p, count in zip(parts, like, used, strict=True)
         ]
 
@@ -320,10 +320,11 @@ def as_reals(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def from_reals(numbers: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return such numbers as a tensor of the shape of ``like``, complex if that is."""
+    """Return such numbers as a new tensor of the shape of ``like``, complex if that is."""
+    own = numbers.clone()  # at the start of its memory, where torch wants complex numbers
     if like.is_complex():
-        return torch.view_as_complex(numbers.reshape(*like.shape, 2))
-    return numbers.reshape(like.shape)
+        return torch.view_as_complex(own.reshape(*like.shape, 2))
+    return own.reshape(like.shape)
 
 
 def _digest(fact: Any) -> int:

@@ -151,8 +151,11 @@ class _Watched(torch.nn.Module):
         self.function = function
 
     def forward(self, *arguments: Any) -> Any:
-        result = self.function(*arguments)
-        if any(has_tangent(tensor) for tensor in _tensors(result)):
+        # torch switches tangents off inside of autograd functions, of which a solve is one.
+        with forward_ad._set_fwd_grad_enabled(True):
+            result = self.function(*arguments)
+            found = any(has_tangent(tensor) for tensor in _tensors(result))
+        if found:
             raise ConfigurationError(
                 "what the vector field or event_fn returned has a tangent of forward-mode AD (of a "
                 f"tensor that it uses), which a solve cannot carry on: {_REVERSE}"
