@@ -28,6 +28,7 @@ WAYS = {
     "bdf": {"method": "bdf", "rtol": 1e-3},
 }
 ways = pytest.mark.parametrize("way", WAYS)
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
 
 def state():
