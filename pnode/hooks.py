@@ -1,9 +1,9 @@
-"""Hooks on parameters, kept away from the single products of a sweep.
+"""Hooks on parameters, which are not to act on the single products of a sweep.
 
 A backward sweep takes a parameter's gradient as a sum of products, each by autograd, and torch
 calls the hooks of a tensor on whatever it captures for that tensor. They are to act once, on the
-whole gradient, as they do when a solve's gradient leaves it for the graph outside. While products
-are taken the dictionaries of hooks are therefore empty: torch looks at them at each call.
+whole gradient, as they do when a solve's gradient leaves it for the graph outside. They are
+therefore replaced, where torch keeps them, by functions that do nothing while products are taken.
 
 Nor may a product go through a parameter to another one that it was made of: the graph outside of
 the solve takes that way with the whole gradient.
@@ -11,117 +11,131 @@ the solve takes that way with the whole gradient.
 
 from __future__ import annotations
 
-import threading
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 __all__ = ["ParameterHooks", "hooks_of"]
 
-
-@dataclass
-class _Stash:
-    """What was taken off a tensor, and by how many products that are under way."""
-
-    tensor: torch.Tensor
-    users: int = 0
-    hooks: dict[int, Callable[..., Any]] = field(default_factory=dict)
-    gradient: torch.Tensor | None = None
-    barrier: Any = None
-
-
-_lock = threading.Lock()
-_stashed: dict[int, _Stash] = {}
+# Of one thread; torch takes it along into the threads that its engine has for devices.
+_PRODUCTS = "pnode takes products"
 
 
 class ParameterHooks:
-    """The parameters of a field that have hooks, or stand between others and the field.
+    """That there are hooks on a field's parameters, and what is to be done about them.
 
     Parameters
     ----------
-    observed : sequence of Tensor
-        Those with hooks, or whose gradient is retained.
-    derived : sequence of Tensor
-        Those that were made of other parameters.
+    retaining : sequence of Tensor
+        The parameters that retain their gradient.
+    made : sequence of Tensor
+        Those that were made of others.
     """
 
-    def __init__(self, observed: Sequence[torch.Tensor], derived: Sequence[torch.Tensor]) -> None:
-        chosen = {id(tensor): tensor for tensor in (*observed, *derived)}
-        self._tensors = tuple(chosen.values())
-        self._derived = frozenset(map(id, derived))
+    def __init__(self, retaining: Sequence[torch.Tensor], made: Sequence[torch.Tensor]) -> None:
+        self._retaining = tuple(retaining)
+        #: Where products are to end.
+        self.ends = frozenset(map(id, made))
 
     @contextmanager
     def away(self) -> Iterator[None]:
-        """Take products that no hook sees; may be nested, and used by several threads at once."""
-        with _lock:
-            for tensor in self._tensors:
-                stash = _stashed.setdefault(id(tensor), _Stash(tensor))
-                stash.users += 1
-                if stash.users == 1:
-                    _take_off(stash, id(tensor) in self._derived)
+        """Take products that no hook acts on; may be nested."""
+        before = _products()
+        retained = [tensor.grad for tensor in self._retaining]
+        for tensor in self._retaining:
+            tensor.grad = None
+        torch._C._stash_obj_in_tls(_PRODUCTS, self)
         try:
             yield
         finally:
-            with _lock:
-                for tensor in self._tensors:
-                    stash = _stashed[id(tensor)]
-                    stash.users -= 1
-                    if not stash.users:
-                        del _stashed[id(tensor)]
-                        _put_back(stash)
+            torch._C._stash_obj_in_tls(_PRODUCTS, before)
+            for tensor, gradient in zip(self._retaining, retained, strict=True):
+                tensor.grad = gradient
 
 
 def hooks_of(parameters: Sequence[torch.Tensor]) -> ParameterHooks | None:
-    """Return what has to be kept away from products, or None."""
-    observed = [tensor for tensor in parameters if tensor._backward_hooks or tensor.retains_grad]
-    derived = [tensor for tensor in parameters if tensor.grad_fn is not None]
-    if derived and len(parameters) > 1:
-        derived = [tensor for tensor in derived if _is_made_of(tensor, parameters)]
-    else:
-        derived = []
-    return ParameterHooks(observed, derived) if observed or derived else None
+    """Make the hooks on parameters keep away from products; None if there are none.
+
+    Parameters
+    ----------
+    parameters : sequence of Tensor
+        Leaves or not. Those that were made of other ones get a hook more.
+    """
+    inner = [tensor for tensor in parameters if tensor.grad_fn is not None]
+    retaining = [tensor for tensor in inner if tensor.retains_grad]
+    made = _made_of_others(inner, parameters) if inner and len(parameters) > 1 else []
+    for tensor in made:
+        _bar(tensor)
+    hooked = False
+    for tensor in parameters:
+        if tensor._backward_hooks:
+            hooked = True
+            _guard(tensor._backward_hooks)
+    return ParameterHooks(retaining, made) if hooked or retaining else None
 
 
-def _is_made_of(tensor: torch.Tensor, parameters: Sequence[torch.Tensor]) -> bool:
-    """Whether the graph of a parameter leads to another one."""
+def _products() -> ParameterHooks | None:
+    """Return on whose behalf this thread takes products, if it does."""
+    found = torch._C._is_key_in_tls(_PRODUCTS) and torch._C._get_obj_in_tls(_PRODUCTS)
+    return found if isinstance(found, ParameterHooks) else None
+
+
+def _guard(hooks: dict[int, Callable[..., Any]]) -> None:
+    """Replace hooks by such that do nothing while products are taken."""
+    for key, hook in list(hooks.items()):
+        if not hasattr(hook, "_pnode_guarded"):
+            hooks[key] = _guarded(hook)
+
+
+def _guarded(hook: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(hook)
+    def once(gradient: torch.Tensor) -> Any:
+        return hook(gradient) if _products() is None else None
+
+    once._pnode_guarded = True  # type: ignore[attr-defined]
+    return once
+
+
+def _bar(tensor: torch.Tensor) -> None:
+    """Let products end at a tensor, those that are to.
+
+    torch calls hooks on the gradient of a tensor that it goes on from after it has captured it.
+    """
+    key = id(tensor)
+    if any(hasattr(hook, "_pnode_end") for hook in (tensor._backward_hooks or {}).values()):
+        return
+
+    def end(gradient: torch.Tensor) -> torch.Tensor | None:
+        products = _products()
+        return torch.zeros_like(gradient) if products is not None and key in products.ends else None
+
+    end._pnode_end = end._pnode_guarded = True  # type: ignore[attr-defined]
+    tensor.register_hook(end)
+
+
+def _made_of_others(
+    inner: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Return those of ``inner``, parameters that are not leaves, whose graph leads to another."""
     leaves = {id(other) for other in parameters if other.grad_fn is None}
-    edges = {(other.grad_fn, other.output_nr) for other in parameters if other.grad_fn is not None}
-    assert tensor.grad_fn is not None
-    pending, seen = list(tensor.grad_fn.next_functions), set()
-    while pending:
-        edge = pending.pop()
-        if edge[0] is None or edge in seen:
-            continue
-        seen.add(edge)
-        if edge in edges or id(getattr(edge[0], "variable", None)) in leaves:
-            return True
-        pending.extend(edge[0].next_functions)
-    return False
+    edges = {(other.grad_fn, other.output_nr) for other in inner}
+    leads_nowhere: set[Any] = set()
 
+    def is_made_of_another(tensor: torch.Tensor) -> bool:
+        assert tensor.grad_fn is not None
+        pending, seen = list(tensor.grad_fn.next_functions), set()
+        while pending:
+            edge = pending.pop()
+            if edge[0] is None or edge in seen or edge in leads_nowhere:
+                continue
+            seen.add(edge)
+            if edge in edges or id(getattr(edge[0], "variable", None)) in leaves:
+                return True
+            pending.extend(edge[0].next_functions)
+        leads_nowhere.update(seen)
+        return False
 
-def _take_off(stash: _Stash, derived: bool) -> None:
-    tensor = stash.tensor
-    if tensor._backward_hooks:
-        stash.hooks = dict(tensor._backward_hooks)
-        tensor._backward_hooks.clear()
-    if tensor.retains_grad:
-        stash.gradient, tensor.grad = tensor.grad, None
-    if derived:
-        # torch captures the gradient of a tensor that it goes on from before it calls hooks.
-        stash.barrier = tensor.register_hook(torch.zeros_like)
-
-
-def _put_back(stash: _Stash) -> None:
-    tensor = stash.tensor
-    if stash.barrier is not None:
-        stash.barrier.remove()
-    if stash.hooks:
-        assert tensor._backward_hooks is not None
-        added = dict(tensor._backward_hooks)
-        tensor._backward_hooks.clear()
-        tensor._backward_hooks.update({**stash.hooks, **added})
-    if tensor.retains_grad:
-        tensor.grad = stash.gradient
+    return [tensor for tensor in inner if is_made_of_another(tensor)]

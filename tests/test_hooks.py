@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from test_compiled import interpreted, no_warnings
 
 import pnode
 from pnode.errors import BackwardError
-from pnode.hooks import ParameterHooks, hooks_of
+from pnode.hooks import hooks_of
 
 __all__ = ["interpreted", "no_warnings"]  # fixtures
 
@@ -134,6 +136,16 @@ def test_a_module_that_uses_what_was_made_of_its_parameter():
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_what_a_parameter_was_made_of_may_be_declared_in_one_solve_and_not_in_another():
+    k = trainable(2)
+    w = torch.exp(k)
+    expected = torch.autograd.grad(loss("rk4", field(w), [w], start()), k, retain_graph=True)[0]
+    for params in ([k, w], [w], [w, k], [w]):
+        value = loss("rk4", field(w), params, start())
+        (found,) = torch.autograd.grad(value, k, retain_graph=True)
+        torch.testing.assert_close(found, expected, rtol=1e-13, atol=0.0)
+
+
 @pytest.mark.parametrize("way", ["rk4", "cn", "rodaspr"])
 def test_retained_gradients_are_the_whole_ones(way):
     k = trainable(2)
@@ -233,7 +245,7 @@ def test_hooks_of_a_field_that_differentiates_itself_are_its_own():
     torch.testing.assert_close(half(y0, T).ys, ys, rtol=1e-14, atol=0.0)
 
 
-def test_hooks_are_there_again_after_a_failure():
+def test_hooks_act_after_a_failure():
     class Fails(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -245,38 +257,58 @@ def test_hooks_are_there_again_after_a_failure():
                 raise ZeroDivisionError("in f")
             return 2.0 * g
 
-    k, fails = trainable(2), True
-    k.register_hook(lambda g: 2.0 * g)
-    before = dict(k._backward_hooks)
+    k, w = trainable(2), trainable(2) * 1.0
+    w.retain_grad()
+    w.grad = torch.ones(2, dtype=D)
     function = field(k)
-    solver = pnode.Solver(lambda t, y: Fails.apply(function(t, y)), params=[k], **WAYS["rk4"])
-    with pytest.raises(ZeroDivisionError):
-        solver(start(), T).ys.sum().backward()
-    assert dict(k._backward_hooks) == before
-    k.register_hook(broken := lambda g: 1 / 0)
+    solver = pnode.Solver(
+        lambda t, y: Fails.apply(function(t, y) * w), params=[k, w], **WAYS["rk4"]
+    )
     fails = False
+    (plain,) = torch.autograd.grad(solver(start(), T).ys.sum(), k)
+    handle = k.register_hook(lambda g: 2.0 * g)
+    fails = True
     with pytest.raises(ZeroDivisionError):
         solver(start(), T).ys.sum().backward()
-    assert list(k._backward_hooks.values())[1] is broken
+    assert w.grad.tolist() == [1.0, 1.0]
+    fails = False
+    (found,) = torch.autograd.grad(solver(start(), T).ys.sum(), k)
+    torch.testing.assert_close(found, 2.0 * plain, rtol=1e-13, atol=0.0)
+    broken = k.register_hook(lambda g: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        solver(start(), T).ys.sum().backward()
+    handle.remove()
+    broken.remove()
+    (found,) = torch.autograd.grad(solver(start(), T).ys.sum(), k)
+    assert torch.equal(found, plain)
 
 
-def test_nested_solves_and_threads_put_hooks_back():
+def test_hooks_of_nested_solves():
     k, seen = trainable(2), []
     k.register_hook(lambda g: seen.append(1) or 2.0 * g)
     inner = pnode.Solver(field(k), params=[k], method="euler", step_size=0.5)
     outer = pnode.Solver(lambda t, y: inner(y, T[:2]).ys[-1] - y, params=[k], **WAYS["rk4"])
     outer(start(), T).ys.sum().backward()
     assert seen == [1]
-    first, second = hooks_of([k]), hooks_of([k])
-    assert isinstance(first, ParameterHooks) and isinstance(second, ParameterHooks)
-    one, two = first.away(), second.away()  # as of two threads whose products overlap
-    one.__enter__()
-    two.__enter__()
-    added = k.register_hook(lambda g: g)
-    one.__exit__(None, None, None)
-    assert len(k._backward_hooks) == 1
-    two.__exit__(None, None, None)
-    assert [*k._backward_hooks][1] == added.id and len(k._backward_hooks) == 2
+
+
+def test_hooks_of_solves_in_several_threads():
+    k, seen = trainable(2), []
+    k.register_hook(lambda g: seen.append(1) or 2.0 * g)
+    (expected,) = torch.autograd.grad(loss("rk4, limit", field(k), [k], start()), k)
+    found = {}
+
+    def work(number):
+        value = loss("rk4, limit", field(k), [k], start())
+        (found[number],) = torch.autograd.grad(value, k)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 5
+    assert all(torch.equal(found[number], expected) for number in range(4))
 
 
 def test_no_hooks_cost_nothing():
