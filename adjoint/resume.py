@@ -36,7 +36,7 @@ def fingerprint(facts: dict[str, Any], tensors: Iterable[torch.Tensor]) -> dict[
     """Return what must be the same when a sweep is taken up again."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        values = tensor.detach().contiguous().cpu()
+        values = tensor.detach().resolve_conj().contiguous().cpu()
         digest.update(str((values.dtype, tuple(values.shape))).encode())
         digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
     return {name: repr(value) for name, value in facts.items()} | {"tensors": digest.hexdigest()}

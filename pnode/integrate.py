@@ -29,6 +29,7 @@ from pnode.solvers.jacobian_options import jacobian_options
 from pnode.solvers.methods import check_form, find_method
 from pnode.solvers.stepping import StepControl
 from pnode.transfers import carry_once, on_host, remote
+from pnode.transforms import outside_compiler, refuse_batched, refuse_transforms, watched
 from pnode.vectorfield import vector_field
 
 __all__ = ["Solver", "odeint", "odeint_adjoint", "odeint_event"]
@@ -327,6 +328,7 @@ class Solver(torch.nn.Module):
         colors = f", colors={self._engine.color_count}" if self._engine.color_count else ""
         return f"method={self.method!r}, {steps}{jacobian}{colors}"
 
+    @outside_compiler
     def forward(self, y0: Any, t: Any) -> Solution:
         """Integrate from ``t[0]`` and return the states at the times ``t``. Collective.
 
@@ -351,7 +353,8 @@ class Solver(torch.nn.Module):
         Raises
         ------
         ConfigurationError
-            For unusable arguments, and for a trainable tensor that f uses and nobody declared.
+            For unusable arguments, for a trainable tensor that f uses and nobody declared, and
+            inside of transforms of torch's that would not get through: see docs/derivatives.md.
         SolveError
             For a failing solve; see :mod:`pnode.errors`. What f raises comes through as it is.
         """
@@ -370,7 +373,7 @@ class Solver(torch.nn.Module):
         if trainable and self.event_fn is not None:
             check_rate(self._form)
         compute = problem.compute
-        event_fn = self.event_fn
+        event_fn = watched(self.event_fn)
         if event_fn is not None:
             event_fn = remote(event_fn, compute, start, strict=False)
         wanted = replace(
@@ -412,11 +415,12 @@ class Solver(torch.nn.Module):
         problem, flat, times, ledger
             The problem, the flat initial state, the output times, and the evaluations so far.
         """
+        declared = collect_parameters(self._functions, self._params)
+        refuse_transforms([("y0", y0), ("t", t), ("mass", self.mass)], declared)
         times = as_times(t, endless=self.event_fn is not None)
         start = Stats()
         with torch.inference_mode(False), torch.set_grad_enabled(differentiate):
             y0, compute = on_host(y0, self._device_state, start)
-        declared = collect_parameters(self._functions, self._params)
         if self._engine.method.implicit and any(tensor.is_inference() for tensor in declared):
             raise ConfigurationError(
                 f"a parameter was made in torch.inference_mode, and method={self.method!r} needs "
@@ -430,8 +434,8 @@ class Solver(torch.nn.Module):
         # Of tensors made in inference mode there are no derivatives, nor transposes if sparse.
         with torch.inference_mode(False), torch.set_grad_enabled(differentiate):
             problem = InitialValueProblem.create(
-                self._functions[0], y0, times, declared if differentiate else (),
-                check_undeclared=differentiate, form=self._form, explicit=self.explicit,
+                watched(self._functions[0]), y0, times, declared if differentiate else (),
+                check_undeclared=differentiate, form=self._form, explicit=watched(self.explicit),
                 mass=None if self.mass is None else MassMatrix(self.mass, StateLayout.of(y0)),
                 ranks=ranks, exchange=self._engine.exchange, compute=compute,
             )  # fmt: skip
@@ -527,8 +531,10 @@ class _Solve(torch.autograd.Function):
         return ys
 
     @staticmethod
+    @outside_compiler
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[Any, ...]:
         (cotangents,) = outputs
+        refuse_batched(cotangents)
         y0, t, ys, *_ = ctx.saved_tensors
         engine, run = ctx.engine, ctx.run
         with torch.no_grad(), ordered(place_of(run.problem.layout.device)) as leave:
@@ -644,6 +650,7 @@ _TORCHDIFFEQ_OPTIONS = {
 }
 
 
+@outside_compiler
 def odeint(
     func: Callable[..., Any],
     y0: Any,
@@ -699,6 +706,7 @@ def odeint(
     The default tolerances are torchdiffeq's. They are tight for methods of order one and two,
     which then take thousands of steps, and beyond what a float32 field resolves.
     """
+    refuse_transforms([("y0", y0), ("t", t)])
     keywords: dict[str, Any] = dict(solver_keywords)
     if options is not None and not isinstance(options, Mapping):
         raise ConfigurationError(
@@ -755,6 +763,7 @@ def odeint_adjoint(func: Callable[..., Any], y0: Any, t: Any, **keywords: Any) -
     return odeint(func, y0, t, **keywords)
 
 
+@outside_compiler
 def odeint_event(
     func: Callable[..., Any],
     y0: Any,
@@ -801,6 +810,7 @@ def odeint_event(
     -----
     Collective on the solver's communicator.
     """
+    refuse_transforms([("y0", y0), ("t0", t0)])
     start = as_times(t0.reshape(-1) if isinstance(t0, torch.Tensor) else [t0])
     if len(start) != 1:
         raise ConfigurationError(f"t0 has {len(start)} entries: give a single time")

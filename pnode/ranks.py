@@ -23,7 +23,9 @@ from pnode.errors import ConfigurationError, PnodeError, RankError, SolveError
 from pnode.options import PETSc
 from pnode.vectors import REAL
 
-__all__ = ["ALONE", "Ranks", "as_communicator", "clean_up"]
+__all__ = [
+    "ALONE", "Ranks", "as_communicator", "as_reals", "clean_up", "count_reals", "from_reals",
+]  # fmt: skip
 
 _NOBODY = 2**62  # key of no failure
 _keepers: dict[int, Any] = {}
@@ -263,7 +265,8 @@ class Ranks:
         Parameters
         ----------
         gradients : sequence of Tensor or None
-            This rank's, PETSc's precision; None for a parameter that it did not use.
+            This rank's, PETSc's precision, complex for complex parameters; None for a parameter
+            that it did not use.
         like : sequence of Tensor
             The parameters.
 
@@ -280,13 +283,14 @@ class Ranks:
         if not self.parallel:
             return list(gradients)
         number = len(like)
-        flat = torch.zeros(1 + number + sum(p.numel() for p in like), dtype=REAL, device="cpu")
+        sizes = [count_reals(p) for p in like]
+        flat = torch.zeros(1 + number + sum(sizes), dtype=REAL, device="cpu")
         flat[0] = float(self.failed)
-        parts = flat[1 + number :].split([p.numel() for p in like]) if number else ()
+        parts = flat[1 + number :].split(sizes) if number else ()
         for index, (part, gradient) in enumerate(zip(parts, gradients, strict=True)):
             if gradient is not None:
                 flat[1 + index] = 1.0
-                part.copy_(gradient.reshape(-1))
+                part.copy_(as_reals(gradient))
         self.comm.Allreduce(MPI.IN_PLACE, flat.numpy(), MPI.SUM)
         if flat[0]:
             found = self.settle()
@@ -294,13 +298,33 @@ class Ranks:
             raise found from found.__cause__
         used = flat[1 : 1 + number].tolist()
         return [
-            part.reshape(p.shape).clone() if count else None
+            from_reals(part, p) if count else None
             for part, p, count in zip(parts, like, used, strict=True)
         ]
 
 
 #: One process by itself.
 ALONE = Ranks()
+
+
+def count_reals(tensor: torch.Tensor) -> int:
+    """Return how many real numbers a tensor holds: two per entry of a complex one."""
+    return tensor.numel() * (2 if tensor.is_complex() else 1)
+
+
+def as_reals(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the numbers of a tensor, flat."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    return tensor.reshape(-1)
+
+
+def from_reals(numbers: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return such numbers as a new tensor of the shape of ``like``, complex if that is."""
+    own = numbers.clone()  # at the start of its memory, where torch wants complex numbers
+    if like.is_complex():
+        return torch.view_as_complex(own.reshape(*like.shape, 2))
+    return own.reshape(like.shape)
 
 
 def _digest(fact: Any) -> int:

@@ -9,6 +9,7 @@ inside.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from pnode.devices import random_states
 from pnode.errors import ConfigurationError, FieldChanged, VectorFieldError
 from pnode.graphs import graph_bytes
+from pnode.hooks import hooks_of
 from pnode.layouts import Layout
 from pnode.mass import MassMatrix
 from pnode.problem import InitialValueProblem
@@ -92,6 +94,8 @@ class VectorField:
         self.mass: MassMatrix | None = problem.mass
         self.ledger = ledger
         self.parameters = problem.parameters
+        #: What must not act on single products with the parameters.
+        self.hooks = hooks_of(problem.parameters)
         self.dtype = problem.layout.dtype
         #: Whether the first evaluation (of one part or the other) used each parameter.
         self.used = [False] * len(problem.parameters)
@@ -169,7 +173,11 @@ class VectorField:
             inputs = (leaf, *self.parameters)
             found: Sequence[torch.Tensor | None] = (None,) * len(inputs)
             if value.requires_grad:
-                found = torch.autograd.grad(value, inputs, w, allow_unused=True)
+                with self.hooks_away():
+                    # Part of the graph may be the user's, of parameters made of others.
+                    found = torch.autograd.grad(
+                        value, inputs, w, retain_graph=True, allow_unused=True
+                    )
         return [
             value.detach(),
             torch.zeros_like(leaf) if found[0] is None else found[0],
@@ -198,6 +206,10 @@ class VectorField:
             "checkpointing=pnode.Checkpointing(reproducible=True) gives them the same bits",
             time=self._direction * s,
         )
+
+    def hooks_away(self) -> AbstractContextManager[None]:
+        """Return a context in which hooks on parameters do not act; see :mod:`pnode.hooks`."""
+        return nullcontext() if self.hooks is None else self.hooks.away()
 
     def trust(self, used: list[bool] | None) -> None:
         """Take over which parameters f uses, instead of finding out at the first evaluation.
@@ -711,7 +723,12 @@ class Linearization:
         products: tuple[torch.Tensor | None, ...] = (None,) * len(inputs)
         if self._edge is not None or self._value.requires_grad:
             cotangent = (w if self._sign > 0 else -w).view(self._value.shape)
-            products = _pull_back(self._edge or self._value, inputs, cotangent)
+            end = self._edge or self._value
+            if self._field.hooks is None:
+                products = _pull_back(end, inputs, cotangent)
+            else:
+                with self._field.hooks.away():
+                    products = _pull_back(end, inputs, cotangent)
         state = self._flat(products[0])
         if self._rate_sign is not None:
             rate = self._flat(products[1])
@@ -821,9 +838,10 @@ class Linearization:
                     allow_unused=True,
                 )  # fmt: skip
             if product is not None and product.requires_grad:
-                products = torch.autograd.grad(
-                    product, inputs, direction, retain_graph=True, allow_unused=True
-                )
+                with self._field.hooks_away():
+                    products = torch.autograd.grad(
+                        product, inputs, direction, retain_graph=True, allow_unused=True
+                    )
         return Products(self._flat(products[0]), products[1:])
 
     def jacobian(self) -> torch.Tensor:

@@ -660,14 +660,18 @@ class ParameterSums:
 def accumulate(
     sums: list[torch.Tensor | None], terms: tuple[torch.Tensor | None, ...], weight: float
 ) -> None:
-    """Add ``weight`` times ``terms`` (any precision) to ``sums`` (PETSc's), None being zero."""
+    """Add ``weight`` times ``terms`` (any precision) to ``sums`` (PETSc's), None being zero.
+
+    Those of complex parameters are complex: torch's convention dL/d Re p + i dL/d Im p is linear
+    over the reals, and so are the sums.
+    """
     totals, addends = [], []
     for index, term in enumerate(terms):
         if term is None:
             continue
         total = sums[index]
         if total is None:
-            sums[index] = term.to(REAL) * weight
+            sums[index] = term.to(torch.promote_types(term.dtype, REAL)) * weight
         else:
             totals.append(total)
             addends.append(term)
