@@ -20,7 +20,7 @@ from pnode.errors import (
     SolveError,
 )
 from pnode.options import PETSc, SolverOptions, log_stage
-from pnode.ranks import ALONE
+from pnode.ranks import ALONE, CURABLE
 from pnode.solvers.assemblies import BLOCK_LU
 from pnode.solvers.bridge import Bridge, JacobianShell, shell_matrix
 from pnode.solvers.jacobians import (
@@ -59,7 +59,6 @@ _FLOATING_POINT = 72  # PETSC_ERR_FP
 SINGULAR = 71
 # TSStep wants a final time; ours is kept by the driver.
 _FOREVER = 1e300
-_CURABLE = (NonFiniteVectorField, NonlinearSolveFailed, LinearSolveFailed)
 
 
 @dataclass(frozen=True)
@@ -544,7 +543,7 @@ class TimeIntegrator:
             self.ranks.fail(self._nonfinite(self.bridge.nonfinite_time))
             self.bridge.nonfinite_time = None
         found = self.ranks.settle(error)
-        if found is None or isinstance(found, _CURABLE):
+        if found is None or isinstance(found, CURABLE):
             return found
         raise found from found.__cause__
 
