@@ -19,7 +19,7 @@ from pnode.errors import (
     NonlinearSolveFailed,
     SolveError,
 )
-from pnode.options import PETSc, SolverOptions, log_stage
+from pnode.options import PETSc, SolverOptions, failure_reason, log_stage
 from pnode.ranks import ALONE, CURABLE
 from pnode.solvers.assemblies import BLOCK_LU
 from pnode.solvers.bridge import Bridge, JacobianShell, shell_matrix
@@ -643,6 +643,27 @@ class TimeIntegrator:
         else:
             first = vectors.copy_out(start)
         return (first, *(vectors.copy_out(vector) for vector in rest))
+
+    def monitor(self, number: int, s: float) -> None:
+        """Let PETSc's monitors look at the solution after ``number`` steps. Collective.
+
+        Raises
+        ------
+        SolveError
+            If one of them fails, as where it cannot write.
+        """
+        try:
+            self.ts.monitor(number, s, self.solution)
+        except PETSc.Error as failure:
+            error = SolveError(
+                "a monitor of PETSc's failed: check the options that ask for it",
+                reason=failure_reason(failure), time=self._direction * s,
+                step=max(number - 1, 0), method=self.settings.method.name,
+            )  # fmt: skip
+            error.__cause__ = failure
+            if not self.ranks.parallel:
+                raise error from failure
+            self.ranks.fail(error)  # only the rank that writes may know
 
     def make_graphs(self, wanted: bool) -> None:
         """Say whether f is evaluated with its graph from now on, for :meth:`kept_graphs`."""

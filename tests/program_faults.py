@@ -124,9 +124,7 @@ class Trial:
         close = bool(((again - self.good).abs() <= 1e-12 * self.good.abs()).all())
         checks.true(close, *name, "works again", again, self.good)
 
-    def interrupted(
-        self, fault: str, kind: type[BaseException], backward: bool = False
-    ) -> None:
+    def interrupted(self, fault: str, kind: type[BaseException], backward: bool = False) -> None:
         """Expect an interrupt on its own rank alone; then the solver is to work as before."""
         name = (fault, backward, self.mode, *self.options.items())
         found: BaseException | None = None
