@@ -780,4 +780,5 @@ class Engine:
 def _another(*settings: Any) -> Engine:
     """Return an engine of the same settings, with the next number."""
     *others, compiled = settings
-    return Engine(*others, compile=compiled)
+    make: Any = Engine
+    return make(*others, next_prefix(), compiled)

@@ -95,7 +95,7 @@ def _initialise() -> Any:
     return petsc
 
 
-PETSc = _initialise()
+PETSc: Any = _initialise()
 _numbers = count()
 _used_by_someone: set[str] = set()
 _reported: set[str] = set()
