@@ -403,16 +403,19 @@ class Engine:
         weakref.finalize(self, self._pool.close)
 
     def __reduce__(self) -> Any:
-        """Copies and pickles take the configuration along, not the PETSc objects."""
-        return Engine, (
+        """Copies and pickles take the configuration along, not the PETSc objects.
+
+        They are solvers of their own, numbered where and when they come to be.
+        """
+        return _another, (
             self.method, self.control, self.jacobian, self.petsc_options, self.jacobian_options,
-            self.checkpointing, self.comm, self.exchange, next_prefix(), self.compile,
+            self.checkpointing, self.comm, self.exchange, self.compile,
         )  # fmt: skip
 
     def __deepcopy__(self, memo: Any) -> Engine:
         """Copies share the communicator and the layout, which belong to the process."""
-        make, (*settings, comm, exchange, prefix, compiled) = self.__reduce__()
-        return make(*deepcopy(settings, memo), comm, exchange, prefix, compiled)
+        make, (*settings, comm, exchange, compiled) = self.__reduce__()
+        return make(*deepcopy(settings, memo), comm, exchange, compiled)
 
     @property
     def color_count(self) -> int:
@@ -820,5 +823,14 @@ class Engine:
                 settings.method, settings.adaptive, settings.jacobian, settings.dtype, adjoint,
                 settings.controller, settings.jacobian_options, settings.comm.size,
             )  # fmt: skip
-            self._options[key] = SolverOptions(self.prefix, self.petsc_options, defaults)
+            # Adaptive solvers repeat steps, and look for events, on an integrator without control.
+            forward = not adjoint and settings.adaptive == (self.control.step_size is None)
+            self._options[key] = SolverOptions(self.prefix, self.petsc_options, defaults, forward)
         return self._options[key]
+
+
+def _another(*settings: Any) -> Engine:
+    """Return an engine of the same settings, with the next number."""
+    *others, compiled = settings
+    make: Any = Engine
+    return make(*others, next_prefix(), compiled)

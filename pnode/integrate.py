@@ -21,7 +21,7 @@ from pnode.engine import Engine, Requests, Run
 from pnode.errors import BackwardError, ConfigurationError
 from pnode.events import check_rate, end_at_event
 from pnode.mass import MassMatrix
-from pnode.options import ODEINT_PREFIX, check_petsc_options
+from pnode.options import ODEINT_PREFIX, check_petsc_options, next_prefix
 from pnode.problem import InitialValueProblem, StateLayout, as_times, collect_parameters
 from pnode.ranks import ALONE, Ranks
 from pnode.solution import Solution, Stats
@@ -282,6 +282,12 @@ class Solver(torch.nn.Module):
                 "compile=True is not for states that several ranks share: solving without",
                 RuntimeWarning, stacklevel=2,
             )  # fmt: skip
+        self.event_fn = event_fn
+        self._requests = Requests(monitor, dense, None, arguments.finite("event_tol", event_tol))
+        if not 0.0 < self._requests.event_tol < 1.0:
+            raise ConfigurationError(f"event_tol={event_tol!r}: give a number between 0 and 1")
+        collect_parameters(self._functions, self._params)
+        # Last: arguments that are refused use up no number.
         self._engine = Engine(
             chosen, control, jacobian,
             arguments.linear_solver_options(linear_solver, jacobian)
@@ -289,13 +295,8 @@ class Solver(torch.nn.Module):
             jacobian_options(
                 chosen, form, jacobian, jacobian_pattern, preconditioner, jacobian_reuse
             ),
-            limits, chosen_comm, exchange, compile=compile,
+            limits, chosen_comm, exchange, self._new_prefix(), compile=compile,
         )  # fmt: skip
-        self.event_fn = event_fn
-        self._requests = Requests(monitor, dense, None, arguments.finite("event_tol", event_tol))
-        if not 0.0 < self._requests.event_tol < 1.0:
-            raise ConfigurationError(f"event_tol={event_tol!r}: give a number between 0 and 1")
-        collect_parameters(self._functions, self._params)
 
     @property
     def _functions(self) -> tuple[Any, ...]:
@@ -307,6 +308,10 @@ class Solver(torch.nn.Module):
     def method(self) -> str:
         """Name of the method."""
         return self._engine.method.name
+
+    @staticmethod
+    def _new_prefix() -> str:
+        return next_prefix()
 
     @property
     def options_prefix(self) -> str:
@@ -650,6 +655,18 @@ _TORCHDIFFEQ_OPTIONS = {
 }
 
 
+class _OneCall(Solver):
+    """The solver of one call of :func:`odeint`.
+
+    PETSc keeps half a kilobyte for every prefix it has ever seen: calls share one, and use up none
+    of the numbers.
+    """
+
+    @staticmethod
+    def _new_prefix() -> str:
+        return ODEINT_PREFIX
+
+
 @outside_compiler
 def odeint(
     func: Callable[..., Any],
@@ -732,9 +749,7 @@ def odeint(
         span = float((times.max() - times.min()).item()) or 1.0
         if math.isfinite(span) and not keywords.get("dense"):
             keywords["step_size"] = span
-    solver = Solver(func, rtol=rtol, atol=atol, method=chosen.name, params=params, **keywords)
-    # PETSc keeps half a kilobyte for every prefix it has ever seen: calls share one.
-    solver._engine = replace(solver._engine, prefix=ODEINT_PREFIX)
+    solver = _OneCall(func, rtol=rtol, atol=atol, method=chosen.name, params=params, **keywords)
     solution = solver(y0, times)
     return solution.ys if event_fn is None else (solution.event_time, solution.ys)
 
