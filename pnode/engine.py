@@ -22,6 +22,7 @@ from pnode import compiled_sweeps, tolerances, vectors
 from pnode.adjoint.choose import choose_schedule, memory_limit
 from pnode.adjoint.create import create_adjoint
 from pnode.adjoint.disk import DiskFolder
+from pnode.adjoint.nonfinite import check_parameters, refuse_state
 from pnode.adjoint.offload import DeviceLevel, Offload
 from pnode.adjoint.resume import Progress, fingerprint
 from pnode.adjoint.schedule import Adjoint, Advance, RestoreEnd, RestoreSolution
@@ -31,8 +32,9 @@ from pnode.adjoint.trajectory import Trajectory
 from pnode.checkpointing import Checkpointing
 from pnode.dense import DenseAdjoint, DenseOutput
 from pnode.devices import place_of
-from pnode.errors import ConfigurationError
+from pnode.errors import ConfigurationError, FieldChanged
 from pnode.events import Event, EventLocator
+from pnode.evidence import Reads
 from pnode.layouts import Layout
 from pnode.options import SolverOptions, next_prefix
 from pnode.problem import InitialValueProblem
@@ -55,8 +57,9 @@ from pnode.solvers.jacobians import JacobianOptions
 from pnode.solvers.methods import Method
 from pnode.solvers.stepping import Step, StepControl, count_fixed_steps, forward_sweep
 from pnode.solvers.symplectic import split_size
-from pnode.vectorfield import VectorField, note_kept, vector_field
-from pnode.vectors import REAL
+from pnode.surroundings import Surroundings
+from pnode.vectorfield import VectorField, note_kept, record_all, vector_field
+from pnode.vectors import REAL, is_finite
 
 __all__ = ["Engine", "Requests", "Run"]
 
@@ -153,6 +156,10 @@ class Run:
         The whole sweep of an implicit method, compiled.
     codes : tuple of FieldCode
         Of the field and its explicit part, where these are compiled and nothing else.
+    surroundings : Surroundings or None
+        What f saw besides its arguments; None without gradients.
+    reads : Reads or None
+        What the compiled graphs of this sweep read, if there are any.
     """
 
     problem: InitialValueProblem
@@ -167,13 +174,23 @@ class Run:
     driven: DrivenSweep | None = None
     sweep: ImplicitSweep | None = None
     codes: tuple[FieldCode, ...] = ()
+    surroundings: Surroundings | None = None
+    reads: Reads | None = None
 
     def field(self, ledger: Ledger) -> VectorField:
         """Return the field for another sweep, without checks of what it uses."""
         problem = replace(self.problem, check_undeclared=False)
-        if self.codes:
-            return compiled_field(problem, ledger, self.codes)
-        return vector_field(problem, ledger)
+        field_ = (
+            compiled_field(problem, ledger, self.codes)
+            if self.codes
+            else vector_field(problem, ledger)
+        )
+        record_all(field_)
+        if self.surroundings is not None:
+            for part in (field_, field_.explicit):
+                if part is not None:
+                    part.suspects = self.surroundings.differences
+        return field_
 
 
 class _Record:
@@ -325,7 +342,9 @@ class _Repeated:
         if run.reproducible:
             self.integrator.restart_step()
         with torch.no_grad():
-            outcome = self.integrator.attempt(recorded.start, recorded.length, step, recorded.order)
+            outcome = self.integrator.attempt(
+                recorded.start, recorded.length, step, recorded.order, recorded.end
+            )
         if outcome.error is not None:
             raise outcome.error
         run.stats.backward.recomputed += 1
@@ -430,6 +449,10 @@ class Engine:
             For the backward sweep.
         """
         run = Run(problem, Stats(), self._settings(problem))
+        if keep:
+            run.surroundings = Surroundings(
+                (problem.function, problem.explicit), problem.compute or problem.layout.device
+            )
         with problem.ranks.together():
             outputs = self._forward(run, y0, keep, requests)
         note_kept(run.stats.ram_bytes + run.stats.tape_bytes)
@@ -445,6 +468,7 @@ class Engine:
                 return begun.outputs
             field_, start = begun.field, begun.start
         if keep:
+            record_all(field_)
             run.trajectory = self._trajectory(run, requests, y0)
             # What one-step methods carry over from the step before; the others have the same bits.
             fresh = self.method.ts_type in ("rk", "dirk") and not self.method.same_bits
@@ -456,6 +480,7 @@ class Engine:
             if run.trajectory is not None:
                 leases.enter_context(run.trajectory.forward())
                 run.trajectory.tapes &= start is None
+                integrator.note_values()
                 integrator.make_graphs(run.trajectory.tapes)
             locator: EventLocator | None = None
             if requests.event_fn is not None:
@@ -516,22 +541,36 @@ class Engine:
         times : dict
             For each interpolated output, the derivative with respect to its time.
         """
-        if run.trajectory is None:
-            return compiled_sweeps.reverse(self, run, y0, cotangents)
-        trajectory = run.trajectory
-        assert trajectory is not None
-        ledger = run.stats.backward
-        problem, field_ = run.problem, run.field(ledger)
+        assert run.surroundings is not None
+        changed = None if run.reads is None else run.reads.changed()
+        if changed is not None:
+            raise FieldChanged(
+                f"a tensor of shape {tuple(changed.shape)} that the vector field uses was written "
+                f"into after the forward sweep{run.surroundings.differences()}: take the gradient "
+                "before it changes, or let the solve use a copy",
+                method=self.method.name,
+            )
+        with run.surroundings.restored():
+            if run.trajectory is None:
+                return compiled_sweeps.reverse(self, run, y0, cotangents)
+            return self._backward(run, y0, cotangents)
+
+    def _backward(
+        self, run: Run, y0: torch.Tensor, cotangents: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None], torch.Tensor, dict[int, float]]:
+        """Take the adjoint of recorded steps; see :meth:`backward`."""
+        problem, ledger = run.problem, run.stats.backward
+        field_ = run.field(ledger)
         with problem.ranks.together(agree=False):
-            state, parameters, initial, times = self._backward(run, field_, y0, cotangents)
+            state, parameters, initial, times = self._sweep_back(run, field_, y0, cotangents)
         # The one reduction of a backward sweep, which also tells whether a rank has failed.
         parameters = problem.ranks.sum_gradients(parameters, field_.parameters)
         return state, parameters, initial, times
 
-    def _backward(
+    def _sweep_back(
         self, run: Run, field_: VectorField, y0: torch.Tensor, cotangents: torch.Tensor
     ) -> tuple[torch.Tensor, list[torch.Tensor | None], torch.Tensor, dict[int, float]]:
-        trajectory = run.trajectory
+        trajectory, problem = run.trajectory, run.problem
         assert trajectory is not None
         if not trajectory.ready:
             self._repeat(run, y0)
@@ -546,6 +585,11 @@ class Engine:
             state = adjoint.state_gradient()
             parameters = adjoint.parameter_gradients(len(field_.parameters))
             accumulate(parameters, tuple(dense.parameters), 1.0)
+            if is_finite(cotangents):
+                first = trajectory.steps[:1] or [Step(0, problem.times[0], 0.0, problem.times[0])]
+                problem.ranks.attempt(
+                    check_parameters, parameters, self.method.name, problem.direction, first[0]
+                )
         return state, parameters, initial, dense.times
 
     def _reverse(
@@ -560,6 +604,7 @@ class Engine:
         trajectory, ledger = run.trajectory, run.stats.backward
         assert trajectory is not None
         waiting = list(enumerate(trajectory.outputs))
+        finite = is_finite(cotangents)
         active = False  # until the first non-zero cotangent, lambda is zero and stays it
         ranks = run.problem.ranks
         attempt = ranks.attempt
@@ -609,8 +654,15 @@ class Engine:
                                 "time": run.problem.direction * trajectory.steps[step].start,
                                 "step": step, "method": run.settings.method.name,
                             }  # fmt: skip
-                            adjoint.load(stages(step), trajectory.tape(step))
+                            adjoint.load(
+                                stages(step), trajectory.tape(step), trajectory.evidence[step]
+                            )
                             adjoint.step(trajectory.steps[step], ledger)
+                            if finite and not adjoint.is_finite():
+                                attempt(
+                                    refuse_state, run.field(Ledger()), trajectory.steps[step],
+                                    stages(step), ranks.where,
+                                )  # fmt: skip
                         add_outputs(step)
                         trajectory.forget_live(step)
                     case _:

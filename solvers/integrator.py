@@ -19,6 +19,7 @@ from pnode.errors import (
     NonlinearSolveFailed,
     SolveError,
 )
+from pnode.evidence import project
 from pnode.options import PETSc, SolverOptions, log_stage
 from pnode.ranks import ALONE
 from pnode.solvers.assemblies import BLOCK_LU
@@ -39,6 +40,7 @@ from pnode.solvers.petsc_c import (
     stage_vectors,
     subtype,
 )
+from pnode.solvers.tableaus import explicit_nodes
 from pnode.tolerances import Resolved
 from pnode.vectorfield import Linearization, VectorField
 
@@ -376,7 +378,9 @@ class TimeIntegrator:
         self._rolled_back = False
         self._starts = method.ts_type == "dirk"
         self._stage_callback = (
-            before_each_stage(self.ts, self.bridge.stage_begins) if self._starts else None
+            before_each_stage(self.ts, self.bridge.stage_begins)
+            if method.ts_type in ("dirk", "arkimex")
+            else None
         )
         if self._starts:
             # PETSc solves for DIRK's initial slope from whatever slope it had last.
@@ -388,6 +392,8 @@ class TimeIntegrator:
             and "snes_linesearch_type" not in options.given
             and options.values.get("snes_type", "newtonls") == "newtonls"
         )
+        #: Where explicit stages are between the ends of a step, in units of its length.
+        self._inner = tuple(c for c in explicit_nodes(method) if c not in (0.0, 1.0))
         self._iterations = (0, 0)
         self._direction = 1.0
         self._rejecting = False
@@ -453,10 +459,13 @@ class TimeIntegrator:
         newton, krylov = self._iterations
         return self.ts.getSNESIterations() - newton, self.ts.getKSPIterations() - krylov
 
-    def attempt(self, s: float, step: float, index: int, order: int = 0) -> StepOutcome:
+    def attempt(
+        self, s: float, step: float, index: int, order: int = 0, end: float | None = None
+    ) -> StepOutcome:
         """Try one step from ``s`` of length ``step``. Collective.
 
         ``order`` is that of the :class:`Step` to be repeated, if any; one-step methods have none.
+        ``end`` is where the step ends, if that is not ``s + step`` rounded.
 
         Returns
         -------
@@ -471,6 +480,10 @@ class TimeIntegrator:
         ts, bridge = self.ts, self.bridge
         ts.setTime(s)
         ts.setTimeStep(step)
+        end = s + step if end is None else end
+        bridge.begin_stages((s, *(s + c * step for c in self._inner), end))
+        if bridge.noted:  # the last stage may be this step's first
+            bridge.noted = [note for note in bridge.noted if note.s == s]
         if self._start is not None:
             self.solution.copy(self._start)
         where: dict[str, Any] = {
@@ -644,6 +657,26 @@ class TimeIntegrator:
         else:
             first = vectors.copy_out(start)
         return (first, *(vectors.copy_out(vector) for vector in rest))
+
+    def evidence(self) -> tuple[float, ...]:
+        """Return what a backward sweep can tell f by, of the last step. Not collective.
+
+        After :meth:`note_values`. Explicit methods: the projections of the values at the stages of
+        :meth:`checkpoint`. Rosenbrock methods, which have no stages there: that of the step's end.
+        Others: part, time, and the projections of state and value, at each stage.
+        """
+        method, bridge = self.settings.method, self.bridge
+        if method.ts_type == "rosw":
+            return (project(vectors.view(self.solution)),)
+        if not method.implicit:
+            found = tuple(bridge.projections or ())
+            whole = len(found) == bridge.evaluated.maxlen
+            return (found[:-1] if method.fsal else found) if whole else ()
+        return tuple(number for note in bridge.noted or () for number in note)
+
+    def note_values(self) -> None:
+        """From now on note what :meth:`evidence` needs."""
+        self.bridge.note_values()
 
     def make_graphs(self, wanted: bool) -> None:
         """Say whether f is evaluated with its graph from now on, for :meth:`kept_graphs`."""

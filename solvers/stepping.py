@@ -43,6 +43,10 @@ class Step:
     end: float
     order: int = 0
 
+    def at(self, c: float) -> float:
+        """Return the time of a stage at ``c`` lengths of the step: its very ends at 0 and 1."""
+        return self.end if c == 1.0 else self.start + c * self.length
+
 
 @dataclass(frozen=True)
 class StepControl:
@@ -195,7 +199,7 @@ class _Sweep:
         """Take one step of given length; any failure is final."""
         self._check_limit(start)
         self._announce()
-        outcome = self.integrator.attempt(start, length, self.index)
+        outcome = self.integrator.attempt(start, length, self.index, end=end)
         if not outcome.accepted:
             assert outcome.error is not None
             raise outcome.error
@@ -212,9 +216,9 @@ class _Sweep:
             natural = min(max(self.natural, control.min_step), control.max_step)
             length = _fit(natural, end - s)
             self._announce()
-            outcome = self.integrator.attempt(s, length, self.index)
+            after = end if length == end - s else s + length
+            outcome = self.integrator.attempt(s, length, self.index, end=after)
             if outcome.accepted:
-                after = end if length == end - s else s + length
                 # A step shortened to meet an output time says nothing against the natural one.
                 shortened = (
                     not self.integrator.proposes_absolute
