@@ -11,7 +11,6 @@ the solve takes that way with the whole gradient.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -83,37 +82,48 @@ def _products() -> ParameterHooks | None:
     return found if isinstance(found, ParameterHooks) else None
 
 
-def _guard(hooks: dict[int, Callable[..., Any]]) -> None:
-    """Replace hooks by such that do nothing while products are taken."""
-    for key, hook in list(hooks.items()):
-        if not hasattr(hook, "_pnode_guarded"):
-            hooks[key] = _guarded(hook)
+class _Guarded:
+    """A hook that does nothing while products are taken."""
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self.hook = hook
+        mark = "__torch_unserializable__"
+        if getattr(hook, mark, False) is True:  # torch need not warn about it
+            setattr(self, mark, True)
+
+    def __call__(self, gradient: torch.Tensor) -> Any:
+        return self.hook(gradient) if _products() is None else None
+
+    def __repr__(self) -> str:
+        return repr(self.hook)
 
 
-def _guarded(hook: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(hook)
-    def once(gradient: torch.Tensor) -> Any:
-        return hook(gradient) if _products() is None else None
-
-    once._pnode_guarded = True  # type: ignore[attr-defined]
-    return once
-
-
-def _bar(tensor: torch.Tensor) -> None:
-    """Let products end at a tensor, those that are to.
+class _End(_Guarded):
+    """Ends the products that are to end at a tensor.
 
     torch calls hooks on the gradient of a tensor that it goes on from after it has captured it.
     """
-    key = id(tensor)
-    if any(hasattr(hook, "_pnode_end") for hook in (tensor._backward_hooks or {}).values()):
-        return
 
-    def end(gradient: torch.Tensor) -> torch.Tensor | None:
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__(torch.zeros_like)
+        self._key = id(tensor)
+
+    def __call__(self, gradient: torch.Tensor) -> torch.Tensor | None:
         products = _products()
-        return torch.zeros_like(gradient) if products is not None and key in products.ends else None
+        if products is None or self._key not in products.ends:
+            return None
+        return torch.zeros_like(gradient)
 
-    end._pnode_end = end._pnode_guarded = True  # type: ignore[attr-defined]
-    tensor.register_hook(end)
+
+def _guard(hooks: dict[int, Callable[..., Any]]) -> None:
+    for key, hook in list(hooks.items()):
+        if not isinstance(hook, _Guarded):
+            hooks[key] = _Guarded(hook)
+
+
+def _bar(tensor: torch.Tensor) -> None:
+    if not any(isinstance(hook, _End) for hook in (tensor._backward_hooks or {}).values()):
+        tensor.register_hook(_End(tensor))
 
 
 def _made_of_others(

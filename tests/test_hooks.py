@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import threading
+import unittest.mock
 
 import pytest
 import torch
@@ -290,6 +292,14 @@ def test_hooks_of_nested_solves():
     outer = pnode.Solver(lambda t, y: inner(y, T[:2]).ys[-1] - y, params=[k], **WAYS["rk4"])
     outer(start(), T).ys.sum().backward()
     assert seen == [1]
+
+
+def test_hooks_that_are_not_functions():
+    k, mock = trainable(2), unittest.mock.Mock(return_value=None)
+    k.register_hook(mock)
+    k.register_hook(functools.partial(torch.mul, other=2.0))
+    loss("rk4", field(k), [k], start()).backward()
+    mock.assert_called_once()
 
 
 def test_hooks_of_solves_in_several_threads():
