@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -23,6 +24,7 @@ from pnode.solvers.methods import find_method
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))  # where Python looks when it runs a script of it
 
+import growth  # noqa: E402
 from growth import BLOCK, FAMILIES, FIXED, WAYS, WIDTH, Net, allocated, gradient_of  # noqa: E402
 
 D = torch.float64
@@ -81,6 +83,17 @@ def training(solver, times=T):
 def test_every_family(name, tmp_path):
     check(gradient_of(name, ROWS, str(tmp_path)))
     assert not list(tmp_path.iterdir())
+
+
+def test_table_of_the_benchmark(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "growth.json"
+    command = ["growth.py", "--gradients", "10", "--families", "cn", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", command)
+    code = growth.main()
+    (row,) = json.loads(path.read_text())["rows"]
+    assert (row["family"], row["gradients"]) == ("cn", 10)
+    assert code == (row["bytes_each"] > growth.ALLOWED)
+    assert len(capsys.readouterr().out.splitlines()) == 3 + code
 
 
 SITUATIONS = {
