@@ -22,9 +22,10 @@ from pnode import compiled_sweeps, tolerances, vectors
 from pnode.adjoint.choose import choose_schedule, memory_limit
 from pnode.adjoint.create import create_adjoint
 from pnode.adjoint.disk import DiskFolder
+from pnode.adjoint.identity import fingerprint
 from pnode.adjoint.nonfinite import check_parameters, refuse_state
 from pnode.adjoint.offload import DeviceLevel, Offload
-from pnode.adjoint.resume import Progress, fingerprint
+from pnode.adjoint.resume import Progress
 from pnode.adjoint.schedule import Adjoint, Advance, RestoreEnd, RestoreSolution
 from pnode.adjoint.stepper import AdjointStepper
 from pnode.adjoint.store import CheckpointStore
@@ -751,11 +752,18 @@ class Engine:
 
     def _identity(self, run: Run, y0: torch.Tensor) -> dict[str, str]:
         """Return what tells one sweep from another."""
-        problem = run.problem
+        problem, options = run.problem, self.jacobian_options
+        preconditioner = options.preconditioner
         facts = {
-            "method": self.method.name, "steps": self.control, "times": problem.times,
+            "method": self.method.name, "steps": vars(self.control), "times": problem.times,
             "direction": problem.direction, "form": problem.form, "jacobian": self.jacobian,
+            "reproducible": self.checkpointing.reproducible,
+            "shapes": problem.layout.shapes, "f": problem.function, "explicit": problem.explicit,
+            "mass": None if problem.mass is None else vars(problem.mass),
+            "jacobian_reuse": options.reuse,
+            "preconditioner": getattr(preconditioner, "__dict__", preconditioner),
             "petsc_options": self.petsc_options,
+            "PETSc options": self.solver_options(run.settings).values,
         }  # fmt: skip
         return fingerprint(facts, (y0, *problem.parameters, *problem.frozen))
 

@@ -28,6 +28,7 @@ LEAVES = {
         "layouts",
         "mass",
         "options",
+        "private_files",
         "problem",
         "ranks",
         "scalars",
