@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -175,10 +176,20 @@ class EventPath:
         for end, s in enumerate((step.start, step.end)):
             slope = self._slopes[end]
             if slope is None:
-                state = self.states[end].to(self._field.dtype, copy=True)
-                slope = self._slopes[end] = self._field.slope(s, state).to(vectors.REAL)
+                slope = self._slopes[end] = self._slope_at(s, self.states[end])
             result.add_(slope, alpha=cubic.slope[end] * step.length)
         return result
+
+    def _slope_at(self, s: float, state: torch.Tensor) -> torch.Tensor:
+        """Return y', or NaN where f cannot be evaluated, as it may be beyond an event.
+
+        A guess that is not finite is not used. If there is no event, the next step evaluates f
+        there, and what it raises comes through.
+        """
+        try:
+            return self._field.slope(s, state.to(self._field.dtype, copy=True)).to(vectors.REAL)
+        except Exception:
+            return torch.full_like(state, math.nan)
 
     def _evaluate(self, s: float, step: int, state: torch.Tensor) -> Any:
         """Return event_fn's entries at a state, as an array."""

@@ -135,7 +135,7 @@ def _bracket(path: Path, sides: Sides, grid: list[float]) -> tuple[float, float]
 def _low_points(path: Path, sides: Sides, seen: list[tuple[float, Any]]) -> set[float]:
     """Return where an entry, on its side at all points seen, comes near to zero between them."""
     found: set[float] = set()
-    for entry in np.flatnonzero(sides.signs):
+    for entry in np.flatnonzero(sides.signs).tolist():
         searched = -1.0
         for triple in zip(seen, seen[1:], seen[2:], strict=False):
             thetas = [theta for theta, _ in triple]
@@ -199,7 +199,7 @@ def _narrow(
 ) -> Crossing:
     """Locate a crossing in a bracket by Brent's method, for every entry that has left its side."""
     at_low, at_high = path.exact(low), path.exact(high)
-    for entry in np.flatnonzero(sides.left(high, at_high)):
+    for entry in np.flatnonzero(sides.left(high, at_high)).tolist():
 
         def height(theta: float, entry: int = entry) -> float:
             return sides.height(entry, theta, path.exact(theta))
@@ -209,8 +209,8 @@ def _narrow(
     before, after = next(
         pair for pair in pairwise(inside) if sides.left(pair[1], path.known[pair[1]]).any()
     )
-    entry = int(np.argmax(sides.left(after, path.known[after])))
-    gap = abs(path.known[after][entry] - path.known[before][entry])
-    scale = max(abs(at_low[entry]), abs(at_high[entry]))
+    first = int(np.argmax(sides.left(after, path.known[after])))
+    gap = abs(path.known[after][first] - path.known[before][first])
+    scale = max(abs(at_low[first]), abs(at_high[first]))
     width = (after - before) / (high - low)
-    return Crossing(after, entry, bool(gap > max(100.0 * width, noise) * scale))
+    return Crossing(after, first, bool(gap > max(100.0 * width, noise) * scale))

@@ -210,8 +210,9 @@ def end_at_event(
     if not times.is_floating_point():
         times = times.to(torch.float64)
     layout = problem.layout
-    where = {"time": problem.direction * event.time, "step": stats.steps - 1, "method": method}
-    end = torch.tensor(where["time"], dtype=torch.float64, device=layout.device)
+    at = problem.direction * event.time
+    where: dict[str, Any] = {"time": at, "step": stats.steps - 1, "method": method}
+    end = torch.tensor(at, dtype=torch.float64, device=layout.device)
     time, state = end.to(ys), ys[-1]
     if torch.is_grad_enabled():
         value = call_event(function, layout, time, state, where)[event.entry]

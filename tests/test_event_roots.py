@@ -258,6 +258,24 @@ def test_crossing_before_event_fn_ends(case):
         assert event_time(event_fn) == pytest.approx(0.29, abs=1e-11)
 
 
+@pytest.mark.parametrize("fails", ["raises", "nan"])
+def test_field_that_ends_at_the_event(fails):
+    """Euler's last step ends beyond it, where only the interpolant would want f."""
+
+    def field(t, y):
+        if bool(y < 0.0):
+            if fails == "nan":
+                return y * math.nan
+            raise ValueError("not there")
+        return -torch.ones_like(y)
+
+    keywords = {"method": "euler", "step_size": 0.1}
+    found = event_time(height, field=field, y0=(0.25,), **keywords)
+    assert found == pytest.approx(0.25, abs=1e-12)
+    with pytest.raises(ValueError if fails == "raises" else pnode.NonFiniteVectorField):
+        event_time(lambda t, y: y[0] + 5.0, field=field, y0=(0.25,), **keywords)
+
+
 def test_nan_before_the_crossing_is_named():
     def event(t, y):
         return torch.where((t > 0.4) & (t < 0.6), math.nan, 0.9 - y[0])
