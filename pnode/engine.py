@@ -491,7 +491,7 @@ class Engine:
                 trial = replace(run.settings, adaptive=False)
                 locator = EventLocator(
                     requests.event_fn, problem, requests.event_tol, integrator,
-                    lambda: leases.enter_context(self.integrator(trial, field_, y0)),
+                    lambda: leases.enter_context(self.integrator(trial, field_, y0)), field_,
                 )  # fmt: skip
             times = problem.times
             if requests.dense:

@@ -130,9 +130,9 @@ class Solver(torch.nn.Module):
         ``residual``, which do not tell y'.
     event_fn : callable, optional
         ``event_fn(t, y)`` returns a real tensor of one or several numbers. The solve ends where the
-        first of them changes sign, if the signs differ at the two ends of a step. A Module's or a
-        closure's parameters get gradients; with ``mass`` and ``residual`` there are none through
-        the event.
+        first of them changes sign (for what is found within a step see docs/output.md). A Module's
+        or a closure's parameters get gradients; with ``mass`` and ``residual`` there are none
+        through the event, nor where event_fn jumps.
     event_tol : float
         Tolerance of the root, relative to the length of the step it lies in.
     checkpointing : Checkpointing, int or str, optional
