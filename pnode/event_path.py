@@ -149,7 +149,9 @@ class EventPath:
             trial = self._trial()
             trial.restore(self._history)
             self._at = None
-            outcome = trial.attempt(shorter.start, shorter.length, step.index, step.order)
+            outcome = trial.attempt(
+                shorter.start, shorter.length, step.index, step.order, shorter.end
+            )
             if outcome.error is not None:
                 raise outcome.error
             self._at = shorter

@@ -20,6 +20,7 @@ from pnode.devices import HOST, ordered, place_of
 from pnode.engine import Engine, Requests, Run
 from pnode.errors import BackwardError, ConfigurationError
 from pnode.events import check_rate, end_at_event
+from pnode.evidence import differs
 from pnode.mass import MassMatrix
 from pnode.options import ODEINT_PREFIX, check_petsc_options, next_prefix
 from pnode.problem import InitialValueProblem, StateLayout, as_times, collect_parameters
@@ -28,9 +29,10 @@ from pnode.solution import Solution, Stats
 from pnode.solvers.jacobian_options import jacobian_options
 from pnode.solvers.methods import check_form, find_method
 from pnode.solvers.stepping import StepControl
+from pnode.solvers.tableaus import explicit_nodes
 from pnode.transfers import carry_once, on_host, remote
 from pnode.transforms import outside_compiler, refuse_batched, refuse_transforms, watched
-from pnode.vectorfield import vector_field
+from pnode.vectorfield import VectorField
 
 __all__ = ["Solver", "odeint", "odeint_adjoint", "odeint_event"]
 
@@ -397,7 +399,8 @@ class Solver(torch.nn.Module):
                         problem, flat.detach().clone(), keep=False, requests=requests
                     )
                     leave(ys)
-        reason, event_time = "t_end", None
+        reason, event_time, layout = "t_end", None, problem.layout
+        whole = trainable and run.event is None and not layout.is_tuple  # see _Solve.forward
         if run.event is not None:
             assert event_fn is not None
             times, ys = end_at_event(
@@ -408,7 +411,8 @@ class Solver(torch.nn.Module):
             ys = carry_once(ys, compute, start)
             start.backward = run.stats.backward
         run.stats.add(start)
-        return Solution(times, problem.layout.unflatten(ys), run.stats, reason, event_time)
+        states = ys if whole else layout.unflatten(ys)
+        return Solution(times, states, run.stats, reason, event_time)
 
     def _prepare(
         self, y0: Any, t: Any, ranks: Ranks, differentiate: bool
@@ -529,6 +533,11 @@ class _Solve(torch.autograd.Function):
         with ordered(place_of(problem.layout.device)) as leave:
             ys, run = engine.forward(problem, y0, keep=True, requests=requests)
             leave(ys)
+        layout = problem.layout
+        if run.event is None and not layout.is_tuple:
+            # The result has to be the one that users keep: whoever keeps it and is what f belongs
+            # to makes a cycle, which Python sees through as long as no view comes in between.
+            ys = layout.unflatten(ys)
         ctx.engine, ctx.run = engine, run
         # Saved for torch's check that nobody has modified them since, besides their values.
         ctx.save_for_backward(y0, t, ys, *parameters, *problem.frozen)
@@ -542,13 +551,15 @@ class _Solve(torch.autograd.Function):
         refuse_batched(cotangents)
         y0, t, ys, *_ = ctx.saved_tensors
         engine, run = ctx.engine, ctx.run
+        cotangents, ys = cotangents.reshape(len(ys), -1), ys.reshape(len(ys), -1)
         with torch.no_grad(), ordered(place_of(run.problem.layout.device)) as leave:
             state, parameters, initial, inside = engine.backward(run, y0, cotangents.detach())
             leave(state, *parameters)
             time = None
             if ctx.needs_input_grad[5]:
-                ranks = run.problem.ranks
-                with ranks.together():
+                ranks, surroundings = run.problem.ranks, run.surroundings
+                assert surroundings is not None
+                with ranks.together(), surroundings.restored():
                     time = _time_gradient(run, ys, cotangents, initial, inside, len(t))
                 time = ranks.sum(time).to(t)
         gradients = [
@@ -608,7 +619,7 @@ def _time_gradient(
     Those of interpolated outputs are in ``inside`` already, and the time of an event, which ends
     the problem's times, is a constant here.
     """
-    field = vector_field(replace(run.problem, check_undeclared=False), run.stats.backward)
+    field = run.field(run.stats.backward)
     direction = run.problem.direction
     gradient = torch.zeros(number, dtype=torch.float64, device=HOST.device)
     interpolated = run.dense.interpolated if run.dense is not None else ()
@@ -621,8 +632,19 @@ def _time_gradient(
         cotangent = -initial if index == 0 else cotangents[index]
         if run.problem.ranks.parallel or bool(cotangent.ne(0).any()):
             slope = field.slope(s, ys[index].detach().clone())
+            _verify_slope(run, field, index, slope)
             gradient[index] = direction * torch.dot(cotangent.double(), slope.double())
     return gradient
+
+
+def _verify_slope(run: Run, field: VectorField, index: int, slope: torch.Tensor) -> None:
+    """Compare f at an output with the first stage of the step that begins there, if one does."""
+    trajectory, nodes = run.trajectory, explicit_nodes(run.settings.method)
+    if trajectory is not None and nodes and nodes[0] == 0.0:
+        noted = trajectory.evidence[trajectory.outputs[index]]
+        by = differs(slope, noted[0]) if noted else 0.0
+        if by:
+            raise field.changed(run.problem.times[index], by)
 
 
 @contextmanager
