@@ -39,7 +39,7 @@ def projection_weights(value: torch.Tensor) -> torch.Tensor:
 
 def project(value: torch.Tensor) -> float:
     """Return the product of a flat tensor with a fixed random vector."""
-    return float(torch.dot(projection_weights(value), value))
+    return float(torch.dot(projection_weights(value), value.detach()))
 
 
 def differs(value: torch.Tensor, expected: float, slack: float = 0.0) -> float:
