@@ -28,17 +28,20 @@ LEAVES = {
         "launchers",
         "layouts",
         "mass",
+        "option_names",
         "options",
         "private_files",
         "problem",
         "ranks",
         "scalars",
+        "signals",
         "solution",
         "tolerances",
         "tracing",
         "transfers",
         "vectorfield",
         "vectors",
+        "viewers",
     )
 }
 # Modules in the order of who may import whom: a module imports its own level and lower ones.
