@@ -148,9 +148,9 @@ def test_kept_promise(name, jacobian):
 @pytest.mark.parametrize(
     "name", ["dopri5", "cn", "implicit_midpoint", "rodas3", "es325", "ark4", "bdf", "bdf2-fixed"]
 )
-@pytest.mark.parametrize("after", [1e-300, 1e-17, 1e-14])
+@pytest.mark.parametrize("after", [1e-300, 1e-14, 1e-8])
 def test_event_at_the_start_of_a_step(name, dense, after):
-    """Not before, by round-off: the step to it has some length, by which methods divide."""
+    """Within round-off it is the one that the solve starts on. Methods divide by the length."""
     name, _, fixed = name.partition("-")
     problem = {"rhs": lambda t, y: -y}
     if name == "ark4":
@@ -161,11 +161,14 @@ def test_event_at_the_start_of_a_step(name, dense, after):
     )  # fmt: skip
     y0 = times(1.0, 2.0).requires_grad_()
     solution = solver(y0, times(0.0, 0.02, 0.5))
+    if after < 1e-8:
+        assert solution.reason == "t_end"
+        return
     assert solution.reason == "event" and solution.stats.steps == 1
-    assert 0.0 < solution.event_time < 1e-11 and len(solution.ts) == 2
-    assert (solution.ys[1] - y0).abs().max() < 1e-11
+    assert abs(solution.event_time - after) < 1e-12 and len(solution.ts) == 2
+    assert (solution.ys[1] - y0 * (1.0 - after)).abs().max() < 1e-11
     solution.ys[1].sum().backward()
-    assert (y0.grad - 1.0).abs().max() < 1e-11
+    assert (y0.grad - (1.0 - after)).abs().max() < 1e-11
 
 
 @pytest.mark.parametrize("event_tol", [1e-300, 1e-12])

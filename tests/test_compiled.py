@@ -312,6 +312,28 @@ def test_event(interpreted: dict[str, int]) -> None:
         both(fall, y0, event_fn=lambda t, y: y[0], within=1e-9, **steps)
 
 
+def test_going_on_from_an_event(interpreted: dict[str, int]) -> None:
+    """Three bounces without putting the ball on the floor, as by steps that are not compiled."""
+
+    def fall(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.stack([y[1], -9.81 - 0.0 * y[1]])
+
+    def solve(compiled: bool) -> list[torch.Tensor]:
+        y0 = torch.tensor([0.3, 0.0], dtype=torch.float64, requires_grad=True)
+        solver = pnode.Solver(
+            fall, event_fn=lambda t, y: y[0], method="rk4", step_size=0.1, compile=compiled
+        )
+        y, t = y0, torch.zeros((), dtype=torch.float64)
+        for _ in range(3):
+            solution = solver(y, torch.stack([t, t.detach() + 2.0]))
+            t, y = solution.event_time, solution.ys[-1] * torch.tensor([1.0, -0.8]).double()
+        return [*torch.autograd.grad(t + y[1], y0), t.detach(), y.detach()]
+
+    for ours, plain in zip(solve(True), solve(False), strict=True):
+        assert torch.allclose(ours, plain, rtol=1e-10, atol=1e-12)
+    assert interpreted
+
+
 def test_time_of_one_output(interpreted: dict[str, int]) -> None:
     both(Net(), start(4, 3), TIMES[:1], step_size=0.1)
 

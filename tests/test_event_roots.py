@@ -392,22 +392,6 @@ def test_events_at_the_first_and_last_times():
     assert float(solver(state(0.25), times(0.25, 1.0)).event_time) == pytest.approx(0.6, abs=1e-11)
 
 
-def test_compiled_steps_go_on_too():
-    """Two bounces, as by the steps that are not compiled."""
-
-    def solve(compiled):
-        y0 = state(0.3, 0.0)
-        solver = pnode.Solver(fall, event_fn=height, method="rk4", step_size=0.1, compile=compiled)
-        y, t = y0, torch.zeros((), dtype=D)
-        for _ in range(3):
-            solution = solver(y, torch.stack([t, t.detach() + 2.0]))
-            t, y = solution.event_time, solution.ys[-1] * times(1.0, -0.8)
-        return [*torch.autograd.grad(t + y[1], y0), t.detach(), y.detach()]
-
-    for ours, plain in zip(solve(True), solve(False), strict=True):
-        assert torch.allclose(ours, plain, rtol=1e-11, atol=1e-13)
-
-
 def test_single_precision_goes_on_too():
     solver = pnode.Solver(
         lambda t, y: torch.stack([y[1], -y[0]]), event_fn=lambda t, y: y[0] - 0.3, method="rk4",
