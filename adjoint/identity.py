@@ -43,7 +43,7 @@ def digest(tensor: torch.Tensor) -> str:
     for part in _parts(tensor.detach()):
         values = part.resolve_conj().resolve_neg().contiguous().cpu().reshape(-1)
         found.update(str((values.dtype, tuple(part.shape))).encode())
-        found.update(memoryview(values.view(torch.uint8).numpy()))
+        found.update(values.view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

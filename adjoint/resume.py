@@ -65,7 +65,8 @@ def _numbers(step: Step) -> list[Any]:
 
 
 def _step(numbers: list[Any]) -> Step:
-    return Step(*[float.fromhex(n) if isinstance(n, str) else n for n in numbers])
+    values: list[Any] = [float.fromhex(n) if isinstance(n, str) else n for n in numbers]
+    return Step(*values)
 
 
 class Progress(DiskFolder):
