@@ -6,6 +6,7 @@ import functools
 import gc
 import os
 import resource
+import shutil
 import signal
 import stat
 import subprocess
@@ -140,7 +141,7 @@ DAMAGE = {
     "no output": ("output-1", lambda path: (path / "output-1").unlink()),
     "output cut": ("output-1", change("output-1", lambda d: d[:-3])),
     "output garbage": ("output-1", replace("output-1", b"\xff\x00")),
-    "another's output": ("output-1", lambda p: (p / "output-0").replace(p / "output-1")),
+    "another's output": ("output-1", lambda p: shutil.copy(p / "output-0", p / "output-1")),
     "stages cut": ("stages-4", change("stages-4", lambda d: d[: len(d) // 2])),
     "stages empty": ("stages-4", replace("stages-4", b"")),
     "dtype": ("stages-4", change("stages-4", lambda d: d.replace(b"float64", b"int64"))),
@@ -504,7 +505,7 @@ def test_constants_of_other_forms_are_compared(form, tmp_path):
         if form == "imex":
             keywords = {"implicit": lambda t, y: -y, "explicit": explicit, "method": "ars122"}
         else:
-            keywords = {"residual": lambda t, y, v: v + rates * y, "method": "cn"}
+            keywords = {"residual": lambda t, y, v: v + rates * y, "method": "beuler"}
         return stopped(None, tmp_path, stop, **keywords)
 
     with pytest.raises(Stop):
