@@ -61,6 +61,8 @@ class Case:
     reproducible: bool = False
     dense: bool = False
     step_size: float | None = 0.1
+    #: First adaptive step, where it is to be too long.
+    first_step: float | None = None
     start: float = 0.0
     direction: float = 1.0
     autonomous: bool = True
@@ -116,7 +118,7 @@ INEXACT: dict[str, Callable[[Case], bool]] = {
     # A repeated step begins with the Jacobian of another one than in the forward sweep, so that
     # Newton's method ends at other bits.
     "reproducible=True with jacobian_reuse='solve'": lambda case: case.reuse == "solve",
-    # A second backward sweep repeats the forward one, and ends up at other bits.
+    # A second backward sweep repeats the forward one, and Newton's method ends elsewhere.
     "adaptive BDF, twice": lambda case: (
         case.step_size is None and find_method(case.method).ts_type == "python"
     ),
@@ -164,6 +166,7 @@ def cases(draw: st.DrawFn, family: str) -> Case:
             event=form in ("rhs", "imex") and draw(st.booleans()),
             disturbed=draw(st.booleans()),
             step_size=draw(st.sampled_from([*fixed, 0.7])),
+            first_step=draw(st.sampled_from([None, 0.6])),
         )
     assume(not any(known(case) for known in EXCLUDED.values()))
     return case
@@ -274,6 +277,7 @@ def solver_of(case: Case, problem: Problem, checkpointing: pnode.Checkpointing) 
         params=problem.parameters(),
         method=case.method,
         step_size=case.step_size,
+        first_step=case.first_step,
         rtol=tolerance,
         atol=tolerance,
         max_steps=2000,
@@ -499,7 +503,9 @@ def check(case: Case) -> None:
     known = any(known(case) for known in INEXACT.values())
     for others in (unlimited.gradients, outcome.again):
         if known:
-            assert close(outcome.gradients, others, max(tolerance, 1e-6))
+            # By what Newton's method leaves, which for float32 has its default tolerance.
+            within = 1e-6 if case.dtype is torch.float64 else 1e-3
+            assert close(outcome.gradients, others, within)
         elif case.reproducible or (row.same_bits and case.reuse != "solve"):
             assert equal(outcome.gradients, others)
         else:
