@@ -27,7 +27,7 @@ from pnode.ranks import ALONE, Ranks
 from pnode.solution import Solution, Stats
 from pnode.solvers.jacobian_options import jacobian_options
 from pnode.solvers.methods import check_form, find_method
-from pnode.solvers.stepping import StepControl
+from pnode.solvers.stepping import StepControl, check_steps
 from pnode.transfers import carry_once, on_host, remote
 from pnode.vectorfield import vector_field
 
@@ -435,6 +435,10 @@ class Solver(torch.nn.Module):
                 mass=None if self.mass is None else MassMatrix(self.mass, StateLayout.of(y0)),
                 ranks=ranks, exchange=self._engine.exchange, compute=compute,
             )  # fmt: skip
+            if self.event_fn is None:  # which may end it at any time
+                hit = (problem.times[0], problem.times[-1])
+                chosen = hit if self._requests.dense else problem.times
+                check_steps(problem, chosen, self._engine.control, self.method)
             flat = problem.layout.flatten(y0)
             # With ghost cells f is collective, and what belongs together is not one rank's to see.
             if self._form in ("mass", "residual") and self._engine.exchange is None:
@@ -721,7 +725,8 @@ def odeint(
     times = as_times(t, endless=event_fn is not None)
     if not chosen.adaptive and keywords.get("step_size") is None:
         # One step per interval: a step size that no interval exceeds.
-        span = float((times.max() - times.min()).item()) or 1.0
+        exact = times.detach().to(torch.float64)
+        span = float((exact.max() - exact.min()).item()) or 1.0
         if math.isfinite(span) and not keywords.get("dense"):
             keywords["step_size"] = span
     solver = Solver(func, rtol=rtol, atol=atol, method=chosen.name, params=params, **keywords)

@@ -18,6 +18,9 @@ from pnode.ranks import ALONE, Ranks
 __all__ = ["InitialValueProblem", "StateLayout", "collect_parameters"]
 
 _REAL_DTYPES = (torch.float64, torch.float32)
+_DOUBLE = torch.finfo(torch.float64).eps
+# Methods divide by the length of a step, and by that of the first one, which is much shorter.
+_SHORTEST = 1e-200
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,8 @@ class InitialValueProblem:
         Fingerprint of the number of entries on all ranks.
     compute : torch.device or None
         Where f computes, if the state is kept elsewhere: see :mod:`pnode.transfers`.
+    resolution : float
+        Relative spacing of the numbers that the output times were given in.
     """
 
     function: Callable[..., Any]
@@ -175,6 +180,7 @@ class InitialValueProblem:
     largest: int = 0
     distribution: int = 0
     compute: torch.device | None = None
+    resolution: float = _DOUBLE
 
     @classmethod
     def create(
@@ -206,6 +212,14 @@ class InitialValueProblem:
                     f"{direction * before!r}: output times must strictly increase or strictly "
                     "decrease"
                 )
+            length = after - before
+            if length < _SHORTEST or (math.isinf(length) and math.isfinite(after)):
+                raise ConfigurationError(
+                    f"t[{index + 1}] - t[{index}] is {direction * length:.2e}, beyond what steps "
+                    "can be computed with: take another unit of time"
+                )
+        if t.is_floating_point():
+            form["resolution"] = torch.finfo(t.dtype).eps
         return cls(
             function,
             layout,
