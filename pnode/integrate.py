@@ -215,21 +215,18 @@ class Solver(torch.nn.Module):
         progress: bool = False,
     ) -> None:
         super().__init__()
-        if not isinstance(compile, bool):
-            raise ConfigurationError(f"compile={compile!r}: give True or False")
-        if device_state not in _DEVICE_STATES:
-            choices = ", ".join(map(repr, _DEVICE_STATES))
-            raise ConfigurationError(
-                f"device_state={device_state!r} is unknown: choose one of {choices}"
-            )
-        self._device_state = device_state
+        flags = {
+            "compile": compile, "consistent_start": consistent_start, "dense": dense,
+            "progress": progress,
+        }  # fmt: skip
+        for name, value in flags.items():
+            arguments.flag(name, value)
+        self._device_state = arguments.choice("device_state", device_state, _DEVICE_STATES)
         form = arguments.problem_form(rhs, implicit, explicit, mass, residual)
         if monitor is not None and not callable(monitor):
             raise ConfigurationError(f"monitor is {monitor!r}: give a callable (step, t, y)")
         if event_fn is not None and not callable(event_fn):
             raise ConfigurationError(f"event_fn is {event_fn!r}: give a callable (t, y)")
-        if not isinstance(dense, bool):
-            raise ConfigurationError(f"dense={dense!r}: give True or False")
         if dense and form in ("mass", "residual"):
             raise ConfigurationError(
                 f"dense=True interpolates with y', which {form}= does not tell: let steps hit the "
@@ -242,9 +239,7 @@ class Solver(torch.nn.Module):
                 f"method={chosen.name!r} has no error estimate and step_size is None: give "
                 "step_size=h, or take an adaptive method such as 'dopri5' or 'es325'"
             )
-        if jacobian not in _JACOBIANS:
-            choices = ", ".join(map(repr, _JACOBIANS))
-            raise ConfigurationError(f"jacobian={jacobian!r} is unknown: choose one of {choices}")
+        arguments.choice("jacobian", jacobian, _JACOBIANS)
         control = StepControl(
             step_size=arguments.positive("step_size", step_size),
             first_step=arguments.positive("first_step", first_step),
@@ -267,7 +262,7 @@ class Solver(torch.nn.Module):
         self.implicit, self.explicit = implicit, explicit
         self.mass = mass
         self._form = form
-        self._consistent_start = bool(consistent_start)
+        self._consistent_start = consistent_start
         self._params = arguments.parameters(params)
         limits = _checkpointing(checkpointing)
         chosen_comm, exchange = arguments.communicator(comm, layout, form, limits.resume, event_fn)
@@ -806,6 +801,7 @@ def odeint_event(
     -----
     Collective on the solver's communicator.
     """
+    arguments.flag("reverse_time", reverse_time)
     start = as_times(t0.reshape(-1) if isinstance(t0, torch.Tensor) else [t0])
     if len(start) != 1:
         raise ConfigurationError(f"t0 has {len(start)} entries: give a single time")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 import weakref
@@ -16,7 +17,10 @@ import petsctools
 
 from pnode.errors import ConfigurationError
 
-__all__ = ["PETSc", "SolverOptions", "log_event", "log_stage", "next_prefix", "petsc_arguments"]
+__all__ = [
+    "PETSc", "SolverOptions", "log_event", "log_stage", "next_prefix", "petsc_arguments",
+    "petsc_reason",
+]  # fmt: skip
 
 MINIMUM_PETSC = ">=3.22"
 PREFIX = "pnode_"
@@ -169,9 +173,13 @@ class SolverOptions:
         try:
             yield
         except PETSc.Error as error:
-            reason = " ".join(str(error).split())
+            reason, values = petsc_reason(error), self.values
+            # PETSc tells the value that it does not like, and not always the option.
+            said = re.split(r"[\s:,;'\"()]+", reason)
+            guilty = {name: x for name, x in values.items() if str(x) in said or name in said}
+            given = {name: values[name] for name in self.given if name in values}
             raise ConfigurationError(
-                f"PETSc refuses one of the options {self.values}: {reason}"
+                f"{reason}: PETSc refuses one of the options {guilty or given or values}"
             ) from error
 
     @contextmanager
@@ -205,6 +213,13 @@ class SolverOptions:
                 "method has such a part",
                 stacklevel=4,
             )
+
+
+def petsc_reason(error: Any) -> str:
+    """Return what a PETSc error says, without the stack of its functions."""
+    lines = [re.sub(r"^\[\d+\] *", "", line).strip() for line in str(error).splitlines()]
+    said = [line for line in lines[1:] if line and not re.match(r"\w+\(\) at ", line)]
+    return ". ".join(line.rstrip(".") for line in reversed(said)) or " ".join(lines)
 
 
 def _options_for_everyone() -> dict[str, Any]:

@@ -243,6 +243,12 @@ def as_times(t: Any, endless: bool = False) -> torch.Tensor:
         Whether the last one may be infinite.
     """
     if not isinstance(t, torch.Tensor):
+        parts = t if isinstance(t, (tuple, list)) else ()
+        if any(isinstance(part, torch.Tensor) and part.requires_grad for part in parts):
+            raise ConfigurationError(
+                f"t is a {type(t).__name__} with a tensor that requires grad, whose gradient would "
+                "be lost: give one tensor, torch.stack([...])"
+            )
         try:
             t = torch.as_tensor(t, dtype=torch.float64, device=HOST.device)
         except (TypeError, ValueError, RuntimeError) as error:

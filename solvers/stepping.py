@@ -128,7 +128,7 @@ def check_steps(
         )
     if grid is not None and grid.unresolved is not None:
         at = problem.direction * times[grid.unresolved]
-        raise unresolved(size, name, time=at, step=0, method=method)
+        raise unresolved(name, size, time=at, step=0, method=method)
 
 
 def forward_sweep(
@@ -242,7 +242,7 @@ class _Sweep:
             least = least_step(s, end - s)
             natural = min(max(self.natural, control.min_step, least), control.max_step)
             if natural < min(least, end - s):
-                raise unresolved(control.max_step, "max_step", **self._where(s))
+                raise unresolved("max_step", control.max_step, **self._where(s))
             wanted = _fit(natural, end - s)
             after = end if wanted == end - s else move(s, wanted)
             length = after - s
@@ -304,7 +304,7 @@ class _Sweep:
         """Refuse fixed steps that float64 does not tell apart."""
         if not grid.resolves(interval):
             start = grid.times[interval]
-            raise unresolved(grid.step_size, "step_size", **self._where(start))
+            raise unresolved("step_size", grid.step_size, **self._where(start))
 
     def _check_minimum(
         self, s: float, length: float, least: float, error: SolveError | None
@@ -343,11 +343,11 @@ class _Sweep:
         }
 
 
-def unresolved(step: float, name: str, **where: Any) -> StepSizeUnderflow:
+def unresolved(name: str, size: float, **where: Any) -> StepSizeUnderflow:
     """Return the error for steps that float64 does not tell apart at a time."""
     spacing = math.ulp(where["time"])
     return StepSizeUnderflow(
-        f"{name}={step!r}, and float64 times are {spacing:.2e} apart there: take larger steps, or "
+        f"{name}={size!r}, and float64 times are {spacing:.2e} apart there: take larger steps, or "
         "measure t from nearby",
         **where,
     )
