@@ -390,7 +390,8 @@ struct Driver {
     value(m.direction * start, u, stepper.c, f0);
     for (int k = 0; k < N; k++) scale[k] = m.atol[k] + m.rtol[k] * std::fabs(u[k]);
     const double d0 = scaled(u, scale), d1 = scaled(f0, scale);
-    double guess = d0 >= 1e-5 && d1 >= 1e-5 ? 0.01 * d0 / d1 : 1e-6;
+    const bool moves = d0 >= 1e-5 && d1 >= 1e-5 && d1 < INFINITY;
+    double guess = moves ? 0.01 * d0 / d1 : 1e-6;
     guess = std::min(guess, end - start);
     for (int k = 0; k < N; k++) y[k] = u[k] + guess * m.direction * f0[k];
     value(m.direction * (start + guess), y, stepper.c, f1);

@@ -391,8 +391,8 @@ def automatic_step(
     scale = atol + rtol * y0.abs()
     rms = field.problem.ranks.rms
     d0, d1 = rms(y0 / scale), rms(f0 / scale)
-    guess = 0.01 * d0 / d1 if d0 >= 1e-5 and d1 >= 1e-5 else 1e-6
-    guess = min(guess, end - start)
+    moves = d0 >= 1e-5 and 1e-5 <= d1 < math.inf
+    guess = min(0.01 * d0 / d1 if moves else 1e-6, end - start)
     d2 = rms((field.slope(start + guess, y0 + guess * f0) - f0) / scale) / guess
     steepest = max(d1, d2)
     if not math.isfinite(steepest):  # outside the field's domain: let the controller feel its way
