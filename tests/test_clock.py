@@ -23,10 +23,13 @@ def tensor(x):
 # Adaptive steps near the resolution of t.
 
 RATE, START = 5e3, 0.01
+# Adaptive methods, and whether they are compiled: one graph of logistic() serves all tests.
+WAYS = [("dopri5", False), ("dopri5", True), ("es325", False), ("es325", True), ("rodaspr", False)]
 
 
-def logistic(t, y):
-    return RATE * y * (1.0 - y)
+def logistic(rate=RATE):
+    rate = tensor(rate)
+    return lambda t, y: rate * y * (1.0 - y)
 
 
 def exact(span):
@@ -36,12 +39,11 @@ def exact(span):
     return y, grown / (1.0 - START + START * grown) ** 2
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("method", ["dopri5", "bosh3", "es325", "rodaspr"])
+@pytest.mark.parametrize("method, compiled", WAYS)
 def test_clock_and_state_move_by_the_same(method, compiled):
     """A step of some spacings of t: the error is the one near t = 0, forwards and backwards."""
     tolerances = {"rtol": 1e-8, "atol": 1e-10}
-    solver = pnode.Solver(logistic, method=method, compile=compiled, **tolerances)
+    solver = pnode.Solver(logistic(), method=method, compile=compiled, **tolerances)
     for times in ([FAR, FAR + 1e-3], [-FAR, 1e-3 - FAR]):
         y0 = tensor([START]).requires_grad_()
         solution = solver(y0, tensor(times))
@@ -53,7 +55,7 @@ def test_clock_and_state_move_by_the_same(method, compiled):
 
 def test_decreasing_times_far_from_zero():
     y, _ = exact(tensor([FAR, FAR + 1e-3]).diff().item())
-    back = pnode.odeint(logistic, tensor([y]), tensor([FAR + 1e-3, FAR]), rtol=1e-9)
+    back = pnode.odeint(logistic(), tensor([y]), tensor([FAR + 1e-3, FAR]), rtol=1e-9)
     assert abs(back[-1].item() - START) < 1e-6
 
 
@@ -74,30 +76,26 @@ def test_steps_are_the_differences_of_the_times(method):
     assert np.diff(ends).max() <= 1e-5
 
 
-@pytest.mark.parametrize("method", ["dopri5", "es325", "bdf", "cn", "rodaspr"])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("method, compiled", [*WAYS, ("bdf", False), ("cn", False)])
 def test_steps_of_few_spacings_are_refused(method, compiled):
     """The error control wants shorter steps than there are."""
-    fast = lambda t, y: 1e9 * torch.stack([y[1], -y[0]])  # noqa: E731
-    solver = pnode.Solver(fast, method=method, compile=compiled)
+    solver = pnode.Solver(logistic(1e9), method=method, compile=compiled)
     with pytest.raises(pnode.StepSizeUnderflow, match=r"float64.*measure t from nearby") as caught:
-        solver(tensor([1.0, 0.0]), tensor([FAR, FAR + 1e-3]))
+        solver(tensor([START]), tensor([FAR, FAR + 1e-3]))
     assert caught.value.time >= FAR
     # And afterwards it works.
-    assert solver(tensor([1.0, 0.0]), tensor([0.0, 1e-10])).ys.isfinite().all()
+    assert solver(tensor([START]), tensor([0.0, 1e-10])).ys[-1].item() > START
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_first_step_below_the_resolution_does_not_stand_still(compiled):
-    solver = pnode.Solver(lambda t, y: -y, first_step=1e-12, compile=compiled)
+def test_a_first_step_below_the_resolution_does_not_stand_still():
+    solver = pnode.Solver(lambda t, y: -y, first_step=1e-12)
     y = solver(tensor([1.0]), tensor([FAR, FAR + 1.0])).ys[-1].item()
     assert y == pytest.approx(math.exp(-1.0), rel=1e-6)
 
 
-@pytest.mark.parametrize("method", ["dopri5", "es325"])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("method, compiled", WAYS)
 def test_a_longest_step_below_the_resolution_is_refused(method, compiled):
-    solver = pnode.Solver(lambda t, y: -y, method=method, max_step=1e-7, compile=compiled)
+    solver = pnode.Solver(logistic(), method=method, max_step=1e-7, compile=compiled)
     with pytest.raises(pnode.StepSizeUnderflow, match=r"max_step=1e-07.*2\.38e-07 apart"):
         solver(tensor([1.0]), tensor([FAR, FAR + 1e-3]))
 
@@ -178,7 +176,7 @@ GRIDS = {
 def test_number_of_fixed_steps(case):
     t, step_size, number = GRIDS[case]
     f = lambda t, y: -y  # noqa: E731
-    for method in ("euler", "beuler", "bdf2"):
+    for method in ("euler", "bdf2"):
         solver = pnode.Solver(f, method=method, step_size=step_size)
         y0 = tensor([1.0]).requires_grad_()
         solution = solver(y0, t)
@@ -200,8 +198,8 @@ def test_all_ways_take_the_same_number(case):
     for method in ("euler", "beuler"):
         ends = []
         for way in ways:
-            solver = pnode.Solver(lambda t, y: -y, method=method, step_size=step_size, **way)
-            y0 = tensor([1.0]).requires_grad_()
+            solver = pnode.Solver(logistic(1.0), method=method, step_size=step_size, **way)
+            y0 = tensor([START]).requires_grad_()
             solution = solver(y0, t)
             assert solution.stats.steps == number
             ends.append(solution.ys[-1].detach())
@@ -231,11 +229,10 @@ def test_steps_are_no_longer_than_the_times_leave_open():
 # Solves that would not come to an end.
 
 
-@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("method", ["rk4", "beuler", "bdf2"])
-def test_counts_beyond_reason(method, compiled):
+def test_counts_beyond_reason(method):
     def solver(**keywords):
-        keywords = {"method": method, "step_size": 0.1, "compile": compiled} | keywords
+        keywords = {"method": method, "step_size": 0.1} | keywords
         return pnode.Solver(lambda t, y: -y, **keywords)
 
     y0 = tensor([1.0])
@@ -245,27 +242,23 @@ def test_counts_beyond_reason(method, compiled):
     with pytest.raises(pnode.ConfigurationError, match="step_size=1e-320 makes"):
         solver(step_size=1e-320)(y0, tensor([0.0, 1.0]))
     with pytest.raises(pnode.ConfigurationError, match="max_step=1e-12 makes"):
-        pnode.Solver(lambda t, y: -y, max_step=1e-12, compile=compiled)(y0, tensor([0.0, 1.0]))
+        pnode.Solver(lambda t, y: -y, max_step=1e-12)(y0, tensor([0.0, 1.0]))
     # Whoever says how many may have them, and is held to it.
     with pytest.raises(pnode.StepLimitReached):
         solver(max_steps=3)(y0, tensor([0.0, 1e12]))
     # An event may end it at any time.
-    if not compiled:
-        event = solver(event_fn=lambda t, y: y - 0.5)(y0, tensor([0.0, 1e12]))
-        assert event.event_time.item() == pytest.approx(math.log(2.0), rel=0.1)
+    event = solver(event_fn=lambda t, y: y - 0.5)(y0, tensor([0.0, 1e12]))
+    assert event.event_time.item() == pytest.approx(math.log(2.0), rel=0.1)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("method", ["rk4", "beuler", "bdf2"])
-def test_fixed_steps_that_time_does_not_resolve(method, compiled):
-    solver = pnode.Solver(lambda t, y: -y, method=method, step_size=1e-7, compile=compiled)
-    for times in ([FAR, FAR + 1e-3], [0.0, 1e-7, FAR + 1e-6, FAR], [-FAR, -FAR + 1e-3]):
-        if times[0] == 0.0:
-            times = [FAR - 1e-3, FAR]
+def test_fixed_steps_that_time_does_not_resolve(method):
+    solver = pnode.Solver(lambda t, y: -y, method=method, step_size=1e-7)
+    for times in ([FAR, FAR + 1e-3], [FAR, FAR - 1e-3], [FAR - 2e-3, FAR - 1e-3, FAR]):
         with pytest.raises(pnode.StepSizeUnderflow, match=r"step_size=1e-07.*2\.38e-07 apart"):
             solver(tensor([1.0]), tensor(times))
     # One step between output times is what the user asked for.
-    one = pnode.Solver(lambda t, y: -y, method=method, step_size=1.0, compile=compiled)
+    one = pnode.Solver(lambda t, y: -y, method=method, step_size=1.0)
     spacing = math.ulp(FAR)
     y = one(tensor([1.0]), tensor([FAR, FAR + spacing])).ys[-1].item()
     assert y == pytest.approx(1.0 - spacing, abs=1e-12)
