@@ -612,7 +612,7 @@ class TimeIntegrator:
             ) from failure  # fmt: skip
         if failure is not None:
             overflow, at = "", self.bridge.first_nonfinite()
-            if failure.ierr == _FLOATING_POINT and at is not None:
+            if failure.ierr == _FLOATING_POINT and at is not None and not self.ranks.parallel:
                 raise self._nonfinite(at) from failure
             if failure.ierr == _FLOATING_POINT:
                 overflow = (

@@ -8,9 +8,14 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from launch import check
 from petsc4py import PETSc
 
 import pnode
+from pnode.problem import InitialValueProblem
+from pnode.solution import Ledger
+from pnode.tracing import Untraceable, trace_field
+from pnode.vectorfield import vector_field
 
 D = torch.float64
 Y0 = torch.tensor([1.0], dtype=D)
@@ -131,6 +136,36 @@ def test_no_factors_of_a_matrix_that_is_not_there(pc):
         solver(many, [0.0, 1.0])
     if pc == "lu":  # and of a smaller one there are
         assert solver(Y0, [0.0, 1.0]).ys[-1].item() == pytest.approx(math.exp(-1.0), rel=1e-2)
+
+
+@pytest.mark.mpi
+def test_factors_of_a_matrix_on_several_ranks():
+    check("program_factors.py", 2)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_fused_attention_draws_nothing_without_dropout(p):
+    weight = torch.randn(8, 24, dtype=D, generator=torch.Generator().manual_seed(0))
+
+    def f(t, y):
+        q, k, v = (y @ weight).view(1, 5, 3, 8).permute(2, 0, 1, 3)
+        attention = torch.nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=p)
+        return attention.tanh()[0] - t * y
+
+    y0 = torch.randn(5, 8, dtype=D, generator=torch.Generator().manual_seed(1))
+    problem = InitialValueProblem.create(f, y0, torch.tensor([0.0, 1.0]))
+    if p:
+        with pytest.raises(Untraceable, match="draws random numbers"):
+            trace_field(vector_field(problem, Ledger()))
+        return
+    graph = trace_field(vector_field(problem, Ledger()))
+    time = torch.tensor(0.3, dtype=D)
+    value, *saved = graph.value(time, y0, *graph.inputs())
+    assert torch.allclose(value, f(time, y0), rtol=0.0, atol=1e-14)
+    w, leaf = torch.ones_like(y0), y0.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(f(time, leaf), leaf, w)
+    product, *_ = graph.product(w, time, y0, *graph.inputs(), *saved)
+    assert torch.allclose(product, expected, rtol=0.0, atol=1e-13)
 
 
 # What is not finite is told as that.
