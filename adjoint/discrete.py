@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from pnode import vectors
 from pnode.adjoint.stepper import AdjointStepper
 from pnode.adjoint.trajectory import Checkpoint
 from pnode.errors import BackwardError, LinearSolveFailed
+from pnode.evidence import notes
 from pnode.options import PETSc, SolverOptions, log_stage
 from pnode.solution import Ledger
 from pnode.solvers.bridge import Bridge, ParameterJacobianShell, ParameterSums, shell_matrix
@@ -79,6 +81,7 @@ class DiscreteAdjoint(AdjointStepper):
         self._vectors = adjoint_vectors(self.ts, settings.method)
         self._ksp = self.ts.getSNES().getKSP() if implicit else None
         self._iterations = 0
+        self._evidence: Sequence[float] = ()
 
     def _parameter_shell(self, factor: float) -> Any:
         assert self._parameters is not None
@@ -104,14 +107,21 @@ class DiscreteAdjoint(AdjointStepper):
         self.bridge.detach()
         log_stage("pnode adjoint").pop()
 
-    def load(self, checkpoint: Checkpoint, tape: Any = None) -> None:
-        """Put a step's checkpoint in place, with the graphs at its stages. Not collective."""
+    def load(
+        self, checkpoint: Checkpoint, tape: Any = None, evidence: Sequence[float] = ()
+    ) -> None:
+        """Put a step's checkpoint in place. Not collective."""
+        self._evidence = evidence
         for vector, tensor in zip(self._vectors, checkpoint, strict=True):
             vectors.copy_in(vector, tensor)
 
     def state_gradient(self) -> torch.Tensor:
         """Return lambda, flat, in PETSc's precision, as a new tensor."""
         return vectors.copy_out(self.cost_gradient)
+
+    def is_finite(self) -> bool:
+        """Whether this rank's part of lambda is finite. Not collective."""
+        return vectors.is_finite(vectors.view(self.cost_gradient))
 
     def parameter_gradients(self, count: int) -> list[torch.Tensor | None]:
         """Return mu: one tensor per parameter, None for those that the field never used."""
@@ -133,6 +143,9 @@ class DiscreteAdjoint(AdjointStepper):
             Whatever the vector field raised.
         """
         ts = self.ts
+        if self.settings.method.implicit:
+            self.bridge.expected = expected = notes(self._evidence)
+            self.bridge.begin_stages((step.start, step.end, *(note.s for note in expected)))
         ts.setTime(step.end)
         ts.setTimeStep(-step.length)
         ts.setStepNumber(step.index + 1)

@@ -64,8 +64,9 @@ class MultistepAdjoint(ImplicitAdjointStepper):
         else:
             u, d, *u_dot = self.checkpoint
             first, *others = d.tolist()
-            end = step.start + step.length
-            rate = self._solve(end, u, *u_dot, shift=first, b=self.state, step=step, ledger=ledger)
+            rate = self._solve(
+                step.end, u, *u_dot, shift=first, b=self.state, step=step, ledger=ledger
+            )
             parts = [rate * -weight for weight in others]
         for index, waiting in enumerate(self._waiting):
             if index < len(parts):
@@ -91,7 +92,7 @@ class MultistepAdjoint(ImplicitAdjointStepper):
                     u_dot = (u - states[index - 1 if i > 1 else 0]) / h
                 gradient = self._solve(
                     step.start + i * h, u, u_dot, shift=1.0 / h, b=gradient, step=step,
-                    ledger=ledger,
+                    ledger=ledger, system=number * (number - 1) // 2 + i - 1,
                 ) / h  # fmt: skip
             total += gradient
         return total
@@ -106,9 +107,15 @@ class MultistepAdjoint(ImplicitAdjointStepper):
         b: torch.Tensor,
         step: Step,
         ledger: Ledger,
+        system: int = 0,
     ) -> torch.Tensor:
-        """Solve for w, add its products to mu, and return F_udot^T w."""
+        """Solve for w, add its products to mu, and return F_udot^T w.
+
+        ``system`` counts the systems that the forward step solved.
+        """
         w = self.solve_transposed(s, u, shift, b, step, ledger, u_dot)
+        doubt = self.evidence[2 * system + 1] if self.evidence else 0.0
+        self.verify(self.value(s, u, u_dot), 2 * system, s, step, slack=doubt)
         products = self.products(s, u, w, u_dot)
         self.accumulate(products.parameters, 1.0)
         return w if products.rate is None else products.rate.to(w)

@@ -6,6 +6,7 @@ PETSc's own takes dF/dy' at the rate of some other step, which is wrong unless F
 from __future__ import annotations
 
 from pnode.adjoint.stepper import ImplicitAdjointStepper
+from pnode.evidence import notes
 from pnode.solution import Ledger
 from pnode.solvers.stepping import Step
 
@@ -22,8 +23,9 @@ class BackwardEulerAdjoint(ImplicitAdjointStepper):
         ``mu -= F_p^T x``.
         """
         start, end = self.checkpoint
+        self.bridge.expected = notes(self.evidence)
         shift = 1.0 / step.length
-        rate = (end - start) * shift
+        rate = start * -shift + end * shift  # with the bits of PETSc's
         x = self.solve_transposed(step.end, end, shift, self.state, step, ledger, rate)
         products = self.products(step.end, end, x, rate)
         assert products.rate is not None

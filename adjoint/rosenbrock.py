@@ -61,6 +61,8 @@ class RosenbrockAdjoint(ImplicitAdjointStepper):
         dtype, h = self.field.dtype, step.length
         stages, base = self._stages(step, u, ledger)
         number = len(stages)
+        end = u + _combine(self._bt, [stage[1] for stage in stages], torch.zeros_like(u))
+        self.verify(end, 0, step.start, step, "the step's end, from its value")
         cotangents = [self._bt[i] * self.state for i in range(number)]
         time_weight = torch.zeros_like(self.state)
         for i in reversed(range(number)):

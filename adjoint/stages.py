@@ -14,12 +14,13 @@ import torch
 
 from pnode.adjoint.stepper import TorchAdjointStepper
 from pnode.adjoint.trajectory import Checkpoint
+from pnode.evidence import projection_weights
 from pnode.options import log_event
 from pnode.solution import Ledger
 from pnode.solvers.bridge import accumulate
 from pnode.solvers.integrator import IntegratorSettings
 from pnode.solvers.stepping import Step
-from pnode.solvers.tableaus import ExplicitTableau, symplectic_scheme
+from pnode.solvers.tableaus import ExplicitTableau, explicit_nodes, symplectic_scheme
 from pnode.vectorfield import Linearization, VectorField
 from pnode.vectors import REAL
 
@@ -57,6 +58,7 @@ class ExplicitAdjoint(TorchAdjointStepper):
     ) -> None:
         super().__init__(settings, parameters)
         self._tableau = tableau
+        self._nodes = explicit_nodes(settings.method)
         device = settings.place.device
         stages = range(len(tableau.c))
         # lambda' and, from the last stage to the first, the l_i, as rows. Those that stage i looks
@@ -80,12 +82,15 @@ class ExplicitAdjoint(TorchAdjointStepper):
     def begin(self, field: VectorField) -> None:
         """Begin a sweep with zero cost gradients. Collective."""
         super().begin(field)
+        self._random = projection_weights(self.state.to(field.dtype))
         self._products.zero_()
         self._graphs: Sequence[Linearization] | None = None
 
-    def load(self, checkpoint: Checkpoint, tape: Any = None) -> None:
+    def load(
+        self, checkpoint: Checkpoint, tape: Any = None, evidence: Sequence[float] = ()
+    ) -> None:
         """Put a step's checkpoint in place, with the graphs at its stages. Not collective."""
-        super().load(checkpoint)
+        super().load(checkpoint, tape, evidence)
         self._graphs = tape
 
     def end(self) -> None:
@@ -122,6 +127,7 @@ class ExplicitAdjoint(TorchAdjointStepper):
         outputs, needed, stages = tuple(outputs), self._needed, len(self._tableau.c)
         if outputs:
             needed = frozenset(range(len(self.checkpoint)))
+        expected, random = self.evidence, self._random
         self._rows[0].copy_(self.state)
         for row, weights in enumerate(self._scaled):
             i = stages - 1 - row
@@ -131,8 +137,12 @@ class ExplicitAdjoint(TorchAdjointStepper):
             for inside, cotangent in outputs:
                 w.add_(cotangent, alpha=h * inside[i])
             if self._graphs is None:
-                s = step.start + self._tableau.c[i] * h
+                c = self._nodes[i]
+                s = step.end if c == 1.0 else step.start + c * h
                 graph = self.linearize(s, self.checkpoint[i], step)
+                value = graph.flat_value()
+                if i < len(expected) and float(torch.dot(random, value)) != expected[i]:
+                    self.verify(value, i, s, step)
             else:
                 graph = self._graphs[i]
                 graph.adopt(field)
@@ -168,10 +178,13 @@ class SymplecticAdjoint(TorchAdjointStepper):
         split = self.settings.split
         parts = (slice(None, split), slice(split, None))
         updates = symplectic_scheme(self.settings.method.subtype).half_updates()
-        for update, stage in reversed(list(zip(updates, self.checkpoint, strict=True))):
+        stages = list(zip(updates, self.checkpoint, strict=True))
+        for index, (update, stage) in reversed(list(enumerate(stages))):
             part = parts[update.part]
             w = torch.zeros_like(self.state)
             w[part] = step.length * update.weight * self.state[part]
-            point = self.linearize(step.start + update.offset * step.length, stage, step)
+            s = step.at(update.offset)
+            point = self.linearize(s, stage, step)
+            self.verify(point.flat_value(), index, s, step)
             self.state = self.state + self.pull_back(point.vjp, w)
         ledger.steps += 1

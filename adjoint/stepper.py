@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from pnode import vectors
 from pnode.adjoint.trajectory import Checkpoint
 from pnode.errors import LinearSolveFailed, SolveError
+from pnode.evidence import differs
 from pnode.options import PETSc, SolverOptions, log_event, log_stage
 from pnode.solution import Ledger
 from pnode.solvers.bridge import Bridge, accumulate
@@ -51,8 +52,20 @@ class AdjointStepper(ABC):
         """End a sweep: let go of the user's objects."""
 
     @abstractmethod
-    def load(self, checkpoint: Checkpoint, tape: Any = None) -> None:
-        """Put a step's checkpoint in place, with the graphs at its stages. Not collective."""
+    def load(
+        self, checkpoint: Checkpoint, tape: Any = None, evidence: Sequence[float] = ()
+    ) -> None:
+        """Put a step's checkpoint in place. Not collective.
+
+        Parameters
+        ----------
+        checkpoint : tuple of Tensor
+            The checkpoint.
+        tape : sequence of Linearization, optional
+            Graphs at its stages.
+        evidence : sequence of float
+            What the forward sweep noted of f in this step; see ``TimeIntegrator.evidence``.
+        """
 
     def placeholder(self, step: Step, state: torch.Tensor) -> Checkpoint:
         """Return what stands for a step's checkpoint that cannot be had, in a sweep that is lost.
@@ -87,6 +100,10 @@ class AdjointStepper(ABC):
         """Return lambda, flat, in PETSc's precision, as a new tensor."""
 
     @abstractmethod
+    def is_finite(self) -> bool:
+        """Whether this rank's part of lambda is finite. Not collective."""
+
+    @abstractmethod
     def parameter_gradients(self, count: int) -> list[torch.Tensor | None]:
         """Return mu: one tensor per parameter, None for those that the field never used."""
 
@@ -118,17 +135,36 @@ class TorchAdjointStepper(AdjointStepper):
         place = self.settings.place
         self.state = torch.zeros(self.settings.size, dtype=REAL, device=place.device)
         self.checkpoint: Checkpoint = ()
+        self.evidence: Sequence[float] = ()
         self._gradients: list[torch.Tensor | None] = [None] * len(field.parameters)
 
     def end(self) -> None:
         """End a sweep: let go of the user's objects."""
         del self.field
-        self.checkpoint, self._gradients = (), []
+        self.checkpoint, self.evidence, self._gradients = (), (), []
         log_stage("pnode adjoint").pop()
 
-    def load(self, checkpoint: Checkpoint, tape: Any = None) -> None:
+    def load(
+        self, checkpoint: Checkpoint, tape: Any = None, evidence: Sequence[float] = ()
+    ) -> None:
         """Put a step's checkpoint in place. Not collective."""
-        self.checkpoint = checkpoint
+        self.checkpoint, self.evidence = checkpoint, evidence
+
+    def verify(
+        self, value: torch.Tensor, index: int, s: float, step: Step, what: str = "its value",
+        slack: float = 0.0,
+    ) -> None:  # fmt: skip
+        """Compare a value with what the forward sweep noted, if it did.
+
+        Raises
+        ------
+        FieldChanged
+            If they differ.
+        """
+        if index < len(self.evidence):
+            by = differs(value, self.evidence[index], slack)
+            if by:
+                raise self.field.changed(s, by, what).located(**self._where(step))
 
     def add(self, cotangent: torch.Tensor) -> None:
         """Add the derivative of the loss with respect to the state at this time."""
@@ -137,6 +173,10 @@ class TorchAdjointStepper(AdjointStepper):
     def state_gradient(self) -> torch.Tensor:
         """Return lambda, flat, in PETSc's precision, as a new tensor."""
         return self.state.clone()
+
+    def is_finite(self) -> bool:
+        """Whether this rank's part of lambda is finite. Not collective."""
+        return vectors.is_finite(self.state)
 
     def parameter_gradients(self, count: int) -> list[torch.Tensor | None]:
         """Return mu: one tensor per parameter, None for those that the field never used."""
@@ -224,8 +264,14 @@ class ImplicitAdjointStepper(TorchAdjointStepper):
 
         Called at the point of the last :meth:`solve_transposed`, it shares that graph.
         """
-        point = self.bridge.point_at(s, u, u_dot)
-        return self.bridge.linearize(point).vjp(w.to(self.field.dtype))
+        return self._graph_at(s, u, u_dot).vjp(w.to(self.field.dtype))
+
+    def value(self, s: float, u: torch.Tensor, u_dot: torch.Tensor | None = None) -> torch.Tensor:
+        """Return g = -F at (s, u, u_dot), from the graph that :meth:`products` uses."""
+        return self._graph_at(s, u, u_dot).flat_value()
+
+    def _graph_at(self, s: float, u: torch.Tensor, u_dot: torch.Tensor | None) -> Linearization:
+        return self.bridge.linearize(self.bridge.point_at(s, u, u_dot))
 
     def solve_transposed(
         self,

@@ -24,6 +24,7 @@ from pnode.adjoint.schedule import (
 )
 from pnode.adjoint.store import CheckpointStore
 from pnode.errors import CheckpointError, VectorFieldError
+from pnode.evidence import Evidence
 from pnode.solvers.integrator import TimeIntegrator
 from pnode.solvers.stepping import Step
 
@@ -64,6 +65,8 @@ class Trajectory:
         As given.
     tapes : bool
         As given.
+    evidence : Evidence
+        What tells the f of these steps.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class Trajectory:
         self.outputs: list[int] = []
         self.ready = False
         self._store = store
+        self.evidence = Evidence()
         self._live: tuple[int, Checkpoint] | None = None
         self._held: Checkpoint | None = None
 
@@ -98,6 +102,7 @@ class Trajectory:
         """Note an accepted step and store what the schedule wants of it."""
         if step.index == len(self.steps):
             self.steps.append(step)
+            self.evidence.append(integrator.evidence())
             if self.progress is not None:
                 self.progress.add_step(step)
         for action in self.schedule.after_step(step.index):
@@ -141,6 +146,8 @@ class Trajectory:
         try:
             if self.progress is not None:
                 self.steps = list(self.progress.steps)
+                for _ in self.steps:
+                    self.evidence.append(())
                 self.outputs = [steps for steps, _ in self.progress.outputs]
                 self.progress.adopt(self._store)
             yield

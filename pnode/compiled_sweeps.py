@@ -6,6 +6,7 @@ implicit methods; and for everything else the vector field alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -13,6 +14,7 @@ import torch
 
 from pnode.adjoint.compiled import CompiledAdjoint
 from pnode.checkpointing import Checkpointing
+from pnode.evidence import Reads
 from pnode.options import log_stage
 from pnode.solvers.compiled import CompiledIntegrator, Start, Tape
 from pnode.solvers.compiled_fields import compiled_field
@@ -55,6 +57,27 @@ def begin(
     engine: Engine, run: Run, field_: VectorField, y0: torch.Tensor, keep: bool, requests: Requests
 ) -> Begun:
     """Compile what can be compiled of a solve, and take the sweep if all of it can."""
+    begun = _begin(engine, run, field_, y0, keep, requests)
+    if keep:
+        run.reads = Reads(_reads(run, begun))
+    return begun
+
+
+def _reads(run: Run, begun: Begun) -> Iterator[torch.Tensor]:
+    """Yield what the compiled graphs of a solve read."""
+    if run.sweep is not None:
+        yield from run.sweep.captured
+    if run.driven is not None:
+        yield from run.driven.driver.graphs.field_graph.captured
+    if run.settings.graphs is not None:
+        yield from run.settings.graphs.field_graph.captured
+    for code in run.codes:
+        yield from code.traced.captured
+
+
+def _begin(
+    engine: Engine, run: Run, field_: VectorField, y0: torch.Tensor, keep: bool, requests: Requests
+) -> Begun:
     problem = run.problem
     if len(problem.times) < 2 or problem.ranks.parallel or engine.exchange is not None:
         return Begun(field_)

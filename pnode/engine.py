@@ -22,8 +22,10 @@ from pnode import compiled_sweeps, tolerances, vectors
 from pnode.adjoint.choose import choose_schedule, memory_limit
 from pnode.adjoint.create import create_adjoint
 from pnode.adjoint.disk import DiskFolder
+from pnode.adjoint.identity import fingerprint
+from pnode.adjoint.nonfinite import check_parameters, refuse_state
 from pnode.adjoint.offload import DeviceLevel, Offload
-from pnode.adjoint.resume import Progress, fingerprint
+from pnode.adjoint.resume import Progress
 from pnode.adjoint.schedule import Adjoint, Advance, RestoreEnd, RestoreSolution
 from pnode.adjoint.stepper import AdjointStepper
 from pnode.adjoint.store import CheckpointStore
@@ -31,8 +33,9 @@ from pnode.adjoint.trajectory import Trajectory
 from pnode.checkpointing import Checkpointing
 from pnode.dense import DenseAdjoint, DenseOutput
 from pnode.devices import place_of
-from pnode.errors import ConfigurationError
+from pnode.errors import ConfigurationError, FieldChanged
 from pnode.events import Event, EventLocator
+from pnode.evidence import Reads
 from pnode.layouts import Layout
 from pnode.options import SolverOptions, next_prefix
 from pnode.problem import InitialValueProblem
@@ -55,8 +58,9 @@ from pnode.solvers.jacobians import JacobianOptions
 from pnode.solvers.methods import Method
 from pnode.solvers.stepping import Step, StepControl, fixed_grid, forward_sweep
 from pnode.solvers.symplectic import split_size
-from pnode.vectorfield import VectorField, note_kept, vector_field
-from pnode.vectors import REAL
+from pnode.surroundings import Surroundings
+from pnode.vectorfield import VectorField, note_kept, record_all, vector_field
+from pnode.vectors import REAL, is_finite
 
 __all__ = ["Engine", "Requests", "Run"]
 
@@ -153,6 +157,10 @@ class Run:
         The whole sweep of an implicit method, compiled.
     codes : tuple of FieldCode
         Of the field and its explicit part, where these are compiled and nothing else.
+    surroundings : Surroundings or None
+        What f saw besides its arguments; None without gradients.
+    reads : Reads or None
+        What the compiled graphs of this sweep read, if there are any.
     """
 
     problem: InitialValueProblem
@@ -167,13 +175,23 @@ class Run:
     driven: DrivenSweep | None = None
     sweep: ImplicitSweep | None = None
     codes: tuple[FieldCode, ...] = ()
+    surroundings: Surroundings | None = None
+    reads: Reads | None = None
 
     def field(self, ledger: Ledger) -> VectorField:
         """Return the field for another sweep, without checks of what it uses."""
         problem = replace(self.problem, check_undeclared=False)
-        if self.codes:
-            return compiled_field(problem, ledger, self.codes)
-        return vector_field(problem, ledger)
+        field_ = (
+            compiled_field(problem, ledger, self.codes)
+            if self.codes
+            else vector_field(problem, ledger)
+        )
+        record_all(field_)
+        if self.surroundings is not None:
+            for part in (field_, field_.explicit):
+                if part is not None:
+                    part.suspects = self.surroundings.differences
+        return field_
 
 
 class _Record:
@@ -325,7 +343,9 @@ class _Repeated:
         if run.reproducible:
             self.integrator.restart_step()
         with torch.no_grad():
-            outcome = self.integrator.attempt(recorded.start, recorded.length, step, recorded.order)
+            outcome = self.integrator.attempt(
+                recorded.start, recorded.length, step, recorded.order, recorded.end
+            )
         if outcome.error is not None:
             raise outcome.error
         run.stats.backward.recomputed += 1
@@ -384,16 +404,19 @@ class Engine:
         weakref.finalize(self, self._pool.close)
 
     def __reduce__(self) -> Any:
-        """Copies and pickles take the configuration along, not the PETSc objects."""
-        return Engine, (
+        """Copies and pickles take the configuration along, not the PETSc objects.
+
+        They are solvers of their own, numbered where and when they come to be.
+        """
+        return _another, (
             self.method, self.control, self.jacobian, self.petsc_options, self.jacobian_options,
-            self.checkpointing, self.comm, self.exchange, next_prefix(), self.compile,
+            self.checkpointing, self.comm, self.exchange, self.compile,
         )  # fmt: skip
 
     def __deepcopy__(self, memo: Any) -> Engine:
         """Copies share the communicator and the layout, which belong to the process."""
-        make, (*settings, comm, exchange, prefix, compiled) = self.__reduce__()
-        return make(*deepcopy(settings, memo), comm, exchange, prefix, compiled)
+        make, (*settings, comm, exchange, compiled) = self.__reduce__()
+        return make(*deepcopy(settings, memo), comm, exchange, compiled)
 
     @property
     def color_count(self) -> int:
@@ -430,6 +453,10 @@ class Engine:
             For the backward sweep.
         """
         run = Run(problem, Stats(), self._settings(problem))
+        if keep:
+            run.surroundings = Surroundings(
+                (problem.function, problem.explicit), problem.compute or problem.layout.device
+            )
         with problem.ranks.together():
             outputs = self._forward(run, y0, keep, requests)
         note_kept(run.stats.ram_bytes + run.stats.tape_bytes)
@@ -445,6 +472,7 @@ class Engine:
                 return begun.outputs
             field_, start = begun.field, begun.start
         if keep:
+            record_all(field_)
             run.trajectory = self._trajectory(run, requests, y0)
             # What one-step methods carry over from the step before; the others have the same bits.
             fresh = self.method.ts_type in ("rk", "dirk") and not self.method.same_bits
@@ -456,13 +484,14 @@ class Engine:
             if run.trajectory is not None:
                 leases.enter_context(run.trajectory.forward())
                 run.trajectory.tapes &= start is None
+                integrator.note_values()
                 integrator.make_graphs(run.trajectory.tapes)
             locator: EventLocator | None = None
             if requests.event_fn is not None:
                 trial = replace(run.settings, adaptive=False)
                 locator = EventLocator(
                     requests.event_fn, problem, requests.event_tol, integrator,
-                    lambda: leases.enter_context(self.integrator(trial, field_, y0)),
+                    lambda: leases.enter_context(self.integrator(trial, field_, y0)), field_,
                 )  # fmt: skip
             times = problem.times
             if requests.dense:
@@ -516,22 +545,36 @@ class Engine:
         times : dict
             For each interpolated output, the derivative with respect to its time.
         """
-        if run.trajectory is None:
-            return compiled_sweeps.reverse(self, run, y0, cotangents)
-        trajectory = run.trajectory
-        assert trajectory is not None
-        ledger = run.stats.backward
-        problem, field_ = run.problem, run.field(ledger)
+        assert run.surroundings is not None
+        changed = None if run.reads is None else run.reads.changed()
+        if changed is not None:
+            raise FieldChanged(
+                f"a tensor of shape {tuple(changed.shape)} that the vector field uses was written "
+                f"into after the forward sweep{run.surroundings.differences()}: take the gradient "
+                "before it changes, or let the solve use a copy",
+                method=self.method.name,
+            )
+        with run.surroundings.restored():
+            if run.trajectory is None:
+                return compiled_sweeps.reverse(self, run, y0, cotangents)
+            return self._backward(run, y0, cotangents)
+
+    def _backward(
+        self, run: Run, y0: torch.Tensor, cotangents: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None], torch.Tensor, dict[int, float]]:
+        """Take the adjoint of recorded steps; see :meth:`backward`."""
+        problem, ledger = run.problem, run.stats.backward
+        field_ = run.field(ledger)
         with problem.ranks.together(agree=False):
-            state, parameters, initial, times = self._backward(run, field_, y0, cotangents)
+            state, parameters, initial, times = self._sweep_back(run, field_, y0, cotangents)
         # The one reduction of a backward sweep, which also tells whether a rank has failed.
         parameters = problem.ranks.sum_gradients(parameters, field_.parameters)
         return state, parameters, initial, times
 
-    def _backward(
+    def _sweep_back(
         self, run: Run, field_: VectorField, y0: torch.Tensor, cotangents: torch.Tensor
     ) -> tuple[torch.Tensor, list[torch.Tensor | None], torch.Tensor, dict[int, float]]:
-        trajectory = run.trajectory
+        trajectory, problem = run.trajectory, run.problem
         assert trajectory is not None
         if not trajectory.ready:
             self._repeat(run, y0)
@@ -546,6 +589,11 @@ class Engine:
             state = adjoint.state_gradient()
             parameters = adjoint.parameter_gradients(len(field_.parameters))
             accumulate(parameters, tuple(dense.parameters), 1.0)
+            if is_finite(cotangents):
+                first = trajectory.steps[:1] or [Step(0, problem.times[0], 0.0, problem.times[0])]
+                problem.ranks.attempt(
+                    check_parameters, parameters, self.method.name, problem.direction, first[0]
+                )
         return state, parameters, initial, dense.times
 
     def _reverse(
@@ -560,6 +608,7 @@ class Engine:
         trajectory, ledger = run.trajectory, run.stats.backward
         assert trajectory is not None
         waiting = list(enumerate(trajectory.outputs))
+        finite = is_finite(cotangents)
         active = False  # until the first non-zero cotangent, lambda is zero and stays it
         ranks = run.problem.ranks
         attempt = ranks.attempt
@@ -609,8 +658,15 @@ class Engine:
                                 "time": run.problem.direction * trajectory.steps[step].start,
                                 "step": step, "method": run.settings.method.name,
                             }  # fmt: skip
-                            adjoint.load(stages(step), trajectory.tape(step))
+                            adjoint.load(
+                                stages(step), trajectory.tape(step), trajectory.evidence[step]
+                            )
                             adjoint.step(trajectory.steps[step], ledger)
+                            if finite and not adjoint.is_finite():
+                                attempt(
+                                    refuse_state, run.field(Ledger()), trajectory.steps[step],
+                                    stages(step), ranks.where,
+                                )  # fmt: skip
                         add_outputs(step)
                         trajectory.forget_live(step)
                     case _:
@@ -695,11 +751,18 @@ class Engine:
 
     def _identity(self, run: Run, y0: torch.Tensor) -> dict[str, str]:
         """Return what tells one sweep from another."""
-        problem = run.problem
+        problem, options = run.problem, self.jacobian_options
+        preconditioner = options.preconditioner
         facts = {
-            "method": self.method.name, "steps": self.control, "times": problem.times,
+            "method": self.method.name, "steps": vars(self.control), "times": problem.times,
             "direction": problem.direction, "form": problem.form, "jacobian": self.jacobian,
+            "reproducible": self.checkpointing.reproducible,
+            "shapes": problem.layout.shapes, "f": problem.function, "explicit": problem.explicit,
+            "mass": None if problem.mass is None else vars(problem.mass),
+            "jacobian_reuse": options.reuse,
+            "preconditioner": getattr(preconditioner, "__dict__", preconditioner),
             "petsc_options": self.petsc_options,
+            "PETSc options": self.solver_options(run.settings).values,
         }  # fmt: skip
         return fingerprint(facts, (y0, *problem.parameters, *problem.frozen))
 
@@ -767,5 +830,14 @@ class Engine:
                 settings.method, settings.adaptive, settings.jacobian, settings.dtype, adjoint,
                 settings.controller, settings.jacobian_options, settings.comm.size,
             )  # fmt: skip
-            self._options[key] = SolverOptions(self.prefix, self.petsc_options, defaults)
+            # Adaptive solvers repeat steps, and look for events, on an integrator without control.
+            forward = not adjoint and settings.adaptive == (self.control.step_size is None)
+            self._options[key] = SolverOptions(self.prefix, self.petsc_options, defaults, forward)
         return self._options[key]
+
+
+def _another(*settings: Any) -> Engine:
+    """Return an engine of the same settings, with the next number."""
+    *others, compiled = settings
+    make: Any = Engine
+    return make(*others, next_prefix(), compiled)

@@ -12,7 +12,9 @@ __all__ = [
     "CheckpointError",
     "ConfigurationError",
     "EventError",
+    "FieldChanged",
     "LinearSolveFailed",
+    "NonFiniteDerivative",
     "NonFiniteVectorField",
     "NonlinearSolveFailed",
     "PnodeError",
@@ -109,6 +111,10 @@ class NonFiniteVectorField(SolveError):
     """The vector field returned NaN or infinity."""
 
 
+class NonFiniteDerivative(NonFiniteVectorField):
+    """A derivative of the vector field is NaN or infinite where its value is not."""
+
+
 class VectorFieldError(SolveError):
     """The vector field returned the wrong thing, or wrote into its input."""
 
@@ -123,6 +129,10 @@ class CheckpointError(SolveError):
 
 class BackwardError(SolveError):
     """The backward sweep cannot be done as asked."""
+
+
+class FieldChanged(BackwardError):
+    """The vector field is not the one of the forward sweep any more."""
 
 
 class RankError(SolveError):

@@ -20,16 +20,19 @@ from pnode.devices import HOST, ordered, place_of
 from pnode.engine import Engine, Requests, Run
 from pnode.errors import BackwardError, ConfigurationError
 from pnode.events import check_rate, end_at_event
+from pnode.evidence import differs
 from pnode.mass import MassMatrix
-from pnode.options import ODEINT_PREFIX, check_petsc_options
+from pnode.options import ODEINT_PREFIX, check_petsc_options, next_prefix
 from pnode.problem import InitialValueProblem, StateLayout, as_times, collect_parameters
 from pnode.ranks import ALONE, Ranks
 from pnode.solution import Solution, Stats
 from pnode.solvers.jacobian_options import jacobian_options
 from pnode.solvers.methods import check_form, find_method
 from pnode.solvers.stepping import StepControl, check_steps
+from pnode.solvers.tableaus import explicit_nodes
 from pnode.transfers import carry_once, on_host, remote
-from pnode.vectorfield import vector_field
+from pnode.transforms import outside_compiler, refuse_batched, refuse_transforms, watched
+from pnode.vectorfield import VectorField
 
 __all__ = ["Solver", "odeint", "odeint_adjoint", "odeint_event"]
 
@@ -129,9 +132,9 @@ class Solver(torch.nn.Module):
         ``residual``, which do not tell y'.
     event_fn : callable, optional
         ``event_fn(t, y)`` returns a real tensor of one or several numbers. The solve ends where the
-        first of them changes sign, if the signs differ at the two ends of a step. A Module's or a
-        closure's parameters get gradients; with ``mass`` and ``residual`` there are none through
-        the event.
+        first of them changes sign (for what is found within a step see docs/output.md). A Module's
+        or a closure's parameters get gradients; with ``mass`` and ``residual`` there are none
+        through the event, nor where event_fn jumps.
     event_tol : float
         Tolerance of the root, relative to the length of the step it lies in.
     checkpointing : Checkpointing, int or str, optional
@@ -276,6 +279,12 @@ class Solver(torch.nn.Module):
                 "compile=True is not for states that several ranks share: solving without",
                 RuntimeWarning, stacklevel=2,
             )  # fmt: skip
+        self.event_fn = event_fn
+        self._requests = Requests(monitor, dense, None, arguments.finite("event_tol", event_tol))
+        if not 0.0 < self._requests.event_tol < 1.0:
+            raise ConfigurationError(f"event_tol={event_tol!r}: give a number between 0 and 1")
+        collect_parameters(self._functions, self._params)
+        # Last: arguments that are refused use up no number.
         self._engine = Engine(
             chosen, control, jacobian,
             arguments.linear_solver_options(linear_solver, jacobian)
@@ -283,13 +292,8 @@ class Solver(torch.nn.Module):
             jacobian_options(
                 chosen, form, jacobian, jacobian_pattern, preconditioner, jacobian_reuse
             ),
-            limits, chosen_comm, exchange, compile=compile,
+            limits, chosen_comm, exchange, self._new_prefix(), compile=compile,
         )  # fmt: skip
-        self.event_fn = event_fn
-        self._requests = Requests(monitor, dense, None, arguments.finite("event_tol", event_tol))
-        if not 0.0 < self._requests.event_tol < 1.0:
-            raise ConfigurationError(f"event_tol={event_tol!r}: give a number between 0 and 1")
-        collect_parameters(self._functions, self._params)
 
     @property
     def _functions(self) -> tuple[Any, ...]:
@@ -301,6 +305,10 @@ class Solver(torch.nn.Module):
     def method(self) -> str:
         """Name of the method."""
         return self._engine.method.name
+
+    @staticmethod
+    def _new_prefix() -> str:
+        return next_prefix()
 
     @property
     def options_prefix(self) -> str:
@@ -322,6 +330,7 @@ class Solver(torch.nn.Module):
         colors = f", colors={self._engine.color_count}" if self._engine.color_count else ""
         return f"method={self.method!r}, {steps}{jacobian}{colors}"
 
+    @outside_compiler
     def forward(self, y0: Any, t: Any) -> Solution:
         """Integrate from ``t[0]`` and return the states at the times ``t``. Collective.
 
@@ -346,7 +355,8 @@ class Solver(torch.nn.Module):
         Raises
         ------
         ConfigurationError
-            For unusable arguments, and for a trainable tensor that f uses and nobody declared.
+            For unusable arguments, for a trainable tensor that f uses and nobody declared, and
+            inside of transforms of torch's that would not get through: see docs/derivatives.md.
         SolveError
             For a failing solve; see :mod:`pnode.errors`. What f raises comes through as it is.
         """
@@ -365,7 +375,7 @@ class Solver(torch.nn.Module):
         if trainable and self.event_fn is not None:
             check_rate(self._form)
         compute = problem.compute
-        event_fn = self.event_fn
+        event_fn = watched(self.event_fn)
         if event_fn is not None:
             event_fn = remote(event_fn, compute, start, strict=False)
         wanted = replace(
@@ -384,7 +394,8 @@ class Solver(torch.nn.Module):
                         problem, flat.detach().clone(), keep=False, requests=requests
                     )
                     leave(ys)
-        reason, event_time = "t_end", None
+        reason, event_time, layout = "t_end", None, problem.layout
+        whole = trainable and run.event is None and not layout.is_tuple  # see _Solve.forward
         if run.event is not None:
             assert event_fn is not None
             times, ys = end_at_event(
@@ -395,7 +406,8 @@ class Solver(torch.nn.Module):
             ys = carry_once(ys, compute, start)
             start.backward = run.stats.backward
         run.stats.add(start)
-        return Solution(times, problem.layout.unflatten(ys), run.stats, reason, event_time)
+        states = ys if whole else layout.unflatten(ys)
+        return Solution(times, states, run.stats, reason, event_time)
 
     def _prepare(
         self, y0: Any, t: Any, ranks: Ranks, differentiate: bool
@@ -407,11 +419,12 @@ class Solver(torch.nn.Module):
         problem, flat, times, ledger
             The problem, the flat initial state, the output times, and the evaluations so far.
         """
+        declared = collect_parameters(self._functions, self._params)
+        refuse_transforms([("y0", y0), ("t", t), ("mass", self.mass)], declared)
         times = as_times(t, endless=self.event_fn is not None)
         start = Stats()
         with torch.inference_mode(False), torch.set_grad_enabled(differentiate):
             y0, compute = on_host(y0, self._device_state, start)
-        declared = collect_parameters(self._functions, self._params)
         if self._engine.method.implicit and any(tensor.is_inference() for tensor in declared):
             raise ConfigurationError(
                 f"a parameter was made in torch.inference_mode, and method={self.method!r} needs "
@@ -425,8 +438,8 @@ class Solver(torch.nn.Module):
         # Of tensors made in inference mode there are no derivatives, nor transposes if sparse.
         with torch.inference_mode(False), torch.set_grad_enabled(differentiate):
             problem = InitialValueProblem.create(
-                self._functions[0], y0, times, declared if differentiate else (),
-                check_undeclared=differentiate, form=self._form, explicit=self.explicit,
+                watched(self._functions[0]), y0, times, declared if differentiate else (),
+                check_undeclared=differentiate, form=self._form, explicit=watched(self.explicit),
                 mass=None if self.mass is None else MassMatrix(self.mass, StateLayout.of(y0)),
                 ranks=ranks, exchange=self._engine.exchange, compute=compute,
             )  # fmt: skip
@@ -519,6 +532,11 @@ class _Solve(torch.autograd.Function):
         with ordered(place_of(problem.layout.device)) as leave:
             ys, run = engine.forward(problem, y0, keep=True, requests=requests)
             leave(ys)
+        layout = problem.layout
+        if run.event is None and not layout.is_tuple:
+            # The result has to be the one that users keep: whoever keeps it and is what f belongs
+            # to makes a cycle, which Python sees through as long as no view comes in between.
+            ys = layout.unflatten(ys)
         ctx.engine, ctx.run = engine, run
         # Saved for torch's check that nobody has modified them since, besides their values.
         ctx.save_for_backward(y0, t, ys, *parameters, *problem.frozen)
@@ -526,17 +544,21 @@ class _Solve(torch.autograd.Function):
         return ys
 
     @staticmethod
+    @outside_compiler
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[Any, ...]:
         (cotangents,) = outputs
+        refuse_batched(cotangents)
         y0, t, ys, *_ = ctx.saved_tensors
         engine, run = ctx.engine, ctx.run
+        cotangents, ys = cotangents.reshape(len(ys), -1), ys.reshape(len(ys), -1)
         with torch.no_grad(), ordered(place_of(run.problem.layout.device)) as leave:
             state, parameters, initial, inside = engine.backward(run, y0, cotangents.detach())
             leave(state, *parameters)
             time = None
             if ctx.needs_input_grad[5]:
-                ranks = run.problem.ranks
-                with ranks.together():
+                ranks, surroundings = run.problem.ranks, run.surroundings
+                assert surroundings is not None
+                with ranks.together(), surroundings.restored():
                     time = _time_gradient(run, ys, cotangents, initial, inside, len(t))
                 time = ranks.sum(time).to(t)
         gradients = [
@@ -596,7 +618,7 @@ def _time_gradient(
     Those of interpolated outputs are in ``inside`` already, and the time of an event, which ends
     the problem's times, is a constant here.
     """
-    field = vector_field(replace(run.problem, check_undeclared=False), run.stats.backward)
+    field = run.field(run.stats.backward)
     direction = run.problem.direction
     gradient = torch.zeros(number, dtype=torch.float64, device=HOST.device)
     interpolated = run.dense.interpolated if run.dense is not None else ()
@@ -609,8 +631,19 @@ def _time_gradient(
         cotangent = -initial if index == 0 else cotangents[index]
         if run.problem.ranks.parallel or bool(cotangent.ne(0).any()):
             slope = field.slope(s, ys[index].detach().clone())
+            _verify_slope(run, field, index, slope)
             gradient[index] = direction * torch.dot(cotangent.double(), slope.double())
     return gradient
+
+
+def _verify_slope(run: Run, field: VectorField, index: int, slope: torch.Tensor) -> None:
+    """Compare f at an output with the first stage of the step that begins there, if one does."""
+    trajectory, nodes = run.trajectory, explicit_nodes(run.settings.method)
+    if trajectory is not None and nodes and nodes[0] == 0.0:
+        noted = trajectory.evidence[trajectory.outputs[index]]
+        by = differs(slope, noted[0]) if noted else 0.0
+        if by:
+            raise field.changed(run.problem.times[index], by)
 
 
 @contextmanager
@@ -643,6 +676,19 @@ _TORCHDIFFEQ_OPTIONS = {
 }
 
 
+class _OneCall(Solver):
+    """The solver of one call of :func:`odeint`.
+
+    PETSc keeps half a kilobyte for every prefix it has ever seen: calls share one, and use up none
+    of the numbers.
+    """
+
+    @staticmethod
+    def _new_prefix() -> str:
+        return ODEINT_PREFIX
+
+
+@outside_compiler
 def odeint(
     func: Callable[..., Any],
     y0: Any,
@@ -698,6 +744,7 @@ def odeint(
     The default tolerances are torchdiffeq's. They are tight for methods of order one and two,
     which then take thousands of steps, and beyond what a float32 field resolves.
     """
+    refuse_transforms([("y0", y0), ("t", t)])
     keywords: dict[str, Any] = dict(solver_keywords)
     if options is not None and not isinstance(options, Mapping):
         raise ConfigurationError(
@@ -724,9 +771,7 @@ def odeint(
         span = float((exact.max() - exact.min()).item()) or 1.0
         if math.isfinite(span) and not keywords.get("dense"):
             keywords["step_size"] = span
-    solver = Solver(func, rtol=rtol, atol=atol, method=chosen.name, params=params, **keywords)
-    # PETSc keeps half a kilobyte for every prefix it has ever seen: calls share one.
-    solver._engine = replace(solver._engine, prefix=ODEINT_PREFIX)
+    solver = _OneCall(func, rtol=rtol, atol=atol, method=chosen.name, params=params, **keywords)
     solution = solver(y0, times)
     return solution.ys if event_fn is None else (solution.event_time, solution.ys)
 
@@ -755,6 +800,7 @@ def odeint_adjoint(func: Callable[..., Any], y0: Any, t: Any, **keywords: Any) -
     return odeint(func, y0, t, **keywords)
 
 
+@outside_compiler
 def odeint_event(
     func: Callable[..., Any],
     y0: Any,
@@ -802,6 +848,7 @@ def odeint_event(
     Collective on the solver's communicator.
     """
     arguments.flag("reverse_time", reverse_time)
+    refuse_transforms([("y0", y0), ("t0", t0)])
     start = as_times(t0.reshape(-1) if isinstance(t0, torch.Tensor) else [t0])
     if len(start) != 1:
         raise ConfigurationError(f"t0 has {len(start)} entries: give a single time")

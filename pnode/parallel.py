@@ -24,7 +24,7 @@ from mpi4py import MPI
 
 from pnode.errors import ConfigurationError
 from pnode.layouts import GhostLayout, Grid
-from pnode.ranks import as_communicator
+from pnode.ranks import as_communicator, as_reals, count_reals, from_reals
 
 __all__ = [
     "GhostLayout",
@@ -132,7 +132,8 @@ class _Replicate(torch.autograd.Function):
 
 
 def _sum(value: torch.Tensor, comm: Any) -> torch.Tensor:
-    result = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    own = value.detach().resolve_conj()
+    result = own.to("cpu", copy=True, memory_format=torch.contiguous_format)
     comm.Allreduce(MPI.IN_PLACE, result.numpy(), MPI.SUM)
     return result.to(value.device)
 
@@ -178,17 +179,18 @@ def sum_gradients(
     _same_sizes(tensors, comm)
     if not tensors:
         return
-    wide = any(tensor.dtype is torch.float64 for tensor in tensors)
+    wide = any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors)
+    sizes = [count_reals(tensor) for tensor in tensors]
     flat = torch.zeros(
-        len(tensors) + sum(tensor.numel() for tensor in tensors),
+        len(tensors) + sum(sizes),
         dtype=torch.float64 if wide else torch.float32,
         device="cpu",
     )
-    parts = flat[len(tensors) :].split([tensor.numel() for tensor in tensors])
+    parts = flat[len(tensors) :].split(sizes)
     for index, (tensor, part) in enumerate(zip(tensors, parts, strict=True)):
         if tensor.grad is not None:
             flat[index] = 1.0
-            part.copy_(tensor.grad.reshape(-1))
+            part.copy_(as_reals(tensor.grad))
     comm.Allreduce(MPI.IN_PLACE, flat.numpy(), MPI.SUM)
     for tensor, part, count in zip(tensors, parts, flat[: len(tensors)].tolist(), strict=True):
         if not count:
@@ -196,7 +198,7 @@ def sum_gradients(
         summed = part / comm.size if average else part
         if tensor.grad is None:
             tensor.grad = torch.empty_like(tensor)
-        tensor.grad.copy_(summed.view(tensor.shape))
+        tensor.grad.copy_(from_reals(summed, tensor))
 
 
 def broadcast_parameters(
@@ -235,7 +237,7 @@ def broadcast_parameters(
 
 
 def _same_sizes(tensors: list[torch.Tensor], comm: Any) -> None:
-    own = np.array([len(tensors), sum(tensor.numel() for tensor in tensors)], np.int64)
+    own = np.array([len(tensors), sum(map(count_reals, tensors))], np.int64)
     both = np.concatenate([own, -own])
     comm.Allreduce(MPI.IN_PLACE, both, MPI.MIN)
     if (both[:2] != -both[2:]).any():

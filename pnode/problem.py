@@ -14,6 +14,7 @@ from pnode.devices import HOST
 from pnode.errors import ConfigurationError
 from pnode.layouts import Layout
 from pnode.ranks import ALONE, Ranks
+from pnode.vectors import is_finite
 
 __all__ = ["InitialValueProblem", "StateLayout", "collect_parameters"]
 
@@ -81,7 +82,7 @@ class StateLayout:
                     f"{name} has dtype {part.dtype} on {part.device}, but y0[0] has "
                     f"{parts[0].dtype} on {parts[0].device}: all parts of a state must agree"
                 )
-            if not _is_finite(part.detach()):
+            if not is_finite(part.detach()):
                 raise ConfigurationError(
                     f"{name} contains NaN or infinity: start from finite values"
                 )
@@ -266,17 +267,12 @@ def as_times(t: Any, endless: bool = False) -> torch.Tensor:
     times = t.detach()
     if endless and len(t) > 1 and bool(torch.isinf(times[-1])):
         times = times[:-1]
-    if not _is_finite(times):
+    if not is_finite(times):
         raise ConfigurationError(
             "t contains NaN or infinity: give finite output times (with event_fn, the last one may "
             "be infinite)"
         )
     return t
-
-
-def _is_finite(values: torch.Tensor) -> bool:
-    """Whether all entries are finite: at once if their sum is, which costs a tenth."""
-    return math.isfinite(float(values.sum())) or bool(torch.isfinite(values).all())
 
 
 def collect_parameters(

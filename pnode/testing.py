@@ -104,11 +104,12 @@ def taylor_test(
     gradients = torch.autograd.grad(value.sum(), tensors, allow_unused=True)
     generator = torch.Generator().manual_seed(seed)
     directions = [torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in tensors]
-    norm = math.sqrt(sum(float(d.square().sum()) for d in directions))
-    scale = max(1.0, math.sqrt(sum(float(t.detach().square().sum()) for t in tensors))) / norm
+    norm = math.hypot(*(float(torch.linalg.vector_norm(d)) for d in directions))
+    lengths = (float(torch.linalg.vector_norm(t.detach())) for t in tensors)
+    scale = max(1.0, math.hypot(*lengths)) / norm
     directions = [direction * scale for direction in directions]
     slope = sum(
-        float((gradient * direction).sum())
+        float((gradient.conj() * direction).sum().real)
         for gradient, direction in zip(gradients, directions, strict=True)
         if gradient is not None
     )

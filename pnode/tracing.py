@@ -137,6 +137,8 @@ def trace_field(field: VectorField) -> FieldGraph:
     Untraceable
         With the reason.
     """
+    if any(parameter.is_complex() for parameter in field.parameters):
+        raise Untraceable("a parameter is complex, for which torch's compiler writes no code")
     layout = field.problem.layout
     shape = (layout.size,) if layout.is_tuple else tuple(layout.shapes[0])
     like = torch.empty(0, dtype=layout.dtype, device=layout.device)

@@ -9,12 +9,15 @@ inside.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 
 from pnode.devices import random_states
-from pnode.errors import ConfigurationError, VectorFieldError
+from pnode.errors import ConfigurationError, FieldChanged, VectorFieldError
+from pnode.graphs import graph_bytes
+from pnode.hooks import hooks_of
 from pnode.layouts import Layout
 from pnode.mass import MassMatrix
 from pnode.problem import InitialValueProblem
@@ -29,6 +32,7 @@ __all__ = [
     "VectorField",
     "directional_derivative",
     "note_kept",
+    "record_all",
     "transposed",
     "vector_field",
 ]
@@ -77,6 +81,11 @@ class VectorField:
     has_rhs = True
     #: Of a state with ghost cells.
     exchange: Layout | None = None
+    #: Whether f is evaluated with grad enabled and y requiring grad, always: in sweeps of a solve
+    #: that is differentiated, so that f is the same in all of them. Without, where f asks for it.
+    recording = False
+    #: Says what of f's surroundings has changed since the forward sweep, for an error.
+    suspects: Callable[[], str] | None = None
 
     def __init__(self, problem: InitialValueProblem, ledger: Ledger, function: Any = None) -> None:
         self.problem = problem
@@ -85,6 +94,8 @@ class VectorField:
         self.mass: MassMatrix | None = problem.mass
         self.ledger = ledger
         self.parameters = problem.parameters
+        #: What must not act on single products with the parameters.
+        self.hooks = hooks_of(problem.parameters)
         self.dtype = problem.layout.dtype
         #: Whether the first evaluation (of one part or the other) used each parameter.
         self.used = [False] * len(problem.parameters)
@@ -116,12 +127,28 @@ class VectorField:
         if self._check_first and self.problem.check_undeclared:
             return self._linearize(s, u, False).flat_value()
         self.ledger.rhs += 1
-        if torch.is_grad_enabled():
-            with torch.no_grad():
+        if self.recording:
+            return self._recorded(s, u)
+        try:
+            if torch.is_grad_enabled():
+                with torch.no_grad():
+                    value = self._call(s, u, self._time(s), self._shaped(u))
+            else:
                 value = self._call(s, u, self._time(s), self._shaped(u))
-        else:
-            value = self._call(s, u, self._time(s), self._shaped(u))
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+            self.recording = True  # f differentiates something itself
+            return self._recorded(s, u.detach())
         value = value.reshape(-1)
+        return value if self._direction > 0 else -value
+
+    def _recorded(self, s: float, u: torch.Tensor) -> torch.Tensor:
+        """Do as :meth:`rhs`, with grad enabled and y requiring it."""
+        leaf = u if self._shape is None else self._shaped(u)
+        with torch.enable_grad():
+            value = self._record(s, leaf.requires_grad_(True), self._time(s))
+        value = value.detach().reshape(-1)
         return value if self._direction > 0 else -value
 
     def _shaped(self, u: torch.Tensor) -> Any:
@@ -146,12 +173,43 @@ class VectorField:
             inputs = (leaf, *self.parameters)
             found: Sequence[torch.Tensor | None] = (None,) * len(inputs)
             if value.requires_grad:
-                found = torch.autograd.grad(value, inputs, w, allow_unused=True)
+                with self.hooks_away():
+                    # Part of the graph may be the user's, of parameters made of others.
+                    found = torch.autograd.grad(
+                        value, inputs, w, retain_graph=True, allow_unused=True
+                    )
         return [
             value.detach(),
             torch.zeros_like(leaf) if found[0] is None else found[0],
             *found[1:],
         ]
+
+    def changed(self, s: float, by: float, what: str = "its value") -> FieldChanged:
+        """Return the error for an f that is not the one of the forward sweep.
+
+        Parameters
+        ----------
+        s : float
+            Time.
+        by : float
+            Difference relative to the norm.
+        what : str
+            What differs.
+        """
+        suspects = "" if self.suspects is None else self.suspects()
+        return FieldChanged(
+            f"the vector field is not the one of the forward sweep: {what} at "
+            f"t = {self._direction * s!r} differs by {by:.1e} of its norm{suspects}. Let nothing "
+            "that it looks at change before the gradient has been taken (pass what changes as "
+            "part of y0 or params, draw random numbers before the solve); if nothing has, "
+            "round-off grows in repeated steps: "
+            "checkpointing=pnode.Checkpointing(reproducible=True) gives them the same bits",
+            time=self._direction * s,
+        )
+
+    def hooks_away(self) -> AbstractContextManager[None]:
+        """Return a context in which hooks on parameters do not act; see :mod:`pnode.hooks`."""
+        return nullcontext() if self.hooks is None else self.hooks.away()
 
     def trust(self, used: list[bool] | None) -> None:
         """Take over which parameters f uses, instead of finding out at the first evaluation.
@@ -199,24 +257,11 @@ class VectorField:
     def measure(self, s: float, u: torch.Tensor) -> tuple[Linearization, int]:
         """Do as :meth:`linearize`, and return how many bytes the graph keeps besides u.
 
-        Storages that are shared count once; those of the parameters, and what they were made of,
-        not at all. A solve inside f counts with its checkpoints.
+        A solve inside f counts with its checkpoints.
         """
-        outside = {parameter.untyped_storage().data_ptr() for parameter in self.parameters}
-        outside.add(u.untyped_storage().data_ptr())
-        kept: dict[int, int] = {}
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in outside:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
         before = _kept_by_solves
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            made = self.linearize(s, u)
-        pack(made.flat_value())
-        return made, sum(kept.values()) + _kept_by_solves - before
+        made = self.linearize(s, u)
+        return made, made.kept_bytes() + _kept_by_solves - before
 
     def linearize_gathered(self, s: float, u: torch.Tensor, ghosted: torch.Tensor) -> Linearization:
         """Do as :meth:`linearize`, with ``gather(u)`` at hand. Not collective."""
@@ -263,7 +308,33 @@ class VectorField:
         if before is not None:
             self._refuse_hidden_state(s, before)
             self._find_parameters(value, leaf, time)
+            if not value.requires_grad:
+                self._refuse_unrecorded(s, leaf, value)
         return value
+
+    def _refuse_unrecorded(self, s: float, leaf: torch.Tensor, value: torch.Tensor) -> None:
+        """Refuse a value without a graph that depends on y: every derivative would be zero.
+
+        It has to differ on both sides of y, so that a field that switches at y may pass.
+        """
+        for sign in (1.0, -1.0):
+            with torch.no_grad():
+                near = leaf + sign * 1e-6 * (1.0 + leaf.abs())
+            near.requires_grad_(True)
+            state = self._layout.unflatten(near) if self._layout.is_tuple else near
+            try:
+                other = self._call(s, near, self._time(s), state)
+            except Exception:  # outside of where f is defined: nothing is known
+                return
+            if torch.equal(other.detach(), value.detach()):
+                return
+        raise VectorFieldError(
+            "the vector field's value depends on y and torch has not recorded how (numpy, "
+            ".detach(), .item(), autograd.grad without create_graph=True?), so that every "
+            "derivative would be zero: compute it with torch operations, or solve under "
+            "torch.no_grad()",
+            time=self._direction * s,
+        )
 
     def _hidden_state(self) -> tuple[list[torch.Tensor], list[int]]:
         """Return torch's random states and the versions of a Module's floating-point buffers."""
@@ -491,6 +562,13 @@ def vector_field(problem: InitialValueProblem, ledger: Ledger) -> VectorField:
     return field
 
 
+def record_all(field: VectorField) -> None:
+    """Evaluate both parts of a field with grad enabled from now on: the solve is differentiated."""
+    field.recording = True
+    if field.explicit is not None:
+        field.explicit.recording = True
+
+
 _kept_by_solves = 0
 
 
@@ -530,7 +608,21 @@ def _engine_works() -> bool:
 
 
 _engine: Any = getattr(torch.autograd.graph, "_engine_run_backward", None)
-_pull_back = _engine_gradients if _engine_works() else _gradients
+_pull_back: Any = _engine_gradients if _engine_works() else _gradients
+
+
+def _find_edges_work() -> bool:
+    """Whether products can begin at the edge of a graph, without the value at its end."""
+    try:
+        with torch.enable_grad():
+            x = torch.ones(2, requires_grad=True)
+            edge = torch.autograd.graph.get_gradient_edge(2.0 * x)
+        return bool(_pull_back(edge, (x,), torch.ones(2))[0].tolist() == [2.0, 2.0])
+    except Exception:
+        return False
+
+
+_edges_work = _find_edges_work()
 
 
 def transposed(linear: Callable[[torch.Tensor], torch.Tensor], v: torch.Tensor) -> torch.Tensor:
@@ -589,8 +681,21 @@ class Linearization:
         self._sign = sign
         self._rate_sign = rate_sign
         self._time = time
+        self._edge: Any = None
         self._double_backward: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None
         self._jacobians: tuple[torch.Tensor, ...] | None = None
+
+    def drop_value(self) -> None:
+        """Let go of f's value, which only the graph itself may still need: for VJPs alone."""
+        if self._value.requires_grad and _edges_work:
+            self._edge = torch.autograd.graph.get_gradient_edge(self._value)
+            # Its shape and dtype, without its numbers.
+            self._value = self._value.new_empty(()).expand(self._value.shape)
+
+    def kept_bytes(self) -> int:
+        """Return about how many bytes the graph keeps besides the state and the parameters."""
+        known = (*self._leaves, *self._field.parameters)
+        return graph_bytes(self._value, [tensor for tensor in known if tensor is not self._value])
 
     def adopt(self, field: VectorField) -> None:
         """Take products for another field of the same problem, and count them there."""
@@ -616,9 +721,14 @@ class Linearization:
         inputs = (*self._leaves, *self._field.parameters)
         self._field.ledger.vjp += 1
         products: tuple[torch.Tensor | None, ...] = (None,) * len(inputs)
-        if self._value.requires_grad:
+        if self._edge is not None or self._value.requires_grad:
             cotangent = (w if self._sign > 0 else -w).view(self._value.shape)
-            products = _pull_back(self._value, inputs, cotangent)
+            end = self._edge or self._value
+            if self._field.hooks is None:
+                products = _pull_back(end, inputs, cotangent)
+            else:
+                with self._field.hooks.away():
+                    products = _pull_back(end, inputs, cotangent)
         state = self._flat(products[0])
         if self._rate_sign is not None:
             rate = self._flat(products[1])
@@ -735,9 +845,10 @@ class Linearization:
                     allow_unused=True,
                 )  # fmt: skip
             if product is not None and product.requires_grad:
-                products = torch.autograd.grad(
-                    product, inputs, direction, retain_graph=True, allow_unused=True
-                )
+                with self._field.hooks_away():
+                    products = torch.autograd.grad(
+                        product, inputs, direction, retain_graph=True, allow_unused=True
+                    )
         return Products(self._flat(products[0]), products[1:])
 
     def jacobian(self) -> torch.Tensor:

@@ -11,7 +11,6 @@ alive. Its field is set for the duration of one sweep.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pnode.devices import HOST, Place
+from pnode.evidence import Note, differs, project, projection_weights
 from pnode.options import PETSc, log_event
 from pnode.ranks import ALONE, Ranks
 from pnode.vectorfield import Linearization, Products, VectorField
@@ -40,6 +40,8 @@ __all__ = [
 ]
 
 _EVENTS = ("rhs", "jvp", "vjp", "jacobian")
+# Difference of two times of the same stage, relative to the larger end of the step.
+_ROUND_OFF = 4.0 * float(torch.finfo(torch.float64).eps)
 
 
 @dataclass
@@ -110,6 +112,12 @@ class Bridge:
     evaluated : deque of Tensor
         The last states that the right-hand side was evaluated at, oldest first: the stages of an
         explicit step.
+    projections : deque of float or None
+        Of the values there, in a sweep that notes them; see :mod:`pnode.evidence`.
+    noted : list of Note or None
+        Of an implicit method, in such a sweep: of each stage of the step under way.
+    expected : list of Note or None
+        What a backward sweep should find.
     jacobian : Jacobian or None
         What fills the matrices of an implicit method, from :mod:`pnode.solvers.jacobians`.
     """
@@ -121,6 +129,15 @@ class Bridge:
         #: What PETSc calls the right-hand side: the explicit part of a split one, or all of it.
         self._explicit: Any = None
         self.evaluated: deque[torch.Tensor] = deque(maxlen=keep)
+        self.projections: deque[float] | None = None
+        self._weights: torch.Tensor | None = None
+        self.noted: list[Note] | None = None
+        self.expected: list[Note] | None = None
+        self._times: list[float] = []
+        self._round_off = 0.0
+        self._solve_begins = True
+        #: Evaluations in a backward sweep for which nothing was noted.
+        self.unverified = 0
         #: Graphs of f at these states, if a sweep asks for them, and the bytes that each keeps.
         self.graphs: deque[Linearization] | None = None
         self.graph_bytes = -1
@@ -145,6 +162,8 @@ class Bridge:
         """Begin a sweep with ``field``."""
         self._attached = field
         self._explicit = field.explicit or field
+        self.projections = self.noted = self.expected = self._weights = None
+        self._times = []
         self.ranks = field.problem.ranks
         self.exception = None
         self.nonfinite_time = None
@@ -164,6 +183,8 @@ class Bridge:
         for shell in self.shells:
             shell.point = _NOWHERE
         self.evaluated.clear()
+        self.projections = self.noted = self.expected = self._weights = None
+        self._times = []
         self.graphs = None
         self.graph_bytes = -1
 
@@ -200,9 +221,35 @@ class Bridge:
         finally:
             logged.end()
 
+    def note_values(self) -> None:
+        """From now on note what f returns."""
+        self.projections = deque(maxlen=self.evaluated.maxlen)
+        self.noted = []
+
+    def begin_stages(self, times: tuple[float, ...]) -> None:
+        """Say at which times the stages of a step are, its start and end among them.
+
+        PETSc's own times differ from these by round-off, and differently forwards and backwards.
+        Those that are not known, of implicit methods forwards, are as PETSc first gives them.
+        """
+        self._times = list(times)
+        self._solve_begins = True
+        self._round_off = _ROUND_OFF * max(map(abs, times))
+
+    def stage_time(self, s: float) -> float:
+        """Return the stage time that PETSc's differs from by round-off."""
+        if not self._times:
+            return s
+        nearest = min(self._times, key=lambda time: abs(s - time))
+        if abs(s - nearest) <= self._round_off:
+            return nearest
+        self._times.append(s)
+        return s
+
     def stage_begins(self) -> None:
-        """From now on PETSc passes the right times."""
+        """From now on PETSc passes the right times, and evaluates for another stage."""
         self.start_time = None
+        self._solve_begins = True
 
     def set_rhs_function(self, ts: Any, work: Any) -> None:
         """Make this the right-hand side of an explicit TS. Not collective."""
@@ -210,6 +257,8 @@ class Bridge:
 
     def rhs_function(self, ts: Any, s: float, u: Any, f: Any) -> None:
         """f = g(s, u) (PETSc's RHSFunction)."""
+        if s not in self._times:
+            s = self.stage_time(s)
         value = self.guarded("rhs", self._evaluate, s, u)
         if value is None:
             self.fill(ts, u, f)
@@ -265,7 +314,7 @@ class Bridge:
 
         The graph is kept if the Jacobian is to be evaluated at the same point next.
         """
-        s = s if self.start_time is None else self.start_time
+        s = self.stage_time(s if self.start_time is None else self.start_time)
         value = self.guarded("rhs", self._implicit_value, s, u, u_dot)
         if value is None:
             if self.ranks.parallel:  # stops the iteration on all ranks
@@ -283,7 +332,7 @@ class Bridge:
         self, ts: Any, s: float, u: Any, u_dot: Any, shift: float, a: Any, p: Any
     ) -> None:
         """Fill p (and a) with shift dF/du_dot - dg/du (PETSc's IJacobian)."""
-        s = s if self.start_time is None else self.start_time
+        s = self.stage_time(s if self.start_time is None else self.start_time)
         assert self.jacobian is not None
         self.jacobian.compute(self, ts, s, u, u_dot, shift, a, p)
 
@@ -293,7 +342,7 @@ class Bridge:
 
     def explicit_jacobian(self, ts: Any, s: float, u: Any, a: Any, p: Any) -> None:
         """Point the shell at dg/du(s, u) (PETSc's RHSJacobian)."""
-        self.here_explicit = self._point(self._explicit, s, u, None)
+        self.here_explicit = self._point(self._explicit, self.stage_time(s), u, None)
         a.getPythonContext().move_to(self.here_explicit, 0.0, 1.0)
 
     def explicit_parameter_jacobian(self, ts: Any, s: float, u: Any, a: Any) -> None:
@@ -304,7 +353,7 @@ class Bridge:
         self, ts: Any, s: float, u: Any, u_dot: Any, shift: float, a: Any
     ) -> None:
         """Point the shell at -dF/dp(s, u, u_dot) (PETSc's IJacobianP)."""
-        a.getPythonContext().point = self.point(s, u, u_dot)
+        a.getPythonContext().point = self.point(self.stage_time(s), u, u_dot)
 
     def point(self, s: float, u: Any, u_dot: Any = None) -> Point:
         """Return the point (s, u, u_dot), a recent one where it is the same."""
@@ -348,14 +397,11 @@ class Bridge:
         rate: torch.Tensor | None,
         ghosted: torch.Tensor | None,
     ) -> Point | None:
-        """Return a recent point with these values. Not collective.
-
-        The adjoint computes a time from the step's other side: the last bit may differ.
-        """
+        """Return a recent point with these values. Not collective."""
         for known in self._points:
             if (
                 known.field is field
-                and math.isclose(known.s, s, rel_tol=1e-15)
+                and known.s == s
                 and torch.equal(known.u, u)
                 and (rate is None or (known.u_dot is not None and torch.equal(known.u_dot, rate)))
                 and (
@@ -399,13 +445,23 @@ class Bridge:
         own = copy_out(u, field.dtype)
         self.evaluated.append(own)
         if self.graphs is None:
-            return field.rhs(s, own)
-        if self.graph_bytes < 0:  # measured once: every evaluation keeps as much
-            linearization, self.graph_bytes = field.measure(s, own)
+            value = field.rhs(s, own)
         else:
-            linearization = field.linearize(s, own)
-        self.graphs.append(linearization)
-        return linearization.flat_value()
+            if self.graph_bytes < 0:  # measured once: every evaluation keeps as much
+                linearization, self.graph_bytes = field.measure(s, own)
+            else:
+                linearization = field.linearize(s, own)
+            self.graphs.append(linearization)
+            value = linearization.flat_value()
+            linearization.drop_value()
+        if self.projections is not None and self.noted is not None:
+            if self._weights is None:
+                self._weights = projection_weights(value)
+            projection = float(torch.dot(self._weights, value))
+            self.projections.append(projection)
+            if field is not self._attached:  # the explicit part of a split one
+                self.noted.append(Note(1, s, project(own), projection))
+        return value
 
     def linearize(self, point: Point) -> Linearization:
         """Return the linearization at ``point``, made on first use."""
@@ -417,18 +473,55 @@ class Bridge:
                 )
             else:
                 point.linearization = point.field.linearize(point.s, point.u, point.u_dot)
+            if self.expected is not None:
+                self._verify(point, point.linearization.flat_value())
         return point.linearization
+
+    def _verify(self, point: Point, value: torch.Tensor) -> None:
+        """Compare a value with what the forward sweep noted there, if it did.
+
+        Where a repeated step has led to a state that is the same but for round-off, the value may
+        differ by as much as f is stiff.
+        """
+        assert self.expected is not None
+        part = int(point.field is not self._attached)
+        found = [note for note in self.expected if note.part == part and note.s == point.s]
+        if not found:
+            self.unverified += 1
+            return
+        assert point.field is not None
+        state = project(point.u)
+        note = min(found, key=lambda note: abs(note.state - state))
+        if state != note.state:
+            by, what = differs(point.u, note.state), "a repeated step's state"
+        else:
+            by, what = differs(value, note.value), "its value"
+        if by:
+            raise point.field.changed(point.s, by, what)
 
     def _implicit_value(self, s: float, u: Any, u_dot: Any) -> torch.Tensor:
         """Return F(s, u, u_dot), without the term u_dot where M is the identity."""
         field = self.field
         wanted = self.records and (self.jacobian is None or self.jacobian.records)
         if wanted or not field.has_rhs:
-            value = -self.linearize(self.point(s, u, u_dot)).flat_value()
+            point = self.point(s, u, u_dot)
+            own, value = point.u, self.linearize(point).flat_value()
         else:
-            value = -field.rhs(s, copy_out(u, field.dtype))
+            own = copy_out(u, field.dtype)
+            value = field.rhs(s, own)
+        if self.noted is not None:
+            self._note(Note(0, s, project(own), project(value)))
+        value = -value
         mass = field.mass
         return value if mass is None else mass.apply(copy_out(u_dot)) + value
+
+    def _note(self, note: Note) -> None:
+        """Take down an evaluation, instead of the last one if that was of the same solve."""
+        assert self.noted is not None
+        if self.noted and not self._solve_begins and self.noted[-1][:2] == note[:2]:
+            self.noted.pop()
+        self.noted.append(note)
+        self._solve_begins = False
 
     def _vjp_at(self, point: Point, w: Any) -> Products:
         cotangent = copy_out(w, self.field.dtype)
@@ -567,14 +660,18 @@ class ParameterSums:
 def accumulate(
     sums: list[torch.Tensor | None], terms: tuple[torch.Tensor | None, ...], weight: float
 ) -> None:
-    """Add ``weight`` times ``terms`` (any precision) to ``sums`` (PETSc's), None being zero."""
+    """Add ``weight`` times ``terms`` (any precision) to ``sums`` (PETSc's), None being zero.
+
+    Those of complex parameters are complex: torch's convention dL/d Re p + i dL/d Im p is linear
+    over the reals, and so are the sums.
+    """
     totals, addends = [], []
     for index, term in enumerate(terms):
         if term is None:
             continue
         total = sums[index]
         if total is None:
-            sums[index] = term.to(REAL) * weight
+            sums[index] = term.to(torch.promote_types(term.dtype, REAL)) * weight
         else:
             totals.append(total)
             addends.append(term)

@@ -376,7 +376,9 @@ class CompiledIntegrator(TimeIntegrator):
         """Go on from a history, which an integrator of the same method had. Collective."""
         self._stand_at(history[0].detach().to(REAL))
 
-    def attempt(self, s: float, step: float, index: int, order: int = 0) -> StepOutcome:
+    def attempt(
+        self, s: float, step: float, index: int, order: int = 0, end: float | None = None
+    ) -> StepOutcome:
         """Try one step from ``s`` of length ``step``. Collective.
 
         Returns
@@ -413,8 +415,8 @@ class CompiledIntegrator(TimeIntegrator):
             if error is not None:
                 return StepOutcome(False, proposed, error)
         self._last, self._begin = (self._u, saved, results), self._direction * s
-        self._u = end = results[1]
-        self._memory.copy_(end)
+        self._u = results[1]
+        self._memory.copy_(self._u)
         self.solution.stateIncrease()
         if graphs.fsal:
             self._slope = results[2]
@@ -512,6 +514,10 @@ class CompiledIntegrator(TimeIntegrator):
         # Matrix products write into what they return, which is not the user's doing: .data has a
         # version of its own.
         return tuple(tensor.data for tensor in self._graphs.checkpoint(*self._last))
+
+    def evidence(self) -> tuple[float, ...]:
+        """Return nothing: what the graphs compute cannot change but through their inputs."""
+        return ()
 
     def interpolate(self, s: float) -> torch.Tensor:
         """Return the state at a time in the last step by the method's interpolant. Collective."""

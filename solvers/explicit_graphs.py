@@ -167,7 +167,7 @@ class StepGraphs:
         if self.fsal:
             slope, kept = self._evaluate(t + h, end.to(self.dtype), captured)
             slopes.append(slope)
-            saved.append(kept)
+            saved.append(_apart(kept, (end, slope)))
             carried = [slope]
         if error:
             assert self.b_embedded is not None and rtol is not None and atol is not None
@@ -375,6 +375,20 @@ def _combine(
         return u if u is not None else torch.zeros_like(slopes[0])
     total = h * sum(terms[1:], start=terms[0])
     return total if u is None else u + total
+
+
+def _apart(tensors: Tensors, others: Tensors) -> Tensors:
+    """Copy tensors that share memory with others, or one another: results of a graph must not.
+
+    An activation at the end of f saves f's own value.
+    """
+    known = {other.untyped_storage()._cdata for other in others}
+    result = []
+    for tensor in tensors:
+        storage = tensor.untyped_storage()._cdata
+        result.append(tensor.clone() if storage in known else tensor)
+        known.add(storage)
+    return tuple(result)
 
 
 def _shaped(tolerance: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

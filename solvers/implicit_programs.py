@@ -509,6 +509,11 @@ class ImplicitSweep:
         self._settings.direction = direction
         self._handle: int | None = None
 
+    @property
+    def captured(self) -> Sequence[torch.Tensor]:
+        """What f reads."""
+        return self._program.traced.captured
+
     def forward(
         self, times: Sequence[float], numbers: Sequence[int] | None, y0: torch.Tensor,
         keep: bool, ledger: Ledger,

@@ -19,8 +19,9 @@ from pnode.errors import (
     NonlinearSolveFailed,
     SolveError,
 )
-from pnode.options import PETSc, SolverOptions, log_stage, petsc_reason
-from pnode.ranks import ALONE
+from pnode.evidence import project
+from pnode.options import PETSc, SolverOptions, failure_reason, log_stage
+from pnode.ranks import ALONE, CURABLE
 from pnode.solvers.assemblies import BLOCK_LU
 from pnode.solvers.bridge import Bridge, JacobianShell, shell_matrix
 from pnode.solvers.jacobians import (
@@ -39,6 +40,7 @@ from pnode.solvers.petsc_c import (
     stage_vectors,
     subtype,
 )
+from pnode.solvers.tableaus import explicit_nodes
 from pnode.tolerances import Resolved
 from pnode.vectorfield import Linearization, VectorField
 
@@ -60,7 +62,6 @@ SINGULAR = 71
 # TSStep wants a final time; ours is kept by the driver.
 _FOREVER = 1e300
 _FACTORIZATIONS = ("lu", "ilu", "cholesky", "icc")
-_CURABLE = (NonFiniteVectorField, NonlinearSolveFailed, LinearSolveFailed)
 
 
 @dataclass(frozen=True)
@@ -391,7 +392,9 @@ class TimeIntegrator:
         self._rolled_back = False
         self._starts = method.ts_type == "dirk"
         self._stage_callback = (
-            before_each_stage(self.ts, self.bridge.stage_begins) if self._starts else None
+            before_each_stage(self.ts, self.bridge.stage_begins)
+            if method.ts_type in ("dirk", "arkimex")
+            else None
         )
         if self._starts:
             # PETSc solves for DIRK's initial slope from whatever slope it had last.
@@ -403,6 +406,8 @@ class TimeIntegrator:
             and "snes_linesearch_type" not in options.given
             and options.values.get("snes_type", "newtonls") == "newtonls"
         )
+        #: Where explicit stages are between the ends of a step, in units of its length.
+        self._inner = tuple(c for c in explicit_nodes(method) if c not in (0.0, 1.0))
         self._iterations = (0, 0)
         self._direction = 1.0
         self._rejecting = False
@@ -468,10 +473,13 @@ class TimeIntegrator:
         newton, krylov = self._iterations
         return self.ts.getSNESIterations() - newton, self.ts.getKSPIterations() - krylov
 
-    def attempt(self, s: float, step: float, index: int, order: int = 0) -> StepOutcome:
+    def attempt(
+        self, s: float, step: float, index: int, order: int = 0, end: float | None = None
+    ) -> StepOutcome:
         """Try one step from ``s`` of length ``step``. Collective.
 
         ``order`` is that of the :class:`Step` to be repeated, if any; one-step methods have none.
+        ``end`` is where the step ends, if that is not ``s + step`` rounded.
 
         Returns
         -------
@@ -486,6 +494,10 @@ class TimeIntegrator:
         ts, bridge = self.ts, self.bridge
         ts.setTime(s)
         ts.setTimeStep(step)
+        end = s + step if end is None else end
+        bridge.begin_stages((s, *(s + c * step for c in self._inner), end))
+        if bridge.noted:  # the last stage may be this step's first
+            bridge.noted = [note for note in bridge.noted if note.s == s]
         if self._start is not None:
             self.solution.copy(self._start)
         where: dict[str, Any] = {
@@ -559,7 +571,7 @@ class TimeIntegrator:
             self.ranks.fail(self._nonfinite(self.bridge.nonfinite_time))
             self.bridge.nonfinite_time = None
         found = self.ranks.settle(error)
-        if found is None or isinstance(found, _CURABLE):
+        if found is None or isinstance(found, CURABLE):
             return found
         raise found from found.__cause__
 
@@ -620,7 +632,7 @@ class TimeIntegrator:
                     "of y, or the Jacobian is not finite"
                 )
             raise SolveError(
-                f"PETSc could not take this step{overflow}", reason=petsc_reason(failure), **where
+                f"PETSc could not take this step{overflow}", reason=failure_reason(failure), **where
             ) from failure
 
     def _failure(self, where: dict[str, Any]) -> SolveError | None:
@@ -661,6 +673,47 @@ class TimeIntegrator:
         else:
             first = vectors.copy_out(start)
         return (first, *(vectors.copy_out(vector) for vector in rest))
+
+    def evidence(self) -> tuple[float, ...]:
+        """Return what a backward sweep can tell f by, of the last step. Not collective.
+
+        After :meth:`note_values`. Explicit methods: the projections of the values at the stages of
+        :meth:`checkpoint`. Rosenbrock methods, which have no stages there: that of the step's end.
+        Others: part, time, and the projections of state and value, at each stage.
+        """
+        method, bridge = self.settings.method, self.bridge
+        if method.ts_type == "rosw":
+            return (project(vectors.view(self.solution)),)
+        if not method.implicit:
+            found = tuple(bridge.projections or ())
+            whole = len(found) == bridge.evaluated.maxlen
+            return (found[:-1] if method.fsal else found) if whole else ()
+        return tuple(number for note in bridge.noted or () for number in note)
+
+    def note_values(self) -> None:
+        """From now on note what :meth:`evidence` needs."""
+        self.bridge.note_values()
+
+    def monitor(self, number: int, s: float) -> None:
+        """Let PETSc's monitors look at the solution after ``number`` steps. Collective.
+
+        Raises
+        ------
+        SolveError
+            If one of them fails, as where it cannot write.
+        """
+        try:
+            self.ts.monitor(number, s, self.solution)
+        except PETSc.Error as failure:
+            error = SolveError(
+                "a monitor of PETSc's failed: check the options that ask for it",
+                reason=failure_reason(failure), time=self._direction * s,
+                step=max(number - 1, 0), method=self.settings.method.name,
+            )  # fmt: skip
+            error.__cause__ = failure
+            if not self.ranks.parallel:
+                raise error from failure
+            self.ranks.fail(error)  # only the rank that writes may know
 
     def make_graphs(self, wanted: bool) -> None:
         """Say whether f is evaluated with its graph from now on, for :meth:`kept_graphs`."""

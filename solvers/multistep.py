@@ -26,6 +26,7 @@ import torch
 from pnode import tolerances, vectors
 from pnode.devices import HOST
 from pnode.errors import ConfigurationError, SolveError
+from pnode.evidence import project
 from pnode.options import SolverOptions
 from pnode.solvers import bdf
 from pnode.solvers.integrator import IntegratorSettings, StepOutcome, TimeIntegrator
@@ -75,6 +76,8 @@ class MultistepIntegrator(TimeIntegrator):
         self._lengths: tuple[float, ...] = ()
         self._slope: torch.Tensor | None = None
         self._checkpoint: tuple[torch.Tensor, ...] = ()
+        self._notes = False
+        self._evidence: list[float] = []
 
     def begin(self, field: VectorField, u: torch.Tensor, s: float, step_index: int = 0) -> None:
         """Begin a sweep from state ``u`` at time ``s``, without history. Collective."""
@@ -99,6 +102,7 @@ class MultistepIntegrator(TimeIntegrator):
     def end(self) -> None:
         """End a sweep: let go of the user's objects."""
         self._states, self._lengths, self._slope, self._checkpoint = (), (), None, ()
+        self._notes, self._evidence = False, []
         super().end()
 
     def iterations(self) -> tuple[int, int]:
@@ -106,12 +110,14 @@ class MultistepIntegrator(TimeIntegrator):
         assert self._newton is not None
         return self._newton.newton, self._newton.krylov
 
-    def attempt(self, s: float, step: float, index: int, order: int = 0) -> StepOutcome:
+    def attempt(
+        self, s: float, step: float, index: int, order: int = 0, end: float | None = None
+    ) -> StepOutcome:
         """Try one step from ``s`` of length ``step``. Collective.
 
         Parameters
         ----------
-        s, step, index : float, float, int
+        s, step, index, end : float, float, int, float or None
             As in :meth:`TimeIntegrator.attempt`.
         order : int
             0: this integrator's choice. k > 0: BDF of order k. -p: extrapolated implicit Euler of
@@ -142,6 +148,7 @@ class MultistepIntegrator(TimeIntegrator):
             else:
                 order = self._highest
         scale = self._scale(self._states[0])
+        self._evidence = []
 
         def size(v: torch.Tensor) -> float:
             return self.ranks.rms(v / scale)
@@ -150,7 +157,8 @@ class MultistepIntegrator(TimeIntegrator):
         if order < 0:
             outcome = self._extrapolate(s, step, -order, size, where)
         else:
-            outcome = self._differentiate(s, step, order, size, where)
+            end = s + step if end is None else end
+            outcome = self._differentiate(s, step, end, order, size, where)
         if not outcome.accepted and self.ranks.parallel:
             outcome.error = self._settle(outcome.error)
         outcome.order = order
@@ -167,7 +175,7 @@ class MultistepIntegrator(TimeIntegrator):
         for number in range(1, order + 1):
             h, u = step / number, self._states[0]
             for i in range(1, number + 1):
-                result = self._newton.solve(s + i * h, u, 1.0 / h, u * (-1.0 / h), size, where)
+                result = self._solve(s + i * h, u, 1.0 / h, u * (-1.0 / h), size, where)
                 if isinstance(result, SolveError):
                     return StepOutcome(False, step, result)
                 u = result
@@ -179,7 +187,7 @@ class MultistepIntegrator(TimeIntegrator):
         return StepOutcome(True, step)
 
     def _differentiate(
-        self, s: float, step: float, order: int, size: Any, where: dict[str, Any]
+        self, s: float, step: float, end: float, order: int, size: Any, where: dict[str, Any]
     ) -> StepOutcome:
         """Take one step of BDF."""
         assert self._newton is not None
@@ -194,7 +202,7 @@ class MultistepIntegrator(TimeIntegrator):
         first = adaptive and len(states) == 1
         if first:
             guess = torch.add(guess, self._initial_slope(s, where), alpha=step)
-        new = self._newton.solve(s + step, guess, d[0], psi, size, where)
+        new = self._solve(end, guess, d[0], psi, size, where)
         if isinstance(new, SolveError):
             self._control.fail()
             return StepOutcome(False, step, new)
@@ -231,6 +239,35 @@ class MultistepIntegrator(TimeIntegrator):
             lambda m: self.ranks.rms(difference(m) / scale),
         )  # fmt: skip
         return StepOutcome(True, proposed)
+
+    def _solve(
+        self, s: float, guess: torch.Tensor, shift: float, psi: torch.Tensor, size: Any,
+        where: dict[str, Any],
+    ) -> torch.Tensor | SolveError:  # fmt: skip
+        """Solve for a state, and note what f should be there and how closely that is known."""
+        assert self._newton is not None
+        found = self._newton.solve(s, guess, shift, psi, size, where)
+        if self._notes and not isinstance(found, SolveError):
+            rate = torch.add(psi, found, alpha=shift)
+            if self.bridge.field.has_rhs:
+                mass = self.bridge.field.mass
+                expected = project(rate if mass is None else mass.apply(rate))
+            else:
+                expected = 0.0  # of F itself
+            self._evidence += [expected, self._newton.doubt(found)]
+        return found
+
+    def note_values(self) -> None:
+        """From now on note what :meth:`evidence` needs."""
+        self._notes = True
+
+    def evidence(self) -> tuple[float, ...]:
+        """Return what a backward sweep can tell f by, of the last step. Not collective.
+
+        For each system solved: the projection of the value that f should have, and what Newton's
+        iteration leaves of a difference.
+        """
+        return tuple(self._evidence)
 
     def _store(self, new: torch.Tensor, d: Sequence[float], psi: torch.Tensor) -> None:
         self._checkpoint = (new, torch.tensor(d, dtype=vectors.REAL, device=HOST.device))

@@ -85,6 +85,8 @@ class ModifiedNewton:
         self._snes.setSolution(self._u)  # what monitors look at
         self._equations = Equations()
         ts.setPythonContext(self._equations)
+        #: Norm of the last residual, and about how much F changes for a change of u.
+        self._last = (0.0, 0.0)
         self._searches = "snes_linesearch_type" in options.given
         self._given = options.values
         self._adaptive = settings.adaptive
@@ -106,6 +108,15 @@ class ModifiedNewton:
         self._shift = 0.0
         self._rate = 1.0
         self._krylov = total_krylov_iterations(self._ksp)
+
+    def doubt(self, u: torch.Tensor) -> float:
+        """Return how far the projection of F at the last solution may be from zero.
+
+        The last residual was evaluated before the last update, which made it smaller. How steep F
+        is, and with it its round-off, follows from that update too.
+        """
+        residual, steepness = self._last
+        return 4.0 * residual + 1e3 * self._eps * steepness * float(torch.linalg.vector_norm(u))
 
     @property
     def krylov(self) -> int:
@@ -163,8 +174,9 @@ class ModifiedNewton:
         """
         self._bridge.records = True
         self._equations.stand(s, shift, psi)
-        search = self._snes.getLineSearch()
+        search, ranks = self._snes.getLineSearch(), self._bridge.ranks
         chosen = search.getType()
+        self._snes.setConvergenceHistory(reset=True)
         try:
             for kind in (chosen,) if self._searches else (chosen, "bt"):
                 search.setType(kind)
@@ -177,6 +189,9 @@ class ModifiedNewton:
                 raise_stored(self._bridge, failure, where)
                 self.newton += self._snes.getIterationNumber()
                 if failure is None and self._snes.getConvergedReason() > 0:
+                    moved = ranks.norm(vectors.copy_out(self._u) - guess)
+                    before = self._snes.getConvergenceHistory()[0][0]
+                    self._last = self._snes.getFunctionNorm(), before / moved if moved else 0.0
                     self._refresh = True  # SNES has used the matrix for its own
                     return vectors.copy_out(self._u)
         finally:
@@ -214,6 +229,7 @@ class ModifiedNewton:
             if not residual < 1e300:
                 return self._failed(_REASON.DIVERGED_FUNCTION_NANORINF, where)
             first = first or residual
+            self._last = residual, self._last[1]
             if by_residual and ((residual <= rtol * first and iteration) or residual <= atol):
                 return self._converged(u)
             self._prepare(s, shift, where)
@@ -231,6 +247,7 @@ class ModifiedNewton:
             length = ranks.norm(u)
             noise = self._eps * length
             absolute = ranks.norm(update)
+            self._last = residual, residual / absolute if absolute else self._last[1]
             if by_norm:
                 norm, tolerance = absolute, max(stol * length, 2.0 * noise)
             else:

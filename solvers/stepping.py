@@ -52,6 +52,10 @@ class Step:
     end: float
     order: int = 0
 
+    def at(self, c: float) -> float:
+        """Return the time of a stage at ``c`` lengths of the step: its very ends at 0 and 1."""
+        return self.end if c == 1.0 else self.start + c * self.length
+
 
 @dataclass(frozen=True)
 class StepControl:
@@ -175,7 +179,7 @@ def forward_sweep(
     if done:
         sweep.natural = done[-1].length
     else:
-        integrator.ts.monitor(0, times[0], integrator.solution)
+        integrator.monitor(0, times[0])
         on_output(0)
     number, grid = 0, fixed_grid(times, control, field.problem.resolution)
     for index, (start, end) in enumerate(itertools.pairwise(times), start=1):
@@ -225,7 +229,7 @@ class _Sweep:
         """Take one step of given length; any failure is final."""
         self._check_limit(start)
         self._announce()
-        outcome = self.integrator.attempt(start, length, self.index)
+        outcome = self.integrator.attempt(start, length, self.index, end=end)
         if not outcome.accepted:
             assert outcome.error is not None
             raise outcome.error
@@ -247,7 +251,7 @@ class _Sweep:
             after = end if wanted == end - s else move(s, wanted)
             length = after - s
             self._announce()
-            outcome = self.integrator.attempt(s, length, self.index)
+            outcome = self.integrator.attempt(s, length, self.index, end=after)
             if outcome.accepted:
                 # A step shortened to meet an output time says nothing against the natural one.
                 shortened = (
@@ -288,7 +292,7 @@ class _Sweep:
             step, self.ended = last, True
         self.index += 1
         self.ledger.steps += 1
-        self.integrator.ts.monitor(self.index, step.end, self.integrator.solution)
+        self.integrator.monitor(self.index, step.end)
         self.on_step(step)
 
     def _check_limit(self, s: float) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from pnode.devices import HOST
 from pnode.errors import ConfigurationError
+from pnode.evidence import project
 from pnode.options import PETSc
 from pnode.problem import StateLayout
 from pnode.solvers.bridge import Bridge
@@ -93,7 +94,7 @@ class SplitBridge(Bridge):
         self._half(p_dot, slice(self._split, None))
 
     def _half(self, f: Any, part: slice) -> None:
-        s = self._time + self._updates[self._next].offset * self._step
+        s = self.stage_time(self._time + self._updates[self._next].offset * self._step)
         self._next += 1
         value = self.guarded("rhs", self._evaluate_state, s)
         if value is None:
@@ -104,6 +105,12 @@ class SplitBridge(Bridge):
     def _evaluate_state(self, s: float) -> torch.Tensor:
         own = self._state.to(self.field.dtype, copy=True)
         self.evaluated.append(own)
+        value = self._value(s, own)
+        if self.projections is not None:
+            self.projections.append(project(value))
+        return value
+
+    def _value(self, s: float, own: torch.Tensor) -> torch.Tensor:
         if not self._check_split:
             return self.field.rhs(s, own)
         linearization, known = self.field.linearize(s, own), True

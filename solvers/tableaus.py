@@ -17,6 +17,7 @@ __all__ = [
     "ExplicitTableau",
     "HalfUpdate",
     "SymplecticScheme",
+    "explicit_nodes",
     "rk_tableau",
     "ssp_tableau",
     "symplectic_scheme",
@@ -111,6 +112,20 @@ def rk_tableau(method: Method) -> tuple[ExplicitTableau, tuple[float, ...] | Non
         ),
         None if embedded is None else tuple(embedded.tolist()),
     )  # fmt: skip
+
+
+def explicit_nodes(method: Method) -> tuple[float, ...]:
+    """Return the abscissae c of an explicit Runge-Kutta method; none of others.
+
+    What is 0 or 1 but for the round-off of its sum is exactly that.
+    """
+    if method.ts_type == "rk":
+        nodes = rk_tableau(method)[0].c
+    elif method.ts_type == "ssp":
+        nodes = ssp_tableau(method.subtype, method.stages).c
+    else:
+        return ()
+    return tuple(round(c) * 1.0 if abs(c - round(c)) < 1e-13 else c for c in nodes)
 
 
 def ssp_tableau(subtype: str, stages: int) -> ExplicitTableau:

@@ -71,15 +71,19 @@ def symplectic_step(f, subtype, t, h, y):
 def dirk_tableau(method: Method) -> dict:
     """Butcher tableau of a DIRK, measured: PETSc does not tell it.
 
-    On y' = g(t) with g the k-th unit vector at the k-th stage time, a step of length 1 from zero
-    has the stages Y_i = (a_i1, ..., a_is) and the end (b_1, ..., b_s).
+    On y' = g with g the k-th unit vector in the k-th stage, a step of length 1 from zero has the
+    stages Y_i = (a_i1, ..., a_is) and the end (b_1, ..., b_s).
     """
-    times: list[float] = []
+    times, now = [0.0] * method.stages, -1
 
     def indicator(t, y):
-        if float(t) not in times:
-            times.append(float(t))
-        return torch.eye(method.stages, dtype=torch.float64)[times.index(float(t))]
+        times[max(now, 0)] = float(t)
+        return torch.eye(method.stages, dtype=torch.float64)[max(now, 0)]
+
+    def count():
+        nonlocal now
+        now += 1
+        integrator.bridge.stage_begins()
 
     zero = torch.zeros(method.stages, dtype=torch.float64)
     problem = InitialValueProblem.create(indicator, zero, torch.zeros(1))
@@ -87,10 +91,11 @@ def dirk_tableau(method: Method) -> dict:
         IntegratorSettings(method, method.stages, torch.float64),
         SolverOptions(next_prefix(), None, default_options(method, False, "dense", torch.float64)),
     )
+    kept = before_each_stage(integrator.ts, count)
     integrator.begin(VectorField(problem, Ledger()), zero, 0.0)
     integrator.attempt(0.0, 1.0, 0)
     integrator.end()
-    assert len(times) == method.stages, "two stages have the same time"
+    assert now == method.stages - 1 and kept is not None
     tableau = {
         "A": torch.stack([copy_out(stage) for stage in stage_vectors(integrator.ts)]).numpy(),
         "b": copy_out(integrator.solution).numpy(),

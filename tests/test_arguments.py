@@ -116,13 +116,12 @@ def test_a_petsc_matrix_returned_by_a_preconditioner():
         ({"snes_rtol": "tight"}, "Input string tight has no numeric value"),
     ],
 )
-def test_a_refused_option_begins_with_the_reason(options, reason):
+def test_a_refused_option_tells_the_reason_first(options, reason):
     solver = pnode.Solver(decay, method="cn", step_size=0.1, petsc_options=options)
     with pytest.raises(pnode.ConfigurationError) as caught:
         solver(Y0, [0.0, 1.0])
     text = str(caught.value)
-    assert text.startswith(reason)
-    assert text.endswith(f"options {options}")
+    assert 0 < text.index(reason) < text.index(str(options))
     assert "() at" not in text
 
 

@@ -14,9 +14,7 @@ from pnode.testing import dot_product_test, taylor_test
 
 # Symplectic methods take pairs of positions and momenta: tests/test_stage_adjoints.py.
 NAMES = [method.name for method in METHODS if "rhs" in method.forms]
-# Two stages at the same time: their coefficients cannot be measured apart for the replica.
-UNMEASURED = ["esdirk3", "dirk8616sal"]
-REPLICATED = [name for name in NAMES if name not in UNMEASURED]
+
 TIGHT = {"snes_rtol": 1e-15, "snes_stol": 1e-15}
 
 
@@ -62,7 +60,7 @@ def weights_like(states):
 
 
 @pytest.mark.parametrize("direction", [1.0, -1.0], ids=["forwards", "backwards"])
-@pytest.mark.parametrize("name", REPLICATED)
+@pytest.mark.parametrize("name", NAMES)
 def test_equals_autograd_through_a_replica(name, direction):
     """States and gradients at fixed steps, with cotangents at every output time."""
     method = find_method(name)
@@ -82,7 +80,7 @@ def test_equals_autograd_through_a_replica(name, direction):
     assert relative_difference(ours, theirs) < tolerance
 
 
-@pytest.mark.parametrize("name", [n for n in REPLICATED if find_method(n).adaptive])
+@pytest.mark.parametrize("name", [n for n in NAMES if find_method(n).adaptive])
 def test_adaptive_gradient_is_that_of_the_accepted_steps(name):
     """Equal to autograd through the replica on the recorded grid, rejections included."""
     method = find_method(name)
@@ -110,7 +108,7 @@ def test_adaptive_gradient_is_that_of_the_accepted_steps(name):
     assert relative_difference(ours, theirs) < (1e-9 if method.implicit else 1e-11)
 
 
-@pytest.mark.parametrize("name", UNMEASURED)
+@pytest.mark.parametrize("name", ["esdirk3", "dirk8616sal"])
 def test_equals_differences_of_fourth_order(name):
     """(8 (L(h) - L(-h)) - (L(2h) - L(-2h))) / 12h, error of order h^4 and round-off / h."""
     field, y0 = Field(), initial()

@@ -120,11 +120,12 @@ def total(operations):
 def test_torch_operations_and_allocations_of_a_forward_stage(store):
     """The stage is copied out of PETSc's vector, shaped, and f's result copied in."""
     extra = per_stage(Operations, store, False, total) - total(of_field(False))
-    # clone, view, the time, reshape, copy_; with graphs a detach more, and f's transposed weights.
-    assert extra <= 8
+    # clone, view, the time, detach, reshape, copy_, f's transposed weights; the value's projection
+    # and its number, by which the backward sweep tells f; with graphs a shape without numbers.
+    assert extra <= (10 if store == "stages" else 12)
     extra = per_stage(Operations, store, False, lambda o: o.allocations)
     extra -= of_field(False).allocations
-    assert extra <= 2.5  # the stage and the time
+    assert extra <= (3.5 if store == "stages" else 4.5)  # the stage, the time, the projection
 
 
 def test_torch_operations_and_allocations_of_an_adjoint_stage():
@@ -139,7 +140,7 @@ def test_torch_operations_and_allocations_of_an_adjoint_stage():
 
 
 @pytest.mark.parametrize(("store", "backward", "most"), [
-    ("stages", False, 18), ("auto", False, 24), ("stages", True, 20), ("auto", True, 12),
+    ("stages", False, 19), ("auto", False, 24), ("stages", True, 22), ("auto", True, 12),
 ])  # fmt: skip
 def test_python_calls_per_stage(store, backward, most):
     """How often pnode's own functions are entered, those that serve a whole step included."""

@@ -7,6 +7,7 @@ import torch
 
 import pnode
 from pnode.adjoint.store import CheckpointStore
+from pnode.graphs import NODE_BYTES
 from pnode.solvers.methods import Method, find_method
 from pnode.vectorfield import VectorField
 
@@ -61,11 +62,11 @@ def test_same_gradient_and_nothing_is_evaluated_again(method, adaptive):
 def test_bytes_are_those_of_what_the_graphs_save():
     _, stats = solve(pnode.Checkpointing(store="stages"), method="rk4")
     _, tape = solve(pnode.Checkpointing(store="tape"), method="rk4")
-    # Per evaluation: tanh's output, its product with the outer weights saves that too, f's result
-    # before the factor, the factor, and the result.
+    # Per evaluation: the nodes; tanh's output, which the product with the outer weights saves too,
+    # f's result before the factor, and the factor. Not the result, which nothing needs.
     extra = tape.tape_bytes / (20 * 4)
     assert tape.ram_bytes == stats.ram_bytes
-    assert 5 * 32 * 8 + 5 * 8 * 8 <= extra <= 2 * 5 * 32 * 8 + 4 * 5 * 8 * 8
+    assert extra == 12 * NODE_BYTES + 5 * 32 * 8 + 5 * 8 * 8 + 8
 
 
 @pytest.fixture

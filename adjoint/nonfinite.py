@@ -1,0 +1,86 @@
+"""Why a gradient is not finite although every value of the vector field was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from pnode.errors import NonFiniteDerivative
+from pnode.solvers.stepping import Step
+from pnode.vectorfield import VectorField
+from pnode.vectors import is_finite
+
+__all__ = ["check_parameters", "refuse_state"]
+
+_REMEDY = (
+    "keep the state away from there, or write the field so that its derivative exists "
+    "(sqrt, norm and fractional powers at zero: add a small constant inside, or use torch.where on "
+    "the argument)"
+)
+
+
+def refuse_state(
+    field: VectorField, step: Step, states: Iterable[torch.Tensor], where: dict[str, Any]
+) -> None:
+    """Say which derivative made lambda infinite or NaN in a step.
+
+    Parameters
+    ----------
+    field : VectorField
+        The field.
+    step : Step
+        The step.
+    states : iterable of Tensor
+        Its checkpoint, of which the states are looked at.
+    where : dict
+        Time, step and method.
+
+    Raises
+    ------
+    NonFiniteDerivative
+        Always.
+    """
+    found = ""
+    if field.has_rhs and field.exchange is None:
+        size = field.problem.layout.size
+        for state in states:
+            if state.numel() == size:
+                found = found or _infinite_entry(field, step.start, state)
+    raise NonFiniteDerivative(
+        "the adjoint of this step is NaN or infinite: a derivative of the vector field with "
+        f"respect to y is not finite{found}, or the product with it overflows; {_REMEDY}",
+        **where,
+    )
+
+
+def _infinite_entry(field: VectorField, s: float, state: torch.Tensor) -> str:
+    graph = field.linearize(s, state.to(field.dtype, copy=True).reshape(-1))
+    product = graph.vjp(torch.ones_like(graph.flat_value())).state
+    bad = (~torch.isfinite(product)).nonzero().flatten().tolist()
+    if not bad:
+        return ""
+    value = float(state.reshape(-1)[bad[0]])
+    return f" (its column for entry {bad[0]} of the state, where y = {value:.6g})"
+
+
+def check_parameters(
+    gradients: Sequence[torch.Tensor | None], method: str, direction: float, step: Step
+) -> None:
+    """Refuse gradients of parameters that are not finite where lambda was.
+
+    Raises
+    ------
+    NonFiniteDerivative
+        If there is one.
+    """
+    for index, gradient in enumerate(gradients):
+        if gradient is not None and not is_finite(gradient):
+            entry = int((~torch.isfinite(gradient.reshape(-1))).nonzero()[0])
+            raise NonFiniteDerivative(
+                f"the gradient of parameter {index} (shape {tuple(gradient.shape)}) is NaN or "
+                f"infinite at entry {entry}: the derivative of the vector field with respect to "
+                f"it is not finite somewhere between here and the end; {_REMEDY}",
+                time=direction * step.start, step=step.index, method=method,
+            )  # fmt: skip

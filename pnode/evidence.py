@@ -1,0 +1,146 @@
+"""Evidence that a backward sweep evaluates the f of the forward sweep.
+
+f is whatever a Python function computes; what it looks at may have changed between the two sweeps.
+Evaluating it twice at the same point would tell, at the cost of an evaluation. But the backward
+sweep evaluates f again anyway where its graph was not kept, and a number for each value of the
+forward sweep is enough to compare: the product with a fixed random vector, which two different
+values share with probability zero.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["Evidence", "Note", "Reads", "differs", "notes", "project", "projection_weights"]
+
+#: Relative difference of two evaluations of one f, when their bits are not the same already: what
+#: another kernel or a repeated step's round-off may make of it.
+_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
+
+
+@lru_cache(maxsize=8)
+def _weights(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return a fixed random vector, entries between 0.5 and 1.5 in absolute value."""
+    generator = torch.Generator("cpu").manual_seed(20260907)
+    values = torch.rand(2, size, generator=generator, dtype=torch.float64, device="cpu")
+    return ((values[0] + 0.5) * (values[1] - 0.5).sign()).to(device, dtype)
+
+
+def projection_weights(value: torch.Tensor) -> torch.Tensor:
+    """Return the fixed random vector that such flat tensors are multiplied with."""
+    return _weights(value.numel(), value.dtype, value.device)
+
+
+def project(value: torch.Tensor) -> float:
+    """Return the product of a flat tensor with a fixed random vector."""
+    return float(torch.dot(projection_weights(value), value))
+
+
+def differs(value: torch.Tensor, expected: float, slack: float = 0.0) -> float:
+    """Return by how much a value is not the one that was projected, relative to its norm.
+
+    Parameters
+    ----------
+    value : Tensor
+        Flat.
+    expected : float
+        ``project`` of the other one.
+    slack : float
+        Difference of the projections that means nothing.
+
+    Returns
+    -------
+    float
+        Zero if the two are the same but for round-off.
+    """
+    found = project(value)
+    if found == expected or (math.isnan(found) and math.isnan(expected)):
+        return 0.0
+    difference = abs(found - expected)
+    norm = float(torch.linalg.vector_norm(value))
+    if difference <= slack + _TOLERANCE[value.dtype] * norm:
+        return 0.0
+    return difference / norm if norm else math.inf
+
+
+class Note(NamedTuple):
+    """Projections of the last state and value that Newton's method saw in a stage.
+
+    Attributes
+    ----------
+    part : int
+        1 for the explicit part of a split field, otherwise 0.
+    s : float
+        Stage time.
+    state, value : float
+        The projections.
+    """
+
+    part: int
+    s: float
+    state: float
+    value: float
+
+
+def notes(numbers: Sequence[float]) -> list[Note]:
+    """Return the notes of an implicit step from its evidence."""
+    return [Note(int(numbers[i]), *numbers[i + 1 : i + 4]) for i in range(0, len(numbers), 4)]
+
+
+class Evidence:
+    """What was noted of each step of a forward sweep, a few numbers a step."""
+
+    def __init__(self) -> None:
+        self._numbers = array("d")
+        self._ends = array("q")
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def append(self, numbers: Iterable[float]) -> None:
+        """Note the numbers of the next step."""
+        self._numbers.extend(numbers)
+        self._ends.append(len(self._numbers))
+
+    def __getitem__(self, step: int) -> Sequence[float]:
+        """Return the numbers of a step; none where nothing was noted."""
+        if not 0 <= step < len(self._ends):
+            return ()
+        return self._numbers[self._ends[step - 1] if step else 0 : self._ends[step]]
+
+
+class Reads:
+    """Tensors that compiled graphs read, as they are in the forward sweep.
+
+    The rest of f is part of the graphs and cannot change.
+
+    Parameters
+    ----------
+    tensors : iterable of Tensor
+        The tensors.
+    """
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        self._tensors = list(tensors)
+        self._looks = list(map(_look, self._tensors))
+
+    def changed(self) -> torch.Tensor | None:
+        """Return one of them that has been written into since, if there is one."""
+        for tensor, before in zip(self._tensors, self._looks, strict=True):
+            if repr(_look(tensor)) != repr(before):  # NaN is as it was
+                return tensor
+        return None
+
+
+def _look(tensor: torch.Tensor) -> tuple[torch.Size, float, float]:
+    values = tensor.detach()
+    if not (values.is_floating_point() or values.is_complex()):
+        values = values.double()
+    parts = torch.view_as_real(values) if values.is_complex() else values
+    return tensor.shape, float(parts.sum()), float(torch.linalg.vector_norm(parts))
