@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from mpi4py import MPI
 
@@ -17,9 +18,11 @@ from pnode.options import PETSc, check_petsc_options
 from pnode.ranks import as_communicator
 
 __all__ = [
+    "choice",
     "communicator",
     "count",
     "finite",
+    "flag",
     "linear_solver_options",
     "parameters",
     "positive",
@@ -100,10 +103,32 @@ def communicator(
     return chosen, layout
 
 
+def flag(name: str, value: Any) -> bool:
+    """Return True or False."""
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{name}={value!r}: give True or False")
+    return value
+
+
+def choice(name: str, value: Any, choices: Iterable[str]) -> str:
+    """Return one of some words."""
+    if not isinstance(value, str) or value not in choices:
+        words = ", ".join(map(repr, choices))
+        raise ConfigurationError(f"{name}={value!r} is unknown: choose one of {words}")
+    return value
+
+
 def finite(name: str, value: Any) -> float:
-    """Return a finite number."""
+    """Return a finite number; no truth value, and nothing that wants a gradient."""
+    if isinstance(value, torch.Tensor) and value.requires_grad:
+        raise ConfigurationError(
+            f"{name} requires grad, and the accepted steps count as constants: give {name}.detach()"
+        )
+    is_number = not isinstance(value, (str, bytes, bool, np.bool_)) and not (
+        isinstance(value, torch.Tensor) and value.dtype is torch.bool
+    )
     try:
-        number = float("nope" if isinstance(value, str) else value)
+        number = float(value if is_number else "nope")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigurationError(f"{name}={value!r} is not a number") from error
     if not math.isfinite(number):
@@ -136,7 +161,7 @@ def count(name: str, value: Any) -> int | None:
     if value is None:
         return None
     number = finite(name, value)
-    if isinstance(value, bool) or not number.is_integer() or number < 1:
+    if not number.is_integer() or number < 1:
         raise ConfigurationError(f"{name}={value!r} must be a whole number of at least 1")
     return int(number)
 

@@ -118,7 +118,9 @@ class Checkpointing:
             )
         if self.resume is not None and self.disk is None:
             raise ConfigurationError(f"resume={self.resume!r} without disk=: give a folder")
-        if self.store not in _STORES:
+        if not isinstance(self.reproducible, bool):
+            raise ConfigurationError(f"reproducible={self.reproducible!r}: give True or False")
+        if not isinstance(self.store, str) or self.store not in _STORES:
             choices = ", ".join(map(repr, _STORES))
             raise ConfigurationError(f"store={self.store!r} is unknown: choose one of {choices}")
         is_path = isinstance(self.disk, (str, os.PathLike))

@@ -19,7 +19,7 @@ from pnode.options import log_stage
 from pnode.solvers.compiled import CompiledIntegrator, Start, Tape
 from pnode.solvers.compiled_fields import compiled_field
 from pnode.solvers.explicit_driver import DrivenSweep, driver_of
-from pnode.solvers.stepping import automatic_step, count_fixed_steps
+from pnode.solvers.stepping import automatic_step, fixed_grid
 from pnode.vectorfield import VectorField
 from pnode.vectors import REAL
 
@@ -123,10 +123,9 @@ def _is_plain(engine: Engine, run: Run, requests: Requests, keep: bool) -> bool:
     options = engine.solver_options(run.settings).values
     if requests.monitor is not None or any(name.startswith("ts_monitor") for name in options):
         return False
-    limit, step_size = control.max_steps, control.step_size
-    if limit is None or step_size is None:
-        return True
-    return count_fixed_steps(run.problem.times, step_size) <= limit
+    limit = control.max_steps
+    grid = fixed_grid(run.problem.times, control, run.problem.resolution)
+    return limit is None or grid is None or grid.total <= limit
 
 
 def _drive(
@@ -154,7 +153,7 @@ def _drive(
             )
         state = y0.detach().to(REAL, copy=True)
         given = (state, start.slope, start.saved)
-        sweep = driver.sweep(problem.times, problem.direction, control, first, given)
+        sweep = driver.sweep(problem, control, first, given)
         outputs = sweep.forward(start.inputs)
     finally:
         log_stage("pnode forward").pop()
@@ -175,14 +174,15 @@ def _sweep(
 ) -> torch.Tensor:
     """Take fixed compiled steps to the last output."""
     problem, layout = run.problem, run.problem.layout
-    assert engine.control.step_size is not None
+    grid = fixed_grid(problem.times, engine.control, problem.resolution)
+    assert grid is not None
     ys = torch.empty((len(problem.times), layout.size), dtype=layout.dtype)
     tape = Tape() if keep else None
     with engine.integrator(run.settings, field_, y0) as integrator:
         assert isinstance(integrator, CompiledIntegrator)
         if start is not None:
             integrator.know_slope(start)
-        steps = integrator.sweep(problem.times, engine.control.step_size, ys, tape)
+        steps = integrator.sweep(grid, ys, tape)
         integrator.options.warn_unused()
     if tape is not None:
         run.tape = tape
@@ -205,10 +205,13 @@ def _implicit_sweep(
     elif keep and chosen != Checkpointing():
         unusual = "of implicit methods all steps are kept: drop checkpointing"
     options = engine.solver_options(run.settings)
-    sweep = engine.implicit_sweeps.begin(field_, y0, run.settings, options, engine.control, unusual)
+    control, problem = engine.control, run.problem
+    sweep = engine.implicit_sweeps.begin(field_, y0, run.settings, options, control, unusual)
     if sweep is None:
         return None
-    outputs = sweep.forward(run.problem.times, y0, keep, run.stats)
+    grid = fixed_grid(problem.times, control, problem.resolution)
+    counts = None if grid is None else grid.counts
+    outputs = sweep.forward(problem.times, counts, y0, keep, run.stats)
     if outputs is not None:
         run.sweep, run.used = sweep, field_.used
     return outputs

@@ -56,7 +56,7 @@ from pnode.solvers.integrator import (
 )
 from pnode.solvers.jacobians import JacobianOptions
 from pnode.solvers.methods import Method
-from pnode.solvers.stepping import Step, StepControl, count_fixed_steps, forward_sweep
+from pnode.solvers.stepping import Step, StepControl, fixed_grid, forward_sweep
 from pnode.solvers.symplectic import split_size
 from pnode.surroundings import Surroundings
 from pnode.vectorfield import VectorField, note_kept, record_all, vector_field
@@ -695,11 +695,10 @@ class Engine:
     def _trajectory(self, run: Run, requests: Requests, y0: torch.Tensor) -> Trajectory:
         """Return an empty trajectory with the schedule that the memory allows."""
         chosen, control = self.checkpointing, self.control
-        steps = None
-        if control.step_size is not None and requests.event_fn is None:
-            times = run.problem.times
-            times = (times[0], times[-1]) if requests.dense else times
-            steps = count_fixed_steps(times, control.step_size)
+        times = run.problem.times
+        times = (times[0], *times[1:][-1:]) if requests.dense else times
+        grid = fixed_grid(times, control, run.problem.resolution)
+        steps = None if grid is None or requests.event_fn is not None else grid.total
         state_bytes = run.problem.largest * REAL.itemsize
         schedule = choose_schedule(
             self.method, steps, state_bytes, memory_limit(chosen, self.method, state_bytes),

@@ -28,7 +28,7 @@ from pnode.ranks import ALONE, Ranks
 from pnode.solution import Solution, Stats
 from pnode.solvers.jacobian_options import jacobian_options
 from pnode.solvers.methods import check_form, find_method
-from pnode.solvers.stepping import StepControl
+from pnode.solvers.stepping import StepControl, check_steps
 from pnode.solvers.tableaus import explicit_nodes
 from pnode.transfers import carry_once, on_host, remote
 from pnode.transforms import outside_compiler, refuse_batched, refuse_transforms, watched
@@ -218,21 +218,18 @@ class Solver(torch.nn.Module):
         progress: bool = False,
     ) -> None:
         super().__init__()
-        if not isinstance(compile, bool):
-            raise ConfigurationError(f"compile={compile!r}: give True or False")
-        if device_state not in _DEVICE_STATES:
-            choices = ", ".join(map(repr, _DEVICE_STATES))
-            raise ConfigurationError(
-                f"device_state={device_state!r} is unknown: choose one of {choices}"
-            )
-        self._device_state = device_state
+        flags = {
+            "compile": compile, "consistent_start": consistent_start, "dense": dense,
+            "progress": progress,
+        }  # fmt: skip
+        for name, value in flags.items():
+            arguments.flag(name, value)
+        self._device_state = arguments.choice("device_state", device_state, _DEVICE_STATES)
         form = arguments.problem_form(rhs, implicit, explicit, mass, residual)
         if monitor is not None and not callable(monitor):
             raise ConfigurationError(f"monitor is {monitor!r}: give a callable (step, t, y)")
         if event_fn is not None and not callable(event_fn):
             raise ConfigurationError(f"event_fn is {event_fn!r}: give a callable (t, y)")
-        if not isinstance(dense, bool):
-            raise ConfigurationError(f"dense={dense!r}: give True or False")
         if dense and form in ("mass", "residual"):
             raise ConfigurationError(
                 f"dense=True interpolates with y', which {form}= does not tell: let steps hit the "
@@ -245,9 +242,7 @@ class Solver(torch.nn.Module):
                 f"method={chosen.name!r} has no error estimate and step_size is None: give "
                 "step_size=h, or take an adaptive method such as 'dopri5' or 'es325'"
             )
-        if jacobian not in _JACOBIANS:
-            choices = ", ".join(map(repr, _JACOBIANS))
-            raise ConfigurationError(f"jacobian={jacobian!r} is unknown: choose one of {choices}")
+        arguments.choice("jacobian", jacobian, _JACOBIANS)
         control = StepControl(
             step_size=arguments.positive("step_size", step_size),
             first_step=arguments.positive("first_step", first_step),
@@ -270,7 +265,7 @@ class Solver(torch.nn.Module):
         self.implicit, self.explicit = implicit, explicit
         self.mass = mass
         self._form = form
-        self._consistent_start = bool(consistent_start)
+        self._consistent_start = consistent_start
         self._params = arguments.parameters(params)
         limits = _checkpointing(checkpointing)
         chosen_comm, exchange = arguments.communicator(comm, layout, form, limits.resume, event_fn)
@@ -448,6 +443,10 @@ class Solver(torch.nn.Module):
                 mass=None if self.mass is None else MassMatrix(self.mass, StateLayout.of(y0)),
                 ranks=ranks, exchange=self._engine.exchange, compute=compute,
             )  # fmt: skip
+            if self.event_fn is None:  # which may end it at any time
+                hit = (problem.times[0], problem.times[-1])
+                chosen = hit if self._requests.dense else problem.times
+                check_steps(problem, chosen, self._engine.control, self.method)
             flat = problem.layout.flatten(y0)
             # With ghost cells f is collective, and what belongs together is not one rank's to see.
             if self._form in ("mass", "residual") and self._engine.exchange is None:
@@ -768,7 +767,8 @@ def odeint(
     times = as_times(t, endless=event_fn is not None)
     if not chosen.adaptive and keywords.get("step_size") is None:
         # One step per interval: a step size that no interval exceeds.
-        span = float((times.max() - times.min()).item()) or 1.0
+        exact = times.detach().to(torch.float64)
+        span = float((exact.max() - exact.min()).item()) or 1.0
         if math.isfinite(span) and not keywords.get("dense"):
             keywords["step_size"] = span
     solver = _OneCall(func, rtol=rtol, atol=atol, method=chosen.name, params=params, **keywords)
@@ -847,6 +847,7 @@ def odeint_event(
     -----
     Collective on the solver's communicator.
     """
+    arguments.flag("reverse_time", reverse_time)
     refuse_transforms([("y0", y0), ("t0", t0)])
     start = as_times(t0.reshape(-1) if isinstance(t0, torch.Tensor) else [t0])
     if len(start) != 1:

@@ -19,6 +19,9 @@ from pnode.vectors import is_finite
 __all__ = ["InitialValueProblem", "StateLayout", "collect_parameters"]
 
 _REAL_DTYPES = (torch.float64, torch.float32)
+_DOUBLE = torch.finfo(torch.float64).eps
+# Methods divide by the length of a step, and by that of the first one, which is much shorter.
+_SHORTEST = 1e-200
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,8 @@ class InitialValueProblem:
         Fingerprint of the number of entries on all ranks.
     compute : torch.device or None
         Where f computes, if the state is kept elsewhere: see :mod:`pnode.transfers`.
+    resolution : float
+        Relative spacing of the numbers that the output times were given in.
     """
 
     function: Callable[..., Any]
@@ -176,6 +181,7 @@ class InitialValueProblem:
     largest: int = 0
     distribution: int = 0
     compute: torch.device | None = None
+    resolution: float = _DOUBLE
 
     @classmethod
     def create(
@@ -207,6 +213,14 @@ class InitialValueProblem:
                     f"{direction * before!r}: output times must strictly increase or strictly "
                     "decrease"
                 )
+            length = after - before
+            if length < _SHORTEST or (math.isinf(length) and math.isfinite(after)):
+                raise ConfigurationError(
+                    f"t[{index + 1}] - t[{index}] is {direction * length:.2e}, beyond what steps "
+                    "can be computed with: take another unit of time"
+                )
+        if t.is_floating_point():
+            form["resolution"] = torch.finfo(t.dtype).eps
         return cls(
             function,
             layout,
@@ -230,6 +244,12 @@ def as_times(t: Any, endless: bool = False) -> torch.Tensor:
         Whether the last one may be infinite.
     """
     if not isinstance(t, torch.Tensor):
+        parts = t if isinstance(t, (tuple, list)) else ()
+        if any(isinstance(part, torch.Tensor) and part.requires_grad for part in parts):
+            raise ConfigurationError(
+                f"t is a {type(t).__name__} with a tensor that requires grad, whose gradient would "
+                "be lost: give one tensor, torch.stack([...])"
+            )
         try:
             t = torch.as_tensor(t, dtype=torch.float64, device=HOST.device)
         except (TypeError, ValueError, RuntimeError) as error:

@@ -75,15 +75,15 @@ def check(name: str, value: Any) -> Tolerance:
 def _check_part(name: str, value: Any) -> float | torch.Tensor:
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value)
+    if isinstance(value, torch.Tensor) and value.requires_grad:
+        raise ConfigurationError(
+            f"{name} requires grad, and the accepted steps count as constants: give {name}.detach()"
+        )
     if not isinstance(value, torch.Tensor) or value.numel() == 1:
         return arguments.tolerance(name, value)
     if value.is_complex() or value.dtype is torch.bool or value.device.type != "cpu":
         raise ConfigurationError(
             f"{name} has dtype {value.dtype} on {value.device}: give real numbers on the CPU"
-        )
-    if value.requires_grad:
-        raise ConfigurationError(
-            f"{name} requires grad, and the accepted steps count as constants: give {name}.detach()"
         )
     own = value.to(torch.float64, copy=True)
     wrong = ~(own >= 0.0) | own.isinf()

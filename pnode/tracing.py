@@ -207,7 +207,7 @@ def _refuse_effects(graph: torch.fx.GraphModule) -> None:
     for node in graph.graph.nodes:
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
-        if torch.Tag.nondeterministic_seeded in node.target.tags:
+        if torch.Tag.nondeterministic_seeded in node.target.tags and not _without_dropout(node):
             raise Untraceable(f"the vector field draws random numbers ({node.target})")
         for argument, declared in zip(node.args, node.target._schema.arguments, strict=False):
             info = declared.alias_info
@@ -215,6 +215,19 @@ def _refuse_effects(graph: torch.fx.GraphModule) -> None:
                 raise Untraceable(
                     f"the vector field writes into a tensor that it was given ({node.target})"
                 )
+
+
+def _without_dropout(node: _Node) -> bool:
+    """Whether an operation that may draw random numbers, such as fused attention, draws none."""
+    arguments = node.target._schema.arguments
+    given = dict(zip((argument.name for argument in arguments), node.args, strict=False))
+    given |= node.kwargs
+    chances = [
+        given.get(argument.name, argument.default_value)
+        for argument in arguments
+        if argument.name in ("dropout_p", "dropout")
+    ]
+    return bool(chances) and not any(chances)
 
 
 def _arrange_products(

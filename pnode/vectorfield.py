@@ -820,6 +820,13 @@ class Linearization:
                 (result,) = torch.autograd.grad(product, cotangent, allow_unused=True)
         return (torch.zeros_like(self._value) if result is None else result).reshape(-1)
 
+    def records_time(self) -> bool:
+        """Whether the graph contains time, which is to be a leaf of it."""
+        if not self._value.requires_grad or not self._time.requires_grad:
+            return False
+        ones = torch.ones_like(self._value)
+        return _gradients(self._value, (self._time,), ones)[0] is not None
+
     def time_derivative_vjp(self, w: torch.Tensor) -> Products:
         """Return the derivatives of w^T dg/ds with respect to y and the parameters."""
         return self._differentiate_vjp(w, self._time, torch.ones_like(self._time))

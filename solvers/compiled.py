@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,10 +17,10 @@ from pnode.options import PETSc, SolverOptions
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
 from pnode.solvers import petsc_c
+from pnode.solvers.clock import FixedGrid
 from pnode.solvers.explicit_graphs import StepGraphs
 from pnode.solvers.integrator import IntegratorSettings, StepOutcome, TimeIntegrator
 from pnode.solvers.methods import Method
-from pnode.solvers.stepping import fixed_steps
 from pnode.solvers.tableaus import ExplicitTableau, rk_tableau, ssp_tableau
 from pnode.tracing import FieldGraph, Untraceable, trace_field
 from pnode.vectorfield import VectorField, vector_field
@@ -425,19 +423,15 @@ class CompiledIntegrator(TimeIntegrator):
             self._saved = tuple(results[-graphs.saved :]) if graphs.saved else ()
         return StepOutcome(True, proposed)
 
-    def sweep(
-        self, times: Sequence[float], step_size: float, outputs: torch.Tensor, tape: Tape | None
-    ) -> int:
-        """Take fixed steps through all of ``times``: :func:`forward_sweep` without its choices.
+    def sweep(self, grid: FixedGrid, outputs: torch.Tensor, tape: Tape | None) -> int:
+        """Take the fixed steps to all output times: :func:`forward_sweep` without its choices.
 
         Between two steps the interpreter does next to nothing.
 
         Parameters
         ----------
-        times : sequence of float
-            Increasing output times.
-        step_size : float
-            Largest step.
+        grid : FixedGrid
+            The steps.
         outputs : Tensor
             Receives the states at these times, shape ``(T, size)``.
         tape : Tape or None
@@ -458,12 +452,12 @@ class CompiledIntegrator(TimeIntegrator):
         u, slope, saved, number = self._u, self._slope, self._saved, 0
         length, h = math.nan, self._number[1]
         outputs[0] = u
-        if fsal and slope is None and len(times) > 1:
-            t = torch.scalar_tensor(direction * times[0], dtype=REAL)
+        if fsal and slope is None and grid.counts:
+            t = torch.scalar_tensor(direction * grid.times[0], dtype=REAL)
             slope, saved = graphs.start(t, u)
             self._field.ledger.rhs += 1
-        for index, (start, end) in enumerate(itertools.pairwise(times), start=1):
-            for s, this_length, _ in fixed_steps(start, end, step_size):
+        for interval in range(len(grid.counts)):
+            for s, this_length, _ in grid.steps(interval):
                 t = torch.scalar_tensor(direction * s, dtype=REAL)
                 if this_length != length:
                     length = this_length
@@ -482,7 +476,7 @@ class CompiledIntegrator(TimeIntegrator):
                     slope = results[2]
                     saved = tuple(results[last:]) if last else ()
                 number += 1
-            outputs[index] = u
+            outputs[interval + 1] = u
             if tape is not None:
                 tape.outputs.append(number)
         self._field.ledger.rhs += number * graphs.evaluations

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from pnode.compilation import CompilationFailed, CompiledGraph, compile_source, open_graph
+from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
 from pnode.solvers.explicit_graphs import StepGraphs, Tensors
-from pnode.solvers.stepping import StepControl
+from pnode.solvers.stepping import StepControl, fixed_grid
 from pnode.vectors import REAL
 
 __all__ = ["DrivenSweep", "Driver", "driver_of"]
@@ -62,7 +63,7 @@ class _Control(ctypes.Structure):
         *(
             (name, ctypes.c_double)
             for name in (
-                "direction", "step_size", "first_step", "min_step", "max_step", "longest",
+                "direction", "first_step", "min_step", "max_step", "longest",
             )
         ),
     ]  # fmt: skip
@@ -81,7 +82,7 @@ def _library() -> ctypes.CDLL:
         "torch": (None, [pointer]),
         "plan": (pointer, [pointer, pointer]),
         "free_plan": (None, [pointer]),
-        "sweep": (pointer, [pointer, pointer, pointer, number, pointer, pointer, pointer]),
+        "sweep": (pointer, [pointer, pointer, pointer, pointer, number, *[pointer] * 3]),
         "free_sweep": (None, [pointer]),
         "forward": (number, [pointer, pointer, pointer, pointer, real, pointer]),
         "repeat": (number, [pointer, number]),
@@ -217,17 +218,15 @@ class Driver:
         self._given = _pointers(self._tolerances)
 
     def sweep(
-        self, times: Sequence[float], direction: float, control: StepControl,
-        first_step: float, start: tuple[torch.Tensor, torch.Tensor, Tensors],
+        self, problem: InitialValueProblem, control: StepControl, first_step: float,
+        start: tuple[torch.Tensor, torch.Tensor, Tensors],
     ) -> DrivenSweep:  # fmt: skip
         """Return a sweep that is to be taken.
 
         Parameters
         ----------
-        times : sequence of float
-            Increasing output times.
-        direction : float
-            The user's time over the integrator's.
+        problem : InitialValueProblem
+            Whose output times.
         control : StepControl
             How steps are chosen.
         first_step : float
@@ -242,14 +241,18 @@ class Driver:
         )
         alive = (state.contiguous(), slope.contiguous(), saved)
         chosen = _Control(
-            self._keep, -1 if control.max_steps is None else control.max_steps, direction,
-            control.step_size or 0.0, first_step, control.min_step, control.max_step, self.longest,
+            self._keep, -1 if control.max_steps is None else control.max_steps, problem.direction,
+            first_step, control.min_step, control.max_step, self.longest,
         )  # fmt: skip
+        times, number = problem.times, len(problem.times)
+        grid = fixed_grid(times, control, problem.resolution)
+        counts = grid.counts if grid is not None else ()
         handle = self._library.pnode_sweep(
-            self._plan, ctypes.byref(chosen), (ctypes.c_double * len(times))(*times), len(times),
+            self._plan, ctypes.byref(chosen), (ctypes.c_double * number)(*times),
+            (ctypes.c_int64 * number)(*counts), number,
             alive[0].data_ptr(), alive[1].data_ptr(), _pointers(saved),
         )  # fmt: skip
-        return DrivenSweep(self, handle, len(times), alive)
+        return DrivenSweep(self, handle, number, alive)
 
 
 class DrivenSweep:

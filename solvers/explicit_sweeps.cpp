@@ -169,7 +169,7 @@ struct Plan {
 
 struct Control {  // of explicit_driver.py
     int64_t keep, max_steps;
-    double direction, step_size, first_step, min_step, max_step, longest;
+    double direction, first_step, min_step, max_step, longest;
 };
 
 struct Counts {
@@ -183,9 +183,10 @@ struct Step {
 
 class Sweep {
   public:
-    Sweep(const Plan& plan, const Control& control, const double* times, int64_t number,
-          double* start, double* slope, void* const* carried)
-        : plan_(plan), control_(control), times_(times, times + number), start_(start),
+    Sweep(const Plan& plan, const Control& control, const double* times, const int64_t* counts,
+          int64_t number, double* start, double* slope, void* const* carried)
+        : plan_(plan), control_(control), times_(times, times + number),
+          counts_(counts, counts + number), start_(start),
           slope_start_(slope), carried_start_(carried, carried + plan.carried.size()) {
         begin();
     }
@@ -304,9 +305,7 @@ class Sweep {
             reached = index_ + 1 == reached_[interval_];
         } else {
             const double begin = times_[interval_ - 1], span = times_[interval_] - begin;
-            const double epsilon = std::numeric_limits<double>::epsilon();
-            const double parts = span / control_.step_size * (1.0 - 4.0 * epsilon);
-            const int64_t number = std::max(int64_t(1), static_cast<int64_t>(std::ceil(parts)));
+            const int64_t number = counts_[interval_ - 1];
             length = span / static_cast<double>(number);
             start = position_ ? begin + static_cast<double>(position_) * length : begin;
             reached = ++position_ == number;
@@ -326,13 +325,22 @@ class Sweep {
     Status adapt() {
         if (control_.max_steps >= 0 && index_ >= control_.max_steps) return STEP_LIMIT;
         const double end = times_[interval_], left = end - s_;
-        const double natural = std::min(std::max(natural_, control_.min_step), control_.max_step);
-        double length = natural;
+        const double size = std::fabs(s_), spacing = std::nextafter(size, INFINITE) - size;
+        const double least = std::max(4.0 * spacing, 1e-30 * left);
+        const double natural =
+            std::min(std::max({natural_, control_.min_step, least}), control_.max_step);
+        if (natural < std::min(least, left)) return TOO_SMALL;
+        double wanted = natural;
         if (natural >= left * (1.0 - 1e-10)) {
-            length = left;
+            wanted = left;
         } else if (natural > left / 2.0) {
-            length = left / 2.0;
+            wanted = left / 2.0;
         }
+        // The clock moves by as much as the state: move of clock.py.
+        const bool reached = wanted == left;
+        double after = reached ? end : s_ + wanted;
+        if (!reached && after - s_ > wanted) after = std::nextafter(after, s_);
+        const double length = after - s_;
         Tensors results = attempt(s_, length);
         const double* looks = results[0].data<double>();
         const double error = looks[1];
@@ -347,19 +355,16 @@ class Sweep {
             proposed = std::min(length * factor, control_.longest);
         }
         if (accepted && finite) {
-            const bool shortened = length < natural && proposed >= length;
+            const bool shortened = wanted < natural && proposed >= length;
             natural_ = shortened ? std::max(proposed, natural) : proposed;
-            const bool reached = length == left;
-            s_ = reached ? end : s_ + length;
+            s_ = after;
             failed_ = false;
             accept(std::move(results), reached);
             return PAUSED;
         }
         ++rejected_;
         failed_ = failed_ || !finite;
-        const double size = std::fabs(s_), spacing = std::nextafter(size, INFINITE) - size;
-        const double smallest = std::max({control_.min_step, 4.0 * spacing, 1e-30 * left});
-        if (length <= smallest) return failed_ ? NOT_FINITE : TOO_SMALL;
+        if (wanted <= std::max(control_.min_step, least)) return failed_ ? NOT_FINITE : TOO_SMALL;
         if (!finite) proposed = FAILURE_FACTOR * length;
         natural_ = 0.0 < proposed && proposed < length ? proposed : FAILURE_FACTOR * length;
         return PAUSED;
@@ -437,6 +442,7 @@ class Sweep {
     const Plan& plan_;
     Control control_;
     const std::vector<double> times_;
+    const std::vector<int64_t> counts_;  // of fixed steps between them
     double *const start_, *const slope_start_;
     const std::vector<void*> carried_start_;
     void* outputs_ = nullptr;
@@ -500,10 +506,11 @@ void* pnode_plan(const Settings* settings, const int64_t* text) {
 
 void pnode_free_plan(void* plan) { delete static_cast<Plan*>(plan); }
 
-void* pnode_sweep(void* plan, const Control* control, const double* times, int64_t number,
-                  double* start, double* slope, void* const* carried) {
+void* pnode_sweep(void* plan, const Control* control, const double* times, const int64_t* counts,
+                  int64_t number, double* start, double* slope, void* const* carried) {
     try {
-        return new Sweep(*static_cast<Plan*>(plan), *control, times, number, start, slope, carried);
+        return new Sweep(*static_cast<Plan*>(plan), *control, times, counts, number, start, slope,
+                         carried);
     } catch (...) {
         return nullptr;
     }

@@ -80,7 +80,7 @@ _INTEGERS = (
     "time_slope", "stiffly_accurate", "explicit_first", "carries_slope",
 )  # fmt: skip
 _NUMBERS = (
-    "direction", "order", "step_size", "first_step", "min_step", "max_step", "longest",
+    "direction", "order", "first_step", "min_step", "max_step", "longest",
     "newton_rtol", "newton_stol", "newton_atol", "newton_divtol",
 )  # fmt: skip
 _ARRAYS = (
@@ -488,7 +488,7 @@ def _prepare(
         stiffly_accurate=bool((tableau.A[-1] == tableau.b).all()),
         explicit_first=bool(not rosenbrock and tableau.A[0, 0] == 0.0),
         carries_slope=method.ts_type == "dirk",
-        order=method.order, step_size=control.step_size or 0.0,
+        order=method.order,
         first_step=control.first_step or 0.0, min_step=control.min_step,
         max_step=control.max_step, longest=min(control.max_step, _LONGEST),
         newton_rtol=newton["snes_rtol"], newton_stol=newton["snes_stol"],
@@ -515,14 +515,17 @@ class ImplicitSweep:
         return self._program.traced.captured
 
     def forward(
-        self, times: Sequence[float], y0: torch.Tensor, keep: bool, ledger: Ledger
-    ) -> torch.Tensor | None:
+        self, times: Sequence[float], numbers: Sequence[int] | None, y0: torch.Tensor,
+        keep: bool, ledger: Ledger,
+    ) -> torch.Tensor | None:  # fmt: skip
         """Integrate.
 
         Parameters
         ----------
         times : sequence of float
             Increasing output times, the integrator's.
+        numbers : sequence of int or None
+            Of fixed steps between them.
         y0 : Tensor
             Flat initial state.
         keep : bool
@@ -543,8 +546,8 @@ class ImplicitSweep:
         self._settings.keep = keep
         handle = program.library.pnode_forward(
             ctypes.byref(self._settings), pointers, _at(start),
-            (ctypes.c_double * len(times))(*times), ctypes.c_int64(len(times)), _at(outputs),
-            ctypes.byref(counts), ctypes.byref(status),
+            (ctypes.c_double * len(times))(*times), (ctypes.c_int64 * len(times))(*(numbers or ())),
+            ctypes.c_int64(len(times)), _at(outputs), ctypes.byref(counts), ctypes.byref(status),
         )  # fmt: skip
         self._handle = handle
         weakref.finalize(self, program.library.pnode_free, ctypes.c_void_p(handle))

@@ -37,7 +37,7 @@ struct Settings {
   // Rosenbrock: one matrix for all stages; f_t is needed. DIRK: u' is the last stage; the first
   // stage is u; its slope is the last stage's of the step before, as that was solved for.
   int64_t one_matrix, time_slope, stiffly_accurate, explicit_first, carries_slope;
-  double direction, order, step_size, first_step, min_step, max_step, longest;
+  double direction, order, first_step, min_step, max_step, longest;
   double newton_rtol, newton_stol, newton_atol, newton_divtol;
   const double *A, *inverse, *correction, *b, *defect, *alpha, *gamma, *diagonal;
   const double *rtol, *atol;
@@ -320,17 +320,15 @@ struct Driver {
     counts.steps++;
   }
 
-  Status fixed(double start, double end) {
-    const double span = end - start, eps = std::numeric_limits<double>::epsilon();
-    const double number = std::max(1.0, std::ceil(span / m.step_size * (1.0 - 4.0 * eps)));
-    const double h = span / number;
+  Status fixed(double start, double end, int64_t number) {
+    const double h = (end - start) / double(number);
     double s = start;
-    for (double index = 1.0; index <= number; index++) {
+    for (int64_t index = 1; index <= number; index++) {
       if (m.max_steps >= 0 && counts.steps >= m.max_steps) return STEP_LIMIT;
       const Status status = stepper.attempt(m.direction * s, m.direction * h, u);
       if (status != DONE) return status;
       accept(s, h);
-      s = start + index * h;
+      s = start + double(index) * h;
     }
     return DONE;
   }
@@ -340,13 +338,20 @@ struct Driver {
     if (std::isnan(natural)) natural = first_step(start, end);
     while (s < end) {
       if (m.max_steps >= 0 && counts.steps >= m.max_steps) return STEP_LIMIT;
-      natural = std::min(std::max(natural, m.min_step), m.max_step);
-      const double remaining = end - s;
-      double h = natural;
+      const double remaining = end - s, size = std::fabs(s);
+      const double spacing = std::nextafter(size, INFINITY) - size;
+      const double least = std::max(4.0 * spacing, 1e-30 * remaining);
+      natural = std::min(std::max(std::max(natural, m.min_step), least), m.max_step);
+      if (natural < std::min(least, remaining)) return UNDERFLOW_;
+      double wanted = natural;
       if (natural >= remaining * (1.0 - 1e-10))
-        h = remaining;
+        wanted = remaining;
       else if (natural > remaining / 2.0)
-        h = remaining / 2.0;
+        wanted = remaining / 2.0;
+      // The clock moves by as much as the state: move of clock.py.
+      double after = wanted == remaining ? end : s + wanted;
+      if (wanted != remaining && after - s > wanted) after = std::nextafter(after, s);
+      const double h = after - s;
       const Status status = stepper.attempt(m.direction * s, m.direction * h, u);
       if (status == SINGULAR) return status;
       double error = INFINITY, proposed = h;
@@ -359,16 +364,14 @@ struct Driver {
       }
       if (!failed && error <= 1.0) {
         // A step shortened to meet an output time says nothing against the natural one.
-        const bool shortened = h < natural && proposed >= h;
+        const bool shortened = wanted < natural && proposed >= h;
         natural = shortened ? std::max(proposed, natural) : proposed;
-        const double after = h == remaining ? end : s + h;
         accept(s, h);
         s = after;
         continue;
       }
       counts.rejected++;
-      const double spacing = std::nextafter(std::fabs(s), INFINITY) - std::fabs(s);
-      if (h <= std::max(std::max(m.min_step, 4.0 * spacing), 1e-30 * remaining)) return UNDERFLOW_;
+      if (wanted <= std::max(m.min_step, least)) return UNDERFLOW_;
       if (status != DONE) proposed = FAILURE_FACTOR * h;
       natural = 0.0 < proposed && proposed < h ? proposed : FAILURE_FACTOR * h;
     }
@@ -387,7 +390,8 @@ struct Driver {
     value(m.direction * start, u, stepper.c, f0);
     for (int k = 0; k < N; k++) scale[k] = m.atol[k] + m.rtol[k] * std::fabs(u[k]);
     const double d0 = scaled(u, scale), d1 = scaled(f0, scale);
-    double guess = d0 >= 1e-5 && d1 >= 1e-5 ? 0.01 * d0 / d1 : 1e-6;
+    const bool moves = d0 >= 1e-5 && d1 >= 1e-5 && d1 < INFINITY;
+    double guess = moves ? 0.01 * d0 / d1 : 1e-6;
     guess = std::min(guess, end - start);
     for (int k = 0; k < N; k++) y[k] = u[k] + guess * m.direction * f0[k];
     value(m.direction * (start + guess), y, stepper.c, f1);
@@ -530,8 +534,10 @@ struct Backwards {
 extern "C" {
 
 // Integrate from times[0] through all of times; ys receives the states there. Returns the sweep.
+// fixed: how many equal steps there are between them.
 void* pnode_forward(const Settings* m, Captured c, const double* y0, const double* times,
-                    int64_t number, double* ys, Counts* counts, int64_t* status) {
+                    const int64_t* fixed, int64_t number, double* ys, Counts* counts,
+                    int64_t* status) {
   Sweep* sweep = new Sweep;
   Driver driver(*m, c, *counts, *sweep);
   std::memcpy(driver.u, y0, sizeof(driver.u));
@@ -541,7 +547,7 @@ void* pnode_forward(const Settings* m, Captured c, const double* y0, const doubl
   *status = DONE;
   for (int64_t index = 1; index < number; index++) {
     const double start = times[index - 1], end = times[index];
-    *status = m->adaptive ? driver.adapt(start, end) : driver.fixed(start, end);
+    *status = m->adaptive ? driver.adapt(start, end) : driver.fixed(start, end, fixed[index - 1]);
     if (*status != DONE) break;
     std::memcpy(ys + index * N, driver.u, sizeof(driver.u));
     sweep->outputs.push_back(counts->steps);

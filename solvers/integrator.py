@@ -61,6 +61,7 @@ _FLOATING_POINT = 72  # PETSC_ERR_FP
 SINGULAR = 71
 # TSStep wants a final time; ours is kept by the driver.
 _FOREVER = 1e300
+_FACTORIZATIONS = ("lu", "ilu", "cholesky", "icc")
 
 
 @dataclass(frozen=True)
@@ -311,10 +312,24 @@ def _refuse_other_type(ts: Any, method: Method) -> None:
 
 
 def _refuse_other_preconditioner(settings: IntegratorSettings, options: SolverOptions) -> None:
-    """Refuse preconditioners that the blocks of independent samples do not offer."""
+    """Refuse preconditioners that the matrix at hand does not offer."""
     chosen = options.values.get("pc_type")
-    blocks = settings.jacobian_options.assembled(settings.jacobian) == "block"
-    if blocks and chosen not in ("python", "none"):
+    assembled = settings.jacobian_options.assembled(settings.jacobian)
+    if chosen in _FACTORIZATIONS and assembled is None:
+        raise ConfigurationError(
+            f"pc_type={chosen!r} (linear_solver='lu'?) needs a matrix to factor, and "
+            "jacobian='matrix-free' has none: use jacobian='dense' or 'sparse', or give a "
+            "preconditioner"
+        )
+    package = options.values.get("pc_factor_mat_solver_type")
+    if chosen in _FACTORIZATIONS and assembled == "sparse" and settings.parallel and not package:
+        raise ConfigurationError(
+            f"pc_type={chosen!r} (linear_solver='lu'?) factors the matrix of one process, and this "
+            f"one lies on {settings.comm.size}: drop it (each rank then factors its own part), or "
+            "name a parallel package that your PETSc has, "
+            "petsc_options={'pc_factor_mat_solver_type': 'mumps'}"
+        )
+    if assembled == "block" and chosen not in ("python", "none"):
         raise ConfigurationError(
             f"pc_type={chosen!r} needs a matrix of PETSc's, and the blocks of independent samples "
             "come with their own LU: drop pc_type, or use jacobian='sparse'"
@@ -608,15 +623,17 @@ class TimeIntegrator:
                 reason="zero pivot in LU factorization", **where,
             ) from failure  # fmt: skip
         if failure is not None:
-            overflow = (
-                "; an error norm overflows when rtol * |y| + atol is zero or tiny for an entry of y"
-                if failure.ierr == _FLOATING_POINT
-                else ""
-            )
+            overflow, at = "", self.bridge.first_nonfinite()
+            if failure.ierr == _FLOATING_POINT and at is not None and not self.ranks.parallel:
+                raise self._nonfinite(at) from failure
+            if failure.ierr == _FLOATING_POINT:
+                overflow = (
+                    "; an error norm overflows when rtol * |y| + atol is zero or tiny for an entry "
+                    "of y, or the Jacobian is not finite"
+                )
             raise SolveError(
-                f"PETSc could not take this step{overflow}",
-                reason=str(failure).replace("\n", " "), **where,
-            ) from failure  # fmt: skip
+                f"PETSc could not take this step{overflow}", reason=failure_reason(failure), **where
+            ) from failure
 
     def _failure(self, where: dict[str, Any]) -> SolveError | None:
         """Look for the failures that PETSc reports and for those that it passes over."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from pnode.errors import ConfigurationError
+from pnode.options import PETSc
 from pnode.solvers.assemblies import GivenMatrix, SparsityPattern, as_matrix
 from pnode.solvers.jacobians import JacobianOptions
 from pnode.solvers.methods import Method
@@ -21,7 +22,7 @@ def jacobian_options(
     method: Method, form: str, jacobian: str, pattern: Any, preconditioner: Any, reuse: str
 ) -> JacobianOptions:
     """Check what belongs to ``jacobian=``."""
-    if reuse not in _REUSE:
+    if not isinstance(reuse, str) or reuse not in _REUSE:
         choices = ", ".join(map(repr, _REUSE))
         raise ConfigurationError(f"jacobian_reuse={reuse!r} is unknown: choose one of {choices}")
     named = [
@@ -44,6 +45,13 @@ def jacobian_options(
             f"preconditioner={preconditioner!r} is unknown: choose one of {choices}, or give a "
             "matrix that approximates df/dy, or a callable (t, y) that returns one"
         )
+    for name, given in (("preconditioner", preconditioner), ("jacobian_pattern", pattern)):
+        if isinstance(given, PETSc.Object):  # some of which are callable
+            raise ConfigurationError(
+                f"{name} is a PETSc {type(given).__name__}: give a tensor or a sparse matrix of "
+                "SciPy (of a Mat A: scipy.sparse.csr_array(A.getValuesCSR()[::-1], A.getSize())); "
+                "PETSc's own preconditioners are chosen with linear_solver={'pc_type': ...}"
+            )
     if preconditioner is not None and jacobian != "matrix-free":
         raise ConfigurationError(
             f"preconditioner given with jacobian={jacobian!r}: it belongs to "

@@ -9,6 +9,8 @@ step of its paper; see :class:`~pnode.solvers.rosenbrock_tableaus.RosenbrockTabl
 
 from __future__ import annotations
 
+import math
+import warnings
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from pnode.solvers.petsc_c import (
     set_recompute_jacobian,
 )
 from pnode.solvers.rosenbrock_tableaus import ROSENBROCK, RosenbrockTableau
+from pnode.vectorfield import Linearization
 from pnode.vectors import REAL, copy_in, copy_out, is_moderate
 
 __all__ = ["RosenbrockBridge", "RosenbrockIntegrator"]
@@ -52,6 +55,7 @@ class RosenbrockBridge(Bridge):
         self._stage = -1
         self._base: Point | None = None
         self._time_slope: torch.Tensor | None = None
+        self._knows_time = False
 
     def detach(self) -> None:
         """End the sweep and drop everything that belongs to the user."""
@@ -93,12 +97,47 @@ class RosenbrockBridge(Bridge):
             self._base = Point(s, own, (0, -1), self.field, linearization=linearization)
             if wanted:
                 self._time_slope = linearization.time_derivative()
+                if not self._knows_time:
+                    self._look_at_time(s, linearization)
             value = linearization.flat_value()
         else:
             value = self.field.rhs(s, own)
         if self._time_slope is None:
             return value
         return value + self._step * self._tableau.gamma[self._stage] * self._time_slope
+
+    def _look_at_time(self, s: float, linearization: Linearization) -> None:
+        """Warn, once, of a field that depends on t and hides it: the method needs df/dt.
+
+        By one evaluation at a later time, unless torch records t. Among several ranks it would be
+        collective, and is left out.
+        """
+        assert self._base is not None
+        self._knows_time, field = True, self.field
+        problem = field.problem
+        if problem.ranks.parallel or field.exchange is not None or linearization.records_time():
+            return
+        start, *rest = problem.times
+        span = rest[0] - start if rest and math.isfinite(rest[0]) else abs(self._step)
+        resolution = torch.finfo(field.dtype).eps * max(abs(s), span)
+        # So small that what is constant in pieces seldom jumps, and no zero of df/dt is mistaken.
+        later = s + max((1e-4 if field.dtype is torch.float64 else 1e-2) * span, 64.0 * resolution)
+        evaluations = field.ledger.rhs
+        try:
+            value = field.rhs(later, self._base.u.detach().clone())
+        except Exception:  # it is not defined there, which is nothing to complain of
+            return
+        finally:
+            field.ledger.rhs = evaluations  # the method makes no use of it
+        before = linearization.flat_value()
+        if bool((value.isfinite() & before.isfinite() & (value != before)).any()):
+            warnings.warn(
+                "the vector field depends on t through a number that torch does not record "
+                "(float(t), t.item(), t.detach(), numpy?), and this Rosenbrock method needs df/dt: "
+                "without it it is of order 1, and takes far more steps. Compute with the tensor t, "
+                "or take a method such as 'es325' or 'bdf'",
+                RuntimeWarning, stacklevel=2,
+            )  # fmt: skip
 
 
 class RosenbrockIntegrator(TimeIntegrator):

@@ -8,24 +8,33 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from pnode import tolerances, vectors
-from pnode.errors import NonFiniteVectorField, SolveError, StepLimitReached, StepSizeUnderflow
+from pnode.errors import (
+    ConfigurationError,
+    NonFiniteVectorField,
+    SolveError,
+    StepLimitReached,
+    StepSizeUnderflow,
+)
+from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
+from pnode.solvers.clock import FixedGrid, least_step, move
 from pnode.solvers.integrator import IntegratorSettings, TimeIntegrator
 from pnode.vectorfield import VectorField
 
 __all__ = [
-    "Step", "StepControl", "automatic_step", "count_fixed_steps", "first_step", "fixed_steps",
+    "Step", "StepControl", "automatic_step", "check_steps", "first_step", "fixed_grid",
     "forward_sweep",
 ]  # fmt: skip
 
+# Nobody waits for more, in minutes of compiled steps.
+_MOST_STEPS = 1e9
 # After a failed nonlinear solve or a non-finite vector field there is no error estimate to go by.
 _FAILURE_FACTOR = 0.25
 
@@ -78,32 +87,52 @@ class StepControl:
     controller: str = "basic"
 
 
-def fixed_steps(start: float, end: float, step_size: float) -> Iterator[tuple[float, float, float]]:
-    """Cut [start, end] into equal steps of at most ``step_size``: (start, length, end) of each.
+def fixed_grid(times: Sequence[float], control: StepControl, resolution: float) -> FixedGrid | None:
+    """Return the fixed steps through ``times``, None for adaptive ones.
 
-    A quotient that exceeds a whole number by round-off only does not add a step. Without end
-    (infinity) the steps have this length.
+    ``resolution`` is that of the problem: see :class:`FixedGrid`.
     """
-    span = end - start
-    if math.isinf(end):
-        for index in itertools.count():
-            yield start + index * step_size, step_size, start + (index + 1) * step_size
-    number = _number(span, step_size)
-    length = span / number
-    before = start
-    for index in range(1, number + 1):
-        after = end if index == number else start + index * length
-        yield before, length, after
-        before = after
+    if control.step_size is None:
+        return None
+    return FixedGrid(tuple(times), control.step_size, resolution)
 
 
-def count_fixed_steps(times: Sequence[float], step_size: float) -> int:
-    """Return how many fixed steps there are from the first of ``times`` to the last."""
-    return sum(_number(end - start, step_size) for start, end in itertools.pairwise(times))
+def check_steps(
+    problem: InitialValueProblem, times: Sequence[float], control: StepControl, method: str
+) -> None:
+    """Refuse, before a solve that only ends at its last output, what would not come to an end.
 
+    Parameters
+    ----------
+    problem : InitialValueProblem
+        What is to be solved.
+    times : sequence of float
+        The output times that steps are to hit.
+    control : StepControl
+        How steps are chosen.
+    method : str
+        Its name, for error messages.
 
-def _number(span: float, step_size: float) -> int:
-    return max(1, math.ceil(span / step_size * (1.0 - 4.0 * np.finfo(float).eps)))
+    Raises
+    ------
+    ConfigurationError
+        If there are more steps than anyone waits for.
+    StepSizeUnderflow
+        If float64 does not tell the steps apart.
+    """
+    grid = fixed_grid(times, control, problem.resolution)
+    name, size, span = "max_step", control.max_step, times[-1] - times[0]
+    if grid is not None:
+        name, size = "step_size", grid.step_size
+    if span / size > _MOST_STEPS and control.max_steps is None:
+        start, end = (problem.direction * s for s in (times[0], times[-1]))
+        raise ConfigurationError(
+            f"{name}={size!r} makes {span / size:.1e} steps of t = {start!r} to {end!r}: take "
+            "larger ones, or say with max_steps= that so many are meant"
+        )
+    if grid is not None and grid.unresolved is not None:
+        at = problem.direction * times[grid.unresolved]
+        raise unresolved(name, size, time=at, step=0, method=method)
 
 
 def forward_sweep(
@@ -152,10 +181,11 @@ def forward_sweep(
     else:
         integrator.monitor(0, times[0])
         on_output(0)
-    number = 0
+    number, grid = 0, fixed_grid(times, control, field.problem.resolution)
     for index, (start, end) in enumerate(itertools.pairwise(times), start=1):
-        if control.step_size is not None:
-            for before, length, after in fixed_steps(start, end, control.step_size):
+        if grid is not None:
+            sweep.check_resolution(grid, index - 1)
+            for before, length, after in grid.steps(index - 1):
                 number += 1
                 if number <= len(done):
                     continue
@@ -213,16 +243,20 @@ class _Sweep:
         error: SolveError | None = None
         while s < end and not self.ended:
             self._check_limit(s)
-            natural = min(max(self.natural, control.min_step), control.max_step)
-            length = _fit(natural, end - s)
+            least = least_step(s, end - s)
+            natural = min(max(self.natural, control.min_step, least), control.max_step)
+            if natural < min(least, end - s):
+                raise unresolved("max_step", control.max_step, **self._where(s))
+            wanted = _fit(natural, end - s)
+            after = end if wanted == end - s else move(s, wanted)
+            length = after - s
             self._announce()
-            after = end if length == end - s else s + length
             outcome = self.integrator.attempt(s, length, self.index, end=after)
             if outcome.accepted:
                 # A step shortened to meet an output time says nothing against the natural one.
                 shortened = (
                     not self.integrator.proposes_absolute
-                    and length < natural
+                    and wanted < natural
                     and outcome.next_step >= length
                 )
                 self.natural = max(outcome.next_step, natural) if shortened else outcome.next_step
@@ -231,7 +265,7 @@ class _Sweep:
                 continue
             self.ledger.rejected += 1
             error = outcome.error or error
-            self._check_minimum(s, length, end, error)
+            self._check_minimum(s, wanted, least, error)
             proposed = outcome.next_step if outcome.error is None else _FAILURE_FACTOR * length
             self.natural = proposed if 0.0 < proposed < length else _FAILURE_FACTOR * length
 
@@ -270,18 +304,37 @@ class _Sweep:
                 **self._where(s),
             )
 
-    def _check_minimum(self, s: float, length: float, end: float, error: SolveError | None) -> None:
-        """Stop when a failed step was the smallest; the last failure, if any, is the reason."""
-        span = end - s if math.isfinite(end) else 1.0
-        smallest = max(self.control.min_step, 4.0 * float(np.spacing(abs(s))), 1e-30 * span)
+    def check_resolution(self, grid: FixedGrid, interval: int) -> None:
+        """Refuse fixed steps that float64 does not tell apart."""
+        if not grid.resolves(interval):
+            start = grid.times[interval]
+            raise unresolved("step_size", grid.step_size, **self._where(start))
+
+    def _check_minimum(
+        self, s: float, length: float, least: float, error: SolveError | None
+    ) -> None:
+        """Stop when a failed step was the smallest; the last failure, if any, is the reason.
+
+        ``least`` is the smallest by the resolution of time alone.
+        """
+        min_step = self.control.min_step
+        smallest = max(min_step, least)
         if length > smallest:
             return
         if isinstance(error, NonFiniteVectorField):
-            raise error
+            if min_step <= least:
+                raise error
+            raise NonFiniteVectorField(
+                f"{error.message} (min_step={min_step!r} allows none)",
+                reason=error.reason, **self._where(s),
+            ) from error  # fmt: skip
+        limit, remedy = "times of float64 tell no shorter one apart there", "measure t from nearby"
+        if min_step > least:
+            limit, remedy = f"min_step={min_step!r}", "lower min_step"
         raise StepSizeUnderflow(
-            f"a step of {length:.2e} failed, and the smallest one is {smallest:.2e}: loosen rtol "
-            "and atol, use an implicit method if the problem is stiff, or look for a singularity "
-            "of the vector field",
+            f"a step of {length:.2e} failed, and the smallest one is {smallest:.2e} ({limit}): "
+            f"{remedy}, loosen rtol and atol, use an implicit method if the problem is stiff, or "
+            "look for a singularity of the vector field",
             reason=error.reason if error else None,
             **self._where(s),
         ) from error
@@ -292,6 +345,16 @@ class _Sweep:
             "step": self.index,
             "method": self.integrator.settings.method.name,
         }
+
+
+def unresolved(name: str, size: float, **where: Any) -> StepSizeUnderflow:
+    """Return the error for steps that float64 does not tell apart at a time."""
+    spacing = math.ulp(where["time"])
+    return StepSizeUnderflow(
+        f"{name}={size!r}, and float64 times are {spacing:.2e} apart there: take larger steps, or "
+        "measure t from nearby",
+        **where,
+    )
 
 
 def _fit(natural: float, remaining: float) -> float:
@@ -332,8 +395,8 @@ def automatic_step(
     scale = atol + rtol * y0.abs()
     rms = field.problem.ranks.rms
     d0, d1 = rms(y0 / scale), rms(f0 / scale)
-    guess = 0.01 * d0 / d1 if d0 >= 1e-5 and d1 >= 1e-5 else 1e-6
-    guess = min(guess, end - start)
+    moves = d0 >= 1e-5 and 1e-5 <= d1 < math.inf
+    guess = min(0.01 * d0 / d1 if moves else 1e-6, end - start)
     d2 = rms((field.slope(start + guess, y0 + guess * f0) - f0) / scale) / guess
     steepest = max(d1, d2)
     if not math.isfinite(steepest):  # outside the field's domain: let the controller feel its way

@@ -113,8 +113,7 @@ class SplitBridge(Bridge):
     def _value(self, s: float, own: torch.Tensor) -> torch.Tensor:
         if not self._check_split:
             return self.field.rhs(s, own)
-        self._check_split = False
-        linearization = self.field.linearize(s, own)
+        linearization, known = self.field.linearize(s, own), True
         generator = torch.Generator(HOST.device).manual_seed(0)
         for name, part in (("q", slice(None, self._split)), ("p", slice(self._split, None))):
             w = torch.zeros_like(own)
@@ -122,12 +121,16 @@ class SplitBridge(Bridge):
                 w[part].shape, generator=generator, dtype=torch.float64, device=HOST.device
             )
             w[part] = (noise + 0.5).to(w)
-            if bool(linearization.vjp(w).state[part].ne(0.0).any()):
+            product = linearization.vjp(w).state[part]
+            # NaN, which may come from the other half, tells nothing about this one.
+            known = known and not bool(product.isnan().any())
+            if bool(product.nan_to_num(0.0).ne(0.0).any()):
                 raise ConfigurationError(
                     f"d{name}/dt depends on {name}: symplectic methods are for separable fields, "
                     "dq/dt = g(t, p) and dp/dt = f(t, q); take a method such as 'dopri5' or "
                     "'implicit_midpoint' (symplectic for any Hamiltonian)"
                 )
+        self._check_split = not known
         return linearization.flat_value()
 
 
@@ -137,7 +140,8 @@ class SymplecticIntegrator(TimeIntegrator):
     Notes
     -----
     Whether the field is separable is checked at the first evaluation of a sweep in which torch
-    records gradients; without them nothing is known about what depends on what.
+    records gradients, or the first with finite derivatives; without them nothing is known about
+    what depends on what.
     """
 
     bridge: SplitBridge

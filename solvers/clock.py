@@ -1,0 +1,105 @@
+"""The clock of a sweep: which steps float64 times tell apart, and how many fixed ones there are.
+
+Pure, in the integrator's increasing time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+__all__ = ["FixedGrid", "least_step", "move"]
+
+# Spacings of float64 at t. The stages of a shorter step could not be told apart.
+_FEWEST_SPACINGS = 4.0
+# In spacings of the output times: what the difference of two of them, from linspace say, is off by.
+_ROUNDINGS = 4.0
+# Where the output times do not resolve the step size, steps are longer by this fraction at most.
+_LARGEST_SLACK = 0.1
+
+
+def least_step(s: float, span: float) -> float:
+    """Return the shortest adaptive step at time ``s`` with ``span`` to go (infinite: 1)."""
+    return max(_FEWEST_SPACINGS * math.ulp(s), 1e-30 * (span if math.isfinite(span) else 1.0))
+
+
+def move(s: float, wanted: float) -> float:
+    """Return the end of a step of at most this length.
+
+    The step's length is the result minus ``s``, which is not ``wanted`` far from zero: clock and
+    state must move by the same. Never longer, so that a rejected step does become shorter.
+    """
+    after = s + wanted
+    return after if after - s <= wanted else math.nextafter(after, s)
+
+
+@dataclass(frozen=True)
+class FixedGrid:
+    """Fixed steps from output time to output time.
+
+    Attributes
+    ----------
+    times : tuple of float
+        Increasing output times; the last may be infinite.
+    step_size : float
+        Largest step, but for the round-off of the output times.
+    resolution : float
+        Relative spacing of the numbers that they were given in (float32: 1e-7).
+    """
+
+    times: tuple[float, ...]
+    step_size: float
+    resolution: float = sys.float_info.epsilon
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Number of steps of each interval; 0 for one without end.
+
+        A quotient that exceeds a whole number by round-off only does not add a step: the times are
+        known to a few spacings of the largest.
+        """
+        largest = max(abs(s) for s in (self.times[0], *self.times[-2:]) if math.isfinite(s))
+        slack = min(_ROUNDINGS * self.resolution * largest / self.step_size, _LARGEST_SLACK)
+        exact = (1.0 - 4.0 * sys.float_info.epsilon) / self.step_size
+        quotients = ((end - start) * exact for start, end in itertools.pairwise(self.times))
+        return [
+            max(1, math.ceil(parts - slack)) if math.isfinite(parts) else 0 for parts in quotients
+        ]
+
+    @property
+    def total(self) -> int:
+        """Number of all steps."""
+        return sum(self.counts)
+
+    @property
+    def unresolved(self) -> int | None:
+        """The first interval whose steps float64 does not tell apart, if there is one."""
+        largest = max(abs(self.times[0]), abs(self.times[-1]))
+        if 0.5 * self.step_size >= _FEWEST_SPACINGS * math.ulp(largest):
+            return None
+        intervals = range(len(self.counts))
+        return next((index for index in intervals if not self.resolves(index)), None)
+
+    def resolves(self, interval: int) -> bool:
+        """Whether the steps of an interval are told apart at its start; one alone always is."""
+        start, number = self.times[interval], self.counts[interval]
+        return number == 1 or self._length(interval) >= _FEWEST_SPACINGS * math.ulp(start)
+
+    def steps(self, interval: int) -> Iterator[tuple[float, float, float]]:
+        """Yield start, length and end of the equal steps of an interval."""
+        start, end = self.times[interval : interval + 2]
+        number, length = self.counts[interval], self._length(interval)
+        before = start
+        for index in range(1, number + 1) if number else itertools.count(1):
+            after = end if index == number else start + index * length
+            yield before, length, after
+            before = after
+
+    def _length(self, interval: int) -> float:
+        start, end = self.times[interval : interval + 2]
+        number = self.counts[interval]
+        return (end - start) / number if number else self.step_size
