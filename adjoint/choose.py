@@ -232,3 +232,6 @@ class _Shadow:
         if previous is not None and self._method.shares_ends:
             states[0] = previous[-1]
         return tuple(states)
+
+    def evidence(self) -> tuple[float, ...]:
+        return ()

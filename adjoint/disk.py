@@ -1,8 +1,8 @@
 """A private folder of checkpoint files.
 
-A checkpoint is one file: a JSON header (shapes, dtypes, lengths, checksum), a newline, and the
-tensors' bytes. Plain files need no library, can be written by a thread while the sweep goes on
-(h5py holds the interpreter lock through its own), and one damaged file names itself.
+A checkpoint is one file: the checksum of all that follows, a JSON header (name, shapes, dtypes), a
+newline, and the tensors' bytes. Plain files need no library, can be written by a thread while the
+sweep goes on (h5py holds the interpreter lock through its own), and one damaged file names itself.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from pnode import private_files
 from pnode.errors import CheckpointError, ConfigurationError
 
 __all__ = ["DiskFolder", "Tensors"]
@@ -43,8 +44,15 @@ class DiskFolder:
     Notes
     -----
     The folder is removed by :meth:`close`, when the object is collected, and at interpreter exit;
-    a killed process leaves it behind (its name has the process id).
+    a killed process leaves it behind (its name has the process id). Folder and files are for this
+    user alone.
     """
+
+    #: Begins the name that a file has in its header.
+    _label = ""
+    #: Whether what is read must be this user's (a new folder's files are; not by every server).
+    _own = False
+    _remedy = "solve again"
 
     def __init__(self, scratch: str | os.PathLike[str]) -> None:
         try:
@@ -69,26 +77,25 @@ class DiskFolder:
         CheckpointError
             If the disk is full or the file cannot be written.
         """
-        path, partial = self.path / name, self.path / f"{name}.partial"
+        path = self.path / name
         arrays = [tensor.detach().contiguous().cpu().numpy() for tensor in tensors]
-        checksum = 0
-        for array in arrays:
-            checksum = zlib.crc32(array.data.cast("B") if array.size else b"", checksum)
-        header = {
-            "name": name,
-            "tensors": [[str(t.dtype), list(t.shape)] for t in tensors],
-            "checksum": checksum,
-        }
+        header = json.dumps(
+            {
+                "name": self._label + name,
+                "tensors": [[str(t.dtype), list(t.shape)] for t in tensors],
+            }
+        )
+        parts = [array.data.cast("B") for array in arrays if array.size]
+        first = f" {header}\n".encode()
+        checksum = zlib.crc32(first)
+        for part in parts:
+            checksum = zlib.crc32(part, checksum)
         try:
-            with partial.open("wb") as file:
-                file.write(json.dumps(header).encode() + b"\n")
-                for array in arrays:
-                    if array.size:
-                        file.write(array.data.cast("B"))
-            partial.replace(path)
+            private_files.write(
+                path, (f"{checksum:08x}".encode(), first, *parts),
+                self.path / f"{name}.partial", sync=False,
+            )  # fmt: skip
         except OSError as error:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
             raise CheckpointError(
                 f"the checkpoint {path} could not be written ({error}): give disk= a folder with "
                 "more room, or raise memory="
@@ -104,39 +111,50 @@ class DiskFolder:
         """
         path = self.path / name
         try:
-            data = path.read_bytes()
+            data = private_files.read(path, self._own)
         except OSError as error:
-            raise CheckpointError(f"the checkpoint {path} cannot be read ({error})") from error
-        line, _, body = data.partition(b"\n")
-        try:
-            header = json.loads(line)
-            if header["name"] != name:
-                raise ValueError("name")
-            tensors, offset = [], 0
-            for dtype_name, shape in header["tensors"]:
-                dtype = _DTYPES[dtype_name]
-                count = torch.Size(shape).numel()
-                size = count * dtype.itemsize
-                part = bytearray(body[offset : offset + size])
-                if len(part) != size:
-                    raise ValueError("length")
-                tensors.append(
-                    torch.frombuffer(part, dtype=dtype).view(shape)
-                    if count
-                    else torch.empty(shape, dtype=dtype, device="cpu")
-                )
-                offset += size
-            if offset != len(body) or zlib.crc32(body) != header["checksum"]:
-                raise ValueError("checksum")
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
             raise CheckpointError(
-                f"the checkpoint {path} is damaged: its contents do not match its checksum"
+                f"the checkpoint {path} cannot be read ({error}): {self._remedy}"
             ) from error
-        return tuple(tensors)
+        try:
+            return _parse(data, self._label + name)
+        except (ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
+            raise CheckpointError(
+                f"the checkpoint {path} is damaged: its contents do not match its checksum "
+                f"({error}); {self._remedy}"
+            ) from error
 
     def remove(self, name: str) -> None:
         """Remove a checkpoint, if it is there."""
-        (self.path / name).unlink(missing_ok=True)
+        with suppress(OSError):  # the folder goes in the end
+            (self.path / name).unlink(missing_ok=True)
+
+
+def _parse(data: bytes, name: str) -> Tensors:
+    """Return the tensors in a file, whose checksum says that it is as it was written."""
+    if int(data[:8], 16) != zlib.crc32(memoryview(data)[8:]):
+        raise ValueError("checksum")
+    line, _, body = data[8:].partition(b"\n")
+    header = json.loads(line)
+    if header["name"] != name:
+        raise ValueError(f"it is {header['name']!r}")
+    tensors, offset = [], 0
+    for dtype_name, shape in header["tensors"]:
+        dtype = _DTYPES[dtype_name]
+        count = torch.Size(shape).numel()
+        size = count * dtype.itemsize
+        part = bytearray(body[offset : offset + size])
+        if len(part) != size:
+            raise ValueError("length")
+        tensors.append(
+            torch.frombuffer(part, dtype=dtype).view(shape)
+            if count
+            else torch.empty(shape, dtype=dtype, device="cpu")
+        )
+        offset += size
+    if offset != len(body):
+        raise ValueError("length")
+    return tuple(tensors)
 
 
 def _remove_tree(path: Path, process: int) -> None:

@@ -18,6 +18,7 @@ SCRIPTS = {
     "stiff.py": ["--quick"],
     "schedule.py": [],
     "memory.py": ["--steps", "10", "30"],
+    "growth.py": ["--gradients", "100"],
     "scaling.py": ["--quick"],
 }
 PLOTS = ("peers.py", "stiff.py", "memory.py", "scaling.py")

@@ -12,6 +12,10 @@ from pnode.cli import asked_for_doctor
 
 # `python -m pnode doctor` imports this file too, and must run where these imports fail.
 if not asked_for_doctor(sys.argv, sys.orig_argv):
+    from pnode.signals import signals_kept
+
+    with signals_kept():
+        import mpi4py.MPI  # noqa: F401
     from pnode import parallel
     from pnode.adjoint.choose import Plan, plan
     from pnode.checkpointing import Checkpointing

@@ -2,6 +2,9 @@
 
 One file per graph in a folder of the user's (``PNODE_CACHE_DIR``, else ``$XDG_CACHE_HOME/pnode``,
 else ``~/.cache/pnode``). A file appears whole or not at all, so processes may share the folder.
+
+What is loaded is run, so folder and files must be this user's alone, and a file ends with the
+checksum of what comes before: to map a library that was cut short kills the process.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ import platform
 import shlex
 import subprocess
 import tempfile
+import threading
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,7 +31,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from pnode import fast_tanh, tracing
+from pnode import fast_tanh, private_files, tracing
 from pnode.tracing import compose
 
 __all__ = [
@@ -45,18 +49,74 @@ _SOURCES = (__file__, tracing.__file__, fast_tanh.__file__)
 # Products that are added to something are rounded once.
 _INDUCTOR = {"cpp.enable_floating_point_contract_flag": "fast"}
 
+_MARK = b"pnode-1:"  # begins the end of a file, before the checksum
+_inductor_lock = threading.RLock()
+
 
 class CompilationFailed(Exception):
     """Why a graph could not be compiled."""
 
 
+class _Damaged(Exception):
+    """A file that is to be made again."""
+
+
 def cache_folder() -> Path:
-    """Return the folder of compiled graphs, made if need be."""
+    """Return the folder of compiled graphs, made if need be.
+
+    Raises
+    ------
+    OSError
+        If it cannot be made, or belongs to somebody else, or others can write to it.
+    """
     own = os.environ.get("PNODE_CACHE_DIR")
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = Path(own) if own else Path(base) / "pnode"
-    folder.mkdir(parents=True, exist_ok=True)
+    # A link of the user's own may lead to it; what counts is where it leads.
+    folder = folder.resolve()
+    try:
+        private_files.make_folder(folder)
+    except private_files.NotPrivate as error:
+        raise private_files.NotPrivate(
+            f"{error}: libraries in it could be anybody's; chmod 700 it if it is yours, or name "
+            "another folder in PNODE_CACHE_DIR"
+        ) from error
     return folder
+
+
+def _read(path: Path) -> bytes:
+    """Return what was kept in a file.
+
+    Raises
+    ------
+    _Damaged
+        If it is not what was kept.
+    OSError
+        If there is none, or it is not this user's alone.
+    """
+    content = private_files.read(path)
+    end = len(content) - hashlib.sha256().digest_size
+    body = content[: max(0, end - len(_MARK))]
+    if content[len(body) :] != _MARK + hashlib.sha256(body).digest():
+        raise _Damaged(f"{path} is damaged")
+    return body
+
+
+def _keep(path: Path, made: Path) -> None:
+    """Keep a file that was made in a private folder; it appears whole or not at all."""
+    body = made.read_bytes()
+    end = _MARK + hashlib.sha256(body).digest()
+    private_files.write(path, (body, end), made.with_suffix(".partial"), sync=True)
+
+
+@contextlib.contextmanager
+def _copied(path: Path) -> Iterator[Path]:
+    """Lend a copy of what was kept, where nobody can change it between the check and its use."""
+    body = _read(path)
+    with tempfile.TemporaryDirectory(prefix="pnode-") as folder:
+        copy = Path(folder) / path.name
+        copy.write_bytes(body)
+        yield copy
 
 
 @cache
@@ -102,16 +162,17 @@ def compile_graph(
     """
     try:
         path = cache_folder() / f"{name}.pt2"
-        if path.exists():
-            with contextlib.suppress(Exception):  # damaged, or of a torch that cannot be told apart
-                return _load(path)
+        # Made again: one that is damaged, another's, or of a torch that cannot be told apart.
+        with contextlib.suppress(Exception):
+            return _load(path)
         _build(path, function, examples)
         return _load(path)
     except Exception as error:
         text = " ".join(str(error).split())
         raise CompilationFailed(
             f"torch's inductor failed ({type(error).__name__}: {text[:300]}); it needs a C++ "
-            "compiler such as g++, and a folder to write to, which PNODE_CACHE_DIR can name"
+            "compiler such as g++, and room in a folder of this user's, which PNODE_CACHE_DIR can "
+            "name, and in TMPDIR"
         ) from error
 
 
@@ -128,13 +189,37 @@ class CompiledGraph:
 
 
 def _load(path: Path) -> CompiledGraph:
-    inductor = importlib.import_module("torch._inductor")  # takes seconds, and most do without
-    return CompiledGraph(path, inductor.aoti_load_package(str(path)).loader.run)
+    with _copied(path) as copy:
+        inductor = importlib.import_module("torch._inductor")  # takes seconds, most do without
+        return CompiledGraph(path, inductor.aoti_load_package(str(copy)).loader.run)
+
+
+@contextlib.contextmanager
+def _own_inductor_cache(folder: Path) -> Iterator[None]:
+    """Let inductor, too, keep its files where nobody else can have put them.
+
+    By default that is a folder of /tmp whose name is known beforehand.
+    """
+    private_files.make_folder(folder)
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    with _inductor_lock:
+        before = os.environ.get(name)
+        os.environ[name] = str(folder)
+        try:
+            yield
+        finally:
+            if before is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = before
 
 
 def _build(path: Path, function: Callable[..., object], examples: Sequence[torch.Tensor]) -> None:
     graph = prepare(function, examples)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as folder:
+    with (
+        tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as folder,
+        _own_inductor_cache(path.parent / ".inductor"),
+    ):
         partial = Path(folder) / path.name
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -143,7 +228,7 @@ def _build(path: Path, function: Callable[..., object], examples: Sequence[torch
             inductor.aoti_compile_and_package(
                 exported, package_path=str(partial), inductor_configs=_INDUCTOR
             )
-        partial.replace(path)
+        _keep(path, partial)
 
 
 @cache
@@ -156,15 +241,15 @@ def open_graph(path: Path) -> ctypes.CDLL:
         If there is none that can be called without torch's help.
     """
     try:
-        with zipfile.ZipFile(path) as package, tempfile.TemporaryDirectory() as folder:
+        with _copied(path) as copy, zipfile.ZipFile(copy) as package:
             names = package.namelist()
             # Operations without a C interface: torch calls them by these notes.
             notes = [n for n in names if n.endswith(".json") and not n.endswith("_metadata.json")]
             if any(json.loads(package.read(name)).get("nodes") for name in notes):
                 raise CompilationFailed("it calls operations that only torch can call")
             (name,) = (name for name in names if name.endswith(".so"))
-            return ctypes.CDLL(package.extract(name, folder))
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+            return ctypes.CDLL(package.extract(name, copy.parent))
+    except (OSError, ValueError, _Damaged, zipfile.BadZipFile) as error:
         raise CompilationFailed(f"{type(error).__name__}: {error}") from error
 
 
@@ -189,14 +274,18 @@ def compile_source(source: str, flags: Sequence[str], kind: str = "") -> ctypes.
         cpp_builder = importlib.import_module("torch._inductor.cpp_builder")  # takes a second
         compiler = cpp_builder.get_cpp_compiler()
         path = cache_folder() / f"{kind}{fingerprint(source, compiler, *flags)}.so"
-        if path.exists():
-            with contextlib.suppress(OSError):  # damaged
-                return ctypes.CDLL(str(path))
+        with contextlib.suppress(OSError, _Damaged):
+            return _open_library(path)
         _build_source(path, source, compiler, flags)
-        return ctypes.CDLL(str(path))
+        return _open_library(path)
     except Exception as error:
         text = " ".join(str(error).split())
         raise CompilationFailed(f"{type(error).__name__}: {text[:300]}") from error
+
+
+def _open_library(path: Path) -> ctypes.CDLL:
+    with _copied(path) as copy:
+        return ctypes.CDLL(str(copy))
 
 
 def _build_source(path: Path, source: str, compiler: str, flags: Sequence[str]) -> None:
@@ -207,7 +296,7 @@ def _build_source(path: Path, source: str, compiler: str, flags: Sequence[str]) 
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(done.stderr)
-        partial.replace(path)
+        _keep(path, partial)
 
 
 def prepare(

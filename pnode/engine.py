@@ -22,9 +22,10 @@ from pnode import compiled_sweeps, tolerances, vectors
 from pnode.adjoint.choose import choose_schedule, memory_limit
 from pnode.adjoint.create import create_adjoint
 from pnode.adjoint.disk import DiskFolder
+from pnode.adjoint.identity import fingerprint
 from pnode.adjoint.nonfinite import check_parameters, refuse_state
 from pnode.adjoint.offload import DeviceLevel, Offload
-from pnode.adjoint.resume import Progress, fingerprint
+from pnode.adjoint.resume import Progress
 from pnode.adjoint.schedule import Adjoint, Advance, RestoreEnd, RestoreSolution
 from pnode.adjoint.stepper import AdjointStepper
 from pnode.adjoint.store import CheckpointStore
@@ -403,16 +404,19 @@ class Engine:
         weakref.finalize(self, self._pool.close)
 
     def __reduce__(self) -> Any:
-        """Copies and pickles take the configuration along, not the PETSc objects."""
-        return Engine, (
+        """Copies and pickles take the configuration along, not the PETSc objects.
+
+        They are solvers of their own, numbered where and when they come to be.
+        """
+        return _another, (
             self.method, self.control, self.jacobian, self.petsc_options, self.jacobian_options,
-            self.checkpointing, self.comm, self.exchange, next_prefix(), self.compile,
+            self.checkpointing, self.comm, self.exchange, self.compile,
         )  # fmt: skip
 
     def __deepcopy__(self, memo: Any) -> Engine:
         """Copies share the communicator and the layout, which belong to the process."""
-        make, (*settings, comm, exchange, prefix, compiled) = self.__reduce__()
-        return make(*deepcopy(settings, memo), comm, exchange, prefix, compiled)
+        make, (*settings, comm, exchange, compiled) = self.__reduce__()
+        return make(*deepcopy(settings, memo), comm, exchange, compiled)
 
     @property
     def color_count(self) -> int:
@@ -487,7 +491,7 @@ class Engine:
                 trial = replace(run.settings, adaptive=False)
                 locator = EventLocator(
                     requests.event_fn, problem, requests.event_tol, integrator,
-                    lambda: leases.enter_context(self.integrator(trial, field_, y0)),
+                    lambda: leases.enter_context(self.integrator(trial, field_, y0)), field_,
                 )  # fmt: skip
             times = problem.times
             if requests.dense:
@@ -748,11 +752,18 @@ class Engine:
 
     def _identity(self, run: Run, y0: torch.Tensor) -> dict[str, str]:
         """Return what tells one sweep from another."""
-        problem = run.problem
+        problem, options = run.problem, self.jacobian_options
+        preconditioner = options.preconditioner
         facts = {
-            "method": self.method.name, "steps": self.control, "times": problem.times,
+            "method": self.method.name, "steps": vars(self.control), "times": problem.times,
             "direction": problem.direction, "form": problem.form, "jacobian": self.jacobian,
+            "reproducible": self.checkpointing.reproducible,
+            "shapes": problem.layout.shapes, "f": problem.function, "explicit": problem.explicit,
+            "mass": None if problem.mass is None else vars(problem.mass),
+            "jacobian_reuse": options.reuse,
+            "preconditioner": getattr(preconditioner, "__dict__", preconditioner),
             "petsc_options": self.petsc_options,
+            "PETSc options": self.solver_options(run.settings).values,
         }  # fmt: skip
         return fingerprint(facts, (y0, *problem.parameters, *problem.frozen))
 
@@ -820,5 +831,14 @@ class Engine:
                 settings.method, settings.adaptive, settings.jacobian, settings.dtype, adjoint,
                 settings.controller, settings.jacobian_options, settings.comm.size,
             )  # fmt: skip
-            self._options[key] = SolverOptions(self.prefix, self.petsc_options, defaults)
+            # Adaptive solvers repeat steps, and look for events, on an integrator without control.
+            forward = not adjoint and settings.adaptive == (self.control.step_size is None)
+            self._options[key] = SolverOptions(self.prefix, self.petsc_options, defaults, forward)
         return self._options[key]
+
+
+def _another(*settings: Any) -> Engine:
+    """Return an engine of the same settings, with the next number."""
+    *others, compiled = settings
+    make: Any = Engine
+    return make(*others, next_prefix(), compiled)

@@ -1,7 +1,8 @@
 """Terminal events: where the sign of ``event_fn(t, y)`` changes, and the derivatives of that time.
 
 The end state lies on the discrete solution: the step in which the sign changes is taken again
-from its start, shorter, until it ends at the root.
+from its start, shorter, until it ends at the root. It has reached the other side of zero, or zero,
+so that a solve that goes on from there does not find the event again.
 """
 
 from __future__ import annotations
@@ -13,34 +14,44 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import brentq
 
-from pnode import vectors
-from pnode.devices import HOST
 from pnode.errors import ConfigurationError, EventError
+from pnode.event_path import EventPath, call_event
+from pnode.event_search import SAMPLES, Sides, first_crossing
 from pnode.problem import InitialValueProblem, StateLayout
 from pnode.solution import Ledger
 from pnode.solvers.integrator import TimeIntegrator
 from pnode.solvers.stepping import Step
-from pnode.vectorfield import directional_derivative, vector_field
+from pnode.vectorfield import VectorField, directional_derivative, vector_field
 
 __all__ = ["Event", "EventLocator", "check_rate", "end_at_event"]
 
-# Brent's method bisects at least every third time: a few hundred trials reach any tolerance.
-_MAX_TRIALS = 1000
-_RELATIVE = 4.0 * float(np.finfo(float).eps)  # the least that SciPy allows
+# Where a step that starts on an event is looked at, apart from the samples of any step: a flight
+# between two bounces may be much shorter than the step.
+_FIRST = tuple(4.0**-k for k in range(10, 3, -1))
+# What Newton's method leaves in a state, relative to it.
+_ITERATION = 1e-9
+# A coarse event_tol does not make events near the start those that the solve starts on.
+_LARGEST = 1e-6
+# By how much event_fn may differ between two evaluations near to a root, relative to its values
+# around, before it is said to jump: round-off, and of single precision and Newton's method.
+_SMOOTH, _ROUGH = 1e-6, 1e-2
 
 
 @dataclass(frozen=True)
 class Event:
-    """A root found: its time in the integrator's time, and which entry of event_fn vanishes."""
+    """A root found: its time in the integrator's time, and which entry of event_fn vanishes.
+
+    ``jump`` tells whether that entry jumps across zero instead.
+    """
 
     time: float
     entry: int
+    jump: bool = False
 
 
 class EventLocator:
-    """Looks for a sign change after each accepted step.
+    """Looks for an event after each accepted step.
 
     Parameters
     ----------
@@ -54,6 +65,8 @@ class EventLocator:
         Stands at the start.
     lease : callable
         Returns an integrator without error control, which begins a sweep: it takes the trial steps.
+    field : VectorField
+        For slopes at the ends of steps.
 
     Attributes
     ----------
@@ -70,120 +83,78 @@ class EventLocator:
         tolerance: float,
         integrator: TimeIntegrator,
         lease: Callable[[], TimeIntegrator],
+        field: VectorField,
     ) -> None:
-        self._function = function
         self._problem = problem
         self._tolerance = tolerance
-        self._lease = lease
         self.event: Event | None = None
         self.integrator = integrator
-        self._history = integrator.history
-        self._values = self._evaluate(problem.times[0], 0)
+        self._path = EventPath(function, problem, tolerance, integrator, lease, field)
+        self._signs: Any = None  # not before the first step tells what is near to zero
+        self._start = abs(self._path.known[1.0])
+        method, single = integrator.settings.method, problem.layout.dtype is not torch.float64
+        self._epsilon = torch.finfo(problem.layout.dtype).eps
+        self._iterates = method.implicit
+        self._noise = _ROUGH if single or method.implicit else _SMOOTH
 
     def after_step(self, step: Step) -> Step | None:
         """Return the step shortened to the event, with the solution there; None without event."""
-        main = self.integrator
-        values = self._evaluate(step.end, step.index)
-        before, self._values = self._values, values
-        if len(values) != len(before):
-            raise EventError(
-                f"event_fn returned {len(values)} numbers after {len(before)} the time before",
-                **self._where(step.end, step.index),
-            )
-        # A zero at the start of a step is not an event: the solution is leaving it.
-        changed = np.flatnonzero((before != 0.0) & (np.sign(values) != np.sign(before)))
-        if not len(changed):
-            self._history = main.history
+        main, path = self.integrator, self._path
+        path.begin_step(step)
+        sides, grid = self._sides(step)
+        found = first_crossing(path, sides, grid, path.resolution, self._noise)
+        if found is None:
+            self._signs = sides.signs
+            path.exact(1.0)  # finite
+            path.end_step()
             return None
-        values_at = {0.0: before, 1.0: values}
-        theta, entry = min(
-            (self._root(step, entry, values_at), entry) for entry in changed.tolist()
-        )
-        if len(values_at) > 2:
-            self._retake(step, theta)
+        if found.theta < 1.0:
+            step = path.retake(found.theta)
+            assert path.trial is not None
+            self.integrator = path.trial
             self.integrator.solution.copy(main.solution)
-        if theta < 1.0:
-            length = theta * step.length
-            step = replace(step, length=length, end=step.start + length)
-        self.event = Event(step.end, entry)
+        self.event = Event(step.end, found.entry, found.jump)
         return step
 
-    def _root(self, step: Step, entry: int, values_at: dict[float, Any]) -> float:
-        """Return a root of one entry, as a fraction of the step (Brent's method)."""
+    def _sides(self, step: Step) -> tuple[Sides, list[float]]:
+        """Return the side of each entry before the step, and where to look.
 
-        def value(theta: float) -> float:
-            if theta not in values_at:
-                self._retake(step, theta)
-                values_at[theta] = self._evaluate(step.start + theta * step.length, step.index)
-            return float(values_at[theta][entry])
+        The solution leaves an event that it starts on: the side of such an entry is that on which
+        the step is seen first.
+        """
+        path = self._path
+        since = np.zeros(len(self._start))
+        if self._signs is None:
+            with np.errstate(invalid="ignore"):
+                change = np.fmax.reduce([abs(path.guess(q) - path.known[0.0]) for q in SAMPLES])
+            near = self._start <= self._instant(step) / step.length * change
+            self._signs = np.where(near, 0.0, np.sign(path.known[0.0]))
+        signs = self._signs.copy()
+        if signs.all():
+            return Sides(signs, since), [0.0, *SAMPLES]
+        grid = [*_FIRST, *SAMPLES]
+        for theta in grid:
+            values = path.guess(theta)
+            seen = (signs == 0.0) & (abs(values) > 2.0 * self._start)
+            signs[seen], since[seen] = np.sign(values[seen]), theta
+        return Sides(signs, since), [0.0, *grid]
 
-        root: float = brentq(
-            value, 0.0, 1.0, xtol=self._tolerance, rtol=_RELATIVE, maxiter=_MAX_TRIALS
-        )
-        return max(root, self._tolerance, _RELATIVE)  # implicit methods divide by the length
+    def _instant(self, step: Step) -> float:
+        """Return how long after the start an event is the one that the solve starts on.
 
-    def _retake(self, step: Step, theta: float) -> None:
-        """Take the step again from its start, shortened."""
-        main = self.integrator
-        if main.settings.adaptive:  # its controller would object
-            self.integrator = self._lease()
-        self.integrator.restore(self._history)
-        outcome = self.integrator.attempt(step.start, theta * step.length, step.index, step.order)
-        if outcome.error is not None:
-            raise outcome.error
-
-    def _evaluate(self, s: float, step: int) -> Any:
-        """Return event_fn's entries at the integrator's solution, as an array."""
-        layout = self._problem.layout
-        time = torch.tensor(self._problem.direction * s, dtype=layout.dtype, device=layout.device)
-        with torch.no_grad():
-            u = vectors.copy_out(self.integrator.solution, layout.dtype)
-            values = _call(self._function, layout, time, u, self._where(s, step))
-        return values.to(device=HOST.device, dtype=torch.float64).numpy()
-
-    def _where(self, s: float, step: int) -> dict[str, Any]:
-        return {
-            "time": self._problem.direction * s,
-            "step": step,
-            "method": self.integrator.settings.method.name,
-        }
-
-
-def _call(
-    function: Callable[..., Any],
-    layout: StateLayout,
-    time: torch.Tensor,
-    u: torch.Tensor,
-    where: dict[str, Any],
-) -> torch.Tensor:
-    """Call event_fn, check what comes back, and return it flat.
-
-    Parameters
-    ----------
-    function : callable
-        ``event_fn(t, y)``.
-    layout : StateLayout
-        Of the state.
-    time : Tensor
-        The user's time, 0-dim.
-    u : Tensor
-        Flat state, the user's precision; not written into by anybody else.
-    where : dict
-        Time, step and method, for error messages.
-    """
-    result = function(time, layout.unflatten(u))
-    wrong = None
-    if not isinstance(result, torch.Tensor):
-        wrong = f"a {type(result).__name__}, not a tensor"
-    elif not result.dtype.is_floating_point:
-        wrong = f"a tensor of dtype {result.dtype}: an event is a sign change of real numbers"
-    elif result.numel() == 0:
-        wrong = "an empty tensor"
-    elif not bool(torch.isfinite(result.detach()).all()):
-        wrong = "NaN or infinity: return finite numbers wherever the solution may come"
-    if wrong is not None:
-        raise EventError(f"event_fn returned {wrong}", **where)
-    return result.reshape(-1)
+        The tolerance of roots and round-off, in units of the step, or of the time in which the
+        state changes by its own size if that is longer: the steps before may have been.
+        """
+        before, after = self._path.states
+        moved = float((after - before).abs().max())
+        size = float(torch.maximum(before.abs(), after.abs()).max())
+        span = self._problem.times[-1] - self._problem.times[0]
+        scale = min(step.length * size / moved if moved else math.inf, span)
+        scale = max(step.length, scale) if math.isfinite(scale) else step.length
+        relative = min(16.0 * self._tolerance, _LARGEST) + 64.0 * self._epsilon
+        if self._iterates:
+            relative += _ITERATION
+        return relative * scale + 4.0 * self._epsilon * abs(step.start)
 
 
 def check_rate(form: str) -> None:
@@ -239,11 +210,19 @@ def end_at_event(
     if not times.is_floating_point():
         times = times.to(torch.float64)
     layout = problem.layout
-    where = {"time": problem.direction * event.time, "step": stats.steps - 1, "method": method}
-    end = torch.tensor(where["time"], dtype=torch.float64, device=layout.device)
+    at = problem.direction * event.time
+    where: dict[str, Any] = {"time": at, "step": stats.steps - 1, "method": method}
+    end = torch.tensor(at, dtype=torch.float64, device=layout.device)
     time, state = end.to(ys), ys[-1]
     if torch.is_grad_enabled():
-        value = _call(function, layout, time, state, where)[event.entry]
+        value = call_event(function, layout, time, state, where)[event.entry]
+        if event.jump and (value.requires_grad or ys.requires_grad):
+            raise EventError(
+                "event_fn jumps across zero at the event, so its time has no derivative: let "
+                "event_fn cross zero continuously, such as t - 2 for a given time, or solve under "
+                "torch.no_grad()",
+                **where,
+            )
         if value.requires_grad:
             check_rate(problem.form)
             field = vector_field(replace(problem, check_undeclared=False), stats)
@@ -270,7 +249,7 @@ def _rate(
 ) -> float:
     """Return g_t + g_y f at the event."""
     t, y = time.clone().requires_grad_(), state.detach().clone().requires_grad_()
-    value = _call(function, layout, t, y, where)[event.entry]
+    value = call_event(function, layout, t, y, where)[event.entry]
     rate = directional_derivative(value, (t, y), (torch.ones_like(t), slope))
     if rate == 0.0 or not math.isfinite(rate):
         raise EventError(

@@ -20,17 +20,19 @@ from pnode.devices import HOST, ordered, place_of
 from pnode.engine import Engine, Requests, Run
 from pnode.errors import BackwardError, ConfigurationError
 from pnode.events import check_rate, end_at_event
+from pnode.evidence import differs
 from pnode.mass import MassMatrix
-from pnode.options import ODEINT_PREFIX, check_petsc_options
+from pnode.options import ODEINT_PREFIX, check_petsc_options, next_prefix
 from pnode.problem import InitialValueProblem, StateLayout, as_times, collect_parameters
 from pnode.ranks import ALONE, Ranks
 from pnode.solution import Solution, Stats
 from pnode.solvers.jacobian_options import jacobian_options
 from pnode.solvers.methods import check_form, find_method
 from pnode.solvers.stepping import StepControl
+from pnode.solvers.tableaus import explicit_nodes
 from pnode.transfers import carry_once, on_host, remote
 from pnode.transforms import outside_compiler, refuse_batched, refuse_transforms, watched
-from pnode.vectorfield import vector_field
+from pnode.vectorfield import VectorField
 
 __all__ = ["Solver", "odeint", "odeint_adjoint", "odeint_event"]
 
@@ -130,9 +132,9 @@ class Solver(torch.nn.Module):
         ``residual``, which do not tell y'.
     event_fn : callable, optional
         ``event_fn(t, y)`` returns a real tensor of one or several numbers. The solve ends where the
-        first of them changes sign, if the signs differ at the two ends of a step. A Module's or a
-        closure's parameters get gradients; with ``mass`` and ``residual`` there are none through
-        the event.
+        first of them changes sign (for what is found within a step see docs/output.md). A Module's
+        or a closure's parameters get gradients; with ``mass`` and ``residual`` there are none
+        through the event, nor where event_fn jumps.
     event_tol : float
         Tolerance of the root, relative to the length of the step it lies in.
     checkpointing : Checkpointing, int or str, optional
@@ -282,6 +284,12 @@ class Solver(torch.nn.Module):
                 "compile=True is not for states that several ranks share: solving without",
                 RuntimeWarning, stacklevel=2,
             )  # fmt: skip
+        self.event_fn = event_fn
+        self._requests = Requests(monitor, dense, None, arguments.finite("event_tol", event_tol))
+        if not 0.0 < self._requests.event_tol < 1.0:
+            raise ConfigurationError(f"event_tol={event_tol!r}: give a number between 0 and 1")
+        collect_parameters(self._functions, self._params)
+        # Last: arguments that are refused use up no number.
         self._engine = Engine(
             chosen, control, jacobian,
             arguments.linear_solver_options(linear_solver, jacobian)
@@ -289,13 +297,8 @@ class Solver(torch.nn.Module):
             jacobian_options(
                 chosen, form, jacobian, jacobian_pattern, preconditioner, jacobian_reuse
             ),
-            limits, chosen_comm, exchange, compile=compile,
+            limits, chosen_comm, exchange, self._new_prefix(), compile=compile,
         )  # fmt: skip
-        self.event_fn = event_fn
-        self._requests = Requests(monitor, dense, None, arguments.finite("event_tol", event_tol))
-        if not 0.0 < self._requests.event_tol < 1.0:
-            raise ConfigurationError(f"event_tol={event_tol!r}: give a number between 0 and 1")
-        collect_parameters(self._functions, self._params)
 
     @property
     def _functions(self) -> tuple[Any, ...]:
@@ -307,6 +310,10 @@ class Solver(torch.nn.Module):
     def method(self) -> str:
         """Name of the method."""
         return self._engine.method.name
+
+    @staticmethod
+    def _new_prefix() -> str:
+        return next_prefix()
 
     @property
     def options_prefix(self) -> str:
@@ -392,7 +399,8 @@ class Solver(torch.nn.Module):
                         problem, flat.detach().clone(), keep=False, requests=requests
                     )
                     leave(ys)
-        reason, event_time = "t_end", None
+        reason, event_time, layout = "t_end", None, problem.layout
+        whole = trainable and run.event is None and not layout.is_tuple  # see _Solve.forward
         if run.event is not None:
             assert event_fn is not None
             times, ys = end_at_event(
@@ -403,7 +411,8 @@ class Solver(torch.nn.Module):
             ys = carry_once(ys, compute, start)
             start.backward = run.stats.backward
         run.stats.add(start)
-        return Solution(times, problem.layout.unflatten(ys), run.stats, reason, event_time)
+        states = ys if whole else layout.unflatten(ys)
+        return Solution(times, states, run.stats, reason, event_time)
 
     def _prepare(
         self, y0: Any, t: Any, ranks: Ranks, differentiate: bool
@@ -524,6 +533,11 @@ class _Solve(torch.autograd.Function):
         with ordered(place_of(problem.layout.device)) as leave:
             ys, run = engine.forward(problem, y0, keep=True, requests=requests)
             leave(ys)
+        layout = problem.layout
+        if run.event is None and not layout.is_tuple:
+            # The result has to be the one that users keep: whoever keeps it and is what f belongs
+            # to makes a cycle, which Python sees through as long as no view comes in between.
+            ys = layout.unflatten(ys)
         ctx.engine, ctx.run = engine, run
         # Saved for torch's check that nobody has modified them since, besides their values.
         ctx.save_for_backward(y0, t, ys, *parameters, *problem.frozen)
@@ -537,13 +551,15 @@ class _Solve(torch.autograd.Function):
         refuse_batched(cotangents)
         y0, t, ys, *_ = ctx.saved_tensors
         engine, run = ctx.engine, ctx.run
+        cotangents, ys = cotangents.reshape(len(ys), -1), ys.reshape(len(ys), -1)
         with torch.no_grad(), ordered(place_of(run.problem.layout.device)) as leave:
             state, parameters, initial, inside = engine.backward(run, y0, cotangents.detach())
             leave(state, *parameters)
             time = None
             if ctx.needs_input_grad[5]:
-                ranks = run.problem.ranks
-                with ranks.together():
+                ranks, surroundings = run.problem.ranks, run.surroundings
+                assert surroundings is not None
+                with ranks.together(), surroundings.restored():
                     time = _time_gradient(run, ys, cotangents, initial, inside, len(t))
                 time = ranks.sum(time).to(t)
         gradients = [
@@ -603,7 +619,7 @@ def _time_gradient(
     Those of interpolated outputs are in ``inside`` already, and the time of an event, which ends
     the problem's times, is a constant here.
     """
-    field = vector_field(replace(run.problem, check_undeclared=False), run.stats.backward)
+    field = run.field(run.stats.backward)
     direction = run.problem.direction
     gradient = torch.zeros(number, dtype=torch.float64, device=HOST.device)
     interpolated = run.dense.interpolated if run.dense is not None else ()
@@ -616,8 +632,19 @@ def _time_gradient(
         cotangent = -initial if index == 0 else cotangents[index]
         if run.problem.ranks.parallel or bool(cotangent.ne(0).any()):
             slope = field.slope(s, ys[index].detach().clone())
+            _verify_slope(run, field, index, slope)
             gradient[index] = direction * torch.dot(cotangent.double(), slope.double())
     return gradient
+
+
+def _verify_slope(run: Run, field: VectorField, index: int, slope: torch.Tensor) -> None:
+    """Compare f at an output with the first stage of the step that begins there, if one does."""
+    trajectory, nodes = run.trajectory, explicit_nodes(run.settings.method)
+    if trajectory is not None and nodes and nodes[0] == 0.0:
+        noted = trajectory.evidence[trajectory.outputs[index]]
+        by = differs(slope, noted[0]) if noted else 0.0
+        if by:
+            raise field.changed(run.problem.times[index], by)
 
 
 @contextmanager
@@ -648,6 +675,18 @@ _TORCHDIFFEQ_OPTIONS = {
     "max_step": "max_step",
     "max_num_steps": "max_steps",
 }
+
+
+class _OneCall(Solver):
+    """The solver of one call of :func:`odeint`.
+
+    PETSc keeps half a kilobyte for every prefix it has ever seen: calls share one, and use up none
+    of the numbers.
+    """
+
+    @staticmethod
+    def _new_prefix() -> str:
+        return ODEINT_PREFIX
 
 
 @outside_compiler
@@ -732,9 +771,7 @@ def odeint(
         span = float((times.max() - times.min()).item()) or 1.0
         if math.isfinite(span) and not keywords.get("dense"):
             keywords["step_size"] = span
-    solver = Solver(func, rtol=rtol, atol=atol, method=chosen.name, params=params, **keywords)
-    # PETSc keeps half a kilobyte for every prefix it has ever seen: calls share one.
-    solver._engine = replace(solver._engine, prefix=ODEINT_PREFIX)
+    solver = _OneCall(func, rtol=rtol, atol=atol, method=chosen.name, params=params, **keywords)
     solution = solver(y0, times)
     return solution.ys if event_fn is None else (solution.event_time, solution.ys)
 

@@ -5,16 +5,19 @@ With theta in [0, 1] and h the length of the step from u_0 to u_1, of slopes f_0
 * cubic Hermite: y = a u_0 + b u_1 + h (c f_0 + d f_1), of third order (error h^4), for any method
   (E. Hairer, S. P. Norsett & G. Wanner, Solving Ordinary Differential Equations I, section II.6,
   equation (6.7));
+* the polynomial through the last few states, where slopes are not at hand;
 * a Runge-Kutta method's own: y = u_0 + h sum_i b_i(theta) k_i, where it has one (the same section).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Hermite", "hermite", "hermite_rate", "polynomial", "polynomial_rate"]
+__all__ = ["Hermite", "hermite", "hermite_rate", "lagrange", "polynomial", "polynomial_rate"]
 
 
 class Hermite(NamedTuple):
@@ -40,6 +43,14 @@ def hermite_rate(theta: float) -> Hermite:
         (-6.0 * theta * rest, 6.0 * theta * rest),
         (rest * (1.0 - 3.0 * theta), theta * (3.0 * theta - 2.0)),
     )
+
+
+def lagrange(nodes: Sequence[float], s: float) -> list[float]:
+    """Return the weights of values at distinct ``nodes`` in their polynomial's value at ``s``."""
+    return [
+        math.prod((s - other) / (node - other) for other in nodes if other != node)
+        for node in nodes
+    ]
 
 
 def polynomial(coefficients: Any, theta: float) -> list[float]:

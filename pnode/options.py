@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import re
 import sys
 import warnings
 import weakref
@@ -11,16 +13,24 @@ from contextlib import ExitStack, contextmanager
 from itertools import count
 from typing import Any
 
-import mpi4py.MPI  # noqa: F401  (loads the right libmpi, so it comes before petsc4py)
+import mpi4py.MPI
 import petsctools
 
+from pnode import option_names, viewers
 from pnode.errors import ConfigurationError
+from pnode.signals import leave_signals
 
-__all__ = ["PETSc", "SolverOptions", "log_event", "log_stage", "next_prefix", "petsc_arguments"]
+__all__ = [
+    "OWN_PREFIX", "PETSc", "SolverOptions", "failure_reason", "log_event", "log_stage",
+    "next_prefix", "petsc_arguments",
+]  # fmt: skip
 
 MINIMUM_PETSC = ">=3.22"
 PREFIX = "pnode_"
 ODEINT_PREFIX = "pnode_odeint_"
+#: Of PETSc objects that are no solver of the user's: they read none of the user's options.
+OWN_PREFIX = "pnode_own_"
+_SOLVER = re.compile(r"pnode_(\d+|odeint)_")
 # Options that PETSc would take in, to no effect or to a wrong one, since pnode drives the steps.
 _OURS = {
     "ts_max_time": "the last output time is the end",
@@ -67,7 +77,7 @@ def _is_number(text: str) -> bool:
 
 def _initialise() -> Any:
     """Start PETSc with the command line (unless the user has done so) and check its build."""
-    arguments = petsc_arguments(sys.argv)
+    arguments = leave_signals(petsc_arguments(sys.argv))
     try:
         petsc = petsctools.init(arguments, version_spec=MINIMUM_PETSC)
     except petsctools.InvalidEnvironmentException as mismatch:
@@ -85,8 +95,10 @@ def _initialise() -> Any:
     return petsc
 
 
-PETSc = _initialise()
+PETSc: Any = _initialise()
 _numbers = count()
+_used_by_someone: set[str] = set()
+_reported: set[str] = set()
 _stages: dict[str, Any] = {}
 _events: dict[str, Any] = {}
 
@@ -110,6 +122,8 @@ class SolverOptions:
         Options without the leading dash and without prefix.
     defaults : mapping of str to object, optional
         Values for options that nobody sets.
+    forward : bool
+        Whether they are for a forward sweep, whose steps monitors may look at.
     """
 
     def __init__(
@@ -117,18 +131,45 @@ class SolverOptions:
         prefix: str,
         petsc_options: Mapping[str, Any] | None = None,
         defaults: Mapping[str, Any] | None = None,
+        forward: bool = True,
     ) -> None:
         self.given = check_petsc_options(petsc_options)
         self.prefix = prefix
-        everyone = _options_for_everyone()
+        everyone = {} if prefix == OWN_PREFIX else _options_for_everyone()
         self._manager = petsctools.OptionsManager(
             {**(defaults or {}), **self.given, **everyone}, options_prefix=self.prefix
         )
-        for name in sorted(set(self.values) & set(_OURS)):
-            raise ConfigurationError(f"the PETSc option {name!r} is not for pnode: {_OURS[name]}")
+        for name, value in self.values.items():
+            reason = _OURS.get(name) or viewers.refusal(name, value)
+            if reason is not None:
+                raise ConfigurationError(f"the PETSc option {name!r} is not for pnode: {reason}")
+        self._everyone = frozenset(everyone)
+        self._original = self.values
+        self._manager.parameters.update(viewers.append_to_files(self.values))
+        # What stands in PETSc's database all the time is another while these are in force: options
+        # of this solver alone, and those for everyone, as PETSc looks for -pnode_<option> where it
+        # finds no -pnode_0_<option>.
+        numbered = petsctools.get_commandline_options()
+        self._hidden: dict[str, Any] = {}
+        if not forward:
+            for name in filter(viewers.watches_steps, self._original):
+                del self._manager.parameters[name]
+                self._manager.to_delete.discard(name)
+                if self._full(name) in numbered:
+                    self._hidden[self._full(name)] = self._original[name]
+                if name in everyone:
+                    self._hidden[PREFIX + name] = everyone[name]
+        self._changed = {
+            self._full(name): self._original[name]
+            for name, value in self.values.items()
+            if self._full(name) in numbered and self._original[name] != value
+        }
         self._unused_reported = False
         self._swept: weakref.WeakSet[Any] = weakref.WeakSet()
         self._sweeping: weakref.WeakKeyDictionary[Any, ExitStack] = weakref.WeakKeyDictionary()
+
+    def _full(self, name: str) -> str:
+        return self.prefix + name
 
     @property
     def values(self) -> dict[str, Any]:
@@ -137,8 +178,11 @@ class SolverOptions:
 
     def take(self, name: str) -> Any:
         """Return an option that pnode acts on itself, None if nobody has set it."""
-        if name in self.given:
+        if name in self._manager.to_delete:
             self._manager._used_options.add(name)
+            _used_by_someone.update(self._everyone & {name})
+        elif name in self.values:
+            _mark_used(self._full(name))
         return self.values.get(name)
 
     def apply(self, petsc_object: Any) -> None:
@@ -150,8 +194,12 @@ class SolverOptions:
             If PETSc refuses a value.
         """
         petsc_object.setOptionsPrefix(self.prefix)
+        if petsc_object.getComm().rank == 0:
+            viewers.empty_files(self._original)
         with self.inserted(), self._refusing():
             petsc_object.setFromOptions()
+            if "ts_view" in self.values:  # PETSc's TSSolve would show it
+                petsc_object.viewFromOptions("-ts_view")
 
     def set_up(self, petsc_object: Any) -> None:
         """Set a PETSc object up under the options. Collective.
@@ -169,16 +217,28 @@ class SolverOptions:
         try:
             yield
         except PETSc.Error as error:
-            reason = " ".join(str(error).split())
             raise ConfigurationError(
-                f"PETSc refuses one of the options {self.values}: {reason}"
+                f"PETSc refuses an option: {failure_reason(error)}; of {self._original}"
             ) from error
 
     @contextmanager
     def inserted(self) -> Iterator[None]:
         """While active, the options stand in PETSc's database."""
+        database = self._manager.options_object
         with self._manager.inserted_options():
-            yield
+            for option in self._hidden:
+                del database[option]
+            try:
+                yield
+            finally:
+                _used_by_someone.update(
+                    name for name in self._everyone if database.used(self._full(name))
+                )
+                for option, value in (self._hidden | self._changed).items():
+                    used = option in self._hidden or database.used(option)
+                    database[option] = value
+                    if used:
+                        _mark_used(option)
 
     def begin_sweep(self, owner: Any) -> None:
         """Insert the options for the first sweep of ``owner``, when inner solvers read theirs."""
@@ -195,32 +255,97 @@ class SolverOptions:
             stack.close()
 
     def warn_unused(self) -> None:
-        """Warn once about options of the dictionary that nothing has read."""
-        if self._unused_reported or not self.given:
+        """Warn once about options that nothing has read in a sweep.
+
+        Of the dictionary: all of them. Of the command line: those that PETSc does not have; what
+        no solver has read is told at the end of the process.
+        """
+        if self._unused_reported:
             return
         self._unused_reported = True
-        for name in sorted(set(self.given) - self._manager._used_options):
-            warnings.warn(
-                f"petsc_options[{name!r}] was not used: check its spelling, and that this "
-                "method has such a part",
-                stacklevel=4,
-            )
+        for name in sorted(set(self.given) - self._manager._used_options - self._everyone):
+            if self._full(name) in petsctools.get_commandline_options():
+                continue
+            hint = "" if option_names.is_known(name, PETSc) else option_names.nearest(name, PETSc)
+            hint = hint or ": check its spelling, and that this method has such a part"
+            warnings.warn(f"petsc_options[{name!r}] was not used{hint}", stacklevel=4)
+        _warn_misspelt(self.prefix)
 
 
 def _options_for_everyone() -> dict[str, Any]:
     """Return the options ``-pnode_<option>`` of the command line, without the prefix."""
-    options = PETSc.Options()
-    database = options.getAll()
     everyone = {}
-    for option in petsctools.get_commandline_options():
+    for option, value in PETSc.Options().getAll().items():
         name = option.removeprefix(PREFIX)
-        if option.startswith(ODEINT_PREFIX):
+        if option.startswith((ODEINT_PREFIX, OWN_PREFIX)):
             continue
         if option.startswith(PREFIX) and name and not name[0].isdigit():
-            everyone[name] = database.get(option, "")
+            everyone[name] = value
             # PETSc would complain that nobody used it: it is used under each solver's prefix.
-            options.used(option) or options.getString(option, "")
+            _mark_used(option)
     return everyone
+
+
+def _mark_used(option: str) -> None:
+    """Let PETSc know that an option has been read."""
+    options = PETSc.Options()
+    options.used(option) or options.getString(option, "")
+
+
+def _unused(prefix: str | None) -> Iterator[tuple[str, str]]:
+    """Return the command line's options for pnode that nothing has read, with the bare names.
+
+    Those for one solver belong to the prefix given; all of them, if there is none.
+    """
+    options = PETSc.Options()
+    for option in sorted(petsctools.get_commandline_options()):
+        if option in _reported or not re.match(r"pnode[_\d]", option):
+            continue
+        own = _SOLVER.match(option)
+        name = option[own.end() :] if own else option.removeprefix(PREFIX)
+        if own:
+            if prefix in (None, own[0]) and not options.used(option):
+                yield option, name
+        elif name not in _used_by_someone:
+            yield option, name
+
+
+def _warn_misspelt(prefix: str | None) -> None:
+    """Warn once, on one rank, about options of the command line that PETSc does not have."""
+    for option, name in _unused(prefix):
+        if option_names.is_known(name, PETSc):
+            continue
+        _reported.add(option)
+        _mark_used(option)  # or PETSc would tell it again
+        if mpi4py.MPI.COMM_WORLD.rank == 0:
+            warnings.warn(
+                f"the option -{option} was not used{option_names.nearest(name, PETSc)}",
+                stacklevel=5,
+            )
+
+
+@atexit.register
+def _warn_unused() -> None:
+    """Warn at the end, on one rank, about options of the command line that no solver has read."""
+    if PETSc.Sys.isFinalized():
+        return
+    _warn_misspelt(None)
+    unused = [f"-{option}" for option, _ in _unused(None)]
+    for option in unused:
+        _mark_used(option[1:])
+    if unused and mpi4py.MPI.COMM_WORLD.rank == 0:
+        warnings.warn(
+            f"no solver has used {', '.join(unused)}: check the number of the solver, and that its "
+            "method has such a part",
+            stacklevel=2,
+        )
+
+
+def failure_reason(error: Any) -> str:
+    """Return what PETSc says went wrong, without its stack."""
+    lines = [re.sub(r"^\[\d+\] ", "", line) for line in str(error).splitlines()]
+    said = [line for line in lines if line and not re.search(r"\(\) at |^error code", line)]
+    return ", ".join(said) or " ".join(lines)
 
 
 def check_petsc_options(petsc_options: Mapping[str, Any] | None) -> dict[str, Any]:

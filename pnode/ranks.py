@@ -12,22 +12,34 @@ import hashlib
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from mpi4py import MPI
 
 from pnode import errors
-from pnode.errors import ConfigurationError, PnodeError, RankError, SolveError
+from pnode.errors import (
+    ConfigurationError,
+    LinearSolveFailed,
+    NonFiniteVectorField,
+    NonlinearSolveFailed,
+    PnodeError,
+    RankError,
+    SolveError,
+)
 from pnode.options import PETSc
 from pnode.vectors import REAL
 
 __all__ = [
-    "ALONE", "Ranks", "as_communicator", "as_reals", "clean_up", "count_reals", "from_reals",
+    "ALONE", "CURABLE", "Ranks", "as_communicator", "as_reals", "clean_up", "count_reals",
+    "from_reals",
 ]  # fmt: skip
 
 _NOBODY = 2**62  # key of no failure
+_ORDINARY = 2**61  # added to the key of any failure but an interrupt
+#: What a smaller step may cure.
+CURABLE = (NonFiniteVectorField, NonlinearSolveFailed, LinearSolveFailed)
 _keepers: dict[int, Any] = {}
 
 
@@ -146,27 +158,47 @@ class Ranks:
         Returns
         -------
         PnodeError or None
-            The earliest failure of a single rank, the same on all of them; ``error`` if there is
-            none.
+            An interrupt of a single rank, else the earliest failure of one, the same on all of
+            them; ``error`` if there is none. To be raised by :meth:`stop`.
         """
         if not self.parallel:
             return error
         own, self._failure = self._failure, None
-        step = self._place.get("step", 0)
-        key = np.array([_NOBODY if own is None else step * self.size + self.rank], np.int64)
+        key = np.array([_NOBODY if own is None else self._key(own)], np.int64)
         self.comm.Allreduce(MPI.IN_PLACE, key, MPI.MIN)
         if key[0] == _NOBODY:
             return error
-        origin = int(key[0]) % self.size
+        origin = int(key[0]) % _ORDINARY % self.size
         text = self.comm.bcast(
             _describe(own, self._place) if self.rank == origin and own is not None else None, origin
         )
-        if own is not None and not isinstance(own, Exception):
-            raise own  # an interrupt is this rank's; the others hear of it below
         found = _rebuild(text, origin)
-        if self.rank == origin:
+        if self.rank == origin or _interrupts(own):
             found.__cause__ = own
         return found
+
+    def _key(self, own: BaseException) -> int:
+        """Return by what a failure comes before others: the least is the one that all raise.
+
+        In the same step one that a smaller step may cure comes last: it alone may be passed over.
+        """
+        curable = isinstance(own, CURABLE)
+        place = (2 * self._place.get("step", 0) + curable) * self.size + self.rank
+        return place + (0 if _interrupts(own) else _ORDINARY)
+
+    @staticmethod
+    def stop(found: PnodeError) -> NoReturn:
+        """Raise what :meth:`settle` has found. Not collective.
+
+        An interrupt stays one on its own rank. It is raised where no reduction follows any more,
+        as the others, which hear of it by a :class:`RankError`, take part in all of them.
+        """
+        cause = found.__cause__
+        if _interrupts(cause):
+            found.__cause__ = None
+            assert cause is not None
+            raise cause from cause.__cause__
+        raise found from cause
 
     @contextmanager
     def together(self, agree: bool = True) -> Iterator[None]:
@@ -183,12 +215,12 @@ class Ranks:
         except SolveError as error:  # raised where all ranks knew
             found = self.settle(error)
             assert found is not None
-            if found is error:
+            if found is error and not _interrupts(error.__cause__):
                 raise
-            raise found from found.__cause__
+            self.stop(found)
         found = self.settle() if agree else None
         if found is not None:
-            raise found from found.__cause__
+            self.stop(found)
 
     def compare(
         self, names: Sequence[str], facts: Mapping[str, Any] | None, size: int
@@ -227,7 +259,7 @@ class Ranks:
         if not low[0]:
             found = self.settle()
             assert found is not None
-            raise found from found.__cause__
+            self.stop(found)
         assert facts is not None
         least, most = low[2 : 2 + len(names)], -low[2 + len(names) :]
         for name in (name for name, a, b in zip(names, least, most, strict=True) if a != b):
@@ -295,7 +327,7 @@ class Ranks:
         if flat[0]:
             found = self.settle()
             assert found is not None
-            raise found from found.__cause__
+            self.stop(found)
         used = flat[1 : 1 + number].tolist()
         return [
             from_reals(part, p) if count else None
@@ -325,6 +357,11 @@ def from_reals(numbers: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if like.is_complex():
         return torch.view_as_complex(own.reshape(*like.shape, 2))
     return own.reshape(like.shape)
+
+
+def _interrupts(error: BaseException | None) -> bool:
+    """Whether an exception is to end the program rather than to be handled by it."""
+    return error is not None and not isinstance(error, Exception)
 
 
 def _digest(fact: Any) -> int:

@@ -12,7 +12,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from pnode.options import SolverOptions, next_prefix
+from pnode.options import OWN_PREFIX, SolverOptions
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
 from pnode.solvers.integrator import IntegratorSettings, TimeIntegrator, default_options
@@ -101,7 +101,7 @@ def _measure(method: Method) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     kind = RosenbrockIntegrator if method.ts_type == "rosw" else TimeIntegrator
     integrator = kind(
         IntegratorSettings(method, number, torch.float64),
-        SolverOptions(next_prefix(), None, default_options(method, False, "dense", torch.float64)),
+        SolverOptions(OWN_PREFIX, None, default_options(method, False, "dense", torch.float64)),
     )
     callback = before_each_stage(integrator.ts, next_stage)
     integrator.begin(vector_field(problem, Ledger()), zero, 0.0)

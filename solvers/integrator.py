@@ -20,8 +20,8 @@ from pnode.errors import (
     SolveError,
 )
 from pnode.evidence import project
-from pnode.options import PETSc, SolverOptions, log_stage
-from pnode.ranks import ALONE
+from pnode.options import PETSc, SolverOptions, failure_reason, log_stage
+from pnode.ranks import ALONE, CURABLE
 from pnode.solvers.assemblies import BLOCK_LU
 from pnode.solvers.bridge import Bridge, JacobianShell, shell_matrix
 from pnode.solvers.jacobians import (
@@ -61,7 +61,6 @@ _FLOATING_POINT = 72  # PETSC_ERR_FP
 SINGULAR = 71
 # TSStep wants a final time; ours is kept by the driver.
 _FOREVER = 1e300
-_CURABLE = (NonFiniteVectorField, NonlinearSolveFailed, LinearSolveFailed)
 
 
 @dataclass(frozen=True)
@@ -557,7 +556,7 @@ class TimeIntegrator:
             self.ranks.fail(self._nonfinite(self.bridge.nonfinite_time))
             self.bridge.nonfinite_time = None
         found = self.ranks.settle(error)
-        if found is None or isinstance(found, _CURABLE):
+        if found is None or isinstance(found, CURABLE):
             return found
         raise found from found.__cause__
 
@@ -677,6 +676,27 @@ class TimeIntegrator:
     def note_values(self) -> None:
         """From now on note what :meth:`evidence` needs."""
         self.bridge.note_values()
+
+    def monitor(self, number: int, s: float) -> None:
+        """Let PETSc's monitors look at the solution after ``number`` steps. Collective.
+
+        Raises
+        ------
+        SolveError
+            If one of them fails, as where it cannot write.
+        """
+        try:
+            self.ts.monitor(number, s, self.solution)
+        except PETSc.Error as failure:
+            error = SolveError(
+                "a monitor of PETSc's failed: check the options that ask for it",
+                reason=failure_reason(failure), time=self._direction * s,
+                step=max(number - 1, 0), method=self.settings.method.name,
+            )  # fmt: skip
+            error.__cause__ = failure
+            if not self.ranks.parallel:
+                raise error from failure
+            self.ranks.fail(error)  # only the rank that writes may know
 
     def make_graphs(self, wanted: bool) -> None:
         """Say whether f is evaluated with its graph from now on, for :meth:`kept_graphs`."""

@@ -150,7 +150,7 @@ def forward_sweep(
     if done:
         sweep.natural = done[-1].length
     else:
-        integrator.ts.monitor(0, times[0], integrator.solution)
+        integrator.monitor(0, times[0])
         on_output(0)
     number = 0
     for index, (start, end) in enumerate(itertools.pairwise(times), start=1):
@@ -258,7 +258,7 @@ class _Sweep:
             step, self.ended = last, True
         self.index += 1
         self.ledger.steps += 1
-        self.integrator.ts.monitor(self.index, step.end, self.integrator.solution)
+        self.integrator.monitor(self.index, step.end)
         self.on_step(step)
 
     def _check_limit(self, s: float) -> None:

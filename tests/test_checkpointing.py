@@ -517,12 +517,13 @@ def test_resume_wants_the_same_problem_and_one_solve_at_a_time(tmp_path):
     class Stop(Exception):
         pass
 
-    def field(t, y):
-        if float(t) > stop:
+    def monitor(step, t, y):
+        if t > stop:
             raise Stop
-        return -y
 
-    solver = pnode.Solver(field, method="rk4", step_size=0.01, checkpointing=chosen)
+    solver = pnode.Solver(
+        lambda t, y: -y, method="rk4", step_size=0.01, checkpointing=chosen, monitor=monitor
+    )
     stop = 0.7
     with pytest.raises(Stop):
         solver(initial(), T)

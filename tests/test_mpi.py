@@ -34,7 +34,7 @@ def test_gradients_over_ranks(ranks, sections):
     ("ranks", "sections"),
     [
         (2, ("sweeps", "interrupts", "damaged_files", "mismatches")),
-        (3, ("sweeps", "few", "mismatches")),
+        (3, ("sweeps", "few", "interrupts", "interrupt_before_other_failures", "mismatches")),
     ],
 )
 def test_failures_on_one_rank_are_errors_on_all(ranks, sections):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -216,6 +218,94 @@ def test_more_rejections_do_not_lose_steps(method):
     torch.testing.assert_close(ys[-1], expected, rtol=1e-2, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("ts_monitor_solution_vtk", "f-%03d.vts"), ("ts_monitor_solution", "vtk:f.vts"),
+     ("snes_monitor_solution", "vtk:f.vtu"), ("ts_monitor_error", None),
+     ("ts_monitor_sp_swarm", None), ("ts_monitor_envelope", None), ("ts_adjoint_monitor", None),
+     ("ts_trajectory_type", "memory"), ("ts_view_solution", None),
+     ("ts_monitor_solution_interval", "-1")],
+    ids=str,
+)  # fmt: skip
+def test_monitor_that_would_show_nothing_or_something_wrong_is_refused(option, value):
+    solver = pnode.Solver(decay, petsc_options={option: value}, **CN)
+    with pytest.raises(pnode.ConfigurationError, match=f"'{option}' is not for pnode: ."):
+        solver(state(), times())
+
+
+def test_refused_option_says_why_first():
+    with pytest.raises(pnode.ConfigurationError) as info:
+        pnode.Solver(decay, petsc_options={"ksp_type": "nonsense"}, **CN)(state(), times())
+    assert str(info.value).index("nonsense") < str(info.value).index(
+        "snes_rtol"
+    ) and "() at" not in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("snes_rotl", "snes_rtol"), ("ksp_typ", "ksp_type"), ("ts_montior", "ts_")]
+)
+def test_nearest_option_is_named(given, meant):
+    solver = pnode.Solver(decay, petsc_options={given: "1"}, **CN)
+    with pytest.warns(UserWarning, match=f"'{given}'.* did you mean '{meant}"):
+        solve(solver)
+
+
+@pytest.mark.parametrize("method", ["cn", "es325", "rk4", "dopri5", "bdf", "rodaspr"])
+def test_file_of_a_monitor_keeps_the_forward_sweep(method, tmp_path):
+    def views():
+        return (tmp_path / "f").read_text().count("Vec Object")
+
+    steps = {"cn": 0.1, "rk4": 0.1}.get(method)
+    (tmp_path / "f").write_text("from another run")
+    solver = pnode.Solver(
+        decay, method=method, step_size=steps, rtol=1e-3, checkpointing="1kB",
+        petsc_options={"ts_monitor_solution": f"ascii:{tmp_path / 'f'}"},
+    )  # fmt: skip
+    number = 0
+    for size in (3, 3, 2):  # another size, another TS
+        y0 = state(grad=True)[:size]
+        solution = solver(y0, times())
+        number += solution.stats.steps + 1
+        assert views() == number
+        solution.ys[-1].sum().backward()
+        assert views() == number
+    assert "another run" not in (tmp_path / "f").read_text()
+
+
+def test_binary_file_of_a_monitor_keeps_the_forward_sweep(tmp_path):
+    path = tmp_path / "f"
+    solver = pnode.Solver(decay, petsc_options={"ts_monitor_solution": f"binary:{path}"}, **CN)
+    solution, _ = solve(solver)
+    viewer = PETSc.Viewer().createBinary(str(path), "r")
+    found = [PETSc.Vec().load(viewer).array.copy() for _ in range(5)]
+    viewer.destroy()
+    assert (torch.from_numpy(found[4]) == solution.ys[-1]).all()
+
+
+def test_monitor_that_cannot_write_is_a_solve_error():
+    options = {"ts_monitor_solution": "ascii:/dev/full"}
+    with pytest.raises(pnode.SolveError, match="monitor") as info:
+        pnode.Solver(decay, petsc_options=options, **CN)(state(), times())
+    assert info.value.method == "cn"
+
+
+def test_numbers_go_to_solvers_alone():
+    first = pnode.Solver(decay, **CN)
+    number = int(first.options_prefix.split("_")[1])
+    pnode.odeint(decay, state(), times(), method="cn", options={"step_size": 0.5})
+    pnode.odeint_adjoint(decay, state(), times(), method="es325")
+    with pytest.raises(pnode.ConfigurationError):
+        pnode.Solver(decay, event_tol=2.0, **CN)
+    with pytest.raises(pnode.ConfigurationError):
+        pnode.Solver(decay, petsc_options={"-x": 1}, **CN)
+    pickled = pickle.dumps(first)
+    copies = [copy.deepcopy(first), pickle.loads(pickled), pnode.Solver(decay, **CN)]
+    found = [solver.options_prefix for solver in copies]
+    assert found == [f"pnode_{number + more}_" for more in (1, 2, 3)]
+    for solver in copies:
+        solve(solver)
+
+
 # The command line.
 
 TWO_SOLVERS = """
@@ -325,6 +415,104 @@ def test_log_stages_survive_failures():
         "-log_view",
     )
     assert done.stdout.count("raised") == 3 and "pnode adjoint" in done.stdout
+
+
+def test_options_that_nobody_reads_are_told_once():
+    done = run(
+        """
+        for method in ("cn", "rk4"):
+            for _ in range(2):
+                solve(pnode.Solver(field, method=method, step_size=0.5))
+        pnode.odeint(field, torch.ones(2), torch.tensor([0.0, 1.0]), options={"step_size": 0.5})
+        """,
+        "-pnode_snes_rotl", "1e-9", "-pnode_snes_atol", "1e-9", "-pnode_1_ksp_tpye", "preonly",
+        "-pnode_odeint_ts_montior", "-pnode_9_snes_rtol", "1e-9", "-pnode_ksp_bcgsl_ell", "7",
+        PETSC_OPTIONS="-pnode_pc_tpye lu",
+    )  # fmt: skip
+    for given, meant in (
+        ("pnode_snes_rotl", "snes_rtol"), ("pnode_1_ksp_tpye", "ksp_type"),
+        ("pnode_odeint_ts_montior", "ts_monitor"), ("pnode_pc_tpye", "pc_type"),
+    ):  # fmt: skip
+        assert done.stderr.count(f"-{given} was not used: did you mean '{meant}") == 1
+    last = "no solver has used -pnode_9_snes_rtol, -pnode_ksp_bcgsl_ell"
+    assert done.stderr.count(last) == 1
+    assert done.stderr.count("Warning") == 5 and "snes_atol" not in done.stderr
+    assert "WARNING" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("prefix", ["-pnode_", "-pnode_0_"])
+def test_file_of_the_command_line_keeps_the_forward_sweep(prefix, tmp_path):
+    done = run(
+        """
+        from pnode.options import PETSc
+        import sys
+        before = PETSc.Options().getAll()
+        solver = pnode.Solver(field, method="es325", checkpointing=500)
+        for _ in range(2):
+            solve(solver)
+            print(solver(torch.ones(2), torch.tensor([0.0, 1.0])).stats.steps, end=" ")
+        print(PETSc.Options().getAll() == before)
+        """,
+        f"{prefix}ts_monitor", f"ascii:{tmp_path / 'f'}",
+    )  # fmt: skip
+    *steps, same = done.stdout.split()
+    text = (tmp_path / "f").read_text()
+    assert same == "True" and len(steps) == 2
+    assert text.count(" time 0.\n") == text.count(" time 1.\n") == 4
+
+
+# Signals.
+
+SIGNALS = """
+import faulthandler, os, signal, sys, tempfile
+got = []
+names = "SIGHUP SIGINT SIGQUIT SIGTERM SIGPIPE SIGUSR1 SIGFPE SIGSEGV SIGBUS SIGILL".split()
+own = names if "own" in sys.argv else []
+for name in own:
+    signal.signal(getattr(signal, name), lambda number, frame: got.append(number))
+"""
+
+
+def test_signal_handlers_of_the_program_stay():
+    done = run(
+        """
+        for name in names:
+            os.kill(os.getpid(), getattr(signal, name))
+        solve(pnode.Solver(field, method="cn", step_size=0.5))
+        print([name for name in names if getattr(signal, name) not in got])
+        """,
+        "own", first=SIGNALS,
+    )  # fmt: skip
+    assert done.stdout == "[]\n"
+
+
+def test_signals_without_a_handler_do_what_they_do_in_python():
+    done = run(
+        """
+        ends = os.pipe()
+        os.close(ends[0])
+        try:
+            os.write(ends[1], b"x")
+        except BrokenPipeError:
+            print("exception", flush=True)
+        for name in ("SIGHUP", "SIGTERM", "SIGSEGV", "SIGFPE", "SIGPIPE", "SIGINT"):
+            child = os.fork()
+            if child == 0:
+                try:
+                    os.kill(os.getpid(), getattr(signal, name))
+                    os._exit(3)
+                except KeyboardInterrupt:
+                    os._exit(4)
+            status = os.waitpid(child, 0)[1]
+            print(name, os.waitstatus_to_exitcode(status), flush=True)
+        """,
+        first=SIGNALS,
+    )
+    assert done.stdout.split() == [
+        "exception", "SIGHUP", "-1", "SIGTERM", "-15", "SIGSEGV", "-11", "SIGFPE", "-8",
+        "SIGPIPE", "3", "SIGINT", "4",
+    ]  # fmt: skip
+    assert "PETSC ERROR" not in done.stderr
 
 
 # The program's own arguments.

@@ -1,0 +1,241 @@
+"""Whose libraries are loaded, and what of a file that is cut short, or cannot be written."""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import pnode
+from pnode import compilation, private_files
+
+SOURCE = 'extern "C" int answer() { return %d; }'
+FLAGS = ("-O0", "-fPIC", "-shared")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("PNODE_CACHE_DIR", str(folder))
+    return folder
+
+
+def answer(number=7):
+    return compilation.compile_source(SOURCE % number, FLAGS, "answer-").answer()
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """A file as it is kept, of a library that says 666."""
+    before = os.environ.get("PNODE_CACHE_DIR")
+    os.environ["PNODE_CACHE_DIR"] = str(tmp_path_factory.mktemp("planted"))
+    try:
+        assert answer(666) == 666
+        (path,) = compilation.cache_folder().glob("answer-*")
+        return path.read_bytes()
+    finally:
+        os.environ.pop("PNODE_CACHE_DIR")
+        if before is not None:
+            os.environ["PNODE_CACHE_DIR"] = before
+
+
+def file_of(folder, number=7):
+    (path,) = folder.glob("answer-*.so")
+    return path
+
+
+def mode(path):
+    return stat.S_IMODE(path.lstat().st_mode)
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o027])
+def test_folder_and_files_are_for_this_user_alone(umask, cache):
+    before = os.umask(umask)
+    try:
+        assert answer() == 7
+    finally:
+        os.umask(before)
+    assert mode(cache) == 0o700
+    assert mode(file_of(cache)) == 0o600
+    assert list(cache.iterdir()) == [file_of(cache)]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[: len(data) // 2], lambda data: data[:100], lambda data: b"",
+        lambda data: data[:-1], lambda data: data + b"x", lambda data: b"nothing" * 100,
+        lambda data: data[:4000] + bytes([data[4000] ^ 1]) + data[4001:],
+    ],
+)  # fmt: skip
+def test_damaged_libraries_are_made_again(damage, cache):
+    """A library cut short kills a process that maps it: here this one."""
+    assert answer() == 7
+    path = file_of(cache)
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    assert answer() == 7
+    assert len(path.read_bytes()) == len(whole)
+
+
+@pytest.mark.parametrize("how", ["another user", "writable", "link", "pipe"])
+def test_planted_files_are_not_loaded(how, cache, planted, monkeypatch):
+    assert answer() == 7
+    path = file_of(cache)
+    path.unlink()
+    if how == "pipe":
+        os.mkfifo(path)
+    elif how == "link":
+        (cache / "elsewhere").write_bytes(planted)
+        path.symlink_to(cache / "elsewhere")
+    else:
+        path.write_bytes(planted)
+        path.chmod(0o666 if how == "writable" else 0o600)
+    if how == "another user":
+        check = private_files.check_open_file
+
+        def of_another(place, file):
+            if os.pread(file, len(planted), 0) == planted:
+                raise private_files.NotPrivate(f"{place} belongs to user 12345")
+            check(place, file)
+
+        monkeypatch.setattr(private_files, "check_open_file", of_another)
+    assert answer() == 7
+    assert path.read_bytes() != planted
+    if how == "link":
+        assert (cache / "elsewhere").read_bytes() == planted
+
+
+def folder_of_another(cache, monkeypatch):
+    cache.mkdir(mode=0o700)
+    own = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: own + 1)
+
+
+def writable_folder(cache, monkeypatch):
+    cache.mkdir()
+    cache.chmod(0o777)
+
+
+def file_instead(cache, monkeypatch):
+    cache.write_text("a file")
+
+
+def full_disk(cache, monkeypatch):
+    def full(*arguments, **keywords):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(private_files, "write", full)
+
+
+def no_fsync(cache, monkeypatch):
+    def fail(file):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+
+
+NOT_WRITABLE = [
+    (folder_of_another, "belongs to user"), (writable_folder, "chmod 700"),
+    (file_instead, "not a folder"), (full_disk, "No space left"), (no_fsync, "Input/output error"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("prepare", "reason"), NOT_WRITABLE)
+def test_without_a_cache_a_solve_goes_on_with_one_warning(prepare, reason, cache, monkeypatch):
+    prepare(cache, monkeypatch)
+    solver = pnode.Solver(lambda t, y: -3.0 * y, method="cn", step_size=0.5, compile=True)
+    y0, t = torch.tensor([1.0, 2.0], dtype=torch.float64), torch.tensor([0.0, 0.5])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            ys = solver(y0, t).ys
+    assert len(caught) == 1
+    assert reason in str(caught[0].message)
+    torch.testing.assert_close(ys[1], y0 * (1.0 - 0.75) / (1.0 + 0.75), rtol=1e-12, atol=0.0)
+    assert not cache.is_dir() or not list(cache.glob("*.so")) + list(cache.glob(".building*"))
+
+
+def test_a_cache_may_be_given_away_read_only(cache):
+    """What is there is used; nothing has to be written."""
+    assert answer() == 7
+    file_of(cache).chmod(0o400)
+    cache.chmod(0o500)
+    try:
+        assert answer() == 7
+    finally:
+        cache.chmod(0o700)
+
+
+def test_a_link_of_our_own_may_lead_to_the_cache(cache, tmp_path):
+    (tmp_path / "big disk").mkdir(mode=0o700)
+    cache.symlink_to(tmp_path / "big disk")
+    assert answer() == 7
+    assert file_of(tmp_path / "big disk").exists()
+
+
+def test_graphs_are_checked_like_libraries(cache, monkeypatch):
+    """Of the same field: built, loaded, and built again when damaged; read alone by the driver."""
+    made = []
+
+    def build(path, function, examples):
+        made.append(path)
+        private_files.make_folder(path.parent / "work")
+        (path.parent / "work" / "package").write_bytes(b"a package")
+        compilation._keep(path, path.parent / "work" / "package")
+
+    def load(path):
+        with compilation._copied(path) as copy:
+            assert copy.parent != path.parent
+            return copy.read_bytes()
+
+    monkeypatch.setattr(compilation, "_build", build)
+    monkeypatch.setattr(compilation, "_load", load)
+    for count, damage in enumerate([None, bytes(50), b""], start=1):
+        if damage is not None:
+            (cache / "graph.pt2").write_bytes(damage)
+        for _ in range(2):
+            assert compilation.compile_graph("graph", len, []) == b"a package"
+        assert len(made) == count
+    (cache / "graph.pt2").write_bytes(b"cut short")
+    with pytest.raises(compilation.CompilationFailed, match=r"graph\.pt2 is damaged"):
+        compilation.open_graph(cache / "graph.pt2")
+
+
+def test_inductor_keeps_its_files_there_too(cache, monkeypatch):
+    """Its own folder, in /tmp, has a name that anybody can know before."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/tmp/torchinductor_somebody")
+    compilation.cache_folder()
+    with compilation._own_inductor_cache(cache / ".inductor"):
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(cache / ".inductor")
+        assert mode(cache / ".inductor") == 0o700
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/tmp/torchinductor_somebody"
+    shutil.rmtree(cache / ".inductor")
+    (cache / ".inductor").symlink_to("/tmp")
+    with (
+        pytest.raises(OSError, match="symbolic link"),
+        compilation._own_inductor_cache(cache / ".inductor"),
+    ):
+        pass
+
+
+TWO = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_compile_cache import answer
+assert answer() == 7
+"""
+
+
+def test_processes_may_share_the_folder(cache):
+    programs = [
+        subprocess.Popen([sys.executable, "-c", TWO, str(Path(__file__).parent)]) for _ in range(2)
+    ]
+    assert [program.wait(120) for program in programs] == [0, 0]
+    assert answer() == 7
+    assert list(cache.iterdir()) == [file_of(cache)]
