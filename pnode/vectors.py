@@ -10,7 +10,7 @@ converted copies.
 
 from __future__ import annotations
 
-import math
+import cmath
 import warnings
 from typing import Any
 
@@ -182,7 +182,7 @@ def matrix_view(matrix: Any, place: Place = HOST) -> torch.Tensor:
 
 def is_finite(values: torch.Tensor) -> bool:
     """Whether all entries are finite: at once if their sum is, which costs a tenth."""
-    return math.isfinite(float(values.sum())) or bool(torch.isfinite(values).all())
+    return cmath.isfinite(values.sum().item()) or bool(torch.isfinite(values).all())
 
 
 def is_moderate(values: torch.Tensor) -> bool:
