@@ -121,7 +121,7 @@ def test_a_refused_option_tells_the_reason_first(options, reason):
     with pytest.raises(pnode.ConfigurationError) as caught:
         solver(Y0, [0.0, 1.0])
     text = str(caught.value)
-    assert 0 < text.index(reason) < text.index(str(options))
+    assert 0 < text.index(reason) < text.index("; of {")
     assert "() at" not in text
 
 
@@ -247,7 +247,8 @@ def test_a_hidden_time_is_told_once(case, dtype):
 def test_no_warning_of_other_fields(case):
     warnings_, more = warned(OPEN[case], [0.0, 1.0])
     assert warnings_ == 0
-    assert more == (0 if case == "cos" else 1)
+    if case != "constant":  # of which there is no graph
+        assert more == (0 if case == "cos" else 1)
 
 
 def test_a_field_that_ends_where_the_solve_does():
