@@ -104,7 +104,7 @@ class SquareOperator:
             dtype=np.float64,
         )
         right = _numbers(self._rows * b)
-        x, reason, iterations, residual, *_ = lsmr(
+        x, reason, _, residual, *_ = lsmr(
             operator, right, atol=self._stationary, btol=self._residual, conlim=1e12,
             maxiter=_MAX_ITERATIONS,
         )  # fmt: skip

@@ -215,7 +215,7 @@ class ModifiedNewton:
                 return self._failed(_REASON.DIVERGED_FUNCTION_NANORINF, where)
             first = first or residual
             if by_residual and ((residual <= rtol * first and iteration) or residual <= atol):
-                return self._converged(u)
+                return self._converged(u if iteration else u.clone())  # not the caller's
             self._prepare(s, shift, where)
             self._ksp.solve(self._f, self._update)
             raise_stored(self._bridge, None, where)
