@@ -22,6 +22,8 @@ __all__ = ["DENSE_ENTRIES", "SquareOperator", "null_spaces", "unit_vectors"]
 
 #: Bases, and matrices to factor, have at most so many entries; products serve beyond.
 DENSE_ENTRIES = 2048**2
+# Parts of a matrix whose singular values are computed unasked.
+_SMALL_PART = 256**2
 # A connected part of a sparse matrix is searched for null vectors up to this many.
 _MOST_VECTORS = 512
 _PROBES = 4
@@ -192,15 +194,13 @@ class _Parts:
         (count, r), c = rows.shape, columns.shape[1]
         if min(r, c) == 0:
             self.largest = 0.0
-        elif count == 1 and r * c > DENSE_ENTRIES:
+        elif r * c > _SMALL_PART:  # one of them alone
             self._sparse = matrix[rows[0]][:, columns[0]]
             size = abs(self._sparse)
             self.largest = float(np.sqrt(size.sum(axis=0).max() * size.sum(axis=1).max()))
         else:
             blocks = np.zeros((count, r, c))
-            where = np.full(matrix.shape[1], -1)
             places = np.full(matrix.shape[1], -1)
-            where[columns.reshape(-1)] = np.repeat(np.arange(count), c)
             places[columns.reshape(-1)] = np.tile(np.arange(c), count)
             chosen = matrix[rows.reshape(-1)].tocoo()
             blocks[chosen.row // r, chosen.row % r, places[chosen.col]] = chosen.data
@@ -242,7 +242,10 @@ def _parts(matrix: scipy.sparse.csr_matrix) -> list[_Parts]:
         alike = np.flatnonzero((heights == r) & (widths == c))
         rows = by_row[row_starts[alike, None] + np.arange(r)]
         columns = by_column[column_starts[alike, None] + np.arange(c)]
-        parts.append(_Parts(rows, columns, matrix))
+        together = 1 if r * c > _SMALL_PART else len(alike)
+        for first in range(0, len(alike), together):
+            chosen = slice(first, first + together)
+            parts.append(_Parts(rows[chosen], columns[chosen], matrix))
     return parts
 
 
@@ -282,7 +285,7 @@ def _sparse_null_vectors(
         )  # fmt: skip
         if operator.test().converged:
             return np.zeros((r, 0)), np.zeros((c, 0))
-    if matrix.nnz > 0.1 * r * c:
+    if r * c <= 4 * _SMALL_PART or matrix.nnz > 0.1 * r * c:
         u, s, vh = torch.linalg.svd(torch.from_numpy(matrix.toarray()))
         rank = int((s > threshold).sum())
         return u[:, rank:].numpy(), vh[rank:].T.numpy()

@@ -120,9 +120,14 @@ class MultistepIntegrator(TimeIntegrator):
         return self._states, self._lengths
 
     def restore(self, history: History) -> None:
-        """Go on from this history; the next attempt starts where its first state stands."""
+        """Go on from this history; the next attempt starts where its first state stands.
+
+        Nothing of what was solved before changes its bits.
+        """
         self._states, self._lengths = history
         self._slope = None
+        if self._newton is not None:
+            self._newton.forget()
         vectors.copy_in(self.solution, self._states[0])
 
     def end(self) -> None:

@@ -102,10 +102,14 @@ class ModifiedNewton:
             self._ksp.setFromOptions()
             self._read = True
         self.newton = 0
+        self.forget()
+        self._krylov = total_krylov_iterations(self._ksp)
+
+    def forget(self) -> None:
+        """Evaluate the Jacobian anew next time, and know nothing of how it converges."""
         self._refresh = True
         self._shift = 0.0
         self._rate = 1.0
-        self._krylov = total_krylov_iterations(self._ksp)
 
     @property
     def krylov(self) -> int:
