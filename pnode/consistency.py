@@ -167,7 +167,7 @@ class _Start:
     def __init__(self, field: VectorField, u: torch.Tensor) -> None:
         self.field = field
         self.rate = torch.zeros_like(u)
-        self.where = {"time": field.problem.direction * field.problem.times[0]}
+        self.where: dict[str, Any] = {"time": field.problem.direction * field.problem.times[0]}
         if field.mass is not None:
             self.left, self.right = field.mass.null_spaces()
         else:
@@ -205,7 +205,7 @@ class _Start:
         left, right, value, self.rate = min(found, key=lambda each: each[0].shape[1])
         if left.shape[1] and len(found) == 2:
             values = [_times(left.T, each[2]) for each in found]
-            size = _times(left.T.abs(), sum(each[2].abs() for each in found))
+            size = _times(left.T.abs(), found[0][2].abs() + found[1][2].abs())
             limit = (1e-10 if u.dtype is torch.float64 else 1e-4) * size
             if bool(((values[0] - values[1]).abs() > limit).any()):
                 raise ConfigurationError(

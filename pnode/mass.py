@@ -18,7 +18,7 @@ from pnode.vectors import REAL
 __all__ = ["MassMatrix"]
 
 # Null spaces of the user's matrices, which come again with every solve, and the versions of these.
-_known: WeakTensorKeyDictionary[torch.Tensor, Any] = WeakTensorKeyDictionary()
+_known: Any = WeakTensorKeyDictionary()
 
 
 class MassMatrix:

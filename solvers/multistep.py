@@ -52,10 +52,12 @@ class TakenOrder(int):
     """
 
     length = 0.0
-    failed: tuple[tuple[Any, ...], ...] = ()
+    failed: tuple[tuple[float, float, int, int], ...] = ()
 
     @classmethod
-    def of(cls, order: int, length: float, failed: Sequence[tuple[Any, ...]]) -> TakenOrder:
+    def of(
+        cls, order: int, length: float, failed: Sequence[tuple[float, float, int, int]]
+    ) -> TakenOrder:
         """Return the order with these attributes."""
         taken = cls(order)
         taken.length, taken.failed = length, tuple(failed)
@@ -102,7 +104,7 @@ class MultistepIntegrator(TimeIntegrator):
         self._lengths: tuple[float, ...] = ()
         self._slope: torch.Tensor | None = None
         self._checkpoint: tuple[torch.Tensor, ...] = ()
-        self._failed: list[tuple[Any, ...]] = []
+        self._failed: list[tuple[float, float, int, int]] = []
 
     def begin(self, field: VectorField, u: torch.Tensor, s: float, step_index: int = 0) -> None:
         """Begin a sweep from state ``u`` at time ``s``, without history. Collective."""
@@ -162,16 +164,15 @@ class MultistepIntegrator(TimeIntegrator):
         BaseException
             Whatever the vector field raised.
         """
-        arguments = (s, step, index)
-        adaptive = self.settings.adaptive
-        repeats = adaptive and isinstance(order, TakenOrder)
-        if repeats:
+        adaptive, accepts = self.settings.adaptive, None
+        if adaptive and isinstance(order, TakenOrder):
+            accepts = True
             for failed in order.failed:
-                self._try(*failed, accepts=False)
-        outcome = self._try(*arguments, order, accepts=True if repeats else None)
+                self._try(*failed, False)
+        outcome = self._try(s, step, index, order, accepts)
         if not outcome.accepted:
-            self._failed.append((*arguments, outcome.order))
-        elif adaptive and not repeats:
+            self._failed.append((s, step, index, outcome.order))
+        elif adaptive and not accepts:
             outcome.order = TakenOrder.of(outcome.order, step, self._failed)
             self._failed = []
         return outcome
