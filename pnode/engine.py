@@ -56,6 +56,7 @@ from pnode.solvers.integrator import (
 )
 from pnode.solvers.jacobians import JacobianOptions
 from pnode.solvers.methods import Method
+from pnode.solvers.multistep import TakenOrder
 from pnode.solvers.stepping import Step, StepControl, fixed_grid, forward_sweep
 from pnode.solvers.symplectic import split_size
 from pnode.surroundings import Surroundings
@@ -316,11 +317,14 @@ class _Repeated:
         return self
 
     def __exit__(self, *error: Any) -> Any:
+        self._count()
+        return self._lease.__exit__(*error)
+
+    def _count(self) -> None:
         if self.integrator is not None:
             newton, krylov = self.integrator.iterations()
             self._run.stats.backward.newton += newton
             self._run.stats.backward.krylov += krylov
-        return self._lease.__exit__(*error)
 
     def restart(self, step: int, state: torch.Tensor) -> None:
         """Stand at the start of a step."""
@@ -328,18 +332,31 @@ class _Repeated:
         assert run.trajectory is not None
         if self.integrator is None:
             field_ = run.field(run.stats.backward)
-            settings = replace(run.settings, adaptive=False)
-            lease = self._engine.integrator(settings, field_, self._y0)
-            self.integrator = self._lease.enter_context(lease)
+            # BDF's Newton method aims at the tolerances of adaptive steps.
+            adaptive = run.settings.adaptive and run.settings.method.ts_type == "python"
+            self._take(adaptive, field_)
             if step == 0:
                 return
+        assert self.integrator is not None
         self.integrator.restore((state,))
+
+    def _take(self, adaptive: bool, field_: VectorField) -> None:
+        settings = replace(self._run.settings, adaptive=adaptive)
+        lease = self._engine.integrator(settings, field_, self._y0)
+        self.integrator = self._lease.enter_context(lease)
 
     def advance(self, step: int) -> None:
         """Repeat a step from where the integrator stands."""
         run = self._run
         assert run.trajectory is not None and self.integrator is not None
         recorded = run.trajectory.steps[step]
+        order = recorded.order
+        if isinstance(order, TakenOrder) and order.length != recorded.length:
+            # Shortened to an event, on an integrator without error control.
+            history = self.integrator.history
+            self._count()
+            self._take(False, run.field(run.stats.backward))
+            self.integrator.restore(history)
         if run.reproducible:
             self.integrator.restart_step()
         with torch.no_grad():

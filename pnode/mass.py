@@ -8,12 +8,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pnode.errors import ConfigurationError
+from pnode.nullspaces import null_spaces, unit_vectors
 from pnode.problem import StateLayout
 from pnode.vectors import REAL
 
-__all__ = ["MassMatrix", "null_spaces"]
+__all__ = ["MassMatrix"]
+
+# Null spaces of the user's matrices, which come again with every solve, and the versions of these.
+_known: Any = WeakTensorKeyDictionary()
 
 
 class MassMatrix:
@@ -48,7 +53,7 @@ class MassMatrix:
                     "the problem as residual="
                 )
         shapes = tuple(part.shape for part in parts)
-        own = parts[0]
+        own = self._own = parts[0]
         self.size = size
         if shapes == layout.shapes or (len(parts) == 1 and own.shape == (size,)):
             values = torch.cat([part.to_dense().reshape(-1) for part in parts])
@@ -87,13 +92,17 @@ class MassMatrix:
         return self._matrix if self._matrix.layout is torch.strided else self._matrix.to_dense()
 
     def null_spaces(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return bases of the left and right null space; see :func:`null_spaces`."""
+        """Return bases of the left and right null space; see :mod:`pnode.nullspaces`."""
         if self.diagonal is not None:
-            rows = self.diagonal.eq(0).nonzero().squeeze(1)
-            units = torch.zeros(self.size, len(rows), dtype=REAL, device=rows.device)
-            units[rows, torch.arange(len(rows), device=rows.device)] = 1.0
+            units = unit_vectors(self.diagonal.eq(0))
             return units, units
-        return null_spaces(self.dense())
+        assert self._matrix is not None
+        version = None if self._own.is_inference() else self._own._version
+        found, known = _known.get(self._own, (None, None))
+        if known is None or found != version or version is None:
+            known = null_spaces(self._matrix)
+            _known[self._own] = (version, known)
+        return known
 
     def entries(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return rows, columns and values of the entries, the whole diagonal among them."""
@@ -137,33 +146,3 @@ class MassMatrix:
             return self.diagonal.to(v.dtype) * v
         assert matrix is not None
         return (matrix @ v.to(REAL)).to(v.dtype)
-
-
-def null_spaces(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return orthonormal bases of the left and right null space of a square matrix.
-
-    Parameters
-    ----------
-    matrix : Tensor
-        Shape ``(n, n)``.
-
-    Returns
-    -------
-    left, right : Tensor
-        Shape ``(n, k)`` each: ``left.T @ matrix = 0`` and ``matrix @ right = 0``.
-    """
-    # Rows and columns of zeros only, the common case, are told apart without round-off.
-    rows = matrix.ne(0).any(dim=1)
-    columns = matrix.ne(0).any(dim=0)
-    u, singular, vh = torch.linalg.svd(matrix[rows][:, columns])
-    threshold = singular.max() * matrix.shape[0] * torch.finfo(matrix.dtype).eps
-    rank = int((singular > threshold).sum())
-
-    def embed(basis: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-        size = matrix.shape[0]
-        whole = matrix.new_zeros(size, basis.shape[1])
-        whole[kept] = basis
-        units = torch.eye(size, dtype=matrix.dtype, device=matrix.device)[:, ~kept]
-        return torch.cat([units, whole], dim=1)
-
-    return embed(u[:, rank:], rows), embed(vh[rank:].T, columns)

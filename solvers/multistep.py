@@ -18,8 +18,8 @@ was before a step goes back in with ``restore``; the orders of the steps are in 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 
@@ -33,10 +33,39 @@ from pnode.solvers.integrator import IntegratorSettings, StepOutcome, TimeIntegr
 from pnode.solvers.newton import ModifiedNewton
 from pnode.vectorfield import VectorField
 
-__all__ = ["MultistepIntegrator", "combine"]
+__all__ = ["MultistepIntegrator", "TakenOrder", "combine"]
 
 #: States before the new one, and the lengths of the steps between them, newest first.
 History = tuple[tuple[torch.Tensor, ...], tuple[float, ...]]
+
+
+#: Start, length, index, order and end.
+FailedAttempt: TypeAlias = tuple[float, float, int, int, float]
+
+
+class TakenOrder(int):
+    """The order of an accepted adaptive step, with what it takes to repeat it bit by bit.
+
+    Attempts that fail change what Newton's method and the history are at the next one.
+
+    Attributes
+    ----------
+    length : float
+        Length of the step.
+    failed : tuple
+        Arguments of the attempts before it that failed.
+    """
+
+    length = 0.0
+    failed: tuple[FailedAttempt, ...] = ()
+
+    @classmethod
+    def of(cls, order: int, length: float, failed: Sequence[FailedAttempt]) -> TakenOrder:
+        """Return the order with these attributes."""
+        taken = cls(order)
+        taken.length, taken.failed = length, tuple(failed)
+        return taken
+
 
 _REFUSED_OPTIONS = ("ts_adapt", "ts_bdf", "ts_python")
 
@@ -72,10 +101,13 @@ class MultistepIntegrator(TimeIntegrator):
         self._highest, self.first_order = highest, 1
         self._control = bdf.OrderControl(1 if settings.method.name == "bdf" else highest, highest)
         self._newton: ModifiedNewton | None = None
+        atol = torch.as_tensor(tolerances.values(settings.atol), device=HOST.device)
+        self._relative = bool((atol == 0.0).any())
         self._states: tuple[torch.Tensor, ...] = ()
         self._lengths: tuple[float, ...] = ()
         self._slope: torch.Tensor | None = None
         self._checkpoint: tuple[torch.Tensor, ...] = ()
+        self._failed: list[FailedAttempt] = []
         self._notes = False
         self._evidence: list[float] = []
 
@@ -86,6 +118,7 @@ class MultistepIntegrator(TimeIntegrator):
             self._newton = ModifiedNewton(self.ts, self.bridge, self.settings, self.options)
         self._newton.begin()
         self._control.restart()
+        self._failed = []
         self.restore(((vectors.copy_out(self.solution),), ()))
 
     @property
@@ -94,9 +127,14 @@ class MultistepIntegrator(TimeIntegrator):
         return self._states, self._lengths
 
     def restore(self, history: History) -> None:
-        """Go on from this history; the next attempt starts where its first state stands."""
+        """Go on from this history; the next attempt starts where its first state stands.
+
+        Nothing of what was solved before changes its bits.
+        """
         self._states, self._lengths = history
         self._slope = None
+        if self._newton is not None:
+            self._newton.forget()
         vectors.copy_in(self.solution, self._states[0])
 
     def end(self) -> None:
@@ -121,7 +159,8 @@ class MultistepIntegrator(TimeIntegrator):
             As in :meth:`TimeIntegrator.attempt`.
         order : int
             0: this integrator's choice. k > 0: BDF of order k. -p: extrapolated implicit Euler of
-            order p. Anything but 0 repeats a recorded step.
+            order p. Anything but 0 repeats a recorded step, with the attempts that failed before
+            it where the order tells of them: the bits are the same again.
 
         Returns
         -------
@@ -133,42 +172,52 @@ class MultistepIntegrator(TimeIntegrator):
         BaseException
             Whatever the vector field raised.
         """
+        adaptive, accepts = self.settings.adaptive, None
+        end = s + step if end is None else end
+        if adaptive and isinstance(order, TakenOrder):
+            accepts = True
+            for start, length, number, tried, stop in order.failed:
+                self._try(start, length, number, tried, False, stop)
+        outcome = self._try(s, step, index, order, accepts, end)
+        if not outcome.accepted:
+            self._failed.append((s, step, index, outcome.order, end))
+        elif adaptive and not accepts:
+            outcome.order = TakenOrder.of(outcome.order, step, self._failed)
+            self._failed = []
+        return outcome
+
+    def _try(
+        self, s: float, step: float, index: int, order: int, accepts: bool | None, end: float
+    ) -> StepOutcome:
+        """Try one step; ``accepts`` is the verdict on its error, if that is known."""
         where = {
             "time": self._direction * s, "step": index, "method": self.settings.method.name,
         }  # fmt: skip
         self.ts.setTime(s)
         self.ts.setTimeStep(step)
         self.ts.setStepNumber(index)
-        adaptive = self.settings.adaptive
         if not order:
-            if adaptive:
+            if self.settings.adaptive:
                 order = self._control.order
             elif len(self._states) < self._highest:
                 order = -(self._highest - 1)
             else:
                 order = self._highest
-        scale = self._scale(self._states[0])
-        self._evidence = []
-
-        def size(v: torch.Tensor) -> float:
-            return self.ranks.rms(v / scale)
-
         self.ranks.where = where
+        self._evidence = []
         if order < 0:
-            outcome = self._extrapolate(s, step, -order, size, where)
+            outcome = self._extrapolate(s, step, -order, where)
         else:
-            end = s + step if end is None else end
-            outcome = self._differentiate(s, step, end, order, size, where)
+            outcome = self._differentiate(step, end, order, where, accepts)
         if not outcome.accepted and self.ranks.parallel:
             outcome.error = self._settle(outcome.error)
         outcome.order = order
         return outcome
 
-    def _extrapolate(
-        self, s: float, step: float, order: int, size: Any, where: dict[str, Any]
-    ) -> StepOutcome:
+    def _extrapolate(self, s: float, step: float, order: int, where: dict[str, Any]) -> StepOutcome:
         """Take one step of extrapolated implicit Euler."""
         assert self._newton is not None
+        size = self._size(self._states[0])
         residual = self.settings.form == "residual"
         kept = [self._states[0]] if residual else []
         ends = []
@@ -187,9 +236,9 @@ class MultistepIntegrator(TimeIntegrator):
         return StepOutcome(True, step)
 
     def _differentiate(
-        self, s: float, step: float, end: float, order: int, size: Any, where: dict[str, Any]
+        self, step: float, end: float, order: int, where: dict[str, Any], accepts: bool | None
     ) -> StepOutcome:
-        """Take one step of BDF."""
+        """Take one step of BDF, to the time ``end``."""
         assert self._newton is not None
         adaptive = self.settings.adaptive
         states = self._states
@@ -201,7 +250,8 @@ class MultistepIntegrator(TimeIntegrator):
         guess = combine(bdf.extrapolation_weights(distances[:known]), states)
         first = adaptive and len(states) == 1
         if first:
-            guess = torch.add(guess, self._initial_slope(s, where), alpha=step)
+            guess = torch.add(guess, self._initial_slope(end - step, where), alpha=step)
+        size = self._size(states[0], guess)
         new = self._solve(end, guess, d[0], psi, size, where)
         if isinstance(new, SolveError):
             self._control.fail()
@@ -217,13 +267,14 @@ class MultistepIntegrator(TimeIntegrator):
                 return new - guess
             return combine(bdf.difference_weights(distances[:m]), points)
 
+        size = self._size(states[0], guess, new)
         error = bdf.error_constant(distances[:order]) * size(difference(order + 1))
         if not math.isfinite(error):
             raise SolveError(
                 "the error norm overflows: rtol * |y| + atol is zero or tiny for an entry of y",
                 **where,
             )
-        if error > 1.0:
+        if not accepts if accepts is not None else error > 1.0:
             proposed = self._control.reject(step, lengths, lambda m: size(difference(m)), error)
             if self._control.lost:
                 self._control.restart()
@@ -231,13 +282,10 @@ class MultistepIntegrator(TimeIntegrator):
             return StepOutcome(False, proposed)
         self._accept(new, step)
         self._store(new, d, psi)
-        scale = self._scale(new)
+        size = self._size(new)
         if first:
             lengths = (step, 0.0)
-        proposed = self._control.accept(
-            step, lengths,
-            lambda m: self.ranks.rms(difference(m) / scale),
-        )  # fmt: skip
+        proposed = self._control.accept(step, lengths, lambda m: size(difference(m)))
         return StepOutcome(True, proposed)
 
     def _solve(
@@ -286,12 +334,30 @@ class MultistepIntegrator(TimeIntegrator):
         self._slope = None
         vectors.copy_in(self.solution, new)
 
-    def _scale(self, u: torch.Tensor) -> torch.Tensor:
-        settings = self.settings
+    def _size(self, u: torch.Tensor, *others: torch.Tensor) -> Callable[[torch.Tensor], float]:
+        """Return the norm in units of atol + rtol |u|.
+
+        Where that is zero, u is measured by the others, and where all of them are zero by the first
+        vector that is not: what the norm then says is that there is something to measure.
+        """
         rtol, atol = (
-            tolerances.values(value, u.device) for value in (settings.rtol, settings.atol)
+            tolerances.values(value, u.device) for value in (self.settings.rtol, self.settings.atol)
         )
-        return atol + rtol * u.abs()
+        scale = atol + rtol * u.abs()
+        for other in others:
+            if not self._relative:
+                break
+            scale = torch.where(scale == 0.0, rtol * other.abs(), scale)
+
+        def size(v: torch.Tensor) -> float:
+            nonlocal scale
+            if self._relative:
+                scale = torch.where(scale == 0.0, rtol * v.abs(), scale)
+                v = torch.where(v == 0.0, 0.0, v / scale)
+                return self.ranks.rms(v)
+            return self.ranks.rms(v / scale)
+
+        return size
 
     def _initial_slope(self, s: float, where: dict[str, Any]) -> torch.Tensor:
         """Return u' where the history is a single state: -F(s, u, 0).

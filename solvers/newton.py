@@ -104,10 +104,14 @@ class ModifiedNewton:
             self._ksp.setFromOptions()
             self._read = True
         self.newton = 0
+        self.forget()
+        self._krylov = total_krylov_iterations(self._ksp)
+
+    def forget(self) -> None:
+        """Evaluate the Jacobian anew next time, and know nothing of how it converges."""
         self._refresh = True
         self._shift = 0.0
         self._rate = 1.0
-        self._krylov = total_krylov_iterations(self._ksp)
 
     def doubt(self, u: torch.Tensor) -> float:
         """Return how far the projection of F at the last solution may be from zero.
@@ -231,7 +235,7 @@ class ModifiedNewton:
             first = first or residual
             self._last = residual, self._last[1]
             if by_residual and ((residual <= rtol * first and iteration) or residual <= atol):
-                return self._converged(u)
+                return self._converged(u if iteration else u.clone())  # not the caller's
             self._prepare(s, shift, where)
             self._ksp.solve(self._f, self._update)
             raise_stored(self._bridge, None, where)

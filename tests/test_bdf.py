@@ -13,7 +13,12 @@ from test_gradients import TIGHT, Field, gradients, initial, relative_difference
 from test_stiff import PROBLEMS, RATES, robertson
 
 import pnode
-from pnode.errors import ConfigurationError, NonFiniteVectorField, NonlinearSolveFailed
+from pnode.errors import (
+    ConfigurationError,
+    NonFiniteVectorField,
+    NonlinearSolveFailed,
+    StepSizeUnderflow,
+)
 from pnode.options import SolverOptions, next_prefix
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
@@ -368,3 +373,105 @@ def test_automatic_first_step_is_that_of_order_one():
         solution = solver(torch.ones(1, dtype=D), torch.tensor([0.0, 1.0]))
     assert solution.stats.rejected == 0
     assert 1e-5 < steps[0] < math.sqrt(2 * 2e-6)
+
+
+@pytest.mark.parametrize("rest", [(0, 1), (0,)], ids=["all", "one"])
+@pytest.mark.parametrize("name", [f"bdf{k}" for k in range(1, 7)])
+def test_a_state_at_rest(name, rest):
+    """Newton's method takes the prediction itself: dy/dy0 is 1 there."""
+    moving = torch.tensor([float(i not in rest) for i in range(2)], dtype=D)
+    rate = torch.tensor(1.0, dtype=D, requires_grad=True)
+    solver = pnode.Solver(
+        lambda t, y: -rate * moving * y, params=[rate], method=name, step_size=0.1
+    )
+    y0 = torch.tensor([1.0, 2.0], dtype=D, requires_grad=True)
+    y = solver(y0, torch.tensor([0.0, 1.0], dtype=D)).ys[-1]
+    y.sum().backward()
+    for i in rest:
+        assert float(y[i].detach()) == pytest.approx(float(y0[i].detach()), rel=1e-12)
+        assert float(y0.grad[i]) == pytest.approx(1.0, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["bdf", "bdf3"])
+@pytest.mark.parametrize(
+    ("start", "field", "end"),
+    [
+        ([0.0, 2.0], lambda t, y: -y, [0.0, 2.0 * math.exp(-1.0)]),
+        ([0.0, 0.0], lambda t, y: 1.0 - y, [1.0 - math.exp(-1.0)] * 2),
+        ([0.0, 1.0], lambda t, y: torch.stack([y[1], 0.0 * y[1]]), [1.0, 1.0]),
+        ([0.0, 0.0], lambda t, y: 0.0 * y, [0.0, 0.0]),
+    ],
+)
+def test_relative_tolerance_alone(name, start, field, end):
+    """atol = 0, for one entry or all, where entries are zero."""
+    y0 = torch.tensor(start, dtype=D, requires_grad=True)
+    for atol in (0.0, torch.tensor([0.0, 1e-9], dtype=D)):
+        solver = pnode.Solver(field, method=name, rtol=1e-6, atol=atol, max_steps=5000)
+        y = solver(y0, torch.tensor([0.0, 1.0], dtype=D)).ys[-1]
+        assert y.tolist() == pytest.approx(end, rel=1e-4)
+        assert bool(torch.isfinite(torch.autograd.grad(y.sum(), y0)[0]).all())
+
+
+def test_relative_tolerance_that_no_step_meets():
+    """y = t^3: the first step of order one is wrong by twice y, however short it is."""
+    for atol, fails in ((0.0, True), (1e-9, False)):
+        solver = pnode.Solver(lambda t, y: 3.0 * t * t + 0.0 * y, method="bdf", atol=atol)
+        y0, t = torch.zeros(1, dtype=D), torch.tensor([0.0, 1.0], dtype=D)
+        if fails:
+            with pytest.raises(StepSizeUnderflow, match="loosen rtol and atol"):
+                solver(y0, t)
+        else:
+            assert float(solver(y0, t).ys[-1]) == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "sign"),
+    [
+        ("bdf", "rhs", 1.0), ("bdf", "mass", -1.0), ("bdf", "residual", 1.0),
+        ("bdf", "tuple", -1.0), ("bdf", "event", 1.0), ("bdf2", "rhs", -1.0),
+        ("bdf3", "event", -1.0),
+    ],
+)  # fmt: skip
+def test_repeated_backwards_have_the_same_bits(name, form, sign):
+    """Newton's tolerances, and attempts that failed on the way, are those of the forward sweep.
+
+    A slope that changes within a hundredth makes steps fail.
+    """
+    rate = torch.tensor([0.7, 1.3], dtype=D, requires_grad=True)
+
+    def field(t, y):
+        jump = torch.tanh(300.0 * (sign * t - 0.5))
+        return sign * torch.stack(
+            [-rate[0] * y[0] ** 3 + jump, rate[1] * (y[0] - y[1]) + y[2] * 0.1]
+        )
+
+    def full(t, y):
+        return torch.cat([field(t, y), (y[2] + y[2] ** 3 - rate.sum() * y[0])[None]])
+
+    keywords = {
+        "rhs": {"rhs": lambda t, y: torch.cat([field(t, y), -sign * y[2:]])},
+        "mass": {"rhs": full, "mass": torch.tensor([1.0, 1.0, 0.0], dtype=D)},
+        "residual": {
+            "residual": lambda t, y, yp: torch.cat([yp[:2] + 0.1 * yp[:2] ** 3, yp[2:] * 0.0])
+            - full(t, y)
+        },
+        "tuple": {"rhs": lambda t, y: (field(t, torch.cat(y)), -sign * y[1])},
+        "event": {
+            "rhs": lambda t, y: torch.cat([field(t, y), -sign * y[2:]]),
+            "event_fn": lambda t, y: y[2] - 0.28,
+        },
+    }[form]  # fmt: skip
+    if form in ("mass", "residual"):
+        keywords["consistent_start"] = True
+    solver = pnode.Solver(**keywords, params=[rate], method=name, rtol=1e-4, atol=1e-6)
+    y0 = torch.tensor([1.0, 0.5, 0.7], dtype=D, requires_grad=True)
+    start = (y0[:2], y0[2:]) if form == "tuple" else y0
+    solution = solver(start, sign * torch.tensor([0.0, 0.3, 1.0], dtype=D))
+    loss = (torch.cat(solution.ys, -1) if form == "tuple" else solution.ys).square().sum()
+    first, *others = (
+        torch.autograd.grad(loss, [y0, rate], retain_graph=True) for _ in range(3)
+    )  # fmt: skip
+    assert solution.stats.rejected > 0
+    assert solution.stats.backward.recomputed == 2 * solution.stats.steps
+    for other in others:
+        assert all(map(torch.equal, other, first))

@@ -140,10 +140,13 @@ def test_torch_operations_and_allocations_of_an_adjoint_stage():
 
 
 @pytest.mark.parametrize(("store", "backward", "most"), [
-    ("stages", False, 19), ("auto", False, 24), ("stages", True, 22), ("auto", True, 12),
+    ("stages", False, 20), ("auto", False, 25), ("stages", True, 22), ("auto", True, 12),
 ])  # fmt: skip
 def test_python_calls_per_stage(store, backward, most):
-    """How often pnode's own functions are entered, those that serve a whole step included."""
+    """How often pnode's own functions are entered, those that serve a whole step included.
+
+    Of these, two a step take down what the backward sweep tells f by.
+    """
     found = per_stage(Calls, store, backward, lambda calls: sum(calls.names.values()))
     assert 1 < found <= most
 
