@@ -152,6 +152,8 @@ class DenseAdjoint:
         For products with its derivatives.
     cotangents : Tensor
         Derivatives of the loss with respect to all outputs, shape ``(T, size)``.
+    wants_times : bool
+        Whether ``times`` is wanted, for which values are needed, not only their graphs.
 
     Attributes
     ----------
@@ -168,8 +170,10 @@ class DenseAdjoint:
         steps: Sequence[Step],
         field: VectorField,
         cotangents: torch.Tensor,
+        wants_times: bool = True,
     ) -> None:
         self._dense = dense
+        self._wants_times = wants_times
         self._steps = steps
         self._field = field
         self.parameters: list[torch.Tensor | None] = [None] * len(field.parameters)
@@ -184,7 +188,10 @@ class DenseAdjoint:
                 self._wanted[step] = rows
 
     def at(
-        self, node: int, restore: Callable[[int], tuple[torch.Tensor, ...]]
+        self,
+        node: int,
+        restore: Callable[[int], tuple[torch.Tensor, ...]],
+        graphs: Callable[[int], Sequence[Linearization] | None] = lambda step: None,
     ) -> torch.Tensor | None:
         """Return the cotangent of the state after ``node`` steps, None if it is zero.
 
@@ -196,11 +203,15 @@ class DenseAdjoint:
             Number of steps before.
         restore : callable
             Returns the checkpoint of a step; called with ``node`` only.
+        graphs : callable
+            Returns the graphs at its stages, if they are kept.
         """
         if self._dense is None:
             return None
         if self._dense.tableau is not None:
-            return self._own(node, restore) if node in self._wanted else None
+            if node not in self._wanted:
+                return None
+            return self._own(node, restore, None if self._wants_times else graphs(node))
         return self._hermite(node)
 
     def _hermite(self, node: int) -> torch.Tensor | None:
@@ -228,7 +239,10 @@ class DenseAdjoint:
         return state.add_(self._product(parts, slope))
 
     def _own(
-        self, step_index: int, restore: Callable[[int], tuple[torch.Tensor, ...]]
+        self,
+        step_index: int,
+        restore: Callable[[int], tuple[torch.Tensor, ...]],
+        graphs: Sequence[Linearization] | None,
     ) -> torch.Tensor:
         """Take the cotangents of u + h sum_i b_i(theta) k_i back through the stages.
 
@@ -246,12 +260,17 @@ class DenseAdjoint:
         total = sum((w for _, w in wanted), start=torch.zeros_like(wanted[0][1]))
         below: list[tuple[int, torch.Tensor]] = []
         for i in reversed(range(len(stages))):
-            s = step.start + tableau["c"][i] * step.length
-            value, parts = self._linearize(s, stages[i])
+            if graphs is not None and i < len(graphs):
+                graphs[i].adopt(self._field)
+                value, parts = None, [graphs[i]]
+            else:
+                s = step.at(round(tableau["c"][i], 13))
+                value, parts = self._linearize(s, stages[i])
             slope = torch.zeros_like(total)
             for row, rate, (inside, w) in zip(weights, rates, wanted, strict=True):
                 slope.add_(w, alpha=row[i])
-                self.times[inside.index] += rate[i] * float(torch.dot(w, value))
+                if value is not None:
+                    self.times[inside.index] += rate[i] * float(torch.dot(w, value))
             for j, product in below:
                 slope.add_(product, alpha=tableau["A"][j, i])
             below.append((i, self._product(parts, step.length * slope)))

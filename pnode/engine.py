@@ -537,7 +537,7 @@ class Engine:
         return record.outputs()
 
     def backward(
-        self, run: Run, y0: torch.Tensor, cotangents: torch.Tensor
+        self, run: Run, y0: torch.Tensor, cotangents: torch.Tensor, wants_times: bool = True
     ) -> tuple[torch.Tensor, list[torch.Tensor | None], torch.Tensor, dict[int, float]]:
         """Take the discrete adjoint of a forward sweep. Collective.
 
@@ -549,6 +549,8 @@ class Engine:
             Its initial state, flat, to repeat it from when its checkpoints are gone.
         cotangents : Tensor
             Derivatives of the loss with respect to the outputs, shape ``(T, size)``.
+        wants_times : bool
+            Whether the derivatives with respect to interpolated outputs' times are wanted.
 
         Returns
         -------
@@ -574,22 +576,29 @@ class Engine:
         with run.surroundings.restored():
             if run.trajectory is None:
                 return compiled_sweeps.reverse(self, run, y0, cotangents)
-            return self._backward(run, y0, cotangents)
+            return self._backward(run, y0, cotangents, wants_times)
 
     def _backward(
-        self, run: Run, y0: torch.Tensor, cotangents: torch.Tensor
+        self, run: Run, y0: torch.Tensor, cotangents: torch.Tensor, wants_times: bool
     ) -> tuple[torch.Tensor, list[torch.Tensor | None], torch.Tensor, dict[int, float]]:
         """Take the adjoint of recorded steps; see :meth:`backward`."""
         problem, ledger = run.problem, run.stats.backward
         field_ = run.field(ledger)
         with problem.ranks.together(agree=False):
-            state, parameters, initial, times = self._sweep_back(run, field_, y0, cotangents)
+            state, parameters, initial, times = self._sweep_back(
+                run, field_, y0, cotangents, wants_times
+            )
         # The one reduction of a backward sweep, which also tells whether a rank has failed.
         parameters = problem.ranks.sum_gradients(parameters, field_.parameters)
         return state, parameters, initial, times
 
     def _sweep_back(
-        self, run: Run, field_: VectorField, y0: torch.Tensor, cotangents: torch.Tensor
+        self,
+        run: Run,
+        field_: VectorField,
+        y0: torch.Tensor,
+        cotangents: torch.Tensor,
+        wants_times: bool,
     ) -> tuple[torch.Tensor, list[torch.Tensor | None], torch.Tensor, dict[int, float]]:
         trajectory, problem = run.trajectory, run.problem
         assert trajectory is not None
@@ -600,7 +609,7 @@ class Engine:
 
         with self.adjoint(run.settings, wanted) as adjoint:
             adjoint.begin(field_)
-            dense = DenseAdjoint(run.dense, trajectory.steps, field_, cotangents)
+            dense = DenseAdjoint(run.dense, trajectory.steps, field_, cotangents, wants_times)
             with torch.enable_grad():  # here once, instead of at each stage
                 initial = self._reverse(run, adjoint, cotangents, dense, y0)
             state = adjoint.state_gradient()
@@ -642,7 +651,7 @@ class Engine:
                 if nonzero[index]:
                     active = True
                     adjoint.add(cotangents[index])
-            inside = dense.at(after, stages)
+            inside = dense.at(after, stages, trajectory.tape)
             if inside is not None:
                 active = True
                 adjoint.add(inside)
@@ -660,7 +669,8 @@ class Engine:
 
         with _Repeated(self, run, y0) as repeated:
             add_outputs(len(trajectory.steps))
-            for action in trajectory.schedule.reverse(len(trajectory.steps)):
+            number = len(trajectory.steps)
+            for action in trajectory.schedule.reverse(number) if number else ():
                 match action:
                     case Advance(step):
                         repeated.advance(step)

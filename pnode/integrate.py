@@ -552,7 +552,9 @@ class _Solve(torch.autograd.Function):
         engine, run = ctx.engine, ctx.run
         cotangents, ys = cotangents.reshape(len(ys), -1), ys.reshape(len(ys), -1)
         with torch.no_grad(), ordered(place_of(run.problem.layout.device)) as leave:
-            state, parameters, initial, inside = engine.backward(run, y0, cotangents.detach())
+            state, parameters, initial, inside = engine.backward(
+                run, y0, cotangents.detach(), ctx.needs_input_grad[5]
+            )
             leave(state, *parameters)
             time = None
             if ctx.needs_input_grad[5]:
