@@ -90,15 +90,13 @@ class FixedGrid:
         return number == 1 or self._length(interval) >= _FEWEST_SPACINGS * math.ulp(start)
 
     def steps(self, interval: int) -> Iterator[tuple[float, float, float]]:
-        """Yield start, length and end of the equal steps of an interval."""
+        """Return start, length and end of each of the equal steps of an interval."""
         start, end = self.times[interval : interval + 2]
-        number = self.counts[interval]
-        length = (end - start) / number if number else self.step_size
-        before = start
-        for index in range(1, number + 1) if number else itertools.count(1):
-            after = end if index == number else start + index * length
-            yield before, length, after
-            before = after
+        number, h = self.counts[interval], self._length(interval)
+        return (
+            (start + (i - 1) * h, h, end if i == number else start + i * h)
+            for i in (range(1, number + 1) if number else itertools.count(1))
+        )
 
     def _length(self, interval: int) -> float:
         start, end = self.times[interval : interval + 2]
