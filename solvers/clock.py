@@ -65,7 +65,7 @@ class FixedGrid:
         largest = max(abs(s) for s in (self.times[0], *self.times[-2:]) if math.isfinite(s))
         slack = min(_ROUNDINGS * self.resolution * largest / self.step_size, _LARGEST_SLACK)
         exact = (1.0 - 4.0 * sys.float_info.epsilon) / self.step_size
-        quotients = ((end - start) * exact for start, end in itertools.pairwise(self.times))
+        quotients = [(end - start) * exact for start, end in itertools.pairwise(self.times)]
         return [
             max(1, math.ceil(parts - slack)) if math.isfinite(parts) else 0 for parts in quotients
         ]
@@ -90,14 +90,13 @@ class FixedGrid:
         return number == 1 or self._length(interval) >= _FEWEST_SPACINGS * math.ulp(start)
 
     def steps(self, interval: int) -> Iterator[tuple[float, float, float]]:
-        """Yield start, length and end of the equal steps of an interval."""
+        """Return start, length and end of each of the equal steps of an interval."""
         start, end = self.times[interval : interval + 2]
-        number, length = self.counts[interval], self._length(interval)
-        before = start
-        for index in range(1, number + 1) if number else itertools.count(1):
-            after = end if index == number else start + index * length
-            yield before, length, after
-            before = after
+        number, h = self.counts[interval], self._length(interval)
+        return (
+            (start + (i - 1) * h, h, end if i == number else start + i * h)
+            for i in (range(1, number + 1) if number else itertools.count(1))
+        )
 
     def _length(self, interval: int) -> float:
         start, end = self.times[interval : interval + 2]

@@ -182,9 +182,11 @@ def forward_sweep(
         integrator.monitor(0, times[0])
         on_output(0)
     number, grid = 0, fixed_grid(times, control, field.problem.resolution)
+    doubtful = grid is not None and grid.unresolved is not None
     for index, (start, end) in enumerate(itertools.pairwise(times), start=1):
         if grid is not None:
-            sweep.check_resolution(grid, index - 1)
+            if doubtful:
+                sweep.check_resolution(grid, index - 1)
             for before, length, after in grid.steps(index - 1):
                 number += 1
                 if number <= len(done):
