@@ -24,7 +24,17 @@ from pnode.evidence import Note, differs, project, projection_weights
 from pnode.options import PETSc, log_event
 from pnode.ranks import ALONE, Ranks
 from pnode.vectorfield import Linearization, Products, VectorField
-from pnode.vectors import REAL, add_to, are_moderate, copy_in, copy_out, fill, is_moderate, view
+from pnode.vectors import (
+    REAL,
+    add_to,
+    are_moderate,
+    copy_in,
+    copy_out,
+    fill,
+    is_finite,
+    is_moderate,
+    view,
+)
 
 if TYPE_CHECKING:
     from pnode.solvers.jacobians import Jacobian
@@ -136,6 +146,8 @@ class Bridge:
         self._times: list[float] = []
         self._round_off = 0.0
         self._solve_begins = True
+        #: Where an assembled Jacobian of the step under way was not finite.
+        self.infinite_at: float | None = None
         #: Evaluations in a backward sweep for which nothing was noted.
         self.unverified = 0
         #: Graphs of f at these states, if a sweep asks for them, and the bytes that each keeps.
@@ -233,6 +245,7 @@ class Bridge:
         Those that are not known, of implicit methods forwards, are as PETSc first gives them.
         """
         self._times = list(times)
+        self.infinite_at = None
         self._solve_begins = True
         self._round_off = _ROUND_OFF * max(map(abs, times))
 
@@ -292,6 +305,18 @@ class Bridge:
                 self.nonfinite_time = times[0]
             self._screened.clear()
         return self.nonfinite_time
+
+    def infinite_derivative(self) -> float | None:
+        """Return a time in this step at which f was finite and its Jacobian was not."""
+        if self.infinite_at is not None:
+            return self.infinite_at
+        for point in self._points:
+            graph = point.linearization
+            if graph is not None and is_finite(graph.flat_value()):
+                product = graph.vjp(torch.ones_like(graph.flat_value())).state
+                if not is_finite(product):
+                    return point.s
+        return None
 
     def fill(self, ts: Any, u: Any, f: Any) -> None:
         """Fill f with finite numbers, instead of a value at u that is not to be had.

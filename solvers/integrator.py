@@ -15,6 +15,7 @@ from pnode.devices import HOST, Place
 from pnode.errors import (
     ConfigurationError,
     LinearSolveFailed,
+    NonFiniteDerivative,
     NonFiniteVectorField,
     NonlinearSolveFailed,
     SolveError,
@@ -576,6 +577,9 @@ class TimeIntegrator:
         raise found from found.__cause__
 
     def _nonfinite(self, at: float | None) -> NonFiniteVectorField:
+        found = infinite_derivative(self.bridge, self.ranks.where)
+        if found is not None:
+            return found
         text = "the vector field returned NaN or infinity" + (
             f" at t = {self._direction * at!r}" if at is not None else ""
         )
@@ -642,7 +646,7 @@ class TimeIntegrator:
             snes = self.ts.getSNES()
             reason = snes.getConvergedReason()
             if reason < 0:
-                return newton_error(snes, where)
+                return newton_error(snes, where, self.bridge)
         at = self.bridge.first_nonfinite()
         if not self.ranks.parallel:
             finite = math.isfinite(self.solution.norm())
@@ -772,11 +776,28 @@ def adjoint_vectors(ts: Any, method: Method) -> list[Any]:
     return stages
 
 
-def newton_error(snes: Any, where: dict[str, Any]) -> SolveError:
+def infinite_derivative(bridge: Bridge, where: dict[str, Any]) -> NonFiniteDerivative | None:
+    """Return the error for a Jacobian that is not finite at the last point, if it is that."""
+    s = None if bridge.ranks.parallel else bridge.infinite_derivative()
+    if s is None:
+        return None
+    return NonFiniteDerivative(
+        "a derivative of the vector field with respect to y is NaN or infinite at "
+        f"t = {bridge.field.problem.direction * s!r}, where its value is finite: keep the state "
+        "away from there, or write the field so that its derivative exists (sqrt and norm at "
+        "zero: add a small constant inside)",
+        **where,
+    )
+
+
+def newton_error(snes: Any, where: dict[str, Any], bridge: Bridge) -> SolveError:
     """Turn SNES's reason into an error that says what to do."""
     reason = snes.getConvergedReason()
     name = reason_name(PETSc.SNES.ConvergedReason, reason)
     if "NANORINF" in name or "FNORM_NAN" in name or "DOMAIN" in name:
+        found = infinite_derivative(bridge, where)
+        if found is not None:
+            return found
         return NonFiniteVectorField(
             "the vector field returned NaN or infinity in a nonlinear solve: check it near this "
             "state, or take smaller steps",

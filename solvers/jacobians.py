@@ -12,6 +12,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from pnode.devices import HOST, Place
 from pnode.errors import ConfigurationError
 from pnode.layouts import Layout
@@ -29,6 +31,7 @@ from pnode.solvers.assemblies import (
     sample_count,
 )
 from pnode.solvers.bridge import Bridge, JacobianShell, Point, shell_matrix
+from pnode.vectors import is_finite
 
 __all__ = ["Jacobian", "JacobianOptions", "create_assembly", "create_matrices"]
 
@@ -128,6 +131,9 @@ class Jacobian:
         outdated = self._outdated(ts)
         if self._values is None or outdated:
             self._values = bridge.guarded("jacobian", self._evaluate, bridge, s, u, u_dot)
+            first = self._values[0] if isinstance(self._values, tuple) else None
+            if isinstance(first, torch.Tensor) and not is_finite(first):
+                bridge.infinite_at = s
             self._formed = _NEVER
         # Steps of one length differ by the round-off of their ends.
         close = _SAME_SHIFT if self._constant else 0.0

@@ -200,7 +200,7 @@ class ModifiedNewton:
                     return vectors.copy_out(self._u)
         finally:
             search.setType(chosen)
-        return newton_error(self._snes, where)
+        return newton_error(self._snes, where, self._bridge)
 
     def slope(self, s: float, u: torch.Tensor, where: dict[str, Any]) -> torch.Tensor:
         """Return u' of F(s, u, u') = u' - g(s, u). Collective."""
@@ -334,7 +334,7 @@ class ModifiedNewton:
 
     def _failed(self, reason: int, where: dict[str, Any]) -> SolveError:
         self._snes.setConvergedReason(reason)
-        return newton_error(self._snes, where)
+        return newton_error(self._snes, where, self._bridge)
 
 
 class Equations:
