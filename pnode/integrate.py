@@ -535,8 +535,10 @@ class _Solve(torch.autograd.Function):
         layout = problem.layout
         if run.event is None and not layout.is_tuple:
             # The result has to be the one that users keep: whoever keeps it and is what f belongs
-            # to makes a cycle, which Python sees through as long as no view comes in between.
-            ys = layout.unflatten(ys)
+            # to makes a cycle, which Python sees through as long as no view comes in between. Nor
+            # may it be a view itself, into which users could not write.
+            shape = layout.unflatten(ys).shape
+            ys = ys.new_empty(0).set_(ys.untyped_storage(), ys.storage_offset(), shape)
         ctx.engine, ctx.run = engine, run
         # Saved for torch's check that nobody has modified them since, besides their values.
         ctx.save_for_backward(y0, t, ys, *parameters, *problem.frozen)

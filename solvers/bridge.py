@@ -145,7 +145,7 @@ class Bridge:
         self.expected: list[Note] | None = None
         self._times: list[float] = []
         self._round_off = 0.0
-        self._solve_begins = True
+        self._solve_begins = self._notes_stages = True
         #: Where an assembled Jacobian of the step under way was not finite.
         self.infinite_at: float | None = None
         #: Evaluations in a backward sweep for which nothing was noted.
@@ -233,10 +233,17 @@ class Bridge:
         finally:
             logged.end()
 
-    def note_values(self) -> None:
-        """From now on note what f returns."""
+    def note_values(self, ends_evaluated: bool) -> None:
+        """From now on note what f returns.
+
+        Parameters
+        ----------
+        ends_evaluated : bool
+            Whether implicit stages are solved in a way that evaluates f last where it ends.
+        """
         self.projections = deque(maxlen=self.evaluated.maxlen)
         self.noted = []
+        self._notes_stages = ends_evaluated
 
     def begin_stages(self, times: tuple[float, ...]) -> None:
         """Say at which times the stages of a step are, its start and end among them.
@@ -534,7 +541,7 @@ class Bridge:
         else:
             own = copy_out(u, field.dtype)
             value = field.rhs(s, own)
-        if self.noted is not None:
+        if self.noted is not None and self._notes_stages:
             self._note(Note(0, s, project(own), project(value)))
         value = -value
         mass = field.mass

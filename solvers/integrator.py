@@ -696,7 +696,8 @@ class TimeIntegrator:
 
     def note_values(self) -> None:
         """From now on note what :meth:`evidence` needs."""
-        self.bridge.note_values()
+        kind = self.options.values.get("snes_type", "newtonls")
+        self.bridge.note_values(ends_evaluated=kind == "newtonls")
 
     def monitor(self, number: int, s: float) -> None:
         """Let PETSc's monitors look at the solution after ``number`` steps. Collective.
