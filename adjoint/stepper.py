@@ -164,7 +164,8 @@ class TorchAdjointStepper(AdjointStepper):
         if index < len(self.evidence):
             by = differs(value, self.evidence[index], slack)
             if by:
-                raise self.field.changed(s, by, what).located(**self._where(step))
+                error = self.field.changed(s, by, what).located(**self._where(step))
+                self.field.problem.ranks.refuse(error)
 
     def add(self, cotangent: torch.Tensor) -> None:
         """Add the derivative of the loss with respect to the state at this time."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from pnode.devices import HOST
 from pnode.errors import ConfigurationError, NonFiniteVectorField, NonlinearSolveFailed
 from pnode.nullspaces import DENSE_ENTRIES, SquareOperator, null_spaces, unit_vectors
 from pnode.problem import InitialValueProblem
@@ -183,9 +184,9 @@ class _Start:
 
         At zero, and at random rates, the first of them at which F and its derivative are finite.
         """
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(HOST.device).manual_seed(0)
         scale = max(float(u.abs().max()), 1e-3)
-        noise = scale * torch.randn(len(u), generator=generator, dtype=REAL)
+        noise = scale * torch.randn(len(u), generator=generator, dtype=REAL, device=HOST.device)
         found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
         for rate in (torch.zeros_like(noise), noise, noise.abs(), -noise.abs()):
             if len(found) == 2:
@@ -355,9 +356,13 @@ class _Algebraic:
         u = self._u.to(REAL)
         if self._rows is not None:
             return _times(self._right.abs(), self._inverse.abs() @ (self._rows.abs() @ u.abs()))
-        total, generator = torch.zeros_like(u), torch.Generator().manual_seed(2)
+        total, generator = torch.zeros_like(u), torch.Generator(HOST.device).manual_seed(2)
         for _ in range(3):
-            signs = torch.randn(len(u), generator=generator, dtype=REAL).sign().to(u)
+            signs = (
+                torch.randn(len(u), generator=generator, dtype=REAL, device=HOST.device)
+                .sign()
+                .to(u)
+            )
             products = self._linearization.jvp((signs * u).to(self._dtype)).to(REAL)
             total += self.move(_times(self._left.T, products)).square()
         return total.sqrt()

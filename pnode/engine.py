@@ -482,14 +482,17 @@ class Engine:
     def _forward(self, run: Run, y0: torch.Tensor, keep: bool, requests: Requests) -> torch.Tensor:
         problem = run.problem
         field_ = vector_field(problem, run.stats)
+        if keep:
+            record_all(field_)
         start: Start | None = None
         if self.compile:
             begun = compiled_sweeps.begin(self, run, field_, y0, keep, requests)
             if begun.outputs is not None:
                 return begun.outputs
             field_, start = begun.field, begun.start
+            if keep:
+                record_all(field_)
         if keep:
-            record_all(field_)
             run.trajectory = self._trajectory(run, requests, y0)
             # What one-step methods carry over from the step before; the others have the same bits.
             fresh = self.method.ts_type in ("rk", "dirk") and not self.method.same_bits
@@ -501,7 +504,8 @@ class Engine:
             if run.trajectory is not None:
                 leases.enter_context(run.trajectory.forward())
                 run.trajectory.tapes &= start is None
-                integrator.note_values()
+                if run.settings.place.on_host:  # numbers, which a device would have to wait for
+                    integrator.note_values()
                 integrator.make_graphs(run.trajectory.tapes)
             locator: EventLocator | None = None
             if requests.event_fn is not None:
@@ -615,7 +619,7 @@ class Engine:
             state = adjoint.state_gradient()
             parameters = adjoint.parameter_gradients(len(field_.parameters))
             accumulate(parameters, tuple(dense.parameters), 1.0)
-            if is_finite(cotangents):
+            if run.settings.place.on_host and is_finite(cotangents):
                 first = trajectory.steps[:1] or [Step(0, problem.times[0], 0.0, problem.times[0])]
                 problem.ranks.attempt(
                     check_parameters, parameters, self.method.name, problem.direction, first[0]
@@ -634,7 +638,7 @@ class Engine:
         trajectory, ledger = run.trajectory, run.stats.backward
         assert trajectory is not None
         waiting = list(enumerate(trajectory.outputs))
-        finite = is_finite(cotangents)
+        finite = run.settings.place.on_host and is_finite(cotangents)
         active = False  # until the first non-zero cotangent, lambda is zero and stays it
         ranks = run.problem.ranks
         attempt = ranks.attempt

@@ -538,7 +538,8 @@ class _Solve(torch.autograd.Function):
             # to makes a cycle, which Python sees through as long as no view comes in between. Nor
             # may it be a view itself, into which users could not write.
             shape = layout.unflatten(ys).shape
-            ys = ys.new_empty(0).set_(ys.untyped_storage(), ys.storage_offset(), shape)
+            whole: Any = ys.new_empty(0)
+            ys = whole.set_(ys.untyped_storage(), ys.storage_offset(), shape)
         ctx.engine, ctx.run = engine, run
         # Saved for torch's check that nobody has modified them since, besides their values.
         ctx.save_for_backward(y0, t, ys, *parameters, *problem.frozen)
@@ -647,7 +648,7 @@ def _verify_slope(run: Run, field: VectorField, index: int, slope: torch.Tensor)
         noted = trajectory.evidence[trajectory.outputs[index]]
         by = differs(slope, noted[0]) if noted else 0.0
         if by:
-            raise field.changed(run.problem.times[index], by)
+            run.problem.ranks.refuse(field.changed(run.problem.times[index], by))
 
 
 @contextmanager

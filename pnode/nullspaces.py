@@ -72,7 +72,7 @@ class SquareOperator:
     ) -> None:
         self._product, self._transposed = product, transposed
         self._size, self._device = size, device
-        self._generator = torch.Generator().manual_seed(1)
+        self._generator = torch.Generator(HOST.device).manual_seed(1)
         # LSMR stops at a residual of _residual, or where A^T r says that none is smaller.
         self._residual, self._stationary = (1e-4, 1e-6) if single else (1e-7, 1e-10)
         rows = sum(product(self.signs()).square() for _ in range(_PROBES))
@@ -87,7 +87,9 @@ class SquareOperator:
 
     def signs(self) -> torch.Tensor:
         """Return random signs, the same in every solve."""
-        signs = torch.randint(2, (self._size,), generator=self._generator, dtype=torch.int8)
+        signs = torch.randint(
+            2, (self._size,), generator=self._generator, dtype=torch.int8, device=HOST.device
+        )
         return (2.0 * signs.to(REAL) - 1.0).to(self._device)
 
     def test(self) -> Solution:
@@ -136,8 +138,9 @@ def _basis(
     rows: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, size: int, count: int
 ) -> torch.Tensor:
     basis = torch.sparse_coo_tensor(
-        torch.stack([rows, columns]), values, (size, count), check_invariants=False
-    )
+        torch.stack([rows, columns]), values, (size, count), check_invariants=False,
+        device=values.device,
+    )  # fmt: skip
     return basis.to_dense() if size * count <= DENSE_ENTRIES else basis.coalesce()
 
 
@@ -215,7 +218,7 @@ class _Parts:
         if self._sparse is not None:
             left, right = _sparse_null_vectors(self._sparse, threshold)
             return left[None], right[None]
-        small = torch.zeros(count, max(r, c), dtype=torch.bool)
+        small = torch.zeros(count, max(r, c), dtype=torch.bool, device=HOST.device)
         small[:, : min(r, c)] = self._s <= threshold
         small[:, min(r, c) :] = True
         left = self._u * small[:, None, :r]

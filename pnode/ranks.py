@@ -131,6 +131,15 @@ class Ranks:
         if self._failure is None:
             self._failure, self._place = error, dict(self.where)
 
+    def refuse(self, error: BaseException) -> None:
+        """Raise an error; among several ranks remember it, unless something else has failed before.
+
+        Not collective.
+        """
+        if not self.parallel:
+            raise error
+        self.fail(error)
+
     def attempt(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call something that does not communicate. Not collective.
 

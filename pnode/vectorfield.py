@@ -308,7 +308,7 @@ class VectorField:
         if before is not None:
             self._refuse_hidden_state(s, before)
             self._find_parameters(value, leaf, time)
-            if not value.requires_grad:
+            if self.recording and not value.requires_grad:
                 self._refuse_unrecorded(s, leaf, value)
         return value
 

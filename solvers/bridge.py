@@ -529,7 +529,7 @@ class Bridge:
         else:
             by, what = differs(value, note.value), "its value"
         if by:
-            raise point.field.changed(point.s, by, what)
+            self.ranks.refuse(point.field.changed(point.s, by, what))
 
     def _implicit_value(self, s: float, u: Any, u_dot: Any) -> torch.Tensor:
         """Return F(s, u, u_dot), without the term u_dot where M is the identity."""

@@ -328,7 +328,7 @@ class _Sweep:
                 raise error
             raise NonFiniteVectorField(
                 f"{error.message} (min_step={min_step!r} allows none)",
-                reason=error.reason, **self._where(s),
+                reason=error.reason, rank=error.rank, **self._where(s),
             ) from error  # fmt: skip
         limit, remedy = "times of float64 tell no shorter one apart there", "measure t from nearby"
         if min_step > least:

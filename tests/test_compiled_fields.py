@@ -199,8 +199,8 @@ def test_machine_code(monkeypatch, tmp_path):
     monkeypatch.setenv("PNODE_CACHE_DIR", str(tmp_path))
     keywords = {"method": "bdf3", "step_size": 0.1}
     both(Net(), start(4, 3), within=1e-9, **keywords)
-    files = sorted(tmp_path.iterdir())
+    files = sorted(tmp_path.glob("[!.]*"))
     assert [file.name.split("-")[0] for file in files] == ["product", "rows", "value"]
     stamps = [file.stat().st_mtime_ns for file in files]
     both(Net(), start(4, 3), within=1e-9, **keywords)
-    assert [file.stat().st_mtime_ns for file in sorted(tmp_path.iterdir())] == stamps
+    assert [file.stat().st_mtime_ns for file in sorted(tmp_path.glob("[!.]*"))] == stamps

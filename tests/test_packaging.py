@@ -219,9 +219,11 @@ def test_schedules_import_neither_petsc_nor_torch(name: str) -> None:
 # pnode.tracing records vectorfield's calls, and rewrites operations in place (functionalize). The
 # probe solves a problem and takes its gradient as a user would.
 CALLS_AUTOGRAD = {
-    "pnode.vectorfield", "pnode.tracing", "pnode.testing", "pnode.diagnosis.probe"
+    "pnode.vectorfield", "pnode.tracing", "pnode.testing", "pnode.diagnosis.probe",
+    "pnode.transforms",  # looks at tangents
 }  # fmt: skip
-DEFINES_FUNCTION = {"pnode.integrate", "pnode.parallel"}  # the solve, and sums over ranks
+# The solve, sums over ranks, and the root of algebraic equations.
+DEFINES_FUNCTION = {"pnode.integrate", "pnode.parallel", "pnode.consistency"}
 
 
 def dotted(node: ast.AST) -> str:
