@@ -21,6 +21,7 @@ from mpi4py import MPI
 from pnode import errors
 from pnode.errors import (
     ConfigurationError,
+    FieldChanged,
     LinearSolveFailed,
     NonFiniteVectorField,
     NonlinearSolveFailed,
@@ -37,7 +38,10 @@ __all__ = [
 ]  # fmt: skip
 
 _NOBODY = 2**62  # key of no failure
-_ORDINARY = 2**61  # added to the key of any failure but an interrupt
+_ORDINARY = 2**60  # added to the key of any failure but an interrupt
+# Added to that of a vector field that is not what it was: perhaps of cells that another rank, which
+# has failed, could not send.
+_SECONDARY = 2**61
 #: What a smaller step may cure.
 CURABLE = (NonFiniteVectorField, NonlinearSolveFailed, LinearSolveFailed)
 _keepers: dict[int, Any] = {}
@@ -193,6 +197,8 @@ class Ranks:
         """
         curable = isinstance(own, CURABLE)
         place = (2 * self._place.get("step", 0) + curable) * self.size + self.rank
+        if isinstance(own, FieldChanged):
+            return place + _SECONDARY
         return place + (0 if _interrupts(own) else _ORDINARY)
 
     @staticmethod
