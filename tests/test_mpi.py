@@ -30,6 +30,11 @@ def test_gradients_over_ranks(ranks, sections):
     check("program_gradients.py", ranks, *sections, limit=400)
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_field_that_changes_is_the_same_error_on_all(ranks):
+    check("program_field_changed.py", ranks, limit=200)
+
+
 @pytest.mark.parametrize(
     ("ranks", "sections"),
     [
