@@ -128,19 +128,30 @@ class Reads:
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         self._tensors = list(tensors)
-        self._looks = list(map(_look, self._tensors))
+        self._looks = _looks(self._tensors)
 
     def changed(self) -> torch.Tensor | None:
         """Return one of them that has been written into since, if there is one."""
-        for tensor, before in zip(self._tensors, self._looks, strict=True):
-            if repr(_look(tensor)) != repr(before):  # NaN is as it was
+        for tensor, before, now in zip(
+            self._tensors, self._looks, _looks(self._tensors), strict=True
+        ):
+            if repr(now) != repr(before):  # NaN is as it was
                 return tensor
         return None
 
 
-def _look(tensor: torch.Tensor) -> tuple[torch.Size, float, float]:
-    values = tensor.detach()
-    if not (values.is_floating_point() or values.is_complex()):
-        values = values.double()
-    parts = torch.view_as_real(values) if values.is_complex() else values
-    return tensor.shape, float(parts.sum()), float(torch.linalg.vector_norm(parts))
+def _looks(tensors: list[torch.Tensor]) -> list[list[float]]:
+    """Return sum and norm of each tensor, in few calls."""
+    if not tensors:
+        return []
+    values = [_reals(tensor.detach()) for tensor in tensors]
+    numbers = [value.sum() for value in values] + list(torch._foreach_norm(values))
+    same = [n if n.dtype is torch.float64 else n.double() for n in numbers]
+    found = torch.stack(same).tolist()
+    return [list(pair) for pair in zip(found[: len(values)], found[len(values) :], strict=True)]
+
+
+def _reals(values: torch.Tensor) -> torch.Tensor:
+    if values.is_complex():
+        return torch.view_as_real(values.resolve_conj())
+    return values if values.is_floating_point() else values.double()
