@@ -539,7 +539,10 @@ class _Solve(torch.autograd.Function):
             # may it be a view itself, into which users could not write.
             shape = layout.unflatten(ys).shape
             whole: Any = ys.new_empty(0)
-            ys = whole.set_(ys.untyped_storage(), ys.storage_offset(), shape)
+            if type(ys) is torch.Tensor:
+                ys = whole.set_(ys.untyped_storage(), ys.storage_offset(), shape)
+            else:  # a subclass, which may keep its numbers elsewhere
+                ys = ys.new_empty(shape).copy_(ys.view(shape))
         ctx.engine, ctx.run = engine, run
         # Saved for torch's check that nobody has modified them since, besides their values.
         ctx.save_for_backward(y0, t, ys, *parameters, *problem.frozen)

@@ -313,6 +313,11 @@ class Bridge:
             self._screened.clear()
         return self.nonfinite_time
 
+    def note_infinite(self, point: Point) -> None:
+        """Note that the Jacobian at a point is not finite, unless f itself is not."""
+        if point.linearization is not None and is_finite(point.linearization.flat_value()):
+            self.infinite_at = point.s
+
     def infinite_derivative(self) -> float | None:
         """Return a time in this step at which f was finite and its Jacobian was not."""
         if self.infinite_at is not None:

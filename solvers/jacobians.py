@@ -133,7 +133,7 @@ class Jacobian:
             self._values = bridge.guarded("jacobian", self._evaluate, bridge, s, u, u_dot)
             first = self._values[0] if isinstance(self._values, tuple) else None
             if isinstance(first, torch.Tensor) and not is_finite(first):
-                bridge.infinite_at = s
+                bridge.note_infinite(bridge.jacobian_point(s, u, u_dot))
             self._formed = _NEVER
         # Steps of one length differ by the round-off of their ends.
         close = _SAME_SHIFT if self._constant else 0.0
