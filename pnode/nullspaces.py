@@ -137,11 +137,14 @@ def unit_vectors(chosen: torch.Tensor) -> torch.Tensor:
 def _basis(
     rows: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, size: int, count: int
 ) -> torch.Tensor:
-    basis = torch.sparse_coo_tensor(
+    if size * count <= DENSE_ENTRIES:
+        basis = values.new_zeros(size, count)
+        basis[rows, columns] = values
+        return basis
+    return torch.sparse_coo_tensor(
         torch.stack([rows, columns]), values, (size, count), check_invariants=False,
         device=values.device,
-    )  # fmt: skip
-    return basis.to_dense() if size * count <= DENSE_ENTRIES else basis.coalesce()
+    ).coalesce()  # fmt: skip
 
 
 def null_spaces(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
