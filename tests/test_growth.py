@@ -121,7 +121,9 @@ def test_algebraic_equations(form, method):
     problem = {"rhs": lambda t, y: field(t, y) - y, "mass": mass}
     if form == "algebraic residual":
         problem = {"residual": lambda t, y, yp: mass * yp - field(t, y) + y}
-    solver = pnode.Solver(**problem, params=field.parameters(), method=method, **FIXED, **BLOCK)
+    solver = pnode.Solver(
+        **problem, params=field.parameters(), method=method, consistent_start=True, **FIXED, **BLOCK
+    )
     check(training(solver))
 
 
