@@ -629,3 +629,15 @@ def test_room_for_tensors_shared_with_a_checkpoint_that_moves(tmp_path):
         store.put(("stages", 1), (b, c, a))
     assert ledger.ram_bytes == 48
     store.close()
+
+
+@pytest.mark.parametrize("more", [{}, {"dense": True}, {"event_fn": lambda t, y: y[0] - 2.0}])
+@pytest.mark.parametrize("name", ["rk4", "cn", "rodaspr"])
+def test_a_single_output_time_within_a_budget(name, more):
+    """There are no steps, and the gradient is that of the identity."""
+    y0 = torch.tensor([1.0, 3.0], dtype=torch.float64, requires_grad=True)
+    solver = pnode.Solver(lambda t, y: -y, method=name, step_size=0.1, checkpointing=1000, **more)
+    solution = solver(y0, torch.tensor([0.0]))
+    assert solution.stats.steps == 0
+    solution.ys.square().sum().backward()
+    assert y0.grad.tolist() == [2.0, 6.0]
