@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.overrides import get_overridable_functions
 
 import pnode
 from pnode.solvers.methods import find_method
@@ -209,7 +210,11 @@ def saving(function) -> bool:
 
 
 def activations() -> dict[str, object]:
-    """Find them in torch.nn.functional and torch, those that write into their argument left out."""
+    """Find them in torch.nn.functional and torch, those that write into their argument left out.
+
+    Of torch, only functions of tensors: among the others are those that set its state.
+    """
+    of_tensors = set(get_overridable_functions()[torch])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return {
@@ -217,7 +222,9 @@ def activations() -> dict[str, object]:
             for module in (F, torch)
             for name in sorted(dir(module))
             if not name.startswith("_") and not name.endswith("_")
-            if inspect.isroutine(getattr(module, name)) and saving(getattr(module, name))
+            if inspect.isroutine(getattr(module, name))
+            if module is F or getattr(module, name) in of_tensors
+            if saving(getattr(module, name))
         }
 
 
