@@ -29,7 +29,7 @@ from pnode.solvers.compiled import Compiler, agree
 from pnode.solvers.implicit_tableaus import implicit_tableau
 from pnode.solvers.integrator import IntegratorSettings, default_options
 from pnode.solvers.rosenbrock_tableaus import ROSENBROCK
-from pnode.solvers.stepping import StepControl
+from pnode.solvers.step_control import StepControl
 from pnode.tracing import FieldGraph, Untraceable
 from pnode.vectorfield import VectorField, vector_field
 from pnode.vectors import REAL
