@@ -29,7 +29,6 @@ from pnode.solution import Solution, Stats
 from pnode.solvers.jacobian_options import jacobian_options
 from pnode.solvers.methods import check_form, find_method
 from pnode.solvers.stepping import StepControl, check_steps
-from pnode.solvers.tableaus import explicit_nodes
 from pnode.transfers import carry_once, on_host, remote
 from pnode.transforms import outside_compiler, refuse_batched, refuse_transforms, watched
 from pnode.vectorfield import VectorField
@@ -646,8 +645,8 @@ def _time_gradient(
 
 def _verify_slope(run: Run, field: VectorField, index: int, slope: torch.Tensor) -> None:
     """Compare f at an output with the first stage of the step that begins there, if one does."""
-    trajectory, nodes = run.trajectory, explicit_nodes(run.settings.method)
-    if trajectory is not None and nodes and nodes[0] == 0.0:
+    trajectory, scheme = run.trajectory, run.settings.method.scheme
+    if trajectory is not None and scheme is not None and scheme.explicit:
         noted = trajectory.evidence[trajectory.outputs[index]]
         by = differs(slope, noted[0]) if noted else 0.0
         if by:
