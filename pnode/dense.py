@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -13,7 +12,7 @@ from pnode import vectors
 from pnode.interpolation import hermite, hermite_rate, polynomial, polynomial_rate
 from pnode.solvers.bridge import accumulate
 from pnode.solvers.integrator import TimeIntegrator
-from pnode.solvers.petsc_c import rk_tableau
+from pnode.solvers.scheme import Scheme
 from pnode.solvers.stepping import Observer, Step
 from pnode.vectorfield import Linearization, VectorField
 from pnode.vectors import REAL
@@ -56,7 +55,7 @@ class DenseOutput(Observer):
         The interpolated outputs of each step, by the step's index.
     states : dict
         States at the ends of these steps, by the number of steps before.
-    tableau : dict or None
+    scheme : Scheme or None
         Of a Runge-Kutta method with an interpolant of its own.
     interpolated : set of int
         Indices of all interpolated outputs.
@@ -80,11 +79,9 @@ class DenseOutput(Observer):
         self.inside: dict[int, list[Inside]] = defaultdict(list)
         self.states: dict[int, torch.Tensor] = {}
         self.interpolated: set[int] = set()
-        self.tableau: dict[str, Any] | None = None
-        if integrator.settings.method.ts_type == "rk":
-            tableau = rk_tableau(integrator.ts)
-            if tableau["interpolation"].shape[1] >= _OWN_DEGREE:
-                self.tableau = tableau
+        scheme = integrator.settings.method.scheme
+        own = scheme is not None and scheme.interpolation_degree >= _OWN_DEGREE
+        self.scheme: Scheme | None = scheme if own else None
 
     def after_step(self, step: Step, integrator: TimeIntegrator, last: bool) -> None:
         """Emit the outputs in a step; the last one of a sweep that ends here has its own."""
@@ -98,7 +95,7 @@ class DenseOutput(Observer):
             if self._keep:
                 self.states[step.index] = start
                 self.states[step.index + 1] = self._state
-            evaluate = self._hermite if self.tableau is None else self._own
+            evaluate = self._hermite if self.scheme is None else self._own
             for inside in self.inside[step.index]:
                 self._emit(evaluate(step, inside, start, integrator))
         if self._next < len(self._times) - 1 and self._times[self._next] == step.end and not last:
@@ -198,7 +195,7 @@ class DenseAdjoint:
         graphs : callable
             Returns the graphs at its stages, if they are kept.
         """
-        if self._dense.tableau is not None:
+        if self._dense.scheme is not None:
             if node not in self._wanted:
                 return None
             return self._own(node, restore, None if self._wants_times else graphs(node))
@@ -238,13 +235,13 @@ class DenseAdjoint:
         As in the adjoint of the step itself, with cotangents of the slopes instead of one of the
         end: w_i = h (sum b_i(theta) w + sum_{j>i} a_ji l_j), l_i = f_y(Y_i)^T w_i.
         """
-        assert self._dense.tableau is not None
-        tableau, step = self._dense.tableau, self._steps[step_index]
+        assert self._dense.scheme is not None
+        scheme, step = self._dense.scheme, self._steps[step_index]
         wanted = self._wanted[step_index]
-        weights = [polynomial(tableau["interpolation"], inside.theta) for inside, _ in wanted]
-        rates = [polynomial_rate(tableau["interpolation"], inside.theta) for inside, _ in wanted]
+        weights = [polynomial(scheme.interpolation, inside.theta) for inside, _ in wanted]
+        rates = [polynomial_rate(scheme.interpolation, inside.theta) for inside, _ in wanted]
         stages = list(restore(step_index))
-        if len(stages) < len(tableau["b"]):  # FSAL: the last stage is the end
+        if len(stages) < scheme.stages:  # FSAL: the last stage is the end
             stages.append(self._dense.states[step_index + 1])
         total = sum((w for _, w in wanted), start=torch.zeros_like(wanted[0][1]))
         below: list[tuple[int, torch.Tensor]] = []
@@ -253,7 +250,7 @@ class DenseAdjoint:
                 graphs[i].adopt(self._field)
                 value, parts = None, [graphs[i]]
             else:
-                s = step.at(round(tableau["c"][i], 13))
+                s = step.at(scheme.c[i])
                 value, parts = self._linearize(s, stages[i])
             slope = torch.zeros_like(total)
             for row, rate, (inside, w) in zip(weights, rates, wanted, strict=True):
@@ -261,7 +258,7 @@ class DenseAdjoint:
                 if value is not None:
                     self.times[inside.index] += rate[i] * float(torch.dot(w, value))
             for j, product in below:
-                slope.add_(product, alpha=tableau["A"][j, i])
+                slope.add_(product, alpha=scheme.A[j][i])
             below.append((i, self._product(parts, step.length * slope)))
         return sum((product for _, product in below), start=total)
 

@@ -31,7 +31,6 @@ from pnode.solution import Solution, Stats
 from pnode.solvers.jacobian_options import jacobian_options
 from pnode.solvers.methods import check_form, find_method
 from pnode.solvers.step_control import StepControl, check_steps
-from pnode.solvers.tableaus import explicit_nodes
 from pnode.transfers import carry_once, on_host, remote
 from pnode.transforms import outside_compiler, refuse_batched, refuse_transforms, watched
 from pnode.vectorfield import VectorField
@@ -645,8 +644,8 @@ def _time_gradient(
 
 def _verify_slope(run: Run, field: VectorField, index: int, slope: torch.Tensor) -> None:
     """Compare f at an output with the first stage of the step that begins there, if one does."""
-    nodes = explicit_nodes(run.settings.method)
-    if run.stepped is not None and nodes and nodes[0] == 0.0:
+    scheme = run.settings.method.scheme
+    if run.stepped is not None and scheme is not None and scheme.explicit:
         noted = run.stepped.noted(index)
         by = differs(slope, noted[0]) if noted else 0.0
         if by:

@@ -30,7 +30,6 @@ LONG_FUNCTIONS = {
     "pnode/integrate.py:__init__",
     "pnode/scalars.py:_partials",
     "solvers/implicit_programs.py:_generate",
-    "solvers/integrator.py:build_ts",
     "solvers/newton.py:_iterate",
 }
 #: Those that still import each other, through types.
