@@ -34,8 +34,9 @@ if not asked_for_doctor(sys.argv, sys.orig_argv):
         StepSizeUnderflow,
         VectorFieldError,
     )
-    from pnode.integrate import Solver, odeint, odeint_adjoint, odeint_event
+    from pnode.odeint import odeint, odeint_adjoint, odeint_event
     from pnode.solution import Ledger, Solution, Stats
+    from pnode.solver import Solver
     from pnode.solvers.methods import Method, methods
 
 __all__ = [

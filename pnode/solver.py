@@ -1,50 +1,40 @@
-"""``Solver`` and ``odeint``: the public entry points, and the one autograd function."""
+"""``Solver``: the public Module."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from pnode import arguments, tolerances
-from pnode.checkpointing import Checkpointing, parse_bytes
+from pnode.autograd import SolveFunction
+from pnode.configuration import COMPARED, Given, as_checkpointing
 from pnode.consistency import check_consistency, consistent_state
 from pnode.controllers import check_controller
-from pnode.devices import HOST, ordered, place_of
+from pnode.devices import ordered, place_of
 from pnode.engine import Engine, Requests, Run
-from pnode.errors import BackwardError, ConfigurationError
+from pnode.errors import ConfigurationError
 from pnode.events import check_rate, end_at_event
-from pnode.evidence import differs
 from pnode.mass import MassMatrix
-from pnode.options import ODEINT_PREFIX, check_petsc_options, next_prefix
+from pnode.monitor import at_home, progress_bar
+from pnode.options import check_petsc_options, next_prefix
 from pnode.problem import InitialValueProblem, StateLayout, as_times, collect_parameters
 from pnode.ranks import ALONE, Ranks
 from pnode.solution import Solution, Stats
 from pnode.solvers.jacobian_options import jacobian_options
 from pnode.solvers.methods import check_form, find_method
 from pnode.solvers.stepping import StepControl, check_steps
-from pnode.solvers.tableaus import explicit_nodes
 from pnode.transfers import carry_once, on_host, remote
-from pnode.transforms import outside_compiler, refuse_batched, refuse_transforms, watched
-from pnode.vectorfield import VectorField
+from pnode.transforms import outside_compiler, refuse_transforms, watched
 
-__all__ = ["Solver", "odeint", "odeint_adjoint", "odeint_event"]
+__all__ = ["Solver"]
 
 _DEVICE_STATES = ("device", "host")
 _JACOBIANS = ("auto", "matrix-free", "dense", "block", "sparse")
-# What has to be the same on all ranks of a solve; see Solver._facts.
-_COMPARED = (
-    "method", "t", "the dtype of y0", "step_size", "rtol, atol", "the step control",
-    "the problem's form", "layout", "jacobian", "petsc_options", "checkpointing",
-    "whether gradients are wanted (torch.no_grad)", "the number of parameters",
-    "the shapes of the parameters", "dense", "requires_grad of y0, t or the parameters",
-)  # fmt: skip
 
 
 class Solver(torch.nn.Module):
@@ -267,7 +257,7 @@ class Solver(torch.nn.Module):
         self._form = form
         self._consistent_start = consistent_start
         self._params = arguments.parameters(params)
-        limits = _checkpointing(checkpointing)
+        limits = as_checkpointing(checkpointing)
         chosen_comm, exchange = arguments.communicator(comm, layout, form, limits.resume, event_fn)
         if consistent_start and exchange is not None:
             raise ConfigurationError(
@@ -360,18 +350,33 @@ class Solver(torch.nn.Module):
         SolveError
             For a failing solve; see :mod:`pnode.errors`. What f raises comes through as it is.
         """
-        engine = self._engine
-        ranks = Ranks(engine.comm)
+        ranks = Ranks(self._engine.comm)
         differentiate = torch.is_grad_enabled()
         prepared = ranks.attempt(self._prepare, y0, t, ranks, differentiate)
         facts, size = None, 0
         if prepared is not None:
             problem, flat, times, start = prepared
-            facts, size = self._facts(problem, differentiate, flat, times), problem.layout.size
-        largest, distribution = ranks.compare(_COMPARED, facts, size)
+            size = problem.layout.size
+            given = Given(
+                self._engine, problem, flat, times, self._requests.dense, differentiate
+            )  # fmt: skip
+            facts = {name: of(given) for name, of in COMPARED.items()} if ranks.parallel else {}
+        largest, distribution = ranks.compare(tuple(COMPARED), facts, size)
         problem = replace(problem, largest=largest, distribution=distribution)
-        inputs = (flat, times, *problem.parameters)
-        trainable = differentiate and any(tensor.requires_grad for tensor in inputs)
+        return self._solve(problem, flat, times, start, differentiate)
+
+    def _solve(
+        self,
+        problem: InitialValueProblem,
+        flat: torch.Tensor,
+        times: torch.Tensor,
+        start: Stats,
+        differentiate: bool,
+    ) -> Solution:
+        """Solve what has been prepared, and make up the result. Collective."""
+        trainable = differentiate and any(
+            tensor.requires_grad for tensor in (flat, times, *problem.parameters)
+        )
         if trainable and self.event_fn is not None:
             check_rate(self._form)
         compute = problem.compute
@@ -380,22 +385,12 @@ class Solver(torch.nn.Module):
             event_fn = remote(event_fn, compute, start, strict=False)
         wanted = replace(
             self._requests,
-            monitor=_at_home(self._requests.monitor, compute, start), event_fn=event_fn,
+            monitor=at_home(self._requests.monitor, compute, start), event_fn=event_fn,
         )  # fmt: skip
-        with _progress_bar(problem, wanted, self._progress) as requests:
-            if trainable:
-                holder: list[Run] = []
-                ys = _Solve.apply(engine, problem, requests, holder, *inputs)
-                run = holder.pop()
-            else:
-                own = ordered(place_of(problem.layout.device))
-                with torch.inference_mode(False), torch.no_grad(), own as leave:
-                    ys, run = engine.forward(
-                        problem, flat.detach().clone(), keep=False, requests=requests
-                    )
-                    leave(ys)
+        with progress_bar(problem, wanted, self._progress) as requests:
+            ys, run = self._integrate(problem, flat, times, requests, trainable)
         reason, event_time, layout = "t_end", None, problem.layout
-        whole = trainable and run.event is None and not layout.is_tuple  # see _Solve.forward
+        whole = trainable and run.event is None and not layout.is_tuple  # see SolveFunction.forward
         if run.event is not None:
             assert event_fn is not None
             times, ys = end_at_event(
@@ -408,6 +403,29 @@ class Solver(torch.nn.Module):
         run.stats.add(start)
         states = ys if whole else layout.unflatten(ys)
         return Solution(times, states, run.stats, reason, event_time)
+
+    def _integrate(
+        self,
+        problem: InitialValueProblem,
+        flat: torch.Tensor,
+        times: torch.Tensor,
+        requests: Requests,
+        trainable: bool,
+    ) -> tuple[torch.Tensor, Run]:
+        """Run the forward sweep, as a node of the graph if its result is to be differentiated."""
+        if trainable:
+            holder: list[Run] = []
+            ys = SolveFunction.apply(
+                self._engine, problem, requests, holder, flat, times, *problem.parameters
+            )
+            return ys, holder.pop()
+        own = ordered(place_of(problem.layout.device))
+        with torch.inference_mode(False), torch.no_grad(), own as leave:
+            ys, run = self._engine.forward(
+                problem, flat.detach().clone(), keep=False, requests=requests
+            )
+            leave(ys)
+        return ys, run
 
     def _prepare(
         self, y0: Any, t: Any, ranks: Ranks, differentiate: bool
@@ -456,412 +474,3 @@ class Solver(torch.nn.Module):
                 else:
                     check_consistency(own, flat.detach(), start)
         return problem, flat, times, start
-
-    def _facts(
-        self, problem: InitialValueProblem, differentiate: bool, flat: torch.Tensor, times: Any
-    ) -> dict[str, Any]:
-        """Return what has to be the same on all ranks."""
-        if not problem.ranks.parallel:
-            return {}
-        engine, control = self._engine, self._engine.control
-        tolerances_ = tuple(
-            value if isinstance(value, float) else "entrywise"
-            for value in (control.rtol, control.atol)
-        )
-        limits = engine.checkpointing
-        return {
-            "method": engine.method.name,
-            "t": tuple(problem.direction * time for time in problem.times),
-            "the dtype of y0": str(problem.layout.dtype),
-            "step_size": control.step_size,
-            "rtol, atol": tolerances_,
-            "the step control": (
-                control.first_step, control.min_step, control.max_step, control.max_steps,
-                control.controller,
-            ),
-            "the problem's form": self._form,
-            "layout": None if engine.exchange is None else type(engine.exchange).__name__,
-            "jacobian": (
-                engine.jacobian, engine.jacobian_options.reuse,
-                type(engine.jacobian_options.preconditioner).__name__,
-            ),
-            "petsc_options": sorted(engine.petsc_options.items()),
-            "checkpointing": (
-                limits.memory, limits.device_memory, limits.disk is None, limits.store,
-                limits.reproducible,
-            ),
-            "the number of parameters": len(problem.parameters),
-            "the shapes of the parameters": [tuple(p.shape) for p in problem.parameters],
-            "dense": self._requests.dense,
-            "whether gradients are wanted (torch.no_grad)": differentiate,
-            "requires_grad of y0, t or the parameters": (
-                flat.requires_grad, times.requires_grad,
-            ) if differentiate else (),
-        }  # fmt: skip
-
-
-def _at_home(monitor: Any, compute: torch.device | None, stats: Stats) -> Any:
-    """Return the monitor as it is called with a state on the host."""
-    if monitor is None or compute is None:
-        return monitor
-    return lambda step, t, y: monitor(step, t, carry_once(y, compute, stats))
-
-
-def _checkpointing(chosen: Any) -> Checkpointing:
-    if isinstance(chosen, Checkpointing):
-        return chosen
-    if chosen is None:
-        return Checkpointing()
-    return Checkpointing(memory=parse_bytes("checkpointing", chosen))
-
-
-class _Solve(torch.autograd.Function):
-    """The solve as one node of the graph: (y0, t, *parameters) -> ys."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        engine: Engine,
-        problem: InitialValueProblem,
-        requests: Requests,
-        holder: list[Run],
-        y0: torch.Tensor,
-        t: torch.Tensor,
-        *parameters: torch.Tensor,
-    ) -> torch.Tensor:
-        with ordered(place_of(problem.layout.device)) as leave:
-            ys, run = engine.forward(problem, y0, keep=True, requests=requests)
-            leave(ys)
-        layout = problem.layout
-        if run.event is None and not layout.is_tuple:
-            # The result has to be the one that users keep: whoever keeps it and is what f belongs
-            # to makes a cycle, which Python sees through as long as no view comes in between. Nor
-            # may it be a view itself, into which users could not write.
-            shape = layout.unflatten(ys).shape
-            whole: Any = ys.new_empty(0)
-            if type(ys) is torch.Tensor:
-                ys = whole.set_(ys.untyped_storage(), ys.storage_offset(), shape)
-            else:  # a subclass, which may keep its numbers elsewhere
-                ys = ys.new_empty(shape).copy_(ys.view(shape))
-        ctx.engine, ctx.run = engine, run
-        # Saved for torch's check that nobody has modified them since, besides their values.
-        ctx.save_for_backward(y0, t, ys, *parameters, *problem.frozen)
-        holder.append(run)
-        return ys
-
-    @staticmethod
-    @outside_compiler
-    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[Any, ...]:
-        (cotangents,) = outputs
-        refuse_batched(cotangents)
-        y0, t, ys, *_ = ctx.saved_tensors
-        engine, run = ctx.engine, ctx.run
-        cotangents, ys = cotangents.reshape(len(ys), -1), ys.reshape(len(ys), -1)
-        with torch.no_grad(), ordered(place_of(run.problem.layout.device)) as leave:
-            state, parameters, initial, inside = engine.backward(
-                run, y0, cotangents.detach(), ctx.needs_input_grad[5]
-            )
-            leave(state, *parameters)
-            time = None
-            if ctx.needs_input_grad[5]:
-                ranks, surroundings = run.problem.ranks, run.surroundings
-                assert surroundings is not None
-                with ranks.together(), surroundings.restored():
-                    time = _time_gradient(run, ys, cotangents, initial, inside, len(t))
-                time = ranks.sum(time).to(t)
-        gradients = [
-            state.to(y0.dtype) if ctx.needs_input_grad[4] else None,
-            time,
-            *(
-                _as_parameter(gradient, parameter, used)
-                for gradient, parameter, used in zip(
-                    parameters, run.problem.parameters, run.used, strict=True
-                )
-            ),
-        ]
-        if torch.is_grad_enabled():
-            anchors = [cotangents, y0, t, *run.problem.parameters]
-            gradients = [
-                None if gradient is None else _FirstOrderOnly.apply(gradient, *anchors)
-                for gradient in gradients
-            ]
-        return (None, None, None, None, *gradients)
-
-
-class _FirstOrderOnly(torch.autograd.Function):
-    """Identity that ties a gradient to what it depends on, and refuses to be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: torch.Tensor, *anchors: torch.Tensor) -> torch.Tensor:
-        return gradient.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: torch.Tensor) -> Any:
-        raise BackwardError(
-            "second derivatives through a solve are not supported: use create_graph=True only "
-            "where the graph does not contain the solve's gradient, or differentiate that "
-            "gradient by finite differences"
-        )
-
-
-def _as_parameter(
-    gradient: torch.Tensor | None, parameter: torch.Tensor, used: bool
-) -> torch.Tensor | None:
-    """Gradient in the parameter's dtype: zeros if it is used in vain, None if not at all."""
-    if gradient is None:
-        return torch.zeros_like(parameter) if used else None
-    return gradient.to(parameter)
-
-
-def _time_gradient(
-    run: Run,
-    ys: torch.Tensor,
-    cotangents: torch.Tensor,
-    initial: torch.Tensor,
-    inside: dict[int, float],
-    number: int,
-) -> torch.Tensor:
-    """Derivatives with respect to the output times: along the exact flow, dy/dt = f.
-
-    Those of interpolated outputs are in ``inside`` already, and the time of an event, which ends
-    the problem's times, is a constant here.
-    """
-    field = run.field(run.stats.backward)
-    direction = run.problem.direction
-    gradient = torch.zeros(number, dtype=torch.float64, device=HOST.device)
-    interpolated = run.dense.interpolated if run.dense is not None else ()
-    for index in interpolated:
-        gradient[index] = direction * inside[index]
-    given = run.problem.times[: -1 if run.event is not None else None]
-    for index, s in enumerate(given):
-        if index in interpolated:
-            continue
-        cotangent = -initial if index == 0 else cotangents[index]
-        if run.problem.ranks.parallel or bool(cotangent.ne(0).any()):
-            slope = field.slope(s, ys[index].detach().clone())
-            _verify_slope(run, field, index, slope)
-            gradient[index] = direction * torch.dot(cotangent.double(), slope.double())
-    return gradient
-
-
-def _verify_slope(run: Run, field: VectorField, index: int, slope: torch.Tensor) -> None:
-    """Compare f at an output with the first stage of the step that begins there, if one does."""
-    trajectory, nodes = run.trajectory, explicit_nodes(run.settings.method)
-    if trajectory is not None and nodes and nodes[0] == 0.0:
-        noted = trajectory.evidence[trajectory.outputs[index]]
-        by = differs(slope, noted[0]) if noted else 0.0
-        if by:
-            run.problem.ranks.refuse(field.changed(run.problem.times[index], by))
-
-
-@contextmanager
-def _progress_bar(
-    problem: InitialValueProblem, requests: Requests, wanted: bool
-) -> Iterator[Requests]:
-    """Let the monitor move a progress bar over time before it calls the user's, if wanted."""
-    if not wanted:
-        yield requests
-        return
-    start, end = problem.times[0], problem.times[-1]
-
-    def monitor(step: int, t: float, y: Any) -> None:
-        fraction = (problem.direction * t - start) / (end - start)
-        bar.set_postfix_str(f"t = {t:.4g}, step {step}", refresh=False)
-        bar.update(fraction - bar.n)
-        if requests.monitor is not None:
-            requests.monitor(step, t, y)
-
-    with tqdm(total=1.0, bar_format="{l_bar}{bar}| {postfix} [{elapsed}<{remaining}]") as bar:
-        yield replace(requests, monitor=monitor)
-
-
-_TORCHDIFFEQ_OPTIONS = {
-    "step_size": "step_size",
-    "first_step": "first_step",
-    "min_step": "min_step",
-    "max_step": "max_step",
-    "max_num_steps": "max_steps",
-}
-
-
-class _OneCall(Solver):
-    """The solver of one call of :func:`odeint`.
-
-    PETSc keeps half a kilobyte for every prefix it has ever seen: calls share one, and use up none
-    of the numbers.
-    """
-
-    @staticmethod
-    def _new_prefix() -> str:
-        return ODEINT_PREFIX
-
-
-@outside_compiler
-def odeint(
-    func: Callable[..., Any],
-    y0: Any,
-    t: Any,
-    *,
-    rtol: tolerances.Tolerance = 1e-7,
-    atol: tolerances.Tolerance = 1e-9,
-    method: str | None = None,
-    options: Mapping[str, Any] | None = None,
-    params: Iterable[torch.Tensor] | None = None,
-    **solver_keywords: Any,
-) -> Any:
-    """Solve y' = func(t, y), y(t[0]) = y0: the call of ``torchdiffeq.odeint``.
-
-    Parameters
-    ----------
-    func : callable
-        ``func(t, y)``, as for :class:`Solver`.
-    y0 : Tensor or tuple of Tensor
-        Initial state.
-    t : Tensor
-        Output times, shape ``(T,)``, strictly monotone.
-    rtol, atol : float, Tensor or tuple of Tensor
-        Tolerances of adaptive steps.
-    method : str, optional
-        Name or alias of a method; "dopri5" by default. Methods without error estimate take one
-        step per output interval unless a ``step_size`` is given, as in torchdiffeq; with
-        ``dense=True`` or without end they need it.
-    options : mapping, optional
-        torchdiffeq's: ``step_size``, ``first_step``, ``min_step``, ``max_step``,
-        ``max_num_steps``.
-    params : iterable of Tensor, optional
-        Trainable tensors that func uses without being a Module that owns them.
-    **solver_keywords
-        Any other keyword of :class:`Solver`.
-
-    Returns
-    -------
-    Tensor or tuple of Tensor
-        Shape ``(T, *y0.shape)``. With ``event_fn``, a pair: the event's time and this, as in
-        torchdiffeq; the solve ends at ``t[-1]`` at the latest, and the time is then None.
-
-    Raises
-    ------
-    ConfigurationError, SolveError
-        As :class:`Solver`.
-
-    Notes
-    -----
-    Collective on the solver's communicator. A new solver is set up on each call; keep a
-    :class:`Solver` in a training loop. Its PETSc options have the prefix ``pnode_odeint_``.
-
-    The default tolerances are torchdiffeq's. They are tight for methods of order one and two,
-    which then take thousands of steps, and beyond what a float32 field resolves.
-    """
-    refuse_transforms([("y0", y0), ("t", t)])
-    keywords: dict[str, Any] = dict(solver_keywords)
-    if options is not None and not isinstance(options, Mapping):
-        raise ConfigurationError(
-            f"options={options!r} is not a mapping: give a dictionary such as {{'step_size': 0.1}}"
-        )
-    for name, value in (options or {}).items():
-        if name not in _TORCHDIFFEQ_OPTIONS:
-            choices = ", ".join(map(repr, _TORCHDIFFEQ_OPTIONS))
-            raise ConfigurationError(
-                f"options[{name!r}]={value!r} is not supported: choose from {choices}, or set a "
-                "PETSc option with petsc_options={...}"
-            )
-        if keywords.get(_TORCHDIFFEQ_OPTIONS[name]) is not None:
-            raise ConfigurationError(
-                f"options[{name!r}] and {_TORCHDIFFEQ_OPTIONS[name]}= are both given: drop one"
-            )
-        keywords[_TORCHDIFFEQ_OPTIONS[name]] = value
-    chosen = find_method("dopri5" if method is None else method)
-    event_fn = keywords.get("event_fn")
-    times = as_times(t, endless=event_fn is not None)
-    if not chosen.adaptive and keywords.get("step_size") is None:
-        # One step per interval: a step size that no interval exceeds.
-        exact = times.detach().to(torch.float64)
-        span = float((exact.max() - exact.min()).item()) or 1.0
-        if math.isfinite(span) and not keywords.get("dense"):
-            keywords["step_size"] = span
-    solver = _OneCall(func, rtol=rtol, atol=atol, method=chosen.name, params=params, **keywords)
-    solution = solver(y0, times)
-    return solution.ys if event_fn is None else (solution.event_time, solution.ys)
-
-
-def odeint_adjoint(func: Callable[..., Any], y0: Any, t: Any, **keywords: Any) -> Any:
-    """Solve as :func:`odeint` does, and accept torchdiffeq's ``adjoint_*`` keywords too.
-
-    ``adjoint_params`` is ``params``. The other ``adjoint_*`` keywords are accepted with one
-    warning: the discrete adjoint has no tolerances, method or options of its own.
-    """
-    ignored = sorted(name for name in keywords if name.startswith("adjoint_"))
-    params = keywords.pop("adjoint_params", None)
-    for name in ignored:
-        keywords.pop(name, None)
-    ignored = [name for name in ignored if name != "adjoint_params"]
-    if params is not None:
-        if keywords.get("params") is not None:
-            raise ConfigurationError("params= and adjoint_params= are both given: drop one")
-        keywords["params"] = params
-    if ignored:
-        warnings.warn(
-            f"{', '.join(ignored)} ignored: the discrete adjoint is exact for the forward solve "
-            "and has no settings of its own",
-            stacklevel=2,
-        )
-    return odeint(func, y0, t, **keywords)
-
-
-@outside_compiler
-def odeint_event(
-    func: Callable[..., Any],
-    y0: Any,
-    t0: Any,
-    *,
-    event_fn: Callable[..., Any],
-    reverse_time: bool = False,
-    odeint_interface: Callable[..., Any] = odeint,
-    **keywords: Any,
-) -> tuple[torch.Tensor, Any]:
-    """Solve y' = func(t, y) from t0 until an event: the call of ``torchdiffeq.odeint_event``.
-
-    Parameters
-    ----------
-    func : callable
-        ``func(t, y)``, as for :class:`Solver`.
-    y0 : Tensor or tuple of Tensor
-        State at t0.
-    t0 : Tensor or float
-        Initial time, a single number.
-    event_fn : callable
-        ``event_fn(t, y)``, as for :class:`Solver`.
-    reverse_time : bool
-        Whether to look for an event before t0.
-    odeint_interface : callable
-        :func:`odeint` or :func:`odeint_adjoint`.
-    **keywords
-        Those of :func:`odeint`. There is no end but the event: give ``max_steps`` where it may not
-        come.
-
-    Returns
-    -------
-    event_time : Tensor
-        0-dim, differentiable.
-    solution : Tensor or tuple of Tensor
-        Shape ``(2, *y0.shape)``: y0 and the state at the event.
-
-    Raises
-    ------
-    ConfigurationError, SolveError
-        As :class:`Solver`.
-
-    Notes
-    -----
-    Collective on the solver's communicator.
-    """
-    arguments.flag("reverse_time", reverse_time)
-    refuse_transforms([("y0", y0), ("t0", t0)])
-    start = as_times(t0.reshape(-1) if isinstance(t0, torch.Tensor) else [t0])
-    if len(start) != 1:
-        raise ConfigurationError(f"t0 has {len(start)} entries: give a single time")
-    if not start.is_floating_point():
-        start = start.to(torch.float64)
-    times = torch.cat([start, start.new_full((1,), -math.inf if reverse_time else math.inf)])
-    event_time, solution = odeint_interface(func, y0, times, event_fn=event_fn, **keywords)
-    return event_time, solution

@@ -1,0 +1,46 @@
+"""What looks on while a solve runs: the user's monitor, and a progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from pnode.engine import Requests
+from pnode.problem import InitialValueProblem
+from pnode.solution import Stats
+from pnode.transfers import carry_once
+
+__all__ = ["at_home", "progress_bar"]
+
+
+def at_home(monitor: Any, compute: torch.device | None, stats: Stats) -> Any:
+    """Return the monitor as it is called with a state on the host."""
+    if monitor is None or compute is None:
+        return monitor
+    return lambda step, t, y: monitor(step, t, carry_once(y, compute, stats))
+
+
+@contextmanager
+def progress_bar(
+    problem: InitialValueProblem, requests: Requests, wanted: bool
+) -> Iterator[Requests]:
+    """Let the monitor move a progress bar over time before it calls the user's, if wanted."""
+    if not wanted:
+        yield requests
+        return
+    start, end = problem.times[0], problem.times[-1]
+
+    def monitor(step: int, t: float, y: Any) -> None:
+        fraction = (problem.direction * t - start) / (end - start)
+        bar.set_postfix_str(f"t = {t:.4g}, step {step}", refresh=False)
+        bar.update(fraction - bar.n)
+        if requests.monitor is not None:
+            requests.monitor(step, t, y)
+
+    with tqdm(total=1.0, bar_format="{l_bar}{bar}| {postfix} [{elapsed}<{remaining}]") as bar:
+        yield replace(requests, monitor=monitor)
