@@ -90,7 +90,7 @@ COMPARED: dict[str, Callable[[Given], Any]] = {
     "rtol, atol": _tolerances,
     "the step control": _step_control,
     "the problem's form": lambda given: given.problem.form,
-    "layout": lambda given: given.engine.exchange and type(given.engine.exchange).__name__,
+    "layout": lambda given: type(given.engine.exchange).__name__,
     "jacobian": _jacobian,
     "petsc_options": lambda given: sorted(given.engine.petsc_options.items()),
     "checkpointing": _checkpointing,
