@@ -19,6 +19,7 @@ if not asked_for_doctor(sys.argv, sys.orig_argv):
     from pnode import parallel
     from pnode.adjoint.choose import Plan, plan
     from pnode.checkpointing import Checkpointing
+    from pnode.configuration import LinearAlgebra, Output, Steps
     from pnode.errors import (
         BackwardError,
         CheckpointError,
@@ -46,10 +47,12 @@ __all__ = [
     "ConfigurationError",
     "EventError",
     "Ledger",
+    "LinearAlgebra",
     "LinearSolveFailed",
     "Method",
     "NonFiniteVectorField",
     "NonlinearSolveFailed",
+    "Output",
     "Plan",
     "PnodeError",
     "RankError",
@@ -59,6 +62,7 @@ __all__ = [
     "Stats",
     "StepLimitReached",
     "StepSizeUnderflow",
+    "Steps",
     "VectorFieldError",
     "__version__",
     "methods",

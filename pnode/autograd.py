@@ -15,7 +15,41 @@ from pnode.solvers.tableaus import explicit_nodes
 from pnode.transforms import outside_compiler, refuse_batched
 from pnode.vectorfield import VectorField
 
-__all__ = ["SolveFunction"]
+__all__ = ["SolveFunction", "solve"]
+
+
+def solve(
+    engine: Engine,
+    problem: InitialValueProblem,
+    requests: Requests,
+    y0: torch.Tensor,
+    t: torch.Tensor,
+    trainable: bool,
+) -> tuple[torch.Tensor, Run]:
+    """Run a forward sweep, as a node of the graph if its result may be differentiated. Collective.
+
+    Parameters
+    ----------
+    engine : Engine
+        Does it.
+    problem : InitialValueProblem
+        What to solve.
+    requests : Requests
+        What else to do.
+    y0, t : Tensor
+        Flat initial state, and output times.
+    trainable : bool
+        Whether anything requires grad.
+    """
+    if trainable:
+        holder: list[Run] = []
+        ys = SolveFunction.apply(engine, problem, requests, holder, y0, t, *problem.parameters)
+        return ys, holder.pop()
+    own = ordered(place_of(problem.layout.device))
+    with torch.inference_mode(False), torch.no_grad(), own as leave:
+        ys, run = engine.forward(problem, y0.detach().clone(), keep=False, requests=requests)
+        leave(ys)
+    return ys, run
 
 
 class SolveFunction(torch.autograd.Function):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, overload
 
 import torch
 
 from pnode import arguments, tolerances
+from pnode.configuration import MethodName, Output, Tensors, Times, take_group
 from pnode.errors import ConfigurationError
 from pnode.options import ODEINT_PREFIX
 from pnode.problem import as_times
@@ -38,6 +39,38 @@ class _OneCall(Solver):
     @staticmethod
     def _new_prefix() -> str:
         return ODEINT_PREFIX
+
+
+@overload
+def odeint(
+    func: Callable[..., Any],
+    y0: Tensors,
+    t: Times,
+    *,
+    rtol: tolerances.Tolerance = ...,
+    atol: tolerances.Tolerance = ...,
+    method: MethodName | str | None = ...,
+    options: Mapping[str, Any] | None = ...,
+    params: Iterable[torch.Tensor] | None = ...,
+    event_fn: None = ...,
+    **solver_keywords: Any,
+) -> Tensors: ...
+
+
+@overload
+def odeint(
+    func: Callable[..., Any],
+    y0: Tensors,
+    t: Times,
+    *,
+    rtol: tolerances.Tolerance = ...,
+    atol: tolerances.Tolerance = ...,
+    method: MethodName | str | None = ...,
+    options: Mapping[str, Any] | None = ...,
+    params: Iterable[torch.Tensor] | None = ...,
+    event_fn: Callable[..., Any],
+    **solver_keywords: Any,
+) -> tuple[torch.Tensor | None, Tensors]: ...
 
 
 @outside_compiler
@@ -75,7 +108,7 @@ def odeint(
     params : iterable of Tensor, optional
         Trainable tensors that func uses without being a Module that owns them.
     **solver_keywords
-        Any other keyword of :class:`Solver`.
+        Any other keyword of :class:`Solver`, ``steps`` apart.
 
     Returns
     -------
@@ -98,6 +131,12 @@ def odeint(
     """
     refuse_transforms([("y0", y0), ("t", t)])
     keywords: dict[str, Any] = dict(solver_keywords)
+    if keywords.get("steps") is not None:
+        raise ConfigurationError(
+            f"steps={keywords['steps']!r} is given to odeint, which has tolerances of its own: "
+            "give rtol=, atol= and step_size=, or use pnode.Solver(..., steps=...)"
+        )
+    output = take_group(Output, "output", keywords.pop("output", None), keywords)
     if options is not None and not isinstance(options, Mapping):
         raise ConfigurationError(
             f"options={options!r} is not a mapping: give a dictionary such as {{'step_size': 0.1}}"
@@ -115,17 +154,18 @@ def odeint(
             )
         keywords[_TORCHDIFFEQ_OPTIONS[name]] = value
     chosen = find_method("dopri5" if method is None else method)
-    event_fn = keywords.get("event_fn")
-    times = as_times(t, endless=event_fn is not None)
+    times = as_times(t, endless=output.event_fn is not None)
     if not chosen.adaptive and keywords.get("step_size") is None:
         # One step per interval: a step size that no interval exceeds.
         exact = times.detach().to(torch.float64)
         span = float((exact.max() - exact.min()).item()) or 1.0
-        if math.isfinite(span) and not keywords.get("dense"):
+        if math.isfinite(span) and not output.dense:
             keywords["step_size"] = span
-    solver = _OneCall(func, rtol=rtol, atol=atol, method=chosen.name, params=params, **keywords)
+    solver = _OneCall(
+        func, rtol=rtol, atol=atol, method=chosen.name, params=params, output=output, **keywords
+    )
     solution = solver(y0, times)
-    return solution.ys if event_fn is None else (solution.event_time, solution.ys)
+    return solution.ys if output.event_fn is None else (solution.event_time, solution.ys)
 
 
 def odeint_adjoint(func: Callable[..., Any], y0: Any, t: Any, **keywords: Any) -> Any:
@@ -155,14 +195,14 @@ def odeint_adjoint(func: Callable[..., Any], y0: Any, t: Any, **keywords: Any) -
 @outside_compiler
 def odeint_event(
     func: Callable[..., Any],
-    y0: Any,
-    t0: Any,
+    y0: Tensors,
+    t0: torch.Tensor | float,
     *,
     event_fn: Callable[..., Any],
     reverse_time: bool = False,
     odeint_interface: Callable[..., Any] = odeint,
     **keywords: Any,
-) -> tuple[torch.Tensor, Any]:
+) -> tuple[torch.Tensor, Tensors]:
     """Solve y' = func(t, y) from t0 until an event: the call of ``torchdiffeq.odeint_event``.
 
     Parameters

@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack, get_args
 
 import torch
+from mpi4py import MPI
 
 from pnode import arguments, tolerances
-from pnode.autograd import SolveFunction
-from pnode.configuration import COMPARED, Given, as_checkpointing
+from pnode.autograd import solve
+from pnode.checkpointing import Checkpointing
+from pnode.configuration import (
+    COMPARED,
+    DeviceState,
+    Given,
+    LinearAlgebra,
+    MethodName,
+    Output,
+    PlainOptions,
+    Steps,
+    Tensors,
+    Times,
+    as_checkpointing,
+    refuse_unknown,
+    shared,
+    take_group,
+)
 from pnode.consistency import check_consistency, consistent_state
-from pnode.controllers import check_controller
-from pnode.devices import ordered, place_of
-from pnode.engine import Engine, Requests, Run
+from pnode.engine import Engine
 from pnode.errors import ConfigurationError
 from pnode.events import check_rate, end_at_event
+from pnode.layouts import Layout
 from pnode.mass import MassMatrix
 from pnode.monitor import at_home, progress_bar
 from pnode.options import check_petsc_options, next_prefix
 from pnode.problem import InitialValueProblem, StateLayout, as_times, collect_parameters
 from pnode.ranks import ALONE, Ranks
 from pnode.solution import Solution, Stats
-from pnode.solvers.jacobian_options import jacobian_options
 from pnode.solvers.methods import check_form, find_method
-from pnode.solvers.stepping import StepControl, check_steps
+from pnode.solvers.stepping import check_steps
 from pnode.transfers import carry_once, on_host, remote
 from pnode.transforms import outside_compiler, refuse_transforms, watched
 
 __all__ = ["Solver"]
-
-_DEVICE_STATES = ("device", "host")
-_JACOBIANS = ("auto", "matrix-free", "dense", "block", "sparse")
 
 
 class Solver(torch.nn.Module):
@@ -65,68 +75,14 @@ class Solver(torch.nn.Module):
         Further tensors that f uses and that gradients are wanted for; non-leaf tensors too.
     method : str
         A name or alias from :func:`pnode.methods`.
-    step_size : float, optional
-        Fixed steps: each output interval (with ``dense``, the whole of them) is cut into equal
-        steps of at most this length. None chooses steps from ``rtol`` and ``atol``, for methods
-        with an error estimate.
-    first_step : float, optional
-        First adaptive step; chosen automatically if None. Implicit methods have no error estimate
-        of their first step, so theirs is never longer than the automatic one.
-    min_step, max_step : float, optional
-        Limits of adaptive steps.
-    rtol, atol : float, Tensor or tuple
-        Relative and absolute tolerance of the local error of adaptive steps: numbers, or tensors
-        that broadcast to y0, or tuples of such for a tuple state. The error of entry i is measured
-        in units of ``atol_i + rtol_i |y_i|``, and a step is accepted if its root mean square is at
-        most 1.
-    controller : str
-        Who chooses adaptive steps, one of PETSc's: "basic" (deadbeat, from the last error alone) or
-        a digital filter over the last errors and step sizes, whose steps vary more smoothly: "pi"
-        (PI42), "pid" (H312PID), or another name from :data:`pnode.controllers.FILTERS`.
-    max_steps : int, optional
-        Largest number of accepted steps of one solve.
-    jacobian : {"auto", "dense", "block", "sparse", "matrix-free"}
-        For implicit methods: assembled from n products and factored (LU); for y0 of shape (B, ...)
-        whose rows f treats independently, B blocks from n / B products; sparse, from one product
-        per color of the pattern; or products only (GMRES). "auto" is dense up to 256 state
-        entries and matrix-free beyond. See docs/jacobians.md.
-    linear_solver : str or mapping, optional
-        A PETSc KSP type (``"gmres"``, ``"bcgs"``...), ``"lu"`` for a direct solve, or a mapping
-        of PETSc's ksp and pc options.
-    jacobian_pattern : Tensor, array or sparse matrix of SciPy, optional
-        Shape ``(size, size)`` for the flattened state: where the Jacobian may be non-zero, for
-        "sparse". Detected from Jacobians at three states if None, which can miss entries that
-        vanish there; the first assembly of each sweep is compared with a product.
-    jacobian_reuse : {"iteration", "step", "solve", "constant"}
-        Evaluate the Jacobian at each Newton iterate; once a step, or once a solve, and wherever
-        an iteration leaves more than a tenth of the residual; or once, for an implicit part that
-        is linear with constant coefficients. A matrix-free operator is always exact ("constant"
-        apart): its preconditioner is what is reused. The adjoint evaluates it at every converged
-        stage, "constant" apart.
-    preconditioner : {"dense", "block", "sparse"}, Tensor, sparse matrix or callable, optional
-        For "matrix-free": the Jacobian assembled in one of these ways, or a matrix that
-        approximates df/dy, dense or sparse, shape ``(size, size)`` for the flattened state; or a
-        callable ``(t, y)`` that returns one. pnode forms ``shift M - df/dy`` and factors it.
+    steps : Steps, optional
+        How steps are chosen: fixed or adaptive, tolerances, limits; see :class:`pnode.Steps`.
+    linear_algebra : LinearAlgebra, optional
+        For implicit methods: Jacobians and how systems with them are solved; see
+        :class:`pnode.LinearAlgebra`.
     petsc_options : mapping, optional
         PETSc options of this solver alone, without prefix: ``{"snes_rtol": 1e-12}``. Options
         ``-pnode_...`` (all solvers) and ``-pnode_<number>_...`` (one) on the command line win.
-    monitor : callable, optional
-        ``monitor(step, t, y)``, called after every accepted step with a detached copy of y; after
-        the last step of a solve that an event ends, with the event's time and state.
-    progress : bool
-        Show a progress bar over time.
-    dense : bool
-        Steps pass over the output times, whose states are interpolated; only the last time is hit.
-        The interpolant is the method's own where it has one of degree 4 or more (dopri5), and the
-        cubic Hermite polynomial otherwise, whose error is of order h^4. Not for ``mass`` and
-        ``residual``, which do not tell y'.
-    event_fn : callable, optional
-        ``event_fn(t, y)`` returns a real tensor of one or several numbers. The solve ends where the
-        first of them changes sign (for what is found within a step see docs/output.md). A Module's
-        or a closure's parameters get gradients; with ``mass`` and ``residual`` there are none
-        through the event, nor where event_fn jumps.
-    event_tol : float
-        Tolerance of the root, relative to the length of the step it lies in.
     checkpointing : Checkpointing, int or str, optional
         A limit for the memory of checkpoints, :class:`pnode.Checkpointing` or its ``memory``
         alone: ``"256MiB"``. Steps are repeated in the backward sweep where it is too little for
@@ -148,11 +104,20 @@ class Solver(torch.nn.Module):
         sweeps; otherwise f and its derivatives. See docs/compile.md. f is traced once per shape and
         dtype and the result kept on disk. Where that is impossible, one warning says why, and the
         solve goes on without.
+    output : Output, optional
+        Outputs between steps, the event that ends a solve, monitor and progress bar; see
+        :class:`pnode.Output`.
+    **plain
+        The options of the three groups may be given by themselves too: ``step_size``,
+        ``first_step``, ``min_step``, ``max_step``, ``rtol``, ``atol``, ``controller`` and
+        ``max_steps`` instead of ``steps``; ``jacobian``, ``linear_solver``, ``jacobian_pattern``,
+        ``jacobian_reuse`` and ``preconditioner`` instead of ``linear_algebra``; ``dense``,
+        ``event_fn``, ``event_tol``, ``monitor`` and ``progress`` instead of ``output``.
 
     Raises
     ------
     ConfigurationError
-        For an unusable argument.
+        For an unusable argument, and for an option given by itself and in its group.
 
     Notes
     -----
@@ -169,6 +134,10 @@ class Solver(torch.nn.Module):
     >>> solution = solver(torch.ones(1, dtype=torch.float64), torch.tensor([0.0, 1.0]))
     >>> round(solution.ys[-1].item(), 5)
     0.36788
+    >>> accurate = Steps(rtol=1e-10, atol=1e-12, max_steps=10_000)
+    >>> stiff = LinearAlgebra(jacobian="block", jacobian_reuse="step")
+    >>> Solver(lambda t, y: -y, method="es325", steps=accurate, linear_algebra=stiff)
+    Solver(method='es325', rtol=1e-10, atol=1e-12, jacobian='block')
     """
 
     def __init__(
@@ -177,119 +146,71 @@ class Solver(torch.nn.Module):
         *,
         implicit: Callable[..., Any] | None = None,
         explicit: Callable[..., Any] | None = None,
-        mass: Any = None,
+        mass: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
         residual: Callable[..., Any] | None = None,
         consistent_start: bool = False,
         params: Iterable[torch.Tensor] | None = None,
-        method: str = "dopri5",
-        step_size: float | None = None,
-        first_step: float | None = None,
-        min_step: float | None = None,
-        max_step: float | None = None,
-        rtol: tolerances.Tolerance = 1e-6,
-        atol: tolerances.Tolerance = 1e-8,
-        controller: str = "basic",
-        max_steps: int | None = None,
-        jacobian: str = "auto",
-        linear_solver: str | Mapping[str, Any] | None = None,
-        jacobian_pattern: Any = None,
-        jacobian_reuse: str = "iteration",
-        preconditioner: Any = None,
-        checkpointing: Any = None,
-        comm: Any = None,
-        layout: Any = None,
+        method: MethodName | str = "dopri5",
+        steps: Steps | None = None,
+        linear_algebra: LinearAlgebra | None = None,
         petsc_options: Mapping[str, Any] | None = None,
-        device_state: str = "device",
+        checkpointing: Checkpointing | int | str | None = None,
+        comm: MPI.Intracomm | None = None,
+        layout: Layout | None = None,
+        device_state: DeviceState = "device",
         compile: bool = False,
-        dense: bool = False,
-        event_fn: Callable[..., Any] | None = None,
-        event_tol: float = 1e-12,
-        monitor: Callable[[int, float, Any], None] | None = None,
-        progress: bool = False,
+        output: Output | None = None,
+        **plain: Unpack[PlainOptions],
     ) -> None:
         super().__init__()
-        flags = {
-            "compile": compile, "consistent_start": consistent_start, "dense": dense,
-            "progress": progress,
-        }  # fmt: skip
-        for name, value in flags.items():
-            arguments.flag(name, value)
-        self._device_state = arguments.choice("device_state", device_state, _DEVICE_STATES)
+        others: dict[str, Any] = {**plain}
+        steps = take_group(Steps, "steps", steps, others)
+        linear_algebra = take_group(LinearAlgebra, "linear_algebra", linear_algebra, others)
+        output = take_group(Output, "output", output, others)
+        refuse_unknown(others, Solver.__init__.__annotations__)
+        arguments.flag("compile", compile)
+        self._consistent_start = arguments.flag("consistent_start", consistent_start)
+        self._device_state = arguments.choice("device_state", device_state, get_args(DeviceState))
         form = arguments.problem_form(rhs, implicit, explicit, mass, residual)
-        if monitor is not None and not callable(monitor):
-            raise ConfigurationError(f"monitor is {monitor!r}: give a callable (step, t, y)")
-        if event_fn is not None and not callable(event_fn):
-            raise ConfigurationError(f"event_fn is {event_fn!r}: give a callable (t, y)")
-        if dense and form in ("mass", "residual"):
-            raise ConfigurationError(
-                f"dense=True interpolates with y', which {form}= does not tell: let steps hit the "
-                "output times (dense=False)"
-            )
         chosen = find_method(method)
         check_form(form, chosen)
-        if step_size is None and not chosen.adaptive:
-            raise ConfigurationError(
-                f"method={chosen.name!r} has no error estimate and step_size is None: give "
-                "step_size=h, or take an adaptive method such as 'dopri5' or 'es325'"
-            )
-        arguments.choice("jacobian", jacobian, _JACOBIANS)
-        control = StepControl(
-            step_size=arguments.positive("step_size", step_size),
-            first_step=arguments.positive("first_step", first_step),
-            min_step=arguments.positive("min_step", min_step) or 0.0,
-            max_step=arguments.positive("max_step", max_step) or math.inf,
-            max_steps=arguments.count("max_steps", max_steps),
-            rtol=tolerances.check("rtol", rtol),
-            atol=tolerances.check("atol", atol),
-            controller=check_controller(
-                controller, step_size, chosen.name if chosen.ts_type == "python" else None
-            ),
-        )
-        if isinstance(control.rtol, float) and isinstance(control.atol, float):
-            tolerances.refuse_zeros(control.rtol, control.atol)
-        if control.min_step > control.max_step:
-            raise ConfigurationError(
-                f"min_step={min_step!r} exceeds max_step={max_step!r}: swap or drop one"
-            )
         self.rhs, self.residual = rhs, residual
         self.implicit, self.explicit = implicit, explicit
-        self.mass = mass
-        self._form = form
-        self._consistent_start = consistent_start
+        self.mass, self.event_fn = mass, output.event_fn
+        self._form, self._requests = form, output.requests(form)
         self._params = arguments.parameters(params)
-        limits = as_checkpointing(checkpointing)
-        chosen_comm, exchange = arguments.communicator(comm, layout, form, limits.resume, event_fn)
-        if consistent_start and exchange is not None:
-            raise ConfigurationError(
-                "consistent_start=True is not supported with layout=: give a consistent y0"
-            )
-        self._progress = progress and chosen_comm.rank == 0
-        if compile and (chosen_comm.size > 1 or exchange is not None):
-            warnings.warn(
-                "compile=True is not for states that several ranks share: solving without",
-                RuntimeWarning, stacklevel=2,
-            )  # fmt: skip
-        self.event_fn = event_fn
-        self._requests = Requests(monitor, dense, None, arguments.finite("event_tol", event_tol))
-        if not 0.0 < self._requests.event_tol < 1.0:
-            raise ConfigurationError(f"event_tol={event_tol!r}: give a number between 0 and 1")
         collect_parameters(self._functions, self._params)
+        limits = as_checkpointing(checkpointing)
+        comm, exchange = arguments.communicator(comm, layout, form, limits.resume, self.event_fn)
+        self._progress = output.progress and comm.rank == 0
+        alone = arguments.alone(comm, exchange, consistent_start, compile)
+        options = linear_algebra.petsc_options() | check_petsc_options(petsc_options)
         # Last: arguments that are refused use up no number.
         self._engine = Engine(
-            chosen, control, jacobian,
-            arguments.linear_solver_options(linear_solver, jacobian)
-            | check_petsc_options(petsc_options),
-            jacobian_options(
-                chosen, form, jacobian, jacobian_pattern, preconditioner, jacobian_reuse
-            ),
-            limits, chosen_comm, exchange, self._new_prefix(), compile=compile,
+            chosen, steps.control(chosen), linear_algebra.jacobian, options,
+            linear_algebra.options(chosen, form), limits, comm, exchange, self._new_prefix(),
+            compile=compile,
         )  # fmt: skip
+        #: What all ranks must have been given.
+        self._shared = {} if alone else {
+            "method": chosen.name, "the problem's form": form, "layout": type(exchange).__name__,
+            **shared(steps, linear_algebra, output),
+            "petsc_options": sorted(options.items()), "consistent_start": consistent_start,
+            "device_state": device_state,
+            "checkpointing": vars(limits) | {"disk": limits.disk is None, "resume": None},
+        }  # fmt: skip
+
+    if TYPE_CHECKING:  # of a Module, calls are Any
+
+        def __call__(self, y0: Tensors, t: Times) -> Solution[Tensors]:
+            """Integrate: :meth:`forward`, and the Module's hooks."""
+            raise NotImplementedError
 
     @property
-    def _functions(self) -> tuple[Any, ...]:
+    def _functions(self) -> list[Any]:
         """The user's functions: the implicit part first, then the explicit one."""
         chosen = (self.rhs, self.residual, self.implicit, self.explicit)
-        return tuple(function for function in chosen if function is not None)
+        return [function for function in chosen if function is not None]
 
     @property
     def method(self) -> str:
@@ -356,12 +277,10 @@ class Solver(torch.nn.Module):
         facts, size = None, 0
         if prepared is not None:
             problem, flat, times, start = prepared
-            size = problem.layout.size
-            given = Given(
-                self._engine, problem, flat, times, self._requests.dense, differentiate
-            )  # fmt: skip
-            facts = {name: of(given) for name, of in COMPARED.items()} if ranks.parallel else {}
-        largest, distribution = ranks.compare(tuple(COMPARED), facts, size)
+            size, given = problem.layout.size, Given(problem, flat, times, differentiate)
+            if self._shared:
+                facts = self._shared | {name: of(given) for name, of in COMPARED.items()}
+        largest, distribution = ranks.compare((*self._shared, *COMPARED), facts, size)
         problem = replace(problem, largest=largest, distribution=distribution)
         return self._solve(problem, flat, times, start, differentiate)
 
@@ -388,9 +307,9 @@ class Solver(torch.nn.Module):
             monitor=at_home(self._requests.monitor, compute, start), event_fn=event_fn,
         )  # fmt: skip
         with progress_bar(problem, wanted, self._progress) as requests:
-            ys, run = self._integrate(problem, flat, times, requests, trainable)
+            ys, run = solve(self._engine, problem, requests, flat, times, trainable)
         reason, event_time, layout = "t_end", None, problem.layout
-        whole = trainable and run.event is None and not layout.is_tuple  # see SolveFunction.forward
+        whole = trainable and run.event is None and not layout.is_tuple  # see SolveFunction
         if run.event is not None:
             assert event_fn is not None
             times, ys = end_at_event(
@@ -403,29 +322,6 @@ class Solver(torch.nn.Module):
         run.stats.add(start)
         states = ys if whole else layout.unflatten(ys)
         return Solution(times, states, run.stats, reason, event_time)
-
-    def _integrate(
-        self,
-        problem: InitialValueProblem,
-        flat: torch.Tensor,
-        times: torch.Tensor,
-        requests: Requests,
-        trainable: bool,
-    ) -> tuple[torch.Tensor, Run]:
-        """Run the forward sweep, as a node of the graph if its result is to be differentiated."""
-        if trainable:
-            holder: list[Run] = []
-            ys = SolveFunction.apply(
-                self._engine, problem, requests, holder, flat, times, *problem.parameters
-            )
-            return ys, holder.pop()
-        own = ordered(place_of(problem.layout.device))
-        with torch.inference_mode(False), torch.no_grad(), own as leave:
-            ys, run = self._engine.forward(
-                problem, flat.detach().clone(), keep=False, requests=requests
-            )
-            leave(ys)
-        return ys, run
 
     def _prepare(
         self, y0: Any, t: Any, ranks: Ranks, differentiate: bool
