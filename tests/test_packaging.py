@@ -65,8 +65,11 @@ LEVELS = {
     "pnode.engine": 3,
     "pnode.event_path": 3,
     "pnode.events": 3,
-    "pnode.integrate": 3,
+    "pnode.autograd": 3,
+    "pnode.configuration": 3,
     "pnode.monitor": 3,
+    "pnode.odeint": 3,
+    "pnode.solver": 3,
     "pnode.parallel": 3,
     "pnode.recording": 3,
     "pnode.run": 3,
@@ -231,7 +234,7 @@ CALLS_AUTOGRAD = {
     "pnode.transforms",  # looks at tangents
 }  # fmt: skip
 # The solve, sums over ranks, and the root of algebraic equations.
-DEFINES_FUNCTION = {"pnode.integrate", "pnode.parallel", "pnode.consistency"}
+DEFINES_FUNCTION = {"pnode.autograd", "pnode.parallel", "pnode.consistency"}
 
 
 def dotted(node: ast.AST) -> str:

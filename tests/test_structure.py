@@ -16,7 +16,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LONG_FILES = {
     "adjoint/store.py",
-    "pnode/integrate.py",
     "pnode/scalars.py",
     "pnode/tracing.py",
     "pnode/vectorfield.py",
@@ -27,8 +26,8 @@ LONG_FILES = {
     "solvers/integrator.py",
 }
 LONG_FUNCTIONS = {
-    "pnode/integrate.py:__init__",
     "pnode/scalars.py:_partials",
+    "solvers/coefficients.py:_measure",
     "solvers/implicit_programs.py:_generate",
     "solvers/newton.py:_iterate",
 }
