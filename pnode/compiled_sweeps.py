@@ -16,9 +16,9 @@ from pnode.adjoint.compiled import CompiledAdjoint
 from pnode.checkpointing import Checkpointing
 from pnode.evidence import Reads
 from pnode.options import log_stage
-from pnode.solvers.compiled import CompiledIntegrator, Start, Tape
-from pnode.solvers.compiled_fields import compiled_field
-from pnode.solvers.explicit_driver import DrivenSweep, driver_of
+from pnode.solvers.compiled.driver import DrivenSweep, driver_of
+from pnode.solvers.compiled.fields import compiled_field
+from pnode.solvers.compiled.integrator import CompiledIntegrator, Start, Tape
 from pnode.solvers.stepping import automatic_step, fixed_grid
 from pnode.vectorfield import VectorField
 from pnode.vectors import REAL

@@ -43,11 +43,11 @@ from pnode.ranks import clean_up
 from pnode.solution import Ledger, Stats
 from pnode.solvers.assemblies import SparsityPattern
 from pnode.solvers.bridge import accumulate
-from pnode.solvers.compiled import CompiledIntegrator, Compiler, Start, Tape
-from pnode.solvers.compiled_fields import FieldCode, FieldCompiler, compiled_field
+from pnode.solvers.compiled.driver import DrivenSweep
+from pnode.solvers.compiled.fields import FieldCode, FieldCompiler, compiled_field
+from pnode.solvers.compiled.integrator import CompiledIntegrator, Compiler, Start, Tape
+from pnode.solvers.compiled.programs import ImplicitCompiler, ImplicitSweep
 from pnode.solvers.create import create_integrator
-from pnode.solvers.explicit_driver import DrivenSweep
-from pnode.solvers.implicit_programs import ImplicitCompiler, ImplicitSweep
 from pnode.solvers.integrator import (
     DENSE_LIMIT,
     IntegratorSettings,
