@@ -6,8 +6,8 @@ import torch
 
 from pnode.adjoint.stepper import TorchAdjointStepper
 from pnode.solution import Ledger
-from pnode.solvers.compiled import Tape
-from pnode.solvers.explicit_graphs import StepGraphs
+from pnode.solvers.compiled.integrator import Tape
+from pnode.solvers.compiled.steps import StepGraphs
 from pnode.solvers.integrator import IntegratorSettings
 from pnode.solvers.stepping import Step
 from pnode.vectorfield import VectorField

@@ -18,9 +18,9 @@ from pnode.engine import Engine
 from pnode.evidence import Reads
 from pnode.options import log_stage
 from pnode.run import Requests, Run
-from pnode.solvers.compiled import CompiledIntegrator, Start, Tape
-from pnode.solvers.compiled_fields import compiled_field
-from pnode.solvers.explicit_driver import DrivenSweep, driver_of
+from pnode.solvers.compiled.driver import DrivenSweep, driver_of
+from pnode.solvers.compiled.fields import compiled_field
+from pnode.solvers.compiled.integrator import CompiledIntegrator, Start, Tape
 from pnode.solvers.step_control import automatic_step, fixed_grid
 from pnode.vectorfield import VectorField
 from pnode.vectors import REAL

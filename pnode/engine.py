@@ -22,10 +22,10 @@ from pnode.layouts import Layout
 from pnode.options import SolverOptions, next_prefix
 from pnode.problem import InitialValueProblem
 from pnode.solvers.assemblies import SparsityPattern
-from pnode.solvers.compiled import Compiler
-from pnode.solvers.compiled_fields import FieldCompiler
+from pnode.solvers.compiled.fields import FieldCompiler
+from pnode.solvers.compiled.integrator import Compiler
+from pnode.solvers.compiled.programs import ImplicitCompiler
 from pnode.solvers.create import create_integrator
-from pnode.solvers.implicit_programs import ImplicitCompiler
 from pnode.solvers.integrator import (
     DENSE_LIMIT,
     IntegratorSettings,

@@ -14,10 +14,10 @@ from pnode.events import Event
 from pnode.evidence import Reads
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger, Stats
-from pnode.solvers.compiled import Tape
-from pnode.solvers.compiled_fields import FieldCode, compiled_field
-from pnode.solvers.explicit_driver import DrivenSweep
-from pnode.solvers.implicit_programs import ImplicitSweep
+from pnode.solvers.compiled.driver import DrivenSweep
+from pnode.solvers.compiled.fields import FieldCode, compiled_field
+from pnode.solvers.compiled.integrator import Tape
+from pnode.solvers.compiled.programs import ImplicitSweep
 from pnode.solvers.integrator import IntegratorSettings
 from pnode.surroundings import Surroundings
 from pnode.vectorfield import VectorField, record_all, vector_field

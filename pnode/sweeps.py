@@ -27,7 +27,7 @@ from pnode.recording import Outputs, Recorder, new_trajectory
 from pnode.run import Requests, Run, Sweep
 from pnode.solution import Stats
 from pnode.solvers.bridge import accumulate
-from pnode.solvers.compiled import CompiledIntegrator, Start
+from pnode.solvers.compiled.integrator import CompiledIntegrator, Start
 from pnode.solvers.integrator import TimeIntegrator
 from pnode.solvers.stepping import Observer, Step, forward_sweep
 from pnode.surroundings import Surroundings

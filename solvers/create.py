@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pnode.options import SolverOptions
-from pnode.solvers.compiled import CompiledIntegrator
+from pnode.solvers.compiled.integrator import CompiledIntegrator
 from pnode.solvers.integrator import IntegratorSettings, TimeIntegrator
 from pnode.solvers.multistep import MultistepIntegrator
 from pnode.solvers.rosenbrock import RosenbrockIntegrator

@@ -16,7 +16,7 @@ import pnode
 from pnode.configuration import shared
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
-from pnode.tracing import Untraceable, trace_field
+from pnode.solvers.compiled.trace import Untraceable, trace_field
 from pnode.vectorfield import vector_field
 
 D = torch.float64

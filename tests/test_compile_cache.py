@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import pnode
-from pnode import compilation, private_files
+from pnode import private_files
+from pnode.solvers.compiled import inductor
 
 SOURCE = 'extern "C" int answer() { return %d; }'
 FLAGS = ("-O0", "-fPIC", "-shared")
@@ -24,7 +25,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def answer(number=7):
-    return compilation.compile_source(SOURCE % number, FLAGS, "answer-").answer()
+    return inductor.compile_source(SOURCE % number, FLAGS, "answer-").answer()
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def planted(tmp_path_factory):
     os.environ["PNODE_CACHE_DIR"] = str(tmp_path_factory.mktemp("planted"))
     try:
         assert answer(666) == 666
-        (path,) = compilation.cache_folder().glob("answer-*")
+        (path,) = inductor.cache_folder().glob("answer-*")
         return path.read_bytes()
     finally:
         os.environ.pop("PNODE_CACHE_DIR")
@@ -166,20 +167,20 @@ def test_a_disk_that_is_full_or_broken(prepare, reason, cache, monkeypatch):
     """What :class:`CompilationFailed` says is the warning of the test above."""
     with monkeypatch.context() as patch:
         prepare(cache, patch)
-        with pytest.raises(compilation.CompilationFailed, match=reason):
+        with pytest.raises(inductor.CompilationFailed, match=reason):
             answer()
     assert list(cache.iterdir()) == []
     assert answer() == 7
 
 
 def test_a_write_that_is_cut_short_leaves_nothing(cache):
-    compilation.cache_folder()
+    inductor.cache_folder()
     (cache / "made").write_bytes(bytes(5000))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
     try:
         with pytest.raises(OSError, match="large"):
-            compilation._keep(cache / "kept", cache / "made")
+            inductor._keep(cache / "kept", cache / "made")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(cache.iterdir()) == [cache / "made"]
@@ -211,31 +212,31 @@ def test_graphs_are_checked_like_libraries(cache, monkeypatch):
         made.append(path)
         private_files.make_folder(path.parent / "work")
         (path.parent / "work" / "package").write_bytes(b"a package")
-        compilation._keep(path, path.parent / "work" / "package")
+        inductor._keep(path, path.parent / "work" / "package")
 
     def load(path):
-        with compilation._copied(path) as copy:
+        with inductor._copied(path) as copy:
             assert copy.parent != path.parent
             return copy.read_bytes()
 
-    monkeypatch.setattr(compilation, "_build", build)
-    monkeypatch.setattr(compilation, "_load", load)
+    monkeypatch.setattr(inductor, "_build", build)
+    monkeypatch.setattr(inductor, "_load", load)
     for count, damage in enumerate([None, bytes(50), b""], start=1):
         if damage is not None:
             (cache / "graph.pt2").write_bytes(damage)
         for _ in range(2):
-            assert compilation.compile_graph("graph", len, []) == b"a package"
+            assert inductor.compile_graph("graph", len, []) == b"a package"
         assert len(made) == count
     (cache / "graph.pt2").write_bytes(b"cut short")
-    with pytest.raises(compilation.CompilationFailed, match=r"graph\.pt2 is damaged"):
-        compilation.open_graph(cache / "graph.pt2")
+    with pytest.raises(inductor.CompilationFailed, match=r"graph\.pt2 is damaged"):
+        inductor.open_graph(cache / "graph.pt2")
 
 
 def test_inductor_keeps_its_files_there_too(cache, monkeypatch):
     """Its own folder, in /tmp, has a name that anybody can know before."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/tmp/torchinductor_somebody")
-    compilation.cache_folder()
-    with compilation._own_inductor_cache(cache / ".inductor"):
+    inductor.cache_folder()
+    with inductor._own_inductor_cache(cache / ".inductor"):
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(cache / ".inductor")
         assert mode(cache / ".inductor") == 0o700
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/tmp/torchinductor_somebody"
@@ -243,6 +244,6 @@ def test_inductor_keeps_its_files_there_too(cache, monkeypatch):
     (cache / ".inductor").symlink_to("/tmp")
     with (
         pytest.raises(OSError, match="symbolic link"),
-        compilation._own_inductor_cache(cache / ".inductor"),
+        inductor._own_inductor_cache(cache / ".inductor"),
     ):
         pass

@@ -16,9 +16,8 @@ import pytest
 import torch
 
 import pnode
-from pnode import compilation, tracing
 from pnode.errors import ConfigurationError, NonFiniteVectorField
-from pnode.solvers import compiled_fields, explicit_graphs
+from pnode.solvers.compiled import inductor, trace
 from pnode.solvers.methods import METHODS, Method, find_method
 
 EXPLICIT = [method for method in METHODS if method.ts_type in ("rk", "ssp")]
@@ -50,7 +49,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     calls: dict[str, int] = {}
 
     def run_graph(name: str, function: Callable[..., Any], examples: Any) -> Any:
-        graph, kind = compilation.prepare(function, examples), name.split("-")[0]
+        graph, kind = inductor.prepare(function, examples), name.split("-")[0]
 
         def run(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
             calls[kind] = calls.get(kind, 0) + 1
@@ -60,8 +59,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
         return run
 
-    monkeypatch.setattr(explicit_graphs, "compile_graph", run_graph)
-    monkeypatch.setattr(compiled_fields, "compile_graph", run_graph)
+    monkeypatch.setattr(inductor, "compile_graph", run_graph)
     return calls
 
 
@@ -389,7 +387,7 @@ def test_results_per_step(interpreted: dict[str, int], monkeypatch: pytest.Monke
     net = torch.nn.Sequential(
         torch.nn.Linear(3, 9), torch.nn.Tanh(), torch.nn.Linear(9, 3)
     ).double()
-    original, sizes = explicit_graphs.compile_graph, {}
+    original, sizes = inductor.compile_graph, {}
 
     def counting(name: str, function: Any, examples: Any) -> Any:
         run, kind = original(name, function, examples), name.split("-")[0]
@@ -401,7 +399,7 @@ def test_results_per_step(interpreted: dict[str, int], monkeypatch: pytest.Monke
 
         return count
 
-    monkeypatch.setattr(explicit_graphs, "compile_graph", counting)
+    monkeypatch.setattr(inductor, "compile_graph", counting)
     solver = pnode.Solver(lambda t, y: net(y), params=net.parameters(), step_size=0.1, compile=True)
     stats = solver(start(4, 3), TIMES).stats
     solver(start(4, 3), TIMES).ys.sum().backward()
@@ -600,10 +598,10 @@ def test_non_finite_values(steps: dict[str, Any], interpreted: dict[str, int]) -
 
 PROGRAM = """
 import sys, torch, pnode
-from pnode import compilation
+from pnode.solvers.compiled import inductor
 built = []
-build = compilation._build
-compilation._build = lambda *arguments: (built.append(arguments[0].name), build(*arguments))
+build = inductor._build
+inductor._build = lambda *arguments: (built.append(arguments[0].name), build(*arguments))
 torch.manual_seed(0)
 net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)).double()
 y0 = torch.ones(5, 2, dtype=torch.float64, requires_grad=True)
@@ -655,34 +653,34 @@ def test_damaged_files_are_made_again(cache: Path, monkeypatch: pytest.MonkeyPat
     path.write_bytes(contents[:1000])
     made = []
     monkeypatch.setattr(
-        compilation, "_build", lambda path, *rest: made.append(path.write_bytes(contents))
+        inductor, "_build", lambda path, *rest: made.append(path.write_bytes(contents))
     )
-    run = compilation.compile_graph(path.stem, lambda: None, [])
+    run = inductor.compile_graph(path.stem, lambda: None, [])
     assert len(made) == 1
     assert callable(run)
 
 
 def test_names_depend_on_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = {compilation.fingerprint("a"), compilation.fingerprint("b")}
+    names = {inductor.fingerprint("a"), inductor.fingerprint("b")}
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
-    names.add(compilation.fingerprint("a"))
+    names.add(inductor.fingerprint("a"))
     torch.set_num_threads(threads)
     monkeypatch.setattr(torch, "__version__", "0.0")
-    compilation._machine.cache_clear()
-    names.add(compilation.fingerprint("a"))
+    inductor._machine.cache_clear()
+    names.add(inductor.fingerprint("a"))
     monkeypatch.undo()
-    compilation._machine.cache_clear()
+    inductor._machine.cache_clear()
     assert len(names) == 4
-    assert compilation.fingerprint("a") in names
+    assert inductor.fingerprint("a") in names
 
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PNODE_CACHE_DIR", str(tmp_path / "own"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert compilation.cache_folder() == tmp_path / "own"
+    assert inductor.cache_folder() == tmp_path / "own"
     monkeypatch.delenv("PNODE_CACHE_DIR")
-    assert compilation.cache_folder() == tmp_path / "xdg" / "pnode"
+    assert inductor.cache_folder() == tmp_path / "xdg" / "pnode"
 
 
 def test_graphs_keep_only_what_the_product_needs() -> None:
@@ -696,7 +694,7 @@ def test_graphs_keep_only_what_the_product_needs() -> None:
     parameters = tuple(layer.parameters())
     for function, saved in cases:
         problem = InitialValueProblem.create(function, start(2, 3), TIMES, parameters)
-        graph = tracing.trace_field(vector_field(problem, Ledger()))
+        graph = trace.trace_field(vector_field(problem, Ledger()))
         assert graph.saved_bytes == saved * 2 * 8
 
 

@@ -7,9 +7,8 @@ import torch
 from test_compiled import Net, assert_same, both, gradients, interpreted, no_warnings, start
 
 import pnode
-from pnode import compilation
 from pnode.errors import NonFiniteVectorField
-from pnode.solvers import compiled_fields
+from pnode.solvers.compiled import inductor
 
 __all__ = ["interpreted", "no_warnings"]  # fixtures
 
@@ -178,14 +177,14 @@ def test_one_warning_where_nothing_is_compiled(keywords, reason):
 
 
 def test_a_derivative_that_cannot_be_compiled_goes_on_uncompiled(monkeypatch):
-    compile_graph = compiled_fields.compile_graph
+    compile_graph = inductor.compile_graph
 
     def fail(name, function, examples):
         if name.startswith("derivative"):
-            raise compilation.CompilationFailed("no room on disk")
+            raise inductor.CompilationFailed("no room on disk")
         return compile_graph(name, function, examples)
 
-    monkeypatch.setattr(compiled_fields, "compile_graph", fail)
+    monkeypatch.setattr(inductor, "compile_graph", fail)
     keywords = METHODS["cn, matrix-free"]
     expected, _ = gradients(Net(), start(4, 3), **keywords)
     with pytest.warns(UserWarning, match="derivative of the field goes uncompiled.*no room"):

@@ -9,7 +9,7 @@ import torch
 from torch._inductor import cpp_builder
 
 import pnode
-from pnode import compilation
+from pnode.solvers.compiled import inductor
 from pnode.solvers.methods import METHODS
 
 TIMES = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
@@ -373,9 +373,9 @@ def test_a_damaged_program_is_built_again():
     found = []
     for _ in range(2):
         solver = pnode.Solver(field, method="cn", step_size=0.5, compile=True)
-        before = set(compilation.cache_folder().glob("*.so"))
+        before = set(inductor.cache_folder().glob("*.so"))
         found.append(solver(START, TIMES).ys)
-        for path in set(compilation.cache_folder().glob("*.so")) - before:
+        for path in set(inductor.cache_folder().glob("*.so")) - before:
             path.unlink()
             path.write_bytes(b"nothing")
     assert torch.equal(*found)

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pnode
 from pnode import compiled_sweeps
-from pnode.compilation import CompilationFailed
 from pnode.errors import NonFiniteVectorField, StepLimitReached, StepSizeUnderflow
-from pnode.solvers import explicit_driver
+from pnode.solvers.compiled import driver
+from pnode.solvers.compiled.inductor import CompilationFailed
 from pnode.solvers.methods import find_method
 
 TIMES = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
@@ -42,9 +42,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """All tests share what is compiled."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PNODE_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        explicit_driver._library.cache_clear()
+        driver._library.cache_clear()
         yield
-    explicit_driver._library.cache_clear()
+    driver._library.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -74,8 +74,8 @@ class Counted:
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
-    own = Counted(explicit_driver._library())
-    monkeypatch.setattr(explicit_driver, "_library", lambda: own)
+    own = Counted(driver._library())
+    monkeypatch.setattr(driver, "_library", lambda: own)
     return own
 
 
@@ -146,7 +146,7 @@ def test_interrupts_are_noticed_between_calls(
 ) -> None:
     expected, stats = solve(Net(), start(), step_size=0.07)
     counted.calls.clear()
-    monkeypatch.setattr(explicit_driver, "_PATIENCE", 0.0)
+    monkeypatch.setattr(driver, "_PATIENCE", 0.0)
     found, _ = solve(Net(), start(), step_size=0.07)
     assert counted.calls["pnode_forward"] == stats.steps + 1
     assert counted.calls["pnode_reverse"] == stats.steps
@@ -183,7 +183,7 @@ def test_nothing_is_left_behind() -> None:
     solvers = [
         pnode.Solver(net, compile=True, **steps) for steps in ({"step_size": 0.07}, {"rtol": 1e-9})
     ]
-    owned = explicit_driver._library().pnode_owned
+    owned = driver._library().pnode_owned
     gc.collect()
     before = owned()
     for solver in solvers:
@@ -239,8 +239,8 @@ def test_without_the_driver_solves_go_on(monkeypatch: pytest.MonkeyPatch) -> Non
     def fail() -> Any:
         raise CompilationFailed("no such compiler")
 
-    monkeypatch.setattr(explicit_driver, "_library", fail)
-    explicit_driver._warn_once.cache_clear()
+    monkeypatch.setattr(driver, "_library", fail)
+    driver._warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match=r"one by one from Python.*no such compiler") as caught:
         found = [solve(Net(), start(), step_size=0.07)[0] for _ in range(2)]
     assert len(caught) == 1
@@ -314,7 +314,7 @@ def test_operations_that_torch_alone_can_call() -> None:
         upper = torch.eye(2, dtype=y.dtype) + 0.1 * y[:2].T @ y[:2]
         return torch.linalg.solve_triangular(upper, y.T, upper=True).T
 
-    explicit_driver._warn_once.cache_clear()
+    driver._warn_once.cache_clear()
     y0 = start().detach()
     with pytest.warns(RuntimeWarning, match=r"one by one from Python.*only torch can call"):
         found = pnode.Solver(field, step_size=0.5, compile=True)(y0, TIMES)

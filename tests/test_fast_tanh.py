@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pnode import compilation, fast_tanh
+from pnode.solvers.compiled import fast_tanh, inductor
 
 ROOT = Path(__file__).parents[1]
 # Dense where the function bends, up to where it is 1, beyond, and down to the smallest numbers.
@@ -30,7 +30,7 @@ def ulps(found: torch.Tensor, x: np.ndarray) -> np.ndarray:
 
 
 def graph_of(*examples: torch.Tensor) -> torch.fx.GraphModule:
-    return compilation.prepare(lambda x: (torch.tanh(x),), examples)
+    return inductor.prepare(lambda x: (torch.tanh(x),), examples)
 
 
 def test_bound_in_units_in_the_last_place() -> None:
@@ -67,7 +67,7 @@ def test_machine_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PNODE_CACHE_DIR", str(tmp_path))
     special = np.array([0.0, -0.0, np.inf, -np.inf, np.nan])
     x = torch.tensor(np.concatenate([ARGUMENTS, special]))
-    run = compilation.compile_graph("tanh", lambda x: (torch.tanh(x),), [x])
+    run = inductor.compile_graph("tanh", lambda x: (torch.tanh(x),), [x])
     (found,) = run([x])
     assert ulps(found[: len(ARGUMENTS)], ARGUMENTS).max() <= 7.0
     assert found[-5:-1].tolist() == [0.0, 0.0, 1.0, -1.0]

@@ -18,13 +18,11 @@ LEAVES = {
     for name in (
         "arguments",
         "checkpointing",
-        "compilation",
         "controllers",
         "devices",
         "errors",
         "event_search",
         "evidence",
-        "fast_tanh",
         "graphs",
         "hooks",
         "interpolation",
@@ -41,12 +39,10 @@ LEAVES = {
         "problem",
         "ranks",
         "reals",
-        "scalars",
         "signals",
         "solution",
         "surroundings",
         "tolerances",
-        "tracing",
         "transfers",
         "transforms",
         "vectorfield",
@@ -227,10 +223,10 @@ def test_schedules_import_neither_petsc_nor_torch(name: str) -> None:
 
 # --------------------------------------------------------------------------- who calls autograd
 
-# pnode.tracing records vectorfield's calls, and rewrites operations in place (functionalize). The
-# probe solves a problem and takes its gradient as a user would.
+# The trace records vectorfield's calls, and rewrites operations in place (functionalize). The probe
+# solves a problem and takes its gradient as a user would.
 CALLS_AUTOGRAD = {
-    "pnode.vectorfield", "pnode.tracing", "pnode.testing", "pnode.diagnosis.probe",
+    "pnode.vectorfield", "pnode.solvers.compiled.trace", "pnode.testing", "pnode.diagnosis.probe",
     "pnode.transforms",  # looks at tangents
 }  # fmt: skip
 # The solve, sums over ranks, and the root of algebraic equations.

@@ -16,19 +16,19 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LONG_FILES = {
     "adjoint/store.py",
-    "pnode/scalars.py",
-    "pnode/tracing.py",
+    "solvers/compiled/scalars.py",
+    "solvers/compiled/trace.py",
     "pnode/vectorfield.py",
     "solvers/assemblies.py",
     "solvers/bridge.py",
-    "solvers/compiled.py",
-    "solvers/implicit_programs.py",
+    "solvers/compiled/integrator.py",
+    "solvers/compiled/programs.py",
     "solvers/integrator.py",
 }
 LONG_FUNCTIONS = {
-    "pnode/scalars.py:_partials",
+    "solvers/compiled/scalars.py:_partials",
     "solvers/coefficients.py:_measure",
-    "solvers/implicit_programs.py:_generate",
+    "solvers/compiled/programs.py:_generate",
     "solvers/newton.py:_iterate",
 }
 #: Those that still import each other, through types.

@@ -1,4 +1,4 @@
-"""Compute the coefficients of pnode/fast_tanh.py: tanh(x) = x P(x^2) / Q(x^2) on |x| <= 19.1.
+"""Compute the coefficients of fast_tanh.py: tanh(x) = x P(x^2) / Q(x^2) on |x| <= 19.1.
 
 Beyond, tanh(x) rounds to 1 in float64. P and Q have degree 9 and minimise the largest relative
 error: least squares of (P - f Q) / (f Q) at Chebyshev nodes, f = tanh(x)/x, each time with weights

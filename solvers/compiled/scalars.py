@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pnode.tracing import Untraceable
+from pnode.solvers.compiled.trace import Untraceable
 
 __all__ = ["Scalars", "Symbols", "decomposed"]
 

@@ -3,7 +3,7 @@
 Traced once, with autograd, at fake tensors. What f reads besides t and y (parameters, buffers,
 tensors of a closure) becomes an input of the graphs, by identity: a change of its values takes
 effect. Python numbers and the course of Python's control flow are constants of a graph; see
-``Compiler.program`` in :mod:`pnode.solvers.compiled` for how a change is noticed.
+``Compiler`` for how a change is noticed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Whole sweeps of compiled explicit steps by one call each, forwards and backwards.
 
-The steps and their adjoints are compiled graphs; ``explicit_sweeps.cpp`` calls them one after the
+The steps and their adjoints are compiled graphs; ``sweeps.cpp`` calls them one after the
 other, chooses adaptive steps and keeps the checkpoints. It is compiled when it is first needed, and
 kept on disk; where that fails, :mod:`pnode.solvers.compiled` takes the same steps from Python.
 """
@@ -17,10 +17,15 @@ from typing import Any
 
 import torch
 
-from pnode.compilation import CompilationFailed, CompiledGraph, compile_source, open_graph
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
-from pnode.solvers.explicit_graphs import StepGraphs, Tensors
+from pnode.solvers.compiled.inductor import (
+    CompilationFailed,
+    CompiledGraph,
+    compile_source,
+    open_graph,
+)
+from pnode.solvers.compiled.steps import StepGraphs, Tensors
 from pnode.solvers.step_control import StepControl, fixed_grid
 from pnode.vectors import REAL
 
@@ -28,10 +33,10 @@ __all__ = ["DrivenSweep", "Driver", "driver_of"]
 
 # No contraction: the controller's numbers are those of Python.
 _FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared")
-_SOURCE = Path(__file__).with_name("explicit_sweeps.cpp")
+_SOURCE = Path(__file__).with_name("sweeps.cpp")
 # How long a call may keep Python from noticing an interrupt, in seconds.
 _PATIENCE = 0.1
-_DONE, _PAUSED = 0, 1  # Status in explicit_sweeps.cpp
+_DONE, _PAUSED = 0, 1  # Status in sweeps.cpp
 _TORCH = (
     "create_tensor_from_blob", "empty_strided", "new_tensor_handle", "delete_tensor_object",
     "get_data_ptr", "get_dim", "get_sizes", "get_strides",

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 
-from pnode.compilation import CompilationFailed, Compiled, compile_graph, fingerprint
 from pnode.errors import SolveError
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
-from pnode.solvers.compiled import Compiler, TooManyGraphs, agree
+from pnode.solvers.compiled import inductor
+from pnode.solvers.compiled.inductor import CompilationFailed, Compiled, fingerprint
+from pnode.solvers.compiled.integrator import Compiler, TooManyGraphs, agree
+from pnode.solvers.compiled.trace import FieldGraph, Untraceable
 from pnode.solvers.integrator import IntegratorSettings
-from pnode.tracing import FieldGraph, Untraceable
 from pnode.vectorfield import Linearization, Products, VectorField, transposed
 
 __all__ = ["CompiledField", "CompiledLinearization", "FieldCode", "FieldCompiler", "compiled_field"]
@@ -63,7 +64,7 @@ class FieldCode:
     def _compile(self, kind: str, function: Any, examples: Sequence[torch.Tensor]) -> Compiled:
         shapes = [(tuple(x.shape), x.dtype) for x in examples]
         name = f"{kind}-{fingerprint('field', self.traced.code, repr(shapes), _SOURCE)}"
-        return compile_graph(name, function, [x.detach() for x in examples])
+        return inductor.compile_graph(name, function, [x.detach() for x in examples])
 
     def _compile_if_possible(
         self, kind: str, function: Any, examples: Sequence[torch.Tensor]

@@ -10,16 +10,16 @@ import numpy as np
 import torch
 
 from pnode import tolerances
-from pnode.compilation import CompilationFailed, Compiled
 from pnode.errors import NonFiniteVectorField, SolveError
 from pnode.interpolation import polynomial
 from pnode.options import PETSc, SolverOptions
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
 from pnode.solvers.clock import FixedGrid
-from pnode.solvers.explicit_graphs import StepGraphs
+from pnode.solvers.compiled.inductor import CompilationFailed, Compiled
+from pnode.solvers.compiled.steps import StepGraphs
+from pnode.solvers.compiled.trace import FieldGraph, Untraceable, trace_field
 from pnode.solvers.integrator import IntegratorSettings, StepOutcome, TimeIntegrator
-from pnode.tracing import FieldGraph, Untraceable, trace_field
 from pnode.vectorfield import VectorField, vector_field
 from pnode.vectors import REAL
 

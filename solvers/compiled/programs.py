@@ -1,8 +1,8 @@
 """Whole sweeps of implicit methods on small problems as machine code, forwards and backwards.
 
-The field and its derivatives become straight-line C++ (:mod:`pnode.scalars`), compiled together
-with the steps and the driver (``implicit_sweeps.cpp``) by the C++ compiler that torch's inductor
-uses; the result is kept on disk. A sweep is one call then.
+The field and its derivatives become straight-line C++ (``scalars.py``), compiled together with the
+steps and the driver (``implicit_steps.cpp``) by the C++ compiler that torch's inductor uses; the
+result is kept on disk. A sweep is one call then.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ import torch
 from torch._utils import _unflatten_dense_tensors
 
 from pnode import tolerances
-from pnode.compilation import CompilationFailed, compile_source
 from pnode.errors import LinearSolveFailed, SolveError
 from pnode.options import SolverOptions
-from pnode.scalars import Scalars, Symbols, decomposed
 from pnode.solution import Ledger
-from pnode.solvers.compiled import Compiler, agree
+from pnode.solvers.compiled.inductor import CompilationFailed, compile_source
+from pnode.solvers.compiled.integrator import Compiler, agree
+from pnode.solvers.compiled.scalars import Scalars, Symbols, decomposed
+from pnode.solvers.compiled.trace import FieldGraph, Untraceable
 from pnode.solvers.integrator import IntegratorSettings, default_options
 from pnode.solvers.methods import Method
 from pnode.solvers.step_control import StepControl
-from pnode.tracing import FieldGraph, Untraceable
 from pnode.vectorfield import VectorField, vector_field
 from pnode.vectors import REAL
 
@@ -38,7 +38,7 @@ __all__ = ["ImplicitCompiler", "ImplicitSweep"]
 # LU factors of larger matrices belong to LAPACK, and larger fields to torch.
 _LARGEST_STATE = 32
 _FLAGS = ("-std=c++17", "-O2", "-march=native", "-fno-math-errno", "-fPIC", "-shared")
-_SOURCE = Path(__file__).with_name("implicit_sweeps.cpp")
+_SOURCE = Path(__file__).with_name("implicit_steps.cpp")
 _PRELUDE = """\
 #include <algorithm>
 #include <cmath>
@@ -59,7 +59,7 @@ _LONGEST = 1e20
 # Kept per solver: each holds on to the tensors that f reads.
 _MOST_PROGRAMS = 8
 _ROUND_OFF = 1e-9  # relative
-_SINGULAR = 5  # Status in implicit_sweeps.cpp
+_SINGULAR = 5  # Status in implicit_steps.cpp
 # Newton's options, and SNES's defaults.
 _NEWTON = {
     "snes_rtol": 1e-8, "snes_stol": 1e-8, "snes_atol": 1e-50, "snes_max_it": 50,

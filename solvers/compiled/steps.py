@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pnode.compilation import Compiled, CompiledGraph, compile_graph, fingerprint
+from pnode.solvers.compiled import inductor
+from pnode.solvers.compiled.inductor import Compiled, CompiledGraph, fingerprint
+from pnode.solvers.compiled.trace import SMALL_PRODUCT, VECTOR, FieldGraph, ParameterPart
 from pnode.solvers.scheme import Scheme
-from pnode.tracing import SMALL_PRODUCT, VECTOR, FieldGraph, ParameterPart
 from pnode.vectors import REAL
 
 __all__ = ["StepGraphs"]
@@ -81,7 +82,7 @@ class StepGraphs:
     tape: bool
     _steps: dict[Any, Compiled] = field(default_factory=dict, init=False)
     _quick: Any = field(default=None, init=False)
-    #: What takes whole sweeps, see :func:`pnode.solvers.explicit_driver.driver_of`.
+    #: What takes whole sweeps, see :func:`pnode.solvers.compiled.driver.driver_of`.
     drivers: dict[Any, Any] = field(default_factory=dict, init=False)
 
     @property
@@ -290,7 +291,7 @@ class StepGraphs:
         state = torch.zeros(self.size, dtype=REAL)
         first = [state.clone()] if self.fsal else []
         examples = [number, number.clone(), state, *tolerances, *first, *self.field_graph.inputs()]
-        return compile_graph(
+        return inductor.compile_graph(
             self._key("step", shapes),
             lambda *inputs: self._step(bool(tolerances), *inputs), _detached(examples),
         )  # fmt: skip
@@ -313,7 +314,7 @@ class StepGraphs:
         examples = [
             number, number.clone(), state, point, *kept, *self.zeros(), *self.field_graph.inputs()
         ]  # fmt: skip
-        return compile_graph(
+        return inductor.compile_graph(
             self._key("adjoint"), lambda *inputs: self._adjoint(*inputs), _detached(examples)
         )
 

@@ -31,8 +31,9 @@ from typing import Any, TypeAlias
 
 import torch
 
-from pnode import fast_tanh, private_files, tracing
-from pnode.tracing import compose
+from pnode import private_files
+from pnode.solvers.compiled import fast_tanh, trace
+from pnode.solvers.compiled.trace import compose
 
 __all__ = [
     "CompilationFailed", "Compiled", "CompiledGraph", "cache_folder", "compile_graph",
@@ -45,7 +46,7 @@ Compiled = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 _aten = torch.ops.aten
 _Node: TypeAlias = Any  # torch.fx.Node, whose arguments are typed as a union of everything
 
-_SOURCES = (__file__, tracing.__file__, fast_tanh.__file__)
+_SOURCES = (__file__, trace.__file__, fast_tanh.__file__)
 # Products that are added to something are rounded once.
 _INDUCTOR = {"cpp.enable_floating_point_contract_flag": "fast"}
 

@@ -1,0 +1,1 @@
+"""Fields, steps and whole sweeps as machine code."""
