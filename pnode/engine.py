@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
-from pnode import compiled_sweeps, tolerances, vectors
+from pnode import tolerances, vectors
 from pnode.adjoint.choose import choose_schedule, memory_limit
 from pnode.adjoint.create import create_adjoint
 from pnode.adjoint.disk import DiskFolder
@@ -43,10 +43,11 @@ from pnode.ranks import clean_up
 from pnode.solution import Ledger, Stats
 from pnode.solvers.assemblies import SparsityPattern
 from pnode.solvers.bridge import accumulate
-from pnode.solvers.compiled.driver import DrivenSweep
-from pnode.solvers.compiled.fields import FieldCode, FieldCompiler, compiled_field
-from pnode.solvers.compiled.integrator import CompiledIntegrator, Compiler, Start, Tape
-from pnode.solvers.compiled.programs import ImplicitCompiler, ImplicitSweep
+from pnode.solvers.compiled import new_compiler
+from pnode.solvers.compiled.compiler import Compiler, Wanted
+from pnode.solvers.compiled.driver import CompiledSweep
+from pnode.solvers.compiled.fields import FieldCode, compiled_field
+from pnode.solvers.compiled.integrator import CompiledIntegrator, Start
 from pnode.solvers.create import create_integrator
 from pnode.solvers.integrator import (
     DENSE_LIMIT,
@@ -150,12 +151,8 @@ class Run:
         What ended the sweep early; ``problem`` then has the times of the outputs it returned.
     reproducible : bool
         Whether every step starts afresh.
-    tape : Tape or None
-        Steps and checkpoints of compiled fixed steps, instead of a trajectory.
-    driven : DrivenSweep or None
-        Compiled steps that were taken all at once, with their checkpoints.
-    sweep : ImplicitSweep or None
-        The whole sweep of an implicit method, compiled.
+    sweep : CompiledSweep or None
+        The whole sweep with its checkpoints, compiled, instead of a trajectory.
     codes : tuple of FieldCode
         Of the field and its explicit part, where these are compiled and nothing else.
     surroundings : Surroundings or None
@@ -172,9 +169,7 @@ class Run:
     dense: DenseOutput | None = None
     event: Event | None = None
     reproducible: bool = False
-    tape: Tape | None = None
-    driven: DrivenSweep | None = None
-    sweep: ImplicitSweep | None = None
+    sweep: CompiledSweep | None = None
     codes: tuple[FieldCode, ...] = ()
     surroundings: Surroundings | None = None
     reads: Reads | None = None
@@ -394,8 +389,8 @@ class Engine:
         Options prefix of all its PETSc objects.
     compile : bool
         Whether steps are compiled where that is possible.
-    explicit_steps, implicit_sweeps, compiled_fields
-        What has been compiled.
+    compiler : Compiler
+        Compiles, and keeps what it has made.
     """
 
     method: Method
@@ -409,9 +404,7 @@ class Engine:
     prefix: str = field(default_factory=next_prefix)
     compile: bool = False
     _pool: _Pool = field(default_factory=_Pool, init=False)
-    explicit_steps: Compiler = field(default_factory=Compiler, init=False)
-    implicit_sweeps: ImplicitCompiler = field(default_factory=ImplicitCompiler, init=False)
-    compiled_fields: FieldCompiler = field(default_factory=FieldCompiler, init=False)
+    compiler: Compiler = field(default_factory=new_compiler, init=False)
     _known_settings: dict[Hashable, IntegratorSettings] = field(default_factory=dict, init=False)
     _options: dict[Hashable, SolverOptions] = field(default_factory=dict, init=False)
     _patterns: dict[Hashable, SparsityPattern] = field(default_factory=dict, init=False)
@@ -485,13 +478,26 @@ class Engine:
         if keep:
             record_all(field_)
         start: Start | None = None
-        if self.compile:
-            begun = compiled_sweeps.begin(self, run, field_, y0, keep, requests)
-            if begun.outputs is not None:
-                return begun.outputs
-            field_, start = begun.field, begun.start
+        alone = not problem.ranks.parallel and self.exchange is None
+        if self.compile and alone and len(problem.times) > 1:
+            found = self.compiler.begin(field_, y0, self._wanted(run, y0, field_, keep, requests))
             if keep:
-                record_all(field_)
+                run.reads = Reads(found.captured)
+            if found.sweep is not None:
+                outputs = found.sweep.forward(run.stats)
+                if outputs is not None:
+                    if found.start is not None:
+                        self.solver_options(run.settings).warn_unused()
+                    run.sweep, run.used = found.sweep, field_.used
+                    return outputs
+            start, run.codes = found.start, found.codes
+            if start is not None:
+                run.settings = replace(run.settings, graphs=start.graphs)
+            if run.codes:
+                used, field_ = field_.used, compiled_field(problem, run.stats, run.codes)
+                field_.used[:] = used
+                if keep:
+                    record_all(field_)
         if keep:
             run.trajectory = self._trajectory(run, requests, y0)
             # What one-step methods carry over from the step before; the others have the same bits.
@@ -540,6 +546,17 @@ class Engine:
         integrator.options.warn_unused()
         return record.outputs()
 
+    def _wanted(
+        self, run: Run, y0: torch.Tensor, field_: VectorField, keep: bool, requests: Requests
+    ) -> Wanted:
+        """Return what decides about machine code."""
+        watched = requests.event_fn is not None or requests.monitor is not None
+        return Wanted(
+            run.settings, self.solver_options(run.settings), self.control, self.checkpointing,
+            keep, requests.dense, requests.dense or watched,
+            lambda settings: self.integrator(settings, field_, y0),
+        )  # fmt: skip
+
     def backward(
         self, run: Run, y0: torch.Tensor, cotangents: torch.Tensor, wants_times: bool = True
     ) -> tuple[torch.Tensor, list[torch.Tensor | None], torch.Tensor, dict[int, float]]:
@@ -578,8 +595,8 @@ class Engine:
                 method=self.method.name,
             )
         with run.surroundings.restored():
-            if run.trajectory is None:
-                return compiled_sweeps.reverse(self, run, y0, cotangents)
+            if run.sweep is not None:
+                return *run.sweep.reverse(cotangents, run.stats.backward), {}
             return self._backward(run, y0, cotangents, wants_times)
 
     def _backward(
