@@ -6,7 +6,6 @@ import torch
 
 from pnode.adjoint.stepper import TorchAdjointStepper
 from pnode.solution import Ledger
-from pnode.solvers.compiled.integrator import Tape
 from pnode.solvers.compiled.steps import StepGraphs
 from pnode.solvers.integrator import IntegratorSettings
 from pnode.solvers.stepping import Step
@@ -52,49 +51,11 @@ class CompiledAdjoint(TorchAdjointStepper):
         results = self._run([t, h, self.state, *self.checkpoint, *self._sums, *self._inputs])
         self.state, self._sums = results[0], results[1:]
         self._stepped = True
-        self._count(1, ledger)
-
-    def reverse(
-        self, tape: Tape, cotangents: torch.Tensor, nonzero: list[bool], ledger: Ledger
-    ) -> None:
-        """Take the adjoints of all steps, and free their checkpoints on the way.
-
-        Parameters
-        ----------
-        tape : Tape
-            Of the forward sweep.
-        cotangents : Tensor
-            Derivatives of the loss with respect to the outputs, shape ``(T, size)``; the first
-            output's is left to the caller.
-        nonzero : list of bool
-            Which of them do not vanish.
-        ledger : Ledger
-            Counts the steps.
-        """
-        run, inputs, steps = self._run, self._inputs, tape.steps
-        state, sums, number = self.state, self._sums, 0
-        waiting = [
-            (after, index) for index, after in enumerate(tape.outputs) if index and nonzero[index]
-        ]
-        while steps:
-            while waiting and waiting[-1][0] == len(steps):
-                state = state + cotangents[waiting.pop()[1]]
-                number = number or -1  # from here on lambda does not vanish
-            t, h, checkpoint = steps.pop()
-            if number:
-                results = run([t, h, state, *checkpoint, *sums, *inputs])
-                state, sums = results[0], results[1:]
-                number = max(number, 0) + 1
-        number = max(number, 0)
-        self.state, self._sums, self._stepped = state, sums, number > 0
-        self._count(number, ledger)
-
-    def _count(self, number: int, ledger: Ledger) -> None:
-        products = number * self._graphs.products
+        products = self._graphs.products
         self.field.ledger.vjp += products
         if not self._graphs.tape:
             self.field.ledger.rhs += products
-        ledger.steps += number
+        ledger.steps += 1
 
     def parameter_gradients(self, count: int) -> list[torch.Tensor | None]:
         """Return mu: one tensor per parameter, None for those that the field never used."""

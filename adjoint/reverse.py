@@ -5,7 +5,7 @@ It knows trajectories, adjoints and integrators that are lent to it, and nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Protocol
 
@@ -195,7 +195,7 @@ class Reverse:
         self._active = False  # until the first non-zero cotangent, lambda is zero and stays it
 
     def run(
-        self, cotangents: torch.Tensor, inside: Inside | None, interpolated: set[int]
+        self, cotangents: torch.Tensor, inside: Inside | None, interpolated: Set[int]
     ) -> torch.Tensor:
         """Take the adjoints of all steps. Collective.
 

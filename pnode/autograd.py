@@ -168,7 +168,7 @@ def _time_gradient(
     field = run.field(run.stats.backward)
     direction = run.problem.direction
     gradient = torch.zeros(number, dtype=torch.float64, device=HOST.device)
-    interpolated = () if run.stepped is None else run.stepped.interpolated
+    interpolated = () if run.sweep is None else run.sweep.interpolated
     for index in interpolated:
         gradient[index] = direction * found.times[index]
     given = run.problem.times[: -1 if run.event is not None else None]
@@ -186,8 +186,8 @@ def _time_gradient(
 def _verify_slope(run: Run, field: VectorField, index: int, slope: torch.Tensor) -> None:
     """Compare f at an output with the first stage of the step that begins there, if one does."""
     scheme = run.settings.method.scheme
-    if run.stepped is not None and scheme is not None and scheme.explicit:
-        noted = run.stepped.noted(index)
+    if run.sweep is not None and scheme is not None and scheme.explicit:
+        noted = run.sweep.noted(index)
         by = differs(slope, noted[0]) if noted else 0.0
         if by:
             run.problem.ranks.refuse(field.changed(run.problem.times[index], by))

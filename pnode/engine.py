@@ -22,9 +22,8 @@ from pnode.layouts import Layout
 from pnode.options import SolverOptions, next_prefix
 from pnode.problem import InitialValueProblem
 from pnode.solvers.assemblies import SparsityPattern
-from pnode.solvers.compiled.fields import FieldCompiler
-from pnode.solvers.compiled.integrator import Compiler
-from pnode.solvers.compiled.programs import ImplicitCompiler
+from pnode.solvers.compiled import new_compiler
+from pnode.solvers.compiled.compiler import Compiler
 from pnode.solvers.create import create_integrator
 from pnode.solvers.integrator import (
     DENSE_LIMIT,
@@ -107,8 +106,8 @@ class Engine:
         Options prefix of all its PETSc objects.
     compile : bool
         Whether steps are compiled where that is possible.
-    explicit_steps, implicit_sweeps, compiled_fields
-        What has been compiled.
+    compiler : Compiler
+        Compiles, and keeps what it has made.
     """
 
     method: Method
@@ -122,9 +121,7 @@ class Engine:
     prefix: str = field(default_factory=next_prefix)
     compile: bool = False
     _pool: _Pool = field(default_factory=_Pool, init=False)
-    explicit_steps: Compiler = field(default_factory=Compiler, init=False)
-    implicit_sweeps: ImplicitCompiler = field(default_factory=ImplicitCompiler, init=False)
-    compiled_fields: FieldCompiler = field(default_factory=FieldCompiler, init=False)
+    compiler: Compiler = field(default_factory=new_compiler, init=False)
     _known_settings: dict[Hashable, IntegratorSettings] = field(default_factory=dict, init=False)
     _options: dict[Hashable, SolverOptions] = field(default_factory=dict, init=False)
     _patterns: dict[Hashable, SparsityPattern] = field(default_factory=dict, init=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,10 +14,7 @@ from pnode.events import Event
 from pnode.evidence import Reads
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger, Stats
-from pnode.solvers.compiled.driver import DrivenSweep
 from pnode.solvers.compiled.fields import FieldCode, compiled_field
-from pnode.solvers.compiled.integrator import Tape
-from pnode.solvers.compiled.programs import ImplicitSweep
 from pnode.solvers.integrator import IntegratorSettings
 from pnode.surroundings import Surroundings
 from pnode.vectorfield import VectorField, record_all, vector_field
@@ -52,7 +49,7 @@ class Sweep(ABC):
 
     @property
     @abstractmethod
-    def interpolated(self) -> set[int]:
+    def interpolated(self) -> Set[int]:
         """Indices of the outputs that are interpolated."""
 
     @abstractmethod
@@ -90,16 +87,10 @@ class Run:
         Of the integrator that did it.
     used : list of bool
         For each parameter, whether the vector field's first evaluation used it.
-    stepped : Sweep or None
-        The sweep, if its steps were taken one by one.
+    sweep : Sweep or None
+        The sweep, once it is taken.
     event : Event or None
         What ended the sweep early; ``problem`` then has the times of the outputs it returned.
-    tape : Tape or None
-        Steps and checkpoints of compiled fixed steps.
-    driven : DrivenSweep or None
-        Compiled steps that were taken all at once, with their checkpoints.
-    sweep : ImplicitSweep or None
-        The whole sweep of an implicit method, compiled.
     codes : tuple of FieldCode
         Of the field and its explicit part, where these are compiled and nothing else.
     surroundings : Surroundings or None
@@ -112,11 +103,8 @@ class Run:
     stats: Stats
     settings: IntegratorSettings
     used: list[bool] = field(default_factory=list)
-    stepped: Sweep | None = None
+    sweep: Sweep | None = None
     event: Event | None = None
-    tape: Tape | None = None
-    driven: DrivenSweep | None = None
-    sweep: ImplicitSweep | None = None
     codes: tuple[FieldCode, ...] = ()
     surroundings: Surroundings | None = None
     reads: Reads | None = None

@@ -6,13 +6,12 @@ several forwards may be alive at once: what belongs to one forward lives in its 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
 
-from pnode import compiled_sweeps
 from pnode.adjoint.gradients import CostGradients
 from pnode.adjoint.nonfinite import check_parameters
 from pnode.adjoint.reverse import Repeated, Reverse, store_again
@@ -21,12 +20,16 @@ from pnode.dense import DenseAdjoint, DenseOutput
 from pnode.engine import Engine
 from pnode.errors import FieldChanged
 from pnode.events import EventLocator
+from pnode.evidence import Reads
 from pnode.monitor import Monitor
 from pnode.problem import InitialValueProblem
 from pnode.recording import Outputs, Recorder, new_trajectory
 from pnode.run import Requests, Run, Sweep
 from pnode.solution import Stats
 from pnode.solvers.bridge import accumulate
+from pnode.solvers.compiled.compiler import Wanted
+from pnode.solvers.compiled.driver import CompiledSweep
+from pnode.solvers.compiled.fields import compiled_field
 from pnode.solvers.compiled.integrator import CompiledIntegrator, Start
 from pnode.solvers.integrator import TimeIntegrator
 from pnode.solvers.stepping import Observer, Step, forward_sweep
@@ -34,7 +37,7 @@ from pnode.surroundings import Surroundings
 from pnode.vectorfield import VectorField, note_kept, record_all, vector_field
 from pnode.vectors import is_finite
 
-__all__ = ["SteppedSweep", "backward", "forward"]
+__all__ = ["SteppedSweep", "WholeSweep", "backward", "forward"]
 
 
 def forward(
@@ -80,21 +83,47 @@ def forward(
 def _forward(
     engine: Engine, run: Run, y0: torch.Tensor, keep: bool, requests: Requests
 ) -> torch.Tensor:
-    field = vector_field(run.problem, run.stats)
+    problem = run.problem
+    field = vector_field(problem, run.stats)
     if keep:
         record_all(field)
     start: Start | None = None
-    if engine.compile:
-        begun = compiled_sweeps.begin(engine, run, field, y0, keep, requests)
-        if begun.outputs is not None:
-            return begun.outputs
-        field, start = begun.field, begun.start
+    alone = not problem.ranks.parallel and engine.exchange is None
+    if engine.compile and alone and len(problem.times) > 1:
+        found = engine.compiler.begin(field, y0, _wanted(engine, run, y0, field, keep, requests))
         if keep:
-            record_all(field)
-    stepped = SteppedSweep(engine, run)
-    outputs = stepped.forward(field, y0, keep, requests, start)
-    run.stepped = stepped
+            run.reads = Reads(found.captured)
+        if found.sweep is not None:
+            outputs = found.sweep.forward(run.stats)
+            if outputs is not None:
+                if found.start is not None:
+                    engine.solver_options(run.settings).warn_unused()
+                run.sweep, run.used = WholeSweep(run, found.sweep), field.used
+                return outputs
+        start, run.codes = found.start, found.codes
+        if start is not None:
+            run.settings = replace(run.settings, graphs=start.graphs)
+        if run.codes:
+            used, field = field.used, compiled_field(problem, run.stats, run.codes)
+            field.used[:] = used
+            if keep:
+                record_all(field)
+    sweep = SteppedSweep(engine, run)
+    outputs = sweep.forward(field, y0, keep, requests, start)
+    run.sweep = sweep
     return outputs
+
+
+def _wanted(
+    engine: Engine, run: Run, y0: torch.Tensor, field: VectorField, keep: bool, requests: Requests
+) -> Wanted:
+    """Return what decides about machine code."""
+    watched = requests.event_fn is not None or requests.monitor is not None
+    return Wanted(
+        run.settings, engine.solver_options(run.settings), engine.control, engine.checkpointing,
+        keep, requests.dense, requests.dense or watched,
+        lambda settings: engine.integrator(settings, field, y0),
+    )  # fmt: skip
 
 
 def backward(
@@ -128,10 +157,37 @@ def backward(
             "before it changes, or let the solve use a copy",
             method=engine.method.name,
         )
+    assert run.sweep is not None
     with run.surroundings.restored():
-        if run.stepped is None:
-            return compiled_sweeps.reverse(engine, run, y0, cotangents)
-        return run.stepped.reverse(y0, cotangents, wants_times)
+        return run.sweep.reverse(y0, cotangents, wants_times)
+
+
+class WholeSweep(Sweep):
+    """A sweep of machine code, from the first step to the last.
+
+    Parameters
+    ----------
+    run : Run
+        The solve.
+    compiled : CompiledSweep
+        Has been taken.
+    """
+
+    interpolated: frozenset[int] = frozenset()
+
+    def __init__(self, run: Run, compiled: CompiledSweep) -> None:
+        self._run = run
+        self._compiled = compiled
+
+    def noted(self, output: int) -> Sequence[float]:
+        """Return nothing: the graph that is differentiated is the one that was evaluated."""
+        return ()
+
+    def reverse(
+        self, y0: torch.Tensor, cotangents: torch.Tensor, wants_times: bool
+    ) -> CostGradients:
+        """Take the discrete adjoint; see :class:`Sweep`."""
+        return CostGradients(*self._compiled.reverse(cotangents, self._run.stats.backward))
 
 
 class SteppedSweep(Sweep):
@@ -160,9 +216,9 @@ class SteppedSweep(Sweep):
         self.dense: DenseOutput | None = None
 
     @property
-    def interpolated(self) -> set[int]:
+    def interpolated(self) -> Set[int]:
         """Indices of the outputs that are interpolated."""
-        return set() if self.dense is None else self.dense.interpolated
+        return frozenset() if self.dense is None else self.dense.interpolated
 
     def noted(self, output: int) -> Sequence[float]:
         """Return what was noted of f in the step that begins at an output, if one does."""

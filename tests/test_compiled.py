@@ -430,7 +430,7 @@ def test_changes_in_place_take_effect(interpreted: dict[str, int]) -> None:
             net.shift += 0.1
             net.first.weight *= 1.1
     # Traced once, whatever the values.
-    assert len(solver._engine.explicit_steps._codes) == 1
+    assert len(solver._engine.compiler._codes) == 1
 
 
 def test_changes_of_python_objects_are_noticed(interpreted: dict[str, int]) -> None:
@@ -465,10 +465,10 @@ def test_other_data_in_the_same_tensors(interpreted: dict[str, int]) -> None:
     weight = net.first.weight
     weight.data = 2.0 * weight.detach().t().contiguous().t()
     assert weight.stride() == (1, 9)
-    (entry,) = solver._engine.explicit_steps._entries.values()
-    assert [x.stride() for x in entry.traced.captured] != [x[1] for x in entry.traced.layouts]
-    given = entry.traced.inputs()[: len(entry.traced.captured)]
-    assert [x.stride() for x in given] == [x[1] for x in entry.traced.layouts]
+    (entry,) = solver._engine.compiler._traces.values()
+    assert [x.stride() for x in entry.graph.captured] != [x[1] for x in entry.graph.layouts]
+    given = entry.graph.inputs()[: len(entry.graph.captured)]
+    assert [x.stride() for x in given] == [x[1] for x in entry.graph.layouts]
     expected = pnode.Solver(net, step_size=0.1)(start(4, 3), TIMES).ys
     assert_same([solver(start(4, 3), TIMES).ys.detach()], [expected.detach()])
     assert not torch.equal(layout.ys, expected)
@@ -721,4 +721,4 @@ def test_parameters_that_are_new_tensors_each_time(interpreted: dict[str, int]) 
     for one, two in zip(compiled, eager, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-12, atol=0.0)
     assert interpreted["step"] == 12 * 2
-    assert len(solver._engine.explicit_steps._entries) <= 8
+    assert len(solver._engine.compiler._traces) <= 8

@@ -135,7 +135,7 @@ def test_changed_parameters_take_effect_and_changed_code_is_noticed(interpreted)
             field.rate.data.mul_(1.5)
         elif change == "factor":
             field.factor = 2.0
-    assert len(solvers[0]._engine.compiled_fields._codes) == 2
+    assert len(solvers[0]._engine.compiler._codes) == 2
 
 
 def test_exceptions_and_nan_come_through():

@@ -10,6 +10,7 @@ from torch._inductor import cpp_builder
 
 import pnode
 from pnode.solvers.compiled import inductor
+from pnode.solvers.compiled.fields import Fields
 from pnode.solvers.methods import METHODS
 
 TIMES = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
@@ -353,7 +354,8 @@ def test_what_has_no_compiled_sweep_has_a_compiled_field(keywords):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ys = solver(START, TIMES).ys.detach()
-    assert solver._engine.compiled_fields._codes
+    (trace,) = solver._engine.compiler._traces.values()
+    assert Fields in trace.codes
     expected = pnode.Solver(field, **keywords)(START, TIMES).ys.detach()
     assert difference(ys, expected) < 1e-6
 

@@ -11,14 +11,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pnode
-from pnode import compiled_sweeps
 from pnode.errors import NonFiniteVectorField, StepLimitReached, StepSizeUnderflow
-from pnode.solvers.compiled import driver
+from pnode.solvers.compiled import driver, graph_steps
+from pnode.solvers.compiled.graph_steps import ExplicitSteps
 from pnode.solvers.compiled.inductor import CompilationFailed
 from pnode.solvers.methods import find_method
 
 TIMES = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
-DRIVER_OF = compiled_sweeps.driver_of
 
 
 class Net(torch.nn.Module):
@@ -42,9 +41,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """All tests share what is compiled."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PNODE_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        driver._library.cache_clear()
+        driver.library.cache_clear()
         yield
-    driver._library.cache_clear()
+    driver.library.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -74,8 +73,8 @@ class Counted:
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
-    own = Counted(driver._library())
-    monkeypatch.setattr(driver, "_library", lambda: own)
+    own = Counted(driver.library())
+    monkeypatch.setattr(driver, "library", lambda: own)
     return own
 
 
@@ -123,7 +122,7 @@ def test_same_bits_as_step_by_step(
     times = TIMES.flip(0) if backwards else TIMES
     found, stats = solve(Net(), start(), times, **keywords)
     assert (counted.calls["pnode_forward"], counted.calls["pnode_reverse"]) == (1, 1)
-    monkeypatch.setattr(compiled_sweeps, "driver_of", one_by_one)
+    monkeypatch.setattr(ExplicitSteps, "_kernel", one_by_one)
     expected, other = solve(Net(), start(), times, **keywords)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     # The evaluation that checks the graph is the first of the two that choose the first step.
@@ -136,7 +135,7 @@ def test_single_precision(monkeypatch: pytest.MonkeyPatch, counted: Counted) -> 
     found, _ = solve(Net(torch.float32), start(torch.float32), step_size=0.1)
     assert counted.calls["pnode_forward"] == 1
     assert {x.dtype for x in found} == {torch.float32}
-    monkeypatch.setattr(compiled_sweeps, "driver_of", one_by_one)
+    monkeypatch.setattr(ExplicitSteps, "_kernel", one_by_one)
     expected, _ = solve(Net(torch.float32), start(torch.float32), step_size=0.1)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -183,7 +182,7 @@ def test_nothing_is_left_behind() -> None:
     solvers = [
         pnode.Solver(net, compile=True, **steps) for steps in ({"step_size": 0.07}, {"rtol": 1e-9})
     ]
-    owned = driver._library().pnode_owned
+    owned = driver.library().pnode_owned
     gc.collect()
     before = owned()
     for solver in solvers:
@@ -227,7 +226,7 @@ def test_errors_are_those_of_single_steps(
     for name, value in change.items():
         getattr(net, name).fill_(value)
     found = failure(kind, net, **keywords)
-    monkeypatch.setattr(compiled_sweeps, "driver_of", one_by_one)
+    monkeypatch.setattr(ExplicitSteps, "_kernel", one_by_one)
     expected = failure(kind, net, **keywords)
     assert str(found) == str(expected)
     assert (found.time, found.step, found.method) == (expected.time, expected.step, "dopri5")
@@ -239,8 +238,8 @@ def test_without_the_driver_solves_go_on(monkeypatch: pytest.MonkeyPatch) -> Non
     def fail() -> Any:
         raise CompilationFailed("no such compiler")
 
-    monkeypatch.setattr(driver, "_library", fail)
-    driver._warn_once.cache_clear()
+    monkeypatch.setattr(driver, "library", fail)
+    graph_steps._warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match=r"one by one from Python.*no such compiler") as caught:
         found = [solve(Net(), start(), step_size=0.07)[0] for _ in range(2)]
     assert len(caught) == 1
@@ -282,8 +281,8 @@ def test_calls_do_not_grow_with_the_steps(steps: str, counted: Counted) -> None:
         taken.append(solution.stats.steps)
         numbers.append((forward, calls.number))
         assert {name: n for name, n in counted.calls.items() if "free" not in name} == {
-            "pnode_sweep": 1, "pnode_forward": 1, "pnode_kept": 1, "pnode_reverse": 1,
-            "pnode_finish": 1,
+            "pnode_graph_steps": 1, "pnode_sweep": 1, "pnode_forward": 1, "pnode_whole": 1,
+            "pnode_reverse": 1, "pnode_finish": 1,
         }  # fmt: skip
     assert taken[1] > 2 * taken[0]
     assert numbers[0] == numbers[1]
@@ -294,8 +293,8 @@ def test_allocations_per_step() -> None:
     """Tensors that a step of dopri5 and its adjoint make, by the code that was compiled."""
     solver = pnode.Solver(Net(), step_size=0.07, compile=True)
     solver(start(), TIMES)
-    (entry,) = solver._engine.explicit_steps._entries.values()
-    (graphs,) = entry.graphs.values()
+    (trace,) = solver._engine.compiler._traces.values()
+    (graphs,) = trace.codes.values()
     numbers = []
     for graph in (graphs.compile_step(()), graphs.adjoint):
         with zipfile.ZipFile(graph.path) as package:
@@ -314,7 +313,7 @@ def test_operations_that_torch_alone_can_call() -> None:
         upper = torch.eye(2, dtype=y.dtype) + 0.1 * y[:2].T @ y[:2]
         return torch.linalg.solve_triangular(upper, y.T, upper=True).T
 
-    driver._warn_once.cache_clear()
+    graph_steps._warn_once.cache_clear()
     y0 = start().detach()
     with pytest.warns(RuntimeWarning, match=r"one by one from Python.*only torch can call"):
         found = pnode.Solver(field, step_size=0.5, compile=True)(y0, TIMES)

@@ -55,7 +55,6 @@ LEVELS = {
     **dict.fromkeys(LEAVES, 0),
     "pnode.solvers": 1,
     "pnode.adjoint": 2,
-    "pnode.compiled_sweeps": 3,
     "pnode.consistency": 3,
     "pnode.dense": 3,
     "pnode.engine": 3,

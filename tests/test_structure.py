@@ -16,19 +16,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LONG_FILES = {
     "adjoint/store.py",
-    "solvers/compiled/scalars.py",
-    "solvers/compiled/trace.py",
     "pnode/vectorfield.py",
     "solvers/assemblies.py",
     "solvers/bridge.py",
-    "solvers/compiled/integrator.py",
-    "solvers/compiled/programs.py",
     "solvers/integrator.py",
 }
 LONG_FUNCTIONS = {
-    "solvers/compiled/scalars.py:_partials",
     "solvers/coefficients.py:_measure",
-    "solvers/compiled/programs.py:_generate",
     "solvers/newton.py:_iterate",
 }
 #: Those that still import each other, through types.

@@ -1,311 +1,181 @@
-"""Whole sweeps of compiled explicit steps by one call each, forwards and backwards.
+"""Whole sweeps of compiled steps by one call each, forwards and backwards.
 
-The steps and their adjoints are compiled graphs; ``sweeps.cpp`` calls them one after the
-other, chooses adaptive steps and keeps the checkpoints. It is compiled when it is first needed, and
-kept on disk; where that fails, :mod:`pnode.solvers.compiled` takes the same steps from Python.
+``sweeps.cpp`` takes the steps, chooses adaptive ones, writes the outputs and goes back; what one
+step is, a kernel knows (``kernel.h``), of which a :class:`Kernel` is the Python side. The driver is
+compiled when it is first needed, and kept on disk.
 """
 
 from __future__ import annotations
 
 import ctypes
-import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pnode.errors import LinearSolveFailed
+from pnode.options import log_stage
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
-from pnode.solvers.compiled.inductor import (
-    CompilationFailed,
-    CompiledGraph,
-    compile_source,
-    open_graph,
-)
-from pnode.solvers.compiled.steps import StepGraphs, Tensors
+from pnode.solvers.compiled.inductor import compile_source
+from pnode.solvers.integrator import IntegratorSettings
 from pnode.solvers.step_control import StepControl, fixed_grid
 from pnode.vectors import REAL
 
-__all__ = ["DrivenSweep", "Driver", "driver_of"]
+__all__ = ["CompiledSweep", "Kernel", "library", "pointers", "source"]
 
 # No contraction: the controller's numbers are those of Python.
 _FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared")
-_SOURCE = Path(__file__).with_name("sweeps.cpp")
 # How long a call may keep Python from noticing an interrupt, in seconds.
 _PATIENCE = 0.1
-_DONE, _PAUSED = 0, 1  # Status in sweeps.cpp
-_TORCH = (
-    "create_tensor_from_blob", "empty_strided", "new_tensor_handle", "delete_tensor_object",
-    "get_data_ptr", "get_dim", "get_sizes", "get_strides",
-)  # fmt: skip
-
-_Pointers: Any = ctypes.POINTER(ctypes.c_void_p)
+_DONE, _PAUSED, _SINGULAR = 0, 1, 4  # Status in kernel.h
+# PETSc's largest step (TSAdaptSetStepLimits).
+_LONGEST = 1e20
 
 
-class _Graph(ctypes.Structure):
-    _fields_ = [("run", ctypes.c_void_p), ("container", ctypes.c_void_p)]
+def _structure(integers: str, numbers: str = "") -> type[ctypes.Structure]:
+    fields: list[Any] = [(name, ctypes.c_int64) for name in integers.split()]
+    fields += [(name, ctypes.c_double) for name in numbers.split()]
+    return type("Structure", (ctypes.Structure,), {"_fields_": fields})
 
 
-class _Settings(ctypes.Structure):
-    _fields_ = [
-        *(
-            (name, ctypes.c_int64)
-            for name in ("size", "dtype", "fsal", "adaptive", "results", "begin", "end", "last")
-        ),
-        ("order", ctypes.c_double),
-        ("step", _Graph),
-        ("adjoint", _Graph),
-    ]
+_Counts: Any = _structure("steps rejected rhs vjp jacobians newton krylov bytes")
+_Control: Any = _structure(
+    "keep adaptive max_steps", "direction order first_step min_step max_step longest"
+)
 
 
-class _Control(ctypes.Structure):
-    _fields_ = [
-        ("keep", ctypes.c_int64),
-        ("max_steps", ctypes.c_int64),
-        *(
-            (name, ctypes.c_double)
-            for name in (
-                "direction", "first_step", "min_step", "max_step", "longest",
-            )
-        ),
-    ]  # fmt: skip
+def source(*names: str) -> str:
+    """Return parts of a program in C++, from the files of this folder."""
+    folder = Path(__file__).parent
+    return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
 
 
-class _Counts(ctypes.Structure):
-    _fields_ = [("steps", ctypes.c_int64), ("rejected", ctypes.c_int64)]
+def pointers(tensors: Sequence[torch.Tensor]) -> Any:
+    """Return an array of the tensors' addresses."""
+    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
 
 
 @cache
-def _library() -> ctypes.CDLL:
-    """Return the driver."""
-    library = compile_source(_SOURCE.read_text(encoding="utf-8"), _FLAGS, "driver-")
+def library() -> ctypes.CDLL:
+    """Return the driver.
+
+    Raises
+    ------
+    CompilationFailed
+        If it cannot be compiled.
+    """
+    text = source("kernel.h", "sweeps.cpp", "graph_steps.cpp")
+    made = compile_source(text, _FLAGS, "driver-")
     pointer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
     functions: dict[str, tuple[Any, list[Any]]] = {
         "torch": (None, [pointer]),
         "plan": (pointer, [pointer, pointer]),
         "free_plan": (None, [pointer]),
-        "sweep": (pointer, [pointer, pointer, pointer, pointer, number, *[pointer] * 3]),
+        "graph_steps": (pointer, [pointer] * 5),
+        "sweep": (pointer, [pointer, pointer, pointer, pointer, number]),
         "free_sweep": (None, [pointer]),
-        "forward": (number, [pointer, pointer, pointer, pointer, real, pointer]),
-        "repeat": (number, [pointer, number]),
+        "forward": (number, [pointer, pointer, pointer, real, pointer]),
+        "repeat": (None, [pointer]),
         "reverse": (number, [pointer, pointer, pointer, pointer, ctypes.c_char_p, real]),
         "finish": (number, [pointer, pointer, pointer, pointer]),
-        "kept": (number, [pointer]),
+        "whole": (number, [pointer]),
         "owned": (number, []),
     }
     for name, (result, arguments) in functions.items():
-        function = getattr(library, f"pnode_{name}")
+        function = getattr(made, f"pnode_{name}")
         function.restype, function.argtypes = result, arguments
-    return library
+    return made
 
 
-@cache
-def _container(path: Path) -> tuple[ctypes.CDLL, int]:
-    """Return the library of a graph and a handle of the graph, for the rest of the process."""
-    library, handle = open_graph(path), ctypes.c_void_p()
-    create = library.AOTInductorModelContainerCreateWithDevice
-    if create(ctypes.byref(handle), ctypes.c_size_t(1), b"cpu", None) or not handle.value:
-        raise CompilationFailed("the graph could not be set up")
-    functions = [_address(getattr(library, f"aoti_torch_{name}")) for name in _TORCH]
-    _library().pnode_torch((ctypes.c_void_p * len(functions))(*functions))
-    return library, handle.value
-
-
-def _address(function: Any) -> int | None:
-    return ctypes.cast(function, ctypes.c_void_p).value
-
-
-def _opened(graph: Callable[..., Any]) -> tuple[ctypes.CDLL, _Graph]:
-    if not isinstance(graph, CompiledGraph):
-        raise CompilationFailed("a graph is not machine code")
-    library, handle = _container(graph.path)
-    return library, _Graph(_address(library.AOTInductorModelContainerRun), handle)
-
-
-def _pointers(tensors: Sequence[torch.Tensor]) -> Any:
-    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
-
-
-def driver_of(
-    graphs: StepGraphs, tolerances: Sequence[torch.Tensor], keep: bool, order: int,
-    longest: Callable[[], float],
-) -> Driver | None:  # fmt: skip
-    """Return the driver of compiled steps, or None, after one warning, if there is none.
-
-    Parameters
-    ----------
-    graphs : StepGraphs
-        The steps.
-    tolerances : sequence of Tensor
-        Those of adaptive steps.
-    keep : bool
-        Whether it is to take adjoints too.
-    order : int
-        The method's.
-    longest : callable
-        Returns the longest adaptive step by PETSc's options.
-    """
-    key = (tuple(tuple(x.shape) for x in tolerances), keep)
-    if key not in graphs.drivers:
-        driver = None
-        if isinstance(graphs.compile_step(tolerances), CompiledGraph):
-            try:
-                driver = Driver(graphs, tolerances, keep, order, longest())
-            except CompilationFailed as error:
-                _warn_once(str(error))
-        graphs.drivers[key] = driver
-    return graphs.drivers[key]
-
-
-@cache
-def _warn_once(reason: str) -> None:
-    warnings.warn(
-        f"compiled steps are called one by one from Python, which takes longer: {reason}",
-        RuntimeWarning, stacklevel=6,
-    )  # fmt: skip
-
-
-class Driver:
-    """Takes the sweeps of one kind of compiled step.
-
-    Parameters
-    ----------
-    graphs : StepGraphs
-        The steps and their adjoints.
-    tolerances : sequence of Tensor
-        Those of adaptive steps.
-    keep : bool
-        Whether it is to take adjoints too.
-    order : int
-        The method's.
-    longest : float
-        Longest adaptive step.
-
-    Raises
-    ------
-    CompilationFailed
-        If the driver could not be compiled, or the graphs need torch's help.
-    """
-
-    def __init__(
-        self, graphs: StepGraphs, tolerances: Sequence[torch.Tensor], keep: bool, order: int,
-        longest: float,
-    ) -> None:  # fmt: skip
-        self._library = _library()
-        self.graphs = graphs
-        self.longest = longest
-        self._tolerances = tuple(tolerances)
-        self._keep = keep
-        library, step = _opened(graphs.compile_step(tolerances))
-        adjoint = _opened(graphs.adjoint)[1] if keep else _Graph()
-        inputs = graphs.field_graph.inputs()
-        _, self._saved = graphs.start(torch.zeros((), dtype=REAL), torch.zeros(graphs.size))
-        self._saved = self._saved if graphs.fsal else ()
-        layout = graphs.layout
-        settings = _Settings(
-            graphs.size, _code(library, graphs.dtype), graphs.fsal, bool(tolerances),
-            layout.results, layout.begin, layout.end, layout.last, order, step, adjoint,
-        )  # fmt: skip
-        text: list[int] = []
-        for tensors in (self._tolerances, self._saved, inputs, graphs.zeros()):
-            text.append(len(tensors))
-            for x in tensors:
-                if x.device.type != "cpu" or x.layout is not torch.strided:
-                    raise CompilationFailed(f"f reads a tensor on {x.device}, {x.layout}")
-                text += [_code(library, x.dtype), x.dim(), *x.shape, *x.stride()]
-        self._plan = self._library.pnode_plan(
-            ctypes.byref(settings), (ctypes.c_int64 * len(text))(*text)
-        )
-        weakref.finalize(self, self._library.pnode_free_plan, self._plan).atexit = False
-        self._given = _pointers(self._tolerances)
-
-    def sweep(
-        self, problem: InitialValueProblem, control: StepControl, first_step: float,
-        start: tuple[torch.Tensor, torch.Tensor, Tensors],
-    ) -> DrivenSweep:  # fmt: skip
-        """Return a sweep that is to be taken.
-
-        Parameters
-        ----------
-        problem : InitialValueProblem
-            Whose output times.
-        control : StepControl
-            How steps are chosen.
-        first_step : float
-            The first adaptive step.
-        start : tuple
-            The initial state, which is taken over, its slope, and what is saved of that.
-        """
-        state, slope, saved = start
-        saved = tuple(
-            x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
-            for x, like in zip(saved if self.graphs.fsal else (), self._saved, strict=True)
-        )
-        alive = (state.contiguous(), slope.contiguous(), saved)
-        chosen = _Control(
-            self._keep, -1 if control.max_steps is None else control.max_steps, problem.direction,
-            first_step, control.min_step, control.max_step, self.longest,
-        )  # fmt: skip
-        times, number = problem.times, len(problem.times)
-        grid = fixed_grid(times, control, problem.resolution)
-        counts = grid.counts if grid is not None else ()
-        handle = self._library.pnode_sweep(
-            self._plan, ctypes.byref(chosen), (ctypes.c_double * number)(*times),
-            (ctypes.c_int64 * number)(*counts), number,
-            alive[0].data_ptr(), alive[1].data_ptr(), _pointers(saved),
-        )  # fmt: skip
-        return DrivenSweep(self, handle, number, alive)
-
-
-class DrivenSweep:
-    """A forward sweep with its checkpoints.
-
-    Parameters
-    ----------
-    driver : Driver
-        Whose sweep it is.
-    handle : int
-        The sweep.
-    outputs : int
-        Number of output times.
-    alive : object
-        What it reads until its adjoint has been taken.
+class Kernel(ABC):
+    """Steps in machine code, of one field and kind of state; see ``kernel.h``.
 
     Attributes
     ----------
-    steps, rejected : int
-        Steps accepted and rejected.
+    size : int
+        Entries of the state.
+    dtype : torch.dtype
+        The user's precision.
     """
 
-    def __init__(self, driver: Driver, handle: int, outputs: int, alive: Any) -> None:
-        self.driver = driver
-        self._library = driver._library
-        self._handle = handle
-        self._outputs = outputs
+    size: int
+    dtype: torch.dtype
+
+    @property
+    @abstractmethod
+    def captured(self) -> Sequence[torch.Tensor]:
+        """What f reads besides t and y."""
+
+    @abstractmethod
+    def inputs(self) -> list[torch.Tensor]:
+        """Return it as the code takes it."""
+
+    @abstractmethod
+    def sums(self) -> list[torch.Tensor]:
+        """Return zeros for mu."""
+
+    @abstractmethod
+    def gradients(self, sums: list[torch.Tensor]) -> list[tuple[int, torch.Tensor]]:
+        """Return mu from its sums: the index of each parameter that f uses, and its gradient."""
+
+
+class CompiledSweep:
+    """A forward sweep in machine code, with its checkpoints.
+
+    Parameters
+    ----------
+    kernel : Kernel
+        What its steps are.
+    handle : int
+        A kernel of ``kernel.h``, which stands at the initial state; it is taken over.
+    alive : object
+        What that reads as long as it lives.
+    problem : InitialValueProblem
+        Whose output times.
+    settings : IntegratorSettings
+        The method, and whether steps are adaptive.
+    control : StepControl
+        How steps are chosen.
+    keep : bool
+        Whether it is to take adjoints too.
+    first_step : float
+        The first adaptive step; 0 where the kernel chooses it.
+    """
+
+    def __init__(
+        self, kernel: Kernel, handle: int, alive: Any, problem: InitialValueProblem,
+        settings: IntegratorSettings, control: StepControl, keep: bool, first_step: float,
+    ) -> None:  # fmt: skip
+        self.kernel = kernel
         self._alive = alive
-        self.steps = self.rejected = 0
-        weakref.finalize(self, self._library.pnode_free_sweep, handle).atexit = False
+        self._library = library()
+        times, number = problem.times, len(problem.times)
+        grid = fixed_grid(times, control, problem.resolution)
+        chosen = _Control(
+            keep, settings.adaptive, -1 if control.max_steps is None else control.max_steps,
+            problem.direction, settings.method.order, first_step, control.min_step,
+            control.max_step, min(control.max_step, _LONGEST),
+        )  # fmt: skip
+        self._handle = self._library.pnode_sweep(
+            handle, ctypes.byref(chosen), (ctypes.c_double * number)(*times),
+            (ctypes.c_int64 * number)(*(() if grid is None else grid.counts)), number,
+        )  # fmt: skip
+        weakref.finalize(self, self._library.pnode_free_sweep, self._handle).atexit = False
+        self._outputs = number
+        self._parameters = len(problem.parameters)
 
-    @property
-    def bytes(self) -> int:
-        """Size of the checkpoints."""
-        return self.steps * self.driver.graphs.checkpoint_bytes
-
-    @property
-    def whole(self) -> bool:
-        """Whether all checkpoints are there."""
-        return bool(self._library.pnode_kept(self._handle) == self.steps)
-
-    def forward(self, inputs: list[torch.Tensor]) -> torch.Tensor | None:
+    def forward(self, ledger: Ledger) -> torch.Tensor | None:
         """Take all steps.
 
         Parameters
         ----------
-        inputs : list of Tensor
-            What the graphs take for what f reads.
+        ledger : Ledger
+            Counts what a successful sweep did.
 
         Returns
         -------
@@ -313,72 +183,87 @@ class DrivenSweep:
             States at the output times, shape ``(T, size)``, the user's precision; None if a step
             failed for good: the error is to be had from taking them one by one.
         """
-        graphs, counts = self.driver.graphs, _Counts()
-        outputs = torch.empty((self._outputs, graphs.size), dtype=graphs.dtype)
-        arguments = (
-            self._handle, self.driver._given, _pointers(inputs), outputs.data_ptr(), _PATIENCE,
-            ctypes.byref(counts),
-        )  # fmt: skip
+        with log_stage("pnode forward"):
+            outputs, counts = self._take_steps()
+        if outputs is not None:
+            _add(counts, ledger)
+        return outputs
+
+    def _take_steps(self) -> tuple[torch.Tensor | None, Any]:
+        counts, inputs = _Counts(), self.kernel.inputs()
+        outputs = torch.empty((self._outputs, self.kernel.size), dtype=self.kernel.dtype)
+        read = pointers(inputs)
         status = _PAUSED
         while status == _PAUSED:  # in between, Python notices interrupts
-            status = self._library.pnode_forward(*arguments)
-        self.steps, self.rejected = counts.steps, counts.rejected
-        return outputs if status == _DONE else None
-
-    def repeat(self) -> None:
-        """Take the steps again, for their checkpoints."""
-        self._library.pnode_repeat(self._handle, 1)
-        if self.forward(self.driver.graphs.field_graph.inputs()) is None:
-            raise RuntimeError("compiled steps that succeeded once failed when repeated")
+            status = self._library.pnode_forward(
+                self._handle, read, outputs.data_ptr(), _PATIENCE, ctypes.byref(counts)
+            )
+        return outputs if status == _DONE else None, counts
 
     def reverse(
-        self, cotangents: torch.Tensor, nonzero: Sequence[bool], ledger: Ledger
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Take the adjoints of all steps, and free their checkpoints on the way.
+        self, cotangents: torch.Tensor, ledger: Ledger
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None], torch.Tensor]:
+        """Take the adjoints of all steps.
 
         Parameters
         ----------
         cotangents : Tensor
-            Derivatives of the loss with respect to the outputs, shape ``(T, size)``; the first
-            output's is left to the caller.
-        nonzero : sequence of bool
-            Which of them do not vanish.
+            Derivatives of the loss with respect to the outputs, shape ``(T, size)``.
         ledger : Ledger
-            Counts the steps.
+            Counts.
 
         Returns
         -------
         state : Tensor
             The derivative with respect to y0, shape ``(size,)``.
-        sums : list of Tensor
-            Those of mu, see :meth:`StepGraphs.gradients`; empty if lambda vanished throughout.
+        parameters : list of Tensor or None
+            One per parameter, None for those that the field never used.
+        initial : Tensor
+            ``state`` without the first output's cotangent.
+
+        Raises
+        ------
+        LinearSolveFailed
+            If a matrix is singular.
         """
-        graphs, library, number = self.driver.graphs, self._library, ctypes.c_int64()
-        inputs, sums = graphs.field_graph.inputs(), graphs.zeros()
-        given = cotangents.to(REAL).contiguous()
-        state, places = torch.empty(graphs.size, dtype=REAL), _pointers(sums)
-        arguments = (
-            self._handle, _pointers(inputs), places, given.data_ptr(), bytes(nonzero), _PATIENCE
-        )  # fmt: skip
+        with log_stage("pnode adjoint"):
+            if not self._library.pnode_whole(self._handle):  # freed by a backward sweep before
+                self._library.pnode_repeat(self._handle)
+                outputs, counts = self._take_steps()
+                if outputs is None:
+                    raise RuntimeError("compiled steps that succeeded once failed when repeated")
+                ledger.recomputed += counts.steps
+                ledger.rhs += counts.rhs
+            initial, sums, counts = self._take_adjoints(cotangents.to(REAL).contiguous())
+        _add(counts, ledger)
+        parameters: list[torch.Tensor | None] = [None] * self._parameters
+        if counts.steps:  # else lambda vanished throughout
+            for index, gradient in self.kernel.gradients(sums):
+                parameters[index] = gradient
+        return initial + cotangents[0], parameters, initial
+
+    def _take_adjoints(
+        self, cotangents: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor], Any]:
+        counts, inputs, sums = _Counts(), self.kernel.inputs(), self.kernel.sums()
+        state, places = torch.empty(self.kernel.size, dtype=REAL), pointers(sums)
+        nonzero = bytes(cotangents.ne(0).any(dim=1).tolist())
+        arguments = self._handle, pointers(inputs), places, cotangents.data_ptr(), nonzero
         status = _PAUSED
         while status == _PAUSED:
-            status = library.pnode_reverse(*arguments)
-        if status != _DONE or library.pnode_finish(
-            self._handle, state.data_ptr(), places, ctypes.byref(number)
+            status = self._library.pnode_reverse(*arguments, _PATIENCE)
+        if status == _SINGULAR:
+            raise LinearSolveFailed(
+                "a transposed solve of the adjoint failed", reason="zero pivot in LU factorization"
+            )
+        if status != _DONE or self._library.pnode_finish(
+            self._handle, state.data_ptr(), places, ctypes.byref(counts)
         ):
             raise RuntimeError("the compiled adjoint of a step failed: is there enough memory?")
-        ledger.steps += number.value
-        products = number.value * graphs.products
-        ledger.vjp += products
-        if not graphs.tape:
-            ledger.rhs += products
-        return state, sums if number.value else []
+        return state, sums, counts
 
 
-def _code(library: ctypes.CDLL, dtype: torch.dtype) -> int:
-    """Return torch's number for a dtype."""
-    name = f"aoti_torch_dtype_{str(dtype).removeprefix('torch.')}"
-    try:
-        return int(getattr(library, name)())
-    except AttributeError as error:
-        raise CompilationFailed(f"f reads a tensor of {dtype}") from error
+def _add(counts: Any, ledger: Ledger) -> None:
+    for name in ("steps", "rejected", "rhs", "vjp", "jacobians", "newton", "krylov"):
+        setattr(ledger, name, getattr(ledger, name) + getattr(counts, name))
+    ledger.ram_bytes = max(ledger.ram_bytes, counts.bytes)

@@ -6,35 +6,39 @@ each evaluation, product or Jacobian is one call of machine code.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pnode.errors import SolveError
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
 from pnode.solvers.compiled import inductor
+from pnode.solvers.compiled.compiler import (
+    Backend,
+    Checked,
+    Code,
+    Compilation,
+    Trace,
+    Wanted,
+    outside,
+)
 from pnode.solvers.compiled.inductor import CompilationFailed, Compiled, fingerprint
-from pnode.solvers.compiled.integrator import Compiler, TooManyGraphs, agree
-from pnode.solvers.compiled.trace import FieldGraph, Untraceable
-from pnode.solvers.integrator import IntegratorSettings
+from pnode.solvers.compiled.trace import FieldGraph
 from pnode.vectorfield import Linearization, Products, VectorField, transposed
 
-__all__ = ["CompiledField", "CompiledLinearization", "FieldCode", "FieldCompiler", "compiled_field"]
+__all__ = ["CompiledField", "CompiledLinearization", "FieldCode", "Fields", "compiled_field"]
 
 _SOURCE = Path(__file__).read_text(encoding="utf-8")
 # So many requests for a number of rows are worth a graph of their own.
 _OFTEN = 3
 
 
-class FieldCode:
+class FieldCode(Code):
     """The compiled graphs of one field, each made when it is first wanted.
 
     Parameters
@@ -75,7 +79,7 @@ class FieldCode:
         except CompilationFailed as error:
             warnings.warn(
                 f"compile=True: the {kind} of the field goes uncompiled: {error}",
-                stacklevel=_outside(),
+                stacklevel=outside(),
             )
 
             def run(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -83,6 +87,12 @@ class FieldCode:
                     return list(function(*inputs))
 
             return run
+
+    def at(self, t: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+        """Return f(t, y), flat, and what is saved of it."""
+        point = y.to(self._dtype).view(self.traced.shape)
+        value, *saved = self.value([t.to(self._dtype), point, *self.traced.inputs()])
+        return [value.reshape(-1), *saved]
 
     def _evaluate(self, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
         value, *saved = self.traced.value(*given)
@@ -279,102 +289,29 @@ def compiled_field(
     return field
 
 
-class FieldCompiler(Compiler):
-    """Compiles the field of a solver whose sweeps or steps are not compiled as a whole."""
+class Fields(Backend):
+    """The field of a solve whose sweeps or steps are not compiled as a whole."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._field_codes: dict[FieldGraph, FieldCode] = {}
-        self._warned = False
+    def refuses(self, wanted: Wanted) -> str | None:
+        """Return why it makes nothing for a solve, whatever the field."""
+        if wanted.settings.form == "residual":
+            return "nor is a residual by itself"
+        if wanted.settings.method.ts_type == "rosw":
+            return "nor are the single products of Rosenbrock methods, which differentiate it twice"
+        return None
+
+    def _compile(
+        self, trace: Trace, part: VectorField, y0: torch.Tensor, wanted: Wanted
+    ) -> FieldCode:
+        code: FieldCode = trace.codes.setdefault(Fields, FieldCode(trace.graph, part.dtype))
+        code.value  # noqa: B018  # a failure is still in time for the other way
+        if wanted.keep or wanted.settings.method.implicit:
+            code.product  # noqa: B018
+        return code
 
     def begin(
-        self,
-        field_: VectorField,
-        y0: torch.Tensor,
-        settings: IntegratorSettings,
-        keep: bool,
-        why: str,
-    ) -> tuple[FieldCode, ...]:
-        """Return the code of each part of a field; none, after one warning, if there is none.
-
-        Parameters
-        ----------
-        field_ : VectorField
-            The field; each part is evaluated once.
-        y0 : Tensor
-            Flat initial state.
-        settings : IntegratorSettings
-            Method and form.
-        keep : bool
-            Whether a backward sweep may follow.
-        why : str
-            Why nothing more of the solve is compiled.
-        """
-        evaluations, reason = field_.ledger.rhs, self.refused or _unsupported(settings)
-        if reason is None:
-            parts = [part for part in (field_, field_.explicit) if part is not None]
-            try:
-                return tuple(self._code(part, y0, settings, keep) for part in parts)
-            except (Untraceable, CompilationFailed) as error:
-                reason = str(error)
-                if not isinstance(error, TooManyGraphs):
-                    self.refused = reason
-            finally:
-                field_.ledger.rhs = evaluations  # checks, which the method makes no use of
-        self.warn(why if reason in why else f"{why}; {reason}")
-        return ()
-
-    def warn(self, reason: str) -> None:
-        """Warn once that nothing is compiled."""
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"compile=True has no effect, the solve goes on without: {reason}",
-                stacklevel=_outside(),
-            )
-
-    def _code(
-        self, part: VectorField, y0: torch.Tensor, settings: IntegratorSettings, keep: bool
-    ) -> FieldCode:
-        problem = replace(part.problem, function=part.function, explicit=None, form="rhs")
-        s = problem.times[0]
-        try:
-            value = part.rhs(s, y0.detach().to(part.dtype, copy=True))
-        except SolveError as error:
-            at, name = problem.direction * s, settings.method.name
-            raise error.located(time=at, step=0, method=name) from error.__cause__
-        key = (problem.layout, part.function, tuple(map(id, problem.parameters)))
-        for attempt in range(2):
-            traced = self._entry(key, problem, y0, renew=attempt > 0).traced
-            code = self._field_codes.get(traced)
-            if code is None:
-                code = self._field_codes[traced] = FieldCode(traced, part.dtype)
-                known = {id(entry.traced) for entry in self._entries.values()}
-                for other in [other for other in self._field_codes if id(other) not in known]:
-                    del self._field_codes[other]
-            own = CompiledField(problem, Ledger(), code)
-            if agree(own.rhs(s, y0.detach().to(part.dtype)), value):
-                if keep or settings.method.implicit:
-                    code.product  # noqa: B018  # a failure is still in time for the other way
-                return code
-        raise Untraceable(
-            "the vector field's value is not that of its graph: does it compute with something "
-            "else than torch?"
-        )
-
-
-def _outside() -> int:
-    """Return the stack level, for a warning by the caller, of the code that uses pnode."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals["__name__"].startswith(("pnode.", "torch.")):
-        frame, level = frame.f_back, level + 1
-    return level
-
-
-def _unsupported(settings: IntegratorSettings) -> str | None:
-    """Return why there is no compiled field for these settings."""
-    if settings.form == "residual":
-        return "nor is a residual by itself"
-    if settings.method.ts_type == "rosw":
-        return "nor are the single products of Rosenbrock methods, which differentiate it twice"
-    return None
+        self, checked: Sequence[Checked], field_: VectorField, y0: torch.Tensor, wanted: Wanted
+    ) -> Compilation:
+        """Return the code of each part."""
+        codes = tuple(each.code for each in checked)
+        return Compilation(codes=codes, captured=sum((x.traced.captured for x in codes), ()))

@@ -32,7 +32,7 @@ from typing import Any, TypeAlias
 import torch
 
 from pnode import private_files
-from pnode.solvers.compiled import fast_tanh, trace
+from pnode.solvers.compiled import fast_tanh, products, trace
 from pnode.solvers.compiled.trace import compose
 
 __all__ = [
@@ -46,7 +46,7 @@ Compiled = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 _aten = torch.ops.aten
 _Node: TypeAlias = Any  # torch.fx.Node, whose arguments are typed as a union of everything
 
-_SOURCES = (__file__, trace.__file__, fast_tanh.__file__)
+_SOURCES = (__file__, trace.__file__, products.__file__, fast_tanh.__file__)
 # Products that are added to something are rounded once.
 _INDUCTOR = {"cpp.enable_floating_point_contract_flag": "fast"}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,22 +13,14 @@ from pnode import tolerances
 from pnode.errors import NonFiniteVectorField, SolveError
 from pnode.interpolation import polynomial
 from pnode.options import PETSc, SolverOptions
-from pnode.problem import InitialValueProblem
-from pnode.solution import Ledger
-from pnode.solvers.clock import FixedGrid
-from pnode.solvers.compiled.inductor import CompilationFailed, Compiled
-from pnode.solvers.compiled.steps import StepGraphs
-from pnode.solvers.compiled.trace import FieldGraph, Untraceable, trace_field
+from pnode.solvers.compiled.inductor import Compiled
+from pnode.solvers.compiled.steps import StepGraphs, Tensors
 from pnode.solvers.integrator import IntegratorSettings, StepOutcome, TimeIntegrator
-from pnode.vectorfield import VectorField, vector_field
+from pnode.vectorfield import VectorField
 from pnode.vectors import REAL
 
-__all__ = ["CompiledIntegrator", "Compiler", "Start", "Tape"]
+__all__ = ["CompiledIntegrator", "Start", "step_tolerances"]
 
-# Fields whose graph changes more often than this are not compiled any more.
-_MOST_GRAPHS = 8
-# Traces kept, each with the tensors that it reads.
-_MOST_ENTRIES = 8
 # TSADAPTBASIC's defaults (TSAdaptSetSafety, TSAdaptSetClip).
 _SAFETY, _LEAST_FACTOR, _LARGEST_FACTOR = 0.9, 0.1, 10.0
 # What an adaptive step may square and divide by a tolerance; see vectors.is_moderate.
@@ -47,255 +39,19 @@ class Start:
         f at the initial state, flat, PETSc's precision.
     saved : tuple of Tensor
         What is saved of it.
-    tolerances : tuple of Tensor
-        Relative and absolute, of adaptive steps.
-    value : Tensor
-        The slope as f itself gives it, in the integrator's time and the user's precision.
-    inputs : list of Tensor
-        What the graphs take for what f reads.
     """
 
     graphs: StepGraphs
     slope: torch.Tensor
     saved: tuple[torch.Tensor, ...]
-    tolerances: tuple[torch.Tensor, ...]
-    value: torch.Tensor
-    inputs: list[torch.Tensor]
 
 
-@dataclass(eq=False)
-class Entry:
-    """A trace of a field, and what was compiled of it."""
-
-    traced: FieldGraph
-    graphs: dict[Any, StepGraphs] = field(default_factory=dict)
-    #: Which parameters f uses, once that has been looked at.
-    used: list[bool] | None = None
-
-
-class TooManyGraphs(Untraceable):
-    """For this solve; others may go on with the graphs there are."""
-
-
-class Compiler:
-    """Compiles the steps of one solver, once per shape and dtype of the state.
-
-    A graph holds Python numbers and the course of Python's control flow as they were. The field is
-    therefore evaluated once a solve, and traced anew if the graph gives another value.
-    """
-
-    def __init__(self) -> None:
-        self._entries: dict[Any, Entry] = {}
-        self._codes: set[str] = set()
-        #: Why the field is not compiled, once that is certain.
-        self.refused: str | None = None
-        #: Why the last solve was not, and whether that is the field's fault.
-        self.reason, self.field_fails = "", False
-
-    def start(
-        self, field_: VectorField, y0: torch.Tensor, settings: IntegratorSettings,
-        options: SolverOptions, tape: bool,
-    ) -> Start | None:  # fmt: skip
-        """Return the graphs for a solve from y0, or None, with a ``reason``, if there are none.
-
-        Parameters
-        ----------
-        field_ : VectorField
-            The field; evaluated once.
-        y0 : Tensor
-            Flat initial state.
-        settings : IntegratorSettings
-            Method, size, controller.
-        options : SolverOptions
-            PETSc options, some of which only PETSc can follow.
-        tape : bool
-            Whether steps keep what their adjoints need.
-        """
-        reason = self.refused or _unsupported(settings, options)
-        self.field_fails = self.refused is not None
-        if reason is not None:
-            self.reason = reason
-            return None
-        evaluations = field_.ledger.rhs
-        try:
-            return self._start(field_, y0, settings, tape)
-        except (Untraceable, CompilationFailed) as error:
-            if not isinstance(error, TooManyGraphs):
-                self.refused = str(error)
-            self.reason, self.field_fails = str(error), True
-            field_.ledger.rhs = evaluations
-            return None
-
-    def _start(
-        self, field_: VectorField, y0: torch.Tensor, settings: IntegratorSettings, tape: bool
-    ) -> Start:
-        problem = field_.problem
-        time = torch.scalar_tensor(problem.direction * problem.times[0], dtype=REAL)
-        state = y0.detach().to(REAL)
-        key = (problem.layout, tuple(map(id, problem.parameters)))
-        entry = self._entries.get(key)
-        trusted = entry is not None and entry.used is not None
-        if entry is not None and entry.used is not None:
-            field_.trust(entry.used)
-        value = self._value(field_, y0, settings)
-        for attempt in range(2):
-            if entry is None or attempt or not entry.traced.fits():
-                if trusted:  # something has changed: with all checks
-                    trusted, before = False, field_.ledger.rhs
-                    field_.trust(None)
-                    value = self._value(field_, y0, settings)
-                    field_.ledger.rhs = before
-                entry = self._entry(key, problem, y0, renew=True)
-            graphs = self._graphs(entry, settings, tape)
-            inputs = entry.traced.inputs()
-            with torch.no_grad():
-                slope, saved = graphs.start(time, state, inputs)
-            if agree(slope if problem.direction > 0 else -slope, value):
-                # Compile what will be wanted now: a failure is still in time for the other way.
-                given = _tolerances(settings)
-                graphs.compile_step(given)
-                if tape:
-                    graphs.adjoint  # noqa: B018
-                if problem.check_undeclared:
-                    entry.used = list(field_.used)
-                return Start(graphs, slope, saved, given, value, inputs)
-        raise Untraceable(
-            "the vector field's value is not that of its graph: does it compute with something "
-            "else than torch?"
-        )
-
-    def _entry(
-        self, key: Any, problem: InitialValueProblem, y0: torch.Tensor, renew: bool
-    ) -> Entry:
-        """Return the trace of a field, a new one if there is none that fits, or to ``renew`` it."""
-        entry = self._entries.get(key)
-        if entry is None or renew or not entry.traced.fits():
-            entry = self._entries[key] = self._trace(problem, y0)
-            while len(self._entries) > _MOST_ENTRIES:  # parameters that are new in each solve
-                del self._entries[next(iter(self._entries))]
-        return entry
-
-    def _value(
-        self, field_: VectorField, y0: torch.Tensor, settings: IntegratorSettings
-    ) -> torch.Tensor:
-        """Evaluate f where the solve begins."""
-        problem, method = field_.problem, settings.method
-        s = problem.times[0]
-        try:
-            value = field_.rhs(s, y0.detach().to(field_.dtype, copy=True))
-        except SolveError as error:
-            at = problem.direction * s
-            raise error.located(time=at, step=0, method=method.name) from error.__cause__
-        if not method.fsal:  # a check, which the method makes no use of
-            field_.ledger.rhs -= 1
-        return value
-
-    def _trace(self, problem: InitialValueProblem, y0: torch.Tensor) -> Entry:
-        """Trace the field and compare value and product at another point."""
-        if len(self._codes) == _MOST_GRAPHS:
-            raise TooManyGraphs(
-                f"the vector field was compiled {_MOST_GRAPHS} times and is different again: let "
-                "numbers that change be tensors, such as buffers, and keep to few shapes of y0"
-            )
-        field_ = vector_field(replace(problem, check_undeclared=False), Ledger())
-        graph = trace_field(field_)
-        self._codes.add(graph.code)
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(2, len(y0), generator=generator, dtype=torch.float64)
-        point = (y0.detach() + 1e-2 * noise[0] * (1.0 + y0.detach().abs())).to(field_.dtype)
-        w = noise[1].to(field_.dtype)
-        times = problem.times
-        s = times[0] + 0.37 * (
-            times[1] - times[0] if len(times) > 1 and math.isfinite(times[1]) else 1.0
-        )
-        time = torch.scalar_tensor(problem.direction * s, dtype=field_.dtype)
-        inputs = graph.inputs()
-        with torch.no_grad():
-            shaped = point.view(graph.shape)
-            value, *saved = graph.value(time, shaped, *inputs)
-            state, *_ = graph.product(w.view(graph.shape), time, shaped, *inputs, *saved)
-        here = field_.linearize(s, point.clone())
-        same = agree(value.reshape(-1) * problem.direction, here.flat_value())
-        if not same or not agree(state.reshape(-1) * problem.direction, here.vjp(w).state):
-            raise Untraceable(
-                "the vector field depends on the state in a way that torch does not record (numpy? "
-                "Python control flow?)"
-            )
-        return Entry(graph)
-
-    def _graphs(self, entry: Entry, settings: IntegratorSettings, tape: bool) -> StepGraphs:
-        key = (settings.method, settings.adaptive, tape)
-        if key not in entry.graphs:
-            scheme = settings.method.scheme
-            assert scheme is not None
-            embedded = scheme.b_embedded if settings.adaptive else None
-            if not settings.adaptive:
-                scheme = scheme.without_idle_stages(settings.method.fsal)
-            entry.graphs[key] = StepGraphs(
-                entry.traced, scheme, embedded, settings.method.fsal, settings.size,
-                settings.dtype, tape,
-            )  # fmt: skip
-        return entry.graphs[key]
-
-
-def agree(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two values are the same but for round-off."""
-    rtol = 1e-9 if b.dtype is torch.float64 else 1e-4
-    a, b = a.detach().double(), b.detach().double()
-    if float((a - b).abs().max()) <= rtol * float(b.abs().max()):
-        return True
-    scale = float(b.abs().nan_to_num(0.0, 0.0, 0.0).max())
-    return torch.allclose(a, b, rtol=rtol, atol=rtol * scale, equal_nan=True)
-
-
-def _unsupported(settings: IntegratorSettings, options: SolverOptions) -> str | None:
-    """Return why there are no compiled steps for these settings."""
-    method = settings.method
-    if method.ts_type not in ("rk", "ssp"):
-        return (
-            f"method={method.name!r} is not an explicit Runge-Kutta method (see pnode.methods()), "
-            "and only these are compiled so far"
-        )
-    if settings.controller not in ("basic", "none"):
-        return f"controller={settings.controller!r} is PETSc's alone: use controller='basic'"
-    plain = ("ts_adapt_type", "ts_monitor", "ts_view")
-    for name, value in options.values.items():
-        if name.startswith("ts_") and not name.startswith(plain):
-            return f"the PETSc option {name!r} is for PETSc's own steps: drop it"
-        if name == "ts_adapt_type" and value != settings.controller and value != "none":
-            return f"the PETSc option {name!r} is for PETSc's own steps: drop it"
-    return None
-
-
-def _tolerances(settings: IntegratorSettings) -> tuple[torch.Tensor, ...]:
+def step_tolerances(settings: IntegratorSettings) -> Tensors:
+    """Return what the graph of an adaptive step takes for rtol and atol; nothing of a fixed one."""
     if not settings.adaptive:
         return ()
     found = (tolerances.values(settings.rtol), tolerances.values(settings.atol))
     return tuple(torch.as_tensor(value, dtype=REAL) for value in found)
-
-
-@dataclass(eq=False)
-class Tape:
-    """Checkpoints of all steps of one forward sweep.
-
-    Attributes
-    ----------
-    steps : list of tuple
-        Of each step t and h (0-dim), and the checkpoint.
-    outputs : list of int
-        For each output time, how many steps come before it.
-    """
-
-    steps: list[tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]] = field(
-        default_factory=list
-    )
-    outputs: list[int] = field(default_factory=lambda: [0])
-
-    @property
-    def bytes(self) -> int:
-        """Size of the checkpoints: no two share a tensor, and all are alike."""
-        first = self.steps[0][2] if self.steps else ()
-        return len(self.steps) * sum(tensor.numel() * tensor.element_size() for tensor in first)
 
 
 class CompiledIntegrator(TimeIntegrator):
@@ -317,7 +73,7 @@ class CompiledIntegrator(TimeIntegrator):
         graphs = settings.graphs
         assert graphs is not None
         self._graphs: StepGraphs = graphs
-        self._tolerances = _tolerances(settings)
+        self._tolerances = step_tolerances(settings)
         self._run: Compiled = graphs.compile_step(self._tolerances)
         memory = np.zeros(settings.size)
         self._memory = torch.from_numpy(memory)
@@ -394,7 +150,7 @@ class CompiledIntegrator(TimeIntegrator):
                 ledger.rhs += 1
             inputs.append(slope)
         results = self._run(inputs + self._inputs)
-        ledger.rhs += graphs.evaluations
+        ledger.rhs += graphs.stages
         looks = results[0].tolist()
         proposed = step
         if self.settings.adaptive:
@@ -414,66 +170,6 @@ class CompiledIntegrator(TimeIntegrator):
             self._slope = results[2]
             self._saved = tuple(results[-graphs.saved :]) if graphs.saved else ()
         return StepOutcome(True, proposed)
-
-    def sweep(self, grid: FixedGrid, outputs: torch.Tensor, tape: Tape | None) -> int:
-        """Take the fixed steps to all output times: :func:`forward_sweep` without its choices.
-
-        Between two steps the interpreter does next to nothing.
-
-        Parameters
-        ----------
-        grid : FixedGrid
-            The steps.
-        outputs : Tensor
-            Receives the states at these times, shape ``(T, size)``.
-        tape : Tape or None
-            Receives what the adjoint needs.
-
-        Returns
-        -------
-        int
-            Number of steps.
-
-        Raises
-        ------
-        NonFiniteVectorField
-            After the step that leaves the finite numbers.
-        """
-        graphs, run, inputs, direction = self._graphs, self._run, self._inputs, self._direction
-        fsal, last = graphs.fsal, -graphs.saved or None
-        u, slope, saved, number = self._u, self._slope, self._saved, 0
-        length, h = math.nan, self._number[1]
-        outputs[0] = u
-        if fsal and slope is None and grid.counts:
-            t = torch.scalar_tensor(direction * grid.times[0], dtype=REAL)
-            slope, saved = graphs.start(t, u)
-            self._field.ledger.rhs += 1
-        for interval in range(len(grid.counts)):
-            for s, this_length, _ in grid.steps(interval):
-                t = torch.scalar_tensor(direction * s, dtype=REAL)
-                if this_length != length:
-                    length = this_length
-                    h = torch.scalar_tensor(direction * length, dtype=REAL)
-                results = run(
-                    [t, h, u, slope, *inputs] if slope is not None else [t, h, u, *inputs]
-                )
-                if not results[0].item() < _MODERATE:
-                    error = self._look(results[0].tolist(), results[1], s, number)
-                    if error is not None:
-                        raise error
-                if tape is not None:
-                    tape.steps.append((t, h, graphs.checkpoint(u, saved, results)))
-                u = results[1]
-                if fsal:
-                    slope = results[2]
-                    saved = tuple(results[last:]) if last else ()
-                number += 1
-            outputs[interval + 1] = u
-            if tape is not None:
-                tape.outputs.append(number)
-        self._field.ledger.rhs += number * graphs.evaluations
-        self._stand_at(u)
-        return number
 
     def _choose(self, step: float, looks: list[float]) -> tuple[bool, float]:
         """Return whether to accept the step, and the next length: TSADAPTBASIC."""

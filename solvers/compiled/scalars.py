@@ -1,8 +1,7 @@
-"""Graphs of torch operations on small tensors as straight-line programs of scalars, in C++.
+"""Expressions of scalars, their derivatives, and straight-line programs of them in C++.
 
-A tensor is a tensor of the numbers of its entries' expressions, so that operations that only move
-entries act on these numbers as they are. Equal expressions are one, and what is multiplied by zero
-vanishes: a Jacobian's structural zeros cost nothing.
+Equal expressions are one, and what is multiplied by zero vanishes: a Jacobian's structural zeros
+cost nothing.
 """
 
 from __future__ import annotations
@@ -10,31 +9,18 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from pnode.solvers.compiled.trace import Untraceable
 
-__all__ = ["Scalars", "Symbols", "decomposed"]
+__all__ = ["CODE", "Scalars", "Symbols"]
 
-_aten = torch.ops.aten
-_Node: TypeAlias = Any  # torch.fx.Node, whose arguments are typed as a union of everything
 # A program of more operations takes minutes to compile.
 _MOST_OPERATIONS = 40_000
-# They move entries, or set them to zero, whose number is 0.
-_MOVES = {
-    "broadcast_in_dim", "collapse_view", "rev", "split_dim",  # prims
-    "alias", "cat", "clone", "constant_pad_nd",
-    "detach", "diag_embed", "diagonal", "diagonal_scatter", "expand", "flip", "gather", "index",
-    "index_select", "lift_fresh_copy", "narrow", "permute", "repeat", "roll", "select",
-    "select_scatter", "slice", "slice_scatter", "split", "split_with_sizes", "squeeze", "stack",
-    "t", "take", "transpose", "tril", "triu", "unbind", "unfold", "unsqueeze",
-}  # fmt: skip
-_SAME = {"_to_copy", "convert_element_type", "lift", "to", "device_put"}
-# Operation: C++, with its arguments.
-_CODE = {
+#: Operation: C++, with its arguments.
+CODE = {
     "add": "{} + {}", "sub": "{} - {}", "mul": "{} * {}", "div": "{} / {}", "neg": "-{}",
     "abs": "fabs({})", "exp": "exp({})", "expm1": "expm1({})", "log": "log({})",
     "log1p": "log1p({})", "log2": "log2({})", "log10": "log10({})", "exp2": "exp2({})",
@@ -53,10 +39,6 @@ _CODE = {
 _CONSTANT_BETWEEN = {
     "floor", "ceil", "trunc", "round", "sign", "lt", "le", "gt", "ge", "eq", "ne", "logical_and",
     "logical_or", "logical_not",
-}  # fmt: skip
-_SYNONYMS = {
-    "bitwise_and": "logical_and", "bitwise_or": "logical_or", "bitwise_not": "logical_not",
-    "sgn": "sign", "fmax": "maximum", "fmin": "minimum", "true_divide": "div",
 }  # fmt: skip
 _COMMUTE = {"add", "mul"}
 _FOLD: dict[str, Callable[..., float]] = {
@@ -123,13 +105,14 @@ class Scalars:
         ids = [self.constant(value) for value in values.double().reshape(-1).tolist()]
         return Symbols(torch.tensor(ids, dtype=torch.int64).reshape(values.shape))
 
-    def _value(self, number: int) -> float | None:
+    def value(self, number: int) -> float | None:
+        """Return what a constant is, None for what is none."""
         node = self._nodes[number]
         return float.fromhex(node[1]) if node[0] == "constant" else None
 
     def apply(self, name: str, *arguments: int) -> int:
         """Return the number of an operation's result."""
-        values = [self._value(number) for number in arguments]
+        values = [self.value(number) for number in arguments]
         if name in _FOLD and None not in values:
             try:
                 return self.constant(_FOLD[name](*values))
@@ -201,92 +184,14 @@ class Scalars:
         name, *arguments = self._nodes[number]
         if name in ("constant", "input") or name in _CONSTANT_BETWEEN:
             return []
-        a = arguments[0]
-        b = arguments[1] if len(arguments) > 1 else 0
-        one, do = self.constant(1.0), self.apply
-        minus = self.constant(-1.0)
-
-        def number_of(value: float) -> int:
-            return self.constant(value)
-
-        def squared(x: int) -> int:
-            return do("mul", x, x)
-
-        def over(x: int) -> int:
-            return do("div", one, x)
-
-        match name:
-            case "add":
-                return [(a, one), (b, one)]
-            case "sub":
-                return [(a, one), (b, minus)]
-            case "mul":
-                return [(a, b), (b, a)]
-            case "div":
-                return [(a, over(b)), (b, do("neg", do("div", number, b)))]
-            case "neg":
-                return [(a, minus)]
-            case "abs":
-                return [(a, do("sign", a))]
-            case "exp":
-                return [(a, number)]
-            case "exp2":
-                return [(a, do("mul", number_of(math.log(2.0)), number))]
-            case "expm1":
-                return [(a, do("add", number, one))]
-            case "log":
-                return [(a, over(a))]
-            case "log2":
-                return [(a, do("div", number_of(1.0 / math.log(2.0)), a))]
-            case "log10":
-                return [(a, do("div", number_of(1.0 / math.log(10.0)), a))]
-            case "log1p":
-                return [(a, over(do("add", one, a)))]
-            case "sqrt":
-                return [(a, do("div", number_of(0.5), number))]
-            case "sin":
-                return [(a, do("cos", a))]
-            case "cos":
-                return [(a, do("neg", do("sin", a)))]
-            case "tan":
-                return [(a, do("add", one, squared(number)))]
-            case "asin" | "acos":
-                slope = over(do("sqrt", do("sub", one, squared(a))))
-                return [(a, slope if name == "asin" else do("neg", slope))]
-            case "atan":
-                return [(a, over(do("add", one, squared(a))))]
-            case "atan2":
-                square = do("add", squared(a), squared(b))
-                return [(a, do("div", b, square)), (b, do("neg", do("div", a, square)))]
-            case "sinh":
-                return [(a, do("cosh", a))]
-            case "cosh":
-                return [(a, do("sinh", a))]
-            case "tanh":
-                return [(a, do("sub", one, squared(number)))]
-            case "asinh":
-                return [(a, over(do("sqrt", do("add", squared(a), one))))]
-            case "acosh":
-                return [(a, over(do("sqrt", do("sub", squared(a), one))))]
-            case "atanh":
-                return [(a, over(do("sub", one, squared(a))))]
-            case "erf" | "erfc":
-                factor = 2.0 / math.sqrt(math.pi) * (1.0 if name == "erf" else -1.0)
-                bell = do("exp", do("neg", squared(a)))
-                return [(a, do("mul", number_of(factor), bell))]
-            case "pow":
-                lower = do("pow", a, do("sub", b, one))
-                slopes = [(a, do("mul", b, lower))]
-                if self._value(b) is None:
-                    slopes.append((b, do("mul", number, do("log", a))))
-                return slopes
-            case "maximum" | "minimum":
-                left = do("ge" if name == "maximum" else "le", a, b)
-                return [(a, left), (b, do("sub", one, left))]
-            case "where":
-                condition, yes, no = arguments
-                return [(yes, do("where", condition, one, 0)), (no, do("where", condition, 0, one))]
-        raise Untraceable(f"the derivative of {name} is not known here")
+        rule = _DERIVATIVES.get(name)
+        if rule is None:
+            raise Untraceable(f"the derivative of {name} is not known here")
+        found = rule(_Rules(self), number, *arguments)
+        slopes = found if isinstance(found, tuple) else (found,)
+        # Of a choice the condition, which comes first, has no derivative.
+        smooth = arguments[len(arguments) - len(slopes) :]
+        return [(a, slope) for a, slope in zip(smooth, slopes, strict=True) if slope is not None]
 
     def gradient(self, result: int, inputs: Sequence[int]) -> list[int]:
         """Return the derivatives of an expression with respect to inputs."""
@@ -337,7 +242,7 @@ class Scalars:
         for number in self._needed(expression for _, expression in results):
             name, *arguments = self._nodes[number]
             if name not in ("constant", "input"):
-                code = _CODE[name].format(*map(self._name, arguments))
+                code = CODE[name].format(*map(self._name, arguments))
                 lines.append(f"const double x{number} = {code};")
         lines += [f"{target} {self._name(number)};" for target, number in results]
         return "\n".join(f"  {line}" for line in lines)
@@ -353,284 +258,82 @@ class Scalars:
             return "NAN" if math.isnan(value) else f"({'-' if value < 0 else ''}INFINITY)"
         return f"({value!r})"
 
-    # ------------------------------------------------------------------------------------ graphs
 
-    def evaluate(
-        self, graph: torch.fx.GraphModule, *inputs: Symbols | torch.Tensor
-    ) -> list[Symbols]:
-        """Return the results of a graph; inputs that are tensors are constants.
+class _Rules:
+    """The operations that derivatives are made of, as methods."""
 
-        Raises
-        ------
-        Untraceable
-            For an operation that is not known here.
-        """
-        values: dict[_Node, Any] = {}
-        given = iter(inputs)
-        for node in graph.graph.nodes:
-            if node.op == "placeholder":
-                values[node] = next(given)
-            elif node.op == "get_attr":
-                values[node] = operator.attrgetter(node.target)(graph)
-            elif node.op == "output":
-                results = torch.fx.node.map_arg(node.args[0], lambda source: values[source])
-                return [self._symbols(result) for result in results]
-            else:
-                arguments, keywords = torch.fx.node.map_arg(
-                    (node.args, node.kwargs), lambda source: values[source]
-                )
-                try:
-                    values[node] = self._call(node, arguments, dict(keywords))
-                except (KeyError, NotImplementedError, RuntimeError, TypeError) as error:
-                    raise Untraceable(
-                        "implicit methods are compiled as programs of scalars, in which "
-                        f"{node.target} does not occur ({type(error).__name__}: {str(error)[:80]})"
-                    ) from error
-        raise AssertionError("a graph without output")
+    def __init__(self, scalars: Scalars) -> None:
+        self._scalars = scalars
 
-    def _symbols(self, value: Any) -> Symbols:
-        if isinstance(value, Symbols):
-            return value
-        if not isinstance(value, torch.Tensor):
-            value = torch.tensor(value, dtype=torch.float64)
-        return self.constants(value)
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        return lambda *arguments: self._scalars.apply(name, *arguments)
 
-    def _call(self, node: _Node, arguments: Any, keywords: dict[str, Any]) -> Any:
-        flat = torch.utils._pytree.tree_leaves((arguments, keywords))
-        if not any(isinstance(value, Symbols) for value in flat):
-            return node.target(*arguments, **keywords)
-        if node.target is operator.getitem:
-            return arguments[0][arguments[1]]
-        value = node.meta.get("val")
-        dtype = value.dtype if isinstance(value, torch.Tensor) else torch.float64
-        if (dtype.is_complex or dtype.is_floating_point) and dtype is not torch.float64:
-            raise NotImplementedError(f"numbers of type {dtype}")
-        name = node.target.overloadpacket.__name__
-        name = _SYNONYMS.get(name.rstrip("_"), name)
-        if name in _SAME:
-            before = node.args[0].meta["val"].dtype
-            if dtype is torch.bool and before is not torch.bool:
-                return self._pointwise("ne", arguments[0], 0.0)
-            rounded = before.is_floating_point and not dtype.is_floating_point
-            return self._pointwise("trunc", arguments[0]) if rounded else arguments[0]
-        if name in _MOVES:
-            ids = torch.utils._pytree.tree_map(self._moved, (arguments, keywords))
-            moved = node.target(*ids[0], **ids[1])
-            if isinstance(moved, torch.Tensor):
-                return Symbols(moved.clone())
-            return [Symbols(part.clone()) for part in moved]
-        special = getattr(self, f"_do_{name}", None)
-        if special is not None:
-            return special(*arguments, **keywords)
-        if name not in _CODE or any(keywords.values()):
-            raise NotImplementedError(f"{name} {keywords or ''}")
-        return self._pointwise(name, *arguments)
+    def number(self, value: float) -> int:
+        """Return a constant."""
+        return self._scalars.constant(value)
 
-    def _moved(self, value: Any) -> Any:
-        if isinstance(value, Symbols):
-            return value.ids
-        if isinstance(value, float):  # what constant_pad_nd fills with
-            return self.constant(value)
-        if isinstance(value, torch.Tensor) and value.dtype is torch.float64:
-            return self.constants(value).ids
-        return value
+    def over(self, x: int, value: float = 1.0) -> int:
+        """Return value / x."""
+        return self._scalars.apply("div", self.number(value), x)
 
-    def _pointwise(self, name: str, *arguments: Any) -> Symbols:
-        ids = torch.broadcast_tensors(*(self._symbols(value).ids for value in arguments))
-        rows = zip(*(part.reshape(-1).tolist() for part in ids), strict=True)
-        done = [self.apply(name, *row) for row in rows]
-        return Symbols(torch.tensor(done, dtype=torch.int64).reshape(ids[0].shape))
+    def plus_square(self, x: int, sign: float = 1.0) -> int:
+        """Return 1 + sign x^2, sign 1 or -1."""
+        square = self._scalars.apply("mul", x, x)
+        return self._scalars.apply("add" if sign > 0 else "sub", self.number(1.0), square)
 
-    def _do_view(self, a: Symbols, shape: Sequence[int], *_: Any) -> Symbols:
-        return Symbols(a.ids.reshape(tuple(shape)))
+    def power(self, number: int, a: int, b: int) -> tuple[int, int | None]:
+        """Return the derivatives of a^b."""
+        do, known = self._scalars.apply, self._scalars.value(b) is not None
+        lower = do("pow", a, do("sub", b, self.number(1.0)))
+        return do("mul", b, lower), None if known else do("mul", number, do("log", a))
 
-    _do_reshape = _do__unsafe_view = _do__reshape_alias = _do_view
+    def bell(self, a: int, factor: float) -> int:
+        """Return 2 factor / sqrt(pi) exp(-a^2)."""
+        do = self._scalars.apply
+        bell = do("exp", do("neg", do("mul", a, a)))
+        return do("mul", self.number(2.0 / math.sqrt(math.pi) * factor), bell)
 
-    def _do_add(self, a: Any, b: Any, alpha: float = 1.0) -> Symbols:
-        return self._pointwise("add", a, b if alpha == 1 else self._pointwise("mul", alpha, b))
-
-    def _do_sub(self, a: Any, b: Any, alpha: float = 1.0) -> Symbols:
-        return self._pointwise("sub", a, b if alpha == 1 else self._pointwise("mul", alpha, b))
-
-    def _do_rsub(self, a: Any, b: Any, alpha: float = 1.0) -> Symbols:
-        return self._do_sub(b, a, alpha)
-
-    def _do_reciprocal(self, a: Any) -> Symbols:
-        return self._pointwise("div", 1.0, a)
-
-    def _do_rsqrt(self, a: Any) -> Symbols:
-        return self._pointwise("div", 1.0, self._pointwise("sqrt", a))
-
-    def _do_hypot(self, a: Any, b: Any) -> Symbols:
-        squares = (self._pointwise("mul", x, x) for x in (a, b))
-        return self._pointwise("sqrt", self._pointwise("add", *squares))
-
-    def _do_square(self, a: Any) -> Symbols:
-        return self._pointwise("mul", a, a)
-
-    def _do_sigmoid(self, a: Any) -> Symbols:
-        growth = self._pointwise("exp", self._pointwise("neg", a))
-        return self._pointwise("div", 1.0, self._pointwise("add", 1.0, growth))
-
-    def _do_relu(self, a: Any) -> Symbols:
-        return self._pointwise("maximum", a, 0.0)
-
-    def _do_clamp(self, a: Any, least: Any = None, largest: Any = None) -> Symbols:
-        if least is not None:
-            a = self._pointwise("maximum", a, least)
-        return a if largest is None else self._pointwise("minimum", a, largest)
-
-    def _do_clamp_min(self, a: Any, least: Any) -> Symbols:
-        return self._do_clamp(a, least)
-
-    def _do_clamp_max(self, a: Any, largest: Any) -> Symbols:
-        return self._do_clamp(a, None, largest)
-
-    def _do_full_like(self, a: Symbols, value: float, **_: Any) -> Symbols:
-        return self.constants(torch.full(a.ids.shape, value, dtype=torch.float64))
-
-    def _do_zeros_like(self, a: Symbols, **_: Any) -> Symbols:
-        return self._do_full_like(a, 0.0)
-
-    def _do_ones_like(self, a: Symbols, **_: Any) -> Symbols:
-        return self._do_full_like(a, 1.0)
-
-    def _do_new_zeros(self, a: Symbols, size: Sequence[int], **_: Any) -> Symbols:
-        return self.constants(torch.zeros(*size, dtype=torch.float64))
-
-    def _do_new_ones(self, a: Symbols, size: Sequence[int], **_: Any) -> Symbols:
-        return self.constants(torch.ones(*size, dtype=torch.float64))
-
-    def _do_new_full(self, a: Symbols, size: Sequence[int], value: float, **_: Any) -> Symbols:
-        return self.constants(torch.full(tuple(size), value, dtype=torch.float64))
-
-    def _reduce(
-        self, combine: Callable[[list[int]], int], a: Symbols, axes: Any, keep: bool
-    ) -> Symbols:
-        number = a.ids.dim()
-        axes = [axes] if isinstance(axes, int) else list(axes or range(number))
-        axes = [axis % number if number else 0 for axis in axes]
-        kept = [axis for axis in range(number) if axis not in axes]
-        shape = [1 if axis in axes else size for axis, size in enumerate(a.ids.shape)]
-        if not keep:
-            shape = [a.ids.shape[axis] for axis in kept]
-        order = [*kept, *(axes if number else [])]
-        moved = a.ids.permute(order).reshape(math.prod(a.ids.shape[axis] for axis in kept), -1)
-        done = [combine(row) for row in moved.tolist()]
-        return Symbols(torch.tensor(done, dtype=torch.int64).reshape(shape))
-
-    def _do_sum(self, a: Symbols, axes: Any = None, keep: bool = False, **_: Any) -> Symbols:
-        return self._reduce(self.total, a, axes, keep)
-
-    def _do_mean(self, a: Symbols, axes: Any = None, keep: bool = False, **_: Any) -> Symbols:
-        total = self._reduce(self.total, a, axes, keep)
-        return self._pointwise("div", total, a.ids.numel() / max(total.ids.numel(), 1))
-
-    def _do_var(
-        self, a: Symbols, axes: Any = None, correction: float | None = None, keepdim: bool = False
-    ) -> Symbols:
-        mean = self._do_mean(a, axes, True)
-        away = self._pointwise("sub", a, mean)
-        total = self._do_sum(self._pointwise("mul", away, away), axes, keepdim)
-        number = a.ids.numel() / max(total.ids.numel(), 1)
-        return self._pointwise("div", total, number - (1.0 if correction is None else correction))
-
-    def _do_var_mean(self, a: Symbols, axes: Any = None, **how: Any) -> tuple[Symbols, Symbols]:
-        return self._do_var(a, axes, **how), self._do_mean(a, axes, how.get("keepdim", False))
-
-    def _do_amax(self, a: Symbols, axes: Any = (), keep: bool = False) -> Symbols:
-        return self._reduce(lambda row: self._chain("maximum", row), a, axes, keep)
-
-    def _do_amin(self, a: Symbols, axes: Any = (), keep: bool = False) -> Symbols:
-        return self._reduce(lambda row: self._chain("minimum", row), a, axes, keep)
-
-    def _do_prod(self, a: Symbols, axes: Any = None, keep: bool = False, **_: Any) -> Symbols:
-        return self._reduce(lambda row: self._chain("mul", row), a, axes, keep)
-
-    def _chain(self, name: str, row: list[int]) -> int:
-        result = row[0]
-        for number in row[1:]:
-            result = self.apply(name, result, number)
-        return result
-
-    def matrix_product(self, a: Any, b: Any) -> Symbols:
-        """Return the product of two matrices."""
-        rows, columns = self._symbols(a).ids.tolist(), self._symbols(b).ids.t().tolist()
-        done = [[self.product_sum(row, column) for column in columns] for row in rows]
-        return Symbols(torch.tensor(done, dtype=torch.int64).reshape(len(rows), len(columns)))
-
-    _do_mm = matrix_product
-
-    def _do_bmm(self, a: Any, b: Any) -> Symbols:
-        pairs = zip(self._symbols(a).ids, self._symbols(b).ids, strict=True)
-        return Symbols(torch.stack([self._do_mm(Symbols(x), Symbols(y)).ids for x, y in pairs]))
-
-    def _do_mv(self, a: Any, b: Any) -> Symbols:
-        column = Symbols(self._symbols(b).ids.unsqueeze(1))
-        return Symbols(self._do_mm(a, column).ids.squeeze(1))
-
-    def _do_dot(self, a: Any, b: Any) -> Symbols:
-        return self._do_sum(self._pointwise("mul", a, b))
-
-    def _do_addmm(self, c: Any, a: Any, b: Any, beta: float = 1, alpha: float = 1) -> Symbols:
-        product: Any = self._do_mm(a, b)
-        return self._do_add(c if beta == 1 else self._pointwise("mul", beta, c), product, alpha)
-
-    def _do_addcmul(self, c: Any, a: Any, b: Any, value: float = 1) -> Symbols:
-        return self._do_add(c, self._pointwise("mul", a, b), value)
-
-    def _do_fma(self, a: Any, b: Any, c: Any) -> Symbols:
-        return self._pointwise("add", self._pointwise("mul", a, b), c)
-
-    def _do_addcdiv(self, c: Any, a: Any, b: Any, value: float = 1) -> Symbols:
-        return self._do_add(c, self._pointwise("div", a, b), value)
-
-    def _do_cumsum(self, a: Symbols, axis: int, **_: Any) -> Symbols:
-        return self._accumulate("add", a, axis)
-
-    def _do_cumprod(self, a: Symbols, axis: int, **_: Any) -> Symbols:
-        return self._accumulate("mul", a, axis)
-
-    def _accumulate(self, name: str, a: Symbols, axis: int) -> Symbols:
-        rows = [Symbols(row) for row in a.ids.movedim(axis, 0)]
-        done = [rows[0]]
-        for row in rows[1:]:
-            done.append(self._pointwise(name, done[-1], row))
-        return Symbols(torch.stack([row.ids for row in done]).movedim(0, axis))
-
-    def _do_index_put(
-        self, a: Any, indices: Sequence[Any], values: Any, accumulate: bool = False
-    ) -> Symbols:
-        chosen = tuple(slice(None) if index is None else index for index in indices)
-        return self._put(a, lambda places: places[chosen], values, accumulate)
-
-    def _do_scatter_add(self, a: Any, axis: int, index: torch.Tensor, values: Any) -> Symbols:
-        part = self._symbols(values).ids[tuple(map(slice, index.shape))]
-        return self._put(a, lambda places: places.gather(axis, index), Symbols(part), True)
-
-    def _put(
-        self, a: Any, choose: Callable[[torch.Tensor], torch.Tensor], values: Any, accumulate: bool
-    ) -> Symbols:
-        """Write values, or add them, at the places that are chosen of all."""
-        ids = self._symbols(a).ids
-        places = choose(torch.arange(ids.numel()).reshape(ids.shape))
-        entries = self._symbols(values).ids.expand(places.shape).reshape(-1).tolist()
-        flat = ids.reshape(-1).tolist()
-        for place, entry in zip(places.reshape(-1).tolist(), entries, strict=True):
-            flat[place] = self.apply("add", flat[place], entry) if accumulate else entry
-        return Symbols(torch.tensor(flat, dtype=torch.int64).reshape(ids.shape))
+    def choice(self, left: int) -> tuple[int, int]:
+        """Return the derivatives of a or b, whichever was taken."""
+        return left, self._scalars.apply("sub", self.number(1.0), left)
 
 
-def decomposed(
-    function: Callable[..., Any], examples: Sequence[torch.Tensor]
-) -> torch.fx.GraphModule:
-    """Return a function's graph in the operations that torch's inductor gets to see."""
-    from torch._inductor.decomposition import select_decomp_table  # takes a second
-
-    with torch.no_grad():
-        graph = make_fx(
-            function, decomposition_table=select_decomp_table(), tracing_mode="fake",
-            _allow_non_fake_inputs=True,
-        )(*examples)  # fmt: skip
-    graph.graph.eliminate_dead_code()
-    return graph
+# The derivatives of x = name(a, b...) with respect to its arguments, from r, the rules, x, a, b.
+_DERIVATIVES: dict[str, Callable[..., Any]] = {
+    "add": lambda r, x, a, b: (r.number(1.0), r.number(1.0)),
+    "sub": lambda r, x, a, b: (r.number(1.0), r.number(-1.0)),
+    "mul": lambda r, x, a, b: (b, a),
+    "div": lambda r, x, a, b: (r.over(b), r.neg(r.div(x, b))),
+    "neg": lambda r, x, a: r.number(-1.0),
+    "abs": lambda r, x, a: r.sign(a),
+    "exp": lambda r, x, a: x,
+    "exp2": lambda r, x, a: r.mul(r.number(math.log(2.0)), x),
+    "expm1": lambda r, x, a: r.add(x, r.number(1.0)),
+    "log": lambda r, x, a: r.over(a),
+    "log2": lambda r, x, a: r.over(a, 1.0 / math.log(2.0)),
+    "log10": lambda r, x, a: r.over(a, 1.0 / math.log(10.0)),
+    "log1p": lambda r, x, a: r.over(r.add(r.number(1.0), a)),
+    "sqrt": lambda r, x, a: r.over(x, 0.5),
+    "sin": lambda r, x, a: r.cos(a),
+    "cos": lambda r, x, a: r.neg(r.sin(a)),
+    "tan": lambda r, x, a: r.plus_square(x),
+    "asin": lambda r, x, a: r.over(r.sqrt(r.plus_square(a, -1.0))),
+    "acos": lambda r, x, a: r.neg(r.over(r.sqrt(r.plus_square(a, -1.0)))),
+    "atan": lambda r, x, a: r.over(r.plus_square(a)),
+    "atan2": lambda r, x, a, b: (
+        r.div(b, r.add(r.mul(a, a), r.mul(b, b))),
+        r.neg(r.div(a, r.add(r.mul(a, a), r.mul(b, b)))),
+    ),
+    "sinh": lambda r, x, a: r.cosh(a),
+    "cosh": lambda r, x, a: r.sinh(a),
+    "tanh": lambda r, x, a: r.plus_square(x, -1.0),
+    "asinh": lambda r, x, a: r.over(r.sqrt(r.plus_square(a))),
+    "acosh": lambda r, x, a: r.over(r.sqrt(r.sub(r.mul(a, a), r.number(1.0)))),
+    "atanh": lambda r, x, a: r.over(r.plus_square(a, -1.0)),
+    "erf": lambda r, x, a: r.bell(a, 1.0),
+    "erfc": lambda r, x, a: r.bell(a, -1.0),
+    "pow": lambda r, x, a, b: r.power(x, a, b),
+    "maximum": lambda r, x, a, b: r.choice(r.ge(a, b)),
+    "minimum": lambda r, x, a, b: r.choice(r.le(a, b)),
+    "where": lambda r, x, c, a, b: (r.where(c, r.number(1.0), 0), r.where(c, 0, r.number(1.0))),
+}

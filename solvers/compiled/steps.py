@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 import torch
 
 from pnode.solvers.compiled import inductor
+from pnode.solvers.compiled.compiler import Code
 from pnode.solvers.compiled.inductor import Compiled, CompiledGraph, fingerprint
-from pnode.solvers.compiled.trace import SMALL_PRODUCT, VECTOR, FieldGraph, ParameterPart
+from pnode.solvers.compiled.products import SMALL_PRODUCT, VECTOR
+from pnode.solvers.compiled.trace import FieldGraph, ParameterPart
 from pnode.solvers.scheme import Scheme
 from pnode.vectors import REAL
 
@@ -50,7 +52,7 @@ _SOURCE = Path(__file__).read_text(encoding="utf-8")
 
 
 @dataclass(eq=False)
-class StepGraphs:
+class StepGraphs(Code):
     """The compiled graphs of one field, method and kind of state.
 
     With k_i = f(t + c_i h, U_i), U_i = u + h sum_j a_ij k_j and u' = u + h sum_i b_i k_i.
@@ -82,22 +84,12 @@ class StepGraphs:
     tape: bool
     _steps: dict[Any, Compiled] = field(default_factory=dict, init=False)
     _quick: Any = field(default=None, init=False)
-    #: What takes whole sweeps, see :func:`pnode.solvers.compiled.driver.driver_of`.
-    drivers: dict[Any, Any] = field(default_factory=dict, init=False)
+    #: What the driver takes, see :class:`pnode.solvers.compiled.graph_steps.GraphSteps`.
+    kernels: dict[Any, Any] = field(default_factory=dict, init=False)
 
     @property
     def stages(self) -> int:
-        """How many stages a checkpoint holds: those that the solution depends on."""
-        return len(self.scheme.c) - self.fsal
-
-    @property
-    def compiled(self) -> bool:
-        """Whether a step has been compiled."""
-        return bool(self._steps)
-
-    @property
-    def evaluations(self) -> int:
-        """How often a step evaluates f."""
+        """How many stages a checkpoint holds, and evaluations of f a step takes."""
         return len(self.scheme.c) - self.fsal
 
     @property
@@ -115,11 +107,14 @@ class StepGraphs:
                 needed.add(i)
         return len(needed)
 
-    def start(
-        self, t: torch.Tensor, u: torch.Tensor, inputs: Sequence[torch.Tensor] | None = None
-    ) -> tuple[torch.Tensor, Tensors]:
+    def at(self, t: torch.Tensor, y: torch.Tensor) -> Tensors:
+        """Return f(t, y), PETSc's precision, and what is saved of it."""
+        slope, saved = self.start(t, y)
+        return slope, *saved
+
+    def start(self, t: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
         """Return k_1, PETSc's precision, and what is saved of it."""
-        read = self.field_graph.inputs() if inputs is None else inputs
+        read = self.field_graph.inputs()
         if self._quick is not None:
             # A step of length 0 evaluates f at u, in less time than torch takes for a small f.
             run, tolerances = self._quick
@@ -275,25 +270,25 @@ class StepGraphs:
         facts = (self.scheme, self.b_embedded, self.fsal, self.size, self.dtype, self.tape)
         return f"{kind}-{fingerprint(self.field_graph.code, repr(facts), repr(more), _SOURCE)}"
 
-    def compile_step(self, tolerances: Sequence[torch.Tensor]) -> Compiled:
-        """Return the graph of a step; adaptive with tolerances."""
-        shapes = tuple(tuple(x.shape) for x in tolerances)
+    def compile_step(self, given: Sequence[torch.Tensor]) -> Compiled:
+        """Return the graph of a step; adaptive if tolerances are given."""
+        shapes = tuple(tuple(x.shape) for x in given)
         if shapes not in self._steps:
-            self._steps[shapes] = self._compile_step(tolerances, shapes)
+            self._steps[shapes] = self._compile_step(given, shapes)
         run = self._steps[shapes]
         evaluated = self.size * REAL.itemsize + self.field_graph.saved_bytes
         if self.fsal and evaluated <= _SMALL and isinstance(run, CompiledGraph):
-            self._quick = run, tolerances
+            self._quick = run, given
         return run
 
-    def _compile_step(self, tolerances: Sequence[torch.Tensor], shapes: object) -> Compiled:
+    def _compile_step(self, given: Sequence[torch.Tensor], shapes: object) -> Compiled:
         number = torch.zeros((), dtype=REAL)
         state = torch.zeros(self.size, dtype=REAL)
         first = [state.clone()] if self.fsal else []
-        examples = [number, number.clone(), state, *tolerances, *first, *self.field_graph.inputs()]
+        examples = [number, number.clone(), state, *given, *first, *self.field_graph.inputs()]
         return inductor.compile_graph(
-            self._key("step", shapes),
-            lambda *inputs: self._step(bool(tolerances), *inputs), _detached(examples),
+            self._key("step", shapes), lambda *inputs: self._step(bool(given), *inputs),
+            _detached(examples),
         )  # fmt: skip
 
     @cached_property

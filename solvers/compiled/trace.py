@@ -16,22 +16,13 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pnode.solvers.compiled.products import arrange_products, packet
 from pnode.vectorfield import VectorField
 
-__all__ = [
-    "SMALL_PRODUCT", "VECTOR", "FieldGraph", "ParameterPart", "Untraceable", "compose",
-    "trace_field",
-]  # fmt: skip
+__all__ = ["FieldGraph", "ParameterPart", "Untraceable", "compose", "trace_field"]
 
 _aten = torch.ops.aten
 _Node: TypeAlias = Any  # torch.fx.Node, whose arguments are typed as a union of everything
-#: Below so many multiplications a matrix product costs less as a loop, fused with what is around
-# it, than as a call of the BLAS.
-SMALL_PRODUCT = 20_000
-#: Entries that such a loop takes at once, in any case.
-VECTOR = 8
-# Into so many sums the entries along a row are added up first.
-_LANES = 16
 # Cheaper to repeat from their operands than to keep.
 _CHEAP = {
     _aten.add, _aten.sub, _aten.mul, _aten.neg, _aten.rsub, _aten.relu, _aten.square, _aten.abs,
@@ -154,7 +145,7 @@ def trace_field(field: VectorField) -> FieldGraph:
         values = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
         graph = compose(torch.func.functionalize(graph), [torch.empty_like(x) for x in values])
         graph.graph.eliminate_dead_code()
-    transposed = _arrange_products(graph, captured)
+    transposed = arrange_products(graph, captured)
     return _split(graph, captured, transposed, used)
 
 
@@ -230,123 +221,14 @@ def _without_dropout(node: _Node) -> bool:
     return bool(chances) and not any(chances)
 
 
-def _arrange_products(
-    graph: torch.fx.GraphModule, captured: tuple[torch.Tensor, ...]
-) -> tuple[int, ...]:
-    """Write products with a matrix that f reads in the form in which they take least time.
-
-    Small ones are sums, which fuse with their neighbours. That pays if entries next to each other
-    in memory are taken at once: those of a row where there are enough columns, else those that are
-    summed. Large ones (float64) are given the matrix with the summed entries next to each other,
-    which the BLAS likes best. Where the matrix lies the other way round, its transpose becomes an
-    input too; returns the indices of these matrices.
-    """
-    nodes = graph.graph
-    placeholders = [node for node in nodes.nodes if node.op == "placeholder"]
-    order = {node: index for index, node in enumerate(placeholders[3:])}
-    copies: dict[int, _Node] = {}
-    last = placeholders[-1]
-
-    def transposed(index: int) -> _Node:
-        nonlocal last
-        if index not in copies:
-            with nodes.inserting_after(last):
-                last = copies[index] = nodes.placeholder(f"transposed_{index}")
-            last.meta["val"] = captured[index].detach().t().contiguous()
-        return copies[index]
-
-    for node in list(nodes.nodes):
-        if node.target not in (_aten.mm.default, _aten.addmm.default) or node.kwargs:
-            continue
-        *bias, a, b = node.args
-        base, flipped = b, False
-        while _packet(base) in (_aten.t, _aten.detach):
-            flipped ^= _packet(base) is _aten.t
-            base = base.args[0]
-        if base not in order or not captured[order[base]].is_contiguous():
-            continue
-        index = order[base]
-        (rows, inner), columns = a.meta["val"].shape, b.meta["val"].shape[1]
-        if rows * inner * columns > SMALL_PRODUCT:
-            wide = rows >= VECTOR and captured[index].dtype is torch.float64
-            if wide and not flipped and min(captured[index].shape) > 1:
-                with nodes.inserting_before(node):
-                    right = nodes.call_function(_aten.t.default, (transposed(index),))
-                right.meta["val"] = b.meta["val"]
-                node.args = (*bias, a, right)
-            continue
-        if flipped == (columns >= VECTOR) and min(captured[index].shape) > 1:
-            base, flipped = transposed(index), not flipped
-        with nodes.inserting_before(node):
-            _write_as_sum(nodes, node, base, b if flipped else base)
-    nodes.eliminate_dead_code()
-    return tuple(copies)
-
-
-def _write_as_sum(nodes: torch.fx.Graph, node: _Node, base: _Node, by_rows: _Node) -> None:
-    """Replace a product by a sum: over rows of ``by_rows``, or along rows of ``base``."""
-    *bias, a, b = node.args
-    call = nodes.call_function
-    (_, inner), columns = a.meta["val"].shape, b.meta["val"].shape[1]
-    if columns >= VECTOR:
-        right = call(_aten.unsqueeze.default, (by_rows, 0))
-        left = call(_aten.unsqueeze.default, (a, 2))
-        total = call(_aten.sum.dim_IntList, (call(_aten.mul.Tensor, (left, right)), [1]))
-    elif inner >= 2 * _LANES:
-        total = _sum_in_lanes(call, a, base, inner)
-    else:
-        right = call(_aten.unsqueeze.default, (base, 0))
-        left = call(_aten.unsqueeze.default, (a, 1))
-        total = call(_aten.sum.dim_IntList, (call(_aten.mul.Tensor, (left, right)), [2]))
-    for tensor in bias:
-        total = call(_aten.add.Tensor, (total, tensor))
-    total.meta["val"] = node.meta["val"]
-    node.replace_all_uses_with(total)
-    nodes.erase_node(node)
-
-
-def _sum_in_lanes(call: Any, a: _Node, base: _Node, inner: int) -> _Node:
-    """Return a base^T, summed lane by lane first.
-
-    To add up the entries of one vector costs as much as some ten additions of vectors.
-    """
-    blocks = inner // _LANES
-    whole = blocks * _LANES
-
-    def block(matrix: _Node, place: int) -> _Node:
-        part = call(_aten.slice.Tensor, (matrix, 1, 0, whole))
-        parts = call(_aten.view.default, (part, [len_of(matrix), blocks, _LANES]))
-        return call(_aten.unsqueeze.default, (parts, place))
-
-    def len_of(matrix: _Node) -> int:
-        return int(matrix.meta["val"].shape[0])
-
-    products = call(_aten.mul.Tensor, (block(a, 1), block(base, 0)))
-    lanes = call(_aten.sum.dim_IntList, (products, [2]))
-    terms = [call(_aten.select.int, (lanes, 2, index)) for index in range(_LANES)]
-    for index in range(whole, inner):
-        left = call(_aten.slice.Tensor, (a, 1, index, index + 1))
-        right = call(_aten.select.int, (base, 1, index))
-        terms.append(call(_aten.mul.Tensor, (left, right)))
-    while len(terms) > 1:
-        last = terms[len(terms) // 2 * 2 :]
-        pairs = zip(terms[0::2], terms[1::2], strict=False)
-        terms = [call(_aten.add.Tensor, pair) for pair in pairs] + last
-    return terms[0]
-
-
 def _is_mutation(node: _Node) -> bool:
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
-def _packet(node: _Node) -> Any:
-    return getattr(node.target, "overloadpacket", None)
-
-
 def _is_view(node: _Node) -> bool:
     return node.op == "call_function" and (
-        _packet(node) in _VIEWS or bool(getattr(node.target, "is_view", False))
+        packet(node) in _VIEWS or bool(getattr(node.target, "is_view", False))
     )
 
 
@@ -376,46 +258,9 @@ def _split(
     t, y, w, *inputs = [node for node in nodes if node.op == "placeholder"]
     output: _Node = graph.graph.output_node()
     value, state, *products = output.args[0]
-    late, moving, timed = {w}, {y}, {t}
-    for node in nodes:
-        for group in (late, moving, timed):
-            if node.op == "call_function" and group & set(node.all_input_nodes):
-                group.add(node)
+    late = _dependent(nodes, w)
     early = [node for node in nodes if node.op == "call_function" and node not in late]
-    at_hand: set[_Node] = {t, y, *inputs}
-
-    def repeatable(node: _Node) -> bool:
-        if node in at_hand:
-            return True
-        if node not in moving and (node not in timed or _size(node) <= 1):
-            return True
-        power = _packet(node) is _aten.pow and isinstance(node.args[1], (int, float))
-        cheap = power or _is_view(node) or _packet(node) in _CHEAP
-        return cheap and all(map(repeatable, node.all_input_nodes))
-
-    saved: list[_Node] = []
-
-    def need(node: _Node) -> None:
-        if repeatable(node):
-            return
-        if _is_view(node) or _packet(node) is None:  # a getitem counts as a view of its pair
-            need(node.args[0]) if _is_view(node) else keep(node)
-            return
-        keep(node)
-
-    def keep(node: _Node) -> None:
-        saved.append(node)
-        at_hand.add(node)
-
-    wanted = [node for node in (state, *products) if node not in late]
-    for node in nodes:
-        if node in late:
-            for source in node.all_input_nodes:
-                if source not in late:
-                    need(source)
-    for node in wanted:
-        need(node)
-
+    saved = _saved(nodes, late, (t, y, *inputs), [x for x in (state, *products) if x not in late])
     first = _extract(nodes, (t, y, *inputs), (value, *saved), set(early))
     parts, factors = _factors(products, used)
     repeated = {*early, *late} - {w} - set(saved)
@@ -428,6 +273,53 @@ def _split(
     )  # fmt: skip
 
 
+def _dependent(nodes: list[_Node], on: _Node) -> set[_Node]:
+    """Return a node, and all that depend on it."""
+    found = {on}
+    for node in nodes:
+        if node.op == "call_function" and found & set(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _saved(
+    nodes: list[_Node], late: set[_Node], given: tuple[_Node, ...], wanted: list[_Node]
+) -> list[_Node]:
+    """Return what ``late`` and ``wanted`` need and is neither given nor cheap to repeat."""
+    time, y, *_ = given
+    moving, timed = _dependent(nodes, y), _dependent(nodes, time)
+    at_hand: set[_Node] = set(given)
+
+    def repeatable(node: _Node) -> bool:
+        if node in at_hand:
+            return True
+        if node not in moving and (node not in timed or _size(node) <= 1):
+            return True
+        power = packet(node) is _aten.pow and isinstance(node.args[1], (int, float))
+        cheap = power or _is_view(node) or packet(node) in _CHEAP
+        return cheap and all(map(repeatable, node.all_input_nodes))
+
+    saved: list[_Node] = []
+
+    def need(node: _Node) -> None:
+        if repeatable(node):
+            return
+        if _is_view(node):
+            need(node.args[0])
+        else:
+            saved.append(node)
+            at_hand.add(node)
+
+    for node in nodes:
+        if node in late:
+            for source in node.all_input_nodes:
+                if source not in late:
+                    need(source)
+    for node in wanted:
+        need(node)
+    return saved
+
+
 def _factors(products: list[_Node], used: list[int]) -> tuple[list[_Node], list[ParameterPart]]:
     """Return the results that the product graph is to have, matrix products as their factors."""
     results: list[_Node] = []
@@ -435,10 +327,10 @@ def _factors(products: list[_Node], used: list[int]) -> tuple[list[_Node], list[
     for index, product in zip(used, products, strict=True):
         node, transposed = product, False
         shape = tuple(product.meta["val"].shape)
-        while _packet(node) in (_aten.t, _aten.detach):
-            transposed ^= _packet(node) is _aten.t
+        while packet(node) in (_aten.t, _aten.detach):
+            transposed ^= packet(node) is _aten.t
             node = node.args[0]
-        if _packet(node) is _aten.mm and _packet(node.args[0]) is _aten.t:
+        if packet(node) is _aten.mm and packet(node.args[0]) is _aten.t:
             parts.append(ParameterPart(index, shape, len(results), True, transposed))
             results.extend((node.args[0].args[0], node.args[1]))
         else:

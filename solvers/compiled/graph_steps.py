@@ -1,0 +1,272 @@
+"""Explicit steps as compiled graphs, for the driver; see ``graph_steps.cpp``."""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+import weakref
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pnode.solvers.compiled import driver
+from pnode.solvers.compiled.compiler import Backend, Checked, Compilation, Trace, Wanted
+from pnode.solvers.compiled.inductor import CompilationFailed, CompiledGraph, open_graph
+from pnode.solvers.compiled.integrator import Start, step_tolerances
+from pnode.solvers.compiled.steps import StepGraphs, Tensors
+from pnode.solvers.step_control import automatic_step
+from pnode.vectorfield import VectorField
+from pnode.vectors import REAL
+
+__all__ = ["ExplicitSteps", "GraphSteps"]
+
+_TORCH = (
+    "create_tensor_from_blob", "empty_strided", "new_tensor_handle", "delete_tensor_object",
+    "get_data_ptr", "get_dim", "get_sizes", "get_strides",
+)  # fmt: skip
+_NUMBERS = (
+    "size", "dtype", "fsal", "adaptive", "results", "begin", "end", "last", "evaluations",
+    "products", "again", "bytes",
+)  # fmt: skip
+
+
+class _Graph(ctypes.Structure):
+    _fields_ = [("run", ctypes.c_void_p), ("container", ctypes.c_void_p)]
+
+
+class _Settings(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _NUMBERS), ("step", _Graph), ("adjoint", _Graph),
+    ]  # fmt: skip
+
+
+@cache
+def _container(path: Path) -> tuple[ctypes.CDLL, int]:
+    """Return the library of a graph and a handle of the graph, for the rest of the process."""
+    library, handle = open_graph(path), ctypes.c_void_p()
+    create = library.AOTInductorModelContainerCreateWithDevice
+    if create(ctypes.byref(handle), ctypes.c_size_t(1), b"cpu", None) or not handle.value:
+        raise CompilationFailed("the graph could not be set up")
+    functions = [_address(getattr(library, f"aoti_torch_{name}")) for name in _TORCH]
+    driver.library().pnode_torch((ctypes.c_void_p * len(functions))(*functions))
+    return library, handle.value
+
+
+def _address(function: Any) -> int | None:
+    return ctypes.cast(function, ctypes.c_void_p).value
+
+
+def _opened(graph: Any) -> tuple[ctypes.CDLL, _Graph]:
+    if not isinstance(graph, CompiledGraph):
+        raise CompilationFailed("a graph is not machine code")
+    library, handle = _container(graph.path)
+    return library, _Graph(_address(library.AOTInductorModelContainerRun), handle)
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(
+        f"compiled steps are called one by one from Python, which takes longer: {reason}",
+        RuntimeWarning, stacklevel=6,
+    )  # fmt: skip
+
+
+class GraphSteps(driver.Kernel):
+    """One kind of compiled step, for the driver.
+
+    Parameters
+    ----------
+    graphs : StepGraphs
+        The steps and their adjoints.
+    tolerances : sequence of Tensor
+        Those of adaptive steps.
+    keep : bool
+        Whether the driver is to take adjoints too.
+
+    Raises
+    ------
+    CompilationFailed
+        If the driver could not be compiled, or the graphs need torch's help.
+    """
+
+    def __init__(self, graphs: StepGraphs, tolerances: Sequence[torch.Tensor], keep: bool) -> None:
+        self._library = driver.library()
+        self.graphs = graphs
+        self.size, self.dtype = graphs.size, graphs.dtype
+        self._tolerances = tuple(tolerances)
+        library, step = _opened(graphs.compile_step(tolerances))
+        adjoint = _opened(graphs.adjoint)[1] if keep else _Graph()
+        _, saved = graphs.start(torch.zeros((), dtype=REAL), torch.zeros(graphs.size))
+        self._saved = saved if graphs.fsal else ()
+        layout = graphs.layout
+        settings = _Settings(
+            graphs.size, _code(library, graphs.dtype), graphs.fsal, bool(tolerances),
+            layout.results, layout.begin, layout.end, layout.last, graphs.stages,
+            graphs.products, 0 if graphs.tape else graphs.products, graphs.checkpoint_bytes, step,
+            adjoint,
+        )  # fmt: skip
+        text: list[int] = []
+        for tensors in (self._tolerances, self._saved, self.inputs(), self.sums()):
+            text.append(len(tensors))
+            for x in tensors:
+                if x.device.type != "cpu" or x.layout is not torch.strided:
+                    raise CompilationFailed(f"f reads a tensor on {x.device}, {x.layout}")
+                text += [_code(library, x.dtype), x.dim(), *x.shape, *x.stride()]
+        self._plan = self._library.pnode_plan(
+            ctypes.byref(settings), (ctypes.c_int64 * len(text))(*text)
+        )
+        weakref.finalize(self, self._library.pnode_free_plan, self._plan).atexit = False
+
+    def stand_at(self, state: torch.Tensor, slope: torch.Tensor, saved: Tensors) -> tuple[int, Any]:
+        """Return a kernel at a state, which is taken over, and what it reads.
+
+        Parameters
+        ----------
+        state, slope : Tensor
+            The initial state and f there, flat, PETSc's precision.
+        saved : tuple of Tensor
+            What is saved of that evaluation.
+        """
+        saved = tuple(
+            x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
+            for x, like in zip(saved if self.graphs.fsal else (), self._saved, strict=True)
+        )
+        alive = (state.contiguous(), slope.contiguous(), saved)
+        handle = self._library.pnode_graph_steps(
+            self._plan, driver.pointers(self._tolerances), alive[0].data_ptr(),
+            alive[1].data_ptr(), driver.pointers(saved),
+        )  # fmt: skip
+        return handle, alive
+
+    @property
+    def captured(self) -> Sequence[torch.Tensor]:
+        """What f reads besides t and y."""
+        return self.graphs.field_graph.captured
+
+    def inputs(self) -> list[torch.Tensor]:
+        """Return it as the graphs take it."""
+        return self.graphs.field_graph.inputs()
+
+    def sums(self) -> list[torch.Tensor]:
+        """Return zeros for mu."""
+        return self.graphs.zeros()
+
+    def gradients(self, sums: list[torch.Tensor]) -> list[tuple[int, torch.Tensor]]:
+        """Return mu from its sums."""
+        return self.graphs.gradients(sums)
+
+
+def _code(library: ctypes.CDLL, dtype: torch.dtype) -> int:
+    """Return torch's number for a dtype."""
+    name = f"aoti_torch_dtype_{str(dtype).removeprefix('torch.')}"
+    try:
+        return int(getattr(library, name)())
+    except AttributeError as error:
+        raise CompilationFailed(f"f reads a tensor of {dtype}") from error
+
+
+class ExplicitSteps(Backend):
+    """Steps of explicit methods, taken by the driver or one by one."""
+
+    implicit = False
+    final = True  # what inductor cannot compile here it cannot compile elsewhere
+
+    def refuses(self, wanted: Wanted) -> str | None:
+        """Return why there are no compiled steps for a solve, whatever the field."""
+        settings, method = wanted.settings, wanted.settings.method
+        if method.ts_type not in ("rk", "ssp"):
+            return (
+                f"method={method.name!r} is not an explicit Runge-Kutta method (see "
+                "pnode.methods()), and only these are compiled so far"
+            )
+        if settings.controller not in ("basic", "none"):
+            return f"controller={settings.controller!r} is PETSc's alone: use controller='basic'"
+        plain = ("ts_adapt_type", "ts_monitor", "ts_view")
+        for name, value in wanted.options.values.items():
+            ours = name.startswith(plain) if name.startswith("ts_") else True
+            if name == "ts_adapt_type":
+                ours = value in (settings.controller, "none")
+            if not ours:
+                return f"the PETSc option {name!r} is for PETSc's own steps: drop it"
+        return None
+
+    def _compile(
+        self, trace: Trace, part: VectorField, y0: torch.Tensor, wanted: Wanted
+    ) -> StepGraphs:
+        settings, tape = wanted.settings, _keeps_all(wanted)
+        key = (settings.method, settings.adaptive, tape)
+        if key not in trace.codes:
+            scheme = settings.method.scheme
+            assert scheme is not None
+            embedded = scheme.b_embedded if settings.adaptive else None
+            if not settings.adaptive:
+                scheme = scheme.without_idle_stages(settings.method.fsal)
+            trace.codes[key] = StepGraphs(
+                trace.graph, scheme, embedded,
+                settings.method.fsal, settings.size, settings.dtype, tape,
+            )  # fmt: skip
+        graphs: StepGraphs = trace.codes[key]
+        # Compile what will be wanted now: a failure is still in time for the other way.
+        graphs.compile_step(step_tolerances(settings))
+        if tape:
+            graphs.adjoint  # noqa: B018
+        return graphs
+
+    def begin(
+        self, checked: Sequence[Checked], field_: VectorField, y0: torch.Tensor, wanted: Wanted
+    ) -> Compilation:
+        """Return the steps, and the sweep if there is nothing to do between them but to go on."""
+        (found,) = checked
+        graphs, slope, saved = found.code, found.found[0], tuple(found.found[1:])
+        field_.ledger.rhs += graphs.fsal  # the check is the first slope
+        start, sweep = Start(graphs, slope, saved), None
+        kernel = self._kernel(graphs, wanted) if _is_plain(wanted) else None
+        if kernel is not None:
+            problem, control, settings = field_.problem, wanted.control, wanted.settings
+            first = control.first_step or 0.0
+            if settings.adaptive and not first:
+                (begin, end), order = problem.times[:2], settings.method.order
+                first = automatic_step(
+                    field_, y0.detach(), settings, order, begin, end, control, found.value
+                )
+            handle, alive = kernel.stand_at(y0.detach().to(REAL, copy=True), slope, saved)
+            sweep = driver.CompiledSweep(
+                kernel, handle, alive, problem, settings, control, wanted.keep, first
+            )
+        return Compilation(sweep, start, captured=graphs.field_graph.captured)
+
+    def _kernel(self, graphs: StepGraphs, wanted: Wanted) -> GraphSteps | None:
+        """Return the steps for the driver, or None, after one warning, if it cannot take them."""
+        given = step_tolerances(wanted.settings)
+        key = (tuple(tuple(x.shape) for x in given), wanted.keep)
+        if key not in graphs.kernels:
+            graphs.kernels[key] = None
+            if isinstance(graphs.compile_step(given), CompiledGraph):
+                with wanted.lend(replace(wanted.settings, graphs=graphs)):
+                    pass  # PETSc has read its options
+                try:
+                    graphs.kernels[key] = GraphSteps(graphs, given, wanted.keep)
+                except CompilationFailed as error:
+                    _warn_once(str(error))
+        found: GraphSteps | None = graphs.kernels[key]
+        return found
+
+
+def _keeps_all(wanted: Wanted) -> bool:
+    """Whether steps keep what their adjoints need."""
+    chosen = wanted.checkpointing
+    free = chosen.bytes is None and chosen.disk is None and chosen.store in ("auto", "tape")
+    return wanted.keep and free and not wanted.dense
+
+
+def _is_plain(wanted: Wanted) -> bool:
+    """Whether nobody looks at single steps or decides on their checkpoints."""
+    chosen = wanted.checkpointing
+    if wanted.watched or any(name.startswith("ts_monitor") for name in wanted.options.values):
+        return False
+    limited = chosen.bytes is not None or chosen.disk is not None or chosen.store == "solutions"
+    return not (wanted.keep and (limited or chosen.resume or chosen.reproducible))

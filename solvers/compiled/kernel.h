@@ -1,0 +1,66 @@
+// What takes single steps, and their adjoints, for the loop of sweeps.cpp.
+//
+// A kernel holds the state that a sweep has reached, what a step carries over to the next, the
+// checkpoints, and in a backward sweep lambda and mu. There are two: compiled graphs of explicit
+// steps (graph_steps.cpp), and implicit steps on a field of scalars (implicit_steps.cpp).
+//
+// Times and steps are the user's: h is negative where time runs backwards.
+
+#include <cstdint>
+
+// Each but the first two: the solve is repeated step by step, which tells the error.
+enum Status : int64_t {
+    DONE, PAUSED, NOT_FINITE, NOT_CONVERGED, SINGULAR, STEP_LIMIT, TOO_SMALL, FAILED
+};
+
+// Square of the largest norm that is not taken for an overflow: what an adaptive step may square
+// and divide by a tolerance; see vectors.is_moderate.
+constexpr double MODERATE = 1e200;
+
+struct Counts {  // of driver.py
+    int64_t steps, rejected, rhs, vjp, jacobians, newton, krylov, bytes;
+};
+
+struct Control {  // of driver.py
+    int64_t keep, adaptive, max_steps;
+    double direction, order, first_step, min_step, max_step, longest;
+};
+
+struct Attempt {
+    Status status;
+    double error;  // of adaptive steps: accepted up to 1
+};
+
+class Kernel {
+  public:
+    explicit Kernel(int64_t size) : size(size) {}
+    virtual ~Kernel() = default;
+
+    // What f reads besides t and y, for the calls that follow; null when they are over.
+    virtual void lend(void* const* captured) = 0;
+
+    // Stand at the start of the sweep, with no checkpoints.
+    virtual void begin() = 0;
+    // The first step that an adaptive sweep tries, from s, the time that runs forwards.
+    virtual double first_step(const Control& control, double, double) { return control.first_step; }
+    virtual Attempt attempt(double t, double h) = 0;
+    // The attempt's end is where the next one begins.
+    virtual void accept(bool keep) = 0;
+    // Write the state as row `index` of the outputs.
+    virtual void output(void* outputs, int64_t index) const = 0;
+
+    // How many steps have checkpoints.
+    virtual int64_t kept() const = 0;
+    // Begin with lambda = 0; `sums`: zeros, for mu.
+    virtual void begin_adjoint(double* const* sums) = 0;
+    // Add to lambda.
+    virtual void add(const double* cotangent) = 0;
+    // Of step `index`, the last that has not been forgotten.
+    virtual Status adjoint(int64_t index, double t, double h) = 0;
+    virtual void forget() = 0;
+    // Write lambda and mu.
+    virtual void end_adjoint(double* state, double* const* sums) = 0;
+
+    const int64_t size;  // of the state
+    Counts counts{};     // but steps, which the loop counts
+};

@@ -1,0 +1,140 @@
+// Rosenbrock steps and their adjoints. Above this stands implicit_steps.cpp.
+
+namespace {
+
+// The state at the start of a step is kept.
+class Rosenbrock : public ImplicitSteps {
+ public:
+  using ImplicitSteps::ImplicitSteps;
+
+  // RosenbrockAdjoint has the equations.
+  Status adjoint(int64_t index, double t, double h) override {
+    const int s = int(m.stages);
+    double Y[MOST_STAGES][N], Z[MOST_STAGES][N], V[MOST_STAGES][N], bar[MOST_STAGES][N];
+    double J[N * N], S[N * N] = {}, weight[N] = {}, w[N], l[N], through[N], after[N];
+    Factors factors;
+    const double* u = values.data() + index * N;
+    const Status status = solve_stages(t, h, u, Y, Z, V, J, factors, false);
+    if (status != DONE) return status;
+    for (int i = 0; i < s; i++)
+      for (int k = 0; k < N; k++) bar[i][k] = m.b[i] * lambda[k];
+    std::memcpy(after, lambda, sizeof(after));
+    for (int i = s - 1; i >= 0; i--) {
+      const double *A = m.A + i * s, *inverse = m.inverse + i * s, *corr = m.correction + i * s;
+      const bool is_explicit = m.diagonal[i] == 0.0;
+      std::memcpy(w, bar[i], sizeof(w));
+      if (is_explicit) {
+        for (int k = 0; k < N; k++) w[k] *= h;
+        multiply_transposed(J, w, through);
+      } else {
+        if (!m.one_matrix)
+          if (!factors.factor(1.0 / (h * m.diagonal[i]), J)) return SINGULAR;
+        factors.solve_transposed(w);
+        counts.krylov++;
+      }
+      const double time = t + m.alpha[i] * h;
+      if (i == 0)
+        multiply_transposed(J, w, l);
+      else
+        pull_back(time, Z[i], w, c, l);
+      counts.vjp++;
+      if (m.wanted) parameters(time, Z[i], w, c, mu);
+      for (int k = 0; k < N; k++) {
+        after[k] += l[k];
+        weight[k] += m.gamma[i] * h * w[k];
+        for (int j = 0; j < N; j++) S[k * N + j] += w[k] * V[i][j];
+        for (int j = 0; j < i; j++) {
+          bar[j][k] += A[j] * l[k] - inverse[j] / h * w[k];
+          if (is_explicit) bar[j][k] += corr[j] * through[k];
+        }
+      }
+    }
+    if (!m.time_slope) std::memset(weight, 0, sizeof(weight));
+    second(t, u, S, weight, c, after, mu);
+    counts.vjp++;
+    std::memcpy(lambda, after, sizeof(lambda));
+    return DONE;
+  }
+
+ protected:
+  void keep_step() override { keep_values(u, N); }
+
+  Status step(double t, double h) override {
+    double Z[MOST_STAGES][N], V[MOST_STAGES][N], J[N * N];
+    Factors factors;
+    const Status status = solve_stages(t, h, u, stages, Z, V, J, factors, true);
+    if (status != DONE) return status;
+    for (int k = 0; k < N; k++) {
+      end[k] = u[k];
+      defect[k] = 0.0;
+      for (int i = 0; i < m.stages; i++) {
+        end[k] += m.b[i] * stages[i][k];
+        if (m.adaptive) defect[k] += m.defect[i] * stages[i][k];
+      }
+    }
+    return std::isfinite(square(end)) ? DONE : NOT_FINITE;
+  }
+
+ private:
+  // The stages Y of RosenbrockTableau.transformed, the states Z they are at, and what J multiplies.
+  Status solve_stages(double t, double h, const double* u, double (*Y)[N], double (*Z)[N],
+                      double (*V)[N], double* J, Factors& factors, bool forwards) {
+    const int s = int(m.stages);
+    double f[N], ft[N];
+    for (int i = 0; i < s; i++) {
+      const double *A = m.A + i * s, *inverse = m.inverse + i * s, *corr = m.correction + i * s;
+      for (int k = 0; k < N; k++) {
+        Z[i][k] = u[k];
+        for (int j = 0; j < i; j++) Z[i][k] += A[j] * Y[j][k];
+      }
+      if (i == 0)
+        slopes(t, u, c, f, J, ft), counts.jacobians++;
+      else
+        value(t + m.alpha[i] * h, Z[i], c, f);
+      counts.rhs++;
+      if (!(square(f) < MODERATE)) return NOT_FINITE;
+      double* y = Y[i];
+      for (int k = 0; k < N; k++) {
+        double sum = 0.0;
+        for (int j = 0; j < i; j++) sum += inverse[j] * Y[j][k];
+        y[k] = f[k] - sum / h;
+        if (m.time_slope) y[k] += m.gamma[i] * h * ft[k];
+        V[i][k] = 0.0;
+      }
+      if (m.diagonal[i] == 0.0) {
+        for (int k = 0; k < N; k++)
+          for (int j = 0; j < i; j++) V[i][k] += corr[j] * Y[j][k];
+        for (int k = 0; k < N; k++) {
+          for (int l = 0; l < N; l++) y[k] += J[k * N + l] * V[i][l];
+          y[k] *= h;
+        }
+        continue;
+      }
+      if (i == 0 || !m.one_matrix)
+        if (!factors.factor(1.0 / (h * m.diagonal[i]), J)) return SINGULAR;
+      factors.solve(y);
+      counts.newton += forwards, counts.krylov++;
+      std::memcpy(V[i], y, sizeof(V[i]));
+    }
+    return DONE;
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+// To be freed by the sweep that takes it over.
+void* pnode_implicit_steps(const Settings* settings, const double* y0) {
+  return static_cast<Kernel*>(new Rosenbrock(*settings, y0));
+}
+
+// The derivatives of w^T J v + w^T df/dt. l and mu come as zeros.
+void pnode_second(Captured c, double t, const double* y, const double* w, const double* v,
+                  double* l, double* mu) {
+  double S[N * N];
+  for (int i = 0; i < N; i++)
+    for (int j = 0; j < N; j++) S[i * N + j] = w[i] * v[j];
+  second(t, y, S, w, c, l, mu);
+}
+}
