@@ -11,11 +11,12 @@ import torch
 
 from pnode import vectors
 from pnode.interpolation import hermite, hermite_rate, polynomial, polynomial_rate
+from pnode.linearization import Linearization
 from pnode.solvers.bridge import accumulate
 from pnode.solvers.integrator import TimeIntegrator
 from pnode.solvers.petsc_c import rk_tableau
 from pnode.solvers.stepping import Step
-from pnode.vectorfield import Linearization, VectorField
+from pnode.vectorfield import VectorField
 from pnode.vectors import REAL
 
 __all__ = ["DenseAdjoint", "DenseOutput"]
@@ -261,7 +262,7 @@ class DenseAdjoint:
         below: list[tuple[int, torch.Tensor]] = []
         for i in reversed(range(len(stages))):
             if graphs is not None and i < len(graphs):
-                graphs[i].adopt(self._field)
+                graphs[i].adopt(self._field.shared)
                 value, parts = None, [graphs[i]]
             else:
                 s = step.at(round(tableau["c"][i], 13))

@@ -19,12 +19,14 @@ import torch
 
 from pnode.compilation import CompilationFailed, Compiled, compile_graph, fingerprint
 from pnode.errors import SolveError
+from pnode.linearization import Linearization, Products
 from pnode.problem import InitialValueProblem
+from pnode.products import transposed
 from pnode.solution import Ledger
 from pnode.solvers.compiled import Compiler, TooManyGraphs, agree
 from pnode.solvers.integrator import IntegratorSettings
 from pnode.tracing import FieldGraph, Untraceable
-from pnode.vectorfield import Linearization, Products, VectorField, transposed
+from pnode.vectorfield import VectorField
 
 __all__ = ["CompiledField", "CompiledLinearization", "FieldCode", "FieldCompiler", "compiled_field"]
 
@@ -205,8 +207,6 @@ class CompiledLinearization(Linearization):
         Of ``FieldCode.value``.
     """
 
-    _field: CompiledField
-
     def __init__(
         self,
         field: CompiledField,
@@ -215,7 +215,8 @@ class CompiledLinearization(Linearization):
         y: torch.Tensor,
         results: list[torch.Tensor],
     ) -> None:
-        super().__init__(field, (y,), results[0], sign, time)
+        super().__init__(field.shared, (y,), results[0], sign, time)
+        self._field = field
         self.results = results
 
     def _arguments(self, field: CompiledField) -> list[torch.Tensor]:
@@ -224,7 +225,7 @@ class CompiledLinearization(Linearization):
     def vjp(self, w: torch.Tensor) -> Products:
         """Return w^T dg/dy and w^T dg/dp; see :class:`Linearization`."""
         field, y = self._field, self._leaves[0]
-        field.ledger.vjp += 1
+        self._shared.ledger.vjp += 1
         cotangent = (w if self._sign > 0 else -w).view(y.shape)
         state, *found = field.code.product([cotangent, *self._arguments(field)])
         products: list[torch.Tensor | None] = [None] * len(field.parameters)
@@ -236,7 +237,7 @@ class CompiledLinearization(Linearization):
     def jvp(self, v: torch.Tensor, state: float = 1.0, rate: float = 0.0) -> torch.Tensor:
         """Return ``state dg/du v + rate dF/du_dot v``, flat."""
         field, y = self._field, self._leaves[0]
-        field.ledger.jvp += 1
+        self._shared.ledger.jvp += 1
         direction = (v * (state * self._sign)).view(y.shape)
         (flat,) = field.code.derivative([direction, *self._arguments(field)])
         flat = flat.reshape(-1)

@@ -21,6 +21,7 @@ from pnode.errors import (
     SolveError,
 )
 from pnode.evidence import project
+from pnode.linearization import Linearization
 from pnode.options import PETSc, SolverOptions, failure_reason, log_stage
 from pnode.ranks import ALONE, CURABLE
 from pnode.solvers.assemblies import BLOCK_LU
@@ -43,7 +44,7 @@ from pnode.solvers.petsc_c import (
 )
 from pnode.solvers.tableaus import explicit_nodes
 from pnode.tolerances import Resolved
-from pnode.vectorfield import Linearization, VectorField
+from pnode.vectorfield import VectorField
 
 __all__ = [
     "SINGULAR",

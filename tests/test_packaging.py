@@ -21,21 +21,25 @@ LEAVES = {
         "compilation",
         "controllers",
         "devices",
+        "distributed",
         "errors",
         "event_search",
         "evidence",
         "fast_tanh",
+        "field_checks",
         "graphs",
         "hooks",
         "interpolation",
         "launchers",
         "layouts",
+        "linearization",
         "mass",
         "nullspaces",
         "option_names",
         "options",
         "private_files",
         "problem",
+        "products",
         "ranks",
         "scalars",
         "signals",
@@ -223,7 +227,8 @@ def test_schedules_import_neither_petsc_nor_torch(name: str) -> None:
 # pnode.tracing records vectorfield's calls, and rewrites operations in place (functionalize). The
 # probe solves a problem and takes its gradient as a user would.
 CALLS_AUTOGRAD = {
-    "pnode.vectorfield", "pnode.tracing", "pnode.testing", "pnode.diagnosis.probe",
+    "pnode.linearization", "pnode.products", "pnode.vectorfield", "pnode.tracing", "pnode.testing",
+    "pnode.diagnosis.probe",
     "pnode.transforms",  # looks at tangents
 }  # fmt: skip
 # The solve, sums over ranks, and the root of algebraic equations.
