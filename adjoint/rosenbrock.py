@@ -6,12 +6,12 @@ import numpy as np
 import torch
 
 from pnode.adjoint.stepper import ImplicitAdjointStepper
+from pnode.linearization import Linearization
 from pnode.options import SolverOptions
 from pnode.solution import Ledger
 from pnode.solvers.integrator import IntegratorSettings
 from pnode.solvers.rosenbrock_tableaus import ROSENBROCK
 from pnode.solvers.stepping import Step
-from pnode.vectorfield import Linearization
 from pnode.vectors import REAL
 
 __all__ = ["RosenbrockAdjoint"]

@@ -15,12 +15,13 @@ import torch
 from pnode.adjoint.stepper import TorchAdjointStepper
 from pnode.adjoint.trajectory import Checkpoint
 from pnode.evidence import projection_weights
+from pnode.linearization import Linearization
 from pnode.options import log_event
 from pnode.solution import Ledger
 from pnode.solvers.bridge import accumulate
 from pnode.solvers.integrator import IntegratorSettings
 from pnode.solvers.stepping import Step
-from pnode.vectorfield import Linearization, VectorField
+from pnode.vectorfield import VectorField
 from pnode.vectors import REAL
 
 __all__ = ["ExplicitAdjoint", "SymplecticAdjoint"]
@@ -141,7 +142,7 @@ class ExplicitAdjoint(TorchAdjointStepper):
                     self.verify(value, i, s, step)
             else:
                 graph = self._graphs[i]
-                graph.adopt(field)
+                graph.adopt(field.shared)
             with self._vjp_event:
                 products = graph.vjp(w if dtype is REAL else w.to(dtype))
             if self.wants_parameters:

@@ -15,11 +15,12 @@ import torch
 
 from pnode.devices import HOST
 from pnode.errors import ConfigurationError, NonFiniteVectorField, NonlinearSolveFailed
+from pnode.linearization import Linearization
 from pnode.nullspaces import DENSE_ENTRIES, SquareOperator, null_spaces, unit_vectors
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
 from pnode.transfers import remote
-from pnode.vectorfield import Linearization, VectorField, vector_field
+from pnode.vectorfield import VectorField, vector_field
 from pnode.vectors import REAL
 
 __all__ = ["check_consistency", "consistent_state"]

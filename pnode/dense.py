@@ -10,11 +10,12 @@ import torch
 
 from pnode import vectors
 from pnode.interpolation import hermite, hermite_rate, polynomial, polynomial_rate
+from pnode.linearization import Linearization
 from pnode.solvers.bridge import accumulate
 from pnode.solvers.integrator import TimeIntegrator
 from pnode.solvers.scheme import Scheme
 from pnode.solvers.stepping import Observer, Step
-from pnode.vectorfield import Linearization, VectorField
+from pnode.vectorfield import VectorField
 from pnode.vectors import REAL
 
 __all__ = ["DenseAdjoint", "DenseOutput"]
@@ -247,7 +248,7 @@ class DenseAdjoint:
         below: list[tuple[int, torch.Tensor]] = []
         for i in reversed(range(len(stages))):
             if graphs is not None and i < len(graphs):
-                graphs[i].adopt(self._field)
+                graphs[i].adopt(self._field.shared)
                 value, parts = None, [graphs[i]]
             else:
                 s = step.at(scheme.c[i])

@@ -19,10 +19,11 @@ from pnode.errors import ConfigurationError, EventError
 from pnode.event_path import EventPath, call_event
 from pnode.event_search import SAMPLES, Sides, first_crossing
 from pnode.problem import InitialValueProblem, StateLayout
+from pnode.products import directional_derivative
 from pnode.solution import Ledger
 from pnode.solvers.integrator import TimeIntegrator
 from pnode.solvers.stepping import Observer, Step
-from pnode.vectorfield import VectorField, directional_derivative, vector_field
+from pnode.vectorfield import VectorField, vector_field
 
 __all__ = ["Event", "EventLocator", "check_rate", "end_at_event"]
 

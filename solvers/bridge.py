@@ -21,9 +21,10 @@ import torch
 
 from pnode.devices import HOST, Place
 from pnode.evidence import Note, differs, project, projection_weights
+from pnode.linearization import Linearization, Products
 from pnode.options import PETSc, log_event
 from pnode.ranks import ALONE, Ranks
-from pnode.vectorfield import Linearization, Products, VectorField
+from pnode.vectorfield import VectorField
 from pnode.vectors import (
     REAL,
     add_to,

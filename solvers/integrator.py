@@ -21,6 +21,7 @@ from pnode.errors import (
     SolveError,
 )
 from pnode.evidence import project
+from pnode.linearization import Linearization
 from pnode.options import PETSc, SolverOptions, failure_reason, log_stage
 from pnode.ranks import ALONE, CURABLE
 from pnode.solvers.assemblies import BLOCK_LU
@@ -41,7 +42,7 @@ from pnode.solvers.petsc_c import (
     subtype,
 )
 from pnode.tolerances import Resolved
-from pnode.vectorfield import Linearization, VectorField
+from pnode.vectorfield import VectorField
 
 __all__ = [
     "SINGULAR",

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from pnode.errors import ConfigurationError
+from pnode.linearization import Linearization
 from pnode.options import SolverOptions
 from pnode.solvers.bridge import Bridge, Point
 from pnode.solvers.integrator import IntegratorSettings, TimeIntegrator
@@ -26,7 +27,6 @@ from pnode.solvers.petsc_c import (
 )
 from pnode.solvers.rosenbrock_tableaus import ROSENBROCK
 from pnode.solvers.scheme import Scheme
-from pnode.vectorfield import Linearization
 from pnode.vectors import REAL, copy_in, copy_out, is_moderate
 
 __all__ = ["RosenbrockBridge", "RosenbrockIntegrator"]

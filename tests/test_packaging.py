@@ -20,9 +20,11 @@ LEAVES = {
         "checkpointing",
         "controllers",
         "devices",
+        "distributed",
         "errors",
         "event_search",
         "evidence",
+        "field_checks",
         "graphs",
         "hooks",
         "interpolation",
@@ -31,12 +33,14 @@ LEAVES = {
         "ghost_layouts",
         "grids",
         "layouts",
+        "linearization",
         "mass",
         "nullspaces",
         "option_names",
         "options",
         "private_files",
         "problem",
+        "products",
         "ranks",
         "reals",
         "signals",
@@ -225,7 +229,8 @@ def test_schedules_import_neither_petsc_nor_torch(name: str) -> None:
 # The trace records vectorfield's calls, and rewrites operations in place (functionalize). The probe
 # solves a problem and takes its gradient as a user would.
 CALLS_AUTOGRAD = {
-    "pnode.vectorfield", "pnode.solvers.compiled.trace", "pnode.testing", "pnode.diagnosis.probe",
+    "pnode.linearization", "pnode.products", "pnode.vectorfield", "pnode.solvers.compiled.trace",
+    "pnode.testing", "pnode.diagnosis.probe",
     "pnode.transforms",  # looks at tangents
 }  # fmt: skip
 # The solve, sums over ranks, and the root of algebraic equations.

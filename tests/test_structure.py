@@ -16,7 +16,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LONG_FILES = {
     "adjoint/store.py",
-    "pnode/vectorfield.py",
     "solvers/assemblies.py",
     "solvers/bridge.py",
     "solvers/integrator.py",

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
+from pnode.linearization import Linearization, Products
 from pnode.problem import InitialValueProblem
+from pnode.products import transposed
 from pnode.solution import Ledger
 from pnode.solvers.compiled import inductor
 from pnode.solvers.compiled.compiler import (
@@ -29,7 +31,7 @@ from pnode.solvers.compiled.compiler import (
 )
 from pnode.solvers.compiled.inductor import CompilationFailed, Compiled, fingerprint
 from pnode.solvers.compiled.trace import FieldGraph
-from pnode.vectorfield import Linearization, Products, VectorField, transposed
+from pnode.vectorfield import VectorField
 
 __all__ = ["CompiledField", "CompiledLinearization", "FieldCode", "Fields", "compiled_field"]
 
@@ -216,8 +218,6 @@ class CompiledLinearization(Linearization):
         Of ``FieldCode.value``.
     """
 
-    _field: CompiledField
-
     def __init__(
         self,
         field: CompiledField,
@@ -226,7 +226,8 @@ class CompiledLinearization(Linearization):
         y: torch.Tensor,
         results: list[torch.Tensor],
     ) -> None:
-        super().__init__(field, (y,), results[0], sign, time)
+        super().__init__(field.shared, (y,), results[0], sign, time)
+        self._field = field
         self.results = results
 
     def _arguments(self, field: CompiledField) -> list[torch.Tensor]:
@@ -235,7 +236,7 @@ class CompiledLinearization(Linearization):
     def vjp(self, w: torch.Tensor) -> Products:
         """Return w^T dg/dy and w^T dg/dp; see :class:`Linearization`."""
         field, y = self._field, self._leaves[0]
-        field.ledger.vjp += 1
+        self._shared.ledger.vjp += 1
         cotangent = (w if self._sign > 0 else -w).view(y.shape)
         state, *found = field.code.product([cotangent, *self._arguments(field)])
         products: list[torch.Tensor | None] = [None] * len(field.parameters)
@@ -247,7 +248,7 @@ class CompiledLinearization(Linearization):
     def jvp(self, v: torch.Tensor, state: float = 1.0, rate: float = 0.0) -> torch.Tensor:
         """Return ``state dg/du v + rate dF/du_dot v``, flat."""
         field, y = self._field, self._leaves[0]
-        field.ledger.jvp += 1
+        self._shared.ledger.jvp += 1
         direction = (v * (state * self._sign)).view(y.shape)
         (flat,) = field.code.derivative([direction, *self._arguments(field)])
         flat = flat.reshape(-1)

@@ -1,0 +1,101 @@
+"""Products with the derivatives of f where several ranks share the state."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from pnode.layouts import Layout
+from pnode.linearization import Linearization, Products
+from pnode.ranks import Ranks
+
+__all__ = ["Cells", "DistributedLinearization"]
+
+
+class Cells(NamedTuple):
+    """The cells of one rank and those that it looks at.
+
+    Attributes
+    ----------
+    ranks : Ranks
+        The processes that share the state.
+    exchange : Layout or None
+        Of a state with ghost cells.
+    """
+
+    ranks: Ranks
+    exchange: Layout | None
+
+    def gather(self, u: torch.Tensor) -> torch.Tensor:
+        """Return the ghosted part of a flat state, flat."""
+        return u if self.exchange is None else self.exchange.gather(u).reshape(-1)
+
+    def scatter(self, w: torch.Tensor) -> torch.Tensor:
+        """Return the transpose of :meth:`gather` applied to w."""
+        return w if self.exchange is None else self.exchange.scatter(w)
+
+
+class DistributedLinearization(Linearization):
+    """A linearization on one of several ranks: products exchange ghost cells too.
+
+    Assembled rows (:meth:`rows`) are with respect to the ghosted state.
+
+    Parameters
+    ----------
+    cells : Cells
+        The ranks, and who exchanges.
+    *arguments
+        Those of a :class:`Linearization`.
+    """
+
+    def __init__(self, cells: Cells, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._cells = cells
+
+    def vjp(self, w: torch.Tensor) -> Products:
+        """Return w^T dg/dy and this rank's part of w^T dg/dp. Collective with ghost cells."""
+        products = self._cells.ranks.attempt(super().vjp, w)
+        if products is None:
+            nothing = torch.full_like(self._leaves[0], torch.nan).reshape(-1)
+            parameters = (None,) * len(self._shared.parameters)
+            rate = None if self._shared.mass is None else torch.full_like(w, torch.nan)
+            products = Products(nothing, parameters, rate)
+        return products._replace(state=self._cells.scatter(products.state))
+
+    def jvp(self, v: torch.Tensor, state: float = 1.0, rate: float = 0.0) -> torch.Tensor:
+        """Return ``state dg/du v + rate dF/du_dot v``, flat. Collective with ghost cells."""
+        product = self._cells.ranks.attempt(super().jvp, self._cells.gather(v), state, 0.0)
+        if product is None:
+            return torch.full_like(v, torch.nan)
+        if rate:
+            mass = self._shared.mass
+            product = product + rate * (v if mass is None else mass.apply(v))
+        return product
+
+    def second_vjp(self, w: torch.Tensor, v: torch.Tensor) -> Products:
+        """Return the derivatives of w^T (dg/dy) v. Collective with ghost cells."""
+        return self._second(super().second_vjp, w, self._cells.gather(v))
+
+    def time_derivative(self) -> torch.Tensor:
+        """Return dg/ds, flat."""
+        slope = self._cells.ranks.attempt(super().time_derivative)
+        return torch.full_like(self.flat_value(), torch.nan) if slope is None else slope
+
+    def time_derivative_vjp(self, w: torch.Tensor) -> Products:
+        """Return the derivatives of w^T dg/ds. Collective with ghost cells."""
+        return self._second(super().time_derivative_vjp, w)
+
+    def _second(self, product: Any, *arguments: torch.Tensor) -> Products:
+        products = self._cells.ranks.attempt(product, *arguments)
+        if products is None:
+            nothing = torch.full_like(self._leaves[0], torch.nan).reshape(-1)
+            products = Products(nothing, (None,) * len(self._shared.parameters))
+        return products._replace(state=self._cells.scatter(products.state))
+
+    def _rows(self, cotangents: torch.Tensor) -> list[torch.Tensor]:
+        rows = self._cells.ranks.attempt(super()._rows, cotangents)
+        if rows is None:
+            width = self._leaves[0].numel()
+            return [cotangents.new_full((len(cotangents), width), torch.nan)]
+        return rows
