@@ -397,5 +397,4 @@ def _warn(what: str) -> None:
     warnings.warn(
         f"{what} at y0 could not be told by products with the Jacobian: the system is badly "
         "conditioned; check the start and the index of the problem",
-        RuntimeWarning, stacklevel=2,
-    )  # fmt: skip
+        RuntimeWarning, stacklevel=2)  # fmt: skip
