@@ -1,11 +1,13 @@
 # make demo    set up and run the main example
 # make test    set up, then lint, types and tests
+# make quick   the sharpest test of each area
 #
 # Variables (make NAME=VALUE, or in the environment):
 #   PYTHON           interpreter to make .venv with; default: a python3 of a supported version
 #   PETSC_DIR        an existing PETSc to build petsc4py against (PETSC_ARCH if it has one)
 #   TORCH_INDEX_URL  package index for torch alone, for example
 #                    https://download.pytorch.org/whl/cpu; default: pip's own
+#   JOBS             number of processes of make test and make quick; default: one per core
 #   RANKS            number of processes of make examples; default: 1
 #   WHEELS           folder of prebuilt wheels, searched beside pip's own places
 #   BENCH            options of the benchmarks: BENCH=--quick
@@ -16,6 +18,7 @@ STAMPS := $(VENV)/.stamps
 CONSTRAINTS := $(VENV)/constraints.txt
 PYTHON ?=
 TORCH_INDEX_URL ?=
+JOBS ?= $(or $(shell nproc 2>/dev/null),1)
 RANKS ?= 1
 WHEELS ?= $(wildcard ../shared/wheels)
 
@@ -23,17 +26,18 @@ WHEELS ?= $(wildcard ../shared/wheels)
 PIP_OPTIONS := --constraint $(CONSTRAINTS) $(if $(strip $(WHEELS)),--find-links $(abspath $(WHEELS)))
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_OPTIONS)
 RUN := PATH="$(abspath $(BIN)):$$PATH"
+PYTEST = $(RUN) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 export OPENBLAS_NUM_THREADS := 1
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup same-petsc demo examples test lint format bench peers clean
+.PHONY: help setup same-petsc demo examples test quick lint format bench peers clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
-	@echo 'Variables: PYTHON, PETSC_DIR, PETSC_ARCH, TORCH_INDEX_URL, WHEELS, RANKS; see docs/install.md.'
+	@echo 'Variables: PYTHON, PETSC_DIR, PETSC_ARCH, TORCH_INDEX_URL, WHEELS, JOBS, RANKS; see docs/install.md.'
 
 setup: same-petsc $(STAMPS)/pnode ## create .venv and install everything into it
 
@@ -45,7 +49,11 @@ examples: setup ## run the parallel examples on RANKS processes (1)
 	$(RUN) mpiexec -n $(RANKS) $(BIN)/python examples/lorenz96.py --output results
 
 test: lint ## lint, types, then all tests
-	$(RUN) $(BIN)/python -m pytest tests
+	$(PYTEST) -q --ignore=tests/mpi tests
+	$(RUN) $(BIN)/python tools/run_ranks.py
+
+quick: setup ## the sharpest test of each area, in a minute and a half
+	$(PYTEST) -q $$(grep -v '^#' tests/quick.txt)
 
 lint: setup ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .

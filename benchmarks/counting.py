@@ -38,6 +38,11 @@ def counting_environment(folder: Path) -> dict[str, str]:
     return os.environ | threads | {"LD_PRELOAD": str(library)}
 
 
+def is_counting() -> bool:
+    """Return whether this process runs in :func:`counting_environment`."""
+    return hasattr(ctypes.CDLL(None), "mpi_calls")
+
+
 @dataclass(frozen=True)
 class Counts:
     """Of one rank.

@@ -181,7 +181,7 @@ def measure(
         comm.Barrier()
         times.append(time.perf_counter() - start)
     attempts = solution.stats.steps + solution.stats.rejected
-    once = 4.0 * (comm.size > 1)  # see tests/program_counts.py
+    once = 4.0 * (comm.size > 1)  # see tests/mpi/test_mpi_counts.py
     once += 2.0 * (comm.size > 1 and adaptive) + 1.0 * (comm.size > 1 and adaptive)
     return {
         "seconds": min(times) / attempts, "steps": attempts,

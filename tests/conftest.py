@@ -1,8 +1,12 @@
 """Shared set-up of the tests."""
 
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -11,3 +15,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let all processes of a session share what is compiled, and find nothing of an earlier one."""
+    if "PNODE_CACHE_DIR" in os.environ:  # a warm folder, or that of the process above this worker
+        return
+    folder = tempfile.mkdtemp(prefix="pnode-tests-")  # of this user alone
+    os.environ["PNODE_CACHE_DIR"] = folder
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    config.add_cleanup(lambda: os.environ.pop("PNODE_CACHE_DIR", None))

@@ -1,4 +1,4 @@
-"""Programs on several ranks: started in subprocesses with a hard limit, and what they check."""
+"""Programs on several ranks, in subprocesses with a hard limit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 
 def mpiexec() -> str:
@@ -37,46 +36,3 @@ def launch(
     return subprocess.run(
         command, capture_output=True, text=True, timeout=limit, env=environment, check=False
     )
-
-
-def check(program: str, ranks: int, *arguments: str, **options: Any) -> str:
-    """Run a program that is to succeed, see :func:`launch`; return what it printed."""
-    run = launch(program, ranks, *arguments, **options)
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-6000:]
-    assert f"ranks {ranks}" in run.stdout
-    return run.stdout
-
-
-class Checks:
-    """Collects what holds and what does not; every rank goes on, so that none waits in vain.
-
-    Parameters
-    ----------
-    comm : mpi4py.MPI.Intracomm
-        The ranks.
-    """
-
-    def __init__(self, comm: Any) -> None:
-        self.comm = comm
-        self.number = 0
-        self.failures: list[str] = []
-
-    def true(self, condition: Any, *what: Any) -> None:
-        """Note whether something holds on this rank. Not collective."""
-        self.number += 1
-        if not condition:
-            self.failures.append(f"rank {self.comm.rank}: " + " ".join(map(str, what)))
-
-    def below(self, value: float, bound: float, *what: Any) -> None:
-        """Note whether a value is at most a bound on this rank; NaN is not. Not collective."""
-        self.true(value <= bound, *what, f"{value:.3e} > {bound:.3e}")
-
-    def finish(self) -> None:
-        """Print how it went, and end the process with 1 if anything failed on any rank."""
-        found = [line for lines in self.comm.allgather(self.failures) for line in lines]
-        numbers = self.comm.allgather(self.number)
-        if self.comm.rank == 0:
-            print("\n".join(found[:40]))
-            print(f"ranks {self.comm.size} checks {sum(numbers)} failures {len(found)}", flush=True)
-        self.comm.Barrier()
-        sys.exit(1 if found or not min(numbers) else 0)

@@ -9,7 +9,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from launch import check
 from petsc4py import PETSc
 
 import pnode
@@ -137,11 +136,6 @@ def test_no_factors_of_a_matrix_that_is_not_there(pc):
         solver(many, [0.0, 1.0])
     if pc == "lu":  # and of a smaller one there are
         assert solver(Y0, [0.0, 1.0]).ys[-1].item() == pytest.approx(math.exp(-1.0), rel=1e-2)
-
-
-@pytest.mark.mpi
-def test_factors_of_a_matrix_on_several_ranks():
-    check("program_factors.py", 2)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])

@@ -10,7 +10,6 @@ import warnings
 
 import pytest
 import torch
-from launch import check
 
 import pnode
 from pnode.parallel import sum_gradients
@@ -203,8 +202,3 @@ def test_sums_of_complex_gradients_over_ranks():
         warnings.simplefilter("error")
         sum_gradients([w, b], MPI.COMM_SELF)
     assert w.grad.tolist() == [1.0 + 2.0j, 3.0 - 1.0j] and b.grad.item() == 1.0
-
-
-@pytest.mark.mpi
-def test_ranks_that_share_a_batch():
-    check("program_complex.py", 3)

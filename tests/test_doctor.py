@@ -471,7 +471,6 @@ def test_json_has_all_findings_and_an_error_is_exit_status_one(tmp_path):
     assert titles(content, "error") == ["scratch"]
 
 
-@pytest.mark.mpi
 def test_on_two_ranks_one_prints():
     outcome = doctor("--json", launcher=(mpiexec(), "-n", "2"))
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr

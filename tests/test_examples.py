@@ -365,7 +365,6 @@ def numbers_of(example: str, ranks: int, folder: Path, *argv: str) -> dict[str, 
     return content
 
 
-@pytest.mark.mpi
 @pytest.mark.parametrize(
     ("example", "argv"),
     [

@@ -1,4 +1,4 @@
-"""Grids on one rank; those on several are in test_mpi.py."""
+"""Grids on one rank; those on several are in mpi/test_mpi_layouts.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What solves over several ranks send and reduce, counted: a change that adds to it is seen."""
+"""The scaling benchmark: what solves over ranks send, and the model of a cluster."""
 
 from __future__ import annotations
 
@@ -9,22 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from launch import check
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 
 import scaling  # noqa: E402
-from counting import counting_environment  # noqa: E402
 
 
-@pytest.mark.mpi
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_messages_and_reductions(ranks, tmp_path):
-    check("program_counts.py", ranks, environment=counting_environment(tmp_path))
-
-
-@pytest.mark.mpi
 def test_scaling(tmp_path):
     path, picture = tmp_path / "scaling.json", tmp_path / "scaling.png"
     command = [

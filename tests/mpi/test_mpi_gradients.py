@@ -1,23 +1,18 @@
-"""Run under mpiexec: outputs and gradients over ranks against one rank, and without layouts."""
+"""Outputs and gradients over ranks against one rank, and without layouts."""
 
 from __future__ import annotations
 
 import os
-import sys
-import tempfile
-import time
+from pathlib import Path
 
+import pytest
 import torch
 from distributed import CASES, SELF, WORLD, D, difference, results
-from launch import Checks
+from ranks import checks, comm
 
 import pnode
 from pnode.parallel import Grid, replicate, total
 from pnode.testing import taylor_test
-
-torch.set_num_threads(1)
-comm = WORLD
-checks = Checks(comm)
 
 
 def compare(bound: float, name: str, serial: dict | None = None, **options: object) -> None:
@@ -25,9 +20,7 @@ def compare(bound: float, name: str, serial: dict | None = None, **options: obje
 
     ``serial`` are options of the latter that differ.
     """
-    start = time.perf_counter()
     ours, stats = results(name, WORLD, **options)
-    seconds = time.perf_counter() - start
     whole, whole_stats = results(name, None, **(options | (serial or {})))
     pairs = [("no layout", whole, whole_stats)]
     if comm.size > 1 and serial is None:
@@ -36,14 +29,10 @@ def compare(bound: float, name: str, serial: dict | None = None, **options: obje
         value, worst = difference(ours, other)
         checks.below(value, bound, name, options, what, worst)
         checks.true(stats.steps == other_stats.steps, name, options, what, "steps")
-        if VERBOSE and comm.rank == 0:
-            print(f"{value:.1e} {worst} {name} {options} {what} {seconds:.2f} s", flush=True)
 
 
-VERBOSE = "-v" in sys.argv
-
-
-def explicit() -> None:
+@pytest.mark.mpi
+def test_explicit_methods() -> None:
     """Sums over the ranks differ in their order alone: 1e-12."""
     for name in CASES:
         for method in ("rk4", "dopri5", "ssprk43"):
@@ -59,7 +48,8 @@ def explicit() -> None:
             compare(1e-5, name, method="dopri5", dtype=torch.float32, step_size=step, rtol=1e-3)
 
 
-def implicit() -> None:
+@pytest.mark.mpi(min_size=2, max_size=2)
+def test_implicit_methods() -> None:
     """Newton stops at 1e-11 of its first residual or at steps of 1e-10, adjoint solves at 1e-12.
 
     What the errors of up to 8 stages and 6 steps may come to: 1e-8. That of the references, whose
@@ -94,7 +84,11 @@ def implicit() -> None:
     compare(1e-4, "ring", dense, method="cn", dtype=torch.float32, step_size=0.05)
 
 
-def taylor_of(method: str, jacobian: str) -> None:
+@pytest.mark.mpi(min_size=2, max_size=2)
+@pytest.mark.parametrize(
+    ("method", "jacobian"), [("dopri5", "auto"), ("cn", "sparse"), ("rodaspr", "auto")]
+)
+def test_taylor(method: str, jacobian: str) -> None:
     """Remainders of a loss over the ranks fall as h^2, along y0, the parameters and t."""
     grid = Grid((10,), boundary="mirror", comm=comm)
     w = torch.tensor([0.4, -0.3, 0.2], dtype=D, requires_grad=True)
@@ -126,16 +120,9 @@ def taylor_of(method: str, jacobian: str) -> None:
         checks.below(1.8, result.order, "Taylor", method, "t", result)
 
 
-def taylor() -> None:
-    """Of an explicit method, an implicit one and a Rosenbrock method."""
-    for method, jacobian in (("dopri5", "auto"), ("cn", "sparse"), ("rodaspr", "auto")):
-        taylor_of(method, jacobian)
-
-
-def checkpoints() -> None:
+@pytest.mark.mpi(min_size=2)
+def test_checkpoints(shared_folder: Path) -> None:
     """Limits and disk: the same gradients, the same repeated steps on uneven shards, no files."""
-    folder = tempfile.mkdtemp() if comm.rank == 0 else None
-    shared = comm.bcast(folder)
     for name, method, size in (
         ("ring", "rk4", 8 * -(-13 // comm.size)), ("batch", "dopri5", 24 * -(-7 // comm.size)),
         ("batch", "cn", 24 * -(-7 // comm.size)), ("batch", "rodaspr", 24 * -(-7 // comm.size)),
@@ -143,7 +130,7 @@ def checkpoints() -> None:
         options = {"method": method, "step_size": 0.02}
         unlimited, _ = results(name, WORLD, **options)
         room = 9 * size  # one checkpoint of the stages fits
-        for disk in (None, shared):
+        for disk in (None, shared_folder):
             limits = pnode.Checkpointing(memory=room, disk=disk)
             ours, stats = results(name, WORLD, **options, checkpointing=limits)
             value, worst = difference(ours, unlimited)
@@ -155,12 +142,5 @@ def checkpoints() -> None:
             used = stats.disk_bytes if disk else repeated[0][0]
             checks.true(used > 0, "the limit did not matter", name, method, disk is None)
             comm.Barrier()
-            checks.true(not os.listdir(shared), "files are left", os.listdir(shared))
+            checks.true(not os.listdir(shared_folder), "files are left", os.listdir(shared_folder))
             comm.Barrier()
-    if comm.rank == 0:
-        os.rmdir(shared)
-
-
-for wanted in (arg for arg in sys.argv[1:] if arg != "-v"):
-    globals()[wanted]()
-checks.finish()

@@ -1,4 +1,4 @@
-"""Run under mpiexec: ghost cells against the padding of the whole state, and their adjoints."""
+"""Ghost cells against the padding of the whole state, and their adjoints."""
 
 from __future__ import annotations
 
@@ -6,16 +6,13 @@ import itertools
 import math
 
 import numpy as np
+import pytest
 import torch
-from launch import Checks
-from mpi4py import MPI
+from ranks import checks, comm
 
 from pnode.errors import ConfigurationError
 from pnode.parallel import GhostLayout, Grid
 
-torch.set_num_threads(1)
-comm = MPI.COMM_WORLD
-checks = Checks(comm)
 BOUNDARIES = ("periodic", "zero", "mirror", "replicate")
 MODES = {"periodic": "circular", "zero": "constant", "replicate": "replicate"}
 
@@ -98,7 +95,8 @@ def one_grid(shape: tuple[int, ...], **options: object) -> None:
     checks.true(len(rows) == len(entries) == number, "pattern", *what)
 
 
-def grids() -> None:
+@pytest.mark.mpi
+def test_ghost_cells_of_grids() -> None:
     """Every boundary, width, stencil, with fields and without, in one to three dimensions."""
     for shape in ((9,), (7, 6), (6, 4, 5)):
         for boundary, width in itertools.product(BOUNDARIES, (0, 1, 2)):
@@ -112,7 +110,8 @@ def grids() -> None:
     one_grid((4, 5, 6), boundary=("mirror", "periodic", "replicate"), width=2, stencil="star")
 
 
-def graphs() -> None:
+@pytest.mark.mpi
+def test_ghosts_of_graphs() -> None:
     """A random graph: ghosts repeated and in any order, own items among them, or none."""
     owned = [4, 2, 5][comm.rank % 3]
     counts = comm.allgather(owned)
@@ -158,7 +157,8 @@ def refused(name: str, *texts: str, **arguments: object) -> None:
     checks.true(len(set(comm.allgather(message))) == 1, name, message)
 
 
-def errors() -> None:
+@pytest.mark.mpi
+def test_layouts_that_are_refused() -> None:
     """Arguments that no rank can use, or one rank alone cannot, or that differ between them."""
     refused("cells", "shape=0", shape=(0,))
     refused("dimensions", "1 to 3", shape=(2, 2, 2, 2))
@@ -182,9 +182,3 @@ def errors() -> None:
     refused("shapes differ", "shape differs", "(8,)", "(9,)", shape=(8 + last,))
     refused("fields differ", "fields differs", shape=(8,), fields=1 if last else None)
     refused("bad on one rank", f"[rank {comm.size - 1}]", shape=(8,), width=-1 if last else 1)
-
-
-grids()
-graphs()
-errors()
-checks.finish()

@@ -1,30 +1,23 @@
-"""Run under mpiexec: what fails on one rank is the same error on all, and the solver goes on."""
+"""What fails on one rank is the same error on all, and the solver goes on."""
 
 from __future__ import annotations
 
 import gc
 import os
-import shutil
-import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from launch import Checks
-from mpi4py import MPI
+from ranks import checks, comm
 
 import pnode
 from pnode import errors
 from pnode.parallel import Grid, total
 
-torch.set_num_threads(1)
-comm = MPI.COMM_WORLD
-checks = Checks(comm)
 D = torch.float64
 BAD = comm.size - 1
-VERBOSE = "-v" in sys.argv
 
 
 class Cancelled(BaseException):
@@ -110,8 +103,6 @@ class Trial:
         self.field.fault, self.field.others, self.monitor_fails = "", "", False
         message = f"{type(found).__name__}: {found}"
         seen = comm.allgather(message)
-        if VERBOSE and comm.rank == 0:
-            print(*name, message, flush=True)
         checks.true(len(set(seen)) == 1, *name, "messages differ:", *set(seen))
         checks.true(isinstance(found, kinds), *name, message)
         if where and isinstance(found, errors.SolveError):
@@ -137,8 +128,6 @@ class Trial:
         except BaseException as error:
             found = error
         here = comm.rank == BAD or (self.field.everybody and fault != "monitor")
-        if VERBOSE:
-            print(comm.rank, *name, repr(found), flush=True)
         checks.true(type(found) is (kind if here else errors.RankError), *name, repr(found))
         if not here:
             checks.true(kind.__name__ in str(found), *name, found)
@@ -161,100 +150,116 @@ class Trial:
         self.fails(f"backward {fault}", attempt, *arguments, **options)
 
 
-def sweeps() -> None:
-    """Every kind of failure, forward and backward, for every kind of step."""
-    choices = (
-        {"method": "rk4", "step_size": 0.03},
-        {"method": "dopri5", "rtol": 1e-4, "min_step": 1e-3},
-        {"method": "cn", "step_size": 0.03},
-        {"method": "es325", "rtol": 1e-3, "min_step": 1e-3},
-        {"method": "rodaspr", "rtol": 1e-3, "min_step": 1e-3},
-        {"method": "bdf", "rtol": 1e-3, "min_step": 1e-3},
-        {"method": "bdf2", "step_size": 0.03},
-        {"method": "ssprk43", "step_size": 0.03},
-        {"method": "dopri5", "rtol": 1e-6, "dense": True},
-    )
-    chosen = {"batch": ("rk4", "bdf"), "grid": [options["method"] for options in choices]}
-    if "few" in sys.argv:
-        chosen = {"batch": ("dopri5",), "grid": ("rk4", "cn")}
-    for mode in ("batch", "grid"):
-        for options in choices:
-            if options["method"] not in chosen[mode]:
-                continue
-            trial = Trial(mode, **options)
-            trial.forward_fault("raise", (errors.RankError,), cause=ValueError)
-            trial.forward_fault("shape", (errors.VectorFieldError,))
-            trial.forward_fault("nan", (errors.NonFiniteVectorField, errors.StepSizeUnderflow))
-            trial.monitor_fails = True
-            trial.fails("monitor", trial.forward, (errors.RankError,), cause=OSError)
-            trial.backward_fault("raise", (errors.RankError,), cause=ValueError)
-            trial.backward_fault("shape", (errors.VectorFieldError,))
-            if options["method"] in ("cn", "es325", "bdf2"):
-                kinds = (errors.NonlinearSolveFailed, errors.StepSizeUnderflow)
-                kinds += (errors.NonFiniteVectorField,)  # iterates may overflow
-                trial.forward_fault("newton", kinds, where=False)
+CHOICES = (
+    {"method": "rk4", "step_size": 0.03},
+    {"method": "dopri5", "rtol": 1e-4, "min_step": 1e-3},
+    {"method": "cn", "step_size": 0.03},
+    {"method": "es325", "rtol": 1e-3, "min_step": 1e-3},
+    {"method": "rodaspr", "rtol": 1e-3, "min_step": 1e-3},
+    {"method": "bdf", "rtol": 1e-3, "min_step": 1e-3},
+    {"method": "bdf2", "step_size": 0.03},
+    {"method": "ssprk43", "step_size": 0.03},
+    {"method": "dopri5", "rtol": 1e-6, "dense": True},
+)
+
+
+def sweeps(mode: str, options: dict[str, Any]) -> None:
+    """Every kind of failure, forward and backward."""
+    trial = Trial(mode, **options)
+    trial.forward_fault("raise", (errors.RankError,), cause=ValueError)
+    trial.forward_fault("shape", (errors.VectorFieldError,))
+    trial.forward_fault("nan", (errors.NonFiniteVectorField, errors.StepSizeUnderflow))
+    trial.monitor_fails = True
+    trial.fails("monitor", trial.forward, (errors.RankError,), cause=OSError)
+    trial.backward_fault("raise", (errors.RankError,), cause=ValueError)
+    trial.backward_fault("shape", (errors.VectorFieldError,))
+    if options["method"] in ("cn", "es325", "bdf2"):
+        kinds = (errors.NonlinearSolveFailed, errors.StepSizeUnderflow)
+        kinds += (errors.NonFiniteVectorField,)  # iterates may overflow
+        trial.forward_fault("newton", kinds, where=False)
+
+
+@pytest.mark.mpi(min_size=2, max_size=2)
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [(mode, options) for mode in ("batch", "grid") for options in CHOICES
+     if mode == "grid" or options["method"] in ("rk4", "bdf")],
+)  # fmt: skip
+def test_failures_on_one_of_two(mode: str, options: dict[str, Any]) -> None:
+    sweeps(mode, options)
+
+
+@pytest.mark.mpi(min_size=3)
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [("batch", CHOICES[1]), ("batch", CHOICES[8]), ("grid", CHOICES[0]), ("grid", CHOICES[2])],
+)
+def test_failures_on_one_of_three(mode: str, options: dict[str, Any]) -> None:
+    sweeps(mode, options)
 
 
 INTERRUPTS = {"interrupt": KeyboardInterrupt, "exit": SystemExit, "cancel": Cancelled}
 
 
-def interrupts() -> None:
+STOPPED = (
+    {"method": "dopri5", "step_size": 0.06},
+    {"method": "dopri5", "rtol": 1e-3, "dense": True},
+    {"method": "cn", "step_size": 0.06, "checkpointing": pnode.Checkpointing(memory=400)},
+    {"method": "es325", "rtol": 1e-2, "jacobian": "matrix-free"},
+    {"method": "rodaspr", "rtol": 1e-2},
+    {"method": "bdf", "rtol": 1e-2},
+    {"method": "bdf3", "step_size": 0.06},
+)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("number", range(len(STOPPED)))
+def test_interrupts(number: int) -> None:
     """An interrupt of f or the monitor stays one on its rank, and is an error on the others."""
-    choices = (
-        {"method": "dopri5", "step_size": 0.06},
-        {"method": "dopri5", "rtol": 1e-3, "dense": True},
-        {"method": "cn", "step_size": 0.06, "checkpointing": pnode.Checkpointing(memory=400)},
-        {"method": "es325", "rtol": 1e-2, "jacobian": "matrix-free"},
-        {"method": "rodaspr", "rtol": 1e-2},
-        {"method": "bdf", "rtol": 1e-2},
-        {"method": "bdf3", "step_size": 0.06},
-    )
     faults = list(INTERRUPTS.items())
-    for number, options in enumerate(choices):
-        trial = Trial("grid" if comm.size == 2 else "batch", **options)
-        trial.interrupted(*faults[number % 3])
-        trial.interrupted("monitor", KeyboardInterrupt)
-        trial.interrupted(*faults[(number + 1) % 3], backward=True)
-        trial.field.everybody = number % 2 == 0
-        trial.interrupted(*faults[(number + 2) % 3], backward=number % 4 < 2)
+    trial = Trial("grid" if comm.size == 2 else "batch", **STOPPED[number])
+    trial.interrupted(*faults[number % 3])
+    trial.interrupted("monitor", KeyboardInterrupt)
+    trial.interrupted(*faults[(number + 1) % 3], backward=True)
+    trial.field.everybody = number % 2 == 0
+    trial.interrupted(*faults[(number + 2) % 3], backward=number % 4 < 2)
 
 
-def interrupt_before_other_failures() -> None:
+@pytest.mark.mpi(min_size=3)
+@pytest.mark.parametrize(("method", "rtol"), [("dopri5", 1e-4), ("es325", 1e-3)])
+def test_interrupts_before_other_failures(method: str, rtol: float) -> None:
     """An interrupt is not passed over for what fails on another rank in the same step."""
-    for options in ({"method": "dopri5", "rtol": 1e-4}, {"method": "es325", "rtol": 1e-3}):
-        trial = Trial("batch", **options)
-        trial.field.others = "nan"
-        trial.interrupted("interrupt", KeyboardInterrupt)
-        trial.field.others = "nan"
-        trial.forward_fault("raise", (errors.RankError,), cause=ValueError)
+    trial = Trial("batch", method=method, rtol=rtol)
+    trial.field.others = "nan"
+    trial.interrupted("interrupt", KeyboardInterrupt)
+    trial.field.others = "nan"
+    trial.forward_fault("raise", (errors.RankError,), cause=ValueError)
 
 
-def damaged_files() -> None:
+@pytest.mark.mpi(min_size=2, max_size=2)
+@pytest.mark.parametrize("method", ["rk4", "cn"])
+def test_damaged_files(method: str, shared_folder: Path) -> None:
     """A file of checkpoints that is damaged, or gone, on one rank."""
-    shared = comm.bcast(tempfile.mkdtemp() if comm.rank == 0 else None)
-    own = Path(shared) / f"rank{comm.rank}"
+    own = shared_folder / f"rank{comm.rank}"
     own.mkdir()
     limits = pnode.Checkpointing(memory=2000, disk=own)
-    for method in ("rk4", "cn"):
-        trial = Trial("grid", method=method, step_size=0.003, checkpointing=limits)
+    trial = Trial("grid", method=method, step_size=0.003, checkpointing=limits)
 
-        def damage() -> None:
-            if comm.rank == BAD:
-                files = [path for path in own.rglob("*") if path.is_file()]
-                assert files
-                for path in files:
-                    os.truncate(path, path.stat().st_size // 2)
+    def damage() -> None:
+        if comm.rank == BAD:
+            files = [path for path in own.rglob("*") if path.is_file()]
+            assert files
+            for path in files:
+                os.truncate(path, path.stat().st_size // 2)
 
-        attempt = partial(trial.gradient, damage)
-        trial.fails("damaged file", attempt, (errors.CheckpointError,))
-        gc.collect()  # tracebacks of the error
-        checks.true(not list(own.iterdir()), "files are left", method, *own.iterdir())
-    comm.Barrier()
-    if comm.rank == 0:
-        shutil.rmtree(shared)
+    attempt = partial(trial.gradient, damage)
+    trial.fails("damaged file", attempt, (errors.CheckpointError,))
+    gc.collect()  # tracebacks of the error
+    checks.true(not list(own.iterdir()), "files are left", method, *own.iterdir())
 
 
-def mismatches() -> None:
+@pytest.mark.mpi(min_size=2)
+def test_mismatches() -> None:
     """Arguments that differ between the ranks are named, with what each was given."""
     y0, t = torch.ones(3, dtype=D), torch.tensor([0.0, 0.1])
     w = torch.ones(3, dtype=D, requires_grad=True)
@@ -288,25 +293,3 @@ def mismatches() -> None:
     refused("checkpointing differs", checkpointing="1MiB")
     refused("dense differs", dense=True)
     refused("max_steps differs", max_steps=9)
-
-
-def death() -> None:
-    """One rank dies, by exit or by signal, in the middle of a sweep."""
-    how = sys.argv[2]
-
-    def field(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        if comm.rank == BAD and float(t) > 0.1:
-            if how == "exit":
-                os._exit(3)
-            os.kill(os.getpid(), 9)
-        return u[2:] - u[:-2]
-
-    grid = Grid((8,), comm=comm)
-    solver = pnode.Solver(field, method="dopri5", layout=grid)
-    print("alive", flush=True)
-    solver(torch.linspace(0.0, 1.0, *grid.shape), torch.tensor([0.0, 5.0]))
-
-
-for wanted in [name for name in sys.argv[1:] if name in globals()]:
-    globals()[wanted]()
-checks.finish()

@@ -1,16 +1,15 @@
-"""Run under mpiexec: a field that changes on one rank, or on all, is the same error on all."""
+"""A field that changes on one rank, or on all, is the same error on all."""
 
 from __future__ import annotations
 
+import pytest
 import torch
-from launch import Checks
-from mpi4py import MPI
+from ranks import checks, comm
 
 import pnode
 from pnode.errors import FieldChanged
 
-comm, D = MPI.COMM_WORLD, torch.float64
-checks = Checks(comm)
+D = torch.float64
 TIMES = torch.tensor([0.0, 1.0], dtype=D)
 CASES = (
     ("rk4", {"step_size": 0.1, "checkpointing": pnode.Checkpointing(store="stages")}),
@@ -18,7 +17,10 @@ CASES = (
     ("es325", {}), ("bdf", {}), ("rodaspr", {}),
 )  # fmt: skip
 
-for name, keywords in CASES:
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(("name", "keywords"), CASES)
+def test_a_field_that_changes_is_the_same_error_on_all(name, keywords):
     seen, a = {"u": 2.0}, torch.tensor(1.0, dtype=D, requires_grad=True)
 
     def field(t, y, seen=seen, a=a):
@@ -44,4 +46,3 @@ for name, keywords in CASES:
         checks.true(len(set(comm.allgather(str(found)))) == 1, name, "messages differ", found)
         (again,) = torch.autograd.grad(loss(), a)
         checks.true(torch.equal(again, expected), name, "works again", again, expected)
-checks.finish()

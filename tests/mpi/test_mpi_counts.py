@@ -1,4 +1,4 @@
-"""Run under mpiexec with benchmarks/counting.py's environment: messages and reductions of solves.
+"""Messages and reductions of solves, in benchmarks/counting.py's environment.
 
 Everything is counted in whole numbers and compared with the ledger: no tolerance.
 """
@@ -9,20 +9,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from launch import Checks
-from mpi4py import MPI
+from ranks import checks, comm
 
 import pnode
 from pnode.parallel import GhostLayout, Grid, total
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-from counting import Counter, Counts
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from counting import Counter, Counts, is_counting
 
-torch.set_num_threads(1)
-comm = MPI.COMM_WORLD
-checks = Checks(comm)
-counter = Counter()
+pytestmark = [
+    pytest.mark.mpi, pytest.mark.skipif(not is_counting(), reason="needs tools/run_ranks.py"),
+]  # fmt: skip
+counter = Counter() if is_counting() else None
 D = torch.float64
 FIELDS, WIDTH = 2, 2
 NEIGHBOURS = min(comm.size - 1, 2)  # of a rank on a ring
@@ -101,7 +101,7 @@ def report(mode: str, options: dict[str, Any], forward: Counts, backward: Counts
         print(f"{mode:6s} {options}\n  forward  {forward}\n  backward {backward}", flush=True)
 
 
-def explicit() -> None:
+def test_explicit_steps() -> None:
     """No reduction per step; one for the parameters per backward."""
     stages = {"rk4": 4, "dopri5": 6, "ssprk43": 4}
     for mode in ("grid", "graph", "batch"):
@@ -124,7 +124,7 @@ def explicit() -> None:
             report(mode, options, forward, backward)
 
 
-def adaptive() -> None:
+def test_adaptive_steps() -> None:
     """One reduction per attempt, PETSc's error norm, and none backward."""
     several = comm.size > 1
     for mode in ("grid", "batch"):
@@ -140,7 +140,7 @@ def adaptive() -> None:
             report(mode, options, forward, backward)
 
 
-def implicit() -> None:
+def test_implicit_steps() -> None:
     """GMRES takes two reductions per iteration and one per solve; Newton two per iterate and one.
 
     Modified Gram-Schmidt would take more: PETSc's default is the classical one.
@@ -164,9 +164,3 @@ def implicit() -> None:
         # No more than for a norm or product of PETSc's own: five per Newton or Krylov iteration.
         work = stats.newton + stats.krylov + stats.steps
         checks.true(forward.reductions <= 3 + 5 * work, options, forward, stats)
-
-
-explicit()
-adaptive()
-implicit()
-checks.finish()

@@ -1,17 +1,14 @@
-"""Run under mpiexec: LU of a matrix on several ranks is refused on all, and the default works."""
+"""LU of a matrix on several ranks is refused on all, and the default works."""
 
 from __future__ import annotations
 
+import pytest
 import torch
-from launch import Checks
-from mpi4py import MPI
+from ranks import checks, comm
 
 import pnode
 from pnode.parallel import Grid
 
-torch.set_num_threads(1)
-comm = MPI.COMM_WORLD
-checks = Checks(comm)
 grid = Grid((8,), comm=comm)
 t = torch.tensor([0.0, 0.2], dtype=torch.float64)
 
@@ -29,14 +26,18 @@ def solve(method, **keywords):
     return comm.allreduce(y.sum().item()), y0.grad
 
 
-cases = [
+CASES = [
     {"jacobian": "sparse", "linear_solver": "lu"},
     {"jacobian": "sparse", "petsc_options": {"pc_type": "cholesky"}},
     {"linear_solver": "lu"},
     {"jacobian": "matrix-free", "preconditioner": "sparse", "petsc_options": {"pc_type": "lu"}},
 ]
-for method in ("rodaspr", "bdf", "es325"):
-    for case in cases:
+
+
+@pytest.mark.mpi(min_size=2, max_size=2)
+@pytest.mark.parametrize("method", ["rodaspr", "bdf", "es325"])
+def test_factors_of_a_matrix_on_several_ranks(method):
+    for case in CASES:
         try:
             solve(method, **case)
             checks.true(False, method, case, "was not refused")
@@ -46,4 +47,3 @@ for method in ("rodaspr", "bdf", "es325"):
     total, gradient = solve(method, jacobian="sparse")
     checks.below(abs(total - 4.0), 1e-9, method, "what diffuses stays")
     checks.below(float((gradient - 1.0).abs().max()), 1e-8, method, "and so does its gradient")
-checks.finish()

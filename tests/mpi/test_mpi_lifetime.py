@@ -1,4 +1,4 @@
-"""Run under mpiexec: a thousand solves do not grow, and pnode.parallel beside torch.distributed."""
+"""A thousand solves do not grow, and pnode.parallel beside torch.distributed."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import gc
 import os
 from pathlib import Path
 
+import pytest
 import torch
-from launch import Checks
-from mpi4py import MPI
+from ranks import checks, comm
 
 import pnode
 from pnode.errors import ConfigurationError
@@ -22,9 +22,7 @@ from pnode.parallel import (
     total,
 )
 
-torch.set_num_threads(1)
-comm = MPI.COMM_WORLD
-checks = Checks(comm)
+pytestmark = pytest.mark.mpi(min_size=2, max_size=2)
 D = torch.float64
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -35,7 +33,7 @@ def resident() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE / 2**20
 
 
-def growth() -> None:
+def test_solves_do_not_grow() -> None:
     """One solver a thousand times, then new ones, with gradients; 1 MiB is 1 KiB per solve.
 
     What a solve leaks, a vector or a communicator, is more: MPI has 2,000 of these at most.
@@ -75,7 +73,7 @@ def growth() -> None:
     checks.below(resident() - before, 2.0, "growth with new solvers", "MiB")
 
 
-def sums() -> None:
+def test_sums_and_sums_of_gradients() -> None:
     """Sums that autograd knows of, and those of gradients."""
     rank, size = comm.rank, comm.size
     a = torch.tensor([1.0 + rank, 2.0], dtype=D, requires_grad=True)
@@ -135,7 +133,7 @@ class Decay(torch.nn.Module):
         return self.solver(y0, torch.tensor([0.0, 1.0])).ys[-1]
 
 
-def process_group() -> None:
+def test_distributed_data_parallel() -> None:
     """DistributedDataParallel around a solve: the average of the ranks' own gradients."""
     init_process_group(comm)
     try:
@@ -158,9 +156,3 @@ def process_group() -> None:
         checks.below(error, 1e-12, "DistributedDataParallel")
     comm.Barrier()
     torch.distributed.destroy_process_group()
-
-
-sums()
-process_group()
-growth()
-checks.finish()

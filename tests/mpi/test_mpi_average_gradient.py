@@ -1,14 +1,13 @@
-"""Run under mpiexec: every rank solves its share of a batch; the sum equals the whole batch."""
+"""Every rank solves its share of a batch; the sum equals the whole batch."""
 
 from __future__ import annotations
 
+import pytest
 import torch
-from mpi4py import MPI
+from ranks import comm
 
 import pnode
 
-torch.set_num_threads(1)
-comm = MPI.COMM_WORLD
 generator = torch.Generator().manual_seed(0)
 weight = torch.randn(3, 3, generator=generator, dtype=torch.float64, requires_grad=True)
 batch = torch.randn(6, 3, generator=generator, dtype=torch.float64)
@@ -23,14 +22,12 @@ def gradient(states: torch.Tensor, method: str) -> torch.Tensor:
     return torch.autograd.grad(solver(states, t).ys[-1].square().sum(), weight)[0]
 
 
-for method in ("dopri5", "cn"):
+@pytest.mark.mpi
+# Newton's tolerance is relative to the first residual, of the share and of the whole.
+@pytest.mark.parametrize(("method", "bound"), [("dopri5", 1e-12), ("cn", 1e-8)])
+def test_ranks_with_their_own_batches_average_to_one_gradient(method: str, bound: float) -> None:
     share = gradient(batch[comm.rank :: comm.size], method)
     total = torch.empty_like(share)
     comm.Allreduce(share.numpy(), total.numpy())
     whole = gradient(batch, method)
-    difference = float((total - whole).norm() / whole.norm())
-    # Newton's tolerance, relative to the first residual of the share and of the whole.
-    assert difference < (1e-12 if method == "dopri5" else 1e-8), (method, difference)
-
-if comm.rank == 0:
-    print(f"ranks {comm.size}")
+    assert float((total - whole).norm() / whole.norm()) < bound

@@ -1,0 +1,78 @@
+"""Run the tests of tests/mpi on 1, 2 and 3 ranks, and see that each ran on some of these.
+
+Usage: ``run_ranks.py [pytest's arguments]``, by the environment's Python. Each run is
+``mpiexec -n N python -m pytest --with-mpi tests/mpi``, with the counters of
+``benchmarks/counting.py`` and under a hard limit.
+"""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from counting import beside_python, counting_environment  # noqa: E402
+
+SIZES = (1, 2, 3)
+LIMIT = 600  # seconds, against hangs
+
+
+def outcomes(report: Path) -> dict[str, bool]:
+    """Whether each test of a report ran, that is, was not skipped."""
+    cases = ElementTree.parse(report).iter("testcase")
+    return {
+        f"{case.get('classname')}::{case.get('name')}": case.find("skipped") is None
+        for case in cases
+    }
+
+
+def never_ran(reports: list[Path]) -> list[str]:
+    """Tests that were skipped in every report."""
+    ran: dict[str, bool] = {}
+    for report in reports:
+        for name, here in outcomes(report).items():
+            ran[name] = ran.get(name, False) or here
+    return [name for name, once in ran.items() if not once]
+
+
+def run(size: int, report: Path, environment: dict[str, str]) -> int:
+    """Run the tests on some ranks; return the exit status, 124 if they did not end."""
+    print(f"mpiexec -n {size}", flush=True)
+    command = [
+        beside_python("mpiexec"), "-n", str(size), sys.executable, "-m", "pytest", "--with-mpi",
+        "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *sys.argv[1:], "tests/mpi",
+    ]  # fmt: skip
+    # TERM, which mpiexec passes on to the ranks.
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL) as process:
+        try:
+            return process.wait(LIMIT)
+        except subprocess.TimeoutExpired:
+            print(f"not over after {LIMIT} s", file=sys.stderr)
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            return 124
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        environment = counting_environment(folder)
+        reports = [folder / f"{size}.xml" for size in SIZES]
+        for size, report in zip(SIZES, reports, strict=True):
+            status = run(size, report, environment)
+            if status:
+                return status
+        skipped = never_ran(reports)
+    if skipped:
+        print("Skipped on every number of ranks:", *skipped, sep="\n  ", file=sys.stderr)
+    return int(bool(skipped))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
