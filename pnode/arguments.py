@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
+from pnode.communicators import as_communicator
 from pnode.errors import ConfigurationError
 from pnode.launchers import launcher_mismatch
 from pnode.layouts import Layout
 from pnode.options import PETSc, check_petsc_options
-from pnode.ranks import as_communicator
 
 __all__ = [
     "alone",

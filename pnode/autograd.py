@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 
+from pnode import sweeps
+from pnode.adjoint.gradients import CostGradients
 from pnode.devices import HOST, ordered, place_of
-from pnode.engine import Engine, Requests, Run
+from pnode.engine import Engine
 from pnode.errors import BackwardError
 from pnode.evidence import differs
 from pnode.problem import InitialValueProblem
-from pnode.solvers.tableaus import explicit_nodes
+from pnode.run import Requests, Run
 from pnode.transforms import outside_compiler, refuse_batched
 from pnode.vectorfield import VectorField
 
@@ -47,7 +49,8 @@ def solve(
         return ys, holder.pop()
     own = ordered(place_of(problem.layout.device))
     with torch.inference_mode(False), torch.no_grad(), own as leave:
-        ys, run = engine.forward(problem, y0.detach().clone(), keep=False, requests=requests)
+        state = y0.detach().clone()
+        ys, run = sweeps.forward(engine, problem, state, keep=False, requests=requests)
         leave(ys)
     return ys, run
 
@@ -68,7 +71,7 @@ class SolveFunction(torch.autograd.Function):
     ) -> torch.Tensor:
         """Solve; the sweep is left in ``holder``."""
         with ordered(place_of(problem.layout.device)) as leave:
-            ys, run = engine.forward(problem, y0, keep=True, requests=requests)
+            ys, run = sweeps.forward(engine, problem, y0, keep=True, requests=requests)
             leave(ys)
         layout = problem.layout
         if run.event is None and not layout.is_tuple:
@@ -97,24 +100,22 @@ class SolveFunction(torch.autograd.Function):
         engine, run = ctx.engine, ctx.run
         cotangents, ys = cotangents.reshape(len(ys), -1), ys.reshape(len(ys), -1)
         with torch.no_grad(), ordered(place_of(run.problem.layout.device)) as leave:
-            state, parameters, initial, inside = engine.backward(
-                run, y0, cotangents.detach(), ctx.needs_input_grad[5]
-            )
-            leave(state, *parameters)
+            found = sweeps.backward(engine, run, y0, cotangents.detach(), ctx.needs_input_grad[5])
+            leave(found.state, *found.parameters)
             time = None
             if ctx.needs_input_grad[5]:
                 ranks, surroundings = run.problem.ranks, run.surroundings
                 assert surroundings is not None
                 with ranks.together(), surroundings.restored():
-                    time = _time_gradient(run, ys, cotangents, initial, inside, len(t))
+                    time = _time_gradient(run, ys, cotangents, found, len(t))
                 time = ranks.sum(time).to(t)
         gradients = [
-            state.to(y0.dtype) if ctx.needs_input_grad[4] else None,
+            found.state.to(y0.dtype) if ctx.needs_input_grad[4] else None,
             time,
             *(
                 _as_parameter(gradient, parameter, used)
                 for gradient, parameter, used in zip(
-                    parameters, run.problem.parameters, run.used, strict=True
+                    found.parameters, run.problem.parameters, run.used, strict=True
                 )
             ),
         ]
@@ -156,26 +157,25 @@ def _time_gradient(
     run: Run,
     ys: torch.Tensor,
     cotangents: torch.Tensor,
-    initial: torch.Tensor,
-    inside: dict[int, float],
+    found: CostGradients,
     number: int,
 ) -> torch.Tensor:
     """Derivatives with respect to the output times: along the exact flow, dy/dt = f.
 
-    Those of interpolated outputs are in ``inside`` already, and the time of an event, which ends
+    Those of interpolated outputs are in ``found`` already, and the time of an event, which ends
     the problem's times, is a constant here.
     """
     field = run.field(run.stats.backward)
     direction = run.problem.direction
     gradient = torch.zeros(number, dtype=torch.float64, device=HOST.device)
-    interpolated = run.dense.interpolated if run.dense is not None else ()
+    interpolated = () if run.stepped is None else run.stepped.interpolated
     for index in interpolated:
-        gradient[index] = direction * inside[index]
+        gradient[index] = direction * found.times[index]
     given = run.problem.times[: -1 if run.event is not None else None]
     for index, s in enumerate(given):
         if index in interpolated:
             continue
-        cotangent = -initial if index == 0 else cotangents[index]
+        cotangent = -found.initial if index == 0 else cotangents[index]
         if run.problem.ranks.parallel or bool(cotangent.ne(0).any()):
             slope = field.slope(s, ys[index].detach().clone())
             _verify_slope(run, field, index, slope)
@@ -185,9 +185,9 @@ def _time_gradient(
 
 def _verify_slope(run: Run, field: VectorField, index: int, slope: torch.Tensor) -> None:
     """Compare f at an output with the first stage of the step that begins there, if one does."""
-    trajectory, nodes = run.trajectory, explicit_nodes(run.settings.method)
-    if trajectory is not None and nodes and nodes[0] == 0.0:
-        noted = trajectory.evidence[trajectory.outputs[index]]
+    scheme = run.settings.method.scheme
+    if run.stepped is not None and scheme is not None and scheme.explicit:
+        noted = run.stepped.noted(index)
         by = differs(slope, noted[0]) if noted else 0.0
         if by:
             run.problem.ranks.refuse(field.changed(run.problem.times[index], by))

@@ -8,30 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from pnode.adjoint.compiled import CompiledAdjoint
+from pnode.adjoint.gradients import CostGradients
 from pnode.checkpointing import Checkpointing
+from pnode.engine import Engine
 from pnode.evidence import Reads
 from pnode.options import log_stage
+from pnode.run import Requests, Run
 from pnode.solvers.compiled import CompiledIntegrator, Start, Tape
 from pnode.solvers.compiled_fields import compiled_field
 from pnode.solvers.explicit_driver import DrivenSweep, driver_of
-from pnode.solvers.stepping import automatic_step, fixed_grid
+from pnode.solvers.step_control import automatic_step, fixed_grid
 from pnode.vectorfield import VectorField
 from pnode.vectors import REAL
 
-if TYPE_CHECKING:
-    from pnode.engine import Engine, Requests, Run
-
 __all__ = ["Begun", "begin", "reverse"]
-
-#: Gradients with respect to y0 and the parameters; see ``Engine.backward``.
-Gradients: TypeAlias = tuple[
-    torch.Tensor, list[torch.Tensor | None], torch.Tensor, dict[int, float]
-]
 
 
 @dataclass(frozen=True)
@@ -102,8 +96,8 @@ def _begin(
     return Begun(field_, start=start)
 
 
-def reverse(engine: Engine, run: Run, y0: torch.Tensor, cotangents: torch.Tensor) -> Gradients:
-    """Take the adjoint of a sweep that was compiled as a whole; see ``Engine.backward``."""
+def reverse(engine: Engine, run: Run, y0: torch.Tensor, cotangents: torch.Tensor) -> CostGradients:
+    """Take the adjoint of a sweep that was compiled as a whole; see ``sweeps.backward``."""
     if run.sweep is not None:
         return _reverse_implicit(run, cotangents)
     if run.driven is not None:
@@ -217,16 +211,16 @@ def _implicit_sweep(
     return outputs
 
 
-def _reverse_implicit(run: Run, cotangents: torch.Tensor) -> Gradients:
+def _reverse_implicit(run: Run, cotangents: torch.Tensor) -> CostGradients:
     """Take the adjoint of :func:`_implicit_sweep`; see :func:`reverse`."""
     assert run.sweep is not None
     nonzero = cotangents.ne(0).any(dim=1).tolist()
     number = len(run.problem.parameters)
     initial, parameters = run.sweep.reverse(cotangents, nonzero, number, run.stats.backward)
-    return initial + cotangents[0], parameters, initial, {}
+    return CostGradients(initial + cotangents[0], parameters, initial)
 
 
-def _reverse_driven(run: Run, sweep: DrivenSweep, cotangents: torch.Tensor) -> Gradients:
+def _reverse_driven(run: Run, sweep: DrivenSweep, cotangents: torch.Tensor) -> CostGradients:
     """Take the adjoint of :func:`_drive`; see :func:`reverse`."""
     ledger, nonzero = run.stats.backward, cotangents.ne(0).any(dim=1).tolist()
     log_stage("pnode adjoint").push()
@@ -242,12 +236,12 @@ def _reverse_driven(run: Run, sweep: DrivenSweep, cotangents: torch.Tensor) -> G
     if sums:
         for index, gradient in sweep.driver.graphs.gradients(sums):
             parameters[index] = gradient
-    return initial + cotangents[0], parameters, initial, {}
+    return CostGradients(initial + cotangents[0], parameters, initial)
 
 
 def _reverse_sweep(
     engine: Engine, run: Run, y0: torch.Tensor, cotangents: torch.Tensor
-) -> Gradients:
+) -> CostGradients:
     """Take the adjoint of :func:`_sweep`; see :func:`reverse`."""
     ledger = run.stats.backward
     field_ = run.field(ledger)
@@ -263,7 +257,7 @@ def _reverse_sweep(
         if nonzero[0]:
             adjoint.add(cotangents[0])
         parameters = adjoint.parameter_gradients(len(field_.parameters))
-        return adjoint.state_gradient(), parameters, initial, {}
+        return CostGradients(adjoint.state_gradient(), parameters, initial)
 
 
 def _compiled_steps(

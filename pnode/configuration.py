@@ -13,13 +13,13 @@ import torch
 from pnode import arguments, tolerances
 from pnode.checkpointing import Checkpointing, parse_bytes
 from pnode.controllers import check_controller
-from pnode.engine import Requests
 from pnode.errors import ConfigurationError
 from pnode.problem import InitialValueProblem
+from pnode.run import Requests
 from pnode.solvers.jacobian_options import jacobian_options
 from pnode.solvers.jacobians import JacobianOptions
 from pnode.solvers.methods import Method
-from pnode.solvers.stepping import StepControl
+from pnode.solvers.step_control import StepControl
 
 __all__ = [
     "COMPARED", "DeviceState", "Given", "LinearAlgebra", "MethodName", "Monitor", "Output",

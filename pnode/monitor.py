@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -10,12 +10,40 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from pnode.engine import Requests
+from pnode import vectors
 from pnode.problem import InitialValueProblem
+from pnode.run import Requests
 from pnode.solution import Stats
+from pnode.solvers.integrator import TimeIntegrator
+from pnode.solvers.stepping import Observer, Step
 from pnode.transfers import carry_once
 
-__all__ = ["at_home", "progress_bar"]
+__all__ = ["Monitor", "at_home", "progress_bar"]
+
+
+class Monitor(Observer):
+    """Calls ``function(step, t, y)`` after every accepted step.
+
+    Parameters
+    ----------
+    function : callable
+        The user's.
+    problem : InitialValueProblem
+        What is solved.
+    """
+
+    def __init__(
+        self, function: Callable[[int, float, Any], None], problem: InitialValueProblem
+    ) -> None:
+        self._function = function
+        self._problem = problem
+
+    def after_step(self, step: Step, integrator: TimeIntegrator, last: bool) -> None:
+        """Show a copy of the solution."""
+        problem = self._problem
+        state = vectors.copy_out(integrator.solution, problem.layout.dtype)
+        time = problem.direction * step.end
+        problem.ranks.attempt(self._function, step.index + 1, time, problem.layout.unflatten(state))
 
 
 def at_home(monitor: Any, compute: torch.device | None, stats: Stats) -> Any:

@@ -40,7 +40,7 @@ from pnode.problem import InitialValueProblem, StateLayout, as_times, collect_pa
 from pnode.ranks import ALONE, Ranks
 from pnode.solution import Solution, Stats
 from pnode.solvers.methods import check_form, find_method
-from pnode.solvers.stepping import check_steps
+from pnode.solvers.step_control import check_steps
 from pnode.transfers import carry_once, on_host, remote
 from pnode.transforms import outside_compiler, refuse_transforms, watched
 

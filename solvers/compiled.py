@@ -16,12 +16,9 @@ from pnode.interpolation import polynomial
 from pnode.options import PETSc, SolverOptions
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
-from pnode.solvers import petsc_c
 from pnode.solvers.clock import FixedGrid
 from pnode.solvers.explicit_graphs import StepGraphs
 from pnode.solvers.integrator import IntegratorSettings, StepOutcome, TimeIntegrator
-from pnode.solvers.methods import Method
-from pnode.solvers.tableaus import ExplicitTableau, rk_tableau, ssp_tableau
 from pnode.tracing import FieldGraph, Untraceable, trace_field
 from pnode.vectorfield import VectorField, vector_field
 from pnode.vectors import REAL
@@ -229,12 +226,14 @@ class Compiler:
     def _graphs(self, entry: Entry, settings: IntegratorSettings, tape: bool) -> StepGraphs:
         key = (settings.method, settings.adaptive, tape)
         if key not in entry.graphs:
-            tableau, embedded = _tableau(settings.method)
+            scheme = settings.method.scheme
+            assert scheme is not None
+            embedded = scheme.b_embedded if settings.adaptive else None
             if not settings.adaptive:
-                tableau = tableau.without_idle_stages(settings.method.fsal)
+                scheme = scheme.without_idle_stages(settings.method.fsal)
             entry.graphs[key] = StepGraphs(
-                entry.traced, tableau, embedded if settings.adaptive else None,
-                settings.method.fsal, settings.size, settings.dtype, tape,
+                entry.traced, scheme, embedded, settings.method.fsal, settings.size,
+                settings.dtype, tape,
             )  # fmt: skip
         return entry.graphs[key]
 
@@ -266,13 +265,6 @@ def _unsupported(settings: IntegratorSettings, options: SolverOptions) -> str | 
         if name == "ts_adapt_type" and value != settings.controller and value != "none":
             return f"the PETSc option {name!r} is for PETSc's own steps: drop it"
     return None
-
-
-def _tableau(method: Method) -> tuple[ExplicitTableau, tuple[float, ...] | None]:
-    """Return A, b, c of a method, PETSc's own, and the embedded weights."""
-    if method.ts_type == "ssp":
-        return ssp_tableau(method.subtype, method.stages), None
-    return rk_tableau(method)
 
 
 def _tolerances(settings: IntegratorSettings) -> tuple[torch.Tensor, ...]:
@@ -522,17 +514,18 @@ class CompiledIntegrator(TimeIntegrator):
     def interpolate(self, s: float) -> torch.Tensor:
         """Return the state at a time in the last step by the method's interpolant. Collective."""
         graphs = self._graphs
-        (start, _, results), tableau = self._last, petsc_c.rk_tableau(self.ts)
+        (start, _, results), scheme = self._last, self.settings.method.scheme
+        assert scheme is not None
         stages = self.checkpoint(None)[: graphs.stages]
         begin, h = self._begin, self._number[0]
         slopes = []
-        for c, stage in zip(graphs.tableau.c, stages, strict=False):
+        for c, stage in zip(graphs.scheme.c, stages, strict=False):
             slopes.append(graphs.start(torch.scalar_tensor(begin + c * h, dtype=REAL), stage)[0])
             self._field.ledger.rhs += 1
         if graphs.fsal:
             slopes.append(results[2])
         theta = (self._direction * s - begin) / h
-        weights = polynomial(tableau["interpolation"], theta)
+        weights = polynomial(scheme.interpolation, theta)
         state = start.clone()
         for weight, slope in zip(weights, slopes, strict=True):
             state.add_(slope, alpha=float(weight) * h)

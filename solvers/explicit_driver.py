@@ -21,7 +21,7 @@ from pnode.compilation import CompilationFailed, CompiledGraph, compile_source, 
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
 from pnode.solvers.explicit_graphs import StepGraphs, Tensors
-from pnode.solvers.stepping import StepControl, fixed_grid
+from pnode.solvers.step_control import StepControl, fixed_grid
 from pnode.vectors import REAL
 
 __all__ = ["DrivenSweep", "Driver", "driver_of"]

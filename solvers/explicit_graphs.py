@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pnode.compilation import Compiled, CompiledGraph, compile_graph, fingerprint
-from pnode.solvers.tableaus import ExplicitTableau
+from pnode.solvers.scheme import Scheme
 from pnode.tracing import SMALL_PRODUCT, VECTOR, FieldGraph, ParameterPart
 from pnode.vectors import REAL
 
@@ -58,7 +58,7 @@ class StepGraphs:
     ----------
     field_graph : FieldGraph
         The field, in the user's time: h is negative where that runs backwards.
-    tableau : ExplicitTableau
+    scheme : Scheme
         A, b and c.
     b_embedded : tuple of float or None
         Weights of the embedded solution, for adaptive steps.
@@ -73,7 +73,7 @@ class StepGraphs:
     """
 
     field_graph: FieldGraph
-    tableau: ExplicitTableau
+    scheme: Scheme
     b_embedded: tuple[float, ...] | None
     fsal: bool
     size: int
@@ -87,7 +87,7 @@ class StepGraphs:
     @property
     def stages(self) -> int:
         """How many stages a checkpoint holds: those that the solution depends on."""
-        return len(self.tableau.c) - self.fsal
+        return len(self.scheme.c) - self.fsal
 
     @property
     def compiled(self) -> bool:
@@ -97,7 +97,7 @@ class StepGraphs:
     @property
     def evaluations(self) -> int:
         """How often a step evaluates f."""
-        return len(self.tableau.c) - self.fsal
+        return len(self.scheme.c) - self.fsal
 
     @property
     def saved(self) -> int:
@@ -107,7 +107,7 @@ class StepGraphs:
     @cached_property
     def products(self) -> int:
         """How many vector-Jacobian products the adjoint of a step takes."""
-        A, b = self.tableau.A, self.tableau.b
+        A, b = self.scheme.A, self.scheme.b
         needed: set[int] = set()
         for i in reversed(range(self.stages)):
             if b[i] or any(A[j][i] for j in needed):
@@ -148,7 +148,7 @@ class StepGraphs:
         t, h, u, *rest = inputs
         shape = self.field_graph.shape
         u = u.view(shape)
-        A, b, c = self.tableau.A, self.tableau.b, self.tableau.c
+        A, b, c = self.scheme.A, self.scheme.b, self.scheme.c
         rtol, atol = (
             (_shaped(rest.pop(0), shape), _shaped(rest.pop(0), shape)) if error else (None, None)
         )
@@ -195,7 +195,7 @@ class StepGraphs:
         Outputs: lambda and mu at the start of the step.
         """
         t, h, state, *rest = inputs
-        A, b, c = self.tableau.A, self.tableau.b, self.tableau.c
+        A, b, c = self.scheme.A, self.scheme.b, self.scheme.c
         state = state.view(self.field_graph.shape)
         points = [rest.pop(0).view(self.field_graph.shape)]
         kept: list[list[torch.Tensor]] = [[] for _ in range(self.stages)]
@@ -271,7 +271,7 @@ class StepGraphs:
     # -------------------------------------------------------------------------------- the compiler
 
     def _key(self, kind: str, *more: object) -> str:
-        facts = (self.tableau, self.b_embedded, self.fsal, self.size, self.dtype, self.tape)
+        facts = (self.scheme, self.b_embedded, self.fsal, self.size, self.dtype, self.tape)
         return f"{kind}-{fingerprint(self.field_graph.code, repr(facts), repr(more), _SOURCE)}"
 
     def compile_step(self, tolerances: Sequence[torch.Tensor]) -> Compiled:

@@ -26,10 +26,9 @@ from pnode.options import SolverOptions
 from pnode.scalars import Scalars, Symbols, decomposed
 from pnode.solution import Ledger
 from pnode.solvers.compiled import Compiler, agree
-from pnode.solvers.implicit_tableaus import implicit_tableau
 from pnode.solvers.integrator import IntegratorSettings, default_options
-from pnode.solvers.rosenbrock_tableaus import ROSENBROCK
-from pnode.solvers.stepping import StepControl
+from pnode.solvers.methods import Method
+from pnode.solvers.step_control import StepControl
 from pnode.tracing import FieldGraph, Untraceable
 from pnode.vectorfield import VectorField, vector_field
 from pnode.vectors import REAL
@@ -444,6 +443,26 @@ def _unsupported(settings: IntegratorSettings) -> str | None:
     return None
 
 
+def _arrays(method: Method) -> dict[str, np.ndarray]:
+    """Return the coefficients: of a Rosenbrock method those in the variables Y = G k."""
+    scheme = method.scheme
+    assert scheme is not None
+    if method.ts_type == "rosw":
+        A, inverse, correction, b = scheme.transformed()
+        arrays = {
+            "A": A, "b": b, "alpha": scheme.c, "inverse": inverse, "correction": correction,
+            "gamma": scheme.gamma, "diagonal": scheme.gamma_diagonal,
+        }  # fmt: skip
+    else:
+        # Backward Euler does without the start.
+        fixed = scheme if method.ts_type == "dirk" else scheme.without_idle_stages()
+        arrays = {"A": fixed.A, "b": fixed.b, "alpha": fixed.c}
+    if scheme.b_embedded is not None:
+        defect = np.subtract(scheme.b_embedded, scheme.b)
+        arrays["defect"] = defect @ arrays["inverse"] if method.ts_type == "rosw" else defect
+    return {name: np.array(array) for name, array in arrays.items()}
+
+
 def _prepare(
     kept: _Kept, settings: IntegratorSettings, options: SolverOptions, control: StepControl
 ) -> _Settings:
@@ -451,7 +470,7 @@ def _prepare(
     for known, struct, _ in kept.prepared:
         if known == settings:
             return struct
-    method, tableau = settings.method, implicit_tableau(settings.method)
+    method, arrays = settings.method, _arrays(settings.method)
     expected = default_options(
         method, settings.adaptive, settings.jacobian, settings.dtype, False, settings.controller,
         settings.jacobian_options,
@@ -464,29 +483,21 @@ def _prepare(
     newton = {name: float(values.get(name, usual)) for name, usual in _NEWTON.items()}
     rosenbrock = method.ts_type == "rosw"
     size = settings.size
-    arrays = {
-        "A": tableau.A, "b": tableau.b, "alpha": tableau.c, "defect": tableau.defect,
-        "inverse": tableau.inverse, "correction": tableau.correction, "gamma": tableau.gamma,
-        "diagonal": tableau.diagonal,
-    }  # fmt: skip
-    alive = {
-        name: np.ascontiguousarray(array, dtype=float)
-        for name, array in arrays.items()
-        if array is not None
-    }
+    alive = {name: np.ascontiguousarray(array, dtype=float) for name, array in arrays.items()}
     for name in ("rtol", "atol"):
         tolerance = torch.as_tensor(tolerances.values(getattr(settings, name)), dtype=REAL)
         alive[name] = np.ascontiguousarray(tolerance.reshape(-1).expand(size).numpy())
     slopes = {}
     if rosenbrock:
-        found = ROSENBROCK[method.subtype]
+        found = method.scheme
+        assert found is not None
         slopes = {"one_matrix": found.one_matrix, "time_slope": found.needs_time_slope}
     struct = _Settings(
-        rosenbrock=rosenbrock, stages=len(tableau.b), adaptive=settings.adaptive,
+        rosenbrock=rosenbrock, stages=len(arrays["b"]), adaptive=settings.adaptive,
         max_steps=-1 if control.max_steps is None else control.max_steps,
         max_newton=int(newton["snes_max_it"]),
-        stiffly_accurate=bool((tableau.A[-1] == tableau.b).all()),
-        explicit_first=bool(not rosenbrock and tableau.A[0, 0] == 0.0),
+        stiffly_accurate=bool((arrays["A"][-1] == arrays["b"]).all()),
+        explicit_first=bool(not rosenbrock and arrays["A"][0, 0] == 0.0),
         carries_slope=method.ts_type == "dirk",
         order=method.order,
         first_step=control.first_step or 0.0, min_step=control.min_step,
