@@ -15,12 +15,13 @@ from pnode.adjoint.nonfinite import refuse_state
 from pnode.adjoint.schedule import Adjoint, Advance, RestoreEnd, RestoreSolution
 from pnode.adjoint.stepper import AdjointStepper
 from pnode.adjoint.trajectory import Checkpoint, Trajectory
+from pnode.linearization import Linearization
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
 from pnode.solvers.integrator import IntegratorSettings, TimeIntegrator
 from pnode.solvers.multistep import TakenOrder
 from pnode.solvers.stepping import Step
-from pnode.vectorfield import Linearization, VectorField
+from pnode.vectorfield import VectorField
 from pnode.vectors import REAL, is_finite
 
 __all__ = ["Inside", "Repeated", "Reverse", "store_again"]

@@ -62,8 +62,7 @@ def check_consistency(problem: InitialValueProblem, u: torch.Tensor, ledger: Led
     """
     field = vector_field(replace(problem, check_undeclared=False), ledger)
     with torch.inference_mode(False):
-        u = u.clone()
-        start = _Start(field, u)
+        start = _Start(field, u := u.clone())
         if not start.count:
             return
         equations = _Algebraic(start, u)
