@@ -242,8 +242,8 @@ def test_damaged_files(method: str, shared_folder: Path) -> None:
     """A file of checkpoints that is damaged, or gone, on one rank."""
     own = shared_folder / f"rank{comm.rank}"
     own.mkdir()
-    limits = pnode.Checkpointing(memory=2000, disk=own)
-    trial = Trial("grid", method=method, step_size=0.003, checkpointing=limits)
+    limits = pnode.Checkpointing(memory=400, disk=own)
+    trial = Trial("grid", method=method, step_size=0.01, checkpointing=limits)
 
     def damage() -> None:
         if comm.rank == BAD:
