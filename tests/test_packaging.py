@@ -28,6 +28,7 @@ LEAVES = {
         "fast_tanh",
         "field_checks",
         "graphs",
+        "held",
         "hooks",
         "interpolation",
         "launchers",
