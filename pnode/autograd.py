@@ -84,6 +84,7 @@ class SolveFunction(torch.autograd.Function):
                 ys = whole.set_(ys.untyped_storage(), ys.storage_offset(), shape)
             else:  # a subclass, which may keep its numbers elsewhere
                 ys = ys.new_empty(shape).copy_(ys.view(shape))
+        run.let_go()
         ctx.engine, ctx.run = engine, run
         # Saved for torch's check that nobody has modified them since, besides their values.
         ctx.save_for_backward(y0, t, ys, *parameters, *problem.frozen)

@@ -103,6 +103,10 @@ class DenseOutput(Observer):
             self._next += 1
             self._emit(None)
 
+    def end(self) -> None:
+        """Let go of f."""
+        del self._field, self._emit
+
     def _hermite(
         self, step: Step, inside: Inside, start: torch.Tensor, integrator: TimeIntegrator
     ) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from pnode.adjoint.gradients import CostGradients
 from pnode.events import Event
 from pnode.evidence import Reads
+from pnode.held import held, now
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger, Stats
 from pnode.solvers.compiled.fields import FieldCode, compiled_field
@@ -109,9 +110,20 @@ class Run:
     surroundings: Surroundings | None = None
     reads: Reads | None = None
 
+    def let_go(self) -> None:
+        """Keep f for backward sweeps, but not what owns it: see :mod:`pnode.held`."""
+        own = self.problem
+        declared = (*own.parameters, *own.frozen)
+        self.problem = replace(
+            own, function=held(own.function, declared), explicit=held(own.explicit, declared)
+        )
+
     def field(self, ledger: Ledger) -> VectorField:
         """Return the field for another sweep, without checks of what it uses."""
-        problem = replace(self.problem, check_undeclared=False)
+        own = self.problem
+        problem = replace(
+            own, function=now(own.function), explicit=now(own.explicit), check_undeclared=False
+        )
         field_ = (
             compiled_field(problem, ledger, self.codes)
             if self.codes

@@ -6,13 +6,14 @@ default dtype or after ``model.eval()``. f is evaluated there as it was forwards
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
-__all__ = ["Surroundings"]
+__all__ = ["Surroundings", "modules_within"]
 
 
 class Surroundings:
@@ -32,10 +33,11 @@ class Surroundings:
         self._autocast = {kind: _autocast(kind) for kind in self._kinds}
         self._dtype = torch.get_default_dtype()
         self._device = _default_device()
-        modules = _modules(map(_owner, functions))
-        self._modules = [(module, module.training) for module in modules]
+        modules = modules_within(map(_owner, functions))
+        # Weakly: see pnode.held.
+        self._modules = [(weakref.ref(module), module.training) for module in modules]
         self._tensors = [
-            (module, name, tensor, _version(tensor))
+            (weakref.ref(module), name, tensor, _version(tensor))
             for module in modules
             for found in (module._parameters, module._buffers)
             for name, tensor in found.items()
@@ -45,7 +47,11 @@ class Surroundings:
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Let f see what it saw when this was taken down."""
-        changed = [(module, flag) for module, flag in self._modules if module.training != flag]
+        alive = [(module(), flag) for module, flag in self._modules]
+        changed = [
+            (module, flag) for module, flag in alive
+            if module is not None and module.training != flag
+        ]  # fmt: skip
         dtype = torch.get_default_dtype()
         with ExitStack() as stack:
             for kind, found in self._autocast.items():
@@ -71,7 +77,10 @@ class Surroundings:
     def differences(self) -> str:
         """Say what of the Modules has changed since; empty if nothing has."""
         found = []
-        for module, name, tensor, version in self._tensors:
+        for owner, name, tensor, version in self._tensors:
+            module = owner()
+            if module is None:
+                continue
             kind = "parameter" if name in module._parameters else "buffer"
             now = module._parameters.get(name, module._buffers.get(name))
             if now is not tensor:
@@ -81,7 +90,7 @@ class Surroundings:
         return f" (since then: {'; '.join(found)})" if found else ""
 
 
-def _modules(functions: Iterable[Any]) -> list[torch.nn.Module]:
+def modules_within(functions: Iterable[Any]) -> list[torch.nn.Module]:
     """Return the functions that are Modules, and all Modules inside of them, each once."""
     found: dict[int, torch.nn.Module] = {}
     pending = [function for function in functions if isinstance(function, torch.nn.Module)]

@@ -301,6 +301,8 @@ class SteppedSweep(Sweep):
             integrator.restore((progress.start,))
         control, stats = self._engine.control, run.stats
         taker = forward_sweep(integrator, field, times, control, stats, observers, done)
+        if self.dense is not None:
+            self.dense.end()
         if locator is not None and locator.event is not None:
             run.event = locator.event
             before = problem.times[: outputs.number]

@@ -11,7 +11,10 @@ import gc
 import inspect
 import json
 import sys
+import types
 import warnings
+import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -247,3 +250,214 @@ def test_every_activation(name):
         method="rk4", step_size=0.2,
     )  # fmt: skip
     check(training(solver))
+
+
+# ------------------------------------------------------------- a Module that keeps its own results
+
+
+class Keeper(torch.nn.Module):
+    """Owns f, and keeps what comes of solves of it."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.inner = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(2, 2, dtype=D))
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=D))
+        self.register_buffer("scale", torch.tensor([0.5, 0.7], dtype=D))
+        self.shift = 0.1
+        self.kept = None
+        self.history = []
+        self.empty = torch.nn.Module()
+        self.evaluations = 0
+        self.apply_field = self.field
+
+    def field(self, t, y):
+        self.evaluations += 1
+        return torch.tanh(self.inner(y)) * self.scale - self.shift * y
+
+    def forward(self, t, y):
+        return self.apply_field(t, y)
+
+
+class Pair(torch.nn.Module):
+    def __init__(self, first):
+        super().__init__()
+        self.first = first
+
+    def forward(self, t, y):
+        return self.first(t, y[0]), self.first(t, y[1]) - y[0]
+
+
+def solve(f, y0, **keywords):
+    return pnode.Solver(f, **{"method": "rk4", "step_size": 0.1} | keywords)(y0, T)
+
+
+def keep_slice(net, y0, **keywords):
+    net.kept = solve(net, y0, **keywords).ys[-1]
+    return net.kept.square().sum()
+
+
+def keep_attribute(net, y0):
+    net.solver = pnode.Solver(net.field, params=net.inner.parameters(), method="rk4", step_size=0.1)
+    net.kept = net.solver(y0, T).ys[1:]
+    return net.kept.square().sum()
+
+
+def keep_tuple(net, y0):
+    net.kept = solve(Pair(net), (y0, y0 * y0)).ys
+    return sum(part.square().sum() for part in net.kept)
+
+
+def keep_loss(net, y0):
+    net.kept = {"loss": solve(net, y0).ys.square().sum()}
+    return net.kept["loss"] * 1.0
+
+
+def keep_history(net, y0):
+    net.history.append(solve(net, y0).ys[-1])
+    return net.history[-1].square().sum()
+
+
+def keep_inside(net, y0):
+    """In what is empty when the function is taken down."""
+    solution = solve(net, y0)
+    net.empty.register_buffer("result", solution.ys[-1])
+    net.empty.result_of = torch.nn.Module()
+    net.empty.result_of.solution = solution
+    return net.empty.result.square().sum()
+
+
+def keep_solution(net, y0):
+    net.kept = solve(net, y0, dense=True)
+    return net.kept.ys.square().sum()
+
+
+def keep_event(net, y0):
+    net.kept = solve(net, y0, event_fn=lambda t, y: t - 0.15)
+    return net.kept.ys[-1].square().sum()
+
+
+def keep_imex(net, y0):
+    net.kept = pnode.Solver(
+        implicit=net.field, explicit=net, params=net.parameters(), method="ark3", step_size=0.1
+    )(y0, T).ys[-1]
+    return net.kept.sum()
+
+
+def keep_residual(net, y0):
+    net.residual = types.MethodType(lambda self, t, y, yp: yp - self(t, y), net)
+    net.kept = pnode.Solver(
+        residual=net.residual, params=net.parameters(), method="bdf2", step_size=0.1
+    )(y0, T).ys[-1]
+    return net.kept.sum()
+
+
+WAYS_TO_KEEP = {
+    "attribute": keep_attribute, "tuple": keep_tuple, "loss": keep_loss, "history": keep_history,
+    "inside": keep_inside,
+    "solution": keep_solution, "event": keep_event, "imex": keep_imex, "residual": keep_residual,
+    **{
+        f"slice, {name}": partial(keep_slice, **keywords)
+        for name, keywords in {
+            "rk4": {}, "dopri5": {"method": "dopri5"}, "cn": {"method": "cn"},
+            "stages": {"checkpointing": pnode.Checkpointing(store="stages")},
+            "repeated": {"checkpointing": 4 * 4 * 8}, "bdf": {"method": "bdf2"},
+            "rosenbrock": {"method": "rodaspr"}, "esdirk": {"method": "es325"},
+        }.items()
+    },
+}  # fmt: skip
+
+
+def few():
+    return torch.tensor([[0.3, -0.2]], dtype=D, requires_grad=True)
+
+
+@pytest.mark.parametrize("way", WAYS_TO_KEEP)
+@pytest.mark.parametrize("after", ["nothing", "backward"])
+def test_module_that_keeps_results_is_freed(way, after):
+    net = Keeper()
+    for _ in range(2):
+        loss = WAYS_TO_KEEP[way](net, few())
+        if after == "backward":
+            loss.backward()
+        del loss
+    alive = weakref.ref(net)
+    del net
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.mark.parametrize("way", WAYS_TO_KEEP)
+def test_gradients_of_a_module_that_is_gone(way):
+    """Those of one that is still there, to the last bit; nothing done to it since matters."""
+
+    def gradients(gone):
+        net, y0 = Keeper(), few()
+        WAYS_TO_KEEP[way](net, few())  # whose result is kept in the next
+        loss = WAYS_TO_KEEP[way](net, y0)
+        inputs = [y0, *net.parameters()]
+        if gone:
+            alive = weakref.ref(net)
+            net.shift, net.scale = 7.0, torch.ones(2, dtype=D)
+            net.eval()
+            del net
+            gc.collect()
+            assert alive() is None
+        found = torch.autograd.grad(loss, inputs, retain_graph=True)
+        again = torch.autograd.grad(loss, inputs)
+        assert all(map(torch.equal, found, again))
+        return found
+
+    assert all(map(torch.equal, gradients(False), gradients(True)))
+
+
+def test_a_module_that_is_there_is_used_itself():
+    """What is done to it before the gradient is taken is still told."""
+    net = Keeper()
+    loss = keep_slice(net, few(), checkpointing=pnode.Checkpointing(store="stages"))
+    before = net.evaluations
+    torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)
+    assert net.evaluations > before
+    net.shift = 7.0
+    with pytest.raises(pnode.BackwardError, match="not the one of the forward sweep"):
+        loss.backward()
+
+
+class Closing(Keeper):
+    """With a finaliser, which is to run once."""
+
+    closed = 0
+
+    def __del__(self):
+        Closing.closed += 1
+
+
+@pytest.mark.parametrize("kind", ["finaliser", "closure", "slots", "script"])
+def test_what_a_copy_might_not_stand_for_is_kept(kind):
+    """The gradient is exact; the function lives as long as the graph."""
+    if kind == "slots":
+        net = type("Slotted", (Keeper,), {"__slots__": ("more",)})()
+    else:
+        net = Closing() if kind == "finaliser" else Keeper()
+    f = partial(net) if kind == "closure" else net
+    if kind == "script":
+        layer = torch.nn.Sequential(torch.nn.Linear(2, 2, dtype=D), torch.nn.Tanh())
+        scripted = torch.jit.script(layer)
+        f = type("Calls", (torch.nn.Module,), {"forward": lambda self, t, y: self.inner(y)})()
+        f.inner = scripted
+    y0, parameters = few(), list(f.parameters() if kind == "script" else net.parameters())
+    stages = pnode.Checkpointing(store="stages")
+    loss = solve(f, y0, params=parameters, checkpointing=stages).ys.square().sum()
+    expected = torch.autograd.grad(loss, [y0, *parameters], retain_graph=True)
+    del net, f
+    gc.collect()
+    closed = Closing.closed
+    found = torch.autograd.grad(loss, [y0, *parameters])
+    assert all(map(torch.equal, found, expected))
+    if kind == "finaliser":
+        assert closed == 0
+        del loss
+        gc.collect()
+        assert Closing.closed == 1

@@ -26,6 +26,7 @@ LEAVES = {
         "evidence",
         "field_checks",
         "graphs",
+        "held",
         "hooks",
         "interpolation",
         "launchers",
