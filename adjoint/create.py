@@ -11,7 +11,6 @@ from pnode.adjoint.stages import ExplicitAdjoint, SymplecticAdjoint
 from pnode.adjoint.stepper import AdjointStepper
 from pnode.options import SolverOptions
 from pnode.solvers.integrator import IntegratorSettings
-from pnode.solvers.tableaus import rk_tableau, ssp_tableau
 
 __all__ = ["create_adjoint"]
 
@@ -27,11 +26,8 @@ def create_adjoint(
         return MultistepAdjoint(settings, options, parameters)
     if settings.form == "residual":
         return BackwardEulerAdjoint(settings, options, parameters)
-    if method.ts_type == "rk":
-        return ExplicitAdjoint(settings, parameters, rk_tableau(method)[0])
-    if method.ts_type == "ssp":
-        tableau = ssp_tableau(method.subtype, method.stages)
-        return ExplicitAdjoint(settings, parameters, tableau)
+    if method.scheme is not None and method.scheme.explicit:
+        return ExplicitAdjoint(settings, parameters)
     if method.ts_type == "basicsymplectic":
         return SymplecticAdjoint(settings, parameters)
     if method.ts_type == "rosw":

@@ -8,7 +8,7 @@ from functools import lru_cache
 from itertools import accumulate, pairwise
 
 from pnode.adjoint.costs import A, R
-from pnode.adjoint.optimal import Sweeper, minimal_units
+from pnode.adjoint.optimal import minimal_units
 from pnode.adjoint.schedule import (
     Action,
     Adjoint,
@@ -22,6 +22,7 @@ from pnode.adjoint.schedule import (
     StoreSolution,
     StoreStages,
 )
+from pnode.adjoint.sweeper import Sweeper
 from pnode.errors import ConfigurationError
 
 __all__ = ["OnlineSchedule"]

@@ -22,7 +22,7 @@ class RosenbrockAdjoint(ImplicitAdjointStepper):
 
     Notes
     -----
-    In the variables of ``RosenbrockTableau.transformed``, with the matrices
+    In the variables of ``Scheme.transformed``, with the matrices
     M_i = I / (h Gamma_ii) - J and J = g_u, g_t at the start (t, u) of the step::
 
         M_i Y_i = g(t_i, Z_i) - sum_{j<i} Ginv_ij Y_j / h + gamma_i h g_t,   Z_i = u + sum At_ij Y_j
@@ -44,8 +44,8 @@ class RosenbrockAdjoint(ImplicitAdjointStepper):
         self, settings: IntegratorSettings, options: SolverOptions, parameters: bool
     ) -> None:
         super().__init__(settings, options, parameters)
-        self._tableau = ROSENBROCK[settings.method.subtype]
-        self._At, self._Ginv, self._corr, self._bt = self._tableau.transformed()
+        self._scheme = ROSENBROCK[settings.method.subtype]
+        self._At, self._Ginv, self._corr, self._bt = self._scheme.transformed()
 
     def step(self, step: Step, ledger: Ledger) -> None:
         """Take the adjoint of one step, whose checkpoint has been loaded. Collective.
@@ -67,7 +67,7 @@ class RosenbrockAdjoint(ImplicitAdjointStepper):
         time_weight = torch.zeros_like(self.state)
         for i in reversed(range(number)):
             point, _, v = stages[i]
-            explicit = self._tableau.Gamma[i][-1] == 0.0
+            explicit = self._scheme.gamma_diagonal[i] == 0.0
             if explicit:
                 w = h * cotangents[i]
             else:
@@ -80,8 +80,8 @@ class RosenbrockAdjoint(ImplicitAdjointStepper):
                 cotangents[j] = cotangents[j] + self._At[i, j] * Z - self._Ginv[i, j] / h * w
                 if through is not None:
                     cotangents[j] = cotangents[j] + self._corr[i, j] * through
-            time_weight += self._tableau.gamma[i] * h * w
-        if self._tableau.needs_time_slope:
+            time_weight += self._scheme.gamma[i] * h * w
+        if self._scheme.needs_time_slope:
             self.state = self.state + self.pull_back(base.time_derivative_vjp, time_weight)
         ledger.steps += 1
 
@@ -97,17 +97,17 @@ class RosenbrockAdjoint(ImplicitAdjointStepper):
         base : Linearization
             g at (t, u).
         """
-        tableau, h, dtype = self._tableau, step.length, self.field.dtype
+        scheme, h, dtype = self._scheme, step.length, self.field.dtype
         start = self.bridge.point_at(step.start, u)
         if start.linearization is None:
             start.linearization = self.linearize(
-                step.start, start.u, step, differentiate_time=tableau.needs_time_slope
+                step.start, start.u, step, differentiate_time=scheme.needs_time_slope
             )
         base = start.linearization
-        slope = base.time_derivative().to(REAL) if tableau.needs_time_slope else None
+        slope = base.time_derivative().to(REAL) if scheme.needs_time_slope else None
         stages: list[tuple[Linearization, torch.Tensor, torch.Tensor]] = []
         zero = torch.zeros_like(u)
-        for i, alpha in enumerate(tableau.alpha):
+        for i, alpha in enumerate(scheme.c):
             done = [stage[1] for stage in stages]
             Z = u + _combine(self._At[i], done, zero)
             point = base
@@ -115,8 +115,8 @@ class RosenbrockAdjoint(ImplicitAdjointStepper):
                 point = self.linearize(step.start + alpha * h, Z.to(dtype, copy=True), step)
             b = point.flat_value().to(REAL) - _combine(self._Ginv[i], done, zero) / h
             if slope is not None:
-                b = b + tableau.gamma[i] * h * slope
-            if tableau.Gamma[i][-1] == 0.0:
+                b = b + scheme.gamma[i] * h * slope
+            if scheme.gamma_diagonal[i] == 0.0:
                 v = _combine(self._corr[i], done, zero)
                 Y = h * (b + base.jvp(v.to(dtype)).to(REAL)) if i else h * b
             else:
@@ -127,8 +127,8 @@ class RosenbrockAdjoint(ImplicitAdjointStepper):
 
     def _use_matrix(self, stage: int, step: Step, u: torch.Tensor, again: bool = False) -> None:
         """Set the matrix of a stage, unless it is the one of the stage before."""
-        if again or not self._tableau.one_matrix:
-            shift = 1.0 / (step.length * self._tableau.Gamma[stage][-1])
+        if again or not self._scheme.one_matrix:
+            shift = 1.0 / (step.length * self._scheme.gamma_diagonal[stage])
             self.set_matrix(step.start, u, shift, step)
 
 

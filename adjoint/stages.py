@@ -20,7 +20,6 @@ from pnode.solution import Ledger
 from pnode.solvers.bridge import accumulate
 from pnode.solvers.integrator import IntegratorSettings
 from pnode.solvers.stepping import Step
-from pnode.solvers.tableaus import ExplicitTableau, explicit_nodes, symplectic_scheme
 from pnode.vectorfield import Linearization, VectorField
 from pnode.vectors import REAL
 
@@ -36,14 +35,12 @@ class ExplicitAdjoint(TorchAdjointStepper):
         Those of the forward integrator.
     parameters : bool
         Whether gradients with respect to parameters are wanted.
-    tableau : ExplicitTableau
-        A, b and c. Checkpoints hold the stages U_1, ..., U_s; the last ones may be missing where
-        nothing depends on their slopes (FSAL).
 
     Notes
     -----
-    The step is U_i = u + h sum_j a_ij k_j, k_i = g(t + c_i h, U_i), u' = u + h sum_i b_i k_i. With
-    lambda' the cotangent of u', backwards through the stages::
+    Checkpoints hold the stages U_1, ..., U_s; the last one may be missing where nothing depends on
+    its slope (FSAL). With lambda' the cotangent of the step's end u' = u + h sum_i b_i k_i,
+    backwards through the stages::
 
         w_i = h (b_i lambda' + sum_{j>i} a_ji l_j),   l_i = g_u(U_i)^T w_i,
         lambda = lambda' + sum_i l_i,                  mu += sum_i g_p(U_i)^T w_i
@@ -53,21 +50,20 @@ class ExplicitAdjoint(TorchAdjointStepper):
     TSAdjoint, which calls back four times a stage where one call does.
     """
 
-    def __init__(
-        self, settings: IntegratorSettings, parameters: bool, tableau: ExplicitTableau
-    ) -> None:
+    def __init__(self, settings: IntegratorSettings, parameters: bool) -> None:
         super().__init__(settings, parameters)
-        self._tableau = tableau
-        self._nodes = explicit_nodes(settings.method)
+        scheme = settings.method.scheme
+        assert scheme is not None
+        self._nodes = scheme.c
         device = settings.place.device
-        stages = range(len(tableau.c))
+        stages = range(scheme.stages)
         # lambda' and, from the last stage to the first, the l_i, as rows. Those that stage i looks
         # at come first: w_i is the product of its weights with that many of them.
         self._products = torch.zeros((len(stages) + 1, settings.size), dtype=REAL, device=device)
         self._rows = list(self._products)
         self._columns = [self._products[: i + 1].t() for i in range(len(self._rows))]
         weights = [
-            [tableau.b[i], *(tableau.A[j][i] for j in reversed(stages[i + 1 :]))]
+            [scheme.b[i], *(scheme.A[j][i] for j in reversed(stages[i + 1 :]))]
             for i in reversed(stages)
         ]
         self._counts = [len(row) for row in weights]
@@ -77,7 +73,7 @@ class ExplicitAdjoint(TorchAdjointStepper):
         self._length = math.nan
         self._scaled: tuple[torch.Tensor, ...] = ()
         # The rows of stages that u' does not depend on stay zero.
-        self._needed = tableau.live_stages()
+        self._needed = scheme.live_stages()
 
     def begin(self, field: VectorField) -> None:
         """Begin a sweep with zero cost gradients. Collective."""
@@ -124,7 +120,7 @@ class ExplicitAdjoint(TorchAdjointStepper):
         h, field, dtype = step.length, self.field, self.field.dtype
         if h != self._length:
             self._length, self._scaled = h, (self._weights * h).split(self._counts)
-        outputs, needed, stages = tuple(outputs), self._needed, len(self._tableau.c)
+        outputs, needed, stages = tuple(outputs), self._needed, len(self._nodes)
         if outputs:
             needed = frozenset(range(len(self.checkpoint)))
         expected, random = self.evidence, self._random
@@ -177,8 +173,7 @@ class SymplecticAdjoint(TorchAdjointStepper):
         """
         split = self.settings.split
         parts = (slice(None, split), slice(split, None))
-        updates = symplectic_scheme(self.settings.method.subtype).half_updates()
-        stages = list(zip(updates, self.checkpoint, strict=True))
+        stages = list(zip(self.settings.method.half_updates, self.checkpoint, strict=True))
         for index, (update, stage) in reversed(list(enumerate(stages))):
             part = parts[update.part]
             w = torch.zeros_like(self.state)

@@ -19,6 +19,7 @@ if not asked_for_doctor(sys.argv, sys.orig_argv):
     from pnode import parallel
     from pnode.adjoint.choose import Plan, plan
     from pnode.checkpointing import Checkpointing
+    from pnode.configuration import LinearAlgebra, Output, Steps
     from pnode.errors import (
         BackwardError,
         CheckpointError,
@@ -34,8 +35,9 @@ if not asked_for_doctor(sys.argv, sys.orig_argv):
         StepSizeUnderflow,
         VectorFieldError,
     )
-    from pnode.integrate import Solver, odeint, odeint_adjoint, odeint_event
+    from pnode.odeint import odeint, odeint_adjoint, odeint_event
     from pnode.solution import Ledger, Solution, Stats
+    from pnode.solver import Solver
     from pnode.solvers.methods import Method, methods
 
 __all__ = [
@@ -45,10 +47,12 @@ __all__ = [
     "ConfigurationError",
     "EventError",
     "Ledger",
+    "LinearAlgebra",
     "LinearSolveFailed",
     "Method",
     "NonFiniteVectorField",
     "NonlinearSolveFailed",
+    "Output",
     "Plan",
     "PnodeError",
     "RankError",
@@ -58,6 +62,7 @@ __all__ = [
     "Stats",
     "StepLimitReached",
     "StepSizeUnderflow",
+    "Steps",
     "VectorFieldError",
     "__version__",
     "methods",

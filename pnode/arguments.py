@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
+from pnode.communicators import as_communicator
 from pnode.errors import ConfigurationError
 from pnode.launchers import launcher_mismatch
 from pnode.layouts import Layout
 from pnode.options import PETSc, check_petsc_options
-from pnode.ranks import as_communicator
 
 __all__ = [
+    "alone",
     "choice",
     "communicator",
     "count",
@@ -101,6 +102,20 @@ def communicator(
             "integrate on each rank by itself (comm=None)"
         )
     return chosen, layout
+
+
+def alone(comm: Any, exchange: Layout | None, consistent_start: bool, compiled: bool) -> bool:
+    """Return whether nobody shares the state; refuse, or warn of, what is not for shared ones."""
+    if consistent_start and exchange is not None:
+        raise ConfigurationError(
+            "consistent_start=True is not supported with layout=: give a consistent y0"
+        )
+    if compiled and (comm.size > 1 or exchange is not None):
+        warnings.warn(
+            "compile=True is not for states that several ranks share: solving without",
+            RuntimeWarning, stacklevel=3,
+        )  # fmt: skip
+    return bool(comm.size == 1)
 
 
 def flag(name: str, value: Any) -> bool:

@@ -1,9 +1,8 @@
 """Consistent initial states of differential-algebraic equations of index 1.
 
 Where dF/dy' is singular, some equations hold at one time, without y'. An initial state that
-violates them has no solution; moving it along the null space of dF/dy', the algebraic unknowns,
-solves them. Source: Brenan, Campbell & Petzold, Numerical Solution of Initial-Value Problems in
-Differential-Algebraic Equations, section 5.3.4.
+violates them is moved along the null space of dF/dy', the algebraic unknowns: Brenan, Campbell &
+Petzold, Numerical Solution of Initial-Value Problems in Differential-Algebraic Equations, 5.3.4.
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ _SMALL_RESIDUAL, _LARGEST_RESIDUAL = 256, 2048
 _MAX_ITERATIONS = 20
 _INDEX = (
     "the problem has an index above 1 there, or its equations are not independent: differentiate "
-    "its constraints with respect to time"
-)
+    "its constraints with respect to time")  # fmt: skip
 
 
 def check_consistency(problem: InitialValueProblem, u: torch.Tensor, ledger: Ledger) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -13,8 +12,8 @@ from pnode import vectors
 from pnode.interpolation import hermite, hermite_rate, polynomial, polynomial_rate
 from pnode.solvers.bridge import accumulate
 from pnode.solvers.integrator import TimeIntegrator
-from pnode.solvers.petsc_c import rk_tableau
-from pnode.solvers.stepping import Step
+from pnode.solvers.scheme import Scheme
+from pnode.solvers.stepping import Observer, Step
 from pnode.vectorfield import Linearization, VectorField
 from pnode.vectors import REAL
 
@@ -32,7 +31,7 @@ class Inside:
     theta: float
 
 
-class DenseOutput:
+class DenseOutput(Observer):
     """Interpolates outputs after each step of a forward sweep.
 
     Parameters
@@ -44,6 +43,9 @@ class DenseOutput:
     field : VectorField
         For the slopes of the Hermite interpolant: one evaluation at either end of a step with
         outputs inside, shared between neighbours.
+    emit : callable
+        Takes the outputs in their order, the first and the last of the sweep excepted: states,
+        flat, PETSc's precision; None for one at the end of a step.
     keep : bool
         Whether a backward sweep may follow: the states at the ends of such steps are then kept.
 
@@ -53,17 +55,23 @@ class DenseOutput:
         The interpolated outputs of each step, by the step's index.
     states : dict
         States at the ends of these steps, by the number of steps before.
-    tableau : dict or None
+    scheme : Scheme or None
         Of a Runge-Kutta method with an interpolant of its own.
     interpolated : set of int
         Indices of all interpolated outputs.
     """
 
     def __init__(
-        self, times: tuple[float, ...], integrator: TimeIntegrator, field: VectorField, keep: bool
+        self,
+        times: tuple[float, ...],
+        integrator: TimeIntegrator,
+        field: VectorField,
+        emit: Callable[[torch.Tensor | None], None],
+        keep: bool,
     ) -> None:
         self._times = times
         self._field = field
+        self._emit = emit
         self._keep = keep
         self._next = 1
         self._state = vectors.copy_out(integrator.solution)
@@ -71,31 +79,12 @@ class DenseOutput:
         self.inside: dict[int, list[Inside]] = defaultdict(list)
         self.states: dict[int, torch.Tensor] = {}
         self.interpolated: set[int] = set()
-        self.tableau: dict[str, Any] | None = None
-        if integrator.settings.method.ts_type == "rk":
-            tableau = rk_tableau(integrator.ts)
-            if tableau["interpolation"].shape[1] >= _OWN_DEGREE:
-                self.tableau = tableau
+        scheme = integrator.settings.method.scheme
+        own = scheme is not None and scheme.interpolation_degree >= _OWN_DEGREE
+        self.scheme: Scheme | None = scheme if own else None
 
-    def after_step(
-        self, step: Step, integrator: TimeIntegrator, last: bool = False
-    ) -> Iterator[torch.Tensor | None]:
-        """Yield the outputs in a step in their order, the last of the sweep excepted.
-
-        Parameters
-        ----------
-        step : Step
-            The step.
-        integrator : TimeIntegrator
-            Has just taken it.
-        last : bool
-            Whether the sweep ends here, with an output of its own.
-
-        Yields
-        ------
-        Tensor or None
-            State, flat, PETSc's precision; None if the step ends there.
-        """
+    def after_step(self, step: Step, integrator: TimeIntegrator, last: bool) -> None:
+        """Emit the outputs in a step; the last one of a sweep that ends here has its own."""
         start, self._state = self._state, vectors.copy_out(integrator.solution)
         while self._next < len(self._times) - 1 and self._times[self._next] < step.end:
             theta = (self._times[self._next] - step.start) / step.length
@@ -106,12 +95,12 @@ class DenseOutput:
             if self._keep:
                 self.states[step.index] = start
                 self.states[step.index + 1] = self._state
-            evaluate = self._hermite if self.tableau is None else self._own
+            evaluate = self._hermite if self.scheme is None else self._own
             for inside in self.inside[step.index]:
-                yield evaluate(step, inside, start, integrator)
+                self._emit(evaluate(step, inside, start, integrator))
         if self._next < len(self._times) - 1 and self._times[self._next] == step.end and not last:
             self._next += 1
-            yield None
+            self._emit(None)
 
     def _hermite(
         self, step: Step, inside: Inside, start: torch.Tensor, integrator: TimeIntegrator
@@ -144,8 +133,8 @@ class DenseAdjoint:
 
     Parameters
     ----------
-    dense : DenseOutput or None
-        Of the forward sweep, if outputs were interpolated.
+    dense : DenseOutput
+        Of the forward sweep.
     steps : sequence of Step
         Its steps.
     field : VectorField
@@ -166,7 +155,7 @@ class DenseAdjoint:
 
     def __init__(
         self,
-        dense: DenseOutput | None,
+        dense: DenseOutput,
         steps: Sequence[Step],
         field: VectorField,
         cotangents: torch.Tensor,
@@ -180,7 +169,7 @@ class DenseAdjoint:
         self.times: dict[int, float] = defaultdict(float)
         # Outputs that the loss depends on, with their cotangents.
         self._wanted: dict[int, list[tuple[Inside, torch.Tensor]]] = {}
-        for step, found in dense.inside.items() if dense is not None else ():
+        for step, found in dense.inside.items():
             rows = [(inside, cotangents[inside.index].to(REAL)) for inside in found]
             if not field.problem.ranks.parallel:  # what one rank needs all take part in
                 rows = [(inside, row) for inside, row in rows if bool(row.ne(0.0).any())]
@@ -206,9 +195,7 @@ class DenseAdjoint:
         graphs : callable
             Returns the graphs at its stages, if they are kept.
         """
-        if self._dense is None:
-            return None
-        if self._dense.tableau is not None:
+        if self._dense.scheme is not None:
             if node not in self._wanted:
                 return None
             return self._own(node, restore, None if self._wants_times else graphs(node))
@@ -224,7 +211,6 @@ class DenseAdjoint:
         rows = [(step, end, row) for step, end in sides for row in self._wanted.get(step, ())]
         if not rows:
             return None
-        assert self._dense is not None
         u = self._dense.states[node]
         s = self._steps[node].start if node < len(self._steps) else self._steps[-1].end
         value, parts = self._linearize(s, u)
@@ -249,13 +235,13 @@ class DenseAdjoint:
         As in the adjoint of the step itself, with cotangents of the slopes instead of one of the
         end: w_i = h (sum b_i(theta) w + sum_{j>i} a_ji l_j), l_i = f_y(Y_i)^T w_i.
         """
-        assert self._dense is not None and self._dense.tableau is not None
-        tableau, step = self._dense.tableau, self._steps[step_index]
+        assert self._dense.scheme is not None
+        scheme, step = self._dense.scheme, self._steps[step_index]
         wanted = self._wanted[step_index]
-        weights = [polynomial(tableau["interpolation"], inside.theta) for inside, _ in wanted]
-        rates = [polynomial_rate(tableau["interpolation"], inside.theta) for inside, _ in wanted]
+        weights = [polynomial(scheme.interpolation, inside.theta) for inside, _ in wanted]
+        rates = [polynomial_rate(scheme.interpolation, inside.theta) for inside, _ in wanted]
         stages = list(restore(step_index))
-        if len(stages) < len(tableau["b"]):  # FSAL: the last stage is the end
+        if len(stages) < scheme.stages:  # FSAL: the last stage is the end
             stages.append(self._dense.states[step_index + 1])
         total = sum((w for _, w in wanted), start=torch.zeros_like(wanted[0][1]))
         below: list[tuple[int, torch.Tensor]] = []
@@ -264,7 +250,7 @@ class DenseAdjoint:
                 graphs[i].adopt(self._field)
                 value, parts = None, [graphs[i]]
             else:
-                s = step.at(round(tableau["c"][i], 13))
+                s = step.at(scheme.c[i])
                 value, parts = self._linearize(s, stages[i])
             slope = torch.zeros_like(total)
             for row, rate, (inside, w) in zip(weights, rates, wanted, strict=True):
@@ -272,7 +258,7 @@ class DenseAdjoint:
                 if value is not None:
                     self.times[inside.index] += rate[i] * float(torch.dot(w, value))
             for j, product in below:
-                slope.add_(product, alpha=tableau["A"][j, i])
+                slope.add_(product, alpha=scheme.A[j][i])
             below.append((i, self._product(parts, step.length * slope)))
         return sum((product for _, product in below), start=total)
 

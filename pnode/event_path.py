@@ -17,7 +17,6 @@ from pnode.event_search import RELATIVE
 from pnode.interpolation import hermite, lagrange
 from pnode.problem import InitialValueProblem, StateLayout
 from pnode.solvers.integrator import TimeIntegrator
-from pnode.solvers.petsc_c import rk_tableau
 from pnode.solvers.stepping import Step
 from pnode.vectorfield import VectorField
 
@@ -79,9 +78,9 @@ class EventPath:
         self._history = main.history
         settings = main.settings
         self._own = (
-            settings.method.ts_type == "rk"
+            settings.method.scheme is not None
             and settings.graphs is None  # these would evaluate all stages again
-            and rk_tableau(main.ts)["interpolation"].shape[1] >= _OWN_DEGREE
+            and settings.method.scheme.interpolation_degree >= _OWN_DEGREE
         )
         state = vectors.copy_out(main.solution)
         self.states = state, state

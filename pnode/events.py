@@ -21,7 +21,7 @@ from pnode.event_search import SAMPLES, Sides, first_crossing
 from pnode.problem import InitialValueProblem, StateLayout
 from pnode.solution import Ledger
 from pnode.solvers.integrator import TimeIntegrator
-from pnode.solvers.stepping import Step
+from pnode.solvers.stepping import Observer, Step
 from pnode.vectorfield import VectorField, directional_derivative, vector_field
 
 __all__ = ["Event", "EventLocator", "check_rate", "end_at_event"]
@@ -50,7 +50,7 @@ class Event:
     jump: bool = False
 
 
-class EventLocator:
+class EventLocator(Observer):
     """Looks for an event after each accepted step.
 
     Parameters
@@ -72,8 +72,6 @@ class EventLocator:
     ----------
     event : Event or None
         What was found.
-    integrator : TimeIntegrator
-        The one that took the last step.
     """
 
     def __init__(
@@ -88,7 +86,6 @@ class EventLocator:
         self._problem = problem
         self._tolerance = tolerance
         self.event: Event | None = None
-        self.integrator = integrator
         self._path = EventPath(function, problem, tolerance, integrator, lease, field)
         self._signs: Any = None  # not before the first step tells what is near to zero
         self._start = abs(self._path.known[1.0])
@@ -97,9 +94,9 @@ class EventLocator:
         self._iterates = method.implicit
         self._noise = _ROUGH if single or method.implicit else _SMOOTH
 
-    def after_step(self, step: Step) -> Step | None:
+    def shorten(self, step: Step, integrator: TimeIntegrator) -> tuple[Step, TimeIntegrator] | None:
         """Return the step shortened to the event, with the solution there; None without event."""
-        main, path = self.integrator, self._path
+        path = self._path
         path.begin_step(step)
         sides, grid = self._sides(step)
         found = first_crossing(path, sides, grid, path.resolution, self._noise)
@@ -108,13 +105,14 @@ class EventLocator:
             path.exact(1.0)  # finite
             path.end_step()
             return None
+        taker = integrator
         if found.theta < 1.0:
             step = path.retake(found.theta)
             assert path.trial is not None
-            self.integrator = path.trial
-            self.integrator.solution.copy(main.solution)
+            taker = path.trial
+            taker.solution.copy(integrator.solution)
         self.event = Event(step.end, found.entry, found.jump)
-        return step
+        return step, taker
 
     def _sides(self, step: Step) -> tuple[Sides, list[float]]:
         """Return the side of each entry before the step, and where to look.

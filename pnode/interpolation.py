@@ -55,6 +55,7 @@ def lagrange(nodes: Sequence[float], s: float) -> list[float]:
 
 def polynomial(coefficients: Any, theta: float) -> list[float]:
     """Return b_i = sum_j coefficients[i, j] theta^(j + 1), one per stage."""
+    coefficients = np.asarray(coefficients)
     powers = theta ** np.arange(1, coefficients.shape[1] + 1)
     weights: list[float] = (coefficients @ powers).tolist()
     return weights
@@ -62,6 +63,7 @@ def polynomial(coefficients: Any, theta: float) -> list[float]:
 
 def polynomial_rate(coefficients: Any, theta: float) -> list[float]:
     """Return the derivatives of :func:`polynomial` with respect to theta."""
+    coefficients = np.asarray(coefficients)
     degrees = np.arange(1, coefficients.shape[1] + 1)
     weights: list[float] = (coefficients @ (degrees * theta ** (degrees - 1))).tolist()
     return weights

@@ -22,9 +22,11 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
+from pnode.communicators import as_communicator
 from pnode.errors import ConfigurationError
-from pnode.layouts import GhostLayout, Grid
-from pnode.ranks import as_communicator, as_reals, count_reals, from_reals
+from pnode.ghost_layouts import GhostLayout
+from pnode.grids import Grid
+from pnode.reals import as_reals, count_reals, from_reals
 
 __all__ = [
     "GhostLayout",

@@ -19,6 +19,7 @@ import torch
 from mpi4py import MPI
 
 from pnode import errors
+from pnode.communicators import own_communicator
 from pnode.errors import (
     ConfigurationError,
     FieldChanged,
@@ -29,13 +30,10 @@ from pnode.errors import (
     RankError,
     SolveError,
 )
-from pnode.options import PETSc
+from pnode.reals import as_reals, count_reals, from_reals
 from pnode.vectors import REAL
 
-__all__ = [
-    "ALONE", "CURABLE", "Ranks", "as_communicator", "as_reals", "clean_up", "count_reals",
-    "from_reals",
-]  # fmt: skip
+__all__ = ["ALONE", "CURABLE", "Ranks"]
 
 _NOBODY = 2**62  # key of no failure
 _ORDINARY = 2**60  # added to the key of any failure but an interrupt
@@ -44,48 +42,6 @@ _ORDINARY = 2**60  # added to the key of any failure but an interrupt
 _SECONDARY = 2**61
 #: What a smaller step may cure.
 CURABLE = (NonFiniteVectorField, NonlinearSolveFailed, LinearSolveFailed)
-_keepers: dict[int, Any] = {}
-
-
-def as_communicator(comm: Any) -> Any:
-    """Return a communicator of mpi4py, or of petsc4py, as one of mpi4py.
-
-    Raises
-    ------
-    ConfigurationError
-        If it is neither, or not an intracommunicator.
-    """
-    if comm is None:
-        return MPI.COMM_SELF
-    if isinstance(comm, PETSc.Comm):
-        comm = comm.tompi4py()
-    if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
-        raise ConfigurationError(
-            f"comm={comm!r} is not a communicator: give one of mpi4py, such as MPI.COMM_WORLD"
-        )
-    return comm
-
-
-def _own(comm: Any) -> Any:
-    """Return the communicator that PETSc duplicates from ``comm``, which stays as long as we do.
-
-    Messages on it meet none of the user's; as it is never freed, objects on it may be destroyed
-    whenever Python collects them, on each rank in its own order.
-    """
-    key = MPI._handleof(comm)
-    if key not in _keepers:
-        keeper = PETSc.Vec().createMPI((0, PETSc.DETERMINE), comm=comm)
-        _keepers[key] = keeper
-    return _keepers[key].getComm().tompi4py()
-
-
-def clean_up(comm: Any) -> None:
-    """Destroy the PETSc objects that Python has let go of on all ranks. Collective.
-
-    petsc4py keeps those of several ranks, as each collects its garbage when it likes.
-    """
-    if comm.size > 1:
-        PETSc.garbage_cleanup(comm)
 
 
 class Ranks:
@@ -109,7 +65,7 @@ class Ranks:
     def __init__(self, comm: Any = MPI.COMM_SELF) -> None:
         self.rank, self.size = comm.rank, comm.size
         self.parallel = comm.size > 1
-        self.comm = _own(comm) if self.parallel else comm
+        self.comm = own_communicator(comm) if self.parallel else comm
         self.where: dict[str, Any] = {}
         self._failure: BaseException | None = None
         self._place: dict[str, Any] = {}
@@ -352,26 +308,6 @@ class Ranks:
 
 #: One process by itself.
 ALONE = Ranks()
-
-
-def count_reals(tensor: torch.Tensor) -> int:
-    """Return how many real numbers a tensor holds: two per entry of a complex one."""
-    return tensor.numel() * (2 if tensor.is_complex() else 1)
-
-
-def as_reals(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the numbers of a tensor, flat."""
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    return tensor.reshape(-1)
-
-
-def from_reals(numbers: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return such numbers as a new tensor of the shape of ``like``, complex if that is."""
-    own = numbers.clone()  # at the start of its memory, where torch wants complex numbers
-    if like.is_complex():
-        return torch.view_as_complex(own.reshape(*like.shape, 2))
-    return own.reshape(like.shape)
 
 
 def _interrupts(error: BaseException | None) -> bool:

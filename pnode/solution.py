@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Generic
 
 import torch
+from typing_extensions import TypeVar
 
 __all__ = ["Ledger", "Solution", "Stats"]
 
@@ -71,8 +72,11 @@ class Stats(Ledger):
     backward: Ledger = field(default_factory=Ledger)
 
 
+State = TypeVar("State", default=Any)
+
+
 @dataclass
-class Solution:
+class Solution(Generic[State]):
     """Result of a solve.
 
     Attributes
@@ -91,7 +95,7 @@ class Solution:
     """
 
     ts: torch.Tensor
-    ys: Any
+    ys: State
     stats: Stats
     reason: str = "t_end"
     event_time: torch.Tensor | None = None

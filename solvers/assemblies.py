@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from pnode.communicators import as_communicator
 from pnode.devices import HOST, Place
 from pnode.errors import ConfigurationError, VectorFieldError
 from pnode.options import PETSc, log_event
 from pnode.problem import StateLayout
-from pnode.ranks import as_communicator
 from pnode.solvers.bridge import Bridge, Point, shell_matrix
 from pnode.solvers.petsc_c import color_columns, set_values_coo
 from pnode.transfers import remote

@@ -34,14 +34,12 @@ from pnode.solvers.jacobians import (
 from pnode.solvers.methods import Method
 from pnode.solvers.petsc_c import (
     before_each_stage,
-    register_arkimex,
-    register_rk,
+    register,
     set_subtype,
     ssp_stages,
     stage_vectors,
     subtype,
 )
-from pnode.solvers.tableaus import explicit_nodes
 from pnode.tolerances import Resolved
 from pnode.vectorfield import Linearization, VectorField
 
@@ -211,12 +209,8 @@ def build_ts(
     """
     method, size, comm = settings.method, settings.size, settings.comm
     place = settings.place
-    if method.tableau is not None:
-        tableau = method.tableau
-        if method.ts_type == "arkimex":
-            register_arkimex(method.subtype, method.order, tableau.At, tableau.A)
-        else:
-            register_rk(method.subtype, method.order, tableau.A, tableau.b, tableau.b_embedded)
+    if method.own is not None:
+        register(method.subtype, method.order, method.own)
     ts = PETSc.TS().create(comm=comm)
     ts.setType(method.ts_type)
     if method.ts_type == "python":  # a carrier of callbacks: pnode takes the steps
@@ -408,7 +402,9 @@ class TimeIntegrator:
             and options.values.get("snes_type", "newtonls") == "newtonls"
         )
         #: Where explicit stages are between the ends of a step, in units of its length.
-        self._inner = tuple(c for c in explicit_nodes(method) if c not in (0.0, 1.0))
+        scheme = method.scheme
+        nodes = scheme.c if scheme is not None and scheme.explicit else ()
+        self._inner = tuple(c for c in nodes if c not in (0.0, 1.0))
         self._iterations = (0, 0)
         self._direction = 1.0
         self._rejecting = False

@@ -9,45 +9,23 @@ tests check them against PETSc's own tableaus and against measured orders of con
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from pnode.errors import ConfigurationError
+from pnode.solvers.coefficients import find_scheme
+from pnode.solvers.scheme import SYMPLECTIC, HalfUpdate, Scheme, rows
 
 __all__ = [
     "LEFT_OUT",
     "METHODS",
     "REFUSED",
     "Method",
-    "Tableau",
     "check_form",
     "find_method",
     "markdown_table",
     "methods",
 ]
-
-
-@dataclass(frozen=True)
-class Tableau:
-    """Butcher tableau of a method that PETSc does not have (right) and pnode registers.
-
-    Attributes
-    ----------
-    A : tuple of tuple of float
-        Explicit stage coefficients, strictly lower triangular.
-    reference : str
-        Where the coefficients are from.
-    b, b_embedded : tuple of float
-        Weights of the solution and of the embedded one; empty for an IMEX method, which is
-        stiffly accurate.
-    At : tuple of tuple of float
-        Implicit stage coefficients of an IMEX method, lower triangular.
-    """
-
-    A: tuple[tuple[float, ...], ...]
-    reference: str
-    b: tuple[float, ...] = ()
-    b_embedded: tuple[float, ...] = ()
-    At: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,20 +51,14 @@ class Method:
         the right-hand side and evaluations of the other.
     adaptive : bool
         Whether there is an error estimate to choose step sizes with.
-    fsal : bool
-        First Same As Last: a step's first stage is the one before's last.
     forms : tuple of str
         Problem forms; "separable" is a pair (q, p) with dq/dt = g(t, p), dp/dt = f(t, q).
     adjoint : {"TSAdjoint", "stages"}
         Where the discrete adjoint comes from: PETSc, or pnode's own pass over the stages.
-    checkpoint : str
-        What a checkpoint of one step holds.
     same_bits : bool
         Whether recomputing a step from (t, h, u) gives the same bits as the first pass.
-    shares_ends : bool
-        Whether the first state a checkpoint holds is the last of the step before.
-    tableau : Tableau or None
-        Coefficients, where PETSc lacks the method.
+    own : Scheme or None
+        Coefficients, where PETSc lacks the method (or has them wrong) and pnode registers it.
     """
 
     name: str
@@ -97,31 +69,65 @@ class Method:
     subtype: str = ""
     kind: str = "explicit"
     adaptive: bool = False
-    fsal: bool = False
     forms: tuple[str, ...] = ("rhs",)
     adjoint: str = "TSAdjoint"
-    checkpoint: str = "stages"
     same_bits: bool = True
-    shares_ends: bool = False
-    tableau: Tableau | None = field(default=None, repr=False)
+    own: Scheme | None = field(default=None, repr=False)
+
+    @cached_property
+    def scheme(self) -> Scheme | None:
+        """Coefficients of a method of one step of the Runge-Kutta family; None of others."""
+        if self.ts_type in ("python", "basicsymplectic"):
+            return None
+        if self.own is not None:
+            return self.own
+        return find_scheme(self.ts_type, self.subtype, self.stages, self.order, self.adaptive)
+
+    @cached_property
+    def half_updates(self) -> tuple[HalfUpdate, ...]:
+        """Of a symplectic method: the parts of a step; none of others."""
+        separable = "separable" in self.forms
+        return SYMPLECTIC[self.subtype].half_updates() if separable else ()
+
+    @cached_property
+    def fsal(self) -> bool:
+        """First Same As Last: a step's first stage is the one before's last."""
+        return self.scheme is not None and self.scheme.fsal
 
     @property
+    def keeps_stages(self) -> bool:
+        """Whether a checkpoint holds the stages of a step; or else one state."""
+        return self.ts_type not in ("python", "rosw")
+
+    @cached_property
     def stage_units(self) -> int:
         """How many states a step's checkpoint holds if it shares none with its neighbours."""
-        if self.ts_type in ("theta", "cn", "beuler"):
-            return 2
-        if self.ts_type in ("dirk", "arkimex"):
-            return self.stages
-        number = self.checkpoint.split()[0]
-        return int(number) if number.isdigit() else 1
+        if self.half_updates:
+            return len(self.half_updates)
+        if self.scheme is None or not self.keeps_stages:
+            return 1
+        return self.scheme.stages - self.fsal + (self.ts_type == "theta")
+
+    @cached_property
+    def holds_end(self) -> bool:
+        """Whether the last of these states is the step's end."""
+        if self.scheme is None or self.scheme.explicit:
+            return False
+        return self.scheme.stiffly_accurate or self.ts_type == "theta"
+
+    @cached_property
+    def shares_ends(self) -> bool:
+        """Whether the first state a checkpoint holds is the last of the step before."""
+        first = self.scheme is not None and self.scheme.explicit_first
+        return first and self.holds_end
 
     @property
-    def holds_end(self) -> bool:
-        """Whether the last of these states is the step's end (stiffly accurate methods)."""
-        # Not what the names of PETSc's types say: 8616sal does not, 658a and s659a do.
-        others = ("s212", "657a", "759a", "8614a", "8616sal")
-        stiff = self.ts_type == "dirk" and self.subtype not in others
-        return stiff or self.ts_type in ("theta", "cn", "beuler")
+    def checkpoint(self) -> str:
+        """What a checkpoint of one step holds, in words."""
+        if not self.keeps_stages:
+            return "solution"
+        own = self.stage_units - self.shares_ends
+        return f"{own} stage{'s' if own > 1 else ''}"
 
     @property
     def restarts(self) -> bool:
@@ -141,31 +147,23 @@ class Method:
 
 def _rk(name: str, subtype: str, order: int, stages: int, *aliases: str, **more: Any) -> Method:
     names = [other for other in (subtype, *aliases, f"rk{subtype}") if other != name]
-    kept = stages - 1 if more.get("fsal") else stages
-    return Method(
-        name, "rk", order, stages, tuple(names), subtype, adjoint="stages",
-        checkpoint=f"{kept} stage{'s' if kept > 1 else ''}",
-        same_bits=not more.get("fsal", False), **more,
-    )  # fmt: skip
+    return Method(name, "rk", order, stages, tuple(names), subtype, adjoint="stages", **more)
 
 
 def _theta(
     name: str, ts_type: str, order: int, stages: int, *aliases: str, forms: tuple[str, ...]
 ) -> Method:
-    shared = ts_type != "theta"  # the endpoint forms
     return Method(
-        name, ts_type, order, stages, aliases, kind="implicit", adaptive=True, shares_ends=shared,
-        checkpoint="solution" if shared else "1 stage and the solution", forms=forms,
-    )  # fmt: skip
+        name, ts_type, order, stages, aliases, kind="implicit", adaptive=True, forms=forms
+    )
 
 
 def _dirk(name: str, subtype: str, order: int, stages: int, *aliases: str) -> Method:
-    """Return a row for TSDIRK, whose subtype says E(xplicit first stage), S, A, L(-stable)."""
-    shared = subtype.startswith("es") and "sa" in subtype.removeprefix("es")
+    """Return a row for TSDIRK."""
     names = [other for other in (subtype, *aliases, f"dirk{subtype}") if other != name]
     return Method(
         name, "dirk", order, stages, tuple(names), subtype, kind="implicit", adaptive=True,
-        shares_ends=shared, checkpoint=f"{stages - shared} stages", same_bits=False,
+        same_bits=False,
     )  # fmt: skip
 
 
@@ -174,29 +172,26 @@ def _arkimex(
 ) -> Method:
     return Method(
         name, "arkimex", order, stages, (*aliases, f"arkimex{subtype}"), subtype, kind="imex",
-        forms=("imex",), checkpoint=f"{stages} stages", same_bits=True, **more,
+        forms=("imex",), **more,
     )  # fmt: skip
 
 
 def _bdf(name: str, order: int, *aliases: str) -> Method:
     return Method(
         name, "python", order, 1, aliases, kind="implicit", adaptive=True,
-        adjoint="multistep", checkpoint="solution", same_bits=False,
+        adjoint="multistep", same_bits=False,
         forms=("rhs", "mass", "residual"),
     )  # fmt: skip
 
 
 def _ssp(name: str, subtype: str, order: int, stages: int, *aliases: str) -> Method:
-    return Method(
-        name, "ssp", order, stages, aliases, subtype, adjoint="stages",
-        checkpoint=f"{stages} stages",
-    )  # fmt: skip
+    return Method(name, "ssp", order, stages, aliases, subtype, adjoint="stages")
 
 
-def _symplectic(name: str, subtype: str, order: int, updates: int, *aliases: str) -> Method:
+def _symplectic(name: str, subtype: str, order: int, *aliases: str) -> Method:
     return Method(
         name, "basicsymplectic", order, order, aliases, subtype, forms=("separable",),
-        adjoint="stages", checkpoint=f"{updates} states",
+        adjoint="stages",
     )  # fmt: skip
 
 
@@ -211,33 +206,31 @@ def _rosw(name: str, order: int, stages: int, *aliases: str, **more: Any) -> Met
     return Method(
         name, "rosw", order, stages, names, subtype, kind="implicit",
         adaptive=subtype not in ("theta1", "theta2", "ra3pw", "lassp3p4s2c"),
-        adjoint="stages", checkpoint="solution", **more,
+        adjoint="stages", **more,
     )  # fmt: skip
 
 
-_FEHLBERG2 = Tableau(
-    A=((0.0, 0.0, 0.0), (1 / 2, 0.0, 0.0), (1 / 256, 255 / 256, 0.0)),
+_FEHLBERG2 = Scheme(
+    A=rows([[], [1 / 2], [1 / 256, 255 / 256]]),
     b=(1 / 512, 255 / 256, 1 / 512),
     b_embedded=(1 / 256, 255 / 256, 0.0),
     reference="E. Fehlberg, NASA TR R-315 (1969), RK1(2)",
 )
 
 # PETSc's own "bpr3" has 3/5 in the last row of A, and converges with order one.
-_BPR3 = Tableau(
-    A=(
-        (0.0, 0.0, 0.0, 0.0, 0.0),
-        (1.0, 0.0, 0.0, 0.0, 0.0),
-        (4 / 9, 2 / 9, 0.0, 0.0, 0.0),
-        (1 / 4, 0.0, 3 / 4, 0.0, 0.0),
-        (1 / 4, 0.0, 3 / 4, 0.0, 0.0),
+_BPR3 = Scheme(
+    A=rows(
+        [
+            [],
+            [1 / 2, 1 / 2],
+            [5 / 18, -1 / 9, 1 / 2],
+            [1 / 2, 0.0, 0.0, 1 / 2],
+            [1 / 4, 0.0, 3 / 4, -1 / 2, 1 / 2],
+        ]
     ),
-    At=(
-        (0.0, 0.0, 0.0, 0.0, 0.0),
-        (1 / 2, 1 / 2, 0.0, 0.0, 0.0),
-        (5 / 18, -1 / 9, 1 / 2, 0.0, 0.0),
-        (1 / 2, 0.0, 0.0, 1 / 2, 0.0),
-        (1 / 4, 0.0, 3 / 4, -1 / 2, 1 / 2),
-    ),
+    b=(1 / 4, 0.0, 3 / 4, -1 / 2, 1 / 2),
+    A_explicit=rows([[], [1.0], [4 / 9, 2 / 9], [1 / 4, 0.0, 3 / 4], [1 / 4, 0.0, 3 / 4]]),
+    b_explicit=(1 / 4, 0.0, 3 / 4, 0.0, 0.0),
     reference="S. Boscarino, L. Pareschi & G. Russo, SIAM J. Sci. Comput. 35 (2013), BPR(3,5,3)",
 )
 
@@ -246,14 +239,14 @@ METHODS: tuple[Method, ...] = (
     _rk("euler", "1fe", 1, 1, "forward_euler"),
     _rk("heun2", "2a", 2, 2, "heun", "adaptive_heun", adaptive=True),
     _rk("midpoint", "2b", 2, 2, "explicit_midpoint"),
-    _rk("fehlberg2", "fehlberg2", 2, 3, adaptive=True, tableau=_FEHLBERG2),
+    _rk("fehlberg2", "fehlberg2", 2, 3, adaptive=True, own=_FEHLBERG2),
     _rk("rk3", "3", 3, 3),
-    _rk("bosh3", "3bs", 3, 4, "bogacki_shampine3", adaptive=True, fsal=True),
+    _rk("bosh3", "3bs", 3, 4, "bogacki_shampine3", adaptive=True, same_bits=False),
     _rk("rk4", "4", 4, 4, "classical"),
     _rk("fehlberg5", "5f", 5, 6, "rkf45", adaptive=True),
-    _rk("dopri5", "5dp", 5, 7, "dormand_prince5", adaptive=True, fsal=True),
-    _rk("bosh5", "5bs", 5, 8, "bogacki_shampine5", adaptive=True, fsal=True),
-    _rk("verner6", "6vr", 6, 9, adaptive=True, fsal=True),
+    _rk("dopri5", "5dp", 5, 7, "dormand_prince5", adaptive=True, same_bits=False),
+    _rk("bosh5", "5bs", 5, 8, "bogacki_shampine5", adaptive=True, same_bits=False),
+    _rk("verner6", "6vr", 6, 9, adaptive=True, same_bits=False),
     _rk("verner7", "7vr", 7, 10, adaptive=True),
     _rk("verner8", "8vr", 8, 13, adaptive=True),
     _ssp("ssprk22", "rks2", 2, 2),
@@ -261,10 +254,10 @@ METHODS: tuple[Method, ...] = (
     _ssp("ssprk43", "rks3", 3, 4),
     _ssp("ssprk93", "rks3", 3, 9, "rks3"),
     _ssp("ssprk104", "rk104", 4, 10, "rk104"),
-    _symplectic("symplectic_euler", "1", 1, 2, "sieuler"),
-    _symplectic("velocity_verlet", "2", 2, 3, "velverlet"),
-    _symplectic("ruth3", "3", 3, 6),
-    _symplectic("forest_ruth", "4", 4, 7, "yoshida4"),
+    _symplectic("symplectic_euler", "1", 1, "sieuler"),
+    _symplectic("velocity_verlet", "2", 2, "velverlet"),
+    _symplectic("ruth3", "3", 3),
+    _symplectic("forest_ruth", "4", 4, "yoshida4"),
     _theta(
         "beuler",
         "beuler",
@@ -323,7 +316,7 @@ METHODS: tuple[Method, ...] = (
     _arkimex("imexssp2", "prssp2", 2, 3),
     _arkimex("ark3", "3", 3, 4, "kennedy_carpenter3", adaptive=True),
     _arkimex("ars443", "ars443", 3, 5),
-    _arkimex("bpr3", "bpr353", 3, 5, tableau=_BPR3),
+    _arkimex("bpr3", "bpr353", 3, 5, own=_BPR3),
     _arkimex("ark4", "4", 4, 6, "kennedy_carpenter4", adaptive=True),
     _arkimex("ark5", "5", 5, 8, "kennedy_carpenter5", adaptive=True),
     *(_bdf(f"bdf{order}", order) for order in range(1, 7)),

@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 
 from pnode.options import PETSc
+from pnode.solvers.scheme import Scheme, rows
 
 __all__ = [
     "before_each_stage",
     "color_columns",
     "evaluate_step",
-    "register_arkimex",
-    "register_rk",
+    "register",
     "restart_jacobian_lag",
-    "rk_tableau",
+    "rk_scheme",
     "set_recompute_jacobian",
     "set_subtype",
     "set_values_coo",
@@ -135,42 +135,30 @@ def restart_jacobian_lag(snes: Any) -> None:
     _check(_library.SNESSetLagJacobian(ctypes.c_void_p(snes.handle), _Int(1)), "SNESSetLagJacobian")
 
 
-def rk_tableau(ts: Any) -> dict[str, Any]:
-    """Return the Butcher tableau of a set-up RK TS (``TSRKGetTableau``). Not collective.
-
-    Returns
-    -------
-    dict
-        ``A`` (s, s), ``b``, ``c``, ``b_embedded`` (None without one), ``interpolation`` (s, p) with
-        the coefficients of theta, ..., theta^p in each stage's weight, ``fsal``.
-    """
+def rk_scheme(ts: Any) -> Scheme:
+    """Return the coefficients of a set-up RK TS (``TSRKGetTableau``). Not collective."""
     number, order = _Int(), _Int()
-    pointers = {
-        name: ctypes.POINTER(_Real)() for name in ("A", "b", "c", "b_embedded", "interpolation")
-    }
+    pointers = [ctypes.POINTER(_Real)() for _ in range(5)]
     fsal = ctypes.c_int()
+    *first, interpolation = map(ctypes.byref, pointers)
     _check(
         _library.TSRKGetTableau(
-            ctypes.c_void_p(ts.handle), ctypes.byref(number),
-            *(ctypes.byref(pointers[name]) for name in ("A", "b", "c", "b_embedded")),
-            ctypes.byref(order), ctypes.byref(pointers["interpolation"]), ctypes.byref(fsal),
+            ctypes.c_void_p(ts.handle), ctypes.byref(number), *first, ctypes.byref(order),
+            interpolation, ctypes.byref(fsal),
         ),
         "TSRKGetTableau",
     )  # fmt: skip
     s = number.value
 
-    def array(name: str, shape: tuple[int, ...]) -> Any:
-        pointer = pointers[name]
-        return np.ctypeslib.as_array(pointer, shape).copy() if pointer else None
+    def numbers(pointer: Any, *shape: int) -> Any:
+        return np.ctypeslib.as_array(pointer, shape).tolist() if pointer else None
 
-    return {
-        "A": array("A", (s, s)),
-        "b": array("b", (s,)),
-        "c": array("c", (s,)),
-        "b_embedded": array("b_embedded", (s,)),
-        "interpolation": array("interpolation", (s, order.value)),
-        "fsal": bool(fsal.value & 0xFF),
-    }
+    A, b, _, embedded, weights = pointers
+    return Scheme(
+        rows(numbers(A, s, s)), tuple(numbers(b, s)), "PETSc's rk.c",
+        tuple(numbers(embedded, s)) if embedded else None,
+        interpolation=tuple(map(tuple, numbers(weights, s, order.value))) if weights else None,
+    )  # fmt: skip
 
 
 _StageCallback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, _Real)
@@ -253,50 +241,30 @@ def _reals(values: Any) -> Any:
     return (_Real * len(flat))(*flat)
 
 
-def register_arkimex(name: str, order: int, At: Any, A: Any) -> None:
-    """Add a stiffly accurate IMEX method to PETSc (``TSARKIMEXRegister``), once per process.
+def register(name: str, order: int, scheme: Scheme) -> None:
+    """Add a method to PETSc (``TSRKRegister``, ``TSARKIMEXRegister``), once per process.
 
     Parameters
     ----------
     name : str
-        The name for ``-ts_arkimex_type``.
+        The name for ``-ts_rk_type`` or ``-ts_arkimex_type``.
     order : int
         Order of convergence.
-    At, A : sequences of sequences of float
-        Implicit and explicit stage coefficients; the weights are the last rows.
+    scheme : Scheme
+        An explicit Runge-Kutta or an IMEX method.
     """
     if name in _registered:
         return
-    _check(
-        _library.TSARKIMEXRegister(
-            name.encode(), _Int(order), _Int(len(A)), _reals(At), None, None, _reals(A),
-            *(None,) * 4, _Int(0), None, None,
-        ),
-        "TSARKIMEXRegister",
-    )  # fmt: skip
-    _registered.add(name)
-
-
-def register_rk(name: str, order: int, A: Any, b: Any, b_embedded: Any) -> None:
-    """Add an explicit Runge-Kutta method to PETSc (``TSRKRegister``), once per process.
-
-    Parameters
-    ----------
-    name : str
-        The name for ``-ts_rk_type``.
-    order : int
-        Order of convergence.
-    A, b, b_embedded : sequences of float
-        Butcher tableau; the abscissae are the row sums of A.
-    """
-    if name in _registered:
-        return
-    stages = len(b)
-    _check(
-        _library.TSRKRegister(
-            name.encode(), _Int(order), _Int(stages), _reals(A), _reals(b), None,
-            _reals(b_embedded), _Int(0), None,
-        ),
-        "TSRKRegister",
-    )  # fmt: skip
+    numbers, embedded = (name.encode(), _Int(order), _Int(scheme.stages)), None
+    A, b = _reals(scheme.A), _reals(scheme.b)
+    if scheme.b_embedded is not None:
+        embedded = _reals(scheme.b_embedded)
+    if scheme.A_explicit is None:
+        error = _library.TSRKRegister(*numbers, A, b, None, embedded, _Int(0), None)
+    else:
+        explicit = _reals(scheme.A_explicit), _reals(scheme.b_explicit)
+        error = _library.TSARKIMEXRegister(
+            *numbers, A, b, None, *explicit, *(None,) * 3, _Int(0), None, None
+        )
+    _check(error, f"registering {name}")
     _registered.add(name)

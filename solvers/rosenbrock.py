@@ -4,7 +4,7 @@ PETSc's own way with Jacobian and time loses the order of some of its types: it 
 the first stage even where the stages differ in their shifts, does not build it anew for the next
 step where the last stage is explicit, and leaves out the derivative of f with respect to t, as it
 says ("only works with autonomous ODE"). Here the callbacks see to it that every type takes the
-step of its paper; see :class:`~pnode.solvers.rosenbrock_tableaus.RosenbrockTableau`.
+step of its paper; see :class:`~pnode.solvers.scheme.Scheme`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from pnode.solvers.petsc_c import (
     restart_jacobian_lag,
     set_recompute_jacobian,
 )
-from pnode.solvers.rosenbrock_tableaus import ROSENBROCK, RosenbrockTableau
+from pnode.solvers.rosenbrock_tableaus import ROSENBROCK
+from pnode.solvers.scheme import Scheme
 from pnode.vectorfield import Linearization
 from pnode.vectors import REAL, copy_in, copy_out, is_moderate
 
@@ -44,13 +45,13 @@ class RosenbrockBridge(Bridge):
 
     Parameters
     ----------
-    tableau : RosenbrockTableau
+    scheme : Scheme
         Of the method.
     """
 
-    def __init__(self, tableau: RosenbrockTableau) -> None:
+    def __init__(self, scheme: Scheme) -> None:
         super().__init__()
-        self._tableau = tableau
+        self._scheme = scheme
         self._step = 0.0
         self._stage = -1
         self._base: Point | None = None
@@ -92,7 +93,7 @@ class RosenbrockBridge(Bridge):
     def _evaluate_stage(self, s: float, u: Any) -> torch.Tensor:
         own = copy_out(u, self.field.dtype)
         if self._base is None:
-            wanted = self._tableau.needs_time_slope
+            wanted = self._scheme.needs_time_slope
             linearization = self.field.linearize(s, own, differentiate_time=wanted)
             self._base = Point(s, own, (0, -1), self.field, linearization=linearization)
             if wanted:
@@ -104,7 +105,7 @@ class RosenbrockBridge(Bridge):
             value = self.field.rhs(s, own)
         if self._time_slope is None:
             return value
-        return value + self._step * self._tableau.gamma[self._stage] * self._time_slope
+        return value + self._step * self._scheme.gamma[self._stage] * self._time_slope
 
     def _look_at_time(self, s: float, linearization: Linearization) -> None:
         """Warn, once, of a field that depends on t and hides it: the method needs df/dt.

@@ -5,11 +5,11 @@ The tests read every one of them off a step of PETSc's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
+from pnode.solvers.scheme import Row, Scheme, rows
 
-__all__ = ["ROSENBROCK", "RosenbrockTableau"]
+__all__ = ["ROSENBROCK"]
 
 _LINEARIZED = "linearly implicit Euler rule and midpoint rule"
 _VERWER = (
@@ -27,107 +27,38 @@ _HAIRER_WANNER = (
 _PETSC = "PETSc's rosw.c"
 
 
-@dataclass(frozen=True)
-class RosenbrockTableau:
-    """Coefficients of a Rosenbrock-W method.
-
-    With J = g_u(t, u) and g_t = g_t(t, u), a step of length h from u at t is (Hairer & Wanner II,
-    equation IV.7.4)::
-
-        k_i = h g(t + alpha_i h, u + sum_j A_ij k_j) + h J sum_j Gamma_ij k_j + gamma_i h^2 g_t
-        u'  = u + sum_i b_i k_i,      alpha_i = sum_j A_ij,      gamma_i = sum_j Gamma_ij
-
-    Attributes
-    ----------
-    A : tuple of tuple of float
-        The rows below the diagonal.
-    Gamma : tuple of tuple of float
-        The rows up to the diagonal.
-    b : tuple of float
-        Weights.
-    reference : str
-        Where they are from.
-    """
-
-    A: tuple[tuple[float, ...], ...]
-    Gamma: tuple[tuple[float, ...], ...]
-    b: tuple[float, ...]
-    reference: str
-
-    @property
-    def stages(self) -> int:
-        """Number of stages."""
-        return len(self.b)
-
-    @property
-    def alpha(self) -> tuple[float, ...]:
-        """Abscissae, the row sums of A."""
-        return tuple(map(sum, self.A))
-
-    @property
-    def gamma(self) -> tuple[float, ...]:
-        """Row sums of Gamma."""
-        return tuple(map(sum, self.Gamma))
-
-    @property
-    def one_matrix(self) -> bool:
-        """Whether all stages have the same matrix, I / (h gamma) - J."""
-        return len({row[-1] for row in self.Gamma}) == 1
-
-    @property
-    def needs_time_slope(self) -> bool:
-        """Whether the order on y' = f(t, y) is lost without g_t.
-
-        The methods of W type do not need it: sum b_i gamma_i = 0, and the conditions of higher
-        order hold for any approximation of the Jacobian of the autonomous form.
-        """
-        defect = sum(b * gamma for b, gamma in zip(self.b, self.gamma, strict=True))
-        return abs(defect) > 1e-12
-
-    def transformed(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Return At, Ginv, Corr and bt for the variables Y = G k that PETSc solves for.
-
-        G is Gamma with ones for zeros of its diagonal (explicit stages). A stage is then::
-
-            Y_i / (h Gamma_ii) - J Y_i = g(t_i, Z_i) - sum_{j<i} Ginv_ij Y_j / h + gamma_i h g_t
-            Y_i / h = g(t_i, Z_i) - sum_{j<i} Ginv_ij Y_j / h + J sum_j Corr_ij Y_j + gamma_i h g_t
-
-        the second one for Gamma_ii = 0, both with Z_i = u + sum_j At_ij Y_j; u' = u + sum bt_i Y_i.
-        """
-        A, Gamma = (np.zeros((self.stages, self.stages)) for _ in range(2))
-        for i in range(self.stages):
-            A[i, :i], Gamma[i, : i + 1] = self.A[i], self.Gamma[i]
-        inverse = np.linalg.inv(Gamma + np.diag((np.diag(Gamma) == 0.0).astype(float)))
-        return A @ inverse, inverse, Gamma @ inverse, np.array(self.b) @ inverse
+def _rosenbrock(A: Any, Gamma: Any, b: Row, reference: str) -> Scheme:
+    """Return a scheme from the rows of A below the diagonal and those of Gamma up to it."""
+    return Scheme(rows(A), b, reference, Gamma=rows(Gamma))
 
 
 #: By PETSc's type.
-ROSENBROCK: dict[str, RosenbrockTableau] = {
-    "theta1": RosenbrockTableau(
+ROSENBROCK: dict[str, Scheme] = {
+    "theta1": _rosenbrock(
         A=((),),
         Gamma=((1.0,),),
         b=(1.0,),
         reference=_LINEARIZED,
     ),
-    "theta2": RosenbrockTableau(
+    "theta2": _rosenbrock(
         A=((),),
         Gamma=((0.5,),),
         b=(1.0,),
         reference=_LINEARIZED,
     ),
-    "2m": RosenbrockTableau(
+    "2m": _rosenbrock(
         A=((), (1.0,)),
         Gamma=((0.2928932188134525,), (-0.585786437626905, 0.2928932188134525)),
         b=(0.5, 0.5),
         reference=_VERWER,
     ),
-    "2p": RosenbrockTableau(
+    "2p": _rosenbrock(
         A=((), (1.0,)),
         Gamma=((1.7071067811865475,), (-3.414213562373095, 1.7071067811865475)),
         b=(0.5, 0.5),
         reference=_VERWER,
     ),
-    "ra3pw": RosenbrockTableau(
+    "ra3pw": _rosenbrock(
         A=((), (1.5773502691896257,), (0.5, 0.0)),
         Gamma=(
             (0.7886751345948129,),
@@ -137,7 +68,7 @@ ROSENBROCK: dict[str, RosenbrockTableau] = {
         b=(0.10566243270259355, 0.04903810567665797, 0.8452994616207484),
         reference=_RANG_ANGERMANN,
     ),
-    "ra34pw2": RosenbrockTableau(
+    "ra34pw2": _rosenbrock(
         A=((), (0.871733043016918,), (0.8445706001536942, -0.11299064236484185), (0.0, 0.0, 1.0)),
         Gamma=(
             (0.435866521508459,),
@@ -148,7 +79,7 @@ ROSENBROCK: dict[str, RosenbrockTableau] = {
         b=(0.24212380706095346, -1.2232505839045147, 1.545260255335102, 0.435866521508459),
         reference=_RANG_ANGERMANN,
     ),
-    "r34prw": RosenbrockTableau(
+    "r34prw": _rosenbrock(
         A=(
             (),
             (0.871733043016918,),
@@ -164,7 +95,7 @@ ROSENBROCK: dict[str, RosenbrockTableau] = {
         b=(0.3330374283383059, 0.7179332607542295, -0.4868372106009944, 0.435866521508459),
         reference=_RANG_2015,
     ),
-    "r3prl2": RosenbrockTableau(
+    "r3prl2": _rosenbrock(
         A=((), (1.307599564525377,), (0.5, 0.5), (0.5, 0.5, 0.0)),
         Gamma=(
             (0.435866521508459,),
@@ -175,13 +106,13 @@ ROSENBROCK: dict[str, RosenbrockTableau] = {
         b=(0.3444914319244792, -0.4538851657511223, 0.6735272123181841, 0.435866521508459),
         reference=_RANG_2015,
     ),
-    "rodas3": RosenbrockTableau(
+    "rodas3": _rosenbrock(
         A=((), (0.0,), (1.0, 0.0), (0.75, -0.25, 0.5)),
         Gamma=((0.5,), (1.0, 0.5), (-0.25, -0.25, 0.5), (1 / 12, 1 / 12, -2 / 3, 0.5)),
         b=(5 / 6, -1 / 6, -1 / 6, 0.5),
         reference=_SANDU,
     ),
-    "sandu3": RosenbrockTableau(
+    "sandu3": _rosenbrock(
         A=((), (0.435866521508459,), (0.435866521508459, 0.0)),
         Gamma=(
             (0.435866521508459,),
@@ -191,7 +122,7 @@ ROSENBROCK: dict[str, RosenbrockTableau] = {
         b=(-0.7545741238540432, 1.9410040706196443, -0.18642994676560104),
         reference=_SANDU,
     ),
-    "assp3p3s1c": RosenbrockTableau(
+    "assp3p3s1c": _rosenbrock(
         A=((), (1.0,), (0.25, 0.25)),
         Gamma=(
             (0.0,),
@@ -201,19 +132,19 @@ ROSENBROCK: dict[str, RosenbrockTableau] = {
         b=(1 / 6, 1 / 6, 2 / 3),
         reference=_PETSC,
     ),
-    "lassp3p4s2c": RosenbrockTableau(
+    "lassp3p4s2c": _rosenbrock(
         A=((), (0.5,), (0.5, 0.5), (1 / 6, 1 / 6, 1 / 6)),
         Gamma=((0.5,), (0.0, 0.25), (-2.0, -2 / 3, 2 / 3), (0.5, 5 / 36, -2 / 9, 0.0)),
         b=(1 / 6, 1 / 6, 1 / 6, 0.5),
         reference=_PETSC,
     ),
-    "llssp3p4s2c": RosenbrockTableau(
+    "llssp3p4s2c": _rosenbrock(
         A=((), (0.5,), (0.5, 0.5), (1 / 6, 1 / 6, 1 / 6)),
         Gamma=((0.5,), (0.0, 0.75), (-2 / 3, -23 / 9, 2 / 9), (1 / 18, 65 / 108, -2 / 27, 0.0)),
         b=(1 / 6, 1 / 6, 1 / 6, 0.5),
         reference=_PETSC,
     ),
-    "ark3": RosenbrockTableau(
+    "ark3": _rosenbrock(
         A=(
             (),
             (0.871733043016918,),
@@ -229,7 +160,7 @@ ROSENBROCK: dict[str, RosenbrockTableau] = {
         b=(0.18764102434672383, -0.595297473576955, 0.9717899277217721, 0.435866521508459),
         reference=_PETSC,
     ),
-    "rodaspr": RosenbrockTableau(
+    "rodaspr": _rosenbrock(
         A=(
             (),
             (0.75,),
@@ -269,7 +200,7 @@ ROSENBROCK: dict[str, RosenbrockTableau] = {
         ),
         reference=_RANG_2015,
     ),
-    "rodaspr2": RosenbrockTableau(
+    "rodaspr2": _rosenbrock(
         A=(
             (),
             (0.9375,),
@@ -315,7 +246,7 @@ ROSENBROCK: dict[str, RosenbrockTableau] = {
         ),
         reference=_RANG_2015,
     ),
-    "grk4t": RosenbrockTableau(
+    "grk4t": _rosenbrock(
         A=(
             (),
             (-2.0,),
@@ -331,7 +262,7 @@ ROSENBROCK: dict[str, RosenbrockTableau] = {
         b=(0.430791761148904, 0.00041118421052631577, 0.0, 0.5687970546405697),
         reference=_HAIRER_WANNER,
     ),
-    "shamp4": RosenbrockTableau(
+    "shamp4": _rosenbrock(
         A=(
             (),
             (-2.0,),
@@ -347,7 +278,7 @@ ROSENBROCK: dict[str, RosenbrockTableau] = {
         b=(0.430791761148904, 0.00041118421052631577, 0.0, 0.5687970546405697),
         reference=_HAIRER_WANNER,
     ),
-    "veldd4": RosenbrockTableau(
+    "veldd4": _rosenbrock(
         A=(
             (),
             (-2.0,),
@@ -363,7 +294,7 @@ ROSENBROCK: dict[str, RosenbrockTableau] = {
         b=(0.430791761148904, 0.00041118421052631577, 0.0, 0.5687970546405697),
         reference=_HAIRER_WANNER,
     ),
-    "4l": RosenbrockTableau(
+    "4l": _rosenbrock(
         A=(
             (),
             (-2.0,),

@@ -7,34 +7,19 @@ rejection, accepts a bad step at its minimum step size, and goes on through NaN.
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from pnode import tolerances, vectors
-from pnode.errors import (
-    ConfigurationError,
-    NonFiniteVectorField,
-    SolveError,
-    StepLimitReached,
-    StepSizeUnderflow,
-)
-from pnode.problem import InitialValueProblem
+from pnode.errors import NonFiniteVectorField, SolveError, StepLimitReached, StepSizeUnderflow
 from pnode.solution import Ledger
 from pnode.solvers.clock import FixedGrid, least_step, move
-from pnode.solvers.integrator import IntegratorSettings, TimeIntegrator
+from pnode.solvers.integrator import TimeIntegrator
+from pnode.solvers.step_control import StepControl, first_step, fixed_grid, unresolved
 from pnode.vectorfield import VectorField
 
-__all__ = [
-    "Step", "StepControl", "automatic_step", "check_steps", "first_step", "fixed_grid",
-    "forward_sweep",
-]  # fmt: skip
+__all__ = ["Observer", "Step", "forward_sweep"]
 
-# Nobody waits for more, in minutes of compiled steps.
-_MOST_STEPS = 1e9
 # After a failed nonlinear solve or a non-finite vector field there is no error estimate to go by.
 _FAILURE_FACTOR = 0.25
 
@@ -57,82 +42,34 @@ class Step:
         return self.end if c == 1.0 else self.start + c * self.length
 
 
-@dataclass(frozen=True)
-class StepControl:
-    """How the steps are chosen.
+class Observer:
+    """What looks at a forward sweep: it records, interpolates, ends it, or shows it.
 
-    Attributes
-    ----------
-    step_size : float or None
-        Largest fixed step, None for adaptive steps.
-    first_step : float or None
-        First adaptive step, None for an automatic one.
-    min_step, max_step : float
-        Limits of adaptive steps.
-    max_steps : int or None
-        Largest number of accepted steps.
-    rtol, atol : float, Tensor or tuple
-        Tolerances as the user gave them.
-    controller : str
-        Who chooses adaptive steps.
+    Every method does nothing unless it is overridden, and is collective: called on all ranks.
     """
 
-    step_size: float | None = None
-    first_step: float | None = None
-    min_step: float = 0.0
-    max_step: float = math.inf
-    max_steps: int | None = None
-    rtol: tolerances.Tolerance = 1e-6
-    atol: tolerances.Tolerance = 1e-8
-    controller: str = "basic"
+    def before_step(self, index: int, integrator: TimeIntegrator) -> None:
+        """Look at the start of a step, before it is first tried."""
 
+    def shorten(self, step: Step, integrator: TimeIntegrator) -> tuple[Step, TimeIntegrator] | None:
+        """End the sweep in an accepted step, before any observer hears of it.
 
-def fixed_grid(times: Sequence[float], control: StepControl, resolution: float) -> FixedGrid | None:
-    """Return the fixed steps through ``times``, None for adaptive ones.
-
-    ``resolution`` is that of the problem: see :class:`FixedGrid`.
-    """
-    if control.step_size is None:
+        Returns
+        -------
+        tuple or None
+            The step shortened, and the integrator that took it; the solution of ``integrator`` is
+            there, too. None to go on.
+        """
         return None
-    return FixedGrid(tuple(times), control.step_size, resolution)
 
+    def after_step(self, step: Step, integrator: TimeIntegrator, last: bool) -> None:
+        """Look at an accepted step; ``integrator`` took it.
 
-def check_steps(
-    problem: InitialValueProblem, times: Sequence[float], control: StepControl, method: str
-) -> None:
-    """Refuse, before a solve that only ends at its last output, what would not come to an end.
+        ``last`` tells whether the sweep ends here, before its last output time.
+        """
 
-    Parameters
-    ----------
-    problem : InitialValueProblem
-        What is to be solved.
-    times : sequence of float
-        The output times that steps are to hit.
-    control : StepControl
-        How steps are chosen.
-    method : str
-        Its name, for error messages.
-
-    Raises
-    ------
-    ConfigurationError
-        If there are more steps than anyone waits for.
-    StepSizeUnderflow
-        If float64 does not tell the steps apart.
-    """
-    grid = fixed_grid(times, control, problem.resolution)
-    name, size, span = "max_step", control.max_step, times[-1] - times[0]
-    if grid is not None:
-        name, size = "step_size", grid.step_size
-    if span / size > _MOST_STEPS and control.max_steps is None:
-        start, end = (problem.direction * s for s in (times[0], times[-1]))
-        raise ConfigurationError(
-            f"{name}={size!r} makes {span / size:.1e} steps of t = {start!r} to {end!r}: take "
-            "larger ones, or say with max_steps= that so many are meant"
-        )
-    if grid is not None and grid.unresolved is not None:
-        at = problem.direction * times[grid.unresolved]
-        raise unresolved(name, size, time=at, step=0, method=method)
+    def output(self, index: int, integrator: TimeIntegrator) -> None:
+        """Look at the solution at output time ``index``, 0 included, unless it lies in a step."""
 
 
 def forward_sweep(
@@ -141,12 +78,9 @@ def forward_sweep(
     times: tuple[float, ...],
     control: StepControl,
     ledger: Ledger,
-    on_step: Callable[[Step], None],
-    on_output: Callable[[int], None],
-    end_at_event: Callable[[Step], Step | None] | None = None,
-    before_step: Callable[[int], None] = lambda index: None,
+    observers: Iterable[Observer],
     done: Sequence[Step] = (),
-) -> None:
+) -> TimeIntegrator:
     """Integrate from ``times[0]`` to ``times[-1]``; the integrator has begun. Collective.
 
     Parameters
@@ -161,26 +95,24 @@ def forward_sweep(
         How to choose steps.
     ledger : Ledger
         Counts steps and rejections.
-    on_step : callable
-        Called after every accepted step.
-    on_output : callable
-        Called with the index of each output time reached, 0 included.
-    end_at_event : callable, optional
-        Called after every accepted step, first. It may return the step shortened, with the solution
-        moved accordingly: the sweep then ends after :func:`on_step`.
-    before_step : callable
-        Called with the index of every step before it is first tried.
+    observers : iterable of Observer
+        Told of steps and outputs, each in this order.
     done : sequence of Step
         Steps taken in another process; the integrator stands at the end of the last.
+
+    Returns
+    -------
+    TimeIntegrator
+        The one that took the last step.
     """
-    sweep = _Sweep(integrator, field, control, ledger, on_step, end_at_event, before_step)
+    sweep = _Sweep(integrator, field, control, ledger, tuple(observers))
     sweep.index = len(done)
     reached = done[-1].end if done else times[0]
     if done:
         sweep.natural = done[-1].length
     else:
         integrator.monitor(0, times[0])
-        on_output(0)
+        sweep.output(0)
     number, grid = 0, fixed_grid(times, control, field.problem.resolution)
     doubtful = grid is not None and grid.unresolved is not None
     for index, (start, end) in enumerate(itertools.pairwise(times), start=1):
@@ -193,13 +125,14 @@ def forward_sweep(
                     continue
                 sweep.fixed(before, length, after)
                 if sweep.ended:
-                    return
+                    return sweep.taker
         else:
             sweep.adapt(max(start, reached), end)
             if sweep.ended:
-                return
+                return sweep.taker
         if end >= reached:
-            on_output(index)
+            sweep.output(index)
+    return sweep.taker
 
 
 class _Sweep:
@@ -211,21 +144,26 @@ class _Sweep:
         field: VectorField,
         control: StepControl,
         ledger: Ledger,
-        on_step: Callable[[Step], None],
-        end_at_event: Callable[[Step], Step | None] | None,
-        before_step: Callable[[int], None],
+        observers: tuple[Observer, ...],
     ) -> None:
-        self.end_at_event = end_at_event
-        self.before_step = before_step
-        self.announced = -1
-        self.ended = False
-        self.integrator = integrator
+        self.integrator = self.taker = integrator
         self.field = field
         self.control = control
         self.ledger = ledger
-        self.on_step = on_step
+        self.announced = -1
+        self.ended = False
         self.index = 0
         self.natural: float | None = None
+        # What does nothing is not called in every step.
+        before, shorten = Observer.before_step, Observer.shorten
+        self.before = [one.before_step for one in observers if type(one).before_step is not before]
+        self.shorten = [one.shorten for one in observers if type(one).shorten is not shorten]
+        self.observers = observers
+
+    def output(self, index: int) -> None:
+        """Say that an output time is reached."""
+        for observer in self.observers:
+            observer.output(index, self.integrator)
 
     def fixed(self, start: float, length: float, end: float) -> None:
         """Take one step of given length; any failure is final."""
@@ -286,16 +224,19 @@ class _Sweep:
     def _announce(self) -> None:
         if self.announced < self.index:
             self.announced = self.index
-            self.before_step(self.index)
+            for look in self.before:
+                look(self.index, self.integrator)
 
     def _accept(self, step: Step) -> None:
-        last = self.end_at_event(step) if self.end_at_event is not None else None
-        if last is not None:
-            step, self.ended = last, True
+        for shorten in self.shorten:
+            shortened = shorten(step, self.integrator)
+            if shortened is not None:
+                (step, self.taker), self.ended = shortened, True
         self.index += 1
         self.ledger.steps += 1
         self.integrator.monitor(self.index, step.end)
-        self.on_step(step)
+        for observer in self.observers:
+            observer.after_step(step, self.taker, self.ended)
 
     def _check_limit(self, s: float) -> None:
         if self.control.max_steps is not None and self.index >= self.control.max_steps:
@@ -349,62 +290,8 @@ class _Sweep:
         }
 
 
-def unresolved(name: str, size: float, **where: Any) -> StepSizeUnderflow:
-    """Return the error for steps that float64 does not tell apart at a time."""
-    spacing = math.ulp(where["time"])
-    return StepSizeUnderflow(
-        f"{name}={size!r}, and float64 times are {spacing:.2e} apart there: take larger steps, or "
-        "measure t from nearby",
-        **where,
-    )
-
-
 def _fit(natural: float, remaining: float) -> float:
     """Shorten (or stretch by round-off) a step so that output times are met without a sliver."""
     if natural >= remaining * (1.0 - 1e-10):
         return remaining
     return remaining / 2.0 if natural > remaining / 2.0 else natural
-
-
-def first_step(
-    integrator: TimeIntegrator, field: VectorField, start: float, end: float, control: StepControl
-) -> float:
-    """Choose a first step; see :func:`automatic_step`.
-
-    Where y0' is not at hand (a mass matrix, a residual), a millionth of the first output interval,
-    or of 1 where that has no end.
-    """
-    if field.problem.form in ("mass", "residual"):
-        span = end - start if math.isfinite(end) else 1.0
-        return min(1e-6 * span, control.max_step)
-    y0 = vectors.copy_out(integrator.solution, field.dtype)
-    settings = integrator.settings
-    return automatic_step(field, y0, settings, integrator.first_order, start, end, control)
-
-
-def automatic_step(
-    field: VectorField, y0: torch.Tensor, settings: IntegratorSettings, order: int,
-    start: float, end: float, control: StepControl, f0: torch.Tensor | None = None,
-) -> float:  # fmt: skip
-    """Choose a first step from two evaluations of the field, one if ``f0`` is at hand.
-
-    Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I, section II.4, "Starting
-    Step Size".
-    """
-    if f0 is None:
-        f0 = field.slope(start, y0.clone())
-    rtol, atol = (tolerances.values(value, y0.device) for value in (settings.rtol, settings.atol))
-    scale = atol + rtol * y0.abs()
-    rms = field.problem.ranks.rms
-    d0, d1 = rms(y0 / scale), rms(f0 / scale)
-    moves = d0 >= 1e-5 and 1e-5 <= d1 < math.inf
-    guess = min(0.01 * d0 / d1 if moves else 1e-6, end - start)
-    d2 = rms((field.slope(start + guess, y0 + guess * f0) - f0) / scale) / guess
-    steepest = max(d1, d2)
-    if not math.isfinite(steepest):  # outside the field's domain: let the controller feel its way
-        return guess
-    if steepest <= 1e-15:
-        better = max(1e-6, 1e-3 * guess)
-    else:
-        better = (0.01 / steepest) ** (1.0 / (order + 1))
-    return min(100.0 * guess, better, control.max_step)

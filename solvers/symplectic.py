@@ -14,7 +14,7 @@ from pnode.problem import StateLayout
 from pnode.solvers.bridge import Bridge
 from pnode.solvers.integrator import TimeIntegrator
 from pnode.solvers.methods import Method
-from pnode.solvers.tableaus import HalfUpdate, symplectic_scheme
+from pnode.solvers.scheme import HalfUpdate
 from pnode.vectorfield import VectorField
 from pnode.vectors import REAL, copy_in, copy_out, fill, view
 
@@ -147,8 +147,7 @@ class SymplecticIntegrator(TimeIntegrator):
     bridge: SplitBridge
 
     def _create_bridge(self) -> SplitBridge:
-        updates = symplectic_scheme(self.settings.method.subtype).half_updates()
-        return SplitBridge(updates, self.settings.split)
+        return SplitBridge(self.settings.method.half_updates, self.settings.split)
 
     def _step(self, where: dict[str, Any]) -> None:
         ts = self.ts

@@ -284,9 +284,10 @@ def mismatches() -> None:
     refused("(torch.no_grad) differs", grad=False, params=[])
     refused("requires_grad of y0", y0=y0.clone().requires_grad_())
     refused("contains NaN", y0=y0 * torch.nan)
-    refused("rtol, atol differs", rtol=1e-3)
+    refused("rtol differs", rtol=1e-3)
     refused("checkpointing differs", checkpointing="1MiB")
     refused("dense differs", dense=True)
+    refused("max_steps differs", max_steps=9)
 
 
 def death() -> None:

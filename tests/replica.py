@@ -14,8 +14,7 @@ from pnode.solution import Ledger
 from pnode.solvers.bridge import Bridge
 from pnode.solvers.integrator import IntegratorSettings, TimeIntegrator, build_ts, default_options
 from pnode.solvers.methods import Method, find_method
-from pnode.solvers.petsc_c import before_each_stage, rk_tableau, stage_vectors
-from pnode.solvers.rosenbrock_tableaus import ROSENBROCK
+from pnode.solvers.petsc_c import before_each_stage, rk_scheme, stage_vectors
 from pnode.vectorfield import VectorField, vector_field
 from pnode.vectors import copy_out
 
@@ -25,9 +24,12 @@ def petsc_tableau(method: Method) -> dict:
     ts = build_ts(
         IntegratorSettings(method, 1, torch.float64), SolverOptions(next_prefix()), Bridge()
     )
-    tableau = rk_tableau(ts)
+    scheme = rk_scheme(ts)
     ts.destroy()
-    return tableau
+    names = ("A", "b", "b_embedded", "interpolation")
+    found = {name: getattr(scheme, name) for name in names}
+    arrays = {name: None if x is None else np.array(x) for name, x in found.items()}
+    return arrays | {"c": np.array(scheme.c), "fsal": scheme.fsal}
 
 
 def measured_tableau(method: Method) -> dict:
@@ -215,15 +217,15 @@ def rosw_step(f, tableau, t, h, y, time_slope=None, own_matrices=False):
         )
     slopes: list[torch.Tensor] = []
     eye = torch.eye(y.numel(), dtype=y.dtype)
-    for a, gamma in zip(tableau.A, tableau.Gamma, strict=True):
-        stage = y.reshape(-1) + sum(x * k for x, k in zip(a, slopes, strict=True))
+    for i, (a, gamma) in enumerate(zip(tableau.A, tableau.Gamma, strict=True)):
+        stage = y.reshape(-1) + sum(x * k for x, k in zip(a, slopes, strict=False))
         time = time_at(sum(a))
         J = start
         if own_matrices:
-            J = jacobian(time, stage if gamma[-1] else y)
+            J = jacobian(time, stage if gamma[i] else y)
         before = sum((x * k for x, k in zip(gamma, slopes, strict=False)), start=0.0 * stage)
         b = h * f(time, stage.view_as(y)).reshape(-1) + h * J @ before + h * h * sum(gamma) * slope
-        slopes.append(torch.linalg.solve(eye - h * gamma[-1] * J, b))
+        slopes.append(torch.linalg.solve(eye - h * gamma[i] * J, b))
     return y + sum(b * k for b, k in zip(tableau.b, slopes, strict=True)).view_as(y)
 
 
@@ -331,7 +333,7 @@ def replica(f, name, y0, grid, orders=None):
     if method.ts_type == "dirk":
         tableau, step = dirk_tableau(method), dirk_step
     elif method.ts_type == "rosw":
-        tableau, step = ROSENBROCK[method.subtype], rosw_step
+        tableau, step = method.scheme, rosw_step
     elif method.implicit:
         tableau, step = method.name, theta_step
     elif method.ts_type == "ssp":

@@ -17,7 +17,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from pnode import devices, engine, integrate, layouts, transfers, vectors
+from pnode import autograd, devices, engine, layouts, transfers, vectors
 
 DEVICE = torch.device("cuda", 0)
 _FACTORIES = {
@@ -279,17 +279,17 @@ def simulated(petsc: bool = True, streams: Streams | None = None) -> Iterator[Co
 def _simulate(patch: pytest.MonkeyPatch, petsc: bool, streams: Streams) -> None:
     patch.setattr(transfers, "move", move)
     patch.setattr(devices, "_cuda", streams)
-    backward = integrate._Solve.backward
+    backward = autograd.SolveFunction.backward
 
     def redirected(*arguments: Any) -> Any:
         with _Redirect():  # autograd does not take the mode along
             return backward(*arguments)
 
-    patch.setattr(integrate._Solve, "backward", staticmethod(redirected))
+    patch.setattr(autograd.SolveFunction, "backward", staticmethod(redirected))
     if petsc:
         from_dlpack = vectors.from_dlpack
         patch.setattr(vectors, "from_dlpack", lambda capsule: OnDevice(from_dlpack(capsule)))
-        for module in (devices, engine, integrate, layouts):
+        for module in (autograd, devices, engine, layouts):
             patch.setattr(module, "place_of", _place_of)
         patch.setattr(devices, "petsc_stream", lambda: 0)
         patch.setattr(vectors, "_through_dlpack", set())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 
@@ -12,6 +13,7 @@ from launch import check
 from petsc4py import PETSc
 
 import pnode
+from pnode.configuration import shared
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
 from pnode.solvers.compiled.trace import Untraceable, trace_field
@@ -262,3 +264,116 @@ def test_a_field_that_ends_where_the_solve_does():
     solver = pnode.Solver(field, method="rodaspr", rtol=1e-3, max_steps=3, first_step=1e-9)
     with pytest.raises((LookupError, pnode.StepLimitReached)):
         solver(Y0, [0.0, 1.0])
+
+
+# Groups of options.
+
+GROUPED = {
+    "steps": (pnode.Steps, {
+        "step_size": 0.1, "first_step": 0.1, "min_step": 1e-3, "max_step": 0.2, "rtol": 1e-4,
+        "atol": 1e-5, "controller": "pi", "max_steps": 70,
+    }),
+    "linear_algebra": (pnode.LinearAlgebra, {
+        "jacobian": "sparse", "linear_solver": "gmres", "jacobian_pattern": torch.eye(2),
+        "jacobian_reuse": "step", "preconditioner": "block",
+    }),
+    "output": (pnode.Output, {
+        "dense": True, "event_fn": lambda t, y: y, "event_tol": 1e-9, "monitor": print,
+        "progress": True,
+    }),
+}  # fmt: skip
+OPTIONS = [(group, name) for group, (_, options) in GROUPED.items() for name in options]
+
+
+@pytest.mark.parametrize("group", GROUPED)
+def test_groups_are_complete(group):
+    kind, options = GROUPED[group]
+    assert [each.name for each in dataclasses.fields(kind)] == list(options)
+
+
+@pytest.mark.parametrize(("group", "name"), OPTIONS)
+def test_an_option_given_twice_is_refused(group, name):
+    """Whatever its value, that of the default too."""
+    kind, options = GROUPED[group]
+    (default,) = (each.default for each in dataclasses.fields(kind) if each.name == name)
+    for value in (options[name], default):
+        with pytest.raises(pnode.ConfigurationError) as caught:
+            pnode.Solver(decay, method="cn", **{group: kind(), name: value})
+        assert f"{name}={value!r} and {group}=" in str(caught.value)
+        assert f"pnode.{kind.__name__}({name}=" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [name for _, name in OPTIONS])
+def test_groups_check_their_options(name):
+    (kind,) = (kind for kind, options in GROUPED.values() if name in options)
+    for value in REFUSED.get(name, []):
+        with pytest.raises(pnode.ConfigurationError, match=name):
+            kind(**{name: value})
+
+
+@pytest.mark.parametrize("group", GROUPED)
+def test_something_else_for_a_group(group):
+    kind, _ = GROUPED[group]
+    other = pnode.Output() if group == "steps" else pnode.Steps()
+    for value in ({}, 0.1, kind, other):
+        with pytest.raises(pnode.ConfigurationError, match=rf"{group}=.*pnode\.{kind.__name__}\("):
+            pnode.Solver(decay, **{group: value})
+
+
+def test_groups_do_what_plain_keywords_do():
+    seen = []
+    plain = {
+        "rtol": 1e-4, "max_step": 0.2, "controller": "pi", "jacobian": "matrix-free",
+        "preconditioner": "dense", "jacobian_reuse": "step", "event_fn": lambda t, y: y - 0.5,
+        "monitor": lambda step, t, y: seen.append(t),
+    }  # fmt: skip
+    own = {
+        group: kind(**{name: plain[name] for name in options if name in plain})
+        for group, (kind, options) in GROUPED.items()
+    }
+    found = []
+    for keywords in (plain, own, {**own, "steps": None, "rtol": 1e-4, "max_step": 0.2,
+                                  "controller": "pi"}):  # fmt: skip
+        y0 = Y0.clone().requires_grad_()
+        solution = pnode.Solver(decay, method="es325", **keywords)(y0, [0.0, 1.0])
+        solution.event_time.backward()
+        found.append((solution.ys.tolist(), y0.grad.item(), solution.stats, seen.copy()))
+        seen.clear()
+    assert found[0] == found[1] == found[2]
+    assert found[0][3]
+
+
+def test_options_are_frozen():
+    for kind, options in GROUPED.values():
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(kind(), next(iter(options)), None)
+
+
+def test_the_nearest_keyword_is_named():
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'rtoll'.*'rtol'"):
+        pnode.Solver(decay, rtoll=1e-3)
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'methods'.*'method'"):
+        pnode.Solver(decay, methods="rk4")
+
+
+def test_odeint_has_tolerances_of_its_own():
+    with pytest.raises(pnode.ConfigurationError, match=r"steps=.*odeint.*pnode\.Solver"):
+        pnode.odeint(decay, Y0, [0.0, 1.0], steps=pnode.Steps())
+    event = pnode.Output(event_fn=lambda t, y: y - 0.5)
+    time, ys = pnode.odeint(decay, Y0, [0.0, 1.0], output=event)
+    assert time.item() == pytest.approx(math.log(2.0), rel=1e-6)
+    assert len(ys) == 2
+
+
+def test_what_ranks_compare_of_options():
+    """Each option of each group, but for those that are a rank's own."""
+    kinds = [kind(**options) for kind, options in GROUPED.values()
+             if kind is not pnode.Steps] + [pnode.Steps()]  # fmt: skip
+    facts = shared(*kinds)
+    assert set(facts) == {name for _, name in OPTIONS}
+    assert [name for name, fact in facts.items() if fact is None] == [
+        "monitor", "progress", "step_size", "first_step", "min_step", "max_step", "max_steps",
+    ]  # fmt: skip
+    assert facts["preconditioner"] == "block" and facts["jacobian_pattern"] is True
+    entrywise = shared(pnode.Steps(rtol=torch.ones(3)))
+    assert entrywise["rtol"] == "entrywise" and entrywise["atol"] == 1e-8

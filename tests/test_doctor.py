@@ -17,8 +17,9 @@ from launch import mpiexec
 
 from pnode.cli import asked_for_doctor, main
 from pnode.diagnosis import checks
-from pnode.diagnosis.checks import MINIMUM, Finding
+from pnode.diagnosis.checks import MINIMUM
 from pnode.diagnosis.facts import Facts, MPIFacts, PETScFacts, ScratchFacts, TorchFacts
+from pnode.diagnosis.finding import Finding
 from pnode.diagnosis.probe import cpu_quota, mpi_libraries, scratch_facts
 from pnode.doctor import examine, merge, report
 from pnode.launchers import Claim, claims, find_mismatch, launcher_mismatch

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from replica import dirk_tableau, petsc_tableau
+from replica import arkimex_tableau, dirk_tableau, petsc_tableau
 
 import pnode
 from pnode.options import PETSc
@@ -51,6 +51,67 @@ def test_measured_dirk_tableau_has_the_order_and_the_shared_end(method):
     explicit_first = tableau["A"][0, 0] == 0.0
     stiffly_accurate = bool(np.allclose(tableau["A"][-1], tableau["b"], atol=1e-14))
     assert method.shares_ends == (explicit_first and stiffly_accurate)
+
+
+EVERY = [m for m in METHODS if m.scheme is not None]
+
+
+def test_what_a_checkpoint_holds_follows_from_the_coefficients():
+    """Against the facts of each family, written down."""
+    symplectic = {"symplectic_euler": 2, "velocity_verlet": 3, "ruth3": 6, "forest_ruth": 7}
+    fsal = {"bosh3", "dopri5", "bosh5", "verner6"}
+    esdirk = {"es122", "trbdf2", "esdirk3", "es325", "esdirk6", "esdirk7", "esdirk8"}
+    stiff = {"dirk658a", "sdirk6", "dirk7510sal", "sdirk7"}
+    for method in METHODS:
+        name, units = method.name, method.stages
+        if method.ts_type in ("python", "rosw"):
+            units = 1
+        elif method.ts_type == "basicsymplectic":
+            units = symplectic[name]
+        elif name in fsal:
+            units -= 1
+        elif method.ts_type in ("beuler", "theta"):  # with the start; with the end
+            units = 2
+        ends = name in esdirk or name in ("beuler", "cn")
+        assert method.stage_units == units, name
+        assert method.fsal == (name in fsal), name
+        assert method.shares_ends == ends, name
+        assert method.holds_end == (ends or name in stiff or method.ts_type == "theta"), name
+
+
+@pytest.mark.parametrize("method", EVERY, ids=names(EVERY))
+def test_scheme_has_the_stages_and_the_kind_of_the_table(method):
+    scheme = method.scheme
+    assert scheme.explicit == (method.kind == "explicit")
+    assert scheme.stages == method.stages + (method.name == "beuler")
+    assert {len(row) for row in scheme.A} == {scheme.stages}
+    assert np.allclose(np.triu(scheme.A, 1), 0.0)
+    assert (scheme.A_explicit is not None) == (method.kind == "imex")
+    assert scheme.reference
+    if method.name == "beuler":  # compiled sweeps leave out the start
+        assert scheme.without_idle_stages().stages == method.stages
+
+
+@pytest.mark.parametrize("method", DIRK, ids=names(DIRK))
+def test_scheme_is_what_a_step_of_pnodes_is(method):
+    tableau, scheme = dirk_tableau(method), method.scheme
+    for name in ("A", "b", "c"):
+        assert np.allclose(getattr(scheme, name), tableau[name], rtol=0, atol=2e-15), name
+    assert scheme.b_embedded is not None
+    assert sum(scheme.b_embedded) == pytest.approx(1.0, abs=1e-12)
+
+
+IMEX = [m for m in METHODS if m.ts_type == "arkimex"]
+
+
+@pytest.mark.parametrize("method", IMEX, ids=names(IMEX))
+def test_scheme_of_both_parts_is_what_a_step_of_pnodes_is(method):
+    tableau, scheme = arkimex_tableau(method), method.scheme
+    pairs = {"A": "At", "b": "bt", "c": "ct", "A_explicit": "A", "b_explicit": "b",
+             "c_explicit": "c"}  # fmt: skip
+    for ours, theirs in pairs.items():
+        found = getattr(scheme, ours)
+        assert np.allclose(found, tableau[theirs], rtol=0, atol=2e-15), ours
 
 
 def test_every_arkimex_type_of_petsc_is_in_the_table():

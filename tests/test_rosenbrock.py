@@ -112,9 +112,8 @@ def test_every_type_of_petsc_is_in_the_table():
 def test_order_conditions(method):
     """Hairer & Wanner II, table IV.7.1, with beta = A + Gamma, up to order 3; order 4 in part."""
     tableau, s = ROSENBROCK[method.subtype], method.stages
-    A, Gamma = np.zeros((s, s)), np.zeros((s, s))
-    for i in range(s):
-        A[i, :i], Gamma[i, : i + 1] = tableau.A[i], tableau.Gamma[i]
+    A, Gamma = np.array(tableau.A), np.array(tableau.Gamma)
+    assert A.shape == Gamma.shape == (s, s)
     b, beta, alpha = np.array(tableau.b), A + Gamma, A.sum(axis=1)
     sums = beta.sum(axis=1)
     conditions = [
@@ -164,17 +163,17 @@ def test_coefficients_are_petscs(method):
     )
     assert np.allclose(end, tableau.b, rtol=0, atol=1e-13)
     assert len(stages) == s
-    implicit = [i for i in range(s) if tableau.Gamma[i][-1]]
+    implicit = [i for i in range(s) if tableau.Gamma[i][i]]
     if method.name in SEVERAL:
         shifts = [shift for shift in shifts if shift]
-        assert np.allclose(shifts, [1.0 / tableau.Gamma[i][-1] for i in implicit])
+        assert np.allclose(shifts, [1.0 / tableau.Gamma[i][i] for i in implicit])
     else:
         assert shifts == [pytest.approx(1.0 / tableau.Gamma[0][0])]
     for i, (time, state, u_dot) in enumerate(stages):
         assert time == pytest.approx(sum(tableau.A[i]), abs=1e-14)
-        assert np.allclose(state[:i], tableau.A[i], rtol=0, atol=1e-12)
+        assert np.allclose(state[:i], tableau.A[i][:i], rtol=0, atol=1e-12)
         if i in implicit:
-            row = np.array(tableau.Gamma[i])
+            row = np.array(tableau.Gamma[i][: i + 1])
             assert np.allclose(u_dot[:i], -row[:-1] / row[-1], rtol=0, atol=1e-11)
 
 

@@ -17,10 +17,10 @@ from pnode.adjoint.discrete import DiscreteAdjoint
 from pnode.adjoint.stages import ExplicitAdjoint
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
+from pnode.solvers import scheme as schemes
 from pnode.solvers.integrator import IntegratorSettings
 from pnode.solvers.methods import METHODS, find_method
 from pnode.solvers.stepping import Step
-from pnode.solvers.tableaus import ssp_tableau, symplectic_scheme
 from pnode.testing import taylor_test
 from pnode.vectorfield import VectorField
 
@@ -62,7 +62,7 @@ def pair():
 @pytest.mark.parametrize("name", SSP)
 def test_ssp_tableau_is_that_of_petsc(name):
     method = find_method(name)
-    ours, theirs = ssp_tableau(method.subtype, method.stages), measured_tableau(method)
+    ours, theirs = schemes.ssp_scheme(method.subtype, method.stages), measured_tableau(method)
     for key in ("A", "b", "c"):
         assert np.allclose(getattr(ours, key), theirs[key], rtol=0, atol=2e-15), key
     assert ours.c[0] == 0.0
@@ -80,7 +80,7 @@ def test_ssp_coefficient(name, coefficient):
     for r up to the coefficient, and some are not beyond it.
     """
     method = find_method(name)
-    tableau = ssp_tableau(method.subtype, method.stages)
+    tableau = schemes.ssp_scheme(method.subtype, method.stages)
     s = method.stages
     K = np.zeros((s + 1, s + 1))
     K[:s, :s], K[s, :s] = tableau.A, tableau.b
@@ -94,8 +94,7 @@ def test_ssp_coefficient(name, coefficient):
 
 
 def test_symplectic_weights_add_up_to_a_step():
-    for subtype in "1234":
-        scheme = symplectic_scheme(subtype)
+    for scheme in schemes.SYMPLECTIC.values():
         assert sum(scheme.c) == pytest.approx(1.0, abs=1e-15)
         assert sum(scheme.d) == pytest.approx(1.0, abs=1e-15)
 
@@ -187,7 +186,7 @@ def test_stage_adjoint_equals_tsadjoint(method, monkeypatch):
 def test_cotangents_inside_a_step():
     """Outputs u + h sum_i weights_i k_i besides the end: equal to autograd through the step."""
     field, y0, h = Field(), initial(), 0.2
-    tableau = ssp_tableau("rks3", 4)
+    tableau = schemes.ssp_scheme("rks3", 4)
     stages, slopes = [], []
 
     def recorded(t, y):
@@ -206,7 +205,7 @@ def test_cotangents_inside_a_step():
     parameters = [field.inner, field.outer, field.bias]
     problem = InitialValueProblem.create(field, y0, torch.zeros(1), parameters)
     settings = IntegratorSettings(find_method("ssprk43"), y0.numel(), torch.float64)
-    adjoint, ledger = ExplicitAdjoint(settings, True, tableau), Ledger()
+    adjoint, ledger = ExplicitAdjoint(settings, True), Ledger()
     adjoint.begin(VectorField(problem, ledger))
     adjoint.add(cotangents[0].reshape(-1))
     adjoint.load(tuple(stages))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from pnode.diagnosis.facts import Facts
+from pnode.diagnosis.finding import Finding
 from pnode.launchers import claims, find_mismatch, torchrun_claim
 
-__all__ = ["CHECKS", "MINIMUM", "Finding", "check_threads", "plural"]
+__all__ = ["CHECKS", "MINIMUM", "check_threads", "plural"]
 
 #: Oldest versions that pnode works with, as in pyproject.toml.
 MINIMUM = {
@@ -19,28 +19,6 @@ MINIMUM = {
 }  # fmt: skip
 _FREE_SPACE = 2**30
 _SHARED = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "cifs", "ceph", "fuse.sshfs")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one check found.
-
-    Attributes
-    ----------
-    title : str
-        The subject.
-    status : {"ok", "note", "warning", "error"}
-        How bad it is; only errors make the exit status 1.
-    found : str
-        The facts.
-    remedy : str
-        What to do; empty if there is nothing to do.
-    """
-
-    title: str
-    status: str
-    found: str
-    remedy: str = ""
 
 
 def _numbers(version: str) -> tuple[int, ...]:

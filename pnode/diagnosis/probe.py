@@ -292,7 +292,7 @@ def _solve() -> str:
             warnings.simplefilter("ignore")
             import torch
 
-            from pnode.integrate import odeint
+            from pnode.odeint import odeint
 
             rate = torch.ones((), dtype=torch.float64, requires_grad=True)
             y0 = torch.ones(1, dtype=torch.float64)

@@ -23,7 +23,7 @@ from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
 from pnode.solvers.compiled.inductor import compile_source
 from pnode.solvers.integrator import IntegratorSettings
-from pnode.solvers.stepping import StepControl, fixed_grid
+from pnode.solvers.step_control import StepControl, fixed_grid
 from pnode.vectors import REAL
 
 __all__ = ["CompiledSweep", "Kernel", "library", "pointers", "source"]

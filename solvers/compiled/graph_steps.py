@@ -18,9 +18,7 @@ from pnode.solvers.compiled.compiler import Backend, Checked, Compilation, Trace
 from pnode.solvers.compiled.inductor import CompilationFailed, CompiledGraph, open_graph
 from pnode.solvers.compiled.integrator import Start, step_tolerances
 from pnode.solvers.compiled.steps import StepGraphs, Tensors
-from pnode.solvers.methods import Method
-from pnode.solvers.stepping import automatic_step
-from pnode.solvers.tableaus import ExplicitTableau, rk_tableau, ssp_tableau
+from pnode.solvers.step_control import automatic_step
 from pnode.vectorfield import VectorField
 from pnode.vectors import REAL
 
@@ -202,12 +200,14 @@ class ExplicitSteps(Backend):
         settings, tape = wanted.settings, _keeps_all(wanted)
         key = (settings.method, settings.adaptive, tape)
         if key not in trace.codes:
-            tableau, embedded = _tableau(settings.method)
+            scheme = settings.method.scheme
+            assert scheme is not None
+            embedded = scheme.b_embedded if settings.adaptive else None
             if not settings.adaptive:
-                tableau = tableau.without_idle_stages(settings.method.fsal)
+                scheme = scheme.without_idle_stages(settings.method.fsal)
             trace.codes[key] = StepGraphs(
-                trace.graph, tableau, embedded if settings.adaptive else None,
-                settings.method.fsal, settings.size, settings.dtype, tape,
+                trace.graph, scheme, embedded, settings.method.fsal, settings.size,
+                settings.dtype, tape,
             )  # fmt: skip
         graphs: StepGraphs = trace.codes[key]
         # Compile what will be wanted now: a failure is still in time for the other way.
@@ -270,10 +270,3 @@ def _is_plain(wanted: Wanted) -> bool:
         return False
     limited = chosen.bytes is not None or chosen.disk is not None or chosen.store == "solutions"
     return not (wanted.keep and (limited or chosen.resume or chosen.reproducible))
-
-
-def _tableau(method: Method) -> tuple[ExplicitTableau, tuple[float, ...] | None]:
-    """Return A, b, c of a method, PETSc's own, and the embedded weights."""
-    if method.ts_type == "ssp":
-        return ssp_tableau(method.subtype, method.stages), None
-    return rk_tableau(method)

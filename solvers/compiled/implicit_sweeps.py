@@ -17,9 +17,8 @@ from pnode.solvers.compiled.compiler import Backend, Checked, Compilation, Trace
 from pnode.solvers.compiled.driver import CompiledSweep
 from pnode.solvers.compiled.programs import Program
 from pnode.solvers.compiled.trace import Untraceable
-from pnode.solvers.implicit_tableaus import implicit_tableau
 from pnode.solvers.integrator import default_options
-from pnode.solvers.rosenbrock_tableaus import ROSENBROCK
+from pnode.solvers.methods import Method
 from pnode.vectorfield import VectorField, vector_field
 from pnode.vectors import REAL
 
@@ -149,6 +148,26 @@ def _matched(
     return pairs  # type: ignore[return-value]
 
 
+def _arrays(method: Method) -> dict[str, np.ndarray]:
+    """Return the coefficients: of a Rosenbrock method those in the variables Y = G k."""
+    scheme = method.scheme
+    assert scheme is not None
+    if method.ts_type == "rosw":
+        A, inverse, correction, b = scheme.transformed()
+        arrays = {
+            "A": A, "b": b, "alpha": scheme.c, "inverse": inverse, "correction": correction,
+            "gamma": scheme.gamma, "diagonal": scheme.gamma_diagonal,
+        }  # fmt: skip
+    else:
+        # Backward Euler does without the start.
+        fixed = scheme if method.ts_type == "dirk" else scheme.without_idle_stages()
+        arrays = {"A": fixed.A, "b": fixed.b, "alpha": fixed.c}
+    if scheme.b_embedded is not None:
+        defect = np.subtract(scheme.b_embedded, scheme.b)
+        arrays["defect"] = defect @ arrays["inverse"] if method.ts_type == "rosw" else defect
+    return {name: np.array(array) for name, array in arrays.items()}
+
+
 def _prepared(program: Program, wanted: Wanted) -> _Settings:
     """Return the settings in C, which stay the same from solve to solve."""
     settings = wanted.settings
@@ -156,30 +175,22 @@ def _prepared(program: Program, wanted: Wanted) -> _Settings:
         if known == settings:
             found: _Settings = struct
             return found
-    method, tableau = settings.method, implicit_tableau(settings.method)
+    method, arrays = settings.method, _arrays(settings.method)
     newton = _newton_options(wanted)
-    arrays = {
-        "A": tableau.A, "b": tableau.b, "alpha": tableau.c, "defect": tableau.defect,
-        "inverse": tableau.inverse, "correction": tableau.correction, "gamma": tableau.gamma,
-        "diagonal": tableau.diagonal,
-    }  # fmt: skip
-    alive = {
-        name: np.ascontiguousarray(array, dtype=float)
-        for name, array in arrays.items()
-        if array is not None
-    }
+    alive = {name: np.ascontiguousarray(array, dtype=float) for name, array in arrays.items()}
     for name in ("rtol", "atol"):
         tolerance = torch.as_tensor(tolerances.values(getattr(settings, name)), dtype=REAL)
         alive[name] = np.ascontiguousarray(tolerance.reshape(-1).expand(settings.size).numpy())
     rosenbrock, more = method.ts_type == "rosw", {}
     if rosenbrock:
-        found_ = ROSENBROCK[method.subtype]
-        more = {"one_matrix": found_.one_matrix, "time_slope": found_.needs_time_slope}
+        scheme = method.scheme
+        assert scheme is not None
+        more = {"one_matrix": scheme.one_matrix, "time_slope": scheme.needs_time_slope}
     struct = _Settings(
-        stages=len(tableau.b), adaptive=settings.adaptive, wanted=program.entries > 0,
+        stages=len(arrays["b"]), adaptive=settings.adaptive, wanted=program.entries > 0,
         max_newton=int(newton["snes_max_it"]),
-        stiffly_accurate=bool((tableau.A[-1] == tableau.b).all()),
-        explicit_first=bool(not rosenbrock and tableau.A[0, 0] == 0.0),
+        stiffly_accurate=bool((arrays["A"][-1] == arrays["b"]).all()),
+        explicit_first=bool(not rosenbrock and arrays["A"][0, 0] == 0.0),
         carries_slope=method.ts_type == "dirk",
         newton_rtol=newton["snes_rtol"], newton_stol=newton["snes_stol"],
         newton_atol=newton["snes_atol"], newton_divtol=newton["snes_divergence_tolerance"],

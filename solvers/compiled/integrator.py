@@ -13,7 +13,6 @@ from pnode import tolerances
 from pnode.errors import NonFiniteVectorField, SolveError
 from pnode.interpolation import polynomial
 from pnode.options import PETSc, SolverOptions
-from pnode.solvers import petsc_c
 from pnode.solvers.compiled.inductor import Compiled
 from pnode.solvers.compiled.steps import StepGraphs, Tensors
 from pnode.solvers.integrator import IntegratorSettings, StepOutcome, TimeIntegrator
@@ -211,17 +210,18 @@ class CompiledIntegrator(TimeIntegrator):
     def interpolate(self, s: float) -> torch.Tensor:
         """Return the state at a time in the last step by the method's interpolant. Collective."""
         graphs = self._graphs
-        (start, _, results), tableau = self._last, petsc_c.rk_tableau(self.ts)
+        (start, _, results), scheme = self._last, self.settings.method.scheme
+        assert scheme is not None
         stages = self.checkpoint(None)[: graphs.stages]
         begin, h = self._begin, self._number[0]
         slopes = []
-        for c, stage in zip(graphs.tableau.c, stages, strict=False):
+        for c, stage in zip(graphs.scheme.c, stages, strict=False):
             slopes.append(graphs.start(torch.scalar_tensor(begin + c * h, dtype=REAL), stage)[0])
             self._field.ledger.rhs += 1
         if graphs.fsal:
             slopes.append(results[2])
         theta = (self._direction * s - begin) / h
-        weights = polynomial(tableau["interpolation"], theta)
+        weights = polynomial(scheme.interpolation, theta)
         state = start.clone()
         for weight, slope in zip(weights, slopes, strict=True):
             state.add_(slope, alpha=float(weight) * h)

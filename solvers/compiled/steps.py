@@ -16,7 +16,7 @@ from pnode.solvers.compiled.compiler import Code
 from pnode.solvers.compiled.inductor import Compiled, CompiledGraph, fingerprint
 from pnode.solvers.compiled.products import SMALL_PRODUCT, VECTOR
 from pnode.solvers.compiled.trace import FieldGraph, ParameterPart
-from pnode.solvers.tableaus import ExplicitTableau
+from pnode.solvers.scheme import Scheme
 from pnode.vectors import REAL
 
 __all__ = ["StepGraphs"]
@@ -61,7 +61,7 @@ class StepGraphs(Code):
     ----------
     field_graph : FieldGraph
         The field, in the user's time: h is negative where that runs backwards.
-    tableau : ExplicitTableau
+    scheme : Scheme
         A, b and c.
     b_embedded : tuple of float or None
         Weights of the embedded solution, for adaptive steps.
@@ -76,7 +76,7 @@ class StepGraphs(Code):
     """
 
     field_graph: FieldGraph
-    tableau: ExplicitTableau
+    scheme: Scheme
     b_embedded: tuple[float, ...] | None
     fsal: bool
     size: int
@@ -90,7 +90,7 @@ class StepGraphs(Code):
     @property
     def stages(self) -> int:
         """How many stages a checkpoint holds, and evaluations of f a step takes."""
-        return len(self.tableau.c) - self.fsal
+        return len(self.scheme.c) - self.fsal
 
     @property
     def saved(self) -> int:
@@ -100,7 +100,7 @@ class StepGraphs(Code):
     @cached_property
     def products(self) -> int:
         """How many vector-Jacobian products the adjoint of a step takes."""
-        A, b = self.tableau.A, self.tableau.b
+        A, b = self.scheme.A, self.scheme.b
         needed: set[int] = set()
         for i in reversed(range(self.stages)):
             if b[i] or any(A[j][i] for j in needed):
@@ -144,7 +144,7 @@ class StepGraphs(Code):
         t, h, u, *rest = inputs
         shape = self.field_graph.shape
         u = u.view(shape)
-        A, b, c = self.tableau.A, self.tableau.b, self.tableau.c
+        A, b, c = self.scheme.A, self.scheme.b, self.scheme.c
         rtol, atol = (
             (_shaped(rest.pop(0), shape), _shaped(rest.pop(0), shape)) if error else (None, None)
         )
@@ -191,7 +191,7 @@ class StepGraphs(Code):
         Outputs: lambda and mu at the start of the step.
         """
         t, h, state, *rest = inputs
-        A, b, c = self.tableau.A, self.tableau.b, self.tableau.c
+        A, b, c = self.scheme.A, self.scheme.b, self.scheme.c
         state = state.view(self.field_graph.shape)
         points = [rest.pop(0).view(self.field_graph.shape)]
         kept: list[list[torch.Tensor]] = [[] for _ in range(self.stages)]
@@ -267,7 +267,7 @@ class StepGraphs(Code):
     # -------------------------------------------------------------------------------- the compiler
 
     def _key(self, kind: str, *more: object) -> str:
-        facts = (self.tableau, self.b_embedded, self.fsal, self.size, self.dtype, self.tape)
+        facts = (self.scheme, self.b_embedded, self.fsal, self.size, self.dtype, self.tape)
         return f"{kind}-{fingerprint(self.field_graph.code, repr(facts), repr(more), _SOURCE)}"
 
     def compile_step(self, given: Sequence[torch.Tensor]) -> Compiled:

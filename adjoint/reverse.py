@@ -1,0 +1,290 @@
+"""The backward sweep: execute a schedule's reverse actions, from the last step to the first.
+
+It knows trajectories, adjoints and integrators that are lent to it, and nothing of solvers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, Protocol
+
+import torch
+
+from pnode.adjoint.nonfinite import refuse_state
+from pnode.adjoint.schedule import Adjoint, Advance, RestoreEnd, RestoreSolution
+from pnode.adjoint.stepper import AdjointStepper
+from pnode.adjoint.trajectory import Checkpoint, Trajectory
+from pnode.problem import InitialValueProblem
+from pnode.solution import Ledger
+from pnode.solvers.integrator import IntegratorSettings, TimeIntegrator
+from pnode.solvers.multistep import TakenOrder
+from pnode.solvers.stepping import Step
+from pnode.vectorfield import Linearization, VectorField
+from pnode.vectors import REAL, is_finite
+
+__all__ = ["Inside", "Repeated", "Reverse", "store_again"]
+
+
+class Inside(Protocol):
+    """What the loss depends on besides the states at output times."""
+
+    def at(
+        self,
+        node: int,
+        restore: Callable[[int], Checkpoint],
+        graphs: Callable[[int], Sequence[Linearization] | None],
+    ) -> torch.Tensor | None:
+        """Return the cotangent of the state after ``node`` steps, None if it is zero.
+
+        Called from the last node to the first, when the adjoints of the later steps are done.
+
+        Parameters
+        ----------
+        node : int
+            Number of steps before.
+        restore : callable
+            Returns the checkpoint of a step; called with ``node`` only.
+        graphs : callable
+            Returns the graphs at its stages, if they are kept.
+        """
+
+
+class Repeated:
+    """Repeats recorded steps, on an integrator lent when the first is wanted.
+
+    Parameters
+    ----------
+    lend : callable
+        Lends an integrator that stands at the initial state, for a ``with`` block; called with
+        whether it controls errors.
+    settings : IntegratorSettings
+        Of the forward sweep.
+    trajectory : Trajectory
+        Whose steps.
+    ledger : Ledger
+        Counts them.
+    reproducible : bool
+        Whether every step starts afresh.
+
+    Attributes
+    ----------
+    integrator : TimeIntegrator or None
+        Once there is one.
+    """
+
+    def __init__(
+        self,
+        lend: Callable[[bool], AbstractContextManager[TimeIntegrator]],
+        settings: IntegratorSettings,
+        trajectory: Trajectory,
+        ledger: Ledger,
+        reproducible: bool,
+    ) -> None:
+        self._lend = lend
+        # BDF's Newton method aims at the tolerances of adaptive steps.
+        self._adaptive = settings.adaptive and settings.method.ts_type == "python"
+        self._trajectory = trajectory
+        self._ledger = ledger
+        self._reproducible = reproducible
+        self._lease = ExitStack()
+        self.integrator: TimeIntegrator | None = None
+
+    def __enter__(self) -> Repeated:
+        return self
+
+    def __exit__(self, *error: Any) -> Any:
+        self._count()
+        return self._lease.__exit__(*error)
+
+    def _count(self) -> None:
+        if self.integrator is not None:
+            newton, krylov = self.integrator.iterations()
+            self._ledger.newton += newton
+            self._ledger.krylov += krylov
+
+    def restart(self, step: int, state: torch.Tensor) -> TimeIntegrator:
+        """Stand at the start of a step."""
+        if self.integrator is None:
+            self.integrator = self._lease.enter_context(self._lend(self._adaptive))
+            if step == 0:
+                return self.integrator
+        self.integrator.restore((state,))
+        return self.integrator
+
+    def advance(self, step: int) -> None:
+        """Repeat a step from where the integrator stands."""
+        assert self.integrator is not None
+        recorded = self._trajectory.steps[step]
+        order = recorded.order
+        if isinstance(order, TakenOrder) and order.length != recorded.length:
+            # Shortened to an event, on an integrator without error control.
+            history = self.integrator.history
+            self._count()
+            self.integrator = self._lease.enter_context(self._lend(False))
+            self.integrator.restore(history)
+        if self._reproducible:
+            self.integrator.restart_step()
+        with torch.no_grad():
+            outcome = self.integrator.attempt(
+                recorded.start, recorded.length, step, recorded.order, recorded.end
+            )
+        if outcome.error is not None:
+            raise outcome.error
+        self._ledger.recomputed += 1
+
+
+def store_again(
+    trajectory: Trajectory, repeated: Repeated, y0: torch.Tensor, attempt: Callable[..., Any]
+) -> None:
+    """Repeat a forward sweep with the recorded steps, to store its checkpoints. Collective."""
+    trajectory.clear()
+    with repeated:
+        integrator = repeated.restart(0, y0)
+        for step in trajectory.steps:
+            attempt(trajectory.before_step, step.index, integrator)
+            repeated.advance(step.index)
+            integrator = repeated.integrator or integrator
+            attempt(trajectory.record, step, integrator)
+        attempt(trajectory.finish, integrator)
+
+
+class Reverse:
+    """One backward sweep over recorded steps.
+
+    Parameters
+    ----------
+    trajectory : Trajectory
+        Steps and checkpoints.
+    adjoint : AdjointStepper
+        Has begun.
+    repeated : Repeated
+        For steps whose checkpoints are not stored.
+    problem : InitialValueProblem
+        What was solved.
+    y0 : Tensor
+        Its initial state, flat.
+    settings : IntegratorSettings
+        Of the forward sweep.
+    field : callable
+        Returns the field once more, to look where a derivative is not finite.
+    ledger : Ledger
+        Of backward sweeps.
+    """
+
+    def __init__(
+        self,
+        trajectory: Trajectory,
+        adjoint: AdjointStepper,
+        repeated: Repeated,
+        problem: InitialValueProblem,
+        y0: torch.Tensor,
+        settings: IntegratorSettings,
+        field: Callable[[Ledger], VectorField],
+        ledger: Ledger,
+    ) -> None:
+        self._trajectory = trajectory
+        self._adjoint = adjoint
+        self._repeated = repeated
+        self._problem = problem
+        self._y0 = y0
+        self._settings = settings
+        self._field = field
+        self._ledger = ledger
+        self._attempt = problem.ranks.attempt
+        self._active = False  # until the first non-zero cotangent, lambda is zero and stays it
+
+    def run(
+        self, cotangents: torch.Tensor, inside: Inside | None, interpolated: set[int]
+    ) -> torch.Tensor:
+        """Take the adjoints of all steps. Collective.
+
+        Parameters
+        ----------
+        cotangents : Tensor
+            Derivatives of the loss with respect to the outputs, shape ``(T, size)``.
+        inside : Inside or None
+            What else the loss depends on.
+        interpolated : set of int
+            Outputs that are part of that: not states at the end of a step.
+
+        Returns
+        -------
+        Tensor
+            The adjoint at the start without the first output's own cotangent.
+        """
+        trajectory = self._trajectory
+        self._cotangents, self._inside = cotangents, inside
+        self._check = self._settings.place.on_host and is_finite(cotangents)
+        wanted = cotangents.ne(0).any(dim=1).tolist()
+        if self._problem.ranks.parallel:  # what one rank needs all take part in
+            wanted = [True] * len(wanted)
+        for index in interpolated:
+            wanted[index] = False
+        self._wanted = wanted
+        self._waiting = list(enumerate(trajectory.outputs))
+        with self._repeated:
+            number = len(trajectory.steps)
+            self._add_outputs(number)
+            for action in trajectory.schedule.reverse(number) if number else ():
+                match action:
+                    case Advance(step):
+                        self._repeated.advance(step)
+                    case RestoreSolution(step):
+                        state = self._restored(trajectory.solution, step) if step else self._y0
+                        self._repeated.restart(step, state)
+                    case RestoreEnd(step):
+                        self._repeated.restart(step + 1, self._restored(trajectory.end, step))
+                    case Adjoint(step):
+                        if self._active:
+                            self._step(trajectory.steps[step])
+                        self._add_outputs(step)
+                        trajectory.forget_live(step)
+                    case _:
+                        self._attempt(trajectory.execute, action, self._repeated.integrator)
+        trajectory.clear()
+        initial = self._adjoint.state_gradient()
+        if wanted[0]:
+            self._adjoint.add(cotangents[0])
+        return initial
+
+    def _add_outputs(self, after: int) -> None:
+        """Add the cotangents of the state after so many steps."""
+        waiting = self._waiting
+        while waiting and waiting[-1][1] == after and waiting[-1][0] > 0:
+            index, _ = waiting.pop()
+            if self._wanted[index]:
+                self._active = True
+                self._adjoint.add(self._cotangents[index])
+        if self._inside is not None:
+            more = self._inside.at(after, self._stages, self._trajectory.tape)
+            if more is not None:
+                self._active = True
+                self._adjoint.add(more)
+
+    def _step(self, step: Step) -> None:
+        """Take the adjoint of a step."""
+        trajectory, adjoint, index = self._trajectory, self._adjoint, step.index
+        ranks = self._problem.ranks
+        ranks.where = {
+            "time": self._problem.direction * step.start,
+            "step": index, "method": self._settings.method.name,
+        }  # fmt: skip
+        adjoint.load(self._stages(index), trajectory.tape(index), trajectory.evidence[index])
+        adjoint.step(step, self._ledger)
+        if self._check and not adjoint.is_finite():
+            self._attempt(
+                refuse_state, self._field(Ledger()), step, self._stages(index), ranks.where
+            )
+
+    def _stages(self, index: int) -> Checkpoint:
+        trajectory = self._trajectory
+        found = self._attempt(trajectory.stages, index, self._repeated.integrator)
+        if found is None:
+            return self._adjoint.placeholder(trajectory.steps[index], self._y0.to(REAL))
+        return found
+
+    def _restored(self, restore: Callable[[int], torch.Tensor], index: int) -> torch.Tensor:
+        """Return a state; y0 for one that cannot be had, in a sweep that is lost anyway."""
+        state = self._attempt(restore, index)
+        return self._y0.to(REAL) if state is None else state

@@ -1,0 +1,365 @@
+"""What a solver is given: its options in groups, and what has to be the same on all ranks."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypedDict, TypeVar, get_args
+
+import torch
+
+from pnode import arguments, tolerances
+from pnode.checkpointing import Checkpointing, parse_bytes
+from pnode.controllers import check_controller
+from pnode.errors import ConfigurationError
+from pnode.problem import InitialValueProblem
+from pnode.run import Requests
+from pnode.solvers.jacobian_options import jacobian_options
+from pnode.solvers.jacobians import JacobianOptions
+from pnode.solvers.methods import Method
+from pnode.solvers.step_control import StepControl
+
+__all__ = [
+    "COMPARED", "DeviceState", "Given", "LinearAlgebra", "MethodName", "Monitor", "Output",
+    "PlainOptions", "Steps", "Tensors", "Times", "as_checkpointing",
+    "refuse_unknown", "shared", "take_group",
+]  # fmt: skip
+
+#: The methods by name; each has aliases too, which are accepted as well.
+MethodName = Literal[
+    "euler", "heun2", "midpoint", "fehlberg2", "rk3", "bosh3", "rk4", "fehlberg5", "dopri5",
+    "bosh5", "verner6", "verner7", "verner8", "ssprk22", "ssprk52", "ssprk43", "ssprk93",
+    "ssprk104", "symplectic_euler", "velocity_verlet", "ruth3", "forest_ruth", "beuler", "cn",
+    "implicit_midpoint", "rosw_theta1", "rosw_theta2", "ros2m", "ros2p", "ra3pw", "ra34pw2",
+    "r34prw", "r3prl2", "rodas3", "sandu3", "assp3p3s1c", "lassp3p4s2c", "llssp3p4s2c",
+    "rosw_ark3", "rodaspr", "rodaspr2", "grk4t", "shamp4", "veldd4", "ros4l", "es122", "sdirk2",
+    "trbdf2", "esdirk3", "es325", "dirk657a", "esdirk6", "dirk658a", "sdirk6", "dirk7510sal",
+    "esdirk7", "dirk759a", "sdirk7", "dirk8614a", "dirk8616sal", "esdirk8", "imexbe", "imexa2",
+    "imexl2", "ars122", "ark2c", "ark2d", "ark2e", "imexssp2", "ark3", "ars443", "bpr3", "ark4",
+    "ark5", "bdf1", "bdf2", "bdf3", "bdf4", "bdf5", "bdf6", "bdf",
+]  # fmt: skip
+JacobianKind = Literal["auto", "matrix-free", "dense", "block", "sparse"]
+Reuse = Literal["iteration", "step", "solve", "constant"]
+DeviceState = Literal["device", "host"]
+Monitor = Callable[[int, float, Any], None]
+#: A state, and the states of a solution.
+Tensors = TypeVar("Tensors", torch.Tensor, tuple[torch.Tensor, ...])
+#: Output times.
+Times = torch.Tensor | Sequence[float]
+
+_Group = TypeVar("_Group", "Steps", "LinearAlgebra", "Output")
+
+
+# What ranks compare of an option, if not the value itself: beside each field that has this.
+_ITSELF = {"told_by": lambda value: value}
+_OWN = {"told_by": lambda value: None}
+_NUMBER = {"told_by": lambda value: value if isinstance(value, float) else "entrywise"}
+_WORD = {"told_by": lambda value: value if isinstance(value, str) else value is not None}
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """How steps are chosen.
+
+    Parameters
+    ----------
+    step_size : float, optional
+        Fixed steps: each output interval (with ``dense``, the whole of them) is cut into equal
+        steps of at most this length. None chooses steps from ``rtol`` and ``atol``, for methods
+        with an error estimate.
+    first_step : float, optional
+        First adaptive step; chosen automatically if None. Implicit methods have no error estimate
+        of their first step, so theirs is never longer than the automatic one.
+    min_step, max_step : float, optional
+        Limits of adaptive steps.
+    rtol, atol : float, Tensor or tuple
+        Relative and absolute tolerance of the local error of adaptive steps: numbers, or tensors
+        that broadcast to y0, or tuples of such for a tuple state. The error of entry i is measured
+        in units of ``atol_i + rtol_i |y_i|``, and a step is accepted if its root mean square is at
+        most 1.
+    controller : str
+        Who chooses adaptive steps, one of PETSc's: "basic" (deadbeat, from the last error alone) or
+        a digital filter over the last errors and step sizes, whose steps vary more smoothly: "pi"
+        (PI42), "pid" (H312PID), or another name from :data:`pnode.controllers.FILTERS`.
+    max_steps : int, optional
+        Largest number of accepted steps of one solve.
+
+    Raises
+    ------
+    ConfigurationError
+        For an unusable value.
+    """
+
+    step_size: float | None = None
+    first_step: float | None = None
+    min_step: float | None = None
+    max_step: float | None = None
+    rtol: tolerances.Tolerance = field(default=1e-6, metadata=_NUMBER)
+    atol: tolerances.Tolerance = field(default=1e-8, metadata=_NUMBER)
+    controller: str = "basic"
+    max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for name in ("step_size", "first_step", "min_step", "max_step"):
+            object.__setattr__(self, name, arguments.positive(name, getattr(self, name)))
+        for name in ("rtol", "atol"):
+            object.__setattr__(self, name, tolerances.check(name, getattr(self, name)))
+        object.__setattr__(self, "max_steps", arguments.count("max_steps", self.max_steps))
+        check_controller(self.controller, self.step_size)
+        if isinstance(self.rtol, float) and isinstance(self.atol, float):
+            tolerances.refuse_zeros(self.rtol, self.atol)
+        if self.min_step and self.max_step and self.min_step > self.max_step:
+            raise ConfigurationError(
+                f"min_step={self.min_step!r} exceeds max_step={self.max_step!r}: swap or drop one"
+            )
+
+    def control(self, method: Method) -> StepControl:
+        """Return what the driver of a method's steps wants to know."""
+        if self.step_size is None and not method.adaptive:
+            raise ConfigurationError(
+                f"method={method.name!r} has no error estimate and step_size is None: give "
+                "step_size=h, or take an adaptive method such as 'dopri5' or 'es325'"
+            )
+        own = method.name if method.ts_type == "python" else None
+        return StepControl(
+            self.step_size, self.first_step, self.min_step or 0.0, self.max_step or math.inf,
+            self.max_steps, self.rtol, self.atol,
+            check_controller(self.controller, self.step_size, own),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class LinearAlgebra:
+    """Jacobians of implicit methods, and how systems with them are solved; docs/jacobians.md.
+
+    Parameters
+    ----------
+    jacobian : {"auto", "dense", "block", "sparse", "matrix-free"}
+        Assembled from n products and factored (LU); for y0 of shape (B, ...) whose rows f treats
+        independently, B blocks from n / B products; sparse, from one product per color of the
+        pattern; or products only (GMRES). "auto" is dense up to 256 state entries and matrix-free
+        beyond.
+    linear_solver : str or mapping, optional
+        A PETSc KSP type (``"gmres"``, ``"bcgs"``...), ``"lu"`` for a direct solve, or a mapping
+        of PETSc's ksp and pc options.
+    jacobian_pattern : Tensor, array or sparse matrix of SciPy, optional
+        Shape ``(size, size)`` for the flattened state: where the Jacobian may be non-zero, for
+        "sparse". Detected from Jacobians at three states if None, which can miss entries that
+        vanish there; the first assembly of each sweep is compared with a product.
+    jacobian_reuse : {"iteration", "step", "solve", "constant"}
+        Evaluate the Jacobian at each Newton iterate; once a step, or once a solve, and wherever
+        an iteration leaves more than a tenth of the residual; or once, for an implicit part that
+        is linear with constant coefficients. A matrix-free operator is always exact ("constant"
+        apart): its preconditioner is what is reused. The adjoint evaluates it at every converged
+        stage, "constant" apart.
+    preconditioner : {"dense", "block", "sparse"}, Tensor, sparse matrix or callable, optional
+        For "matrix-free": the Jacobian assembled in one of these ways, or a matrix that
+        approximates df/dy, dense or sparse, shape ``(size, size)`` for the flattened state; or a
+        callable ``(t, y)`` that returns one. pnode forms ``shift M - df/dy`` and factors it.
+
+    Raises
+    ------
+    ConfigurationError
+        For an unusable value; what does not go with the method or the form of a problem is refused
+        by :class:`pnode.Solver`.
+    """
+
+    jacobian: JacobianKind = "auto"
+    linear_solver: str | Mapping[str, Any] | None = None
+    jacobian_pattern: Any = field(default=None, metadata=_WORD)
+    jacobian_reuse: Reuse = "iteration"
+    preconditioner: Any = field(default=None, metadata=_WORD)
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        arguments.choice("jacobian", self.jacobian, get_args(JacobianKind))
+        arguments.choice("jacobian_reuse", self.jacobian_reuse, get_args(Reuse))
+        self.petsc_options()
+
+    def petsc_options(self) -> dict[str, Any]:
+        """Return what PETSc is told of the linear solver."""
+        return arguments.linear_solver_options(self.linear_solver, self.jacobian)
+
+    def options(self, method: Method, form: str) -> JacobianOptions:
+        """Return how Jacobians are preconditioned and reused."""
+        return jacobian_options(
+            method, form, self.jacobian, self.jacobian_pattern, self.preconditioner,
+            self.jacobian_reuse,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Output:
+    """Outputs between steps, the event that ends a solve, and who looks on; docs/output.md.
+
+    Parameters
+    ----------
+    dense : bool
+        Steps pass over the output times, whose states are interpolated; only the last time is hit.
+        The interpolant is the method's own where it has one of degree 4 or more (dopri5), and the
+        cubic Hermite polynomial otherwise, whose error is of order h^4. Not for ``mass`` and
+        ``residual``, which do not tell y'.
+    event_fn : callable, optional
+        ``event_fn(t, y)`` returns a real tensor of one or several numbers. The solve ends where the
+        first of them changes sign (for what is found within a step see docs/output.md). A Module's
+        or a closure's parameters get gradients; with ``mass`` and ``residual`` there are none
+        through the event, nor where event_fn jumps.
+    event_tol : float
+        Tolerance of the root, relative to the length of the step it lies in.
+    monitor : callable, optional
+        ``monitor(step, t, y)``, called after every accepted step with a detached copy of y; after
+        the last step of a solve that an event ends, with the event's time and state.
+    progress : bool
+        Show a progress bar over time.
+
+    Raises
+    ------
+    ConfigurationError
+        For an unusable value.
+    """
+
+    dense: bool = False
+    event_fn: Callable[..., Any] | None = field(default=None, metadata=_WORD)
+    event_tol: float = 1e-12
+    monitor: Monitor | None = field(default=None, metadata=_OWN)
+    progress: bool = field(default=False, metadata=_OWN)
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        arguments.flag("dense", self.dense)
+        arguments.flag("progress", self.progress)
+        for name, takes in (("monitor", "(step, t, y)"), ("event_fn", "(t, y)")):
+            value = getattr(self, name)
+            if value is not None and not callable(value):
+                raise ConfigurationError(f"{name} is {value!r}: give a callable {takes}")
+        given = self.event_tol
+        object.__setattr__(self, "event_tol", arguments.finite("event_tol", given))
+        if not 0.0 < self.event_tol < 1.0:
+            raise ConfigurationError(f"event_tol={given!r}: give a number between 0 and 1")
+
+    def requests(self, form: str) -> Requests:
+        """Return what a sweep is to do besides integrating; the event is the solver's to add."""
+        if self.dense and form in ("mass", "residual"):
+            raise ConfigurationError(
+                f"dense=True interpolates with y', which {form}= does not tell: let steps hit the "
+                "output times (dense=False)"
+            )
+        return Requests(self.monitor, self.dense, None, self.event_tol)
+
+
+class PlainOptions(TypedDict, total=False):
+    """The options of the groups as keywords by themselves."""
+
+    step_size: float | None
+    first_step: float | None
+    min_step: float | None
+    max_step: float | None
+    rtol: tolerances.Tolerance
+    atol: tolerances.Tolerance
+    controller: str
+    max_steps: int | None
+    jacobian: JacobianKind
+    linear_solver: str | Mapping[str, Any] | None
+    jacobian_pattern: Any
+    jacobian_reuse: Reuse
+    preconditioner: Any
+    dense: bool
+    event_fn: Callable[..., Any] | None
+    event_tol: float
+    monitor: Monitor | None
+    progress: bool
+
+
+def take_group(
+    kind: type[_Group], name: str, chosen: _Group | None, plain: dict[str, Any]
+) -> _Group:
+    """Return a group of options, given as such or by plain keywords, which are used up.
+
+    Raises
+    ------
+    ConfigurationError
+        If both are given, or the group is something else.
+    """
+    own = {each.name: plain.pop(each.name) for each in fields(kind) if each.name in plain}
+    if chosen is None:
+        return kind(**own)
+    if not isinstance(chosen, kind):
+        raise ConfigurationError(
+            f"{name}={chosen!r} is a {type(chosen).__name__}: give a pnode.{kind.__name__}(...)"
+        )
+    for key, value in own.items():
+        raise ConfigurationError(
+            f"{key}={value!r} and {name}={chosen!r} are both given: write "
+            f"{name}=pnode.{kind.__name__}({key}=..., ...), or drop one"
+        )
+    return chosen
+
+
+def refuse_unknown(plain: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Refuse keywords that no group has, as Python does, and name the nearest of ``known``."""
+    for name in plain:
+        near = difflib.get_close_matches(name, [*known, *PlainOptions.__annotations__], 1)
+        hint = f". Did you mean {near[0]!r}?" if near else ""
+        raise TypeError(f"Solver() got an unexpected keyword argument {name!r}{hint}")
+
+
+def as_checkpointing(chosen: Any) -> Checkpointing:
+    """Return ``checkpointing=`` as an object."""
+    if isinstance(chosen, Checkpointing):
+        return chosen
+    if chosen is None:
+        return Checkpointing()
+    return Checkpointing(memory=parse_bytes("checkpointing", chosen))
+
+
+# --------------------------------------------------------------- what ranks are to be given alike
+
+
+def shared(*groups: Any) -> dict[str, Any]:
+    """Return what all ranks must have chosen alike, by the names of the options.
+
+    Each option of each group, or what it says beside itself.
+    """
+    return {
+        each.name: {**_ITSELF, **each.metadata}["told_by"](getattr(group, each.name))
+        for group in groups
+        for each in fields(group)
+    }
+
+
+@dataclass(frozen=True)
+class Given:
+    """What one rank gives to a solve.
+
+    Attributes
+    ----------
+    problem : InitialValueProblem
+        What is to be solved.
+    flat, times : Tensor
+        Initial state and output times.
+    differentiate : bool
+        Whether gradients are wanted.
+    """
+
+    problem: InitialValueProblem
+    flat: torch.Tensor
+    times: torch.Tensor
+    differentiate: bool
+
+
+#: What else has to be the same on all ranks in one solve, and how it is told.
+COMPARED: dict[str, Callable[[Given], Any]] = {
+    "t": lambda given: tuple(given.problem.direction * time for time in given.problem.times),
+    "the dtype of y0": lambda given: str(given.problem.layout.dtype),
+    "whether gradients are wanted (torch.no_grad)": lambda given: given.differentiate,
+    "the number of parameters": lambda given: len(given.problem.parameters),
+    "the shapes of the parameters": lambda given: [
+        tuple(tensor.shape) for tensor in given.problem.parameters
+    ],
+    "requires_grad of y0, t or the parameters": lambda given: [
+        each.requires_grad and given.differentiate for each in (given.flat, given.times)
+    ],
+}

@@ -1,0 +1,74 @@
+"""What looks on while a solve runs: the user's monitor, and a progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from pnode import vectors
+from pnode.problem import InitialValueProblem
+from pnode.run import Requests
+from pnode.solution import Stats
+from pnode.solvers.integrator import TimeIntegrator
+from pnode.solvers.stepping import Observer, Step
+from pnode.transfers import carry_once
+
+__all__ = ["Monitor", "at_home", "progress_bar"]
+
+
+class Monitor(Observer):
+    """Calls ``function(step, t, y)`` after every accepted step.
+
+    Parameters
+    ----------
+    function : callable
+        The user's.
+    problem : InitialValueProblem
+        What is solved.
+    """
+
+    def __init__(
+        self, function: Callable[[int, float, Any], None], problem: InitialValueProblem
+    ) -> None:
+        self._function = function
+        self._problem = problem
+
+    def after_step(self, step: Step, integrator: TimeIntegrator, last: bool) -> None:
+        """Show a copy of the solution."""
+        problem = self._problem
+        state = vectors.copy_out(integrator.solution, problem.layout.dtype)
+        time = problem.direction * step.end
+        problem.ranks.attempt(self._function, step.index + 1, time, problem.layout.unflatten(state))
+
+
+def at_home(monitor: Any, compute: torch.device | None, stats: Stats) -> Any:
+    """Return the monitor as it is called with a state on the host."""
+    if monitor is None or compute is None:
+        return monitor
+    return lambda step, t, y: monitor(step, t, carry_once(y, compute, stats))
+
+
+@contextmanager
+def progress_bar(
+    problem: InitialValueProblem, requests: Requests, wanted: bool
+) -> Iterator[Requests]:
+    """Let the monitor move a progress bar over time before it calls the user's, if wanted."""
+    if not wanted:
+        yield requests
+        return
+    start, end = problem.times[0], problem.times[-1]
+
+    def monitor(step: int, t: float, y: Any) -> None:
+        fraction = (problem.direction * t - start) / (end - start)
+        bar.set_postfix_str(f"t = {t:.4g}, step {step}", refresh=False)
+        bar.update(fraction - bar.n)
+        if requests.monitor is not None:
+            requests.monitor(step, t, y)
+
+    with tqdm(total=1.0, bar_format="{l_bar}{bar}| {postfix} [{elapsed}<{remaining}]") as bar:
+        yield replace(requests, monitor=monitor)

@@ -1,0 +1,251 @@
+"""``odeint`` and its relatives: the calls of torchdiffeq, each on a solver of its own."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, overload
+
+import torch
+
+from pnode import arguments, tolerances
+from pnode.configuration import MethodName, Output, Tensors, Times, take_group
+from pnode.errors import ConfigurationError
+from pnode.options import ODEINT_PREFIX
+from pnode.problem import as_times
+from pnode.solver import Solver
+from pnode.solvers.methods import find_method
+from pnode.transforms import outside_compiler, refuse_transforms
+
+__all__ = ["odeint", "odeint_adjoint", "odeint_event"]
+
+_TORCHDIFFEQ_OPTIONS = {
+    "step_size": "step_size",
+    "first_step": "first_step",
+    "min_step": "min_step",
+    "max_step": "max_step",
+    "max_num_steps": "max_steps",
+}
+
+
+class _OneCall(Solver):
+    """The solver of one call of :func:`odeint`.
+
+    PETSc keeps half a kilobyte for every prefix it has ever seen: calls share one, and use up none
+    of the numbers.
+    """
+
+    @staticmethod
+    def _new_prefix() -> str:
+        return ODEINT_PREFIX
+
+
+@overload
+def odeint(
+    func: Callable[..., Any],
+    y0: Tensors,
+    t: Times,
+    *,
+    rtol: tolerances.Tolerance = ...,
+    atol: tolerances.Tolerance = ...,
+    method: MethodName | str | None = ...,
+    options: Mapping[str, Any] | None = ...,
+    params: Iterable[torch.Tensor] | None = ...,
+    event_fn: None = ...,
+    **solver_keywords: Any,
+) -> Tensors: ...
+
+
+@overload
+def odeint(
+    func: Callable[..., Any],
+    y0: Tensors,
+    t: Times,
+    *,
+    rtol: tolerances.Tolerance = ...,
+    atol: tolerances.Tolerance = ...,
+    method: MethodName | str | None = ...,
+    options: Mapping[str, Any] | None = ...,
+    params: Iterable[torch.Tensor] | None = ...,
+    event_fn: Callable[..., Any],
+    **solver_keywords: Any,
+) -> tuple[torch.Tensor | None, Tensors]: ...
+
+
+@outside_compiler
+def odeint(
+    func: Callable[..., Any],
+    y0: Any,
+    t: Any,
+    *,
+    rtol: tolerances.Tolerance = 1e-7,
+    atol: tolerances.Tolerance = 1e-9,
+    method: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    params: Iterable[torch.Tensor] | None = None,
+    **solver_keywords: Any,
+) -> Any:
+    """Solve y' = func(t, y), y(t[0]) = y0: the call of ``torchdiffeq.odeint``.
+
+    Parameters
+    ----------
+    func : callable
+        ``func(t, y)``, as for :class:`Solver`.
+    y0 : Tensor or tuple of Tensor
+        Initial state.
+    t : Tensor
+        Output times, shape ``(T,)``, strictly monotone.
+    rtol, atol : float, Tensor or tuple of Tensor
+        Tolerances of adaptive steps.
+    method : str, optional
+        Name or alias of a method; "dopri5" by default. Methods without error estimate take one
+        step per output interval unless a ``step_size`` is given, as in torchdiffeq; with
+        ``dense=True`` or without end they need it.
+    options : mapping, optional
+        torchdiffeq's: ``step_size``, ``first_step``, ``min_step``, ``max_step``,
+        ``max_num_steps``.
+    params : iterable of Tensor, optional
+        Trainable tensors that func uses without being a Module that owns them.
+    **solver_keywords
+        Any other keyword of :class:`Solver`, ``steps`` apart.
+
+    Returns
+    -------
+    Tensor or tuple of Tensor
+        Shape ``(T, *y0.shape)``. With ``event_fn``, a pair: the event's time and this, as in
+        torchdiffeq; the solve ends at ``t[-1]`` at the latest, and the time is then None.
+
+    Raises
+    ------
+    ConfigurationError, SolveError
+        As :class:`Solver`.
+
+    Notes
+    -----
+    Collective on the solver's communicator. A new solver is set up on each call; keep a
+    :class:`Solver` in a training loop. Its PETSc options have the prefix ``pnode_odeint_``.
+
+    The default tolerances are torchdiffeq's. They are tight for methods of order one and two,
+    which then take thousands of steps, and beyond what a float32 field resolves.
+    """
+    refuse_transforms([("y0", y0), ("t", t)])
+    keywords: dict[str, Any] = dict(solver_keywords)
+    if keywords.get("steps") is not None:
+        raise ConfigurationError(
+            f"steps={keywords['steps']!r} is given to odeint, which has tolerances of its own: "
+            "give rtol=, atol= and step_size=, or use pnode.Solver(..., steps=...)"
+        )
+    output = take_group(Output, "output", keywords.pop("output", None), keywords)
+    if options is not None and not isinstance(options, Mapping):
+        raise ConfigurationError(
+            f"options={options!r} is not a mapping: give a dictionary such as {{'step_size': 0.1}}"
+        )
+    for name, value in (options or {}).items():
+        if name not in _TORCHDIFFEQ_OPTIONS:
+            choices = ", ".join(map(repr, _TORCHDIFFEQ_OPTIONS))
+            raise ConfigurationError(
+                f"options[{name!r}]={value!r} is not supported: choose from {choices}, or set a "
+                "PETSc option with petsc_options={...}"
+            )
+        if keywords.get(_TORCHDIFFEQ_OPTIONS[name]) is not None:
+            raise ConfigurationError(
+                f"options[{name!r}] and {_TORCHDIFFEQ_OPTIONS[name]}= are both given: drop one"
+            )
+        keywords[_TORCHDIFFEQ_OPTIONS[name]] = value
+    chosen = find_method("dopri5" if method is None else method)
+    times = as_times(t, endless=output.event_fn is not None)
+    if not chosen.adaptive and keywords.get("step_size") is None:
+        # One step per interval: a step size that no interval exceeds.
+        exact = times.detach().to(torch.float64)
+        span = float((exact.max() - exact.min()).item()) or 1.0
+        if math.isfinite(span) and not output.dense:
+            keywords["step_size"] = span
+    solver = _OneCall(
+        func, rtol=rtol, atol=atol, method=chosen.name, params=params, output=output, **keywords
+    )
+    solution = solver(y0, times)
+    return solution.ys if output.event_fn is None else (solution.event_time, solution.ys)
+
+
+def odeint_adjoint(func: Callable[..., Any], y0: Any, t: Any, **keywords: Any) -> Any:
+    """Solve as :func:`odeint` does, and accept torchdiffeq's ``adjoint_*`` keywords too.
+
+    ``adjoint_params`` is ``params``. The other ``adjoint_*`` keywords are accepted with one
+    warning: the discrete adjoint has no tolerances, method or options of its own.
+    """
+    ignored = sorted(name for name in keywords if name.startswith("adjoint_"))
+    params = keywords.pop("adjoint_params", None)
+    for name in ignored:
+        keywords.pop(name, None)
+    ignored = [name for name in ignored if name != "adjoint_params"]
+    if params is not None:
+        if keywords.get("params") is not None:
+            raise ConfigurationError("params= and adjoint_params= are both given: drop one")
+        keywords["params"] = params
+    if ignored:
+        warnings.warn(
+            f"{', '.join(ignored)} ignored: the discrete adjoint is exact for the forward solve "
+            "and has no settings of its own",
+            stacklevel=2,
+        )
+    return odeint(func, y0, t, **keywords)
+
+
+@outside_compiler
+def odeint_event(
+    func: Callable[..., Any],
+    y0: Tensors,
+    t0: torch.Tensor | float,
+    *,
+    event_fn: Callable[..., Any],
+    reverse_time: bool = False,
+    odeint_interface: Callable[..., Any] = odeint,
+    **keywords: Any,
+) -> tuple[torch.Tensor, Tensors]:
+    """Solve y' = func(t, y) from t0 until an event: the call of ``torchdiffeq.odeint_event``.
+
+    Parameters
+    ----------
+    func : callable
+        ``func(t, y)``, as for :class:`Solver`.
+    y0 : Tensor or tuple of Tensor
+        State at t0.
+    t0 : Tensor or float
+        Initial time, a single number.
+    event_fn : callable
+        ``event_fn(t, y)``, as for :class:`Solver`.
+    reverse_time : bool
+        Whether to look for an event before t0.
+    odeint_interface : callable
+        :func:`odeint` or :func:`odeint_adjoint`.
+    **keywords
+        Those of :func:`odeint`. There is no end but the event: give ``max_steps`` where it may not
+        come.
+
+    Returns
+    -------
+    event_time : Tensor
+        0-dim, differentiable.
+    solution : Tensor or tuple of Tensor
+        Shape ``(2, *y0.shape)``: y0 and the state at the event.
+
+    Raises
+    ------
+    ConfigurationError, SolveError
+        As :class:`Solver`.
+
+    Notes
+    -----
+    Collective on the solver's communicator.
+    """
+    arguments.flag("reverse_time", reverse_time)
+    refuse_transforms([("y0", y0), ("t0", t0)])
+    start = as_times(t0.reshape(-1) if isinstance(t0, torch.Tensor) else [t0])
+    if len(start) != 1:
+        raise ConfigurationError(f"t0 has {len(start)} entries: give a single time")
+    if not start.is_floating_point():
+        start = start.to(torch.float64)
+    times = torch.cat([start, start.new_full((1,), -math.inf if reverse_time else math.inf)])
+    event_time, solution = odeint_interface(func, y0, times, event_fn=event_fn, **keywords)
+    return event_time, solution

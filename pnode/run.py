@@ -1,0 +1,129 @@
+"""One forward sweep: what was asked of it, and what its backward sweeps need."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from pnode.adjoint.gradients import CostGradients
+from pnode.events import Event
+from pnode.evidence import Reads
+from pnode.problem import InitialValueProblem
+from pnode.solution import Ledger, Stats
+from pnode.solvers.compiled.driver import CompiledSweep
+from pnode.solvers.compiled.fields import FieldCode, compiled_field
+from pnode.solvers.integrator import IntegratorSettings
+from pnode.surroundings import Surroundings
+from pnode.vectorfield import VectorField, record_all, vector_field
+
+__all__ = ["Requests", "Run", "Sweep"]
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What a forward sweep is to do besides integrating.
+
+    Attributes
+    ----------
+    monitor : callable or None
+        ``monitor(step, t, y)`` after every accepted step.
+    dense : bool
+        Whether steps pass over output times, which are interpolated then.
+    event_fn : callable or None
+        ``event_fn(t, y)``; the sweep ends where it changes sign.
+    event_tol : float
+        Tolerance of that root, relative to the length of the step.
+    """
+
+    monitor: Callable[[int, float, Any], None] | None = None
+    dense: bool = False
+    event_fn: Callable[..., Any] | None = None
+    event_tol: float = 1e-12
+
+
+class Sweep(ABC):
+    """A forward sweep that was taken, and its discrete adjoint."""
+
+    @property
+    @abstractmethod
+    def interpolated(self) -> set[int]:
+        """Indices of the outputs that are interpolated."""
+
+    @abstractmethod
+    def noted(self, output: int) -> Sequence[float]:
+        """Return what was noted of f in the step that begins at an output, if one does."""
+
+    @abstractmethod
+    def reverse(
+        self, y0: torch.Tensor, cotangents: torch.Tensor, wants_times: bool
+    ) -> CostGradients:
+        """Take the discrete adjoint. Collective.
+
+        Parameters
+        ----------
+        y0 : Tensor
+            The initial state, flat, to repeat the sweep from when its checkpoints are gone.
+        cotangents : Tensor
+            Derivatives of the loss with respect to the outputs, shape ``(T, size)``.
+        wants_times : bool
+            Whether the derivatives with respect to interpolated outputs' times are wanted.
+        """
+
+
+@dataclass
+class Run:
+    """One forward sweep: what its backward sweeps need.
+
+    Attributes
+    ----------
+    problem : InitialValueProblem
+        The problem solved.
+    stats : Stats
+        Its ledger.
+    settings : IntegratorSettings
+        Of the integrator that did it.
+    used : list of bool
+        For each parameter, whether the vector field's first evaluation used it.
+    stepped : Sweep or None
+        The sweep, if its steps were taken one by one.
+    event : Event or None
+        What ended the sweep early; ``problem`` then has the times of the outputs it returned.
+    compiled : CompiledSweep or None
+        The sweep, if it was taken as a whole.
+    codes : tuple of FieldCode
+        Of the field and its explicit part, where these are compiled and nothing else.
+    surroundings : Surroundings or None
+        What f saw besides its arguments; None without gradients.
+    reads : Reads or None
+        What the compiled graphs of this sweep read, if there are any.
+    """
+
+    problem: InitialValueProblem
+    stats: Stats
+    settings: IntegratorSettings
+    used: list[bool] = field(default_factory=list)
+    stepped: Sweep | None = None
+    event: Event | None = None
+    compiled: CompiledSweep | None = None
+    codes: tuple[FieldCode, ...] = ()
+    surroundings: Surroundings | None = None
+    reads: Reads | None = None
+
+    def field(self, ledger: Ledger) -> VectorField:
+        """Return the field for another sweep, without checks of what it uses."""
+        problem = replace(self.problem, check_undeclared=False)
+        field_ = (
+            compiled_field(problem, ledger, self.codes)
+            if self.codes
+            else vector_field(problem, ledger)
+        )
+        record_all(field_)
+        if self.surroundings is not None:
+            for part in (field_, field_.explicit):
+                if part is not None:
+                    part.suspects = self.surroundings.differences
+        return field_

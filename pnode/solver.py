@@ -1,0 +1,372 @@
+"""``Solver``: the public Module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Unpack, get_args
+
+import torch
+from mpi4py import MPI
+
+from pnode import arguments, tolerances
+from pnode.autograd import solve
+from pnode.checkpointing import Checkpointing
+from pnode.configuration import (
+    COMPARED,
+    DeviceState,
+    Given,
+    LinearAlgebra,
+    MethodName,
+    Output,
+    PlainOptions,
+    Steps,
+    Tensors,
+    Times,
+    as_checkpointing,
+    refuse_unknown,
+    shared,
+    take_group,
+)
+from pnode.consistency import check_consistency, consistent_state
+from pnode.engine import Engine
+from pnode.errors import ConfigurationError
+from pnode.events import check_rate, end_at_event
+from pnode.layouts import Layout
+from pnode.mass import MassMatrix
+from pnode.monitor import at_home, progress_bar
+from pnode.options import check_petsc_options, next_prefix
+from pnode.problem import InitialValueProblem, StateLayout, as_times, collect_parameters
+from pnode.ranks import ALONE, Ranks
+from pnode.solution import Solution, Stats
+from pnode.solvers.methods import check_form, find_method
+from pnode.solvers.step_control import check_steps
+from pnode.transfers import carry_once, on_host, remote
+from pnode.transforms import outside_compiler, refuse_transforms, watched
+
+__all__ = ["Solver"]
+
+
+class Solver(torch.nn.Module):
+    """A reusable solver with exact discrete gradients.
+
+    It solves one of y' = f(t, y) (``rhs``), y' = f_I(t, y) + f_E(t, y) (``implicit`` and
+    ``explicit``), M y' = f(t, y) (``rhs`` and ``mass``), and F(t, y, y') = 0 (``residual``).
+
+    Parameters
+    ----------
+    rhs : callable, optional
+        ``f(t, y)``: t is a 0-dim tensor of y's dtype and device, y has the shape of y0; returns
+        dy/dt (with ``mass``: M dy/dt) in that shape, dtype and device. A Module's parameters get
+        gradients.
+    implicit, explicit : callable, optional
+        Two such functions, whose sum is y': the first is treated implicitly, the second
+        explicitly, by a method of kind "imex". They may share parameters.
+    mass : Tensor or tuple of Tensor, optional
+        The constant matrix M: its diagonal (one entry per entry of the state), or a dense or
+        sparse ``(size, size)`` matrix for the flattened state. A singular M makes a
+        differential-algebraic equation, of index 1 if it is to be solved as it stands.
+    residual : callable, optional
+        ``F(t, y, yp)``, yp being y' in y's shape; returns a tensor of that shape.
+    consistent_start : bool
+        For ``mass`` and ``residual``: whether to solve the algebraic equations for the algebraic
+        unknowns of y0 first (differentiably), instead of refusing a y0 that violates them.
+    params : iterable of Tensor, optional
+        Further tensors that f uses and that gradients are wanted for; non-leaf tensors too.
+    method : str
+        A name or alias from :func:`pnode.methods`.
+    steps : Steps, optional
+        How steps are chosen: fixed or adaptive, tolerances, limits; see :class:`pnode.Steps`.
+    linear_algebra : LinearAlgebra, optional
+        For implicit methods: Jacobians and how systems with them are solved; see
+        :class:`pnode.LinearAlgebra`.
+    petsc_options : mapping, optional
+        PETSc options of this solver alone, without prefix: ``{"snes_rtol": 1e-12}``. Options
+        ``-pnode_...`` (all solvers) and ``-pnode_<number>_...`` (one) on the command line win.
+    checkpointing : Checkpointing, int or str, optional
+        A limit for the memory of checkpoints, :class:`pnode.Checkpointing` or its ``memory``
+        alone: ``"256MiB"``. Steps are repeated in the backward sweep where it is too little for
+        all of them. Without a limit all stages are kept.
+    comm : mpi4py.MPI.Intracomm, optional
+        Ranks that share one state, each with its part of it in y0 (samples of a batch, or the cells
+        of a layout): all take the same steps, by one error norm, and the gradients of the
+        parameters, which every rank has, are summed up over the ranks. None: this process alone.
+    layout : Grid or GhostLayout, optional
+        Of a state whose ranks look at each other's cells, from :mod:`pnode.parallel`: the vector
+        field then gets y with ghost cells and returns dy/dt without. It brings its communicator.
+    device_state : {"device", "host"}
+        Where the state of a y0 on a GPU lives: there too, in PETSc's device vectors, which a PETSc
+        built for the GPU has; or on the host, with copies to and from f at each evaluation, which
+        the ledger counts (``stats.copies``, ``stats.copied_bytes``). See docs/gpu.md.
+    compile : bool
+        For explicit Runge-Kutta methods: compile whole steps and their adjoints, by torch's
+        inductor and a C++ compiler; for one-step implicit methods and small problems: whole
+        sweeps; otherwise f and its derivatives. See docs/compile.md. f is traced once per shape and
+        dtype and the result kept on disk. Where that is impossible, one warning says why, and the
+        solve goes on without.
+    output : Output, optional
+        Outputs between steps, the event that ends a solve, monitor and progress bar; see
+        :class:`pnode.Output`.
+    **plain
+        The options of the three groups may be given by themselves too: ``step_size``,
+        ``first_step``, ``min_step``, ``max_step``, ``rtol``, ``atol``, ``controller`` and
+        ``max_steps`` instead of ``steps``; ``jacobian``, ``linear_solver``, ``jacobian_pattern``,
+        ``jacobian_reuse`` and ``preconditioner`` instead of ``linear_algebra``; ``dense``,
+        ``event_fn``, ``event_tol``, ``monitor`` and ``progress`` instead of ``output``.
+
+    Raises
+    ------
+    ConfigurationError
+        For an unusable argument, and for an option given by itself and in its group.
+
+    Notes
+    -----
+    Creating a solver is not collective; calling it, and ``backward``, are, on ``comm``. Arguments
+    that differ between the ranks, and failures on one of them, are errors on all: see docs/mpi.md.
+
+    The gradient is that of the numbers the solve returned: the discrete adjoint of the accepted
+    steps (Zhang, Constantinescu & Smith, "PETSc TSAdjoint", SIAM J. Sci. Comput. 44, 2022). The
+    accepted step sizes are constants in it.
+
+    Examples
+    --------
+    >>> solver = Solver(lambda t, y: -y, method="rk4", step_size=0.1)
+    >>> solution = solver(torch.ones(1, dtype=torch.float64), torch.tensor([0.0, 1.0]))
+    >>> round(solution.ys[-1].item(), 5)
+    0.36788
+    >>> accurate = Steps(rtol=1e-10, atol=1e-12, max_steps=10_000)
+    >>> stiff = LinearAlgebra(jacobian="block", jacobian_reuse="step")
+    >>> Solver(lambda t, y: -y, method="es325", steps=accurate, linear_algebra=stiff)
+    Solver(method='es325', rtol=1e-10, atol=1e-12, jacobian='block')
+    """
+
+    def __init__(
+        self,
+        rhs: Callable[..., Any] | None = None,
+        *,
+        implicit: Callable[..., Any] | None = None,
+        explicit: Callable[..., Any] | None = None,
+        mass: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
+        residual: Callable[..., Any] | None = None,
+        consistent_start: bool = False,
+        params: Iterable[torch.Tensor] | None = None,
+        method: MethodName | str = "dopri5",
+        steps: Steps | None = None,
+        linear_algebra: LinearAlgebra | None = None,
+        petsc_options: Mapping[str, Any] | None = None,
+        checkpointing: Checkpointing | int | str | None = None,
+        comm: MPI.Intracomm | None = None,
+        layout: Layout | None = None,
+        device_state: DeviceState = "device",
+        compile: bool = False,
+        output: Output | None = None,
+        **plain: Unpack[PlainOptions],
+    ) -> None:
+        super().__init__()
+        others: dict[str, Any] = {**plain}
+        steps = take_group(Steps, "steps", steps, others)
+        linear_algebra = take_group(LinearAlgebra, "linear_algebra", linear_algebra, others)
+        output = take_group(Output, "output", output, others)
+        refuse_unknown(others, Solver.__init__.__annotations__)
+        arguments.flag("compile", compile)
+        self._consistent_start = arguments.flag("consistent_start", consistent_start)
+        self._device_state = arguments.choice("device_state", device_state, get_args(DeviceState))
+        form = arguments.problem_form(rhs, implicit, explicit, mass, residual)
+        chosen = find_method(method)
+        check_form(form, chosen)
+        self.rhs, self.residual = rhs, residual
+        self.implicit, self.explicit = implicit, explicit
+        self.mass, self.event_fn = mass, output.event_fn
+        self._form, self._requests = form, output.requests(form)
+        self._params = arguments.parameters(params)
+        collect_parameters(self._functions, self._params)
+        limits = as_checkpointing(checkpointing)
+        comm, exchange = arguments.communicator(comm, layout, form, limits.resume, self.event_fn)
+        self._progress = output.progress and comm.rank == 0
+        alone = arguments.alone(comm, exchange, consistent_start, compile)
+        options = linear_algebra.petsc_options() | check_petsc_options(petsc_options)
+        # Last: arguments that are refused use up no number.
+        self._engine = Engine(
+            chosen, steps.control(chosen), linear_algebra.jacobian, options,
+            linear_algebra.options(chosen, form), limits, comm, exchange, self._new_prefix(),
+            compile=compile,
+        )  # fmt: skip
+        #: What all ranks must have been given.
+        self._shared = {} if alone else {
+            "method": chosen.name, "the problem's form": form, "layout": type(exchange).__name__,
+            **shared(steps, linear_algebra, output),
+            "petsc_options": sorted(options.items()), "consistent_start": consistent_start,
+            "device_state": device_state,
+            "checkpointing": vars(limits) | {"disk": limits.disk is None, "resume": None},
+        }  # fmt: skip
+
+    if TYPE_CHECKING:  # of a Module, calls are Any
+
+        def __call__(self, y0: Tensors, t: Times) -> Solution[Tensors]:
+            """Integrate: :meth:`forward`, and the Module's hooks."""
+            raise NotImplementedError
+
+    @property
+    def _functions(self) -> list[Any]:
+        """The user's functions: the implicit part first, then the explicit one."""
+        chosen = (self.rhs, self.residual, self.implicit, self.explicit)
+        return [function for function in chosen if function is not None]
+
+    @property
+    def method(self) -> str:
+        """Name of the method."""
+        return self._engine.method.name
+
+    @staticmethod
+    def _new_prefix() -> str:
+        return next_prefix()
+
+    @property
+    def options_prefix(self) -> str:
+        """Prefix of this solver's PETSc options; solvers are numbered as they are created."""
+        return self._engine.prefix
+
+    def extra_repr(self) -> str:
+        """Method, steps and Jacobian, for printing the module.
+
+        ``colors`` is the number of products that a sparse Jacobian costs.
+        """
+        control = self._engine.control
+        steps = (
+            f"rtol={tolerances.describe(control.rtol)}, atol={tolerances.describe(control.atol)}"
+            if control.step_size is None
+            else f"step_size={control.step_size}"
+        )
+        jacobian = f", jacobian={self._engine.jacobian!r}" if self._engine.method.implicit else ""
+        colors = f", colors={self._engine.color_count}" if self._engine.color_count else ""
+        return f"method={self.method!r}, {steps}{jacobian}{colors}"
+
+    @outside_compiler
+    def forward(self, y0: Any, t: Any) -> Solution:
+        """Integrate from ``t[0]`` and return the states at the times ``t``. Collective.
+
+        Parameters
+        ----------
+        y0 : Tensor or tuple of Tensor
+            State at ``t[0]``; any shape, float64 or float32.
+        t : Tensor
+            Output times, shape ``(T,)``, strictly increasing or strictly decreasing. Each is hit
+            exactly by a step, unless ``dense`` is set. With ``event_fn`` the last one may be
+            infinite: the solve then runs until the event (or ``max_steps``).
+
+        Returns
+        -------
+        Solution
+            ``ys`` has shape ``(T, *y0.shape)`` and y0's dtype and is differentiable with respect
+            to y0, the parameters and t (for a time t_i: the cotangent of y_i times f(t_i, y_i),
+            the derivative of the exact flow, or of the interpolant at interpolated times; for t_0:
+            minus lambda_0 times f(t_0, y_0)). After an event, ``reason`` is "event" and the last
+            entries of ``ts`` and ``ys`` are its time and state.
+
+        Raises
+        ------
+        ConfigurationError
+            For unusable arguments, for a trainable tensor that f uses and nobody declared, and
+            inside of transforms of torch's that would not get through: see docs/derivatives.md.
+        SolveError
+            For a failing solve; see :mod:`pnode.errors`. What f raises comes through as it is.
+        """
+        ranks = Ranks(self._engine.comm)
+        differentiate = torch.is_grad_enabled()
+        prepared = ranks.attempt(self._prepare, y0, t, ranks, differentiate)
+        facts, size = None, 0
+        if prepared is not None:
+            problem, flat, times, start = prepared
+            size, given = problem.layout.size, Given(problem, flat, times, differentiate)
+            if self._shared:
+                facts = self._shared | {name: of(given) for name, of in COMPARED.items()}
+        largest, distribution = ranks.compare((*self._shared, *COMPARED), facts, size)
+        problem = replace(problem, largest=largest, distribution=distribution)
+        return self._solve(problem, flat, times, start, differentiate)
+
+    def _solve(
+        self,
+        problem: InitialValueProblem,
+        flat: torch.Tensor,
+        times: torch.Tensor,
+        start: Stats,
+        differentiate: bool,
+    ) -> Solution:
+        """Solve what has been prepared, and make up the result. Collective."""
+        trainable = differentiate and any(
+            tensor.requires_grad for tensor in (flat, times, *problem.parameters)
+        )
+        if trainable and self.event_fn is not None:
+            check_rate(self._form)
+        compute = problem.compute
+        event_fn = watched(self.event_fn)
+        if event_fn is not None:
+            event_fn = remote(event_fn, compute, start, strict=False)
+        wanted = replace(
+            self._requests,
+            monitor=at_home(self._requests.monitor, compute, start), event_fn=event_fn,
+        )  # fmt: skip
+        with progress_bar(problem, wanted, self._progress) as requests:
+            ys, run = solve(self._engine, problem, requests, flat, times, trainable)
+        reason, event_time, layout = "t_end", None, problem.layout
+        whole = trainable and run.event is None and not layout.is_tuple  # see SolveFunction
+        if run.event is not None:
+            assert event_fn is not None
+            times, ys = end_at_event(
+                event_fn, run.problem, run.event, times, ys, self.method, run.stats
+            )
+            reason, event_time = "event", times[-1]
+        if compute is not None:
+            ys = carry_once(ys, compute, start)
+            start.backward = run.stats.backward
+        run.stats.add(start)
+        states = ys if whole else layout.unflatten(ys)
+        return Solution(times, states, run.stats, reason, event_time)
+
+    def _prepare(
+        self, y0: Any, t: Any, ranks: Ranks, differentiate: bool
+    ) -> tuple[InitialValueProblem, torch.Tensor, torch.Tensor, Stats]:
+        """Validate what a solve is given. Not collective.
+
+        Returns
+        -------
+        problem, flat, times, ledger
+            The problem, the flat initial state, the output times, and the evaluations so far.
+        """
+        declared = collect_parameters(self._functions, self._params)
+        refuse_transforms([("y0", y0), ("t", t), ("mass", self.mass)], declared)
+        times = as_times(t, endless=self.event_fn is not None)
+        start = Stats()
+        with torch.inference_mode(False), torch.set_grad_enabled(differentiate):
+            y0, compute = on_host(y0, self._device_state, start)
+        if self._engine.method.implicit and any(tensor.is_inference() for tensor in declared):
+            raise ConfigurationError(
+                f"a parameter was made in torch.inference_mode, and method={self.method!r} needs "
+                "derivatives of the vector field: make the module outside of it"
+            )
+        if differentiate and times.requires_grad and self._form in ("mass", "residual"):
+            raise ConfigurationError(
+                f"t requires grad, and y' is not at hand for a problem given as {self._form}=: "
+                "pass t.detach()"
+            )
+        # Of tensors made in inference mode there are no derivatives, nor transposes if sparse.
+        with torch.inference_mode(False), torch.set_grad_enabled(differentiate):
+            problem = InitialValueProblem.create(
+                watched(self._functions[0]), y0, times, declared if differentiate else (),
+                check_undeclared=differentiate, form=self._form, explicit=watched(self.explicit),
+                mass=None if self.mass is None else MassMatrix(self.mass, StateLayout.of(y0)),
+                ranks=ranks, exchange=self._engine.exchange, compute=compute,
+            )  # fmt: skip
+            if self.event_fn is None:  # which may end it at any time
+                hit = (problem.times[0], problem.times[-1])
+                chosen = hit if self._requests.dense else problem.times
+                check_steps(problem, chosen, self._engine.control, self.method)
+            flat = problem.layout.flatten(y0)
+            # With ghost cells f is collective, and what belongs together is not one rank's to see.
+            if self._form in ("mass", "residual") and self._engine.exchange is None:
+                own = replace(problem, ranks=ALONE)
+                if self._consistent_start:
+                    flat = consistent_state(own, flat, start)
+                else:
+                    check_consistency(own, flat.detach(), start)
+        return problem, flat, times, start

@@ -1,0 +1,341 @@
+"""Forward and backward sweeps; no autograd graph here.
+
+A sweep takes an integrator from the engine's pool and gives it back, so solves may nest, and
+several forwards may be alive at once: what belongs to one forward lives in its :class:`Run`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+
+import torch
+
+from pnode.adjoint.gradients import CostGradients
+from pnode.adjoint.nonfinite import check_parameters
+from pnode.adjoint.reverse import Repeated, Reverse, store_again
+from pnode.adjoint.trajectory import Trajectory
+from pnode.dense import DenseAdjoint, DenseOutput
+from pnode.engine import Engine
+from pnode.errors import FieldChanged
+from pnode.events import EventLocator
+from pnode.evidence import Reads
+from pnode.monitor import Monitor
+from pnode.problem import InitialValueProblem
+from pnode.recording import Outputs, Recorder, new_trajectory
+from pnode.run import Requests, Run, Sweep
+from pnode.solution import Stats
+from pnode.solvers.bridge import accumulate
+from pnode.solvers.compiled.compiler import Wanted
+from pnode.solvers.compiled.fields import compiled_field
+from pnode.solvers.compiled.integrator import CompiledIntegrator, Start
+from pnode.solvers.integrator import TimeIntegrator
+from pnode.solvers.stepping import Observer, Step, forward_sweep
+from pnode.surroundings import Surroundings
+from pnode.vectorfield import VectorField, note_kept, record_all, vector_field
+from pnode.vectors import is_finite
+
+__all__ = ["SteppedSweep", "backward", "forward"]
+
+
+def forward(
+    engine: Engine,
+    problem: InitialValueProblem,
+    y0: torch.Tensor,
+    keep: bool,
+    requests: Requests,
+) -> tuple[torch.Tensor, Run]:
+    """Integrate. Collective.
+
+    Parameters
+    ----------
+    engine : Engine
+        Method, settings and integrators.
+    problem : InitialValueProblem
+        What to solve.
+    y0 : Tensor
+        Flat initial state.
+    keep : bool
+        Whether a backward sweep may follow.
+    requests : Requests
+        Monitor, dense output, event.
+
+    Returns
+    -------
+    ys : Tensor
+        Shape ``(T, size)``, y0's dtype; fewer rows after an event, whose state is the last.
+    run : Run
+        For the backward sweep.
+    """
+    run = Run(problem, Stats(), engine.settings(problem))
+    if keep:
+        run.surroundings = Surroundings(
+            (problem.function, problem.explicit), problem.compute or problem.layout.device
+        )
+    with problem.ranks.together():
+        outputs = _forward(engine, run, y0, keep, requests)
+    note_kept(run.stats.ram_bytes + run.stats.tape_bytes)
+    return outputs, run
+
+
+def _forward(
+    engine: Engine, run: Run, y0: torch.Tensor, keep: bool, requests: Requests
+) -> torch.Tensor:
+    field = vector_field(run.problem, run.stats)
+    if keep:
+        record_all(field)
+    start: Start | None = None
+    alone = not run.problem.ranks.parallel and engine.exchange is None
+    if engine.compile and alone and len(run.problem.times) > 1:
+        found = engine.compiler.begin(field, y0, _wanted(engine, run, field, y0, keep, requests))
+        if keep:
+            run.reads = Reads(found.captured)
+        if found.sweep is not None:
+            outputs = found.sweep.forward(run.stats)
+            if outputs is not None:
+                if found.start is not None:
+                    engine.solver_options(run.settings).warn_unused()
+                run.compiled, run.used = found.sweep, field.used
+                return outputs
+        start, run.codes = found.start, found.codes
+        if start is not None:
+            run.settings = replace(run.settings, graphs=start.graphs)
+        if run.codes:
+            used, field = field.used, compiled_field(run.problem, run.stats, run.codes)
+            field.used[:] = used
+            if keep:
+                record_all(field)
+    stepped = SteppedSweep(engine, run)
+    outputs = stepped.forward(field, y0, keep, requests, start)
+    run.stepped = stepped
+    return outputs
+
+
+def _wanted(
+    engine: Engine, run: Run, field: VectorField, y0: torch.Tensor, keep: bool, requests: Requests
+) -> Wanted:
+    """Return what decides about machine code."""
+    watched = requests.event_fn is not None or requests.monitor is not None
+    return Wanted(
+        run.settings, engine.solver_options(run.settings), engine.control, engine.checkpointing,
+        keep, requests.dense, requests.dense or watched,
+        lambda settings: engine.integrator(settings, field, y0),
+    )  # fmt: skip
+
+
+def backward(
+    engine: Engine,
+    run: Run,
+    y0: torch.Tensor,
+    cotangents: torch.Tensor,
+    wants_times: bool = True,
+) -> CostGradients:
+    """Take the discrete adjoint of a forward sweep. Collective.
+
+    Parameters
+    ----------
+    engine : Engine
+        Of the forward sweep.
+    run : Run
+        The forward sweep.
+    y0 : Tensor
+        Its initial state, flat, to repeat it from when its checkpoints are gone.
+    cotangents : Tensor
+        Derivatives of the loss with respect to the outputs, shape ``(T, size)``.
+    wants_times : bool
+        Whether the derivatives with respect to interpolated outputs' times are wanted.
+    """
+    assert run.surroundings is not None
+    changed = None if run.reads is None else run.reads.changed()
+    if changed is not None:
+        raise FieldChanged(
+            f"a tensor of shape {tuple(changed.shape)} that the vector field uses was written "
+            f"into after the forward sweep{run.surroundings.differences()}: take the gradient "
+            "before it changes, or let the solve use a copy",
+            method=engine.method.name,
+        )
+    with run.surroundings.restored():
+        if run.compiled is not None:
+            return CostGradients(*run.compiled.reverse(cotangents, run.stats.backward))
+        assert run.stepped is not None
+        return run.stepped.reverse(y0, cotangents, wants_times)
+
+
+class SteppedSweep(Sweep):
+    """A sweep whose steps are taken one by one.
+
+    Parameters
+    ----------
+    engine : Engine
+        Lends integrators and adjoints.
+    run : Run
+        The solve.
+
+    Attributes
+    ----------
+    trajectory : Trajectory or None
+        Steps and checkpoints; None without gradients.
+    dense : DenseOutput or None
+        Outputs inside of steps.
+    """
+
+    def __init__(self, engine: Engine, run: Run) -> None:
+        self._engine = engine
+        self._run = run
+        self._reproducible = False
+        self.trajectory: Trajectory | None = None
+        self.dense: DenseOutput | None = None
+
+    @property
+    def interpolated(self) -> set[int]:
+        """Indices of the outputs that are interpolated."""
+        return set() if self.dense is None else self.dense.interpolated
+
+    def noted(self, output: int) -> Sequence[float]:
+        """Return what was noted of f in the step that begins at an output, if one does."""
+        trajectory = self.trajectory
+        return () if trajectory is None else trajectory.evidence[trajectory.outputs[output]]
+
+    def forward(
+        self,
+        field: VectorField,
+        y0: torch.Tensor,
+        keep: bool,
+        requests: Requests,
+        start: Start | None = None,
+    ) -> torch.Tensor:
+        """Integrate, and return the outputs. Collective.
+
+        ``start`` is that of compiled steps; see :func:`forward` for the rest.
+        """
+        engine, run = self._engine, self._run
+        problem, method = run.problem, engine.method
+        if keep:
+            self.trajectory = new_trajectory(engine, run, requests, y0)
+            # What one-step methods carry over from the step before; the others have the same bits.
+            fresh = method.ts_type in ("rk", "dirk") and not method.same_bits
+            self._reproducible = engine.checkpointing.reproducible and fresh
+        with ExitStack() as leases, engine.integrator(run.settings, field, y0) as integrator:
+            if start is not None:
+                assert isinstance(integrator, CompiledIntegrator)
+                integrator.know_slope(start)
+            if self.trajectory is not None:
+                leases.enter_context(self.trajectory.forward())
+                self.trajectory.tapes &= start is None
+                if run.settings.place.on_host:  # numbers, which a device would have to wait for
+                    integrator.note_values()
+                integrator.make_graphs(self.trajectory.tapes)
+            locator: EventLocator | None = None
+            if requests.event_fn is not None:
+                trial = replace(run.settings, adaptive=False)
+                locator = EventLocator(
+                    requests.event_fn, problem, requests.event_tol, integrator,
+                    lambda: leases.enter_context(engine.integrator(trial, field, y0)), field,
+                )  # fmt: skip
+            taker, outputs = self._sweep(integrator, field, keep, requests, locator)
+            for newton, krylov in (each.iterations() for each in {integrator, taker}):
+                run.stats.newton += newton
+                run.stats.krylov += krylov
+            run.used = field.used
+        integrator.options.warn_unused()
+        return outputs.states()
+
+    def _sweep(
+        self,
+        integrator: TimeIntegrator,
+        field: VectorField,
+        keep: bool,
+        requests: Requests,
+        locator: EventLocator | None,
+    ) -> tuple[TimeIntegrator, Outputs]:
+        """Take all steps; return the integrator that took the last one, and the outputs."""
+        run, trajectory = self._run, self.trajectory
+        problem, times = run.problem, run.problem.times
+        outputs = Outputs(run, integrator, trajectory)
+        observers: list[Observer] = [outputs]
+        if locator is not None:
+            observers.append(locator)
+        if trajectory is not None:
+            observers.append(Recorder(trajectory, problem.ranks.attempt, self._reproducible))
+        if requests.dense:
+            self.dense = DenseOutput(times, integrator, field, outputs.add, keep)
+            observers.append(self.dense)
+            times = (times[0], *times[1:][-1:])  # those that steps are to hit
+        if requests.monitor is not None:
+            observers.append(Monitor(requests.monitor, problem))
+        done: list[Step] = []
+        progress = None if trajectory is None else trajectory.progress
+        if progress is not None and progress.start is not None:
+            done = progress.steps
+            run.stats.steps = len(done)
+            outputs.take_up(progress)
+            integrator.restore((progress.start,))
+        control, stats = self._engine.control, run.stats
+        taker = forward_sweep(integrator, field, times, control, stats, observers, done)
+        if locator is not None and locator.event is not None:
+            run.event = locator.event
+            before = problem.times[: outputs.number]
+            run.problem = replace(problem, times=(*before, locator.event.time))
+            outputs.add()
+        if trajectory is not None:
+            problem.ranks.attempt(trajectory.finish, taker)
+        return taker, outputs
+
+    def reverse(
+        self, y0: torch.Tensor, cotangents: torch.Tensor, wants_times: bool
+    ) -> CostGradients:
+        """Take the discrete adjoint; see :class:`Sweep`. Collective."""
+        run = self._run
+        field = run.field(run.stats.backward)
+        ranks = run.problem.ranks
+        with ranks.together(agree=False):
+            found = self._reverse(field, y0, cotangents, wants_times)
+        # The one reduction of a backward sweep, which also tells whether a rank has failed.
+        parameters = ranks.sum_gradients(found.parameters, field.parameters)
+        return replace(found, parameters=parameters)
+
+    def _reverse(
+        self, field: VectorField, y0: torch.Tensor, cotangents: torch.Tensor, wants_times: bool
+    ) -> CostGradients:
+        engine, run, trajectory = self._engine, self._run, self.trajectory
+        assert trajectory is not None
+        problem, ledger = run.problem, run.stats.backward
+        if not trajectory.ready:
+            store_again(trajectory, self._repeated(y0), y0, problem.ranks.attempt)
+        trajectory.ready = False
+
+        with engine.adjoint(run.settings, bool(field.parameters)) as adjoint:
+            adjoint.begin(field)
+            dense: DenseAdjoint | None = None
+            if self.dense is not None:
+                dense = DenseAdjoint(self.dense, trajectory.steps, field, cotangents, wants_times)
+            reverse = Reverse(
+                trajectory, adjoint, self._repeated(y0), problem, y0, run.settings, run.field,
+                ledger,
+            )  # fmt: skip
+            with torch.enable_grad():  # here once, instead of at each stage
+                initial = reverse.run(cotangents, dense, self.interpolated)
+            state = adjoint.state_gradient()
+            parameters = adjoint.parameter_gradients(len(field.parameters))
+            if dense is not None:
+                accumulate(parameters, tuple(dense.parameters), 1.0)
+            if run.settings.place.on_host and is_finite(cotangents):
+                first = trajectory.steps[:1] or [Step(0, problem.times[0], 0.0, problem.times[0])]
+                name = engine.method.name
+                problem.ranks.attempt(
+                    check_parameters, parameters, name, problem.direction, first[0]
+                )
+        return CostGradients(state, parameters, initial, {} if dense is None else dense.times)
+
+    def _repeated(self, y0: torch.Tensor) -> Repeated:
+        """Return what repeats steps of this sweep."""
+        engine, run, trajectory = self._engine, self._run, self.trajectory
+        assert trajectory is not None
+        ledger = run.stats.backward
+        return Repeated(
+            lambda adaptive: engine.integrator(
+                replace(run.settings, adaptive=adaptive), run.field(ledger), y0
+            ),
+            run.settings, trajectory, ledger, self._reproducible,
+        )  # fmt: skip

@@ -1,0 +1,156 @@
+"""How the steps of a forward sweep are chosen: fixed ones, limits, the first of adaptive ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pnode import tolerances, vectors
+from pnode.errors import ConfigurationError, StepSizeUnderflow
+from pnode.problem import InitialValueProblem
+from pnode.solvers.clock import FixedGrid
+from pnode.solvers.integrator import IntegratorSettings, TimeIntegrator
+from pnode.vectorfield import VectorField
+
+__all__ = [
+    "StepControl", "automatic_step", "check_steps", "first_step", "fixed_grid", "unresolved",
+]  # fmt: skip
+
+# Nobody waits for more, in minutes of compiled steps.
+_MOST_STEPS = 1e9
+
+
+@dataclass(frozen=True)
+class StepControl:
+    """How the steps are chosen.
+
+    Attributes
+    ----------
+    step_size : float or None
+        Largest fixed step, None for adaptive steps.
+    first_step : float or None
+        First adaptive step, None for an automatic one.
+    min_step, max_step : float
+        Limits of adaptive steps.
+    max_steps : int or None
+        Largest number of accepted steps.
+    rtol, atol : float, Tensor or tuple
+        Tolerances as the user gave them.
+    controller : str
+        Who chooses adaptive steps.
+    """
+
+    step_size: float | None = None
+    first_step: float | None = None
+    min_step: float = 0.0
+    max_step: float = math.inf
+    max_steps: int | None = None
+    rtol: tolerances.Tolerance = 1e-6
+    atol: tolerances.Tolerance = 1e-8
+    controller: str = "basic"
+
+
+def fixed_grid(times: Sequence[float], control: StepControl, resolution: float) -> FixedGrid | None:
+    """Return the fixed steps through ``times``, None for adaptive ones.
+
+    ``resolution`` is that of the problem: see :class:`FixedGrid`.
+    """
+    if control.step_size is None:
+        return None
+    return FixedGrid(tuple(times), control.step_size, resolution)
+
+
+def check_steps(
+    problem: InitialValueProblem, times: Sequence[float], control: StepControl, method: str
+) -> None:
+    """Refuse, before a solve that only ends at its last output, what would not come to an end.
+
+    Parameters
+    ----------
+    problem : InitialValueProblem
+        What is to be solved.
+    times : sequence of float
+        The output times that steps are to hit.
+    control : StepControl
+        How steps are chosen.
+    method : str
+        Its name, for error messages.
+
+    Raises
+    ------
+    ConfigurationError
+        If there are more steps than anyone waits for.
+    StepSizeUnderflow
+        If float64 does not tell the steps apart.
+    """
+    grid = fixed_grid(times, control, problem.resolution)
+    name, size, span = "max_step", control.max_step, times[-1] - times[0]
+    if grid is not None:
+        name, size = "step_size", grid.step_size
+    if span / size > _MOST_STEPS and control.max_steps is None:
+        start, end = (problem.direction * s for s in (times[0], times[-1]))
+        raise ConfigurationError(
+            f"{name}={size!r} makes {span / size:.1e} steps of t = {start!r} to {end!r}: take "
+            "larger ones, or say with max_steps= that so many are meant"
+        )
+    if grid is not None and grid.unresolved is not None:
+        at = problem.direction * times[grid.unresolved]
+        raise unresolved(name, size, time=at, step=0, method=method)
+
+
+def unresolved(name: str, size: float, **where: Any) -> StepSizeUnderflow:
+    """Return the error for steps that float64 does not tell apart at a time."""
+    spacing = math.ulp(where["time"])
+    return StepSizeUnderflow(
+        f"{name}={size!r}, and float64 times are {spacing:.2e} apart there: take larger steps, or "
+        "measure t from nearby",
+        **where,
+    )
+
+
+def first_step(
+    integrator: TimeIntegrator, field: VectorField, start: float, end: float, control: StepControl
+) -> float:
+    """Choose a first step; see :func:`automatic_step`.
+
+    Where y0' is not at hand (a mass matrix, a residual), a millionth of the first output interval,
+    or of 1 where that has no end.
+    """
+    if field.problem.form in ("mass", "residual"):
+        span = end - start if math.isfinite(end) else 1.0
+        return min(1e-6 * span, control.max_step)
+    y0 = vectors.copy_out(integrator.solution, field.dtype)
+    settings = integrator.settings
+    return automatic_step(field, y0, settings, integrator.first_order, start, end, control)
+
+
+def automatic_step(
+    field: VectorField, y0: torch.Tensor, settings: IntegratorSettings, order: int,
+    start: float, end: float, control: StepControl, f0: torch.Tensor | None = None,
+) -> float:  # fmt: skip
+    """Choose a first step from two evaluations of the field, one if ``f0`` is at hand.
+
+    Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I, section II.4, "Starting
+    Step Size".
+    """
+    if f0 is None:
+        f0 = field.slope(start, y0.clone())
+    rtol, atol = (tolerances.values(value, y0.device) for value in (settings.rtol, settings.atol))
+    scale = atol + rtol * y0.abs()
+    rms = field.problem.ranks.rms
+    d0, d1 = rms(y0 / scale), rms(f0 / scale)
+    moves = d0 >= 1e-5 and 1e-5 <= d1 < math.inf
+    guess = min(0.01 * d0 / d1 if moves else 1e-6, end - start)
+    d2 = rms((field.slope(start + guess, y0 + guess * f0) - f0) / scale) / guess
+    steepest = max(d1, d2)
+    if not math.isfinite(steepest):  # outside the field's domain: let the controller feel its way
+        return guess
+    if steepest <= 1e-15:
+        better = max(1e-6, 1e-3 * guess)
+    else:
+        better = (0.01 / steepest) ** (1.0 / (order + 1))
+    return min(100.0 * guess, better, control.max_step)

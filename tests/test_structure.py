@@ -1,0 +1,78 @@
+"""The structure of the sources: no circles of imports, no file or function too long to be read.
+
+What is over a limit is listed here. The lists may only become shorter: what is no longer over has
+to go from them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+LONG_FILES = {
+    "adjoint/store.py",
+    "pnode/vectorfield.py",
+    "solvers/assemblies.py",
+    "solvers/bridge.py",
+    "solvers/integrator.py",
+}
+LONG_FUNCTIONS = {
+    "solvers/coefficients.py:_measure",
+    "solvers/newton.py:_iterate",
+}
+#: Those that still import each other, through types.
+CIRCLE = {"pnode.solvers.assemblies", "pnode.solvers.bridge", "pnode.solvers.jacobians"}
+
+
+@pytest.fixture(scope="module")
+def structure():
+    """Return the tool that counts."""
+    spec = importlib.util.spec_from_file_location("structure", ROOT / "tools" / "structure.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["structure"] = module  # where dataclasses look for their annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_long_files(structure):
+    assert {path for path, _ in structure.long_files(structure.sources(ROOT))} == LONG_FILES
+
+
+def test_long_functions(structure):
+    found = structure.long_functions(structure.sources(ROOT))
+    assert {name for name, _ in found} == LONG_FUNCTIONS
+
+
+def test_circles(structure):
+    files = structure.sources(ROOT)
+    assert set(structure.circle(files)) == CIRCLE
+    others = [file for file in files if file.module not in CIRCLE]
+    assert structure.circle(others) == []
+
+
+@pytest.mark.parametrize("how", ["import pnode.b", "from pnode import b", "from pnode.b import f"])
+def test_circles_are_found(structure, how, tmp_path):
+    (tmp_path / "pnode").mkdir()
+    (tmp_path / "pnode" / "a.py").write_text(f"def f():\n    {how}\n")
+    (tmp_path / "pnode" / "b.py").write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from pnode.a import f\n"
+    )
+    assert set(structure.circle(structure.sources(tmp_path))) == {"pnode.a", "pnode.b"}
+    (tmp_path / "pnode" / "b.py").write_text("")
+    assert structure.circle(structure.sources(tmp_path)) == []
+
+
+def test_lengths_are_found(structure, tmp_path):
+    (tmp_path / "solvers").mkdir()
+    body = "    x = 1\n"
+    text = 'def f():\n    """One.\n\n    Two.\n    """\n' + 59 * body + "\n\ndef g():\n" + 60 * body
+    (tmp_path / "solvers" / "a.py").write_text(text + 300 * "\n")
+    files = structure.sources(tmp_path)
+    assert list(structure.long_functions(files)) == [("solvers/a.py:g", 61)]
+    assert list(structure.long_files(files)) == [("solvers/a.py", files[0].lines)]
