@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 
-from pnode.adjoint.stepper import (
-    NOTHING,
-    ImplicitAdjointStepper,
-    StageCotangents,
-    TorchAdjointStepper,
-)
+from pnode.adjoint.stepper import ImplicitAdjointStepper, TorchAdjointStepper
 from pnode.adjoint.trajectory import Checkpoint
 from pnode.errors import SolveError
 from pnode.evidence import notes, projection_weights
@@ -25,7 +21,7 @@ from pnode.solvers.stepping import Step
 from pnode.vectorfield import Linearization, VectorField
 from pnode.vectors import REAL
 
-__all__ = ["ExplicitAdjoint", "StageAdjoint", "SymplecticAdjoint"]
+__all__ = ["ExplicitAdjoint", "StageAdjoint", "StageCotangents", "SymplecticAdjoint"]
 
 Cotangent: TypeAlias = torch.Tensor | None
 Cotangents: TypeAlias = list[Cotangent]
@@ -38,6 +34,33 @@ def _plus(total: Cotangent, term: Cotangent, factor: float = 1.0) -> Cotangent:
     if total is None:
         return term if factor == 1.0 else factor * term
     return torch.add(total, term, alpha=factor)
+
+
+@dataclass(frozen=True, eq=False)
+class StageCotangents:
+    """Derivatives of the loss with respect to stages of one step, besides those through its end.
+
+    Attributes
+    ----------
+    states, slopes : sequence of (Tensor or None)
+        With respect to each Y_i and K_i, shape ``(size,)``, PETSc's precision, None being zero;
+        empty if all of them are.
+    look : callable or None
+        Called with the index and the value of each K_i of an explicit method, from the last to the
+        first, which is then evaluated again even if its graph was kept.
+    """
+
+    states: Sequence[torch.Tensor | None] = ()
+    slopes: Sequence[torch.Tensor | None] = ()
+    look: Callable[[int, torch.Tensor], None] | None = None
+
+    def of(self, stages: int) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
+        """Return both as new lists of one entry per stage."""
+        nothing = [None] * stages
+        return list(self.states or nothing), list(self.slopes or nothing)
+
+
+NOTHING = StageCotangents()
 
 
 class ExplicitAdjoint(TorchAdjointStepper):

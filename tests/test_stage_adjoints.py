@@ -15,7 +15,7 @@ import pnode
 import pnode.engine
 from pnode import ConfigurationError, NonFiniteVectorField
 from pnode.adjoint.create import create_adjoint
-from pnode.adjoint.stepper import StageCotangents
+from pnode.adjoint.stages import StageCotangents
 from pnode.mass import MassMatrix
 from pnode.options import SolverOptions, next_prefix
 from pnode.problem import InitialValueProblem, StateLayout
