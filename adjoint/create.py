@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from pnode.adjoint.compiled import CompiledAdjoint
-from pnode.adjoint.discrete import DiscreteAdjoint
 from pnode.adjoint.multistep import MultistepAdjoint
-from pnode.adjoint.residual import BackwardEulerAdjoint
 from pnode.adjoint.rosenbrock import RosenbrockAdjoint
-from pnode.adjoint.stages import ExplicitAdjoint, SymplecticAdjoint
+from pnode.adjoint.stages import ExplicitAdjoint, StageAdjoint, SymplecticAdjoint
 from pnode.adjoint.stepper import AdjointStepper
 from pnode.options import SolverOptions
 from pnode.solvers.integrator import IntegratorSettings
@@ -24,12 +22,10 @@ def create_adjoint(
         return CompiledAdjoint(settings, parameters)
     if method.ts_type == "python":
         return MultistepAdjoint(settings, options, parameters)
-    if settings.form == "residual":
-        return BackwardEulerAdjoint(settings, options, parameters)
     if method.scheme is not None and method.scheme.explicit:
         return ExplicitAdjoint(settings, parameters)
     if method.ts_type == "basicsymplectic":
         return SymplecticAdjoint(settings, parameters)
     if method.ts_type == "rosw":
         return RosenbrockAdjoint(settings, options, parameters)
-    return DiscreteAdjoint(settings, options, parameters)
+    return StageAdjoint(settings, options, parameters)

@@ -1,4 +1,4 @@
-"""Discrete adjoint of the Rosenbrock-W methods, which have no TSAdjoint."""
+"""Discrete adjoint of the Rosenbrock-W methods."""
 
 from __future__ import annotations
 

@@ -1,22 +1,20 @@
-"""Discrete adjoints of explicit methods, from the states that f was evaluated at.
-
-One product with the transposed Jacobian per evaluation, and no PETSc: it has no TSAdjoint for most
-of the methods here, and for TSRK one that enters the interpreter four times a stage.
-"""
+"""Discrete adjoints of Runge-Kutta methods of every kind, from the last stage to the first."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 
-from pnode.adjoint.stepper import TorchAdjointStepper
+from pnode.adjoint.stepper import ImplicitAdjointStepper, TorchAdjointStepper
 from pnode.adjoint.trajectory import Checkpoint
-from pnode.evidence import projection_weights
+from pnode.errors import SolveError
+from pnode.evidence import notes, projection_weights
 from pnode.linearization import Linearization
-from pnode.options import log_event
+from pnode.options import SolverOptions, log_event
 from pnode.solution import Ledger
 from pnode.solvers.bridge import accumulate
 from pnode.solvers.integrator import IntegratorSettings
@@ -24,7 +22,46 @@ from pnode.solvers.stepping import Step
 from pnode.vectorfield import VectorField
 from pnode.vectors import REAL
 
-__all__ = ["ExplicitAdjoint", "SymplecticAdjoint"]
+__all__ = ["ExplicitAdjoint", "StageAdjoint", "StageCotangents", "SymplecticAdjoint"]
+
+Cotangent: TypeAlias = torch.Tensor | None
+Cotangents: TypeAlias = list[Cotangent]
+
+
+def _plus(total: Cotangent, term: Cotangent, factor: float = 1.0) -> Cotangent:
+    """Return the sum of a cotangent and ``factor`` times another, None being zero."""
+    if term is None or factor == 0.0:
+        return total
+    if total is None:
+        return term if factor == 1.0 else factor * term
+    return torch.add(total, term, alpha=factor)
+
+
+@dataclass(frozen=True, eq=False)
+class StageCotangents:
+    """Derivatives of the loss with respect to stages of one step, besides those through its end.
+
+    Attributes
+    ----------
+    states, slopes : sequence of (Tensor or None)
+        With respect to each Y_i and K_i, shape ``(size,)``, PETSc's precision, None being zero;
+        empty if all of them are.
+    look : callable or None
+        Called with the index and the value of each K_i of an explicit method, from the last to the
+        first, which is then evaluated again even if its graph was kept.
+    """
+
+    states: Sequence[torch.Tensor | None] = ()
+    slopes: Sequence[torch.Tensor | None] = ()
+    look: Callable[[int, torch.Tensor], None] | None = None
+
+    def of(self, stages: int) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
+        """Return both as new lists of one entry per stage."""
+        nothing = [None] * stages
+        return list(self.states or nothing), list(self.slopes or nothing)
+
+
+NOTHING = StageCotangents()
 
 
 class ExplicitAdjoint(TorchAdjointStepper):
@@ -47,8 +84,7 @@ class ExplicitAdjoint(TorchAdjointStepper):
         lambda = lambda' + sum_i l_i,                  mu += sum_i g_p(U_i)^T w_i
 
     (E. Hairer, C. Lubich & G. Wanner, Geometric Numerical Integration, section VI.9; A. Sandu, On
-    the properties of Runge-Kutta discrete adjoints, ICCS 2006). These are the numbers of PETSc's
-    TSAdjoint, which calls back four times a stage where one call does.
+    the properties of Runge-Kutta discrete adjoints, ICCS 2006).
     """
 
     def __init__(self, settings: IntegratorSettings, parameters: bool) -> None:
@@ -95,12 +131,7 @@ class ExplicitAdjoint(TorchAdjointStepper):
         super().end()
         self._graphs = None
 
-    def step(
-        self,
-        step: Step,
-        ledger: Ledger,
-        outputs: Iterable[tuple[Sequence[float], torch.Tensor]] = (),
-    ) -> None:
+    def step(self, step: Step, ledger: Ledger, inside: StageCotangents = NOTHING) -> None:
         """Take the adjoint of one step, whose checkpoint has been loaded.
 
         Parameters
@@ -109,9 +140,9 @@ class ExplicitAdjoint(TorchAdjointStepper):
             The step.
         ledger : Ledger
             Counts it.
-        outputs : iterable of (weights, cotangent)
-            Further outputs ``u + h sum_i weights_i k_i`` inside the step, with the derivative of
-            the loss with respect to each, shape ``(size,)``.
+        inside : StageCotangents
+            Further cotangents. That of an FSAL method's last slope wants the step's end as one
+            more stage of the checkpoint.
 
         Raises
         ------
@@ -121,9 +152,10 @@ class ExplicitAdjoint(TorchAdjointStepper):
         h, field, dtype = step.length, self.field, self.field.dtype
         if h != self._length:
             self._length, self._scaled = h, (self._weights * h).split(self._counts)
-        outputs, needed, stages = tuple(outputs), self._needed, len(self._nodes)
-        if outputs:
+        needed, stages = self._needed, len(self._nodes)
+        if inside is not NOTHING:
             needed = frozenset(range(len(self.checkpoint)))
+        states, slopes = inside.of(stages)
         expected, random = self.evidence, self._random
         self._rows[0].copy_(self.state)
         for row, weights in enumerate(self._scaled):
@@ -131,15 +163,18 @@ class ExplicitAdjoint(TorchAdjointStepper):
             if i not in needed:
                 continue
             w = torch.mv(self._columns[row], weights)
-            for inside, cotangent in outputs:
-                w.add_(cotangent, alpha=h * inside[i])
-            if self._graphs is None:
+            own, slope = states[i], slopes[i]
+            if slope is not None:
+                w.add_(slope)
+            if self._graphs is None or i >= len(self._graphs) or inside.look is not None:
                 c = self._nodes[i]
                 s = step.end if c == 1.0 else step.start + c * h
                 graph = self.linearize(s, self.checkpoint[i], step)
                 value = graph.flat_value()
                 if i < len(expected) and float(torch.dot(random, value)) != expected[i]:
                     self.verify(value, i, s, step)
+                if inside.look is not None:
+                    inside.look(i, value.to(REAL))
             else:
                 graph = self._graphs[i]
                 graph.adopt(field.shared)
@@ -148,13 +183,154 @@ class ExplicitAdjoint(TorchAdjointStepper):
             if self.wants_parameters:
                 accumulate(self._gradients, products.parameters, 1.0)
             self._rows[row + 1].copy_(products.state)
+            if own is not None:
+                self._rows[row + 1].add_(own)
             del graph, products  # before the next graph is built, so that memory is reused
         self.state = torch.mv(self._columns[-1], self._ones)
-        for _, cotangent in outputs:
-            self.state.add_(cotangent)
-        if outputs:
+        if inside is not NOTHING:
             self._products.zero_()
         ledger.steps += 1
+
+
+class StageAdjoint(ImplicitAdjointStepper):
+    """Adjoint of a diagonally implicit or IMEX Runge-Kutta step, from its stages.
+
+    Notes
+    -----
+    The step has Z_i = u + h sum_{j<i} a_ij K_j, and F(t_i, Y_i, K_i) = 0 with
+    K_i = (Y_i - Z_i) / (h a_ii); where a_ii = 0 Y_i = Z_i and M K_i = g(t_i, Y_i). It ends at
+    u' = Y_s, or else at u + h sum_i b_i K_i. Let zeta_i, rho_i and sigma_i be the cotangents of
+    Y_i, K_i and M K_i: at first lambda' of Y_s, or else h b_i lambda' of K_i. From the last stage
+    to the first::
+
+        (F_Y + F_K / (h a_ii))^T w = zeta_i + (rho_i + M^T sigma_i) / (h a_ii)
+        z = (M^T (w - sigma_i) - rho_i) / (h a_ii),    mu -= F_p^T w
+        lambda += z,    rho_j += h a_ij z  or  sigma_j += a_ij / a_ii (w - sigma_i),  j < i
+
+    with M = F_K; for an explicit stage z = zeta_i + g_Y^T sigma_i and mu += g_p^T sigma_i. With a
+    mass matrix the cotangents go on as those of M K_j where rho_i is not in use: an explicit
+    stage, whose K M may not determine, then needs no other. Without, rho and sigma are the same.
+
+    The explicit part of an IMEX method has slopes of its own, with cotangents tau_i: what goes on
+    from z is h times its coefficients, and g_Y^T tau_i adds to zeta_i.
+    """
+
+    def __init__(
+        self, settings: IntegratorSettings, options: SolverOptions, parameters: bool
+    ) -> None:
+        super().__init__(settings, options, parameters)
+        scheme = settings.method.scheme
+        assert scheme is not None
+        self._scheme = scheme
+
+    def step(self, step: Step, ledger: Ledger, inside: StageCotangents = NOTHING) -> None:
+        """Take the adjoint of one step, whose checkpoint has been loaded. Collective.
+
+        Parameters
+        ----------
+        step : Step
+            The step.
+        ledger : Ledger
+            Counts it.
+        inside : StageCotangents
+            Further cotangents; the slopes are sums of both parts of an IMEX method's.
+
+        Raises
+        ------
+        LinearSolveFailed
+            If a transposed solve did not converge.
+        BaseException
+            Whatever the vector field raised.
+        """
+        self.bridge.expected = notes(self.evidence)
+        try:
+            self.state = self._passed_back(step, ledger, inside)
+        except SolveError as error:
+            raise error.located(**self._where(step)) from error.__cause__
+        ledger.steps += 1
+
+    def _passed_back(self, step: Step, ledger: Ledger, inside: StageCotangents) -> torch.Tensor:
+        """Return lambda at the start of a step."""
+        A, A_explicit, h = self._scheme.A, self._scheme.A_explicit, step.length
+        total, zeta, rho, sigma, tau = self._cotangents(h, inside)
+        for i in reversed(range(len(A))):
+            explicit = tau[i]
+            if explicit is not None:
+                zeta[i] = self._explicit(i, step, zeta[i], explicit, split=True)
+            z, own = self._stage(i, step, ledger, zeta[i], rho[i], sigma[i])
+            if z is None:
+                continue
+            total = _plus(total, z)
+            slopes, passed = (rho, z) if own is None else (sigma, own)
+            for j in range(i):
+                slopes[j] = _plus(slopes[j], passed, h * A[i][j])
+                if A_explicit is not None:
+                    tau[j] = _plus(tau[j], z, h * A_explicit[i][j])
+        assert total is not None
+        return total
+
+    def _cotangents(
+        self, h: float, inside: StageCotangents
+    ) -> tuple[Cotangent, Cotangents, Cotangents, Cotangents, Cotangents]:
+        """Return those of u, Y_i, K_i, M K_i and the explicit slopes, before the last stage."""
+        scheme, end = self._scheme, self.state
+        zeta, slopes = inside.of(scheme.stages)
+        tau: Cotangents = [None] * scheme.stages
+        total: Cotangent = end
+        if scheme.b_explicit is not None:
+            tau = [_plus(k, end, h * b) for k, b in zip(slopes, scheme.b_explicit, strict=True)]
+        if scheme.stiffly_accurate:
+            total, zeta[-1] = None, _plus(zeta[-1], end)
+        else:
+            slopes = [_plus(k, end, h * b) for k, b in zip(slopes, scheme.b, strict=True)]
+        nothing: Cotangents = [None] * scheme.stages
+        if self.field.mass is None and self.field.has_rhs:  # then K and M K are the same
+            return total, zeta, nothing, slopes, tau
+        return total, zeta, slopes, nothing, tau
+
+    def _explicit(
+        self, i: int, step: Step, zeta: Cotangent, sigma: torch.Tensor, split: bool = False
+    ) -> torch.Tensor:
+        """Return zeta + g_Y^T sigma, g being the explicit part of a split field if asked for."""
+        part, c = self.field, self._scheme.c
+        if split:
+            assert self.field.explicit is not None
+            part, c = self.field.explicit, self._scheme.c_explicit
+        products = self.products(step.at(c[i]), self.checkpoint[i], sigma, part=part)
+        self.accumulate(products.parameters, 1.0)
+        state = products.state.to(REAL)
+        return state if zeta is None else zeta + state
+
+    def _stage(
+        self, i: int, step: Step, ledger: Ledger,
+        zeta: Cotangent, rho: Cotangent, sigma: Cotangent,
+    ) -> tuple[Cotangent, Cotangent]:  # fmt: skip
+        """Return z of a stage, and what M^T is to be applied to for it, where that goes on."""
+        mass, a = self.field.mass, self._scheme.A[i][i]
+        if a == 0.0:
+            if rho is not None:
+                raise NotImplementedError("a slope that the mass matrix does not determine")
+            z = zeta if sigma is None else self._explicit(i, step, zeta, sigma)
+            return z, z if mass is None else None
+        shift = 1.0 / (step.length * a)
+        moved = sigma if sigma is None or mass is None else mass.apply_transpose(sigma)
+        right = _plus(_plus(zeta, rho, shift), moved, shift)
+        if right is None:
+            return None, None
+        s, Y, rate = step.at(self._scheme.c[i]), self.checkpoint[i], None
+        if not self.field.has_rhs:  # only backward Euler, whose Z is the state at the start
+            rate = self.checkpoint[0] * -shift + Y * shift  # with the bits of PETSc's
+        w = self.solve_transposed(s, Y, shift, right, step, ledger, rate)
+        v = shift * (w if sigma is None else w - sigma)
+        if self.wants_parameters or rate is not None:
+            products = self.products(s, Y, w, rate)
+            self.accumulate(products.parameters, 1.0)
+            if products.rate is not None and rate is not None:
+                return _plus(products.rate.to(REAL) * shift, rho, -shift), None
+        if mass is not None:
+            z = mass.apply_transpose(v)
+            return (z, v) if rho is None else (z - shift * rho, None)
+        return v, v
 
 
 class SymplecticAdjoint(TorchAdjointStepper):

@@ -121,7 +121,7 @@ class AdjointStepper(ABC):
 
 
 class TorchAdjointStepper(AdjointStepper):
-    """Cost gradients kept as tensors, for the methods that PETSc has no adjoint of.
+    """Cost gradients kept as tensors.
 
     Subclasses implement :meth:`step` with ``self.state`` (lambda, PETSc's precision),
     ``self.checkpoint`` and ``self.field``, and pass products with the parameter Jacobian to
@@ -233,11 +233,11 @@ class ImplicitAdjointStepper(TorchAdjointStepper):
         super().__init__(settings, parameters)
         self._options = options
         self.bridge = Bridge(points=2)
-        self.ts = build_ts(settings, options, self.bridge, adjoint=True)
+        self.ts = build_ts(settings, options, self.bridge)
         self._ksp = self.ts.getSNES().getKSP()
         self._matrices = self.ts.getIJacobian()[:2]
-        self._u, self._u_dot, self._b, self._x = (
-            vectors.create(settings.comm, settings.size, settings.place) for _ in range(4)
+        self._b, self._x = (
+            vectors.create(settings.comm, settings.size, settings.place) for _ in range(2)
         )
         self._read_options = False
         self._iterations = 0
@@ -260,20 +260,29 @@ class ImplicitAdjointStepper(TorchAdjointStepper):
         super().end()
 
     def products(
-        self, s: float, u: torch.Tensor, w: torch.Tensor, u_dot: torch.Tensor | None = None
+        self,
+        s: float,
+        u: torch.Tensor,
+        w: torch.Tensor,
+        u_dot: torch.Tensor | None = None,
+        part: VectorField | None = None,
     ) -> Products:
         """Return the VJPs of g = -F at (s, u, u_dot); see ``Linearization.vjp``.
 
-        Called at the point of the last :meth:`solve_transposed`, it shares that graph.
+        Called at the point of the last :meth:`solve_transposed`, it shares that graph. ``part`` is
+        the explicit part of a split field, for products with that.
         """
-        return self._graph_at(s, u, u_dot).vjp(w.to(self.field.dtype))
+        with log_event("pnode vjp"):
+            return self._graph_at(s, u, u_dot, part).vjp(w.to(self.field.dtype))
 
     def value(self, s: float, u: torch.Tensor, u_dot: torch.Tensor | None = None) -> torch.Tensor:
         """Return g = -F at (s, u, u_dot), from the graph that :meth:`products` uses."""
         return self._graph_at(s, u, u_dot).flat_value()
 
-    def _graph_at(self, s: float, u: torch.Tensor, u_dot: torch.Tensor | None) -> Linearization:
-        return self.bridge.linearize(self.bridge.point_at(s, u, u_dot))
+    def _graph_at(
+        self, s: float, u: torch.Tensor, u_dot: torch.Tensor | None, part: VectorField | None = None
+    ) -> Linearization:
+        return self.bridge.linearize(self.bridge.point_at(s, u, u_dot, part))
 
     def solve_transposed(
         self,
@@ -317,14 +326,11 @@ class ImplicitAdjointStepper(TorchAdjointStepper):
         self, s: float, u: torch.Tensor, shift: float, step: Step, u_dot: torch.Tensor | None = None
     ) -> None:
         """Take ``F_u + shift F_u_dot`` at (s, u, u_dot) as the matrix of :meth:`solve`."""
-        vectors.copy_in(self._u, u)
-        if u_dot is None:
-            self._u_dot.set(0.0)
-        else:
-            vectors.copy_in(self._u_dot, u_dot)
+        jacobian, point = self.bridge.jacobian, self.bridge.point_at(s, u, u_dot)
+        assert jacobian is not None
         failure: PETSc.Error | None = None
         try:
-            self.ts.computeIJacobian(s, self._u, self._u_dot, shift, *self._matrices)
+            jacobian.compute_at(self.bridge, point, shift, *self._matrices)
             self._ksp.setOperators(*self._matrices)
         except PETSc.Error as error:
             failure = error
@@ -343,19 +349,19 @@ class ImplicitAdjointStepper(TorchAdjointStepper):
             (self._ksp.solveTranspose if transposed else self._ksp.solve)(self._b, self._x)
         except PETSc.Error as error:
             failure = error
-        self._check(failure, step)
+        self._check(failure, step, "transposed" if transposed else "linear")
         total = total_krylov_iterations(self._ksp)
         ledger.krylov += total - self._iterations
         self._iterations = total
         return vectors.copy_out(self._x)
 
-    def _check(self, failure: PETSc.Error | None, step: Step) -> None:
+    def _check(self, failure: PETSc.Error | None, step: Step, kind: str = "transposed") -> None:
         raise_stored(self.bridge, failure, self._where(step))
         reason = self._ksp.getConvergedReason()
         if failure is not None or reason < 0:
             name = reason_name(PETSc.KSP.ConvergedReason, reason)
             raise LinearSolveFailed(
-                "a linear solve of the adjoint failed: use jacobian='dense', or give "
+                f"a {kind} solve of the adjoint failed: use jacobian='dense', or give "
                 "linear_solver a preconditioner or more iterations",
                 reason=str(failure).replace("\n", " ") if failure is not None else name,
                 **self._where(step),

@@ -43,16 +43,16 @@ if TYPE_CHECKING:
 __all__ = [
     "Bridge",
     "JacobianShell",
-    "ParameterJacobianShell",
-    "ParameterSums",
     "Point",
     "accumulate",
     "shell_matrix",
 ]
 
 _EVENTS = ("rhs", "jvp", "vjp", "jacobian")
-# Difference of two times of the same stage, relative to the larger end of the step.
+# Difference of two times of the same stage, relative to the larger end of the step, and to its
+# length: PETSc's abscissae are sums of coefficients.
 _ROUND_OFF = 4.0 * float(torch.finfo(torch.float64).eps)
+_ROUND_OFF_OF_SUMS = 1e-13
 
 
 @dataclass
@@ -73,8 +73,6 @@ class Point:
         Rate of the state, for residuals.
     linearization : Linearization or None
         The graph, once something asked for it.
-    product : tuple or None
-        The last VJP, with the vector and object state it was taken with.
     source : Tensor or None
         What u is a copy of.
     ghosted : Tensor or None
@@ -88,7 +86,6 @@ class Point:
     field: VectorField | None = None
     u_dot: torch.Tensor | None = None
     linearization: Linearization | None = None
-    product: tuple[tuple[int, int], Products] | None = None
     source: torch.Tensor | None = None
     ghosted: torch.Tensor | None = None
 
@@ -165,8 +162,7 @@ class Bridge:
         self.records = True
         self._limit = points
         self._points: deque[Point] = deque()
-        self.here = self.here_explicit = _NOWHERE
-        self.shells: weakref.WeakSet[JacobianShell | ParameterJacobianShell] = weakref.WeakSet()
+        self.shells: weakref.WeakSet[JacobianShell] = weakref.WeakSet()
         self._events = {name: log_event(f"pnode {name}") for name in _EVENTS}
 
     def attach(self, field: VectorField) -> None:
@@ -190,7 +186,6 @@ class Bridge:
             self.jacobian.forget()
         self._points.clear()
         self._screened.clear()
-        self.here = self.here_explicit = _NOWHERE
         for shell in self.shells:
             shell.point = _NOWHERE
         self.evaluated.clear()
@@ -247,13 +242,14 @@ class Bridge:
     def begin_stages(self, times: tuple[float, ...]) -> None:
         """Say at which times the stages of a step are, its start and end among them.
 
-        PETSc's own times differ from these by round-off, and differently forwards and backwards.
-        Those that are not known, of implicit methods forwards, are as PETSc first gives them.
+        PETSc's own times differ from these by round-off. Those that are not among them, of a
+        Rosenbrock method, are as PETSc gives them.
         """
         self._times = list(times)
         self.infinite_at = None
         self._solve_begins = True
-        self._round_off = _ROUND_OFF * max(map(abs, times))
+        low, high = min(times), max(times)
+        self._round_off = _ROUND_OFF * max(-low, high) + _ROUND_OFF_OF_SUMS * (high - low)
 
     def stage_time(self, s: float) -> float:
         """Return the stage time that PETSc's differs from by round-off."""
@@ -376,21 +372,6 @@ class Bridge:
         """Return where the Jacobian that PETSc asks for at (s, u, u_dot) is taken."""
         return self.point(s, u, u_dot)
 
-    def explicit_jacobian(self, ts: Any, s: float, u: Any, a: Any, p: Any) -> None:
-        """Point the shell at dg/du(s, u) (PETSc's RHSJacobian)."""
-        self.here_explicit = self._point(self._explicit, self.stage_time(s), u, None)
-        a.getPythonContext().move_to(self.here_explicit, 0.0, 1.0)
-
-    def explicit_parameter_jacobian(self, ts: Any, s: float, u: Any, a: Any) -> None:
-        """Stay where the RHSJacobian is, which PETSc asks for first (PETSc's RHSJacobianP)."""
-        a.getPythonContext().point = self.here_explicit
-
-    def implicit_parameter_jacobian(
-        self, ts: Any, s: float, u: Any, u_dot: Any, shift: float, a: Any
-    ) -> None:
-        """Point the shell at -dF/dp(s, u, u_dot) (PETSc's IJacobianP)."""
-        a.getPythonContext().point = self.point(self.stage_time(s), u, u_dot)
-
     def point(self, s: float, u: Any, u_dot: Any = None) -> Point:
         """Return the point (s, u, u_dot), a recent one where it is the same."""
         return self._point(self.field, s, u, u_dot)
@@ -410,9 +391,18 @@ class Bridge:
             return point
         return self._new_point(field, s, own, rate, key, ghosted)
 
-    def point_at(self, s: float, u: torch.Tensor, u_dot: torch.Tensor | None = None) -> Point:
-        """Return the point (s, u, u_dot) of tensors, a recent one where it is the same."""
-        field = self.field
+    def point_at(
+        self,
+        s: float,
+        u: torch.Tensor,
+        u_dot: torch.Tensor | None = None,
+        part: VectorField | None = None,
+    ) -> Point:
+        """Return the point (s, u, u_dot) of tensors, a recent one where it is the same.
+
+        ``part`` is the explicit part of a split field, for a point of that.
+        """
+        field = self.field if part is None else part
         own = u.to(field.dtype, copy=True)
         rate = None if field.has_rhs or u_dot is None else u_dot.to(field.dtype, copy=True)
         for known in self._points:
@@ -465,12 +455,7 @@ class Bridge:
 
     def vjp(self, point: Point, w: Any) -> Products | None:
         """Return the products of w at ``point``, or None once something has failed."""
-        key = (w.handle, w.stateGet())
-        if point.product is not None and point.product[0] == key:
-            return point.product[1]
-        product = self.guarded("vjp", self._vjp_at, point, w)
-        point.product = None if product is None else (key, product)
-        return product
+        return self.guarded("vjp", self._vjp_at, point, w)
 
     def jvp(self, point: Point, v: Any, state: float, rate: float) -> torch.Tensor | None:
         """Return ``state dg/du v + rate dF/du_dot v``, or None once something has failed."""
@@ -588,15 +573,8 @@ class JacobianShell:
         self.rate_factor = rate_factor
         self.jacobian_factor = jacobian_factor
 
-    def duplicate(self, mat: Any, copy: Any) -> Any:
-        """Return what PETSc duplicates the Jacobian for: room for that of the explicit part."""
-        (rows, _), (columns, _) = mat.getSizes()
-        zero = shell_matrix(ZeroShell(), rows, columns, mat.getComm())
-        zero.setVecType(mat.getVecType())
-        return zero
-
     def scale(self, mat: Any, factor: float) -> None:
-        """A = factor A."""
+        """A = factor A, which TSDIRK does for its initial slope."""
         self.rate_factor *= factor
         self.jacobian_factor *= factor
 
@@ -623,74 +601,6 @@ class JacobianShell:
             else:
                 add_to(y, product.rate, self.rate_factor)
 
-    def multTransposeAdd(self, mat: Any, x: Any, v: Any, y: Any) -> None:
-        """y = v + A^T x."""
-        added = v.copy()
-        self.multTranspose(mat, x, y)
-        y.axpy(1.0, added)
-
-
-class ZeroShell:
-    """Python context of a zero matrix: the Jacobian of the explicit part that a DIRK has not."""
-
-    def zeroEntries(self, mat: Any) -> None:
-        """Nothing to do."""
-
-    def multTranspose(self, mat: Any, x: Any, y: Any) -> None:
-        """y = 0."""
-        y.set(0.0)
-
-    def multTransposeAdd(self, mat: Any, x: Any, v: Any, y: Any) -> None:
-        """y = v."""
-        if v.handle != y.handle:
-            v.copy(y)
-
-
-class ParameterSums:
-    """The parameter gradients of a sweep.
-
-    PETSc adds up ``mu += weight * (dg/dp)^T x`` over the stages, with a weight that only it knows.
-    Only the weights go through PETSc: mu has one entry, and the product says 1, so that mu then
-    holds the weight. The gradients themselves stay torch tensors and are
-    added up where they are: one pass over the parameters per stage, and none in PETSc.
-
-    Parameters
-    ----------
-    weight : Vec
-        PETSc's mu, one entry per rank.
-    """
-
-    def __init__(self, weight: Any) -> None:
-        self.weight = weight
-        self.gradients: list[torch.Tensor | None] = []
-        self._waiting: tuple[torch.Tensor | None, ...] | None = None
-        self._factor = 1.0
-
-    def begin(self, count: int) -> None:
-        """Begin a sweep with ``count`` parameters."""
-        self.weight.set(0.0)
-        self.gradients = [None] * count
-        self._waiting = None
-
-    def finish(self) -> list[torch.Tensor | None]:
-        """Return the gradients (PETSc's precision); None for parameters that g never used."""
-        self.collect()
-        gradients, self.gradients = self.gradients, []
-        return gradients
-
-    def wait(self, terms: tuple[torch.Tensor | None, ...], factor: float) -> None:
-        """Keep ``factor`` times a product until PETSc has given it its weight."""
-        self._waiting, self._factor = terms, factor
-
-    def collect(self) -> None:
-        """Add the last product with the weight that PETSc has given it since."""
-        if self._waiting is None:
-            return
-        weight = self._factor * float(self.weight.array_r[0])
-        self.weight.set(0.0)
-        waiting, self._waiting = self._waiting, None
-        accumulate(self.gradients, waiting, weight)
-
 
 def accumulate(
     sums: list[torch.Tensor | None], terms: tuple[torch.Tensor | None, ...], weight: float
@@ -712,35 +622,6 @@ def accumulate(
             addends.append(term)
     if totals:
         torch._foreach_add_(totals, addends, alpha=weight)
-
-
-class ParameterJacobianShell:
-    """Python context of the matrix ``factor dg/dp`` at ``point``.
-
-    Parameters
-    ----------
-    bridge : Bridge
-        Takes the products.
-    factor : float
-        1 for g, -1 for the implicit form M u_dot - g.
-    sums : ParameterSums
-        Where the products go.
-    """
-
-    def __init__(self, bridge: Bridge, factor: float, sums: ParameterSums) -> None:
-        self.bridge = bridge
-        self.factor = factor
-        self.point = _NOWHERE
-        self._sums = sums
-        bridge.shells.add(self)
-
-    def multTranspose(self, mat: Any, x: Any, y: Any) -> None:
-        """Take the product, from the same backward pass as (dg/du)^T x, and ask for its weight."""
-        self._sums.collect()
-        product = self.bridge.vjp(self.point, x)
-        if product is not None:
-            self._sums.wait(product.parameters, self.factor)
-        y.set(1.0)
 
 
 def shell_matrix(context: Any, rows: int, columns: int, comm: Any, place: Place = HOST) -> Any:

@@ -91,8 +91,44 @@ def _measure(
     part has unit vectors of its own, in the second half of the state.
     """
     ts = PETSc.TS().create(comm=PETSc.COMM_SELF)
-    split, stage = ts_type == "arkimex", -1
-    size = 2 * stages if split else stages
+    try:
+        ts.setOptionsPrefix(OWN_PREFIX)
+        ts.setType(ts_type)
+        if ts_type == "dirk":
+            ts.setDIRKType(subtype)
+        elif ts_type == "arkimex":
+            ts.setARKIMEXType(subtype)
+        else:
+            set_subtype(ts, ts_type, subtype, stages)
+            set_recompute_jacobian(ts, True)
+        solution, callback = _unit_slopes(ts, stages, ts_type == "arkimex")
+        ts.setTimeStep(1.0)
+        ts.setMaxTime(10.0)
+        ts.setExactFinalTime(PETSc.TS.ExactFinalTime.STEPOVER)
+        ts.setTolerances(rtol=0.0, atol=1e30)  # any step will do for the controller
+        snes = ts.getSNES()
+        snes.setType("ksponly")
+        snes.getKSP().setType("preonly")
+        snes.getKSP().getPC().setType("lu")
+        ts.setUp()
+        ts.step()
+        del callback
+        embedded = None
+        if embedded_order is not None:
+            vector = solution.duplicate()
+            evaluate_step(ts, embedded_order, vector)
+            embedded = vector.getArray().copy()
+        A = np.zeros((stages, solution.getSize()))
+        if ts_type != "rosw":  # which keeps its stages to itself
+            A = np.array([vector.getArray() for vector in stage_vectors(ts)])
+        return A, solution.getArray().copy(), embedded
+    finally:
+        ts.destroy()
+
+
+def _unit_slopes(ts: Any, stages: int, split: bool) -> tuple[Any, Any]:
+    """Give a TS the problem of :func:`_measure`; return its solution and what is to be kept."""
+    stage = -1
 
     def next_stage() -> None:
         nonlocal stage
@@ -110,45 +146,14 @@ def _measure(
         p.zeroEntries()
         p.shift(shift)
 
-    try:
-        ts.setOptionsPrefix(OWN_PREFIX)
-        ts.setType(ts_type)
-        if ts_type == "dirk":
-            ts.setDIRKType(subtype)
-        elif split:
-            ts.setARKIMEXType(subtype)
-        else:
-            set_subtype(ts, ts_type, subtype, stages)
-            set_recompute_jacobian(ts, True)
-        ts.setEquationType(PETSc.TS.EquationType.ODE_EXPLICIT)
-        u = PETSc.Vec().createSeq(size)
-        matrix = PETSc.Mat().createDense(size, comm=PETSc.COMM_SELF)
-        matrix.setUp()
-        ts.setIFunction(implicit, u.duplicate())
-        ts.setIJacobian(jacobian, matrix, matrix)
-        if split:
-            ts.setRHSFunction(explicit, u.duplicate())
-        snes = ts.getSNES()
-        snes.setType("ksponly")
-        snes.getKSP().setType("preonly")
-        snes.getKSP().getPC().setType("lu")
-        ts.setSolution(u)
-        ts.setTimeStep(1.0)
-        ts.setTolerances(rtol=0.0, atol=1e30)  # any step will do for the controller
-        ts.setMaxTime(10.0)
-        ts.setExactFinalTime(PETSc.TS.ExactFinalTime.STEPOVER)
-        ts.setUp()
-        callback = before_each_stage(ts, next_stage)
-        ts.step()
-        del callback
-        embedded = None
-        if embedded_order is not None:
-            vector = u.duplicate()
-            evaluate_step(ts, embedded_order, vector)
-            embedded = vector.getArray().copy()
-        A = np.zeros((stages, size))
-        if ts_type != "rosw":  # which keeps its stages to itself
-            A = np.array([vector.getArray() for vector in stage_vectors(ts)])
-        return A, u.getArray().copy(), embedded
-    finally:
-        ts.destroy()
+    size = 2 * stages if split else stages
+    solution = PETSc.Vec().createSeq(size)
+    matrix = PETSc.Mat().createDense(size, comm=PETSc.COMM_SELF)
+    matrix.setUp()
+    ts.setEquationType(PETSc.TS.EquationType.ODE_EXPLICIT)
+    ts.setSolution(solution)
+    ts.setIFunction(implicit, solution.duplicate())
+    ts.setIJacobian(jacobian, matrix, matrix)
+    if split:
+        ts.setRHSFunction(explicit, solution.duplicate())
+    return solution, before_each_stage(ts, next_stage)

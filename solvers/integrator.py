@@ -25,7 +25,7 @@ from pnode.linearization import Linearization
 from pnode.options import PETSc, SolverOptions, failure_reason, log_stage
 from pnode.ranks import ALONE, CURABLE
 from pnode.solvers.assemblies import BLOCK_LU
-from pnode.solvers.bridge import Bridge, JacobianShell, shell_matrix
+from pnode.solvers.bridge import Bridge, JacobianShell
 from pnode.solvers.jacobians import (
     Jacobian,
     JacobianOptions,
@@ -192,7 +192,10 @@ def default_options(
 
 
 def build_ts(
-    settings: IntegratorSettings, options: SolverOptions, bridge: Bridge, adjoint: bool = False
+    settings: IntegratorSettings,
+    options: SolverOptions,
+    bridge: Bridge,
+    shell: type[JacobianShell] = JacobianShell,
 ) -> Any:
     """Create and configure a TS. Collective on ``settings.comm``.
 
@@ -204,9 +207,8 @@ def build_ts(
         Options it reads.
     bridge : Bridge
         Its callbacks.
-    adjoint : bool
-        Whether the TS only steps backwards: products with the Jacobian then come from VJPs, and
-        the assembled matrix serves the transposed solve alone.
+    shell : type
+        Of products with the Jacobian, without a matrix.
     """
     method, size, comm = settings.method, settings.size, settings.comm
     place = settings.place
@@ -231,18 +233,16 @@ def build_ts(
     if method.implicit:
         ts.setIFunction(bridge.implicit_function, work)
         assembly = create_assembly(settings.jacobian, settings.jacobian_options, place)
-        uses_shell = adjoint or settings.jacobian == "matrix-free"
+        matrix_free = settings.jacobian == "matrix-free"
         reuse = settings.jacobian_options.reuse
         if method.ts_type in ("python", "rosw") and reuse != "constant":
             reuse = "iteration"  # when to evaluate is part of these methods
-        bridge.jacobian = Jacobian(assembly, reuse, uses_shell, adjoint)
-        matrices = create_matrices(assembly, bridge, size, comm, uses_shell, place)
+        bridge.jacobian = Jacobian(assembly, reuse, matrix_free)
+        context = shell(bridge) if matrix_free else None
+        matrices = create_matrices(assembly, context, size, comm, place)
         ts.setIJacobian(bridge.implicit_jacobian, *matrices)
     if not method.implicit or settings.form == "imex":
         bridge.set_rhs_function(ts, work.duplicate())
-        if adjoint:
-            shell = shell_matrix(JacobianShell(bridge), size, size, comm, place)
-            ts.setRHSJacobian(bridge.explicit_jacobian, shell, shell)
     ts.setExactFinalTime(PETSc.TS.ExactFinalTime.STEPOVER)
     ts.setMaxTime(_FOREVER)
     ts.setTolerances(
@@ -382,8 +382,8 @@ class TimeIntegrator:
         self.bridge = self._create_bridge()
         self.ts = build_ts(settings, options, self.bridge)
         self.solution = self.ts.getSolution()
-        own = method.adjoint == "TSAdjoint"
-        self._kept = adjoint_vectors(self.ts, method) if own else []
+        own = method.implicit and method.keeps_stages
+        self._kept = stage_vectors(self.ts) if own else []
         self._start = self.solution.duplicate() if settings.adaptive else None
         self._rolled_back = False
         self._starts = method.ts_type == "dirk"
@@ -402,9 +402,9 @@ class TimeIntegrator:
             and "snes_linesearch_type" not in options.given
             and options.values.get("snes_type", "newtonls") == "newtonls"
         )
-        #: Where explicit stages are between the ends of a step, in units of its length.
+        #: Where stages are between the ends of a step, in units of its length.
         scheme = method.scheme
-        nodes = scheme.c if scheme is not None and scheme.explicit else ()
+        nodes = () if scheme is None or method.ts_type == "rosw" else scheme.nodes
         self._inner = tuple(c for c in nodes if c not in (0.0, 1.0))
         self._iterations = (0, 0)
         self._direction = 1.0
@@ -661,8 +661,8 @@ class TimeIntegrator:
         Explicit Runge-Kutta: the stages at which f was evaluated, those very tensors, without the
         last where it is the next step's first. Endpoint theta methods: the states at both ends,
         the first of which is the second of ``previous``, the checkpoint of the step before, if
-        there is one. Midpoint form: the stage and the end. DIRK: the stages, of which the first
-        and last are the states at both ends for some.
+        there is one. Midpoint form: the stage. DIRK and IMEX: the stages, of which the first and
+        last are the states at both ends for some.
         """
         method = self.settings.method
         if not method.implicit:
@@ -762,16 +762,6 @@ def raise_stored(bridge: Bridge, failure: Any, where: dict[str, Any]) -> None:
             raise exception from exception.__cause__
     finally:
         del exception, failure  # the traceback refers to this frame: break the cycle
-
-
-def adjoint_vectors(ts: Any, method: Method) -> list[Any]:
-    """Return the vectors of ``ts`` that hold what an adjoint step reads."""
-    stages = stage_vectors(ts)
-    if method.ts_type == "rk":
-        return stages[:-1] if method.fsal else stages
-    if len(stages) == 1:  # midpoint form of theta: PETSc recovers the start from stage and end
-        return [stages[0], ts.getSolution()]
-    return stages
 
 
 def infinite_derivative(bridge: Bridge, where: dict[str, Any]) -> NonFiniteDerivative | None:

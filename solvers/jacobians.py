@@ -54,21 +54,14 @@ class Jacobian:
     reuse : {"iteration", "step", "solve", "constant"}
         When to evaluate anew; see ``Solver``.
     shell : bool
-        Whether the operator is a shell, and the assembled matrix only preconditions it (or serves
-        the transposed solves of an adjoint).
-    adjoint : bool
-        Whether the TS only steps backwards.
+        Whether the operator is a shell, and the assembled matrix only preconditions it.
     """
 
-    def __init__(
-        self, assembly: Assembly | None, reuse: str, shell: bool = False, adjoint: bool = False
-    ) -> None:
+    def __init__(self, assembly: Assembly | None, reuse: str, shell: bool = False) -> None:
         self._assembly = assembly
         self._constant = reuse == "constant"
-        # The gradient is exact only with the Jacobian at the converged stage.
-        self._reuse = "iteration" if adjoint and not self._constant else reuse
+        self._reuse = reuse
         self._shell = shell
-        self._stays = self._constant and not adjoint
         self.forget()
 
     def forget(self) -> None:
@@ -99,7 +92,7 @@ class Jacobian:
     @property
     def records(self) -> bool:
         """Whether the next evaluation of F should keep its graph, for derivatives there."""
-        if self._stays:
+        if self._constant:
             return self._first is None
         if self._shell or self.always or self._reuse == "iteration":
             return True
@@ -108,33 +101,45 @@ class Jacobian:
     def compute(
         self, bridge: Bridge, ts: Any, s: float, u: Any, u_dot: Any, shift: float, a: Any, p: Any
     ) -> None:
-        """Fill p (and a) with ``shift dF/du_dot - dg/du``.
-
-        PETSc's adjoint of the theta methods also asks for it with a shift of the other sign, or
-        zero, only to multiply with it: nothing is assembled then.
-        """
-        if self._stays:
+        """Fill p (and a) with ``shift dF/du_dot - dg/du`` (PETSc's IJacobian)."""
+        point: Point | None = None
+        if self._constant:
             point = self._stay(bridge, s, u, u_dot)
-            if self._shell:
-                a.getPythonContext().move_to(point, shift, -1.0)
-                a.assemble()
         elif self._shell:
             point = bridge.jacobian_point(s, u, u_dot)
+        if self._shell:
             a.getPythonContext().move_to(point, shift, -1.0)
             a.assemble()
-            if self._constant:  # forward, BDF may converge without it
-                self._test(bridge, point)
-            if shift <= 0.0:
-                return
         if self._assembly is None:
             return
-        outdated = self._outdated(ts)
-        if self._values is None or outdated:
-            self._values = bridge.guarded("jacobian", self._evaluate, bridge, s, u, u_dot)
-            first = self._values[0] if isinstance(self._values, tuple) else None
-            if isinstance(first, torch.Tensor) and not is_finite(first):
-                bridge.note_infinite(bridge.jacobian_point(s, u, u_dot))
-            self._formed = _NEVER
+        if self._outdated(ts) or self._values is None:
+            self._fill(bridge, bridge.jacobian_point(s, u, u_dot))
+        self._form(shift, p)
+
+    def compute_at(self, bridge: Bridge, point: Point, shift: float, a: Any, p: Any) -> None:
+        """Do as :meth:`compute`, for an adjoint: exactly there, unless it is constant."""
+        if self._shell:
+            a.getPythonContext().move_to(point, shift, -1.0)
+            a.assemble()
+        if self._constant:  # forward, BDF may converge without it
+            self._test(bridge, point)
+        if self._assembly is None:
+            return
+        if self._values is None or not self._constant:
+            self._fill(bridge, point)
+        self._form(shift, p)
+
+    def _fill(self, bridge: Bridge, point: Point) -> None:
+        """Evaluate the Jacobian at a point, which is that of the matrices from now on."""
+        self._values = bridge.guarded("jacobian", self._evaluate, bridge, point)
+        first = self._values[0] if isinstance(self._values, tuple) else None
+        if isinstance(first, torch.Tensor) and not is_finite(first):
+            bridge.note_infinite(point)
+        self._formed = _NEVER
+
+    def _form(self, shift: float, p: Any) -> None:
+        """Fill p from what has been evaluated, unless it is there."""
+        assert self._assembly is not None
         # Steps of one length differ by the round-off of their ends.
         close = _SAME_SHIFT if self._constant else 0.0
         formed, state = self._formed
@@ -155,10 +160,10 @@ class Jacobian:
         self._norm = norm
         return bool(snes.getIterationNumber() > 0 and not norm <= _SLOW * before)
 
-    def _evaluate(self, bridge: Bridge, s: float, u: Any, u_dot: Any) -> Any:
+    def _evaluate(self, bridge: Bridge, point: Point) -> Any:
         assert self._assembly is not None
         check, self._checked = not self._checked, True
-        return self._assembly.evaluate(bridge, bridge.jacobian_point(s, u, u_dot), check)
+        return self._assembly.evaluate(bridge, point, check)
 
     def _stay(self, bridge: Bridge, s: float, u: Any, u_dot: Any) -> Point:
         """Return the first point of the sweep; at others, test the promise."""
@@ -182,17 +187,17 @@ class Jacobian:
 
 def create_matrices(
     assembly: Assembly | None,
-    bridge: Bridge,
+    shell: JacobianShell | None,
     size: int,
     comm: Any,
-    shell: bool,
     place: Place = HOST,
 ) -> tuple[Any, Any]:
-    """Return the operator and the matrix to precondition with. Collective."""
+    """Return the operator, ``shell`` if there is one, and the matrix to precondition with.
+
+    Collective.
+    """
     matrix = None if assembly is None else assembly.create(size, comm)
-    operator = matrix
-    if shell:
-        operator = shell_matrix(JacobianShell(bridge), size, size, comm, place)
+    operator = matrix if shell is None else shell_matrix(shell, size, size, comm, place)
     return operator, operator if matrix is None else matrix
 
 

@@ -53,8 +53,8 @@ class Method:
         Whether there is an error estimate to choose step sizes with.
     forms : tuple of str
         Problem forms; "separable" is a pair (q, p) with dq/dt = g(t, p), dp/dt = f(t, q).
-    adjoint : {"TSAdjoint", "stages"}
-        Where the discrete adjoint comes from: PETSc, or pnode's own pass over the stages.
+    adjoint : {"stages", "multistep"}
+        Which discrete adjoint it has: a pass over the stages of each step, or over its history.
     same_bits : bool
         Whether recomputing a step from (t, h, u) gives the same bits as the first pass.
     own : Scheme or None
@@ -70,7 +70,7 @@ class Method:
     kind: str = "explicit"
     adaptive: bool = False
     forms: tuple[str, ...] = ("rhs",)
-    adjoint: str = "TSAdjoint"
+    adjoint: str = "stages"
     same_bits: bool = True
     own: Scheme | None = field(default=None, repr=False)
 
@@ -106,14 +106,14 @@ class Method:
             return len(self.half_updates)
         if self.scheme is None or not self.keeps_stages:
             return 1
-        return self.scheme.stages - self.fsal + (self.ts_type == "theta")
+        return self.scheme.stages - self.fsal
 
     @cached_property
     def holds_end(self) -> bool:
         """Whether the last of these states is the step's end."""
         if self.scheme is None or self.scheme.explicit:
             return False
-        return self.scheme.stiffly_accurate or self.ts_type == "theta"
+        return self.scheme.stiffly_accurate
 
     @cached_property
     def shares_ends(self) -> bool:
@@ -147,7 +147,7 @@ class Method:
 
 def _rk(name: str, subtype: str, order: int, stages: int, *aliases: str, **more: Any) -> Method:
     names = [other for other in (subtype, *aliases, f"rk{subtype}") if other != name]
-    return Method(name, "rk", order, stages, tuple(names), subtype, adjoint="stages", **more)
+    return Method(name, "rk", order, stages, tuple(names), subtype, **more)
 
 
 def _theta(
@@ -185,13 +185,12 @@ def _bdf(name: str, order: int, *aliases: str) -> Method:
 
 
 def _ssp(name: str, subtype: str, order: int, stages: int, *aliases: str) -> Method:
-    return Method(name, "ssp", order, stages, aliases, subtype, adjoint="stages")
+    return Method(name, "ssp", order, stages, aliases, subtype)
 
 
 def _symplectic(name: str, subtype: str, order: int, *aliases: str) -> Method:
     return Method(
         name, "basicsymplectic", order, order, aliases, subtype, forms=("separable",),
-        adjoint="stages",
     )  # fmt: skip
 
 
@@ -206,7 +205,7 @@ def _rosw(name: str, order: int, stages: int, *aliases: str, **more: Any) -> Met
     return Method(
         name, "rosw", order, stages, names, subtype, kind="implicit",
         adaptive=subtype not in ("theta1", "theta2", "ra3pw", "lassp3p4s2c"),
-        adjoint="stages", **more,
+        **more,
     )  # fmt: skip
 
 

@@ -83,6 +83,11 @@ class Scheme:
         return _abscissae(self.A_explicit or ())
 
     @cached_property
+    def nodes(self) -> Row:
+        """Abscissae of both parts."""
+        return tuple(dict.fromkeys(self.c + self.c_explicit))
+
+    @cached_property
     def explicit(self) -> bool:
         """Whether a step solves no systems."""
         diagonal = any(row[i] for i, row in enumerate(self.A))

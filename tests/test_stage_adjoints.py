@@ -1,4 +1,4 @@
-"""Methods without a TSAdjoint: their coefficients, gradients, counts and failures."""
+"""Adjoints over the stages: coefficients, gradients, counts and failures."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ import math
 import numpy as np
 import pytest
 import torch
-from replica import measured_tableau, replica, rk_step
-from test_gradients import Field, gradients, initial, relative_difference, weights_like
+from replica import measured_tableau, replica, solve_implicit
+from test_gradients import Field, initial, relative_difference, weights_like
+from ts_adjoint import TSAdjoint
 
 import pnode
 import pnode.engine
 from pnode import ConfigurationError, NonFiniteVectorField
-from pnode.adjoint.discrete import DiscreteAdjoint
-from pnode.adjoint.stages import ExplicitAdjoint
-from pnode.problem import InitialValueProblem
+from pnode.adjoint.create import create_adjoint
+from pnode.adjoint.stages import StageCotangents
+from pnode.mass import MassMatrix
+from pnode.options import SolverOptions, next_prefix
+from pnode.problem import InitialValueProblem, StateLayout
 from pnode.solution import Ledger
 from pnode.solvers import scheme as schemes
-from pnode.solvers.integrator import IntegratorSettings
+from pnode.solvers.integrator import IntegratorSettings, default_options
 from pnode.solvers.methods import METHODS, find_method
 from pnode.solvers.stepping import Step
 from pnode.testing import taylor_test
-from pnode.vectorfield import VectorField
+from pnode.vectorfield import vector_field
 
 SSP = [method.name for method in METHODS if method.ts_type == "ssp"]
 SYMPLECTIC = [method.name for method in METHODS if method.ts_type == "basicsymplectic"]
@@ -156,68 +159,153 @@ def test_momenta_are_driven_at_the_time_of_the_positions():
     assert math.log2(error(16) / error(32)) == pytest.approx(2.0, abs=0.05)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m.ts_type == "rk"], ids=str)
-def test_stage_adjoint_equals_tsadjoint(method, monkeypatch):
-    """The pass over the stages gives the gradients of PETSc's own TSRK adjoint, and its counts."""
-    field, y0 = Field(), initial()
+FAMILIES = ("rk", "beuler", "cn", "theta", "dirk", "arkimex")
+WITH_TSADJOINT = [
+    (method.name, form, jacobian)
+    for method in METHODS if method.ts_type in FAMILIES
+    for form in method.forms if form != "residual"
+    for jacobian in (("dense", "matrix-free") if method.implicit else ("dense",))
+]  # fmt: skip
+DRIFT = 0.2 * torch.randn(6, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def compared(method, form, jacobian, monkeypatch, oracle):
+    """Gradients by pnode's pass or by TSAdjoint, and the counts."""
+    field, other, y0 = Field(), Field(), initial()
     t = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
-
-    def solve():
-        solver = pnode.Solver(field, method=method.name, step_size=0.1, checkpointing=STAGES)
-        solution = solver(y0, t)
-        ours = gradients((solution.ys * weights_like(solution.ys)).sum(), field, y0)
-        return ours, solution.stats.backward
-
-    ours, own_ledger = solve()
-    used = []
-
-    def create(settings, options, parameters):
-        used.append(DiscreteAdjoint(settings, options, parameters))
-        return used[-1]
-
-    monkeypatch.setattr(pnode.engine, "create_adjoint", create)
-    expected, ledger = solve()
-    assert len(used) == 1
-    assert relative_difference(ours, expected) < 1e-13
-    assert own_ledger.steps == ledger.steps
-    assert own_ledger.vjp <= ledger.vjp  # PETSc does not skip idle stages
+    keywords = {"method": method, "step_size": 0.1, "checkpointing": STAGES}
+    if find_method(method).implicit:
+        keywords |= {"jacobian": jacobian}
+    if form == "imex":
+        keywords |= {"implicit": field, "explicit": other}
+    elif form == "mass":
+        keywords |= {"rhs": field, "mass": torch.eye(6, dtype=torch.float64) + DRIFT}
+    else:
+        keywords |= {"rhs": field}
+    if oracle:
+        monkeypatch.setattr(pnode.engine, "create_adjoint", TSAdjoint)
+    solution = pnode.Solver(**keywords)(y0, t)
+    loss = (solution.ys * weights_like(solution.ys)).sum()
+    others = [other.inner, other.outer, other.bias] if form == "imex" else []
+    found = torch.autograd.grad(loss, [y0, field.inner, field.outer, field.bias, *others])
+    return found, solution.stats.backward
 
 
-def test_cotangents_inside_a_step():
-    """Outputs u + h sum_i weights_i k_i besides the end: equal to autograd through the step."""
-    field, y0, h = Field(), initial(), 0.2
-    tableau = schemes.ssp_scheme("rks3", 4)
-    stages, slopes = [], []
+@pytest.mark.parametrize(("method", "form", "jacobian"), WITH_TSADJOINT)
+def test_stage_adjoint_equals_tsadjoint(method, form, jacobian, monkeypatch):
+    """The pass over the stages gives the gradients of PETSc's own adjoint, for no more work.
 
-    def recorded(t, y):
-        stages.append(y.detach().clone().reshape(-1))
-        slopes.append(field(t, y))
-        return slopes[-1]
+    Matrix-free both leave the residual of their Krylov solves, 1e-12 of the right-hand side each.
+    PETSc takes up to two products more a stage, and does not skip idle ones.
+    """
+    ours, ledger = compared(method, form, jacobian, monkeypatch, oracle=False)
+    expected, petsc = compared(method, form, jacobian, monkeypatch, oracle=True)
+    assert relative_difference(ours, expected) < (1e-13 if jacobian == "dense" else 1e-10)
+    assert ledger.steps == petsc.steps
+    assert ledger.rhs <= petsc.rhs
+    assert ledger.vjp <= petsc.vjp
+    assert ledger.jacobians <= petsc.jacobians
 
-    values = {"A": tableau.A, "b": tableau.b, "c": tableau.c}
-    end = rk_step(recorded, values, 0.1, h, y0)
-    inside = [[0.2, 0.0, 0.1, 0.05], [0.3, 0.1, 0.0, 0.0]]
-    outputs = [y0 + h * sum(w * k for w, k in zip(row, slopes, strict=True)) for row in inside]
-    cotangents = [weights_like(end) * (index + 1) for index in range(3)]
-    loss = sum((c * y).sum() for c, y in zip(cotangents, [end, *outputs], strict=True))
-    expected = gradients(loss, field, y0)
 
+@pytest.mark.parametrize("name", ["cn", "es325", "ark3"])
+def test_implicit_counts(name):
+    """Of n steps with s stages, e of them explicit, that share their ends with their neighbours.
+
+    Each stage is linearized once, a shared end once for both its steps; each implicit stage takes
+    one matrix, one solve and one product, for the parameters, and each explicit one a product. An
+    IMEX method has as many products with the explicit part.
+    """
+    method, n, field, y0 = find_method(name), 7, Field(), initial()
+    parts = {"implicit": field, "explicit": field} if name == "ark3" else {"rhs": field}
+    solver = pnode.Solver(**parts, method=name, step_size=1.0 / n, params=list(field.parameters()))
+    solution = solver(y0, [0.0, 1.0])
+    solution.ys[-1].sum().backward()
+    s, backward = method.stages, solution.stats.backward
+    linearized = n * (s - 1) + 1 if method.shares_ends else 2 * n * s
+    assert (backward.rhs, backward.vjp) == (linearized, n * s * (2 if name == "ark3" else 1))
+    assert (backward.jacobians, backward.krylov) == (n * (s - 1), n * (s - 1))
+
+
+def test_without_parameters_an_implicit_stage_takes_no_product():
+    solver = pnode.Solver(lambda t, y: -y.sinh(), method="sdirk2", step_size=0.25)
+    solution = solver(initial(), [0.0, 1.0])
+    solution.ys[-1].sum().backward()
+    assert solution.stats.backward.vjp == 0
+
+
+def stages_of(scheme, t, h, u, implicit, explicit=None, mass=None):
+    """Stages and slopes of a step, and its end, differentiable."""
+    Ys, Ks, Es = [], [], []
+    M = torch.eye(u.numel(), dtype=torch.float64) if mass is None else mass
+    for i, row in enumerate(scheme.A):
+        Z = u + h * sum((a * k for a, k in zip(row, Ks, strict=False)), 0.0 * u)
+        if explicit is not None:
+            Z = Z + h * sum((a * k for a, k in zip(scheme.A_explicit[i], Es, strict=False)), 0 * u)
+        s, ha = torch.as_tensor(t + scheme.c[i] * h, dtype=u.dtype), h * row[i]
+        Y = Z
+        if ha:
+            Y = solve_implicit(
+                lambda x, Z=Z, ha=ha, s=s: (
+                    ((x - Z) / ha).reshape(-1) @ M.T - implicit(s, x).reshape(-1)
+                ),
+                Z,
+            )
+        Ys.append(Y)
+        Ks.append((Y - Z) / ha if ha else implicit(s, Y))
+        if explicit is not None:
+            s = torch.as_tensor(t + scheme.c_explicit[i] * h, dtype=u.dtype)
+            Es.append(explicit(s, Y))
+    end = u + h * sum(b * k for b, k in zip(scheme.b, Ks, strict=True))
+    if explicit is not None:
+        end = end + h * sum(b * k for b, k in zip(scheme.b_explicit, Es, strict=True))
+        Ks = [k + e for k, e in zip(Ks, Es, strict=True)]
+    return Ys, Ks, Ys[-1] if scheme.stiffly_accurate else end
+
+
+@pytest.mark.parametrize(("name", "form"), [
+    ("rk4", "rhs"), ("dopri5", "rhs"), ("ssprk43", "rhs"), ("cn", "rhs"), ("sdirk2", "rhs"),
+    ("es325", "rhs"), ("dirk657a", "rhs"), ("ark3", "imex"), ("ars443", "imex"),
+    ("implicit_midpoint", "mass"), ("sdirk2", "mass"),
+])  # fmt: skip
+def test_cotangents_inside_a_step(name, form):
+    """Of each stage and slope besides the end: equal to autograd through the step."""
+    method, field, other, u, h = find_method(name), Field(), Field(), initial(), 0.2
+    other.bias.data.mul_(-0.7)
+    mass = torch.eye(6, dtype=torch.float64) + DRIFT if form == "mass" else None
+    explicit = other if form == "imex" else None
+    Ys, Ks, end = stages_of(method.scheme, 0.1, h, u, field, explicit, mass)
+    every = [*Ys, *Ks, end]
+    cotangents = [weights_like(end) * (1 + index) / 7 for index in range(len(every))]
     parameters = [field.inner, field.outer, field.bias]
-    problem = InitialValueProblem.create(field, y0, torch.zeros(1), parameters)
-    settings = IntegratorSettings(find_method("ssprk43"), y0.numel(), torch.float64)
-    adjoint, ledger = ExplicitAdjoint(settings, True), Ledger()
-    adjoint.begin(VectorField(problem, ledger))
-    adjoint.add(cotangents[0].reshape(-1))
-    adjoint.load(tuple(stages))
+    if form == "imex":
+        parameters += [other.inner, other.outer, other.bias]
+    loss = sum((c * y).sum() for c, y in zip(cotangents, every, strict=True))
+    expected = torch.autograd.grad(loss, [u, *parameters])
+
+    if mass is not None:
+        mass = MassMatrix(mass, StateLayout.of(u))
+    problem = InitialValueProblem.create(
+        field, u, torch.zeros(1), parameters, form=form, explicit=explicit, mass=mass
+    )
+    settings = IntegratorSettings(method, u.numel(), torch.float64, form=form)
+    options = default_options(method, False, "dense", torch.float64, adjoint=True)
+    adjoint = create_adjoint(settings, SolverOptions(next_prefix(), None, options), True)
+    ledger, flat, s, seen = Ledger(), [c.reshape(-1) for c in cotangents], len(Ys), {}
+    adjoint.begin(vector_field(problem, ledger))
+    adjoint.add(flat[-1])
+    adjoint.load(tuple(Y.detach().reshape(-1) for Y in Ys))
     with torch.enable_grad():
         adjoint.step(
             Step(0, 0.1, h, 0.1 + h), ledger,
-            [(row, c.reshape(-1)) for row, c in zip(inside, cotangents[1:], strict=True)],
+            StageCotangents(flat[:s], flat[s : 2 * s], seen.__setitem__),
         )  # fmt: skip
-    ours = [adjoint.state_gradient().view_as(y0), *adjoint.parameter_gradients(3)]
+    ours = [adjoint.state_gradient().view_as(u), *adjoint.parameter_gradients(len(parameters))]
     adjoint.end()
-    assert relative_difference(ours, expected) < 1e-14
-    assert ledger.vjp == 4
+    assert relative_difference(ours, expected) < 1e-12
+    if method.kind == "explicit":
+        assert all(torch.allclose(seen[i], K.reshape(-1), atol=1e-15) for i, K in enumerate(Ks))
+        assert ledger.vjp == ledger.rhs == s
+    adjoint.destroy()
 
 
 @pytest.mark.parametrize("name", SSP)
@@ -383,6 +471,5 @@ def test_fixed_step_methods_ask_for_a_step_size():
 
 
 def test_every_method_has_an_adjoint():
-    assert {method.adjoint for method in METHODS} == {"TSAdjoint", "stages", "multistep"}
-    own = {method.ts_type for method in METHODS if method.adjoint == "stages"}
-    assert own == {"rk", "ssp", "basicsymplectic", "rosw"}
+    assert {method.adjoint for method in METHODS} == {"stages", "multistep"}
+    assert {m.ts_type for m in METHODS if m.adjoint == "multistep"} == {"python"}

@@ -21,7 +21,6 @@ LONG_FILES = {
     "solvers/integrator.py",
 }
 LONG_FUNCTIONS = {
-    "solvers/coefficients.py:_measure",
     "solvers/newton.py:_iterate",
 }
 #: Those that still import each other, through types.

@@ -14,7 +14,7 @@ from pnode.errors import ConfigurationError
 from pnode.options import PETSc
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
-from pnode.solvers.bridge import Bridge, JacobianShell, ParameterJacobianShell, ParameterSums
+from pnode.solvers.bridge import Bridge, JacobianShell
 from pnode.vectorfield import vector_field
 
 TIMES = torch.linspace(0.0, 1.0, 4, dtype=torch.float64)
@@ -128,15 +128,6 @@ def test_products_read_once_and_write_once(device_types):
     shell.multTranspose(None, x, y)
     assert (u.calls, x.calls, y.calls) == (["r"], ["r"], ["w", "scale", "axpy"])
     assert torch.equal(y.values, 2.0 * x.values - A.detach().T @ x.values)
-    # The parameters' product comes from the same backward pass.
-    mu = PETSc.Vec().createSeq(1)
-    sums = ParameterSums(mu)
-    sums.begin(1)
-    product = ParameterJacobianShell(own, -1.0, sums)
-    product.point = shell.point
-    product.multTranspose(None, x, mu)
-    assert x.calls == ["r"]
-    assert torch.equal(sums.finish()[0], -torch.outer(x.values, u.values))
 
 
 def test_adding_reads_and_writes(device_types):
