@@ -62,5 +62,7 @@ class Kernel {
     virtual void end_adjoint(double* state, double* const* sums) = 0;
 
     const int64_t size;  // of the state
+    // After so many steps the loop looks at the clock.
+    int64_t steps_per_look = 1;
     Counts counts{};     // but steps, which the loop counts
 };

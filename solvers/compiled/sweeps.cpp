@@ -18,13 +18,21 @@ const double INFINITE = std::numeric_limits<double>::infinity();
 
 class Clock {
   public:
-    explicit Clock(double seconds)
+    Clock(double seconds, int64_t steps_per_look)
         : end_(std::chrono::steady_clock::now() +
-               std::chrono::microseconds(static_cast<int64_t>(1e6 * seconds))) {}
-    bool over() const { return std::chrono::steady_clock::now() >= end_; }
+               std::chrono::microseconds(static_cast<int64_t>(1e6 * seconds))),
+          every_(steps_per_look) {}
+
+    // To be asked after each step.
+    bool over() {
+        if (++steps_ % every_) return false;
+        return std::chrono::steady_clock::now() >= end_;
+    }
 
   private:
-    std::chrono::steady_clock::time_point end_;
+    const std::chrono::steady_clock::time_point end_;
+    const int64_t every_;
+    int64_t steps_ = 0;
 };
 
 class Sweep {
@@ -40,7 +48,7 @@ class Sweep {
     Status forward(void* const* captured, void* outputs, double seconds) {
         kernel_->lend(captured);
         outputs_ = outputs;
-        const Clock clock(seconds);
+        Clock clock(seconds, kernel_->steps_per_look);
         Status status = PAUSED;
         if (!interval_) output();
         do {
@@ -64,7 +72,7 @@ class Sweep {
     Status reverse(void* const* captured, double* const* sums, const double* cotangents,
                    const char* nonzero, double seconds) {
         kernel_->lend(captured);
-        const Clock clock(seconds);
+        Clock clock(seconds, kernel_->steps_per_look);
         if (!backwards_) {
             backwards_ = true;
             active_ = false;
