@@ -41,10 +41,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for mark in item.iter_markers("mpi"):
         if COMM.size > mark.kwargs.get("max_size", COMM.size):
             pytest.skip(f"enough on {mark.kwargs['max_size']} ranks")
+        if COMM.size < mark.kwargs.get("min_size", 1):  # where pytest-mpi is not installed
+            pytest.skip(f"needs {mark.kwargs['min_size']} ranks")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Any:
+    checks.begin()
     result = yield
     if hasattr(pyfuncitem.module, "checks"):
         checks.finish()

@@ -10,10 +10,14 @@ from mpi4py import MPI
 class Checks:
     """Collects what holds and what does not; every rank goes on, so that none waits in vain.
 
-    At the end of each test :meth:`finish` is called, see ``conftest.py``.
+    Each test of a module that has them begins and finishes with them, see ``conftest.py``.
     """
 
     def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was found. Not collective."""
         self.number = 0
         self.failures: list[str] = []
 
@@ -28,11 +32,9 @@ class Checks:
         self.true(value <= bound, *what, f"{value:.3e} > {bound:.3e}")
 
     def finish(self) -> None:
-        """Fail with what did not hold, or if nothing was checked; begin anew. Not collective."""
-        number, failures = self.number, self.failures
-        self.number, self.failures = 0, []
-        assert not failures, "\n".join(failures[:40])
-        assert number, "nothing was checked"
+        """Fail with what did not hold, or if nothing was checked. Not collective."""
+        assert not self.failures, "\n".join(self.failures[:40])
+        assert self.number, "nothing was checked"
 
 
 comm = MPI.COMM_WORLD
