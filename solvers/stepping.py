@@ -39,7 +39,7 @@ _MOST_STEPS = 1e9
 _FAILURE_FACTOR = 0.25
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """An accepted step: index, start time and length in the integrator's time.
 
