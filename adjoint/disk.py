@@ -1,4 +1,4 @@
-"""A private folder of checkpoint files.
+"""Checkpoints in files of a private folder, written and read by a thread beside the computation.
 
 A checkpoint is one file: the checksum of all that follows, a JSON header (name, shapes, dtypes), a
 newline, and the tensors' bytes. Plain files need no library, can be written by a thread while the
@@ -13,17 +13,24 @@ import shutil
 import tempfile
 import weakref
 import zlib
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pnode import private_files
+from pnode.adjoint.accounts import Account
+from pnode.adjoint.slabs import Tensors
 from pnode.errors import CheckpointError, ConfigurationError
+from pnode.solution import Ledger
 
-__all__ = ["DiskFolder", "Tensors"]
+__all__ = ["Disk", "DiskFolder", "Key"]
 
-Tensors = tuple[torch.Tensor, ...]
+#: Kind of a checkpoint and the step it belongs to.
+Key = tuple[str, int]
 
 _DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.int64)}
 
@@ -128,6 +135,170 @@ class DiskFolder:
         """Remove a checkpoint, if it is there."""
         with suppress(OSError):  # the folder goes in the end
             (self.path / name).unlink(missing_ok=True)
+
+
+class Disk:
+    """Checkpoints by key in files.
+
+    One is written at a time; until it is written its tensors count as memory. One that was read
+    counts as memory until it is dropped; the file before it is read ahead if there is room.
+
+    Parameters
+    ----------
+    ledger : Ledger
+        Where the peak is kept.
+    account : Account
+        What counts as memory.
+    create_folder : callable
+        Makes the folder when it is needed.
+    """
+
+    def __init__(
+        self, ledger: Ledger, account: Account, create_folder: Callable[[], DiskFolder]
+    ) -> None:
+        self._ledger = ledger
+        self._account = account
+        self._create_folder = create_folder
+        self._folder: DiskFolder | None = None
+        self._bytes = 0
+        self._sizes: dict[Key, int] = {}
+        self._loaded: dict[Key, Tensors] = {}
+        self._thread: ThreadPoolExecutor | None = None
+        self._process = os.getpid()  # the thread's
+        self._writing: tuple[Key, Future[None], Tensors] | None = None
+        self._reading: tuple[Key, Future[Tensors], int] | None = None
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._sizes
+
+    def put(self, key: Key, tensors: Tensors) -> None:
+        """Begin to write a checkpoint, when the one before is written."""
+        self._finish_writing()
+        self.adopt(key, sum([tensor.nbytes for tensor in tensors]))
+        self._account.hold(tensors)
+        self._writing = (key, self._submit(self._opened().write, _name(key), tensors), tensors)
+
+    def adopt(self, key: Key, size: int) -> None:
+        """Take a file that is in the folder, or will be, as the checkpoint ``key``."""
+        self._opened()
+        self._sizes[key] = size
+        self._bytes += size
+        self._ledger.disk_bytes = max(self._ledger.disk_bytes, self._bytes)
+
+    def get(self, key: Key) -> Tensors:
+        """Return a checkpoint.
+
+        Raises
+        ------
+        CheckpointError
+            If its file is damaged.
+        """
+        if key in self._loaded:
+            return self._loaded[key]
+        if self._writing is not None and self._writing[0] == key:
+            return self._writing[2]
+        if self._reading is not None and self._reading[0] == key:
+            tensors = self._finish_reading()
+        else:
+            tensors = self._opened().read(_name(key))
+        self._account.hold(tensors)
+        self._loaded[key] = tensors
+        self._read_ahead(key)
+        return tensors
+
+    def drop(self, key: Key) -> None:
+        """Free a checkpoint."""
+        if self._writing is not None and self._writing[0] == key:
+            self._finish_writing()
+        self.let_go(key)
+        self._bytes -= self._sizes.pop(key)
+        self._submit(self._opened().remove, _name(key))
+
+    def let_go(self, key: Key) -> None:
+        """Let go of what was read of a checkpoint."""
+        self._account.release(self._loaded.pop(key, ()))
+
+    def settle(self) -> bool:
+        """Wait for something that takes memory on its way, and return whether there was any."""
+        if self._reading is not None:
+            self._finish_reading()
+        elif self._writing is not None:
+            self._finish_writing()
+        else:
+            return False
+        return True
+
+    def leave(self) -> None:
+        """Finish what is being written, and let go of the folder as it is."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
+            self._thread = None
+        self._folder = None
+
+    def close(self) -> None:
+        """Free everything, and remove the folder."""
+        folder = self._folder
+        self.leave()
+        self._sizes.clear()
+        self._loaded.clear()
+        self._bytes = 0
+        self._writing = self._reading = None
+        if folder is not None:
+            folder.close()
+
+    def _opened(self) -> DiskFolder:
+        if self._folder is None:
+            self._folder = self._create_folder()
+        return self._folder
+
+    def _submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="pnode-checkpoints")
+            self._process = os.getpid()
+        self._check_process()
+        return self._thread.submit(function, *arguments)
+
+    def _check_process(self) -> None:
+        """Refuse to wait for a thread that a fork has not got."""
+        if self._process != os.getpid():
+            raise CheckpointError(
+                "these checkpoints on disk belong to the process that this one was forked from: "
+                "solve again in this process"
+            )
+
+    def _finish_writing(self) -> None:
+        """Wait for the write in flight; its failure, if any, is raised here."""
+        if self._writing is not None:
+            self._check_process()
+            _, future, tensors = self._writing
+            self._writing = None
+            self._account.release(tensors)
+            future.result()
+
+    def _read_ahead(self, key: Key) -> None:
+        """Begin to read the newest other file, if it fits into memory."""
+        others = (other for other in reversed(self._sizes) if other != key)
+        following = next(others, None)
+        if following is None or self._reading is not None or self._writing is not None:
+            return
+        size = self._sizes[following]
+        if size <= self._account.room():
+            self._account.count(size)
+            future = self._submit(self._opened().read, _name(following))
+            self._reading = (following, future, size)
+
+    def _finish_reading(self) -> Tensors:
+        assert self._reading is not None
+        self._check_process()
+        _, future, size = self._reading
+        self._reading = None
+        self._account.count(-size)
+        return future.result()
+
+
+def _name(key: Key) -> str:
+    """Return the name of a checkpoint's file."""
+    return "-".join(map(str, key))
 
 
 def _parse(data: bytes, name: str) -> Tensors:

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 from pnode import devices
+from pnode.adjoint.slabs import Tensors
 
 __all__ = ["DeviceLevel", "Offload", "Transfer"]
-
-Tensors = tuple[torch.Tensor, ...]
 
 
 @dataclass
@@ -29,11 +28,13 @@ class Transfer:
     """
 
     tensors: Tensors
-    _wait: Callable[[], Any]
+    _wait: Callable[[], Any] | None
 
     def wait(self) -> Tensors:
         """Return the copies, which what follows may use."""
-        self._wait()
+        wait, self._wait = self._wait, None
+        if wait is not None:
+            wait()
         return self.tensors
 
 

@@ -154,7 +154,7 @@ class Progress(DiskFolder):
                 size = (self.path / name).lstat().st_size
             except OSError as error:
                 raise self._damaged(name, error) from error
-            store.adopt(("stages", step.index), name, size)
+            store.adopt(("stages", step.index), size)
 
     # ------------------------------------------------------------------------------ the folder
 

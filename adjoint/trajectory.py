@@ -22,6 +22,7 @@ from pnode.adjoint.schedule import (
     StoreSolution,
     StoreStages,
 )
+from pnode.adjoint.steps import Steps
 from pnode.adjoint.store import CheckpointStore
 from pnode.errors import CheckpointError, VectorFieldError
 from pnode.evidence import Evidence
@@ -55,7 +56,7 @@ class Trajectory:
 
     Attributes
     ----------
-    steps : list of Step
+    steps : Steps or list of Step
         Every accepted step.
     outputs : list of int
         For each output time, how many steps come before it.
@@ -83,7 +84,7 @@ class Trajectory:
         self.schedule = schedule
         self.progress = progress
         self._start: torch.Tensor | None = None
-        self.steps: list[Step] = []
+        self.steps: Steps | list[Step] = Steps() if store.limited else []
         self.outputs: list[int] = []
         self.ready = False
         self._store = store
@@ -126,7 +127,7 @@ class Trajectory:
 
     def tape(self, index: int) -> Any:
         """Return the graphs of a step's stages, None if they are not kept."""
-        return self._store.tape(index)
+        return self._store.graphs.get(index)
 
     def finish(self, integrator: TimeIntegrator) -> None:
         """End the forward sweep: the last step's stages stay at hand if they are not stored."""
@@ -145,7 +146,7 @@ class Trajectory:
         """Be in the forward sweep: after a failure only what is to be taken up again stays."""
         try:
             if self.progress is not None:
-                self.steps = list(self.progress.steps)
+                self.steps = Steps(self.progress.steps)  # there is a limit
                 for _ in self.steps:
                     self.evidence.append(())
                 self.outputs = [steps for steps, _ in self.progress.outputs]
@@ -209,7 +210,7 @@ class Trajectory:
 
     def forget_live(self, index: int) -> None:
         """Let go of what is live of a step, after its adjoint."""
-        self._store.discard_tape(index)
+        self._store.graphs.drop(index)
         if self._held is not None:
             self._store.release(self._held)
         self._live = self._held = None

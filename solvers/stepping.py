@@ -24,7 +24,7 @@ __all__ = ["Observer", "Step", "forward_sweep"]
 _FAILURE_FACTOR = 0.25
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """An accepted step: index, start time and length in the integrator's time.
 

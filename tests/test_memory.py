@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import torch
 import pnode
 
 D = torch.float64
+ROOT = Path(__file__).resolve().parent.parent
 
 # What one solve may leave behind on average: less than a PETSc vector with its header, let alone a
 # TS. PETSc itself keeps about 0.5 KiB of each new options prefix (odeint); the rest is how far the
@@ -228,7 +230,7 @@ def test_backward_frees_the_checkpoints(kind):
     solution.ys.sum().backward()
     assert not trajectory.ready
     assert ("stages", 0) not in trajectory._store
-    assert trajectory._store._ram_bytes == 0
+    assert trajectory._store._ram.bytes == 0
 
 
 @pytest.mark.usefixtures("no_collector")
@@ -252,6 +254,50 @@ def test_failed_solve_keeps_nothing_but_its_exception(kind):
         pass
     del field, solver, token
     assert watched() is None
+
+
+# What is really held, beside the ledger: with every object of Python in it, and deterministic.
+
+HELD = """
+import ctypes, gc, sys, torch, pnode
+sys.path.insert(0, "benchmarks")
+from growth import allocated
+weight = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+method, memory, steps = sys.argv[1], sys.argv[2], 2000
+solver = pnode.Solver(
+    lambda t, y: -weight * torch.sin(y), params=[weight], method=method, step_size=1 / steps,
+    checkpointing=pnode.Checkpointing(memory=memory, store=sys.argv[3]),
+)
+y0 = torch.ones(1, dtype=torch.float64, requires_grad=True)
+solver(y0, torch.tensor([0.0, 0.01], dtype=torch.float64)).ys.sum().backward()
+gc.collect()
+before = allocated()
+solution = solver(y0, torch.tensor([0.0, 1.0], dtype=torch.float64))
+gc.collect()
+stats = solution.stats
+assert stats.steps == steps
+print("held", allocated() - before, stats.ram_bytes)
+solution.ys.sum().backward()
+"""
+#: Bytes a step that docs/checkpointing.md says are held beside the ledger, and once a sweep.
+BESIDE_EACH, BESIDE = 800, 2**17
+
+
+@pytest.mark.parametrize("memory", ["20kB", "1MB"])
+@pytest.mark.parametrize("method", ["rk4", "cn", "bdf2", "ra34pw2"])
+def test_what_a_budget_really_holds_of_a_small_state(method, memory):
+    if method == "bdf2" and memory == "20kB":
+        memory = "65kB"  # it keeps every step
+    store = "stages" if memory == "1MB" else "auto"
+    done = subprocess.run(
+        [sys.executable, "-c", HELD, method, memory, store],
+        capture_output=True, text=True, timeout=300, check=False, cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONMALLOC": "malloc"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    held, ledger = map(int, re.search(r"held (-?\d+) (\d+)", done.stdout).groups())
+    assert held > 0
+    assert held <= ledger + BESIDE_EACH * 2000 + BESIDE
 
 
 # What is stored.

@@ -159,7 +159,7 @@ def test_any_order_within_both_limits(seed):
         kept.discard(key(stack.pop()[0]))
     kept.put(key(-1), (device.make(0.0),))
     kept.discard(key(-1))
-    assert kept._device_bytes == kept._ram_bytes == 0
+    assert kept._top.account.bytes == kept._ram.bytes == 0
 
 
 def test_too_much_for_both_is_an_error():

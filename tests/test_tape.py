@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import pnode
+from pnode.adjoint.accounts import Account
 from pnode.adjoint.store import CheckpointStore
 from pnode.graphs import NODE_BYTES
 from pnode.solvers.methods import Method, find_method
@@ -74,18 +75,19 @@ def peak(monkeypatch):
     """Return what checkpoints and graphs held together at most, in all solves so far."""
     held = [0]
 
-    def watch(name):
-        method = getattr(CheckpointStore, name)
+    def watch(owner, name):
+        method = getattr(owner, name)
 
         def watched(self, *arguments):
             result = method(self, *arguments)
-            held[0] = max(held[0], self._ram_bytes + self._tape_bytes)
+            account = getattr(self, "_ram", self)
+            held[0] = max(held[0], account.bytes + account.graphs.bytes)
             return result
 
-        monkeypatch.setattr(CheckpointStore, name, watched)
+        monkeypatch.setattr(owner, name, watched)
 
-    watch("hold")
-    watch("keep_tape")
+    watch(Account, "count")
+    watch(CheckpointStore, "keep_tape")
     return held
 
 
