@@ -15,7 +15,6 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LONG_FILES = {
-    "adjoint/store.py",
     "solvers/assemblies.py",
     "solvers/bridge.py",
     "solvers/integrator.py",
