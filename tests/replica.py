@@ -316,7 +316,7 @@ def recorded_orders(ys):
     node = ys.grad_fn
     while not hasattr(node, "run"):
         node = node.next_functions[0][0]
-    return [step.order for step in node.run.trajectory.steps]
+    return [step.order for step in node.run.sweep.trajectory.steps]
 
 
 def replica(f, name, y0, grid, orders=None):
