@@ -59,12 +59,14 @@ class Sweep(ABC):
 
     @abstractmethod
     def reverse(
-        self, y0: torch.Tensor, cotangents: torch.Tensor, wants_times: bool
+        self, run: Run, y0: torch.Tensor, cotangents: torch.Tensor, wants_times: bool
     ) -> CostGradients:
         """Take the discrete adjoint. Collective.
 
         Parameters
         ----------
+        run : Run
+            The solve, which it does not refer to: checkpoints go when the last reference goes.
         y0 : Tensor
             The initial state, flat, to repeat the sweep from when its checkpoints are gone.
         cotangents : Tensor

@@ -98,7 +98,7 @@ def _forward(
             if outputs is not None:
                 if found.start is not None:
                     engine.solver_options(run.settings).warn_unused()
-                run.sweep, run.used = WholeSweep(run, found.sweep), field.used
+                run.sweep, run.used = WholeSweep(found.sweep), field.used
                 return outputs
         start, run.codes = found.start, found.codes
         if start is not None:
@@ -108,8 +108,8 @@ def _forward(
             field.used[:] = used
             if keep:
                 record_all(field)
-    sweep = SteppedSweep(engine, run)
-    outputs = sweep.forward(field, y0, keep, requests, start)
+    sweep = SteppedSweep(engine)
+    outputs = sweep.forward(run, field, y0, keep, requests, start)
     run.sweep = sweep
     return outputs
 
@@ -159,7 +159,7 @@ def backward(
         )
     assert run.sweep is not None
     with run.surroundings.restored():
-        return run.sweep.reverse(y0, cotangents, wants_times)
+        return run.sweep.reverse(run, y0, cotangents, wants_times)
 
 
 class WholeSweep(Sweep):
@@ -167,16 +167,13 @@ class WholeSweep(Sweep):
 
     Parameters
     ----------
-    run : Run
-        The solve.
     compiled : CompiledSweep
         Has been taken.
     """
 
     interpolated: frozenset[int] = frozenset()
 
-    def __init__(self, run: Run, compiled: CompiledSweep) -> None:
-        self._run = run
+    def __init__(self, compiled: CompiledSweep) -> None:
         self._compiled = compiled
 
     def noted(self, output: int) -> Sequence[float]:
@@ -184,10 +181,10 @@ class WholeSweep(Sweep):
         return ()
 
     def reverse(
-        self, y0: torch.Tensor, cotangents: torch.Tensor, wants_times: bool
+        self, run: Run, y0: torch.Tensor, cotangents: torch.Tensor, wants_times: bool
     ) -> CostGradients:
         """Take the discrete adjoint; see :class:`Sweep`."""
-        return CostGradients(*self._compiled.reverse(cotangents, self._run.stats.backward))
+        return CostGradients(*self._compiled.reverse(cotangents, run.stats.backward))
 
 
 class SteppedSweep(Sweep):
@@ -197,8 +194,6 @@ class SteppedSweep(Sweep):
     ----------
     engine : Engine
         Lends integrators and adjoints.
-    run : Run
-        The solve.
 
     Attributes
     ----------
@@ -208,9 +203,8 @@ class SteppedSweep(Sweep):
         Outputs inside of steps.
     """
 
-    def __init__(self, engine: Engine, run: Run) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._run = run
         self._reproducible = False
         self.trajectory: Trajectory | None = None
         self.dense: DenseOutput | None = None
@@ -227,6 +221,7 @@ class SteppedSweep(Sweep):
 
     def forward(
         self,
+        run: Run,
         field: VectorField,
         y0: torch.Tensor,
         keep: bool,
@@ -237,7 +232,7 @@ class SteppedSweep(Sweep):
 
         ``start`` is that of compiled steps; see :func:`forward` for the rest.
         """
-        engine, run = self._engine, self._run
+        engine = self._engine
         problem, method = run.problem, engine.method
         if keep:
             self.trajectory = new_trajectory(engine, run, requests, y0)
@@ -261,7 +256,7 @@ class SteppedSweep(Sweep):
                     requests.event_fn, problem, requests.event_tol, integrator,
                     lambda: leases.enter_context(engine.integrator(trial, field, y0)), field,
                 )  # fmt: skip
-            taker, outputs = self._sweep(integrator, field, keep, requests, locator)
+            taker, outputs = self._sweep(run, integrator, field, keep, requests, locator)
             for newton, krylov in (each.iterations() for each in {integrator, taker}):
                 run.stats.newton += newton
                 run.stats.krylov += krylov
@@ -271,6 +266,7 @@ class SteppedSweep(Sweep):
 
     def _sweep(
         self,
+        run: Run,
         integrator: TimeIntegrator,
         field: VectorField,
         keep: bool,
@@ -278,7 +274,7 @@ class SteppedSweep(Sweep):
         locator: EventLocator | None,
     ) -> tuple[TimeIntegrator, Outputs]:
         """Take all steps; return the integrator that took the last one, and the outputs."""
-        run, trajectory = self._run, self.trajectory
+        trajectory = self.trajectory
         problem, times = run.problem, run.problem.times
         outputs = Outputs(run, integrator, trajectory)
         observers: list[Observer] = [outputs]
@@ -313,26 +309,30 @@ class SteppedSweep(Sweep):
         return taker, outputs
 
     def reverse(
-        self, y0: torch.Tensor, cotangents: torch.Tensor, wants_times: bool
+        self, run: Run, y0: torch.Tensor, cotangents: torch.Tensor, wants_times: bool
     ) -> CostGradients:
         """Take the discrete adjoint; see :class:`Sweep`. Collective."""
-        run = self._run
         field = run.field(run.stats.backward)
         ranks = run.problem.ranks
         with ranks.together(agree=False):
-            found = self._reverse(field, y0, cotangents, wants_times)
+            found = self._reverse(run, field, y0, cotangents, wants_times)
         # The one reduction of a backward sweep, which also tells whether a rank has failed.
         parameters = ranks.sum_gradients(found.parameters, field.parameters)
         return replace(found, parameters=parameters)
 
     def _reverse(
-        self, field: VectorField, y0: torch.Tensor, cotangents: torch.Tensor, wants_times: bool
+        self,
+        run: Run,
+        field: VectorField,
+        y0: torch.Tensor,
+        cotangents: torch.Tensor,
+        wants_times: bool,
     ) -> CostGradients:
-        engine, run, trajectory = self._engine, self._run, self.trajectory
+        engine, trajectory = self._engine, self.trajectory
         assert trajectory is not None
         problem, ledger = run.problem, run.stats.backward
         if not trajectory.ready:
-            store_again(trajectory, self._repeated(y0), y0, problem.ranks.attempt)
+            store_again(trajectory, self._repeated(run, y0), y0, problem.ranks.attempt)
         trajectory.ready = False
 
         with engine.adjoint(run.settings, bool(field.parameters)) as adjoint:
@@ -341,7 +341,7 @@ class SteppedSweep(Sweep):
             if self.dense is not None:
                 dense = DenseAdjoint(self.dense, trajectory.steps, field, cotangents, wants_times)
             reverse = Reverse(
-                trajectory, adjoint, self._repeated(y0), problem, y0, run.settings, run.field,
+                trajectory, adjoint, self._repeated(run, y0), problem, y0, run.settings, run.field,
                 ledger,
             )  # fmt: skip
             with torch.enable_grad():  # here once, instead of at each stage
@@ -358,9 +358,9 @@ class SteppedSweep(Sweep):
                 )
         return CostGradients(state, parameters, initial, {} if dense is None else dense.times)
 
-    def _repeated(self, y0: torch.Tensor) -> Repeated:
+    def _repeated(self, run: Run, y0: torch.Tensor) -> Repeated:
         """Return what repeats steps of this sweep."""
-        engine, run, trajectory = self._engine, self._run, self.trajectory
+        engine, trajectory = self._engine, self.trajectory
         assert trajectory is not None
         ledger = run.stats.backward
         return Repeated(
