@@ -109,6 +109,7 @@ class ExplicitAdjoint(TorchAdjointStepper):
         self._vjp_event = log_event("pnode vjp")
         self._length = math.nan
         self._scaled: tuple[torch.Tensor, ...] = ()
+        self._none: Cotangents = [None] * len(stages)
         # The rows of stages that u' does not depend on stay zero.
         self._needed = scheme.live_stages()
 
@@ -153,9 +154,10 @@ class ExplicitAdjoint(TorchAdjointStepper):
         if h != self._length:
             self._length, self._scaled = h, (self._weights * h).split(self._counts)
         needed, stages = self._needed, len(self._nodes)
+        states = slopes = self._none
         if inside is not NOTHING:
             needed = frozenset(range(len(self.checkpoint)))
-        states, slopes = inside.of(stages)
+            states, slopes = inside.of(stages)
         expected, random = self.evidence, self._random
         self._rows[0].copy_(self.state)
         for row, weights in enumerate(self._scaled):

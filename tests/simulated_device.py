@@ -17,7 +17,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from pnode import autograd, devices, engine, layouts, transfers, vectors
+from pnode import autograd, devices, engine, ghost_layouts, grids, transfers, vectors
 
 DEVICE = torch.device("cuda", 0)
 _FACTORIES = {
@@ -289,7 +289,7 @@ def _simulate(patch: pytest.MonkeyPatch, petsc: bool, streams: Streams) -> None:
     if petsc:
         from_dlpack = vectors.from_dlpack
         patch.setattr(vectors, "from_dlpack", lambda capsule: OnDevice(from_dlpack(capsule)))
-        for module in (autograd, devices, engine, layouts):
+        for module in (autograd, devices, engine, ghost_layouts, grids):
             patch.setattr(module, "place_of", _place_of)
         patch.setattr(devices, "petsc_stream", lambda: 0)
         patch.setattr(vectors, "_through_dlpack", set())
