@@ -108,6 +108,7 @@ class ExplicitAdjoint(TorchAdjointStepper):
         self._ones = torch.ones(len(self._rows), dtype=REAL, device=device)
         self._vjp_event = log_event("pnode vjp")
         self._length = math.nan
+        self._random = self._ones
         self._scaled: tuple[torch.Tensor, ...] = ()
         self._none: Cotangents = [None] * len(stages)
         # The rows of stages that u' does not depend on stay zero.
@@ -116,7 +117,8 @@ class ExplicitAdjoint(TorchAdjointStepper):
     def begin(self, field: VectorField) -> None:
         """Begin a sweep with zero cost gradients. Collective."""
         super().begin(field)
-        self._random = projection_weights(self.state.to(field.dtype))
+        if self.settings.place.on_host:  # elsewhere nothing was noted
+            self._random = projection_weights(self.state.to(field.dtype))
         self._products.zero_()
         self._graphs: Sequence[Linearization] | None = None
 
