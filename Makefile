@@ -52,7 +52,7 @@ test: lint ## lint, types, then all tests
 	$(PYTEST) -q --ignore=tests/mpi tests
 	$(RUN) $(BIN)/python tools/run_ranks.py
 
-quick: setup ## the sharpest test of each area, in a minute and a half
+quick: setup ## the sharpest test of each area
 	$(PYTEST) -q $$(grep -v '^#' tests/quick.txt)
 
 lint: setup ## ruff (lint and format) and mypy
