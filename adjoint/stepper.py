@@ -253,14 +253,6 @@ class ImplicitAdjointStepper(TorchAdjointStepper):
             self._read_options = True
         self._iterations = total_krylov_iterations(self._ksp)
 
-    def load(
-        self, checkpoint: Checkpoint, tape: Any = None, evidence: Sequence[float] = ()
-    ) -> None:
-        """Put a step's checkpoint in place. Not collective."""
-        super().load(checkpoint, tape, evidence)
-        if self.field.problem.ranks.parallel:  # all exchange ghost cells anew, or none
-            self.bridge.forget_tensors()
-
     def end(self) -> None:
         """End a sweep: let go of the user's objects."""
         self._options.end_sweep(self)

@@ -415,11 +415,6 @@ class Bridge:
         point.source = u
         return point
 
-    def forget_tensors(self) -> None:
-        """Know points by their values alone: ranks that have failed go on with other tensors."""
-        for known in self._points:
-            known.source = None
-
     def _same_values(
         self,
         field: VectorField,
