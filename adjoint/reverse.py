@@ -242,7 +242,7 @@ class Reverse:
                         self._add_outputs(step)
                         trajectory.forget_live(step)
                     case _:
-                        self._anyway(trajectory.execute, action, self._repeated.integrator)
+                        self._attempt(trajectory.execute, action, self._repeated.integrator)
         trajectory.clear()
         initial = self._adjoint.state_gradient()
         if wanted[0]:
@@ -278,28 +278,14 @@ class Reverse:
                 refuse_state, self._field(Ledger()), step, self._stages(index), ranks.where
             )
 
-    def _anyway(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a function of the trajectory, on a rank that has failed, too.
-
-        Implicit methods exchange the ghost cells of a point once, and know points by their tensors:
-        these have to stay the same.
-        """
-        ranks, implicit = self._problem.ranks, self._settings.method.implicit
-        if not (ranks.parallel and ranks.failed and implicit):
-            return self._attempt(function, *arguments)
-        try:
-            return function(*arguments)
-        except Exception:  # the first failure is the one to tell
-            return None
-
     def _stages(self, index: int) -> Checkpoint:
         trajectory = self._trajectory
-        found = self._anyway(trajectory.stages, index, self._repeated.integrator)
+        found = self._attempt(trajectory.stages, index, self._repeated.integrator)
         if found is None:
             return self._adjoint.placeholder(trajectory.steps[index], self._y0.to(REAL))
         return found
 
     def _restored(self, restore: Callable[[int], torch.Tensor], index: int) -> torch.Tensor:
         """Return a state; y0 for one that cannot be had, in a sweep that is lost anyway."""
-        state = self._anyway(restore, index)
+        state = self._attempt(restore, index)
         return self._y0.to(REAL) if state is None else state

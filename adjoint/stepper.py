@@ -78,7 +78,7 @@ class AdjointStepper(ABC):
         state : Tensor
             Any state, flat, PETSc's precision.
         """
-        return (state,) * self.settings.method.stage_units
+        return tuple(state.clone() for _ in range(self.settings.method.stage_units))
 
     @abstractmethod
     def add(self, cotangent: torch.Tensor) -> None:
@@ -252,6 +252,16 @@ class ImplicitAdjointStepper(TorchAdjointStepper):
                 self._ksp.setFromOptions()
             self._read_options = True
         self._iterations = total_krylov_iterations(self._ksp)
+
+    def load(
+        self, checkpoint: Checkpoint, tape: Any = None, evidence: Sequence[float] = ()
+    ) -> None:
+        """Put a step's checkpoint in place. Not collective."""
+        super().load(checkpoint, tape, evidence)
+        if self.field.exchange is not None:
+            # Which tensors steps share depends on where a rank keeps them, and whether it has
+            # failed; to exchange ghost cells is for all or none.
+            self.bridge.forget_tensors()
 
     def end(self) -> None:
         """End a sweep: let go of the user's objects."""

@@ -67,11 +67,10 @@ def measure(mode: str, end: float, **options: Any) -> tuple[Any, Counts, Counts]
     if mode != "batch":  # evaluations and products exchange once with each neighbour
         ledger, back = solution.stats, solution.stats.backward
         what = (mode, options, "messages", ledger)
-        # Forward, products with a sparse matrix are PETSc's, one per Krylov iteration; those of
-        # the adjoint are VJPs.
-        krylov = ledger.krylov if options.get("jacobian") == "sparse" else 0
-        least = ledger.rhs + ledger.jvp + krylov
-        back_least = back.rhs + back.jvp + back.vjp
+        # Products with a sparse matrix are PETSc's, one per Krylov iteration.
+        sparse = options.get("jacobian") == "sparse"
+        least = ledger.rhs + ledger.jvp + sparse * ledger.krylov
+        back_least = back.rhs + back.jvp + back.vjp + sparse * back.krylov
         # Points whose evaluation is shared were exchanged all the same: one per Newton iterate and
         # step, two per adjoint step. A second derivative exchanges both its arguments.
         shared = ledger.newton + ledger.steps if ledger.newton else 0

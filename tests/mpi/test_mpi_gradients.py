@@ -144,3 +144,35 @@ def test_checkpoints(shared_folder: Path) -> None:
             comm.Barrier()
             checks.true(not os.listdir(shared_folder), "files are left", os.listdir(shared_folder))
             comm.Barrier()
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("method", ["cn", "es325"])
+@pytest.mark.parametrize("disk", [False, True])
+def test_ranks_that_keep_checkpoints_in_different_ways(method, disk, shared_folder) -> None:
+    """Some of one cell more, which is too much for a slab, and for the memory of a rank.
+
+    Tensors that steps share on one rank are copies on another; they exchange ghost cells all the
+    same.
+    """
+    grid = Grid((256 * comm.size + 1,), comm=comm)
+    w = torch.tensor(0.7, dtype=D, requires_grad=True)
+
+    def field(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        return 0.1 * w * (u[2:] - 2.0 * u[1:-1] + u[:-2]) - u[1:-1] ** 3
+
+    y0 = torch.linspace(0.1, 1.0, *grid.shape, dtype=D)
+    memory = 9 * 257 * y0.element_size()
+    folder = str(shared_folder) if disk else None
+    found = []
+    for limit in (None, pnode.Checkpointing(memory, disk=folder)):
+        solver = pnode.Solver(
+            field, params=[w], layout=grid, method=method, step_size=0.1,
+            jacobian="matrix-free", checkpointing=limit,
+        )  # fmt: skip
+        solution = solver(y0, torch.tensor([0.0, 1.0], dtype=D))
+        loss = total(solution.ys[-1].square().sum(), comm)
+        found.append(torch.autograd.grad(loss, w)[0])
+    backward = solution.stats.backward
+    checks.true(backward.recomputed > 0 or backward.disk_bytes > 0 or solution.stats.disk_bytes > 0)
+    checks.below(float((found[1] - found[0]).abs() / found[0].abs()), 1e-12, method, disk)
