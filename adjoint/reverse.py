@@ -5,9 +5,10 @@ It knows trajectories, adjoints and integrators that are lent to it, and nothing
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -24,12 +25,13 @@ from pnode.solvers.stepping import Step
 from pnode.vectorfield import VectorField
 from pnode.vectors import REAL, is_finite
 
-__all__ = ["Inside", "Repeated", "Reverse", "store_again"]
+__all__ = ["NodeCotangents", "Repeated", "Reverse", "store_again"]
 
 
-class Inside(Protocol):
-    """What the loss depends on besides the states at output times."""
+class NodeCotangents(ABC):
+    """Cotangents of the states at the ends of steps that do not come from outputs there."""
 
+    @abstractmethod
     def at(
         self,
         node: int,
@@ -196,7 +198,7 @@ class Reverse:
         self._active = False  # until the first non-zero cotangent, lambda is zero and stays it
 
     def run(
-        self, cotangents: torch.Tensor, inside: Inside | None, interpolated: Set[int]
+        self, cotangents: torch.Tensor, inside: NodeCotangents | None, interpolated: Set[int]
     ) -> torch.Tensor:
         """Take the adjoints of all steps. Collective.
 
@@ -204,8 +206,8 @@ class Reverse:
         ----------
         cotangents : Tensor
             Derivatives of the loss with respect to the outputs, shape ``(T, size)``.
-        inside : Inside or None
-            What else the loss depends on.
+        inside : NodeCotangents or None
+            Of what the loss depends on besides.
         interpolated : set of int
             Outputs that are part of that: not states at the end of a step.
 

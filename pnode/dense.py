@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from pnode import vectors
+from pnode.adjoint.reverse import NodeCotangents
+from pnode.adjoint.trajectory import Checkpoint
 from pnode.interpolation import hermite, hermite_rate, polynomial, polynomial_rate
 from pnode.linearization import Linearization
 from pnode.solvers.bridge import accumulate
@@ -133,7 +135,7 @@ class DenseOutput(Observer):
         return integrator.interpolate(self._times[inside.index])
 
 
-class DenseAdjoint:
+class DenseAdjoint(NodeCotangents):
     """Takes the cotangents of interpolated outputs back to the states at the ends of steps.
 
     Parameters
@@ -164,7 +166,7 @@ class DenseAdjoint:
         steps: Sequence[Step],
         field: VectorField,
         cotangents: torch.Tensor,
-        wants_times: bool = True,
+        wants_times: bool,
     ) -> None:
         self._dense = dense
         self._wants_times = wants_times
@@ -184,22 +186,10 @@ class DenseAdjoint:
     def at(
         self,
         node: int,
-        restore: Callable[[int], tuple[torch.Tensor, ...]],
-        graphs: Callable[[int], Sequence[Linearization] | None] = lambda step: None,
+        restore: Callable[[int], Checkpoint],
+        graphs: Callable[[int], Sequence[Linearization] | None],
     ) -> torch.Tensor | None:
-        """Return the cotangent of the state after ``node`` steps, None if it is zero.
-
-        Called from the last node to the first, when the adjoints of the later steps are done.
-
-        Parameters
-        ----------
-        node : int
-            Number of steps before.
-        restore : callable
-            Returns the checkpoint of a step; called with ``node`` only.
-        graphs : callable
-            Returns the graphs at its stages, if they are kept.
-        """
+        """Return the cotangent of the state after ``node`` steps; see :class:`NodeCotangents`."""
         if self._dense.scheme is not None:
             if node not in self._wanted:
                 return None
@@ -232,7 +222,7 @@ class DenseAdjoint:
     def _own(
         self,
         step_index: int,
-        restore: Callable[[int], tuple[torch.Tensor, ...]],
+        restore: Callable[[int], Checkpoint],
         graphs: Sequence[Linearization] | None,
     ) -> torch.Tensor:
         """Take the cotangents of u + h sum_i b_i(theta) k_i back through the stages.

@@ -7,7 +7,7 @@ rejection, accepts a bad step at its minimum step size, and goes on through NaN.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,6 +135,12 @@ def forward_sweep(
     return sweep.taker
 
 
+def _overridden(observers: Iterable[Observer], name: str) -> list[Callable[..., Any]]:
+    """Return a method of those observers that have one of their own."""
+    nothing = getattr(Observer, name)
+    return [getattr(one, name) for one in observers if getattr(type(one), name) is not nothing]
+
+
 class _Sweep:
     """Step counter and natural step size of one forward sweep."""
 
@@ -155,15 +161,15 @@ class _Sweep:
         self.index = 0
         self.natural: float | None = None
         # What does nothing is not called in every step.
-        before, shorten = Observer.before_step, Observer.shorten
-        self.before = [one.before_step for one in observers if type(one).before_step is not before]
-        self.shorten = [one.shorten for one in observers if type(one).shorten is not shorten]
-        self.observers = observers
+        self.before = _overridden(observers, "before_step")
+        self.shorten = _overridden(observers, "shorten")
+        self.after = _overridden(observers, "after_step")
+        self.outputs = _overridden(observers, "output")
 
     def output(self, index: int) -> None:
         """Say that an output time is reached."""
-        for observer in self.observers:
-            observer.output(index, self.integrator)
+        for look in self.outputs:
+            look(index, self.integrator)
 
     def fixed(self, start: float, length: float, end: float) -> None:
         """Take one step of given length; any failure is final."""
@@ -235,8 +241,8 @@ class _Sweep:
         self.index += 1
         self.ledger.steps += 1
         self.integrator.monitor(self.index, step.end)
-        for observer in self.observers:
-            observer.after_step(step, self.taker, self.ended)
+        for look in self.after:
+            look(step, self.taker, self.ended)
 
     def _check_limit(self, s: float) -> None:
         if self.control.max_steps is not None and self.index >= self.control.max_steps:

@@ -7,6 +7,7 @@ Equations II, and of Mazzia & Magherini, Test Set for Initial Value Problem Solv
 from __future__ import annotations
 
 import functools
+import itertools
 
 import numpy as np
 import pytest
@@ -74,9 +75,7 @@ def test_published_end_values(problem, method):
     field, start, end, expected, ratio = PROBLEMS[problem]
     y0, exact = torch.tensor(start, dtype=D), torch.tensor(expected, dtype=D)
     errors, steps = {}, {}
-    for compiled, rtol in ((False, 1e-4), (False, 1e-6), (True, 1e-4), (True, 1e-6)):
-        if not compiled and rtol == 1e-6 and problem != "HIRES":
-            continue  # thousands of steps, the same as the compiled ones: see below
+    for compiled, rtol in itertools.product((False, True), (1e-4, 1e-6)):
         solver = pnode.Solver(
             field, method=method, rtol=rtol, atol=ratio * rtol, max_steps=5000, compile=compiled
         )
@@ -85,11 +84,11 @@ def test_published_end_values(problem, method):
         error = float(((solution.ys[-1] - exact) / exact).abs().max())
         errors[compiled, rtol], steps[compiled, rtol] = error, solution.stats.steps
     # Largest relative error of a component, after up to 1e11 units of time.
-    for compiled in {compiled for compiled, rtol in errors if rtol == 1e-6}:
+    for compiled in (False, True):
         assert errors[compiled, 1e-6] < 1e-4, errors
         assert errors[compiled, 1e-6] < 0.1 * errors[compiled, 1e-4], errors
-    for rtol in {rtol for compiled, rtol in errors if not compiled}:
-        assert steps[False, rtol] == steps[True, rtol], steps
+    for rtol in (1e-4, 1e-6):  # round-off of the linear solves decides on single rejections
+        assert steps[True, rtol] == pytest.approx(steps[False, rtol], rel=0.02), steps
         assert errors[False, rtol] < 2.0 * errors[True, rtol] < 4.0 * errors[False, rtol], errors
 
 

@@ -165,6 +165,8 @@ class CompiledSweep:
             handle, ctypes.byref(chosen), (ctypes.c_double * number)(*times),
             (ctypes.c_int64 * number)(*(() if grid is None else grid.counts)), number,
         )  # fmt: skip
+        if not self._handle:
+            raise MemoryError("there is no memory for a compiled sweep")
         weakref.finalize(self, self._library.pnode_free_sweep, self._handle).atexit = False
         self._outputs = number
         self._parameters = len(problem.parameters)
