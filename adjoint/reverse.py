@@ -6,6 +6,7 @@ It knows trajectories, adjoints and integrators that are lent to it, and nothing
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
@@ -21,11 +22,11 @@ from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
 from pnode.solvers.integrator import IntegratorSettings, TimeIntegrator
 from pnode.solvers.multistep import TakenOrder
-from pnode.solvers.stepping import Step
+from pnode.solvers.stepping import Observer, Step
 from pnode.vectorfield import VectorField
 from pnode.vectors import REAL, is_finite
 
-__all__ = ["NodeCotangents", "Repeated", "Reverse", "store_again"]
+__all__ = ["NodeCotangents", "Repeated", "Reverse", "store_again", "take_again"]
 
 
 class NodeCotangents(ABC):
@@ -63,15 +64,19 @@ class Repeated:
         whether it controls errors.
     settings : IntegratorSettings
         Of the forward sweep.
-    trajectory : Trajectory
-        Whose steps.
+    steps : sequence of Step
+        The steps.
     ledger : Ledger
         Counts them.
     reproducible : bool
         Whether every step starts afresh.
+    integrator : TimeIntegrator, optional
+        The first one, which stands at the initial state.
 
     Attributes
     ----------
+    steps : sequence of Step
+        As given.
     integrator : TimeIntegrator or None
         Once there is one.
     """
@@ -80,24 +85,26 @@ class Repeated:
         self,
         lend: Callable[[bool], AbstractContextManager[TimeIntegrator]],
         settings: IntegratorSettings,
-        trajectory: Trajectory,
+        steps: Sequence[Step],
         ledger: Ledger,
         reproducible: bool,
+        integrator: TimeIntegrator | None = None,
     ) -> None:
         self._lend = lend
         # BDF's Newton method aims at the tolerances of adaptive steps.
         self._adaptive = settings.adaptive and settings.method.ts_type == "python"
-        self._trajectory = trajectory
+        self.steps = steps
         self._ledger = ledger
         self._reproducible = reproducible
         self._lease = ExitStack()
-        self.integrator: TimeIntegrator | None = None
+        self.integrator = integrator
 
     def __enter__(self) -> Repeated:
         return self
 
     def __exit__(self, *error: Any) -> Any:
-        self._count()
+        if error[0] is None:  # otherwise the integrator may be gone
+            self._count()
         return self._lease.__exit__(*error)
 
     def _count(self) -> None:
@@ -116,9 +123,14 @@ class Repeated:
         return self.integrator
 
     def advance(self, step: int) -> None:
-        """Repeat a step from where the integrator stands."""
+        """Repeat a step from where the integrator stands, and count it as repeated."""
+        self.take(step)
+        self._ledger.recomputed += 1
+
+    def take(self, step: int) -> None:
+        """Take a step from where the integrator stands."""
         assert self.integrator is not None
-        recorded = self._trajectory.steps[step]
+        recorded = self.steps[step]
         order = recorded.order
         if isinstance(order, TakenOrder) and order.length != recorded.length:
             # Shortened to an event, on an integrator without error control.
@@ -134,7 +146,6 @@ class Repeated:
             )
         if outcome.error is not None:
             raise outcome.error
-        self._ledger.recomputed += 1
 
 
 def store_again(
@@ -150,6 +161,31 @@ def store_again(
             integrator = repeated.integrator or integrator
             attempt(trajectory.record, step, integrator)
         attempt(trajectory.finish, integrator)
+
+
+def take_again(
+    repeated: Repeated, outputs: Sequence[int], ledger: Ledger, observers: Sequence[Observer]
+) -> TimeIntegrator:
+    """Take recorded steps as a forward sweep, and return the integrator that took the last one.
+
+    ``outputs`` tells how many steps come before each output that one hits.
+    """
+    hits = Counter(outputs)
+    assert repeated.integrator is not None
+    output = 0
+    for taken in range(len(repeated.steps) + 1):
+        for _ in range(hits[taken]):
+            for observer in observers:
+                observer.output(output, repeated.integrator)
+            output += 1
+        if taken < len(repeated.steps):
+            for observer in observers:
+                observer.before_step(taken, repeated.integrator)
+            repeated.take(taken)
+            ledger.steps += 1
+            for observer in observers:
+                observer.after_step(repeated.steps[taken], repeated.integrator, False)
+    return repeated.integrator
 
 
 class Reverse:

@@ -1,23 +1,38 @@
-"""The solve as one node of the graph that torch's reverse mode walks."""
+"""The solve as a node of torch's graphs, its backward sweep as another, and tangents of both."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from pnode import sweeps
-from pnode.adjoint.gradients import CostGradients
-from pnode.devices import HOST, ordered, place_of
+from pnode.batches import Runs, Times, one_by_one
+from pnode.devices import ordered, place_of
 from pnode.engine import Engine
 from pnode.errors import BackwardError
-from pnode.evidence import differs
+from pnode.output_times import refuse_interpolated_times, slope_at, time_gradient
 from pnode.problem import InitialValueProblem
-from pnode.run import Requests, Run
-from pnode.transforms import outside_compiler, refuse_batched
-from pnode.vectorfield import VectorField
+from pnode.rebinding import bound
+from pnode.run import Recorded, Requests, Run
+from pnode.tangents import PairLayout, pair_problem, pair_settings, unique
+from pnode.transforms import (
+    differentiable,
+    is_legacy_batch,
+    legacy_batch,
+    moves,
+    no_tangents,
+    outside_compiler,
+    refuse_legacy_batch,
+    refuse_traced,
+    transforms_active,
+    without_tangent,
+)
 
-__all__ = ["SolveFunction", "solve"]
+__all__ = ["AdjointFunction", "SolveFunction", "solve"]
 
 
 def solve(
@@ -44,9 +59,9 @@ def solve(
         Whether anything requires grad.
     """
     if trainable:
-        holder: list[Run] = []
-        ys = SolveFunction.apply(engine, problem, requests, holder, y0, t, *problem.parameters)
-        return ys, holder.pop()
+        runs = Runs()
+        ys = SolveFunction.apply(engine, problem, requests, runs, y0, t, *problem.parameters)
+        return ys, runs[0]
     own = ordered(place_of(problem.layout.device))
     with torch.inference_mode(False), torch.no_grad(), own as leave:
         state = y0.detach().clone()
@@ -60,16 +75,18 @@ class SolveFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         engine: Engine,
         problem: InitialValueProblem,
         requests: Requests,
-        holder: list[Run],
+        runs: Runs,
         y0: torch.Tensor,
         t: torch.Tensor,
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
-        """Solve; the sweep is left in ``holder``."""
+        """Solve; the sweep is left in ``runs``."""
+        own = bound(problem, parameters)
+        if own is not problem:
+            problem, requests = own, replace(requests, plain=True)
         with ordered(place_of(problem.layout.device)) as leave:
             ys, run = sweeps.forward(engine, problem, y0, keep=True, requests=requests)
             leave(ys)
@@ -85,64 +102,280 @@ class SolveFunction(torch.autograd.Function):
             else:  # a subclass, which may keep its numbers elsewhere
                 ys = ys.new_empty(shape).copy_(ys.view(shape))
         run.let_go()
-        ctx.engine, ctx.run = engine, run
-        # Saved for torch's check that nobody has modified them since, besides their values.
-        ctx.save_for_backward(y0, t, ys, *parameters, *problem.frozen)
-        holder.append(run)
+        runs.append(run)
         return ys
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        """Keep what derivatives need."""
+        engine, problem, _, runs, y0, t, *parameters = inputs
+        ctx.engine, ctx.runs, ctx.shape = engine, runs, output.shape
+        ctx.set_materialize_grads(False)
+        # Saved for torch's check that nobody has modified them since, besides their values.
+        ctx.save_for_backward(y0, t, output, *parameters, *problem.frozen)
+        ctx.save_for_forward(y0, t, *parameters)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        """Solve for one after the other: tangents of several directions, which a batch has."""
+        return one_by_one(SolveFunction, info, in_dims, inputs)
 
     @staticmethod
     @outside_compiler
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[Any, ...]:
         """Take the discrete adjoint of the sweep."""
         (cotangents,) = outputs
-        refuse_batched(cotangents)
-        y0, t, ys, *_ = ctx.saved_tensors
-        engine, run = ctx.engine, ctx.run
+        refuse_traced(cotangents)
+        if is_legacy_batch(cotangents):
+            return legacy_batch(partial(SolveFunction.backward, ctx), cotangents)
+        y0, t, ys, *others = ctx.saved_tensors
+        engine, runs, problem = ctx.engine, ctx.runs, ctx.runs[0].problem
+        parameters = others[: len(problem.parameters)]
+        wants_times = ctx.needs_input_grad[5]
         cotangents, ys = cotangents.reshape(len(ys), -1), ys.reshape(len(ys), -1)
-        with torch.no_grad(), ordered(place_of(run.problem.layout.device)) as leave:
-            found = sweeps.backward(engine, run, y0, cotangents.detach(), ctx.needs_input_grad[5])
-            leave(found.state, *found.parameters)
-            time = None
-            if ctx.needs_input_grad[5]:
-                ranks, surroundings = run.problem.ranks, run.surroundings
-                assert surroundings is not None
-                with ranks.together(), surroundings.restored():
-                    time = _time_gradient(run, ys, cotangents, found, len(t))
-                time = ranks.sum(time).to(t)
-        gradients = [
-            found.state.to(y0.dtype) if ctx.needs_input_grad[4] else None,
+        again = differentiable()
+        times = Times()
+        adjoint: Any = AdjointFunction.apply if again else AdjointFunction.forward
+        state, initial, *gradients = adjoint(
+            engine, runs, wants_times, times, y0, t, cotangents, *parameters
+        )
+        time = None
+        if wants_times:
+            with ordered(place_of(problem.layout.device)):
+                time = time_gradient(
+                    runs[0], y0, ys, cotangents, initial, times, t, parameters, again
+                )
+        return (
+            None, None, None, None,
+            state if ctx.needs_input_grad[4] else None,
             time,
+            *gradients,
+        )  # fmt: skip
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> torch.Tensor:
+        """Solve for the tangent."""
+        if any(one is not None and is_legacy_batch(one) for one in tangents[4:]):
+            each = partial(_in_tuple, SolveFunction.jvp, ctx)
+            return legacy_batch(each, *tangents)[0]
+        along_y0, along_t = tangents[4:6]
+        y0, t, *parameters = map(without_tangent, ctx.saved_tensors)
+        y0, t = y0.clone(), t.clone()  # views of these would have the tangents again
+        with no_tangents():
+            run = ctx.runs.only()
+            start = torch.zeros_like(y0) if along_y0 is None else along_y0
+            if along_t is not None:
+                if run.sweep.interpolated:
+                    refuse_interpolated_times()
+                start = start - along_t[0].to(y0) * slope_at(run, t[0], y0, parameters)
+            directions = tangents[6:]
+            pair, _, xs, _ = tangent(ctx.engine, run, y0, t, parameters, start, directions, True)
+            ys, Z = pair.parts(xs)
+            if along_t is not None:
+                first = torch.zeros_like(y0) if along_y0 is None else along_y0
+                later = [
+                    Z[i] + along_t[i].to(y0) * slope_at(run, t[i], ys[i], parameters)
+                    for i in range(1, len(Z))
+                ]
+                Z = torch.stack([first, *later])
+            return Z.reshape(ctx.shape)
+
+
+def _in_tuple(function: Any, *arguments: Any) -> tuple[Any]:
+    return (function(*arguments),)
+
+
+class AdjointFunction(torch.autograd.Function):
+    """A backward sweep as one node: (y0, t, cotangents, *parameters) -> (lambda, mu).
+
+    Its own derivatives are those of a tangent's solve: see :mod:`pnode.tangents`.
+    """
+
+    @staticmethod
+    def forward(
+        engine: Engine,
+        runs: Runs,
+        wants_times: bool,
+        times: Times,
+        y0: torch.Tensor,
+        t: torch.Tensor,
+        cotangents: torch.Tensor,
+        *parameters: torch.Tensor,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Take the discrete adjoint.
+
+        Returns
+        -------
+        state, initial : Tensor
+            The derivative with respect to y0, and the part of it that came through the flow.
+        *parameters : Tensor or None
+            With respect to each parameter; zeros if it is used in vain, None if not at all.
+
+        ``times`` gets the derivatives with respect to the times of interpolated outputs.
+        """
+        run = runs[0]
+        with torch.no_grad(), ordered(place_of(run.problem.layout.device)) as leave:
+            found = sweeps.backward(engine, run, y0, cotangents.detach(), wants_times)
+            leave(found.state, *found.parameters)
+        times.update(found.times)
+        return (
+            found.state.to(y0.dtype),
+            found.initial.to(y0.dtype),
             *(
                 _as_parameter(gradient, parameter, used)
                 for gradient, parameter, used in zip(
-                    found.parameters, run.problem.parameters, run.used, strict=True
+                    found.parameters, parameters, run.used, strict=True
                 )
             ),
-        ]
-        if torch.is_grad_enabled():
-            anchors = [cotangents, y0, t, *run.problem.parameters]
-            gradients = [
-                None if gradient is None else _FirstOrderOnly.apply(gradient, *anchors)
-                for gradient in gradients
-            ]
-        return (None, None, None, None, *gradients)
-
-
-class _FirstOrderOnly(torch.autograd.Function):
-    """Identity that ties a gradient to what it depends on, and refuses to be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: torch.Tensor, *anchors: torch.Tensor) -> torch.Tensor:
-        return gradient.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: torch.Tensor) -> Any:
-        raise BackwardError(
-            "second derivatives through a solve are not supported: use create_graph=True only "
-            "where the graph does not contain the solve's gradient, or differentiate that "
-            "gradient by finite differences"
         )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep what derivatives need."""
+        ctx.engine, ctx.runs, _, _, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        """Take one sweep for each."""
+        return one_by_one(AdjointFunction, info, in_dims, inputs)
+
+    @staticmethod
+    @outside_compiler
+    def backward(ctx: Any, *outputs: torch.Tensor | None) -> tuple[Any, ...]:
+        """Solve for the tangent along the outputs' cotangents, and take its gradient."""
+        state, initial, *directions = outputs
+        y0, t, cotangents, *parameters = ctx.saved_tensors
+        for tensor in outputs:
+            if tensor is not None:
+                refuse_traced(tensor)
+                refuse_legacy_batch(tensor)
+        run = ctx.runs.only()
+        again = differentiable()
+        start = torch.zeros_like(y0)
+        for part in (state, initial):
+            start = start if part is None else start + part
+        wants_y0, wants_t, wants_cotangents, *wants = ctx.needs_input_grad[4:]
+        gradient = wants_y0 or wants_t or any(wants)
+        pair, x0, xs, runs = tangent(
+            ctx.engine, run, y0, t, parameters, start, directions, gradient or again
+        )
+        found: list[torch.Tensor | None] = [None] * (3 + len(wants))
+        if wants_cotangents:  # the first output's adds to lambda, but not to ``initial``
+            first = torch.zeros_like(y0) if state is None else state
+            found[2] = torch.cat([first.reshape(1, -1), pair.parts(xs)[1][1:]])
+        if gradient:
+            zero = torch.zeros_like(cotangents)
+            seeds = _after_first(pair.join([zero, cotangents]))
+            of_both = (*parameters, *filter(moves, unique(directions)))
+            times = Times()
+            adjoint: Any = AdjointFunction.apply if again else AdjointFunction.forward
+            both, beginning, *gradients = adjoint(
+                ctx.engine, runs, wants_t, times, x0, t, seeds, *of_both
+            )
+            found[0] = pair.parts(both)[0] if wants_y0 else None
+            found[3:] = gradients[: len(wants)]
+            if wants_t:
+                found[1] = time_gradient(
+                    runs[0], x0, xs, seeds, beginning, times, t, of_both, again
+                )
+        return (None, None, None, None, *found)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[torch.Tensor | None, ...]:
+        """Take the gradient of the tangent's solve: second derivatives are symmetric."""
+        if any(one is not None and is_legacy_batch(one) for one in tangents[4:]):
+            return legacy_batch(partial(AdjointFunction.jvp, ctx), *tangents)
+        along_y0, along_t, along_cotangents, *directions = tangents[4:]
+        if along_t is not None:
+            raise BackwardError(
+                "forward mode over reverse mode cannot carry a tangent of t through a solve: "
+                "differentiate by t in reverse mode"
+            )
+        y0, t, cotangents, *parameters = map(without_tangent, ctx.saved_tensors)
+        y0, t, cotangents = y0.clone(), t.clone(), cotangents.clone()
+        with no_tangents():
+            run = ctx.runs.only()
+            start = torch.zeros_like(y0) if along_y0 is None else along_y0
+            pair, x0, _, runs = tangent(ctx.engine, run, y0, t, parameters, start, directions, True)
+            zero = torch.zeros_like(cotangents)
+            moved = zero if along_cotangents is None else along_cotangents
+            seeds = _after_first(pair.join([moved, cotangents]))
+            both, _, *gradients = AdjointFunction.apply(
+                ctx.engine, runs, False, Times(), x0, t, seeds, *parameters,
+                *filter(moves, unique(directions)),
+            )  # fmt: skip
+            initial = pair.parts(both)[0]
+            return (initial + moved[0], initial, *gradients[: len(parameters)])
+
+
+def _after_first(rows: torch.Tensor) -> torch.Tensor:
+    """Return rows with zeros instead of the first."""
+    return torch.cat([torch.zeros_like(rows[:1]), rows[1:]])
+
+
+def tangent(
+    engine: Engine,
+    run: Run,
+    y0: torch.Tensor,
+    t: torch.Tensor,
+    parameters: Sequence[torch.Tensor],
+    start: torch.Tensor,
+    directions: Sequence[torch.Tensor | None],
+    trainable: bool,
+) -> tuple[PairLayout, torch.Tensor, torch.Tensor, Runs]:
+    """Solve for the derivative of a solve's outputs along directions. Collective.
+
+    Parameters
+    ----------
+    engine, run : Engine, Run
+        What solved, and the solve.
+    y0, t : Tensor
+        Its flat initial state and its output times.
+    parameters : sequence of Tensor
+        Its parameters.
+    start : Tensor
+        Direction of y0, flat.
+    directions : sequence of (Tensor or None)
+        Of each parameter, None being zero.
+    trainable : bool
+        Whether the result is to be differentiated.
+
+    Returns
+    -------
+    pair : PairLayout
+        How states and tangents make one state.
+    x0, xs : Tensor
+        Of both, at the start and at the outputs.
+    runs : Runs
+        Of both.
+    """
+    problem, sweep = run.problem, run.sweep
+    assert sweep is not None and run.surroundings is not None
+    if problem.exchange is not None:
+        raise BackwardError(
+            "second derivatives through a solve with layout= are not supported: solve without a "
+            "layout, or differentiate the gradient by finite differences"
+        )
+    pair = PairLayout(problem.layout.size, split=run.settings.split)
+    steps, outputs = sweep.recorded()
+    recorded = Recorded(steps, outputs, pair_settings(run.settings, pair), run.surroundings)
+    of_both = pair_problem(problem, pair, [directions])
+    requests = Requests(dense=bool(sweep.interpolated), recorded=recorded)
+    number = len(problem.times)
+    x0, taken = pair.join([y0, start]), Runs()
+    with run.surroundings.restored():
+        if trainable or transforms_active():
+            inputs = (*parameters, *filter(moves, unique(directions)))
+            xs = SolveFunction.apply(engine, of_both, requests, taken, x0, t[:number], *inputs)
+        else:
+            xs, one = solve(engine, of_both, requests, x0, t[:number], trainable=False)
+            taken.append(one)
+    for one in taken.all():
+        one.event = run.event
+    return pair, x0, xs.reshape(number, -1), taken
 
 
 def _as_parameter(
@@ -152,43 +385,3 @@ def _as_parameter(
     if gradient is None:
         return torch.zeros_like(parameter) if used else None
     return gradient.to(parameter)
-
-
-def _time_gradient(
-    run: Run,
-    ys: torch.Tensor,
-    cotangents: torch.Tensor,
-    found: CostGradients,
-    number: int,
-) -> torch.Tensor:
-    """Derivatives with respect to the output times: along the exact flow, dy/dt = f.
-
-    Those of interpolated outputs are in ``found`` already, and the time of an event, which ends
-    the problem's times, is a constant here.
-    """
-    field = run.field(run.stats.backward)
-    direction = run.problem.direction
-    gradient = torch.zeros(number, dtype=torch.float64, device=HOST.device)
-    interpolated = () if run.sweep is None else run.sweep.interpolated
-    for index in interpolated:
-        gradient[index] = direction * found.times[index]
-    given = run.problem.times[: -1 if run.event is not None else None]
-    for index, s in enumerate(given):
-        if index in interpolated:
-            continue
-        cotangent = -found.initial if index == 0 else cotangents[index]
-        if run.problem.ranks.parallel or bool(cotangent.ne(0).any()):
-            slope = field.slope(s, ys[index].detach().clone())
-            _verify_slope(run, field, index, slope)
-            gradient[index] = direction * torch.dot(cotangent.double(), slope.double())
-    return gradient
-
-
-def _verify_slope(run: Run, field: VectorField, index: int, slope: torch.Tensor) -> None:
-    """Compare f at an output with the first stage of the step that begins there, if one does."""
-    scheme = run.settings.method.scheme
-    if run.sweep is not None and scheme is not None and scheme.explicit:
-        noted = run.sweep.noted(index)
-        by = differs(slope, noted[0]) if noted else 0.0
-        if by:
-            run.problem.ranks.refuse(field.changed(run.problem.times[index], by))

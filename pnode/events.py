@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pnode.errors import ConfigurationError, EventError
+from pnode.errors import BackwardError, ConfigurationError, EventError
 from pnode.event_path import EventPath, call_event
 from pnode.event_search import SAMPLES, Sides, first_crossing
 from pnode.problem import InitialValueProblem, StateLayout
@@ -228,13 +228,46 @@ def end_at_event(
             with torch.no_grad():
                 slope = problem.direction * field.slope(event.time, state.detach().clone())
             rate = _rate(function, layout, event, time, state, slope, where)
-            shift = -(value - value.detach()) / rate
+            shift = _Shift.apply(value, rate)
             end, state = end + shift.to(end), state + slope * shift
     reached = len(ys) - 1
     return (
         torch.cat([times[:reached], end.to(times).reshape(1)]),
         torch.cat([ys[:reached], state.reshape(1, -1)]),
     )
+
+
+class _Shift(torch.autograd.Function):
+    """Zero, with the derivative of the event's time by the value of event_fn at a fixed time."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, rate: float) -> torch.Tensor:
+        ctx.rate = rate
+        ctx.save_for_backward(value)
+        return torch.zeros_like(value)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> Any:
+        (output,) = outputs
+        gradient = -output / ctx.rate
+        if torch.is_grad_enabled():
+            gradient = _FirstOrder.apply(gradient, *ctx.saved_tensors)
+        return gradient, None
+
+
+class _FirstOrder(torch.autograd.Function):
+    """Identity that refuses to be differentiated: the rate is not the function that it was."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> Any:
+        raise BackwardError(
+            "second derivatives through an event are not supported: differentiate the gradient "
+            "by finite differences, or end the solve at a fixed time"
+        )
 
 
 def _rate(

@@ -91,6 +91,24 @@ class MassMatrix:
         assert self._matrix is not None
         return self._matrix if self._matrix.layout is torch.strided else self._matrix.to_dense()
 
+    def repeated(self, number: int, layout: StateLayout) -> MassMatrix:
+        """Return the mass matrix of so many states in one, each with this one.
+
+        Parameters
+        ----------
+        number : int
+            How many.
+        layout : StateLayout
+            Of all of them, one flat tensor.
+        """
+        if self.diagonal is not None:
+            return MassMatrix(self.diagonal.repeat(number), layout)
+        rows, columns, values = self.entries()
+        shifts = self.size * torch.arange(number, device=rows.device)[:, None]
+        index = torch.stack([(part + shifts).reshape(-1) for part in (rows, columns)])
+        whole = (self.size * number,) * 2
+        return MassMatrix(torch.sparse_coo_tensor(index, values.repeat(number), whole), layout)
+
     def null_spaces(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return bases of the left and right null space; see :mod:`pnode.nullspaces`."""
         if self.diagonal is not None:

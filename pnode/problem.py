@@ -14,6 +14,7 @@ from pnode.devices import HOST
 from pnode.errors import ConfigurationError
 from pnode.layouts import Layout
 from pnode.ranks import ALONE, Ranks
+from pnode.transforms import moves, plain
 from pnode.vectors import is_finite
 
 __all__ = ["InitialValueProblem", "StateLayout", "collect_parameters"]
@@ -82,7 +83,7 @@ class StateLayout:
                     f"{name} has dtype {part.dtype} on {part.device}, but y0[0] has "
                     f"{parts[0].dtype} on {parts[0].device}: all parts of a state must agree"
                 )
-            if not is_finite(part.detach()):
+            if not is_finite(plain(part)):
                 raise ConfigurationError(
                     f"{name} contains NaN or infinity: start from finite values"
                 )
@@ -203,7 +204,7 @@ class InitialValueProblem:
                 f"{exchange.shape}: give the owned part alone, such as layout.part(y0)"
             )
         form.setdefault("largest", layout.size)
-        times = tuple(t.detach().to(torch.float64).tolist())
+        times = tuple(plain(t).to(torch.float64).tolist())
         direction = -1.0 if len(times) > 1 and times[1] < times[0] else 1.0
         times = tuple(direction * time for time in times)
         for index, (before, after) in enumerate(itertools.pairwise(times)):
@@ -226,8 +227,8 @@ class InitialValueProblem:
             layout,
             times,
             direction,
-            tuple(tensor for tensor in parameters if tensor.requires_grad),
-            tuple(tensor for tensor in parameters if not tensor.requires_grad),
+            tuple(tensor for tensor in parameters if moves(tensor)),
+            tuple(tensor for tensor in parameters if not moves(tensor)),
             check_undeclared,
             **form,
         )
@@ -264,7 +265,7 @@ def as_times(t: Any, endless: bool = False) -> torch.Tensor:
         raise ConfigurationError(f"t has layout {t.layout} on {t.device}: give values, densely")
     if t.is_complex() or t.dtype is torch.bool:
         raise ConfigurationError(f"t has dtype {t.dtype}: times are real numbers")
-    times = t.detach()
+    times = plain(t)
     if endless and len(t) > 1 and bool(torch.isinf(times[-1])):
         times = times[:-1]
     if not is_finite(times):

@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 
-__all__ = ["directional_derivative", "edges_work", "gradients", "pull_back", "transposed"]
+__all__ = [
+    "derivatives",
+    "directional_derivative",
+    "edges_work",
+    "gradients",
+    "pull_back",
+    "transposed",
+]
 
 
 def gradients(
@@ -76,3 +83,47 @@ def directional_derivative(
         for gradient, direction in zip(gradients, directions, strict=True)
         if gradient is not None
     )
+
+
+def derivatives(
+    value: torch.Tensor,
+    inputs: Sequence[torch.Tensor],
+    tangents: Sequence[Sequence[torch.Tensor | None]],
+    record: bool,
+) -> list[torch.Tensor]:
+    """Return the derivatives of ``value`` along tangents of the leaves or nodes of its graph.
+
+    The VJP w -> w^T J is linear in w, so its own VJP with v is J v.
+
+    Parameters
+    ----------
+    value : Tensor
+        With its graph.
+    inputs : sequence of Tensor
+        What it is differentiated by; each requires grad.
+    tangents : sequence of sequence of (Tensor or None)
+        For each derivative, one per input, of its shape; None being zero.
+    record : bool
+        Whether the results are to have a graph.
+    """
+    if not value.requires_grad:
+        return [torch.zeros_like(value) for _ in tangents]
+    with torch.enable_grad():
+        seed = torch.zeros_like(value, requires_grad=True)
+        products = torch.autograd.grad(value, inputs, seed, create_graph=True, allow_unused=True)
+        found = []
+        for number, one in enumerate(tangents, start=1):
+            chosen = [
+                (product, tangent.reshape(product.shape))
+                for product, tangent in zip(products, one, strict=True)
+                if product is not None and product.requires_grad and tangent is not None
+            ]
+            result = None
+            if chosen:
+                (result,) = torch.autograd.grad(
+                    [product for product, _ in chosen], seed, [tangent for _, tangent in chosen],
+                    create_graph=record, retain_graph=record or number < len(tangents),
+                    allow_unused=True,
+                )  # fmt: skip
+            found.append(torch.zeros_like(value) if result is None else result)
+    return found

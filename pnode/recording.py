@@ -44,6 +44,8 @@ def new_trajectory(engine: Engine, run: Run, requests: Requests, y0: torch.Tenso
     times = (times[0], *times[1:][-1:]) if requests.dense else times
     grid = fixed_grid(times, control, run.problem.resolution)
     steps = None if grid is None or requests.event_fn is not None else grid.total
+    if requests.recorded is not None:
+        steps = len(requests.recorded.steps)
     state_bytes = run.problem.largest * REAL.itemsize
     schedule = choose_schedule(
         engine.method, steps, state_bytes, memory_limit(chosen, engine.method, state_bytes),
@@ -51,7 +53,7 @@ def new_trajectory(engine: Engine, run: Run, requests: Requests, y0: torch.Tenso
     )  # fmt: skip
     folder: Callable[[], DiskFolder] | None = None
     progress = None
-    if chosen.resume is not None:
+    if chosen.resume is not None and requests.recorded is None:
         assert chosen.disk is not None
         if not engine.method.restarts or requests.event_fn is not None or requests.dense:
             raise ConfigurationError(
@@ -144,7 +146,7 @@ class Outputs(Observer):
     def output(self, index: int, integrator: TimeIntegrator) -> None:
         """Take an output from the solution, unless it was reached in another process."""
         if index >= self._taken_up:
-            self.add()
+            self.add(vectors.view(integrator.solution))
 
     def take_up(self, progress: Progress) -> None:
         """Begin with what was done in another process."""

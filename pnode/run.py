@@ -17,10 +17,33 @@ from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger, Stats
 from pnode.solvers.compiled.fields import FieldCode, compiled_field
 from pnode.solvers.integrator import IntegratorSettings
+from pnode.solvers.stepping import Step
 from pnode.surroundings import Surroundings
 from pnode.vectorfield import VectorField, record_all, vector_field
 
-__all__ = ["Requests", "Run", "Sweep"]
+__all__ = ["Recorded", "Requests", "Run", "Sweep"]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Steps to be taken instead of choosing some: those of a solve that was taken.
+
+    Attributes
+    ----------
+    steps : sequence of Step
+        The steps.
+    outputs : tuple of int
+        For each output that a step hits, how many steps come before it.
+    settings : IntegratorSettings
+        Of the integrator that is to take them.
+    surroundings : Surroundings
+        What f saw.
+    """
+
+    steps: Sequence[Step]
+    outputs: tuple[int, ...]
+    settings: IntegratorSettings
+    surroundings: Surroundings
 
 
 @dataclass(frozen=True)
@@ -37,12 +60,18 @@ class Requests:
         ``event_fn(t, y)``; the sweep ends where it changes sign.
     event_tol : float
         Tolerance of that root, relative to the length of the step.
+    recorded : Recorded or None
+        Steps to be taken.
+    plain : bool
+        Whether nothing is to be compiled.
     """
 
     monitor: Callable[[int, float, Any], None] | None = None
     dense: bool = False
     event_fn: Callable[..., Any] | None = None
     event_tol: float = 1e-12
+    recorded: Recorded | None = None
+    plain: bool = False
 
 
 class Sweep(ABC):
@@ -52,6 +81,10 @@ class Sweep(ABC):
     @abstractmethod
     def interpolated(self) -> Set[int]:
         """Indices of the outputs that are interpolated."""
+
+    @abstractmethod
+    def recorded(self) -> tuple[Sequence[Step], tuple[int, ...]]:
+        """Return the steps, and for each output that one hits how many come before it."""
 
     @abstractmethod
     def noted(self, output: int) -> Sequence[float]:

@@ -42,7 +42,13 @@ from pnode.solution import Solution, Stats
 from pnode.solvers.methods import check_form, find_method
 from pnode.solvers.step_control import check_steps
 from pnode.transfers import carry_once, on_host, remote
-from pnode.transforms import outside_compiler, refuse_transforms, watched
+from pnode.transforms import (
+    moves,
+    outside_compiler,
+    refuse_moving,
+    refuse_transforms,
+    watched,
+)
 
 __all__ = ["Solver"]
 
@@ -293,9 +299,8 @@ class Solver(torch.nn.Module):
         differentiate: bool,
     ) -> Solution:
         """Solve what has been prepared, and make up the result. Collective."""
-        trainable = differentiate and any(
-            tensor.requires_grad for tensor in (flat, times, *problem.parameters)
-        )
+        moving = [tensor for tensor in (flat, times, *problem.parameters) if moves(tensor)]
+        trainable = any(differentiate or not tensor.requires_grad for tensor in moving)
         if trainable and self.event_fn is not None:
             check_rate(self._form)
         compute = problem.compute
@@ -334,7 +339,11 @@ class Solver(torch.nn.Module):
             The problem, the flat initial state, the output times, and the evaluations so far.
         """
         declared = collect_parameters(self._functions, self._params)
-        refuse_transforms([("y0", y0), ("t", t), ("mass", self.mass)], declared)
+        refuse_transforms([("y0", y0), ("t", t)], declared)
+        refuse_moving([("mass", self.mass)], "and a mass matrix is constant here")
+        if self.event_fn is not None:
+            moving = [("y0", y0), ("t", t), *(("a parameter", tensor) for tensor in declared)]
+            refuse_moving(moving, "and an event's time has derivatives in reverse mode alone")
         times = as_times(t, endless=self.event_fn is not None)
         start = Stats()
         with torch.inference_mode(False), torch.set_grad_enabled(differentiate):
@@ -344,16 +353,24 @@ class Solver(torch.nn.Module):
                 f"a parameter was made in torch.inference_mode, and method={self.method!r} needs "
                 "derivatives of the vector field: make the module outside of it"
             )
-        if differentiate and times.requires_grad and self._form in ("mass", "residual"):
+        if (
+            (differentiate or not times.requires_grad)
+            and moves(times)
+            and (self._form in ("mass", "residual"))
+        ):
             raise ConfigurationError(
                 f"t requires grad, and y' is not at hand for a problem given as {self._form}=: "
                 "pass t.detach()"
             )
+        wanted = [
+            one for one in declared if differentiate or (not one.requires_grad and moves(one))
+        ]
         # Of tensors made in inference mode there are no derivatives, nor transposes if sparse.
         with torch.inference_mode(False), torch.set_grad_enabled(differentiate):
             problem = InitialValueProblem.create(
-                watched(self._functions[0]), y0, times, declared if differentiate else (),
-                check_undeclared=differentiate, form=self._form, explicit=watched(self.explicit),
+                watched(self._functions[0], declared), y0, times, wanted,
+                check_undeclared=differentiate, form=self._form,
+                explicit=watched(self.explicit, declared),
                 mass=None if self.mass is None else MassMatrix(self.mass, StateLayout.of(y0)),
                 ranks=ranks, exchange=self._engine.exchange, compute=compute,
             )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Surroundings", "modules_within"]
+__all__ = ["Surroundings", "modules_within", "owner"]
 
 
 class Surroundings:
@@ -33,7 +33,7 @@ class Surroundings:
         self._autocast = {kind: _autocast(kind) for kind in self._kinds}
         self._dtype = torch.get_default_dtype()
         self._device = _default_device()
-        modules = modules_within(map(_owner, functions))
+        modules = modules_within(map(owner, functions))
         # Weakly: see pnode.held.
         self._modules = [(weakref.ref(module), module.training) for module in modules]
         self._tensors = [
@@ -77,8 +77,8 @@ class Surroundings:
     def differences(self) -> str:
         """Say what of the Modules has changed since; empty if nothing has."""
         found = []
-        for owner, name, tensor, version in self._tensors:
-            module = owner()
+        for reference, name, tensor, version in self._tensors:
+            module = reference()
             if module is None:
                 continue
             kind = "parameter" if name in module._parameters else "buffer"
@@ -112,7 +112,7 @@ def _default_device() -> torch.device:
     return torch.empty(0).device
 
 
-def _owner(function: Any) -> Any:
+def owner(function: Any) -> Any:
     """Return the object that a bound method belongs to, or the function itself."""
     return getattr(function, "__self__", function)
 

@@ -14,7 +14,7 @@ import torch
 
 from pnode.adjoint.gradients import CostGradients
 from pnode.adjoint.nonfinite import check_parameters
-from pnode.adjoint.reverse import Repeated, Reverse, store_again
+from pnode.adjoint.reverse import Repeated, Reverse, store_again, take_again
 from pnode.adjoint.trajectory import Trajectory
 from pnode.dense import DenseAdjoint, DenseOutput
 from pnode.engine import Engine
@@ -69,8 +69,12 @@ def forward(
     run : Run
         For the backward sweep.
     """
-    run = Run(problem, Stats(), engine.settings(problem))
-    if keep:
+    recorded = requests.recorded
+    settings = engine.settings(problem) if recorded is None else recorded.settings
+    run = Run(problem, Stats(), settings)
+    if recorded is not None:
+        run.surroundings = recorded.surroundings
+    elif keep:
         run.surroundings = Surroundings(
             (problem.function, problem.explicit), problem.compute or problem.layout.device
         )
@@ -89,7 +93,8 @@ def _forward(
         record_all(field)
     start: Start | None = None
     alone = not problem.ranks.parallel and engine.exchange is None
-    if engine.compile and alone and len(problem.times) > 1:
+    compiled = engine.compile and requests.recorded is None and not requests.plain
+    if compiled and alone and len(problem.times) > 1:
         found = engine.compiler.begin(field, y0, _wanted(engine, run, y0, field, keep, requests))
         if keep:
             run.reads = Reads(found.captured)
@@ -176,6 +181,10 @@ class WholeSweep(Sweep):
     def __init__(self, compiled: CompiledSweep) -> None:
         self._compiled = compiled
 
+    def recorded(self) -> tuple[Sequence[Step], tuple[int, ...]]:
+        """Return the steps, and how many come before each output."""
+        return self._compiled.recorded()
+
     def noted(self, output: int) -> Sequence[float]:
         """Return nothing: the graph that is differentiated is the one that was evaluated."""
         return ()
@@ -214,6 +223,14 @@ class SteppedSweep(Sweep):
         """Indices of the outputs that are interpolated."""
         return frozenset() if self.dense is None else self.dense.interpolated
 
+    def recorded(self) -> tuple[Sequence[Step], tuple[int, ...]]:
+        """Return the steps, and for each output that one hits how many come before it."""
+        trajectory = self.trajectory
+        assert trajectory is not None
+        inside = self.interpolated
+        hits = [steps for i, steps in enumerate(trajectory.outputs) if i not in inside]
+        return trajectory.steps, tuple(hits)
+
     def noted(self, output: int) -> Sequence[float]:
         """Return what was noted of f in the step that begins at an output, if one does."""
         trajectory = self.trajectory
@@ -239,7 +256,7 @@ class SteppedSweep(Sweep):
             # What one-step methods carry over from the step before; the others have the same bits.
             fresh = method.ts_type in ("rk", "dirk") and not method.same_bits
             self._reproducible = engine.checkpointing.reproducible and fresh
-        with ExitStack() as leases, engine.integrator(run.settings, field, y0) as integrator:
+        with engine.integrator(run.settings, field, y0) as integrator, ExitStack() as leases:
             if start is not None:
                 assert isinstance(integrator, CompiledIntegrator)
                 integrator.know_slope(start)
@@ -256,10 +273,17 @@ class SteppedSweep(Sweep):
                     requests.event_fn, problem, requests.event_tol, integrator,
                     lambda: leases.enter_context(engine.integrator(trial, field, y0)), field,
                 )  # fmt: skip
-            taker, outputs = self._sweep(run, integrator, field, keep, requests, locator)
-            for newton, krylov in (each.iterations() for each in {integrator, taker}):
-                run.stats.newton += newton
-                run.stats.krylov += krylov
+            repeated: Repeated | None = None
+            if requests.recorded is not None:
+                repeated = leases.enter_context(Repeated(
+                    lambda _: engine.integrator(run.settings, field, y0), run.settings,
+                    requests.recorded.steps, run.stats, self._reproducible, integrator,
+                ))  # fmt: skip
+            taker, outputs = self._sweep(run, integrator, field, keep, requests, locator, repeated)
+            if repeated is None:  # which counts them itself
+                for newton, krylov in (each.iterations() for each in {integrator, taker}):
+                    run.stats.newton += newton
+                    run.stats.krylov += krylov
             run.used = field.used
         integrator.options.warn_unused()
         return outputs.states()
@@ -272,6 +296,7 @@ class SteppedSweep(Sweep):
         keep: bool,
         requests: Requests,
         locator: EventLocator | None,
+        repeated: Repeated | None,
     ) -> tuple[TimeIntegrator, Outputs]:
         """Take all steps; return the integrator that took the last one, and the outputs."""
         trajectory = self.trajectory
@@ -296,7 +321,11 @@ class SteppedSweep(Sweep):
             outputs.take_up(progress)
             integrator.restore((progress.start,))
         control, stats = self._engine.control, run.stats
-        taker = forward_sweep(integrator, field, times, control, stats, observers, done)
+        if repeated is None:
+            taker = forward_sweep(integrator, field, times, control, stats, observers, done)
+        else:
+            assert requests.recorded is not None
+            taker = take_again(repeated, requests.recorded.outputs, stats, observers)
         if self.dense is not None:
             self.dense.end()
         if locator is not None and locator.event is not None:
@@ -367,5 +396,5 @@ class SteppedSweep(Sweep):
             lambda adaptive: engine.integrator(
                 replace(run.settings, adaptive=adaptive), run.field(ledger), y0
             ),
-            run.settings, trajectory, ledger, self._reproducible,
+            run.settings, trajectory.steps, ledger, self._reproducible,
         )  # fmt: skip

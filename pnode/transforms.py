@@ -10,40 +10,27 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 from pnode.errors import BackwardError, ConfigurationError
+from pnode.products import derivatives
 
-__all__ = ["outside_compiler", "refuse_batched", "refuse_transforms", "watched"]
+__all__ = [
+    "differentiable", "has_tangent", "in_forward_mode", "is_legacy_batch", "is_wrapped",
+    "legacy_batch", "moves", "no_tangents", "outside_compiler", "plain", "refuse_legacy_batch",
+    "refuse_moving", "refuse_traced", "refuse_transforms", "transforms_active", "unwrapped",
+    "watched", "without_tangent",
+]  # fmt: skip
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _functorch = torch._C._functorch
-_REVERSE = (
-    "use reverse mode: backward(), torch.autograd.grad, or torch.autograd.functional.jacobian "
-    "with strategy='reverse-mode'"
-)
-_PLAIN = (
-    "use backward(), torch.autograd.grad or torch.autograd.functional.jacobian, which take the "
-    "solve as it is"
-)
-_REFUSED = {
-    "Grad": (
-        "torch.func.grad, vjp and jacrev (and hessian)",
-        f"{_PLAIN}; inside of the vector field torch.func may be used",
-    ),
-    "Vmap": (
-        "torch.func.vmap",
-        "give all samples as one state of shape (B, ...), which the vector field treats row by "
-        "row, or solve in a loop; a solve that is the same for all of them, before",
-    ),
-    "Jvp": ("torch.func.jvp and jacfwd (forward mode)", _REVERSE),
-    "Functionalize": ("torch.func.functionalize", "solve outside of it"),
-}
 
 
 def refuse_transforms(
@@ -81,27 +68,45 @@ def refuse_transforms(
             "the solve is being traced by torch.jit.trace, and would be a constant of the trace: "
             "leave it out, and trace the vector field instead"
         )
-    if in_forward_mode():
-        for name, tensor in (*given, *(("a parameter", tensor) for tensor in parameters)):
-            if has_tangent(tensor):
+    for name, tensor in (*given, *(("a parameter", tensor) for tensor in parameters)):
+        _refuse_batched(name, tensor)
+    if transforms_active() and _functorch.peek_interpreter_stack().key().name == "Functionalize":
+        raise ConfigurationError(
+            "torch.func.functionalize cannot pass through a solve: solve outside of it"
+        )
+
+
+def refuse_moving(named: Iterable[tuple[str, Any]], why: str) -> None:
+    """Refuse tensors that forward mode or torch.func differentiate by.
+
+    Raises
+    ------
+    ConfigurationError
+        Naming the tensor, and saying ``why``.
+    """
+    for name, value in named:
+        for tensor in _tensors(value):
+            if has_tangent(tensor) or is_wrapped(tensor):
                 raise ConfigurationError(
-                    f"{name} has a tangent of forward-mode AD (torch.autograd.forward_ad, "
-                    "torch.func.jvp, jacfwd, strategy='forward-mode'), which a solve cannot carry "
-                    f"on: {_REVERSE}"
+                    f"{name} has a tangent of forward-mode AD, or belongs to a transform of "
+                    f"torch.func, {why}"
                 )
-    if torch._C._are_functorch_transforms_active():
-        transform, remedy = _REFUSED[_functorch.peek_interpreter_stack().key().name]
-        raise ConfigurationError(f"{transform} cannot pass through a solve: {remedy}")
-    for name, tensor in given:
-        if _is_wrapped(tensor):
+
+
+def _refuse_batched(name: str, tensor: torch.Tensor) -> None:
+    """Refuse a batch of solves."""
+    while is_wrapped(tensor):
+        if _functorch.is_batchedtensor(tensor) or is_legacy_batch(tensor):
             raise ConfigurationError(
-                f"{name} belongs to a transform of torch.func or to a batch of gradients, which "
-                f"cannot pass through a solve: {_PLAIN}"
+                f"{name} is a batch of torch.func.vmap, which cannot pass through a solve: give "
+                "all samples as one state of shape (B, ...), which the vector field treats row by "
+                "row, or solve in a loop"
             )
+        tensor = unwrapped(tensor)
 
 
-def refuse_batched(cotangent: torch.Tensor) -> None:
-    """Refuse a backward sweep of several cotangents at once, or of one that has a tangent.
+def refuse_traced(cotangent: torch.Tensor) -> None:
+    """Refuse a backward sweep that is being traced.
 
     Raises
     ------
@@ -113,17 +118,84 @@ def refuse_batched(cotangent: torch.Tensor) -> None:
             "the backward sweep is being traced (compiled autograd), and needs numbers: call "
             "backward() without it"
         )
-    if torch._C._are_functorch_transforms_active() or _is_wrapped(cotangent):
+
+
+def refuse_legacy_batch(cotangent: torch.Tensor) -> None:
+    """Refuse batches where only those of torch.func are taken.
+
+    Raises
+    ------
+    BackwardError
+        Saying what to use instead.
+    """
+    if is_legacy_batch(cotangent):
         raise BackwardError(
-            "gradients in batches (is_grads_batched=True, vectorize=True, torch.func.vmap) cannot "
-            "pass through a solve: take them one by one, such as "
-            "torch.autograd.functional.jacobian with vectorize=False"
+            "batches of second derivatives (is_grads_batched=True, vectorize=True) cannot pass "
+            "through a solve: use torch.func.vmap, or take them one by one"
         )
-    if has_tangent(cotangent):
-        raise BackwardError(
-            "the derivative of the loss has a tangent of forward-mode AD, which a backward sweep "
-            "cannot carry on: second derivatives through a solve are not supported"
-        )
+
+
+def is_legacy_batch(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a batch of gradients of ``torch.autograd.grad``."""
+    return bool(_functorch.is_legacy_batchedtensor(tensor))
+
+
+def legacy_batch(function: Callable[..., Sequence[Any]], *arguments: Any) -> tuple[Any, ...]:
+    """Apply a function to the entries of batches of gradients, and return batches of results."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    batches = {
+        index: torch._remove_batch_dim(one, level, 1, 0)
+        for index, one in enumerate(arguments)
+        if isinstance(one, torch.Tensor) and is_legacy_batch(one)
+    }
+    for _ in range(level):  # one entry after the other is no batch, in which nothing is random
+        torch._C._vmapmode_decrement_nesting()
+    try:
+        found = [
+            function(*(batches[i][k] if i in batches else one for i, one in enumerate(arguments)))
+            for k in range(len(next(iter(batches.values()))))
+        ]
+    finally:
+        for _ in range(level):
+            torch._C._vmapmode_increment_nesting()
+    return tuple(
+        None if column[0] is None else torch._add_batch_dim(torch.stack(column), 0, level)
+        for column in zip(*found, strict=True)
+    )
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the numbers of a tensor, without what transforms and graphs know of it."""
+    while is_wrapped(tensor):
+        tensor = unwrapped(tensor)
+    return tensor.detach()
+
+
+def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what a tensor of a transform is one level below."""
+    found: torch.Tensor = _functorch.get_unwrapped(tensor)
+    return found
+
+
+def transforms_active() -> bool:
+    """Whether transforms of torch.func are."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def differentiable() -> bool:
+    """Whether a backward sweep may be differentiated itself, or is part of a transform."""
+    return torch.is_grad_enabled() or transforms_active() or in_forward_mode()
+
+
+def no_tangents() -> AbstractContextManager[Any]:
+    """Return a context without forward mode; of torch.func's, the levels below go on."""
+    return forward_ad._set_fwd_grad_enabled(transforms_active())
+
+
+def without_tangent(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor without its tangent of forward mode, in the same graph."""
+    return forward_ad.unpack_dual(tensor).primal if has_tangent(tensor) else tensor
 
 
 def has_tangent(tensor: torch.Tensor) -> bool:
@@ -138,29 +210,83 @@ def in_forward_mode() -> bool:
     return getattr(forward_ad, "_current_level", 0) >= 0
 
 
-def watched(function: Any) -> Any:
-    """Return a function of the user's that refuses results with tangents, while there are any."""
-    return _Watched(function) if function is not None and in_forward_mode() else function
+def watched(function: Any, declared: Sequence[torch.Tensor] = ()) -> Any:
+    """Return a function of the user's that refuses results with unknown tangents, if there are any.
+
+    Parameters
+    ----------
+    function : callable or None
+        The function.
+    declared : sequence of Tensor
+        What its results may depend on.
+    """
+    if function is None or not (in_forward_mode() or transforms_active()):
+        return function
+    return _Watched(function, [tensor for tensor in declared if has_tangent(tensor)])
 
 
 class _Watched(torch.nn.Module):
-    """A function whose results may not have tangents; a Module, as it may stand for one."""
+    """A function whose results may not have tangents but those of declared tensors.
 
-    def __init__(self, function: Any) -> None:
+    A Module, as it may stand for one.
+    """
+
+    def __init__(self, function: Any, declared: Sequence[torch.Tensor]) -> None:
         super().__init__()
         self.function = function
+        self._declared = [declared]  # not as something of this Module
+        self._transformed = transforms_active()
 
     def forward(self, *arguments: Any) -> Any:
+        if self._transformed:
+            if any(is_wrapped(tensor) for one in arguments for tensor in _tensors(one)):
+                return self.function(*arguments)  # at the level of the transform
+            with _RefuseWrapped():
+                return self.function(*arguments)
         # torch switches tangents off inside of autograd functions, of which a solve is one.
         with forward_ad._set_fwd_grad_enabled(True):
             result = self.function(*arguments)
-            found = any(has_tangent(tensor) for tensor in _tensors(result))
-        if found:
-            raise ConfigurationError(
-                "what the vector field or event_fn returned has a tangent of forward-mode AD (of a "
-                f"tensor that it uses), which a solve cannot carry on: {_REVERSE}"
-            )
+            parts = [
+                forward_ad.unpack_dual(tensor) if has_tangent(tensor) else (tensor, None)
+                for tensor in _tensors(result)
+            ]
+        if any(tangent is not None for _, tangent in parts):
+            self._compare(parts)
+            return self.function(*arguments)
         return result
+
+    def _compare(self, parts: Sequence[tuple[torch.Tensor, Any]]) -> None:
+        """Refuse tangents that declared tensors do not explain."""
+        declared = [tensor for tensor in self._declared[0] if tensor.requires_grad]
+        tangents = [forward_ad.unpack_dual(tensor).tangent for tensor in declared]
+        for value, tangent in parts:
+            known = torch.zeros_like(value)
+            if declared and value.requires_grad:
+                (known,) = derivatives(value, declared, [tangents], record=False)
+            found = torch.zeros_like(value) if tangent is None else tangent.detach()
+            if not torch.allclose(found, known, rtol=1e-3, atol=1e-6 * float(found.abs().max())):
+                raise ConfigurationError(
+                    "what the vector field or event_fn returned has a tangent of forward-mode AD "
+                    "of a tensor that it uses and nobody declared (or that does not require "
+                    "grad), which a solve cannot carry on: declare it with params=, with "
+                    "requires_grad=True"
+                )
+
+
+class _RefuseWrapped(TorchFunctionMode):
+    """Refuses tensors of a transform, which torch takes for numbers below it."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        given = [*args, *(kwargs or {}).values()]
+        if any(is_wrapped(tensor) for value in given for tensor in _tensors(value)):
+            raise ConfigurationError(
+                "the vector field uses a tensor that belongs to a transform of torch.func and that "
+                "nobody declared: write it as a torch.nn.Module that holds the tensor, and use "
+                "torch.func.functional_call"
+            )
+        return function(*args, **(kwargs or {}))
 
 
 def outside_compiler(function: _Function) -> _Function:
@@ -185,10 +311,16 @@ def outside_compiler(function: _Function) -> _Function:
     return call  # type: ignore[return-value]
 
 
-def _is_wrapped(tensor: torch.Tensor) -> bool:
+def is_wrapped(tensor: torch.Tensor) -> bool:
+    """Whether a tensor belongs to a transform of torch.func, or to a batch of gradients."""
     return bool(
         _functorch.is_functorch_wrapped_tensor(tensor) or _functorch.is_legacy_batchedtensor(tensor)
     )
+
+
+def moves(tensor: torch.Tensor) -> bool:
+    """Whether something is to be differentiated by a tensor."""
+    return tensor.requires_grad or is_wrapped(tensor) or has_tangent(tensor)
 
 
 def _tensors(value: Any) -> tuple[torch.Tensor, ...]:

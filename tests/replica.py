@@ -18,6 +18,9 @@ from pnode.solvers.petsc_c import before_each_stage, rk_scheme, stage_vectors
 from pnode.vectorfield import VectorField, vector_field
 from pnode.vectors import copy_out
 
+#: Up to which derivative the replicas of implicit methods are right.
+DERIVATIVES = 1
+
 
 def petsc_tableau(method: Method) -> dict:
     """PETSc's own Butcher tableau of an explicit method."""
@@ -242,7 +245,7 @@ def solve_implicit(residual, guess):
     """Root of a residual, by Newton without graph, then one step whose graph is the IFT's.
 
     At the root y*, y = y* - J^{-1} F(y*; inputs) with J held fixed has the value y* and the
-    derivative -J^{-1} dF/dinputs.
+    derivative -J^{-1} dF/dinputs. Each step more makes one derivative more right.
     """
 
     def flat(x):
@@ -258,7 +261,9 @@ def solve_implicit(residual, guess):
             break
     with torch.no_grad():
         jacobian = torch.func.jacrev(flat)(root)
-    return (root - torch.linalg.solve(jacobian, flat(root))).view_as(guess)
+    for _ in range(DERIVATIVES):
+        root = root - torch.linalg.solve(jacobian, flat(root))
+    return root.view_as(guess)
 
 
 def theta_step(f, name, t, h, y):
@@ -314,9 +319,9 @@ def extrapolated_euler_step(f, order, t, h, y):
 def recorded_orders(ys):
     """Orders of the steps behind the result of a solve."""
     node = ys.grad_fn
-    while not hasattr(node, "run"):
+    while not hasattr(node, "runs"):
         node = node.next_functions[0][0]
-    return [step.order for step in node.run.sweep.trajectory.steps]
+    return [step.order for step in node.runs.only().sweep.trajectory.steps]
 
 
 def replica(f, name, y0, grid, orders=None):

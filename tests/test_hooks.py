@@ -11,7 +11,6 @@ import torch
 from test_compiled import interpreted, no_warnings
 
 import pnode
-from pnode.errors import BackwardError
 from pnode.hooks import hooks_of
 
 __all__ = ["interpreted", "no_warnings"]  # fixtures
@@ -327,13 +326,3 @@ def test_no_hooks_cost_nothing():
     handle.remove()
     assert hooks_of([k]) is None
     assert hooks_of([2.0 * k]) is None
-
-
-def test_second_derivatives_with_hooks_are_still_refused():
-    k = trainable(2)
-    k.register_hook(lambda g: 2.0 * g)
-    (gradient,) = torch.autograd.grad(
-        loss("rk4", field(k), [k], start()), k, create_graph=True
-    )  # fmt: skip
-    with pytest.raises(BackwardError, match="second derivatives"):
-        gradient.sum().backward()

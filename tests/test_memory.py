@@ -211,7 +211,7 @@ def test_trajectory_is_freed_with_the_output(kind):
     while node is not None and "Solve" not in type(node).__name__:
         node = node.next_functions[0][0]
     assert node is not None
-    watched = weakref.ref(node.run.sweep.trajectory)
+    watched = weakref.ref(node.runs.only().sweep.trajectory)
     assert watched() is not None
     del node, solution
     assert watched() is None
@@ -224,7 +224,7 @@ def test_backward_frees_the_checkpoints(kind):
     node = solution.ys.grad_fn
     while "Solve" not in type(node).__name__:
         node = node.next_functions[0][0]
-    trajectory = node.run.sweep.trajectory
+    trajectory = node.runs.only().sweep.trajectory
     assert trajectory.ready
     assert ("stages", 0) in trajectory._store
     solution.ys.sum().backward()

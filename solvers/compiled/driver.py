@@ -24,6 +24,7 @@ from pnode.solution import Ledger
 from pnode.solvers.compiled.inductor import compile_source
 from pnode.solvers.integrator import IntegratorSettings
 from pnode.solvers.step_control import StepControl, fixed_grid
+from pnode.solvers.stepping import Step
 from pnode.vectors import REAL
 
 __all__ = ["CompiledSweep", "Kernel", "library", "pointers", "source"]
@@ -83,6 +84,7 @@ def library() -> ctypes.CDLL:
         "repeat": (None, [pointer]),
         "reverse": (number, [pointer, pointer, pointer, pointer, ctypes.c_char_p, real]),
         "finish": (number, [pointer, pointer, pointer, pointer]),
+        "recorded": (number, [pointer, pointer, pointer]),
         "whole": (number, [pointer]),
         "owned": (number, []),
     }
@@ -168,7 +170,7 @@ class CompiledSweep:
         if not self._handle:
             raise MemoryError("there is no memory for a compiled sweep")
         weakref.finalize(self, self._library.pnode_free_sweep, self._handle).atexit = False
-        self._outputs = number
+        self._outputs, self._direction, self._end = number, problem.direction, times[-1]
         self._parameters = len(problem.parameters)
 
     def forward(self, ledger: Ledger) -> torch.Tensor | None:
@@ -243,6 +245,17 @@ class CompiledSweep:
             for index, gradient in self.kernel.gradients(sums):
                 parameters[index] = gradient
         return initial + cotangents[0], parameters, initial
+
+    def recorded(self) -> tuple[list[Step], tuple[int, ...]]:
+        """Return the steps that were taken, and how many come before each output."""
+        number = self._library.pnode_recorded(self._handle, None, None)
+        steps, outputs = (ctypes.c_double * (2 * number))(), (ctypes.c_int64 * self._outputs)()
+        self._library.pnode_recorded(self._handle, steps, outputs)
+        starts = [self._direction * start for start in steps[::2]]
+        lengths = [self._direction * length for length in steps[1::2]]
+        ends = [*starts[1:], self._end]
+        found = zip(range(number), starts, lengths, ends, strict=True)
+        return [Step(*one) for one in found], tuple(outputs)
 
     def _take_adjoints(
         self, cotangents: torch.Tensor

@@ -116,6 +116,15 @@ class Sweep {
         return counts;
     }
 
+    // Start and length of each step, and how many come before each output.
+    int64_t recorded(double* steps, int64_t* outputs) const {
+        if (steps) {
+            for (const auto& [t, h] : record_) *steps++ = t, *steps++ = h;
+            std::copy(outputs_at_.begin(), outputs_at_.end(), outputs);
+        }
+        return static_cast<int64_t>(record_.size());
+    }
+
     bool whole() const { return kernel_->kept() == static_cast<int64_t>(record_.size()); }
 
   private:
@@ -293,6 +302,10 @@ int64_t pnode_finish(void* sweep, double* state, double* const* sums, Counts* co
         *counts = own(sweep).counts(true);
         return DONE;
     });
+}
+
+int64_t pnode_recorded(void* sweep, double* steps, int64_t* outputs) {
+    return own(sweep).recorded(steps, outputs);
 }
 
 // Whether all checkpoints are there.

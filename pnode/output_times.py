@@ -1,0 +1,89 @@
+"""Derivatives of a solve with respect to its output times."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+
+import torch
+
+from pnode.errors import BackwardError
+from pnode.evidence import differs
+from pnode.held import now
+from pnode.rebinding import bound
+from pnode.run import Run
+from pnode.vectorfield import VectorField
+
+__all__ = ["refuse_interpolated_times", "slope_at", "time_gradient"]
+
+
+def time_gradient(
+    run: Run,
+    y0: torch.Tensor,
+    ys: torch.Tensor,
+    cotangents: torch.Tensor,
+    initial: torch.Tensor,
+    found: dict[int, float],
+    t: torch.Tensor,
+    parameters: Sequence[torch.Tensor],
+    again: bool,
+) -> torch.Tensor:
+    """Derivatives with respect to the output times: along the exact flow, dy/dt = f.
+
+    Those of interpolated outputs are in ``found`` already, and the time of an event, which ends
+    the problem's times, is a constant here. ``again`` tells whether they may be differentiated.
+    """
+    problem, direction = run.problem, run.problem.direction
+    interpolated: Set[int] = frozenset() if run.sweep is None else run.sweep.interpolated
+    if again and interpolated:
+        refuse_interpolated_times()
+    field = run.field(run.stats.backward)
+    terms: list[torch.Tensor] = [initial.new_zeros((), dtype=torch.float64)] * len(t)
+    for index, value in found.items():
+        terms[index] = terms[index] + direction * value
+    given = problem.times[: -1 if run.event is not None else None]
+    assert run.surroundings is not None
+    with problem.ranks.together(), run.surroundings.restored():
+        for index, s in enumerate(given):
+            if index in interpolated:
+                continue
+            cotangent = -initial if index == 0 else cotangents[index]
+            if again:
+                y = y0 if index == 0 else ys[index]
+                slope = slope_at(run, t[index], y, parameters)
+            elif problem.ranks.parallel or bool(cotangent.ne(0).any()):
+                slope = field.slope(s, ys[index].detach().clone())
+                _verifyslope_at(run, field, index, slope)
+            else:
+                continue
+            terms[index] = direction * torch.dot(cotangent.double(), slope.double())
+    return problem.ranks.sum(torch.stack(terms)).to(t)
+
+
+def refuse_interpolated_times() -> None:
+    """Refuse what would need derivatives of an interpolant by time, and theirs."""
+    raise BackwardError(
+        "second derivatives and tangents with respect to times of outputs that are interpolated "
+        "are not supported: pass t.detach(), or solve with dense=False"
+    )
+
+
+def slope_at(
+    run: Run, t: torch.Tensor, y: torch.Tensor, parameters: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Return dy/ds at an output, flat, as a differentiable function of everything."""
+    problem = bound(run.problem, parameters, leaves=False)
+    layout = problem.layout
+    time = t.to(layout.device, layout.dtype)
+    parts = [now(part) for part in (problem.function, problem.explicit) if part is not None]
+    values = [layout.flatten(part(time, layout.unflatten(y.clone()))) for part in parts]
+    return problem.direction * sum(values[1:], start=values[0])
+
+
+def _verifyslope_at(run: Run, field: VectorField, index: int, slope: torch.Tensor) -> None:
+    """Compare f at an output with the first stage of the step that begins there, if one does."""
+    scheme = run.settings.method.scheme
+    if run.sweep is not None and scheme is not None and scheme.explicit:
+        noted = run.sweep.noted(index)
+        by = differs(slope, noted[0]) if noted else 0.0
+        if by:
+            run.problem.ranks.refuse(field.changed(run.problem.times[index], by))

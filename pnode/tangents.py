@@ -1,0 +1,226 @@
+"""Tangents of a solve, and with them derivatives of every order.
+
+A tangent Z of a state y obeys Z' = f_y Z + f_p v, driven by y and never feeding back into it. Every
+method commutes with differentiation: on the steps that y took, the pair x = (y, Z) is an ordinary
+problem, and the Z-part of its solution is the derivative of the discrete solution in the direction
+(Z(t_0), v). With cotangents c_i of the outputs, the derivative of
+
+    S = sum_i <c_i, Z(t_i)>
+
+with respect to y0 and p is that of the solve's own gradient in that direction, by the symmetry of
+second derivatives. So the gradient's VJP is one solve of the pair and the discrete adjoint of that;
+as this is a solve like others, it can be differentiated in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from pnode.hooks import hooks_of
+from pnode.problem import InitialValueProblem, StateLayout
+from pnode.products import derivatives
+from pnode.rebinding import rebound
+from pnode.solvers.integrator import DENSE_LIMIT, IntegratorSettings
+from pnode.solvers.jacobians import JacobianOptions
+from pnode.tolerances import EntrywiseTolerance, Resolved
+from pnode.transforms import is_wrapped, moves
+
+__all__ = ["PairFunction", "PairLayout", "pair_problem", "pair_settings", "unique"]
+
+
+@dataclass(frozen=True)
+class PairLayout:
+    """How a flat state and its tangents make one flat state.
+
+    Of a symplectic method, positions come first in either: (q, Z_q, p, Z_p).
+
+    Attributes
+    ----------
+    size : int
+        Entries of the state.
+    tangents : int
+        How many there are.
+    split : int
+        Entries of the positions; 0 for a state that is not split.
+    """
+
+    size: int
+    tangents: int = 1
+    split: int = 0
+
+    def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the pair of a state and its tangents, each of shape ``(..., size)``."""
+        if not self.split:
+            return torch.cat(list(parts), dim=-1)
+        halves = [part[..., : self.split] for part in parts]
+        return torch.cat([*halves, *(part[..., self.split :] for part in parts)], dim=-1)
+
+    def parts(self, pair: torch.Tensor) -> list[torch.Tensor]:
+        """Return the state and its tangents, each of shape ``(..., size)``."""
+        number = self.tangents + 1
+        if not self.split:
+            return [pair.narrow(-1, k * self.size, self.size) for k in range(number)]
+        rest, offset = self.size - self.split, number * self.split
+        return [
+            torch.cat([
+                pair.narrow(-1, k * self.split, self.split),
+                pair.narrow(-1, offset + k * rest, rest),
+            ], dim=-1)
+            for k in range(number)
+        ]  # fmt: skip
+
+
+class PairFunction:
+    """(f, f_y Z + f_p v) at (y, Z): a function as users give them, of one flat tensor.
+
+    Parameters
+    ----------
+    function : callable
+        The user's ``f(t, y)``, or ``F(t, y, y')``.
+    layout : StateLayout
+        Of y.
+    pair : PairLayout
+        Of (y, Z).
+    parameters : sequence of Tensor
+        p.
+    directions : sequence of sequence of (Tensor or None)
+        v, for each tangent; None being zero.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        layout: StateLayout,
+        pair: PairLayout,
+        parameters: Sequence[torch.Tensor],
+        directions: Sequence[Sequence[torch.Tensor | None]],
+    ) -> None:
+        self._function = function
+        self._layout = layout
+        self._pair = pair
+        self._parameters = tuple(parameters)
+        self._directions = directions
+        self._hooks = hooks_of(self._parameters)
+
+    def __call__(self, t: torch.Tensor, x: torch.Tensor, *rate: torch.Tensor) -> torch.Tensor:
+        """Return both, in one flat tensor; with their graph if there is to be one."""
+        record = torch.is_grad_enabled() and any(
+            tensor.requires_grad for tensor in (x, *rate, *self._parameters)
+        )
+        given = [self._pair.parts(part) for part in (x, *rate)]
+        if any(map(is_wrapped, (x, *self._parameters))):
+            return self._pair.join(self._transformed(t, given))
+        with torch.enable_grad():
+            arguments = [
+                part[0] if part[0].requires_grad else part[0].detach().requires_grad_()
+                for part in given
+            ]
+            result = self._function(t, *(self._layout.unflatten(one) for one in arguments))
+            value = self._layout.flatten(result)
+        inputs = (*arguments, *self._parameters)
+        tangents = [
+            (*(part[k] for part in given), *directions)
+            for k, directions in enumerate(self._directions, start=1)
+        ]
+        if self._hooks is None:
+            found = derivatives(value, inputs, tangents, record)
+        else:
+            with self._hooks.away():
+                found = derivatives(value, inputs, tangents, record)
+        return self._pair.join([value if record else value.detach(), *found])
+
+    def _transformed(
+        self, t: torch.Tensor, given: Sequence[Sequence[torch.Tensor]]
+    ) -> list[torch.Tensor]:
+        """Return the parts of the result inside of a transform of torch.func."""
+
+        def evaluate(*inputs: torch.Tensor) -> torch.Tensor:
+            arguments, parameters = inputs[: len(given)], inputs[len(given) :]
+            new = {id(old): one for old, one in zip(self._parameters, parameters, strict=True)}
+            function = rebound(self._function, new)[0]
+            return self._layout.flatten(function(t, *map(self._layout.unflatten, arguments)))
+
+        inputs = (*(part[0] for part in given), *self._parameters)
+        found: list[torch.Tensor] = []
+        for k, directions in enumerate(self._directions, start=1):
+            moved = (
+                torch.zeros_like(one) if v is None else v
+                for one, v in zip(self._parameters, directions, strict=True)
+            )
+            along = (*(part[k] for part in given), *moved)
+            value, derivative = torch.func.jvp(evaluate, inputs, along)[:2]
+            found = [value, *found[1:], derivative]
+        return found
+
+    def rebound(self, tensors: Mapping[int, torch.Tensor]) -> tuple[Any, set[int]]:
+        """Return it with tensors in the place of others; see :mod:`pnode.rebinding`."""
+        function, found = rebound(self._function, tensors)
+        moved = {id(v) for one in self._directions for v in one if v is not None} & set(tensors)
+
+        def new(tensor: Any) -> Any:
+            return tensors.get(id(tensor), tensor)
+
+        parameters = [new(parameter) for parameter in self._parameters]
+        directions = [[new(v) for v in one] for one in self._directions]
+        made = PairFunction(function, self._layout, self._pair, parameters, directions)
+        return made, found | moved
+
+
+def pair_problem(
+    problem: InitialValueProblem,
+    pair: PairLayout,
+    directions: Sequence[Sequence[torch.Tensor | None]],
+) -> InitialValueProblem:
+    """Return the problem of a state and its tangents.
+
+    Parameters
+    ----------
+    problem : InitialValueProblem
+        Of the state.
+    pair : PairLayout
+        Of both.
+    directions : sequence of sequence of (Tensor or None)
+        For each tangent, that of each parameter; None being zero.
+    """
+    layout = problem.layout
+    number = pair.tangents + 1
+    both = StateLayout((torch.Size((layout.size * number,)),), False, layout.dtype, layout.device)
+
+    def of(function: Any) -> PairFunction:
+        return PairFunction(function, layout, pair, problem.parameters, directions)
+
+    moving = unique([v for one in directions for v in one])
+    mass = problem.mass
+    return replace(
+        problem, function=of(problem.function), layout=both,
+        explicit=None if problem.explicit is None else of(problem.explicit),
+        parameters=(*problem.parameters, *filter(moves, moving)),
+        mass=None if mass is None else mass.repeated(number, both),
+        check_undeclared=False, largest=problem.largest * number,
+    )  # fmt: skip
+
+
+def unique(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    """Return the tensors among them, each once."""
+    return list({id(tensor): tensor for tensor in tensors if tensor is not None}.values())
+
+
+def pair_settings(settings: IntegratorSettings, pair: PairLayout) -> IntegratorSettings:
+    """Return the settings of an integrator of a state and its tangents, on steps that are given."""
+    number = pair.tangents + 1
+    return replace(
+        settings, size=settings.size * number, split=settings.split * number, adaptive=False,
+        rtol=_repeated(settings.rtol, number), atol=_repeated(settings.atol, number), graphs=None,
+        jacobian="dense" if settings.size * number <= DENSE_LIMIT else "matrix-free",
+        jacobian_options=JacobianOptions(settings.jacobian_options.reuse),
+    )  # fmt: skip
+
+
+def _repeated(tolerance: Resolved, number: int) -> Resolved:
+    if isinstance(tolerance, EntrywiseTolerance):
+        return EntrywiseTolerance(tolerance.data * number)
+    return tolerance
