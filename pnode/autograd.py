@@ -15,10 +15,11 @@ from pnode.devices import ordered, place_of
 from pnode.engine import Engine
 from pnode.errors import BackwardError
 from pnode.output_times import refuse_interpolated_times, slope_at, time_gradient
+from pnode.pair_layout import PairLayout
 from pnode.problem import InitialValueProblem
 from pnode.rebinding import bound
 from pnode.run import Recorded, Requests, Run
-from pnode.tangents import PairLayout, pair_problem, pair_settings, unique
+from pnode.tangents import pair_problem, pair_settings, unique
 from pnode.transforms import (
     differentiable,
     is_legacy_batch,
@@ -361,7 +362,12 @@ def tangent(
         )
     pair = PairLayout(problem.layout.size, split=run.settings.split)
     steps, outputs = sweep.recorded()
-    recorded = Recorded(steps, outputs, pair_settings(run.settings, pair), run.surroundings)
+    options = {}
+    if engine.method.implicit:
+        options = engine.solver_options(run.settings, adjoint=True).values
+    recorded = Recorded(
+        steps, outputs, pair_settings(run.settings, pair, options), run.surroundings
+    )
     of_both = pair_problem(problem, pair, [directions])
     requests = Requests(dense=bool(sweep.interpolated), recorded=recorded)
     number = len(problem.times)

@@ -33,6 +33,7 @@ from pnode.solvers.integrator import (
 )
 from pnode.solvers.jacobians import JacobianOptions
 from pnode.solvers.methods import Method
+from pnode.solvers.pairs import LINEAR
 from pnode.solvers.step_control import StepControl
 from pnode.solvers.symplectic import split_size
 from pnode.vectorfield import VectorField
@@ -219,7 +220,11 @@ class Engine:
             )  # fmt: skip
             # Adaptive solvers repeat steps, and look for events, on an integrator without control.
             forward = not adjoint and settings.adaptive == (self.control.step_size is None)
-            self._options[key] = SolverOptions(self.prefix, self.petsc_options, defaults, forward)
+            given, prefix = self.petsc_options, self.prefix
+            if settings.jacobian == "pair":  # whose systems are solved with the state's own
+                given = {k: v for k, v in given.items() if not k.startswith(LINEAR)}
+                prefix += "tangent_"
+            self._options[key] = SolverOptions(prefix, given, defaults, forward)
         return self._options[key]
 
 

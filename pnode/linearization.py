@@ -104,6 +104,11 @@ class Linearization:
         self._double_backward: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None
         self._jacobians: tuple[torch.Tensor, ...] | None = None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The user's precision."""
+        return self._value.dtype
+
     def drop_value(self) -> None:
         """Let go of f's value, which only the graph itself may still need: for VJPs alone."""
         if self._value.requires_grad and edges_work:

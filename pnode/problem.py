@@ -165,6 +165,8 @@ class InitialValueProblem:
         Where f computes, if the state is kept elsewhere: see :mod:`pnode.transfers`.
     resolution : float
         Relative spacing of the numbers that the output times were given in.
+    base : InitialValueProblem or None
+        Of a state and its tangents: that of the state.
     """
 
     function: Callable[..., Any]
@@ -183,6 +185,7 @@ class InitialValueProblem:
     distribution: int = 0
     compute: torch.device | None = None
     resolution: float = _DOUBLE
+    base: InitialValueProblem | None = None
 
     @classmethod
     def create(

@@ -113,19 +113,31 @@ def bound(
     }
     if not new:
         return problem
-    function, found = rebound(problem.function, new)
-    explicit = None
-    if problem.explicit is not None:
-        explicit, more = rebound(problem.explicit, new)
-        found |= more
+    result, found = _with(problem, new)
     if len(found) < len(new):
         raise ConfigurationError(
             f"{len(new) - len(found)} of the parameters belong to a transform of torch.func, or "
             "have a tangent without requires_grad, and the vector field is no Module that holds "
             "them: write it as a torch.nn.Module, and use torch.func.functional_call"
         )
+    return result
+
+
+def _with(
+    problem: InitialValueProblem, new: Mapping[int, torch.Tensor]
+) -> tuple[InitialValueProblem, set[int]]:
+    """Return a problem with tensors in the place of others, and the identities of those found."""
+    function, found = rebound(problem.function, new)
+    explicit = problem.explicit
+    if explicit is not None:
+        explicit, more = rebound(explicit, new)
+        found = found | more
+    base = problem.base
+    if base is not None:
+        base = _with(base, new)[0]
     own = tuple(new.get(id(old), old) for old in problem.parameters)
-    return replace(problem, function=function, explicit=explicit, parameters=own)
+    result = replace(problem, function=function, explicit=explicit, parameters=own, base=base)
+    return result, found
 
 
 def _same(old: torch.Tensor, new: torch.Tensor) -> bool:

@@ -285,7 +285,8 @@ class SteppedSweep(Sweep):
                     run.stats.newton += newton
                     run.stats.krylov += krylov
             run.used = field.used
-        integrator.options.warn_unused()
+        if requests.recorded is None:
+            integrator.options.warn_unused()
         return outputs.states()
 
     def _sweep(

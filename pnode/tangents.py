@@ -15,63 +15,23 @@ as this is a solve like others, it can be differentiated in turn.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from pnode.hooks import hooks_of
+from pnode.pair_layout import PairLayout
 from pnode.problem import InitialValueProblem, StateLayout
 from pnode.products import derivatives
 from pnode.rebinding import rebound
-from pnode.solvers.integrator import DENSE_LIMIT, IntegratorSettings
+from pnode.solvers.integrator import IntegratorSettings
 from pnode.solvers.jacobians import JacobianOptions
+from pnode.solvers.pairs import LINEAR, PairOptions
 from pnode.tolerances import EntrywiseTolerance, Resolved
 from pnode.transforms import is_wrapped, moves
 
-__all__ = ["PairFunction", "PairLayout", "pair_problem", "pair_settings", "unique"]
-
-
-@dataclass(frozen=True)
-class PairLayout:
-    """How a flat state and its tangents make one flat state.
-
-    Of a symplectic method, positions come first in either: (q, Z_q, p, Z_p).
-
-    Attributes
-    ----------
-    size : int
-        Entries of the state.
-    tangents : int
-        How many there are.
-    split : int
-        Entries of the positions; 0 for a state that is not split.
-    """
-
-    size: int
-    tangents: int = 1
-    split: int = 0
-
-    def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the pair of a state and its tangents, each of shape ``(..., size)``."""
-        if not self.split:
-            return torch.cat(list(parts), dim=-1)
-        halves = [part[..., : self.split] for part in parts]
-        return torch.cat([*halves, *(part[..., self.split :] for part in parts)], dim=-1)
-
-    def parts(self, pair: torch.Tensor) -> list[torch.Tensor]:
-        """Return the state and its tangents, each of shape ``(..., size)``."""
-        number = self.tangents + 1
-        if not self.split:
-            return [pair.narrow(-1, k * self.size, self.size) for k in range(number)]
-        rest, offset = self.size - self.split, number * self.split
-        return [
-            torch.cat([
-                pair.narrow(-1, k * self.split, self.split),
-                pair.narrow(-1, offset + k * rest, rest),
-            ], dim=-1)
-            for k in range(number)
-        ]  # fmt: skip
+__all__ = ["PairFunction", "pair_problem", "pair_settings", "unique"]
 
 
 class PairFunction:
@@ -201,6 +161,7 @@ def pair_problem(
         parameters=(*problem.parameters, *filter(moves, moving)),
         mass=None if mass is None else mass.repeated(number, both),
         check_undeclared=False, largest=problem.largest * number,
+        base=replace(problem, check_undeclared=False),
     )  # fmt: skip
 
 
@@ -209,14 +170,25 @@ def unique(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
     return list({id(tensor): tensor for tensor in tensors if tensor is not None}.values())
 
 
-def pair_settings(settings: IntegratorSettings, pair: PairLayout) -> IntegratorSettings:
-    """Return the settings of an integrator of a state and its tangents, on steps that are given."""
+def pair_settings(
+    settings: IntegratorSettings, pair: PairLayout, linear_solver: dict[str, Any]
+) -> IntegratorSettings:
+    """Return the settings of an integrator of a state and its tangents, on steps that are given.
+
+    ``linear_solver`` is PETSc's options of the state's own systems.
+    """
+    chosen = tuple(
+        sorted((name, value) for name, value in linear_solver.items() if name.startswith(LINEAR))
+    )
+    own = settings.jacobian_options
+    options = JacobianOptions(
+        own.reuse, pair=PairOptions(pair, settings.jacobian, own, chosen)
+    )  # fmt: skip
     number = pair.tangents + 1
     return replace(
         settings, size=settings.size * number, split=settings.split * number, adaptive=False,
         rtol=_repeated(settings.rtol, number), atol=_repeated(settings.atol, number), graphs=None,
-        jacobian="dense" if settings.size * number <= DENSE_LIMIT else "matrix-free",
-        jacobian_options=JacobianOptions(settings.jacobian_options.reuse),
+        jacobian="pair", jacobian_options=options,
     )  # fmt: skip
 
 

@@ -26,13 +26,9 @@ from pnode.options import PETSc, SolverOptions, failure_reason, log_stage
 from pnode.ranks import ALONE, CURABLE
 from pnode.solvers.assemblies import BLOCK_LU
 from pnode.solvers.bridge import Bridge, JacobianShell
-from pnode.solvers.jacobians import (
-    Jacobian,
-    JacobianOptions,
-    create_assembly,
-    create_matrices,
-)
+from pnode.solvers.jacobians import Jacobian, JacobianOptions, create_assembly
 from pnode.solvers.methods import Method
+from pnode.solvers.pairs import PAIR_SOLVE, create_matrices
 from pnode.solvers.petsc_c import (
     before_each_stage,
     register,
@@ -182,12 +178,14 @@ def default_options(
             "ksp_rtol": tight if adjoint or linear else loose,
         }
     assembled = more.assembled(jacobian)
-    options["pc_type"] = {None: "none", "block": "python"}.get(assembled, "lu")
+    options["pc_type"] = {None: "none", "block": "python", "pair": "python"}.get(assembled, "lu")
     if assembled == "sparse" and (ranks > 1 or more.exchange is not None):
         options["pc_type"] = "bjacobi"
         options["sub_pc_type"] = "lu" if more.exchange is None else "ilu"
     if assembled == "block":
         options["pc_python_type"] = BLOCK_LU
+    if assembled == "pair":
+        options["pc_python_type"] = PAIR_SOLVE
     return options
 
 

@@ -30,10 +30,11 @@ from pnode.solvers.assemblies import (
     probe,
     sample_count,
 )
-from pnode.solvers.bridge import Bridge, JacobianShell, Point, shell_matrix
+from pnode.solvers.bridge import Bridge, Point
+from pnode.solvers.pairs import PairAssembly
 from pnode.vectors import is_finite
 
-__all__ = ["Jacobian", "JacobianOptions", "create_assembly", "create_matrices"]
+__all__ = ["Jacobian", "JacobianOptions", "create_assembly"]
 
 # A Newton iteration that leaves more than this part of the residual wants a new Jacobian.
 _SLOW = 0.1
@@ -66,6 +67,8 @@ class Jacobian:
 
     def forget(self) -> None:
         """Begin or end a sweep: nothing is known of the field."""
+        if isinstance(self._assembly, PairAssembly):
+            self._assembly.forget()
         self._values: Any = None
         self._formed = _NEVER
         self._first: Point | None = None
@@ -185,22 +188,6 @@ class Jacobian:
         return True
 
 
-def create_matrices(
-    assembly: Assembly | None,
-    shell: JacobianShell | None,
-    size: int,
-    comm: Any,
-    place: Place = HOST,
-) -> tuple[Any, Any]:
-    """Return the operator, ``shell`` if there is one, and the matrix to precondition with.
-
-    Collective.
-    """
-    matrix = None if assembly is None else assembly.create(size, comm)
-    operator = matrix if shell is None else shell_matrix(shell, size, size, comm, place)
-    return operator, operator if matrix is None else matrix
-
-
 @dataclass(frozen=True)
 class JacobianOptions:
     """What there is to choose besides the kind of Jacobian.
@@ -219,6 +206,8 @@ class JacobianOptions:
         Of a state with ghost cells.
     by_rank : bool
         Whether several ranks share the state: "dense" is then one block for each.
+    pair : PairOptions or None
+        Of a state and its tangents, whose Jacobian is "pair".
     """
 
     reuse: str = "iteration"
@@ -227,6 +216,7 @@ class JacobianOptions:
     samples: int = 1
     exchange: Layout | None = None
     by_rank: bool = False
+    pair: Any = None
 
     def assembled(self, jacobian: str) -> str | None:
         """Return what is assembled: "dense", "block", "sparse", "given" or None."""
@@ -304,6 +294,9 @@ def create_assembly(
     if kind == "sparse":
         assert options.pattern is not None
         return SparseAssembly(options.pattern, place)
+    if kind == "pair":
+        pair = options.pair
+        return PairAssembly(pair, create_assembly(pair.jacobian, pair.options, place), place)
     if kind == "given":
         assert isinstance(options.preconditioner, GivenMatrix)
         return GivenAssembly(options.preconditioner, place)

@@ -1,0 +1,52 @@
+"""A flat state and its tangents as one flat state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["PairLayout"]
+
+
+@dataclass(frozen=True)
+class PairLayout:
+    """How a flat state and its tangents make one flat state.
+
+    Of a symplectic method, positions come first in either: (q, Z_q, p, Z_p).
+
+    Attributes
+    ----------
+    size : int
+        Entries of the state.
+    tangents : int
+        How many there are.
+    split : int
+        Entries of the positions; 0 for a state that is not split.
+    """
+
+    size: int
+    tangents: int = 1
+    split: int = 0
+
+    def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the pair of a state and its tangents, each of shape ``(..., size)``."""
+        if not self.split:
+            return torch.cat(list(parts), dim=-1)
+        halves = [part[..., : self.split] for part in parts]
+        return torch.cat([*halves, *(part[..., self.split :] for part in parts)], dim=-1)
+
+    def parts(self, pair: torch.Tensor) -> list[torch.Tensor]:
+        """Return the state and its tangents, each of shape ``(..., size)``."""
+        number = self.tangents + 1
+        if not self.split:
+            return [pair.narrow(-1, k * self.size, self.size) for k in range(number)]
+        rest, offset = self.size - self.split, number * self.split
+        return [
+            torch.cat([
+                pair.narrow(-1, k * self.split, self.split),
+                pair.narrow(-1, offset + k * rest, rest),
+            ], dim=-1)
+            for k in range(number)
+        ]  # fmt: skip

@@ -1,0 +1,279 @@
+"""Linear systems of a state and its tangents, solved with the factors of the state's own.
+
+The matrix of the pair (see :mod:`pnode.tangents`) is block lower triangular::
+
+    | A           |         A = shift dF/du_dot - dg/du  of the state,
+    | C_1  A      |         C_k = the derivative of the k-th tangent's equation by the state:
+    | ...     A   |         a product with the pair's own graph
+
+so that a solve with it is one solve with A for the state and each tangent, whatever A is: dense,
+sparse, blocks, or products alone with a preconditioner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pnode.devices import HOST, Place
+from pnode.linearization import Linearization
+from pnode.options import PETSc
+from pnode.pair_layout import PairLayout
+from pnode.solvers.assemblies import Assembly
+from pnode.solvers.bridge import Bridge, JacobianShell, Point, shell_matrix
+from pnode.vectorfield import vector_field
+from pnode.vectors import REAL, copy_in, copy_out, create, view
+
+__all__ = [
+    "LINEAR",
+    "PAIR_SOLVE",
+    "PairAssembly",
+    "PairMatrix",
+    "PairOptions",
+    "PairSolve",
+    "create_matrices",
+]
+
+PAIR_SOLVE = f"{__name__}.PairSolve"
+_PREFIX = "pnode_tangent_solve_"
+#: What of PETSc's options belongs to linear systems.
+LINEAR = ("ksp_", "pc_", "sub_", "mat_")
+
+
+@dataclass(frozen=True)
+class PairOptions:
+    """How the state's own systems are solved.
+
+    Attributes
+    ----------
+    layout : PairLayout
+        How the state and its tangents make one state.
+    jacobian : str
+        Of the state: see ``IntegratorSettings``.
+    options : JacobianOptions
+        Of the state.
+    linear_solver : tuple
+        PETSc's options, names and values.
+    """
+
+    layout: PairLayout
+    jacobian: str
+    options: Any
+    linear_solver: tuple[tuple[str, Any], ...]
+
+
+def create_matrices(
+    assembly: Assembly | None,
+    shell: JacobianShell | None,
+    size: int,
+    comm: Any,
+    place: Place = HOST,
+) -> tuple[Any, Any]:
+    """Return the operator, ``shell`` if there is one, and the matrix to precondition with.
+
+    Collective.
+    """
+    matrix = None if assembly is None else assembly.create(size, comm)
+    operator = matrix if shell is None else shell_matrix(shell, size, size, comm, place)
+    return operator, operator if matrix is None else matrix
+
+
+class PairMatrix:
+    """Python context of a pair's matrix.
+
+    Parameters
+    ----------
+    layout : PairLayout
+        Of the pair.
+    ksp : PETSc.KSP
+        Solves with A.
+    own : Bridge
+        Where products with A leave their exceptions.
+    vectors : sequence of PETSc.Vec
+        Two, for these systems.
+    """
+
+    def __init__(self, layout: PairLayout, ksp: Any, own: Bridge, vectors: Sequence[Any]) -> None:
+        self.layout = layout
+        self.ksp = ksp
+        self._own = own
+        self._b, self._x = vectors
+        self._shift, self._factor = 0.0, 1.0
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of the user's objects."""
+        self._bridge: Bridge | None = None
+        self._linearization: Linearization | None = None
+
+    def move_to(self, bridge: Bridge, linearization: Linearization, shift: float) -> None:
+        """Stand at a point; exceptions go to ``bridge``."""
+        self._bridge, self._linearization = bridge, linearization
+        self._shift, self._factor = shift, 1.0
+
+    def scale(self, mat: Any, factor: float) -> None:
+        """A = factor A."""
+        self._factor *= factor
+
+    def mult(self, mat: Any, x: Any, y: Any) -> None:
+        """y = A x."""
+        self._guarded("jvp", self._product, x, y)
+
+    def multTranspose(self, mat: Any, x: Any, y: Any) -> None:
+        """y = A^T x."""
+        self._guarded("vjp", self._transposed, x, y)
+
+    def solved(self, x: Any, y: Any, transposed: bool) -> bool:
+        """y = A^-1 x, or A^-T x; False if a solve failed."""
+
+        def solve(b: torch.Tensor) -> torch.Tensor:
+            return self.solve(b, transposed)
+
+        self._guarded("vjp" if transposed else "jvp", solve, x, y)
+        return bool(self.ksp.getConvergedReason() >= 0)
+
+    def _guarded(self, event: str, function: Any, x: Any, y: Any) -> None:
+        """y = function(x), or x once something has failed: filler until the step is over."""
+        found = None
+        if self._bridge is not None:
+            found = self._bridge.guarded(event, function, copy_out(x))
+        copy_in(y, view(x) if found is None else found)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        point = self._linearization
+        assert point is not None
+        return self._factor * point.jvp(x.to(point.dtype), -1.0, self._shift).to(REAL)
+
+    def _transposed(self, x: torch.Tensor) -> torch.Tensor:
+        point = self._linearization
+        assert point is not None
+        found = point.vjp(x.to(point.dtype))
+        rate = x if found.rate is None else found.rate.to(REAL)
+        return self._factor * (self._shift * rate - found.state.to(REAL))
+
+    def solve(self, b: torch.Tensor, transposed: bool) -> torch.Tensor:
+        """Return the solution of a system with the matrix, or its transpose."""
+        first, *others = self.layout.parts(b)
+        zero = torch.zeros_like(first)
+        if not transposed:
+            state = self._solve(first, False)
+            moved = self.layout.join([state, *(zero for _ in others)])
+            _, *coupled = self.layout.parts(self._product(moved))
+            pairs = zip(others, coupled, strict=True)
+            return self.layout.join(
+                [state, *(self._solve(right - part, False) for right, part in pairs)]
+            )
+        found = [self._solve(right, True) for right in others]
+        moved = self._transposed(self.layout.join([zero, *found]))
+        first = first - self.layout.parts(moved)[0]
+        return self.layout.join([self._solve(first, True), *found])
+
+    def _solve(self, right: torch.Tensor, transposed: bool) -> torch.Tensor:
+        copy_in(self._b, right)
+        (self.ksp.solveTranspose if transposed else self.ksp.solve)(self._b, self._x)
+        error = self._own.take_exception()
+        if error is not None:
+            raise error
+        return copy_out(self._x) / self._factor
+
+
+class PairSolve:
+    """Python context of a preconditioner: solves with a :class:`PairMatrix`."""
+
+    def setUp(self, pc: Any) -> None:
+        """Take over the matrix."""
+        self._matrix: PairMatrix = pc.getOperators()[1].getPythonContext()
+
+    def apply(self, pc: Any, x: Any, y: Any) -> None:
+        """y = A^-1 x."""
+        self._apply(pc, x, y, False)
+
+    def applyTranspose(self, pc: Any, x: Any, y: Any) -> None:
+        """y = A^-T x."""
+        self._apply(pc, x, y, True)
+
+    def _apply(self, pc: Any, x: Any, y: Any, transposed: bool) -> None:
+        solved = self._matrix.solved(x, y, transposed)
+        reasons = PETSc.PC.FailedReason
+        pc.setFailedReason(reasons.NOERROR if solved else reasons.SUBPC_ERROR)
+
+
+class PairAssembly(Assembly):
+    """The state's matrix, and the graph of the pair.
+
+    Parameters
+    ----------
+    options : PairOptions
+        How to solve.
+    own : Assembly or None
+        Of the state's matrix; None for products alone.
+    place : Place
+        Where the state lives.
+    """
+
+    def __init__(self, options: PairOptions, own: Assembly | None, place: Place = HOST) -> None:
+        super().__init__(place)
+        self._options = options
+        self._own = own
+        self._bridge = Bridge(points=1)
+        self._shell = JacobianShell(self._bridge) if options.jacobian == "matrix-free" else None
+        self._context: Any = None
+        self._attached: Any = None
+
+    def create(self, size: int, comm: Any) -> Any:
+        """Return a python matrix."""
+        layout, place = self._options.layout, self._place
+        matrices = create_matrices(self._own, self._shell, layout.size, comm, place)
+        self._matrices = matrices
+        ksp = PETSc.KSP().create(comm)
+        ksp.setOptionsPrefix(_PREFIX)
+        ksp.setOperators(*matrices)
+        options = PETSc.Options(_PREFIX)
+        for name, value in self._options.linear_solver:
+            options[name] = value
+        ksp.setFromOptions()
+        for name, _ in self._options.linear_solver:
+            del options[name]
+        vectors = [create(comm, layout.size, place) for _ in range(2)]
+        self._context = PairMatrix(layout, ksp, self._bridge, vectors)
+        return shell_matrix(self._context, size, size, comm, place)
+
+    def forget(self) -> None:
+        """Let go of the user's objects."""
+        self._bridge.detach()
+        self._attached = None
+        if self._context is not None:
+            self._context.forget()
+
+    def evaluate(self, bridge: Bridge, point: Point, check: bool) -> Any:
+        """Return the graph at a point, and what the state's own assembly evaluates there."""
+        pair = bridge.linearize(point)
+        if self._attached is not bridge.field:
+            self._attached = bridge.field
+            base = bridge.field.problem.base
+            assert base is not None
+            self._bridge.attach(vector_field(base, bridge.field.ledger))
+        parts = self._options.layout.parts
+        u_dot = None if point.u_dot is None else parts(point.u_dot)[0].clone()
+        own = self._bridge.point_at(point.s, parts(point.u)[0].clone(), u_dot)
+        values = None if self._own is None else self._own.evaluate(self._bridge, own, check)
+        return bridge, pair, own, values
+
+    def form(self, matrix: Any, values: Any, shift: float) -> None:
+        """Put what was evaluated into the matrices."""
+        operator, preconditioner = self._matrices
+        found = None
+        if values is not None:  # of a field that has not failed
+            bridge, pair, own, found = values
+            if self._shell is not None:
+                self._shell.move_to(own, shift, -1.0)
+                operator.assemble()
+            matrix.getPythonContext().move_to(bridge, pair, shift)
+        if self._own is not None:
+            self._own.form(preconditioner, found, shift)
+        self._context.ksp.setOperators(*self._matrices)
+        matrix.assemble()
+        matrix.stateIncrease()
