@@ -18,6 +18,8 @@ from pnode.adjoint.stepper import AdjointStepper
 from pnode.checkpointing import Checkpointing
 from pnode.communicators import clean_up
 from pnode.devices import place_of
+from pnode.errors import ConfigurationError
+from pnode.integrals import integral_settings
 from pnode.layouts import Layout
 from pnode.options import SolverOptions, next_prefix
 from pnode.problem import InitialValueProblem
@@ -186,10 +188,20 @@ class Engine:
         return self._new_settings(problem, key) if known is None else known
 
     def _new_settings(self, problem: InitialValueProblem, key: Hashable) -> IntegratorSettings:
+        if problem.integrals:
+            assert problem.base is not None
+            own = self.settings(problem.base)
+            options = self.solver_options(own, adjoint=True).values if own.method.implicit else {}
+            return integral_settings(own, problem, options)
         layout, jacobian = problem.layout, self.jacobian
         if jacobian == "auto":
             small = problem.largest <= DENSE_LIMIT and self.exchange is None
             jacobian = "dense" if small else "matrix-free"
+        if problem.ranks.parallel and tolerances.is_partial(self.control.atol):
+            raise ConfigurationError(
+                "atol has infinite entries, and the ranks that share the state would count them "
+                "differently: give finite ones, or integrate what is driven with cost="
+            )
         rtol, atol = tolerances.resolve(self.control.rtol, self.control.atol, layout)
         settings = IntegratorSettings(
             self.method, layout.size, layout.dtype,

@@ -106,8 +106,24 @@ class MassMatrix:
         rows, columns, values = self.entries()
         shifts = self.size * torch.arange(number, device=rows.device)[:, None]
         index = torch.stack([(part + shifts).reshape(-1) for part in (rows, columns)])
-        whole = (self.size * number,) * 2
-        return MassMatrix(torch.sparse_coo_tensor(index, values.repeat(number), whole), layout)
+        return MassMatrix(_sparse(index, values.repeat(number), layout.size), layout)
+
+    def with_identity(self, layout: StateLayout) -> MassMatrix:
+        """Return the mass matrix of a state that goes on with entries of mass one.
+
+        Parameters
+        ----------
+        layout : StateLayout
+            Of the whole state.
+        """
+        more = torch.arange(self.size, layout.size, device=self._own.device)
+        ones = torch.ones_like(more, dtype=REAL)
+        if self.diagonal is not None:
+            own = torch.cat([self.diagonal, ones])
+            return MassMatrix(layout.unflatten(own) if layout.is_tuple else own, layout)
+        rows, columns, values = self.entries()
+        index = torch.stack([torch.cat([rows, more]), torch.cat([columns, more])])
+        return MassMatrix(_sparse(index, torch.cat([values, ones]), layout.size), layout)
 
     def null_spaces(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return bases of the left and right null space; see :mod:`pnode.nullspaces`."""
@@ -164,3 +180,7 @@ class MassMatrix:
             return self.diagonal.to(v.dtype) * v
         assert matrix is not None
         return (matrix @ v.to(REAL)).to(v.dtype)
+
+
+def _sparse(index: torch.Tensor, values: torch.Tensor, size: int) -> torch.Tensor:
+    return torch.sparse_coo_tensor(index, values, (size, size), check_invariants=True)

@@ -1,4 +1,4 @@
-"""A flat state and its tangents as one flat state."""
+"""A flat state with what it drives, its tangents or integrals, as one flat state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["PairLayout"]
 
 @dataclass(frozen=True)
 class PairLayout:
-    """How a flat state and its tangents make one flat state.
+    """How a flat state and what it drives make one flat state.
 
     Of a symplectic method, positions come first in either: (q, Z_q, p, Z_p).
 
@@ -24,21 +24,32 @@ class PairLayout:
         How many there are.
     split : int
         Entries of the positions; 0 for a state that is not split.
+    integrals : int
+        Entries of integrals, which come last, and which nothing depends on.
     """
 
     size: int
     tangents: int = 1
     split: int = 0
+    integrals: int = 0
+
+    @property
+    def total(self) -> int:
+        """Entries of all of it."""
+        return self.size * (self.tangents + 1) + self.integrals
 
     def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the pair of a state and its tangents, each of shape ``(..., size)``."""
+        """Return the pair of a state and its tangents, each of shape ``(..., size)``.
+
+        Integrals, if there are any, are the last of the parts.
+        """
         if not self.split:
             return torch.cat(list(parts), dim=-1)
         halves = [part[..., : self.split] for part in parts]
         return torch.cat([*halves, *(part[..., self.split :] for part in parts)], dim=-1)
 
     def parts(self, pair: torch.Tensor) -> list[torch.Tensor]:
-        """Return the state and its tangents, each of shape ``(..., size)``."""
+        """Return the state and its tangents, each of shape ``(..., size)``, without integrals."""
         number = self.tangents + 1
         if not self.split:
             return [pair.narrow(-1, k * self.size, self.size) for k in range(number)]
@@ -50,3 +61,12 @@ class PairLayout:
             ], dim=-1)
             for k in range(number)
         ]  # fmt: skip
+
+    def integral(self, pair: torch.Tensor) -> torch.Tensor:
+        """Return the integrals, shape ``(..., integrals)``."""
+        return pair.narrow(-1, self.size * (self.tangents + 1), self.integrals)
+
+    def corrected(self, pair: torch.Tensor, residual: torch.Tensor, step: float) -> torch.Tensor:
+        """Return a pair whose integrals satisfy their equations, linear with slope ``step``."""
+        own = pair.narrow(-1, 0, self.total - self.integrals)
+        return torch.cat([own, self.integral(pair) - self.integral(residual) / step], dim=-1)

@@ -166,7 +166,9 @@ class InitialValueProblem:
     resolution : float
         Relative spacing of the numbers that the output times were given in.
     base : InitialValueProblem or None
-        Of a state and its tangents: that of the state.
+        Of a state and what it drives, tangents or integrals: that of the state.
+    integrals : int
+        Entries of integrals, the last part of the state.
     """
 
     function: Callable[..., Any]
@@ -186,6 +188,7 @@ class InitialValueProblem:
     compute: torch.device | None = None
     resolution: float = _DOUBLE
     base: InitialValueProblem | None = None
+    integrals: int = 0
 
     @classmethod
     def create(

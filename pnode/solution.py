@@ -92,6 +92,9 @@ class Solution(Generic[State]):
         ``"t_end"``, or ``"event"`` if event_fn changed sign before.
     event_time : Tensor or None
         Time of the event, 0-dim, differentiable; None without one.
+    costs : Tensor or None
+        Integrals of ``cost`` from ``t[0]`` to each output time, shape ``(T, *shape of r)``,
+        differentiable; None without it. Of ranks that share a state: this rank's own.
     """
 
     ts: torch.Tensor
@@ -99,3 +102,4 @@ class Solution(Generic[State]):
     stats: Stats
     reason: str = "t_end"
     event_time: torch.Tensor | None = None
+    costs: torch.Tensor | None = None

@@ -32,6 +32,7 @@ from pnode.consistency import check_consistency, consistent_state
 from pnode.engine import Engine
 from pnode.errors import ConfigurationError
 from pnode.events import check_rate, end_at_event
+from pnode.integrals import check_cost, of_state, with_integral
 from pnode.layouts import Layout
 from pnode.mass import MassMatrix
 from pnode.monitor import at_home, progress_bar
@@ -89,6 +90,10 @@ class Solver(torch.nn.Module):
     petsc_options : mapping, optional
         PETSc options of this solver alone, without prefix: ``{"snes_rtol": 1e-12}``. Options
         ``-pnode_...`` (all solvers) and ``-pnode_<number>_...`` (one) on the command line win.
+    cost : callable, optional
+        ``r(t, y)``, a tensor of any fixed shape: ``solution.costs`` is its integral from ``t[0]``
+        to each output time, with gradients like the state's. It changes neither steps nor states.
+        Parameters of a Module get gradients. Not for symplectic methods and ``layout=``.
     checkpointing : Checkpointing, int or str, optional
         A limit for the memory of checkpoints, :class:`pnode.Checkpointing` or its ``memory``
         alone: ``"256MiB"``. Steps are repeated in the backward sweep where it is too little for
@@ -156,6 +161,7 @@ class Solver(torch.nn.Module):
         residual: Callable[..., Any] | None = None,
         consistent_start: bool = False,
         params: Iterable[torch.Tensor] | None = None,
+        cost: Callable[..., Any] | None = None,
         method: MethodName | str = "dopri5",
         steps: Steps | None = None,
         linear_algebra: LinearAlgebra | None = None,
@@ -184,10 +190,16 @@ class Solver(torch.nn.Module):
         self.implicit, self.explicit = implicit, explicit
         self.mass, self.event_fn = mass, output.event_fn
         self._form, self._requests = form, output.requests(form)
+        self.cost = check_cost(cost, chosen)
         self._params = arguments.parameters(params)
         collect_parameters(self._functions, self._params)
         limits = as_checkpointing(checkpointing)
         comm, exchange = arguments.communicator(comm, layout, form, limits.resume, self.event_fn)
+        if cost is not None and exchange is not None:
+            raise ConfigurationError(
+                "cost given with layout=: cost integrals are not for states with ghost cells yet; "
+                "integrate r as one more field of the layout"
+            )
         self._progress = output.progress and comm.rank == 0
         alone = arguments.alone(comm, exchange, consistent_start, compile)
         options = linear_algebra.petsc_options() | check_petsc_options(petsc_options)
@@ -215,7 +227,7 @@ class Solver(torch.nn.Module):
     @property
     def _functions(self) -> list[Any]:
         """The user's functions: the implicit part first, then the explicit one."""
-        chosen = (self.rhs, self.residual, self.implicit, self.explicit)
+        chosen = (self.rhs, self.residual, self.implicit, self.explicit, self.cost)
         return [function for function in chosen if function is not None]
 
     @property
@@ -304,12 +316,17 @@ class Solver(torch.nn.Module):
         if trainable and self.event_fn is not None:
             check_rate(self._form)
         compute = problem.compute
-        event_fn = watched(self.event_fn)
+        event_fn, own = watched(self.event_fn), problem.layout
+        monitor = self._requests.monitor
+        if problem.integrals:
+            assert problem.base is not None
+            own = problem.base.layout
+            event_fn, monitor = of_state(event_fn, own), of_state(monitor, own)
         if event_fn is not None:
             event_fn = remote(event_fn, compute, start, strict=False)
         wanted = replace(
             self._requests,
-            monitor=at_home(self._requests.monitor, compute, start), event_fn=event_fn,
+            monitor=at_home(monitor, compute, start), event_fn=event_fn,
         )  # fmt: skip
         with progress_bar(problem, wanted, self._progress) as requests:
             ys, run = solve(self._engine, problem, requests, flat, times, trainable)
@@ -326,7 +343,11 @@ class Solver(torch.nn.Module):
             start.backward = run.stats.backward
         run.stats.add(start)
         states = ys if whole else layout.unflatten(ys)
-        return Solution(times, states, run.stats, reason, event_time)
+        costs = None
+        if problem.integrals:
+            *parts, costs = states
+            states = tuple(parts) if own.is_tuple else parts[0]
+        return Solution(times, states, run.stats, reason, event_time, costs)
 
     def _prepare(
         self, y0: Any, t: Any, ranks: Ranks, differentiate: bool
@@ -386,4 +407,6 @@ class Solver(torch.nn.Module):
                     flat = consistent_state(own, flat, start)
                 else:
                     check_consistency(own, flat.detach(), start)
+            if self.cost is not None:
+                problem, flat = with_integral(problem, watched(self.cost, declared), flat)
         return problem, flat, times, start

@@ -161,7 +161,7 @@ def pair_problem(
         parameters=(*problem.parameters, *filter(moves, moving)),
         mass=None if mass is None else mass.repeated(number, both),
         check_undeclared=False, largest=problem.largest * number,
-        base=replace(problem, check_undeclared=False),
+        base=replace(problem, check_undeclared=False), integrals=0,
     )  # fmt: skip
 
 

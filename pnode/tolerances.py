@@ -57,7 +57,7 @@ Resolved = float | EntrywiseTolerance
 
 
 def check(name: str, value: Any) -> Tolerance:
-    """Return a tolerance with finite entries that are not negative.
+    """Return a tolerance with finite entries that are not negative; of atol's, some infinite.
 
     Raises
     ------
@@ -65,11 +65,20 @@ def check(name: str, value: Any) -> Tolerance:
         If there are others, or the value is no number, tensor or tuple of these.
     """
     if isinstance(value, (tuple, list)):
-        parts = tuple(_check_part(f"{name}[{index}]", part) for index, part in enumerate(value))
+        parts = tuple(
+            math.inf if name == "atol" and _is_infinite(part) else _check_part(
+                f"{name}[{index}]", part
+            )
+            for index, part in enumerate(value)
+        )  # fmt: skip
         if not parts:
             raise ConfigurationError(f"{name} is empty: give one tolerance per part of y0")
         return parts
     return _check_part(name, value)
+
+
+def _is_infinite(value: Any) -> bool:
+    return isinstance(value, float) and value == math.inf
 
 
 def _check_part(name: str, value: Any) -> float | torch.Tensor:
@@ -86,7 +95,9 @@ def _check_part(name: str, value: Any) -> float | torch.Tensor:
             f"{name} has dtype {value.dtype} on {value.device}: give real numbers on the CPU"
         )
     own = value.to(torch.float64, copy=True)
-    wrong = ~(own >= 0.0) | own.isinf()
+    wrong = ~(own >= 0.0)
+    if not name.startswith("atol"):
+        wrong |= own.isinf()
     if bool(wrong.any()):
         index = tuple(wrong.nonzero()[0].tolist())
         raise ConfigurationError(
@@ -101,14 +112,35 @@ def resolve(rtol: Tolerance, atol: Tolerance, layout: StateLayout) -> tuple[Reso
     Raises
     ------
     ConfigurationError
-        If a shape cannot be broadcast to that of y0, or both are 0 for an entry.
+        If a shape cannot be broadcast to that of y0, both are 0 for an entry, or all of atol is
+        infinite.
+
+    Notes
+    -----
+    An entry with an infinite tolerance neither controls the steps nor counts: error norms are root
+    mean squares over all entries, so the tolerances of the others are made smaller by the root of
+    their part of them.
     """
     fitted = _fit("rtol", rtol, layout), _fit("atol", atol, layout)
     refuse_zeros(*fitted)
+    if is_partial(fitted[1]):
+        counted = int(torch.as_tensor(fitted[1]).isfinite().sum())
+        if not counted:
+            raise ConfigurationError(
+                "atol is infinite for every entry of y0: nothing would control the steps"
+            )
+        factor = math.sqrt(counted / layout.size)
+        fitted = fitted[0] * factor, fitted[1] * factor
     relative, absolute = (
         value if isinstance(value, float) else EntrywiseTolerance.of(value) for value in fitted
     )
     return relative, absolute
+
+
+def is_partial(atol: Tolerance) -> bool:
+    """Whether there are entries that do not control the steps."""
+    parts = atol if isinstance(atol, tuple) else (atol,)
+    return any(bool(torch.isinf(_as_tensor(part)).any()) for part in parts)
 
 
 def refuse_zeros(rtol: float | torch.Tensor, atol: float | torch.Tensor) -> None:

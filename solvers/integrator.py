@@ -28,7 +28,7 @@ from pnode.solvers.assemblies import BLOCK_LU
 from pnode.solvers.bridge import Bridge, JacobianShell
 from pnode.solvers.jacobians import Jacobian, JacobianOptions, create_assembly
 from pnode.solvers.methods import Method
-from pnode.solvers.pairs import PAIR_SOLVE, create_matrices
+from pnode.solvers.pairs import PAIR_SOLVE, PairConvergence, create_matrices
 from pnode.solvers.petsc_c import (
     before_each_stage,
     register,
@@ -239,6 +239,9 @@ def build_ts(
         context = shell(bridge) if matrix_free else None
         matrices = create_matrices(assembly, context, size, comm, place)
         ts.setIJacobian(bridge.implicit_jacobian, *matrices)
+        pair = settings.jacobian_options.pair
+        if pair is not None:
+            ts.getSNES().setConvergenceTest(PairConvergence(pair.layout))
     if not method.implicit or settings.form == "imex":
         bridge.set_rhs_function(ts, work.duplicate())
     ts.setExactFinalTime(PETSc.TS.ExactFinalTime.STEPOVER)

@@ -22,6 +22,7 @@ import torch
 from pnode import vectors
 from pnode.errors import NonFiniteVectorField, NonlinearSolveFailed, SolveError
 from pnode.options import PETSc, SolverOptions
+from pnode.pair_layout import PairLayout
 from pnode.solvers.bridge import Bridge
 from pnode.solvers.integrator import IntegratorSettings, newton_error, raise_stored
 from pnode.solvers.petsc_c import total_krylov_iterations
@@ -92,8 +93,10 @@ class ModifiedNewton:
         self._adaptive = settings.adaptive
         # Of an assembled matrix that is the operator too, or of products alone.
         shells = [matrix.getType() == "python" for matrix in (self._operator, self._matrix)]
-        blocks = settings.jacobian_options.assembled(settings.jacobian) == "block"
-        self._reforms = settings.form == "rhs" and shells[0] == shells[1] and not blocks
+        own = settings.jacobian_options.assembled(settings.jacobian) in ("block", "pair")
+        self._reforms = settings.form == "rhs" and shells[0] == shells[1] and not own
+        pair = settings.jacobian_options.pair
+        self._parts: PairLayout | None = None if pair is None else pair.layout
         self._eps = torch.finfo(settings.dtype).eps
         self._read = False
         self.begin()
@@ -219,7 +222,8 @@ class ModifiedNewton:
         """Iterate with one Jacobian."""
         rtol, atol, stol, limit = self._snes.getTolerances()
         given = self._given
-        by_residual = "snes_rtol" in given or "snes_atol" in given
+        # The parts of a pair have scales of their own.
+        by_residual = self._parts is None and ("snes_rtol" in given or "snes_atol" in given)
         rtol = rtol if "snes_rtol" in given else 0.0
         by_norm = "snes_stol" in given
         limit = limit if "snes_max_it" in given or not self._adaptive else 4
@@ -250,7 +254,7 @@ class ModifiedNewton:
             ranks = self._bridge.ranks
             length = ranks.norm(u)
             noise = self._eps * length
-            absolute = ranks.norm(update)
+            absolute = self._length(update, u)
             self._last = residual, residual / absolute if absolute else self._last[1]
             if by_norm:
                 norm, tolerance = absolute, max(stol * length, 2.0 * noise)
@@ -262,7 +266,7 @@ class ModifiedNewton:
             if iteration:
                 observed = norm / before
                 if observed >= 1.0 and absolute <= 1e3 * noise:  # round-off is all that is left
-                    return self._converged(u)
+                    return self._with_integrals(self._converged(u), s, shift, psi, where)
                 if observed >= 2.0 or (observed >= 1.0 and iteration > 1):
                     return self._failed(_REASON.DIVERGED_DTOL, where)
                 self._rate = observed if fresh else max(self._MEMORY * self._rate, observed)
@@ -274,8 +278,18 @@ class ModifiedNewton:
                 self._refresh = self._rate > self._SLOW and iteration > 0
                 if not iteration:  # not measured: trust the old rate less and less
                     self._rate = min(1.0, self._DOUBT * self._rate)
-                return self._converged(u)
+                return self._with_integrals(self._converged(u), s, shift, psi, where)
         return self._failed(_REASON.DIVERGED_MAX_IT, where)
+
+    def _length(self, update: torch.Tensor, u: torch.Tensor) -> float:
+        """Return the norm of an update of u; in relation to u that of the part that moves most."""
+        ranks = self._bridge.ranks
+        if self._parts is None:
+            return ranks.norm(update)
+        sizes = [(ranks.norm(v), ranks.norm(x)) for v, x in zip(
+            self._parts.parts(update), self._parts.parts(u), strict=True
+        )]  # fmt: skip
+        return ranks.norm(u) * max(moved / size if size else 0.0 for moved, size in sizes)
 
     def _residual(
         self, s: float, u: torch.Tensor, shift: float, psi: torch.Tensor,
@@ -330,6 +344,15 @@ class ModifiedNewton:
 
     def _converged(self, u: torch.Tensor) -> torch.Tensor:
         self._snes.setConvergedReason(_REASON.CONVERGED_SNORM_RELATIVE)
+        return u
+
+    def _with_integrals(
+        self, u: torch.Tensor, s: float, shift: float, psi: torch.Tensor, where: dict[str, Any]
+    ) -> torch.Tensor:
+        """Let the integrals be those of the state as it is now: their equations are linear."""
+        if self._parts is not None and self._parts.integrals:
+            self._residual(s, u, shift, psi, where, False)
+            u = self._parts.corrected(u, vectors.view(self._f), shift)
         return u
 
     def _failed(self, reason: int, where: dict[str, Any]) -> SolveError:

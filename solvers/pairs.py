@@ -7,15 +7,18 @@ The matrix of the pair (see :mod:`pnode.tangents`) is block lower triangular::
     | ...     A   |         a product with the pair's own graph
 
 so that a solve with it is one solve with A for the state and each tangent, whatever A is: dense,
-sparse, blocks, or products alone with a preconditioner.
+sparse, blocks, or products alone with a preconditioner. Integrals (:mod:`pnode.integrals`) have the
+matrix ``shift`` instead of A.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from pnode.devices import HOST, Place
@@ -31,6 +34,7 @@ __all__ = [
     "LINEAR",
     "PAIR_SOLVE",
     "PairAssembly",
+    "PairConvergence",
     "PairMatrix",
     "PairOptions",
     "PairSolve",
@@ -39,6 +43,8 @@ __all__ = [
 
 PAIR_SOLVE = f"{__name__}.PairSolve"
 _PREFIX = "pnode_tangent_solve_"
+# PETSc's divergence tolerance of residuals (SNESSetDivergenceTolerance).
+_DIVERGED = 1e4
 #: What of PETSc's options belongs to linear systems.
 LINEAR = ("ksp_", "pc_", "sub_", "mat_")
 
@@ -104,6 +110,17 @@ class PairMatrix:
         self._shift, self._factor = 0.0, 1.0
         self.forget()
 
+    @property
+    def bridge(self) -> Bridge:
+        """Of the solve under way."""
+        assert self._bridge is not None
+        return self._bridge
+
+    @property
+    def step(self) -> float:
+        """What the integrals have on the diagonal."""
+        return self._shift * self._factor
+
     def forget(self) -> None:
         """Let go of the user's objects."""
         self._bridge: Bridge | None = None
@@ -157,19 +174,21 @@ class PairMatrix:
     def solve(self, b: torch.Tensor, transposed: bool) -> torch.Tensor:
         """Return the solution of a system with the matrix, or its transpose."""
         first, *others = self.layout.parts(b)
+        integral, step = self.layout.integral(b), self.step
         zero = torch.zeros_like(first)
         if not transposed:
             state = self._solve(first, False)
-            moved = self.layout.join([state, *(zero for _ in others)])
-            _, *coupled = self.layout.parts(self._product(moved))
-            pairs = zip(others, coupled, strict=True)
-            return self.layout.join(
-                [state, *(self._solve(right - part, False) for right, part in pairs)]
-            )
+            nothing = torch.zeros_like(integral)
+            product = self._product(self.layout.join([state, *(zero for _ in others), nothing]))
+            pairs = zip(others, self.layout.parts(product)[1:], strict=True)
+            found = [self._solve(right - part, False) for right, part in pairs]
+            integral = (integral - self.layout.integral(product)) / step
+            return self.layout.join([state, *found, integral])
         found = [self._solve(right, True) for right in others]
-        moved = self._transposed(self.layout.join([zero, *found]))
+        integral = integral / step
+        moved = self._transposed(self.layout.join([zero, *found, integral]))
         first = first - self.layout.parts(moved)[0]
-        return self.layout.join([self._solve(first, True), *found])
+        return self.layout.join([self._solve(first, True), *found, integral])
 
     def _solve(self, right: torch.Tensor, transposed: bool) -> torch.Tensor:
         copy_in(self._b, right)
@@ -199,6 +218,64 @@ class PairSolve:
         solved = self._matrix.solved(x, y, transposed)
         reasons = PETSc.PC.FailedReason
         pc.setFailedReason(reasons.NOERROR if solved else reasons.SUBPC_ERROR)
+
+
+class PairConvergence:
+    """When Newton's method has converged: by the state, and by each tangent, but no integral.
+
+    PETSc's test (SNESConvergedDefault) of each part by itself, since they have scales of their own.
+
+    Parameters
+    ----------
+    layout : PairLayout
+        The parts.
+    """
+
+    def __init__(self, layout: PairLayout) -> None:
+        self._layout = layout
+        self._first: list[float] = []
+
+    def __call__(self, snes: Any, iteration: int, norms: Any) -> Any:
+        """Return PETSc's reason, or None to go on."""
+        reasons = PETSc.SNES.ConvergedReason
+        if not norms[2] < 1e300:
+            return reasons.DIVERGED_FUNCTION_NANORINF
+        rtol, atol, stol, _ = snes.getTolerances()
+        residuals = self.norms(snes, snes.getFunction()[0])
+        if not iteration:
+            self._first = residuals
+            # Integrals of a state at rest have changed all the same.
+            return reasons.CONVERGED_FNORM_ABS if norms[2] <= atol else None
+        sizes = self.norms(snes, snes.getSolution())
+        updates = self.norms(snes, snes.getSolutionUpdate())
+        converged = all(
+            residual <= max(atol, rtol * first) or update < stol * size
+            for residual, first, update, size in zip(
+                residuals, self._first, updates, sizes, strict=True
+            )
+        )
+        if converged:
+            self._correct(snes)
+            return reasons.CONVERGED_SNORM_RELATIVE
+        diverged = sum(residuals) > _DIVERGED * sum(self._first)
+        return reasons.DIVERGED_DTOL if diverged else None
+
+    def _correct(self, snes: Any) -> None:
+        """Let the integrals be those of the state as it is now: their equations are linear."""
+        if self._layout.integrals:
+            matrix = snes.getJacobian()[1].getPythonContext()
+            u, residual = view(snes.getSolution()), view(snes.getFunction()[0])
+            u = self._layout.corrected(u, residual, matrix.step)
+            copy_in(snes.getSolution(), u)
+            matrix.bridge.note_again(u)
+
+    def norms(self, owner: Any, vector: Any) -> list[float]:
+        """Return the norm of each part, over all ranks. Collective."""
+        squares = [float(part.square().sum()) for part in self._layout.parts(view(vector))]
+        comm = owner.comm.tompi4py()
+        if comm.size > 1:
+            squares = comm.allreduce(np.array(squares)).tolist()
+        return [math.sqrt(square) for square in squares]
 
 
 class PairAssembly(Assembly):

@@ -1,0 +1,195 @@
+"""Cost integrals: q' = r(t, y) with q(t_0) = 0, driven by a solve and never feeding back into it.
+
+q is integrated with the state, by the method's own quadrature: of order p where the method is, and
+with the discrete adjoint that the state has. It chooses nothing: the error norm, Newton's method
+and events look at the state alone (SUNDIALS' partial error control).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from pnode.errors import ConfigurationError, VectorFieldError
+from pnode.pair_layout import PairLayout
+from pnode.problem import InitialValueProblem, StateLayout
+from pnode.solvers.integrator import IntegratorSettings
+from pnode.solvers.jacobians import JacobianOptions
+from pnode.solvers.methods import Method
+from pnode.solvers.pairs import LINEAR, PairOptions
+from pnode.tolerances import EntrywiseTolerance, Resolved, values
+from pnode.vectors import REAL
+
+__all__ = ["Integrand", "check_cost", "integral_settings", "of_state", "with_integral"]
+
+
+class Integrand(torch.nn.Module):
+    """(f, r) at (y, q): a vector field of a tuple; a Module, as it may stand for some.
+
+    Parameters
+    ----------
+    function : callable
+        The user's ``f(t, y)``, one part of it, or ``F(t, y, y')``.
+    cost : callable or None
+        The user's ``r(t, y)``; None for a part of f that q does not change by.
+    layout : StateLayout
+        Of y.
+    shape : torch.Size
+        Of r.
+    """
+
+    def __init__(self, function: Any, cost: Any, layout: StateLayout, shape: torch.Size) -> None:
+        super().__init__()
+        self.function, self.cost = function, cost
+        self._layout, self._shape = layout, shape
+
+    def forward(self, t: torch.Tensor, x: Any, *rate: Any) -> Any:
+        """Return both, in one tuple."""
+        y, *rates = (self._own(part) for part in (x, *rate))
+        result = self.function(t, y, *rates)
+        parts = result if self._layout.is_tuple and isinstance(result, (tuple, list)) else (result,)
+        if self.cost is None:
+            change = torch.zeros_like(x[-1])
+        else:
+            change = checked(self.cost(t, y), self._layout, self._shape)
+        return (*parts, *((rate[0][-1] - change,) if rate else (change,)))
+
+    def _own(self, x: Any) -> Any:
+        return x[:-1] if self._layout.is_tuple else x[0]
+
+
+def check_cost(value: Any, method: Method) -> Any:
+    """Return ``cost``, which is None or a callable that the method can integrate."""
+    if value is None:
+        return None
+    if not callable(value):
+        raise ConfigurationError(
+            f"cost is {value!r}: give a callable r(t, y) (or a torch Module) that returns a tensor"
+        )
+    if "separable" in method.forms:
+        raise ConfigurationError(
+            f"cost given with method={method.name!r}, which has no quadrature of its own: take "
+            "another method, or integrate the solution's outputs"
+        )
+    return value
+
+
+def checked(value: Any, layout: StateLayout, shape: torch.Size | None = None) -> torch.Tensor:
+    """Return what ``cost`` returned.
+
+    Raises
+    ------
+    VectorFieldError
+        If it is no tensor of the state's dtype and device, or of another shape than before.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise VectorFieldError(f"cost returned a {type(value).__name__}: return a tensor r(t, y)")
+    if value.dtype is not layout.dtype or value.device != layout.device:
+        raise VectorFieldError(
+            f"cost returned {value.dtype} on {value.device}, and the state has {layout.dtype} on "
+            f"{layout.device}: compute it from y"
+        )
+    if shape is not None and value.shape != shape:
+        raise VectorFieldError(
+            f"cost returned shape {tuple(value.shape)}, and {tuple(shape)} at the start: it must "
+            "not change"
+        )
+    return value
+
+
+def with_integral(
+    problem: InitialValueProblem, cost: Callable[..., Any], y0: torch.Tensor
+) -> tuple[InitialValueProblem, torch.Tensor]:
+    """Return the problem of a state and its integral, and where both start.
+
+    Parameters
+    ----------
+    problem : InitialValueProblem
+        Of the state; its parameters contain those of ``cost``.
+    cost : callable
+        ``r(t, y)``, of any fixed shape.
+    y0 : Tensor
+        Flat initial state.
+    """
+    layout = problem.layout
+    time = torch.tensor(problem.direction * problem.times[0], dtype=layout.dtype).to(layout.device)
+    with torch.no_grad():
+        shape = checked(cost(time, layout.unflatten(y0.detach().clone())), layout).shape
+    size = math.prod(shape)
+    if not size:
+        raise ConfigurationError(f"cost returned shape {tuple(shape)}: return at least one number")
+    both = StateLayout((*layout.shapes, shape), True, layout.dtype, layout.device)
+    split = problem.explicit is not None
+    explicit = Integrand(problem.explicit, cost, layout, shape) if split else None
+    function = Integrand(problem.function, None if split else cost, layout, shape)
+    whole = replace(
+        problem, function=function, explicit=explicit, layout=both, largest=both.size,
+        mass=None if problem.mass is None else problem.mass.with_identity(both),
+        base=replace(problem, check_undeclared=False), integrals=size,
+    )  # fmt: skip
+    return whole, torch.cat([y0, y0.new_zeros(size)])
+
+
+def integral_settings(
+    own: IntegratorSettings, problem: InitialValueProblem, linear_solver: dict[str, Any]
+) -> IntegratorSettings:
+    """Return the settings of an integrator of a state and its integral. Collective.
+
+    Parameters
+    ----------
+    own : IntegratorSettings
+        Of the state's integrator.
+    problem : InitialValueProblem
+        Of both.
+    linear_solver : dict
+        PETSc's options of the state's own systems.
+
+    Notes
+    -----
+    PETSc's error norm is a root mean square over all entries, and those of the integral have an
+    infinite tolerance: with tolerances smaller by the root of what they make the number of entries
+    grow by, it is that of the state.
+    """
+    layout = PairLayout(own.size, 0, integrals=problem.integrals)
+    chosen = tuple(sorted((k, v) for k, v in linear_solver.items() if k.startswith(LINEAR)))
+    reuse = own.jacobian_options.reuse
+    if reuse == "constant" and own.form != "imex":
+        reuse = "solve"  # r need not be linear
+    options = JacobianOptions(
+        reuse,
+        pair=PairOptions(layout, own.jacobian, own.jacobian_options, chosen),
+    )
+    entries = float(own.size)
+    if problem.ranks.parallel:
+        entries = float(problem.ranks.sum(torch.tensor(entries, dtype=REAL)))
+    number = problem.integrals * problem.ranks.comm.size
+    factor = math.sqrt(entries / (entries + number))
+    return replace(
+        own, size=layout.total, jacobian="pair", jacobian_options=options,
+        rtol=_lengthened(own, own.rtol, factor, problem.integrals, 0.0),
+        atol=_lengthened(own, own.atol, factor, problem.integrals, math.inf),
+        distribution=problem.distribution,
+    )  # fmt: skip
+
+
+def _lengthened(
+    own: IntegratorSettings, tolerance: Resolved, factor: float, number: int, last: float
+) -> Resolved:
+    state = torch.as_tensor(values(tolerance), dtype=REAL).expand(own.size) * factor
+    return EntrywiseTolerance.of(torch.cat([state, state.new_full((number,), last)]))
+
+
+def of_state(function: Any, layout: StateLayout) -> Any:
+    """Return a function of times and the state, of which it is called with the integral too."""
+    if function is None:
+        return None
+
+    def call(*arguments: Any) -> Any:
+        *times, x = arguments
+        return function(*times, x[:-1] if layout.is_tuple else x[0])
+
+    return call

@@ -1,0 +1,348 @@
+"""Cost integrals: the method's own quadrature, its gradient, and no influence on the solve."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.autograd import grad
+
+import pnode
+
+D = torch.float64
+T = torch.tensor([0.0, 0.3, 0.9], dtype=D)
+METHODS = [
+    "rk4", "dopri5", "ssprk43", "beuler", "cn", "implicit_midpoint", "es325", "sdirk2", "rodaspr",
+    "ra34pw2", "bdf1", "bdf3",
+]  # fmt: skip
+methods = pytest.mark.parametrize("method", METHODS)
+
+
+class Field(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        layers = (torch.nn.Linear(3, 4, dtype=D), torch.nn.Tanh(), torch.nn.Linear(4, 3, dtype=D))
+        self.net = torch.nn.Sequential(*layers)
+
+    def forward(self, t, y):
+        return self.net(y) * torch.cos(t) - 0.3 * y
+
+
+class Cost(torch.nn.Module):
+    """Two numbers, with a parameter of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(0.4, dtype=D))
+
+    def forward(self, t, y):
+        return torch.stack([self.weight * (y**2).sum(), torch.sin(y[0]) * t])
+
+
+class Augmented(torch.nn.Module):
+    """What cost integrals are without: one more part of the state."""
+
+    def __init__(self, field, cost):
+        super().__init__()
+        self.field, self.cost = field, cost
+
+    def forward(self, t, x):
+        return self.field(t, x[0]), self.cost(t, x[0])
+
+
+def state():
+    return torch.tensor([0.6, -0.4, 0.2], dtype=D, requires_grad=True)
+
+
+def loss_of(ys, costs):
+    return (ys**3).sum() + (costs**2).sum() + costs[1, 0]
+
+
+def difference(found, expected):
+    found, expected = (torch.cat([one.reshape(-1) for one in all_]) for all_ in (found, expected))
+    return float((found - expected).detach().norm() / expected.norm())
+
+
+@methods
+def test_integrals_are_those_of_the_augmented_state(method):
+    f, r, y0 = Field(), Cost(), state()
+    inputs = [y0, *f.parameters(), *r.parameters()]
+    solution = pnode.Solver(f, cost=r, method=method, step_size=0.1)(y0, T)
+    ys, costs = pnode.Solver(Augmented(f, r), method=method, step_size=0.1)(
+        (y0, torch.zeros(2, dtype=D)), T
+    ).ys
+    assert solution.costs.shape == (3, 2)
+    assert solution.ys.shape == (3, 3)
+    # Newton's method stops by the state alone, and leaves about 1e-11.
+    assert difference([solution.ys, solution.costs], [ys, costs]) < 1e-9
+    found = grad(loss_of(solution.ys, solution.costs), inputs)
+    assert difference(found, grad(loss_of(ys, costs), inputs)) < 1e-9
+    if method in ("rk4", "dopri5", "ssprk43"):
+        assert torch.equal(solution.costs, costs)
+
+
+@methods
+def test_integrals_change_nothing(method):
+    """Not by a bit, but for what Newton's method of bdf leaves, however large they are."""
+    f, y0 = Field(), state()
+    plain = pnode.Solver(f, method=method, step_size=0.1)(y0, T)
+    solution = pnode.Solver(f, cost=lambda t, y: 1e8 * y, method=method, step_size=0.1)(y0, T)
+    if method.startswith("bdf"):  # whose Newton method stops by residuals too
+        assert difference([solution.ys], [plain.ys]) < 1e-9
+    else:
+        assert solution.stats.newton == plain.stats.newton
+        assert torch.equal(solution.ys, plain.ys)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "es325", "rodaspr", "bdf"])
+def test_integrals_choose_no_steps(method):
+    """A stiff cost, which in the state itself makes more steps."""
+    f, y0 = Field(), state()
+    stiff = lambda t, y: 1e6 * torch.sin(40.0 * t) * y[:1]  # noqa: E731
+    options = {"method": method, "rtol": 1e-6, "atol": 1e-8}
+    plain = pnode.Solver(f, **options)(y0, T)
+    solution = pnode.Solver(f, cost=stiff, **options)(y0, T)
+    within = pnode.Solver(Augmented(f, stiff), **options)((y0, torch.zeros(1, dtype=D)), T)
+    assert solution.stats.steps == plain.stats.steps < within.stats.steps
+    assert solution.stats.rejected == plain.stats.rejected
+    # The tolerances are scaled, and divide to other last bits; bdf's Newton method stops at them.
+    assert difference([solution.ys], [plain.ys]) < (1e-6 if method == "bdf" else 1e-9)
+
+
+@methods
+def test_a_state_at_rest(method):
+    """Nothing is left to do for Newton's method, but the integral."""
+    solver = pnode.Solver(
+        lambda t, y: -y, cost=lambda t, y: torch.ones_like(y), method=method, step_size=0.1
+    )
+    costs = solver(torch.zeros(1, dtype=D), T).costs
+    assert torch.allclose(costs[:, 0], T, rtol=1e-13)
+
+
+def test_a_cost_that_is_not_linear_where_the_field_is():
+    """Newton's method is done after one step, with the integral still at the state before it."""
+    options = {"step_size": 0.1, "jacobian_reuse": "constant"}
+    found = []
+    for reuse in ("constant", "iteration"):
+        options["jacobian_reuse"] = reuse
+        solver = pnode.Solver(
+            lambda t, y: -y, cost=lambda t, y: y**3, method="implicit_midpoint", **options
+        )
+        y0 = torch.ones(1, dtype=D, requires_grad=True)
+        costs = solver(y0, T).costs
+        found.append([costs, *grad(costs[-1].sum(), y0)])
+    assert difference(*found) < 1e-12
+    # The midpoint rule on y_n = q^n, whose middles are (y_n + y_{n+1}) / 2.
+    q = 0.95 / 1.05
+    middles = [0.5 * (q**n + q ** (n + 1)) for n in range(9)]
+    assert float(found[0][0][-1].detach()) == pytest.approx(0.1 * sum(m**3 for m in middles))
+
+
+ORDERS = {"rk4": 4, "cn": 2, "es325": 3, "rodaspr": 4, "bdf3": 3}
+
+
+@pytest.mark.parametrize("method", ORDERS)
+def test_order_of_convergence(method):
+    """On y = exp(-t^2 / 2), whose square integrates to an error function."""
+    solve = lambda n: pnode.Solver(  # noqa: E731
+        lambda t, y: -t * y, cost=lambda t, y: y**2, method=method, step_size=1.0 / n
+    )(torch.ones(1, dtype=D), torch.tensor([0.0, 1.0], dtype=D)).costs[-1]  # fmt: skip
+    exact = math.sqrt(math.pi) / 2.0 * math.erf(1.0)
+    coarse, fine = (abs(float(solve(n)) - exact) for n in (40, 80))
+    assert math.log2(coarse / fine) > ORDERS[method] - 0.25
+
+
+FULL = torch.tensor([[3.0, 1.0, 0.0], [0.2, 2.0, -0.5], [0.0, 0.4, 1.5]], dtype=D)
+FORMS = {
+    "imex": ("ark3", lambda f: {
+        "implicit": lambda t, y: -(y**3), "explicit": f,
+    }),
+    "mass": ("cn", lambda f: {"rhs": f, "mass": torch.tensor([1.0, 2.0, 3.0], dtype=D)}),
+    "full mass": ("bdf2", lambda f: {"rhs": f, "mass": FULL}),
+    "sparse mass": ("beuler", lambda f: {"rhs": f, "mass": FULL.to_sparse()}),
+    "residual": ("bdf2", lambda f: {"residual": lambda t, y, yp: yp * (1.0 + y**2) - f(t, y)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form(form):
+    """The gradient by differences; the states as without."""
+    method, functions = FORMS[form]
+    f, r, y0 = Field(), Cost(), state()
+    given = functions(f)
+    inputs = [y0, r.weight, f.net[0].weight]
+    solver = pnode.Solver(
+        **given, cost=r, params=f.parameters(), method=method, step_size=0.1
+    )  # fmt: skip
+    plain = pnode.Solver(**given, params=f.parameters(), method=method, step_size=0.1)
+    assert difference([solver(y0, T).ys], [plain(y0, T).ys]) < 1e-9
+    gradient = grad(loss_of(solver(y0, T).ys, solver(y0, T).costs), inputs)
+    torch.manual_seed(3)
+    along = [torch.randn_like(tensor) for tensor in inputs]
+
+    def at(factor):
+        with torch.no_grad():
+            for tensor, v in zip(inputs, along, strict=True):
+                tensor.add_(factor * v)
+            solution = solver(y0, T)
+            for tensor, v in zip(inputs, along, strict=True):
+                tensor.sub_(factor * v)
+        return float(loss_of(solution.ys, solution.costs))
+
+    expected = (at(1e-5) - at(-1e-5)) / 2e-5
+    found = sum(float((g * v).sum()) for g, v in zip(gradient, along, strict=True))
+    assert math.isclose(found, expected, rel_tol=1e-7)
+
+
+@pytest.mark.parametrize("jacobian", ["dense", "block", "sparse", "matrix-free"])
+@pytest.mark.parametrize("method", ["cn", "rodaspr", "bdf2"])
+def test_every_jacobian(method, jacobian):
+    torch.manual_seed(5)
+    k = torch.randn(3, dtype=D, requires_grad=True)
+    y0 = torch.randn(4, 3, dtype=D, requires_grad=True)
+    found = []
+    for kind in (jacobian, "dense"):
+        solution = pnode.Solver(
+            lambda t, y: torch.tanh(y * k) - y * y.roll(1, dims=1),
+            cost=lambda t, y: (k * y).sum(), params=[k], method=method, step_size=0.1,
+            jacobian=kind,
+        )(y0, T)  # fmt: skip
+        assert solution.costs.shape == (3,)
+        found.append([solution.costs, *grad(solution.costs.sin().sum(), [y0, k])])
+    assert difference(*found) < 1e-9
+
+
+@pytest.mark.parametrize("method", ["rk4", "cn", "bdf2"])
+def test_budgets_and_disks(method, tmp_path):
+    f, r, y0 = Field(), Cost(), state()
+    found = []
+    disk = pnode.Checkpointing(memory="3kB", disk=tmp_path)
+    for limit in (None, "5kB", disk):
+        solution = pnode.Solver(f, cost=r, method=method, step_size=0.02, checkpointing=limit)(
+            y0, T
+        )
+        found.append(grad(loss_of(solution.ys, solution.costs), [y0, *f.parameters(), r.weight]))
+    for others in found[1:]:
+        assert all(map(torch.equal, others, found[0]))
+
+
+@pytest.mark.parametrize("method", ["dopri5", "es325"])
+def test_dense_output(method):
+    f, r, y0 = Field(), Cost(), state()
+    options = {"method": method, "step_size": 0.2, "dense": True}
+    solution = pnode.Solver(f, cost=r, **options)(y0, T)
+    ys, costs = pnode.Solver(Augmented(f, r), **options)((y0, torch.zeros(2, dtype=D)), T).ys
+    assert difference([solution.costs], [costs]) < 1e-10
+    inputs = [y0, *f.parameters(), r.weight]
+    found = grad(loss_of(solution.ys, solution.costs), inputs)
+    assert difference(found, grad(loss_of(ys, costs), inputs)) < 1e-10
+
+
+def test_up_to_an_event():
+    """The integral of y = exp(-t) until it is a: 1 - a, whatever the time; d/da = -1."""
+    a = torch.tensor(0.4, dtype=D, requires_grad=True)
+    seen = []
+    solver = pnode.Solver(
+        lambda t, y: -y, cost=lambda t, y: y, method="dopri5", rtol=1e-10, atol=1e-12,
+        event_fn=lambda t, y: y[0] - a, monitor=lambda step, t, y: seen.append(y.shape),
+    )  # fmt: skip
+    solution = solver(torch.ones(1, dtype=D), torch.tensor([0.0, math.inf], dtype=D))
+    assert solution.reason == "event"
+    assert set(seen) == {(1,)}
+    assert float(solution.costs[-1].detach()) == pytest.approx(0.6, abs=1e-9)
+    (slope,) = grad(solution.costs[-1].sum(), a)
+    assert float(slope) == pytest.approx(-1.0, abs=1e-8)
+
+
+def test_derivatives_of_every_order():
+    f, r, y0 = Field(), Cost(), state()
+    solver = pnode.Solver(f, cost=r, method="es325", step_size=0.1)
+    within = pnode.Solver(Augmented(f, r), method="es325", step_size=0.1)
+    inputs = [y0, *f.parameters(), r.weight]
+    found = []
+    for solve in (
+        lambda: (solver(y0, T).ys, solver(y0, T).costs),
+        lambda: within((y0, torch.zeros(2, dtype=D)), T).ys,
+    ):
+        first = grad(loss_of(*solve()), inputs, create_graph=True)
+        found.append(grad(sum(g.sin().sum() for g in first), inputs))
+    assert difference(*found) < 1e-8
+    _, tangent = torch.func.jvp(lambda y: solver(y, T).costs, (y0.detach(),), (y0.detach(),))
+    J = torch.autograd.functional.jacobian(lambda y: solver(y, T).costs, y0.detach())
+    assert difference([tangent], [J @ y0.detach()]) < 1e-10
+
+
+def test_output_times_and_tuples():
+    """By an output time, the derivative of the integral is r there."""
+    t = T.clone().requires_grad_()
+    solver = pnode.Solver(
+        lambda t, y: (y[1], -y[0]), cost=lambda t, y: y[0] * y[1], method="dopri5", step_size=0.05
+    )
+    y0 = (torch.ones(2, dtype=D), torch.zeros(2, dtype=D))
+    solution = solver(y0, t)
+    assert isinstance(solution.ys, tuple)
+    assert solution.costs.shape == (3, 2)
+    (slope,) = grad(solution.costs[-1].sum(), t)
+    p, q = (float(part[-1, 0].detach()) for part in solution.ys)
+    assert float(slope[-1]) == pytest.approx(2.0 * p * q, rel=1e-9)
+
+
+def test_float32_and_compile():
+    f = lambda t, y: -y  # noqa: E731
+    single = pnode.Solver(f, cost=lambda t, y: y, method="cn", step_size=0.01)
+    costs = single(torch.ones(1), torch.tensor([0.0, 1.0])).costs
+    assert costs.dtype is torch.float32
+    assert float(costs[-1]) == pytest.approx(1.0 - math.exp(-1.0), rel=1e-4)
+
+
+BAD = {
+    "a number": (lambda t, y: 1.0, pnode.VectorFieldError, "float"),
+    "another dtype": (lambda t, y: y.float(), pnode.VectorFieldError, "float32"),
+    "nothing": (lambda t, y: y[:0], pnode.ConfigurationError, "at least one"),
+    "another shape": (
+        lambda t, y: y if t < 0.2 else y[:1], pnode.VectorFieldError, "must not change",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_costs(kind):
+    cost, error, text = BAD[kind]
+    solver = pnode.Solver(Field(), cost=cost, method="rk4", step_size=0.1)
+    with pytest.raises(error, match=text):
+        solver(state(), T)
+
+
+def test_what_is_refused():
+    with pytest.raises(pnode.ConfigurationError, match="callable"):
+        pnode.Solver(Field(), cost=3.0)
+    with pytest.raises(pnode.ConfigurationError, match="quadrature"):
+        pnode.Solver(lambda t, y: y, cost=lambda t, y: y[0], method="ruth3", step_size=0.1)
+    undeclared = torch.ones((), dtype=D, requires_grad=True)
+    solver = pnode.Solver(Field(), cost=lambda t, y: undeclared * y, method="rk4", step_size=0.1)
+    with pytest.raises(pnode.ConfigurationError, match="params"):
+        solver(state(), T)
+
+
+# Entries of the state with an infinite tolerance.
+
+
+@pytest.mark.parametrize("method", ["dopri5", "es325", "bdf"])
+def test_infinite_tolerances_neither_control_nor_count(method):
+    f, y0 = Field(), state()
+    wild = lambda t, y: 1e3 * torch.sin(40.0 * t) * y[:1]  # noqa: E731
+    options = {"method": method, "rtol": 1e-6}
+    plain = pnode.Solver(f, atol=1e-8, **options)(y0, T)
+    free = pnode.Solver(Augmented(f, wild), atol=(1e-8, math.inf), **options)(
+        (y0, torch.zeros(1, dtype=D)), T
+    )
+    assert free.stats.steps == plain.stats.steps
+    assert difference([free.ys[0]], [plain.ys]) < 1e-7
+    entries = torch.tensor([1e-8, 1e-8, math.inf], dtype=D)
+    pnode.Solver(f, atol=entries, **options)(y0, T)
+    with pytest.raises(pnode.ConfigurationError, match="atol=inf"):
+        pnode.Solver(f, atol=math.inf, **options)
+    with pytest.raises(pnode.ConfigurationError, match="infinite"):
+        pnode.Solver(f, atol=entries * math.inf, **options)(y0, T)
