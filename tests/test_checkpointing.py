@@ -6,7 +6,6 @@ import gc
 import os
 import random
 import signal
-import sys
 from pathlib import Path
 
 import children
@@ -492,7 +491,8 @@ def run_program(tmp_path, folder, method, kill, step):
     result, program = tmp_path / "result", tmp_path / "program.py"
     program.write_text(PROGRAM, encoding="utf-8")
     run = children.run_program(
-        program, [str(Path(__file__).parent), str(folder), method, str(kill), str(step), str(result)]
+        program,
+        [str(Path(__file__).parent), str(folder), method, str(kill), str(step), str(result)],
     )
     if kill:
         assert run.returncode == -signal.SIGKILL, run.stderr

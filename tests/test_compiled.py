@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from compile_cache import share_headers
 
 import pnode
 from pnode.errors import ConfigurationError, NonFiniteVectorField
@@ -647,14 +648,6 @@ def run_program(folder: Path) -> "subprocess.Popen[str]":
         [sys.executable, "-W", "error:compile=True", "-c", PROGRAM], env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-
-
-def share_headers(folder: Path) -> None:
-    """Spare a new folder what does not depend on the graph, where this session has it."""
-    kept = inductor.cache_folder() / ".inductor"
-    (folder / ".inductor").mkdir(mode=0o700)
-    for path in [*kept.glob("headers-*.h"), *kept.glob("headers-*.gch"), *kept.glob("*.o")]:
-        os.link(path, folder / ".inductor" / path.name)
 
 
 @pytest.fixture(scope="module")

@@ -129,9 +129,7 @@ class _Compiler:
         Names it.
     """
 
-    def __init__(
-        self, flags: dict[str, Any], kept: Path, fingerprint: Callable[..., str]
-    ) -> None:
+    def __init__(self, flags: dict[str, Any], kept: Path, fingerprint: Callable[..., str]) -> None:
         builder = importlib.import_module("torch._inductor.cpp_builder")
         self._kept = kept
         self._compiler = shlex.split(flags["compiler"])
