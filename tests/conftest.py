@@ -16,6 +16,22 @@ import torch
 
 torch.set_num_threads(1)
 
+# Files with tests that take more than ten seconds: none of these is to be left for the end, when
+# other processes have nothing more to do.
+LONG = {
+    f"test_{name}.py"
+    for name in (
+        "benchmarks", "checkpointing", "clock", "compiled", "compiled_fields", "compiled_stiff",
+        "driver", "examples", "fast_tanh", "field_changed", "memory", "odd_fields", "scaling",
+        "stiff", "types",
+    )
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the long files first."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Let all processes of a session share what is compiled, and find nothing of an earlier one."""

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from compile_cache import share_headers
 
 import pnode
 from pnode.errors import ConfigurationError, NonFiniteVectorField
-from pnode.solvers.compiled import inductor, trace
+from pnode.solvers.compiled import inductor, libraries, trace
 from pnode.solvers.methods import METHODS, Method, find_method
 
 EXPLICIT = [method for method in METHODS if method.ts_type in ("rk", "ssp")]
@@ -548,10 +549,32 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fail(*arguments: Any, **keywords: Any) -> Any:
         raise RuntimeError("InvalidCxxCompiler")
 
-    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", fail)
+    for name in ("aot_compile", "aoti_compile_and_package"):
+        monkeypatch.setattr(f"torch._inductor.{name}", fail)
     with pytest.warns(UserWarning, match="compile=True has no effect.*InvalidCxxCompiler"):
         found, _ = gradients(Net(), start(4, 3), step_size=0.1, compile=True)
     assert_same(found, gradients(Net(), start(4, 3), step_size=0.1)[0], 0.0)
+
+
+def test_inductor_builds_what_we_cannot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where another torch writes another text; what inductor makes is kept and loaded."""
+    monkeypatch.setenv("PNODE_CACHE_DIR", str(tmp_path))
+    asked = []
+
+    def fail(*arguments: Any) -> None:
+        raise ValueError("inductor writes its interface in another way")
+
+    def build(graph: torch.fx.GraphModule, examples: Any, package: Path) -> None:
+        asked.append(graph(*examples))
+        package.write_bytes(b"a package")
+
+    monkeypatch.setattr(libraries, "build", fail)
+    monkeypatch.setattr(inductor, "_build_by_inductor", build)
+    monkeypatch.setattr(inductor, "_load", inductor._read)
+    made = inductor.compile_graph("graph", lambda x: (2 * x,), [torch.ones(2)])
+    assert made == b"a package"
+    assert len(asked) == 1
+    assert torch.equal(asked[0][0], torch.full((2,), 2.0))
 
 
 def test_undeclared_tensors_are_errors(interpreted: dict[str, int]) -> None:
@@ -602,6 +625,7 @@ from pnode.solvers.compiled import inductor
 built = []
 build = inductor._build
 inductor._build = lambda *arguments: (built.append(arguments[0].name), build(*arguments))
+inductor._build_by_inductor = None  # the longer way, which nothing of this needs
 torch.manual_seed(0)
 net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)).double()
 y0 = torch.ones(5, 2, dtype=torch.float64, requires_grad=True)
@@ -630,6 +654,7 @@ def run_program(folder: Path) -> "subprocess.Popen[str]":
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that two processes have filled at the same time."""
     folder = tmp_path_factory.mktemp("compiled")
+    share_headers(folder)
     programs = [run_program(folder) for _ in range(2)]
     for program in programs:
         _, err = program.communicate(timeout=500)

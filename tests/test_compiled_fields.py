@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compile_cache import share_headers
 from test_compiled import Net, assert_same, both, gradients, interpreted, no_warnings, start
 
 import pnode
@@ -195,6 +196,7 @@ def test_a_derivative_that_cannot_be_compiled_goes_on_uncompiled(monkeypatch):
 def test_machine_code(monkeypatch, tmp_path):
     """The real compiler once, and its results from the disk in another solver."""
     monkeypatch.undo()
+    share_headers(tmp_path)
     monkeypatch.setenv("PNODE_CACHE_DIR", str(tmp_path))
     keywords = {"method": "bdf3", "step_size": 0.1}
     both(Net(), start(4, 3), within=1e-9, **keywords)

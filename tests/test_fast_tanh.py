@@ -7,6 +7,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
+from compile_cache import share_headers
 
 from pnode.solvers.compiled import fast_tanh, inductor
 
@@ -64,6 +65,7 @@ def test_only_double_precision_is_replaced(dtype: torch.dtype) -> None:
 
 def test_machine_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the compiler makes of it, with fused multiplications and masked ends of rows."""
+    share_headers(tmp_path)
     monkeypatch.setenv("PNODE_CACHE_DIR", str(tmp_path))
     special = np.array([0.0, -0.0, np.inf, -np.inf, np.nan])
     x = torch.tensor(np.concatenate([ARGUMENTS, special]))

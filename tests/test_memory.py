@@ -277,7 +277,8 @@ gc.collect()
 stats = solution.stats
 assert stats.steps == steps
 print("held", allocated() - before, stats.ram_bytes)
-solution.ys.sum().backward()
+if method == "rk4":  # repeating 2000 implicit steps takes long, and nothing is measured of it
+    solution.ys.sum().backward()
 """
 #: Bytes a step that docs/checkpointing.md says are held beside the ledger, and once a sweep.
 BESIDE_EACH, BESIDE = 800, 2**17

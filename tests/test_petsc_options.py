@@ -6,8 +6,6 @@ import copy
 import os
 import pickle
 import re
-import subprocess
-import sys
 import tempfile
 import textwrap
 import warnings
@@ -15,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from children import run_program
 
 import pnode
 from pnode.options import PETSc
@@ -61,14 +60,7 @@ def run(script, *arguments, first="", **environment):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "program.py")
         path.write_text("\n".join((first, textwrap.dedent(prelude), textwrap.dedent(script))))
-        done = subprocess.run(
-            [sys.executable, str(path), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"} | environment,
-            check=False,
-        )
+        done = run_program(path, arguments, os.environ | environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 

@@ -32,7 +32,7 @@ from typing import Any, TypeAlias
 import torch
 
 from pnode import private_files
-from pnode.solvers.compiled import fast_tanh, products, trace
+from pnode.solvers.compiled import fast_tanh, libraries, products, trace
 from pnode.solvers.compiled.trace import compose
 
 __all__ = [
@@ -46,7 +46,9 @@ Compiled = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 _aten = torch.ops.aten
 _Node: TypeAlias = Any  # torch.fx.Node, whose arguments are typed as a union of everything
 
-_SOURCES = (__file__, trace.__file__, products.__file__, fast_tanh.__file__)
+_SOURCES = (
+    __file__, libraries.__file__, trace.__file__, products.__file__, fast_tanh.__file__
+)  # fmt: skip
 # Products that are added to something are rounded once.
 _INDUCTOR = {"cpp.enable_floating_point_contract_flag": "fast"}
 
@@ -216,20 +218,35 @@ def _own_inductor_cache(folder: Path) -> Iterator[None]:
 
 
 def _build(path: Path, function: Callable[..., object], examples: Sequence[torch.Tensor]) -> None:
-    graph = prepare(function, examples)
-    with (
-        tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as folder,
-        _own_inductor_cache(path.parent / ".inductor"),
-    ):
-        partial = Path(folder) / path.name
-        with torch.no_grad(), warnings.catch_warnings():
+    folder = path.parent / ".inductor"
+    with _own_inductor_cache(folder), libraries.locked(folder / f"{path.name}.lock"):
+        with contextlib.suppress(OSError, _Damaged):
+            _read(path)  # another process has made it meanwhile
+            return
+        with (
+            tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as building,
+            torch.no_grad(),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
-            exported = torch.export.export(graph, tuple(examples), strict=False)
-            inductor = importlib.import_module("torch._inductor")
-            inductor.aoti_compile_and_package(
-                exported, package_path=str(partial), inductor_configs=_INDUCTOR
-            )
-        _keep(path, partial)
+            partial = Path(building) / path.name
+            try:
+                graph = prepare(function, examples)
+                libraries.build(graph, examples, _INDUCTOR, partial, folder, fingerprint)
+            except Exception:  # whatever it is: what inductor itself says is for the user
+                partial.unlink(missing_ok=True)
+                _build_by_inductor(prepare(function, examples), examples, partial)
+            _keep(path, partial)
+
+
+def _build_by_inductor(
+    graph: torch.fx.GraphModule, examples: Sequence[torch.Tensor], package: Path
+) -> None:
+    exported = torch.export.export(graph, tuple(examples), strict=False)
+    inductor = importlib.import_module("torch._inductor")
+    inductor.aoti_compile_and_package(
+        exported, package_path=str(package), inductor_configs=_INDUCTOR
+    )
 
 
 @cache
