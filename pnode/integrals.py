@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pnode.errors import ConfigurationError, VectorFieldError
+from pnode.layouts import Layout
 from pnode.pair_layout import PairLayout
 from pnode.problem import InitialValueProblem, StateLayout
 from pnode.solvers.integrator import IntegratorSettings
@@ -24,7 +25,7 @@ from pnode.solvers.pairs import LINEAR, PairOptions
 from pnode.tolerances import EntrywiseTolerance, Resolved, values
 from pnode.vectors import REAL
 
-__all__ = ["Integrand", "check_cost", "integral_settings", "of_state", "with_integral"]
+__all__ = ["Integrand", "check_cost", "integral_settings", "of_state", "parted", "with_integral"]
 
 
 class Integrand(torch.nn.Module):
@@ -62,7 +63,7 @@ class Integrand(torch.nn.Module):
         return x[:-1] if self._layout.is_tuple else x[0]
 
 
-def check_cost(value: Any, method: Method) -> Any:
+def check_cost(value: Any, method: Method, exchange: Layout | None) -> Any:
     """Return ``cost``, which is None or a callable that the method can integrate."""
     if value is None:
         return None
@@ -74,6 +75,11 @@ def check_cost(value: Any, method: Method) -> Any:
         raise ConfigurationError(
             f"cost given with method={method.name!r}, which has no quadrature of its own: take "
             "another method, or integrate the solution's outputs"
+        )
+    if exchange is not None:
+        raise ConfigurationError(
+            "cost given with layout=: cost integrals are not for states with ghost cells yet; "
+            "integrate r as one more field of the layout"
         )
     return value
 
@@ -183,13 +189,21 @@ def _lengthened(
     return EntrywiseTolerance.of(torch.cat([state, state.new_full((number,), last)]))
 
 
-def of_state(function: Any, layout: StateLayout) -> Any:
-    """Return a function of times and the state, of which it is called with the integral too."""
+def of_state(problem: InitialValueProblem, function: Any) -> Any:
+    """Return a function of times and the state, to be called with the integral too."""
     if function is None:
         return None
 
     def call(*arguments: Any) -> Any:
         *times, x = arguments
-        return function(*times, x[:-1] if layout.is_tuple else x[0])
+        return function(*times, parted(problem, x)[0])
 
     return call
+
+
+def parted(problem: InitialValueProblem, x: Any) -> tuple[Any, torch.Tensor | None]:
+    """Return a state and its integral; None where there is none."""
+    if not problem.integrals:
+        return x, None
+    assert problem.base is not None
+    return (tuple(x[:-1]) if problem.base.layout.is_tuple else x[0]), x[-1]

@@ -32,7 +32,7 @@ from pnode.consistency import check_consistency, consistent_state
 from pnode.engine import Engine
 from pnode.errors import ConfigurationError
 from pnode.events import check_rate, end_at_event
-from pnode.integrals import check_cost, of_state, with_integral
+from pnode.integrals import check_cost, of_state, parted, with_integral
 from pnode.layouts import Layout
 from pnode.mass import MassMatrix
 from pnode.monitor import at_home, progress_bar
@@ -43,13 +43,7 @@ from pnode.solution import Solution, Stats
 from pnode.solvers.methods import check_form, find_method
 from pnode.solvers.step_control import check_steps
 from pnode.transfers import carry_once, on_host, remote
-from pnode.transforms import (
-    moves,
-    outside_compiler,
-    refuse_moving,
-    refuse_transforms,
-    watched,
-)
+from pnode.transforms import moves, outside_compiler, refuse_moving, refuse_transforms, watched
 
 __all__ = ["Solver"]
 
@@ -190,16 +184,11 @@ class Solver(torch.nn.Module):
         self.implicit, self.explicit = implicit, explicit
         self.mass, self.event_fn = mass, output.event_fn
         self._form, self._requests = form, output.requests(form)
-        self.cost = check_cost(cost, chosen)
         self._params = arguments.parameters(params)
-        collect_parameters(self._functions, self._params)
         limits = as_checkpointing(checkpointing)
         comm, exchange = arguments.communicator(comm, layout, form, limits.resume, self.event_fn)
-        if cost is not None and exchange is not None:
-            raise ConfigurationError(
-                "cost given with layout=: cost integrals are not for states with ghost cells yet; "
-                "integrate r as one more field of the layout"
-            )
+        self.cost = check_cost(cost, chosen, exchange)
+        collect_parameters(self._functions, self._params)
         self._progress = output.progress and comm.rank == 0
         alone = arguments.alone(comm, exchange, consistent_start, compile)
         options = linear_algebra.petsc_options() | check_petsc_options(petsc_options)
@@ -316,12 +305,9 @@ class Solver(torch.nn.Module):
         if trainable and self.event_fn is not None:
             check_rate(self._form)
         compute = problem.compute
-        event_fn, own = watched(self.event_fn), problem.layout
-        monitor = self._requests.monitor
+        event_fn, monitor = watched(self.event_fn), self._requests.monitor
         if problem.integrals:
-            assert problem.base is not None
-            own = problem.base.layout
-            event_fn, monitor = of_state(event_fn, own), of_state(monitor, own)
+            event_fn, monitor = of_state(problem, event_fn), of_state(problem, monitor)
         if event_fn is not None:
             event_fn = remote(event_fn, compute, start, strict=False)
         wanted = replace(
@@ -343,10 +329,7 @@ class Solver(torch.nn.Module):
             start.backward = run.stats.backward
         run.stats.add(start)
         states = ys if whole else layout.unflatten(ys)
-        costs = None
-        if problem.integrals:
-            *parts, costs = states
-            states = tuple(parts) if own.is_tuple else parts[0]
+        states, costs = parted(problem, states)
         return Solution(times, states, run.stats, reason, event_time, costs)
 
     def _prepare(

@@ -322,10 +322,9 @@ class SteppedSweep(Sweep):
             outputs.take_up(progress)
             integrator.restore((progress.start,))
         control, stats = self._engine.control, run.stats
-        if repeated is None:
+        if requests.recorded is None or repeated is None:
             taker = forward_sweep(integrator, field, times, control, stats, observers, done)
         else:
-            assert requests.recorded is not None
             taker = take_again(repeated, requests.recorded.outputs, stats, observers)
         if self.dense is not None:
             self.dense.end()
