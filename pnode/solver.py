@@ -180,8 +180,7 @@ class Solver(torch.nn.Module):
         form = arguments.problem_form(rhs, implicit, explicit, mass, residual)
         chosen = find_method(method)
         check_form(form, chosen)
-        self.rhs, self.residual = rhs, residual
-        self.implicit, self.explicit = implicit, explicit
+        self.rhs, self.residual, self.implicit, self.explicit = rhs, residual, implicit, explicit
         self.mass, self.event_fn = mass, output.event_fn
         self._form, self._requests = form, output.requests(form)
         self._params = arguments.parameters(params)

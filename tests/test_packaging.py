@@ -238,10 +238,11 @@ def test_schedules_import_neither_petsc_nor_torch(name: str) -> None:
 CALLS_AUTOGRAD = {
     "pnode.linearization", "pnode.products", "pnode.vectorfield", "pnode.solvers.compiled.trace",
     "pnode.testing", "pnode.diagnosis.probe",
+    "pnode.tangents",  # inside of transforms of torch.func
     "pnode.transforms",  # looks at tangents
 }  # fmt: skip
-# The solve, sums over ranks, and the root of algebraic equations.
-DEFINES_FUNCTION = {"pnode.autograd", "pnode.parallel", "pnode.consistency"}
+# The solve, sums over ranks, the root of algebraic equations, and the time of an event.
+DEFINES_FUNCTION = {"pnode.autograd", "pnode.parallel", "pnode.consistency", "pnode.events"}
 
 
 def dotted(node: ast.AST) -> str:
