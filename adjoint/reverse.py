@@ -20,8 +20,8 @@ from pnode.adjoint.trajectory import Checkpoint, Trajectory
 from pnode.linearization import Linearization
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
-from pnode.solvers.integrator import IntegratorSettings, TimeIntegrator
 from pnode.solvers.multistep import TakenOrder
+from pnode.solvers.petsc.integrator import IntegratorSettings, TimeIntegrator
 from pnode.solvers.stepping import Observer, Step
 from pnode.vectorfield import VectorField
 from pnode.vectors import REAL, is_finite

@@ -16,8 +16,8 @@ from pnode.evidence import notes, projection_weights
 from pnode.linearization import Linearization
 from pnode.options import SolverOptions, log_event
 from pnode.solution import Ledger
-from pnode.solvers.bridge import accumulate
-from pnode.solvers.integrator import IntegratorSettings
+from pnode.solvers.petsc.bridge import accumulate
+from pnode.solvers.petsc.integrator import IntegratorSettings
 from pnode.solvers.stepping import Step
 from pnode.vectorfield import VectorField
 from pnode.vectors import REAL

@@ -16,8 +16,8 @@ from pnode.controllers import check_controller
 from pnode.errors import ConfigurationError
 from pnode.problem import InitialValueProblem
 from pnode.run import Requests
-from pnode.solvers.jacobian_options import jacobian_options
-from pnode.solvers.jacobians import JacobianOptions
+from pnode.solvers.linear.jacobian_options import jacobian_options
+from pnode.solvers.linear.jacobians import JacobianOptions
 from pnode.solvers.methods import Method
 from pnode.solvers.step_control import StepControl
 

@@ -26,12 +26,12 @@ from pnode.problem import InitialValueProblem
 from pnode.recording import Outputs, Recorder, new_trajectory
 from pnode.run import Requests, Run, Sweep
 from pnode.solution import Stats
-from pnode.solvers.bridge import accumulate
 from pnode.solvers.compiled.compiler import Wanted
 from pnode.solvers.compiled.driver import CompiledSweep
 from pnode.solvers.compiled.fields import compiled_field
 from pnode.solvers.compiled.integrator import CompiledIntegrator, Start
-from pnode.solvers.integrator import TimeIntegrator
+from pnode.solvers.petsc.bridge import accumulate
+from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.stepping import Observer, Step, forward_sweep
 from pnode.surroundings import Surroundings
 from pnode.vectorfield import VectorField, note_kept, record_all, vector_field

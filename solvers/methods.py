@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from pnode.errors import ConfigurationError
-from pnode.solvers.coefficients import find_scheme
+from pnode.solvers.petsc.coefficients import find_scheme
 from pnode.solvers.scheme import SYMPLECTIC, HalfUpdate, Scheme, rows
 
 __all__ = [

@@ -25,8 +25,8 @@ from pnode.devices import HOST, Place
 from pnode.linearization import Linearization
 from pnode.options import PETSc
 from pnode.pair_layout import PairLayout
-from pnode.solvers.assemblies import Assembly
-from pnode.solvers.bridge import Bridge, JacobianShell, Point, shell_matrix
+from pnode.solvers.linear.assemblies import Assembly
+from pnode.solvers.petsc.bridge import Bridge, JacobianShell, Point, shell_matrix
 from pnode.vectorfield import vector_field
 from pnode.vectors import REAL, copy_in, copy_out, create, view
 

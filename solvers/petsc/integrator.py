@@ -24,12 +24,12 @@ from pnode.evidence import project
 from pnode.linearization import Linearization
 from pnode.options import PETSc, SolverOptions, failure_reason, log_stage
 from pnode.ranks import ALONE, CURABLE
-from pnode.solvers.assemblies import BLOCK_LU
-from pnode.solvers.bridge import Bridge, JacobianShell
-from pnode.solvers.jacobians import Jacobian, JacobianOptions, create_assembly
+from pnode.solvers.linear.assemblies import BLOCK_LU
+from pnode.solvers.linear.jacobians import Jacobian, JacobianOptions, create_assembly
 from pnode.solvers.methods import Method
 from pnode.solvers.pairs import PAIR_SOLVE, PairConvergence, create_matrices
-from pnode.solvers.petsc_c import (
+from pnode.solvers.petsc.bridge import Bridge, JacobianShell
+from pnode.solvers.petsc.library import (
     before_each_stage,
     register,
     set_subtype,

@@ -20,8 +20,8 @@ from pnode.errors import ConfigurationError, VectorFieldError
 from pnode.linearization import Linearization
 from pnode.options import PETSc, log_event
 from pnode.problem import StateLayout
-from pnode.solvers.bridge import Bridge, Point, shell_matrix
-from pnode.solvers.petsc_c import color_columns, set_values_coo
+from pnode.solvers.petsc.bridge import Bridge, Point, shell_matrix
+from pnode.solvers.petsc.library import color_columns, set_values_coo
 from pnode.transfers import remote
 from pnode.vectors import (
     REAL,
@@ -135,7 +135,7 @@ class DenseAssembly(Assembly):
 # ------------------------------------------------------------------------------------------ block
 
 #: Options value of the preconditioner.
-BLOCK_LU = "pnode.solvers.assemblies.BlockLU"
+BLOCK_LU = "pnode.solvers.linear.assemblies.BlockLU"
 
 
 def sample_count(layout: StateLayout) -> int:

@@ -38,7 +38,7 @@ from pnode.vectors import (
 )
 
 if TYPE_CHECKING:
-    from pnode.solvers.jacobians import Jacobian
+    from pnode.solvers.linear.jacobians import Jacobian
 
 __all__ = [
     "Bridge",
@@ -127,7 +127,7 @@ class Bridge:
     expected : list of Note or None
         What a backward sweep should find.
     jacobian : Jacobian or None
-        What fills the matrices of an implicit method, from :mod:`pnode.solvers.jacobians`.
+        What fills the matrices of an implicit method, from :mod:`pnode.solvers.linear.jacobians`.
     """
 
     jacobian: Jacobian | None = None

@@ -18,9 +18,9 @@ import torch
 from pnode.errors import ConfigurationError
 from pnode.linearization import Linearization
 from pnode.options import SolverOptions
-from pnode.solvers.bridge import Bridge, Point
-from pnode.solvers.integrator import IntegratorSettings, TimeIntegrator
-from pnode.solvers.petsc_c import (
+from pnode.solvers.petsc.bridge import Bridge, Point
+from pnode.solvers.petsc.integrator import IntegratorSettings, TimeIntegrator
+from pnode.solvers.petsc.library import (
     before_each_stage,
     restart_jacobian_lag,
     set_recompute_jacobian,

@@ -1,9 +1,9 @@
 """Jacobians of implicit methods: which matrices PETSc gets, and when they are evaluated anew.
 
 A nonlinear system F(s, u, u_dot) = 0 is solved with ``shift dF/du_dot - dg/du`` (F = M u_dot - g;
-for a residual g stands for -F). :mod:`pnode.solvers.assemblies` has the matrices.
+for a residual g stands for -F). :mod:`pnode.solvers.linear.assemblies` has the matrices.
 
-Jacobians refer to no PETSc object; see :mod:`pnode.solvers.bridge`.
+Jacobians refer to no PETSc object; see :mod:`pnode.solvers.petsc.bridge`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pnode.devices import HOST, Place
 from pnode.errors import ConfigurationError
 from pnode.layouts import Layout
 from pnode.problem import StateLayout
-from pnode.solvers.assemblies import (
+from pnode.solvers.linear.assemblies import (
     Assembly,
     BlockAssembly,
     DenseAssembly,
@@ -30,8 +30,8 @@ from pnode.solvers.assemblies import (
     probe,
     sample_count,
 )
-from pnode.solvers.bridge import Bridge, Point
 from pnode.solvers.pairs import PairAssembly
+from pnode.solvers.petsc.bridge import Bridge, Point
 from pnode.vectors import is_finite
 
 __all__ = ["Jacobian", "JacobianOptions", "create_assembly"]
