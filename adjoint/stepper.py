@@ -14,8 +14,9 @@ from pnode.errors import LinearSolveFailed, SolveError
 from pnode.evidence import differs
 from pnode.linearization import Linearization, Products
 from pnode.options import PETSc, SolverOptions, log_event, log_stage
+from pnode.products import accumulate
 from pnode.solution import Ledger
-from pnode.solvers.petsc.bridge import Bridge, accumulate
+from pnode.solvers.petsc.bridge import Bridge
 from pnode.solvers.petsc.integrator import IntegratorSettings, build_ts, raise_stored, reason_name
 from pnode.solvers.petsc.library import total_krylov_iterations
 from pnode.solvers.stepping import Step

@@ -23,6 +23,7 @@ from pnode.events import EventLocator
 from pnode.evidence import Reads
 from pnode.monitor import Monitor
 from pnode.problem import InitialValueProblem
+from pnode.products import accumulate
 from pnode.recording import Outputs, Recorder, new_trajectory
 from pnode.run import Requests, Run, Sweep
 from pnode.solution import Stats
@@ -30,7 +31,6 @@ from pnode.solvers.compiled.compiler import Wanted
 from pnode.solvers.compiled.driver import CompiledSweep
 from pnode.solvers.compiled.fields import compiled_field
 from pnode.solvers.compiled.integrator import CompiledIntegrator, Start
-from pnode.solvers.petsc.bridge import accumulate
 from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.stepping import Observer, Step, forward_sweep
 from pnode.surroundings import Surroundings

@@ -20,7 +20,8 @@ from pnode.errors import ConfigurationError, VectorFieldError
 from pnode.linearization import Linearization
 from pnode.options import PETSc, log_event
 from pnode.problem import StateLayout
-from pnode.solvers.petsc.bridge import Bridge, Point, shell_matrix
+from pnode.solvers.linear.linearizer import Linearizer, Point
+from pnode.solvers.linear.shells import shell_matrix
 from pnode.solvers.petsc.library import color_columns, set_values_coo
 from pnode.transfers import remote
 from pnode.vectors import (
@@ -70,9 +71,10 @@ class Assembly(ABC):
         """Return a new PETSc matrix, ``size`` rows and columns on this rank. Collective."""
 
     @abstractmethod
-    def evaluate(self, bridge: Bridge, point: Point, check: bool) -> Any:
+    def evaluate(self, linearizer: Linearizer, point: Point, check: bool) -> Any:
         """Return what :meth:`form` needs of the derivatives at ``point``.
 
+        The graph there is made on first use: not every assembly has use for it.
         With ``check``, compare with a product of the true Jacobian where that can differ.
         """
 
@@ -112,9 +114,9 @@ class DenseAssembly(Assembly):
         """Return a dense matrix."""
         return create_dense(comm, size, self._place)
 
-    def evaluate(self, bridge: Bridge, point: Point, check: bool) -> Any:
+    def evaluate(self, linearizer: Linearizer, point: Point, check: bool) -> Any:
         """Return dg/du and dF/du_dot (None for the identity)."""
-        linearization = bridge.linearize(point)
+        linearization = linearizer.linearize(point)
         return linearization.jacobian(), linearization.rate_jacobian()
 
     def form(self, matrix: Any, values: Any, shift: float) -> None:
@@ -232,9 +234,9 @@ class BlockAssembly(Assembly):
         )
         return shell_matrix(BlockMatrix(blocks), size, size, comm, self._place)
 
-    def evaluate(self, bridge: Bridge, point: Point, check: bool) -> Any:
+    def evaluate(self, linearizer: Linearizer, point: Point, check: bool) -> Any:
         """Return the blocks of dg/du and dF/du_dot (None for the identity), (B, m, m) each."""
-        linearization = bridge.linearize(point)
+        linearization = linearizer.linearize(point)
         batch, width = self._samples, self._width
         # Row j of every sample's Jacobian at once: no entry of the state has two of them.
         units = torch.eye(width, dtype=point.u.dtype, device=self._place.device)
@@ -245,7 +247,7 @@ class BlockAssembly(Assembly):
             self._check(linearization, blocks)
         if len(blocks) == 2:
             return blocks[0].to(REAL), blocks[1].to(REAL)
-        mass = bridge.field.mass
+        mass = point.field.mass
         return blocks[0].to(REAL), None if mass is None else mass.blocks(batch)
 
     def _check(self, linearization: Linearization, blocks: list[torch.Tensor]) -> None:
@@ -359,7 +361,7 @@ class SparsityPattern:
         """Number of columns."""
         return self.size if self.columns_to is None else len(self.columns_to)
 
-    def detect(self, bridge: Bridge, point: Point) -> None:
+    def detect(self, point: Point, linearization: Linearization) -> None:
         """Add what is not zero in dense Jacobians at ``point`` and at random states near it.
 
         Rows are looked at a block at a time. NaN counts as an entry.
@@ -372,14 +374,12 @@ class SparsityPattern:
             scale = 0.01 * torch.where(scale > 0, scale, torch.ones_like(scale))
             return values + scale * _noise(values.shape, generator).to(values)
 
-        field, rows, columns = bridge.field, [], []
+        rows, columns = [], []
         together = max(1, _ENTRIES_AT_ONCE // size)
         for probe in range(_PROBES):
-            if probe == 0:
-                linearization = bridge.linearize(point)
-            else:
+            if probe > 0:
                 rate = None if point.u_dot is None else near(point.u_dot.detach())
-                linearization = field.linearize(point.s, near(point.u.detach()), rate)
+                linearization = point.field.linearize(point.s, near(point.u.detach()), rate)
             for start in range(0, size, together):
                 stop = min(start + together, size)
                 units = torch.zeros(stop - start, size, dtype=point.u.dtype, device=point.u.device)
@@ -463,18 +463,18 @@ class SparseAssembly(EntryAssembly):
         super().__init__(place)
         self._pattern = pattern
 
-    def evaluate(self, bridge: Bridge, point: Point, check: bool) -> Any:
+    def evaluate(self, linearizer: Linearizer, point: Point, check: bool) -> Any:
         """Return the entries of dg/du and of dF/du_dot."""
-        pattern, linearization = self._pattern, bridge.linearize(point)
+        pattern, linearization = self._pattern, linearizer.linearize(point)
         if not pattern.known:
-            pattern.detect(bridge, point)
+            pattern.detect(point, linearization)
         pattern.bring_to(self._place.device)
         parts = self._parts(linearization)
         if check and self._wrong(linearization, parts):
             # Entries may have vanished when it was detected. Among several ranks the structure
             # stays.
             if pattern.detected and not self._parallel:
-                pattern.detect(bridge, point)
+                pattern.detect(point, linearization)
                 pattern.bring_to(self._place.device)
                 parts = self._parts(linearization)
             if self._wrong(linearization, parts):
@@ -489,7 +489,7 @@ class SparseAssembly(EntryAssembly):
             rows, columns, scaled = _identity(pattern.size, self._place.device)
             scaled, own = 0 * scaled, parts[1].to(REAL)
         else:
-            mass = bridge.field.mass
+            mass = point.field.mass
             if mass is None:
                 rows, columns, scaled = _identity(pattern.size, self._place.device)
             else:
@@ -546,16 +546,16 @@ class GivenMatrix:
         self._function: Callable[..., Any] | None = matrix if callable(matrix) else None
         self._constant = None if callable(matrix) else as_matrix(matrix, "preconditioner")
 
-    def at(self, bridge: Bridge, point: Point) -> torch.Tensor:
+    def at(self, point: Point) -> torch.Tensor:
         """Return the approximation of dg/du at ``point``, dense or sparse, PETSc's precision."""
-        problem = bridge.field.problem
+        problem = point.field.problem
         matrix = self._constant
         if self._function is not None:
             layout = problem.layout
             time = torch.scalar_tensor(
                 problem.direction * point.s, dtype=layout.dtype, device=layout.device
             )
-            function = remote(self._function, problem.compute, bridge.field.ledger, strict=False)
+            function = remote(self._function, problem.compute, point.field.ledger, strict=False)
             with torch.no_grad():
                 state = layout.unflatten(point.u.detach().clone())
                 matrix = as_matrix(function(time, state), "preconditioner(t, y)")
@@ -611,9 +611,9 @@ class GivenAssembly(EntryAssembly):
         self._dense = DenseAssembly(place)
         self._is_dense: bool | None = None
 
-    def evaluate(self, bridge: Bridge, point: Point, check: bool) -> Any:
+    def evaluate(self, linearizer: Linearizer, point: Point, check: bool) -> Any:
         """Return the approximation and the mass matrix."""
-        matrix, mass = self._given.at(bridge, point), bridge.field.mass
+        matrix, mass = self._given.at(point), point.field.mass
         if self._is_dense is None:
             self._is_dense = matrix.layout is torch.strided and not self._parallel
         if self._is_dense:

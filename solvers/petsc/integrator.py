@@ -26,9 +26,10 @@ from pnode.options import PETSc, SolverOptions, failure_reason, log_stage
 from pnode.ranks import ALONE, CURABLE
 from pnode.solvers.linear.assemblies import BLOCK_LU
 from pnode.solvers.linear.jacobians import Jacobian, JacobianOptions, create_assembly
+from pnode.solvers.linear.shells import JacobianShell
 from pnode.solvers.methods import Method
 from pnode.solvers.pairs import PAIR_SOLVE, PairConvergence, create_matrices
-from pnode.solvers.petsc.bridge import Bridge, JacobianShell
+from pnode.solvers.petsc.bridge import Bridge
 from pnode.solvers.petsc.library import (
     before_each_stage,
     register,

@@ -18,7 +18,8 @@ import torch
 from pnode.errors import ConfigurationError
 from pnode.linearization import Linearization
 from pnode.options import SolverOptions
-from pnode.solvers.petsc.bridge import Bridge, Point
+from pnode.solvers.linear.linearizer import Point
+from pnode.solvers.petsc.bridge import Bridge
 from pnode.solvers.petsc.integrator import IntegratorSettings, TimeIntegrator
 from pnode.solvers.petsc.library import (
     before_each_stage,
