@@ -18,9 +18,7 @@ LONG_FILES = {
     "solvers/linear/assemblies.py",
     "solvers/petsc/integrator.py",
 }
-LONG_FUNCTIONS = {
-    "solvers/newton.py:_iterate",
-}
+LONG_FUNCTIONS: set[str] = set()
 
 
 @pytest.fixture(scope="module")
