@@ -26,8 +26,8 @@ from pnode.problem import InitialValueProblem
 from pnode.solvers.compiled import new_compiler
 from pnode.solvers.compiled.compiler import Compiler
 from pnode.solvers.create import create_integrator
-from pnode.solvers.linear.assemblies import SparsityPattern
 from pnode.solvers.linear.jacobians import JacobianOptions
+from pnode.solvers.linear.sparse import SparsityPattern
 from pnode.solvers.methods import Method
 from pnode.solvers.pairs import LINEAR
 from pnode.solvers.petsc.integrator import (

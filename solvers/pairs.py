@@ -25,7 +25,7 @@ from pnode.devices import HOST, Place
 from pnode.linearization import Linearization
 from pnode.options import PETSc
 from pnode.pair_layout import PairLayout
-from pnode.solvers.linear.assemblies import Assembly
+from pnode.solvers.linear.assembly import Assembly
 from pnode.solvers.linear.linearizer import Linearizer as Bridge
 from pnode.solvers.linear.linearizer import Point
 from pnode.solvers.linear.shells import JacobianShell, shell_matrix

@@ -15,7 +15,6 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LONG_FILES = {
-    "solvers/linear/assemblies.py",
     "solvers/petsc/integrator.py",
 }
 LONG_FUNCTIONS: set[str] = set()

@@ -1,7 +1,7 @@
 """Jacobians of implicit methods: which matrices PETSc gets, and when they are evaluated anew.
 
 A nonlinear system F(s, u, u_dot) = 0 is solved with ``shift dF/du_dot - dg/du`` (F = M u_dot - g;
-for a residual g stands for -F). :mod:`pnode.solvers.linear.assemblies` has the matrices.
+for a residual g stands for -F). :mod:`pnode.solvers.linear.assembly` has the matrices.
 
 Jacobians refer to no PETSc object, as the callbacks that ask for them: no cycle keeps a TS alive.
 """
@@ -18,19 +18,12 @@ from pnode.devices import HOST, Place
 from pnode.errors import ConfigurationError
 from pnode.layouts import Layout
 from pnode.problem import StateLayout
-from pnode.solvers.linear.assemblies import (
-    Assembly,
-    BlockAssembly,
-    DenseAssembly,
-    GivenAssembly,
-    GivenMatrix,
-    SparseAssembly,
-    SparsityPattern,
-    differ,
-    probe,
-    sample_count,
-)
+from pnode.solvers.linear.assembly import Assembly, differ, probe
+from pnode.solvers.linear.block import BlockAssembly, sample_count
+from pnode.solvers.linear.dense import DenseAssembly
+from pnode.solvers.linear.given import GivenAssembly, GivenMatrix
 from pnode.solvers.linear.linearizer import Linearizer, Point
+from pnode.solvers.linear.sparse import SparseAssembly, SparsityPattern
 from pnode.solvers.pairs import PairAssembly
 from pnode.vectors import is_finite
 

@@ -24,7 +24,7 @@ from pnode.evidence import project
 from pnode.linearization import Linearization
 from pnode.options import PETSc, SolverOptions, failure_reason, log_stage
 from pnode.ranks import ALONE, CURABLE
-from pnode.solvers.linear.assemblies import BLOCK_LU
+from pnode.solvers.linear.block import BLOCK_LU
 from pnode.solvers.linear.jacobians import Jacobian, JacobianOptions, create_assembly
 from pnode.solvers.linear.shells import JacobianShell
 from pnode.solvers.methods import Method
