@@ -8,7 +8,7 @@ from pnode.adjoint.rosenbrock import RosenbrockAdjoint
 from pnode.adjoint.stages import ExplicitAdjoint, StageAdjoint, SymplecticAdjoint
 from pnode.adjoint.stepper import AdjointStepper
 from pnode.options import SolverOptions
-from pnode.solvers.petsc.integrator import IntegratorSettings
+from pnode.solvers.petsc.settings import IntegratorSettings
 
 __all__ = ["create_adjoint"]
 

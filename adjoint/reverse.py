@@ -21,7 +21,8 @@ from pnode.linearization import Linearization
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
 from pnode.solvers.multistep import TakenOrder
-from pnode.solvers.petsc.integrator import IntegratorSettings, TimeIntegrator
+from pnode.solvers.petsc.integrator import TimeIntegrator
+from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.stepping import Observer, Step
 from pnode.vectorfield import VectorField
 from pnode.vectors import REAL, is_finite

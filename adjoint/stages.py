@@ -17,7 +17,7 @@ from pnode.linearization import Linearization
 from pnode.options import SolverOptions, log_event
 from pnode.products import accumulate
 from pnode.solution import Ledger
-from pnode.solvers.petsc.integrator import IntegratorSettings
+from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.stepping import Step
 from pnode.vectorfield import VectorField
 from pnode.vectors import REAL

@@ -17,8 +17,10 @@ from pnode.options import PETSc, SolverOptions, log_event, log_stage
 from pnode.products import accumulate
 from pnode.solution import Ledger
 from pnode.solvers.petsc.bridge import Bridge
-from pnode.solvers.petsc.integrator import IntegratorSettings, build_ts, raise_stored, reason_name
+from pnode.solvers.petsc.failures import raise_stored, reason_name
 from pnode.solvers.petsc.library import total_krylov_iterations
+from pnode.solvers.petsc.settings import IntegratorSettings
+from pnode.solvers.petsc.ts import build_ts
 from pnode.solvers.stepping import Step
 from pnode.vectorfield import VectorField
 from pnode.vectors import REAL

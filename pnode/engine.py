@@ -30,12 +30,8 @@ from pnode.solvers.linear.jacobians import JacobianOptions
 from pnode.solvers.linear.sparse import SparsityPattern
 from pnode.solvers.methods import Method
 from pnode.solvers.pairs import LINEAR
-from pnode.solvers.petsc.integrator import (
-    DENSE_LIMIT,
-    IntegratorSettings,
-    TimeIntegrator,
-    default_options,
-)
+from pnode.solvers.petsc.integrator import TimeIntegrator
+from pnode.solvers.petsc.settings import DENSE_LIMIT, IntegratorSettings, default_options
 from pnode.solvers.petsc.symplectic import split_size
 from pnode.solvers.step_control import StepControl
 from pnode.vectorfield import VectorField

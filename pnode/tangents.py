@@ -27,7 +27,7 @@ from pnode.products import derivatives
 from pnode.rebinding import rebound
 from pnode.solvers.linear.jacobians import JacobianOptions
 from pnode.solvers.pairs import LINEAR, PairOptions
-from pnode.solvers.petsc.integrator import IntegratorSettings
+from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.tolerances import EntrywiseTolerance, Resolved
 from pnode.transforms import is_wrapped, moves
 

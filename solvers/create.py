@@ -5,8 +5,9 @@ from __future__ import annotations
 from pnode.options import SolverOptions
 from pnode.solvers.compiled.integrator import CompiledIntegrator
 from pnode.solvers.multistep import MultistepIntegrator
-from pnode.solvers.petsc.integrator import IntegratorSettings, TimeIntegrator
+from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.petsc.rosenbrock import RosenbrockIntegrator
+from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.petsc.symplectic import SymplecticIntegrator
 
 __all__ = ["create_integrator"]

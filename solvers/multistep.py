@@ -30,7 +30,8 @@ from pnode.evidence import project
 from pnode.options import SolverOptions
 from pnode.solvers import bdf
 from pnode.solvers.newton import ModifiedNewton
-from pnode.solvers.petsc.integrator import IntegratorSettings, StepOutcome, TimeIntegrator
+from pnode.solvers.petsc.integrator import StepOutcome, TimeIntegrator
+from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.vectorfield import VectorField
 
 __all__ = ["MultistepIntegrator", "TakenOrder", "combine"]

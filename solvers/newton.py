@@ -24,8 +24,9 @@ from pnode.errors import NonFiniteVectorField, NonlinearSolveFailed, SolveError
 from pnode.options import PETSc, SolverOptions
 from pnode.pair_layout import PairLayout
 from pnode.solvers.petsc.bridge import Bridge
-from pnode.solvers.petsc.integrator import IntegratorSettings, newton_error, raise_stored
+from pnode.solvers.petsc.failures import newton_error, raise_stored
 from pnode.solvers.petsc.library import total_krylov_iterations
+from pnode.solvers.petsc.settings import IntegratorSettings
 
 __all__ = ["ModifiedNewton"]
 

@@ -13,13 +13,10 @@ from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
 from pnode.solvers.methods import Method, find_method
 from pnode.solvers.petsc.bridge import Bridge
-from pnode.solvers.petsc.integrator import (
-    IntegratorSettings,
-    TimeIntegrator,
-    build_ts,
-    default_options,
-)
+from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.petsc.library import before_each_stage, rk_scheme, stage_vectors
+from pnode.solvers.petsc.settings import IntegratorSettings, default_options
+from pnode.solvers.petsc.ts import build_ts
 from pnode.vectorfield import VectorField, vector_field
 from pnode.vectors import copy_out
 

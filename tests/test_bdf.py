@@ -25,7 +25,7 @@ from pnode.solution import Ledger
 from pnode.solvers import bdf
 from pnode.solvers.create import create_integrator
 from pnode.solvers.methods import find_method
-from pnode.solvers.petsc.integrator import IntegratorSettings, default_options
+from pnode.solvers.petsc.settings import IntegratorSettings, default_options
 from pnode.testing import taylor_test
 from pnode.vectorfield import VectorField
 

@@ -22,7 +22,7 @@ from pnode.problem import InitialValueProblem, StateLayout
 from pnode.solution import Ledger
 from pnode.solvers import scheme as schemes
 from pnode.solvers.methods import METHODS, find_method
-from pnode.solvers.petsc.integrator import IntegratorSettings, default_options
+from pnode.solvers.petsc.settings import IntegratorSettings, default_options
 from pnode.solvers.stepping import Step
 from pnode.testing import taylor_test
 from pnode.vectorfield import vector_field

@@ -18,7 +18,7 @@ from pnode.solvers.compiled.driver import CompiledSweep
 from pnode.solvers.compiled.programs import Program
 from pnode.solvers.compiled.trace import Untraceable
 from pnode.solvers.methods import Method
-from pnode.solvers.petsc.integrator import default_options
+from pnode.solvers.petsc.settings import default_options
 from pnode.vectorfield import VectorField, vector_field
 from pnode.vectors import REAL
 

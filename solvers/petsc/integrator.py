@@ -1,337 +1,29 @@
-"""One PETSc TS, set up for one method and one state size, driven step by step."""
+"""One PETSc TS, driven step by step."""
 
 from __future__ import annotations
 
 import math
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from pnode import vectors
-from pnode.controllers import controller_options
-from pnode.devices import HOST, Place
-from pnode.errors import (
-    ConfigurationError,
-    LinearSolveFailed,
-    NonFiniteDerivative,
-    NonFiniteVectorField,
-    NonlinearSolveFailed,
-    SolveError,
-)
+from pnode.errors import NonlinearSolveFailed, SolveError
 from pnode.evidence import project
 from pnode.linearization import Linearization
 from pnode.options import PETSc, SolverOptions, failure_reason, log_stage
 from pnode.ranks import ALONE, CURABLE
-from pnode.solvers.linear.block import BLOCK_LU
-from pnode.solvers.linear.jacobians import Jacobian, JacobianOptions, create_assembly
-from pnode.solvers.linear.shells import JacobianShell
-from pnode.solvers.methods import Method
-from pnode.solvers.pairs import PAIR_SOLVE, PairConvergence, create_matrices
 from pnode.solvers.petsc.bridge import Bridge
-from pnode.solvers.petsc.library import (
-    before_each_stage,
-    register,
-    set_subtype,
-    ssp_stages,
-    stage_vectors,
-    subtype,
-)
-from pnode.tolerances import Resolved
+from pnode.solvers.petsc.failures import newton_error, nonfinite_error, raise_stored, step_error
+from pnode.solvers.petsc.library import before_each_stage, stage_vectors
+from pnode.solvers.petsc.settings import IntegratorSettings
+from pnode.solvers.petsc.tolerances import Rejection
+from pnode.solvers.petsc.ts import build_ts
 from pnode.vectorfield import VectorField
 
-__all__ = [
-    "SINGULAR",
-    "IntegratorSettings",
-    "StepOutcome",
-    "TimeIntegrator",
-    "build_ts",
-    "default_options",
-]
-
-# Above this size "auto" stops assembling Jacobians: n batched backward passes and an n^3 / 3
-# factorization then cost more than a few tens of Krylov iterations.
-DENSE_LIMIT = 256
-_FLOATING_POINT = 72  # PETSC_ERR_FP
-#: PETSC_ERR_MAT_LU_ZRPVT: LAPACK found a dense matrix singular; sparse ones fail the solve.
-SINGULAR = 71
-# TSStep wants a final time; ours is kept by the driver.
-_FOREVER = 1e300
-_FACTORIZATIONS = ("lu", "ilu", "cholesky", "icc")
-
-
-@dataclass(frozen=True)
-class IntegratorSettings:
-    """Everything that a TS depends on, besides the options.
-
-    Attributes
-    ----------
-    method : Method
-        Row of the table.
-    size : int
-        Local number of entries of the state.
-    dtype : torch.dtype
-        Precision of the vector field, which limits what Newton's method can reach.
-    adaptive : bool
-        Whether PETSc's step-size controller is on.
-    rtol, atol : float or EntrywiseTolerance
-        Tolerances of the controller.
-    max_step : float
-        Largest step.
-    jacobian : {"matrix-free", "dense", "block", "sparse"}
-        How an implicit method gets its Jacobian.
-    jacobian_options : JacobianOptions
-        How it is preconditioned and reused.
-    form : {"rhs", "imex", "mass", "residual"}
-        Form of the problem.
-    controller : str
-        Who chooses the steps; see :mod:`pnode.controllers`.
-    split : int
-        Entries of the positions, the first part of the state of a symplectic method.
-    distribution : int
-        Fingerprint of the sizes on all ranks.
-    graphs : object or None
-        Compiled steps, see :mod:`pnode.solvers.compiled`.
-    place : Place
-        Where the state lives.
-    comm : object
-        Communicator.
-    """
-
-    method: Method
-    size: int
-    dtype: torch.dtype
-    adaptive: bool = False
-    rtol: Resolved = 1e-6
-    atol: Resolved = 1e-8
-    max_step: float = math.inf
-    jacobian: str = "dense"
-    jacobian_options: JacobianOptions = field(default_factory=JacobianOptions)
-    form: str = "rhs"
-    controller: str = "basic"
-    split: int = 0
-    distribution: int = 0
-    graphs: Any = None
-    place: Place = HOST
-    comm: Any = field(default_factory=lambda: PETSc.COMM_SELF, compare=False)
-
-    @property
-    def parallel(self) -> bool:
-        """Whether several ranks share the state."""
-        return bool(self.comm.size > 1)
-
-
-def default_options(
-    method: Method,
-    adaptive: bool,
-    jacobian: str,
-    dtype: torch.dtype,
-    adjoint: bool = False,
-    controller: str = "basic",
-    more: JacobianOptions | None = None,
-    ranks: int = 1,
-) -> dict[str, Any]:
-    """PETSc options that pnode sets unless the user does.
-
-    Newton's tolerances: convergence is quadratic, so the step test ``snes_stol`` leaves an error
-    of its square, or what the precision of f leaves; the residual test serves Krylov methods,
-    where convergence is linear. A transposed solve has no outer iteration to correct it, so its
-    Krylov tolerance is the accuracy of the gradient. Nor has a Rosenbrock stage one.
-
-    Among several ranks a sparse matrix is factored by the part of each: exactly, if the ranks'
-    parts do not know of one another; a preconditioner for GMRES if they share ghost cells.
-
-    Newton's steps are taken in full: PETSc's backtracking judges a step by the norm of the stiff
-    residual, and can cut good steps to a tenth for tens of iterations. It is the second attempt
-    where full steps fail (see :meth:`TimeIntegrator.attempt`).
-    """
-    options = controller_options(controller if adaptive else "none")
-    if not method.implicit:
-        return options
-    double = dtype is torch.float64
-    more = more or JacobianOptions()
-    constant = more.reuse == "constant"
-    linear = method.ts_type == "rosw" or constant
-    # With an old Jacobian a step test leaves a tenth of the step, not its square.
-    old = more.reuse in ("step", "solve") and jacobian != "matrix-free"
-    if not linear:
-        if method.ts_type == "python" and adaptive:
-            pass  # see ModifiedNewton
-        elif double:
-            options |= {"snes_rtol": 1e-13 if old else 1e-11, "snes_stol": 1e-12 if old else 1e-10}
-        else:
-            options |= {"snes_rtol": 1e-7 if old else 1e-6, "snes_stol": 1e-6 if old else 1e-5}
-    if method.ts_type != "rosw":
-        options["snes_linesearch_type"] = "basic"
-    if constant:
-        options["snes_type"] = "ksponly"
-    iterative = jacobian == "matrix-free" or more.exchange is not None
-    if not iterative:
-        options["ksp_type"] = "preonly"
-    else:
-        tight, loose = (1e-12, 1e-5) if double else (1e-6, 1e-3)
-        if method.ts_type == "python" and adaptive:
-            loose = 1e-3  # the rate that Newton observes includes it
-        options |= {
-            "ksp_type": "gmres",
-            "ksp_gmres_restart": 100,
-            "ksp_rtol": tight if adjoint or linear else loose,
-        }
-    assembled = more.assembled(jacobian)
-    options["pc_type"] = {None: "none", "block": "python", "pair": "python"}.get(assembled, "lu")
-    if assembled == "sparse" and (ranks > 1 or more.exchange is not None):
-        options["pc_type"] = "bjacobi"
-        options["sub_pc_type"] = "lu" if more.exchange is None else "ilu"
-    if assembled == "block":
-        options["pc_python_type"] = BLOCK_LU
-    if assembled == "pair":
-        options["pc_python_type"] = PAIR_SOLVE
-    return options
-
-
-def build_ts(
-    settings: IntegratorSettings,
-    options: SolverOptions,
-    bridge: Bridge,
-    shell: type[JacobianShell] = JacobianShell,
-) -> Any:
-    """Create and configure a TS. Collective on ``settings.comm``.
-
-    Parameters
-    ----------
-    settings : IntegratorSettings
-        What to build.
-    options : SolverOptions
-        Options it reads.
-    bridge : Bridge
-        Its callbacks.
-    shell : type
-        Of products with the Jacobian, without a matrix.
-    """
-    method, size, comm = settings.method, settings.size, settings.comm
-    place = settings.place
-    if method.own is not None:
-        register(method.subtype, method.order, method.own)
-    ts = PETSc.TS().create(comm=comm)
-    ts.setType(method.ts_type)
-    if method.ts_type == "python":  # a carrier of callbacks: pnode takes the steps
-        ts.setPythonContext(object())
-    if method.ts_type == "rk":
-        ts.setRKType(method.subtype)
-    elif method.ts_type == "dirk":
-        ts.setDIRKType(method.subtype)
-    elif method.ts_type == "arkimex":
-        ts.setARKIMEXType(method.subtype)
-    elif method.subtype:
-        set_subtype(ts, method.ts_type, method.subtype, method.stages)
-    ts.setProblemType(PETSc.TS.ProblemType.NONLINEAR)
-    kinds = PETSc.TS.EquationType
-    ts.setEquationType(kinds.ODE_EXPLICIT if settings.form in ("rhs", "imex") else kinds.IMPLICIT)
-    work = vectors.create(comm, size, place)
-    if method.implicit:
-        ts.setIFunction(bridge.implicit_function, work)
-        assembly = create_assembly(settings.jacobian, settings.jacobian_options, place)
-        matrix_free = settings.jacobian == "matrix-free"
-        reuse = settings.jacobian_options.reuse
-        if method.ts_type in ("python", "rosw") and reuse != "constant":
-            reuse = "iteration"  # when to evaluate is part of these methods
-        bridge.jacobian = Jacobian(assembly, reuse, matrix_free)
-        context = shell(bridge) if matrix_free else None
-        matrices = create_matrices(assembly, context, size, comm, place)
-        ts.setIJacobian(bridge.implicit_jacobian, *matrices)
-        pair = settings.jacobian_options.pair
-        if pair is not None:
-            ts.getSNES().setConvergenceTest(PairConvergence(pair.layout))
-    if not method.implicit or settings.form == "imex":
-        bridge.set_rhs_function(ts, work.duplicate())
-    ts.setExactFinalTime(PETSc.TS.ExactFinalTime.STEPOVER)
-    ts.setMaxTime(_FOREVER)
-    ts.setTolerances(
-        rtol=_tolerance(settings, settings.rtol), atol=_tolerance(settings, settings.atol)
-    )
-    ts.setSolution(vectors.create(comm, size, place))
-    ts.setTimeStep(1.0)
-    options.apply(ts)
-    _refuse_other_type(ts, method)
-    if method.implicit:
-        _refuse_other_preconditioner(settings, options)
-    # One ts.step() is one attempt: the length of every accepted step is then known exactly.
-    ts.setMaxStepRejections(0)
-    ts.setMaxSNESFailures(1)
-    ts.setErrorIfStepFails(False)
-    if settings.adaptive:
-        # The smallest step is ours to enforce: PETSc accepts bad steps at its own minimum.
-        ts.setStepLimits(1e-290, min(settings.max_step, ts.getStepLimits()[1]))
-    ts.removeTrajectory()
-    options.set_up(ts)
-    return ts
-
-
-def _tolerance(settings: IntegratorSettings, tolerance: Resolved) -> Any:
-    """Return a tolerance as PETSc takes it: a number or a vector.
-
-    A vector on several ranks, so that one of them can reject a step: see :meth:`_reject`.
-    """
-    if isinstance(tolerance, float) and not (settings.parallel and settings.adaptive):
-        return tolerance
-    vector = vectors.create(settings.comm, settings.size, settings.place)
-    _fill_tolerance(vector, tolerance)
-    return vector
-
-
-def _fill_tolerance(vector: Any, tolerance: Resolved) -> None:
-    values = tolerance if isinstance(tolerance, float) else tolerance.tensor()
-    values = torch.as_tensor(values, dtype=vectors.REAL, device=HOST.device)
-    vectors.copy_in(vector, values.expand(vector.local_size))
-
-
-def _refuse_other_type(ts: Any, method: Method) -> None:
-    """Refuse options that change the method behind the table's back."""
-    if ts.getType() != method.ts_type:
-        raise ConfigurationError(
-            f"the option ts_type={ts.getType()!r} contradicts method={method.name!r}: choose the "
-            "method with method="
-        )
-    if not method.subtype:
-        return
-    subtypes = {"rk": ts.getRKType, "dirk": ts.getDIRKType, "arkimex": ts.getARKIMEXType}
-    get = subtypes.get(method.ts_type, lambda: subtype(ts, method.ts_type))
-    if get() != method.subtype:
-        raise ConfigurationError(
-            f"the option ts_{method.ts_type}_type={get()!r} contradicts "
-            f"method={method.name!r}: choose the method with method="
-        )
-    if method.ts_type == "ssp" and ssp_stages(ts) != method.stages:
-        raise ConfigurationError(
-            f"the option ts_ssp_num_stages={ssp_stages(ts)} contradicts method={method.name!r}, "
-            f"which has {method.stages} stages: choose the method with method="
-        )
-
-
-def _refuse_other_preconditioner(settings: IntegratorSettings, options: SolverOptions) -> None:
-    """Refuse preconditioners that the matrix at hand does not offer."""
-    chosen = options.values.get("pc_type")
-    assembled = settings.jacobian_options.assembled(settings.jacobian)
-    if chosen in _FACTORIZATIONS and assembled is None:
-        raise ConfigurationError(
-            f"pc_type={chosen!r} (linear_solver='lu'?) needs a matrix to factor, and "
-            "jacobian='matrix-free' has none: use jacobian='dense' or 'sparse', or give a "
-            "preconditioner"
-        )
-    package = options.values.get("pc_factor_mat_solver_type")
-    if chosen in _FACTORIZATIONS and assembled == "sparse" and settings.parallel and not package:
-        raise ConfigurationError(
-            f"pc_type={chosen!r} (linear_solver='lu'?) factors the matrix of one process, and this "
-            f"one lies on {settings.comm.size}: drop it (each rank then factors its own part), or "
-            "name a parallel package that your PETSc has, "
-            "petsc_options={'pc_factor_mat_solver_type': 'mumps'}"
-        )
-    if assembled == "block" and chosen not in ("python", "none"):
-        raise ConfigurationError(
-            f"pc_type={chosen!r} needs a matrix of PETSc's, and the blocks of independent samples "
-            "come with their own LU: drop pc_type, or use jacobian='sparse'"
-        )
+__all__ = ["StepOutcome", "TimeIntegrator"]
 
 
 @dataclass
@@ -410,10 +102,10 @@ class TimeIntegrator:
         self._inner = tuple(c for c in nodes if c not in (0.0, 1.0))
         self._iterations = (0, 0)
         self._direction = 1.0
-        self._rejecting = False
         self.ranks = ALONE
+        self._rejection = Rejection(self.ts, settings)
         if settings.parallel and settings.adaptive:
-            self.bridge.reject = weakref.WeakMethod(self._reject)
+            self.bridge.reject = weakref.WeakMethod(self._rejection.ask)
 
     def _create_bridge(self) -> Bridge:
         method = self.settings.method
@@ -520,7 +212,7 @@ class TimeIntegrator:
                 error = self._settle(error)
         if error is None and ts.getConvergedReason() >= 0:
             self._rolled_back = False
-            if self._rejecting:
+            if self._rejection.wanted:
                 self.ranks.fail(SolveError("a step that failed on one rank was accepted", **where))
             return StepOutcome(True, ts.getTimeStep())
         proposed = ts.getTimeStep()
@@ -535,20 +227,6 @@ class TimeIntegrator:
             self._start.copy(self.solution)
         return StepOutcome(False, proposed, error)
 
-    def _reject(self) -> None:
-        """Make the error estimate of this step too large, by tiny tolerances on this rank.
-
-        The norm that PETSc reduces then rejects the step on all ranks. Not collective.
-        """
-        if not self._rejecting:
-            self._rejecting = True
-            for vector, value in zip(self._tolerance_vectors(), (0.0, 1e-100), strict=True):
-                _fill_tolerance(vector, value)
-
-    def _tolerance_vectors(self) -> tuple[Any, Any]:
-        rtol, atol = self.ts.getTolerances()
-        return rtol, atol
-
     def _settle(self, error: SolveError | None) -> SolveError | None:
         """Agree on why a step failed: all ranks know that it did. Collective.
 
@@ -562,28 +240,16 @@ class TimeIntegrator:
         PnodeError
             For anything else that failed on one of the ranks.
         """
-        if self._rejecting:
-            self._rejecting = False
-            tolerances = (self.settings.rtol, self.settings.atol)
-            for vector, value in zip(self._tolerance_vectors(), tolerances, strict=True):
-                _fill_tolerance(vector, value)
+        self._rejection.withdraw()
         if self.bridge.nonfinite_time is not None:
-            self.ranks.fail(self._nonfinite(self.bridge.nonfinite_time))
+            self.ranks.fail(
+                nonfinite_error(self.bridge.nonfinite_time, self.ranks.where, self.bridge)
+            )
             self.bridge.nonfinite_time = None
         found = self.ranks.settle(error)
         if found is None or isinstance(found, CURABLE):
             return found
         raise found from found.__cause__
-
-    def _nonfinite(self, at: float | None) -> NonFiniteVectorField:
-        found = infinite_derivative(self.bridge, self.ranks.where)
-        if found is not None:
-            return found
-        text = "the vector field returned NaN or infinity" + (
-            f" at t = {self._direction * at!r}" if at is not None else ""
-        )
-        text = f"{text}: check it there, or take smaller steps"
-        return NonFiniteVectorField(text, **self.ranks.where)
 
     def _try_newton(self, s: float, step: float, where: dict[str, Any]) -> SolveError | None:
         """Repeat a failed step with a new Jacobian at each iterate."""
@@ -591,10 +257,7 @@ class TimeIntegrator:
         assert jacobian is not None
         jacobian.always = True
         try:
-            self.ts.setTime(s)
-            self.ts.setTimeStep(step)
-            self._step(where)
-            return self._failure(where)
+            return self._repeat(s, step, where)
         finally:
             jacobian.always = False
 
@@ -603,12 +266,15 @@ class TimeIntegrator:
         line_search = self.ts.getSNES().getLineSearch()
         line_search.setType("bt")
         try:
-            self.ts.setTime(s)
-            self.ts.setTimeStep(step)
-            self._step(where)
-            return self._failure(where)
+            return self._repeat(s, step, where)
         finally:
             line_search.setType("basic")
+
+    def _repeat(self, s: float, step: float, where: dict[str, Any]) -> SolveError | None:
+        self.ts.setTime(s)
+        self.ts.setTimeStep(step)
+        self._step(where)
+        return self._failure(where)
 
     def _step(self, where: dict[str, Any]) -> None:
         if self._starts:
@@ -619,24 +285,8 @@ class TimeIntegrator:
         except PETSc.Error as error:
             failure = error
         raise_stored(self.bridge, failure, where)
-        if failure is not None and failure.ierr == SINGULAR:
-            raise LinearSolveFailed(
-                "the matrix of a linear solve is singular: take another step size, or choose "
-                "another linear_solver",
-                reason="zero pivot in LU factorization", **where,
-            ) from failure  # fmt: skip
         if failure is not None:
-            overflow, at = "", self.bridge.first_nonfinite()
-            if failure.ierr == _FLOATING_POINT and at is not None and not self.ranks.parallel:
-                raise self._nonfinite(at) from failure
-            if failure.ierr == _FLOATING_POINT:
-                overflow = (
-                    "; an error norm overflows when rtol * |y| + atol is zero or tiny for an entry "
-                    "of y, or the Jacobian is not finite"
-                )
-            raise SolveError(
-                f"PETSc could not take this step{overflow}", reason=failure_reason(failure), **where
-            ) from failure
+            raise step_error(failure, where, self.bridge) from failure
 
     def _failure(self, where: dict[str, Any]) -> SolveError | None:
         """Look for the failures that PETSc reports and for those that it passes over."""
@@ -649,11 +299,11 @@ class TimeIntegrator:
         at = self.bridge.first_nonfinite()
         if not self.ranks.parallel:
             finite = math.isfinite(self.solution.norm())
-            return self._nonfinite(at) if at is not None or not finite else None
+            return nonfinite_error(at, where, self.bridge) if at is not None or not finite else None
         # What only this rank knows must not change what it does next.
         if not self.settings.adaptive:
             if at is not None or not vectors.is_moderate(vectors.view(self.solution)):
-                self.ranks.fail(self._nonfinite(at))
+                self.ranks.fail(nonfinite_error(at, where, self.bridge))
             self.bridge.nonfinite_time = None
         return None
 
@@ -741,77 +391,3 @@ class TimeIntegrator:
     def destroy(self) -> None:
         """Free the PETSc objects. Collective."""
         self.ts.destroy()
-
-
-def raise_stored(bridge: Bridge, failure: Any, where: dict[str, Any]) -> None:
-    """Raise what the user's code raised during a PETSc call, if anything.
-
-    Parameters
-    ----------
-    bridge : Bridge
-        Keeps exceptions of the callbacks.
-    failure : PETSc.Error or None
-        What the call itself raised; its cause may be an exception from outside the callbacks'
-        guarded part, such as a KeyboardInterrupt.
-    where : dict
-        Time, step and method, for pnode's own errors.
-    """
-    exception = bridge.take_exception() or (failure.__cause__ if failure is not None else None)
-    if isinstance(exception, SolveError):
-        exception = exception.located(**where)
-    try:
-        if exception is not None:
-            raise exception from exception.__cause__
-    finally:
-        del exception, failure  # the traceback refers to this frame: break the cycle
-
-
-def infinite_derivative(bridge: Bridge, where: dict[str, Any]) -> NonFiniteDerivative | None:
-    """Return the error for a Jacobian that is not finite at the last point, if it is that."""
-    s = None if bridge.ranks.parallel else bridge.infinite_derivative()
-    if s is None:
-        return None
-    return NonFiniteDerivative(
-        "a derivative of the vector field with respect to y is NaN or infinite at "
-        f"t = {bridge.field.problem.direction * s!r}, where its value is finite: keep the state "
-        "away from there, or write the field so that its derivative exists (sqrt and norm at "
-        "zero: add a small constant inside)",
-        **where,
-    )
-
-
-def newton_error(snes: Any, where: dict[str, Any], bridge: Bridge) -> SolveError:
-    """Turn SNES's reason into an error that says what to do."""
-    reason = snes.getConvergedReason()
-    name = reason_name(PETSc.SNES.ConvergedReason, reason)
-    if "NANORINF" in name or "FNORM_NAN" in name or "DOMAIN" in name:
-        found = infinite_derivative(bridge, where)
-        if found is not None:
-            return found
-        return NonFiniteVectorField(
-            "the vector field returned NaN or infinity in a nonlinear solve: check it near this "
-            "state, or take smaller steps",
-            reason=name, **where,
-        )  # fmt: skip
-    if reason == PETSc.SNES.ConvergedReason.DIVERGED_LINEAR_SOLVE:
-        ksp_reason = snes.getKSP().getConvergedReason()
-        ksp_name = reason_name(PETSc.KSP.ConvergedReason, ksp_reason)
-        return LinearSolveFailed(
-            "a linear solve of Newton's method failed: take smaller steps, use jacobian='dense', "
-            "or choose another linear_solver",
-            reason=ksp_name, **where,
-        )  # fmt: skip
-    return NonlinearSolveFailed(
-        f"Newton's method failed after {snes.getIterationNumber()} iterations with a residual of "
-        f"{snes.getFunctionNorm():.2e}: take smaller steps, or allow more iterations with "
-        "petsc_options={'snes_max_it': ...}",
-        reason=name, **where,
-    )  # fmt: skip
-
-
-def reason_name(enumeration: Any, reason: int) -> str:
-    """Return PETSc's name of a convergence reason, such as ``DIVERGED_MAX_IT``."""
-    for name, value in vars(enumeration).items():
-        if isinstance(value, int) and value == reason and not name.startswith("_"):
-            return name
-    return str(reason)
