@@ -93,7 +93,7 @@ class Repeated:
     ) -> None:
         self._lend = lend
         # BDF's Newton method aims at the tolerances of adaptive steps.
-        self._adaptive = settings.adaptive and settings.method.ts_type == "python"
+        self._adaptive = settings.adaptive and settings.method.multistep
         self.steps = steps
         self._ledger = ledger
         self._reproducible = reproducible

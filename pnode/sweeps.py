@@ -254,7 +254,7 @@ class SteppedSweep(Sweep):
         if keep:
             self.trajectory = new_trajectory(engine, run, requests, y0)
             # What one-step methods carry over from the step before; the others have the same bits.
-            fresh = method.ts_type in ("rk", "dirk") and not method.same_bits
+            fresh = method.restarts and not method.same_bits
             self._reproducible = engine.checkpointing.reproducible and fresh
         with engine.integrator(run.settings, field, y0) as integrator, ExitStack() as leases:
             if start is not None:

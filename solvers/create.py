@@ -17,10 +17,10 @@ def create_integrator(settings: IntegratorSettings, options: SolverOptions) -> T
     """Create the integrator of ``settings.method``. Collective on ``settings.comm``."""
     if settings.graphs is not None:
         return CompiledIntegrator(settings, options)
-    if settings.method.ts_type == "python":
+    if settings.method.multistep:
         return MultistepIntegrator(settings, options)
-    if settings.method.ts_type == "basicsymplectic":
+    if settings.method.symplectic:
         return SymplecticIntegrator(settings, options)
-    if settings.method.ts_type == "rosw":
+    if settings.method.linearly_implicit:
         return RosenbrockIntegrator(settings, options)
     return TimeIntegrator(settings, options)

@@ -42,6 +42,11 @@ def test_circles(structure):
     assert structure.circle(structure.sources(ROOT)) == []
 
 
+def test_switches(structure):
+    """What a method is, others ask its properties: its type of TS is PETSc's name."""
+    assert structure.switches(structure.sources(ROOT)) == {}
+
+
 @pytest.mark.parametrize("how", ["import pnode.b", "from pnode import b", "from pnode.b import f"])
 def test_circles_are_found(structure, how, tmp_path):
     (tmp_path / "pnode").mkdir()

@@ -80,7 +80,7 @@ class TimeIntegrator:
         self._kept = stage_vectors(self.ts) if own else []
         self._start = self.solution.duplicate() if settings.adaptive else None
         self._rolled_back = False
-        self._starts = method.ts_type == "dirk"
+        self._starts = method.carries_slope
         self._stage_callback = (
             before_each_stage(self.ts, self.bridge.stage_begins)
             if method.ts_type in ("dirk", "arkimex")
@@ -98,7 +98,7 @@ class TimeIntegrator:
         )
         #: Where stages are between the ends of a step, in units of its length.
         scheme = method.scheme
-        nodes = () if scheme is None or method.ts_type == "rosw" else scheme.nodes
+        nodes = () if scheme is None or method.linearly_implicit else scheme.nodes
         self._inner = tuple(c for c in nodes if c not in (0.0, 1.0))
         self._iterations = (0, 0)
         self._direction = 1.0
@@ -335,7 +335,7 @@ class TimeIntegrator:
         Others: part, time, and the projections of state and value, at each stage.
         """
         method, bridge = self.settings.method, self.bridge
-        if method.ts_type == "rosw":
+        if method.linearly_implicit:
             return (project(vectors.view(self.solution)),)
         if not method.implicit:
             found = tuple(bridge.projections or ())

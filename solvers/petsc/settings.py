@@ -115,17 +115,17 @@ def default_options(
     double = dtype is torch.float64
     more = more or JacobianOptions()
     constant = more.reuse == "constant"
-    linear = method.ts_type == "rosw" or constant
+    linear = method.linearly_implicit or constant
     # With an old Jacobian a step test leaves a tenth of the step, not its square.
     old = more.reuse in ("step", "solve") and jacobian != "matrix-free"
     if not linear:
-        if method.ts_type == "python" and adaptive:
+        if method.multistep and adaptive:
             pass  # see ModifiedNewton
         elif double:
             options |= {"snes_rtol": 1e-13 if old else 1e-11, "snes_stol": 1e-12 if old else 1e-10}
         else:
             options |= {"snes_rtol": 1e-7 if old else 1e-6, "snes_stol": 1e-6 if old else 1e-5}
-    if method.ts_type != "rosw":
+    if not method.linearly_implicit:
         options["snes_linesearch_type"] = "basic"
     if constant:
         options["snes_type"] = "ksponly"
@@ -134,7 +134,7 @@ def default_options(
         options["ksp_type"] = "preonly"
     else:
         tight, loose = (1e-12, 1e-5) if double else (1e-6, 1e-3)
-        if method.ts_type == "python" and adaptive:
+        if method.multistep and adaptive:
             loose = 1e-3  # the rate that Newton observes includes it
         options |= {
             "ksp_type": "gmres",

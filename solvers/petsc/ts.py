@@ -48,7 +48,7 @@ def build_ts(
         register(method.subtype, method.order, method.own)
     ts = PETSc.TS().create(comm=comm)
     ts.setType(method.ts_type)
-    if method.ts_type == "python":  # a carrier of callbacks: pnode takes the steps
+    if method.multistep:  # a carrier of callbacks: pnode takes the steps
         ts.setPythonContext(object())
     if method.ts_type == "rk":
         ts.setRKType(method.subtype)
@@ -97,7 +97,7 @@ def _set_jacobian(
     method, more, place = settings.method, settings.jacobian_options, settings.place
     assembly = create_assembly(settings.jacobian, more, place)
     matrix_free, reuse = settings.jacobian == "matrix-free", more.reuse
-    if method.ts_type in ("python", "rosw") and reuse != "constant":
+    if (method.multistep or method.linearly_implicit) and reuse != "constant":
         reuse = "iteration"  # when to evaluate is part of these methods
     bridge.jacobian = Jacobian(assembly, reuse, matrix_free)
     context = shell(bridge) if matrix_free else None
