@@ -7,7 +7,7 @@ import torch
 from pnode.adjoint.stepper import TorchAdjointStepper
 from pnode.solution import Ledger
 from pnode.solvers.compiled.steps import StepGraphs
-from pnode.solvers.integrator import IntegratorSettings
+from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.stepping import Step
 from pnode.vectorfield import VectorField
 from pnode.vectors import REAL

@@ -8,7 +8,7 @@ from pnode.adjoint.rosenbrock import RosenbrockAdjoint
 from pnode.adjoint.stages import ExplicitAdjoint, StageAdjoint, SymplecticAdjoint
 from pnode.adjoint.stepper import AdjointStepper
 from pnode.options import SolverOptions
-from pnode.solvers.integrator import IntegratorSettings
+from pnode.solvers.petsc.settings import IntegratorSettings
 
 __all__ = ["create_adjoint"]
 
@@ -20,12 +20,12 @@ def create_adjoint(
     method = settings.method
     if settings.graphs is not None:
         return CompiledAdjoint(settings, parameters)
-    if method.ts_type == "python":
+    if method.multistep:
         return MultistepAdjoint(settings, options, parameters)
     if method.scheme is not None and method.scheme.explicit:
         return ExplicitAdjoint(settings, parameters)
-    if method.ts_type == "basicsymplectic":
+    if method.symplectic:
         return SymplecticAdjoint(settings, parameters)
-    if method.ts_type == "rosw":
+    if method.linearly_implicit:
         return RosenbrockAdjoint(settings, options, parameters)
     return StageAdjoint(settings, options, parameters)

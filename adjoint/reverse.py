@@ -20,8 +20,9 @@ from pnode.adjoint.trajectory import Checkpoint, Trajectory
 from pnode.linearization import Linearization
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
-from pnode.solvers.integrator import IntegratorSettings, TimeIntegrator
 from pnode.solvers.multistep import TakenOrder
+from pnode.solvers.petsc.integrator import TimeIntegrator
+from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.stepping import Observer, Step
 from pnode.vectorfield import VectorField
 from pnode.vectors import REAL, is_finite
@@ -92,7 +93,7 @@ class Repeated:
     ) -> None:
         self._lend = lend
         # BDF's Newton method aims at the tolerances of adaptive steps.
-        self._adaptive = settings.adaptive and settings.method.ts_type == "python"
+        self._adaptive = settings.adaptive and settings.method.multistep
         self.steps = steps
         self._ledger = ledger
         self._reproducible = reproducible

@@ -9,7 +9,7 @@ from pnode.adjoint.stepper import ImplicitAdjointStepper
 from pnode.linearization import Linearization
 from pnode.options import SolverOptions
 from pnode.solution import Ledger
-from pnode.solvers.integrator import IntegratorSettings
+from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.rosenbrock_tableaus import ROSENBROCK
 from pnode.solvers.stepping import Step
 from pnode.vectors import REAL

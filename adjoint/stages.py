@@ -15,9 +15,9 @@ from pnode.errors import SolveError
 from pnode.evidence import notes, projection_weights
 from pnode.linearization import Linearization
 from pnode.options import SolverOptions, log_event
+from pnode.products import accumulate
 from pnode.solution import Ledger
-from pnode.solvers.bridge import accumulate
-from pnode.solvers.integrator import IntegratorSettings
+from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.stepping import Step
 from pnode.vectorfield import VectorField
 from pnode.vectors import REAL

@@ -14,10 +14,13 @@ from pnode.errors import LinearSolveFailed, SolveError
 from pnode.evidence import differs
 from pnode.linearization import Linearization, Products
 from pnode.options import PETSc, SolverOptions, log_event, log_stage
+from pnode.products import accumulate
 from pnode.solution import Ledger
-from pnode.solvers.bridge import Bridge, accumulate
-from pnode.solvers.integrator import IntegratorSettings, build_ts, raise_stored, reason_name
-from pnode.solvers.petsc_c import total_krylov_iterations
+from pnode.solvers.petsc.bridge import Bridge
+from pnode.solvers.petsc.failures import raise_stored, reason_name
+from pnode.solvers.petsc.library import total_krylov_iterations
+from pnode.solvers.petsc.settings import IntegratorSettings
+from pnode.solvers.petsc.ts import build_ts
 from pnode.solvers.stepping import Step
 from pnode.vectorfield import VectorField
 from pnode.vectors import REAL

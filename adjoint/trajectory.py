@@ -26,7 +26,7 @@ from pnode.adjoint.steps import Steps
 from pnode.adjoint.store import CheckpointStore
 from pnode.errors import CheckpointError, VectorFieldError
 from pnode.evidence import Evidence
-from pnode.solvers.integrator import TimeIntegrator
+from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.stepping import Step
 
 __all__ = ["Checkpoint", "Trajectory"]

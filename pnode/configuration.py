@@ -16,8 +16,8 @@ from pnode.controllers import check_controller
 from pnode.errors import ConfigurationError
 from pnode.problem import InitialValueProblem
 from pnode.run import Requests
-from pnode.solvers.jacobian_options import jacobian_options
-from pnode.solvers.jacobians import JacobianOptions
+from pnode.solvers.linear.jacobian_options import jacobian_options
+from pnode.solvers.linear.jacobians import JacobianOptions
 from pnode.solvers.methods import Method
 from pnode.solvers.step_control import StepControl
 
@@ -123,7 +123,7 @@ class Steps:
                 f"method={method.name!r} has no error estimate and step_size is None: give "
                 "step_size=h, or take an adaptive method such as 'dopri5' or 'es325'"
             )
-        own = method.name if method.ts_type == "python" else None
+        own = method.name if method.multistep else None
         return StepControl(
             self.step_size, self.first_step, self.min_step or 0.0, self.max_step or math.inf,
             self.max_steps, self.rtol, self.atol,

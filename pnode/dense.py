@@ -13,8 +13,8 @@ from pnode.adjoint.reverse import NodeCotangents
 from pnode.adjoint.trajectory import Checkpoint
 from pnode.interpolation import hermite, hermite_rate, polynomial, polynomial_rate
 from pnode.linearization import Linearization
-from pnode.solvers.bridge import accumulate
-from pnode.solvers.integrator import TimeIntegrator
+from pnode.products import accumulate
+from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.scheme import Scheme
 from pnode.solvers.stepping import Observer, Step
 from pnode.vectorfield import VectorField

@@ -23,21 +23,17 @@ from pnode.integrals import integral_settings
 from pnode.layouts import Layout
 from pnode.options import SolverOptions, next_prefix
 from pnode.problem import InitialValueProblem
-from pnode.solvers.assemblies import SparsityPattern
 from pnode.solvers.compiled import new_compiler
 from pnode.solvers.compiled.compiler import Compiler
 from pnode.solvers.create import create_integrator
-from pnode.solvers.integrator import (
-    DENSE_LIMIT,
-    IntegratorSettings,
-    TimeIntegrator,
-    default_options,
-)
-from pnode.solvers.jacobians import JacobianOptions
+from pnode.solvers.linear.jacobians import JacobianOptions
+from pnode.solvers.linear.sparse import SparsityPattern
 from pnode.solvers.methods import Method
 from pnode.solvers.pairs import LINEAR
+from pnode.solvers.petsc.integrator import TimeIntegrator
+from pnode.solvers.petsc.settings import DENSE_LIMIT, IntegratorSettings, default_options
+from pnode.solvers.petsc.symplectic import split_size
 from pnode.solvers.step_control import StepControl
-from pnode.solvers.symplectic import split_size
 from pnode.vectorfield import VectorField
 
 __all__ = ["Engine"]

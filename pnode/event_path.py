@@ -16,7 +16,7 @@ from pnode.errors import EventError
 from pnode.event_search import RELATIVE
 from pnode.interpolation import hermite, lagrange
 from pnode.problem import InitialValueProblem, StateLayout
-from pnode.solvers.integrator import TimeIntegrator
+from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.stepping import Step
 from pnode.vectorfield import VectorField
 

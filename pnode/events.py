@@ -21,7 +21,7 @@ from pnode.event_search import SAMPLES, Sides, first_crossing
 from pnode.problem import InitialValueProblem, StateLayout
 from pnode.products import directional_derivative
 from pnode.solution import Ledger
-from pnode.solvers.integrator import TimeIntegrator
+from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.stepping import Observer, Step
 from pnode.vectorfield import VectorField, vector_field
 

@@ -18,10 +18,10 @@ from pnode.errors import ConfigurationError, VectorFieldError
 from pnode.layouts import Layout
 from pnode.pair_layout import PairLayout
 from pnode.problem import InitialValueProblem, StateLayout
-from pnode.solvers.integrator import IntegratorSettings
-from pnode.solvers.jacobians import JacobianOptions
+from pnode.solvers.linear.jacobians import JacobianOptions
 from pnode.solvers.methods import Method
 from pnode.solvers.pairs import LINEAR, PairOptions
+from pnode.solvers.petsc.integrator import IntegratorSettings
 from pnode.tolerances import EntrywiseTolerance, Resolved, values
 from pnode.vectors import REAL
 

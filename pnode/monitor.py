@@ -14,7 +14,7 @@ from pnode import vectors
 from pnode.problem import InitialValueProblem
 from pnode.run import Requests
 from pnode.solution import Stats
-from pnode.solvers.integrator import TimeIntegrator
+from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.stepping import Observer, Step
 from pnode.transfers import carry_once
 

@@ -1,4 +1,4 @@
-"""Vector-Jacobian products by torch's autograd engine, and the transpose of a linear map."""
+"""Vector-Jacobian products by torch's autograd engine, their sums, and transposed linear maps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
+from pnode.vectors import REAL
+
 __all__ = [
+    "accumulate",
     "derivatives",
     "directional_derivative",
     "edges_work",
@@ -127,3 +130,25 @@ def derivatives(
                 )  # fmt: skip
             found.append(torch.zeros_like(value) if result is None else result)
     return found
+
+
+def accumulate(
+    sums: list[torch.Tensor | None], terms: tuple[torch.Tensor | None, ...], weight: float
+) -> None:
+    """Add ``weight`` times ``terms`` (any precision) to ``sums`` (PETSc's), None being zero.
+
+    Those of complex parameters are complex: torch's convention dL/d Re p + i dL/d Im p is linear
+    over the reals, and so are the sums.
+    """
+    totals, addends = [], []
+    for index, term in enumerate(terms):
+        if term is None:
+            continue
+        total = sums[index]
+        if total is None:
+            sums[index] = term.to(torch.promote_types(term.dtype, REAL)) * weight
+        else:
+            totals.append(total)
+            addends.append(term)
+    if totals:
+        torch._foreach_add_(totals, addends, alpha=weight)

@@ -19,7 +19,7 @@ from pnode.adjoint.trajectory import Trajectory
 from pnode.engine import Engine
 from pnode.errors import ConfigurationError
 from pnode.run import Requests, Run
-from pnode.solvers.integrator import TimeIntegrator
+from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.step_control import fixed_grid
 from pnode.solvers.stepping import Observer, Step
 from pnode.vectors import REAL

@@ -16,7 +16,7 @@ from pnode.held import held, now
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger, Stats
 from pnode.solvers.compiled.fields import FieldCode, compiled_field
-from pnode.solvers.integrator import IntegratorSettings
+from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.stepping import Step
 from pnode.surroundings import Surroundings
 from pnode.vectorfield import VectorField, record_all, vector_field

@@ -23,15 +23,15 @@ from pnode.events import EventLocator
 from pnode.evidence import Reads
 from pnode.monitor import Monitor
 from pnode.problem import InitialValueProblem
+from pnode.products import accumulate
 from pnode.recording import Outputs, Recorder, new_trajectory
 from pnode.run import Requests, Run, Sweep
 from pnode.solution import Stats
-from pnode.solvers.bridge import accumulate
 from pnode.solvers.compiled.compiler import Wanted
 from pnode.solvers.compiled.driver import CompiledSweep
 from pnode.solvers.compiled.fields import compiled_field
 from pnode.solvers.compiled.integrator import CompiledIntegrator, Start
-from pnode.solvers.integrator import TimeIntegrator
+from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.stepping import Observer, Step, forward_sweep
 from pnode.surroundings import Surroundings
 from pnode.vectorfield import VectorField, note_kept, record_all, vector_field
@@ -254,7 +254,7 @@ class SteppedSweep(Sweep):
         if keep:
             self.trajectory = new_trajectory(engine, run, requests, y0)
             # What one-step methods carry over from the step before; the others have the same bits.
-            fresh = method.ts_type in ("rk", "dirk") and not method.same_bits
+            fresh = method.restarts and not method.same_bits
             self._reproducible = engine.checkpointing.reproducible and fresh
         with engine.integrator(run.settings, field, y0) as integrator, ExitStack() as leases:
             if start is not None:

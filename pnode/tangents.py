@@ -25,9 +25,9 @@ from pnode.pair_layout import PairLayout
 from pnode.problem import InitialValueProblem, StateLayout
 from pnode.products import derivatives
 from pnode.rebinding import rebound
-from pnode.solvers.integrator import IntegratorSettings
-from pnode.solvers.jacobians import JacobianOptions
+from pnode.solvers.linear.jacobians import JacobianOptions
 from pnode.solvers.pairs import LINEAR, PairOptions
+from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.tolerances import EntrywiseTolerance, Resolved
 from pnode.transforms import is_wrapped, moves
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pnode.options import SolverOptions
 from pnode.solvers.compiled.integrator import CompiledIntegrator
-from pnode.solvers.integrator import IntegratorSettings, TimeIntegrator
 from pnode.solvers.multistep import MultistepIntegrator
-from pnode.solvers.rosenbrock import RosenbrockIntegrator
-from pnode.solvers.symplectic import SymplecticIntegrator
+from pnode.solvers.petsc.integrator import TimeIntegrator
+from pnode.solvers.petsc.rosenbrock import RosenbrockIntegrator
+from pnode.solvers.petsc.settings import IntegratorSettings
+from pnode.solvers.petsc.symplectic import SymplecticIntegrator
 
 __all__ = ["create_integrator"]
 
@@ -16,10 +17,10 @@ def create_integrator(settings: IntegratorSettings, options: SolverOptions) -> T
     """Create the integrator of ``settings.method``. Collective on ``settings.comm``."""
     if settings.graphs is not None:
         return CompiledIntegrator(settings, options)
-    if settings.method.ts_type == "python":
+    if settings.method.multistep:
         return MultistepIntegrator(settings, options)
-    if settings.method.ts_type == "basicsymplectic":
+    if settings.method.symplectic:
         return SymplecticIntegrator(settings, options)
-    if settings.method.ts_type == "rosw":
+    if settings.method.linearly_implicit:
         return RosenbrockIntegrator(settings, options)
     return TimeIntegrator(settings, options)

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from pnode.errors import ConfigurationError
-from pnode.solvers.coefficients import find_scheme
+from pnode.solvers.petsc.coefficients import find_scheme
 from pnode.solvers.scheme import SYMPLECTIC, HalfUpdate, Scheme, rows
 
 __all__ = [
@@ -77,17 +77,36 @@ class Method:
     @cached_property
     def scheme(self) -> Scheme | None:
         """Coefficients of a method of one step of the Runge-Kutta family; None of others."""
-        if self.ts_type in ("python", "basicsymplectic"):
+        if self.multistep or self.symplectic:
             return None
         if self.own is not None:
             return self.own
         return find_scheme(self.ts_type, self.subtype, self.stages, self.order, self.adaptive)
 
     @cached_property
+    def multistep(self) -> bool:
+        """Whether a step looks at more states than the last."""
+        return self.adjoint == "multistep"
+
+    @cached_property
+    def symplectic(self) -> bool:
+        """Whether a step is made of half-updates of a pair (q, p)."""
+        return "separable" in self.forms
+
+    @cached_property
+    def linearly_implicit(self) -> bool:
+        """Whether a stage is one linear solve, with the Jacobian at the start of the step."""
+        return self.ts_type == "rosw"
+
+    @cached_property
+    def carries_slope(self) -> bool:
+        """Whether a step begins with the slope that ended the last; the first one solves for it."""
+        return self.ts_type == "dirk"
+
+    @cached_property
     def half_updates(self) -> tuple[HalfUpdate, ...]:
         """Of a symplectic method: the parts of a step; none of others."""
-        separable = "separable" in self.forms
-        return SYMPLECTIC[self.subtype].half_updates() if separable else ()
+        return SYMPLECTIC[self.subtype].half_updates() if self.symplectic else ()
 
     @cached_property
     def fsal(self) -> bool:
@@ -97,7 +116,7 @@ class Method:
     @property
     def keeps_stages(self) -> bool:
         """Whether a checkpoint holds the stages of a step; or else one state."""
-        return self.ts_type not in ("python", "rosw")
+        return not self.multistep and not self.linearly_implicit
 
     @cached_property
     def stage_units(self) -> int:
@@ -132,7 +151,7 @@ class Method:
     @property
     def restarts(self) -> bool:
         """Whether a step can be repeated from the state at its start alone."""
-        return self.ts_type != "python"
+        return not self.multistep
 
     @property
     def tapes(self) -> bool:

@@ -29,8 +29,9 @@ from pnode.errors import ConfigurationError, SolveError
 from pnode.evidence import project
 from pnode.options import SolverOptions
 from pnode.solvers import bdf
-from pnode.solvers.integrator import IntegratorSettings, StepOutcome, TimeIntegrator
 from pnode.solvers.newton import ModifiedNewton
+from pnode.solvers.petsc.integrator import StepOutcome, TimeIntegrator
+from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.vectorfield import VectorField
 
 __all__ = ["MultistepIntegrator", "TakenOrder", "combine"]

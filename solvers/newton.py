@@ -23,9 +23,10 @@ from pnode import vectors
 from pnode.errors import NonFiniteVectorField, NonlinearSolveFailed, SolveError
 from pnode.options import PETSc, SolverOptions
 from pnode.pair_layout import PairLayout
-from pnode.solvers.bridge import Bridge
-from pnode.solvers.integrator import IntegratorSettings, newton_error, raise_stored
-from pnode.solvers.petsc_c import total_krylov_iterations
+from pnode.solvers.petsc.bridge import Bridge
+from pnode.solvers.petsc.failures import newton_error, raise_stored
+from pnode.solvers.petsc.library import total_krylov_iterations
+from pnode.solvers.petsc.settings import IntegratorSettings
 
 __all__ = ["ModifiedNewton"]
 
@@ -211,14 +212,9 @@ class ModifiedNewton:
         return -vectors.copy_out(self._f)
 
     def _iterate(
-        self,
-        s: float,
-        guess: torch.Tensor,
-        shift: float,
-        psi: torch.Tensor,
-        size: Callable[[torch.Tensor], float],
-        where: dict[str, Any],
-    ) -> torch.Tensor | SolveError:
+        self, s: float, guess: torch.Tensor, shift: float, psi: torch.Tensor,
+        size: Callable[[torch.Tensor], float], where: dict[str, Any],
+    ) -> torch.Tensor | SolveError:  # fmt: skip
         """Iterate with one Jacobian."""
         rtol, atol, stol, limit = self._snes.getTolerances()
         given = self._given
@@ -227,6 +223,7 @@ class ModifiedNewton:
         rtol = rtol if "snes_rtol" in given else 0.0
         by_norm = "snes_stol" in given
         limit = limit if "snes_max_it" in given or not self._adaptive else 4
+        ranks = self._bridge.ranks
         u, norm, first, fresh = guess, 0.0, 0.0, self._refresh
         self._snes.setConvergedReason(_REASON.CONVERGED_ITERATING)
         for iteration in range(limit):
@@ -240,21 +237,12 @@ class ModifiedNewton:
             self._last = residual, self._last[1]
             if by_residual and ((residual <= rtol * first and iteration) or residual <= atol):
                 return self._converged(u if iteration else u.clone())  # not the caller's
-            self._prepare(s, shift, where)
-            self._ksp.solve(self._f, self._update)
-            raise_stored(self._bridge, None, where)
-            if self._ksp.getConvergedReason() < 0:
+            update = self._correction(s, shift, where)
+            if update is None:
                 return self._failed(_REASON.DIVERGED_LINEAR_SOLVE, where)
-            self.newton += 1
-            update = vectors.copy_out(self._update)
-            if shift != self._shift:  # between u_dot alone (factor ratio) and F_u alone (1)
-                update *= 2.0 / (1.0 + shift / self._shift)
             u = u - update
-            before = norm
-            ranks = self._bridge.ranks
-            length = ranks.norm(u)
+            before, length, absolute = norm, ranks.norm(u), self._length(update, u)
             noise = self._eps * length
-            absolute = self._length(update, u)
             self._last = residual, residual / absolute if absolute else self._last[1]
             if by_norm:
                 norm, tolerance = absolute, max(stol * length, 2.0 * noise)
@@ -303,19 +291,29 @@ class ModifiedNewton:
         raise_stored(self._bridge, None, where)
         return float(self._f.norm())
 
-    def _prepare(self, s: float, shift: float, where: dict[str, Any]) -> None:
-        """Bring the matrix to this shift, with a new Jacobian at the last residual if wanted."""
-        if self._refresh:
-            self._evaluate(s, shift, where)
-            self._refresh, self._rate = False, 1.0
-        elif abs(shift / self._shift - 1.0) <= self._SHIFT_CHANGE:
-            return
-        elif self._reforms:
-            self._reshift(shift)
-        else:
-            self._evaluate(s, shift, where)
-        self._shift = shift
-        self._ksp.setOperators(self._operator, self._matrix)
+    def _correction(self, s: float, shift: float, where: dict[str, Any]) -> torch.Tensor | None:
+        """Return what the last residual takes from u, or None where the linear solve fails.
+
+        The matrix is brought to this shift, with a new Jacobian at the last residual if wanted.
+        """
+        if self._refresh or not abs(shift / self._shift - 1.0) <= self._SHIFT_CHANGE:
+            if self._reforms and not self._refresh:
+                self._reshift(shift)
+            else:
+                self._evaluate(s, shift, where)
+            if self._refresh:
+                self._refresh, self._rate = False, 1.0
+            self._shift = shift
+            self._ksp.setOperators(self._operator, self._matrix)
+        self._ksp.solve(self._f, self._update)
+        raise_stored(self._bridge, None, where)
+        if self._ksp.getConvergedReason() < 0:
+            return None
+        self.newton += 1
+        update = vectors.copy_out(self._update)
+        if shift != self._shift:  # between u_dot alone (factor ratio) and F_u alone (1)
+            update *= 2.0 / (1.0 + shift / self._shift)
+        return update
 
     def _evaluate(self, s: float, shift: float, where: dict[str, Any]) -> None:
         """Evaluate the Jacobian at the last residual."""

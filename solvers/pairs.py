@@ -25,8 +25,10 @@ from pnode.devices import HOST, Place
 from pnode.linearization import Linearization
 from pnode.options import PETSc
 from pnode.pair_layout import PairLayout
-from pnode.solvers.assemblies import Assembly
-from pnode.solvers.bridge import Bridge, JacobianShell, Point, shell_matrix
+from pnode.solvers.linear.assembly import Assembly
+from pnode.solvers.linear.linearizer import Linearizer as Bridge
+from pnode.solvers.linear.linearizer import Point
+from pnode.solvers.linear.shells import JacobianShell, shell_matrix
 from pnode.vectorfield import vector_field
 from pnode.vectors import REAL, copy_in, copy_out, create, view
 

@@ -13,7 +13,8 @@ from pnode import tolerances, vectors
 from pnode.errors import ConfigurationError, StepSizeUnderflow
 from pnode.problem import InitialValueProblem
 from pnode.solvers.clock import FixedGrid
-from pnode.solvers.integrator import IntegratorSettings, TimeIntegrator
+from pnode.solvers.petsc.integrator import TimeIntegrator
+from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.vectorfield import VectorField
 
 __all__ = [

@@ -14,7 +14,7 @@ from typing import Any
 from pnode.errors import NonFiniteVectorField, SolveError, StepLimitReached, StepSizeUnderflow
 from pnode.solution import Ledger
 from pnode.solvers.clock import FixedGrid, least_step, move
-from pnode.solvers.integrator import TimeIntegrator
+from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.step_control import StepControl, first_step, fixed_grid, unresolved
 from pnode.vectorfield import VectorField
 

@@ -11,10 +11,12 @@ from pnode import Solver
 from pnode.options import SolverOptions, next_prefix
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
-from pnode.solvers.bridge import Bridge
-from pnode.solvers.integrator import IntegratorSettings, TimeIntegrator, build_ts, default_options
 from pnode.solvers.methods import Method, find_method
-from pnode.solvers.petsc_c import before_each_stage, rk_scheme, stage_vectors
+from pnode.solvers.petsc.bridge import Bridge
+from pnode.solvers.petsc.integrator import TimeIntegrator
+from pnode.solvers.petsc.library import before_each_stage, rk_scheme, stage_vectors
+from pnode.solvers.petsc.settings import IntegratorSettings, default_options
+from pnode.solvers.petsc.ts import build_ts
 from pnode.vectorfield import VectorField, vector_field
 from pnode.vectors import copy_out
 

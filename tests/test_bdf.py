@@ -24,8 +24,8 @@ from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
 from pnode.solvers import bdf
 from pnode.solvers.create import create_integrator
-from pnode.solvers.integrator import IntegratorSettings, default_options
 from pnode.solvers.methods import find_method
+from pnode.solvers.petsc.settings import IntegratorSettings, default_options
 from pnode.testing import taylor_test
 from pnode.vectorfield import VectorField
 

@@ -24,9 +24,9 @@ from pnode.options import SolverOptions, next_prefix
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
 from pnode.solvers.create import create_integrator
-from pnode.solvers.integrator import IntegratorSettings, default_options
 from pnode.solvers.methods import METHODS, find_method
 from pnode.solvers.multistep import TakenOrder
+from pnode.solvers.petsc.settings import IntegratorSettings, default_options
 from pnode.solvers.stepping import Step
 from pnode.vectorfield import vector_field
 from pnode.vectors import copy_out

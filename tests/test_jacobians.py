@@ -13,8 +13,8 @@ import torch
 import pnode
 from pnode.errors import ConfigurationError, LinearSolveFailed, NonFiniteVectorField
 from pnode.options import PETSc, log_stage
-from pnode.solvers.integrator import TimeIntegrator
-from pnode.solvers.petsc_c import color_columns
+from pnode.solvers.petsc.integrator import TimeIntegrator
+from pnode.solvers.petsc.library import color_columns
 
 D = torch.float64
 TIGHT = {"snes_rtol": 1e-15, "snes_stol": 1e-15}

@@ -16,7 +16,7 @@ from pnode.options import PETSc
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
 from pnode.solvers.methods import METHODS, find_method
-from pnode.solvers.petsc_c import set_recompute_jacobian, set_subtype
+from pnode.solvers.petsc.library import set_recompute_jacobian, set_subtype
 from pnode.solvers.rosenbrock_tableaus import ROSENBROCK
 from pnode.vectorfield import VectorField
 from pnode.vectors import copy_out

@@ -21,8 +21,8 @@ from pnode.options import SolverOptions, next_prefix
 from pnode.problem import InitialValueProblem, StateLayout
 from pnode.solution import Ledger
 from pnode.solvers import scheme as schemes
-from pnode.solvers.integrator import IntegratorSettings, default_options
 from pnode.solvers.methods import METHODS, find_method
+from pnode.solvers.petsc.settings import IntegratorSettings, default_options
 from pnode.solvers.stepping import Step
 from pnode.testing import taylor_test
 from pnode.vectorfield import vector_field

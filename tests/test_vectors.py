@@ -14,7 +14,8 @@ from pnode.errors import ConfigurationError
 from pnode.options import PETSc
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
-from pnode.solvers.bridge import Bridge, JacobianShell
+from pnode.solvers.linear.shells import JacobianShell
+from pnode.solvers.petsc.bridge import Bridge
 from pnode.vectorfield import vector_field
 
 TIMES = torch.linspace(0.0, 1.0, 4, dtype=torch.float64)

@@ -13,9 +13,13 @@ import torch
 from pnode import vectors
 from pnode.adjoint.stepper import AdjointStepper
 from pnode.options import PETSc
-from pnode.solvers.bridge import Bridge, JacobianShell, Point, accumulate, shell_matrix
-from pnode.solvers.integrator import build_ts, raise_stored
-from pnode.solvers.petsc_c import stage_vectors
+from pnode.products import accumulate
+from pnode.solvers.linear.linearizer import Point
+from pnode.solvers.linear.shells import JacobianShell, shell_matrix
+from pnode.solvers.petsc.bridge import Bridge
+from pnode.solvers.petsc.failures import raise_stored
+from pnode.solvers.petsc.library import stage_vectors
+from pnode.solvers.petsc.ts import build_ts
 
 
 class OracleBridge(Bridge):

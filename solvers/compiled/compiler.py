@@ -24,7 +24,7 @@ from pnode.solution import Ledger
 from pnode.solvers.compiled.driver import CompiledSweep
 from pnode.solvers.compiled.inductor import CompilationFailed
 from pnode.solvers.compiled.trace import FieldGraph, Untraceable, trace_field
-from pnode.solvers.integrator import IntegratorSettings
+from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.step_control import StepControl
 from pnode.vectorfield import VectorField, vector_field
 from pnode.vectors import REAL

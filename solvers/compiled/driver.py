@@ -22,7 +22,7 @@ from pnode.options import log_stage
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
 from pnode.solvers.compiled.inductor import compile_source
-from pnode.solvers.integrator import IntegratorSettings
+from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.step_control import StepControl, fixed_grid
 from pnode.solvers.stepping import Step
 from pnode.vectors import REAL

@@ -297,7 +297,7 @@ class Fields(Backend):
         """Return why it makes nothing for a solve, whatever the field."""
         if wanted.settings.form == "residual":
             return "nor is a residual by itself"
-        if wanted.settings.method.ts_type == "rosw":
+        if wanted.settings.method.linearly_implicit:
             return "nor are the single products of Rosenbrock methods, which differentiate it twice"
         return None
 

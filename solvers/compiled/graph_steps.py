@@ -178,7 +178,7 @@ class ExplicitSteps(Backend):
     def refuses(self, wanted: Wanted) -> str | None:
         """Return why there are no compiled steps for a solve, whatever the field."""
         settings, method = wanted.settings, wanted.settings.method
-        if method.ts_type not in ("rk", "ssp"):
+        if method.scheme is None or not method.scheme.explicit:
             return (
                 f"method={method.name!r} is not an explicit Runge-Kutta method (see "
                 "pnode.methods()), and only these are compiled so far"

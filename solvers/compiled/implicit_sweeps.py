@@ -17,8 +17,8 @@ from pnode.solvers.compiled.compiler import Backend, Checked, Compilation, Trace
 from pnode.solvers.compiled.driver import CompiledSweep
 from pnode.solvers.compiled.programs import Program
 from pnode.solvers.compiled.trace import Untraceable
-from pnode.solvers.integrator import default_options
 from pnode.solvers.methods import Method
+from pnode.solvers.petsc.settings import default_options
 from pnode.vectorfield import VectorField, vector_field
 from pnode.vectors import REAL
 
@@ -63,12 +63,13 @@ class ImplicitSweeps(Backend):
             return "of implicit methods all steps are kept: drop checkpointing"
         if settings.form != "rhs":
             return f"the form {settings.form!r} is not compiled: only y' = f(t, y) is"
-        if method.ts_type not in ("rosw", "dirk", "theta", "cn", "beuler"):
+        if method.kind != "implicit" or method.multistep:
             return (
                 f"method={method.name!r} is not compiled so far: of the implicit methods, "
                 "'beuler', 'cn', 'implicit_midpoint', the DIRK and the Rosenbrock methods are"
             )
-        if settings.adaptive and method.ts_type not in ("rosw", "dirk"):
+        assert method.scheme is not None
+        if settings.adaptive and method.scheme.b_embedded is None:
             return f"method={method.name!r} is compiled for fixed steps only: give step_size"
         if settings.jacobian != "dense" or settings.jacobian_options.reuse != "iteration":
             return "implicit methods are compiled with jacobian='dense', jacobian_reuse='iteration'"
@@ -83,7 +84,7 @@ class ImplicitSweeps(Backend):
     def _compile(
         self, trace: Trace, part: VectorField, y0: torch.Tensor, wanted: Wanted
     ) -> Program:
-        rosenbrock = wanted.settings.method.ts_type == "rosw"
+        rosenbrock = wanted.settings.method.linearly_implicit
         key = (ImplicitSweeps, rosenbrock)
         if key not in trace.codes:
             program = Program(trace.graph, part.problem.parameters, rosenbrock)
@@ -152,19 +153,19 @@ def _arrays(method: Method) -> dict[str, np.ndarray]:
     """Return the coefficients: of a Rosenbrock method those in the variables Y = G k."""
     scheme = method.scheme
     assert scheme is not None
-    if method.ts_type == "rosw":
+    if method.linearly_implicit:
         A, inverse, correction, b = scheme.transformed()
         arrays = {
             "A": A, "b": b, "alpha": scheme.c, "inverse": inverse, "correction": correction,
             "gamma": scheme.gamma, "diagonal": scheme.gamma_diagonal,
         }  # fmt: skip
     else:
-        # Backward Euler does without the start.
-        fixed = scheme if method.ts_type == "dirk" else scheme.without_idle_stages()
+        # Backward Euler does without the start; an embedded solution may need every stage.
+        fixed = scheme if scheme.b_embedded is not None else scheme.without_idle_stages()
         arrays = {"A": fixed.A, "b": fixed.b, "alpha": fixed.c}
     if scheme.b_embedded is not None:
         defect = np.subtract(scheme.b_embedded, scheme.b)
-        arrays["defect"] = defect @ arrays["inverse"] if method.ts_type == "rosw" else defect
+        arrays["defect"] = defect @ arrays["inverse"] if method.linearly_implicit else defect
     return {name: np.ascontiguousarray(array, dtype=float) for name, array in arrays.items()}
 
 
@@ -181,7 +182,7 @@ def _prepared(program: Program, wanted: Wanted) -> _Settings:
     for name in ("rtol", "atol"):
         tolerance = torch.as_tensor(tolerances.values(getattr(settings, name)), dtype=REAL)
         alive[name] = np.ascontiguousarray(tolerance.reshape(-1).expand(settings.size).numpy())
-    rosenbrock, more = method.ts_type == "rosw", {}
+    rosenbrock, more = method.linearly_implicit, {}
     if rosenbrock:
         found_ = method.scheme
         assert found_ is not None
@@ -191,7 +192,7 @@ def _prepared(program: Program, wanted: Wanted) -> _Settings:
         max_newton=int(newton["snes_max_it"]),
         stiffly_accurate=bool((arrays["A"][-1] == arrays["b"]).all()),
         explicit_first=bool(not rosenbrock and arrays["A"][0, 0] == 0.0),
-        carries_slope=method.ts_type == "dirk",
+        carries_slope=method.carries_slope,
         newton_rtol=newton["snes_rtol"], newton_stol=newton["snes_stol"],
         newton_atol=newton["snes_atol"], newton_divtol=newton["snes_divergence_tolerance"],
         **more, **{name: array.ctypes.data for name, array in alive.items()},

@@ -15,7 +15,8 @@ from pnode.interpolation import polynomial
 from pnode.options import PETSc, SolverOptions
 from pnode.solvers.compiled.inductor import Compiled
 from pnode.solvers.compiled.steps import StepGraphs, Tensors
-from pnode.solvers.integrator import IntegratorSettings, StepOutcome, TimeIntegrator
+from pnode.solvers.petsc.integrator import StepOutcome, TimeIntegrator
+from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.vectorfield import VectorField
 from pnode.vectors import REAL
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pnode.options import OWN_PREFIX, PETSc
-from pnode.solvers.petsc_c import (
+from pnode.solvers.petsc.library import (
     before_each_stage,
     evaluate_step,
     rk_scheme,

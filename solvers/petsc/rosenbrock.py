@@ -18,13 +18,15 @@ import torch
 from pnode.errors import ConfigurationError
 from pnode.linearization import Linearization
 from pnode.options import SolverOptions
-from pnode.solvers.bridge import Bridge, Point
-from pnode.solvers.integrator import IntegratorSettings, TimeIntegrator
-from pnode.solvers.petsc_c import (
+from pnode.solvers.linear.linearizer import Point
+from pnode.solvers.petsc.bridge import Bridge
+from pnode.solvers.petsc.integrator import TimeIntegrator
+from pnode.solvers.petsc.library import (
     before_each_stage,
     restart_jacobian_lag,
     set_recompute_jacobian,
 )
+from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.rosenbrock_tableaus import ROSENBROCK
 from pnode.solvers.scheme import Scheme
 from pnode.vectors import REAL, copy_in, copy_out, is_moderate

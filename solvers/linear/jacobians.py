@@ -1,9 +1,9 @@
 """Jacobians of implicit methods: which matrices PETSc gets, and when they are evaluated anew.
 
 A nonlinear system F(s, u, u_dot) = 0 is solved with ``shift dF/du_dot - dg/du`` (F = M u_dot - g;
-for a residual g stands for -F). :mod:`pnode.solvers.assemblies` has the matrices.
+for a residual g stands for -F). :mod:`pnode.solvers.linear.assembly` has the matrices.
 
-Jacobians refer to no PETSc object; see :mod:`pnode.solvers.bridge`.
+Jacobians refer to no PETSc object, as the callbacks that ask for them: no cycle keeps a TS alive.
 """
 
 from __future__ import annotations
@@ -18,19 +18,12 @@ from pnode.devices import HOST, Place
 from pnode.errors import ConfigurationError
 from pnode.layouts import Layout
 from pnode.problem import StateLayout
-from pnode.solvers.assemblies import (
-    Assembly,
-    BlockAssembly,
-    DenseAssembly,
-    GivenAssembly,
-    GivenMatrix,
-    SparseAssembly,
-    SparsityPattern,
-    differ,
-    probe,
-    sample_count,
-)
-from pnode.solvers.bridge import Bridge, Point
+from pnode.solvers.linear.assembly import Assembly, differ, probe
+from pnode.solvers.linear.block import BlockAssembly, sample_count
+from pnode.solvers.linear.dense import DenseAssembly
+from pnode.solvers.linear.given import GivenAssembly, GivenMatrix
+from pnode.solvers.linear.linearizer import Linearizer, Point
+from pnode.solvers.linear.sparse import SparseAssembly, SparsityPattern
 from pnode.solvers.pairs import PairAssembly
 from pnode.vectors import is_finite
 
@@ -102,42 +95,52 @@ class Jacobian:
         return self._values is None
 
     def compute(
-        self, bridge: Bridge, ts: Any, s: float, u: Any, u_dot: Any, shift: float, a: Any, p: Any
+        self,
+        linearizer: Linearizer,
+        ts: Any,
+        s: float,
+        u: Any,
+        u_dot: Any,
+        shift: float,
+        a: Any,
+        p: Any,
     ) -> None:
         """Fill p (and a) with ``shift dF/du_dot - dg/du`` (PETSc's IJacobian)."""
         point: Point | None = None
         if self._constant:
-            point = self._stay(bridge, s, u, u_dot)
+            point = self._stay(linearizer, s, u, u_dot)
         elif self._shell:
-            point = bridge.jacobian_point(s, u, u_dot)
+            point = linearizer.jacobian_point(s, u, u_dot)
         if self._shell:
             a.getPythonContext().move_to(point, shift, -1.0)
             a.assemble()
         if self._assembly is None:
             return
         if self._outdated(ts) or self._values is None:
-            self._fill(bridge, bridge.jacobian_point(s, u, u_dot))
+            self._fill(linearizer, linearizer.jacobian_point(s, u, u_dot))
         self._form(shift, p)
 
-    def compute_at(self, bridge: Bridge, point: Point, shift: float, a: Any, p: Any) -> None:
+    def compute_at(
+        self, linearizer: Linearizer, point: Point, shift: float, a: Any, p: Any
+    ) -> None:
         """Do as :meth:`compute`, for an adjoint: exactly there, unless it is constant."""
         if self._shell:
             a.getPythonContext().move_to(point, shift, -1.0)
             a.assemble()
         if self._constant:  # forward, BDF may converge without it
-            self._test(bridge, point)
+            self._test(linearizer, point)
         if self._assembly is None:
             return
         if self._values is None or not self._constant:
-            self._fill(bridge, point)
+            self._fill(linearizer, point)
         self._form(shift, p)
 
-    def _fill(self, bridge: Bridge, point: Point) -> None:
+    def _fill(self, linearizer: Linearizer, point: Point) -> None:
         """Evaluate the Jacobian at a point, which is that of the matrices from now on."""
-        self._values = bridge.guarded("jacobian", self._evaluate, bridge, point)
+        self._values = linearizer.guarded("jacobian", self._evaluate, linearizer, point)
         first = self._values[0] if isinstance(self._values, tuple) else None
         if isinstance(first, torch.Tensor) and not is_finite(first):
-            bridge.note_infinite(point)
+            linearizer.note_infinite(point)
         self._formed = _NEVER
 
     def _form(self, shift: float, p: Any) -> None:
@@ -163,28 +166,28 @@ class Jacobian:
         self._norm = norm
         return bool(snes.getIterationNumber() > 0 and not norm <= _SLOW * before)
 
-    def _evaluate(self, bridge: Bridge, point: Point) -> Any:
+    def _evaluate(self, linearizer: Linearizer, point: Point) -> Any:
         assert self._assembly is not None
         check, self._checked = not self._checked, True
-        return self._assembly.evaluate(bridge, point, check)
+        return self._assembly.evaluate(linearizer, point, check)
 
-    def _stay(self, bridge: Bridge, s: float, u: Any, u_dot: Any) -> Point:
+    def _stay(self, linearizer: Linearizer, s: float, u: Any, u_dot: Any) -> Point:
         """Return the first point of the sweep; at others, test the promise."""
         if self._first is None:
-            self._first = bridge.point(s, u, u_dot)
-            self._test(bridge, self._first)
-        elif self._test(bridge, bridge.point(s, u, u_dot)) and not self._shell:
+            self._first = linearizer.point(s, u, u_dot)
+            self._test(linearizer, self._first)
+        elif self._test(linearizer, linearizer.point(s, u, u_dot)) and not self._shell:
             self._first.linearization = None  # its graph has served
         return self._first
 
-    def _test(self, bridge: Bridge, point: Point) -> bool:
+    def _test(self, linearizer: Linearizer, point: Point) -> bool:
         """Test the promise of a constant Jacobian at this point, unless it is near others."""
         if self._promise is None:
-            self._promise = bridge.guarded("jacobian", _Promise, bridge, point)
+            self._promise = linearizer.guarded("jacobian", _Promise, linearizer, point)
             return False
         if not self._promise.far(point):
             return False
-        bridge.guarded("jacobian", self._promise.test, bridge, point)
+        linearizer.guarded("jacobian", self._promise.test, linearizer, point)
         return True
 
 
@@ -310,9 +313,9 @@ class _Promise:
     one in state or time has grown tenfold.
     """
 
-    def __init__(self, bridge: Bridge, first: Point) -> None:
+    def __init__(self, linearizer: Linearizer, first: Point) -> None:
         self._s, self._u = first.s, first.u
-        _, self._products = probe(bridge.linearize(first))
+        _, self._products = probe(linearizer.linearize(first))
         self._reach = (0.0, 0.0)
 
     def far(self, point: Point) -> bool:
@@ -320,11 +323,11 @@ class _Promise:
         distances = self._distances(point)
         return any(far > 10.0 * near for far, near in zip(distances, self._reach, strict=True))
 
-    def test(self, bridge: Bridge, point: Point) -> None:
+    def test(self, linearizer: Linearizer, point: Point) -> None:
         """Compare the products at this point with those at the first one."""
         state, time = self._distances(point)
         self._reach = max(state, self._reach[0]), max(time, self._reach[1])
-        _, after = probe(bridge.linearize(point))
+        _, after = probe(linearizer.linearize(point))
         for one, two in zip(self._products, after, strict=True):
             # Entries of a product cancel in parts: relative to the largest.
             if differ(two, one, one.abs().max().expand_as(one)):

@@ -8,8 +8,9 @@ import torch
 
 from pnode.errors import ConfigurationError
 from pnode.options import PETSc
-from pnode.solvers.assemblies import GivenMatrix, SparsityPattern, as_matrix
-from pnode.solvers.jacobians import JacobianOptions
+from pnode.solvers.linear.given import GivenMatrix, as_matrix
+from pnode.solvers.linear.jacobians import JacobianOptions
+from pnode.solvers.linear.sparse import SparsityPattern
 from pnode.solvers.methods import Method
 
 __all__ = ["jacobian_options"]

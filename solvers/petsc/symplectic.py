@@ -11,9 +11,9 @@ from pnode.errors import ConfigurationError
 from pnode.evidence import project
 from pnode.options import PETSc
 from pnode.problem import StateLayout
-from pnode.solvers.bridge import Bridge
-from pnode.solvers.integrator import TimeIntegrator
 from pnode.solvers.methods import Method
+from pnode.solvers.petsc.bridge import Bridge
+from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.scheme import HalfUpdate
 from pnode.vectorfield import VectorField
 from pnode.vectors import REAL, copy_in, copy_out, fill, view

@@ -1,0 +1,1 @@
+"""Jacobians of implicit methods: the linearizations, and the matrices they become."""

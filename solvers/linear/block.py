@@ -1,0 +1,158 @@
+"""Jacobians of independent samples: a block for each, and their LU as a preconditioner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pnode.devices import HOST, Place
+from pnode.errors import ConfigurationError
+from pnode.linearization import Linearization
+from pnode.options import PETSc, log_event
+from pnode.problem import StateLayout
+from pnode.solvers.linear.assembly import Assembly, differ, probe
+from pnode.solvers.linear.linearizer import Linearizer, Point
+from pnode.solvers.linear.shells import shell_matrix
+from pnode.vectors import REAL, copy_in, view
+
+__all__ = ["BLOCK_LU", "BlockAssembly", "BlockLU", "sample_count"]
+
+#: Options value of the preconditioner.
+BLOCK_LU = "pnode.solvers.linear.block.BlockLU"
+
+
+def sample_count(layout: StateLayout) -> int:
+    """Return B of a state of shape (B, ...).
+
+    Raises
+    ------
+    ConfigurationError
+        For a tuple or a single number.
+    """
+    if layout.is_tuple or not layout.shapes[0]:
+        shapes = [tuple(shape) for shape in layout.shapes]
+        raise ConfigurationError(
+            "jacobian='block' (or preconditioner='block') needs a state that is one tensor of "
+            f"shape (B, ...), B independent samples, and y0 has the shape {shapes}: stack the "
+            "parts along a later dimension, or use jacobian='sparse'"
+        )
+    return layout.shapes[0][0]
+
+
+class BlockMatrix:
+    """Python context of a block-diagonal matrix.
+
+    Attributes
+    ----------
+    blocks : Tensor
+        Shape ``(B, m, m)``, PETSc's precision.
+    """
+
+    def __init__(self, blocks: torch.Tensor) -> None:
+        self.blocks = blocks
+
+    def mult(self, mat: Any, x: Any, y: Any) -> None:
+        """y = A x."""
+        copy_in(y, self._product(self.blocks, x))
+
+    def multTranspose(self, mat: Any, x: Any, y: Any) -> None:
+        """y = A^T x."""
+        copy_in(y, self._product(self.blocks.mT, x))
+
+    def scale(self, mat: Any, factor: float) -> None:
+        """A = factor A."""
+        self.blocks = self.blocks * factor
+
+    @staticmethod
+    def _product(blocks: torch.Tensor, x: Any) -> torch.Tensor:
+        return torch.bmm(blocks, view(x).view(len(blocks), -1, 1)).reshape(-1)
+
+
+class BlockLU:
+    """Python context of a preconditioner: LU of every block of a :class:`BlockMatrix`."""
+
+    def setUp(self, pc: Any) -> None:
+        """Factor; a singular block fails the solve, as PETSc's own LU does."""
+        event = log_event("pnode block LU")
+        event.begin()
+        blocks = pc.getOperators()[1].getPythonContext().blocks
+        self._factors, self._pivots, info = torch.linalg.lu_factor_ex(blocks)
+        self._singular = bool(info.ne(0).any())
+        event.end()
+        reasons = PETSc.PC.FailedReason
+        pc.setFailedReason(reasons.FACTOR_NUMERIC_ZEROPIVOT if self._singular else reasons.NOERROR)
+
+    def apply(self, pc: Any, x: Any, y: Any) -> None:
+        """y = A^-1 x."""
+        self._solve(x, y, False)
+
+    def applyTranspose(self, pc: Any, x: Any, y: Any) -> None:
+        """y = A^-T x."""
+        self._solve(x, y, True)
+
+    def _solve(self, x: Any, y: Any, transposed: bool) -> None:
+        if self._singular:
+            x.copy(y)
+            return
+        b = view(x).view(len(self._factors), -1, 1)
+        solution = torch.linalg.lu_solve(self._factors, self._pivots, b, adjoint=transposed)
+        copy_in(y, solution.reshape(-1))
+
+
+class BlockAssembly(Assembly):
+    """Samples that do not know of one another: B blocks from m products for all at once."""
+
+    def __init__(self, samples: int, place: Place = HOST) -> None:
+        super().__init__(place)
+        self._samples = samples
+        self._width = 0
+
+    def create(self, size: int, comm: Any) -> Any:
+        """Return a python matrix."""
+        self._width = size // self._samples
+        blocks = torch.zeros(
+            self._samples, self._width, self._width, dtype=REAL, device=self._place.device
+        )
+        return shell_matrix(BlockMatrix(blocks), size, size, comm, self._place)
+
+    def evaluate(self, linearizer: Linearizer, point: Point, check: bool) -> Any:
+        """Return the blocks of dg/du and dF/du_dot (None for the identity), (B, m, m) each."""
+        linearization = linearizer.linearize(point)
+        batch, width = self._samples, self._width
+        # Row j of every sample's Jacobian at once: no entry of the state has two of them.
+        units = torch.eye(width, dtype=point.u.dtype, device=self._place.device)
+        units = units[:, None, :].expand(width, batch, width)
+        found = linearization.assemble(units.reshape(width, -1))
+        blocks = [rows.view(width, batch, width).transpose(0, 1).contiguous() for rows in found]
+        if check:
+            self._check(linearization, blocks)
+        if len(blocks) == 2:
+            return blocks[0].to(REAL), blocks[1].to(REAL)
+        mass = point.field.mass
+        return blocks[0].to(REAL), None if mass is None else mass.blocks(batch)
+
+    def _check(self, linearization: Linearization, blocks: list[torch.Tensor]) -> None:
+        w, exact = probe(linearization)
+        rows = w.view(self._samples, 1, self._width)
+        for block, product in zip(blocks, exact, strict=True):
+            found = torch.bmm(rows, block).reshape(-1)
+            if differ(product, found, torch.bmm(rows.abs(), block.abs()).reshape(-1)):
+                raise ConfigurationError(
+                    "jacobian='block' (or preconditioner='block') needs a vector field that acts "
+                    f"on each of the {self._samples} rows of the batch by itself, and this one "
+                    "couples them: use jacobian='dense', 'sparse' or 'matrix-free', or put each "
+                    "system of coupled samples into one row"
+                )
+
+    def form(self, matrix: Any, values: Any, shift: float) -> None:
+        """Put the blocks into the matrix's context."""
+        context = matrix.getPythonContext()
+        state, rate = (None, None) if values is None else values
+        unit = rate
+        if unit is None:
+            unit = torch.eye(self._width, dtype=REAL, device=self._place.device)
+        blocks = (shift * unit).expand(self._samples, -1, -1)
+        context.blocks = blocks.contiguous() if state is None else blocks - state
+        matrix.assemble()
+        matrix.stateIncrease()

@@ -1,0 +1,282 @@
+"""Sparse Jacobians: patterns, their coloring, and matrices filled from coordinates."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from pnode.communicators import as_communicator
+from pnode.devices import HOST, Place
+from pnode.errors import ConfigurationError
+from pnode.linearization import Linearization
+from pnode.options import PETSc
+from pnode.solvers.linear.assembly import Assembly, differ, noise, probe
+from pnode.solvers.linear.linearizer import Linearizer, Point
+from pnode.solvers.petsc.library import color_columns, set_values_coo
+from pnode.vectors import REAL
+
+__all__ = ["Entries", "EntryAssembly", "SparseAssembly", "SparsityPattern"]
+
+# Entries of a Jacobian looked at together when its pattern is detected.
+_ENTRIES_AT_ONCE = 1 << 20
+_PROBES = 3
+
+#: Rows, columns and values of the entries of this rank's part of a matrix.
+Coordinates = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Entries(NamedTuple):
+    """The matrix ``fixed + shift * scaled`` in coordinates; repeated ones add up.
+
+    Attributes
+    ----------
+    rows, columns : Tensor
+        Shape ``(k,)``.
+    fixed, scaled : Tensor
+        Shape ``(k,)``, PETSc's precision.
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    fixed: torch.Tensor
+    scaled: torch.Tensor
+
+
+class SparsityPattern:
+    """Where the Jacobian of a state of ``size`` entries may be non-zero.
+
+    Parameters
+    ----------
+    rows, columns : Tensor, optional
+        Coordinates; detected on first use if not given.
+    size : int, optional
+        Rows and columns of a given pattern.
+    columns_to : Tensor, optional
+        For columns that are ghosted entries: the global index of each, -1 for none.
+
+    Attributes
+    ----------
+    colors : Tensor
+        A color per row: rows of one color have no column in common, so that one product with
+        their sum tells all their entries (Curtis, Powell & Reid, J. Inst. Maths Applics 13, 1974).
+    """
+
+    def __init__(
+        self,
+        rows: torch.Tensor | None = None,
+        columns: torch.Tensor | None = None,
+        size: int = 0,
+        columns_to: torch.Tensor | None = None,
+    ) -> None:
+        self.detected = rows is None
+        self.size = size
+        self.columns_to = columns_to
+        empty = torch.empty(0, dtype=torch.int64, device=HOST.device)
+        self.rows = self.columns = self.colors = empty
+        if rows is not None and columns is not None:
+            self._add(rows, columns)
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a pattern yet."""
+        return len(self.colors) > 0
+
+    @property
+    def color_count(self) -> int:
+        """Products that an assembly costs."""
+        return int(self.colors.max()) + 1 if self.known else 0
+
+    def _add(self, rows: torch.Tensor, columns: torch.Tensor) -> None:
+        """Join entries and color the rows anew."""
+        width = self.width
+        flat = torch.cat([self.rows * width + self.columns, rows * width + columns])
+        flat = flat.to(HOST.device).unique()
+        self.rows, self.columns = flat // width, flat % width
+        self.colors = _color_rows(self.rows, self.columns, self.size, width)
+
+    def bring_to(self, device: torch.device) -> None:
+        """Keep the entries on a device from now on."""
+        if self.colors.device != device:
+            self.rows, self.columns = self.rows.to(device), self.columns.to(device)
+            self.colors = self.colors.to(device)
+            if self.columns_to is not None:
+                self.columns_to = self.columns_to.to(device)
+
+    @property
+    def width(self) -> int:
+        """Number of columns."""
+        return self.size if self.columns_to is None else len(self.columns_to)
+
+    def detect(self, point: Point, linearization: Linearization) -> None:
+        """Add what is not zero in dense Jacobians at ``point`` and at random states near it.
+
+        Rows are looked at a block at a time. NaN counts as an entry.
+        """
+        self.size = size = len(point.u)
+        generator = torch.Generator(HOST.device).manual_seed(1)
+
+        def near(values: torch.Tensor) -> torch.Tensor:
+            scale = torch.maximum(values.abs(), values.abs().mean())
+            scale = 0.01 * torch.where(scale > 0, scale, torch.ones_like(scale))
+            return values + scale * noise(values.shape, generator).to(values)
+
+        rows, columns = [], []
+        together = max(1, _ENTRIES_AT_ONCE // size)
+        for index in range(_PROBES):
+            if index > 0:
+                rate = None if point.u_dot is None else near(point.u_dot.detach())
+                linearization = point.field.linearize(point.s, near(point.u.detach()), rate)
+            for start in range(0, size, together):
+                stop = min(start + together, size)
+                units = torch.zeros(stop - start, size, dtype=point.u.dtype, device=point.u.device)
+                units.diagonal(start).fill_(1.0)
+                for part in linearization.rows(units):
+                    found = part.ne(0).nonzero().to(self.rows)
+                    rows.append(found[:, 0] + start)
+                    columns.append(found[:, 1])
+        self._add(torch.cat(rows), torch.cat(columns))
+
+
+def _color_rows(rows: torch.Tensor, columns: torch.Tensor, size: int, width: int) -> torch.Tensor:
+    """Color the rows of a pattern: the columns of its transpose, for PETSc."""
+    order = torch.argsort(columns * size + rows)
+    pointers = torch.zeros(width + 1, dtype=torch.int64, device=HOST.device)
+    pointers[1:] = torch.bincount(columns, minlength=width).cumsum(0)
+    csr = (
+        pointers.numpy().astype(PETSc.IntType), rows[order].numpy().astype(PETSc.IntType)
+    )  # fmt: skip
+    values = np.ones(len(rows), dtype=PETSc.RealType)
+    transpose = PETSc.Mat().createAIJ((width, size), csr=(*csr, values), comm=PETSc.COMM_SELF)
+    transpose.assemble()
+    colors = torch.from_numpy(color_columns(transpose)).to(torch.int64)
+    transpose.destroy()
+    return colors
+
+
+class EntryAssembly(Assembly):
+    """Fills a sparse matrix from coordinates, its structure once.
+
+    Setting the structure is collective: among several ranks it stays what it was at first.
+    """
+
+    def __init__(self, place: Place = HOST) -> None:
+        super().__init__(place)
+        self._structure: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._parallel = False
+        self._first_row = 0
+
+    def create(self, size: int, comm: Any) -> Any:
+        """Return a sparse matrix without structure."""
+        self._parallel = comm.size > 1
+        if self._parallel:
+            self._first_row = as_communicator(comm).exscan(size) or 0
+        matrix = PETSc.Mat().create(comm=comm)
+        matrix.setSizes(((size, PETSc.DETERMINE),) * 2)
+        matrix.setType(self._place.sparse_type)
+        return matrix
+
+    def _mass_entries(self, point: Point) -> Coordinates:
+        """Return rows, columns and values of the mass matrix, of the identity without one."""
+        mass, size = point.field.mass, len(point.u)
+        if mass is not None:
+            return mass.entries()
+        diagonal = torch.arange(size, device=self._place.device)
+        return diagonal, diagonal, torch.ones(size, dtype=REAL, device=self._place.device)
+
+    def _entries(
+        self, rows: torch.Tensor, columns: torch.Tensor, fixed: torch.Tensor, scaled: torch.Tensor,
+        mass: Coordinates,
+    ) -> Entries:  # fmt: skip
+        """Return entries, numbered over all ranks, with those of the mass matrix beside them."""
+        return Entries(
+            torch.cat([rows, mass[0] + self._first_row]),
+            torch.cat([columns, mass[1] + self._first_row]),
+            torch.cat([fixed, torch.zeros_like(mass[2])]),
+            torch.cat([scaled, mass[2]]),
+        )
+
+    def form(self, matrix: Any, values: Entries | None, shift: float) -> None:
+        """Fill the matrix."""
+        if values is None:
+            if self._parallel and self._structure is not None:
+                rows, columns = self._structure
+            else:
+                rows = columns = torch.arange(
+                    *matrix.getOwnershipRange(), device=self._place.device
+                )
+            ones = (rows == columns).to(REAL)
+            values = Entries(rows, columns, 0 * ones, ones)
+        structure = (values.rows, values.columns)
+        if self._structure is None or not (
+            self._parallel or all(map(torch.equal, structure, self._structure))
+        ):
+            indices = [index.cpu().numpy().astype(PETSc.IntType) for index in structure]
+            matrix.setPreallocationCOO(*indices)
+            self._structure = structure
+        set_values_coo(matrix, values.fixed + shift * values.scaled)
+        matrix.assemble()
+
+
+class SparseAssembly(EntryAssembly):
+    """A sparse matrix from one product per color of its pattern."""
+
+    def __init__(self, pattern: SparsityPattern, place: Place = HOST) -> None:
+        super().__init__(place)
+        self._pattern = pattern
+
+    def evaluate(self, linearizer: Linearizer, point: Point, check: bool) -> Any:
+        """Return the entries of dg/du and of dF/du_dot."""
+        pattern, linearization = self._pattern, linearizer.linearize(point)
+        if not pattern.known:
+            pattern.detect(point, linearization)
+        pattern.bring_to(self._place.device)
+        parts = self._parts(linearization)
+        if check and self._wrong(linearization, parts):
+            # Entries may have vanished when it was detected. Among several ranks the structure
+            # stays.
+            if pattern.detected and not self._parallel:
+                pattern.detect(point, linearization)
+                pattern.bring_to(self._place.device)
+                parts = self._parts(linearization)
+            if self._wrong(linearization, parts):
+                raise ConfigurationError(
+                    "the sparsity pattern of jacobian='sparse' (or preconditioner='sparse') misses "
+                    "entries: a product with the Jacobian differs from one with the assembled "
+                    "matrix; give every entry that can be non-zero in jacobian_pattern="
+                )
+        fixed = -parts[0].to(REAL)
+        mass = self._mass_entries(point)
+        if len(parts) == 2:  # the diagonal belongs to the structure: factorizations want it
+            mass, own = (*mass[:2], 0 * mass[2]), parts[1].to(REAL)
+        else:
+            own = torch.zeros_like(fixed)
+        first = self._first_row
+        inner = pattern.columns + first
+        if pattern.columns_to is not None:
+            inner = pattern.columns_to[pattern.columns]
+        kept = inner >= 0
+        return self._entries(pattern.rows[kept] + first, inner[kept], fixed[kept], own[kept], mass)
+
+    def _parts(self, linearization: Linearization) -> list[torch.Tensor]:
+        """Return the values of the entries of dg/du (and dF/du_dot), from compressed products."""
+        pattern = self._pattern
+        dtype, device = linearization.flat_value().dtype, self._place.device
+        seeds = torch.zeros(pattern.color_count, pattern.size, dtype=dtype, device=device)
+        seeds[pattern.colors, torch.arange(pattern.size, device=device)] = 1.0
+        chosen = (pattern.colors[pattern.rows], pattern.columns)
+        return [part[chosen] for part in linearization.assemble(seeds)]
+
+    def _wrong(self, linearization: Linearization, parts: list[torch.Tensor]) -> bool:
+        pattern = self._pattern
+        w, exact = probe(linearization)
+        for part, product in zip(parts, exact, strict=True):
+            terms = part * w[pattern.rows]
+            found, scale = (
+                torch.zeros_like(product).index_add_(0, pattern.columns, addends)
+                for addends in (terms, terms.abs())
+            )
+            if differ(product, found, scale):
+                return True
+        return False

@@ -1,0 +1,393 @@
+"""One PETSc TS, driven step by step."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pnode import vectors
+from pnode.errors import NonlinearSolveFailed, SolveError
+from pnode.evidence import project
+from pnode.linearization import Linearization
+from pnode.options import PETSc, SolverOptions, failure_reason, log_stage
+from pnode.ranks import ALONE, CURABLE
+from pnode.solvers.petsc.bridge import Bridge
+from pnode.solvers.petsc.failures import newton_error, nonfinite_error, raise_stored, step_error
+from pnode.solvers.petsc.library import before_each_stage, stage_vectors
+from pnode.solvers.petsc.settings import IntegratorSettings
+from pnode.solvers.petsc.tolerances import Rejection
+from pnode.solvers.petsc.ts import build_ts
+from pnode.vectorfield import VectorField
+
+__all__ = ["StepOutcome", "TimeIntegrator"]
+
+
+@dataclass
+class StepOutcome:
+    """What one attempt came to.
+
+    Attributes
+    ----------
+    accepted : bool
+        Whether the solution has moved.
+    next_step : float
+        Step size that the controller proposes.
+    error : SolveError or None
+        Why not, unless only the error estimate was too large.
+    order : int
+        What :class:`Step` records of it.
+    """
+
+    accepted: bool
+    next_step: float
+    error: SolveError | None = None
+    order: int = 0
+
+
+class TimeIntegrator:
+    """A forward TS, reused from sweep to sweep.
+
+    Parameters
+    ----------
+    settings : IntegratorSettings
+        Method, size and tolerances.
+    options : SolverOptions
+        PETSc options.
+
+    Attributes
+    ----------
+    proposes_absolute : bool
+        Whether proposed steps do not depend on the length of the last one.
+    first_order : int
+        Order of the first step.
+    """
+
+    proposes_absolute = False
+
+    def __init__(self, settings: IntegratorSettings, options: SolverOptions) -> None:
+        self.first_order = settings.method.order
+        self.settings = settings
+        self.options = options
+        method = settings.method
+        self.bridge = self._create_bridge()
+        self.ts = build_ts(settings, options, self.bridge)
+        self.solution = self.ts.getSolution()
+        own = method.implicit and method.keeps_stages
+        self._kept = stage_vectors(self.ts) if own else []
+        self._start = self.solution.duplicate() if settings.adaptive else None
+        self._rolled_back = False
+        self._starts = method.carries_slope
+        self._stage_callback = (
+            before_each_stage(self.ts, self.bridge.stage_begins)
+            if method.ts_type in ("dirk", "arkimex")
+            else None
+        )
+        if self._starts:
+            # PETSc solves for DIRK's initial slope from whatever slope it had last.
+            self.ts.getSNES().setInitialGuess(self._guess_slope)
+        self._backtracks = (
+            method.implicit
+            and not settings.adaptive
+            and options.values.get("snes_linesearch_type") == "basic"
+            and "snes_linesearch_type" not in options.given
+            and options.values.get("snes_type", "newtonls") == "newtonls"
+        )
+        #: Where stages are between the ends of a step, in units of its length.
+        scheme = method.scheme
+        nodes = () if scheme is None or method.linearly_implicit else scheme.nodes
+        self._inner = tuple(c for c in nodes if c not in (0.0, 1.0))
+        self._iterations = (0, 0)
+        self._direction = 1.0
+        self.ranks = ALONE
+        self._rejection = Rejection(self.ts, settings)
+        if settings.parallel and settings.adaptive:
+            self.bridge.reject = weakref.WeakMethod(self._rejection.ask)
+
+    def _create_bridge(self) -> Bridge:
+        method = self.settings.method
+        return Bridge(
+            keep=0 if method.implicit else method.stages,
+            check=self.settings.adaptive,
+        )
+
+    def begin(self, field: VectorField, u: torch.Tensor, s: float, step_index: int = 0) -> None:
+        """Begin a sweep, or go on, from state ``u`` at time ``s``. Collective."""
+        log_stage("pnode forward").push()
+        self.options.begin_sweep(self)
+        self.bridge.attach(field)
+        self.ranks = field.problem.ranks
+        self._direction = field.problem.direction
+        vectors.copy_in(self.solution, u)
+        self.ts.setTime(s)
+        self.ts.setStepNumber(step_index)
+        self.ts.restartStep()
+        self._rolled_back = False
+        self._iterations = (self.ts.getSNESIterations(), self.ts.getKSPIterations())
+
+    @property
+    def history(self) -> Any:
+        """What the next step needs: the solution (see :meth:`restore`)."""
+        return (vectors.copy_out(self.solution),)
+
+    def restore(self, history: Any) -> None:
+        """Go on from a history, which an integrator of the same method had. Collective."""
+        vectors.copy_in(self.solution, history[0])
+        self.ts.restartStep()
+        self._rolled_back = False
+
+    def restart_step(self) -> None:
+        """Let the next step start afresh, without what the last one has left."""
+        self.ts.restartStep()
+
+    def interpolate(self, s: float) -> torch.Tensor:
+        """Return the state at a time in the last step by PETSc's interpolant. Collective."""
+        result = self.solution.duplicate()
+        self.ts.interpolate(min(s, self.ts.getTime()), result)
+        return vectors.copy_out(result)
+
+    def end(self) -> None:
+        """End a sweep: let go of the user's objects."""
+        self.options.end_sweep(self)
+        self.bridge.detach()
+        log_stage("pnode forward").pop()
+
+    def _guess_slope(self, snes: Any, guess: Any) -> None:
+        """Begin the solve for the initial slope from zero: the same bits whatever came before."""
+        if self.bridge.start_time is not None:
+            guess.set(0.0)
+
+    def iterations(self) -> tuple[int, int]:
+        """Newton and Krylov iterations since :meth:`begin`."""
+        newton, krylov = self._iterations
+        return self.ts.getSNESIterations() - newton, self.ts.getKSPIterations() - krylov
+
+    def attempt(
+        self, s: float, step: float, index: int, order: int = 0, end: float | None = None
+    ) -> StepOutcome:
+        """Try one step from ``s`` of length ``step``. Collective.
+
+        ``order`` is that of the :class:`Step` to be repeated, if any; one-step methods have none.
+        ``end`` is where the step ends, if that is not ``s + step`` rounded.
+
+        Returns
+        -------
+        StepOutcome
+            A rejected attempt leaves the solution as it was (adaptive settings only).
+
+        Raises
+        ------
+        BaseException
+            Whatever the vector field raised.
+        """
+        ts, bridge = self.ts, self.bridge
+        ts.setTime(s)
+        ts.setTimeStep(step)
+        end = s + step if end is None else end
+        bridge.begin_stages((s, *(s + c * step for c in self._inner), end))
+        if bridge.noted:  # the last stage may be this step's first
+            bridge.noted = [note for note in bridge.noted if note.s == s]
+        if self._start is not None:
+            self.solution.copy(self._start)
+        where: dict[str, Any] = {
+            "time": self._direction * s, "step": index, "method": self.settings.method.name,
+        }  # fmt: skip
+        self.ranks.where = where
+        if bridge.jacobian is not None:
+            bridge.jacobian.begin_step()
+        self._step(where)
+        error = self._failure(where)
+        if self.ranks.parallel and (error is not None or ts.getConvergedReason() < 0):
+            error = self._settle(error)
+        if error is not None and bridge.jacobian is not None:
+            bridge.jacobian.renew()
+            if self._start is None and bridge.jacobian.reused and ts.getConvergedReason() < 0:
+                error = self._try_newton(s, step, where)
+        if self._backtracks and isinstance(error, NonlinearSolveFailed):
+            error = self._try_backtracking(s, step, where)
+            if self.ranks.parallel and error is not None:
+                error = self._settle(error)
+        if error is None and ts.getConvergedReason() >= 0:
+            self._rolled_back = False
+            if self._rejection.wanted:
+                self.ranks.fail(SolveError("a step that failed on one rank was accepted", **where))
+            return StepOutcome(True, ts.getTimeStep())
+        proposed = ts.getTimeStep()
+        bridge.nonfinite_time = None
+        if self._start is not None:
+            # Tell PETSc that its last stage and its history are not to be carried on; it allows
+            # that once until a step succeeds.
+            if ts.getConvergedReason() >= 0 or not self._rolled_back:
+                ts.rollBack()
+                self._rolled_back = True
+            ts.setStepNumber(index)
+            self._start.copy(self.solution)
+        return StepOutcome(False, proposed, error)
+
+    def _settle(self, error: SolveError | None) -> SolveError | None:
+        """Agree on why a step failed: all ranks know that it did. Collective.
+
+        Returns
+        -------
+        SolveError or None
+            What a smaller step may cure; None for a step that was only too long.
+
+        Raises
+        ------
+        PnodeError
+            For anything else that failed on one of the ranks.
+        """
+        self._rejection.withdraw()
+        if self.bridge.nonfinite_time is not None:
+            self.ranks.fail(
+                nonfinite_error(self.bridge.nonfinite_time, self.ranks.where, self.bridge)
+            )
+            self.bridge.nonfinite_time = None
+        found = self.ranks.settle(error)
+        if found is None or isinstance(found, CURABLE):
+            return found
+        raise found from found.__cause__
+
+    def _try_newton(self, s: float, step: float, where: dict[str, Any]) -> SolveError | None:
+        """Repeat a failed step with a new Jacobian at each iterate."""
+        jacobian = self.bridge.jacobian
+        assert jacobian is not None
+        jacobian.always = True
+        try:
+            return self._repeat(s, step, where)
+        finally:
+            jacobian.always = False
+
+    def _try_backtracking(self, s: float, step: float, where: dict[str, Any]) -> SolveError | None:
+        """Repeat a failed step with damped Newton steps: a fixed step cannot be made smaller."""
+        line_search = self.ts.getSNES().getLineSearch()
+        line_search.setType("bt")
+        try:
+            return self._repeat(s, step, where)
+        finally:
+            line_search.setType("basic")
+
+    def _repeat(self, s: float, step: float, where: dict[str, Any]) -> SolveError | None:
+        self.ts.setTime(s)
+        self.ts.setTimeStep(step)
+        self._step(where)
+        return self._failure(where)
+
+    def _step(self, where: dict[str, Any]) -> None:
+        if self._starts:
+            self.bridge.start_time = self.ts.getTime()
+        failure: PETSc.Error | None = None
+        try:
+            self.ts.step()
+        except PETSc.Error as error:
+            failure = error
+        raise_stored(self.bridge, failure, where)
+        if failure is not None:
+            raise step_error(failure, where, self.bridge) from failure
+
+    def _failure(self, where: dict[str, Any]) -> SolveError | None:
+        """Look for the failures that PETSc reports and for those that it passes over."""
+        method = self.settings.method
+        if method.implicit and self.ts.getConvergedReason() < 0:
+            snes = self.ts.getSNES()
+            reason = snes.getConvergedReason()
+            if reason < 0:
+                return newton_error(snes, where, self.bridge)
+        at = self.bridge.first_nonfinite()
+        if not self.ranks.parallel:
+            finite = math.isfinite(self.solution.norm())
+            return nonfinite_error(at, where, self.bridge) if at is not None or not finite else None
+        # What only this rank knows must not change what it does next.
+        if not self.settings.adaptive:
+            if at is not None or not vectors.is_moderate(vectors.view(self.solution)):
+                self.ranks.fail(nonfinite_error(at, where, self.bridge))
+            self.bridge.nonfinite_time = None
+        return None
+
+    def checkpoint(self, previous: tuple[torch.Tensor, ...] | None) -> tuple[torch.Tensor, ...]:
+        """Return what the adjoint of the last step needs, as tensors. Not collective.
+
+        Explicit Runge-Kutta: the stages at which f was evaluated, those very tensors, without the
+        last where it is the next step's first. Endpoint theta methods: the states at both ends,
+        the first of which is the second of ``previous``, the checkpoint of the step before, if
+        there is one. Midpoint form: the stage. DIRK and IMEX: the stages, of which the first and
+        last are the states at both ends for some.
+        """
+        method = self.settings.method
+        if not method.implicit:
+            stages = tuple(self.bridge.evaluated)
+            return stages[:-1] if method.fsal else stages
+        start, *rest = self._kept
+        if previous is not None and method.shares_ends:
+            first = previous[-1]
+        else:
+            first = vectors.copy_out(start)
+        return (first, *(vectors.copy_out(vector) for vector in rest))
+
+    def evidence(self) -> tuple[float, ...]:
+        """Return what a backward sweep can tell f by, of the last step. Not collective.
+
+        After :meth:`note_values`. Explicit methods: the projections of the values at the stages of
+        :meth:`checkpoint`. Rosenbrock methods, which have no stages there: that of the step's end.
+        Others: part, time, and the projections of state and value, at each stage.
+        """
+        method, bridge = self.settings.method, self.bridge
+        if method.linearly_implicit:
+            return (project(vectors.view(self.solution)),)
+        if not method.implicit:
+            found = tuple(bridge.projections or ())
+            whole = len(found) == bridge.evaluated.maxlen
+            return (found[:-1] if method.fsal else found) if whole else ()
+        return tuple(number for note in bridge.noted or () for number in note)
+
+    def note_values(self) -> None:
+        """From now on note what :meth:`evidence` needs."""
+        kind = self.options.values.get("snes_type", "newtonls")
+        self.bridge.note_values(ends_evaluated=kind == "newtonls")
+
+    def monitor(self, number: int, s: float) -> None:
+        """Let PETSc's monitors look at the solution after ``number`` steps. Collective.
+
+        Raises
+        ------
+        SolveError
+            If one of them fails, as where it cannot write.
+        """
+        try:
+            self.ts.monitor(number, s, self.solution)
+        except PETSc.Error as failure:
+            error = SolveError(
+                "a monitor of PETSc's failed: check the options that ask for it",
+                reason=failure_reason(failure), time=self._direction * s,
+                step=max(number - 1, 0), method=self.settings.method.name,
+            )  # fmt: skip
+            error.__cause__ = failure
+            if not self.ranks.parallel:
+                raise error from failure
+            self.ranks.fail(error)  # only the rank that writes may know
+
+    def make_graphs(self, wanted: bool) -> None:
+        """Say whether f is evaluated with its graph from now on, for :meth:`kept_graphs`."""
+        if wanted and self.bridge.graphs is None:
+            self.bridge.keep_graphs()
+        elif not wanted:
+            self.bridge.graphs = None
+
+    def kept_graphs(self) -> tuple[tuple[Linearization, ...], int] | None:
+        """Return the graphs at the stages of :meth:`checkpoint`, and the bytes they keep.
+
+        None if they were not made at all of them.
+        """
+        kept = list(self.bridge.graphs or ())
+        if len(kept) < self.settings.method.stages:
+            return None
+        if self.settings.method.fsal:
+            kept = kept[:-1]
+        return tuple(kept), len(kept) * self.bridge.graph_bytes
+
+    def destroy(self) -> None:
+        """Free the PETSc objects. Collective."""
+        self.ts.destroy()
