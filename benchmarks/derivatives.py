@@ -1,0 +1,103 @@
+"""What derivatives beyond the first gradient, and cost integrals, cost: ratios in one run.
+
+``python benchmarks/derivatives.py [--quick]``. CPU time of this process; each line is the median of
+alternating runs of both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.autograd import grad
+
+import pnode
+
+D = torch.float64
+
+
+class Network(torch.nn.Module):
+    """The vector field: two layers."""
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(size, width, dtype=D), torch.nn.Tanh(),
+            torch.nn.Linear(width, size, dtype=D),
+        )  # fmt: skip
+
+    def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.net(y) - 0.5 * y
+
+
+def ratio(one: Callable[[], object], other: Callable[[], object], repeats: int) -> float:
+    """Return the median of how many times as long ``one`` takes as ``other``."""
+    one(), other()
+    found = []
+    for _ in range(repeats):
+        spent = []
+        for call in (one, other):
+            start = time.process_time()
+            call()
+            spent.append(time.process_time() - start)
+        found.append(spent[0] / spent[1])
+    return statistics.median(found)
+
+
+def rows(
+    method: str, batch: int, size: int, width: int, repeats: int
+) -> Iterator[tuple[str, float]]:
+    """Yield what was measured of a method."""
+    f = Network(size, width)
+    y0 = torch.randn(batch, size, dtype=D)
+    t = torch.linspace(0.0, 1.0, 3, dtype=D)
+    options = {"method": method, "step_size": 0.05}
+    if method not in ("rk4", "dopri5"):
+        options["jacobian"] = "block"
+    solver = pnode.Solver(f, **options)
+    leaf = y0.clone().requires_grad_()
+    inputs = [leaf, *f.parameters()]
+    v = [torch.randn_like(x) for x in inputs]
+
+    def forward() -> object:
+        with torch.no_grad():
+            return solver(y0, t)
+
+    def gradient(create_graph: bool = False) -> tuple[torch.Tensor, ...]:
+        return grad((solver(leaf, t).ys ** 2).sum(), inputs, create_graph=create_graph)
+
+    def hessian_product() -> object:
+        first = gradient(True)
+        return grad(sum((g * d).sum() for g, d in zip(first, v, strict=True)), inputs)
+
+    def tangent() -> object:
+        return torch.func.jvp(lambda y: solver(y, t).ys, (y0,), (v[0],))
+
+    with_cost = pnode.Solver(f, cost=lambda t, y: y.square().mean(), **options)
+
+    def cost_gradient() -> object:
+        solution = with_cost(leaf, t)
+        return grad((solution.ys**2).sum() + solution.costs[-1], inputs)
+
+    yield "jvp / forward", ratio(tangent, forward, repeats)
+    yield "gradient / forward", ratio(gradient, forward, repeats)
+    yield "Hessian product / gradient", ratio(hessian_product, gradient, repeats)
+    yield "gradient with a cost integral / without", ratio(cost_gradient, gradient, repeats)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small and few")
+    repeats, batch = (3, 8) if parser.parse_args().quick else (9, 64)
+    for method in ("rk4", "dopri5", "cn", "es325", "rodaspr", "bdf2"):
+        for what, value in rows(method, batch, 8, 64, repeats):
+            print(f"{method:8} {what:42} {value:6.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
