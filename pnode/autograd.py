@@ -160,9 +160,9 @@ class SolveFunction(torch.autograd.Function):
             each = partial(_in_tuple, SolveFunction.jvp, ctx)
             return legacy_batch(each, *tangents)[0]
         along_y0, along_t = tangents[4:6]
-        y0, t, *parameters = map(without_tangent, ctx.saved_tensors)
-        y0, t = y0.clone(), t.clone()  # views of these would have the tangents again
         with no_tangents():
+            y0, t, *parameters = map(without_tangent, ctx.saved_tensors)
+            y0, t = y0.clone(), t.clone()  # views of these would have the tangents again
             run = ctx.runs.only()
             start = torch.zeros_like(y0) if along_y0 is None else along_y0
             if along_t is not None:
@@ -295,9 +295,9 @@ class AdjointFunction(torch.autograd.Function):
                 "forward mode over reverse mode cannot carry a tangent of t through a solve: "
                 "differentiate by t in reverse mode"
             )
-        y0, t, cotangents, *parameters = map(without_tangent, ctx.saved_tensors)
-        y0, t, cotangents = y0.clone(), t.clone(), cotangents.clone()
         with no_tangents():
+            y0, t, cotangents, *parameters = map(without_tangent, ctx.saved_tensors)
+            y0, t, cotangents = y0.clone(), t.clone(), cotangents.clone()
             run = ctx.runs.only()
             start = torch.zeros_like(y0) if along_y0 is None else along_y0
             pair, x0, _, runs = tangent(ctx.engine, run, y0, t, parameters, start, directions, True)

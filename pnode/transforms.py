@@ -258,7 +258,8 @@ class _Watched(torch.nn.Module):
     def _compare(self, parts: Sequence[tuple[torch.Tensor, Any]]) -> None:
         """Refuse tangents that declared tensors do not explain."""
         declared = [tensor for tensor in self._declared[0] if tensor.requires_grad]
-        tangents = [forward_ad.unpack_dual(tensor).tangent for tensor in declared]
+        with forward_ad._set_fwd_grad_enabled(True):
+            tangents = [forward_ad.unpack_dual(tensor).tangent for tensor in declared]
         for value, tangent in parts:
             known = torch.zeros_like(value)
             if declared and value.requires_grad:
