@@ -20,6 +20,7 @@ SCRIPTS = {
     "memory.py": ["--steps", "10", "30"],
     "growth.py": ["--gradients", "100"],
     "scaling.py": ["--quick"],
+    "derivatives.py": ["--quick"],
 }
 PLOTS = ("peers.py", "stiff.py", "memory.py", "scaling.py")
 

@@ -344,5 +344,7 @@ def test_infinite_tolerances_neither_control_nor_count(method):
     pnode.Solver(f, atol=entries, **options)(y0, T)
     with pytest.raises(pnode.ConfigurationError, match="atol=inf"):
         pnode.Solver(f, atol=math.inf, **options)
+    with pytest.raises(pnode.ConfigurationError, match=r"rtol\[2\]=inf"):
+        pnode.Solver(f, method=method, rtol=entries)
     with pytest.raises(pnode.ConfigurationError, match="infinite"):
         pnode.Solver(f, atol=entries * math.inf, **options)(y0, T)

@@ -101,7 +101,7 @@ def build(
     compiler.link([*parts, *(file for file in files if file.suffix == ".o")], library)
     notes = [file for file in files if file.suffix == ".json" and "_flags" not in file.name]
     packages = importlib.import_module("torch._inductor.package")
-    packages.package_aoti(str(package), [str(file) for file in (library, *notes)])
+    packages.package_aoti(str(package), [str(file) for file in (library, source, *notes)])
 
 
 def _parts(source: str) -> tuple[str, str, str]:
