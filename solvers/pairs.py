@@ -26,8 +26,7 @@ from pnode.linearization import Linearization
 from pnode.options import PETSc
 from pnode.pair_layout import PairLayout
 from pnode.solvers.linear.assembly import Assembly
-from pnode.solvers.linear.linearizer import Linearizer as Bridge
-from pnode.solvers.linear.linearizer import Point
+from pnode.solvers.linear.linearizer import Linearizer, Point
 from pnode.solvers.linear.shells import JacobianShell, shell_matrix
 from pnode.vectorfield import vector_field
 from pnode.vectors import REAL, copy_in, copy_out, create, view
@@ -98,13 +97,15 @@ class PairMatrix:
         Of the pair.
     ksp : PETSc.KSP
         Solves with A.
-    own : Bridge
+    own : Linearizer
         Where products with A leave their exceptions.
     vectors : sequence of PETSc.Vec
         Two, for these systems.
     """
 
-    def __init__(self, layout: PairLayout, ksp: Any, own: Bridge, vectors: Sequence[Any]) -> None:
+    def __init__(
+        self, layout: PairLayout, ksp: Any, own: Linearizer, vectors: Sequence[Any]
+    ) -> None:
         self.layout = layout
         self.ksp = ksp
         self._own = own
@@ -113,7 +114,7 @@ class PairMatrix:
         self.forget()
 
     @property
-    def bridge(self) -> Bridge:
+    def bridge(self) -> Linearizer:
         """Of the solve under way."""
         assert self._bridge is not None
         return self._bridge
@@ -125,10 +126,10 @@ class PairMatrix:
 
     def forget(self) -> None:
         """Let go of the user's objects."""
-        self._bridge: Bridge | None = None
+        self._bridge: Linearizer | None = None
         self._linearization: Linearization | None = None
 
-    def move_to(self, bridge: Bridge, linearization: Linearization, shift: float) -> None:
+    def move_to(self, bridge: Linearizer, linearization: Linearization, shift: float) -> None:
         """Stand at a point; exceptions go to ``bridge``."""
         self._bridge, self._linearization = bridge, linearization
         self._shift, self._factor = shift, 1.0
@@ -297,7 +298,7 @@ class PairAssembly(Assembly):
         super().__init__(place)
         self._options = options
         self._own = own
-        self._bridge = Bridge(points=1)
+        self._bridge = Linearizer(points=1)
         self._shell = JacobianShell(self._bridge) if options.jacobian == "matrix-free" else None
         self._context: Any = None
         self._attached: Any = None
@@ -327,7 +328,7 @@ class PairAssembly(Assembly):
         if self._context is not None:
             self._context.forget()
 
-    def evaluate(self, bridge: Bridge, point: Point, check: bool) -> Any:
+    def evaluate(self, bridge: Linearizer, point: Point, check: bool) -> Any:
         """Return the graph at a point, and what the state's own assembly evaluates there."""
         pair = bridge.linearize(point)
         if self._attached is not bridge.field:
