@@ -18,7 +18,8 @@ STAMPS := $(VENV)/.stamps
 CONSTRAINTS := $(VENV)/constraints.txt
 PYTHON ?=
 TORCH_INDEX_URL ?=
-JOBS ?= $(or $(shell nproc 2>/dev/null),1)
+# nproc would count OpenMP's threads instead, where OMP_NUM_THREADS is set.
+JOBS ?= $(or $(shell env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null),1)
 RANKS ?= 1
 WHEELS ?= $(wildcard ../shared/wheels)
 
