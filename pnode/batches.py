@@ -9,6 +9,7 @@ import torch
 
 from pnode.errors import BackwardError
 from pnode.run import Run
+from pnode.transforms import stacked
 
 __all__ = ["Runs", "Times", "one_by_one"]
 
@@ -72,13 +73,5 @@ def one_by_one(
             runs.append(own[0])
     if isinstance(results[0], torch.Tensor):
         return torch.stack(results), 0
-    columns = [_stacked(column) for column in zip(*results, strict=True)]
+    columns = [stacked(column) for column in zip(*results, strict=True)]
     return tuple(columns), tuple(None if column is None else 0 for column in columns)
-
-
-def _stacked(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """Return tensors in one, None being zero; None if all are."""
-    known = next((part for part in parts if part is not None), None)
-    if known is None:
-        return None
-    return torch.stack([torch.zeros_like(known) if part is None else part for part in parts])

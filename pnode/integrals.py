@@ -20,7 +20,7 @@ from pnode.pair_layout import PairLayout
 from pnode.problem import InitialValueProblem, StateLayout
 from pnode.solvers.linear.jacobians import JacobianOptions
 from pnode.solvers.methods import Method
-from pnode.solvers.pairs import LINEAR, PairOptions
+from pnode.solvers.pairs import PairOptions
 from pnode.solvers.petsc.integrator import IntegratorSettings
 from pnode.tolerances import EntrywiseTolerance, Resolved, values
 from pnode.vectors import REAL
@@ -161,14 +161,10 @@ def integral_settings(
     grow by, it is that of the state.
     """
     layout = PairLayout(own.size, 0, integrals=problem.integrals)
-    chosen = tuple(sorted((k, v) for k, v in linear_solver.items() if k.startswith(LINEAR)))
     reuse = own.jacobian_options.reuse
     if reuse == "constant" and own.form != "imex":
         reuse = "solve"  # r need not be linear
-    options = JacobianOptions(
-        reuse,
-        pair=PairOptions(layout, own.jacobian, own.jacobian_options, chosen),
-    )
+    options = JacobianOptions(reuse, pair=PairOptions.of(layout, own, linear_solver))
     entries = float(own.size)
     if problem.ranks.parallel:
         entries = float(problem.ranks.sum(torch.tensor(entries, dtype=REAL)))

@@ -52,7 +52,7 @@ def time_gradient(
                 slope = slope_at(run, t[index], y, parameters)
             elif problem.ranks.parallel or bool(cotangent.ne(0).any()):
                 slope = field.slope(s, ys[index].detach().clone())
-                _verifyslope_at(run, field, index, slope)
+                _verify_slope(run, field, index, slope)
             else:
                 continue
             terms[index] = direction * torch.dot(cotangent.double(), slope.double())
@@ -79,7 +79,7 @@ def slope_at(
     return problem.direction * sum(values[1:], start=values[0])
 
 
-def _verifyslope_at(run: Run, field: VectorField, index: int, slope: torch.Tensor) -> None:
+def _verify_slope(run: Run, field: VectorField, index: int, slope: torch.Tensor) -> None:
     """Compare f at an output with the first stage of the step that begins there, if one does."""
     scheme = run.settings.method.scheme
     if run.sweep is not None and scheme is not None and scheme.explicit:

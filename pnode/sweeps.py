@@ -93,8 +93,8 @@ def _forward(
         record_all(field)
     start: Start | None = None
     alone = not problem.ranks.parallel and engine.exchange is None
-    compiled = engine.compile and requests.recorded is None and not requests.plain
-    if compiled and alone and len(problem.times) > 1:
+    plain = requests.plain or requests.recorded is not None or problem.integrals
+    if engine.compile and not plain and alone and len(problem.times) > 1:
         found = engine.compiler.begin(field, y0, _wanted(engine, run, y0, field, keep, requests))
         if keep:
             run.reads = Reads(found.captured)

@@ -26,7 +26,7 @@ from pnode.problem import InitialValueProblem, StateLayout
 from pnode.products import derivatives
 from pnode.rebinding import rebound
 from pnode.solvers.linear.jacobians import JacobianOptions
-from pnode.solvers.pairs import LINEAR, PairOptions
+from pnode.solvers.pairs import PairOptions
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.tolerances import EntrywiseTolerance, Resolved
 from pnode.transforms import is_wrapped, moves
@@ -177,13 +177,9 @@ def pair_settings(
 
     ``linear_solver`` is PETSc's options of the state's own systems.
     """
-    chosen = tuple(
-        sorted((name, value) for name, value in linear_solver.items() if name.startswith(LINEAR))
-    )
-    own = settings.jacobian_options
     options = JacobianOptions(
-        own.reuse, pair=PairOptions(pair, settings.jacobian, own, chosen)
-    )  # fmt: skip
+        settings.jacobian_options.reuse, pair=PairOptions.of(pair, settings, linear_solver)
+    )
     number = pair.tangents + 1
     return replace(
         settings, size=settings.size * number, split=settings.split * number, adaptive=False,

@@ -1,8 +1,8 @@
 """What of torch may not go through a solve, refused before it gives other numbers.
 
-A solve is one node of the graph that reverse mode walks. PETSc sees numbers alone: tangents of
-forward mode would end there silently, and tensors that stand for batches, for fake values or for
-the variables of a trace hold no numbers. See docs/derivatives.md.
+PETSc sees numbers alone. What pnode.autograd knows derivatives of goes on; tensors that stand for
+batches, for fake values or for the variables of a trace hold no numbers, and tangents of tensors
+that nobody declared would end silently. See docs/derivatives.md.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from pnode.products import derivatives
 __all__ = [
     "differentiable", "has_tangent", "in_forward_mode", "is_legacy_batch", "is_wrapped",
     "legacy_batch", "moves", "no_tangents", "outside_compiler", "plain", "refuse_legacy_batch",
-    "refuse_moving", "refuse_traced", "refuse_transforms", "transforms_active", "unwrapped",
-    "watched", "without_tangent",
+    "refuse_moving", "refuse_traced", "refuse_transforms", "stacked", "transforms_active",
+    "unwrapped", "watched", "without_tangent",
 ]  # fmt: skip
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -159,10 +159,16 @@ def legacy_batch(function: Callable[..., Sequence[Any]], *arguments: Any) -> tup
     finally:
         for _ in range(level):
             torch._C._vmapmode_increment_nesting()
-    return tuple(
-        None if column[0] is None else torch._add_batch_dim(torch.stack(column), 0, level)
-        for column in zip(*found, strict=True)
-    )
+    columns = map(stacked, zip(*found, strict=True))
+    return tuple(None if one is None else torch._add_batch_dim(one, 0, level) for one in columns)
+
+
+def stacked(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """Return tensors in one, None being zero; None if all are."""
+    known = next((part for part in parts if part is not None), None)
+    if known is None:
+        return None
+    return torch.stack([torch.zeros_like(known) if part is None else part for part in parts])
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:

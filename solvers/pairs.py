@@ -71,6 +71,12 @@ class PairOptions:
     options: Any
     linear_solver: tuple[tuple[str, Any], ...]
 
+    @classmethod
+    def of(cls, layout: PairLayout, own: Any, options: dict[str, Any]) -> PairOptions:
+        """Return those of a state with settings ``own``, and PETSc's options of its systems."""
+        linear = sorted((k, v) for k, v in options.items() if k.startswith(LINEAR))
+        return cls(layout, own.jacobian, own.jacobian_options, tuple(linear))
+
 
 def create_matrices(
     assembly: Assembly | None,

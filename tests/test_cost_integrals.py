@@ -289,12 +289,22 @@ def test_output_times_and_tuples():
     assert float(slope[-1]) == pytest.approx(2.0 * p * q, rel=1e-9)
 
 
-def test_float32_and_compile():
+def test_float32():
     f = lambda t, y: -y  # noqa: E731
     single = pnode.Solver(f, cost=lambda t, y: y, method="cn", step_size=0.01)
     costs = single(torch.ones(1), torch.tensor([0.0, 1.0])).costs
     assert costs.dtype is torch.float32
     assert float(costs[-1]) == pytest.approx(1.0 - math.exp(-1.0), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "cn"])
+def test_compile_leaves_them_uncompiled(method):
+    """So that no compiled Newton iteration or error norm looks at the integral."""
+    f, y0 = Field(), state()
+    options = {"cost": lambda t, y: 1e6 * y, "method": method, "step_size": 0.1}
+    found = [pnode.Solver(f, compile=compiled, **options)(y0, T) for compiled in (True, False)]
+    assert torch.equal(found[0].costs, found[1].costs)
+    assert torch.equal(found[0].ys, found[1].ys)
 
 
 BAD = {

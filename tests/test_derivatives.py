@@ -182,8 +182,6 @@ def test_second_derivatives_of_a_symplectic_method():
 
     inputs, v = [q, p, k], along([q, p, k])
     found = hvp(lambda: loss(lambda: solver((q, p), T).ys), inputs, v)
-    expected = replica(field, "forest_ruth", (q, p), GRID)
-    assert len(expected) == 2
     expected = hvp(
         lambda: loss(lambda: [x[[0, 3, 6]] for x in replica(field, "forest_ruth", (q, p), GRID)]),
         inputs, v,
@@ -340,10 +338,7 @@ def test_second_derivatives_of_compiled_solves(method):
 
 
 def test_second_derivatives_through_an_event_are_refused():
-    f, y0 = Field(), state().requires_grad_()
-    solver = pnode.Solver(
-        f, method="rk4", step_size=0.1, event_fn=lambda t, y: y.sum() + t - y.detach().sum() - 0.25
-    )
+    f = Field()
     end = torch.tensor([0.0, 2.0], dtype=D)
     y0 = state().requires_grad_()
     solver = pnode.Solver(f, method="rk4", step_size=0.1, event_fn=lambda t, y: y[0] ** 2 + t - 1.0)
