@@ -18,19 +18,29 @@ from pnode.output_times import refuse_interpolated_times, slope_at, time_gradien
 from pnode.pair_layout import PairLayout
 from pnode.problem import InitialValueProblem
 from pnode.rebinding import bound
-from pnode.run import Recorded, Requests, Run
-from pnode.tangents import pair_problem, pair_settings, unique
+from pnode.run import Requests, Run
+from pnode.tangent_solves import (
+    Directions,
+    batched,
+    joined,
+    may_merge,
+    with_tangents,
+    zeros_for_none,
+)
+from pnode.tangents import unique
 from pnode.transforms import (
+    batch_is_innermost,
     differentiable,
     is_legacy_batch,
     legacy_batch,
     moves,
     no_tangents,
     outside_compiler,
+    recorded_by_autograd,
     refuse_legacy_batch,
     refuse_traced,
     transforms_active,
-    without_tangent,
+    unmoved,
 )
 
 __all__ = ["AdjointFunction", "SolveFunction", "solve"]
@@ -61,7 +71,7 @@ def solve(
     """
     if trainable:
         runs = Runs()
-        ys = SolveFunction.apply(engine, problem, requests, runs, y0, t, *problem.parameters)
+        ys = SolveFunction.apply(engine, problem, requests, runs, y0, t, None, *problem.parameters)
         return ys, runs[0]
     own = ordered(place_of(problem.layout.device))
     with torch.inference_mode(False), torch.no_grad(), own as leave:
@@ -72,7 +82,10 @@ def solve(
 
 
 class SolveFunction(torch.autograd.Function):
-    """The solve as one node of the graph: (y0, t, *parameters) -> ys."""
+    """The solve as one node of the graph: (y0, t, start, *parameters) -> ys.
+
+    ``start`` holds the tangents at the start of a pair, as rows, and is None elsewhere.
+    """
 
     @staticmethod
     def forward(
@@ -82,9 +95,11 @@ class SolveFunction(torch.autograd.Function):
         runs: Runs,
         y0: torch.Tensor,
         t: torch.Tensor,
+        start: torch.Tensor | None,
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
         """Solve; the sweep is left in ``runs``."""
+        y0 = joined(requests, y0, start)
         own = bound(problem, parameters)
         if own is not problem:
             problem, requests = own, replace(requests, plain=True)
@@ -109,16 +124,18 @@ class SolveFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         """Keep what derivatives need."""
-        engine, problem, _, runs, y0, t, *parameters = inputs
-        ctx.engine, ctx.runs, ctx.shape = engine, runs, output.shape
+        engine, problem, requests, runs, y0, t, start, *parameters = inputs
+        ctx.engine, ctx.requests, ctx.runs, ctx.shape = engine, requests, runs, output.shape
         ctx.set_materialize_grads(False)
         # Saved for torch's check that nobody has modified them since, besides their values.
-        ctx.save_for_backward(y0, t, output, *parameters, *problem.frozen)
-        ctx.save_for_forward(y0, t, *parameters)
+        ctx.save_for_backward(y0, t, start, output, *parameters, *problem.frozen)
+        ctx.save_for_forward(y0, t, start, *parameters)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        """Solve for one after the other: tangents of several directions, which a batch has."""
+        """Solve for the tangents of several directions, all at once if these may be."""
+        if may_merge(in_dims, inputs):
+            return _merged(info.batch_size, in_dims, inputs), 0
         return one_by_one(SolveFunction, info, in_dims, inputs)
 
     @staticmethod
@@ -129,7 +146,8 @@ class SolveFunction(torch.autograd.Function):
         refuse_traced(cotangents)
         if is_legacy_batch(cotangents):
             return legacy_batch(partial(SolveFunction.backward, ctx), cotangents)
-        y0, t, ys, *others = ctx.saved_tensors
+        y0, t, start, ys, *others = ctx.saved_tensors
+        y0 = joined(ctx.requests, y0, start)
         engine, runs, problem = ctx.engine, ctx.runs, ctx.runs[0].problem
         parameters = others[: len(problem.parameters)]
         wants_times = ctx.needs_input_grad[5]
@@ -146,10 +164,15 @@ class SolveFunction(torch.autograd.Function):
                 time = time_gradient(
                     runs[0], y0, ys, cotangents, initial, times, t, parameters, again
                 )
+        begun = None
+        if start is not None and state is not None:
+            state, *rest = ctx.requests.recorded.pair.parts(state)
+            begun = torch.stack(rest)
         return (
             None, None, None, None,
             state if ctx.needs_input_grad[4] else None,
             time,
+            begun if ctx.needs_input_grad[6] else None,
             *gradients,
         )  # fmt: skip
 
@@ -159,18 +182,21 @@ class SolveFunction(torch.autograd.Function):
         if any(one is not None and is_legacy_batch(one) for one in tangents[4:]):
             each = partial(_in_tuple, SolveFunction.jvp, ctx)
             return legacy_batch(each, *tangents)[0]
-        along_y0, along_t = tangents[4:6]
+        along_y0, along_t, along_start, *directions = tangents[4:]
         with no_tangents():
-            y0, t, *parameters = map(without_tangent, ctx.saved_tensors)
-            y0, t = y0.clone(), t.clone()  # views of these would have the tangents again
+            y0, t, start, *parameters = map(unmoved, ctx.saved_tensors)
+            if start is not None:
+                along_y0 = joined(ctx.requests, *zeros_for_none(y0, along_y0, start, along_start))
+            y0 = joined(ctx.requests, y0, start)
             run = ctx.runs.only()
             start = torch.zeros_like(y0) if along_y0 is None else along_y0
             if along_t is not None:
                 if run.sweep.interpolated:
                     refuse_interpolated_times()
                 start = start - along_t[0].to(y0) * slope_at(run, t[0], y0, parameters)
-            directions = tangents[6:]
-            pair, _, xs, _ = tangent(ctx.engine, run, y0, t, parameters, start, directions, True)
+            pair, _, xs, _ = tangent(
+                ctx.engine, run, y0, t, parameters, start[None], [directions], False, True
+            )
             ys, Z = pair.parts(xs)
             if along_t is not None:
                 first = torch.zeros_like(y0) if along_y0 is None else along_y0
@@ -180,6 +206,20 @@ class SolveFunction(torch.autograd.Function):
                 ]
                 Z = torch.stack([first, *later])
             return Z.reshape(ctx.shape)
+
+
+def _merged(number: int, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]) -> torch.Tensor:
+    """Solve once for a batch of tangents, and return the pairs one after the other."""
+    engine, _, requests, _, y0, t, start, *parameters = inputs
+    recorded = requests.recorded
+    own = len(recorded.run.problem.parameters)
+    starts, directions = batched(number, recorded, in_dims[6:], (start, *parameters))
+    pair, _, xs, _ = tangent(
+        engine, recorded.run, y0, t, parameters[:own], starts, directions, False
+    )
+    ys, *Z = pair.parts(xs)
+    m = recorded.pair.tangents
+    return torch.stack([recorded.pair.join([ys, *Z[k * m : (k + 1) * m]]) for k in range(number)])
 
 
 def _in_tuple(function: Any, *arguments: Any) -> tuple[Any]:
@@ -261,7 +301,7 @@ class AdjointFunction(torch.autograd.Function):
         wants_y0, wants_t, wants_cotangents, *wants = ctx.needs_input_grad[4:]
         gradient = wants_y0 or wants_t or any(wants)
         pair, x0, xs, runs = tangent(
-            ctx.engine, run, y0, t, parameters, start, directions, gradient or again
+            ctx.engine, run, y0, t, parameters, start[None], [directions], gradient or again
         )
         found: list[torch.Tensor | None] = [None] * (3 + len(wants))
         if wants_cotangents:  # the first output's adds to lambda, but not to ``initial``
@@ -296,11 +336,12 @@ class AdjointFunction(torch.autograd.Function):
                 "differentiate by t in reverse mode"
             )
         with no_tangents():
-            y0, t, cotangents, *parameters = map(without_tangent, ctx.saved_tensors)
-            y0, t, cotangents = y0.clone(), t.clone(), cotangents.clone()
+            y0, t, cotangents, *parameters = map(unmoved, ctx.saved_tensors)
             run = ctx.runs.only()
             start = torch.zeros_like(y0) if along_y0 is None else along_y0
-            pair, x0, _, runs = tangent(ctx.engine, run, y0, t, parameters, start, directions, True)
+            pair, x0, _, runs = tangent(
+                ctx.engine, run, y0, t, parameters, start[None], [directions], True
+            )
             zero = torch.zeros_like(cotangents)
             moved = zero if along_cotangents is None else along_cotangents
             seeds = _after_first(pair.join([moved, cotangents]))
@@ -324,10 +365,11 @@ def tangent(
     t: torch.Tensor,
     parameters: Sequence[torch.Tensor],
     start: torch.Tensor,
-    directions: Sequence[torch.Tensor | None],
-    trainable: bool,
+    directions: Directions,
+    reverse: bool,
+    own: bool = False,
 ) -> tuple[PairLayout, torch.Tensor, torch.Tensor, Runs]:
-    """Solve for the derivative of a solve's outputs along directions. Collective.
+    """Solve for the derivatives of a solve's outputs along directions. Collective.
 
     Parameters
     ----------
@@ -338,11 +380,13 @@ def tangent(
     parameters : sequence of Tensor
         Its parameters.
     start : Tensor
-        Direction of y0, flat.
-    directions : sequence of (Tensor or None)
-        Of each parameter, None being zero.
-    trainable : bool
-        Whether the result is to be differentiated.
+        Directions of y0, shape ``(m, size)``.
+    directions : sequence of sequence of (Tensor or None)
+        For each, that of each parameter, None being zero.
+    reverse : bool
+        Whether the caller takes the adjoint of the sweep.
+    own : bool
+        Whether the caller is the rule of forward mode.
 
     Returns
     -------
@@ -353,35 +397,23 @@ def tangent(
     runs : Runs
         Of both.
     """
-    problem, sweep = run.problem, run.sweep
-    assert sweep is not None and run.surroundings is not None
-    if problem.exchange is not None:
-        raise BackwardError(
-            "second derivatives through a solve with layout= are not supported: solve without a "
-            "layout, or differentiate the gradient by finite differences"
-        )
-    pair = PairLayout(problem.layout.size, split=run.settings.split)
-    steps, outputs = sweep.recorded()
-    options = {}
-    if engine.method.implicit:
-        options = engine.solver_options(run.settings, adjoint=True).values
-    recorded = Recorded(
-        steps, outputs, pair_settings(run.settings, pair, options), run.surroundings
+    pair, of_both, requests = with_tangents(
+        engine, run, directions, not reverse and batch_is_innermost(own)
     )
-    of_both = pair_problem(problem, pair, [directions])
-    requests = Requests(dense=bool(sweep.interpolated), recorded=recorded)
-    number = len(problem.times)
-    x0, taken = pair.join([y0, start]), Runs()
+    number, taken = len(run.problem.times), Runs()
+    assert run.surroundings is not None and requests.recorded is not None
+    inputs = (*parameters, *requests.recorded.moving)
     with run.surroundings.restored():
-        if trainable or transforms_active():
-            inputs = (*parameters, *filter(moves, unique(directions)))
-            xs = SolveFunction.apply(engine, of_both, requests, taken, x0, t[:number], *inputs)
+        if reverse or transforms_active() or recorded_by_autograd((y0, t, start, *inputs)):
+            xs = SolveFunction.apply(
+                engine, of_both, requests, taken, y0, t[:number], start, *inputs
+            )
         else:
-            xs, one = solve(engine, of_both, requests, x0, t[:number], trainable=False)
+            xs, one = solve(engine, of_both, requests, pair.join([y0, *start]), t[:number], False)
             taken.append(one)
     for one in taken.all():
         one.event = run.event
-    return pair, x0, xs.reshape(number, -1), taken
+    return pair, pair.join([y0, *start]), xs.reshape(number, -1), taken
 
 
 def _as_parameter(

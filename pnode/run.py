@@ -13,6 +13,7 @@ from pnode.adjoint.gradients import CostGradients
 from pnode.events import Event
 from pnode.evidence import Reads
 from pnode.held import held, now
+from pnode.pair_layout import PairLayout
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger, Stats
 from pnode.solvers.compiled.fields import FieldCode, compiled_field
@@ -38,12 +39,27 @@ class Recorded:
         Of the integrator that is to take them.
     surroundings : Surroundings
         What f saw.
+    pair : PairLayout
+        How that solve's state makes one with its tangents.
+    run : Run
+        That solve.
+    directions : sequence of sequence of (Tensor or None)
+        For each tangent, that of each parameter.
+    moving : tuple of Tensor
+        Those among them that something may be differentiated by, each once.
+    mergeable : bool
+        Whether a batch of such solves, for several tangents, may be one.
     """
 
     steps: Sequence[Step]
     outputs: tuple[int, ...]
     settings: IntegratorSettings
     surroundings: Surroundings
+    pair: PairLayout
+    run: Run
+    directions: Sequence[Sequence[torch.Tensor | None]]
+    moving: tuple[torch.Tensor, ...]
+    mergeable: bool
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ from pnode.errors import BackwardError, ConfigurationError
 from pnode.products import derivatives
 
 __all__ = [
-    "differentiable", "has_tangent", "in_forward_mode", "is_legacy_batch", "is_wrapped",
-    "legacy_batch", "moves", "no_tangents", "outside_compiler", "plain", "refuse_legacy_batch",
-    "refuse_moving", "refuse_traced", "refuse_transforms", "stacked", "transforms_active",
-    "unwrapped", "watched", "without_tangent",
+    "batch_is_innermost", "differentiable", "has_tangent", "in_forward_mode", "is_legacy_batch",
+    "is_wrapped", "legacy_batch", "moves", "no_tangents", "outside_compiler", "plain",
+    "recorded_by_autograd", "refuse_legacy_batch", "refuse_moving", "refuse_traced",
+    "refuse_transforms", "stacked", "transforms_active", "unmoved", "unwrapped", "watched",
 ]  # fmt: skip
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -189,6 +189,23 @@ def transforms_active() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
+def batch_is_innermost(own: bool) -> bool:
+    """Whether the innermost transform of torch.func is a batch (``vmap``).
+
+    ``own`` tells that a forward mode's own rule asks, which is inside of that transform.
+    """
+    stack = _functorch.get_interpreter_stack() or []
+    names = [interpreter.key().name for interpreter in stack]
+    if own and names[-1:] == ["Jvp"]:
+        names.pop()
+    return names[-1:] == ["Vmap"]
+
+
+def recorded_by_autograd(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether a graph of what is computed with these tensors is wanted."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def differentiable() -> bool:
     """Whether a backward sweep may be differentiated itself, or is part of a transform."""
     return torch.is_grad_enabled() or transforms_active() or in_forward_mode()
@@ -199,9 +216,11 @@ def no_tangents() -> AbstractContextManager[Any]:
     return forward_ad._set_fwd_grad_enabled(transforms_active())
 
 
-def without_tangent(tensor: torch.Tensor) -> torch.Tensor:
+def unmoved(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """Return a tensor without its tangent of forward mode, in the same graph."""
-    return forward_ad.unpack_dual(tensor).primal if has_tangent(tensor) else tensor
+    if tensor is None or not has_tangent(tensor):
+        return tensor
+    return forward_ad.unpack_dual(tensor).primal.clone()  # a view would have it again
 
 
 def has_tangent(tensor: torch.Tensor) -> bool:

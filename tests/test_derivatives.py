@@ -464,6 +464,44 @@ def test_jacobians_and_hessians_of_torch_func(method):
     assert difference([gauss_newton], [flat.T @ flat @ y0]) < 1e-10
 
 
+@pytest.mark.parametrize("method", ["rk4", "es325", "bdf2"])
+def test_tangents_of_a_batch_are_one_solve(method):
+    """jacfwd evaluates f as often for 3 directions as for one, and Jacobians agree."""
+    field, evaluations = Field(), 0
+
+    def counted(module, arguments):
+        nonlocal evaluations
+        evaluations += 1
+
+    field.register_forward_pre_hook(counted)
+    solver = pnode.Solver(field, method=method, step_size=0.1)
+    tensors = {name: tensor.detach() for name, tensor in solver.named_parameters()}
+
+    def outputs(y):
+        return functional_call(solver, tensors, (y, T)).ys
+
+    y0 = state()
+    jvp(outputs, (y0,), (torch.ones_like(y0),))
+    single, evaluations = evaluations, 0
+    found = jacfwd(outputs)(y0)
+    assert evaluations == single
+    assert difference([found], [jacrev(outputs)(y0)]) < FAMILIES.get(method, 1e-8)
+
+
+def test_tangents_of_a_batch_by_y0_and_parameters_at_once():
+    solver = pnode.Solver(Field(), method="rk4", step_size=0.1)
+    tensors = {name: tensor.detach() for name, tensor in solver.named_parameters()}
+
+    def outputs(y, tensors):
+        return functional_call(solver, tensors, (y, T)).ys
+
+    inputs = (state(), tensors)
+    found, expected = (way(outputs, argnums=(0, 1))(*inputs) for way in (jacfwd, jacrev))
+    assert difference([found[0]], [expected[0]]) < 1e-13
+    for name in tensors:
+        assert difference([found[1][name]], [expected[1][name]]) < 1e-13
+
+
 def test_tangents_of_output_times():
     f, y0 = Field(), state()
     solver = pnode.Solver(f, method="dopri5", step_size=0.1)

@@ -1,0 +1,122 @@
+"""The solve of a state with its tangents: what it needs to know, and batches of them in one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+
+from pnode.engine import Engine
+from pnode.errors import BackwardError
+from pnode.pair_layout import PairLayout
+from pnode.problem import InitialValueProblem
+from pnode.run import Recorded, Requests, Run
+from pnode.tangents import pair_problem, pair_settings, unique
+from pnode.transforms import moves
+
+__all__ = ["Directions", "batched", "joined", "may_merge", "with_tangents", "zeros_for_none"]
+
+#: For each tangent, that of each parameter; None being zero.
+Directions: TypeAlias = Sequence[Sequence[torch.Tensor | None]]
+
+
+def with_tangents(
+    engine: Engine, run: Run, directions: Directions, mergeable: bool
+) -> tuple[PairLayout, InitialValueProblem, Requests]:
+    """Return how a state and its tangents make one, their problem, and what to do for it.
+
+    Parameters
+    ----------
+    engine, run : Engine, Run
+        What solved, and the solve.
+    directions : sequence of sequence of (Tensor or None)
+        For each tangent, that of each parameter.
+    mergeable : bool
+        Whether a batch of such solves may be one.
+
+    Raises
+    ------
+    BackwardError
+        If the ranks share a state with ghost cells.
+    """
+    problem, sweep = run.problem, run.sweep
+    assert sweep is not None and run.surroundings is not None
+    if problem.exchange is not None:
+        raise BackwardError(
+            "second derivatives through a solve with layout= are not supported: solve without a "
+            "layout, or differentiate the gradient by finite differences"
+        )
+    pair = PairLayout(problem.layout.size, len(directions), split=run.settings.split)
+    steps, outputs = sweep.recorded()
+    options = {}
+    if engine.method.implicit:
+        options = engine.solver_options(run.settings, adjoint=True).values
+    recorded = Recorded(
+        steps, outputs, pair_settings(run.settings, pair, options), run.surroundings, pair, run,
+        directions, tuple(filter(moves, unique([v for one in directions for v in one]))),
+        mergeable,
+    )  # fmt: skip
+    requests = Requests(dense=bool(sweep.interpolated), recorded=recorded)
+    return pair, pair_problem(problem, pair, directions), requests
+
+
+def joined(requests: Requests, y0: torch.Tensor, start: torch.Tensor | None) -> torch.Tensor:
+    """Return what is solved for: a state, or with rows of tangents, both in one."""
+    if start is None:
+        return y0
+    assert requests.recorded is not None
+    return requests.recorded.pair.join([y0, *start])
+
+
+def zeros_for_none(
+    y0: torch.Tensor, along_y0: torch.Tensor | None,
+    start: torch.Tensor, along_start: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return two tangents, zeros for those that are None."""
+    return (
+        torch.zeros_like(y0) if along_y0 is None else along_y0,
+        torch.zeros_like(start) if along_start is None else along_start,
+    )
+
+
+def may_merge(in_dims: Sequence[int | None], inputs: Sequence[Any]) -> bool:
+    """Whether a batch of solves is one of tangents of the same solve, which may be taken at once.
+
+    Parameters
+    ----------
+    in_dims, inputs : sequence
+        Of ``SolveFunction``.
+    """
+    recorded = inputs[2].recorded
+    if recorded is None or not recorded.mergeable:
+        return False
+    number = len(recorded.run.problem.parameters)
+    return all(dim is None for dim in (*in_dims[4:6], *in_dims[7 : 7 + number]))
+
+
+def batched(
+    number: int, recorded: Recorded, in_dims: Sequence[int | None], inputs: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, list[list[torch.Tensor | None]]]:
+    """Return the starts and the directions of a batch of tangents, one after the other.
+
+    Parameters
+    ----------
+    number : int
+        Of the batch.
+    recorded : Recorded
+        What the solve of one is.
+    in_dims, inputs : sequence
+        Of the starts, the parameters and the directions that move.
+    """
+    rows = [
+        value.expand(number, *value.shape) if dim is None else value.movedim(dim, 0)
+        for dim, value in zip(in_dims, inputs, strict=True)
+    ]
+    moving = dict(zip(map(id, recorded.moving), rows[-len(recorded.moving) :], strict=False))
+    directions = [
+        [v if v is None or id(v) not in moving else moving[id(v)][k] for v in one]
+        for k in range(number)
+        for one in recorded.directions
+    ]
+    return rows[0].reshape(-1, rows[0].shape[-1]), directions
