@@ -64,6 +64,8 @@ class Requests:
         Steps to be taken.
     plain : bool
         Whether nothing is to be compiled.
+    continuous : bool
+        Whether gradients are those of the continuous adjoint.
     """
 
     monitor: Callable[[int, float, Any], None] | None = None
@@ -72,6 +74,7 @@ class Requests:
     event_tol: float = 1e-12
     recorded: Recorded | None = None
     plain: bool = False
+    continuous: bool = False
 
 
 class Sweep(ABC):

@@ -94,6 +94,8 @@ CASES = {
     "bdf by entry": dict(method="bdf", rtol=torch.full((4, 3), 1e-6)),
     "bdf2": dict(method="bdf2", **FIXED),
     "within a budget": dict(method="rk4", checkpointing=14 * 96, **FIXED),
+    "continuous": dict(method="dopri5", gradient="continuous"),
+    "continuous cn": dict(method="cn", gradient="continuous", **FIXED),
     "tape": dict(method="dopri5", checkpointing=pnode.Checkpointing(store="tape")),
 }  # fmt: skip
 

@@ -73,6 +73,7 @@ LEVELS = {
     "pnode.rebinding": 3,
     "pnode.tangents": 3,
     "pnode.configuration": 3,
+    "pnode.continuous": 3,
     "pnode.monitor": 3,
     "pnode.odeint": 3,
     "pnode.solver": 3,
