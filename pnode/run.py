@@ -136,6 +136,8 @@ class Run:
         What f saw besides its arguments; None without gradients.
     reads : Reads or None
         What the compiled graphs of this sweep read, if there are any.
+    look : callable or None
+        Told of each stage in backward sweeps; see ``VectorField``.
     """
 
     problem: InitialValueProblem
@@ -147,6 +149,7 @@ class Run:
     codes: tuple[FieldCode, ...] = ()
     surroundings: Surroundings | None = None
     reads: Reads | None = None
+    look: Callable[..., None] | None = None
 
     def let_go(self) -> None:
         """Keep f for backward sweeps, but not what owns it: see :mod:`pnode.held`."""
@@ -168,6 +171,7 @@ class Run:
             else vector_field(problem, ledger)
         )
         record_all(field_)
+        field_.look = self.look
         if self.surroundings is not None:
             for part in (field_, field_.explicit):
                 if part is not None:

@@ -43,6 +43,7 @@ from pnode.ranks import ALONE, Ranks
 from pnode.solution import Solution, Stats
 from pnode.solvers.methods import check_form, find_method
 from pnode.solvers.step_control import check_steps
+from pnode.stages import StageSweep
 from pnode.transfers import carry_once, on_host, remote
 from pnode.transforms import moves, outside_compiler, refuse_moving, refuse_transforms, watched
 
@@ -332,7 +333,9 @@ class Solver(torch.nn.Module):
         run.stats.add(start)
         states = ys if whole else layout.unflatten(ys)
         states, costs = parted(problem, states)
-        return Solution(times, states, run.stats, reason, event_time, costs)
+        kept = trainable and not self._requests.continuous
+        stages = StageSweep.of(self._engine, run, flat) if kept else None
+        return Solution(times, states, run.stats, reason, event_time, costs, stages)
 
     def _prepare(
         self, y0: Any, t: Any, ranks: Ranks, differentiate: bool

@@ -17,7 +17,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from pnode import autograd, continuous, devices, engine, ghost_layouts, grids, transfers, vectors
+from pnode import (
+    autograd, continuous, devices, engine, ghost_layouts, grids, stages, transfers, vectors,
+)  # fmt: skip
 
 DEVICE = torch.device("cuda", 0)
 _FACTORIES = {
@@ -292,7 +294,7 @@ def _simulate(patch: pytest.MonkeyPatch, petsc: bool, streams: Streams) -> None:
     if petsc:
         from_dlpack = vectors.from_dlpack
         patch.setattr(vectors, "from_dlpack", lambda capsule: OnDevice(from_dlpack(capsule)))
-        for module in (autograd, continuous, devices, engine, ghost_layouts, grids):
+        for module in (autograd, continuous, devices, engine, ghost_layouts, grids, stages):
             patch.setattr(module, "place_of", _place_of)
         patch.setattr(devices, "petsc_stream", lambda: 0)
         patch.setattr(vectors, "_through_dlpack", set())

@@ -431,3 +431,19 @@ def test_vec_type_is_for_devices():
 
 
 assert DEVICE.type == "cuda"
+
+
+def test_stages_of_a_state_on_the_device():
+    """There they are those of the host; of a state that is kept elsewhere they are refused."""
+
+    def stages(field, y0, state):
+        seen = []
+        solution = pnode.Solver(field, method="rk4", device_state=state, **FIXED)(y0, TIMES)
+        solution.stages(solution.ys.detach(), seen.append)
+        return [part for stage in seen for part in (stage.state, stage.adjoint)]
+
+    expected = stages(Field(), start(), "device")
+    with simulated():
+        agree(stages(module_on_device(Field()), on_device(start()), "device"), expected)
+    with simulated(petsc=False), pytest.raises(pnode.BackwardError, match="device_state='host'"):
+        stages(module_on_device(Field()), on_device(start()), "host")

@@ -80,6 +80,7 @@ LEVELS = {
     "pnode.parallel": 3,
     "pnode.recording": 3,
     "pnode.run": 3,
+    "pnode.stages": 3,
     "pnode.sweeps": 3,
     "pnode.diagnosis": 3,
     "pnode.doctor": 4,
