@@ -28,6 +28,7 @@ from pnode.held import now
 from pnode.hooks import hooks_of
 from pnode.output_times import time_gradient
 from pnode.problem import InitialValueProblem, StateLayout
+from pnode.products import gradients
 from pnode.reals import as_reals, count_reals, from_reals
 from pnode.run import Requests, Run
 from pnode.solution import Ledger
@@ -201,9 +202,7 @@ class AdjointField:
         products: tuple[torch.Tensor | None, ...] = (None,) * len(inputs)
         if value.requires_grad:
             # Part of the graph may be the user's, of parameters that are made of others.
-            products = torch.autograd.grad(
-                value, inputs, adjoint, create_graph=record, retain_graph=True, allow_unused=True
-            )
+            products = gradients(value, inputs, adjoint, record)
         self.used = [
             known or product is not None
             for known, product in zip(self.used, products[1:], strict=True)
@@ -297,11 +296,11 @@ class ContinuousFunction(torch.autograd.Function):
             return legacy_batch(partial(ContinuousFunction.backward, ctx), cotangents)
         t, y0, ys, *others = ctx.saved_tensors
         parameters = others[: len(ctx.run.problem.parameters)]
-        state, time, *gradients = _Adjoint.apply(
+        state, time, *by_parameters = _Adjoint.apply(
             ctx.engine, ctx.run, ctx.needs_input_grad[5], t, y0, ys, cotangents, *parameters
         )
-        return (None, None, None, None, state if ctx.needs_input_grad[4] else None, time,
-                *gradients)  # fmt: skip
+        state = state if ctx.needs_input_grad[4] else None
+        return None, None, None, None, state, time, *by_parameters
 
 
 class _Adjoint(torch.autograd.Function):
@@ -338,14 +337,14 @@ class _Adjoint(torch.autograd.Function):
                 time = time_gradient(
                     run, y0.detach(), ys, cotangents, initial, {}, t, parameters, again=False
                 )
-            gradients = [
+            by_parameters = [
                 (torch.zeros_like(parameter) if used else None) if one is None
                 else one.to(parameter)
                 for one, parameter, used in zip(found, parameters, run.used, strict=True)
             ]  # fmt: skip
             state = initial + cotangents[0]
-            leave(state, *gradients)
-        return state, time, *gradients
+            leave(state, *by_parameters)
+        return state, time, *by_parameters
 
     @staticmethod
     def backward(ctx: Any, *outputs: Any) -> Any:

@@ -18,7 +18,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from pnode import (
-    autograd, continuous, devices, engine, ghost_layouts, grids, stages, transfers, vectors,
+    autograd,
+    continuous,
+    devices,
+    engine,
+    ghost_layouts,
+    grids,
+    stages,
+    transfers,
+    vectors,
 )  # fmt: skip
 
 DEVICE = torch.device("cuda", 0)

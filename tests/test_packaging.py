@@ -243,8 +243,12 @@ CALLS_AUTOGRAD = {
     "pnode.tangents",  # inside of transforms of torch.func
     "pnode.transforms",  # looks at tangents
 }  # fmt: skip
-# The solve, sums over ranks, the root of algebraic equations, and the time of an event.
-DEFINES_FUNCTION = {"pnode.autograd", "pnode.parallel", "pnode.consistency", "pnode.events"}
+# The solve, and with its continuous adjoint, backward sweeps that tell of stages, sums over ranks,
+# the root of algebraic equations, and the time of an event.
+DEFINES_FUNCTION = {
+    "pnode.autograd", "pnode.continuous", "pnode.stages", "pnode.parallel", "pnode.consistency",
+    "pnode.events",
+}  # fmt: skip
 
 
 def dotted(node: ast.AST) -> str:
