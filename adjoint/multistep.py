@@ -65,8 +65,9 @@ class MultistepAdjoint(ImplicitAdjointStepper):
             u, d, *u_dot = self.checkpoint
             first, *others = d.tolist()
             rate = self._solve(
-                step.end, u, *u_dot, shift=first, b=self.state, step=step, ledger=ledger
-            )
+                step.end, u, *u_dot, shift=first, b=self.state, step=step, ledger=ledger,
+                weight=step.length,
+            )  # fmt: skip
             parts = [rate * -weight for weight in others]
         for index, waiting in enumerate(self._waiting):
             if index < len(parts):
@@ -92,7 +93,7 @@ class MultistepAdjoint(ImplicitAdjointStepper):
                     u_dot = (u - states[index - 1 if i > 1 else 0]) / h
                 gradient = self._solve(
                     step.start + i * h, u, u_dot, shift=1.0 / h, b=gradient, step=step,
-                    ledger=ledger, system=number * (number - 1) // 2 + i - 1,
+                    ledger=ledger, weight=weight * h, system=number * (number - 1) // 2 + i - 1,
                 ) / h  # fmt: skip
             total += gradient
         return total
@@ -107,15 +108,18 @@ class MultistepAdjoint(ImplicitAdjointStepper):
         b: torch.Tensor,
         step: Step,
         ledger: Ledger,
+        weight: float,
         system: int = 0,
     ) -> torch.Tensor:
         """Solve for w, add its products to mu, and return F_udot^T w.
 
-        ``system`` counts the systems that the forward step solved.
+        ``weight`` is that of the rate in the step, ``system`` counts the systems that the forward
+        step solved.
         """
         w = self.solve_transposed(s, u, shift, b, step, ledger, u_dot)
         doubt = self.evidence[2 * system + 1] if self.evidence else 0.0
         self.verify(self.value(s, u, u_dot), 2 * system, s, step, slack=doubt)
+        self.tell(s, u, w, weight)
         products = self.products(s, u, w, u_dot)
         self.accumulate(products.parameters, 1.0)
         return w if products.rate is None else products.rate.to(w)

@@ -91,7 +91,7 @@ class ExplicitAdjoint(TorchAdjointStepper):
         super().__init__(settings, parameters)
         scheme = settings.method.scheme
         assert scheme is not None
-        self._nodes = scheme.c
+        self._nodes, self._b = scheme.c, scheme.b
         device = settings.place.device
         stages = range(scheme.stages)
         # lambda' and, from the last stage to the first, the l_i, as rows. Those that stage i looks
@@ -160,7 +160,7 @@ class ExplicitAdjoint(TorchAdjointStepper):
         if inside is not NOTHING:
             needed = frozenset(range(len(self.checkpoint)))
             states, slopes = inside.of(stages)
-        expected, random = self.evidence, self._random
+        expected, random, look = self.evidence, self._random, field.look
         self._rows[0].copy_(self.state)
         for row, weights in enumerate(self._scaled):
             i = stages - 1 - row
@@ -170,6 +170,8 @@ class ExplicitAdjoint(TorchAdjointStepper):
             own, slope = states[i], slopes[i]
             if slope is not None:
                 w.add_(slope)
+            if look is not None:
+                self.tell(step.at(self._nodes[i]), self.checkpoint[i], w, h * self._b[i])
             if self._graphs is None or i >= len(self._graphs) or inside.look is not None:
                 c = self._nodes[i]
                 s = step.end if c == 1.0 else step.start + c * h
@@ -226,6 +228,7 @@ class StageAdjoint(ImplicitAdjointStepper):
         scheme = settings.method.scheme
         assert scheme is not None
         self._scheme = scheme
+        self._own_part = "rhs" if scheme.A_explicit is None else "implicit"
 
     def step(self, step: Step, ledger: Ledger, inside: StageCotangents = NOTHING) -> None:
         """Take the adjoint of one step, whose checkpoint has been loaded. Collective.
@@ -296,10 +299,12 @@ class StageAdjoint(ImplicitAdjointStepper):
         self, i: int, step: Step, zeta: Cotangent, sigma: torch.Tensor, split: bool = False
     ) -> torch.Tensor:
         """Return zeta + g_Y^T sigma, g being the explicit part of a split field if asked for."""
-        part, c = self.field, self._scheme.c
+        part, c, b = self.field, self._scheme.c, self._scheme.b
         if split:
-            assert self.field.explicit is not None
-            part, c = self.field.explicit, self._scheme.c_explicit
+            assert self.field.explicit is not None and self._scheme.b_explicit is not None
+            part, c, b = self.field.explicit, self._scheme.c_explicit, self._scheme.b_explicit
+        name = "explicit" if split else self._own_part
+        self.tell(step.at(c[i]), self.checkpoint[i], sigma, step.length * b[i], name)
         products = self.products(step.at(c[i]), self.checkpoint[i], sigma, part=part)
         self.accumulate(products.parameters, 1.0)
         state = products.state.to(REAL)
@@ -325,6 +330,7 @@ class StageAdjoint(ImplicitAdjointStepper):
         if not self.field.has_rhs:  # only backward Euler, whose Z is the state at the start
             rate = self.checkpoint[0] * -shift + Y * shift  # with the bits of PETSc's
         w = self.solve_transposed(s, Y, shift, right, step, ledger, rate)
+        self.tell(s, Y, w, step.length * self._scheme.b[i], self._own_part)
         v = shift * (w if sigma is None else w - sigma)
         if self.wants_parameters or rate is not None:
             products = self.products(s, Y, w, rate)
@@ -360,6 +366,8 @@ class SymplecticAdjoint(TorchAdjointStepper):
             w = torch.zeros_like(self.state)
             w[part] = step.length * update.weight * self.state[part]
             s = step.at(update.offset)
+            name = ("positions", "momenta")[update.part]
+            self.tell(s, stage, w, step.length * update.weight, name)
             point = self.linearize(s, stage, step)
             self.verify(point.flat_value(), index, s, step)
             self.state = self.state + self.pull_back(point.vjp, w)

@@ -36,7 +36,7 @@ if not asked_for_doctor(sys.argv, sys.orig_argv):
         VectorFieldError,
     )
     from pnode.odeint import odeint, odeint_adjoint, odeint_event
-    from pnode.solution import Ledger, Solution, Stats
+    from pnode.solution import Ledger, Solution, Stage, Stats
     from pnode.solver import Solver
     from pnode.solvers.methods import Method, methods
 
@@ -59,6 +59,7 @@ __all__ = [
     "Solution",
     "SolveError",
     "Solver",
+    "Stage",
     "Stats",
     "StepLimitReached",
     "StepSizeUnderflow",

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pnode import sweeps
+from pnode import continuous, sweeps
 from pnode.batches import Runs, Times, one_by_one
 from pnode.devices import ordered, place_of
 from pnode.engine import Engine
@@ -69,6 +69,8 @@ def solve(
     trainable : bool
         Whether anything requires grad.
     """
+    if trainable and requests.continuous:
+        return continuous.solve(engine, problem, requests, y0, t)
     if trainable:
         runs = Runs()
         ys = SolveFunction.apply(engine, problem, requests, runs, y0, t, None, *problem.parameters)
@@ -106,17 +108,8 @@ class SolveFunction(torch.autograd.Function):
         with ordered(place_of(problem.layout.device)) as leave:
             ys, run = sweeps.forward(engine, problem, y0, keep=True, requests=requests)
             leave(ys)
-        layout = problem.layout
-        if run.event is None and not layout.is_tuple:
-            # The result has to be the one that users keep: whoever keeps it and is what f belongs
-            # to makes a cycle, which Python sees through as long as no view comes in between. Nor
-            # may it be a view itself, into which users could not write.
-            shape = layout.unflatten(ys).shape
-            whole: Any = ys.new_empty(0)
-            if type(ys) is torch.Tensor:
-                ys = whole.set_(ys.untyped_storage(), ys.storage_offset(), shape)
-            else:  # a subclass, which may keep its numbers elsewhere
-                ys = ys.new_empty(shape).copy_(ys.view(shape))
+        if run.event is None:
+            ys = problem.layout.whole(ys)
         run.let_go()
         runs.append(run)
         return ys

@@ -134,6 +134,7 @@ class _Copies:
         if kind is dict and len(value) <= _MOST_ENTRIES:
             return {key: self._light(item, level + 1) for key, item in value.items()}
         if kind is Solution:
-            parts = (self._light(getattr(value, each.name), level + 1) for each in fields(value))
+            kept = [each.name for each in fields(value) if each.name != "stage_sweep"]
+            parts = (self._light(getattr(value, name), level + 1) for name in kept)
             return Solution(*parts)
         return value

@@ -172,7 +172,8 @@ def odeint_adjoint(func: Callable[..., Any], y0: Any, t: Any, **keywords: Any) -
     """Solve as :func:`odeint` does, and accept torchdiffeq's ``adjoint_*`` keywords too.
 
     ``adjoint_params`` is ``params``. The other ``adjoint_*`` keywords are accepted with one
-    warning: the discrete adjoint has no tolerances, method or options of its own.
+    warning: the discrete adjoint has no tolerances, method or options of its own, and that of
+    ``gradient="continuous"``, torchdiffeq's way, takes those of the forward solve.
     """
     ignored = sorted(name for name in keywords if name.startswith("adjoint_"))
     params = keywords.pop("adjoint_params", None)
@@ -184,11 +185,10 @@ def odeint_adjoint(func: Callable[..., Any], y0: Any, t: Any, **keywords: Any) -
             raise ConfigurationError("params= and adjoint_params= are both given: drop one")
         keywords["params"] = params
     if ignored:
-        warnings.warn(
-            f"{', '.join(ignored)} ignored: the discrete adjoint is exact for the forward solve "
-            "and has no settings of its own",
-            stacklevel=2,
-        )
+        why = "the discrete adjoint is exact for the forward solve and has no settings of its own"
+        if keywords.get("gradient") == "continuous":
+            why = "the continuous adjoint takes the settings of the forward solve"
+        warnings.warn(f"{', '.join(ignored)} ignored: {why}", stacklevel=2)
     return odeint(func, y0, t, **keywords)
 
 

@@ -121,6 +121,22 @@ class StateLayout:
             offset += size
         return tuple(parts)
 
+    def whole(self, ys: torch.Tensor) -> torch.Tensor:
+        """Return states, shape ``(T, size)``, as a node of a graph may return them.
+
+        Whoever keeps a result and is what f belongs to makes a cycle, which Python sees through as
+        long as no view comes in between. Nor may it be a view itself, into which users could not
+        write. So it is not one, and has the user's shape, unless that is a tuple.
+        """
+        if self.is_tuple:
+            return ys
+        shape = self.unflatten(ys).shape
+        whole: Any = ys.new_empty(0)
+        if type(ys) is torch.Tensor:
+            result: torch.Tensor = whole.set_(ys.untyped_storage(), ys.storage_offset(), shape)
+            return result
+        return ys.new_empty(shape).copy_(ys.view(shape))  # its numbers may be kept elsewhere
+
 
 @dataclass(frozen=True)
 class InitialValueProblem:

@@ -21,10 +21,18 @@ __all__ = [
 
 
 def gradients(
-    value: torch.Tensor, inputs: tuple[torch.Tensor, ...], cotangent: torch.Tensor
+    value: torch.Tensor,
+    inputs: tuple[torch.Tensor, ...],
+    cotangent: torch.Tensor,
+    record: bool = False,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Return the VJPs of a cotangent of value's shape, None for unused inputs; keep the graph."""
-    return torch.autograd.grad(value, inputs, cotangent, retain_graph=True, allow_unused=True)
+    """Return the VJPs of a cotangent of value's shape, None for unused inputs; keep the graph.
+
+    ``record`` tells whether they have graphs themselves.
+    """
+    return torch.autograd.grad(
+        value, inputs, cotangent, create_graph=record, retain_graph=True, allow_unused=True
+    )
 
 
 def _engine_gradients(

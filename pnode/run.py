@@ -80,6 +80,8 @@ class Requests:
         Steps to be taken.
     plain : bool
         Whether nothing is to be compiled.
+    continuous : bool
+        Whether gradients are those of the continuous adjoint.
     """
 
     monitor: Callable[[int, float, Any], None] | None = None
@@ -88,6 +90,7 @@ class Requests:
     event_tol: float = 1e-12
     recorded: Recorded | None = None
     plain: bool = False
+    continuous: bool = False
 
 
 class Sweep(ABC):
@@ -149,6 +152,8 @@ class Run:
         What f saw besides its arguments; None without gradients.
     reads : Reads or None
         What the compiled graphs of this sweep read, if there are any.
+    look : callable or None
+        Told of each stage in backward sweeps; see ``VectorField``.
     """
 
     problem: InitialValueProblem
@@ -160,6 +165,7 @@ class Run:
     codes: tuple[FieldCode, ...] = ()
     surroundings: Surroundings | None = None
     reads: Reads | None = None
+    look: Callable[..., None] | None = None
 
     def let_go(self) -> None:
         """Keep f for backward sweeps, but not what owns it: see :mod:`pnode.held`."""
@@ -181,6 +187,7 @@ class Run:
             else vector_field(problem, ledger)
         )
         record_all(field_)
+        field_.look = self.look
         if self.surroundings is not None:
             for part in (field_, field_.explicit):
                 if part is not None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, Generic
 
 import torch
 from typing_extensions import TypeVar
 
-__all__ = ["Ledger", "Solution", "Stats"]
+from pnode.errors import BackwardError
+
+__all__ = ["Ledger", "Solution", "Stage", "Stats"]
 
 
 @dataclass
@@ -75,6 +78,33 @@ class Stats(Ledger):
 State = TypeVar("State", default=Any)
 
 
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """One evaluation of f in a step, and the cotangent of its value; see :meth:`Solution.stages`.
+
+    Attributes
+    ----------
+    t : float
+        Its time t_i.
+    state : Tensor or tuple of Tensor
+        Its state Y_i, like y0, detached.
+    adjoint : Tensor or tuple of Tensor
+        a_i, the cotangent of f(t_i, Y_i), like y0, detached.
+    weight : float
+        h b_i, its weight in the step's quadrature; h is negative where t decreases. Of BDF: the
+        step's length, and where it starts, the length of each substep times that of its chain.
+    part : str
+        Which f: "rhs"; "implicit" or "explicit" of a split one; of a symplectic method, of whose
+        f one half is used, "positions" or "momenta".
+    """
+
+    t: float
+    state: Any
+    adjoint: Any
+    weight: float
+    part: str = "rhs"
+
+
 @dataclass
 class Solution(Generic[State]):
     """Result of a solve.
@@ -92,6 +122,8 @@ class Solution(Generic[State]):
         ``"t_end"``, or ``"event"`` if event_fn changed sign before.
     event_time : Tensor or None
         Time of the event, 0-dim, differentiable; None without one.
+    stage_sweep : object
+        For :meth:`stages`.
     costs : Tensor or None
         Integrals of ``cost`` from ``t[0]`` to each output time, shape ``(T, *shape of r)``,
         differentiable; None without it. Of ranks that share a state: this rank's own.
@@ -103,3 +135,45 @@ class Solution(Generic[State]):
     reason: str = "t_end"
     event_time: torch.Tensor | None = None
     costs: torch.Tensor | None = None
+    stage_sweep: Any = field(default=None, repr=False, compare=False)
+
+    def stages(self, cotangents: State, callback: Callable[[Stage], Any]) -> None:
+        """Tell of each stage and its adjoint in a backward sweep from the last one. Collective.
+
+        The a_i are those of the discrete adjoint: over all stages the sum of a_i^T df/dp (t_i, Y_i)
+        is the derivative of <cotangents, ys> with respect to the parameters, y0 held fixed. Stages
+        whose adjoint is zero because no output depends on them are left out.
+
+        Parameters
+        ----------
+        cotangents : Tensor or tuple of Tensor
+            Derivatives of a loss with respect to ``ys``, of their shape.
+        callback : callable
+            Called with each :class:`Stage`, in the caller's grad mode, and with the autocast,
+            training flags and so on of the forward solve. What it raises comes through.
+
+        Raises
+        ------
+        BackwardError
+            Of a solve without gradients, in a transform of torch.func or with
+            ``gradient="continuous"``; of Rosenbrock methods, whose gradient is no such sum; of
+            ``residual``, ``layout``, ``dense``, and of a solve that an event has ended.
+        ConfigurationError
+            If cotangents have another shape than ``ys``.
+        FieldChanged
+            If y0 or a parameter was written into since.
+
+        Notes
+        -----
+        Only one step's stages are alive at a time, within the limits of ``checkpointing``. A
+        callback, and no iterator: a sweep holds PETSc's objects and modes of torch's, which an
+        iterator that is left half way would leave behind. Like ``backward`` a sweep uses the
+        checkpoints up; the next of either kind repeats the steps first. Compiled steps are taken
+        again without. ``stats.backward`` counts it.
+        """
+        if self.stage_sweep is None:
+            raise BackwardError(
+                "this solution has no stages: solve outside of torch.no_grad() and torch.func, "
+                "with y0, t or a parameter that requires grad and gradient='discrete'"
+            )
+        self.stage_sweep.take(cotangents, callback)

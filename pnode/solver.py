@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Unpack, get_args
+from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 
 import torch
 from mpi4py import MPI
@@ -29,6 +29,7 @@ from pnode.configuration import (
     take_group,
 )
 from pnode.consistency import check_consistency, consistent_state
+from pnode.continuous import requested
 from pnode.engine import Engine
 from pnode.errors import ConfigurationError
 from pnode.events import check_rate, end_at_event
@@ -42,6 +43,7 @@ from pnode.ranks import ALONE, Ranks
 from pnode.solution import Solution, Stats
 from pnode.solvers.methods import check_form, find_method
 from pnode.solvers.step_control import check_steps
+from pnode.stages import StageSweep
 from pnode.transfers import carry_once, on_host, remote
 from pnode.transforms import moves, outside_compiler, refuse_moving, refuse_transforms, watched
 
@@ -109,6 +111,11 @@ class Solver(torch.nn.Module):
         sweeps; otherwise f and its derivatives. See docs/compile.md. f is traced once per shape and
         dtype and the result kept on disk. Where that is impossible, one warning says why, and the
         solve goes on without.
+    gradient : {"discrete", "continuous"}
+        "discrete": exact, of the numbers that the solve returned. "continuous": the state and its
+        adjoint are integrated backwards in time, with the same method and steps, and nothing is
+        kept (Chen et al. 2018): inexact, of the exact flow up to the tolerance, for comparisons,
+        of y' = f(t, y) alone. See docs/derivatives.md.
     output : Output, optional
         Outputs between steps, the event that ends a solve, monitor and progress bar; see
         :class:`pnode.Output`.
@@ -129,9 +136,8 @@ class Solver(torch.nn.Module):
     Creating a solver is not collective; calling it, and ``backward``, are, on ``comm``. Arguments
     that differ between the ranks, and failures on one of them, are errors on all: see docs/mpi.md.
 
-    The gradient is that of the numbers the solve returned: the discrete adjoint of the accepted
-    steps (Zhang, Constantinescu & Smith, "PETSc TSAdjoint", SIAM J. Sci. Comput. 44, 2022). The
-    accepted step sizes are constants in it.
+    The gradient is the discrete adjoint of the accepted steps, whose sizes are constants in it
+    (Zhang, Constantinescu & Smith, "PETSc TSAdjoint", SIAM J. Sci. Comput. 44, 2022).
 
     Examples
     --------
@@ -165,6 +171,7 @@ class Solver(torch.nn.Module):
         layout: Layout | None = None,
         device_state: DeviceState = "device",
         compile: bool = False,
+        gradient: Literal["discrete", "continuous"] = "discrete",
         output: Output | None = None,
         **plain: Unpack[PlainOptions],
     ) -> None:
@@ -174,15 +181,15 @@ class Solver(torch.nn.Module):
         linear_algebra = take_group(LinearAlgebra, "linear_algebra", linear_algebra, others)
         output = take_group(Output, "output", output, others)
         refuse_unknown(others, Solver.__init__.__annotations__)
-        arguments.flag("compile", compile)
         self._consistent_start = arguments.flag("consistent_start", consistent_start)
         self._device_state = arguments.choice("device_state", device_state, get_args(DeviceState))
         form = arguments.problem_form(rhs, implicit, explicit, mass, residual)
-        chosen = find_method(method)
-        check_form(form, chosen)
+        check_form(form, chosen := find_method(method))
         self.rhs, self.residual, self.implicit, self.explicit = rhs, residual, implicit, explicit
         self.mass, self.event_fn = mass, output.event_fn
-        self._form, self._requests = form, output.requests(form)
+        self._form, self._requests = form, requested(
+            gradient, form, chosen, steps, linear_algebra, output, checkpointing, cost, layout
+        )  # fmt: skip
         self._params = arguments.parameters(params)
         limits = as_checkpointing(checkpointing)
         comm, exchange = arguments.communicator(comm, layout, form, limits.resume, self.event_fn)
@@ -195,14 +202,13 @@ class Solver(torch.nn.Module):
         self._engine = Engine(
             chosen, steps.control(chosen), linear_algebra.jacobian, options,
             linear_algebra.options(chosen, form), limits, comm, exchange, self._new_prefix(),
-            compile=compile,
+            compile=arguments.flag("compile", compile),
         )  # fmt: skip
         #: What all ranks must have been given.
         self._shared = {} if alone else {
-            "method": chosen.name, "the problem's form": form, "layout": type(exchange).__name__,
-            **shared(steps, linear_algebra, output),
-            "petsc_options": sorted(options.items()), "consistent_start": consistent_start,
-            "device_state": device_state,
+            "method": chosen.name, "layout": type(exchange).__name__, "device_state": device_state,
+            "the problem's form": form, "gradient": gradient, "consistent_start": consistent_start,
+            **shared(steps, linear_algebra, output), "petsc_options": sorted(options.items()),
             "checkpointing": vars(limits) | {"disk": limits.disk is None, "resume": None},
         }  # fmt: skip
 
@@ -309,10 +315,8 @@ class Solver(torch.nn.Module):
             event_fn, monitor = of_state(problem, event_fn), of_state(problem, monitor)
         if event_fn is not None:
             event_fn = remote(event_fn, compute, start, strict=False)
-        wanted = replace(
-            self._requests,
-            monitor=at_home(monitor, compute, start), event_fn=event_fn,
-        )  # fmt: skip
+        monitor = at_home(monitor, compute, start)
+        wanted = replace(self._requests, monitor=monitor, event_fn=event_fn)
         with progress_bar(problem, wanted, self._progress) as requests:
             ys, run = solve(self._engine, problem, requests, flat, times, trainable)
         reason, event_time, layout = "t_end", None, problem.layout
@@ -329,7 +333,9 @@ class Solver(torch.nn.Module):
         run.stats.add(start)
         states = ys if whole else layout.unflatten(ys)
         states, costs = parted(problem, states)
-        return Solution(times, states, run.stats, reason, event_time, costs)
+        kept = trainable and not self._requests.continuous
+        stages = StageSweep.of(self._engine, run, flat) if kept else None
+        return Solution(times, states, run.stats, reason, event_time, costs, stages)
 
     def _prepare(
         self, y0: Any, t: Any, ranks: Ranks, differentiate: bool
@@ -356,11 +362,8 @@ class Solver(torch.nn.Module):
                 f"a parameter was made in torch.inference_mode, and method={self.method!r} needs "
                 "derivatives of the vector field: make the module outside of it"
             )
-        if (
-            (differentiate or not times.requires_grad)
-            and moves(times)
-            and (self._form in ("mass", "residual"))
-        ):
+        by_times = (differentiate or not times.requires_grad) and moves(times)
+        if by_times and self._form in ("mass", "residual"):
             raise ConfigurationError(
                 f"t requires grad, and y' is not at hand for a problem given as {self._form}=: "
                 "pass t.detach()"

@@ -61,6 +61,8 @@ class VectorField:
     recording = False
     #: Says what of f's surroundings has changed since the forward sweep, for an error.
     suspects: Callable[[], str] | None = None
+    #: Told by adjoints of each stage's (s, Y, cotangent of f there, weight, which part of f).
+    look: Callable[[float, torch.Tensor, torch.Tensor, float, str], None] | None = None
 
     def __init__(self, problem: InitialValueProblem, ledger: Ledger, function: Any = None) -> None:
         self.problem = problem

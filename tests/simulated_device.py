@@ -17,7 +17,17 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from pnode import autograd, devices, engine, ghost_layouts, grids, transfers, vectors
+from pnode import (
+    autograd,
+    continuous,
+    devices,
+    engine,
+    ghost_layouts,
+    grids,
+    stages,
+    transfers,
+    vectors,
+)  # fmt: skip
 
 DEVICE = torch.device("cuda", 0)
 _FACTORIES = {
@@ -276,20 +286,23 @@ def simulated(petsc: bool = True, streams: Streams | None = None) -> Iterator[Co
         yield counts
 
 
+def _redirected(function: Any) -> Any:
+    def call(*arguments: Any) -> Any:
+        with _Redirect():  # autograd does not take the mode along
+            return function(*arguments)
+
+    return call
+
+
 def _simulate(patch: pytest.MonkeyPatch, petsc: bool, streams: Streams) -> None:
     patch.setattr(transfers, "move", move)
     patch.setattr(devices, "_cuda", streams)
-    backward = autograd.SolveFunction.backward
-
-    def redirected(*arguments: Any) -> Any:
-        with _Redirect():  # autograd does not take the mode along
-            return backward(*arguments)
-
-    patch.setattr(autograd.SolveFunction, "backward", staticmethod(redirected))
+    for function in (autograd.SolveFunction, continuous.ContinuousFunction):
+        patch.setattr(function, "backward", staticmethod(_redirected(function.backward)))
     if petsc:
         from_dlpack = vectors.from_dlpack
         patch.setattr(vectors, "from_dlpack", lambda capsule: OnDevice(from_dlpack(capsule)))
-        for module in (autograd, devices, engine, ghost_layouts, grids):
+        for module in (autograd, continuous, devices, engine, ghost_layouts, grids, stages):
             patch.setattr(module, "place_of", _place_of)
         patch.setattr(devices, "petsc_stream", lambda: 0)
         patch.setattr(vectors, "_through_dlpack", set())

@@ -94,6 +94,8 @@ CASES = {
     "bdf by entry": dict(method="bdf", rtol=torch.full((4, 3), 1e-6)),
     "bdf2": dict(method="bdf2", **FIXED),
     "within a budget": dict(method="rk4", checkpointing=14 * 96, **FIXED),
+    "continuous": dict(method="dopri5", gradient="continuous"),
+    "continuous cn": dict(method="cn", gradient="continuous", **FIXED),
     "tape": dict(method="dopri5", checkpointing=pnode.Checkpointing(store="tape")),
 }  # fmt: skip
 
@@ -429,3 +431,19 @@ def test_vec_type_is_for_devices():
 
 
 assert DEVICE.type == "cuda"
+
+
+def test_stages_of_a_state_on_the_device():
+    """There they are those of the host; of a state that is kept elsewhere they are refused."""
+
+    def stages(field, y0, state):
+        seen = []
+        solution = pnode.Solver(field, method="rk4", device_state=state, **FIXED)(y0, TIMES)
+        solution.stages(solution.ys.detach(), seen.append)
+        return [part for stage in seen for part in (stage.state, stage.adjoint)]
+
+    expected = stages(Field(), start(), "device")
+    with simulated():
+        agree(stages(module_on_device(Field()), on_device(start()), "device"), expected)
+    with simulated(petsc=False), pytest.raises(pnode.BackwardError, match="device_state='host'"):
+        stages(module_on_device(Field()), on_device(start()), "host")

@@ -73,12 +73,14 @@ LEVELS = {
     "pnode.rebinding": 3,
     "pnode.tangents": 3,
     "pnode.configuration": 3,
+    "pnode.continuous": 3,
     "pnode.monitor": 3,
     "pnode.odeint": 3,
     "pnode.solver": 3,
     "pnode.parallel": 3,
     "pnode.recording": 3,
     "pnode.run": 3,
+    "pnode.stages": 3,
     "pnode.sweeps": 3,
     "pnode.diagnosis": 3,
     "pnode.doctor": 4,
@@ -241,8 +243,12 @@ CALLS_AUTOGRAD = {
     "pnode.tangents",  # inside of transforms of torch.func
     "pnode.transforms",  # looks at tangents
 }  # fmt: skip
-# The solve, sums over ranks, the root of algebraic equations, and the time of an event.
-DEFINES_FUNCTION = {"pnode.autograd", "pnode.parallel", "pnode.consistency", "pnode.events"}
+# The solve, and with its continuous adjoint, backward sweeps that tell of stages, sums over ranks,
+# the root of algebraic equations, and the time of an event.
+DEFINES_FUNCTION = {
+    "pnode.autograd", "pnode.continuous", "pnode.stages", "pnode.parallel", "pnode.consistency",
+    "pnode.events",
+}  # fmt: skip
 
 
 def dotted(node: ast.AST) -> str:

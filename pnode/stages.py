@@ -1,0 +1,179 @@
+"""The stages of a solve with their adjoints, one by one: see :meth:`pnode.Solution.stages`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from pnode import sweeps
+from pnode.devices import ordered, place_of
+from pnode.engine import Engine
+from pnode.errors import BackwardError, ConfigurationError, FieldChanged
+from pnode.held import now
+from pnode.integrals import parted
+from pnode.problem import InitialValueProblem
+from pnode.run import Recorded, Requests, Run
+from pnode.solution import Stage
+from pnode.transforms import is_wrapped, moves
+
+__all__ = ["StageSweep"]
+
+
+def _nothing() -> None:
+    return None
+
+
+class StageSweep:
+    """Takes backward sweeps of a solve that tell of its stages.
+
+    Parameters
+    ----------
+    engine : Engine
+        What solved.
+    run : Run
+        The solve.
+    y0 : Tensor
+        Its initial state, flat.
+    """
+
+    def __init__(self, engine: Engine, run: Run, y0: torch.Tensor) -> None:
+        self._engine, self._run, self._y0 = engine, run, y0.detach()
+        self._versions = self._written()
+
+    @classmethod
+    def of(cls, engine: Engine, run: Run, y0: torch.Tensor) -> StageSweep | None:
+        """Return that of a differentiated solve, None of one in a transform of torch's."""
+        transformed = any(
+            is_wrapped(one) or (not one.requires_grad and moves(one))
+            for one in (y0, *run.problem.parameters)
+        )
+        return None if transformed else cls(engine, run, y0)
+
+    def __reduce__(self) -> Any:
+        """Copies and pickles of a solution have numbers alone."""
+        return _nothing, ()
+
+    def _written(self) -> list[int]:
+        """Return how often what the solve depends on was written into."""
+        own = self._run.problem
+        tensors = (self._y0, *own.parameters, *own.frozen)
+        return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+    def take(self, cotangents: Any, callback: Callable[[Stage], Any]) -> None:
+        """Take a sweep: see :meth:`pnode.Solution.stages`. Collective."""
+        run = self._run
+        self._refuse_unsupported()
+        ranks, recording = run.problem.ranks, torch.is_grad_enabled()
+        with ranks.together():
+            seeds = ranks.attempt(self._seeds, cotangents, callback)
+        assert run.surroundings is not None
+        with torch.no_grad(), ordered(place_of(run.problem.layout.device)):
+            whole = not isinstance(run.sweep, sweeps.SteppedSweep)
+            if whole or run.codes or run.settings.graphs is not None:
+                run = self._uncompiled()
+            own = run.problem
+            bare = replace(own, parameters=(), frozen=(*own.frozen, *own.parameters))
+
+            def look(s: float, Y: torch.Tensor, w: torch.Tensor, weight: float, part: str) -> None:
+                stage = _stage(own, s, Y, w, weight, part)
+                with torch.set_grad_enabled(recording):
+                    ranks.attempt(callback, stage)
+
+            sweeps.backward(self._engine, replace(run, problem=bare, look=look), self._y0, seeds,
+                            wants_times=False)  # fmt: skip
+
+    def _refuse_unsupported(self) -> None:
+        """Refuse what has no such stages, which is the same on all ranks."""
+        run, method = self._run, self._engine.method
+        problem, sweep = run.problem, run.sweep
+        assert sweep is not None
+        dense = isinstance(sweep, sweeps.SteppedSweep) and sweep.dense is not None
+        reasons = {
+            f"method={method.name!r}, whose steps use derivatives of the Jacobian: take a DIRK "
+            "method such as 'es325'": method.linearly_implicit,
+            "residual=, which has no slope f(t, y): give rhs= and mass=": problem.form
+            == "residual",
+            "an event that ended the solve, whose time depends on the state: solve up to that time "
+            "without event_fn": run.event is not None,
+            "dense=True: let steps hit the output times (dense=False)": dense,
+            "layout=: take comm= and states without ghost cells": problem.exchange is not None,
+            "device_state='host' of a state on a device: take device_state='device'":
+                problem.compute is not None,
+        }  # fmt: skip
+        for what in (what for what, given in reasons.items() if given):
+            raise BackwardError(f"stages() is not for {what}", method=method.name)
+
+    def _seeds(self, cotangents: Any, callback: Any) -> torch.Tensor:
+        """Return the cotangents as ``(T, size)``, after all checks that are one rank's own."""
+        if not callable(callback):
+            raise ConfigurationError(f"callback={callback!r}: give a callable of a pnode.Stage")
+        if self._written() != self._versions:
+            assert self._run.surroundings is not None
+            raise FieldChanged(
+                "y0 or a parameter was written into after the solve"
+                f"{self._run.surroundings.differences()}: call stages() before that",
+                method=self._engine.method.name,
+            )
+        problem = self._run.problem
+        own = problem if problem.base is None else problem.base
+        layout, number = own.layout, len(problem.times)
+        parts = tuple(cotangents) if isinstance(cotangents, (tuple, list)) else (cotangents,)
+        expected = [torch.Size((number, *shape)) for shape in layout.shapes]
+        if (
+            isinstance(cotangents, (tuple, list)) != layout.is_tuple
+            or [getattr(part, "shape", None) for part in parts] != expected
+        ):
+            shapes = [tuple(part.shape) if isinstance(part, torch.Tensor) else type(part).__name__
+                      for part in parts]  # fmt: skip
+            raise ConfigurationError(
+                f"cotangents have shapes {shapes}, and ys {[tuple(one) for one in expected]}: give "
+                f"{'a tuple of tensors' if layout.is_tuple else 'a tensor'} like ys"
+            )
+        flat = [part.detach().reshape(number, -1).to(layout.device, layout.dtype) for part in parts]
+        if problem.integrals:
+            flat.append(flat[0].new_zeros(number, problem.integrals))
+        return torch.cat(flat, 1)
+
+    def _uncompiled(self) -> Run:
+        """Take the steps of a compiled solve again, one by one. Not on several ranks."""
+        run, engine = self._run, self._engine
+        sweep, own = run.sweep, run.problem
+        assert sweep is not None and run.surroundings is not None
+        steps, outputs = sweep.recorded()
+        if isinstance(sweep, sweeps.SteppedSweep) and sweep.trajectory is not None:
+            sweep.trajectory.clear()  # the limits of memory are for one sweep's checkpoints
+            sweep.trajectory.ready = False
+        adaptive = run.settings.adaptive and engine.method.multistep
+        settings = replace(run.settings, graphs=None, adaptive=adaptive)
+        problem = replace(
+            own, function=now(own.function), explicit=now(own.explicit), check_undeclared=False
+        )
+        recorded = Recorded(steps, outputs, settings, run.surroundings)
+        with run.surroundings.restored():
+            _, again = sweeps.forward(
+                engine, problem, self._y0, True, Requests(recorded=recorded, plain=True)
+            )
+        taken = replace(again.stats, recomputed=again.stats.steps, steps=0)
+        run.stats.backward.add(taken)
+        again.stats.backward = run.stats.backward
+        again.let_go()
+        return again
+
+
+def _stage(
+    problem: InitialValueProblem, s: float, Y: torch.Tensor, w: torch.Tensor, weight: float,
+    part: str,
+) -> Stage:  # fmt: skip
+    """Return a stage in the user's time, shapes and precision."""
+    layout, direction = problem.layout, problem.direction
+    state, adjoint = (
+        parted(problem, layout.unflatten(one))[0]
+        for one in (
+            Y.detach().to(layout.dtype, copy=True),
+            (direction * w.detach()).to(layout.dtype),
+        )
+    )
+    return Stage(direction * s, state, adjoint, direction * weight, part)
