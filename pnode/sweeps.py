@@ -27,7 +27,7 @@ from pnode.products import accumulate
 from pnode.recording import Outputs, Recorder, new_trajectory
 from pnode.run import Requests, Run, Sweep
 from pnode.solution import Stats
-from pnode.solvers.compiled.compiler import Wanted
+from pnode.solvers.compiled.backend import Wanted
 from pnode.solvers.compiled.driver import CompiledSweep
 from pnode.solvers.compiled.fields import compiled_field
 from pnode.solvers.compiled.integrator import CompiledIntegrator, Start

@@ -20,15 +20,15 @@ from pnode.problem import InitialValueProblem
 from pnode.products import transposed
 from pnode.solution import Ledger
 from pnode.solvers.compiled import inductor
-from pnode.solvers.compiled.compiler import (
+from pnode.solvers.compiled.backend import (
     Backend,
     Checked,
     Code,
     Compilation,
     Trace,
     Wanted,
-    outside,
 )
+from pnode.solvers.compiled.compiler import outside
 from pnode.solvers.compiled.inductor import CompilationFailed, Compiled, fingerprint
 from pnode.solvers.compiled.trace import FieldGraph
 from pnode.vectorfield import VectorField

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pnode.solvers.compiled import driver
-from pnode.solvers.compiled.compiler import Backend, Checked, Compilation, Trace, Wanted
+from pnode.solvers.compiled.backend import Backend, Checked, Compilation, Trace, Wanted
 from pnode.solvers.compiled.inductor import CompilationFailed, CompiledGraph, open_graph
 from pnode.solvers.compiled.integrator import Start, step_tolerances
 from pnode.solvers.compiled.steps import StepGraphs, Tensors
