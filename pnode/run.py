@@ -15,6 +15,7 @@ from pnode.evidence import Reads
 from pnode.held import held, now
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger, Stats
+from pnode.solvers.compiled.account import Entry
 from pnode.solvers.compiled.fields import FieldCode, compiled_field
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.stepping import Step
@@ -133,6 +134,8 @@ class Run:
         What f saw besides its arguments; None without gradients.
     reads : Reads or None
         What the compiled graphs of this sweep read, if there are any.
+    entry : Entry or None
+        Where its evaluations are counted, if they may pay for a compilation.
     """
 
     problem: InitialValueProblem
@@ -144,6 +147,7 @@ class Run:
     codes: tuple[FieldCode, ...] = ()
     surroundings: Surroundings | None = None
     reads: Reads | None = None
+    entry: Entry | None = None
 
     def let_go(self) -> None:
         """Keep f for backward sweeps, but not what owns it: see :mod:`pnode.held`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Unpack, get_args
+from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 
 import torch
 from mpi4py import MPI
@@ -103,12 +103,11 @@ class Solver(torch.nn.Module):
         Where the state of a y0 on a GPU lives: there too, in PETSc's device vectors, which a PETSc
         built for the GPU has; or on the host, with copies to and from f at each evaluation, which
         the ledger counts (``stats.copies``, ``stats.copied_bytes``). See docs/gpu.md.
-    compile : bool
-        For explicit Runge-Kutta methods: compile whole steps and their adjoints, by torch's
-        inductor and a C++ compiler; for one-step implicit methods and small problems: whole
-        sweeps; otherwise f and its derivatives. See docs/compile.md. f is traced once per shape and
-        dtype and the result kept on disk. Where that is impossible, one warning says why, and the
-        solve goes on without.
+    compile : bool or "auto"
+        Machine code of whole sweeps, of steps, or of f and its derivatives; see docs/compile.md.
+        True: at once, or one warning says why not. "auto": once the solves of this solver have
+        taken about as long as compiling does, by counts of evaluations; ``print(solver)`` tells.
+        False: never.
     output : Output, optional
         Outputs between steps, the event that ends a solve, monitor and progress bar; see
         :class:`pnode.Output`.
@@ -164,7 +163,7 @@ class Solver(torch.nn.Module):
         comm: MPI.Intracomm | None = None,
         layout: Layout | None = None,
         device_state: DeviceState = "device",
-        compile: bool = False,
+        compile: bool | Literal["auto"] = "auto",
         output: Output | None = None,
         **plain: Unpack[PlainOptions],
     ) -> None:
@@ -174,7 +173,7 @@ class Solver(torch.nn.Module):
         linear_algebra = take_group(LinearAlgebra, "linear_algebra", linear_algebra, others)
         output = take_group(Output, "output", output, others)
         refuse_unknown(others, Solver.__init__.__annotations__)
-        arguments.flag("compile", compile)
+        arguments.compilation(compile)
         self._consistent_start = arguments.flag("consistent_start", consistent_start)
         self._device_state = arguments.choice("device_state", device_state, get_args(DeviceState))
         form = arguments.problem_form(rhs, implicit, explicit, mass, residual)
@@ -233,7 +232,7 @@ class Solver(torch.nn.Module):
         return self._engine.prefix
 
     def extra_repr(self) -> str:
-        """Method, steps and Jacobian, for printing the module.
+        """Method, steps, Jacobian, what is compiled and what hinders it; for printing.
 
         ``colors`` is the number of products that a sparse Jacobian costs.
         """
@@ -245,7 +244,8 @@ class Solver(torch.nn.Module):
         )
         jacobian = f", jacobian={self._engine.jacobian!r}" if self._engine.method.implicit else ""
         colors = f", colors={self._engine.color_count}" if self._engine.color_count else ""
-        return f"method={self.method!r}, {steps}{jacobian}{colors}"
+        code = self._engine.account.describe()
+        return ", ".join(filter(None, [f"method={self.method!r}, {steps}{jacobian}{colors}", code]))
 
     @outside_compiler
     def forward(self, y0: Any, t: Any) -> Solution:

@@ -63,6 +63,7 @@ LEVELS = {
     "pnode.adjoint": 2,
     "pnode.consistency": 3,
     "pnode.dense": 3,
+    "pnode.compilation": 3,
     "pnode.engine": 3,
     "pnode.event_path": 3,
     "pnode.events": 3,

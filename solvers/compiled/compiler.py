@@ -22,7 +22,7 @@ from pnode.solvers.compiled.trace import Untraceable, trace_field
 from pnode.vectorfield import VectorField, vector_field
 from pnode.vectors import REAL
 
-__all__ = ["Compiler", "outside"]
+__all__ = ["Compiler", "bare", "outside"]
 
 # Fields whose graph changes more often than this are not compiled any more.
 _MOST_GRAPHS = 8
@@ -139,6 +139,13 @@ class Compiler:
         found = None
         if known is not None and _still_holds(known, part, seen, y0, wanted):
             found = self._compare(backend, known, part, value, y0, wanted)
+        if found is None and known is not None and wanted.auto:
+            del self._traces[key]
+            return Reason(
+                "the vector field was another one in later solves: let numbers that change be "
+                "tensors, such as buffers, and write into tensors instead of replacing them",
+                final=True, changed=True,
+            )  # fmt: skip
         if found is None:
             trace = self._trace(key, part, y0, seen)
             if isinstance(trace, Reason):
@@ -184,7 +191,7 @@ class Compiler:
                 "numbers that change be tensors, such as buffers, and keep to few shapes of y0",
                 final=True,
             )
-        field_ = _bare(part)
+        field_ = bare(part)
         guard = Guard()
         guard.learn(seen)
         try:
@@ -207,7 +214,7 @@ class Compiler:
         return made
 
 
-def _bare(part: VectorField) -> VectorField:
+def bare(part: VectorField) -> VectorField:
     """Return a part of a field by itself, without checks and counts."""
     problem = replace(
         part.problem, function=part.function, explicit=None, form="rhs", check_undeclared=False
@@ -224,7 +231,7 @@ def _still_holds(
     differentiated = wanted.keep or wanted.settings.method.implicit
     if not (trace.own_derivatives and differentiated):
         return True
-    return is_recorded(trace.graph, _bare(part), y0)
+    return is_recorded(trace.graph, bare(part), y0)
 
 
 def outside() -> int:

@@ -251,7 +251,8 @@ class ExplicitSteps(Backend):
                 try:
                     graphs.kernels[key] = GraphSteps(graphs, given, wanted.keep)
                 except CompilationFailed as error:
-                    _warn_once(str(error))
+                    if not wanted.auto:
+                        _warn_once(str(error))
         found: GraphSteps | None = graphs.kernels[key]
         return found
 
