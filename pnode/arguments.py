@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ __all__ = [
     "alone",
     "choice",
     "communicator",
+    "compilation",
     "count",
     "finite",
     "flag",
@@ -104,13 +105,13 @@ def communicator(
     return chosen, layout
 
 
-def alone(comm: Any, exchange: Layout | None, consistent_start: bool, compiled: bool) -> bool:
+def alone(comm: Any, exchange: Layout | None, consistent_start: bool, compiled: Any) -> bool:
     """Return whether nobody shares the state; refuse, or warn of, what is not for shared ones."""
     if consistent_start and exchange is not None:
         raise ConfigurationError(
             "consistent_start=True is not supported with layout=: give a consistent y0"
         )
-    if compiled and (comm.size > 1 or exchange is not None):
+    if compiled is True and (comm.size > 1 or exchange is not None):
         warnings.warn(
             "compile=True is not for states that several ranks share: solving without",
             RuntimeWarning, stacklevel=3,
@@ -122,6 +123,15 @@ def flag(name: str, value: Any) -> bool:
     """Return True or False."""
     if not isinstance(value, bool):
         raise ConfigurationError(f"{name}={value!r}: give True or False")
+    return value
+
+
+def compilation(value: Any) -> bool | Literal["auto"]:
+    """Return what ``compile=`` may be."""
+    if value == "auto" and isinstance(value, str):
+        return "auto"
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"compile={value!r}: give True or False, or 'auto'")
     return value
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pnode import continuous, sweeps
+from pnode import continuous, sweeps, tangent_solves
 from pnode.batches import Runs, Times, one_by_one
 from pnode.devices import ordered, place_of
 from pnode.engine import Engine
@@ -19,17 +19,9 @@ from pnode.pair_layout import PairLayout
 from pnode.problem import InitialValueProblem
 from pnode.rebinding import bound
 from pnode.run import Requests, Run
-from pnode.tangent_solves import (
-    Directions,
-    batched,
-    joined,
-    may_merge,
-    with_tangents,
-    zeros_for_none,
-)
+from pnode.tangent_solves import Directions, batched, may_merge, tangents_of, with_tangents
 from pnode.tangents import unique
 from pnode.transforms import (
-    batch_is_innermost,
     differentiable,
     is_legacy_batch,
     legacy_batch,
@@ -101,7 +93,7 @@ class SolveFunction(torch.autograd.Function):
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
         """Solve; the sweep is left in ``runs``."""
-        y0 = joined(requests, y0, start)
+        y0 = tangent_solves.joined(requests, y0, start)
         own = bound(problem, parameters)
         if own is not problem:
             problem, requests = own, replace(requests, plain=True)
@@ -140,7 +132,7 @@ class SolveFunction(torch.autograd.Function):
         if is_legacy_batch(cotangents):
             return legacy_batch(partial(SolveFunction.backward, ctx), cotangents)
         y0, t, start, ys, *others = ctx.saved_tensors
-        y0 = joined(ctx.requests, y0, start)
+        y0 = tangent_solves.joined(ctx.requests, y0, start)
         engine, runs, problem = ctx.engine, ctx.runs, ctx.runs[0].problem
         parameters = others[: len(problem.parameters)]
         wants_times = ctx.needs_input_grad[5]
@@ -159,7 +151,7 @@ class SolveFunction(torch.autograd.Function):
                 )
         begun = None
         if start is not None and state is not None:
-            state, *rest = ctx.requests.recorded.pair.parts(state)
+            state, *rest = tangents_of(ctx.requests).pair.parts(state)
             begun = torch.stack(rest)
         return (
             None, None, None, None,
@@ -173,14 +165,18 @@ class SolveFunction(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Any) -> torch.Tensor:
         """Solve for the tangent."""
         if any(one is not None and is_legacy_batch(one) for one in tangents[4:]):
-            each = partial(_in_tuple, SolveFunction.jvp, ctx)
+            each = partial(tangent_solves.in_tuple, SolveFunction.jvp, ctx)
             return legacy_batch(each, *tangents)[0]
         along_y0, along_t, along_start, *directions = tangents[4:]
         with no_tangents():
             y0, t, start, *parameters = map(unmoved, ctx.saved_tensors)
+            y0, t = y0.clone(), t.clone()  # views of these would have the tangents again
             if start is not None:
-                along_y0 = joined(ctx.requests, *zeros_for_none(y0, along_y0, start, along_start))
-            y0 = joined(ctx.requests, y0, start)
+                start = start.clone()
+                along_y0 = tangent_solves.joined(
+                    ctx.requests, *tangent_solves.zeros_for_none(y0, along_y0, start, along_start)
+                )
+            y0 = tangent_solves.joined(ctx.requests, y0, start)
             run = ctx.runs.only()
             start = torch.zeros_like(y0) if along_y0 is None else along_y0
             if along_t is not None:
@@ -204,19 +200,13 @@ class SolveFunction(torch.autograd.Function):
 def _merged(number: int, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]) -> torch.Tensor:
     """Solve once for a batch of tangents, and return the pairs one after the other."""
     engine, _, requests, _, y0, t, start, *parameters = inputs
-    recorded = requests.recorded
-    own = len(recorded.run.problem.parameters)
-    starts, directions = batched(number, recorded, in_dims[6:], (start, *parameters))
-    pair, _, xs, _ = tangent(
-        engine, recorded.run, y0, t, parameters[:own], starts, directions, False
-    )
+    one = tangents_of(requests)
+    own = len(one.run.problem.parameters)
+    starts, directions = batched(number, one, in_dims[6:], (start, *parameters))
+    pair, _, xs, _ = tangent(engine, one.run, y0, t, parameters[:own], starts, directions, False)
     ys, *Z = pair.parts(xs)
-    m = recorded.pair.tangents
-    return torch.stack([recorded.pair.join([ys, *Z[k * m : (k + 1) * m]]) for k in range(number)])
-
-
-def _in_tuple(function: Any, *arguments: Any) -> tuple[Any]:
-    return (function(*arguments),)
+    m = one.pair.tangents
+    return torch.stack([one.pair.join([ys, *Z[k * m : (k + 1) * m]]) for k in range(number)])
 
 
 class AdjointFunction(torch.autograd.Function):
@@ -256,7 +246,7 @@ class AdjointFunction(torch.autograd.Function):
             found.state.to(y0.dtype),
             found.initial.to(y0.dtype),
             *(
-                _as_parameter(gradient, parameter, used)
+                tangent_solves.as_parameter(gradient, parameter, used)
                 for gradient, parameter, used in zip(
                     found.parameters, parameters, run.used, strict=True
                 )
@@ -302,7 +292,7 @@ class AdjointFunction(torch.autograd.Function):
             found[2] = torch.cat([first.reshape(1, -1), pair.parts(xs)[1][1:]])
         if gradient:
             zero = torch.zeros_like(cotangents)
-            seeds = _after_first(pair.join([zero, cotangents]))
+            seeds = tangent_solves.after_first(pair.join([zero, cotangents]))
             of_both = (*parameters, *filter(moves, unique(directions)))
             times = Times()
             adjoint: Any = AdjointFunction.apply if again else AdjointFunction.forward
@@ -330,6 +320,7 @@ class AdjointFunction(torch.autograd.Function):
             )
         with no_tangents():
             y0, t, cotangents, *parameters = map(unmoved, ctx.saved_tensors)
+            y0, t, cotangents = y0.clone(), t.clone(), cotangents.clone()
             run = ctx.runs.only()
             start = torch.zeros_like(y0) if along_y0 is None else along_y0
             pair, x0, _, runs = tangent(
@@ -337,18 +328,13 @@ class AdjointFunction(torch.autograd.Function):
             )
             zero = torch.zeros_like(cotangents)
             moved = zero if along_cotangents is None else along_cotangents
-            seeds = _after_first(pair.join([moved, cotangents]))
+            seeds = tangent_solves.after_first(pair.join([moved, cotangents]))
             both, _, *gradients = AdjointFunction.apply(
                 ctx.engine, runs, False, Times(), x0, t, seeds, *parameters,
                 *filter(moves, unique(directions)),
             )  # fmt: skip
             initial = pair.parts(both)[0]
             return (initial + moved[0], initial, *gradients[: len(parameters)])
-
-
-def _after_first(rows: torch.Tensor) -> torch.Tensor:
-    """Return rows with zeros instead of the first."""
-    return torch.cat([torch.zeros_like(rows[:1]), rows[1:]])
 
 
 def tangent(
@@ -390,12 +376,10 @@ def tangent(
     runs : Runs
         Of both.
     """
-    pair, of_both, requests = with_tangents(
-        engine, run, directions, not reverse and batch_is_innermost(own)
-    )
+    pair, of_both, requests = with_tangents(engine, run, directions, reverse, own)
     number, taken = len(run.problem.times), Runs()
-    assert run.surroundings is not None and requests.recorded is not None
-    inputs = (*parameters, *requests.recorded.moving)
+    assert run.surroundings is not None
+    inputs = (*parameters, *tangents_of(requests).moving)
     with run.surroundings.restored():
         if reverse or transforms_active() or recorded_by_autograd((y0, t, start, *inputs)):
             xs = SolveFunction.apply(
@@ -407,12 +391,3 @@ def tangent(
     for one in taken.all():
         one.event = run.event
     return pair, pair.join([y0, *start]), xs.reshape(number, -1), taken
-
-
-def _as_parameter(
-    gradient: torch.Tensor | None, parameter: torch.Tensor, used: bool
-) -> torch.Tensor | None:
-    """Gradient in the parameter's dtype: zeros if it is used in vain, None if not at all."""
-    if gradient is None:
-        return torch.zeros_like(parameter) if used else None
-    return gradient.to(parameter)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from mpi4py import MPI
@@ -24,6 +24,7 @@ from pnode.layouts import Layout
 from pnode.options import SolverOptions, next_prefix
 from pnode.problem import InitialValueProblem
 from pnode.solvers.compiled import new_compiler
+from pnode.solvers.compiled.account import Account
 from pnode.solvers.compiled.compiler import Compiler
 from pnode.solvers.create import create_integrator
 from pnode.solvers.linear.jacobians import JacobianOptions
@@ -103,10 +104,12 @@ class Engine:
         Of a state with ghost cells.
     prefix : str
         Options prefix of all its PETSc objects.
-    compile : bool
-        Whether steps are compiled where that is possible.
+    compile : bool or "auto"
+        Whether solves are compiled where that is possible; "auto": once that pays.
     compiler : Compiler
         Compiles, and keeps what it has made.
+    account : Account
+        What solves have cost without, and what became of them.
     """
 
     method: Method
@@ -118,9 +121,10 @@ class Engine:
     comm: Any = field(default_factory=lambda: MPI.COMM_SELF)
     exchange: Layout | None = None
     prefix: str = field(default_factory=next_prefix)
-    compile: bool = False
+    compile: bool | Literal["auto"] = False
     _pool: _Pool = field(default_factory=_Pool, init=False)
     compiler: Compiler = field(default_factory=new_compiler, init=False)
+    account: Account = field(default_factory=Account, init=False)
     _known_settings: dict[Hashable, IntegratorSettings] = field(default_factory=dict, init=False)
     _options: dict[Hashable, SolverOptions] = field(default_factory=dict, init=False)
     _patterns: dict[Hashable, SparsityPattern] = field(default_factory=dict, init=False)

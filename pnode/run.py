@@ -16,13 +16,39 @@ from pnode.held import held, now
 from pnode.pair_layout import PairLayout
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger, Stats
+from pnode.solvers.compiled.account import Entry
 from pnode.solvers.compiled.fields import FieldCode, compiled_field
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.stepping import Step
 from pnode.surroundings import Surroundings
 from pnode.vectorfield import VectorField, record_all, vector_field
 
-__all__ = ["Recorded", "Requests", "Run", "Sweep"]
+__all__ = ["Recorded", "Requests", "Run", "Sweep", "Tangents"]
+
+
+@dataclass(frozen=True)
+class Tangents:
+    """Tangents of a solve that was taken, to be solved for on its steps.
+
+    Attributes
+    ----------
+    pair : PairLayout
+        How that solve's state makes one with its tangents.
+    run : Run
+        That solve.
+    directions : sequence of sequence of (Tensor or None)
+        For each tangent, that of each parameter.
+    moving : tuple of Tensor
+        Those among them that something may be differentiated by, each once.
+    mergeable : bool
+        Whether a batch of such solves, for several tangents, may be one.
+    """
+
+    pair: PairLayout
+    run: Run
+    directions: Sequence[Sequence[torch.Tensor | None]]
+    moving: tuple[torch.Tensor, ...]
+    mergeable: bool
 
 
 @dataclass(frozen=True)
@@ -39,27 +65,15 @@ class Recorded:
         Of the integrator that is to take them.
     surroundings : Surroundings
         What f saw.
-    pair : PairLayout
-        How that solve's state makes one with its tangents.
-    run : Run
-        That solve.
-    directions : sequence of sequence of (Tensor or None)
-        For each tangent, that of each parameter.
-    moving : tuple of Tensor
-        Those among them that something may be differentiated by, each once.
-    mergeable : bool
-        Whether a batch of such solves, for several tangents, may be one.
+    tangents : Tangents or None
+        What is solved with tangents, if they are.
     """
 
     steps: Sequence[Step]
     outputs: tuple[int, ...]
     settings: IntegratorSettings
     surroundings: Surroundings
-    pair: PairLayout
-    run: Run
-    directions: Sequence[Sequence[torch.Tensor | None]]
-    moving: tuple[torch.Tensor, ...]
-    mergeable: bool
+    tangents: Tangents | None = None
 
 
 @dataclass(frozen=True)
@@ -154,6 +168,8 @@ class Run:
         What the compiled graphs of this sweep read, if there are any.
     look : callable or None
         Told of each stage in backward sweeps; see ``VectorField``.
+    entry : Entry or None
+        Where its evaluations are counted, if they may pay for a compilation.
     """
 
     problem: InitialValueProblem
@@ -166,6 +182,7 @@ class Run:
     surroundings: Surroundings | None = None
     reads: Reads | None = None
     look: Callable[..., None] | None = None
+    entry: Entry | None = None
 
     def let_go(self) -> None:
         """Keep f for backward sweeps, but not what owns it: see :mod:`pnode.held`."""

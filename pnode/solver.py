@@ -105,12 +105,11 @@ class Solver(torch.nn.Module):
         Where the state of a y0 on a GPU lives: there too, in PETSc's device vectors, which a PETSc
         built for the GPU has; or on the host, with copies to and from f at each evaluation, which
         the ledger counts (``stats.copies``, ``stats.copied_bytes``). See docs/gpu.md.
-    compile : bool
-        For explicit Runge-Kutta methods: compile whole steps and their adjoints, by torch's
-        inductor and a C++ compiler; for one-step implicit methods and small problems: whole
-        sweeps; otherwise f and its derivatives. See docs/compile.md. f is traced once per shape and
-        dtype and the result kept on disk. Where that is impossible, one warning says why, and the
-        solve goes on without.
+    compile : bool or "auto"
+        Machine code of whole sweeps, of steps, or of f and its derivatives; see docs/compile.md.
+        True: at once, or one warning says why not. "auto": once the solves of this solver have
+        taken about as long as compiling does, by counts of evaluations; ``print(solver)`` tells.
+        False: never.
     gradient : {"discrete", "continuous"}
         "discrete": exact, of the numbers that the solve returned. "continuous": the state and its
         adjoint are integrated backwards in time, with the same method and steps, and nothing is
@@ -170,7 +169,7 @@ class Solver(torch.nn.Module):
         comm: MPI.Intracomm | None = None,
         layout: Layout | None = None,
         device_state: DeviceState = "device",
-        compile: bool = False,
+        compile: bool | Literal["auto"] = "auto",
         gradient: Literal["discrete", "continuous"] = "discrete",
         output: Output | None = None,
         **plain: Unpack[PlainOptions],
@@ -202,7 +201,7 @@ class Solver(torch.nn.Module):
         self._engine = Engine(
             chosen, steps.control(chosen), linear_algebra.jacobian, options,
             linear_algebra.options(chosen, form), limits, comm, exchange, self._new_prefix(),
-            compile=arguments.flag("compile", compile),
+            compile=arguments.compilation(compile),
         )  # fmt: skip
         #: What all ranks must have been given.
         self._shared = {} if alone else {
@@ -239,7 +238,7 @@ class Solver(torch.nn.Module):
         return self._engine.prefix
 
     def extra_repr(self) -> str:
-        """Method, steps and Jacobian, for printing the module.
+        """Method, steps, Jacobian, what is compiled and what hinders it; for printing.
 
         ``colors`` is the number of products that a sparse Jacobian costs.
         """
@@ -251,7 +250,8 @@ class Solver(torch.nn.Module):
         )
         jacobian = f", jacobian={self._engine.jacobian!r}" if self._engine.method.implicit else ""
         colors = f", colors={self._engine.color_count}" if self._engine.color_count else ""
-        return f"method={self.method!r}, {steps}{jacobian}{colors}"
+        code = self._engine.account.describe()
+        return ", ".join(filter(None, [f"method={self.method!r}, {steps}{jacobian}{colors}", code]))
 
     @outside_compiler
     def forward(self, y0: Any, t: Any) -> Solution:

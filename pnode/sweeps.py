@@ -16,6 +16,7 @@ from pnode.adjoint.gradients import CostGradients
 from pnode.adjoint.nonfinite import check_parameters
 from pnode.adjoint.reverse import Repeated, Reverse, store_again, take_again
 from pnode.adjoint.trajectory import Trajectory
+from pnode.compilation import begin
 from pnode.dense import DenseAdjoint, DenseOutput
 from pnode.engine import Engine
 from pnode.errors import FieldChanged
@@ -27,7 +28,7 @@ from pnode.products import accumulate
 from pnode.recording import Outputs, Recorder, new_trajectory
 from pnode.run import Requests, Run, Sweep
 from pnode.solution import Stats
-from pnode.solvers.compiled.compiler import Wanted
+from pnode.solvers.compiled.account import calls
 from pnode.solvers.compiled.driver import CompiledSweep
 from pnode.solvers.compiled.fields import compiled_field
 from pnode.solvers.compiled.integrator import CompiledIntegrator, Start
@@ -81,6 +82,8 @@ def forward(
     with problem.ranks.together():
         outputs = _forward(engine, run, y0, keep, requests)
     note_kept(run.stats.ram_bytes + run.stats.tape_bytes)
+    if run.entry is not None:
+        run.entry.add(run.stats)
     return outputs, run
 
 
@@ -92,10 +95,8 @@ def _forward(
     if keep:
         record_all(field)
     start: Start | None = None
-    alone = not problem.ranks.parallel and engine.exchange is None
-    plain = requests.plain or requests.recorded is not None or problem.integrals
-    if engine.compile and not plain and alone and len(problem.times) > 1:
-        found = engine.compiler.begin(field, y0, _wanted(engine, run, y0, field, keep, requests))
+    found = begin(engine, run, field, y0, keep, requests)
+    if found is not None:
         if keep:
             run.reads = Reads(found.captured)
         if found.sweep is not None:
@@ -117,18 +118,6 @@ def _forward(
     outputs = sweep.forward(run, field, y0, keep, requests, start)
     run.sweep = sweep
     return outputs
-
-
-def _wanted(
-    engine: Engine, run: Run, y0: torch.Tensor, field: VectorField, keep: bool, requests: Requests
-) -> Wanted:
-    """Return what decides about machine code."""
-    watched = requests.event_fn is not None or requests.monitor is not None
-    return Wanted(
-        run.settings, engine.solver_options(run.settings), engine.control, engine.checkpointing,
-        keep, requests.dense, requests.dense or watched,
-        lambda settings: engine.integrator(settings, field, y0),
-    )  # fmt: skip
 
 
 def backward(
@@ -163,8 +152,12 @@ def backward(
             method=engine.method.name,
         )
     assert run.sweep is not None
+    before = calls(run.stats.backward)
     with run.surroundings.restored():
-        return run.sweep.reverse(run, y0, cotangents, wants_times)
+        found = run.sweep.reverse(run, y0, cotangents, wants_times)
+    if run.entry is not None:
+        run.entry.add(run.stats.backward, before)
+    return found
 
 
 class WholeSweep(Sweep):

@@ -11,18 +11,28 @@ from pnode.engine import Engine
 from pnode.errors import BackwardError
 from pnode.pair_layout import PairLayout
 from pnode.problem import InitialValueProblem
-from pnode.run import Recorded, Requests, Run
+from pnode.run import Recorded, Requests, Run, Tangents
 from pnode.tangents import pair_problem, pair_settings, unique
-from pnode.transforms import moves
+from pnode.transforms import batch_is_innermost, moves
 
-__all__ = ["Directions", "batched", "joined", "may_merge", "with_tangents", "zeros_for_none"]
+__all__ = [
+    "Directions",
+    "after_first",
+    "as_parameter",
+    "batched",
+    "joined",
+    "may_merge",
+    "tangents_of",
+    "with_tangents",
+    "zeros_for_none",
+]
 
 #: For each tangent, that of each parameter; None being zero.
 Directions: TypeAlias = Sequence[Sequence[torch.Tensor | None]]
 
 
 def with_tangents(
-    engine: Engine, run: Run, directions: Directions, mergeable: bool
+    engine: Engine, run: Run, directions: Directions, reverse: bool, own: bool
 ) -> tuple[PairLayout, InitialValueProblem, Requests]:
     """Return how a state and its tangents make one, their problem, and what to do for it.
 
@@ -32,8 +42,10 @@ def with_tangents(
         What solved, and the solve.
     directions : sequence of sequence of (Tensor or None)
         For each tangent, that of each parameter.
-    mergeable : bool
-        Whether a batch of such solves may be one.
+    reverse : bool
+        Whether the adjoint of the solve is to be taken: then a batch of such solves is not one.
+    own : bool
+        Whether it is the rule of forward mode that wants it.
 
     Raises
     ------
@@ -52,10 +64,11 @@ def with_tangents(
     options = {}
     if engine.method.implicit:
         options = engine.solver_options(run.settings, adjoint=True).values
+    moving = tuple(filter(moves, unique([v for one in directions for v in one])))
+    mergeable = not reverse and batch_is_innermost(own)
     recorded = Recorded(
-        steps, outputs, pair_settings(run.settings, pair, options), run.surroundings, pair, run,
-        directions, tuple(filter(moves, unique([v for one in directions for v in one]))),
-        mergeable,
+        steps, outputs, pair_settings(run.settings, pair, options), run.surroundings,
+        Tangents(pair, run, directions, moving, mergeable),
     )  # fmt: skip
     requests = Requests(dense=bool(sweep.interpolated), recorded=recorded)
     return pair, pair_problem(problem, pair, directions), requests
@@ -65,8 +78,13 @@ def joined(requests: Requests, y0: torch.Tensor, start: torch.Tensor | None) -> 
     """Return what is solved for: a state, or with rows of tangents, both in one."""
     if start is None:
         return y0
-    assert requests.recorded is not None
-    return requests.recorded.pair.join([y0, *start])
+    return tangents_of(requests).pair.join([y0, *start])
+
+
+def tangents_of(requests: Requests) -> Tangents:
+    """Return the tangents that are solved for."""
+    assert requests.recorded is not None and requests.recorded.tangents is not None
+    return requests.recorded.tangents
 
 
 def zeros_for_none(
@@ -89,14 +107,14 @@ def may_merge(in_dims: Sequence[int | None], inputs: Sequence[Any]) -> bool:
         Of ``SolveFunction``.
     """
     recorded = inputs[2].recorded
-    if recorded is None or not recorded.mergeable:
+    if recorded is None or recorded.tangents is None or not recorded.tangents.mergeable:
         return False
-    number = len(recorded.run.problem.parameters)
+    number = len(recorded.tangents.run.problem.parameters)
     return all(dim is None for dim in (*in_dims[4:6], *in_dims[7 : 7 + number]))
 
 
 def batched(
-    number: int, recorded: Recorded, in_dims: Sequence[int | None], inputs: Sequence[torch.Tensor]
+    number: int, tangents: Tangents, in_dims: Sequence[int | None], inputs: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, list[list[torch.Tensor | None]]]:
     """Return the starts and the directions of a batch of tangents, one after the other.
 
@@ -104,8 +122,8 @@ def batched(
     ----------
     number : int
         Of the batch.
-    recorded : Recorded
-        What the solve of one is.
+    tangents : Tangents
+        Of one of them.
     in_dims, inputs : sequence
         Of the starts, the parameters and the directions that move.
     """
@@ -113,10 +131,29 @@ def batched(
         value.expand(number, *value.shape) if dim is None else value.movedim(dim, 0)
         for dim, value in zip(in_dims, inputs, strict=True)
     ]
-    moving = dict(zip(map(id, recorded.moving), rows[-len(recorded.moving) :], strict=False))
+    moving = dict(zip(map(id, tangents.moving), rows[-len(tangents.moving) :], strict=False))
     directions = [
         [v if v is None or id(v) not in moving else moving[id(v)][k] for v in one]
         for k in range(number)
-        for one in recorded.directions
+        for one in tangents.directions
     ]
     return rows[0].reshape(-1, rows[0].shape[-1]), directions
+
+
+def in_tuple(function: Any, *arguments: Any) -> tuple[Any]:
+    """Return what a function returns, in a tuple."""
+    return (function(*arguments),)
+
+
+def after_first(rows: torch.Tensor) -> torch.Tensor:
+    """Return rows with zeros instead of the first."""
+    return torch.cat([torch.zeros_like(rows[:1]), rows[1:]])
+
+
+def as_parameter(
+    gradient: torch.Tensor | None, parameter: torch.Tensor, used: bool
+) -> torch.Tensor | None:
+    """Gradient in the parameter's dtype: zeros if it is used in vain, None if not at all."""
+    if gradient is None:
+        return torch.zeros_like(parameter) if used else None
+    return gradient.to(parameter)

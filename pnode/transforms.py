@@ -216,11 +216,11 @@ def no_tangents() -> AbstractContextManager[Any]:
     return forward_ad._set_fwd_grad_enabled(transforms_active())
 
 
-def unmoved(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """Return a tensor without its tangent of forward mode, in the same graph."""
+def unmoved(tensor: Any) -> Any:
+    """Return a tensor without its tangent of forward mode, in the same graph; None for None."""
     if tensor is None or not has_tangent(tensor):
         return tensor
-    return forward_ad.unpack_dual(tensor).primal.clone()  # a view would have it again
+    return forward_ad.unpack_dual(tensor).primal
 
 
 def has_tangent(tensor: torch.Tensor) -> bool:

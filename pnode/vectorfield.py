@@ -67,13 +67,13 @@ class VectorField:
     def __init__(self, problem: InitialValueProblem, ledger: Ledger, function: Any = None) -> None:
         self.problem = problem
         self.function = problem.function if function is None else function
-        self._function = remote(self.function, problem.compute, ledger)
+        self.callee = remote(self.function, problem.compute, ledger)
         self.mass: MassMatrix | None = problem.mass
         self.ledger = ledger
         self.parameters = problem.parameters
         self.shared = Shared(
             self.parameters, self.mass, ledger, hooks_of(self.parameters),
-            self._function if isinstance(self._function, Remote) else None,
+            self.callee if isinstance(self.callee, Remote) else None,
         )  # fmt: skip
         self.dtype = problem.layout.dtype
         #: Whether the first evaluation (of one part or the other) used each parameter.
@@ -263,7 +263,7 @@ class VectorField:
         layout, version = self._layout, own._version
         state = own if self._shape is not None else layout.unflatten(own)
         try:
-            result = self._function(time, state, *rate)
+            result = self.callee(time, state, *rate)
         except RuntimeError as error:
             if "leaf Variable" in str(error) or "created in no_grad mode" in str(error):
                 raise checks.wrote_into_input(

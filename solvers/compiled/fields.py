@@ -20,15 +20,15 @@ from pnode.problem import InitialValueProblem
 from pnode.products import transposed
 from pnode.solution import Ledger
 from pnode.solvers.compiled import inductor
-from pnode.solvers.compiled.compiler import (
+from pnode.solvers.compiled.backend import (
     Backend,
     Checked,
     Code,
     Compilation,
     Trace,
     Wanted,
-    outside,
 )
+from pnode.solvers.compiled.compiler import outside
 from pnode.solvers.compiled.inductor import CompilationFailed, Compiled, fingerprint
 from pnode.solvers.compiled.trace import FieldGraph
 from pnode.vectorfield import VectorField
@@ -49,10 +49,13 @@ class FieldCode(Code):
         The field and its vector-Jacobian product.
     dtype : torch.dtype
         The user's precision.
+    quiet : bool
+        Whether nobody is told of what cannot be compiled.
     """
 
-    def __init__(self, traced: FieldGraph, dtype: torch.dtype) -> None:
+    def __init__(self, traced: FieldGraph, dtype: torch.dtype, quiet: bool = False) -> None:
         self.traced = traced
+        self._quiet = quiet
         self._dtype = dtype
         self._rows: dict[int, Compiled] = {}
         self._asked: Counter[int] = Counter()
@@ -79,10 +82,11 @@ class FieldCode(Code):
         try:
             return self._compile(kind, function, examples)
         except CompilationFailed as error:
-            warnings.warn(
-                f"compile=True: the {kind} of the field goes uncompiled: {error}",
-                stacklevel=outside(),
-            )
+            if not self._quiet:
+                warnings.warn(
+                    f"compile=True: the {kind} of the field goes uncompiled: {error}",
+                    stacklevel=outside(),
+                )
 
             def run(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
                 with torch.no_grad():
@@ -293,6 +297,8 @@ def compiled_field(
 class Fields(Backend):
     """The field of a solve whose sweeps or steps are not compiled as a whole."""
 
+    share = 0.5
+
     def refuses(self, wanted: Wanted) -> str | None:
         """Return why it makes nothing for a solve, whatever the field."""
         if wanted.settings.form == "residual":
@@ -304,7 +310,8 @@ class Fields(Backend):
     def _compile(
         self, trace: Trace, part: VectorField, y0: torch.Tensor, wanted: Wanted
     ) -> FieldCode:
-        code: FieldCode = trace.codes.setdefault(Fields, FieldCode(trace.graph, part.dtype))
+        made = FieldCode(trace.graph, part.dtype, wanted.auto)
+        code: FieldCode = trace.codes.setdefault(Fields, made)
         code.value  # noqa: B018  # a failure is still in time for the other way
         if wanted.keep or wanted.settings.method.implicit:
             code.product  # noqa: B018

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pnode.solvers.compiled import driver
-from pnode.solvers.compiled.compiler import Backend, Checked, Compilation, Trace, Wanted
+from pnode.solvers.compiled.backend import Backend, Checked, Compilation, Trace, Wanted
 from pnode.solvers.compiled.inductor import CompilationFailed, CompiledGraph, open_graph
 from pnode.solvers.compiled.integrator import Start, step_tolerances
 from pnode.solvers.compiled.steps import StepGraphs, Tensors
@@ -251,7 +251,8 @@ class ExplicitSteps(Backend):
                 try:
                     graphs.kernels[key] = GraphSteps(graphs, given, wanted.keep)
                 except CompilationFailed as error:
-                    _warn_once(str(error))
+                    if not wanted.auto:
+                        _warn_once(str(error))
         found: GraphSteps | None = graphs.kernels[key]
         return found
 

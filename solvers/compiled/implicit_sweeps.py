@@ -13,8 +13,9 @@ import torch
 from pnode import tolerances
 from pnode.checkpointing import Checkpointing
 from pnode.solution import Ledger
-from pnode.solvers.compiled.compiler import Backend, Checked, Compilation, Trace, Wanted, agree
+from pnode.solvers.compiled.backend import Backend, Checked, Compilation, Trace, Wanted
 from pnode.solvers.compiled.driver import CompiledSweep
+from pnode.solvers.compiled.evaluations import agree
 from pnode.solvers.compiled.programs import Program
 from pnode.solvers.compiled.trace import Untraceable
 from pnode.solvers.methods import Method

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch._utils import _unflatten_dense_tensors
 
-from pnode.solvers.compiled.compiler import Code
+from pnode.solvers.compiled.backend import Code
 from pnode.solvers.compiled.driver import Kernel, pointers, source
 from pnode.solvers.compiled.inductor import compile_source
 from pnode.solvers.compiled.operations import Operations, decomposed

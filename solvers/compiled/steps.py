@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pnode.solvers.compiled import inductor
-from pnode.solvers.compiled.compiler import Code
+from pnode.solvers.compiled.backend import Code
 from pnode.solvers.compiled.inductor import Compiled, CompiledGraph, fingerprint
 from pnode.solvers.compiled.products import SMALL_PRODUCT, VECTOR
 from pnode.solvers.compiled.trace import FieldGraph, ParameterPart

@@ -1,0 +1,201 @@
+"""Whether a solve is compiled: at once, never, or once that has come to pay.
+
+See :mod:`pnode.solvers.compiled.account` for the rule of ``compile="auto"``.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pnode.adjoint.identity import describe
+from pnode.engine import Engine
+from pnode.run import Requests, Run
+from pnode.solvers.compiled.account import Entry, Work
+from pnode.solvers.compiled.backend import Compilation, Wanted
+from pnode.solvers.compiled.compiler import bare
+from pnode.solvers.compiled.inductor import cache_folder
+from pnode.surroundings import modules_within, owner
+from pnode.vectorfield import VectorField
+
+__all__ = ["begin"]
+
+_LOG = logging.getLogger("pnode")
+# Whose flops torch does not count.
+_VECTOR_PRODUCTS = (torch.ops.aten.mv, torch.ops.aten.addmv, torch.ops.aten.dot)
+_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+
+
+def begin(
+    engine: Engine, run: Run, field: VectorField, y0: torch.Tensor, keep: bool, requests: Requests
+) -> Compilation | None:
+    """Return what of a solve is compiled; None for nothing. Not collective.
+
+    Parameters
+    ----------
+    engine : Engine
+        Compiles, and keeps the account.
+    run : Run
+        The solve.
+    field : VectorField
+        Its field.
+    y0 : Tensor
+        Flat initial state.
+    keep : bool
+        Whether a backward sweep may follow.
+    requests : Requests
+        What else the sweep is to do.
+    """
+    problem = run.problem
+    if engine.compile is False or requests.plain or requests.recorded is not None:
+        return None
+    if len(problem.times) < 2:
+        return None
+    watched = requests.event_fn is not None or requests.monitor is not None or requests.dense
+    entry = engine.account.entry((problem.layout, keep, watched, problem.integrals > 0))
+    for given, text in (
+        (problem.integrals > 0, "cost= is given"),
+        (problem.ranks.parallel or engine.exchange is not None, "ranks share the state"),
+    ):
+        if given:
+            entry.hindrance = text
+            return None
+    auto = engine.compile == "auto"
+    wanted = Wanted(
+        run.settings, engine.solver_options(run.settings), engine.control, engine.checkpointing,
+        keep, requests.dense, watched, lambda settings: engine.integrator(settings, field, y0),
+        auto,
+    )  # fmt: skip
+    if auto:
+        if not entry.hindrance and not entry.bought:
+            run.entry = entry  # counts what follows
+            _decide(engine, entry, field, y0, wanted)
+        if entry.hindrance or not entry.bought:
+            return None
+    return _compiled(engine, run, entry, field, y0, wanted)
+
+
+def _compiled(
+    engine: Engine, run: Run, entry: Entry, field: VectorField, y0: torch.Tensor, wanted: Wanted
+) -> Compilation | None:
+    started = time.perf_counter()  # for the log alone
+    found = engine.compiler.begin(field, y0, wanted)
+    spent = time.perf_counter() - started
+    if found.what:
+        if wanted.auto and not entry.made:
+            _LOG.info(
+                "compiled %s of %s for a state of %d entries in %.1f s, after %d evaluations; "
+                "kept in %s", found.what, wanted.settings.method.name, len(y0), spent, entry.calls,
+                cache_folder(),
+            )  # fmt: skip
+        entry.made, entry.hindrance, run.entry = found.what, "", None
+        return found
+    reasons = "; ".join(found.reasons)
+    if wanted.auto and found.changed:
+        entry.changed(reasons)
+        run.entry = entry
+    else:
+        entry.made, entry.hindrance = "", reasons
+    return None
+
+
+def _decide(
+    engine: Engine, entry: Entry, field: VectorField, y0: torch.Tensor, wanted: Wanted
+) -> None:
+    """Decide by what solves of this kind have cost so far."""
+    candidates, reasons = engine.compiler.candidates(field, wanted)
+    if not candidates:
+        entry.hindrance = "; ".join(reasons)
+    elif entry.to_be_looked_at:
+        _look(entry, field, y0, wanted.keep)
+    if not entry.hindrance:
+        entry.decide(candidates[0].share)
+
+
+class _Counter(TorchDispatchMode):
+    """Counts operations and what they do."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.flops = self.entries = 0
+        from torch.utils.flop_counter import flop_registry
+
+        self._flops = flop_registry
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch would import its compiler here, which takes seconds
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Count an operation, and call it."""
+        result = func(*args, **(kwargs or {}))
+        self.operations += 1
+        packet = getattr(func, "_overloadpacket", None)
+        count = self._flops.get(packet)
+        if count is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=result)
+        elif packet in _VECTOR_PRODUCTS:
+            self.flops += 2 * max(x.numel() for x in args if isinstance(x, torch.Tensor))
+        if not getattr(func, "is_view", False):
+            for item in result if isinstance(result, (tuple, list)) else (result,):
+                self.entries += item.numel() if isinstance(item, torch.Tensor) else 0
+        return result
+
+
+class _Hooks(TorchFunctionMode):
+    """Notes whether hooks are put on tensors."""
+
+    found = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Call a function of torch."""
+        self.found |= getattr(func, "__name__", "") in (
+            "register_hook", "register_post_accumulate_grad_hook",
+        )  # fmt: skip
+        return func(*args, **(kwargs or {}))
+
+
+def _look(entry: Entry, field: VectorField, y0: torch.Tensor, keep: bool) -> None:
+    """Evaluate f once, for its size and for what machine code would leave out."""
+    parts = [part for part in (field, field.explicit) if part is not None]
+    counter, hooks = _Counter(), _Hooks()
+
+    def evaluate() -> None:
+        for part in parts:
+            alone, point = bare(part), y0.detach().to(part.dtype, copy=True)
+            if keep:
+                alone.linearize(part.problem.times[0], point)
+            else:
+                alone.rhs(part.problem.times[0], point)
+
+    functions = [part.function for part in parts]
+    try:
+        with counter, hooks:
+            evaluate()
+    except Exception:  # which the solve itself will meet, and tell better
+        return
+    entry.work = Work(counter.operations, counter.flops, counter.entries)
+    if not entry.work.small:
+        entry.hindrance = "most of the vector field's time is arithmetic"
+        return
+    modules = modules_within(map(owner, functions))
+    if hooks.found or any(getattr(m, name) for m in modules for name in _BACKWARD_HOOKS):
+        entry.hindrance = "the vector field has hooks, which machine code would not call"
+        return
+    before = describe("f", functions)
+    evaluate()
+    after = describe("f", functions)
+    changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    if changed:
+        entry.hindrance = f"the vector field changes {changed[0]} when it is called"

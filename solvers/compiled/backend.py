@@ -1,0 +1,191 @@
+"""What a backend is given to compile, and what it makes; see ``compiler.py``."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from pnode.checkpointing import Checkpointing
+from pnode.options import SolverOptions
+from pnode.solvers.compiled.driver import CompiledSweep
+from pnode.solvers.compiled.guards import Guard
+from pnode.solvers.compiled.inductor import CompilationFailed
+from pnode.solvers.compiled.trace import FieldGraph, Untraceable
+from pnode.solvers.petsc.settings import IntegratorSettings
+from pnode.solvers.step_control import StepControl
+from pnode.vectorfield import VectorField
+
+__all__ = [
+    "Backend", "Checked", "Code", "Compilation", "Reason", "Trace", "Wanted",
+]  # fmt: skip
+
+
+class Code(ABC):
+    """Machine code of a field, or of steps of it."""
+
+    @abstractmethod
+    def at(self, t: torch.Tensor, y: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Return f(t, y) by this code, flat, and what is saved of it; y is flat, t the user's."""
+
+
+class Reason(NamedTuple):
+    """Why a backend compiles nothing.
+
+    ``final``: nor does any other; ``changed``: the field is another one than when it was compiled.
+    """
+
+    text: str
+    final: bool = False
+    changed: bool = False
+
+
+@dataclass(eq=False)
+class Trace:
+    """A trace of a field, what shows that it still is one, and what was compiled of it."""
+
+    graph: FieldGraph
+    guard: Guard
+    #: Whether f has derivatives of its own, which its operations do not tell.
+    own_derivatives: bool
+    codes: dict[Any, Any] = field(default_factory=dict)
+    #: Which parameters f uses, once that has been looked at.
+    used: list[bool] | None = None
+
+
+class Checked(NamedTuple):
+    """Code that gives what the field itself gives at the initial state.
+
+    Attributes
+    ----------
+    code : Code
+        The code.
+    value : Tensor
+        The slope as f gives it, in the integrator's time and the user's precision.
+    found : sequence of Tensor
+        What :meth:`Code.at` gave.
+    """
+
+    code: Any
+    value: torch.Tensor
+    found: Sequence[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A solve, as far as it decides what can be compiled.
+
+    Attributes
+    ----------
+    settings : IntegratorSettings
+        Method, size, controller.
+    options : SolverOptions
+        PETSc options, some of which only PETSc's own steps can follow.
+    control : StepControl
+        How steps are chosen.
+    checkpointing : Checkpointing
+        What checkpoints may take.
+    keep : bool
+        Whether a backward sweep may follow.
+    dense : bool
+        Whether outputs are interpolated.
+    watched : bool
+        Whether events or monitors look at single steps, or outputs are interpolated.
+    lend : callable
+        Lends an integrator of given settings, whose TS has read the PETSc options.
+    auto : bool
+        Whether nobody asked for machine code: there are no warnings, and a field that has changed
+        since it was compiled is not compiled again.
+    """
+
+    settings: IntegratorSettings
+    options: SolverOptions
+    control: StepControl
+    checkpointing: Checkpointing
+    keep: bool
+    dense: bool
+    watched: bool
+    lend: Callable[[IntegratorSettings], AbstractContextManager[Any]]
+    auto: bool = False
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """What of a solve is compiled: at most one of these.
+
+    Attributes
+    ----------
+    sweep : CompiledSweep or None
+        The whole sweep, to be taken. Where it fails, single steps tell the error.
+    start : Start or None
+        The compiled steps, see :mod:`pnode.solvers.compiled.integrator`.
+    codes : tuple of FieldCode
+        The field, and its explicit part.
+    captured : tuple of Tensor
+        What the machine code reads.
+    reasons : tuple of str
+        Why there is none.
+    changed : bool
+        Whether that is a field that is another one than when it was compiled.
+    """
+
+    sweep: CompiledSweep | None = None
+    start: Any = None
+    codes: tuple[Any, ...] = ()
+    captured: tuple[torch.Tensor, ...] = ()
+    reasons: tuple[str, ...] = ()
+    changed: bool = False
+
+    @property
+    def what(self) -> str:
+        """What it is, in words."""
+        if self.sweep is not None:
+            return "whole sweeps"
+        if self.start is not None:
+            return "steps"
+        return "the vector field" if self.codes else ""
+
+
+class Backend(ABC):
+    """A way from a field's graphs to machine code.
+
+    Attributes
+    ----------
+    implicit : bool or None
+        Whether it is for implicit methods or for explicit ones; None: for all.
+    final : bool
+        Whether no other one is left where it fails.
+    share : float
+        About how much it saves of the time that torch's and PETSc's calls take on small problems.
+    """
+
+    implicit: bool | None = None
+    final = False
+    share = 1.0
+
+    @abstractmethod
+    def refuses(self, wanted: Wanted) -> str | None:
+        """Return why it makes nothing for a solve, whatever the field."""
+
+    def compile(
+        self, trace: Trace, part: VectorField, y0: torch.Tensor, wanted: Wanted
+    ) -> Code | Reason:
+        """Return the code of a field or of one of its parts, made or kept in ``trace``."""
+        try:
+            return self._compile(trace, part, y0, wanted)
+        except (Untraceable, CompilationFailed) as error:
+            return Reason(str(error), self.final)
+
+    @abstractmethod
+    def _compile(self, trace: Trace, part: VectorField, y0: torch.Tensor, wanted: Wanted) -> Code:
+        """Do as :meth:`compile`; raises Untraceable and CompilationFailed."""
+
+    @abstractmethod
+    def begin(
+        self, checked: Sequence[Checked], field_: VectorField, y0: torch.Tensor, wanted: Wanted
+    ) -> Compilation:
+        """Return what a solve from y0 takes of checked code, one for each part of the field."""

@@ -1,0 +1,69 @@
+"""Evaluations of a field itself, to be compared with those of its graphs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from pnode.errors import SolveError
+from pnode.solvers.compiled.trace import FieldGraph
+from pnode.vectorfield import VectorField
+
+__all__ = ["agree", "is_recorded", "trusted", "value_of"]
+
+
+@contextmanager
+def trusted(part: VectorField, used: list[bool]) -> Iterator[None]:
+    """Evaluate a field without its checks and without a graph, for a first look at it."""
+    recording, part.recording = part.recording, False
+    part.trust(used)
+    try:
+        yield
+    finally:
+        part.recording = recording
+
+
+def value_of(part: VectorField, y0: torch.Tensor, method: str) -> torch.Tensor:
+    """Evaluate f where the solve begins."""
+    problem = part.problem
+    s = problem.times[0]
+    try:
+        return part.rhs(s, y0.detach().to(part.dtype, copy=True))
+    except SolveError as error:
+        at = problem.direction * s
+        raise error.located(time=at, step=0, method=method) from error.__cause__
+
+
+def is_recorded(graph: FieldGraph, field_: VectorField, y0: torch.Tensor) -> bool:
+    """Compare value and product of a graph with the field's own at another point."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, len(y0), generator=generator, dtype=torch.float64)
+    point = (y0.detach() + 1e-2 * noise[0] * (1.0 + y0.detach().abs())).to(field_.dtype)
+    w = noise[1].to(field_.dtype)
+    problem, times = field_.problem, field_.problem.times
+    s = times[0] + 0.37 * (
+        times[1] - times[0] if len(times) > 1 and math.isfinite(times[1]) else 1.0
+    )
+    time = torch.scalar_tensor(problem.direction * s, dtype=field_.dtype)
+    inputs = graph.inputs()
+    with torch.no_grad():
+        shaped = point.view(graph.shape)
+        value, *saved = graph.value(time, shaped, *inputs)
+        state, *_ = graph.product(w.view(graph.shape), time, shaped, *inputs, *saved)
+    here = field_.linearize(s, point.clone())
+    return agree(value.reshape(-1) * problem.direction, here.flat_value()) and agree(
+        state.reshape(-1) * problem.direction, here.vjp(w).state
+    )
+
+
+def agree(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two values are the same but for round-off."""
+    rtol = 1e-9 if b.dtype is torch.float64 else 1e-4
+    a, b = a.detach().double(), b.detach().double()
+    if float((a - b).abs().max()) <= rtol * float(b.abs().max()):
+        return True
+    scale = float(b.abs().nan_to_num(0.0, 0.0, 0.0).max())
+    return torch.allclose(a, b, rtol=rtol, atol=rtol * scale, equal_nan=True)
