@@ -36,6 +36,7 @@ if not asked_for_doctor(sys.argv, sys.orig_argv):
         VectorFieldError,
     )
     from pnode.odeint import odeint, odeint_adjoint, odeint_event
+    from pnode.sensitivities import Sensitivities, sensitivities
     from pnode.solution import Ledger, Solution, Stage, Stats
     from pnode.solver import Solver
     from pnode.solvers.methods import Method, methods
@@ -56,6 +57,7 @@ __all__ = [
     "Plan",
     "PnodeError",
     "RankError",
+    "Sensitivities",
     "Solution",
     "SolveError",
     "Solver",
@@ -72,6 +74,7 @@ __all__ = [
     "odeint_event",
     "parallel",
     "plan",
+    "sensitivities",
 ]
 
 __version__ = "0.1.0"

@@ -1,0 +1,148 @@
+"""Jacobians of a solve's outputs, forward or adjoint, whichever takes fewer solves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+
+from pnode import arguments
+from pnode.errors import ConfigurationError
+from pnode.solver import Solver
+
+__all__ = ["Sensitivities", "sensitivities"]
+
+_Y0 = "y0"
+
+
+class Sensitivities(dict[str, Any]):
+    """Jacobians by name, and how they were found.
+
+    Attributes
+    ----------
+    mode : {"forward", "adjoint"}
+        How.
+    tangents : int
+        Tangents that forward mode takes: entries of everything in ``wrt``.
+    cotangents : int
+        Backward sweeps that the adjoint takes: entries of ``ys``.
+    """
+
+    def __init__(self, found: dict[str, Any], mode: str, tangents: int, cotangents: int) -> None:
+        super().__init__(found)
+        self.mode, self.tangents, self.cotangents = mode, tangents, cotangents
+
+
+def sensitivities(
+    solver: Solver,
+    y0: Any,
+    t: Any,
+    wrt: Sequence[str] = (_Y0,),
+    mode: Literal["auto", "forward", "adjoint"] = "auto",
+) -> Sensitivities:
+    """Return the Jacobians of ``solver(y0, t).ys`` with respect to y0 and parameters. Collective.
+
+    They are those of the numbers that the solve returned, to round-off (for implicit methods, to
+    the accuracy of their equations); the accepted steps are constants in them.
+
+    Parameters
+    ----------
+    solver : Solver
+        Its function has its parameters as a ``torch.nn.Module``.
+    y0 : Tensor or tuple of Tensor
+        Initial state. Its own graph is not gone through.
+    t : Tensor
+        Output times, shape ``(T,)``.
+    wrt : sequence of str
+        "y0", and names of parameters: as in ``solver.named_parameters()``, or without the first
+        part of that ("rhs.", "implicit."...) where that is clear.
+    mode : {"auto", "forward", "adjoint"}
+        "forward": one solve of the state with all tangents together, one for each entry of what is
+        in ``wrt``; the linear systems of implicit methods share their factors. "adjoint": one
+        solve, and one backward sweep for each entry of ``ys``. "auto": forward unless there are
+        more tangents than cotangents.
+
+    Returns
+    -------
+    Sensitivities
+        A dict of a Tensor of shape ``(T, *state, *that tensor)``, y0's dtype, for each name of
+        ``wrt``, without a graph; for tuple states a tuple of them, one for each part of ``ys`` (and
+        for "y0" of each a tuple, one for each part of y0). Its ``mode``, ``tangents`` and
+        ``cotangents`` tell what was chosen by which counts.
+
+    Raises
+    ------
+    ConfigurationError
+        For an unknown name or mode, a complex or integer parameter, and for what forward mode and
+        ``torch.func`` cannot pass through (``event_fn``; see docs/derivatives.md).
+    BackwardError
+        Where the solve has no tangents: with ``layout=``.
+
+    Examples
+    --------
+    >>> solver = Solver(lambda t, y: -y, method="rk4", step_size=0.1)
+    >>> y0 = torch.ones(1, dtype=torch.float64)
+    >>> found = sensitivities(solver, y0, torch.tensor([0.0, 1.0]))
+    >>> round(found["y0"][-1].item(), 5), found.mode
+    (0.36788, 'forward')
+    """
+    if not isinstance(solver, Solver):
+        raise ConfigurationError(f"solver is a {type(solver).__name__}: give a pnode.Solver")
+    arguments.choice("mode", mode, ("auto", "forward", "adjoint"))
+    names = _names(solver, wrt)
+    known = {name: tensor.detach() for name, tensor in solver.named_parameters()}
+    parts = tuple(y0) if isinstance(y0, (tuple, list)) else (y0,)
+    for index, part in enumerate(parts):
+        if not isinstance(part, torch.Tensor):
+            where = f"y0[{index}]" if len(parts) > 1 else "y0"
+            raise ConfigurationError(f"{where} is a {type(part).__name__}: give a tensor")
+    initial: Any = parts[0].detach()
+    if isinstance(y0, (tuple, list)):
+        initial = tuple(part.detach() for part in parts)
+    given = {
+        name: initial if name == _Y0 else known[full] for name, full in zip(wrt, names, strict=True)
+    }
+    size = sum(part.numel() for part in parts)
+    tangents = sum(size if name == _Y0 else tensor.numel() for name, tensor in given.items())
+    cotangents = len(t) * size
+    if mode == "auto":
+        mode = "forward" if tangents <= cotangents else "adjoint"
+
+    def outputs(moving: dict[str, Any]) -> Any:
+        own = {full: moving[name] for name, full in zip(wrt, names, strict=True) if name != _Y0}
+        return torch.func.functional_call(
+            solver, {**known, **own}, (moving.get(_Y0, initial), t)
+        ).ys
+
+    way = torch.func.jacfwd if mode == "forward" else torch.func.jacrev
+    with torch.no_grad():
+        found = way(outputs)(given)
+    if isinstance(found, tuple):
+        found = {name: tuple(part[name] for part in found) for name in given}
+    return Sensitivities(found, mode, tangents, cotangents)
+
+
+def _names(solver: Solver, wrt: Sequence[str]) -> list[str]:
+    """Return the names of parameters as the solver has them; "y0" as it is."""
+    if isinstance(wrt, str) or not all(isinstance(name, str) for name in wrt) or not wrt:
+        raise ConfigurationError(f"wrt={wrt!r}: give a sequence of names, such as ('y0', 'weight')")
+    if len(set(wrt)) < len(wrt):
+        raise ConfigurationError(f"wrt={tuple(wrt)!r} has a name twice: give each once")
+    own = dict(solver.named_parameters())
+    found = []
+    for name in wrt:
+        full = [one for one in own if one == name or one.partition(".")[2] == name]
+        if name != _Y0 and len(full) != 1:
+            raise ConfigurationError(
+                f"wrt names {name!r}, which is "
+                + ("ambiguous" if full else "no parameter")
+                + f": give 'y0' or one of {', '.join(map(repr, own)) or 'none, as there is none'}"
+                + ("" if own else "; f has to be a torch.nn.Module that holds its parameters")
+            )
+        if name != _Y0 and not own[full[0]].is_floating_point():
+            raise ConfigurationError(
+                f"wrt names {name!r}, which is {own[full[0]].dtype}: only real parameters"
+            )
+        found.append(_Y0 if name == _Y0 else full[0])
+    return found
