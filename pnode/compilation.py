@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -171,9 +172,14 @@ def _look(entry: Entry, field: VectorField, y0: torch.Tensor, keep: bool) -> Non
     parts = [part for part in (field, field.explicit) if part is not None]
     counter, hooks = _Counter(), _Hooks()
 
+    def counted(function: Any, *given: Any) -> Any:
+        with counter, hooks:
+            return function(*given)
+
     def evaluate() -> None:
         for part in parts:
             alone, point = bare(part), y0.detach().to(part.dtype, copy=True)
+            alone.callee = partial(counted, alone.callee)
             if keep:
                 alone.linearize(part.problem.times[0], point)
             else:
@@ -181,8 +187,7 @@ def _look(entry: Entry, field: VectorField, y0: torch.Tensor, keep: bool) -> Non
 
     functions = [part.function for part in parts]
     try:
-        with counter, hooks:
-            evaluate()
+        evaluate()
     except Exception:  # which the solve itself will meet, and tell better
         return
     entry.work = Work(counter.operations, counter.flops, counter.entries)

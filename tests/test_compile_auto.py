@@ -43,7 +43,7 @@ class Net(torch.nn.Module):
 @pytest.fixture
 def cheap(monkeypatch):
     """Compilations that are paid for by a few solves; f is looked at after one."""
-    monkeypatch.setattr(account, "_PRICE", 3000)
+    monkeypatch.setattr(account, "_PRICE", 1500)
     monkeypatch.setattr(account, "_LOOK", 10)
 
 
