@@ -58,7 +58,7 @@ def rows(
     options = {"method": method, "step_size": 0.05}
     if method not in ("rk4", "dopri5"):
         options["jacobian"] = "block"
-    solver = pnode.Solver(f, **options)
+    solver = pnode.Solver(f, compile=False, **options)
     leaf = y0.clone().requires_grad_()
     inputs = [leaf, *f.parameters()]
     v = [torch.randn_like(x) for x in inputs]
@@ -77,7 +77,7 @@ def rows(
     def tangent() -> object:
         return torch.func.jvp(lambda y: solver(y, t).ys, (y0,), (v[0],))
 
-    with_cost = pnode.Solver(f, cost=lambda t, y: y.square().mean(), **options)
+    with_cost = pnode.Solver(f, compile=False, cost=lambda t, y: y.square().mean(), **options)
 
     def cost_gradient() -> object:
         solution = with_cost(leaf, t)

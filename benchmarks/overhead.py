@@ -49,7 +49,7 @@ def measure(size: int, width: int, batch: int, steps: int, repeats: int) -> dict
     zero = torch.zeros((), dtype=torch.float64)
     cotangent = torch.randn_like(y0)
     parameters = tuple(field.parameters())
-    solver = pnode.Solver(field, method="dopri5", step_size=1.0 / steps)
+    solver = pnode.Solver(field, method="dopri5", step_size=1.0 / steps, compile=False)
 
     def gradient() -> None:
         for parameter in parameters:

@@ -38,9 +38,12 @@ __all__ = [
 
 #: Keywords of Solver that make pnode's variants.
 PNODE: dict[str, Callable[[], dict[str, Any]]] = {
-    "pnode": dict,
+    "pnode": lambda: {"compile": False},
     "pnode compiled": lambda: {"compile": True},
-    "pnode stages": lambda: {"checkpointing": pnode.Checkpointing(store="stages")},
+    "pnode stages": lambda: {
+        "checkpointing": pnode.Checkpointing(store="stages"),
+        "compile": False,
+    },
 }
 #: Those that differ from one another where f is not evaluated by an explicit method.
 OTHERWISE = tuple(name for name in PNODE if name != "pnode stages")

@@ -48,7 +48,7 @@ def pnode_gradient(method: str, sensitivity: Sensitivity) -> Callable[[float], A
         if rtol not in solvers:
             solvers[rtol] = pnode.Solver(
                 field, params=[parameters], method=method, rtol=rtol, atol=problem.ratio * rtol,
-                max_steps=MAX_STEPS,
+                max_steps=MAX_STEPS, compile=False,
             )  # fmt: skip
         solution = solvers[rtol](y0, times)
         value = solution.ys[-1, sensitivity.component]

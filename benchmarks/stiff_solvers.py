@@ -108,7 +108,7 @@ class _Pnode:
         if rtol not in self._solvers:
             self._solvers[rtol] = pnode.Solver(
                 self._field, method=self._method, rtol=rtol, atol=self._problem.ratio * rtol,
-                max_steps=MAX_STEPS,
+                max_steps=MAX_STEPS, compile=False,
             )  # fmt: skip
         return self._solvers[rtol]
 

@@ -163,7 +163,7 @@ def test_wrong_objects_are_refused():
     with pytest.raises(pnode.ConfigurationError, match="y0 is a float"):
         pnode.sensitivities(solver_of("rk4"), 1.0, T)
     event = solver_of("rk4", event_fn=lambda t, y: y[0] - 0.9)
-    with pytest.raises(pnode.ConfigurationError, match="event.s time"):
+    with pytest.raises(pnode.ConfigurationError, match=r"event.s time"):
         pnode.sensitivities(event, start(), T)
     closure = pnode.Solver(lambda t, y: -y, method="rk4", step_size=0.1)
     with pytest.raises(pnode.ConfigurationError, match="there is none; f has to be a"):
