@@ -22,8 +22,9 @@ class Surroundings:
     Parameters
     ----------
     functions : iterable of callable
-        f, or the parts of a split one. Of Modules the training flags are restored, and changes of
-        buffers and parameters named.
+        f, or the parts of a split one. Of Modules the training flags are restored, and parameters
+        and buffers in whose place are others, as after ``torch.func.functional_call``; those that
+        were written into are named.
     device : torch.device
         Where f computes.
     """
@@ -52,6 +53,7 @@ class Surroundings:
             (module, flag) for module, flag in alive
             if module is not None and module.training != flag
         ]  # fmt: skip
+        replaced = self._replaced()
         dtype = torch.get_default_dtype()
         with ExitStack() as stack:
             for kind, found in self._autocast.items():
@@ -68,11 +70,27 @@ class Surroundings:
                 torch.set_default_dtype(self._dtype)
                 for module, flag in changed:
                     module.training = flag
+                for place, name, tensor, _ in replaced:
+                    place[name] = tensor
                 yield
             finally:
+                for place, name, _, now in replaced:
+                    place[name] = now
                 torch.set_default_dtype(dtype)
                 for module, flag in changed:
                     module.training = not flag
+
+    def _replaced(self) -> list[tuple[dict[str, Any], str, torch.Tensor, Any]]:
+        """Return where Modules have other tensors now, which they had, and which they have."""
+        found = []
+        for reference, name, tensor, _ in self._tensors:
+            module = reference()
+            if module is None:
+                continue
+            for place in (module._parameters, module._buffers):
+                if name in place and place[name] is not tensor:
+                    found.append((place, name, tensor, place[name]))
+        return found
 
     def differences(self) -> str:
         """Say what of the Modules has changed since; empty if nothing has."""
@@ -82,10 +100,7 @@ class Surroundings:
             if module is None:
                 continue
             kind = "parameter" if name in module._parameters else "buffer"
-            now = module._parameters.get(name, module._buffers.get(name))
-            if now is not tensor:
-                found.append(f"{kind} {name!r} of {type(module).__name__} is another tensor")
-            elif _version(tensor) != version:
+            if _version(tensor) != version:
                 found.append(f"{kind} {name!r} of {type(module).__name__} was written into")
         return f" (since then: {'; '.join(found)})" if found else ""
 
