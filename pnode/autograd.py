@@ -93,7 +93,8 @@ class SolveFunction(torch.autograd.Function):
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
         """Solve; the sweep is left in ``runs``."""
-        y0 = tangent_solves.joined(requests, y0, start)
+        if start is not None:
+            y0 = tangent_solves.joined(requests, y0, start)
         own = bound(problem, parameters)
         if own is not problem:
             problem, requests = own, replace(requests, plain=True)
@@ -132,7 +133,8 @@ class SolveFunction(torch.autograd.Function):
         if is_legacy_batch(cotangents):
             return legacy_batch(partial(SolveFunction.backward, ctx), cotangents)
         y0, t, start, ys, *others = ctx.saved_tensors
-        y0 = tangent_solves.joined(ctx.requests, y0, start)
+        if start is not None:
+            y0 = tangent_solves.joined(ctx.requests, y0, start)
         engine, runs, problem = ctx.engine, ctx.runs, ctx.runs[0].problem
         parameters = others[: len(problem.parameters)]
         wants_times = ctx.needs_input_grad[5]
@@ -176,7 +178,7 @@ class SolveFunction(torch.autograd.Function):
                 along_y0 = tangent_solves.joined(
                     ctx.requests, *tangent_solves.zeros_for_none(y0, along_y0, start, along_start)
                 )
-            y0 = tangent_solves.joined(ctx.requests, y0, start)
+                y0 = tangent_solves.joined(ctx.requests, y0, start)
             run = ctx.runs.only()
             start = torch.zeros_like(y0) if along_y0 is None else along_y0
             if along_t is not None:

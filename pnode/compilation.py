@@ -27,8 +27,7 @@ from pnode.vectorfield import VectorField
 __all__ = ["begin"]
 
 _LOG = logging.getLogger("pnode")
-# Whose flops torch does not count.
-_VECTOR_PRODUCTS = (torch.ops.aten.mv, torch.ops.aten.addmv, torch.ops.aten.dot)
+_ATEN = torch.ops.aten
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
@@ -118,6 +117,25 @@ def _decide(
         entry.decide(candidates[0].share)
 
 
+def _flops(packet: Any, args: tuple[Any, ...], result: Any) -> int:
+    """Return the flops of a product or a convolution.
+
+    ``torch.utils.flop_counter`` knows them too, and imports triton where that is installed, which
+    takes 85 MB.
+    """
+    if packet in (_ATEN.mm, _ATEN.bmm):
+        return int(2 * result.numel() * args[0].shape[-1])
+    if packet in (_ATEN.addmm, _ATEN.baddbmm):
+        return int(2 * result.numel() * args[1].shape[-1])
+    if packet is _ATEN.convolution:
+        return int(2 * result.numel() * args[1][0].numel())
+    if packet in (_ATEN.mv, _ATEN.addmv, _ATEN.dot):
+        return int(2 * max(x.numel() for x in args if isinstance(x, torch.Tensor)))
+    if "scaled_dot_product" in str(packet):
+        return int(4 * args[0].numel() * args[1].shape[-2])
+    return 0
+
+
 class _Counter(TorchDispatchMode):
     """Counts operations and what they do."""
 
@@ -126,9 +144,6 @@ class _Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.operations = self.flops = self.entries = 0
-        from torch.utils.flop_counter import flop_registry
-
-        self._flops = flop_registry
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -140,12 +155,7 @@ class _Counter(TorchDispatchMode):
         """Count an operation, and call it."""
         result = func(*args, **(kwargs or {}))
         self.operations += 1
-        packet = getattr(func, "_overloadpacket", None)
-        count = self._flops.get(packet)
-        if count is not None:
-            self.flops += count(*args, **(kwargs or {}), out_val=result)
-        elif packet in _VECTOR_PRODUCTS:
-            self.flops += 2 * max(x.numel() for x in args if isinstance(x, torch.Tensor))
+        self.flops += _flops(getattr(func, "_overloadpacket", None), args, result)
         if not getattr(func, "is_view", False):
             for item in result if isinstance(result, (tuple, list)) else (result,):
                 self.entries += item.numel() if isinstance(item, torch.Tensor) else 0

@@ -74,10 +74,8 @@ def with_tangents(
     return pair, pair_problem(problem, pair, directions), requests
 
 
-def joined(requests: Requests, y0: torch.Tensor, start: torch.Tensor | None) -> torch.Tensor:
-    """Return what is solved for: a state, or with rows of tangents, both in one."""
-    if start is None:
-        return y0
+def joined(requests: Requests, y0: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """Return what is solved for: a state and its tangents, rows of ``start``, in one."""
     return tangents_of(requests).pair.join([y0, *start])
 
 
