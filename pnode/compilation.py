@@ -57,7 +57,8 @@ def begin(
     if len(problem.times) < 2:
         return None
     watched = requests.event_fn is not None or requests.monitor is not None or requests.dense
-    entry = engine.account.entry((problem.layout, keep, watched, problem.integrals > 0))
+    account, kind = engine.account, (problem.layout, keep, watched, problem.integrals > 0)
+    entry = account.entries.get(kind) or account.entry(kind)
     for given, text in (
         (problem.integrals > 0, "cost= is given"),
         (problem.ranks.parallel or engine.exchange is not None, "ranks share the state"),

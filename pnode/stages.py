@@ -40,7 +40,7 @@ class StageSweep:
     """
 
     def __init__(self, engine: Engine, run: Run, y0: torch.Tensor) -> None:
-        self._engine, self._run, self._y0 = engine, run, y0.detach()
+        self._engine, self._run, self._y0 = engine, run, y0
         self._versions = self._written()
 
     @classmethod
