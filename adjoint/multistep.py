@@ -119,7 +119,8 @@ class MultistepAdjoint(ImplicitAdjointStepper):
         w = self.solve_transposed(s, u, shift, b, step, ledger, u_dot)
         doubt = self.evidence[2 * system + 1] if self.evidence else 0.0
         self.verify(self.value(s, u, u_dot), 2 * system, s, step, slack=doubt)
-        self.tell(s, u, w, weight)
+        if self.field.look is not None:
+            self.field.look(s, u, w, weight, "rhs")
         products = self.products(s, u, w, u_dot)
         self.accumulate(products.parameters, 1.0)
         return w if products.rate is None else products.rate.to(w)

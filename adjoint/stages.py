@@ -171,7 +171,7 @@ class ExplicitAdjoint(TorchAdjointStepper):
             if slope is not None:
                 w.add_(slope)
             if look is not None:
-                self.tell(step.at(self._nodes[i]), self.checkpoint[i], w, h * self._b[i])
+                look(step.at(self._nodes[i]), self.checkpoint[i], w, h * self._b[i], "rhs")
             if self._graphs is None or i >= len(self._graphs) or inside.look is not None:
                 c = self._nodes[i]
                 s = step.end if c == 1.0 else step.start + c * h
@@ -303,8 +303,9 @@ class StageAdjoint(ImplicitAdjointStepper):
         if split:
             assert self.field.explicit is not None and self._scheme.b_explicit is not None
             part, c, b = self.field.explicit, self._scheme.c_explicit, self._scheme.b_explicit
-        name = "explicit" if split else self._own_part
-        self.tell(step.at(c[i]), self.checkpoint[i], sigma, step.length * b[i], name)
+        if self.field.look is not None:
+            name = "explicit" if split else self._own_part
+            self.field.look(step.at(c[i]), self.checkpoint[i], sigma, step.length * b[i], name)
         products = self.products(step.at(c[i]), self.checkpoint[i], sigma, part=part)
         self.accumulate(products.parameters, 1.0)
         state = products.state.to(REAL)
@@ -330,7 +331,8 @@ class StageAdjoint(ImplicitAdjointStepper):
         if not self.field.has_rhs:  # only backward Euler, whose Z is the state at the start
             rate = self.checkpoint[0] * -shift + Y * shift  # with the bits of PETSc's
         w = self.solve_transposed(s, Y, shift, right, step, ledger, rate)
-        self.tell(s, Y, w, step.length * self._scheme.b[i], self._own_part)
+        if self.field.look is not None:
+            self.field.look(s, Y, w, step.length * self._scheme.b[i], self._own_part)
         v = shift * (w if sigma is None else w - sigma)
         if self.wants_parameters or rate is not None:
             products = self.products(s, Y, w, rate)
@@ -366,8 +368,9 @@ class SymplecticAdjoint(TorchAdjointStepper):
             w = torch.zeros_like(self.state)
             w[part] = step.length * update.weight * self.state[part]
             s = step.at(update.offset)
-            name = ("positions", "momenta")[update.part]
-            self.tell(s, stage, w, step.length * update.weight, name)
+            if self.field.look is not None:
+                name = ("positions", "momenta")[update.part]
+                self.field.look(s, stage, w, step.length * update.weight, name)
             point = self.linearize(s, stage, step)
             self.verify(point.flat_value(), index, s, step)
             self.state = self.state + self.pull_back(point.vjp, w)

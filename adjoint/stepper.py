@@ -171,16 +171,6 @@ class TorchAdjointStepper(AdjointStepper):
                 error = self.field.changed(s, by, what).located(**self._where(step))
                 self.field.problem.ranks.refuse(error)
 
-    def tell(
-        self, s: float, Y: torch.Tensor, w: torch.Tensor, weight: float, part: str = "rhs"
-    ) -> None:
-        """Tell who looks of a stage at (s, Y), with the cotangent w of f there.
-
-        ``weight`` is that of f there in the step, ``part`` says which part of f it is.
-        """
-        if self.field.look is not None:
-            self.field.look(s, Y, w, weight, part)
-
     def add(self, cotangent: torch.Tensor) -> None:
         """Add the derivative of the loss with respect to the state at this time."""
         self.state = self.state + cotangent

@@ -382,14 +382,15 @@ def tangent(
     number, taken = len(run.problem.times), Runs()
     assert run.surroundings is not None
     inputs = (*parameters, *tangents_of(requests).moving)
+    x0 = pair.join([y0, *start])
     with run.surroundings.restored():
         if reverse or transforms_active() or recorded_by_autograd((y0, t, start, *inputs)):
             xs = SolveFunction.apply(
                 engine, of_both, requests, taken, y0, t[:number], start, *inputs
             )
         else:
-            xs, one = solve(engine, of_both, requests, pair.join([y0, *start]), t[:number], False)
+            xs, one = solve(engine, of_both, requests, x0, t[:number], False)
             taken.append(one)
     for one in taken.all():
         one.event = run.event
-    return pair, pair.join([y0, *start]), xs.reshape(number, -1), taken
+    return pair, x0, xs.reshape(number, -1), taken

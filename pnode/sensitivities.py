@@ -127,8 +127,6 @@ def _names(solver: Solver, wrt: Sequence[str]) -> list[str]:
     """Return the names of parameters as the solver has them; "y0" as it is."""
     if isinstance(wrt, str) or not all(isinstance(name, str) for name in wrt) or not wrt:
         raise ConfigurationError(f"wrt={wrt!r}: give a sequence of names, such as ('y0', 'weight')")
-    if len(set(wrt)) < len(wrt):
-        raise ConfigurationError(f"wrt={tuple(wrt)!r} has a name twice: give each once")
     own = dict(solver.named_parameters())
     found = []
     for name in wrt:
@@ -145,4 +143,6 @@ def _names(solver: Solver, wrt: Sequence[str]) -> list[str]:
                 f"wrt names {name!r}, which is {own[full[0]].dtype}: only real parameters"
             )
         found.append(_Y0 if name == _Y0 else full[0])
+    if len(set(found)) < len(found):
+        raise ConfigurationError(f"wrt={tuple(wrt)!r} names something twice: give each once")
     return found

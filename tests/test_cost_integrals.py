@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from small_net import SmallNet
 from torch.autograd import grad
 
 import pnode
@@ -19,13 +20,7 @@ METHODS = [
 methods = pytest.mark.parametrize("method", METHODS)
 
 
-class Field(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(1)
-        layers = (torch.nn.Linear(3, 4, dtype=D), torch.nn.Tanh(), torch.nn.Linear(4, 3, dtype=D))
-        self.net = torch.nn.Sequential(*layers)
-
+class Field(SmallNet):
     def forward(self, t, y):
         return self.net(y) * torch.cos(t) - 0.3 * y
 

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from replica import replica
+from small_net import SmallNet
 from torch.autograd import forward_ad, grad, gradgradcheck
 from torch.func import functional_call, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
@@ -30,14 +31,11 @@ def exact_replicas(monkeypatch):
     monkeypatch.setattr("replica.DERIVATIVES", 3)
 
 
-class Field(torch.nn.Module):
+class Field(SmallNet):
     """A small network, with time and a parameter of its own."""
 
     def __init__(self):
         super().__init__()
-        torch.manual_seed(1)
-        layers = (torch.nn.Linear(3, 4, dtype=D), torch.nn.Tanh(), torch.nn.Linear(4, 3, dtype=D))
-        self.net = torch.nn.Sequential(*layers)
         self.rate = torch.nn.Parameter(torch.tensor(0.7, dtype=D))
 
     def forward(self, t, y):

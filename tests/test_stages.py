@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+from small_net import SmallNet
 from torch.autograd import grad
 
 import pnode
@@ -17,13 +18,7 @@ D = torch.float64
 T = torch.tensor([0.1, 0.5, 1.2], dtype=D)
 
 
-class Field(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(1)
-        layers = (torch.nn.Linear(3, 4, dtype=D), torch.nn.Tanh(), torch.nn.Linear(4, 3, dtype=D))
-        self.net = torch.nn.Sequential(*layers)
-
+class Field(SmallNet):
     def forward(self, t, y):
         return self.net(y) * torch.cos(3.0 * t) - 0.5 * y
 
