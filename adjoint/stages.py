@@ -153,6 +153,7 @@ class ExplicitAdjoint(TorchAdjointStepper):
             Whatever the vector field raised.
         """
         h, field, dtype = step.length, self.field, self.field.dtype
+        look = field.look
         if h != self._length:
             self._length, self._scaled = h, (self._weights * h).split(self._counts)
         needed, stages = self._needed, len(self._nodes)
@@ -160,7 +161,6 @@ class ExplicitAdjoint(TorchAdjointStepper):
         if inside is not NOTHING:
             needed = frozenset(range(len(self.checkpoint)))
             states, slopes = inside.of(stages)
-        expected, random, look = self.evidence, self._random, field.look
         self._rows[0].copy_(self.state)
         for row, weights in enumerate(self._scaled):
             i = stages - 1 - row
@@ -172,18 +172,9 @@ class ExplicitAdjoint(TorchAdjointStepper):
                 w.add_(slope)
             if look is not None:
                 look(step.at(self._nodes[i]), self.checkpoint[i], w, h * self._b[i], "rhs")
-            if self._graphs is None or i >= len(self._graphs) or inside.look is not None:
-                c = self._nodes[i]
-                s = step.end if c == 1.0 else step.start + c * h
-                graph = self.linearize(s, self.checkpoint[i], step)
-                value = graph.flat_value()
-                if i < len(expected) and float(torch.dot(random, value)) != expected[i]:
-                    self.verify(value, i, s, step)
-                if inside.look is not None:
-                    inside.look(i, value.to(REAL))
-            else:
-                graph = self._graphs[i]
-                graph.adopt(field.shared)
+            graph = self.graph(i, step, fresh=inside.look is not None)
+            if inside.look is not None:
+                inside.look(i, graph.flat_value().to(REAL))
             with self._vjp_event:
                 products = graph.vjp(w if dtype is REAL else w.to(dtype))
             if self.wants_parameters:
@@ -196,6 +187,20 @@ class ExplicitAdjoint(TorchAdjointStepper):
         if inside is not NOTHING:
             self._products.zero_()
         ledger.steps += 1
+
+    def graph(self, i: int, step: Step, fresh: bool = False) -> Linearization:
+        """Return the graph at a stage; ``fresh``: not one that was kept."""
+        if self._graphs is not None and i < len(self._graphs) and not fresh:
+            graph = self._graphs[i]
+            graph.adopt(self.field.shared)
+            return graph
+        s = step.at(self._nodes[i])
+        graph = self.linearize(s, self.checkpoint[i], step)
+        if i < len(self.evidence):
+            value = graph.flat_value()
+            if float(torch.dot(self._random, value)) != self.evidence[i]:
+                self.verify(value, i, s, step)
+        return graph
 
 
 class StageAdjoint(ImplicitAdjointStepper):

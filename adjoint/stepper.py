@@ -286,15 +286,20 @@ class ImplicitAdjointStepper(TorchAdjointStepper):
         the explicit part of a split field, for products with that.
         """
         with log_event("pnode vjp"):
-            return self._graph_at(s, u, u_dot, part).vjp(w.to(self.field.dtype))
+            return self.graph_at(s, u, u_dot, part).vjp(w.to(self.field.dtype))
 
     def value(self, s: float, u: torch.Tensor, u_dot: torch.Tensor | None = None) -> torch.Tensor:
         """Return g = -F at (s, u, u_dot), from the graph that :meth:`products` uses."""
-        return self._graph_at(s, u, u_dot).flat_value()
+        return self.graph_at(s, u, u_dot).flat_value()
 
-    def _graph_at(
-        self, s: float, u: torch.Tensor, u_dot: torch.Tensor | None, part: VectorField | None = None
+    def graph_at(
+        self,
+        s: float,
+        u: torch.Tensor,
+        u_dot: torch.Tensor | None = None,
+        part: VectorField | None = None,
     ) -> Linearization:
+        """Return g with its graph at (s, u, u_dot), that of a recent point where it is the same."""
         return self.bridge.linearize(self.bridge.point_at(s, u, u_dot, part))
 
     def solve_transposed(

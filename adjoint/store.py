@@ -79,6 +79,11 @@ class CheckpointStore:
     def __contains__(self, key: Key) -> bool:
         return key in self._top
 
+    @property
+    def at_hand(self) -> bool:
+        """Whether all checkpoints are in memory."""
+        return self._disk is None and isinstance(self._top, Memory)
+
     def put(self, key: Key, tensors: Tensors, level: int = 0) -> None:
         """Keep a checkpoint; at once on the disk with ``level`` 1.
 

@@ -19,6 +19,7 @@ from pnode.adjoint.schedule import (
     KeepEnd,
     RestoreStages,
     Schedule,
+    StoreEverything,
     StoreSolution,
     StoreStages,
 )
@@ -199,6 +200,19 @@ class Trajectory:
             self._store.hold(live)
             self._held = live
         return live
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether the stages of all steps are in memory, which all ranks agree about."""
+        everything = isinstance(self.schedule, StoreEverything)
+        return self.ready and everything and self.progress is None and self._store.at_hand
+
+    def peek(self, index: int) -> Checkpoint | None:
+        """Return the stages of a step, which stay where they are; None if they are not at hand."""
+        if self._live is not None and self._live[0] == index:
+            return self._live[1]
+        found = self._store.peek((_STAGES, index))
+        return None if found is None else self._own(found)
 
     def _find_live(self, index: int, integrator: TimeIntegrator | None) -> Checkpoint:
         if self._live is None or self._live[0] != index:

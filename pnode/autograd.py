@@ -14,7 +14,7 @@ from pnode.batches import Runs, Times, one_by_one
 from pnode.devices import ordered, place_of
 from pnode.engine import Engine
 from pnode.errors import BackwardError
-from pnode.output_times import refuse_interpolated_times, slope_at, time_gradient
+from pnode.output_times import moved_by_times, start_moved_by_time, time_gradient
 from pnode.pair_layout import PairLayout
 from pnode.problem import InitialValueProblem
 from pnode.rebinding import bound
@@ -25,8 +25,10 @@ from pnode.transforms import (
     differentiable,
     is_legacy_batch,
     legacy_batch,
+    lowered,
     moves,
     no_tangents,
+    only_forward_mode,
     outside_compiler,
     recorded_by_autograd,
     refuse_legacy_batch,
@@ -78,7 +80,7 @@ def solve(
 class SolveFunction(torch.autograd.Function):
     """The solve as one node of the graph: (y0, t, start, *parameters) -> ys.
 
-    ``start`` holds the tangents at the start of a pair, as rows, and is None elsewhere.
+    ``start`` has the tangents at the start of a pair as rows, None elsewhere.
     """
 
     @staticmethod
@@ -98,9 +100,12 @@ class SolveFunction(torch.autograd.Function):
         own = bound(problem, parameters)
         if own is not problem:
             problem, requests = own, replace(requests, plain=True)
-        with ordered(place_of(problem.layout.device)) as leave:
-            ys, run = sweeps.forward(engine, problem, y0, keep=True, requests=requests)
-            leave(ys)
+        if requests.known is None:
+            with ordered(place_of(problem.layout.device)) as leave:
+                ys, run = sweeps.forward(engine, problem, y0, keep=True, requests=requests)
+                leave(ys)
+        else:
+            ys, run = tangent_solves.later(engine, problem, requests)
         if run.event is None:
             ys = problem.layout.whole(ys)
         run.let_go()
@@ -182,20 +187,14 @@ class SolveFunction(torch.autograd.Function):
             run = ctx.runs.only()
             start = torch.zeros_like(y0) if along_y0 is None else along_y0
             if along_t is not None:
-                if run.sweep.interpolated:
-                    refuse_interpolated_times()
-                start = start - along_t[0].to(y0) * slope_at(run, t[0], y0, parameters)
+                start = start_moved_by_time(run, t, along_t, y0, start, parameters)
             pair, _, xs, _ = tangent(
                 ctx.engine, run, y0, t, parameters, start[None], [directions], False, True
             )
             ys, Z = pair.parts(xs)
             if along_t is not None:
                 first = torch.zeros_like(y0) if along_y0 is None else along_y0
-                later = [
-                    Z[i] + along_t[i].to(y0) * slope_at(run, t[i], ys[i], parameters)
-                    for i in range(1, len(Z))
-                ]
-                Z = torch.stack([first, *later])
+                Z = moved_by_times(run, t, along_t, ys, [first, *Z[1:]], parameters)
             return Z.reshape(ctx.shape)
 
 
@@ -360,10 +359,8 @@ def tangent(
         Its flat initial state and its output times.
     parameters : sequence of Tensor
         Its parameters.
-    start : Tensor
-        Directions of y0, shape ``(m, size)``.
-    directions : sequence of sequence of (Tensor or None)
-        For each, that of each parameter, None being zero.
+    start, directions : Tensor, sequence of sequence of (Tensor or None)
+        Directions of y0, shape ``(m, size)``; for each those of parameters, None being zero.
     reverse : bool
         Whether the caller takes the adjoint of the sweep.
     own : bool
@@ -373,18 +370,22 @@ def tangent(
     -------
     pair : PairLayout
         How states and tangents make one state.
-    x0, xs : Tensor
+    x0, xs, runs : Tensor, Tensor, Runs
         Of both, at the start and at the outputs.
-    runs : Runs
-        Of both.
     """
     pair, of_both, requests = with_tangents(engine, run, directions, reverse, own)
     number, taken = len(run.problem.times), Runs()
     assert run.surroundings is not None
     inputs = (*parameters, *tangents_of(requests).moving)
     x0 = pair.join([y0, *start])
+    recorded = recorded_by_autograd(map(lowered, (y0, t, start, *inputs)))
+    if not reverse and only_forward_mode(own):
+        known = tangent_solves.of_stages(engine, run, pair, y0, start, directions)
+        if known is not None and not recorded:
+            return pair, x0, known, taken
+        requests = replace(requests, known=known)
     with run.surroundings.restored():
-        if reverse or transforms_active() or recorded_by_autograd((y0, t, start, *inputs)):
+        if reverse or recorded or transforms_active():
             xs = SolveFunction.apply(
                 engine, of_both, requests, taken, y0, t[:number], start, *inputs
             )
@@ -393,4 +394,6 @@ def tangent(
             taken.append(one)
     for one in taken.all():
         one.event = run.event
+        run.stats.tangents.add(one.stats)
+        one.stats.backward, one.stats.tangents = run.stats.backward, run.stats.tangents
     return pair, x0, xs.reshape(number, -1), taken

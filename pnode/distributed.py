@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -72,6 +73,18 @@ class DistributedLinearization(Linearization):
             mass = self._shared.mass
             product = product + rate * (v if mass is None else mass.apply(v))
         return product
+
+    def along(
+        self, states: torch.Tensor | None, parameters: Sequence[tuple[int, torch.Tensor]]
+    ) -> torch.Tensor:
+        """Return dg/du Z_k + dg/dp v_k, shape ``(m, size)``. Collective with ghost cells."""
+        number = len(parameters[0][1] if states is None else states)
+        if states is not None:
+            states = torch.stack([self._cells.gather(row) for row in states])
+        found = self._cells.ranks.attempt(super().along, states, parameters)
+        if found is None:
+            return self._value.new_full((number, self._value.numel()), torch.nan)
+        return found
 
     def second_vjp(self, w: torch.Tensor, v: torch.Tensor) -> Products:
         """Return the derivatives of w^T (dg/dy) v. Collective with ghost cells."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import torch
 from pnode.graphs import graph_bytes
 from pnode.hooks import ParameterHooks
 from pnode.mass import MassMatrix
-from pnode.products import edges_work, gradients, pull_back
+from pnode.products import directional_derivatives, edges_work, gradients, pull_back
 from pnode.solution import Ledger
 from pnode.transfers import Remote
 
@@ -213,6 +214,30 @@ class Linearization:
         self._shared.ledger.vjp += len(cotangents)
         products = self._rows(cotangents)[0]
         return products if self._sign > 0 else -products
+
+    def along(
+        self, states: torch.Tensor | None, parameters: Sequence[tuple[int, torch.Tensor]]
+    ) -> torch.Tensor:
+        """Return dg/du Z_k + dg/dp v_k for several tangents, shape ``(m, size)``.
+
+        Parameters
+        ----------
+        states : Tensor or None
+            The Z_k, shape ``(m, size)``, the user's precision; None being zero.
+        parameters : sequence of (int, Tensor)
+            For each parameter that moves its index and its tangents, shape ``(m, *parameter)``.
+        """
+        inputs = [self._shared.parameters[index] for index, _ in parameters]
+        rows = [tangents for _, tangents in parameters]
+        if states is not None:
+            inputs.append(self._leaves[0])
+            rows.append(states)
+        self._shared.ledger.jvp += len(rows[0])
+        with self._shared.hooks_away():
+            end = self._value if self._edge is None else self._edge
+            found = directional_derivatives(self._value, end, inputs, rows)
+        found = found.reshape(len(rows[0]), -1)
+        return found if self._sign > 0 else -found
 
     def second_vjp(self, w: torch.Tensor, v: torch.Tensor) -> Products:
         """Return the derivatives of w^T (dg/dy) v with respect to y and the parameters.

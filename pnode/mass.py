@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from pnode.errors import ConfigurationError
 from pnode.nullspaces import null_spaces, unit_vectors
 from pnode.problem import StateLayout
+from pnode.transforms import outside
 from pnode.vectors import REAL
 
 __all__ = ["MassMatrix"]
@@ -38,6 +39,7 @@ class MassMatrix:
         For another shape, NaN, zero, or a matrix that requires grad.
     """
 
+    @outside()  # nothing of it moves
     def __init__(self, matrix: Any, layout: StateLayout) -> None:
         size = layout.size
         parts = tuple(matrix) if isinstance(matrix, (tuple, list)) else (matrix,)
@@ -91,6 +93,7 @@ class MassMatrix:
         assert self._matrix is not None
         return self._matrix if self._matrix.layout is torch.strided else self._matrix.to_dense()
 
+    @outside()
     def repeated(self, number: int, layout: StateLayout) -> MassMatrix:
         """Return the mass matrix of so many states in one, each with this one.
 
@@ -108,6 +111,7 @@ class MassMatrix:
         index = torch.stack([(part + shifts).reshape(-1) for part in (rows, columns)])
         return MassMatrix(_sparse(index, values.repeat(number), layout.size), layout)
 
+    @outside()
     def with_identity(self, layout: StateLayout) -> MassMatrix:
         """Return the mass matrix of a state that goes on with entries of mass one.
 
@@ -125,6 +129,7 @@ class MassMatrix:
         index = torch.stack([torch.cat([rows, more]), torch.cat([columns, more])])
         return MassMatrix(_sparse(index, torch.cat([values, ones]), layout.size), layout)
 
+    @outside()
     def null_spaces(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return bases of the left and right null space; see :mod:`pnode.nullspaces`."""
         if self.diagonal is not None:

@@ -13,7 +13,7 @@ from pnode.rebinding import bound
 from pnode.run import Run
 from pnode.vectorfield import VectorField
 
-__all__ = ["refuse_interpolated_times", "slope_at", "time_gradient"]
+__all__ = ["moved_by_times", "slope_at", "start_moved_by_time", "time_gradient"]
 
 
 def time_gradient(
@@ -35,7 +35,7 @@ def time_gradient(
     problem, direction = run.problem, run.problem.direction
     interpolated: Set[int] = frozenset() if run.sweep is None else run.sweep.interpolated
     if again and interpolated:
-        refuse_interpolated_times()
+        _refuse_interpolated_times()
     field = run.field(run.stats.backward)
     terms: list[torch.Tensor] = [initial.new_zeros((), dtype=torch.float64)] * len(t)
     for index, value in found.items():
@@ -59,7 +59,7 @@ def time_gradient(
     return problem.ranks.sum(torch.stack(terms)).to(t)
 
 
-def refuse_interpolated_times() -> None:
+def _refuse_interpolated_times() -> None:
     """Refuse what would need derivatives of an interpolant by time, and theirs."""
     raise BackwardError(
         "second derivatives and tangents with respect to times of outputs that are interpolated "
@@ -77,6 +77,30 @@ def slope_at(
     parts = [now(part) for part in (problem.function, problem.explicit) if part is not None]
     values = [layout.flatten(part(time, layout.unflatten(y.clone()))) for part in parts]
     return problem.direction * sum(values[1:], start=values[0])
+
+
+def start_moved_by_time(
+    run: Run, t: torch.Tensor, along_t: torch.Tensor, y0: torch.Tensor, tangent: torch.Tensor,
+    parameters: Sequence[torch.Tensor],
+) -> torch.Tensor:  # fmt: skip
+    """Return a tangent of the initial state with that of its time: the flow begins later."""
+    assert run.sweep is not None
+    if run.sweep.interpolated:
+        _refuse_interpolated_times()
+    return tangent - along_t[0].to(y0) * slope_at(run, t[0], y0, parameters)
+
+
+def moved_by_times(
+    run: Run, t: torch.Tensor, along_t: torch.Tensor, ys: torch.Tensor,
+    tangents: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor],
+) -> torch.Tensor:  # fmt: skip
+    """Return tangents of the outputs with those of their times; the first one's is in the flow."""
+    first, *others = tangents
+    moved = [
+        Z + along_t[i].to(y) * slope_at(run, t[i], y, parameters)
+        for i, (Z, y) in enumerate(zip(others, ys[1:], strict=True), start=1)
+    ]
+    return torch.stack([first, *moved])
 
 
 def _verify_slope(run: Run, field: VectorField, index: int, slope: torch.Tensor) -> None:

@@ -13,6 +13,7 @@ __all__ = [
     "accumulate",
     "derivatives",
     "directional_derivative",
+    "directional_derivatives",
     "edges_work",
     "gradients",
     "pull_back",
@@ -36,10 +37,13 @@ def gradients(
 
 
 def _engine_gradients(
-    value: torch.Tensor, inputs: tuple[torch.Tensor, ...], cotangent: torch.Tensor
+    value: torch.Tensor,
+    inputs: tuple[torch.Tensor, ...],
+    cotangent: torch.Tensor,
+    record: bool = False,
 ) -> tuple[torch.Tensor | None, ...]:
     """Do as :func:`gradients`, without its checks, which cost a third of a small product."""
-    return _engine((value,), (cotangent,), True, False, inputs, True, accumulate_grad=False)
+    return _engine((value,), (cotangent,), True, record, inputs, True, accumulate_grad=False)
 
 
 def _engine_works() -> bool:
@@ -138,6 +142,74 @@ def derivatives(
                 )  # fmt: skip
             found.append(torch.zeros_like(value) if result is None else result)
     return found
+
+
+# Entries of a value beyond which several products are faster one by one than in a batch.
+_LARGE = 1 << 12
+
+
+def directional_derivatives(
+    value: torch.Tensor, end: Any, inputs: Sequence[torch.Tensor], tangents: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Return the derivatives of ``value`` along several tangents, without graphs; see above.
+
+    Its graph is kept.
+
+    Parameters
+    ----------
+    value : Tensor
+        A value, or another tensor of its shape and dtype.
+    end : Tensor or GradientEdge
+        The value with its graph, or the end of that.
+    inputs : sequence of Tensor
+        What it is differentiated by; each requires grad.
+    tangents : sequence of Tensor
+        For each input its tangents, shape ``(m, *input)``.
+
+    Returns
+    -------
+    Tensor
+        Shape ``(m, *value)``.
+    """
+    number = len(tangents[0])
+    nothing = value.new_zeros(()).expand(number, *value.shape)
+    if isinstance(end, torch.Tensor) and not end.requires_grad:
+        return nothing
+    with torch.enable_grad():
+        seed = torch.zeros_like(value, requires_grad=True)
+        products = pull_back(end, tuple(inputs), seed, True)
+    chosen = [
+        (product, rows.reshape(number, *product.shape))
+        for product, rows in zip(products, tangents, strict=True)
+        if product is not None and product.requires_grad
+    ]
+    if not chosen:
+        return nothing
+    ends = tuple(product for product, _ in chosen)
+    if 1 < number and value.numel() <= _LARGE:
+        try:
+            (found,) = torch.autograd.grad(
+                ends, seed, [rows for _, rows in chosen], retain_graph=True,
+                allow_unused=True, is_grads_batched=True,
+            )  # fmt: skip
+            return nothing if found is None else found
+        except RuntimeError:  # no batching rule for an operation of this field
+            pass
+    rows = [_backward(ends, tuple(row[k] for _, row in chosen), seed) for k in range(number)]
+    known = [row for row in rows if row is not None]
+    if not known:
+        return nothing
+    return known[0][None] if number == 1 else torch.stack(known)
+
+
+def _backward(ends: Any, cotangents: Any, seed: torch.Tensor) -> torch.Tensor | None:
+    """Return the VJP of several values with one input; keep the graph."""
+    if pull_back is _engine_gradients:
+        found = _engine(ends, cotangents, True, False, (seed,), True, accumulate_grad=False)
+    else:
+        found = torch.autograd.grad(ends, seed, cotangents, retain_graph=True, allow_unused=True)
+    one: torch.Tensor | None = found[0]
+    return one
 
 
 def accumulate(

@@ -96,6 +96,8 @@ class Requests:
         Whether nothing is to be compiled.
     continuous : bool
         Whether gradients are those of the continuous adjoint.
+    known : Tensor or None
+        Its outputs, if these are known: a sweep is only taken for its adjoint, once that is wanted.
     """
 
     monitor: Callable[[int, float, Any], None] | None = None
@@ -105,6 +107,7 @@ class Requests:
     recorded: Recorded | None = None
     plain: bool = False
     continuous: bool = False
+    known: torch.Tensor | None = None
 
 
 class Sweep(ABC):
@@ -170,6 +173,8 @@ class Run:
         Told of each stage in backward sweeps; see ``VectorField``.
     entry : Entry or None
         Where its evaluations are counted, if they may pay for a compilation.
+    ys : Tensor or None
+        Its outputs, shape ``(T, size)``, without their graph.
     """
 
     problem: InitialValueProblem
@@ -183,6 +188,7 @@ class Run:
     reads: Reads | None = None
     look: Callable[..., None] | None = None
     entry: Entry | None = None
+    ys: torch.Tensor | None = None
 
     def let_go(self) -> None:
         """Keep f for backward sweeps, but not what owns it: see :mod:`pnode.held`."""

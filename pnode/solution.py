@@ -70,9 +70,14 @@ class Ledger:
 
 @dataclass
 class Stats(Ledger):
-    """Ledger of the forward sweep; ``backward`` adds up all backward sweeps."""
+    """Ledger of the forward sweep.
+
+    ``backward`` adds up all backward sweeps, ``tangents`` all solves for tangents: those of forward
+    mode, and those that second derivatives are made of.
+    """
 
     backward: Ledger = field(default_factory=Ledger)
+    tangents: Ledger = field(default_factory=Ledger)
 
 
 State = TypeVar("State", default=Any)

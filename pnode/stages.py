@@ -19,7 +19,7 @@ from pnode.run import Recorded, Requests, Run
 from pnode.solution import Stage
 from pnode.transforms import is_wrapped, moves
 
-__all__ = ["StageSweep"]
+__all__ = ["StageSweep", "uncompiled"]
 
 
 def _nothing() -> None:
@@ -73,7 +73,11 @@ class StageSweep:
         with torch.no_grad(), ordered(place_of(run.problem.layout.device)):
             whole = not isinstance(run.sweep, sweeps.SteppedSweep)
             if whole or run.codes or run.settings.graphs is not None:
-                run = self._uncompiled()
+                again = uncompiled(self._engine, run, self._y0)
+                taken = replace(again.stats, recomputed=again.stats.steps, steps=0)
+                run.stats.backward.add(taken)
+                again.stats.backward = run.stats.backward
+                run = again
             own = run.problem
             bare = replace(own, parameters=(), frozen=(*own.frozen, *own.parameters))
 
@@ -137,30 +141,35 @@ class StageSweep:
             flat.append(flat[0].new_zeros(number, problem.integrals))
         return torch.cat(flat, 1)
 
-    def _uncompiled(self) -> Run:
-        """Take the steps of a compiled solve again, one by one. Not on several ranks."""
-        run, engine = self._run, self._engine
-        sweep, own = run.sweep, run.problem
-        assert sweep is not None and run.surroundings is not None
-        steps, outputs = sweep.recorded()
-        if isinstance(sweep, sweeps.SteppedSweep) and sweep.trajectory is not None:
-            sweep.trajectory.clear()  # the limits of memory are for one sweep's checkpoints
-            sweep.trajectory.ready = False
-        adaptive = run.settings.adaptive and engine.method.multistep
-        settings = replace(run.settings, graphs=None, adaptive=adaptive)
-        problem = replace(
-            own, function=now(own.function), explicit=now(own.explicit), check_undeclared=False
+
+def uncompiled(engine: Engine, run: Run, y0: torch.Tensor) -> Run:
+    """Take the steps of a compiled solve again, one by one. Not on several ranks.
+
+    Parameters
+    ----------
+    engine, run : Engine, Run
+        What solved, and the solve.
+    y0 : Tensor
+        Its initial state, flat.
+    """
+    sweep, own = run.sweep, run.problem
+    assert sweep is not None and run.surroundings is not None
+    steps, outputs = sweep.recorded()
+    if isinstance(sweep, sweeps.SteppedSweep) and sweep.trajectory is not None:
+        sweep.trajectory.clear()  # the limits of memory are for one sweep's checkpoints
+        sweep.trajectory.ready = False
+    adaptive = run.settings.adaptive and engine.method.multistep
+    settings = replace(run.settings, graphs=None, adaptive=adaptive)
+    problem = replace(
+        own, function=now(own.function), explicit=now(own.explicit), check_undeclared=False
+    )
+    recorded = Recorded(steps, outputs, settings, run.surroundings)
+    with run.surroundings.restored():
+        _, again = sweeps.forward(
+            engine, problem, y0, True, Requests(recorded=recorded, plain=True)
         )
-        recorded = Recorded(steps, outputs, settings, run.surroundings)
-        with run.surroundings.restored():
-            _, again = sweeps.forward(
-                engine, problem, self._y0, True, Requests(recorded=recorded, plain=True)
-            )
-        taken = replace(again.stats, recomputed=again.stats.steps, steps=0)
-        run.stats.backward.add(taken)
-        again.stats.backward = run.stats.backward
-        again.let_go()
-        return again
+    again.let_go()
+    return again
 
 
 def _stage(

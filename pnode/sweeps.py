@@ -81,6 +81,8 @@ def forward(
         )
     with problem.ranks.together():
         outputs = _forward(engine, run, y0, keep, requests)
+    if keep:
+        run.ys = outputs.detach()
     note_kept(run.stats.ram_bytes + run.stats.tape_bytes)
     if run.entry is not None:
         run.entry.add(run.stats)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -23,9 +23,10 @@ from pnode.products import derivatives
 
 __all__ = [
     "batch_is_innermost", "differentiable", "has_tangent", "in_forward_mode", "is_legacy_batch",
-    "is_wrapped", "legacy_batch", "moves", "no_tangents", "outside_compiler", "plain",
-    "recorded_by_autograd", "refuse_legacy_batch", "refuse_moving", "refuse_traced",
-    "refuse_transforms", "stacked", "transforms_active", "unmoved", "unwrapped", "watched",
+    "is_wrapped", "legacy_batch", "lowered", "moves", "no_tangents", "only_forward_mode",
+    "outside", "outside_compiler", "plain", "recorded_by_autograd", "refuse_legacy_batch",
+    "refuse_moving", "refuse_traced", "refuse_transforms", "stacked", "transforms_active",
+    "unmoved", "unwatched", "unwrapped", "watched",
 ]  # fmt: skip
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -173,9 +174,8 @@ def stacked(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
     """Return the numbers of a tensor, without what transforms and graphs know of it."""
-    while is_wrapped(tensor):
-        tensor = unwrapped(tensor)
-    return tensor.detach()
+    found: torch.Tensor = lowered(tensor)
+    return found.detach()
 
 
 def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
@@ -199,6 +199,32 @@ def batch_is_innermost(own: bool) -> bool:
     if own and names[-1:] == ["Jvp"]:
         names.pop()
     return names[-1:] == ["Vmap"]
+
+
+def only_forward_mode(own: bool) -> bool:
+    """Whether no transform of torch.func is active but the forward mode whose own rule asks."""
+    stack = _functorch.get_interpreter_stack() or []
+    return not stack or (own and [one.key().name for one in stack] == ["Jvp"])
+
+
+@contextmanager
+def outside() -> Iterator[None]:
+    """Be outside of all transforms of torch.func."""
+    saved = []
+    while transforms_active():
+        saved.append(_functorch.pop_dynamic_layer_stack())
+    try:
+        yield
+    finally:
+        while saved:
+            _functorch.push_dynamic_layer_stack(saved.pop())
+
+
+def lowered(tensor: Any) -> Any:
+    """Return a tensor without its transforms; None for None."""
+    while tensor is not None and is_wrapped(tensor):
+        tensor = unwrapped(tensor)
+    return tensor
 
 
 def recorded_by_autograd(tensors: Iterable[torch.Tensor]) -> bool:
@@ -248,6 +274,11 @@ def watched(function: Any, declared: Sequence[torch.Tensor] = ()) -> Any:
     if function is None or not (in_forward_mode() or transforms_active()):
         return function
     return _Watched(function, [tensor for tensor in declared if has_tangent(tensor)])
+
+
+def unwatched(function: Any) -> Any:
+    """Return the function that :func:`watched` was given."""
+    return function.function if isinstance(function, _Watched) else function
 
 
 class _Watched(torch.nn.Module):
@@ -305,14 +336,24 @@ class _RefuseWrapped(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        given = [*args, *(kwargs or {}).values()]
-        if any(is_wrapped(tensor) for value in given for tensor in _tensors(value)):
+        given = (*args, *kwargs.values()) if kwargs else args
+        if _any_wrapped(given):
             raise ConfigurationError(
                 "the vector field uses a tensor that belongs to a transform of torch.func and that "
                 "nobody declared: write it as a torch.nn.Module that holds the tensor, and use "
                 "torch.func.functional_call"
             )
         return function(*args, **(kwargs or {}))
+
+
+def _any_wrapped(values: Iterable[Any]) -> bool:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            if is_wrapped(value):
+                return True
+        elif isinstance(value, (tuple, list)) and _any_wrapped(value):
+            return True
+    return False
 
 
 def outside_compiler(function: _Function) -> _Function:

@@ -1,0 +1,263 @@
+"""Tangents of steps that were taken, from the first to the last: what the adjoints transpose.
+
+A step's stages are in its checkpoint. Its derivative along m directions of the state and of the
+parameters then takes products with f's derivatives there, and for implicit stages one solve for
+each direction with the matrix that the adjoint would use. Nothing is evaluated that the method
+itself would not evaluate there.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+
+from pnode.adjoint.multistep import MultistepAdjoint
+from pnode.adjoint.stages import ExplicitAdjoint, StageAdjoint
+from pnode.adjoint.stepper import AdjointStepper, ImplicitAdjointStepper
+from pnode.evidence import notes
+from pnode.linearization import Linearization
+from pnode.solution import Ledger
+from pnode.solvers.bdf import start_weights
+from pnode.solvers.petsc.settings import IntegratorSettings
+from pnode.solvers.stepping import Step
+from pnode.vectorfield import VectorField
+from pnode.vectors import REAL
+
+__all__ = ["Moving", "TangentStepper", "create_tangents", "has_tangents"]
+
+#: For each parameter that moves its index and its tangents, shape ``(m, *parameter)``.
+Moving: TypeAlias = Sequence[tuple[int, torch.Tensor]]
+
+
+class TangentStepper(ABC):
+    """Takes tangents of the state forwards, step by step.
+
+    Parameters
+    ----------
+    adjoint : AdjointStepper
+        Of the same method, has begun; each step's checkpoint is to be loaded into it.
+    start : Tensor
+        Tangents of the initial state, shape ``(m, size)``.
+    moving : sequence
+        Those of the parameters.
+
+    Attributes
+    ----------
+    tangents : Tensor
+        Of the state after the steps so far, shape ``(m, size)``, PETSc's precision.
+    """
+
+    def __init__(self, start: torch.Tensor, moving: Moving) -> None:
+        self.tangents = start.to(REAL)
+        self._moving = moving
+
+    @abstractmethod
+    def step(self, step: Step, ledger: Ledger) -> None:
+        """Take a step, whose checkpoint has been loaded. Collective.
+
+        Raises
+        ------
+        LinearSolveFailed
+            If a linear solve did not converge.
+        BaseException
+            Whatever the vector field raised.
+        """
+
+    def _along(self, graph: Linearization, states: torch.Tensor | None) -> torch.Tensor:
+        """Return g_y Z_k + g_p v_k, without the Z_k if there are none."""
+        given = None if states is None else states.to(graph.dtype)
+        return graph.along(given, self._moving).to(REAL)
+
+
+class ExplicitTangents(TangentStepper):
+    """Of an explicit Runge-Kutta step: its stages with l_i = g_u(U_i) w_i + g_p(U_i) v."""
+
+    def __init__(self, adjoint: ExplicitAdjoint, start: torch.Tensor, moving: Moving) -> None:
+        super().__init__(start, moving)
+        self._adjoint = adjoint
+        scheme = adjoint.settings.method.scheme
+        assert scheme is not None
+        self._scheme, self._live = scheme, sorted(scheme.live_stages())
+
+    def step(self, step: Step, ledger: Ledger) -> None:
+        """Take a step; see :class:`TangentStepper`."""
+        scheme, h = self._scheme, step.length
+        slopes: dict[int, torch.Tensor] = {}
+        for i in self._live:
+            w = _plus(self.tangents, [(h * scheme.A[i][j], slopes[j]) for j in slopes])
+            slopes[i] = self._along(self._adjoint.graph(i, step), w)
+        self.tangents = _plus(self.tangents, [(h * scheme.b[j], slopes[j]) for j in slopes])
+        ledger.steps += 1
+
+
+class _ImplicitTangents(TangentStepper):
+    """What those of methods that solve systems share."""
+
+    def __init__(
+        self, adjoint: ImplicitAdjointStepper, start: torch.Tensor, moving: Moving
+    ) -> None:
+        super().__init__(start, moving)
+        self._adjoint = adjoint
+        self._mass = adjoint.field.mass
+
+    def _solve(
+        self, s: float, u: torch.Tensor, shift: float, driven: torch.Tensor, step: Step,
+        ledger: Ledger,
+    ) -> torch.Tensor:  # fmt: skip
+        """Return the solutions of (shift M - g_u) x_k = M driven_k + g_p v_k at (s, u)."""
+        adjoint = self._adjoint
+        adjoint.set_matrix(s, u, shift, step)
+        right = driven
+        if self._mass is not None:
+            right = torch.stack([self._mass.apply(row) for row in driven])
+        if self._moving:
+            right = right + self._along(adjoint.graph_at(s, u), None)
+        return torch.stack([adjoint.solve(row, step, ledger, transposed=False) for row in right])
+
+
+class StageTangents(_ImplicitTangents):
+    """Of a diagonally implicit or IMEX step; see :class:`StageAdjoint` for the equations.
+
+    Implicit stages have (M / (h a_ii) - g_Y) dY_i = M dZ_i / (h a_ii) + g_p v and
+    dK_i = (dY_i - dZ_i) / (h a_ii), explicit ones dY_i = dZ_i and dK_i = g_Y dY_i + g_p v.
+    """
+
+    def __init__(self, adjoint: StageAdjoint, start: torch.Tensor, moving: Moving) -> None:
+        super().__init__(adjoint, start, moving)
+        scheme = adjoint.settings.method.scheme
+        assert scheme is not None
+        self._scheme = scheme
+        parts = [(scheme.A, scheme.b)]
+        if scheme.A_explicit is not None and scheme.b_explicit is not None:
+            parts.append((scheme.A_explicit, scheme.b_explicit))
+        # Whether something looks at a stage's slope, for each part.
+        self._wanted = [
+            [bool(b[j]) or any(row[j] for row in A[j + 1 :]) for j in range(scheme.stages)]
+            for A, b in parts
+        ]
+
+    def step(self, step: Step, ledger: Ledger) -> None:
+        """Take a step; see :class:`TangentStepper`."""
+        adjoint, scheme, h = self._adjoint, self._scheme, step.length
+        adjoint.bridge.expected = notes(adjoint.evidence)
+        slopes: dict[int, torch.Tensor] = {}
+        explicit: dict[int, torch.Tensor] = {}
+        A_explicit, b_explicit = scheme.A_explicit or (), scheme.b_explicit or ()
+        state = self.tangents
+        for i, a in enumerate(row[i] for i, row in enumerate(scheme.A)):
+            driven = _plus(self.tangents, [
+                *((h * scheme.A[i][j], slopes[j]) for j in slopes),
+                *((h * A_explicit[i][j], explicit[j]) for j in explicit),
+            ])  # fmt: skip
+            s, Y = step.at(scheme.c[i]), adjoint.checkpoint[i]
+            if a:
+                shift = 1.0 / (h * a)
+                state = self._solve(s, Y, shift, shift * driven, step, ledger)
+                if self._wanted[0][i]:
+                    slopes[i] = shift * (state - driven)
+            else:
+                state = driven
+                if self._wanted[0][i]:
+                    slopes[i] = self._slope(s, Y, driven)
+            if A_explicit and self._wanted[1][i]:
+                part = adjoint.field.explicit
+                explicit[i] = self._slope(step.at(scheme.c_explicit[i]), Y, state, part)
+        if scheme.stiffly_accurate:
+            self.tangents = state
+        else:
+            self.tangents = _plus(self.tangents, [
+                *((h * scheme.b[j], slopes[j]) for j in slopes),
+                *((h * b_explicit[j], explicit[j]) for j in explicit),
+            ])  # fmt: skip
+        ledger.steps += 1
+
+    def _slope(
+        self, s: float, u: torch.Tensor, states: torch.Tensor, part: VectorField | None = None
+    ) -> torch.Tensor:
+        return self._along(self._adjoint.graph_at(s, u, None, part), states)
+
+
+class MultistepTangents(_ImplicitTangents):
+    """Of BDF and its start; see :class:`MultistepAdjoint` for the equations."""
+
+    def __init__(self, adjoint: MultistepAdjoint, start: torch.Tensor, moving: Moving) -> None:
+        super().__init__(adjoint, start, moving)
+        self._history: list[torch.Tensor] = []  # of the steps before, newest first
+
+    def step(self, step: Step, ledger: Ledger) -> None:
+        """Take a step; see :class:`TangentStepper`."""
+        before = [self.tangents, *self._history]
+        if step.order < 0:
+            self.tangents = self._extrapolated(step, -step.order, ledger)
+        else:
+            u, d = self._adjoint.checkpoint
+            first, *others = d.tolist()
+            terms = zip(others, before, strict=False)
+            driven = _plus(torch.zeros_like(self.tangents), [(-d, Z) for d, Z in terms])
+            self.tangents = self._system(0, step.end, u, first, driven, step, ledger)
+        self._history = before[: self._adjoint.settings.method.order]
+        ledger.steps += 1
+
+    def _extrapolated(self, step: Step, order: int, ledger: Ledger) -> torch.Tensor:
+        """Return the tangents after extrapolated implicit Euler."""
+        (states,) = self._adjoint.checkpoint
+        total, system = torch.zeros_like(self.tangents), 0
+        for number, weight in enumerate(start_weights(order), start=1):
+            h, Z = step.length / number, self.tangents
+            for i in range(1, number + 1):
+                s, u = step.start + i * h, states[system]
+                Z = self._system(system, s, u, 1.0 / h, Z / h, step, ledger)
+                system += 1
+            total += weight * Z
+        return total
+
+    def _system(
+        self, system: int, s: float, u: torch.Tensor, shift: float, driven: torch.Tensor,
+        step: Step, ledger: Ledger,
+    ) -> torch.Tensor:  # fmt: skip
+        """Solve one of a step's systems, and compare f there with what was noted."""
+        adjoint = self._adjoint
+        found = self._solve(s, u, shift, driven, step, ledger)
+        doubt = adjoint.evidence[2 * system + 1] if adjoint.evidence else 0.0
+        adjoint.verify(adjoint.value(s, u), 2 * system, s, step, slack=doubt)
+        return found
+
+
+def has_tangents(settings: IntegratorSettings, has_mass: bool) -> bool:
+    """Whether the steps of a method have tangents here.
+
+    Not those of Rosenbrock and symplectic methods and of residuals; nor those that have an explicit
+    stage and a mass matrix, which may be singular.
+    """
+    method = settings.method
+    if settings.graphs is not None or settings.form == "residual":
+        return False
+    if method.multistep:
+        return True
+    scheme = method.scheme
+    if scheme is None or method.linearly_implicit or method.symplectic:
+        return False
+    return not (
+        has_mass and (scheme.A_explicit or any(not row[i] for i, row in enumerate(scheme.A)))
+    )
+
+
+def create_tangents(adjoint: AdjointStepper, start: torch.Tensor, moving: Moving) -> TangentStepper:
+    """Return what takes the tangents of the steps whose adjoint is given."""
+    if isinstance(adjoint, ExplicitAdjoint):
+        return ExplicitTangents(adjoint, start, moving)
+    if isinstance(adjoint, MultistepAdjoint):
+        return MultistepTangents(adjoint, start, moving)
+    assert isinstance(adjoint, StageAdjoint)
+    return StageTangents(adjoint, start, moving)
+
+
+def _plus(total: torch.Tensor, terms: Sequence[tuple[float, torch.Tensor]]) -> torch.Tensor:
+    """Return a tensor and a sum of others, each with its factor."""
+    for factor, term in terms:
+        if factor:
+            total = torch.add(total, term, alpha=factor)
+    return total

@@ -1,0 +1,280 @@
+"""Tangents from the stages of the steps: those of the pair's solve, for less."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_net import SmallNet
+from torch.func import functional_call, jacfwd, jacrev, jvp
+
+import pnode
+from pnode import tangent_solves
+from pnode.errors import FieldChanged
+
+D = torch.float64
+T = torch.tensor([0.0, 0.25, 1.0], dtype=D)
+Y0 = torch.tensor([[0.5, -1.0, 2.0], [1.5, 0.3, -0.2]], dtype=D)
+
+
+class Field(SmallNet):
+    """Depends on time, state and parameters."""
+
+    def forward(self, t, y):
+        return self.net(y) * torch.cos(t) - 0.5 * y
+
+
+class Damping(torch.nn.Module):
+    """The explicit part of a split field."""
+
+    def __init__(self):
+        super().__init__()
+        self.rate = torch.nn.Parameter(torch.tensor([0.3, 0.7, 0.1], dtype=D))
+
+    def forward(self, t, y):
+        return -self.rate * y * torch.sin(t)
+
+
+def solver_of(kind: str, **options) -> pnode.Solver:
+    """Return a solver of one kind of problem."""
+    options.setdefault("step_size", 0.125)
+    if kind == "imex":
+        return pnode.Solver(implicit=Field(), explicit=Damping(), compile=False, **options)
+    if kind == "mass":
+        mass = torch.tensor([[2.0, 0.5, 0.0], [0.5, 1.0, 0.0], [0.0, 0.2, 1.5]], dtype=D)
+        options["mass"] = torch.block_diag(mass, mass)
+    if kind == "cost":
+        options["cost"] = lambda t, y: y.square().sum()
+    if kind == "block":
+        options["jacobian"] = "block"
+    if kind == "matrix-free":
+        options["jacobian"] = "matrix-free"
+    return pnode.Solver(Field(), compile=options.pop("compile", False), **options)
+
+
+CASES = [
+    *(("rhs", m) for m in ("rk4", "dopri5", "ssprk43", "cn", "beuler", "implicit_midpoint")),
+    *(("rhs", m) for m in ("es325", "esdirk6", "bdf1", "bdf2", "bdf4")),
+    ("imex", "ark3"), ("imex", "bpr3"), ("mass", "beuler"), ("mass", "bdf2"),
+    ("mass", "implicit_midpoint"), ("cost", "rk4"), ("cost", "es325"), ("cost", "bdf2"),
+    ("block", "es325"), ("matrix-free", "cn"),
+]  # fmt: skip
+
+
+def function(solver: pnode.Solver, t: torch.Tensor = T):
+    """Return the solve as a function of y0 and the parameters, and these."""
+    parameters = {name: tensor.detach() for name, tensor in solver.named_parameters()}
+
+    def solve(y0, parameters):
+        solution = functional_call(solver, parameters, (y0, t))
+        costs = () if solution.costs is None else (solution.costs[:, None],)
+        return torch.cat([solution.ys.flatten(1), *costs], 1)
+
+    return solve, parameters
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """Note how tangents were found: True from stages."""
+    found = []
+    of_stages = tangent_solves.of_stages
+
+    def noted(*arguments):
+        known = of_stages(*arguments)
+        found.append(known is not None)
+        return known
+
+    monkeypatch.setattr(tangent_solves, "of_stages", noted)
+    return found
+
+
+@pytest.mark.parametrize(("kind", "method"), CASES)
+def test_tangents_are_those_of_the_pair_and_of_the_adjoint(kind, method, ways, monkeypatch):
+    """One tangent, all at once, and backward sweeps for every output."""
+    tolerance = 1e-8 if kind != "rhs" or method.startswith("bdf") else 1e-11
+    if method in ("rk4", "dopri5", "ssprk43"):
+        tolerance = 1e-13
+    solve, parameters = function(solver_of(kind, method=method))
+    torch.manual_seed(0)
+    along = torch.randn_like(Y0), {n: torch.randn_like(p) for n, p in parameters.items()}
+    _, one = jvp(solve, (Y0, parameters), along)
+    forward = jacfwd(solve, (0, 1))(Y0, parameters)
+    assert ways == [True, True]
+    adjoint = jacrev(solve, (0, 1))(Y0, parameters)
+    assert torch.allclose(forward[0], adjoint[0], rtol=tolerance, atol=tolerance)
+    total = torch.einsum("tiab,ab->ti", adjoint[0], along[0])
+    for name in parameters:
+        assert torch.allclose(forward[1][name], adjoint[1][name], rtol=tolerance, atol=tolerance)
+        total = total + (adjoint[1][name] * along[1][name]).flatten(2).sum(2)
+    assert torch.allclose(one, total, rtol=tolerance, atol=10 * tolerance)
+    monkeypatch.setattr(tangent_solves, "has_tangents", lambda *_: False)
+    _, pair = jvp(solve, (Y0, parameters), along)
+    assert ways[2:] == [False]
+    assert torch.allclose(one, pair, rtol=tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "es325", "bdf"])
+def test_adaptive_steps_and_decreasing_times(method, ways):
+    options = {"step_size": None, "rtol": 1e-7, "atol": 1e-7}
+    solve, parameters = function(solver_of("rhs", method=method, **options), T.flip(0))
+    forward = jacfwd(solve)(Y0, parameters)
+    assert ways == [True]
+    tolerance = 1e-6 if method == "bdf" else 1e-10
+    assert torch.allclose(forward, jacrev(solve)(Y0, parameters), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("method", "stages"), [("es325", 4), ("cn", 1), ("bdf1", 1)])
+def test_systems_of_all_tangents_share_their_factors(method, stages):
+    """A matrix for each implicit stage, a back-substitution for each tangent, no Newton step."""
+    for number in (1, 5):
+        solver, along = solver_of("rhs", method=method), torch.randn(number, *Y0.shape, dtype=D)
+        parameters = {n: p.detach() for n, p in solver.named_parameters()}
+        kept = []
+
+        def solve(y0, solver=solver, parameters=parameters, kept=kept):
+            solution = functional_call(solver, parameters, (y0, T))
+            kept.append(solution.stats)
+            return solution.ys
+
+        torch.func.vmap(lambda v, solve=solve: jvp(solve, (Y0,), (v,))[1])(along)
+        (stats,) = kept
+        tangents, systems = stats.tangents, stages * stats.steps
+        assert (tangents.steps, tangents.newton) == (stats.steps, 0)
+        assert (tangents.jacobians, tangents.krylov) == (systems, number * systems)
+        assert tangents.rhs <= systems + 1 + stats.steps  # and an explicit first stage
+
+
+def test_tangents_of_kept_graphs_evaluate_nothing():
+    solver = solver_of("rhs", method="rk4")
+    kept = []
+
+    def solve(y0):
+        kept.append(solver(y0, T).stats)
+        return solver(y0, T).ys
+
+    with torch.no_grad():
+        jvp(solve, (Y0,), (torch.ones_like(Y0),))
+    stats = kept[0].tangents
+    assert (stats.steps, stats.rhs, stats.jvp) == (8, 0, 32)
+
+
+def test_gradients_after_tangents_are_the_same():
+    """The graphs and checkpoints of the solve stay, for its own backward sweep."""
+    for method in ("rk4", "es325"):
+        solver = solver_of("rhs", method=method)
+        found = []
+        for tangent in (False, True):
+            y0 = Y0.clone().requires_grad_()
+            with torch.autograd.forward_ad.dual_level():
+                dual = torch.autograd.forward_ad.make_dual(y0, torch.ones_like(y0))
+                ys = solver(dual if tangent else y0, T).ys
+                plain = torch.autograd.forward_ad.unpack_dual(ys).primal
+                found.append(torch.autograd.grad(plain.square().sum(), y0)[0])
+        assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("method", ["rk4", "es325"])
+def test_tangents_are_differentiated_by_a_sweep_of_the_pair(method, ways, monkeypatch):
+    """Its steps are taken once its adjoint is wanted."""
+    solver = solver_of("rhs", method=method)
+    parameters = list(solver.parameters())
+
+    def penalty():
+        kept = []
+
+        def solve(y0):
+            solution = solver(y0, T)
+            kept.append(solution.stats)
+            return solution.ys[-1]
+
+        _, tangent = jvp(solve, (Y0,), (torch.ones_like(Y0),))
+        before = kept[0].tangents.steps, kept[0].tangents.newton
+        first = torch.autograd.grad(tangent.square().sum(), parameters, create_graph=True)
+        assert (kept[0].tangents.steps, before[0]) == (16, 8)
+        assert before[1] == 0
+        return [*first, *torch.autograd.grad(sum(g.square().sum() for g in first), parameters)]
+
+    one = penalty()
+    assert ways == [True]
+    monkeypatch.setattr(tangent_solves, "of_stages", lambda *_: None)
+    other = [p.clone() for p in one]
+    solver = solver_of("rhs", method=method)
+    _, tangent = jvp(lambda y0: solver(y0, T).ys[-1], (Y0,), (torch.ones_like(Y0),))
+    parameters = list(solver.parameters())
+    first = torch.autograd.grad(tangent.square().sum(), parameters, create_graph=True)
+    other = [*first, *torch.autograd.grad(sum(g.square().sum() for g in first), parameters)]
+    for a, b in zip(one, other, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("method", ["rk4", "cn", "bdf2"])
+def test_limits_of_memory_take_the_pair(method, ways):
+    options = {"method": method, "step_size": 0.0625}
+    solve, parameters = function(solver_of("rhs", **options))
+    budget = pnode.Checkpointing(memory=800)
+    limited, _ = function(solver_of("rhs", **options, checkpointing=budget))
+    one, other = jacfwd(solve)(Y0, parameters), jacfwd(limited)(Y0, parameters)
+    assert ways == [True, False]
+    assert torch.allclose(one, other, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["rk4", "es325", "bdf2"])
+def test_compiled_solves_take_their_steps_again(method, ways):
+    solve, parameters = function(solver_of("rhs", method=method))
+    compiled = pnode.Solver(Field(), method=method, step_size=0.125, compile=True)
+    one = jacfwd(solve)(Y0, parameters)
+    with torch.no_grad():
+        other = jacfwd(lambda y0: compiled(y0, T).ys)(Y0)
+    assert ways == [True, True]
+    assert torch.allclose(one, other.reshape(one.shape), rtol=1e-8, atol=1e-9)
+
+
+class NotBatched(torch.autograd.Function):
+    """x -> x^3, without a rule for batches."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return Square.apply(x) * 3.0 * g
+
+
+class Square(torch.autograd.Function):
+    """x -> x^2, without a rule for batches."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.from_numpy(x.detach().numpy() ** 2)
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 2.0 * x * g
+
+
+@pytest.mark.parametrize("method", ["rk4", "es325"])
+def test_fields_that_torch_cannot_batch(method, ways):
+    custom = pnode.Solver(
+        lambda t, y: -0.1 * NotBatched.apply(y), method=method, step_size=0.25, compile=False
+    )
+    plain = pnode.Solver(lambda t, y: -0.1 * y**3, method=method, step_size=0.25, compile=False)
+    one, other = (pnode.sensitivities(s, Y0, T)["y0"] for s in (custom, plain))
+    assert ways == [True, True]
+    assert torch.allclose(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_a_field_that_has_changed_is_found():
+    """Here it changes in the last step of the solve itself."""
+    scale = [1.0]
+    solver = pnode.Solver(
+        lambda t, y: -scale[0] * torch.sin(y), method="es325", step_size=0.25, compile=False,
+        monitor=lambda step, t, y: scale.__setitem__(0, 2.0 if step == 4 else 1.0),
+    )  # fmt: skip
+    with pytest.raises(FieldChanged, match="its value"):
+        jvp(lambda y0: solver(y0, T).ys, (Y0,), (torch.ones_like(Y0),))
+    solver = pnode.Solver(lambda t, y: -torch.sin(y), method="es325", step_size=0.25, compile=False)
+    jvp(lambda y0: solver(y0, T).ys, (Y0,), (torch.ones_like(Y0),))
