@@ -22,6 +22,7 @@ from pnode.linearization import Linearization
 from pnode.solution import Ledger
 from pnode.solvers.bdf import start_weights
 from pnode.solvers.petsc.settings import IntegratorSettings
+from pnode.solvers.scheme import Row, Rows
 from pnode.solvers.stepping import Step
 from pnode.vectorfield import VectorField
 from pnode.vectors import REAL
@@ -134,10 +135,7 @@ class StageTangents(_ImplicitTangents):
         if scheme.A_explicit is not None and scheme.b_explicit is not None:
             parts.append((scheme.A_explicit, scheme.b_explicit))
         # Whether something looks at a stage's slope, for each part.
-        self._wanted = [
-            [bool(b[j]) or any(row[j] for row in A[j + 1 :]) for j in range(scheme.stages)]
-            for A, b in parts
-        ]
+        self._wanted = [[_is_used(A, b, j) for j in range(scheme.stages)] for A, b in parts]
 
     def step(self, step: Step, ledger: Ledger) -> None:
         """Take a step; see :class:`TangentStepper`."""
@@ -240,9 +238,15 @@ def has_tangents(settings: IntegratorSettings, has_mass: bool) -> bool:
     scheme = method.scheme
     if scheme is None or method.linearly_implicit or method.symplectic:
         return False
-    return not (
-        has_mass and (scheme.A_explicit or any(not row[i] for i, row in enumerate(scheme.A)))
+    explicit = scheme.A_explicit is not None or any(
+        not row[i] and _is_used(scheme.A, scheme.b, i) for i, row in enumerate(scheme.A)
     )
+    return not (has_mass and explicit)
+
+
+def _is_used(A: Rows, b: Row, stage: int) -> bool:
+    """Whether a later stage, or the step's end, looks at a stage's slope."""
+    return bool(b[stage]) or any(row[stage] for row in A[stage + 1 :])
 
 
 def create_tangents(adjoint: AdjointStepper, start: torch.Tensor, moving: Moving) -> TangentStepper:
