@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from pnode.adjoint.stepper import TorchAdjointStepper
@@ -32,9 +34,9 @@ class CompiledAdjoint(TorchAdjointStepper):
         self._graphs: StepGraphs = settings.graphs
         self._run = self._graphs.adjoint
 
-    def begin(self, field: VectorField) -> None:
+    def begin(self, field: VectorField, batch: Sequence[int] = ()) -> None:
         """Begin a sweep with zero cost gradients. Collective."""
-        super().begin(field)
+        super().begin(field, batch)
         self._inputs = self._graphs.field_graph.inputs()
         self._sums = self._graphs.zeros()
         self._stepped = False

@@ -13,6 +13,8 @@ Times, orders and coefficients are those of the forward sweep, held fixed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from pnode.adjoint.stepper import ImplicitAdjointStepper
@@ -29,9 +31,9 @@ __all__ = ["MultistepAdjoint"]
 class MultistepAdjoint(ImplicitAdjointStepper):
     """Adjoint of BDF and of its start; see :class:`MultistepIntegrator`."""
 
-    def begin(self, field: VectorField) -> None:
+    def begin(self, field: VectorField, batch: Sequence[int] = ()) -> None:
         """Begin a sweep with zero cost gradients. Collective."""
-        super().begin(field)
+        super().begin(field, batch)
         self._waiting: list[torch.Tensor] = []  # parts of lambda_{n-1}, lambda_{n-2}...
 
     def end(self) -> None:

@@ -242,7 +242,8 @@ class Reverse:
         Parameters
         ----------
         cotangents : Tensor
-            Derivatives of the loss with respect to the outputs, shape ``(T, size)``.
+            Derivatives of the loss with respect to the outputs, shape ``(T, size)``, or of k losses
+            ``(T, k, size)``.
         inside : NodeCotangents or None
             Of what the loss depends on besides.
         interpolated : set of int
@@ -256,7 +257,7 @@ class Reverse:
         trajectory = self._trajectory
         self._cotangents, self._inside = cotangents, inside
         self._check = self._settings.place.on_host and is_finite(cotangents)
-        wanted = cotangents.ne(0).any(dim=1).tolist()
+        wanted = cotangents.ne(0).flatten(1).any(dim=1).tolist()
         if self._problem.ranks.parallel:  # what one rank needs all take part in
             wanted = [True] * len(wanted)
         for index in interpolated:

@@ -94,18 +94,14 @@ class ExplicitAdjoint(TorchAdjointStepper):
         self._nodes, self._b = scheme.c, scheme.b
         device = settings.place.device
         stages = range(scheme.stages)
-        # lambda' and, from the last stage to the first, the l_i, as rows. Those that stage i looks
-        # at come first: w_i is the product of its weights with that many of them.
-        self._products = torch.zeros((len(stages) + 1, settings.size), dtype=REAL, device=device)
-        self._rows = list(self._products)
-        self._columns = [self._products[: i + 1].t() for i in range(len(self._rows))]
+        self._allocate(torch.Size([settings.size]))
         weights = [
             [scheme.b[i], *(scheme.A[j][i] for j in reversed(stages[i + 1 :]))]
             for i in reversed(stages)
         ]
         self._counts = [len(row) for row in weights]
         self._weights = torch.tensor([x for row in weights for x in row], dtype=REAL, device=device)
-        self._ones = torch.ones(len(self._rows), dtype=REAL, device=device)
+        self._ones = torch.ones(len(stages) + 1, dtype=REAL, device=device)
         self._vjp_event = log_event("pnode vjp")
         self._length = math.nan
         self._random = self._ones
@@ -114,11 +110,24 @@ class ExplicitAdjoint(TorchAdjointStepper):
         # The rows of stages that u' does not depend on stay zero.
         self._needed = scheme.live_stages()
 
-    def begin(self, field: VectorField) -> None:
+    def _allocate(self, shape: torch.Size) -> None:
+        """Make room for lambda' and, from the last stage to the first, the l_i, as rows.
+
+        Those that stage i looks at come first: w_i is the product of its weights with that many.
+        """
+        number, device = len(self._nodes) + 1, self.settings.place.device
+        self._products = torch.zeros((number, shape.numel()), dtype=REAL, device=device)
+        self._rows = list(self._products.view(number, *shape))
+        self._columns = [self._products[: i + 1].t() for i in range(number)]
+
+    def begin(self, field: VectorField, batch: Sequence[int] = ()) -> None:
         """Begin a sweep with zero cost gradients. Collective."""
-        super().begin(field)
+        super().begin(field, batch)
+        if self.state.shape != self._rows[0].shape:
+            self._allocate(self.state.shape)
         if self.settings.place.on_host:  # elsewhere nothing was noted
-            self._random = projection_weights(self.state.to(field.dtype))
+            one = self.state[0] if batch else self.state
+            self._random = projection_weights(one.to(field.dtype))
         self._products.zero_()
         self._graphs: Sequence[Linearization] | None = None
 
@@ -153,7 +162,7 @@ class ExplicitAdjoint(TorchAdjointStepper):
             Whatever the vector field raised.
         """
         h, field, dtype = step.length, self.field, self.field.dtype
-        look = field.look
+        look, batched = field.look, self.state.dim() > 1
         if h != self._length:
             self._length, self._scaled = h, (self._weights * h).split(self._counts)
         needed, stages = self._needed, len(self._nodes)
@@ -167,6 +176,8 @@ class ExplicitAdjoint(TorchAdjointStepper):
             if i not in needed:
                 continue
             w = torch.mv(self._columns[row], weights)
+            if batched:
+                w = w.view(self.state.shape)
             own, slope = states[i], slopes[i]
             if slope is not None:
                 w.add_(slope)
@@ -183,7 +194,7 @@ class ExplicitAdjoint(TorchAdjointStepper):
             if own is not None:
                 self._rows[row + 1].add_(own)
             del graph, products  # before the next graph is built, so that memory is reused
-        self.state = torch.mv(self._columns[-1], self._ones)
+        self.state = torch.mv(self._columns[-1], self._ones).view(self.state.shape)
         if inside is not NOTHING:
             self._products.zero_()
         ledger.steps += 1

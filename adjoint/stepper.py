@@ -48,8 +48,8 @@ class AdjointStepper(ABC):
         self._direction = 1.0
 
     @abstractmethod
-    def begin(self, field: VectorField) -> None:
-        """Begin a sweep with zero cost gradients. Collective."""
+    def begin(self, field: VectorField, batch: Sequence[int] = ()) -> None:
+        """Begin a sweep with zero cost gradients; of k losses if ``batch = (k,)``. Collective."""
 
     @abstractmethod
     def end(self) -> None:
@@ -131,13 +131,13 @@ class TorchAdjointStepper(AdjointStepper):
     :meth:`accumulate`.
     """
 
-    def begin(self, field: VectorField) -> None:
+    def begin(self, field: VectorField, batch: Sequence[int] = ()) -> None:
         """Begin a sweep with zero cost gradients. Collective."""
         log_stage("pnode adjoint").push()
         self.field = field
         self._direction = field.problem.direction
         place = self.settings.place
-        self.state = torch.zeros(self.settings.size, dtype=REAL, device=place.device)
+        self.state = torch.zeros((*batch, self.settings.size), dtype=REAL, device=place.device)
         self.checkpoint: Checkpoint = ()
         self.evidence: Sequence[float] = ()
         self._gradients: list[torch.Tensor | None] = [None] * len(field.parameters)
@@ -245,9 +245,9 @@ class ImplicitAdjointStepper(TorchAdjointStepper):
         self._read_options = False
         self._iterations = 0
 
-    def begin(self, field: VectorField) -> None:
+    def begin(self, field: VectorField, batch: Sequence[int] = ()) -> None:
         """Begin a sweep with zero cost gradients. Collective."""
-        super().begin(field)
+        super().begin(field, batch)
         self._options.begin_sweep(self)
         self.bridge.attach(field)
         if not self._read_options:  # SNES would do so at its first solve, which never comes
@@ -359,8 +359,10 @@ class ImplicitAdjointStepper(TorchAdjointStepper):
     ) -> torch.Tensor:
         """Solve with the matrix, or its transpose, as :meth:`solve_transposed` does. Collective.
 
-        Several solves share the factors or the preconditioner.
+        Several solves, and those of the rows of a batch, share the factors or the preconditioner.
         """
+        if b.dim() > 1:
+            return torch.stack([self.solve(row, step, ledger, transposed) for row in b])
         vectors.copy_in(self._b, b)
         failure: PETSc.Error | None = None
         try:

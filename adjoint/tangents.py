@@ -113,10 +113,10 @@ class _ImplicitTangents(TangentStepper):
         adjoint.set_matrix(s, u, shift, step)
         right = driven
         if self._mass is not None:
-            right = torch.stack([self._mass.apply(row) for row in driven])
+            right = self._mass.apply(driven)
         if self._moving:
             right = right + self._along(adjoint.graph_at(s, u), None)
-        return torch.stack([adjoint.solve(row, step, ledger, transposed=False) for row in right])
+        return adjoint.solve(right, step, ledger, transposed=False)
 
 
 class StageTangents(_ImplicitTangents):

@@ -77,6 +77,19 @@ def rows(
     def tangent() -> object:
         return torch.func.jvp(lambda y: solver(y, t).ys, (y0,), (v[0],))
 
+    directions = torch.randn(16, *y0.shape, dtype=D)
+
+    def tangents() -> object:
+        with torch.no_grad():
+            return torch.func.vmap(
+                lambda d: torch.func.jvp(lambda y: solver(y, t).ys, (y0,), (d,))[1]
+            )(directions)
+
+    seeds = torch.randn(16, len(t), *y0.shape, dtype=D)
+
+    def cotangents() -> object:
+        return grad(solver(leaf, t).ys, inputs, seeds, is_grads_batched=True)
+
     with_cost = pnode.Solver(f, compile=False, cost=lambda t, y: y.square().mean(), **options)
 
     def cost_gradient() -> object:
@@ -84,9 +97,35 @@ def rows(
         return grad((solution.ys**2).sum() + solution.costs[-1], inputs)
 
     yield "jvp / forward", ratio(tangent, forward, repeats)
+    yield "16 tangents / forward", ratio(tangents, forward, repeats)
     yield "gradient / forward", ratio(gradient, forward, repeats)
+    yield "16 cotangents / gradient", ratio(cotangents, gradient, repeats)
     yield "Hessian product / gradient", ratio(hessian_product, gradient, repeats)
     yield "gradient with a cost integral / without", ratio(cost_gradient, gradient, repeats)
+
+
+class Rates(torch.nn.Module):
+    """16 states with three parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rates = torch.nn.Parameter(torch.tensor([0.5, 1.0, 0.2], dtype=D))
+
+    def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        a, b, c = self.rates
+        return a * torch.roll(y, 1) - b * y - c * y * torch.roll(y, -1)
+
+
+def output_jacobian(method: str, repeats: int) -> float:
+    """Return what the Jacobian of 16 outputs by three parameters costs, in forward solves."""
+    solver = pnode.Solver(Rates(), compile=False, method=method, step_size=0.05)
+    y0, t = torch.rand(16, dtype=D), torch.tensor([0.0, 1.0], dtype=D)
+
+    def forward() -> object:
+        with torch.no_grad():
+            return solver(y0, t)
+
+    return ratio(lambda: pnode.sensitivities(solver, y0, t, wrt=["rates"]), forward, repeats)
 
 
 def main() -> None:
@@ -97,6 +136,8 @@ def main() -> None:
     for method in ("rk4", "dopri5", "cn", "es325", "rodaspr", "bdf2"):
         for what, value in rows(method, batch, 8, 64, repeats):
             print(f"{method:8} {what:42} {value:6.2f}", flush=True)
+        value = output_jacobian(method, repeats)
+        print(f"{method:8} {'Jacobian of 16 outputs by 3 / forward':42} {value:6.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,30 +9,25 @@ from typing import Any
 import torch
 
 from pnode import continuous, sweeps, tangent_solves
-from pnode.batches import Runs, Times, one_by_one
+from pnode.batches import AdjointsFunction, Runs, Times, as_parameter, one_by_one, takes_batches
 from pnode.devices import ordered, place_of
 from pnode.engine import Engine
 from pnode.errors import BackwardError
 from pnode.output_times import moved_by_times, start_moved_by_time, time_gradient
-from pnode.pair_layout import PairLayout
 from pnode.problem import InitialValueProblem
 from pnode.rebinding import bound
 from pnode.run import Requests, Run
-from pnode.tangent_solves import Directions, batched, may_merge, tangents_of, with_tangents
+from pnode.stage_tangents import later
+from pnode.tangent_solves import batched, may_merge, tangent, tangents_of
 from pnode.tangents import unique
 from pnode.transforms import (
     differentiable,
     is_legacy_batch,
     legacy_batch,
-    lowered,
     moves,
     no_tangents,
-    only_forward_mode,
     outside_compiler,
-    recorded_by_autograd,
-    refuse_legacy_batch,
     refuse_traced,
-    transforms_active,
     unmoved,
 )
 
@@ -105,7 +99,7 @@ class SolveFunction(torch.autograd.Function):
                 ys, run = sweeps.forward(engine, problem, y0, keep=True, requests=requests)
                 leave(ys)
         else:
-            ys, run = tangent_solves.later(engine, problem, requests)
+            ys, run = later(engine, problem, requests)
         if run.event is None:
             ys = problem.layout.whole(ys)
         run.let_go()
@@ -136,7 +130,8 @@ class SolveFunction(torch.autograd.Function):
         (cotangents,) = outputs
         refuse_traced(cotangents)
         if is_legacy_batch(cotangents):
-            return legacy_batch(partial(SolveFunction.backward, ctx), cotangents)
+            each = partial(SolveFunction.backward, ctx)
+            return legacy_batch(each, cotangents, together=takes_batches(ctx.runs))
         y0, t, start, ys, *others = ctx.saved_tensors
         if start is not None:
             y0 = tangent_solves.joined(ctx.requests, y0, start)
@@ -189,7 +184,16 @@ class SolveFunction(torch.autograd.Function):
             if along_t is not None:
                 start = start_moved_by_time(run, t, along_t, y0, start, parameters)
             pair, _, xs, _ = tangent(
-                ctx.engine, run, y0, t, parameters, start[None], [directions], False, True
+                SolveFunction,
+                ctx.engine,
+                run,
+                y0,
+                t,
+                parameters,
+                start[None],
+                [directions],
+                False,
+                True,
             )
             ys, Z = pair.parts(xs)
             if along_t is not None:
@@ -204,7 +208,9 @@ def _merged(number: int, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]) -> t
     one = tangents_of(requests)
     own = len(one.run.problem.parameters)
     starts, directions = batched(number, one, in_dims[6:], (start, *parameters))
-    pair, _, xs, _ = tangent(engine, one.run, y0, t, parameters[:own], starts, directions, False)
+    pair, _, xs, _ = tangent(
+        SolveFunction, engine, one.run, y0, t, parameters[:own], starts, directions, False
+    )
     ys, *Z = pair.parts(xs)
     m = one.pair.tangents
     return torch.stack([one.pair.join([ys, *Z[k * m : (k + 1) * m]]) for k in range(number)])
@@ -247,7 +253,7 @@ class AdjointFunction(torch.autograd.Function):
             found.state.to(y0.dtype),
             found.initial.to(y0.dtype),
             *(
-                tangent_solves.as_parameter(gradient, parameter, used)
+                as_parameter(gradient, parameter, used)
                 for gradient, parameter, used in zip(
                     found.parameters, parameters, run.used, strict=True
                 )
@@ -264,7 +270,13 @@ class AdjointFunction(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        """Take one sweep for each."""
+        """Take one sweep for all if they are of one solve, otherwise one for each."""
+        _, runs, _, _, y0, t, cotangents, *parameters = inputs
+        engine, dims = inputs[0], in_dims[4:]
+        if takes_batches(runs) and {*dims[:2], *dims[3:]} <= {None}:
+            rows = cotangents.movedim(dims[2], 0)
+            found = AdjointsFunction.apply(AdjointFunction, engine, runs, y0, t, rows, *parameters)
+            return found, tuple(None if one is None else 0 for one in found)
         return one_by_one(AdjointFunction, info, in_dims, inputs)
 
     @staticmethod
@@ -276,7 +288,8 @@ class AdjointFunction(torch.autograd.Function):
         for tensor in outputs:
             if tensor is not None:
                 refuse_traced(tensor)
-                refuse_legacy_batch(tensor)
+        if any(one is not None and is_legacy_batch(one) for one in outputs):
+            return legacy_batch(partial(AdjointFunction.backward, ctx), *outputs)
         run = ctx.runs.only()
         again = differentiable()
         start = torch.zeros_like(y0)
@@ -285,7 +298,15 @@ class AdjointFunction(torch.autograd.Function):
         wants_y0, wants_t, wants_cotangents, *wants = ctx.needs_input_grad[4:]
         gradient = wants_y0 or wants_t or any(wants)
         pair, x0, xs, runs = tangent(
-            ctx.engine, run, y0, t, parameters, start[None], [directions], gradient or again
+            SolveFunction,
+            ctx.engine,
+            run,
+            y0,
+            t,
+            parameters,
+            start[None],
+            [directions],
+            gradient or again,
         )
         found: list[torch.Tensor | None] = [None] * (3 + len(wants))
         if wants_cotangents:  # the first output's adds to lambda, but not to ``initial``
@@ -325,7 +346,7 @@ class AdjointFunction(torch.autograd.Function):
             run = ctx.runs.only()
             start = torch.zeros_like(y0) if along_y0 is None else along_y0
             pair, x0, _, runs = tangent(
-                ctx.engine, run, y0, t, parameters, start[None], [directions], True
+                SolveFunction, ctx.engine, run, y0, t, parameters, start[None], [directions], True
             )
             zero = torch.zeros_like(cotangents)
             moved = zero if along_cotangents is None else along_cotangents
@@ -336,64 +357,3 @@ class AdjointFunction(torch.autograd.Function):
             )  # fmt: skip
             initial = pair.parts(both)[0]
             return (initial + moved[0], initial, *gradients[: len(parameters)])
-
-
-def tangent(
-    engine: Engine,
-    run: Run,
-    y0: torch.Tensor,
-    t: torch.Tensor,
-    parameters: Sequence[torch.Tensor],
-    start: torch.Tensor,
-    directions: Directions,
-    reverse: bool,
-    own: bool = False,
-) -> tuple[PairLayout, torch.Tensor, torch.Tensor, Runs]:
-    """Solve for the derivatives of a solve's outputs along directions. Collective.
-
-    Parameters
-    ----------
-    engine, run : Engine, Run
-        What solved, and the solve.
-    y0, t : Tensor
-        Its flat initial state and its output times.
-    parameters : sequence of Tensor
-        Its parameters.
-    start, directions : Tensor, sequence of sequence of (Tensor or None)
-        Directions of y0, shape ``(m, size)``; for each those of parameters, None being zero.
-    reverse : bool
-        Whether the caller takes the adjoint of the sweep.
-    own : bool
-        Whether the caller is the rule of forward mode.
-
-    Returns
-    -------
-    pair : PairLayout
-        How states and tangents make one state.
-    x0, xs, runs : Tensor, Tensor, Runs
-        Of both, at the start and at the outputs.
-    """
-    pair, of_both, requests = with_tangents(engine, run, directions, reverse, own)
-    number, taken = len(run.problem.times), Runs()
-    assert run.surroundings is not None
-    inputs = (*parameters, *tangents_of(requests).moving)
-    x0 = pair.join([y0, *start])
-    recorded = recorded_by_autograd(map(lowered, (y0, t, start, *inputs)))
-    if not reverse and only_forward_mode(own):
-        known = tangent_solves.of_stages(engine, run, pair, y0, start, directions)
-        if known is not None and not recorded:
-            return pair, x0, known, taken
-        requests = replace(requests, known=known)
-    with run.surroundings.restored():
-        if reverse or recorded or transforms_active():
-            xs = SolveFunction.apply(
-                engine, of_both, requests, taken, y0, t[:number], start, *inputs
-            )
-        else:
-            xs, one = solve(engine, of_both, requests, x0, t[:number], False)
-            taken.append(one)
-    for one in taken.all():
-        one.event = run.event
-        run.stats.tangents.add(one.stats)
-        one.stats.backward, one.stats.tangents = run.stats.backward, run.stats.tangents
-    return pair, x0, xs.reshape(number, -1), taken

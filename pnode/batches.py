@@ -1,17 +1,22 @@
-"""Batches of tangents and cotangents, of torch.func.vmap, taken one by one."""
+"""Batches of tangents and cotangents, of torch.func.vmap: taken one by one, or in one sweep."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from pnode import sweeps
+from pnode.devices import ordered, place_of
+from pnode.engine import Engine
 from pnode.errors import BackwardError
 from pnode.run import Run
 from pnode.transforms import stacked
 
-__all__ = ["Runs", "Times", "one_by_one"]
+__all__ = ["AdjointsFunction", "Runs", "Times", "as_parameter", "one_by_one", "takes_batches"]
 
 
 class Times(dict[int, float]):
@@ -75,3 +80,105 @@ def one_by_one(
         return torch.stack(results), 0
     columns = [stacked(column) for column in zip(*results, strict=True)]
     return tuple(columns), tuple(None if column is None else 0 for column in columns)
+
+
+def takes_batches(runs: Runs) -> bool:
+    """Whether there is one solve, which takes backward sweeps with several cotangents."""
+    if len(runs.all()) != 1:
+        return False
+    run = runs[0]
+    return run.sweep is not None and run.event is None and run.sweep.takes_batches(run)
+
+
+class AdjointsFunction(torch.autograd.Function):
+    """Backward sweeps with k cotangents in one: (y0, t, cotangents, *parameters) -> (lambda, mu).
+
+    ``one`` is the node of a single sweep, whose derivatives are those of each.
+    """
+
+    @staticmethod
+    def forward(
+        one: Any,
+        engine: Engine,
+        runs: Runs,
+        y0: torch.Tensor,
+        t: torch.Tensor,
+        cotangents: torch.Tensor,
+        *parameters: torch.Tensor,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Take the discrete adjoint with cotangents ``(k, T, size)``; results are ``(k, ...)``."""
+        run = replace(runs[0], codes=())
+        with torch.no_grad(), ordered(place_of(run.problem.layout.device)) as leave:
+            rows = cotangents.detach().movedim(0, 1).contiguous()
+            found = sweeps.backward(engine, run, y0, rows, wants_times=False)
+            leave(found.state, *found.parameters)
+        gradients = [
+            as_parameter(gradient, parameter.expand(len(cotangents), *parameter.shape), used)
+            for gradient, parameter, used in zip(
+                found.parameters, parameters, run.used, strict=True
+            )
+        ]
+        return found.state.to(y0.dtype), found.initial.to(y0.dtype), *gradients
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep what derivatives need."""
+        ctx.one, ctx.engine, ctx.runs, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        """Take one after the other."""
+        return one_by_one(AdjointsFunction, info, in_dims, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor | None) -> tuple[Any, ...]:
+        """Add up the derivatives of each."""
+        found = [
+            ctx.one.backward(each, *(None if out is None else out[k] for out in outputs))[4:]
+            for k, each in enumerate(_each(ctx))
+        ]
+        y0, t, cotangents, *parameters = zip(*found, strict=True)
+        sums = [_sum(column) for column in (y0, t, *parameters)]
+        return None, None, None, sums[0], sums[1], stacked(cotangents), *sums[2:]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[torch.Tensor | None, ...]:
+        """Return the tangents of each."""
+        along_y0, along_t, along, *directions = tangents[3:]
+        found = [
+            ctx.one.jvp(
+                each, None, None, None, None, along_y0, along_t,
+                None if along is None else along[k], *directions,
+            )
+            for k, each in enumerate(_each(ctx))
+        ]  # fmt: skip
+        return tuple(map(stacked, zip(*found, strict=True)))
+
+
+def _each(ctx: Any) -> list[Any]:
+    """Return the contexts of single sweeps."""
+    y0, t, cotangents, *parameters = ctx.saved_tensors
+    return [
+        SimpleNamespace(
+            engine=ctx.engine, runs=ctx.runs, saved_tensors=(y0, t, row, *parameters),
+            needs_input_grad=(False,) * 4 + tuple(ctx.needs_input_grad[3:]),
+        )
+        for row in cotangents
+    ]  # fmt: skip
+
+
+def _sum(column: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    known = [one for one in column if one is not None]
+    return torch.stack(known).sum(0) if known else None
+
+
+def as_parameter(
+    gradient: torch.Tensor | None, parameter: torch.Tensor, used: bool
+) -> torch.Tensor | None:
+    """Gradient in the parameter's dtype: zeros if it is used in vain, None if not at all."""
+    if gradient is None:
+        return torch.zeros_like(parameter) if used else None
+    return gradient.to(parameter)

@@ -12,11 +12,20 @@ import torch
 from pnode.graphs import graph_bytes
 from pnode.hooks import ParameterHooks
 from pnode.mass import MassMatrix
-from pnode.products import directional_derivatives, edges_work, gradients, pull_back
+from pnode.products import (
+    directional_derivatives,
+    edges_work,
+    gradients,
+    pull_back,
+    pull_back_rows,
+)
 from pnode.solution import Ledger
 from pnode.transfers import Remote
 
 __all__ = ["Linearization", "Products", "Shared"]
+
+
+_ONE = torch.Size()
 
 
 class Products(NamedTuple):
@@ -139,24 +148,29 @@ class Linearization:
         Parameters
         ----------
         w : Tensor
-            Flat cotangent, shape ``(size,)``, the user's precision.
+            Flat cotangent, shape ``(size,)``, the user's precision; or k of them as rows: so have
+            the products.
         """
         # The graph is kept even for a single product: part of it may be the user's, from
         # parameters that are not leaves.
         inputs = (*self._leaves, *self._shared.parameters)
-        self._shared.ledger.vjp += 1
+        batch = _ONE if w.dim() == 1 else w.shape[:-1]
+        self._shared.ledger.vjp += batch.numel()
         products: tuple[torch.Tensor | None, ...] = (None,) * len(inputs)
         if self._edge is not None or self._value.requires_grad:
-            cotangent = (w if self._sign > 0 else -w).view(self._value.shape)
+            cotangent = (w if self._sign > 0 else -w).view(*batch, *self._value.shape)
             end = self._edge or self._value
-            if self._shared.hooks is None:
+            if batch:
+                with self._shared.hooks_away():
+                    products = pull_back_rows(end, inputs, cotangent)
+            elif self._shared.hooks is None:
                 products = pull_back(end, inputs, cotangent)
             else:
                 with self._shared.hooks.away():
                     products = pull_back(end, inputs, cotangent)
-        state = self._flat(products[0])
+        state = self._flat(products[0], batch)
         if self._rate_sign is not None:
-            rate = self._flat(products[1])
+            rate = self._flat(products[1], batch)
             rate = rate if self._sign * self._rate_sign > 0 else -rate
             return Products(state, products[2:], rate)
         if self._shared.mass is not None:
@@ -374,5 +388,7 @@ class Linearization:
             for part, leaf in zip(found, self._leaves, strict=True)
         ]
 
-    def _flat(self, product: torch.Tensor | None) -> torch.Tensor:
-        return (torch.zeros_like(self._leaves[0]) if product is None else product).reshape(-1)
+    def _flat(self, product: torch.Tensor | None, batch: torch.Size = _ONE) -> torch.Tensor:
+        if product is None:
+            return self._leaves[0].new_zeros(*batch, self._leaves[0].numel())
+        return product.reshape(*batch, -1)

@@ -79,11 +79,11 @@ class MassMatrix:
         self._transpose = None if self._matrix is None else self._matrix.T
 
     def apply(self, v: torch.Tensor) -> torch.Tensor:
-        """Return M v, shape ``(size,)``, v's precision."""
+        """Return M v, shape ``(..., size)``, v's precision."""
         return self._times(self._matrix, v)
 
     def apply_transpose(self, v: torch.Tensor) -> torch.Tensor:
-        """Return M^T v, shape ``(size,)``, v's precision."""
+        """Return M^T v, shape ``(..., size)``, v's precision."""
         return self._times(self._transpose, v)
 
     def dense(self) -> torch.Tensor:
@@ -184,7 +184,8 @@ class MassMatrix:
         if self.diagonal is not None:
             return self.diagonal.to(v.dtype) * v
         assert matrix is not None
-        return (matrix @ v.to(REAL)).to(v.dtype)
+        found = matrix @ v.to(REAL) if v.dim() == 1 else (matrix @ v.to(REAL).T).T
+        return found.to(v.dtype)
 
 
 def _sparse(index: torch.Tensor, values: torch.Tensor, size: int) -> torch.Tensor:

@@ -17,8 +17,13 @@ __all__ = [
     "edges_work",
     "gradients",
     "pull_back",
+    "pull_back_rows",
     "transposed",
 ]
+
+
+# Entries of a value beyond which several products are faster one by one than in a batch.
+_LARGE = 1 << 12
 
 
 def gradients(
@@ -77,6 +82,28 @@ def _find_edges_work() -> bool:
 
 
 edges_work = _find_edges_work()
+
+
+def pull_back_rows(
+    end: Any, inputs: tuple[torch.Tensor, ...], cotangents: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    """Return the VJPs of several cotangents, rows of a tensor, as rows; keep the graph.
+
+    ``end`` is a value with its graph, or the end of that.
+    """
+    if 1 < len(cotangents) and cotangents[0].numel() <= _LARGE:
+        try:
+            return torch.autograd.grad(
+                (end,), inputs, (cotangents,), retain_graph=True, allow_unused=True,
+                is_grads_batched=True,
+            )  # fmt: skip
+        except RuntimeError:  # no batching rule for an operation of this field
+            pass
+    found = zip(*(pull_back(end, inputs, row) for row in cotangents), strict=True)
+    return tuple(
+        None if parts[0] is None else torch.stack(parts)  # all of them are None, or none is
+        for parts in found
+    )
 
 
 def transposed(linear: Callable[[torch.Tensor], torch.Tensor], v: torch.Tensor) -> torch.Tensor:
@@ -142,10 +169,6 @@ def derivatives(
                 )  # fmt: skip
             found.append(torch.zeros_like(value) if result is None else result)
     return found
-
-
-# Entries of a value beyond which several products are faster one by one than in a batch.
-_LARGE = 1 << 12
 
 
 def directional_derivatives(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -23,7 +23,10 @@ from pnode.solvers.stepping import Step
 from pnode.surroundings import Surroundings
 from pnode.vectorfield import VectorField, record_all, vector_field
 
-__all__ = ["Recorded", "Requests", "Run", "Sweep", "Tangents"]
+__all__ = ["Directions", "Recorded", "Requests", "Run", "Sweep", "Tangents"]
+
+#: For each tangent, that of each parameter; None being zero.
+Directions: TypeAlias = Sequence[Sequence[torch.Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Tangents:
 
     pair: PairLayout
     run: Run
-    directions: Sequence[Sequence[torch.Tensor | None]]
+    directions: Directions
     moving: tuple[torch.Tensor, ...]
     mergeable: bool
 
@@ -117,6 +120,10 @@ class Sweep(ABC):
     @abstractmethod
     def interpolated(self) -> Set[int]:
         """Indices of the outputs that are interpolated."""
+
+    def takes_batches(self, run: Run) -> bool:
+        """Whether :meth:`reverse` takes cotangents of shape ``(T, k, size)``: k sweeps in one."""
+        return False
 
     @abstractmethod
     def recorded(self) -> tuple[Sequence[Step], tuple[int, ...]]:

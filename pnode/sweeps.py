@@ -81,8 +81,7 @@ def forward(
         )
     with problem.ranks.together():
         outputs = _forward(engine, run, y0, keep, requests)
-    if keep:
-        run.ys = outputs.detach()
+    run.ys = outputs.detach() if keep else None
     note_kept(run.stats.ram_bytes + run.stats.tape_bytes)
     if run.entry is not None:
         run.entry.add(run.stats)
@@ -217,6 +216,12 @@ class SteppedSweep(Sweep):
     def interpolated(self) -> Set[int]:
         """Indices of the outputs that are interpolated."""
         return frozenset() if self.dense is None else self.dense.interpolated
+
+    def takes_batches(self, run: Run) -> bool:
+        """Whether :meth:`reverse` takes several cotangents at once; see :class:`Sweep`."""
+        method, ranks = self._engine.method, run.problem.ranks
+        one = method.symplectic or method.linearly_implicit or run.settings.graphs or ranks.parallel
+        return not (one or self.dense)
 
     def recorded(self) -> tuple[Sequence[Step], tuple[int, ...]]:
         """Return the steps, and for each output that one hits how many come before it."""
@@ -360,7 +365,7 @@ class SteppedSweep(Sweep):
         trajectory.ready = False
 
         with engine.adjoint(run.settings, bool(field.parameters)) as adjoint:
-            adjoint.begin(field)
+            adjoint.begin(field, cotangents.shape[1:-1])
             dense: DenseAdjoint | None = None
             if self.dense is not None:
                 dense = DenseAdjoint(self.dense, trajectory.steps, field, cotangents, wants_times)

@@ -24,7 +24,7 @@ from pnode.products import derivatives
 __all__ = [
     "batch_is_innermost", "differentiable", "has_tangent", "in_forward_mode", "is_legacy_batch",
     "is_wrapped", "legacy_batch", "lowered", "moves", "no_tangents", "only_forward_mode",
-    "outside", "outside_compiler", "plain", "recorded_by_autograd", "refuse_legacy_batch",
+    "outside", "outside_compiler", "plain", "recorded_by_autograd",
     "refuse_moving", "refuse_traced", "refuse_transforms", "stacked", "transforms_active",
     "unmoved", "unwatched", "unwrapped", "watched",
 ]  # fmt: skip
@@ -121,28 +121,18 @@ def refuse_traced(cotangent: torch.Tensor) -> None:
         )
 
 
-def refuse_legacy_batch(cotangent: torch.Tensor) -> None:
-    """Refuse batches where only those of torch.func are taken.
-
-    Raises
-    ------
-    BackwardError
-        Saying what to use instead.
-    """
-    if is_legacy_batch(cotangent):
-        raise BackwardError(
-            "batches of second derivatives (is_grads_batched=True, vectorize=True) cannot pass "
-            "through a solve: use torch.func.vmap, or take them one by one"
-        )
-
-
 def is_legacy_batch(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a batch of gradients of ``torch.autograd.grad``."""
     return bool(_functorch.is_legacy_batchedtensor(tensor))
 
 
-def legacy_batch(function: Callable[..., Sequence[Any]], *arguments: Any) -> tuple[Any, ...]:
-    """Apply a function to the entries of batches of gradients, and return batches of results."""
+def legacy_batch(
+    function: Callable[..., Sequence[Any]], *arguments: Any, together: bool = False
+) -> tuple[Any, ...]:
+    """Apply a function to the entries of batches of gradients, and return batches of results.
+
+    ``together``: as ``torch.func.vmap`` does.
+    """
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
     batches = {
@@ -152,16 +142,37 @@ def legacy_batch(function: Callable[..., Sequence[Any]], *arguments: Any) -> tup
     }
     for _ in range(level):  # one entry after the other is no batch, in which nothing is random
         torch._C._vmapmode_decrement_nesting()
+    columns: Iterable[torch.Tensor | None]
+    given = [batches.get(i, one) for i, one in enumerate(arguments)]
     try:
-        found = [
-            function(*(batches[i][k] if i in batches else one for i, one in enumerate(arguments)))
-            for k in range(len(next(iter(batches.values()))))
-        ]
+        if together:
+            dims = tuple(0 if i in batches else None for i in range(len(given)))
+            columns = _in_vmap(function, dims, given)
+        else:
+            found = [
+                function(*(one[k] if i in batches else one for i, one in enumerate(given)))
+                for k in range(len(next(iter(batches.values()))))
+            ]
+            columns = map(stacked, zip(*found, strict=True))
     finally:
         for _ in range(level):
             torch._C._vmapmode_increment_nesting()
-    columns = map(stacked, zip(*found, strict=True))
     return tuple(None if one is None else torch._add_batch_dim(one, 0, level) for one in columns)
+
+
+def _in_vmap(
+    function: Callable[..., Sequence[Any]], dims: tuple[int | None, ...], arguments: Sequence[Any]
+) -> list[torch.Tensor | None]:
+    """Apply ``torch.func.vmap`` of a function whose results may be None."""
+    known: list[bool] = []
+
+    def tensors(*given: Any) -> tuple[torch.Tensor, ...]:
+        found = function(*given)
+        known[:] = [one is not None for one in found]
+        return tuple(one for one in found if one is not None)
+
+    results = iter(torch.func.vmap(tensors, dims)(*arguments))
+    return [next(results) if one else None for one in known]
 
 
 def stacked(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

@@ -83,6 +83,7 @@ LEVELS = {
     "pnode.recording": 3,
     "pnode.run": 3,
     "pnode.stages": 3,
+    "pnode.stage_tangents": 3,
     "pnode.sweeps": 3,
     "pnode.diagnosis": 3,
     "pnode.doctor": 4,
