@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pnode import continuous, sweeps, tangent_solves
+from pnode import continuous, sensitivity_control, sweeps, tangent_solves
 from pnode.batches import AdjointsFunction, Runs, Times, as_parameter, one_by_one, takes_batches
 from pnode.devices import ordered, place_of
 from pnode.engine import Engine
@@ -66,7 +66,7 @@ def solve(
     own = ordered(place_of(problem.layout.device))
     with torch.inference_mode(False), torch.no_grad(), own as leave:
         state = y0.detach().clone()
-        ys, run = sweeps.forward(engine, problem, state, keep=False, requests=requests)
+        ys, run = sensitivity_control.forward(engine, problem, state, False, requests)
         leave(ys)
     return ys, run
 
@@ -96,7 +96,7 @@ class SolveFunction(torch.autograd.Function):
             problem, requests = own, replace(requests, plain=True)
         if requests.known is None:
             with ordered(place_of(problem.layout.device)) as leave:
-                ys, run = sweeps.forward(engine, problem, y0, keep=True, requests=requests)
+                ys, run = sensitivity_control.forward(engine, problem, y0, True, requests)
                 leave(ys)
         else:
             ys, run = later(engine, problem, requests)

@@ -52,7 +52,8 @@ def begin(
         What else the sweep is to do.
     """
     problem = run.problem
-    if engine.compile is False or requests.plain or requests.recorded is not None:
+    controlled = requests.sensitivity_control is not None
+    if engine.compile is False or requests.plain or (requests.recorded and not controlled):
         return None
     if len(problem.times) < 2:
         return None
@@ -61,6 +62,7 @@ def begin(
     entry = account.entries.get(kind) or account.entry(kind)
     for given, text in (
         (problem.integrals > 0, "cost= is given"),
+        (controlled, "sensitivity_control= is given"),
         (problem.ranks.parallel or engine.exchange is not None, "ranks share the state"),
     ):
         if given:

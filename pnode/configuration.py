@@ -85,6 +85,13 @@ class Steps:
         (PI42), "pid" (H312PID), or another name from :data:`pnode.controllers.FILTERS`.
     max_steps : int, optional
         Largest number of accepted steps of one solve.
+    sensitivity_control : "random" or Tensor, optional
+        Tangents of y0 that take part in the error test, like so many more entries of the state: a
+        tensor with them as rows, shape ``(m, *y0.shape)``, or "random" for one unit vector, the
+        same in each solve. The derivatives of the solution by y0 then are as accurate as the
+        tolerances say, also where the state itself has no error; see docs/trust.md. Each solve
+        takes its steps twice, the first time with the tangents. Not with ``event_fn``, ``layout``,
+        ``resume`` or ``gradient="continuous"``; not compiled.
 
     Raises
     ------
@@ -100,9 +107,13 @@ class Steps:
     atol: tolerances.Tolerance = field(default=1e-8, metadata=_NUMBER)
     controller: str = "basic"
     max_steps: int | None = None
+    sensitivity_control: Literal["random"] | torch.Tensor | None = field(
+        default=None, metadata=_WORD
+    )
 
     def __post_init__(self) -> None:
         """Check the values."""
+        _check_sensitivity_control(self.sensitivity_control, self.step_size)
         for name in ("step_size", "first_step", "min_step", "max_step"):
             object.__setattr__(self, name, arguments.positive(name, getattr(self, name)))
         for name in ("rtol", "atol"):
@@ -129,6 +140,22 @@ class Steps:
             self.max_steps, self.rtol, self.atol,
             check_controller(self.controller, self.step_size, own),
         )  # fmt: skip
+
+
+def _check_sensitivity_control(value: Any, step_size: Any) -> None:
+    if value is None:
+        return
+    usable = isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 1
+    if value != "random" if isinstance(value, str) else not (usable and bool(value.ne(0).any())):
+        raise ConfigurationError(
+            f"sensitivity_control={value!r}: give 'random', or tangents of y0 as the rows of a "
+            "tensor of shape (m, *y0.shape), not all zero"
+        )
+    if step_size is not None:
+        raise ConfigurationError(
+            f"sensitivity_control with step_size={step_size!r}: fixed steps have no error test; "
+            "drop one of them"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,6 +288,7 @@ class PlainOptions(TypedDict, total=False):
     atol: tolerances.Tolerance
     controller: str
     max_steps: int | None
+    sensitivity_control: Literal["random"] | torch.Tensor | None
     jacobian: JacobianKind
     linear_solver: str | Mapping[str, Any] | None
     jacobian_pattern: Any

@@ -77,7 +77,25 @@ def requested(
     if chosen == "continuous":
         others = {"checkpointing": checkpointing, "cost": cost, "layout": layout}
         _refuse_unsupported(form, method, steps, linear_algebra, output, others)
-    return replace(output.requests(form), continuous=chosen == "continuous")
+    if steps.sensitivity_control is not None:
+        _refuse_sensitivity_control({
+            "event_fn": output.event_fn, "layout": layout,
+            "resume": getattr(checkpointing, "resume", None),
+            "gradient": "continuous" if chosen == "continuous" else None,
+        })  # fmt: skip
+    return replace(
+        output.requests(form), continuous=chosen == "continuous",
+        sensitivity_control=steps.sensitivity_control,
+    )  # fmt: skip
+
+
+def _refuse_sensitivity_control(others: Mapping[str, Any]) -> None:
+    for name, value in others.items():
+        if value is not None:
+            raise ConfigurationError(
+                f"sensitivity_control with {name}={value!r} is not supported: drop one of them, or "
+                "limit the steps by max_step="
+            )
 
 
 def _refuse_unsupported(

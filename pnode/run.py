@@ -101,6 +101,8 @@ class Requests:
         Whether gradients are those of the continuous adjoint.
     known : Tensor or None
         Its outputs, if these are known: a sweep is only taken for its adjoint, once that is wanted.
+    sensitivity_control : str, Tensor or None
+        Tangents that steps are chosen by, too; see ``pnode.Steps``.
     """
 
     monitor: Callable[[int, float, Any], None] | None = None
@@ -111,6 +113,7 @@ class Requests:
     plain: bool = False
     continuous: bool = False
     known: torch.Tensor | None = None
+    sensitivity_control: str | torch.Tensor | None = None
 
 
 class Sweep(ABC):

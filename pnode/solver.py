@@ -45,7 +45,8 @@ from pnode.solvers.methods import check_form, find_method
 from pnode.solvers.step_control import check_steps
 from pnode.stages import StageSweep
 from pnode.transfers import carry_once, on_host, remote
-from pnode.transforms import moves, outside_compiler, refuse_moving, refuse_transforms, watched
+from pnode.transforms import moves, outside_compiler, refuse_moving, refuse_transforms
+from pnode.watching import watched
 
 __all__ = ["Solver"]
 

@@ -20,7 +20,8 @@ from pnode.solution import Ledger, Stats
 from pnode.solvers.stepping import Step
 from pnode.stages import uncompiled
 from pnode.sweeps import SteppedSweep
-from pnode.transforms import lowered, outside, unwatched
+from pnode.transforms import lowered, outside
+from pnode.watching import unwatched
 
 __all__ = ["later", "of_stages"]
 

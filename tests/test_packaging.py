@@ -54,6 +54,7 @@ LEAVES = {
         "vectorfield",
         "vectors",
         "viewers",
+        "watching",
     )
 }
 # Modules in the order of who may import whom: a module imports its own level and lower ones.
@@ -83,6 +84,7 @@ LEVELS = {
     "pnode.recording": 3,
     "pnode.run": 3,
     "pnode.stages": 3,
+    "pnode.sensitivity_control": 3,
     "pnode.stage_tangents": 3,
     "pnode.sweeps": 3,
     "pnode.diagnosis": 3,
@@ -244,13 +246,13 @@ CALLS_AUTOGRAD = {
     "pnode.linearization", "pnode.products", "pnode.vectorfield", "pnode.solvers.compiled.trace",
     "pnode.testing", "pnode.diagnosis.probe",
     "pnode.sensitivities", "pnode.tangents",  # inside of transforms of torch.func
-    "pnode.transforms",  # looks at tangents
+    "pnode.transforms", "pnode.watching",  # look at tangents
 }  # fmt: skip
 # The solve, and with its continuous adjoint, backward sweeps that tell of stages, sums over ranks,
 # the root of algebraic equations, and the time of an event.
 DEFINES_FUNCTION = {
     "pnode.autograd", "pnode.continuous", "pnode.stages", "pnode.parallel", "pnode.consistency",
-    "pnode.events",
+    "pnode.events", "pnode.batches",
 }  # fmt: skip
 
 
