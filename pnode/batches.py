@@ -136,8 +136,9 @@ class AdjointsFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor | None) -> tuple[Any, ...]:
         """Add up the derivatives of each."""
+        pull_back = ctx.one.backward
         found = [
-            ctx.one.backward(each, *(None if out is None else out[k] for out in outputs))[4:]
+            pull_back(each, *(None if out is None else out[k] for out in outputs))[4:]
             for k, each in enumerate(_each(ctx))
         ]
         y0, t, cotangents, *parameters = zip(*found, strict=True)

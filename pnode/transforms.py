@@ -22,8 +22,8 @@ from pnode.errors import BackwardError, ConfigurationError
 __all__ = [
     "batch_is_innermost", "differentiable", "has_tangent", "in_forward_mode", "is_legacy_batch",
     "is_wrapped", "legacy_batch", "lowered", "moves", "no_tangents", "only_forward_mode",
-    "outside", "outside_compiler", "plain", "recorded_by_autograd",
-    "refuse_moving", "refuse_traced", "refuse_transforms", "stacked", "tensors_of", "transforms_active",
+    "outside", "outside_compiler", "plain", "recorded_by_autograd", "refuse_moving",
+    "refuse_traced", "refuse_transforms", "stacked", "tensors_of", "transforms_active",
     "unmoved", "unwrapped",
 ]  # fmt: skip
 
