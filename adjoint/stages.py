@@ -170,6 +170,7 @@ class ExplicitAdjoint(TorchAdjointStepper):
         if inside is not NOTHING:
             needed = frozenset(range(len(self.checkpoint)))
             states, slopes = inside.of(stages)
+        expected, random = self.evidence, self._random
         self._rows[0].copy_(self.state)
         for row, weights in enumerate(self._scaled):
             i = stages - 1 - row
@@ -183,9 +184,18 @@ class ExplicitAdjoint(TorchAdjointStepper):
                 w.add_(slope)
             if look is not None:
                 look(step.at(self._nodes[i]), self.checkpoint[i], w, h * self._b[i], "rhs")
-            graph = self.graph(i, step, fresh=inside.look is not None)
-            if inside.look is not None:
-                inside.look(i, graph.flat_value().to(REAL))
+            if self._graphs is not None and i < len(self._graphs) and inside.look is None:
+                graph = self._graphs[i]
+                graph.adopt(field.shared)
+            else:
+                c = self._nodes[i]
+                s = step.end if c == 1.0 else step.start + c * h
+                graph = self.linearize(s, self.checkpoint[i], step)
+                value = graph.flat_value()
+                if i < len(expected) and float(torch.dot(random, value)) != expected[i]:
+                    self.verify(value, i, s, step)
+                if inside.look is not None:
+                    inside.look(i, value.to(REAL))
             with self._vjp_event:
                 products = graph.vjp(w if dtype is REAL else w.to(dtype))
             if self.wants_parameters:
@@ -199,18 +209,15 @@ class ExplicitAdjoint(TorchAdjointStepper):
             self._products.zero_()
         ledger.steps += 1
 
-    def graph(self, i: int, step: Step, fresh: bool = False) -> Linearization:
-        """Return the graph at a stage; ``fresh``: not one that was kept."""
-        if self._graphs is not None and i < len(self._graphs) and not fresh:
+    def graph(self, i: int, step: Step) -> Linearization:
+        """Return the graph at a stage, one that was kept if there is one."""
+        if self._graphs is not None and i < len(self._graphs):
             graph = self._graphs[i]
             graph.adopt(self.field.shared)
             return graph
         s = step.at(self._nodes[i])
         graph = self.linearize(s, self.checkpoint[i], step)
-        if i < len(self.evidence):
-            value = graph.flat_value()
-            if float(torch.dot(self._random, value)) != self.evidence[i]:
-                self.verify(value, i, s, step)
+        self.verify(graph.flat_value(), i, s, step)
         return graph
 
 

@@ -158,7 +158,7 @@ class Linearization:
         self._shared.ledger.vjp += batch.numel()
         products: tuple[torch.Tensor | None, ...] = (None,) * len(inputs)
         if self._edge is not None or self._value.requires_grad:
-            cotangent = (w if self._sign > 0 else -w).view(*batch, *self._value.shape)
+            cotangent = (w if self._sign > 0 else -w).view(batch + self._value.shape)
             end = self._edge or self._value
             if batch:
                 with self._shared.hooks_away():

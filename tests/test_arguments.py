@@ -265,7 +265,7 @@ def test_a_field_that_ends_where_the_solve_does():
 GROUPED = {
     "steps": (pnode.Steps, {
         "step_size": 0.1, "first_step": 0.1, "min_step": 1e-3, "max_step": 0.2, "rtol": 1e-4,
-        "atol": 1e-5, "controller": "pi", "max_steps": 70,
+        "atol": 1e-5, "controller": "pi", "max_steps": 70, "sensitivity_control": "random",
     }),
     "linear_algebra": (pnode.LinearAlgebra, {
         "jacobian": "sparse", "linear_solver": "gmres", "jacobian_pattern": torch.eye(2),
