@@ -121,10 +121,11 @@ class Solver(torch.nn.Module):
         :class:`pnode.Output`.
     **plain
         The options of the three groups may be given by themselves too: ``step_size``,
-        ``first_step``, ``min_step``, ``max_step``, ``rtol``, ``atol``, ``controller`` and
-        ``max_steps`` instead of ``steps``; ``jacobian``, ``linear_solver``, ``jacobian_pattern``,
-        ``jacobian_reuse`` and ``preconditioner`` instead of ``linear_algebra``; ``dense``,
-        ``event_fn``, ``event_tol``, ``monitor`` and ``progress`` instead of ``output``.
+        ``first_step``, ``min_step``, ``max_step``, ``rtol``, ``atol``, ``controller``,
+        ``max_steps`` and ``sensitivity_control`` instead of ``steps``; ``jacobian``,
+        ``linear_solver``, ``jacobian_pattern``, ``jacobian_reuse`` and ``preconditioner`` instead
+        of ``linear_algebra``; ``dense``, ``event_fn``, ``event_tol``, ``monitor`` and ``progress``
+        instead of ``output``.
 
     Raises
     ------
