@@ -59,11 +59,7 @@ def of_stages(
     """
     along = [[lowered(v) for v in one] for one in directions]
     with outside():
-        found = _of_stages(engine, run, lowered(y0), lowered(start), along)
-        if found is None:
-            return None
-        assert run.ys is not None
-        return pair.join([run.ys, *found.unbind(1)])
+        return _of_stages(engine, run, pair, lowered(y0), lowered(start), along)
 
 
 class _LaterSweep(Sweep):
@@ -116,9 +112,10 @@ def later(
 
 
 def _of_stages(
-    engine: Engine, run: Run, y0: torch.Tensor, start: torch.Tensor, directions: Directions
-) -> torch.Tensor | None:
-    """Return the tangents, shape ``(T, m, size)``, y0's dtype. Collective."""
+    engine: Engine, run: Run, pair: PairLayout, y0: torch.Tensor, start: torch.Tensor,
+    directions: Directions,
+) -> torch.Tensor | None:  # fmt: skip
+    """Do as :func:`of_stages`, outside of transforms. Collective."""
     problem, ledger = run.problem, run.stats.tangents
     if run.event is not None:
         return None
@@ -142,7 +139,8 @@ def _of_stages(
     with run.surroundings.restored(), problem.ranks.together(), place as leave:
         found = _tangents(engine, taken, sweep, start, _moving(problem, directions), ledger)
         leave(found)
-    return found
+    assert taken.ys is not None
+    return pair.join([taken.ys, *found.unbind(1)])
 
 
 def _tangents(

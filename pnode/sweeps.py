@@ -81,7 +81,7 @@ def forward(
         )
     with problem.ranks.together():
         outputs = _forward(engine, run, y0, keep, requests)
-    run.ys = outputs.detach() if keep else None
+    run.ys = outputs.detach() if keep and isinstance(run.sweep, SteppedSweep) else None
     note_kept(run.stats.ram_bytes + run.stats.tape_bytes)
     if run.entry is not None:
         run.entry.add(run.stats)
