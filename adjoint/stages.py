@@ -111,10 +111,7 @@ class ExplicitAdjoint(TorchAdjointStepper):
         self._needed = scheme.live_stages()
 
     def _allocate(self, shape: torch.Size) -> None:
-        """Make room for lambda' and, from the last stage to the first, the l_i, as rows.
-
-        Those that stage i looks at come first: w_i is the product of its weights with that many.
-        """
+        """Make room for lambda' and the l_i, last stage first: w_i weights the rows before it."""
         number, device = len(self._nodes) + 1, self.settings.place.device
         self._products = torch.zeros((number, shape.numel()), dtype=REAL, device=device)
         self._rows = list(self._products.view(number, *shape))
@@ -139,9 +136,12 @@ class ExplicitAdjoint(TorchAdjointStepper):
         self._graphs = tape
 
     def end(self) -> None:
-        """End a sweep: let go of the user's objects."""
+        """End a sweep: let go of the user's objects, and of what a batch has taken."""
         super().end()
         self._graphs = None
+        if self.state.dim() > 1:
+            self.state = self.state[0].clone()
+            self._allocate(self.state.shape)
 
     def step(self, step: Step, ledger: Ledger, inside: StageCotangents = NOTHING) -> None:
         """Take the adjoint of one step, whose checkpoint has been loaded.
@@ -210,7 +210,7 @@ class ExplicitAdjoint(TorchAdjointStepper):
         ledger.steps += 1
 
     def graph(self, i: int, step: Step) -> Linearization:
-        """Return the graph at a stage, one that was kept if there is one."""
+        """Return the graph at a stage, kept or not; in ``step`` a call would be one a stage."""
         if self._graphs is not None and i < len(self._graphs):
             graph = self._graphs[i]
             graph.adopt(self.field.shared)

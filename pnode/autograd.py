@@ -184,17 +184,9 @@ class SolveFunction(torch.autograd.Function):
             if along_t is not None:
                 start = start_moved_by_time(run, t, along_t, y0, start, parameters)
             pair, _, xs, _ = tangent(
-                SolveFunction,
-                ctx.engine,
-                run,
-                y0,
-                t,
-                parameters,
-                start[None],
-                [directions],
-                False,
-                True,
-            )
+                SolveFunction, ctx.engine, run, y0, t, parameters, start[None], [directions],
+                reverse=False, own=True,
+            )  # fmt: skip
             ys, Z = pair.parts(xs)
             if along_t is not None:
                 first = torch.zeros_like(y0) if along_y0 is None else along_y0
@@ -298,16 +290,9 @@ class AdjointFunction(torch.autograd.Function):
         wants_y0, wants_t, wants_cotangents, *wants = ctx.needs_input_grad[4:]
         gradient = wants_y0 or wants_t or any(wants)
         pair, x0, xs, runs = tangent(
-            SolveFunction,
-            ctx.engine,
-            run,
-            y0,
-            t,
-            parameters,
-            start[None],
-            [directions],
-            gradient or again,
-        )
+            SolveFunction, ctx.engine, run, y0, t, parameters, start[None], [directions],
+            reverse=gradient or again,
+        )  # fmt: skip
         found: list[torch.Tensor | None] = [None] * (3 + len(wants))
         if wants_cotangents:  # the first output's adds to lambda, but not to ``initial``
             first = torch.zeros_like(y0) if state is None else state
