@@ -136,7 +136,8 @@ class TSAdjoint(AdjointStepper):
     ) -> None:
         a.getPythonContext().point = self.bridge.point(self.bridge.stage_time(s), u, u_dot)
 
-    def begin(self, field: Any) -> None:
+    def begin(self, field: Any, batch: tuple[int, ...] = ()) -> None:
+        assert not batch, "TSAdjoint takes one cotangent"
         self.options.begin_sweep(self)
         self.bridge.attach(field)
         self.field = field
