@@ -10,13 +10,13 @@ from typing import Any, TypeAlias
 import torch
 
 from pnode.adjoint.stepper import ImplicitAdjointStepper, TorchAdjointStepper
-from pnode.adjoint.trajectory import Checkpoint
 from pnode.errors import SolveError
 from pnode.evidence import notes, projection_weights
 from pnode.linearization import Linearization
 from pnode.options import SolverOptions, log_event
 from pnode.products import accumulate
 from pnode.solution import Ledger
+from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.stepping import Step
 from pnode.vectorfield import VectorField
@@ -123,11 +123,11 @@ class ExplicitAdjoint(TorchAdjointStepper):
         self._graphs: Sequence[Linearization] | None = None
 
     def load(
-        self, checkpoint: Checkpoint, tape: Any = None, evidence: Sequence[float] = ()
+        self, checkpoint: Checkpoint, graphs: Any = None, evidence: Sequence[float] = ()
     ) -> None:
         """Put a step's checkpoint in place, with the graphs at its stages. Not collective."""
-        super().load(checkpoint, tape, evidence)
-        self._graphs = tape
+        super().load(checkpoint, graphs, evidence)
+        self._graphs = graphs
 
     def end(self) -> None:
         """End a sweep: let go of the user's objects."""
@@ -158,7 +158,7 @@ class ExplicitAdjoint(TorchAdjointStepper):
         needed, stages = self._needed, len(self._nodes)
         states = slopes = self._none
         if inside is not NOTHING:
-            needed = frozenset(range(len(self.checkpoint)))
+            needed = frozenset(range(len(self.checkpoint.stages)))
             states, slopes = inside.of(stages)
         expected, random, look = self.evidence, self._random, field.look
         self._rows[0].copy_(self.state)
@@ -171,11 +171,11 @@ class ExplicitAdjoint(TorchAdjointStepper):
             if slope is not None:
                 w.add_(slope)
             if look is not None:
-                look(step.at(self._nodes[i]), self.checkpoint[i], w, h * self._b[i], "rhs")
+                look(step.at(self._nodes[i]), self.checkpoint.stages[i], w, h * self._b[i], "rhs")
             if self._graphs is None or i >= len(self._graphs) or inside.look is not None:
                 c = self._nodes[i]
                 s = step.end if c == 1.0 else step.start + c * h
-                graph = self.linearize(s, self.checkpoint[i], step)
+                graph = self.linearize(s, self.checkpoint.stages[i], step)
                 value = graph.flat_value()
                 if i < len(expected) and float(torch.dot(random, value)) != expected[i]:
                     self.verify(value, i, s, step)
@@ -305,8 +305,10 @@ class StageAdjoint(ImplicitAdjointStepper):
             part, c, b = self.field.explicit, self._scheme.c_explicit, self._scheme.b_explicit
         if self.field.look is not None:
             name = "explicit" if split else self._own_part
-            self.field.look(step.at(c[i]), self.checkpoint[i], sigma, step.length * b[i], name)
-        products = self.products(step.at(c[i]), self.checkpoint[i], sigma, part=part)
+            self.field.look(
+                step.at(c[i]), self.checkpoint.stages[i], sigma, step.length * b[i], name
+            )
+        products = self.products(step.at(c[i]), self.checkpoint.stages[i], sigma, part=part)
         self.accumulate(products.parameters, 1.0)
         state = products.state.to(REAL)
         return state if zeta is None else zeta + state
@@ -327,9 +329,9 @@ class StageAdjoint(ImplicitAdjointStepper):
         right = _plus(_plus(zeta, rho, shift), moved, shift)
         if right is None:
             return None, None
-        s, Y, rate = step.at(self._scheme.c[i]), self.checkpoint[i], None
+        s, Y, rate = step.at(self._scheme.c[i]), self.checkpoint.stages[i], None
         if not self.field.has_rhs:  # only backward Euler, whose Z is the state at the start
-            rate = self.checkpoint[0] * -shift + Y * shift  # with the bits of PETSc's
+            rate = self.checkpoint.stages[0] * -shift + Y * shift  # with the bits of PETSc's
         w = self.solve_transposed(s, Y, shift, right, step, ledger, rate)
         if self.field.look is not None:
             self.field.look(s, Y, w, step.length * self._scheme.b[i], self._own_part)
@@ -362,7 +364,7 @@ class SymplecticAdjoint(TorchAdjointStepper):
         """
         split = self.settings.split
         parts = (slice(None, split), slice(split, None))
-        stages = list(zip(self.settings.method.half_updates, self.checkpoint, strict=True))
+        stages = list(zip(self.settings.method.half_updates, self.checkpoint.stages, strict=True))
         for index, (update, stage) in reversed(list(enumerate(stages))):
             part = parts[update.part]
             w = torch.zeros_like(self.state)
