@@ -93,6 +93,7 @@ class Trajectory:
         self.evidence = Evidence()
         self._live: tuple[int, Checkpoint] | None = None
         self._held: Checkpoint | None = None
+        self._held_tensors: tuple[torch.Tensor, ...] = ()
 
     def before_step(self, index: int, integrator: TimeIntegrator) -> None:
         """Store what the schedule wants before a step, whose start the integrator stands at."""
@@ -186,7 +187,10 @@ class Trajectory:
                 store.discard((_STAGES, step))
                 store.put((_SOLUTION, step + 1), (end,))
             case RestoreStages():
-                self._live = (step, self._checked(step, self._read(store.get((_STAGES, step)))))
+                found, plain = store.get((_STAGES, step)), self.progress is None
+                plain = plain and not self._multistep
+                checkpoint = Checkpoint(tuple(found)) if plain else self._read(found)
+                self._live = (step, self._checked(step, checkpoint))
             case _:
                 raise AssertionError(f"{action} is not for the trajectory")
 
@@ -198,9 +202,10 @@ class Trajectory:
         live = self._find_live(index, integrator)
         if self._held is not live:
             if self._held is not None:
-                self._store.release(self._held.tensors())
-            self._store.hold(live.tensors())
+                self._store.release(self._held_tensors)
             self._held = live
+            self._held_tensors = live.tensors() if self._multistep else live.stages
+            self._store.hold(self._held_tensors)
         return live
 
     def _find_live(self, index: int, integrator: TimeIntegrator | None) -> Checkpoint:
@@ -215,8 +220,9 @@ class Trajectory:
         """Let go of what is live of a step, after its adjoint."""
         self._store.graphs.drop(index)
         if self._held is not None:
-            self._store.release(self._held.tensors())
+            self._store.release(self._held_tensors)
         self._live = self._held = None
+        self._held_tensors = ()
 
     def solution(self, index: int) -> torch.Tensor:
         """Return the stored state at the start of a step."""
@@ -229,6 +235,7 @@ class Trajectory:
     def clear(self) -> None:
         """Free all checkpoints, and the disk."""
         self._live = self._held = None
+        self._held_tensors = ()
         self.ready = False
         self._store.close()
 
@@ -253,7 +260,8 @@ class Trajectory:
         VectorFieldError
             If it has.
         """
-        if any([tensor._version for tensor in checkpoint.tensors()]):
+        tensors = checkpoint.tensors() if self._multistep else checkpoint.stages
+        if any([tensor._version for tensor in tensors]):
             raise VectorFieldError(
                 "the vector field kept a state y and wrote into it later; keep y.clone() instead",
                 step=index,

@@ -35,6 +35,8 @@ class Checkpoint:
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Return all tensors, as they are stored; :meth:`of` is the inverse."""
+        if self.weights is None and self.start is None:
+            return self.stages
         others = (self.weights, self.rate, self.start)
         return (*self.stages, *(tensor for tensor in others if tensor is not None))
 
