@@ -22,6 +22,7 @@ from pnode.adjoint.trajectory import Trajectory
 from pnode.checkpointing import Checkpointing
 from pnode.errors import ConfigurationError
 from pnode.solution import Ledger
+from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.methods import Method, find_method
 from pnode.solvers.stepping import Step
 from pnode.vectors import REAL
@@ -55,7 +56,7 @@ def choose_schedule(
         If no schedule does with so little memory.
     """
     if store == "tape":
-        if not method.tapes:
+        if not method.keeps_graphs:
             raise ConfigurationError(
                 f"store='tape' keeps the graphs of explicit Runge-Kutta stages, and "
                 f"method={method.name!r} has none: use store='auto', or a method such as 'dopri5'"
@@ -227,11 +228,11 @@ class _Shadow:
     def history(self) -> tuple[torch.Tensor, ...]:
         return (self._state(),)
 
-    def checkpoint(self, previous: tuple[torch.Tensor, ...] | None) -> tuple[torch.Tensor, ...]:
+    def checkpoint(self, previous: Checkpoint | None) -> Checkpoint:
         states = [self._state() for _ in range(self._method.stage_units)]
         if previous is not None and self._method.shares_ends:
-            states[0] = previous[-1]
-        return tuple(states)
+            states[0] = previous.stages[-1]
+        return Checkpoint(tuple(states))
 
     def evidence(self) -> tuple[float, ...]:
         return ()

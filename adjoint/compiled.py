@@ -50,12 +50,12 @@ class CompiledAdjoint(TorchAdjointStepper):
         """Take the adjoint of one step, whose checkpoint has been loaded."""
         t = torch.scalar_tensor(self._direction * step.start, dtype=REAL)
         h = torch.scalar_tensor(self._direction * step.length, dtype=REAL)
-        results = self._run([t, h, self.state, *self.checkpoint, *self._sums, *self._inputs])
+        results = self._run([t, h, self.state, *self.checkpoint.stages, *self._sums, *self._inputs])
         self.state, self._sums = results[0], results[1:]
         self._stepped = True
         products = self._graphs.products
         self.field.ledger.vjp += products
-        if not self._graphs.tape:
+        if not self._graphs.keeps_saved:
             self.field.ledger.rhs += products
         ledger.steps += 1
 

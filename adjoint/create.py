@@ -5,8 +5,9 @@ from __future__ import annotations
 from pnode.adjoint.compiled import CompiledAdjoint
 from pnode.adjoint.multistep import MultistepAdjoint
 from pnode.adjoint.rosenbrock import RosenbrockAdjoint
-from pnode.adjoint.stages import ExplicitAdjoint, StageAdjoint, SymplecticAdjoint
+from pnode.adjoint.stages import ExplicitAdjoint, StageAdjoint
 from pnode.adjoint.stepper import AdjointStepper
+from pnode.adjoint.symplectic import SymplecticAdjoint
 from pnode.options import SolverOptions
 from pnode.solvers.petsc.settings import IntegratorSettings
 

@@ -21,6 +21,7 @@ from pnode.adjoint.stepper import ImplicitAdjointStepper
 from pnode.devices import HOST
 from pnode.solution import Ledger
 from pnode.solvers.bdf import start_weights
+from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.stepping import Step
 from pnode.vectorfield import VectorField
 from pnode.vectors import REAL
@@ -41,15 +42,15 @@ class MultistepAdjoint(ImplicitAdjointStepper):
         self._waiting = []
         super().end()
 
-    def placeholder(self, step: Step, state: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def placeholder(self, step: Step, state: torch.Tensor) -> Checkpoint:
         """Return what stands for a step's checkpoint that cannot be had, in a sweep that is lost.
 
         Of an ODE: residuals are not for several ranks, where alone a sweep goes on when it is lost.
         """
         if step.order < 0:
-            return (state.expand(-step.order * (1 - step.order) // 2, -1),)
+            return Checkpoint((state.expand(-step.order * (1 - step.order) // 2, -1),))
         d = torch.full((step.order + 1,), 1.0 / step.length, dtype=REAL, device=HOST.device)
-        return state, d
+        return Checkpoint((state,), d)
 
     def step(self, step: Step, ledger: Ledger) -> None:
         """Take the adjoint of one step, whose checkpoint has been loaded. Collective.
@@ -64,10 +65,12 @@ class MultistepAdjoint(ImplicitAdjointStepper):
         if step.order < 0:
             parts = [self._extrapolated(step, -step.order, ledger)]
         else:
-            u, d, *u_dot = self.checkpoint
-            first, *others = d.tolist()
+            checkpoint = self.checkpoint
+            (u,), weights = checkpoint.stages, checkpoint.weights
+            assert weights is not None
+            first, *others = weights.tolist()
             rate = self._solve(
-                step.end, u, *u_dot, shift=first, b=self.state, step=step, ledger=ledger,
+                step.end, u, checkpoint.rate, shift=first, b=self.state, step=step, ledger=ledger,
                 weight=step.length,
             )  # fmt: skip
             parts = [rate * -weight for weight in others]
@@ -81,7 +84,7 @@ class MultistepAdjoint(ImplicitAdjointStepper):
 
     def _extrapolated(self, step: Step, order: int, ledger: Ledger) -> torch.Tensor:
         """Adjoint of extrapolated implicit Euler: of each chain of substeps, weighted."""
-        (states,) = self.checkpoint
+        (states,) = self.checkpoint.stages
         residual = self.settings.form == "residual"
         total = torch.zeros_like(self.state)
         end = int(residual)  # a residual's start comes first

@@ -33,7 +33,7 @@ def refuse_state(
     step : Step
         The step.
     states : iterable of Tensor
-        Its checkpoint, of which the states are looked at.
+        The states of its checkpoint.
     where : dict
         Time, step and method.
 

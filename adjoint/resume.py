@@ -29,6 +29,7 @@ from pnode.adjoint.disk import DiskFolder
 from pnode.adjoint.lock import FolderLock
 from pnode.adjoint.store import CheckpointStore
 from pnode.errors import CheckpointError, ConfigurationError
+from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.stepping import Step
 
 __all__ = ["Progress"]
@@ -301,7 +302,8 @@ class Progress(DiskFolder):
             if after.get(number, kept + 1) > kept:
                 raise self._damaged(_JOURNAL, f"output {number} is missing")
             self.outputs.append((after[number], self.read(f"output-{number}")[0]))
-        self.start = self.read(f"stages-{kept}")[-1]
+        self.start = Checkpoint.of(self.read(f"stages-{kept}"), started=True).start
+        assert self.start is not None
         if self.outputs and self.outputs[0][1].shape != self.start.shape:
             raise self._damaged(f"stages-{kept}", "another size than the output's")
         return [

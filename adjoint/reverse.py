@@ -16,10 +16,11 @@ import torch
 from pnode.adjoint.nonfinite import refuse_state
 from pnode.adjoint.schedule import Adjoint, Advance, RestoreEnd, RestoreSolution
 from pnode.adjoint.stepper import AdjointStepper
-from pnode.adjoint.trajectory import Checkpoint, Trajectory
+from pnode.adjoint.trajectory import Trajectory
 from pnode.linearization import Linearization
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
+from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.multistep import TakenOrder
 from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.petsc.settings import IntegratorSettings
@@ -298,7 +299,7 @@ class Reverse:
                 self._active = True
                 self._adjoint.add(self._cotangents[index])
         if self._inside is not None:
-            more = self._inside.at(after, self._stages, self._trajectory.tape)
+            more = self._inside.at(after, self._stages, self._trajectory.graphs)
             if more is not None:
                 self._active = True
                 self._adjoint.add(more)
@@ -311,12 +312,11 @@ class Reverse:
             "time": self._problem.direction * step.start,
             "step": index, "method": self._settings.method.name,
         }  # fmt: skip
-        adjoint.load(self._stages(index), trajectory.tape(index), trajectory.evidence[index])
+        adjoint.load(self._stages(index), trajectory.graphs(index), trajectory.evidence[index])
         adjoint.step(step, self._ledger)
         if self._check and not adjoint.is_finite():
-            self._attempt(
-                refuse_state, self._field(Ledger()), step, self._stages(index), ranks.where
-            )
+            states = self._stages(index).stages
+            self._attempt(refuse_state, self._field(Ledger()), step, states, ranks.where)
 
     def _stages(self, index: int) -> Checkpoint:
         trajectory = self._trajectory

@@ -57,7 +57,7 @@ class RosenbrockAdjoint(ImplicitAdjointStepper):
         BaseException
             Whatever the vector field raised.
         """
-        (u,) = self.checkpoint
+        (u,) = self.checkpoint.stages
         dtype, h = self.field.dtype, step.length
         stages, base = self._stages(step, u, ledger)
         number = len(stages)

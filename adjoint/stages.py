@@ -10,19 +10,19 @@ from typing import Any, TypeAlias
 import torch
 
 from pnode.adjoint.stepper import ImplicitAdjointStepper, TorchAdjointStepper
-from pnode.adjoint.trajectory import Checkpoint
 from pnode.errors import SolveError
 from pnode.evidence import notes, projection_weights
 from pnode.linearization import Linearization
 from pnode.options import SolverOptions, log_event
 from pnode.products import accumulate
 from pnode.solution import Ledger
+from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.stepping import Step
 from pnode.vectorfield import VectorField
 from pnode.vectors import REAL
 
-__all__ = ["ExplicitAdjoint", "StageAdjoint", "StageCotangents", "SymplecticAdjoint"]
+__all__ = ["ExplicitAdjoint", "StageAdjoint", "StageCotangents"]
 
 Cotangent: TypeAlias = torch.Tensor | None
 Cotangents: TypeAlias = list[Cotangent]
@@ -129,11 +129,11 @@ class ExplicitAdjoint(TorchAdjointStepper):
         self._graphs: Sequence[Linearization] | None = None
 
     def load(
-        self, checkpoint: Checkpoint, tape: Any = None, evidence: Sequence[float] = ()
+        self, checkpoint: Checkpoint, graphs: Any = None, evidence: Sequence[float] = ()
     ) -> None:
         """Put a step's checkpoint in place, with the graphs at its stages. Not collective."""
-        super().load(checkpoint, tape, evidence)
-        self._graphs = tape
+        super().load(checkpoint, graphs, evidence)
+        self._graphs = graphs
 
     def end(self) -> None:
         """End a sweep: let go of the user's objects, and of what a batch has taken."""
@@ -168,7 +168,7 @@ class ExplicitAdjoint(TorchAdjointStepper):
         needed, stages = self._needed, len(self._nodes)
         states = slopes = self._none
         if inside is not NOTHING:
-            needed = frozenset(range(len(self.checkpoint)))
+            needed = frozenset(range(len(self.checkpoint.stages)))
             states, slopes = inside.of(stages)
         expected, random = self.evidence, self._random
         self._rows[0].copy_(self.state)
@@ -183,14 +183,14 @@ class ExplicitAdjoint(TorchAdjointStepper):
             if slope is not None:
                 w.add_(slope)
             if look is not None:
-                look(step.at(self._nodes[i]), self.checkpoint[i], w, h * self._b[i], "rhs")
+                look(step.at(self._nodes[i]), self.checkpoint.stages[i], w, h * self._b[i], "rhs")
             if self._graphs is not None and i < len(self._graphs) and inside.look is None:
                 graph = self._graphs[i]
                 graph.adopt(field.shared)
             else:
                 c = self._nodes[i]
                 s = step.end if c == 1.0 else step.start + c * h
-                graph = self.linearize(s, self.checkpoint[i], step)
+                graph = self.linearize(s, self.checkpoint.stages[i], step)
                 value = graph.flat_value()
                 if i < len(expected) and float(torch.dot(random, value)) != expected[i]:
                     self.verify(value, i, s, step)
@@ -216,7 +216,7 @@ class ExplicitAdjoint(TorchAdjointStepper):
             graph.adopt(self.field.shared)
             return graph
         s = step.at(self._nodes[i])
-        graph = self.linearize(s, self.checkpoint[i], step)
+        graph = self.linearize(s, self.checkpoint.stages[i], step)
         self.verify(graph.flat_value(), i, s, step)
         return graph
 
@@ -328,8 +328,10 @@ class StageAdjoint(ImplicitAdjointStepper):
             part, c, b = self.field.explicit, self._scheme.c_explicit, self._scheme.b_explicit
         if self.field.look is not None:
             name = "explicit" if split else self._own_part
-            self.field.look(step.at(c[i]), self.checkpoint[i], sigma, step.length * b[i], name)
-        products = self.products(step.at(c[i]), self.checkpoint[i], sigma, part=part)
+            self.field.look(
+                step.at(c[i]), self.checkpoint.stages[i], sigma, step.length * b[i], name
+            )
+        products = self.products(step.at(c[i]), self.checkpoint.stages[i], sigma, part=part)
         self.accumulate(products.parameters, 1.0)
         state = products.state.to(REAL)
         return state if zeta is None else zeta + state
@@ -350,9 +352,9 @@ class StageAdjoint(ImplicitAdjointStepper):
         right = _plus(_plus(zeta, rho, shift), moved, shift)
         if right is None:
             return None, None
-        s, Y, rate = step.at(self._scheme.c[i]), self.checkpoint[i], None
+        s, Y, rate = step.at(self._scheme.c[i]), self.checkpoint.stages[i], None
         if not self.field.has_rhs:  # only backward Euler, whose Z is the state at the start
-            rate = self.checkpoint[0] * -shift + Y * shift  # with the bits of PETSc's
+            rate = self.checkpoint.stages[0] * -shift + Y * shift  # with the bits of PETSc's
         w = self.solve_transposed(s, Y, shift, right, step, ledger, rate)
         if self.field.look is not None:
             self.field.look(s, Y, w, step.length * self._scheme.b[i], self._own_part)
@@ -366,35 +368,3 @@ class StageAdjoint(ImplicitAdjointStepper):
             z = mass.apply_transpose(v)
             return (z, v) if rho is None else (z - shift * rho, None)
         return v, v
-
-
-class SymplecticAdjoint(TorchAdjointStepper):
-    """Adjoint of a symplectic step: its half-updates backwards.
-
-    The adjoint of ``p += h d f(x)`` at x = (q, p) is ``lambda += h d f_x^T lambda_p``, and the same
-    for q; for a separable field only the other part of lambda changes.
-    """
-
-    def step(self, step: Step, ledger: Ledger) -> None:
-        """Take the adjoint of one step, whose checkpoint has been loaded.
-
-        Raises
-        ------
-        BaseException
-            Whatever the vector field raised.
-        """
-        split = self.settings.split
-        parts = (slice(None, split), slice(split, None))
-        stages = list(zip(self.settings.method.half_updates, self.checkpoint, strict=True))
-        for index, (update, stage) in reversed(list(enumerate(stages))):
-            part = parts[update.part]
-            w = torch.zeros_like(self.state)
-            w[part] = step.length * update.weight * self.state[part]
-            s = step.at(update.offset)
-            if self.field.look is not None:
-                name = ("positions", "momenta")[update.part]
-                self.field.look(s, stage, w, step.length * update.weight, name)
-            point = self.linearize(s, stage, step)
-            self.verify(point.flat_value(), index, s, step)
-            self.state = self.state + self.pull_back(point.vjp, w)
-        ledger.steps += 1

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from pnode import vectors
-from pnode.adjoint.trajectory import Checkpoint
 from pnode.errors import LinearSolveFailed, SolveError
 from pnode.evidence import differs
 from pnode.linearization import Linearization, Products
 from pnode.options import PETSc, SolverOptions, log_event, log_stage
 from pnode.products import accumulate
 from pnode.solution import Ledger
+from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.petsc.bridge import Bridge
 from pnode.solvers.petsc.failures import raise_stored, reason_name
 from pnode.solvers.petsc.library import total_krylov_iterations
@@ -57,15 +57,15 @@ class AdjointStepper(ABC):
 
     @abstractmethod
     def load(
-        self, checkpoint: Checkpoint, tape: Any = None, evidence: Sequence[float] = ()
+        self, checkpoint: Checkpoint, graphs: Any = None, evidence: Sequence[float] = ()
     ) -> None:
         """Put a step's checkpoint in place. Not collective.
 
         Parameters
         ----------
-        checkpoint : tuple of Tensor
+        checkpoint : Checkpoint
             The checkpoint.
-        tape : sequence of Linearization, optional
+        graphs : sequence of Linearization, optional
             Graphs at its stages.
         evidence : sequence of float
             What the forward sweep noted of f in this step; see ``TimeIntegrator.evidence``.
@@ -81,7 +81,7 @@ class AdjointStepper(ABC):
         state : Tensor
             Any state, flat, PETSc's precision.
         """
-        return tuple(state.clone() for _ in range(self.settings.method.stage_units))
+        return Checkpoint(tuple(state.clone() for _ in range(self.settings.method.stage_units)))
 
     @abstractmethod
     def add(self, cotangent: torch.Tensor) -> None:
@@ -138,18 +138,18 @@ class TorchAdjointStepper(AdjointStepper):
         self._direction = field.problem.direction
         place = self.settings.place
         self.state = torch.zeros((*batch, self.settings.size), dtype=REAL, device=place.device)
-        self.checkpoint: Checkpoint = ()
+        self.checkpoint = Checkpoint(())
         self.evidence: Sequence[float] = ()
         self._gradients: list[torch.Tensor | None] = [None] * len(field.parameters)
 
     def end(self) -> None:
         """End a sweep: let go of the user's objects."""
         del self.field
-        self.checkpoint, self.evidence, self._gradients = (), (), []
+        self.checkpoint, self.evidence, self._gradients = Checkpoint(()), (), []
         log_stage("pnode adjoint").pop()
 
     def load(
-        self, checkpoint: Checkpoint, tape: Any = None, evidence: Sequence[float] = ()
+        self, checkpoint: Checkpoint, graphs: Any = None, evidence: Sequence[float] = ()
     ) -> None:
         """Put a step's checkpoint in place. Not collective."""
         self.checkpoint, self.evidence = checkpoint, evidence
@@ -257,10 +257,10 @@ class ImplicitAdjointStepper(TorchAdjointStepper):
         self._iterations = total_krylov_iterations(self._ksp)
 
     def load(
-        self, checkpoint: Checkpoint, tape: Any = None, evidence: Sequence[float] = ()
+        self, checkpoint: Checkpoint, graphs: Any = None, evidence: Sequence[float] = ()
     ) -> None:
         """Put a step's checkpoint in place. Not collective."""
-        super().load(checkpoint, tape, evidence)
+        super().load(checkpoint, graphs, evidence)
         if self.field.exchange is not None:
             # Which tensors steps share depends on where a rank keeps them, and whether it has
             # failed; to exchange ghost cells is for all or none.

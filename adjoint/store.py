@@ -38,7 +38,7 @@ class CheckpointStore:
         Makes the folder for the disk when it is needed: a :class:`DiskFolder`.
     device : DeviceLevel or None
         Of a state on a device.
-    tape_limit : float
+    graphs_limit : float
         Bytes that graphs may hold besides, at most: what checkpoints leave of ``limit``. Not with a
         device level.
 
@@ -58,12 +58,12 @@ class CheckpointStore:
         limit: int | None = None,
         folder: Callable[[], DiskFolder] | None = None,
         device: DeviceLevel | None = None,
-        tape_limit: float = math.inf,
+        graphs_limit: float = math.inf,
     ) -> None:
         # Pinned memory, which a device copies to and from, is not for slabs.
         self._ram = Account(
             ledger, "ram_bytes", math.inf if limit is None else limit,
-            Graphs(ledger, tape_limit), slabs=limit is not None and device is None,
+            Graphs(ledger, graphs_limit), slabs=limit is not None and device is None,
         )  # fmt: skip
         self._disk = None if folder is None else Disk(ledger, self._ram, folder)
         memory = Memory(self._ram, self._disk)
@@ -117,7 +117,7 @@ class CheckpointStore:
         """Free a checkpoint."""
         self._top.drop(key)
 
-    def keep_tape(self, step: int, tape: Any, size: int) -> bool:
+    def keep_graphs(self, step: int, graphs: Any, size: int) -> bool:
         """Keep the graphs of a step, ``size`` bytes, if there is room when older ones go.
 
         Returns
@@ -128,10 +128,10 @@ class CheckpointStore:
         self.graphs.free(size - self._ram.graphs_room())
         if self._ram.graphs_room() < size:
             return False
-        self.graphs.put(step, tape, size)
+        self.graphs.put(step, graphs, size)
         return True
 
-    def most_tapes(self, size: int) -> int:
+    def most_graphs(self, size: int) -> int:
         """Return how many steps with graphs of ``size`` bytes there is room for at most."""
         return self._ram.most_graphs(size)
 

@@ -150,7 +150,7 @@ class StageTangents(_ImplicitTangents):
                 *((h * scheme.A[i][j], slopes[j]) for j in slopes),
                 *((h * A_explicit[i][j], explicit[j]) for j in explicit),
             ])  # fmt: skip
-            s, Y = step.at(scheme.c[i]), adjoint.checkpoint[i]
+            s, Y = step.at(scheme.c[i]), adjoint.checkpoint.stages[i]
             if a:
                 shift = 1.0 / (h * a)
                 state = self._solve(s, Y, shift, shift * driven, step, ledger)
@@ -191,7 +191,8 @@ class MultistepTangents(_ImplicitTangents):
         if step.order < 0:
             self.tangents = self._extrapolated(step, -step.order, ledger)
         else:
-            u, d = self._adjoint.checkpoint
+            (u,), d = self._adjoint.checkpoint.stages, self._adjoint.checkpoint.weights
+            assert d is not None
             first, *others = d.tolist()
             terms = zip(others, before, strict=False)
             driven = _plus(torch.zeros_like(self.tangents), [(-d, Z) for d, Z in terms])
@@ -201,7 +202,7 @@ class MultistepTangents(_ImplicitTangents):
 
     def _extrapolated(self, step: Step, order: int, ledger: Ledger) -> torch.Tensor:
         """Return the tangents after extrapolated implicit Euler."""
-        (states,) = self._adjoint.checkpoint
+        (states,) = self._adjoint.checkpoint.stages
         total, system = torch.zeros_like(self.tangents), 0
         for number, weight in enumerate(start_weights(order), start=1):
             h, Z = step.length / number, self.tangents

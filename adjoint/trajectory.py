@@ -5,7 +5,7 @@ A trajectory belongs to one autograd node. Any number of them may be alive at on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,13 +27,11 @@ from pnode.adjoint.steps import Steps
 from pnode.adjoint.store import CheckpointStore
 from pnode.errors import CheckpointError, VectorFieldError
 from pnode.evidence import Evidence
+from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.stepping import Step
 
-__all__ = ["Checkpoint", "Trajectory"]
-
-#: What the adjoint of one step needs; see ``TimeIntegrator.checkpoint``.
-Checkpoint = tuple[torch.Tensor, ...]
+__all__ = ["Trajectory"]
 
 _STAGES, _SOLUTION = "stages", "solution"
 
@@ -49,11 +47,13 @@ class Trajectory:
         Where.
     progress : Progress or None
         What the sweep is to be taken up from again.
-    tapes : bool
+    keeps_graphs : bool
         Whether to keep the graphs of steps where there is room.
     total : int or None
         Number of steps, if it is known: graphs of those that could not keep theirs to the end are
         not made.
+    multistep : bool
+        Whether the method looks at more states than the last.
 
     Attributes
     ----------
@@ -65,8 +65,8 @@ class Trajectory:
         Whether a backward sweep can begin.
     progress : Progress or None
         As given.
-    tapes : bool
-        As given.
+    keeps_graphs : bool
+        As given, until there is no room for more.
     evidence : Evidence
         What tells the f of these steps.
     """
@@ -76,12 +76,14 @@ class Trajectory:
         schedule: Schedule,
         store: CheckpointStore,
         progress: Progress | None = None,
-        tapes: bool = False,
+        keeps_graphs: bool = False,
         total: int | None = None,
+        multistep: bool = False,
     ) -> None:
-        self.tapes = tapes
+        self.keeps_graphs = keeps_graphs
         self._total = total
-        self._first_tape = 0
+        self._multistep = multistep
+        self._first_with_graphs = 0
         self.schedule = schedule
         self.progress = progress
         self._start: torch.Tensor | None = None
@@ -92,6 +94,7 @@ class Trajectory:
         self.evidence = Evidence()
         self._live: tuple[int, Checkpoint] | None = None
         self._held: Checkpoint | None = None
+        self._held_tensors: tuple[torch.Tensor, ...] = ()
 
     def before_step(self, index: int, integrator: TimeIntegrator) -> None:
         """Store what the schedule wants before a step, whose start the integrator stands at."""
@@ -109,24 +112,25 @@ class Trajectory:
                 self.progress.add_step(step)
         for action in self.schedule.after_step(step.index):
             self.execute(action, integrator)
-        if self.tapes:
-            self._keep_tape(step.index, integrator)
+        if self.keeps_graphs:
+            self._keep_graphs(step.index, integrator)
 
-    def _keep_tape(self, index: int, integrator: TimeIntegrator) -> None:
+    def _keep_graphs(self, index: int, integrator: TimeIntegrator) -> None:
         """Keep the graphs of the step just taken, and say whether the next one makes any."""
         kept = integrator.kept_graphs()
         if kept is not None:
-            fits = self._store.keep_tape(index, *kept)
+            fits = self._store.keep_graphs(index, *kept)
             if not fits:  # nor will the next: checkpoints only become more
-                self.tapes = False
+                self.keeps_graphs = False
                 integrator.make_graphs(False)
                 return
             if index == 0 and self._total is not None:
                 # The first stage may be the last of the step before.
-                self._first_tape = self._total - self._store.most_tapes(kept[1]) - 1
-        integrator.make_graphs(index + 1 >= self._first_tape)
+                most = self._store.most_graphs(kept[1])
+                self._first_with_graphs = self._total - most - 1
+        integrator.make_graphs(index + 1 >= self._first_with_graphs)
 
-    def tape(self, index: int) -> Any:
+    def graphs(self, index: int) -> Any:
         """Return the graphs of a step's stages, None if they are not kept."""
         return self._store.graphs.get(index)
 
@@ -170,8 +174,8 @@ class Trajectory:
                 self._live = None
                 if self.progress is not None:
                     assert self._start is not None
-                    checkpoint = (*checkpoint, self._start)
-                store.put((_STAGES, step), checkpoint, action.level)
+                    checkpoint = checkpoint.with_start(self._start)
+                store.put((_STAGES, step), checkpoint.tensors(), action.level)
             case StoreSolution():
                 assert integrator is not None
                 store.put((_SOLUTION, step), integrator.history, action.level)
@@ -180,11 +184,14 @@ class Trajectory:
             case DiscardSolution():
                 store.discard((_SOLUTION, step))
             case KeepEnd():
-                end = store.get((_STAGES, step))[-1]
+                end = self.end(step)
                 store.discard((_STAGES, step))
                 store.put((_SOLUTION, step + 1), (end,))
             case RestoreStages():
-                self._live = (step, self._checked(step, self._own(store.get((_STAGES, step)))))
+                found, plain = store.get((_STAGES, step)), self.progress is None
+                plain = plain and not self._multistep
+                checkpoint = Checkpoint(tuple(found)) if plain else self._read(found)
+                self._live = (step, self._checked(step, checkpoint))
             case _:
                 raise AssertionError(f"{action} is not for the trajectory")
 
@@ -196,9 +203,10 @@ class Trajectory:
         live = self._find_live(index, integrator)
         if self._held is not live:
             if self._held is not None:
-                self._store.release(self._held)
-            self._store.hold(live)
+                self._store.release(self._held_tensors)
             self._held = live
+            self._held_tensors = live.tensors() if self._multistep else live.stages
+            self._store.hold(self._held_tensors)
         return live
 
     @property
@@ -212,7 +220,7 @@ class Trajectory:
         if self._live is not None and self._live[0] == index:
             return self._live[1]
         found = self._store.peek((_STAGES, index))
-        return None if found is None else self._own(found)
+        return None if found is None else self._read(found)
 
     def _find_live(self, index: int, integrator: TimeIntegrator | None) -> Checkpoint:
         if self._live is None or self._live[0] != index:
@@ -226,8 +234,9 @@ class Trajectory:
         """Let go of what is live of a step, after its adjoint."""
         self._store.graphs.drop(index)
         if self._held is not None:
-            self._store.release(self._held)
+            self._store.release(self._held_tensors)
         self._live = self._held = None
+        self._held_tensors = ()
 
     def solution(self, index: int) -> torch.Tensor:
         """Return the stored state at the start of a step."""
@@ -235,22 +244,25 @@ class Trajectory:
 
     def end(self, index: int) -> torch.Tensor:
         """Return the end of a step from its stored stages."""
-        return self._store.get((_STAGES, index))[-1]
+        return self._read(self._store.get((_STAGES, index))).stages[-1]
 
     def clear(self) -> None:
         """Free all checkpoints, and the disk."""
         self._live = self._held = None
+        self._held_tensors = ()
         self.ready = False
         self._store.close()
 
     def _keep_live(self, index: int, integrator: TimeIntegrator) -> None:
-        previous = self._store.peek((_STAGES, index - 1))
-        previous = None if previous is None else self._own(previous)
+        stored = self._store.peek((_STAGES, index - 1))
+        previous = None if stored is None else self._read(stored)
         self._live = (index, self._checked(index, integrator.checkpoint(previous)))
 
-    def _own(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Return a checkpoint without the start of its step, if that is with it."""
-        return checkpoint if self.progress is None else checkpoint[:-1]
+    def _read(self, tensors: Sequence[torch.Tensor]) -> Checkpoint:
+        """Return the checkpoint that is stored as these tensors, without the start of its step."""
+        if self.progress is None:
+            return Checkpoint.of(tensors, self._multistep)
+        return Checkpoint.of(tensors, self._multistep, started=True).with_start(None)
 
     def _checked(self, index: int, checkpoint: Checkpoint) -> Checkpoint:
         """Return a checkpoint unless the vector field has written into a state of this step.
@@ -262,7 +274,8 @@ class Trajectory:
         VectorFieldError
             If it has.
         """
-        if any([tensor._version for tensor in checkpoint]):
+        tensors = checkpoint.tensors() if self._multistep else checkpoint.stages
+        if any([tensor._version for tensor in tensors]):
             raise VectorFieldError(
                 "the vector field kept a state y and wrote into it later; keep y.clone() instead",
                 step=index,

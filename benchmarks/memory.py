@@ -15,7 +15,7 @@ A series ends at the first measurement beyond ``--limit`` of memory or ``--secon
 installed is left out.
 
     python benchmarks/memory.py [--steps 10 30 100] [--long] [--series pnode diffrax]
-        [--limit 4GB] [--seconds 300] [--json FILE] [--plot FILE]
+        [--limit 4GB] [--seconds 300] [--repeats 3] [--json FILE] [--plot FILE]
 """
 
 from __future__ import annotations
@@ -74,11 +74,13 @@ def run_measurement(
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(series: Series, steps: int, limit: str, seconds: float) -> dict[str, Any]:
+def measure(
+    series: Series, steps: int, limit: str, seconds: float, repeats: int = 3
+) -> dict[str, Any]:
     """Return the row of one series and number of steps; ``failure`` is why there are no figures."""
     row: dict[str, Any] = {"series": series.name, "steps": steps, "failure": None}
     try:
-        row |= run_measurement(series, steps, limit, seconds, 3, {})
+        row |= run_measurement(series, steps, limit, seconds, repeats, {})
         mapped = run_measurement(series, steps, limit, seconds, 1, MAPPED)
     except Ended as reason:
         return {"series": series.name, "steps": steps, "failure": str(reason)}
@@ -147,6 +149,7 @@ def main() -> int:
     parser.add_argument("--series", nargs="+", choices=SERIES, default=list(SERIES))
     parser.add_argument("--limit", default="4GB", help="memory of one measurement")
     parser.add_argument("--seconds", type=float, default=300.0, help="time of one measurement")
+    parser.add_argument("--repeats", type=int, default=3, help="gradients whose times are taken")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--plot", type=Path, help="draw memory and time here")
     arguments = parser.parse_args()
@@ -164,7 +167,7 @@ def main() -> int:
     )
     for series in chosen:
         for steps in (*arguments.steps, *(LONG if arguments.long and series.bounded else ())):
-            row = measure(series, steps, arguments.limit, arguments.seconds)
+            row = measure(series, steps, arguments.limit, arguments.seconds, arguments.repeats)
             rows.append(row)
             print_row(row)
             if row["failure"] is not None:

@@ -10,10 +10,10 @@ from typing import Any
 
 from pnode.errors import ConfigurationError
 
-__all__ = ["DEFAULT_TAPE", "Checkpointing", "parse_bytes"]
+__all__ = ["DEFAULT_GRAPHS", "Checkpointing", "parse_bytes"]
 
 #: Bytes of graphs that store="auto" keeps if memory has no limit.
-DEFAULT_TAPE = 128 * 2**20
+DEFAULT_GRAPHS = 128 * 2**20
 
 _STORES = ("auto", "tape", "stages", "solutions")
 _FACTORS = {
@@ -130,10 +130,10 @@ class Checkpointing:
             object.__setattr__(self, "disk", os.path.abspath(self.disk))
 
     @property
-    def tape_limit(self) -> float:
+    def graphs_limit(self) -> float:
         """Bytes that graphs of f may take at most, besides the limit of all; 0 for no graphs."""
         if self.store == "auto":
-            return DEFAULT_TAPE if self.memory is None else math.inf
+            return DEFAULT_GRAPHS if self.memory is None else math.inf
         return math.inf if self.store == "tape" else 0
 
     @property

@@ -10,10 +10,10 @@ import torch
 
 from pnode import vectors
 from pnode.adjoint.reverse import NodeCotangents
-from pnode.adjoint.trajectory import Checkpoint
 from pnode.interpolation import hermite, hermite_rate, polynomial, polynomial_rate
 from pnode.linearization import Linearization
 from pnode.products import accumulate
+from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.scheme import Scheme
 from pnode.solvers.stepping import Observer, Step
@@ -98,7 +98,7 @@ class DenseOutput(Observer):
             if self._keep:
                 self.states[step.index] = start
                 self.states[step.index + 1] = self._state
-            evaluate = self._hermite if self.scheme is None else self._own
+            evaluate = self._hermite if self.scheme is None else self._interpolate
             for inside in self.inside[step.index]:
                 self._emit(evaluate(step, inside, start, integrator))
         if self._next < len(self._times) - 1 and self._times[self._next] == step.end and not last:
@@ -128,7 +128,7 @@ class DenseOutput(Observer):
             self._slope = node, value.to(REAL)
         return self._slope[1]
 
-    def _own(
+    def _interpolate(
         self, step: Step, inside: Inside, start: torch.Tensor, integrator: TimeIntegrator
     ) -> torch.Tensor:
         """Let PETSc combine the stage slopes it has at hand."""
@@ -193,7 +193,8 @@ class DenseAdjoint(NodeCotangents):
         if self._dense.scheme is not None:
             if node not in self._wanted:
                 return None
-            return self._own(node, restore, None if self._wants_times else graphs(node))
+            kept = None if self._wants_times else graphs(node)
+            return self._through_stages(node, restore, kept)
         return self._hermite(node)
 
     def _hermite(self, node: int) -> torch.Tensor | None:
@@ -219,7 +220,7 @@ class DenseAdjoint(NodeCotangents):
             self.times[inside.index] += float(rate)
         return state.add_(self._product(parts, slope))
 
-    def _own(
+    def _through_stages(
         self,
         step_index: int,
         restore: Callable[[int], Checkpoint],
@@ -235,7 +236,7 @@ class DenseAdjoint(NodeCotangents):
         wanted = self._wanted[step_index]
         weights = [polynomial(scheme.interpolation, inside.theta) for inside, _ in wanted]
         rates = [polynomial_rate(scheme.interpolation, inside.theta) for inside, _ in wanted]
-        stages = list(restore(step_index))
+        stages = list(restore(step_index).stages)
         if len(stages) < scheme.stages:  # FSAL: the last stage is the end
             stages.append(self._dense.states[step_index + 1])
         total = sum((w for _, w in wanted), start=torch.zeros_like(wanted[0][1]))

@@ -72,12 +72,12 @@ def new_trajectory(engine: Engine, run: Run, requests: Requests, y0: torch.Tenso
                 "is on the host: use memory=, or y0.cuda() without device_state='host'"
             )
         level = DeviceLevel(chosen.device_bytes, Offload(run.settings.place.device))
-    tape_limit = _tape_limit(engine)
-    store = CheckpointStore(run.stats, chosen.bytes, folder, level, tape_limit)
-    return Trajectory(schedule, store, progress, tape_limit > 0, steps)
+    graphs_limit = _graphs_limit(engine)
+    store = CheckpointStore(run.stats, chosen.bytes, folder, level, graphs_limit)
+    return Trajectory(schedule, store, progress, graphs_limit > 0, steps, engine.method.multistep)
 
 
-def _tape_limit(engine: Engine) -> float:
+def _graphs_limit(engine: Engine) -> float:
     """Return how many bytes of graphs may be kept.
 
     None beside device_memory, which they would fill and cannot be moved from. Where ghost cells
@@ -85,10 +85,10 @@ def _tape_limit(engine: Engine) -> float:
     collective. Their sizes differ between the ranks, so no limit must count.
     """
     chosen = engine.checkpointing
-    if not engine.method.tapes or chosen.device_bytes is not None:
+    if not engine.method.keeps_graphs or chosen.device_bytes is not None:
         return 0
-    if engine.exchange is None or chosen.tape_limit == 0:
-        return chosen.tape_limit
+    if engine.exchange is None or chosen.graphs_limit == 0:
+        return chosen.graphs_limit
     if chosen.store == "tape" and chosen.bytes is not None:
         raise ConfigurationError(
             f"store='tape' with memory={chosen.memory!r} is not supported for layout=: the "

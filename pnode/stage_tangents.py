@@ -170,7 +170,7 @@ def _tangents(
                 "time": run.problem.direction * step.start,
                 "step": node, "method": run.settings.method.name,
             }  # fmt: skip
-            adjoint.load(checkpoint, trajectory.tape(node), trajectory.evidence[node])
+            adjoint.load(checkpoint, trajectory.graphs(node), trajectory.evidence[node])
             stepper.step(step, ledger)
     return found
 

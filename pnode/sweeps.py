@@ -262,10 +262,10 @@ class SteppedSweep(Sweep):
                 integrator.know_slope(start)
             if self.trajectory is not None:
                 leases.enter_context(self.trajectory.forward())
-                self.trajectory.tapes &= start is None
+                self.trajectory.keeps_graphs &= start is None
                 if run.settings.place.on_host:  # numbers, which a device would have to wait for
                     integrator.note_values()
-                integrator.make_graphs(self.trajectory.tapes)
+                integrator.make_graphs(self.trajectory.keeps_graphs)
             locator: EventLocator | None = None
             if requests.event_fn is not None:
                 trial = replace(run.settings, adaptive=False)

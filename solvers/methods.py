@@ -154,7 +154,7 @@ class Method:
         return not self.multistep
 
     @property
-    def tapes(self) -> bool:
+    def keeps_graphs(self) -> bool:
         """Whether adjoints can use the graphs of f from the forward sweep."""
         return self.ts_type in ("rk", "ssp")
 

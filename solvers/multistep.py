@@ -29,6 +29,7 @@ from pnode.errors import ConfigurationError, SolveError
 from pnode.evidence import project
 from pnode.options import SolverOptions
 from pnode.solvers import bdf
+from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.newton import ModifiedNewton
 from pnode.solvers.petsc.integrator import StepOutcome, TimeIntegrator
 from pnode.solvers.petsc.settings import IntegratorSettings
@@ -107,7 +108,7 @@ class MultistepIntegrator(TimeIntegrator):
         self._states: tuple[torch.Tensor, ...] = ()
         self._lengths: tuple[float, ...] = ()
         self._slope: torch.Tensor | None = None
-        self._checkpoint: tuple[torch.Tensor, ...] = ()
+        self._checkpoint = Checkpoint(())
         self._failed: list[FailedAttempt] = []
         self._notes = False
         self._evidence: list[float] = []
@@ -140,7 +141,8 @@ class MultistepIntegrator(TimeIntegrator):
 
     def end(self) -> None:
         """End a sweep: let go of the user's objects."""
-        self._states, self._lengths, self._slope, self._checkpoint = (), (), None, ()
+        self._states, self._lengths, self._slope = (), (), None
+        self._checkpoint = Checkpoint(())
         self._notes, self._evidence = False, []
         super().end()
 
@@ -233,7 +235,7 @@ class MultistepIntegrator(TimeIntegrator):
             ends.append(u)
         new = combine(bdf.start_weights(order), ends)
         self._accept(new, step)
-        self._checkpoint = (torch.stack(kept),)
+        self._checkpoint = Checkpoint((torch.stack(kept),))
         return StepOutcome(True, step)
 
     def _differentiate(
@@ -319,9 +321,9 @@ class MultistepIntegrator(TimeIntegrator):
         return tuple(self._evidence)
 
     def _store(self, new: torch.Tensor, d: Sequence[float], psi: torch.Tensor) -> None:
-        self._checkpoint = (new, torch.tensor(d, dtype=vectors.REAL, device=HOST.device))
-        if self.settings.form == "residual":
-            self._checkpoint += (torch.add(psi, new, alpha=d[0]),)
+        rate = torch.add(psi, new, alpha=d[0]) if self.settings.form == "residual" else None
+        weights = torch.tensor(d, dtype=vectors.REAL, device=HOST.device)
+        self._checkpoint = Checkpoint((new,), weights, rate)
 
     def _accept(self, new: torch.Tensor, step: float) -> None:
         """Move on.
@@ -372,8 +374,8 @@ class MultistepIntegrator(TimeIntegrator):
             self._slope = self._newton.slope(s, self._states[0], where)
         return self._slope
 
-    def checkpoint(self, previous: tuple[torch.Tensor, ...] | None) -> tuple[torch.Tensor, ...]:
-        """Return what the adjoint of the last step needs, as tensors. Not collective.
+    def checkpoint(self, previous: Checkpoint | None) -> Checkpoint:
+        """Return what the adjoint of the last step needs. Not collective.
 
         BDF: the new state and the coefficients d_0..d_k, and for a residual u_dot. Extrapolated
         implicit Euler: all substeps' states, stacked, for a residual behind the start.

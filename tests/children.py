@@ -3,7 +3,8 @@
 One process a session (with xdist: a worker) has imported torch, and nothing that starts MPI or
 PETSc; it forks for each program. A program finds what it would find in a new interpreter: its
 arguments, environment, folder and signals, PETSc not yet started, an exit that runs all handlers.
-What Python or the allocator read before they start (PYTHONMALLOC, -W) takes a real one.
+What Python or the allocator read before they start (PYTHONMALLOC) takes a process of its own to
+fork from, ``started_with``; Python's options (-W) take a real interpreter.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from pathlib import Path
 
 
 @cache
-def _server() -> subprocess.Popen[str]:
+def _server(*started_with: tuple[str, str]) -> subprocess.Popen[str]:
+    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     server = subprocess.Popen(
         [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        env=os.environ | threads | dict(started_with),
     )  # fmt: skip
     atexit.register(server.communicate)  # it ends with its input
     return server
@@ -35,15 +37,16 @@ def _server() -> subprocess.Popen[str]:
 
 def run_program(
     path: Path, arguments: Sequence[str] = (), env: Mapping[str, str] = os.environ,
-    timeout: float = 120.0,
+    timeout: float = 120.0, started_with: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:  # fmt: skip
-    """Run a Python program, as ``subprocess.run`` would."""
-    server = _server()
+    """Run a Python program, as ``subprocess.run`` would; ``started_with`` adds to ``env``."""
+    started_with = started_with or {}
+    server = _server(*sorted(started_with.items()))
     assert server.stdin is not None and server.stdout is not None
     with tempfile.TemporaryDirectory() as folder:
         outputs = [str(Path(folder, name)) for name in ("stdout", "stderr")]
         job = {
-            "argv": [str(path), *arguments], "env": dict(env), "cwd": os.getcwd(),
+            "argv": [str(path), *arguments], "env": {**env, **started_with}, "cwd": os.getcwd(),
             "outputs": outputs, "timeout": timeout,
         }  # fmt: skip
         server.stdin.write(json.dumps(job) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import torch
@@ -243,8 +244,27 @@ def rk_step(f, tableau, t, h, y):
     return y + sum(h * b * k for b, k in zip(tableau["b"], slopes, strict=True) if b != 0.0)
 
 
+def _iterate(flat, root):
+    """Root of a function of vectors, by Newton with a matrix of differences that is kept."""
+    matrix, before = None, math.inf
+    for _ in range(60):
+        value = flat(root)
+        if matrix is None:
+            shifts = 1e-7 * torch.eye(len(root), dtype=root.dtype)
+            matrix = torch.stack([flat(root + shift) - value for shift in shifts], 1) / 1e-7
+        update = torch.linalg.solve(matrix, value)
+        root = root - update
+        size = float(update.norm())
+        if size <= 1e-15 * max(1.0, float(root.norm())):
+            break
+        if size > 0.1 * before:  # it was made too far away
+            matrix = None
+        before = size
+    return root
+
+
 def solve_implicit(residual, guess):
-    """Root of a residual, by Newton without graph, then one step whose graph is the IFT's.
+    """Root of a residual, by iterations without graph, then one step whose graph is the IFT's.
 
     At the root y*, y = y* - J^{-1} F(y*; inputs) with J held fixed has the value y* and the
     derivative -J^{-1} dF/dinputs. Each step more makes one derivative more right.
@@ -253,15 +273,8 @@ def solve_implicit(residual, guess):
     def flat(x):
         return residual(x.view_as(guess)).reshape(-1)
 
-    root = guess.detach().reshape(-1)
-    for _ in range(30):
-        with torch.no_grad():
-            jacobian = torch.func.jacrev(flat)(root)
-            update = torch.linalg.solve(jacobian, flat(root))
-            root = root - update
-        if update.norm() <= 1e-15 * max(1.0, float(root.norm())):
-            break
     with torch.no_grad():
+        root = _iterate(flat, guess.detach().reshape(-1))
         jacobian = torch.func.jacrev(flat)(root)
     for _ in range(DERIVATIVES):
         root = root - torch.linalg.solve(jacobian, flat(root))

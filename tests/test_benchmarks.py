@@ -128,8 +128,8 @@ def test_failures_are_rows():
 def test_memory_stays_within_the_budget(tmp_path):
     path = tmp_path / "memory.json"
     command = [
-        sys.executable, str(FOLDER / "memory.py"), "--steps", "60", "--json", str(path),
-        "--series", "torchdiffeq", "pnode", "pnode-16MB", "pnode-16MB-disk",
+        sys.executable, str(FOLDER / "memory.py"), "--steps", "60", "--repeats", "1",
+        "--json", str(path), "--series", "torchdiffeq", "pnode", "pnode-16MB", "pnode-16MB-disk",
     ]  # fmt: skip
     run = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert run.returncode == 0, run.stderr
@@ -154,7 +154,8 @@ def test_memory_stays_within_the_budget(tmp_path):
 
 def test_memory_series_end_at_the_limits():
     command = [
-        sys.executable, str(FOLDER / "memory.py"), "--steps", "150", "200", "--series", "pnode",
+        sys.executable, str(FOLDER / "memory.py"), "--steps", "150", "200", "--repeats", "1",
+        "--series", "pnode",
     ]  # fmt: skip
     for limit, reason in ((["--limit", "40MB"], "over 40MB"), (["--seconds", "1"], "over 1 s")):
         run = subprocess.run(

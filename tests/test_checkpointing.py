@@ -69,9 +69,9 @@ def test_the_last_state_of_a_checkpoint_is_the_end_where_the_table_says_so(name)
     problem = InitialValueProblem.create(field, y0, torch.zeros(1))
     integrator.begin(vector_field(problem, Ledger()), y0.flatten(), 0.0)
     integrator.attempt(0.0, 0.1, 0)
-    checkpoint = integrator.checkpoint(None)
-    assert len(checkpoint) == method.stage_units
-    assert torch.equal(checkpoint[-1], copy_out(integrator.solution)) == method.holds_end
+    stages = integrator.checkpoint(None).stages
+    assert len(stages) == method.stage_units
+    assert torch.equal(stages[-1], copy_out(integrator.solution)) == method.holds_end
     integrator.end()
 
 
@@ -441,7 +441,7 @@ def test_live_stages_of_repeated_steps_are_in_the_ledger(name, monkeypatch):
     def stages(self, index, integrator):
         nonlocal peak
         live = original(self, index, integrator)
-        tensors = [*live, *(t for kept in self._store._top._kept.values() for t in kept)]
+        tensors = [*live.tensors(), *(t for kept in self._store._top._kept.values() for t in kept)]
         sizes = {t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         peak = max(peak, sum(sizes.values()))
         return live

@@ -281,7 +281,8 @@ def test_limited_memory(
     interpreted: dict[str, int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Method, "tapes", False)  # compiled steps keep no graphs within a limit
+    # Compiled steps keep no graphs within a limit.
+    monkeypatch.setattr(Method, "keeps_graphs", False)
     checkpointing = pnode.Checkpointing(**chosen)
     ledger, expected = both(
         Net(), start(4, 3), method=method, step_size=0.1, checkpointing=checkpointing

@@ -128,7 +128,9 @@ def cases(draw: st.DrawFn, family: str) -> Case:
     shapes = tuple(SHAPES) if rarely or "separable" not in row.forms else ("pair",)
     fixed = [0.1, 0.15] if not row.adaptive and not rarely else [0.1, 0.15, None]
     limited = draw(st.booleans())
-    stores = ("auto", "stages") if not row.tapes and not rarely else ("auto", "stages", "tape")
+    stores = (
+        ("auto", "stages") if not row.keeps_graphs and not rarely else ("auto", "stages", "tape")
+    )
     case = Case(
         method=name,
         form=form,
@@ -373,7 +375,7 @@ def refusal(case: Case) -> str | None:
             and case.shape not in ROWS[case.form == "imex" or case.span == "none"]
         ),
         "nothing to reuse": case.reuse != "iteration" and case.jacobian == "matrix-free",
-        "graphs of explicit stages alone": case.store == "tape" and not row.tapes,
+        "graphs of explicit stages alone": case.store == "tape" and not row.keeps_graphs,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 

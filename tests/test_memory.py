@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import gc
-import os
 import re
-import subprocess
-import sys
 import textwrap
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from children import run_program
 
 import pnode
 
@@ -85,27 +83,22 @@ LOOPS = {
 
 
 @pytest.mark.parametrize("name", list(LOOPS))
-def test_resident_memory_stays_flat(name):
+def test_resident_memory_stays_flat(name, tmp_path):
     number, setup, body = LOOPS[name]
     script = LOOP
     for slot, text in {"{setup}": setup, "{body}": body, "{number}": str(number)}.items():
         script = script.replace(slot, text)
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        # One arena that gives freed memory back soon: growth is then what is still referred to.
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "65536"},
-        check=False,
-    )
+    program = tmp_path / "program.py"
+    program.write_text(script)
+    # One arena that gives freed memory back soon: growth is then what is still referred to.
+    arena = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = run_program(program, timeout=300, started_with=arena)
     assert done.returncode == 0, done.stderr
     grown = int(re.search(r"grown by (-?\d+)", done.stdout)[1])
     assert grown < ALLOWED_ANYHOW + ALLOWED_EACH * number
 
 
-def test_petsc_objects_are_freed():
+def test_petsc_objects_are_freed(tmp_path):
     """-log_view counts creations and destructions of every class: all but a few must go."""
     script = textwrap.dedent("""
     import torch, pnode
@@ -116,10 +109,9 @@ def test_petsc_objects_are_freed():
             y0 = torch.ones(2, dtype=torch.float64, requires_grad=True)
             pnode.odeint(lambda t, y: -y, y0, t, step_size=0.1, **keywords).sum().backward()
     """)
-    done = subprocess.run(
-        [sys.executable, "-c", script, "-log_view"],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    program = tmp_path / "program.py"
+    program.write_text(script)
+    done = run_program(program, ["-log_view"])
     assert done.returncode == 0, done.stderr
     created, destroyed = {}, {}
     for line in done.stdout.split("Object Type")[1].splitlines():
@@ -260,7 +252,7 @@ def test_failed_solve_keeps_nothing_but_its_exception(kind):
 
 HELD = """
 import ctypes, gc, sys, torch, pnode
-sys.path.insert(0, "benchmarks")
+sys.path.insert(0, sys.argv[4])
 from growth import allocated
 weight = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
 method, memory, steps = sys.argv[1], sys.argv[2], 2000
@@ -286,15 +278,14 @@ BESIDE_EACH, BESIDE = 800, 2**17
 
 @pytest.mark.parametrize("memory", ["20kB", "1MB"])
 @pytest.mark.parametrize("method", ["rk4", "cn", "bdf2", "ra34pw2"])
-def test_what_a_budget_really_holds_of_a_small_state(method, memory):
+def test_what_a_budget_really_holds_of_a_small_state(method, memory, tmp_path):
     if method == "bdf2" and memory == "20kB":
         memory = "65kB"  # it keeps every step
     store = "stages" if memory == "1MB" else "auto"
-    done = subprocess.run(
-        [sys.executable, "-c", HELD, method, memory, store],
-        capture_output=True, text=True, timeout=300, check=False, cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONMALLOC": "malloc"},
-    )  # fmt: skip
+    program = tmp_path / "program.py"
+    program.write_text(HELD)
+    arguments = [method, memory, store, str(ROOT / "benchmarks")]
+    done = run_program(program, arguments, timeout=300, started_with={"PYTHONMALLOC": "malloc"})
     assert done.returncode == 0, done.stderr
     held, ledger = map(int, re.search(r"held (-?\d+) (\d+)", done.stdout).groups())
     assert held > 0

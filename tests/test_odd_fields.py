@@ -21,7 +21,7 @@ STORES = {
     "stages": pnode.Checkpointing(store="stages"),
     "budget": 1200,
 }
-EXPLICIT = [method.name for method in METHODS if method.tapes]
+EXPLICIT = [method.name for method in METHODS if method.keeps_graphs]
 A_FEW = ["rk4", "dopri5", "ssprk43", "cn", "es325", "bdf2", "rodaspr"]
 
 

@@ -21,6 +21,7 @@ from pnode.options import SolverOptions, next_prefix
 from pnode.problem import InitialValueProblem, StateLayout
 from pnode.solution import Ledger
 from pnode.solvers import scheme as schemes
+from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.methods import METHODS, find_method
 from pnode.solvers.petsc.settings import IntegratorSettings, default_options
 from pnode.solvers.stepping import Step
@@ -293,7 +294,7 @@ def test_cotangents_inside_a_step(name, form):
     ledger, flat, s, seen = Ledger(), [c.reshape(-1) for c in cotangents], len(Ys), {}
     adjoint.begin(vector_field(problem, ledger))
     adjoint.add(flat[-1])
-    adjoint.load(tuple(Y.detach().reshape(-1) for Y in Ys))
+    adjoint.load(Checkpoint(tuple(Y.detach().reshape(-1) for Y in Ys)))
     with torch.enable_grad():
         adjoint.step(
             Step(0, 0.1, h, 0.1 + h), ledger,

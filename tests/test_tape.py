@@ -87,7 +87,7 @@ def peak(monkeypatch):
         monkeypatch.setattr(owner, name, watched)
 
     watch(Account, "count")
-    watch(CheckpointStore, "keep_tape")
+    watch(CheckpointStore, "keep_graphs")
     return held
 
 
@@ -97,7 +97,7 @@ def test_budget_holds_with_the_same_bits(states, store, peak, monkeypatch):
     """Tapes take what the schedule leaves; where it repeats steps, the bits are those of that."""
     memory = states * STATE
     with monkeypatch.context() as patch:
-        patch.setattr(Method, "tapes", False)
+        patch.setattr(Method, "keeps_graphs", False)
         plain, stats = solve(pnode.Checkpointing(memory=memory), method="rk4")
     taped, tape = solve(pnode.Checkpointing(memory=memory, store=store), method="rk4")
     assert all(map(torch.equal, plain, taped))
@@ -119,7 +119,7 @@ def test_graphs_of_the_last_steps_only(method, steps, monkeypatch):
     _, everything = solve(None, method=method)
     assert everything.backward.rhs == 3  # for the times
     size = everything.tape_bytes // 20
-    monkeypatch.setattr("pnode.checkpointing.DEFAULT_TAPE", max(1, steps * size))
+    monkeypatch.setattr("pnode.checkpointing.DEFAULT_GRAPHS", max(1, steps * size))
     made = []
     linearize = VectorField.linearize
 

@@ -14,6 +14,7 @@ from pnode import vectors
 from pnode.adjoint.stepper import AdjointStepper
 from pnode.options import PETSc
 from pnode.products import accumulate
+from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.linear.linearizer import Point
 from pnode.solvers.linear.shells import JacobianShell, shell_matrix
 from pnode.solvers.petsc.bridge import Bridge
@@ -151,14 +152,14 @@ class TSAdjoint(AdjointStepper):
         self.bridge.detach()
         del self.field
 
-    def load(self, checkpoint: Any, tape: Any = None, evidence: Any = ()) -> None:
+    def load(self, checkpoint: Checkpoint, graphs: Any = None, evidence: Any = ()) -> None:
         self.checkpoint = checkpoint
 
     def add(self, cotangent: torch.Tensor) -> None:
         vectors.copy_in(self.lam, vectors.copy_out(self.lam) + cotangent)
 
     def step(self, step: Any, ledger: Any) -> None:
-        ts, states = self.ts, self.checkpoint
+        ts, states = self.ts, self.checkpoint.stages
         nodes = self.settings.method.scheme.nodes
         self.bridge.begin_stages((step.start, step.end, *map(step.at, nodes)))
         if self.midpoint:

@@ -106,8 +106,8 @@ class GraphSteps(driver.Kernel):
         settings = _Settings(
             graphs.size, _code(library, graphs.dtype), graphs.fsal, bool(tolerances),
             layout.results, layout.begin, layout.end, layout.last, graphs.stages,
-            graphs.products, 0 if graphs.tape else graphs.products, graphs.checkpoint_bytes, step,
-            adjoint,
+            graphs.products, 0 if graphs.keeps_saved else graphs.products,
+            graphs.checkpoint_bytes, step, adjoint,
         )  # fmt: skip
         text: list[int] = []
         for tensors in (self._tolerances, self._saved, self.inputs(), self.sums()):
@@ -197,8 +197,8 @@ class ExplicitSteps(Backend):
     def _compile(
         self, trace: Trace, part: VectorField, y0: torch.Tensor, wanted: Wanted
     ) -> StepGraphs:
-        settings, tape = wanted.settings, _keeps_all(wanted)
-        key = (settings.method, settings.adaptive, tape)
+        settings, saved = wanted.settings, _keeps_all(wanted)
+        key = (settings.method, settings.adaptive, saved)
         if key not in trace.codes:
             scheme = settings.method.scheme
             assert scheme is not None
@@ -207,12 +207,12 @@ class ExplicitSteps(Backend):
                 scheme = scheme.without_idle_stages(settings.method.fsal)
             trace.codes[key] = StepGraphs(
                 trace.graph, scheme, embedded,
-                settings.method.fsal, settings.size, settings.dtype, tape,
+                settings.method.fsal, settings.size, settings.dtype, saved,
             )  # fmt: skip
         graphs: StepGraphs = trace.codes[key]
         # Compile what will be wanted now: a failure is still in time for the other way.
         graphs.compile_step(step_tolerances(settings))
-        if tape:
+        if saved:
             graphs.adjoint  # noqa: B018
         return graphs
 

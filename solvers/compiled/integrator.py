@@ -13,6 +13,7 @@ from pnode import tolerances
 from pnode.errors import NonFiniteVectorField, SolveError
 from pnode.interpolation import polynomial
 from pnode.options import PETSc, SolverOptions
+from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.compiled.inductor import Compiled
 from pnode.solvers.compiled.steps import StepGraphs, Tensors
 from pnode.solvers.petsc.integrator import StepOutcome, TimeIntegrator
@@ -194,7 +195,7 @@ class CompiledIntegrator(TimeIntegrator):
             time=self._direction * s, step=index, method=self.settings.method.name,
         )  # fmt: skip
 
-    def checkpoint(self, previous: tuple[torch.Tensor, ...] | None) -> tuple[torch.Tensor, ...]:
+    def checkpoint(self, previous: Checkpoint | None) -> Checkpoint:
         """Return what the adjoint of the last step needs. Not collective.
 
         The stages at which f was evaluated, as other explicit methods do, and what was saved of
@@ -202,7 +203,8 @@ class CompiledIntegrator(TimeIntegrator):
         """
         # Matrix products write into what they return, which is not the user's doing: .data has a
         # version of its own.
-        return tuple(tensor.data for tensor in self._graphs.checkpoint(*self._last))
+        kept = self._graphs.checkpoint(*self._last)
+        return Checkpoint(tuple(tensor.data for tensor in kept))
 
     def evidence(self) -> tuple[float, ...]:
         """Return nothing: what the graphs compute cannot change but through their inputs."""
@@ -213,7 +215,7 @@ class CompiledIntegrator(TimeIntegrator):
         graphs = self._graphs
         (start, _, results), scheme = self._last, self.settings.method.scheme
         assert scheme is not None
-        stages = self.checkpoint(None)[: graphs.stages]
+        stages = self.checkpoint(None).stages[: graphs.stages]
         begin, h = self._begin, self._number[0]
         slopes = []
         for c, stage in zip(graphs.scheme.c, stages, strict=False):

@@ -71,7 +71,7 @@ class StepGraphs(Code):
         Entries of the state.
     dtype : torch.dtype
         The user's precision.
-    tape : bool
+    keeps_saved : bool
         Whether steps keep what the products need, so that the adjoint evaluates nothing again.
     """
 
@@ -81,7 +81,7 @@ class StepGraphs(Code):
     fsal: bool
     size: int
     dtype: torch.dtype
-    tape: bool
+    keeps_saved: bool
     _steps: dict[Any, Compiled] = field(default_factory=dict, init=False)
     _quick: Any = field(default=None, init=False)
     #: What the driver takes, see :class:`pnode.solvers.compiled.graph_steps.GraphSteps`.
@@ -95,7 +95,7 @@ class StepGraphs(Code):
     @property
     def saved(self) -> int:
         """How many tensors a stage adds to a checkpoint."""
-        return self.field_graph.saved if self.tape else 0
+        return self.field_graph.saved if self.keeps_saved else 0
 
     @cached_property
     def products(self) -> int:
@@ -138,8 +138,9 @@ class StepGraphs(Code):
 
         Inputs: t, h, u; for ``error`` rtol and atol; with FSAL k_1; what f reads.
         Outputs: what to look at (see :class:`CompiledIntegrator`), u', with FSAL k_s; the
-        stages after the first. With tape these are one tensor, and what is saved of the stages
-        evaluated here follows, one tensor for all stages each; with FSAL the last stage's apart.
+        stages after the first. Where what f saves is kept, these are one tensor, and what is saved
+        of the stages evaluated here follows, one tensor for all stages each; with FSAL the last
+        stage's apart.
         """
         t, h, u, *rest = inputs
         shape = self.field_graph.shape
@@ -178,7 +179,7 @@ class StepGraphs(Code):
         if not self.fsal:
             points = points[1:]
         states = [x.reshape(-1) for x in (end, *carried)]
-        if not self.tape:
+        if not self.keeps_saved:
             return (torch.stack(looks), *states, *(x.reshape(-1) for x in points))
         here = saved[:-1] if self.fsal else saved
         stacks = [torch.stack(list(group)) for group in (points, *zip(*here, strict=True)) if group]
@@ -195,7 +196,7 @@ class StepGraphs(Code):
         state = state.view(self.field_graph.shape)
         points = [rest.pop(0).view(self.field_graph.shape)]
         kept: list[list[torch.Tensor]] = [[] for _ in range(self.stages)]
-        if self.tape:
+        if self.keeps_saved:
             if self.stages > 1:
                 points += _rows(rest.pop(0))
             first = 0
@@ -219,7 +220,7 @@ class StepGraphs(Code):
             w = (h * sum(terms[1:], start=terms[0])).to(self.dtype)
             time = (t + c[i] * h).to(self.dtype)
             saved = kept[i]
-            if not self.tape:
+            if not self.keeps_saved:
                 _, *saved = self.field_graph.value(time, points[i], *captured)
             product, *results = self.field_graph.product(w, time, points[i], *captured, *saved)
             below[i] = product.to(REAL)
@@ -238,8 +239,8 @@ class StepGraphs(Code):
     def checkpoint(self, u: torch.Tensor, saved: Tensors, results: list[torch.Tensor]) -> Tensors:
         """Return what the adjoint of a step takes, from the step's start and results.
 
-        The stages that the solution depends on; with tape those after the first as one tensor, and
-        what was saved of the first (FSAL), and of the others.
+        The stages that the solution depends on; where what f saves is kept, those after the first
+        as one tensor, and what was saved of the first (FSAL), and of the others.
         """
         layout = self.layout
         return (
@@ -251,7 +252,7 @@ class StepGraphs(Code):
     def layout(self) -> Layout:
         """Where the results of a step go."""
         begin = 3 if self.fsal else 2
-        if not self.tape:
+        if not self.keeps_saved:
             end = begin + self.stages - 1
             return Layout(end, begin, end, end)
         end = begin + (self.stages > 1)
@@ -261,13 +262,13 @@ class StepGraphs(Code):
     @property
     def checkpoint_bytes(self) -> int:
         """Size of a checkpoint."""
-        kept = self.field_graph.saved_bytes if self.tape else 0
+        kept = self.field_graph.saved_bytes if self.keeps_saved else 0
         return self.stages * (self.size * self.dtype.itemsize + kept)
 
     # -------------------------------------------------------------------------------- the compiler
 
     def _key(self, kind: str, *more: object) -> str:
-        facts = (self.scheme, self.b_embedded, self.fsal, self.size, self.dtype, self.tape)
+        facts = (self.scheme, self.b_embedded, self.fsal, self.size, self.dtype, self.keeps_saved)
         return f"{kind}-{fingerprint(self.field_graph.code, repr(facts), repr(more), _SOURCE)}"
 
     def compile_step(self, given: Sequence[torch.Tensor]) -> Compiled:
@@ -299,7 +300,7 @@ class StepGraphs(Code):
         point = torch.zeros(self.size, dtype=self.dtype)
         _, saved = self.start(number, state)
         stacked = self.stages - self.fsal
-        if self.tape:
+        if self.keeps_saved:
             others = [point.view(self.field_graph.shape)] * (self.stages - 1)
             kept = [torch.stack(others)] if others else []
             kept += [x.clone() for x in saved] if self.fsal else []

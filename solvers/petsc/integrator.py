@@ -15,6 +15,7 @@ from pnode.evidence import project
 from pnode.linearization import Linearization
 from pnode.options import PETSc, SolverOptions, failure_reason, log_stage
 from pnode.ranks import ALONE, CURABLE
+from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.petsc.bridge import Bridge
 from pnode.solvers.petsc.failures import newton_error, nonfinite_error, raise_stored, step_error
 from pnode.solvers.petsc.library import before_each_stage, stage_vectors
@@ -307,8 +308,8 @@ class TimeIntegrator:
             self.bridge.nonfinite_time = None
         return None
 
-    def checkpoint(self, previous: tuple[torch.Tensor, ...] | None) -> tuple[torch.Tensor, ...]:
-        """Return what the adjoint of the last step needs, as tensors. Not collective.
+    def checkpoint(self, previous: Checkpoint | None) -> Checkpoint:
+        """Return what the adjoint of the last step needs. Not collective.
 
         Explicit Runge-Kutta: the stages at which f was evaluated, those very tensors, without the
         last where it is the next step's first. Endpoint theta methods: the states at both ends,
@@ -319,13 +320,13 @@ class TimeIntegrator:
         method = self.settings.method
         if not method.implicit:
             stages = tuple(self.bridge.evaluated)
-            return stages[:-1] if method.fsal else stages
+            return Checkpoint(stages[:-1] if method.fsal else stages)
         start, *rest = self._kept
         if previous is not None and method.shares_ends:
-            first = previous[-1]
+            first = previous.stages[-1]
         else:
             first = vectors.copy_out(start)
-        return (first, *(vectors.copy_out(vector) for vector in rest))
+        return Checkpoint((first, *(vectors.copy_out(vector) for vector in rest)))
 
     def evidence(self) -> tuple[float, ...]:
         """Return what a backward sweep can tell f by, of the last step. Not collective.

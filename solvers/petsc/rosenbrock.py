@@ -18,6 +18,7 @@ import torch
 from pnode.errors import ConfigurationError
 from pnode.linearization import Linearization
 from pnode.options import SolverOptions
+from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.linear.linearizer import Point
 from pnode.solvers.petsc.bridge import Bridge
 from pnode.solvers.petsc.integrator import TimeIntegrator
@@ -178,6 +179,6 @@ class RosenbrockIntegrator(TimeIntegrator):
         restart_jacobian_lag(self.ts.getSNES())
         super()._step(where)
 
-    def checkpoint(self, previous: tuple[torch.Tensor, ...] | None) -> tuple[torch.Tensor, ...]:
+    def checkpoint(self, previous: Checkpoint | None) -> Checkpoint:
         """Return the state at the start of the last step. Not collective."""
-        return (self._before,)
+        return Checkpoint((self._before,))
