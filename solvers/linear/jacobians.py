@@ -20,6 +20,7 @@ from pnode.layouts import Layout
 from pnode.problem import StateLayout
 from pnode.solvers.linear.assembly import Assembly, differ, probe
 from pnode.solvers.linear.block import BlockAssembly, sample_count
+from pnode.solvers.linear.constancy import Constancy, rounded
 from pnode.solvers.linear.dense import DenseAssembly
 from pnode.solvers.linear.given import GivenAssembly, GivenMatrix
 from pnode.solvers.linear.linearizer import Linearizer, Point
@@ -45,7 +46,7 @@ class Jacobian:
     ----------
     assembly : Assembly or None
         How to assemble; None for products only.
-    reuse : {"iteration", "step", "solve", "constant"}
+    reuse : {"auto", "iteration", "step", "solve", "constant"}
         When to evaluate anew; see ``Solver``.
     shell : bool
         Whether the operator is a shell, and the assembled matrix only preconditions it.
@@ -56,6 +57,10 @@ class Jacobian:
         self._constant = reuse == "constant"
         self._reuse = reuse
         self._shell = shell
+        #: Guesses whether the Jacobian is constant, with "auto" and matrices that are factored.
+        self.constancy: Constancy | None = None
+        if reuse == "auto" and not shell and not isinstance(assembly, PairAssembly):
+            self.constancy = Constancy()
         self.forget()
 
     def forget(self) -> None:
@@ -69,6 +74,8 @@ class Jacobian:
         self._promise: _Promise | None = None
         self._norm = math.inf
         self.always = False
+        if self.constancy is not None:
+            self.constancy.forget()
 
     def renew(self) -> None:
         """Evaluate anew next time: a step has failed."""
@@ -77,13 +84,25 @@ class Jacobian:
 
     def begin_step(self) -> None:
         """Begin a step: its bits depend on nothing that came before it, unless so chosen."""
-        if self._reuse == "step":
+        if self.constancy is not None:
+            self.constancy.begin_step()
+        if self._reuse == "step" or (self._reuse == "auto" and not self.guessed):
             self._values = None
 
     @property
     def reused(self) -> bool:
         """Whether a failure may be due to an old Jacobian."""
-        return self._reuse in ("step", "solve") and not self._shell
+        return self._reuse in ("auto", "step", "solve") and not self._shell
+
+    @property
+    def guessed(self) -> bool:
+        """Whether the Jacobian is taken for constant, without a promise."""
+        return self.constancy is not None and self.constancy.holds
+
+    @property
+    def mistaken(self) -> bool:
+        """Whether it was taken for constant in this step, and is not."""
+        return self.constancy is not None and self.constancy.mistaken
 
     @property
     def records(self) -> bool:
@@ -118,12 +137,17 @@ class Jacobian:
             return
         if self._outdated(ts) or self._values is None:
             self._fill(linearizer, linearizer.jacobian_point(s, u, u_dot))
-        self._form(shift, p)
+        self._form(linearizer, rounded(shift) if self._reuse == "auto" else shift, p)
 
     def compute_at(
-        self, linearizer: Linearizer, point: Point, shift: float, a: Any, p: Any
-    ) -> None:
-        """Do as :meth:`compute`, for an adjoint: exactly there, unless it is constant."""
+        self, linearizer: Linearizer, point: Point, shift: float, a: Any, p: Any,
+        exactly: bool = True,
+    ) -> None:  # fmt: skip
+        """Do as :meth:`compute`, for an adjoint: exactly there, unless it is constant.
+
+        Without ``exactly`` also unless it is taken for constant: what is solved with the matrix is
+        then to be checked.
+        """
         if self._shell:
             a.getPythonContext().move_to(point, shift, -1.0)
             a.assemble()
@@ -131,19 +155,24 @@ class Jacobian:
             self._test(linearizer, point)
         if self._assembly is None:
             return
-        if self._values is None or not self._constant:
+        guessed = self.guessed and not exactly
+        if self._values is None or not (self._constant or guessed):
             self._fill(linearizer, point)
-        self._form(shift, p)
+        self._form(linearizer, rounded(shift) if guessed else shift, p)
 
     def _fill(self, linearizer: Linearizer, point: Point) -> None:
         """Evaluate the Jacobian at a point, which is that of the matrices from now on."""
         self._values = linearizer.guarded("jacobian", self._evaluate, linearizer, point)
+        if self.constancy is not None:
+            self.constancy.look(self._values, point)
+            if self.guessed:
+                return  # the same as before
         first = self._values[0] if isinstance(self._values, tuple) else None
         if isinstance(first, torch.Tensor) and not is_finite(first):
             linearizer.note_infinite(point)
         self._formed = _NEVER
 
-    def _form(self, shift: float, p: Any) -> None:
+    def _form(self, linearizer: Linearizer, shift: float, p: Any) -> None:
         """Fill p from what has been evaluated, unless it is there."""
         assert self._assembly is not None
         # Steps of one length differ by the round-off of their ends.
@@ -152,6 +181,7 @@ class Jacobian:
         # PETSc factors again if the matrix has changed, and scales it for DIRK's initial slope.
         if not math.isclose(shift, formed, rel_tol=close) or state != p.stateGet():
             self._assembly.form(p, self._values, shift)
+            linearizer.field.ledger.factorizations += 1
             self._formed = (shift, p.stateGet())
 
     def _outdated(self, ts: Any) -> bool:
@@ -164,7 +194,12 @@ class Jacobian:
             return bool(snes.getKSP().getIterationNumber() > _MANY_ITERATIONS)
         norm, before = snes.getFunctionNorm(), self._norm
         self._norm = norm
-        return bool(snes.getIterationNumber() > 0 and not norm <= _SLOW * before)
+        if snes.getIterationNumber() == 0:
+            return False
+        if self.guessed:
+            assert self.constancy is not None
+            return self.constancy.doubts(norm, before)
+        return not norm <= _SLOW * before
 
     def _evaluate(self, linearizer: Linearizer, point: Point) -> Any:
         assert self._assembly is not None
@@ -197,8 +232,9 @@ class JacobianOptions:
 
     Attributes
     ----------
-    reuse : {"iteration", "step", "solve", "constant"}
-        When to evaluate anew; see ``Solver``.
+    reuse : {"auto", "iteration", "step", "solve", "constant"}
+        When to evaluate anew; see ``Solver``. "auto" of one-step methods with a nonlinear solve
+        alone; see :func:`~pnode.solvers.linear.jacobian_options.jacobian_options`.
     preconditioner : {"dense", "block", "sparse"}, GivenMatrix or None
         What to assemble beside a matrix-free operator.
     pattern : SparsityPattern or None
