@@ -245,7 +245,6 @@ class ImplicitAdjointStepper(TorchAdjointStepper):
         )
         self._read_options = False
         self._iterations = 0
-        #: A solution that was checked, where, and its products.
         self._known: tuple[torch.Tensor, torch.Tensor, Products] | None = None
 
     def begin(self, field: VectorField) -> None:
@@ -365,7 +364,7 @@ class ImplicitAdjointStepper(TorchAdjointStepper):
         assert jacobian is not None
         failure: PETSc.Error | None = None
         try:
-            jacobian.compute_at(self.bridge, point, shift, *self._matrices, exactly=exactly)
+            jacobian.compute_at(self.bridge, point, shift, self._matrices, exactly)
             self._ksp.setOperators(*self._matrices)
         except PETSc.Error as error:
             failure = error
@@ -391,9 +390,10 @@ class ImplicitAdjointStepper(TorchAdjointStepper):
         return vectors.copy_out(self._x)
 
     def _check(self, failure: PETSc.Error | None, step: Step, kind: str = "transposed") -> None:
-        raise_stored(self.bridge, failure, self._where(step))
+        where = self._where(step)
+        raise_stored(self.bridge, failure, where)
         if failure is not None or self._ksp.getConvergedReason() < 0:
-            raise linear_error(self._ksp, failure, self._where(step), kind) from failure
+            raise linear_error(self._ksp, failure, where, kind) from failure
 
     def destroy(self) -> None:
         """Free the PETSc objects. Collective."""

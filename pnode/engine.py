@@ -194,6 +194,9 @@ class Engine:
             options = self.solver_options(own, adjoint=True).values if own.method.implicit else {}
             return integral_settings(own, problem, options)
         layout, jacobian = problem.layout, self.jacobian
+        more = replace(self.jacobian_options, by_rank=problem.ranks.parallel)
+        if more.reuse == "auto" and self.checkpointing.resume is not None:
+            more = replace(more, reuse="step")  # another process has no guess to go on with
         if jacobian == "auto":
             small = problem.largest <= DENSE_LIMIT and self.exchange is None
             jacobian = "dense" if small else "matrix-free"
@@ -209,9 +212,7 @@ class Engine:
             rtol=rtol, atol=atol, max_step=self.control.max_step,
             jacobian=jacobian, controller=self.control.controller, form=problem.form,
             split=split_size(self.method, layout),
-            jacobian_options=replace(
-                self.jacobian_options, by_rank=problem.ranks.parallel
-            ).for_layout(jacobian, layout, self._patterns, self.exchange),
+            jacobian_options=more.for_layout(jacobian, layout, self._patterns, self.exchange),
             distribution=problem.distribution, comm=self.comm,
         )  # fmt: skip
         # The option vec_type chooses between PETSc's types on a device.

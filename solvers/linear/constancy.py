@@ -36,9 +36,11 @@ class Constancy:
     Attributes
     ----------
     holds : bool
-        Whether the Jacobian is taken for constant now.
+        Whether the Jacobian seems to be constant.
+    used : bool
+        Whether the step under way takes it for that.
     mistaken : bool
-        Whether that was found wrong since :meth:`begin_step`.
+        Whether that was found wrong in this step.
     """
 
     def __init__(self) -> None:
@@ -46,18 +48,22 @@ class Constancy:
 
     def forget(self) -> None:
         """Begin a sweep: nothing is known."""
-        self.holds = self.mistaken = False
+        self.holds = self.used = self.mistaken = False
         self._open = True
         self._values: Any = None
         self._points: list[torch.Tensor] = []
         self._noise = 0.0
 
-    def begin_step(self) -> None:
-        """Begin a step."""
+    def begin_step(self, used: bool | None) -> None:
+        """Begin a step; ``used`` tells whether it is one that took the guess, if it is known."""
         self.mistaken = False
+        self.used = self.holds if used is None else used
 
-    def look(self, values: Any, point: Point) -> None:
-        """Look at an evaluation of the Jacobian."""
+    def look(self, values: Any, point: Point, before: Any) -> None:
+        """Look at an evaluation of the Jacobian; ``before`` is what is used instead, or None."""
+        if before is not None and not _equal(values, before):
+            self.mistaken, self.used = self.used, False
+            self._close()
         if not self._open:
             return
         if values is None or point.field.problem.ranks.parallel:
@@ -65,7 +71,6 @@ class Constancy:
         elif self._values is None:
             self._values, self._points = values, [point.u]
         elif not _equal(values, self._values):
-            self.mistaken = self.holds
             self._close()
         elif not self.holds and not any(torch.equal(point.u, u) for u in self._points):
             self._points.append(point.u)

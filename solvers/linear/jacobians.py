@@ -54,7 +54,8 @@ class Jacobian:
 
     def __init__(self, assembly: Assembly | None, reuse: str, shell: bool = False) -> None:
         self._assembly = assembly
-        self._constant = reuse == "constant"
+        #: Whether the user promises that it is.
+        self.constant = reuse == "constant"
         self._reuse = reuse
         self._shell = shell
         #: Guesses whether the Jacobian is constant, with "auto" and matrices that are factored.
@@ -79,14 +80,17 @@ class Jacobian:
 
     def renew(self) -> None:
         """Evaluate anew next time: a step has failed."""
-        if not self._constant:
+        if not self.constant:
             self._values = None
 
-    def begin_step(self) -> None:
-        """Begin a step: its bits depend on nothing that came before it, unless so chosen."""
+    def begin_step(self, guess: bool | None = None) -> None:
+        """Begin a step: its bits depend on nothing that came before it, unless so chosen.
+
+        ``guess`` tells of a step to be repeated whether its Jacobian was taken for constant.
+        """
         if self.constancy is not None:
-            self.constancy.begin_step()
-        if self._reuse == "step" or (self._reuse == "auto" and not self.guessed):
+            self.constancy.begin_step(guess)
+        if self._reuse == "step" or (self._reuse == "auto" and not self.guessing):
             self._values = None
 
     @property
@@ -96,18 +100,23 @@ class Jacobian:
 
     @property
     def guessed(self) -> bool:
-        """Whether the Jacobian is taken for constant, without a promise."""
+        """Whether an adjoint takes the Jacobian for constant, without a promise."""
         return self.constancy is not None and self.constancy.holds
 
     @property
+    def guessing(self) -> bool:
+        """Whether the step under way takes it for that."""
+        return self.constancy is not None and self.constancy.used
+
+    @property
     def mistaken(self) -> bool:
-        """Whether it was taken for constant in this step, and is not."""
+        """Whether it did, and found that it is not."""
         return self.constancy is not None and self.constancy.mistaken
 
     @property
     def records(self) -> bool:
         """Whether the next evaluation of F should keep its graph, for derivatives there."""
-        if self._constant:
+        if self.constant:
             return self._first is None
         if self._shell or self.always or self._reuse == "iteration":
             return True
@@ -126,7 +135,7 @@ class Jacobian:
     ) -> None:
         """Fill p (and a) with ``shift dF/du_dot - dg/du`` (PETSc's IJacobian)."""
         point: Point | None = None
-        if self._constant:
+        if self.constant:
             point = self._stay(linearizer, s, u, u_dot)
         elif self._shell:
             point = linearizer.jacobian_point(s, u, u_dot)
@@ -140,7 +149,7 @@ class Jacobian:
         self._form(linearizer, rounded(shift) if self._reuse == "auto" else shift, p)
 
     def compute_at(
-        self, linearizer: Linearizer, point: Point, shift: float, a: Any, p: Any,
+        self, linearizer: Linearizer, point: Point, shift: float, matrices: tuple[Any, Any],
         exactly: bool = True,
     ) -> None:  # fmt: skip
         """Do as :meth:`compute`, for an adjoint: exactly there, unless it is constant.
@@ -148,24 +157,26 @@ class Jacobian:
         Without ``exactly`` also unless it is taken for constant: what is solved with the matrix is
         then to be checked.
         """
+        a, p = matrices
         if self._shell:
             a.getPythonContext().move_to(point, shift, -1.0)
             a.assemble()
-        if self._constant:  # forward, BDF may converge without it
+        if self.constant:  # forward, BDF may converge without it
             self._test(linearizer, point)
         if self._assembly is None:
             return
         guessed = self.guessed and not exactly
-        if self._values is None or not (self._constant or guessed):
+        if self._values is None or not (self.constant or guessed):
             self._fill(linearizer, point)
         self._form(linearizer, rounded(shift) if guessed else shift, p)
 
     def _fill(self, linearizer: Linearizer, point: Point) -> None:
         """Evaluate the Jacobian at a point, which is that of the matrices from now on."""
+        before = self._values if self.guessing or self.guessed else None
         self._values = linearizer.guarded("jacobian", self._evaluate, linearizer, point)
         if self.constancy is not None:
-            self.constancy.look(self._values, point)
-            if self.guessed:
+            self.constancy.look(self._values, point, before)
+            if before is not None and (self.guessing or self.guessed):
                 return  # the same as before
         first = self._values[0] if isinstance(self._values, tuple) else None
         if isinstance(first, torch.Tensor) and not is_finite(first):
@@ -176,7 +187,7 @@ class Jacobian:
         """Fill p from what has been evaluated, unless it is there."""
         assert self._assembly is not None
         # Steps of one length differ by the round-off of their ends.
-        close = _SAME_SHIFT if self._constant else 0.0
+        close = _SAME_SHIFT if self.constant else 0.0
         formed, state = self._formed
         # PETSc factors again if the matrix has changed, and scales it for DIRK's initial slope.
         if not math.isclose(shift, formed, rel_tol=close) or state != p.stateGet():
@@ -187,17 +198,19 @@ class Jacobian:
     def _outdated(self, ts: Any) -> bool:
         if self.always or self._reuse == "iteration":
             return True
-        if self._constant:
+        if self.constant:
             return False
         snes = ts.getSNES()
         if self._shell:
             return bool(snes.getKSP().getIterationNumber() > _MANY_ITERATIONS)
-        norm, before = snes.getFunctionNorm(), self._norm
+        norm = snes.getFunctionNorm()
+        if isinstance(self._assembly, PairAssembly):  # what the state drives changes nothing
+            norm = self._assembly.residual_norm(snes)
+        before = self._norm
         self._norm = norm
         if snes.getIterationNumber() == 0:
             return False
-        if self.guessed:
-            assert self.constancy is not None
+        if self.constancy is not None and self.constancy.used:
             return self.constancy.doubts(norm, before)
         return not norm <= _SLOW * before
 

@@ -15,9 +15,9 @@ from pnode.evidence import project
 from pnode.linearization import Linearization
 from pnode.options import PETSc, SolverOptions, failure_reason, log_stage
 from pnode.ranks import ALONE, CURABLE
-from pnode.solvers.linear.jacobians import Jacobian
 from pnode.solvers.petsc.bridge import Bridge
 from pnode.solvers.petsc.failures import newton_error, nonfinite_error, raise_stored, step_error
+from pnode.solvers.petsc.guesses import GuessedSteps
 from pnode.solvers.petsc.library import before_each_stage, stage_vectors
 from pnode.solvers.petsc.outcomes import StepOutcome
 from pnode.solvers.petsc.second_attempts import with_backtracking, with_new_jacobians
@@ -60,8 +60,7 @@ class TimeIntegrator:
         own = method.implicit and method.keeps_stages
         self._kept = stage_vectors(self.ts) if own else []
         self._start = self.solution.duplicate() if settings.adaptive else None
-        #: Where a step begins that may have to be repeated without a guess.
-        self._before: Any = None
+        self._guesses = GuessedSteps(self.ts, self.bridge.jacobian, options)
         self._rolled_back = False
         self._starts = method.carries_slope
         self._stage_callback = (
@@ -153,7 +152,8 @@ class TimeIntegrator:
     ) -> StepOutcome:
         """Try one step from ``s`` of length ``step``. Collective.
 
-        ``order`` is that of the :class:`Step` to be repeated, if any; one-step methods have none.
+        ``order`` is that of the :class:`Step` to be repeated, if any; of one-step methods, whether
+        its Jacobian was taken for constant.
         ``end`` is where the step ends, if that is not ``s + step`` rounded.
 
         Returns
@@ -177,9 +177,10 @@ class TimeIntegrator:
             "time": self._direction * s, "step": index, "method": self.settings.method.name,
         }  # fmt: skip
         self.ranks.where = where
-        self._take_up(s)
+        self._forget_notes(s)
+        self._guesses.begin(order)
         self._step(where)
-        if bridge.jacobian is not None and bridge.jacobian.mistaken:
+        if self._guesses.mistaken:
             self._step_without_guess(s, step, index, where)
         error = self._failure(where)
         if self.ranks.parallel and (error is not None or ts.getConvergedReason() < 0):
@@ -197,7 +198,7 @@ class TimeIntegrator:
             self._rolled_back = False
             if self._rejection.wanted:
                 self.ranks.fail(SolveError("a step that failed on one rank was accepted", **where))
-            return StepOutcome(True, ts.getTimeStep())
+            return StepOutcome(True, ts.getTimeStep(), order=self._guesses.taken())
         proposed = ts.getTimeStep()
         bridge.nonfinite_time = None
         if self._start is not None:
@@ -234,30 +235,16 @@ class TimeIntegrator:
             return found
         raise found from found.__cause__
 
-    def _begin_guess(self, jacobian: Jacobian) -> None:
-        """Begin a step; if its Jacobian is guessed, so that it can be repeated without."""
-        jacobian.begin_step()
-        if jacobian.guessed:
-            if self._before is None:
-                self._before = self.solution.duplicate()
-            self.solution.copy(self._before)
-
     def _step_without_guess(self, s: float, step: float, index: int, where: dict[str, Any]) -> None:
         """Repeat a step whose Jacobian was taken for constant, and is not."""
-        self._before.copy(self.solution)
-        self.ts.restartStep()
-        self.ts.setTime(s)
-        self.ts.setTimeStep(step)
-        self.ts.setStepNumber(index)
-        self._take_up(s)
+        self._guesses.back(s, step, index)
+        self._forget_notes(s)
         self._step(where)
 
-    def _take_up(self, s: float) -> None:
-        """Begin a step at ``s``, whose first stage may be the last of the one before."""
+    def _forget_notes(self, s: float) -> None:
+        """Forget what was noted before a step at ``s``; its first stage may be the last one."""
         if self.bridge.noted:
             self.bridge.noted = [note for note in self.bridge.noted if note.s == s]
-        if self.bridge.jacobian is not None:
-            self._begin_guess(self.bridge.jacobian)
 
     def _may_repeat(self, error: SolveError) -> bool:
         """Whether a step that has failed may be tried again with new Jacobians."""

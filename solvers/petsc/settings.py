@@ -98,10 +98,10 @@ def default_options(
     """PETSc options that pnode sets unless the user does.
 
     Newton's tolerances: convergence is quadratic, so the step test ``snes_stol`` leaves an error
-    of its square, or what the precision of f leaves; the residual test serves Krylov methods and
-    linear equations, where one iteration with the right matrix does. A transposed solve has no
-    outer iteration to correct it, so its Krylov tolerance is the accuracy of the gradient. Nor has
-    a Rosenbrock stage one.
+    of its square, or what the precision of f leaves; the residual test serves Krylov methods, and
+    linear equations, whose first iteration leaves round-off (see ``TimeIntegrator``). A transposed
+    solve has no outer iteration to correct it, so its Krylov tolerance is the accuracy of the
+    gradient. Nor has a Rosenbrock stage one.
 
     Among several ranks a sparse matrix is factored by the part of each: exactly, if the ranks'
     parts do not know of one another; a preconditioner for GMRES if they share ghost cells.
@@ -119,12 +119,11 @@ def default_options(
     linear = method.linearly_implicit or constant
     # With an old Jacobian a step test leaves a tenth of the step, not its square.
     old = more.reuse in ("auto", "step", "solve") and jacobian != "matrix-free"
-    chosen = old and more.reuse != "auto"
     if not linear:
         if double:
-            rtol, stol = 1e-13 if chosen else 1e-11, 1e-12 if old else 1e-10
+            rtol, stol = 1e-13 if old else 1e-11, 1e-12 if old else 1e-10
         else:
-            rtol, stol = 1e-7 if chosen else 1e-6, 1e-6 if old else 1e-5
+            rtol, stol = 1e-7 if old else 1e-6, 1e-6 if old else 1e-5
         if not (method.multistep and adaptive):  # see ModifiedNewton
             options |= {"snes_rtol": rtol, "snes_stol": stol}
     if not method.linearly_implicit:
