@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from pnode import vectors
-from pnode.adjoint.guesses import correction
+from pnode.adjoint.guesses import ExactSolves, checked_solution
 from pnode.adjoint.trajectory import Checkpoint
 from pnode.errors import SolveError
 from pnode.evidence import differs
@@ -338,19 +339,14 @@ class ImplicitAdjointStepper(TorchAdjointStepper):
         LinearSolveFailed
             If the Krylov method did not converge, or the matrix is singular.
         """
-        self.set_matrix(s, u, shift, step, u_dot, exactly=False)
-        x = self.solve(b, step, ledger)
-        if self.bridge.jacobian is None or not self.bridge.jacobian.guessed:
-            return x
-        products = self.products(s, u, x, u_dot)
-        left = correction(b, x, shift, products, self.field.problem.ranks.norm)
-        if left is None:  # the Jacobian is not constant
-            self.set_matrix(s, u, shift, step, u_dot)
-            return self.solve(b, step, ledger)
-        if not bool(left.any()):
-            self._known = (x, u, products)
-            return x
-        return x + self.solve(left, step, ledger)
+        x, products = checked_solution(self, s, u, shift, b, step, ledger, u_dot)
+        self._known = None if products is None else (x, u, products)
+        return x
+
+    @cached_property
+    def exact_solves(self) -> ExactSolves:
+        """Solves where the matrix misses entries."""
+        return ExactSolves(self.ts, self.bridge, self.settings)
 
     def set_matrix(
         self, s: float, u: torch.Tensor, shift: float, step: Step,
@@ -397,4 +393,6 @@ class ImplicitAdjointStepper(TorchAdjointStepper):
 
     def destroy(self) -> None:
         """Free the PETSc objects. Collective."""
+        if "exact_solves" in vars(self):
+            self.exact_solves.destroy()
         self.ts.destroy()

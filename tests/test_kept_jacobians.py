@@ -447,9 +447,7 @@ def test_field_that_leaves_its_domain(method, reuse):
     def field(t, y):
         return -torch.sqrt(y) - 1.0
 
-    solver = pnode.Solver(
-        field, method=method, step_size=0.25, jacobian_reuse=reuse, compile=False
-    )
+    solver = pnode.Solver(field, method=method, step_size=0.25, jacobian_reuse=reuse, compile=False)
     with pytest.raises(pnode.errors.NonFiniteVectorField), torch.no_grad():
         solver(torch.ones(1, dtype=D), [0.0, 1.0])
 

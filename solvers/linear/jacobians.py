@@ -50,11 +50,15 @@ class Jacobian:
         When to evaluate anew; see ``Solver``.
     shell : bool
         Whether the operator is a shell, and the assembled matrix only preconditions it.
+    found : bool
+        Whether the structure of the matrix was only found, so that another one is no error.
     """
 
-    def __init__(self, assembly: Assembly | None, reuse: str, shell: bool = False) -> None:
+    def __init__(
+        self, assembly: Assembly | None, reuse: str, shell: bool = False, found: bool = False
+    ) -> None:
         self._assembly = assembly
-        #: Whether the user promises that it is.
+        self._found = found
         self.constant = reuse == "constant"
         self._reuse = reuse
         self._shell = shell
@@ -71,12 +75,16 @@ class Jacobian:
         self._values: Any = None
         self._formed = _NEVER
         self._first: Point | None = None
-        self._checked = False
+        self._checked = self._found
         self._promise: _Promise | None = None
         self._norm = math.inf
         self.always = False
         if self.constancy is not None:
             self.constancy.forget()
+
+    def check_structure(self) -> None:
+        """Compare the first assembly to come with a product in any case."""
+        self._checked = False
 
     def renew(self) -> None:
         """Evaluate anew next time: a step has failed."""
@@ -246,8 +254,7 @@ class JacobianOptions:
     Attributes
     ----------
     reuse : {"auto", "iteration", "step", "solve", "constant"}
-        When to evaluate anew; see ``Solver``. "auto" of one-step methods with a nonlinear solve
-        alone; see :func:`~pnode.solvers.linear.jacobian_options.jacobian_options`.
+        When to evaluate anew; see ``Solver``. "auto": of one-step methods that iterate.
     preconditioner : {"dense", "block", "sparse"}, GivenMatrix or None
         What to assemble beside a matrix-free operator.
     pattern : SparsityPattern or None
@@ -260,6 +267,8 @@ class JacobianOptions:
         Whether several ranks share the state: "dense" is then one block for each.
     pair : PairOptions or None
         Of a state and its tangents, whose Jacobian is "pair".
+    found : bool
+        Whether "auto" has found the structure, which then may be another one elsewhere.
     """
 
     reuse: str = "iteration"
@@ -269,6 +278,7 @@ class JacobianOptions:
     exchange: Layout | None = None
     by_rank: bool = False
     pair: Any = None
+    found: bool = False
 
     def assembled(self, jacobian: str) -> str | None:
         """Return what is assembled: "dense", "block", "sparse", "given" or None."""

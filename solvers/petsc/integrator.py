@@ -110,6 +110,11 @@ class TimeIntegrator:
         self._rolled_back = False
         self._iterations = (self.ts.getSNESIterations(), self.ts.getKSPIterations())
 
+    def check_structure(self) -> None:
+        """Compare this sweep's first assembled Jacobian with a product; see ``Jacobian``."""
+        if self.bridge.jacobian is not None:
+            self.bridge.jacobian.check_structure()
+
     @property
     def history(self) -> Any:
         """What the next step needs: the solution (see :meth:`restore`)."""

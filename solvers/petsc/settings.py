@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from pnode.solvers.methods import Method
 from pnode.solvers.pairs import PAIR_SOLVE
 from pnode.tolerances import Resolved
 
-__all__ = ["DENSE_LIMIT", "IntegratorSettings", "default_options"]
+__all__ = ["DENSE_LIMIT", "IntegratorSettings", "default_options", "without_structure"]
 
 # Above this size "auto" stops assembling Jacobians: n batched backward passes and an n^3 / 3
 # factorization then cost more than a few tens of Krylov iterations.
@@ -83,6 +83,15 @@ class IntegratorSettings:
     def parallel(self) -> bool:
         """Whether several ranks share the state."""
         return bool(self.comm.size > 1)
+
+
+def without_structure(settings: IntegratorSettings) -> IntegratorSettings:
+    """Return settings that do not rest on a structure of the Jacobian that was only found."""
+    more = settings.jacobian_options
+    if not more.found:
+        return settings
+    more = replace(more, found=False, pattern=None, samples=1)
+    return replace(settings, jacobian="matrix-free", jacobian_options=more)
 
 
 def default_options(
