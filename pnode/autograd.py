@@ -31,6 +31,7 @@ from pnode.transforms import (
     recorded_by_autograd,
     refuse_legacy_batch,
     refuse_traced,
+    signed,
     transforms_active,
     unmoved,
 )
@@ -82,6 +83,7 @@ class SolveFunction(torch.autograd.Function):
     """
 
     @staticmethod
+    @signed
     def forward(
         engine: Engine,
         problem: InitialValueProblem,
@@ -218,6 +220,7 @@ class AdjointFunction(torch.autograd.Function):
     """
 
     @staticmethod
+    @signed
     def forward(
         engine: Engine,
         runs: Runs,

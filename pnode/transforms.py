@@ -8,6 +8,7 @@ that nobody declared would end silently. See docs/derivatives.md.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -25,7 +26,8 @@ __all__ = [
     "batch_is_innermost", "differentiable", "has_tangent", "in_forward_mode", "is_legacy_batch",
     "is_wrapped", "legacy_batch", "moves", "no_tangents", "outside_compiler", "plain",
     "recorded_by_autograd", "refuse_legacy_batch", "refuse_moving", "refuse_traced",
-    "refuse_transforms", "stacked", "transforms_active", "unmoved", "unwrapped", "watched",
+    "refuse_transforms", "signed", "stacked", "transforms_active", "unmoved", "unwrapped",
+    "watched",
 ]  # fmt: skip
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -335,6 +337,16 @@ def outside_compiler(function: _Function) -> _Function:
     call._torchdynamo_disable = True  # type: ignore[attr-defined]
     call._torchdynamo_disable_msg = "a solve by PETSc"  # type: ignore[attr-defined]
     return call  # type: ignore[return-value]
+
+
+def signed(function: _Function) -> _Function:
+    """Decorate ``forward`` of an ``autograd.Function``: torch asks for its signature in each call.
+
+    It is worked out once.
+    """
+    known: Any = function
+    known.__signature__ = inspect.signature(function)
+    return function
 
 
 def is_wrapped(tensor: torch.Tensor) -> bool:
