@@ -276,7 +276,8 @@ class Bridge(Linearizer):
         else:
             own = copy_out(u, field.dtype)
             value = field.rhs(s, own)
-            self._last = (s, own, value.clone())  # it may be the user's own
+            if not self.ranks.parallel:  # evaluating it may be collective
+                self._last = (s, own, value.clone())  # it may be the user's own
         if self.noted is not None and self._notes_stages:
             self._note(Note(0, s, project(own), project(value)))
         value = -value
