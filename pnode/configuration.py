@@ -141,7 +141,7 @@ class LinearAlgebra:
         Assembled from n products and factored (LU); for y0 of shape (B, ...) whose rows f treats
         independently, B blocks from n / B products; sparse, from one product per color of the
         pattern; or products only (GMRES). "auto" is dense up to 256 state entries; beyond, block or
-        sparse where the first solve finds that structure, and matrix-free otherwise.
+        sparse where that pays and the structure is found, and matrix-free otherwise.
     linear_solver : str or mapping, optional
         A PETSc KSP type (``"gmres"``, ``"bcgs"``...), ``"lu"`` for a direct solve, or a mapping
         of PETSc's ksp and pc options.

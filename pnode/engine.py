@@ -45,6 +45,11 @@ __all__ = ["Engine"]
 _IDLE_LIMIT = 4
 # Entries of a state whose sparse matrix "auto" factors: fill-in grows faster than the state.
 _LARGEST_SPARSE = 1 << 15
+# Entries of samples that "auto" looks for at once: their blocks cost next to nothing.
+_SHORT_SAMPLE = 16
+# Products a linear system, beyond which "auto" looks for structure: a sparse Jacobian and its
+# factors cost some twenty (a reaction with diffusion on a grid of 32 x 32).
+_MANY_PRODUCTS = 20
 
 
 class _Pool:
@@ -134,6 +139,9 @@ class Engine:
     _patterns: dict[Hashable, SparsityPattern] = field(default_factory=dict, init=False)
     #: What "auto" has found for large states: "block", a pattern, or None.
     _structures: dict[StateLayout, Any] = field(default_factory=dict, init=False)
+    #: Shapes whose structure is to be looked for, and those for which that was done.
+    _hard: set[StateLayout] = field(default_factory=set, init=False)
+    _tried: set[StateLayout] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
         """Destroy the pooled PETSc objects with the engine, not whenever they are collected."""
@@ -191,30 +199,42 @@ class Engine:
     def look_at_structure(
         self, problem: InitialValueProblem, y0: torch.Tensor, ledger: Any
     ) -> None:
-        """Find the structure of a large Jacobian for "auto", at the first solve of its shape.
+        """Find the structure of a large Jacobian for "auto", if that may pay.
 
-        Not where a method rests on exact Jacobians, nor where someone has chosen how to solve.
+        Short samples are looked for at the first solve of a shape, everything else once the systems
+        of a solve have taken many products. Not where a method rests on exact Jacobians, nor where
+        someone has chosen how to solve.
         """
-        method, more, key = self.method, self.jacobian_options, problem.layout
-        if key in self._structures or not method.implicit or self.jacobian != "auto":
+        method, more, layout = self.method, self.jacobian_options, problem.layout
+        known = layout in self._structures
+        if (known and layout not in self._hard) or not method.implicit or self.jacobian != "auto":
             return
         if (
             problem.largest <= DENSE_LIMIT or problem.ranks.parallel or problem.base is not None
             or method.linearly_implicit or problem.form == "residual" or self.exchange is not None
             or more.preconditioner is not None or more.pattern is not None
-            or problem.layout.device != HOST.device
+            or layout.device != HOST.device
             or any(name.startswith(LINEAR) for name in self._chosen_options())
         ):  # fmt: skip
             return
+        hard = layout in self._hard
         part = vector_field(replace(problem, check_undeclared=False), ledger)
         try:
             found = find_structure(
-                problem.layout, y0.detach(), partial(part.linearize, problem.times[0]),
-                DENSE_LIMIT, _LARGEST_SPARSE,
+                layout, y0.detach(), partial(part.linearize, problem.times[0]),
+                DENSE_LIMIT if hard else _SHORT_SAMPLE, _LARGEST_SPARSE if hard else 0,
             )  # fmt: skip
         except Exception:  # whatever f raises near y0
             found = None
-        self._structures[key] = found
+        self._structures[layout] = found
+        self._hard.discard(layout)
+
+    def note_products(self, settings: IntegratorSettings, layout: StateLayout, ledger: Any) -> None:
+        """Note that the systems of a solve have taken many products, if they have."""
+        alone = settings.jacobian == "matrix-free" and self._structures.get(layout, 0) is None
+        if alone and layout not in self._tried and ledger.krylov > _MANY_PRODUCTS * ledger.newton:
+            self._hard.add(layout)
+            self._tried.add(layout)
 
     def _chosen_options(self) -> Iterable[str]:
         """Return the names of the PETSc options that someone has set, by whatever way."""

@@ -56,10 +56,8 @@ def forward(
         Method, settings and integrators; what to solve.
     y0 : Tensor
         Flat initial state.
-    keep : bool
-        Whether a backward sweep may follow.
-    requests : Requests
-        Monitor, dense output, event.
+    keep, requests : bool, Requests
+        Whether a backward sweep may follow; monitor, dense output, event.
 
     Returns
     -------
@@ -86,6 +84,8 @@ def forward(
         if recorded is None and engine.forget_structure(settings):
             return forward(engine, problem, y0, keep, requests)
         raise
+    if recorded is None:
+        engine.note_products(settings, problem.layout, stats)
     note_kept(run.stats.ram_bytes + run.stats.tape_bytes)
     if run.entry is not None:
         run.entry.add(run.stats)

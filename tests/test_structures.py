@@ -16,14 +16,20 @@ D = torch.float64
 TIGHT = {"snes_rtol": 1e-14, "snes_stol": 1e-14}
 
 
-def chain(n):
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    """Look for structure after one solve, however few products it took."""
+    monkeypatch.setattr("pnode.engine._MANY_PRODUCTS", 0)
+
+
+def chain(n, rate=30.0):
     """Nonlinear diffusion on a line."""
 
     def field(t, y):
         left, right = torch.roll(y, 1), torch.roll(y, -1)
         edge = torch.ones(n, dtype=D)
         edge[0] = edge[-1] = 0.0
-        return 30.0 * edge * (left - 2.0 * y + right) - y**3 + torch.cos(t)
+        return rate * edge * (left - 2.0 * y + right) - y**3 + torch.cos(t)
 
     return field
 
@@ -166,6 +172,8 @@ def test_equals_products_alone(name, method):
         steps = {"rtol": 1e-7, "atol": 1e-9} if method == "bdf" else {"step_size": 0.05}
         solver = pnode.Solver(method=method, compile=False, **problem, **steps, **keywords)
         solution = solver(y0, [0.0, 0.1, 0.2])
+        if kind == "sparse":
+            solution = solver(y0, [0.0, 0.1, 0.2])
         found = torch.autograd.grad(solution.ys[-1].square().sum(), [y0, *parameters])
         return solver, solution.stats, [solution.ys.detach(), *found]
 
@@ -180,12 +188,23 @@ def test_equals_products_alone(name, method):
     assert (kind == "sparse") == ("colors" in repr(solver))
 
 
-def test_structure_is_found_once_per_shape():
-    solver = pnode.Solver(chain(300), method="cn", step_size=0.1, compile=False)
+@pytest.mark.parametrize(("rate", "stiff"), [(1.0, False), (1e5, True)])
+def test_sparsity_is_looked_for_where_products_are_many(rate, stiff, monkeypatch):
+    """In the solve after one whose systems took more than twenty each, once per shape."""
+    monkeypatch.undo()
+    solver = pnode.Solver(chain(300, rate), method="cn", step_size=0.1, compile=False)
     y0 = torch.linspace(0.1, 1.0, 300, dtype=D)
     with torch.no_grad():
-        first, second = (solver(y0, [0.0, 0.5]).stats.rhs for _ in range(2))
-    assert first == second + 3
+        first, second, third = (solver(y0, [0.0, 0.5]) for _ in range(3))
+    assert first.stats.jacobians == 0 and first.stats.jvp > 0
+    assert (first.stats.krylov > 20 * first.stats.newton) == stiff
+    if not stiff:
+        assert torch.equal(first.ys, third.ys) and second.stats == third.stats
+        return
+    assert second.stats.jacobians == third.stats.jacobians >= 5
+    assert (second.stats.jvp, second.stats.rhs) == (0, third.stats.rhs + 3)
+    assert torch.allclose(first.ys, second.ys, rtol=1e-8)
+    assert torch.equal(second.ys, third.ys)
 
 
 def hidden(at=0.25):
@@ -236,7 +255,8 @@ def test_nothing_is_looked_for_where_something_else_is_chosen(keywords):
         chain(300), **{"method": "cn", "step_size": 0.1, "compile": False, **keywords}
     )
     with torch.no_grad():
-        stats = solver(torch.linspace(0.1, 1.0, 300, dtype=D), [0.0, 0.2]).stats
+        for _ in range(2):
+            stats = solver(torch.linspace(0.1, 1.0, 300, dtype=D), [0.0, 0.2]).stats
     assert stats.jacobians == 0 and stats.jvp > 0
 
 
@@ -248,7 +268,8 @@ def test_field_that_fails_near_the_initial_state():
 
     solver = pnode.Solver(field, method="cn", step_size=0.1, compile=False)
     with torch.no_grad():
-        assert solver(torch.ones(300, dtype=D), [0.0, 0.2]).stats.jacobians == 0
+        for _ in range(2):
+            assert solver(torch.ones(300, dtype=D), [0.0, 0.2]).stats.jacobians == 0
 
 
 def test_second_derivatives():
@@ -256,6 +277,7 @@ def test_second_derivatives():
 
     def product(**keywords):
         solver = pnode.Solver(field, method="cn", step_size=0.1, compile=False, **keywords)
+        solver(y0, [0.0, 0.2])
         (first,) = torch.autograd.grad(
             solver(y0, [0.0, 0.2]).ys[-1].square().sum(), y0, create_graph=True
         )

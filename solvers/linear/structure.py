@@ -32,16 +32,13 @@ def nearby(u: torch.Tensor) -> Iterator[torch.Tensor]:
         yield u + (scale * noise(u.shape, generator).to(u) if index else 0.0)
 
 
-def is_batch(layout: StateLayout, points: list[Linearization]) -> bool:
-    """Whether no row of a state of shape (B, ...) looks at another one at these points.
+def is_batch(layout: StateLayout, batch: int, points: list[Linearization]) -> bool:
+    """Whether no row of a state of shape (batch, ...) looks at another one at these points.
 
     Two rows have numbers that differ in some bit. So for each bit there are two products: with the
     rows of a random vector whose number has it, and with the others. Either vanishes on the rows of
     the other half if no row of one depends on one of the other.
     """
-    if layout.is_tuple or not layout.shapes[0] or layout.shapes[0][0] < 2:
-        return False
-    batch = layout.shapes[0][0]
     rows = torch.arange(batch, device=layout.device)
     halves = torch.stack([
         rows.bitwise_and(1 << bit).ne(0) == side
@@ -125,9 +122,13 @@ def find_structure(
     most : int
         Entries of a state whose sparse matrix is to be factored at most.
     """
+    rows = 0 if layout.is_tuple or not layout.shapes[0] else layout.shapes[0][0]
+    batch = rows > 1 and layout.size // rows <= most_wide
+    if not batch and layout.size > most:
+        return None
     points = [linearize(state) for state in nearby(u)]
     if not all(is_finite(point.flat_value()) for point in points):
         return None
-    if is_batch(layout, points) and layout.size // layout.shapes[0][0] <= most_wide:
+    if batch and is_batch(layout, rows, points):
         return "block"
     return find_pattern(layout.size, points) if layout.size <= most else None
