@@ -28,6 +28,7 @@ from pnode.transforms import (
     no_tangents,
     outside_compiler,
     refuse_traced,
+    signed,
     unmoved,
 )
 
@@ -78,6 +79,7 @@ class SolveFunction(torch.autograd.Function):
     """
 
     @staticmethod
+    @signed
     def forward(
         engine: Engine,
         problem: InitialValueProblem,
@@ -215,6 +217,7 @@ class AdjointFunction(torch.autograd.Function):
     """
 
     @staticmethod
+    @signed
     def forward(
         engine: Engine,
         runs: Runs,

@@ -41,7 +41,7 @@ MethodName = Literal[
     "ark5", "bdf1", "bdf2", "bdf3", "bdf4", "bdf5", "bdf6", "bdf",
 ]  # fmt: skip
 JacobianKind = Literal["auto", "matrix-free", "dense", "block", "sparse"]
-Reuse = Literal["iteration", "step", "solve", "constant"]
+Reuse = Literal["auto", "iteration", "step", "solve", "constant"]
 DeviceState = Literal["device", "host"]
 Monitor = Callable[[int, float, Any], None]
 #: A state, and the states of a solution.
@@ -167,8 +167,8 @@ class LinearAlgebra:
     jacobian : {"auto", "dense", "block", "sparse", "matrix-free"}
         Assembled from n products and factored (LU); for y0 of shape (B, ...) whose rows f treats
         independently, B blocks from n / B products; sparse, from one product per color of the
-        pattern; or products only (GMRES). "auto" is dense up to 256 state entries and matrix-free
-        beyond.
+        pattern; or products only (GMRES). "auto" is dense up to 256 state entries; beyond, block or
+        sparse where that pays and the structure is found, and matrix-free otherwise.
     linear_solver : str or mapping, optional
         A PETSc KSP type (``"gmres"``, ``"bcgs"``...), ``"lu"`` for a direct solve, or a mapping
         of PETSc's ksp and pc options.
@@ -176,12 +176,13 @@ class LinearAlgebra:
         Shape ``(size, size)`` for the flattened state: where the Jacobian may be non-zero, for
         "sparse". Detected from Jacobians at three states if None, which can miss entries that
         vanish there; the first assembly of each sweep is compared with a product.
-    jacobian_reuse : {"iteration", "step", "solve", "constant"}
+    jacobian_reuse : {"auto", "iteration", "step", "solve", "constant"}
         Evaluate the Jacobian at each Newton iterate; once a step, or once a solve, and wherever
         an iteration leaves more than a tenth of the residual; or once, for an implicit part that
-        is linear with constant coefficients. A matrix-free operator is always exact ("constant"
-        apart): its preconditioner is what is reused. The adjoint evaluates it at every converged
-        stage, "constant" apart.
+        is linear with constant coefficients. "auto" is "step", until the Jacobian was the same
+        bit for bit at three points, and from then on once, as long as Newton's method agrees. A
+        matrix-free operator is always exact ("constant" apart): its preconditioner is what is
+        reused. The adjoint evaluates it at every converged stage, unless it is constant.
     preconditioner : {"dense", "block", "sparse"}, Tensor, sparse matrix or callable, optional
         For "matrix-free": the Jacobian assembled in one of these ways, or a matrix that
         approximates df/dy, dense or sparse, shape ``(size, size)`` for the flattened state; or a
@@ -197,7 +198,7 @@ class LinearAlgebra:
     jacobian: JacobianKind = "auto"
     linear_solver: str | Mapping[str, Any] | None = None
     jacobian_pattern: Any = field(default=None, metadata=_WORD)
-    jacobian_reuse: Reuse = "iteration"
+    jacobian_reuse: Reuse = "auto"
     preconditioner: Any = field(default=None, metadata=_WORD)
 
     def __post_init__(self) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,30 +18,38 @@ from pnode.adjoint.create import create_adjoint
 from pnode.adjoint.stepper import AdjointStepper
 from pnode.checkpointing import Checkpointing
 from pnode.communicators import clean_up
-from pnode.devices import place_of
+from pnode.devices import HOST, place_of
 from pnode.errors import ConfigurationError
 from pnode.integrals import integral_settings
 from pnode.layouts import Layout
 from pnode.options import SolverOptions, next_prefix
-from pnode.problem import InitialValueProblem
+from pnode.problem import InitialValueProblem, StateLayout
 from pnode.solvers.compiled import new_compiler
 from pnode.solvers.compiled.account import Account
 from pnode.solvers.compiled.compiler import Compiler
 from pnode.solvers.create import create_integrator
 from pnode.solvers.linear.jacobians import JacobianOptions
 from pnode.solvers.linear.sparse import SparsityPattern
+from pnode.solvers.linear.structure import find_structure
 from pnode.solvers.methods import Method
 from pnode.solvers.pairs import LINEAR
 from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.petsc.settings import DENSE_LIMIT, IntegratorSettings, default_options
 from pnode.solvers.petsc.symplectic import split_size
 from pnode.solvers.step_control import StepControl
-from pnode.vectorfield import VectorField
+from pnode.vectorfield import VectorField, vector_field
 
 __all__ = ["Engine"]
 
 # Idle integrators kept per solver; a solver called with ever new sizes must not hoard them.
 _IDLE_LIMIT = 4
+# Entries of a state whose sparse matrix "auto" factors: fill-in grows faster than the state.
+_LARGEST_SPARSE = 1 << 15
+# Entries of samples that "auto" looks for at once: their blocks cost next to nothing.
+_SHORT_SAMPLE = 16
+# Products a linear system, beyond which "auto" looks for structure: a sparse Jacobian and its
+# factors cost some twenty (a reaction with diffusion on a grid of 32 x 32).
+_MANY_PRODUCTS = 20
 
 
 class _Pool:
@@ -128,6 +137,11 @@ class Engine:
     _known_settings: dict[Hashable, IntegratorSettings] = field(default_factory=dict, init=False)
     _options: dict[Hashable, SolverOptions] = field(default_factory=dict, init=False)
     _patterns: dict[Hashable, SparsityPattern] = field(default_factory=dict, init=False)
+    #: What "auto" has found for large states: "block", a pattern, or None.
+    _structures: dict[StateLayout, Any] = field(default_factory=dict, init=False)
+    #: Shapes whose structure is to be looked for, and those for which that was done.
+    _hard: set[StateLayout] = field(default_factory=set, init=False)
+    _tried: set[StateLayout] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
         """Destroy the pooled PETSc objects with the engine, not whenever they are collected."""
@@ -152,7 +166,8 @@ class Engine:
     def color_count(self) -> int:
         """Products per sparse Jacobian, 0 as long as there is none."""
         given = [self.jacobian_options.pattern] if self.jacobian_options.pattern else []
-        patterns = [*given, *self._patterns.values()]
+        found = [one for one in self._structures.values() if isinstance(one, SparsityPattern)]
+        patterns = [*given, *self._patterns.values(), *found]
         return max((pattern.color_count for pattern in patterns), default=0)
 
     @contextmanager
@@ -181,6 +196,59 @@ class Engine:
             integrator.begin(field_, y0.detach(), field_.problem.times[0])
             yield integrator
 
+    def look_at_structure(
+        self, problem: InitialValueProblem, y0: torch.Tensor, ledger: Any
+    ) -> None:
+        """Find the structure of a large Jacobian for "auto", if that may pay.
+
+        Short samples are looked for at the first solve of a shape, everything else once the systems
+        of a solve have taken many products. Not where a method rests on exact Jacobians, nor where
+        someone has chosen how to solve.
+        """
+        method, more, layout = self.method, self.jacobian_options, problem.layout
+        known = layout in self._structures
+        if (known and layout not in self._hard) or not method.implicit or self.jacobian != "auto":
+            return
+        if (
+            problem.largest <= DENSE_LIMIT or problem.ranks.parallel or problem.base is not None
+            or method.linearly_implicit or problem.form == "residual" or self.exchange is not None
+            or more.preconditioner is not None or more.pattern is not None
+            or layout.device != HOST.device
+            or any(name.startswith(LINEAR) for name in self._chosen_options())
+        ):  # fmt: skip
+            return
+        hard = layout in self._hard
+        part = vector_field(replace(problem, check_undeclared=False), ledger)
+        try:
+            found = find_structure(
+                layout, y0.detach(), partial(part.linearize, problem.times[0]),
+                DENSE_LIMIT if hard else _SHORT_SAMPLE, _LARGEST_SPARSE if hard else 0,
+            )  # fmt: skip
+        except Exception:  # whatever f raises near y0
+            found = None
+        self._structures[layout] = found
+        self._hard.discard(layout)
+
+    def note_products(self, settings: IntegratorSettings, layout: StateLayout, ledger: Any) -> None:
+        """Note that the systems of a solve have taken many products, if they have."""
+        alone = settings.jacobian == "matrix-free" and self._structures.get(layout, 0) is None
+        if alone and layout not in self._tried and ledger.krylov > _MANY_PRODUCTS * ledger.newton:
+            self._hard.add(layout)
+            self._tried.add(layout)
+
+    def _chosen_options(self) -> Iterable[str]:
+        """Return the names of the PETSc options that someone has set, by whatever way."""
+        return SolverOptions(self.prefix, self.petsc_options, {}, False).values
+
+    def forget_structure(self, settings: IntegratorSettings) -> bool:
+        """Take products alone from now on, if these settings rest on a structure found."""
+        if not settings.jacobian_options.found:
+            return False
+        for key, found in self._structures.items():
+            if key.size == settings.size and found is not None:
+                self._structures[key] = None
+        return True
+
     def settings(self, problem: InitialValueProblem) -> IntegratorSettings:
         """Return the settings of an integrator of a problem."""
         key = (problem.layout, problem.form, problem.largest, problem.distribution)
@@ -194,9 +262,18 @@ class Engine:
             options = self.solver_options(own, adjoint=True).values if own.method.implicit else {}
             return integral_settings(own, problem, options)
         layout, jacobian = problem.layout, self.jacobian
+        more = replace(self.jacobian_options, by_rank=problem.ranks.parallel)
+        if more.reuse == "auto" and self.checkpointing.resume is not None:
+            more = replace(more, reuse="step")  # another process has no guess to go on with
         if jacobian == "auto":
             small = problem.largest <= DENSE_LIMIT and self.exchange is None
-            jacobian = "dense" if small else "matrix-free"
+            found = self._structures.get(layout)
+            if found is not None:
+                jacobian = found if isinstance(found, str) else "sparse"
+                pattern = found if isinstance(found, SparsityPattern) else None
+                more = replace(more, found=True, pattern=pattern)
+            else:
+                jacobian = "dense" if small else "matrix-free"
         if problem.ranks.parallel and tolerances.is_partial(self.control.atol):
             raise ConfigurationError(
                 "atol has infinite entries, and the ranks that share the state would count them "
@@ -209,9 +286,7 @@ class Engine:
             rtol=rtol, atol=atol, max_step=self.control.max_step,
             jacobian=jacobian, controller=self.control.controller, form=problem.form,
             split=split_size(self.method, layout),
-            jacobian_options=replace(
-                self.jacobian_options, by_rank=problem.ranks.parallel
-            ).for_layout(jacobian, layout, self._patterns, self.exchange),
+            jacobian_options=more.for_layout(jacobian, layout, self._patterns, self.exchange),
             distribution=problem.distribution, comm=self.comm,
         )  # fmt: skip
         # The option vec_type chooses between PETSc's types on a device.

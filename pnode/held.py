@@ -80,12 +80,19 @@ def now(function: Any) -> Any:
     return function.now() if isinstance(function, Held) else function
 
 
+_known_kinds: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+
+
 def _may_be_copied(kind: Any) -> bool:
-    return not (
-        issubclass(kind, torch.jit.ScriptModule)
-        or hasattr(kind, "__del__")
-        or any(vars(base).get("__slots__") for base in kind.__mro__)
-    )
+    """Whether instances of a class may be copied; looked at once."""
+    found = _known_kinds.get(kind)
+    if found is None:
+        found = _known_kinds[kind] = not (
+            issubclass(kind, torch.jit.ScriptModule)
+            or hasattr(kind, "__del__")
+            or any(vars(base).get("__slots__") for base in kind.__mro__)
+        )
+    return found
 
 
 class _Copies:

@@ -30,6 +30,8 @@ class Ledger:
         Jacobian-vector and vector-Jacobian products, outside of assembled Jacobians.
     jacobians : int
         Assembled Jacobians: n products each if dense, n / B for B blocks, one per color if sparse.
+    factorizations : int
+        Matrices ``shift M - J`` formed of them and factored, or preconditioners set up.
     newton, krylov : int
         Newton and Krylov iterations.
     recomputed : int
@@ -50,6 +52,7 @@ class Ledger:
     jvp: int = 0
     vjp: int = 0
     jacobians: int = 0
+    factorizations: int = 0
     newton: int = 0
     krylov: int = 0
     recomputed: int = 0

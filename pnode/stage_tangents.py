@@ -17,6 +17,7 @@ from pnode.pair_layout import PairLayout
 from pnode.problem import InitialValueProblem
 from pnode.run import Directions, Requests, Run, Sweep
 from pnode.solution import Ledger, Stats
+from pnode.solvers.petsc.settings import without_structure
 from pnode.solvers.stepping import Step
 from pnode.stages import uncompiled
 from pnode.sweeps import SteppedSweep
@@ -155,7 +156,8 @@ def _tangents(
     hits: dict[int, list[int]] = {}
     for output, node in enumerate(trajectory.outputs):
         hits.setdefault(node, []).append(output)
-    with engine.adjoint(run.settings, bool(field.parameters)) as adjoint, torch.enable_grad():
+    settings = without_structure(run.settings)
+    with engine.adjoint(settings, bool(field.parameters)) as adjoint, torch.enable_grad():
         adjoint.begin(field)
         stepper = create_tangents(adjoint, start, moving)
         for node in range(len(trajectory.steps) + 1):

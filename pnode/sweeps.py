@@ -19,7 +19,7 @@ from pnode.adjoint.trajectory import Trajectory
 from pnode.compilation import begin
 from pnode.dense import DenseAdjoint, DenseOutput
 from pnode.engine import Engine
-from pnode.errors import FieldChanged
+from pnode.errors import ConfigurationError, FieldChanged, NonlinearSolveFailed
 from pnode.events import EventLocator
 from pnode.evidence import Reads
 from pnode.monitor import Monitor
@@ -52,16 +52,12 @@ def forward(
 
     Parameters
     ----------
-    engine : Engine
-        Method, settings and integrators.
-    problem : InitialValueProblem
-        What to solve.
+    engine, problem : Engine, InitialValueProblem
+        Method, settings and integrators; what to solve.
     y0 : Tensor
         Flat initial state.
-    keep : bool
-        Whether a backward sweep may follow.
-    requests : Requests
-        Monitor, dense output, event.
+    keep, requests : bool, Requests
+        Whether a backward sweep may follow; monitor, dense output, event.
 
     Returns
     -------
@@ -70,17 +66,26 @@ def forward(
     run : Run
         For the backward sweep.
     """
-    recorded = requests.recorded
+    recorded, stats = requests.recorded, Stats()
+    if recorded is None:
+        engine.look_at_structure(problem, y0, stats)
     settings = engine.settings(problem) if recorded is None else recorded.settings
-    run = Run(problem, Stats(), settings)
+    run = Run(problem, stats, settings)
     if recorded is not None:
         run.surroundings = recorded.surroundings
     elif keep:
         run.surroundings = Surroundings(
             (problem.function, problem.explicit), problem.compute or problem.layout.device
         )
-    with problem.ranks.together():
-        outputs = _forward(engine, run, y0, keep, requests)
+    try:
+        with problem.ranks.together():
+            outputs = _forward(engine, run, y0, keep, requests)
+    except (ConfigurationError, NonlinearSolveFailed):
+        if recorded is None and engine.forget_structure(settings):
+            return forward(engine, problem, y0, keep, requests)
+        raise
+    if recorded is None:
+        engine.note_products(settings, problem.layout, stats)
     run.ys = outputs.detach() if keep and isinstance(run.sweep, SteppedSweep) else None
     note_kept(run.stats.ram_bytes + run.stats.tape_bytes)
     if run.entry is not None:
@@ -257,6 +262,8 @@ class SteppedSweep(Sweep):
             fresh = method.restarts and not method.same_bits
             self._reproducible = engine.checkpointing.reproducible and fresh
         with engine.integrator(run.settings, field, y0) as integrator, ExitStack() as leases:
+            if run.settings.jacobian_options.found:
+                integrator.check_structure()
             if start is not None:
                 assert isinstance(integrator, CompiledIntegrator)
                 integrator.know_slope(start)

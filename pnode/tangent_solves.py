@@ -16,6 +16,7 @@ from pnode.errors import BackwardError
 from pnode.pair_layout import PairLayout
 from pnode.problem import InitialValueProblem
 from pnode.run import Directions, Recorded, Requests, Run, Tangents
+from pnode.solvers.petsc.settings import without_structure
 from pnode.stage_tangents import of_stages
 from pnode.tangents import pair_problem, pair_settings, unique
 from pnode.transforms import (
@@ -71,7 +72,7 @@ def with_tangents(
     steps, outputs = sweep.recorded()
     options = {}
     if engine.method.implicit:
-        options = engine.solver_options(run.settings, adjoint=True).values
+        options = engine.solver_options(without_structure(run.settings), adjoint=True).values
     moving = tuple(filter(moves, unique([v for one in directions for v in one])))
     mergeable = not reverse and batch_is_innermost(own)
     recorded = Recorded(

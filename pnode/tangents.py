@@ -27,7 +27,7 @@ from pnode.products import derivatives
 from pnode.rebinding import rebound
 from pnode.solvers.linear.jacobians import JacobianOptions
 from pnode.solvers.pairs import PairOptions
-from pnode.solvers.petsc.settings import IntegratorSettings
+from pnode.solvers.petsc.settings import IntegratorSettings, without_structure
 from pnode.tolerances import EntrywiseTolerance, Resolved
 from pnode.transforms import is_wrapped, moves
 
@@ -177,6 +177,7 @@ def pair_settings(
 
     ``linear_solver`` is PETSc's options of the state's own systems.
     """
+    settings = without_structure(settings)
     options = JacobianOptions(
         settings.jacobian_options.reuse, pair=PairOptions.of(pair, settings, linear_solver)
     )

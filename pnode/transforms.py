@@ -8,6 +8,7 @@ that nobody declared would end silently. See docs/derivatives.md.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -23,8 +24,8 @@ __all__ = [
     "batch_is_innermost", "differentiable", "has_tangent", "in_forward_mode", "is_legacy_batch",
     "is_wrapped", "legacy_batch", "lowered", "moves", "no_tangents", "only_forward_mode",
     "outside", "outside_compiler", "plain", "recorded_by_autograd", "refuse_moving",
-    "refuse_traced", "refuse_transforms", "stacked", "tensors_of", "transforms_active",
-    "unmoved", "unwrapped",
+    "refuse_traced", "refuse_transforms", "signed", "stacked", "tensors_of",
+    "transforms_active", "unmoved", "unwrapped",
 ]  # fmt: skip
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -290,6 +291,16 @@ def outside_compiler(function: _Function) -> _Function:
     call._torchdynamo_disable = True  # type: ignore[attr-defined]
     call._torchdynamo_disable_msg = "a solve by PETSc"  # type: ignore[attr-defined]
     return call  # type: ignore[return-value]
+
+
+def signed(function: _Function) -> _Function:
+    """Decorate ``forward`` of an ``autograd.Function``: torch asks for its signature in each call.
+
+    It is worked out once.
+    """
+    known: Any = function
+    known.__signature__ = inspect.signature(function)
+    return function
 
 
 def is_wrapped(tensor: torch.Tensor) -> bool:

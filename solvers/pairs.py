@@ -327,6 +327,10 @@ class PairAssembly(Assembly):
         self._context = PairMatrix(layout, ksp, self._bridge, vectors)
         return shell_matrix(self._context, size, size, comm, place)
 
+    def residual_norm(self, snes: Any) -> float:
+        """Return the norm of the state's own part of the residual. Collective."""
+        return PairConvergence(self._options.layout).norms(snes, snes.getFunction()[0])[0]
+
     def forget(self) -> None:
         """Let go of the user's objects."""
         self._bridge.detach()

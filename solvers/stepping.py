@@ -28,7 +28,8 @@ _FAILURE_FACTOR = 0.25
 class Step:
     """An accepted step: index, start time and length in the integrator's time.
 
-    ``order`` is the one taken, where a method has several (see ``MultistepIntegrator.attempt``).
+    ``order`` is the one taken, where a method has several (see ``MultistepIntegrator.attempt``); of
+    implicit one-step methods, how (see ``TimeIntegrator.attempt``).
     """
 
     index: int

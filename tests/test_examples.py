@@ -212,10 +212,12 @@ def test_counts(trained):
     sweeps, steps = 40, 40 * 40
     assert (forward["steps"], backward["steps"]) == (steps, steps)
     assert forward["rejected"] == 0
-    # One evaluation per Newton iteration, one at the start of each step, one to begin with.
-    assert forward["rhs"] == forward["newton"] + steps + sweeps
-    assert forward["jacobians"] == forward["newton"] == forward["krylov"]
-    assert 2 * steps <= forward["newton"] <= 4 * steps
+    # One evaluation per Newton iteration, one at the start of each step, one to begin with, and one
+    # where a Jacobian is evaluated anew at an iterate whose graph was not recorded.
+    renewed = forward["jacobians"] - steps
+    assert forward["rhs"] == forward["newton"] + steps + sweeps + renewed
+    assert 0 <= renewed <= steps and forward["newton"] == forward["krylov"]
+    assert 2 * steps <= forward["newton"] <= 6 * steps
     # Backward: one transposed solve a step, and a VJP at each of its ends.
     assert backward["jacobians"] == backward["krylov"] == steps
     assert backward["vjp"] == 2 * steps

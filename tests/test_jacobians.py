@@ -258,7 +258,9 @@ def test_products_per_assembly(jacobian, products, monkeypatch):
 def test_stats_count_assemblies_and_not_their_checks():
     stats = {}
     for jacobian in ("dense", "block", "sparse"):
-        solution, _ = solve("cn", {"rhs": Field()}, initial(), jacobian=jacobian)
+        solution, _ = solve(
+            "cn", {"rhs": Field()}, initial(), jacobian=jacobian, jacobian_reuse="iteration"
+        )
         stats[jacobian] = solution.stats
     assert stats["block"].jacobians == stats["block"].newton
     assert stats["block"].rhs == stats["dense"].rhs

@@ -96,7 +96,9 @@ class TSAdjoint(AdjointStepper):
         self.options = options
         method, comm, size = settings.method, settings.comm, settings.size
         self.bridge = OracleBridge(points=4)
-        own = settings
+        # TSAdjoint wants the Jacobian at each stage.
+        exact = replace(settings.jacobian_options, reuse="iteration")
+        own = settings = replace(settings, jacobian_options=exact)
         if method.implicit and settings.jacobian != "matrix-free":
             # Products with the Jacobian come from VJPs; the matrix serves the transposed solves.
             given = replace(settings.jacobian_options, preconditioner=settings.jacobian)

@@ -44,7 +44,7 @@ class Dirk : public ImplicitSteps {
       if (!known) jacobian(time, y, c, f, J_end), counts.jacobians++, counts.rhs++;
       const double shift = 1.0 / (h * A[i]);
       if (!factors.factor(shift, J_end)) return SINGULAR;
-      counts.krylov++;
+      counts.factorizations++, counts.krylov++;
       if (is_end) {
         for (int k = 0; k < N; k++) x[k] = shift * lambda[k];
         factors.solve_transposed(x);
@@ -140,7 +140,7 @@ class Dirk : public ImplicitSteps {
       if (iteration) {
         if (!factors.factor(shift, J)) return SINGULAR;
         factors.solve(residual);
-        counts.newton++, counts.krylov++, counts.jacobians++;
+        counts.newton++, counts.krylov++, counts.jacobians++, counts.factorizations++;
         for (int k = 0; k < N; k++) y[k] -= residual[k];
         step = std::sqrt(square(residual)), size = std::sqrt(square(y));
       }

@@ -44,7 +44,7 @@ def _structure(integers: str, numbers: str = "") -> type[ctypes.Structure]:
     return type("Structure", (ctypes.Structure,), {"_fields_": fields})
 
 
-_Counts: Any = _structure("steps rejected rhs vjp jacobians newton krylov bytes")
+_Counts: Any = _structure("steps rejected rhs vjp jacobians factorizations newton krylov bytes")
 _Control: Any = _structure(
     "keep adaptive max_steps", "direction order first_step min_step max_step longest"
 )
@@ -279,6 +279,7 @@ class CompiledSweep:
 
 
 def _add(counts: Any, ledger: Ledger) -> None:
-    for name in ("steps", "rejected", "rhs", "vjp", "jacobians", "newton", "krylov"):
-        setattr(ledger, name, getattr(ledger, name) + getattr(counts, name))
+    for name, _ in _Counts._fields_:
+        if name != "bytes":
+            setattr(ledger, name, getattr(ledger, name) + getattr(counts, name))
     ledger.ram_bytes = max(ledger.ram_bytes, counts.bytes)

@@ -18,6 +18,7 @@ from pnode.solvers.compiled.driver import CompiledSweep
 from pnode.solvers.compiled.evaluations import agree
 from pnode.solvers.compiled.programs import Program
 from pnode.solvers.compiled.trace import Untraceable
+from pnode.solvers.linear.jacobians import JacobianOptions
 from pnode.solvers.methods import Method
 from pnode.solvers.petsc.settings import default_options
 from pnode.vectorfield import VectorField, vector_field
@@ -72,8 +73,12 @@ class ImplicitSweeps(Backend):
         assert method.scheme is not None
         if settings.adaptive and method.scheme.b_embedded is None:
             return f"method={method.name!r} is compiled for fixed steps only: give step_size"
-        if settings.jacobian != "dense" or settings.jacobian_options.reuse != "iteration":
-            return "implicit methods are compiled with jacobian='dense', jacobian_reuse='iteration'"
+        reuse = settings.jacobian_options.reuse
+        if settings.jacobian != "dense" or reuse not in ("auto", "iteration"):
+            return (
+                "implicit methods are compiled with jacobian='dense' and jacobian_reuse='auto' or "
+                "'iteration'"
+            )
         if settings.size > _LARGEST_STATE:
             return f"implicit methods are compiled for up to {_LARGEST_STATE} state entries"
         if settings.dtype is not torch.float64:
@@ -204,14 +209,18 @@ def _prepared(program: Program, wanted: Wanted) -> _Settings:
 
 def _newton_options(wanted: Wanted) -> dict[str, Any]:
     """Return Newton's options; all others must be those that pnode sets."""
-    settings = wanted.settings
-    expected = default_options(
-        settings.method, settings.adaptive, settings.jacobian, settings.dtype, False,
-        settings.controller, settings.jacobian_options,
+    settings, values = wanted.settings, wanted.options.values
+    expected, own = (
+        default_options(
+            settings.method, settings.adaptive, settings.jacobian, settings.dtype, False,
+            settings.controller, options,
+        )
+        for options in (settings.jacobian_options, JacobianOptions())
     )  # fmt: skip
-    values = wanted.options.values
     for name, value in values.items():
         same = name in expected and str(expected[name]) == str(value)
         if not same and name not in _NEWTON:
             raise Untraceable(f"the PETSc option {name!r} is for PETSc's own steps: drop it")
+    # The program evaluates the Jacobian at each iterate.
+    values = {**values, **{name: own[name] for name in own if name not in wanted.options.given}}
     return {name: float(values.get(name, usual)) for name, usual in _NEWTON.items()}

@@ -27,8 +27,10 @@ class Rosenbrock : public ImplicitSteps {
         for (int k = 0; k < N; k++) w[k] *= h;
         multiply_transposed(J, w, through);
       } else {
-        if (!m.one_matrix)
+        if (!m.one_matrix) {
           if (!factors.factor(1.0 / (h * m.diagonal[i]), J)) return SINGULAR;
+          counts.factorizations++;
+        }
         factors.solve_transposed(w);
         counts.krylov++;
       }
@@ -110,8 +112,10 @@ class Rosenbrock : public ImplicitSteps {
         }
         continue;
       }
-      if (i == 0 || !m.one_matrix)
+      if (i == 0 || !m.one_matrix) {
         if (!factors.factor(1.0 / (h * m.diagonal[i]), J)) return SINGULAR;
+        counts.factorizations++;
+      }
       factors.solve(y);
       counts.newton += forwards, counts.krylov++;
       std::memcpy(V[i], y, sizeof(V[i]));

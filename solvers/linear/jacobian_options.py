@@ -21,13 +21,13 @@ _ASSEMBLED = ("dense", "block", "sparse")
 def jacobian_options(
     method: Method, form: str, jacobian: str, pattern: Any, preconditioner: Any, reuse: str
 ) -> JacobianOptions:
-    """Check what belongs to ``jacobian=``."""
+    """Check what belongs to ``jacobian=``, and say when the method evaluates Jacobians."""
     named = [
         name
         for name, given in (
             ("jacobian_pattern", pattern is not None),
             ("preconditioner", preconditioner is not None),
-            ("jacobian_reuse", reuse != "iteration"),
+            ("jacobian_reuse", reuse not in ("auto", "iteration")),
         )
         if given
     ]
@@ -65,6 +65,8 @@ def jacobian_options(
             f"jacobian_reuse={reuse!r} has nothing to reuse with jacobian='matrix-free': give a "
             "preconditioner, or use jacobian='dense', 'block' or 'sparse'"
         )
+    if reuse == "auto" and (method.multistep or method.linearly_implicit):
+        reuse = "iteration"  # when to evaluate is part of these methods
     if preconditioner is not None and not isinstance(preconditioner, str):
         if form == "residual":
             raise ConfigurationError(

@@ -20,6 +20,7 @@ from pnode.layouts import Layout
 from pnode.problem import StateLayout
 from pnode.solvers.linear.assembly import Assembly, differ, probe
 from pnode.solvers.linear.block import BlockAssembly, sample_count
+from pnode.solvers.linear.constancy import Constancy, rounded
 from pnode.solvers.linear.dense import DenseAssembly
 from pnode.solvers.linear.given import GivenAssembly, GivenMatrix
 from pnode.solvers.linear.linearizer import Linearizer, Point
@@ -45,17 +46,26 @@ class Jacobian:
     ----------
     assembly : Assembly or None
         How to assemble; None for products only.
-    reuse : {"iteration", "step", "solve", "constant"}
+    reuse : {"auto", "iteration", "step", "solve", "constant"}
         When to evaluate anew; see ``Solver``.
     shell : bool
         Whether the operator is a shell, and the assembled matrix only preconditions it.
+    found : bool
+        Whether the structure of the matrix was only found, so that another one is no error.
     """
 
-    def __init__(self, assembly: Assembly | None, reuse: str, shell: bool = False) -> None:
+    def __init__(
+        self, assembly: Assembly | None, reuse: str, shell: bool = False, found: bool = False
+    ) -> None:
         self._assembly = assembly
-        self._constant = reuse == "constant"
+        self._found = found
+        self.constant = reuse == "constant"
         self._reuse = reuse
         self._shell = shell
+        #: Guesses whether the Jacobian is constant, with "auto" and matrices that are factored.
+        self.constancy: Constancy | None = None
+        if reuse == "auto" and not shell and not isinstance(assembly, PairAssembly):
+            self.constancy = Constancy()
         self.forget()
 
     def forget(self) -> None:
@@ -65,30 +75,56 @@ class Jacobian:
         self._values: Any = None
         self._formed = _NEVER
         self._first: Point | None = None
-        self._checked = False
+        self._checked = self._found
         self._promise: _Promise | None = None
         self._norm = math.inf
         self.always = False
+        if self.constancy is not None:
+            self.constancy.forget()
+
+    def check_structure(self) -> None:
+        """Compare the first assembly to come with a product in any case."""
+        self._checked = False
 
     def renew(self) -> None:
         """Evaluate anew next time: a step has failed."""
-        if not self._constant:
+        if not self.constant:
             self._values = None
 
-    def begin_step(self) -> None:
-        """Begin a step: its bits depend on nothing that came before it, unless so chosen."""
-        if self._reuse == "step":
+    def begin_step(self, guess: bool | None = None) -> None:
+        """Begin a step: its bits depend on nothing that came before it, unless so chosen.
+
+        ``guess`` tells of a step to be repeated whether its Jacobian was taken for constant.
+        """
+        if self.constancy is not None:
+            self.constancy.begin_step(guess)
+        if self._reuse == "step" or (self._reuse == "auto" and not self.guessing):
             self._values = None
 
     @property
     def reused(self) -> bool:
         """Whether a failure may be due to an old Jacobian."""
-        return self._reuse in ("step", "solve") and not self._shell
+        return self._reuse in ("auto", "step", "solve") and not self._shell
+
+    @property
+    def guessed(self) -> bool:
+        """Whether an adjoint takes the Jacobian for constant, without a promise."""
+        return self.constancy is not None and self.constancy.holds
+
+    @property
+    def guessing(self) -> bool:
+        """Whether the step under way takes it for that."""
+        return self.constancy is not None and self.constancy.used
+
+    @property
+    def mistaken(self) -> bool:
+        """Whether it did, and found that it is not."""
+        return self.constancy is not None and self.constancy.mistaken
 
     @property
     def records(self) -> bool:
         """Whether the next evaluation of F should keep its graph, for derivatives there."""
-        if self._constant:
+        if self.constant:
             return self._first is None
         if self._shell or self.always or self._reuse == "iteration":
             return True
@@ -107,7 +143,7 @@ class Jacobian:
     ) -> None:
         """Fill p (and a) with ``shift dF/du_dot - dg/du`` (PETSc's IJacobian)."""
         point: Point | None = None
-        if self._constant:
+        if self.constant:
             point = self._stay(linearizer, s, u, u_dot)
         elif self._shell:
             point = linearizer.jacobian_point(s, u, u_dot)
@@ -118,53 +154,73 @@ class Jacobian:
             return
         if self._outdated(ts) or self._values is None:
             self._fill(linearizer, linearizer.jacobian_point(s, u, u_dot))
-        self._form(shift, p)
+        self._form(linearizer, rounded(shift) if self._reuse == "auto" else shift, p)
 
     def compute_at(
-        self, linearizer: Linearizer, point: Point, shift: float, a: Any, p: Any
-    ) -> None:
-        """Do as :meth:`compute`, for an adjoint: exactly there, unless it is constant."""
+        self, linearizer: Linearizer, point: Point, shift: float, matrices: tuple[Any, Any],
+        exactly: bool = True,
+    ) -> None:  # fmt: skip
+        """Do as :meth:`compute`, for an adjoint: exactly there, unless it is constant.
+
+        Without ``exactly`` also unless it is taken for constant: what is solved with the matrix is
+        then to be checked.
+        """
+        a, p = matrices
         if self._shell:
             a.getPythonContext().move_to(point, shift, -1.0)
             a.assemble()
-        if self._constant:  # forward, BDF may converge without it
+        if self.constant:  # forward, BDF may converge without it
             self._test(linearizer, point)
         if self._assembly is None:
             return
-        if self._values is None or not self._constant:
+        guessed = self.guessed and not exactly
+        if self._values is None or not (self.constant or guessed):
             self._fill(linearizer, point)
-        self._form(shift, p)
+        self._form(linearizer, rounded(shift) if guessed else shift, p)
 
     def _fill(self, linearizer: Linearizer, point: Point) -> None:
         """Evaluate the Jacobian at a point, which is that of the matrices from now on."""
+        before = self._values if self.guessing or self.guessed else None
         self._values = linearizer.guarded("jacobian", self._evaluate, linearizer, point)
+        if self.constancy is not None:
+            self.constancy.look(self._values, point, before)
+            if before is not None and (self.guessing or self.guessed):
+                return  # the same as before
         first = self._values[0] if isinstance(self._values, tuple) else None
         if isinstance(first, torch.Tensor) and not is_finite(first):
             linearizer.note_infinite(point)
         self._formed = _NEVER
 
-    def _form(self, shift: float, p: Any) -> None:
+    def _form(self, linearizer: Linearizer, shift: float, p: Any) -> None:
         """Fill p from what has been evaluated, unless it is there."""
         assert self._assembly is not None
         # Steps of one length differ by the round-off of their ends.
-        close = _SAME_SHIFT if self._constant else 0.0
+        close = _SAME_SHIFT if self.constant else 0.0
         formed, state = self._formed
         # PETSc factors again if the matrix has changed, and scales it for DIRK's initial slope.
         if not math.isclose(shift, formed, rel_tol=close) or state != p.stateGet():
             self._assembly.form(p, self._values, shift)
+            linearizer.field.ledger.factorizations += 1
             self._formed = (shift, p.stateGet())
 
     def _outdated(self, ts: Any) -> bool:
         if self.always or self._reuse == "iteration":
             return True
-        if self._constant:
+        if self.constant:
             return False
         snes = ts.getSNES()
         if self._shell:
             return bool(snes.getKSP().getIterationNumber() > _MANY_ITERATIONS)
-        norm, before = snes.getFunctionNorm(), self._norm
+        norm = snes.getFunctionNorm()
+        if isinstance(self._assembly, PairAssembly):  # what the state drives changes nothing
+            norm = self._assembly.residual_norm(snes)
+        before = self._norm
         self._norm = norm
-        return bool(snes.getIterationNumber() > 0 and not norm <= _SLOW * before)
+        if snes.getIterationNumber() == 0:
+            return False
+        if self.constancy is not None and self.constancy.used:
+            return self.constancy.doubts(norm, before)
+        return not norm <= _SLOW * before
 
     def _evaluate(self, linearizer: Linearizer, point: Point) -> Any:
         assert self._assembly is not None
@@ -197,8 +253,8 @@ class JacobianOptions:
 
     Attributes
     ----------
-    reuse : {"iteration", "step", "solve", "constant"}
-        When to evaluate anew; see ``Solver``.
+    reuse : {"auto", "iteration", "step", "solve", "constant"}
+        When to evaluate anew; see ``Solver``. "auto": of one-step methods that iterate.
     preconditioner : {"dense", "block", "sparse"}, GivenMatrix or None
         What to assemble beside a matrix-free operator.
     pattern : SparsityPattern or None
@@ -211,6 +267,8 @@ class JacobianOptions:
         Whether several ranks share the state: "dense" is then one block for each.
     pair : PairOptions or None
         Of a state and its tangents, whose Jacobian is "pair".
+    found : bool
+        Whether "auto" has found the structure, which then may be another one elsewhere.
     """
 
     reuse: str = "iteration"
@@ -220,6 +278,7 @@ class JacobianOptions:
     exchange: Layout | None = None
     by_rank: bool = False
     pair: Any = None
+    found: bool = False
 
     def assembled(self, jacobian: str) -> str | None:
         """Return what is assembled: "dense", "block", "sparse", "given" or None."""

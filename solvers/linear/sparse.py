@@ -17,7 +17,7 @@ from pnode.solvers.linear.linearizer import Linearizer, Point
 from pnode.solvers.petsc.library import color_columns, set_values_coo
 from pnode.vectors import REAL
 
-__all__ = ["Entries", "EntryAssembly", "SparseAssembly", "SparsityPattern"]
+__all__ = ["Entries", "EntryAssembly", "SparseAssembly", "SparsityPattern", "color_rows"]
 
 # Entries of a Jacobian looked at together when its pattern is detected.
 _ENTRIES_AT_ONCE = 1 << 20
@@ -94,7 +94,7 @@ class SparsityPattern:
         flat = torch.cat([self.rows * width + self.columns, rows * width + columns])
         flat = flat.to(HOST.device).unique()
         self.rows, self.columns = flat // width, flat % width
-        self.colors = _color_rows(self.rows, self.columns, self.size, width)
+        self.colors = color_rows(self.rows, self.columns, self.size, width)
 
     def bring_to(self, device: torch.device) -> None:
         """Keep the entries on a device from now on."""
@@ -139,7 +139,7 @@ class SparsityPattern:
         self._add(torch.cat(rows), torch.cat(columns))
 
 
-def _color_rows(rows: torch.Tensor, columns: torch.Tensor, size: int, width: int) -> torch.Tensor:
+def color_rows(rows: torch.Tensor, columns: torch.Tensor, size: int, width: int) -> torch.Tensor:
     """Color the rows of a pattern: the columns of its transpose, for PETSc."""
     order = torch.argsort(columns * size + rows)
     pointers = torch.zeros(width + 1, dtype=torch.int64, device=HOST.device)

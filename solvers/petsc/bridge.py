@@ -23,6 +23,7 @@ from pnode.evidence import Note, project, projection_weights
 from pnode.linearization import Linearization
 from pnode.solvers.linear.jacobians import Jacobian
 from pnode.solvers.linear.linearizer import Linearizer
+from pnode.solvers.petsc.library import forget_step_norm
 from pnode.vectorfield import VectorField
 from pnode.vectors import are_moderate, copy_in, copy_out, fill, is_moderate, view
 
@@ -71,6 +72,8 @@ class Bridge(Linearizer):
         self._times: list[float] = []
         self._round_off = 0.0
         self._solve_begins = self._notes_stages = True
+        #: Time, state and value of the last evaluation of an implicit part without a graph.
+        self._last: tuple[float, torch.Tensor, torch.Tensor] | None = None
         #: Graphs of f at these states, if a sweep asks for them, and the bytes that each keeps.
         self.graphs: deque[Linearization] | None = None
         self.graph_bytes = -1
@@ -101,6 +104,7 @@ class Bridge(Linearizer):
             self.jacobian.forget()
         self._screened.clear()
         self.evaluated.clear()
+        self._last = None
         self.projections = self._weights = None
         self._times = []
         self.graphs = None
@@ -232,6 +236,8 @@ class Bridge(Linearizer):
         """Fill p (and a) with shift dF/du_dot - dg/du (PETSc's IJacobian)."""
         s = self.stage_time(s if self.start_time is None else self.start_time)
         assert self.jacobian is not None
+        if not self.jacobian.constant:
+            forget_step_norm(ts.getSNES())
         self.jacobian.compute(self, ts, s, u, u_dot, shift, a, p)
 
     def _evaluate(self, s: float, u: Any) -> torch.Tensor:
@@ -261,12 +267,17 @@ class Bridge(Linearizer):
         """Return F(s, u, u_dot), without the term u_dot where M is the identity."""
         field = self.field
         wanted = self.records and (self.jacobian is None or self.jacobian.records)
-        if wanted or not field.has_rhs:
+        last, self._last = self._last, None
+        if last is not None and last[0] == s and torch.equal(last[1], view(u)):
+            _, own, value = last  # a step begins where the last one has ended
+        elif wanted or not field.has_rhs:
             point = self.point(s, u, u_dot)
             own, value = point.u, self.linearize(point).flat_value()
         else:
             own = copy_out(u, field.dtype)
             value = field.rhs(s, own)
+            if not self.ranks.parallel:  # evaluating it may be collective
+                self._last = (s, own, value.clone())  # it may be the user's own
         if self.noted is not None and self._notes_stages:
             self._note(Note(0, s, project(own), project(value)))
         value = -value

@@ -16,6 +16,7 @@ from pnode.solvers.petsc.bridge import Bridge
 
 __all__ = [
     "infinite_derivative",
+    "linear_error",
     "newton_error",
     "nonfinite_error",
     "raise_stored",
@@ -127,6 +128,17 @@ def newton_error(snes: Any, where: dict[str, Any], bridge: Bridge) -> SolveError
         "petsc_options={'snes_max_it': ...}",
         reason=name, **where,
     )  # fmt: skip
+
+
+def linear_error(ksp: Any, failure: Any, where: dict[str, Any], kind: str) -> LinearSolveFailed:
+    """Return the error for a solve of an adjoint, "linear" or "transposed", that has failed."""
+    name = reason_name(PETSc.KSP.ConvergedReason, ksp.getConvergedReason())
+    return LinearSolveFailed(
+        f"a {kind} solve of the adjoint failed: use jacobian='dense', or give linear_solver a "
+        "preconditioner or more iterations",
+        reason=str(failure).replace("\n", " ") if failure is not None else name,
+        **where,
+    )
 
 
 def reason_name(enumeration: Any, reason: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,35 +18,16 @@ from pnode.ranks import ALONE, CURABLE
 from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.petsc.bridge import Bridge
 from pnode.solvers.petsc.failures import newton_error, nonfinite_error, raise_stored, step_error
+from pnode.solvers.petsc.guesses import GuessedSteps
 from pnode.solvers.petsc.library import before_each_stage, stage_vectors
+from pnode.solvers.petsc.outcomes import StepOutcome
+from pnode.solvers.petsc.second_attempts import with_backtracking, with_new_jacobians
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.petsc.tolerances import Rejection
 from pnode.solvers.petsc.ts import build_ts
 from pnode.vectorfield import VectorField
 
 __all__ = ["StepOutcome", "TimeIntegrator"]
-
-
-@dataclass
-class StepOutcome:
-    """What one attempt came to.
-
-    Attributes
-    ----------
-    accepted : bool
-        Whether the solution has moved.
-    next_step : float
-        Step size that the controller proposes.
-    error : SolveError or None
-        Why not, unless only the error estimate was too large.
-    order : int
-        What :class:`Step` records of it.
-    """
-
-    accepted: bool
-    next_step: float
-    error: SolveError | None = None
-    order: int = 0
 
 
 class TimeIntegrator:
@@ -80,6 +61,7 @@ class TimeIntegrator:
         own = method.implicit and method.keeps_stages
         self._kept = stage_vectors(self.ts) if own else []
         self._start = self.solution.duplicate() if settings.adaptive else None
+        self._guesses = GuessedSteps(self.ts, self.bridge.jacobian, options)
         self._rolled_back = False
         self._starts = method.carries_slope
         self._stage_callback = (
@@ -129,6 +111,11 @@ class TimeIntegrator:
         self._rolled_back = False
         self._iterations = (self.ts.getSNESIterations(), self.ts.getKSPIterations())
 
+    def check_structure(self) -> None:
+        """Compare this sweep's first assembled Jacobian with a product; see ``Jacobian``."""
+        if self.bridge.jacobian is not None:
+            self.bridge.jacobian.check_structure()
+
     @property
     def history(self) -> Any:
         """What the next step needs: the solution (see :meth:`restore`)."""
@@ -171,7 +158,8 @@ class TimeIntegrator:
     ) -> StepOutcome:
         """Try one step from ``s`` of length ``step``. Collective.
 
-        ``order`` is that of the :class:`Step` to be repeated, if any; one-step methods have none.
+        ``order`` is that of the :class:`Step` to be repeated, if any; of one-step methods, whether
+        its Jacobian was taken for constant.
         ``end`` is where the step ends, if that is not ``s + step`` rounded.
 
         Returns
@@ -189,33 +177,34 @@ class TimeIntegrator:
         ts.setTimeStep(step)
         end = s + step if end is None else end
         bridge.begin_stages((s, *(s + c * step for c in self._inner), end))
-        if bridge.noted:  # the last stage may be this step's first
-            bridge.noted = [note for note in bridge.noted if note.s == s]
         if self._start is not None:
             self.solution.copy(self._start)
         where: dict[str, Any] = {
             "time": self._direction * s, "step": index, "method": self.settings.method.name,
         }  # fmt: skip
         self.ranks.where = where
-        if bridge.jacobian is not None:
-            bridge.jacobian.begin_step()
+        self._forget_notes(s)
+        self._guesses.begin(order)
         self._step(where)
+        if self._guesses.mistaken:
+            self._step_without_guess(s, step, index, where)
         error = self._failure(where)
         if self.ranks.parallel and (error is not None or ts.getConvergedReason() < 0):
             error = self._settle(error)
         if error is not None and bridge.jacobian is not None:
             bridge.jacobian.renew()
-            if self._start is None and bridge.jacobian.reused and ts.getConvergedReason() < 0:
+            if bridge.jacobian.reused and self._may_repeat(error):
                 error = self._try_newton(s, step, where)
         if self._backtracks and isinstance(error, NonlinearSolveFailed):
-            error = self._try_backtracking(s, step, where)
+            again = partial(self._repeat, s, step, where)
+            error = with_backtracking(ts.getSNES(), again)
             if self.ranks.parallel and error is not None:
                 error = self._settle(error)
         if error is None and ts.getConvergedReason() >= 0:
             self._rolled_back = False
             if self._rejection.wanted:
                 self.ranks.fail(SolveError("a step that failed on one rank was accepted", **where))
-            return StepOutcome(True, ts.getTimeStep())
+            return StepOutcome(True, ts.getTimeStep(), order=self._guesses.taken())
         proposed = ts.getTimeStep()
         bridge.nonfinite_time = None
         if self._start is not None:
@@ -252,24 +241,29 @@ class TimeIntegrator:
             return found
         raise found from found.__cause__
 
+    def _step_without_guess(self, s: float, step: float, index: int, where: dict[str, Any]) -> None:
+        """Repeat a step whose Jacobian was taken for constant, and is not."""
+        self._guesses.back(s, step, index)
+        self._forget_notes(s)
+        self._step(where)
+
+    def _forget_notes(self, s: float) -> None:
+        """Forget what was noted before a step at ``s``; its first stage may be the last one."""
+        if self.bridge.noted:
+            self.bridge.noted = [note for note in self.bridge.noted if note.s == s]
+
+    def _may_repeat(self, error: SolveError) -> bool:
+        """Whether a step that has failed may be tried again with new Jacobians."""
+        if self._start is None:
+            return bool(self.ts.getConvergedReason() < 0)
+        # Whether to shorten it is agreed on by all ranks.
+        return isinstance(error, NonlinearSolveFailed) and not self.ranks.parallel
+
     def _try_newton(self, s: float, step: float, where: dict[str, Any]) -> SolveError | None:
         """Repeat a failed step with a new Jacobian at each iterate."""
-        jacobian = self.bridge.jacobian
+        jacobian, again = self.bridge.jacobian, partial(self._repeat, s, step, where)
         assert jacobian is not None
-        jacobian.always = True
-        try:
-            return self._repeat(s, step, where)
-        finally:
-            jacobian.always = False
-
-    def _try_backtracking(self, s: float, step: float, where: dict[str, Any]) -> SolveError | None:
-        """Repeat a failed step with damped Newton steps: a fixed step cannot be made smaller."""
-        line_search = self.ts.getSNES().getLineSearch()
-        line_search.setType("bt")
-        try:
-            return self._repeat(s, step, where)
-        finally:
-            line_search.setType("basic")
+        return with_new_jacobians(self.ts.getSNES(), jacobian, self.options, again)
 
     def _repeat(self, s: float, step: float, where: dict[str, Any]) -> SolveError | None:
         self.ts.setTime(s)

@@ -6,6 +6,7 @@ The shared library of petsc4py is linked against libpetsc, so its handle finds t
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ __all__ = [
     "before_each_stage",
     "color_columns",
     "evaluate_step",
+    "forget_step_norm",
     "register",
     "restart_jacobian_lag",
     "rk_scheme",
@@ -104,6 +106,21 @@ def set_recompute_jacobian(ts: Any, flag: bool) -> None:
     """Say whether each stage of a TSROSW has a matrix of its own. Collective."""
     name = "TSRosWSetRecomputeJacobian"
     _check(_library[name](ctypes.c_void_p(ts.handle), ctypes.c_int(flag)), name)
+
+
+def forget_step_norm(snes: Any) -> None:
+    """Let SNES not take the last Newton step's length for that of the one to come. Not collective.
+
+    Where F is not finite, SNES finds the iteration converged if the line search says that the step
+    was short (``snes_stol``), and that of the last solve is what it says then.
+    """
+    search = snes.getLineSearch()
+    _check(
+        _library.SNESLineSearchSetNorms(
+            ctypes.c_void_p(search.handle), *(_Real(norm) for norm in (1.0, 1.0, math.inf))
+        ),
+        "SNESLineSearchSetNorms",
+    )
 
 
 def evaluate_step(ts: Any, order: int, vector: Any) -> None:

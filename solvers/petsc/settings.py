@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from pnode.solvers.methods import Method
 from pnode.solvers.pairs import PAIR_SOLVE
 from pnode.tolerances import Resolved
 
-__all__ = ["DENSE_LIMIT", "IntegratorSettings", "default_options"]
+__all__ = ["DENSE_LIMIT", "IntegratorSettings", "default_options", "without_structure"]
 
 # Above this size "auto" stops assembling Jacobians: n batched backward passes and an n^3 / 3
 # factorization then cost more than a few tens of Krylov iterations.
@@ -85,6 +85,15 @@ class IntegratorSettings:
         return bool(self.comm.size > 1)
 
 
+def without_structure(settings: IntegratorSettings) -> IntegratorSettings:
+    """Return settings that do not rest on a structure of the Jacobian that was only found."""
+    more = settings.jacobian_options
+    if not more.found:
+        return settings
+    more = replace(more, found=False, pattern=None, samples=1)
+    return replace(settings, jacobian="matrix-free", jacobian_options=more)
+
+
 def default_options(
     method: Method,
     adaptive: bool,
@@ -98,9 +107,10 @@ def default_options(
     """PETSc options that pnode sets unless the user does.
 
     Newton's tolerances: convergence is quadratic, so the step test ``snes_stol`` leaves an error
-    of its square, or what the precision of f leaves; the residual test serves Krylov methods,
-    where convergence is linear. A transposed solve has no outer iteration to correct it, so its
-    Krylov tolerance is the accuracy of the gradient. Nor has a Rosenbrock stage one.
+    of its square, or what the precision of f leaves; the residual test serves Krylov methods, and
+    linear equations, whose first iteration leaves round-off (see ``TimeIntegrator``). A transposed
+    solve has no outer iteration to correct it, so its Krylov tolerance is the accuracy of the
+    gradient. Nor has a Rosenbrock stage one.
 
     Among several ranks a sparse matrix is factored by the part of each: exactly, if the ranks'
     parts do not know of one another; a preconditioner for GMRES if they share ghost cells.
@@ -117,14 +127,14 @@ def default_options(
     constant = more.reuse == "constant"
     linear = method.linearly_implicit or constant
     # With an old Jacobian a step test leaves a tenth of the step, not its square.
-    old = more.reuse in ("step", "solve") and jacobian != "matrix-free"
+    old = more.reuse in ("auto", "step", "solve") and jacobian != "matrix-free"
     if not linear:
-        if method.multistep and adaptive:
-            pass  # see ModifiedNewton
-        elif double:
-            options |= {"snes_rtol": 1e-13 if old else 1e-11, "snes_stol": 1e-12 if old else 1e-10}
+        if double:
+            rtol, stol = 1e-13 if old else 1e-11, 1e-12 if old else 1e-10
         else:
-            options |= {"snes_rtol": 1e-7 if old else 1e-6, "snes_stol": 1e-6 if old else 1e-5}
+            rtol, stol = 1e-7 if old else 1e-6, 1e-6 if old else 1e-5
+        if not (method.multistep and adaptive):  # see ModifiedNewton
+            options |= {"snes_rtol": rtol, "snes_stol": stol}
     if not method.linearly_implicit:
         options["snes_linesearch_type"] = "basic"
     if constant:

@@ -1,0 +1,42 @@
+"""How a step that has failed is tried once more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pnode.errors import SolveError
+from pnode.options import SolverOptions
+from pnode.solvers.linear.jacobians import Jacobian
+
+__all__ = ["with_backtracking", "with_new_jacobians"]
+
+Repeat = Callable[[], SolveError | None]
+
+
+def with_new_jacobians(
+    snes: Any, jacobian: Jacobian, options: SolverOptions, repeat: Repeat
+) -> SolveError | None:
+    """Repeat a step with a new Jacobian at each iterate. Collective.
+
+    Convergence is quadratic then, and a step test need not be as strict.
+    """
+    _, _, stol, _ = snes.getTolerances()
+    jacobian.always = True
+    if "snes_stol" not in options.given:
+        snes.setTolerances(stol=100.0 * stol)
+    try:
+        return repeat()
+    finally:
+        jacobian.always = False
+        snes.setTolerances(stol=stol)
+
+
+def with_backtracking(snes: Any, repeat: Repeat) -> SolveError | None:
+    """Repeat a step with damped Newton steps: a fixed step cannot be made smaller. Collective."""
+    line_search = snes.getLineSearch()
+    line_search.setType("bt")
+    try:
+        return repeat()
+    finally:
+        line_search.setType("basic")
