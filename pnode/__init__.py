@@ -40,6 +40,7 @@ if not asked_for_doctor(sys.argv, sys.orig_argv):
     from pnode.solution import Ledger, Solution, Stage, Stats
     from pnode.solver import Solver
     from pnode.solvers.methods import Method, methods
+    from pnode.solvers.tableaus import tableau
 
 __all__ = [
     "BackwardError",
@@ -75,6 +76,7 @@ __all__ = [
     "parallel",
     "plan",
     "sensitivities",
+    "tableau",
 ]
 
 __version__ = "0.1.0"

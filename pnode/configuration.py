@@ -23,17 +23,17 @@ from pnode.solvers.step_control import StepControl
 
 __all__ = [
     "COMPARED", "DeviceState", "Given", "LinearAlgebra", "MethodName", "Monitor", "Output",
-    "PlainOptions", "Steps", "Tensors", "Times", "as_checkpointing",
-    "refuse_unknown", "shared", "take_group",
+    "PlainOptions", "Steps", "Tensors", "Times", "as_checkpointing", "shared", "take_group",
+    "take_groups",
 ]  # fmt: skip
 
 #: The methods by name; each has aliases too, which are accepted as well.
 MethodName = Literal[
-    "euler", "heun2", "midpoint", "fehlberg2", "rk3", "bosh3", "rk4", "fehlberg5", "dopri5",
-    "bosh5", "verner6", "verner7", "verner8", "ssprk22", "ssprk52", "ssprk43", "ssprk93",
-    "ssprk104", "symplectic_euler", "velocity_verlet", "ruth3", "forest_ruth", "beuler", "cn",
-    "implicit_midpoint", "rosw_theta1", "rosw_theta2", "ros2m", "ros2p", "ra3pw", "ra34pw2",
-    "r34prw", "r3prl2", "rodas3", "sandu3", "assp3p3s1c", "lassp3p4s2c", "llssp3p4s2c",
+    "euler", "heun2", "midpoint", "fehlberg2", "rk3", "heun3", "bosh3", "rk4", "fehlberg5",
+    "dopri5", "tsit5", "bosh5", "verner6", "verner7", "verner8", "dopri8", "ssprk22", "ssprk52",
+    "ssprk43", "ssprk93", "ssprk104", "symplectic_euler", "velocity_verlet", "ruth3", "forest_ruth",
+    "beuler", "cn", "implicit_midpoint", "rosw_theta1", "rosw_theta2", "ros2m", "ros2p", "ra3pw",
+    "ra34pw2", "r34prw", "r3prl2", "rodas3", "sandu3", "assp3p3s1c", "lassp3p4s2c", "llssp3p4s2c",
     "rosw_ark3", "rodaspr", "rodaspr2", "grk4t", "shamp4", "veldd4", "ros4l", "es122", "sdirk2",
     "trbdf2", "esdirk3", "es325", "dirk657a", "esdirk6", "dirk658a", "sdirk6", "dirk7510sal",
     "esdirk7", "dirk759a", "sdirk7", "dirk8614a", "dirk8616sal", "esdirk8", "imexbe", "imexa2",
@@ -199,9 +199,9 @@ class Output:
     ----------
     dense : bool
         Steps pass over the output times, whose states are interpolated; only the last time is hit.
-        The interpolant is the method's own where it has one of degree 4 or more (dopri5), and the
-        cubic Hermite polynomial otherwise, whose error is of order h^4. Not for ``mass`` and
-        ``residual``, which do not tell y'.
+        The interpolant is the method's own where it has one of degree 4 or more (dopri5, tsit5),
+        and the cubic Hermite polynomial otherwise, whose error is of order h^4. Not for ``mass``
+        and ``residual``, which do not tell y'.
     event_fn : callable, optional
         ``event_fn(t, y)`` returns a real tensor of one or several numbers. The solve ends where the
         first of them changes sign (for what is found within a step see docs/output.md). A Module's
@@ -298,7 +298,22 @@ def take_group(
     return chosen
 
 
-def refuse_unknown(plain: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+def take_groups(
+    steps: Steps | None, linear_algebra: LinearAlgebra | None, output: Output | None,
+    plain: Mapping[str, Any], known: Mapping[str, Any],
+) -> tuple[Steps, LinearAlgebra, Output]:  # fmt: skip
+    """Return all groups; refuse plain keywords that none has, and name the nearest of ``known``."""
+    others = {**plain}
+    groups = (
+        take_group(Steps, "steps", steps, others),
+        take_group(LinearAlgebra, "linear_algebra", linear_algebra, others),
+        take_group(Output, "output", output, others),
+    )
+    _refuse_unknown(others, known)
+    return groups
+
+
+def _refuse_unknown(plain: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     """Refuse keywords that no group has, as Python does, and name the nearest of ``known``."""
     for name in plain:
         near = difflib.get_close_matches(name, [*known, *PlainOptions.__annotations__], 1)

@@ -102,8 +102,9 @@ def _identity(engine: Engine, run: Run, y0: torch.Tensor) -> dict[str, str]:
     problem, options = run.problem, engine.jacobian_options
     preconditioner = options.preconditioner
     facts = {
-        "method": engine.method.name, "steps": vars(engine.control), "times": problem.times,
-        "direction": problem.direction, "form": problem.form, "jacobian": engine.jacobian,
+        "method": repr(engine.method.own or engine.method.name),
+        "steps": vars(engine.control), "times": problem.times, "direction": problem.direction,
+        "form": problem.form, "jacobian": engine.jacobian,
         "reproducible": engine.checkpointing.reproducible,
         "shapes": problem.layout.shapes, "f": problem.function, "explicit": problem.explicit,
         "mass": None if problem.mass is None else vars(problem.mass),

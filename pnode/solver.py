@@ -24,9 +24,8 @@ from pnode.configuration import (
     Tensors,
     Times,
     as_checkpointing,
-    refuse_unknown,
     shared,
-    take_group,
+    take_groups,
 )
 from pnode.consistency import check_consistency, consistent_state
 from pnode.continuous import requested
@@ -175,11 +174,8 @@ class Solver(torch.nn.Module):
         **plain: Unpack[PlainOptions],
     ) -> None:
         super().__init__()
-        others: dict[str, Any] = {**plain}
-        steps = take_group(Steps, "steps", steps, others)
-        linear_algebra = take_group(LinearAlgebra, "linear_algebra", linear_algebra, others)
-        output = take_group(Output, "output", output, others)
-        refuse_unknown(others, Solver.__init__.__annotations__)
+        known = Solver.__init__.__annotations__
+        steps, linear_algebra, output = take_groups(steps, linear_algebra, output, plain, known)
         self._consistent_start = arguments.flag("consistent_start", consistent_start)
         self._device_state = arguments.choice("device_state", device_state, get_args(DeviceState))
         form = arguments.problem_form(rhs, implicit, explicit, mass, residual)
@@ -205,9 +201,10 @@ class Solver(torch.nn.Module):
         )  # fmt: skip
         #: What all ranks must have been given.
         self._shared = {} if alone else {
-            "method": chosen.name, "layout": type(exchange).__name__, "device_state": device_state,
-            "the problem's form": form, "gradient": gradient, "consistent_start": consistent_start,
-            **shared(steps, linear_algebra, output), "petsc_options": sorted(options.items()),
+            "method": chosen.own or chosen.name, "layout": type(exchange).__name__,
+            "device_state": device_state, "the problem's form": form, "gradient": gradient,
+            "consistent_start": consistent_start, **shared(steps, linear_algebra, output),
+            "petsc_options": sorted(options.items()),
             "checkpointing": vars(limits) | {"disk": limits.disk is None, "resume": None},
         }  # fmt: skip
 
