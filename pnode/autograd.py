@@ -101,7 +101,7 @@ class SolveFunction(torch.autograd.Function):
         with ordered(place_of(problem.layout.device)) as leave:
             ys, run = sweeps.forward(engine, problem, y0, keep=True, requests=requests)
             leave(ys)
-        if run.event is None:
+        if not run.roots:
             ys = problem.layout.whole(ys)
         run.let_go()
         runs.append(run)
@@ -392,5 +392,5 @@ def tangent(
             xs, one = solve(engine, of_both, requests, x0, t[:number], False)
             taken.append(one)
     for one in taken.all():
-        one.event = run.event
+        one.roots, one.last = run.roots, run.last
     return pair, x0, xs.reshape(number, -1), taken

@@ -14,6 +14,7 @@ from pnode import arguments, tolerances
 from pnode.checkpointing import Checkpointing, parse_bytes
 from pnode.controllers import check_controller
 from pnode.errors import ConfigurationError
+from pnode.event_functions import Event, Events
 from pnode.problem import InitialValueProblem
 from pnode.run import Requests
 from pnode.solvers.linear.jacobian_options import jacobian_options
@@ -22,9 +23,9 @@ from pnode.solvers.methods import Method
 from pnode.solvers.step_control import StepControl
 
 __all__ = [
-    "COMPARED", "DeviceState", "Given", "LinearAlgebra", "MethodName", "Monitor", "Output",
-    "PlainOptions", "Steps", "Tensors", "Times", "as_checkpointing", "shared", "take_group",
-    "take_groups",
+    "COMPARED", "DeviceState", "EventFunctions", "Given", "LinearAlgebra", "MethodName", "Monitor",
+    "Output", "PlainOptions", "Steps", "Tensors", "Times", "as_checkpointing", "shared",
+    "take_group", "take_groups",
 ]  # fmt: skip
 
 #: The methods by name; each has aliases too, which are accepted as well.
@@ -44,6 +45,7 @@ JacobianKind = Literal["auto", "matrix-free", "dense", "block", "sparse"]
 Reuse = Literal["iteration", "step", "solve", "constant"]
 DeviceState = Literal["device", "host"]
 Monitor = Callable[[int, float, Any], None]
+EventFunctions = Callable[..., Any] | Event | Sequence[Callable[..., Any] | Event]
 #: A state, and the states of a solution.
 Tensors = TypeVar("Tensors", torch.Tensor, tuple[torch.Tensor, ...])
 #: Output times.
@@ -202,11 +204,11 @@ class Output:
         The interpolant is the method's own where it has one of degree 4 or more (dopri5, tsit5),
         and the cubic Hermite polynomial otherwise, whose error is of order h^4. Not for ``mass``
         and ``residual``, which do not tell y'.
-    event_fn : callable, optional
+    event_fn : callable, Event or list of these, optional
         ``event_fn(t, y)`` returns a real tensor of one or several numbers. The solve ends where the
-        first of them changes sign (for what is found within a step see docs/output.md). A Module's
-        or a closure's parameters get gradients; with ``mass`` and ``residual`` there are none
-        through the event, nor where event_fn jumps.
+        first of them changes sign (for what is found within a step see docs/output.md), or goes on
+        from there: see :class:`pnode.Event`. A Module's or a closure's parameters get gradients;
+        with ``mass`` and ``residual`` there are none through an event, nor where event_fn jumps.
     event_tol : float
         Tolerance of the root, relative to the length of the step it lies in.
     monitor : callable, optional
@@ -222,7 +224,7 @@ class Output:
     """
 
     dense: bool = False
-    event_fn: Callable[..., Any] | None = field(default=None, metadata=_WORD)
+    event_fn: EventFunctions | None = field(default=None, metadata=_WORD)
     event_tol: float = 1e-12
     monitor: Monitor | None = field(default=None, metadata=_OWN)
     progress: bool = field(default=False, metadata=_OWN)
@@ -231,10 +233,10 @@ class Output:
         """Check the values."""
         arguments.flag("dense", self.dense)
         arguments.flag("progress", self.progress)
-        for name, takes in (("monitor", "(step, t, y)"), ("event_fn", "(t, y)")):
-            value = getattr(self, name)
-            if value is not None and not callable(value):
-                raise ConfigurationError(f"{name} is {value!r}: give a callable {takes}")
+        if self.monitor is not None and not callable(self.monitor):
+            raise ConfigurationError(f"monitor is {self.monitor!r}: give a callable (step, t, y)")
+        if self.event_fn is not None:
+            Events.of(self.event_fn)
         given = self.event_tol
         object.__setattr__(self, "event_tol", arguments.finite("event_tol", given))
         if not 0.0 < self.event_tol < 1.0:
@@ -267,7 +269,7 @@ class PlainOptions(TypedDict, total=False):
     jacobian_reuse: Reuse
     preconditioner: Any
     dense: bool
-    event_fn: Callable[..., Any] | None
+    event_fn: EventFunctions | None
     event_tol: float
     monitor: Monitor | None
     progress: bool

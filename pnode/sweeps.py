@@ -20,7 +20,7 @@ from pnode.compilation import begin
 from pnode.dense import DenseAdjoint, DenseOutput
 from pnode.engine import Engine
 from pnode.errors import FieldChanged
-from pnode.events import EventLocator
+from pnode.event_locator import EventLocator
 from pnode.evidence import Reads
 from pnode.monitor import Monitor
 from pnode.problem import InitialValueProblem
@@ -248,7 +248,8 @@ class SteppedSweep(Sweep):
             self.trajectory = new_trajectory(engine, run, requests, y0)
             # What one-step methods carry over from the step before; the others have the same bits.
             fresh = method.restarts and not method.same_bits
-            self._reproducible = engine.checkpointing.reproducible and fresh
+            cut = requests.events is not None and requests.events.cut and method.carries_slope
+            self._reproducible = (engine.checkpointing.reproducible or cut) and fresh
         with engine.integrator(run.settings, field, y0) as integrator, ExitStack() as leases:
             if start is not None:
                 assert isinstance(integrator, CompiledIntegrator)
@@ -260,10 +261,10 @@ class SteppedSweep(Sweep):
                     integrator.note_values()
                 integrator.make_graphs(self.trajectory.tapes)
             locator: EventLocator | None = None
-            if requests.event_fn is not None:
+            if requests.events is not None:
                 trial = replace(run.settings, adaptive=False)
                 locator = EventLocator(
-                    requests.event_fn, problem, requests.event_tol, integrator,
+                    requests.events, problem, requests.event_tol, integrator,
                     lambda: leases.enter_context(engine.integrator(trial, field, y0)), field,
                 )  # fmt: skip
             repeated: Repeated | None = None
@@ -274,7 +275,8 @@ class SteppedSweep(Sweep):
                 ))  # fmt: skip
             taker, outputs = self._sweep(run, integrator, field, keep, requests, locator, repeated)
             if repeated is None:  # which counts them itself
-                for newton, krylov in (each.iterations() for each in {integrator, taker}):
+                each_one = {integrator, taker, *([] if locator is None else locator.trials)}
+                for newton, krylov in (each.iterations() for each in each_one):
                     run.stats.newton += newton
                     run.stats.krylov += krylov
             run.used = field.used
@@ -321,11 +323,12 @@ class SteppedSweep(Sweep):
             taker = take_again(repeated, requests.recorded.outputs, stats, observers)
         if self.dense is not None:
             self.dense.end()
-        if locator is not None and locator.event is not None:
-            run.event = locator.event
-            before = problem.times[: outputs.number]
-            run.problem = replace(problem, times=(*before, locator.event.time))
-            outputs.add()
+        if locator is not None and locator.roots:
+            run.roots, run.last = locator.roots, locator.last
+            before, found = problem.times[: outputs.number], [root.time for root in run.roots]
+            run.problem = replace(problem, times=(*before, *found))
+            nodes = [root.node for root in run.roots]
+            outputs.extend([root.state for root in run.roots], nodes)
         if trajectory is not None:
             problem.ranks.attempt(trajectory.finish, taker)
         return taker, outputs

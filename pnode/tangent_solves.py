@@ -9,6 +9,7 @@ import torch
 
 from pnode.engine import Engine
 from pnode.errors import BackwardError
+from pnode.output_times import refuse_cuts
 from pnode.pair_layout import PairLayout
 from pnode.problem import InitialValueProblem
 from pnode.run import Recorded, Requests, Run, Tangents
@@ -50,7 +51,7 @@ def with_tangents(
     Raises
     ------
     BackwardError
-        If the ranks share a state with ghost cells.
+        If the ranks share a state with ghost cells, or events have cut steps of the solve.
     """
     problem, sweep = run.problem, run.sweep
     assert sweep is not None and run.surroundings is not None
@@ -59,6 +60,7 @@ def with_tangents(
             "second derivatives through a solve with layout= are not supported: solve without a "
             "layout, or differentiate the gradient by finite differences"
         )
+    refuse_cuts(run)
     pair = PairLayout(problem.layout.size, len(directions), split=run.settings.split)
     steps, outputs = sweep.recorded()
     options = {}
