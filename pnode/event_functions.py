@@ -103,13 +103,12 @@ class Events(tuple[Event, ...]):
         return Events._made([replace(one, fn=change(one.fn)) for one in self], self.listed)
 
     @staticmethod
-    def modules(given: Any) -> torch.nn.ModuleList:
-        """Return those of the functions that are Modules and no attribute by themselves."""
+    def modules(given: Any) -> torch.nn.ModuleList | None:
+        """Return those of the functions that are Modules, unless that is what is given."""
         if given is None or isinstance(given, torch.nn.Module):
-            return torch.nn.ModuleList()
-        return torch.nn.ModuleList(
-            one.fn for one in Events.of(given) if isinstance(one.fn, torch.nn.Module)
-        )
+            return None
+        found = [one.fn for one in Events.of(given) if isinstance(one.fn, torch.nn.Module)]
+        return torch.nn.ModuleList(found) if found else None
 
     @staticmethod
     def may_end(given: Any) -> bool:
