@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pnode.adjoint.stepper import ImplicitAdjointStepper
+from pnode.adjoint.implicit import ImplicitAdjointStepper
 from pnode.devices import HOST
 from pnode.solution import Ledger
 from pnode.solvers.bdf import start_weights

@@ -100,6 +100,8 @@ class Repeated:
         self._reproducible = reproducible
         self._lease = ExitStack()
         self.integrator = integrator
+        self._main: TimeIntegrator | None = None  # while another one has taken a step
+        self._trial: TimeIntegrator | None = None
 
     def __enter__(self) -> Repeated:
         return self
@@ -110,8 +112,10 @@ class Repeated:
         return self._lease.__exit__(*error)
 
     def _count(self) -> None:
-        if self.integrator is not None:
-            newton, krylov = self.integrator.iterations()
+        for one in {self.integrator, self._main, self._trial}:
+            if one is None:
+                continue
+            newton, krylov = one.iterations()
             self._ledger.newton += newton
             self._ledger.krylov += krylov
 
@@ -121,6 +125,7 @@ class Repeated:
             self.integrator = self._lease.enter_context(self._lend(self._adaptive))
             if step == 0:
                 return self.integrator
+        self.integrator, self._main = self._main or self.integrator, None
         self.integrator.restore((state,))
         return self.integrator
 
@@ -134,12 +139,15 @@ class Repeated:
         assert self.integrator is not None
         recorded = self.steps[step]
         order = recorded.order
+        if self._main is not None:  # the step before was cut by an event
+            self._main.restore(self.integrator.history)
+            self.integrator, self._main = self._main, None
         if isinstance(order, TakenOrder) and order.length != recorded.length:
             # Shortened to an event, on an integrator without error control.
-            history = self.integrator.history
-            self._count()
-            self.integrator = self._lease.enter_context(self._lend(False))
-            self.integrator.restore(history)
+            if self._trial is None:
+                self._trial = self._lease.enter_context(self._lend(False))
+            self._trial.restore(self.integrator.history)
+            self._main, self.integrator = self.integrator, self._trial
         if self._reproducible:
             self.integrator.restart_step()
         with torch.no_grad():
@@ -264,7 +272,8 @@ class Reverse:
         for index in interpolated:
             wanted[index] = False
         self._wanted = wanted
-        self._waiting = list(enumerate(trajectory.outputs))
+        # States at events come behind the outputs.
+        self._waiting = sorted(enumerate(trajectory.outputs), key=lambda each: each[1])
         with self._repeated:
             number = len(trajectory.steps)
             self._add_outputs(number)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from pnode.adjoint.stepper import ImplicitAdjointStepper
+from pnode.adjoint.implicit import ImplicitAdjointStepper
 from pnode.linearization import Linearization
 from pnode.options import SolverOptions
 from pnode.solution import Ledger

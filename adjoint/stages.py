@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from pnode.adjoint.stepper import ImplicitAdjointStepper, TorchAdjointStepper
+from pnode.adjoint.implicit import ImplicitAdjointStepper
+from pnode.adjoint.stepper import TorchAdjointStepper
 from pnode.errors import SolveError
 from pnode.evidence import notes, projection_weights
 from pnode.linearization import Linearization

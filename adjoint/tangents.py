@@ -14,9 +14,10 @@ from typing import TypeAlias
 
 import torch
 
+from pnode.adjoint.implicit import ImplicitAdjointStepper
 from pnode.adjoint.multistep import MultistepAdjoint
 from pnode.adjoint.stages import ExplicitAdjoint, StageAdjoint
-from pnode.adjoint.stepper import AdjointStepper, ImplicitAdjointStepper
+from pnode.adjoint.stepper import AdjointStepper
 from pnode.evidence import notes
 from pnode.linearization import Linearization
 from pnode.solution import Ledger

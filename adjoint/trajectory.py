@@ -222,6 +222,10 @@ class Trajectory:
         found = self._store.peek((_STAGES, index))
         return None if found is None else self._read(found)
 
+    def keep(self, index: int, integrator: TimeIntegrator) -> None:
+        """Have the stages of a step at hand in case they are stored later."""
+        self._find_live(index, integrator)
+
     def _find_live(self, index: int, integrator: TimeIntegrator | None) -> Checkpoint:
         if self._live is None or self._live[0] != index:
             if integrator is None:

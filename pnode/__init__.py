@@ -35,17 +35,20 @@ if not asked_for_doctor(sys.argv, sys.orig_argv):
         StepSizeUnderflow,
         VectorFieldError,
     )
+    from pnode.event_functions import Event
     from pnode.odeint import odeint, odeint_adjoint, odeint_event
     from pnode.sensitivities import Sensitivities, sensitivities
-    from pnode.solution import Ledger, Solution, Stage, Stats
+    from pnode.solution import Ledger, Occurrences, Solution, Stage, Stats
     from pnode.solver import Solver
     from pnode.solvers.methods import Method, methods
+    from pnode.solvers.tableaus import tableau
 
 __all__ = [
     "BackwardError",
     "CheckpointError",
     "Checkpointing",
     "ConfigurationError",
+    "Event",
     "EventError",
     "Ledger",
     "LinearAlgebra",
@@ -53,6 +56,7 @@ __all__ = [
     "Method",
     "NonFiniteVectorField",
     "NonlinearSolveFailed",
+    "Occurrences",
     "Output",
     "Plan",
     "PnodeError",
@@ -75,6 +79,7 @@ __all__ = [
     "parallel",
     "plan",
     "sensitivities",
+    "tableau",
 ]
 
 __version__ = "0.1.0"

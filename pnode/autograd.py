@@ -102,7 +102,7 @@ class SolveFunction(torch.autograd.Function):
                 leave(ys)
         else:
             ys, run = later(engine, problem, requests)
-        if run.event is None:
+        if not run.roots:
             ys = problem.layout.whole(ys)
         run.let_go()
         runs.append(run)

@@ -87,7 +87,7 @@ def takes_batches(runs: Runs) -> bool:
     if len(runs.all()) != 1:
         return False
     run = runs[0]
-    return run.sweep is not None and run.event is None and run.sweep.takes_batches(run)
+    return run.sweep is not None and not run.roots and run.sweep.takes_batches(run)
 
 
 class AdjointsFunction(torch.autograd.Function):

@@ -57,7 +57,7 @@ def begin(
         return None
     if len(problem.times) < 2:
         return None
-    watched = requests.event_fn is not None or requests.monitor is not None or requests.dense
+    watched = requests.events is not None or requests.monitor is not None or requests.dense
     account, kind = engine.account, (problem.layout, keep, watched, problem.integrals > 0)
     entry = account.entries.get(kind) or account.entry(kind)
     for given, text in (

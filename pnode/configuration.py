@@ -14,7 +14,7 @@ from pnode import arguments, tolerances
 from pnode.checkpointing import Checkpointing, parse_bytes
 from pnode.controllers import check_controller
 from pnode.errors import ConfigurationError
-from pnode.problem import InitialValueProblem
+from pnode.event_functions import Event, Events
 from pnode.run import Requests
 from pnode.solvers.linear.jacobian_options import jacobian_options
 from pnode.solvers.linear.jacobians import JacobianOptions
@@ -22,18 +22,17 @@ from pnode.solvers.methods import Method
 from pnode.solvers.step_control import StepControl
 
 __all__ = [
-    "COMPARED", "DeviceState", "Given", "LinearAlgebra", "MethodName", "Monitor", "Output",
-    "PlainOptions", "Steps", "Tensors", "Times", "as_checkpointing",
-    "refuse_unknown", "shared", "take_group",
+    "DeviceState", "EventFunctions", "LinearAlgebra", "MethodName", "Monitor", "Output",
+    "PlainOptions", "Steps", "Tensors", "Times", "as_checkpointing", "take_group", "take_groups",
 ]  # fmt: skip
 
 #: The methods by name; each has aliases too, which are accepted as well.
 MethodName = Literal[
-    "euler", "heun2", "midpoint", "fehlberg2", "rk3", "bosh3", "rk4", "fehlberg5", "dopri5",
-    "bosh5", "verner6", "verner7", "verner8", "ssprk22", "ssprk52", "ssprk43", "ssprk93",
-    "ssprk104", "symplectic_euler", "velocity_verlet", "ruth3", "forest_ruth", "beuler", "cn",
-    "implicit_midpoint", "rosw_theta1", "rosw_theta2", "ros2m", "ros2p", "ra3pw", "ra34pw2",
-    "r34prw", "r3prl2", "rodas3", "sandu3", "assp3p3s1c", "lassp3p4s2c", "llssp3p4s2c",
+    "euler", "heun2", "midpoint", "fehlberg2", "rk3", "heun3", "bosh3", "rk4", "fehlberg5",
+    "dopri5", "tsit5", "bosh5", "verner6", "verner7", "verner8", "dopri8", "ssprk22", "ssprk52",
+    "ssprk43", "ssprk93", "ssprk104", "symplectic_euler", "velocity_verlet", "ruth3", "forest_ruth",
+    "beuler", "cn", "implicit_midpoint", "rosw_theta1", "rosw_theta2", "ros2m", "ros2p", "ra3pw",
+    "ra34pw2", "r34prw", "r3prl2", "rodas3", "sandu3", "assp3p3s1c", "lassp3p4s2c", "llssp3p4s2c",
     "rosw_ark3", "rodaspr", "rodaspr2", "grk4t", "shamp4", "veldd4", "ros4l", "es122", "sdirk2",
     "trbdf2", "esdirk3", "es325", "dirk657a", "esdirk6", "dirk658a", "sdirk6", "dirk7510sal",
     "esdirk7", "dirk759a", "sdirk7", "dirk8614a", "dirk8616sal", "esdirk8", "imexbe", "imexa2",
@@ -44,6 +43,7 @@ JacobianKind = Literal["auto", "matrix-free", "dense", "block", "sparse"]
 Reuse = Literal["auto", "iteration", "step", "solve", "constant"]
 DeviceState = Literal["device", "host"]
 Monitor = Callable[[int, float, Any], None]
+EventFunctions = Callable[..., Any] | Event | Sequence[Callable[..., Any] | Event]
 #: A state, and the states of a solution.
 Tensors = TypeVar("Tensors", torch.Tensor, tuple[torch.Tensor, ...])
 #: Output times.
@@ -53,7 +53,6 @@ _Group = TypeVar("_Group", "Steps", "LinearAlgebra", "Output")
 
 
 # What ranks compare of an option, if not the value itself: beside each field that has this.
-_ITSELF = {"told_by": lambda value: value}
 _OWN = {"told_by": lambda value: None}
 _NUMBER = {"told_by": lambda value: value if isinstance(value, float) else "entrywise"}
 _WORD = {"told_by": lambda value: value if isinstance(value, str) else value is not None}
@@ -227,14 +226,14 @@ class Output:
     ----------
     dense : bool
         Steps pass over the output times, whose states are interpolated; only the last time is hit.
-        The interpolant is the method's own where it has one of degree 4 or more (dopri5), and the
-        cubic Hermite polynomial otherwise, whose error is of order h^4. Not for ``mass`` and
-        ``residual``, which do not tell y'.
-    event_fn : callable, optional
+        The interpolant is the method's own where it has one of degree 4 or more (dopri5, tsit5),
+        and the cubic Hermite polynomial otherwise, whose error is of order h^4. Not for ``mass``
+        and ``residual``, which do not tell y'.
+    event_fn : callable, Event or list of these, optional
         ``event_fn(t, y)`` returns a real tensor of one or several numbers. The solve ends where the
-        first of them changes sign (for what is found within a step see docs/output.md). A Module's
-        or a closure's parameters get gradients; with ``mass`` and ``residual`` there are none
-        through the event, nor where event_fn jumps.
+        first of them changes sign (for what is found within a step see docs/output.md), or goes on
+        from there: see :class:`pnode.Event`. A Module's or a closure's parameters get gradients;
+        with ``mass`` and ``residual`` there are none through an event, nor where event_fn jumps.
     event_tol : float
         Tolerance of the root, relative to the length of the step it lies in.
     monitor : callable, optional
@@ -250,7 +249,7 @@ class Output:
     """
 
     dense: bool = False
-    event_fn: Callable[..., Any] | None = field(default=None, metadata=_WORD)
+    event_fn: EventFunctions | None = field(default=None, metadata=_WORD)
     event_tol: float = 1e-12
     monitor: Monitor | None = field(default=None, metadata=_OWN)
     progress: bool = field(default=False, metadata=_OWN)
@@ -259,10 +258,10 @@ class Output:
         """Check the values."""
         arguments.flag("dense", self.dense)
         arguments.flag("progress", self.progress)
-        for name, takes in (("monitor", "(step, t, y)"), ("event_fn", "(t, y)")):
-            value = getattr(self, name)
-            if value is not None and not callable(value):
-                raise ConfigurationError(f"{name} is {value!r}: give a callable {takes}")
+        if self.monitor is not None and not callable(self.monitor):
+            raise ConfigurationError(f"monitor is {self.monitor!r}: give a callable (step, t, y)")
+        if self.event_fn is not None:
+            Events.of(self.event_fn)
         given = self.event_tol
         object.__setattr__(self, "event_tol", arguments.finite("event_tol", given))
         if not 0.0 < self.event_tol < 1.0:
@@ -296,7 +295,7 @@ class PlainOptions(TypedDict, total=False):
     jacobian_reuse: Reuse
     preconditioner: Any
     dense: bool
-    event_fn: Callable[..., Any] | None
+    event_fn: EventFunctions | None
     event_tol: float
     monitor: Monitor | None
     progress: bool
@@ -327,7 +326,22 @@ def take_group(
     return chosen
 
 
-def refuse_unknown(plain: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+def take_groups(
+    steps: Steps | None, linear_algebra: LinearAlgebra | None, output: Output | None,
+    plain: Mapping[str, Any], known: Mapping[str, Any],
+) -> tuple[Steps, LinearAlgebra, Output]:  # fmt: skip
+    """Return all groups; refuse plain keywords that none has, and name the nearest of ``known``."""
+    others = {**plain}
+    groups = (
+        take_group(Steps, "steps", steps, others),
+        take_group(LinearAlgebra, "linear_algebra", linear_algebra, others),
+        take_group(Output, "output", output, others),
+    )
+    _refuse_unknown(others, known)
+    return groups
+
+
+def _refuse_unknown(plain: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     """Refuse keywords that no group has, as Python does, and name the nearest of ``known``."""
     for name in plain:
         near = difflib.get_close_matches(name, [*known, *PlainOptions.__annotations__], 1)
@@ -342,53 +356,3 @@ def as_checkpointing(chosen: Any) -> Checkpointing:
     if chosen is None:
         return Checkpointing()
     return Checkpointing(memory=parse_bytes("checkpointing", chosen))
-
-
-# --------------------------------------------------------------- what ranks are to be given alike
-
-
-def shared(*groups: Any) -> dict[str, Any]:
-    """Return what all ranks must have chosen alike, by the names of the options.
-
-    Each option of each group, or what it says beside itself.
-    """
-    return {
-        each.name: {**_ITSELF, **each.metadata}["told_by"](getattr(group, each.name))
-        for group in groups
-        for each in fields(group)
-    }
-
-
-@dataclass(frozen=True)
-class Given:
-    """What one rank gives to a solve.
-
-    Attributes
-    ----------
-    problem : InitialValueProblem
-        What is to be solved.
-    flat, times : Tensor
-        Initial state and output times.
-    differentiate : bool
-        Whether gradients are wanted.
-    """
-
-    problem: InitialValueProblem
-    flat: torch.Tensor
-    times: torch.Tensor
-    differentiate: bool
-
-
-#: What else has to be the same on all ranks in one solve, and how it is told.
-COMPARED: dict[str, Callable[[Given], Any]] = {
-    "t": lambda given: tuple(given.problem.direction * time for time in given.problem.times),
-    "the dtype of y0": lambda given: str(given.problem.layout.dtype),
-    "whether gradients are wanted (torch.no_grad)": lambda given: given.differentiate,
-    "the number of parameters": lambda given: len(given.problem.parameters),
-    "the shapes of the parameters": lambda given: [
-        tuple(tensor.shape) for tensor in given.problem.parameters
-    ],
-    "requires_grad of y0, t or the parameters": lambda given: [
-        each.requires_grad and given.differentiate for each in (given.flat, given.times)
-    ],
-}

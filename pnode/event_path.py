@@ -13,14 +13,15 @@ import torch
 from pnode import vectors
 from pnode.devices import HOST
 from pnode.errors import EventError
+from pnode.event_functions import Events, call_event
 from pnode.event_search import RELATIVE
 from pnode.interpolation import hermite, lagrange
-from pnode.problem import InitialValueProblem, StateLayout
+from pnode.problem import InitialValueProblem
 from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.stepping import Step
 from pnode.vectorfield import VectorField
 
-__all__ = ["EventPath", "call_event"]
+__all__ = ["EventPath"]
 
 # A method's own interpolant is used if it is of higher degree than the Hermite cubic.
 _OWN_DEGREE = 4
@@ -33,8 +34,8 @@ class EventPath:
 
     Parameters
     ----------
-    function : callable
-        ``event_fn(t, y)`` as the user wrote it.
+    events : Events
+        As the user wrote them.
     problem : InitialValueProblem
         State layout and direction of time.
     tolerance : float
@@ -60,14 +61,14 @@ class EventPath:
 
     def __init__(
         self,
-        function: Callable[..., Any],
+        events: Events,
         problem: InitialValueProblem,
         tolerance: float,
         main: TimeIntegrator,
         lease: Callable[[], TimeIntegrator],
         field: VectorField,
     ) -> None:
-        self._function = function
+        self._events = events
         self._problem = problem
         self._tolerance = tolerance
         self._main = main
@@ -87,9 +88,8 @@ class EventPath:
         self._nodes = [(problem.times[0], state)]
         self._slopes: list[torch.Tensor | None] = [None, None]
         self._guesses: dict[float, Any] = {}
-        self._size: int | None = None
         self.known: dict[float, Any] = {1.0: self._evaluate(problem.times[0], 0, state)}
-        self._size = len(self._checked(self.known[1.0], problem.times[0], 0))
+        self._checked(self.known[1.0], problem.times[0], 0)
 
     def begin_step(self, step: Step) -> None:
         """Look at a step that the main integrator has just taken."""
@@ -107,6 +107,15 @@ class EventPath:
     def end_step(self) -> None:
         """Go on from the end of the step."""
         self._history = self._main.history
+
+    def cut(self, step: Step, theta: float) -> None:
+        """Go on from where the step, taken again, ends; all that was seen behind it is gone."""
+        state = vectors.copy_out(self._main.solution)
+        self.states = self.states[0], state
+        self._nodes = [*self._nodes[:-1], (step.end, state)]
+        self._slopes = [self._slopes[0], None]
+        self.known = {1.0: self.known[theta]}
+        self.end_step()
 
     @property
     def resolution(self) -> float:
@@ -199,14 +208,8 @@ class EventPath:
         where = self._where(s, step)
         with torch.no_grad():
             u = state.to(layout.dtype, copy=True)
-            values = call_event(self._function, layout, time, u, where)
-        entries = values.to(device=HOST.device, dtype=torch.float64).numpy().copy()
-        if self._size is not None and len(entries) != self._size:
-            raise EventError(
-                f"event_fn returned {len(entries)} numbers after {self._size} the time before",
-                **where,
-            )
-        return entries
+            values = call_event(self._events, layout, time, u, where)
+        return values.to(device=HOST.device, dtype=torch.float64).numpy().copy()
 
     def _checked(self, values: Any, s: float, step: int) -> Any:
         """Refuse numbers that are not finite, on the discrete solution."""
@@ -224,38 +227,3 @@ class EventPath:
             "step": step,
             "method": self._main.settings.method.name,
         }
-
-
-def call_event(
-    function: Callable[..., Any],
-    layout: StateLayout,
-    time: torch.Tensor,
-    u: torch.Tensor,
-    where: dict[str, Any],
-) -> torch.Tensor:
-    """Call event_fn, check what kind of thing comes back, and return it flat.
-
-    Parameters
-    ----------
-    function : callable
-        ``event_fn(t, y)``.
-    layout : StateLayout
-        Of the state.
-    time : Tensor
-        The user's time, 0-dim.
-    u : Tensor
-        Flat state, the user's precision; not written into by anybody else.
-    where : dict
-        Time, step and method, for error messages.
-    """
-    result = function(time, layout.unflatten(u))
-    wrong = None
-    if not isinstance(result, torch.Tensor):
-        wrong = f"a {type(result).__name__}, not a tensor"
-    elif not result.dtype.is_floating_point:
-        wrong = f"a tensor of dtype {result.dtype}: an event is a sign change of real numbers"
-    elif result.numel() == 0:
-        wrong = "an empty tensor"
-    if wrong is not None:
-        raise EventError(f"event_fn returned {wrong}", **where)
-    return result.reshape(-1)

@@ -10,8 +10,9 @@ from typing import Any, overload
 import torch
 
 from pnode import arguments, tolerances
-from pnode.configuration import MethodName, Output, Tensors, Times, take_group
+from pnode.configuration import EventFunctions, MethodName, Output, Tensors, Times, take_group
 from pnode.errors import ConfigurationError
+from pnode.event_functions import Events
 from pnode.options import ODEINT_PREFIX
 from pnode.problem import as_times
 from pnode.solver import Solver
@@ -68,7 +69,7 @@ def odeint(
     method: MethodName | str | None = ...,
     options: Mapping[str, Any] | None = ...,
     params: Iterable[torch.Tensor] | None = ...,
-    event_fn: Callable[..., Any],
+    event_fn: EventFunctions,
     **solver_keywords: Any,
 ) -> tuple[torch.Tensor | None, Tensors]: ...
 
@@ -154,7 +155,7 @@ def odeint(
             )
         keywords[_TORCHDIFFEQ_OPTIONS[name]] = value
     chosen = find_method("dopri5" if method is None else method)
-    times = as_times(t, endless=output.event_fn is not None)
+    times = as_times(t, endless=Events.may_end(output.event_fn))
     if not chosen.adaptive and keywords.get("step_size") is None:
         # One step per interval: a step size that no interval exceeds.
         exact = times.detach().to(torch.float64)

@@ -13,7 +13,7 @@ from pnode.rebinding import bound
 from pnode.run import Run
 from pnode.vectorfield import VectorField
 
-__all__ = ["moved_by_times", "slope_at", "start_moved_by_time", "time_gradient"]
+__all__ = ["moved_by_times", "refuse_cuts", "slope_at", "start_moved_by_time", "time_gradient"]
 
 
 def time_gradient(
@@ -29,8 +29,8 @@ def time_gradient(
 ) -> torch.Tensor:
     """Derivatives with respect to the output times: along the exact flow, dy/dt = f.
 
-    Those of interpolated outputs are in ``found`` already, and the time of an event, which ends
-    the problem's times, is a constant here. ``again`` tells whether they may be differentiated.
+    Those of interpolated outputs are in ``found`` already, and the times of events, which come
+    last among the problem's, are constants here. ``again`` tells whether derivatives of it follow.
     """
     problem, direction = run.problem, run.problem.direction
     interpolated: Set[int] = frozenset() if run.sweep is None else run.sweep.interpolated
@@ -40,7 +40,7 @@ def time_gradient(
     terms: list[torch.Tensor] = [initial.new_zeros((), dtype=torch.float64)] * len(t)
     for index, value in found.items():
         terms[index] = terms[index] + direction * value
-    given = problem.times[: -1 if run.event is not None else None]
+    given = problem.times[: len(problem.times) - len(run.roots)]
     assert run.surroundings is not None
     with problem.ranks.together(), run.surroundings.restored():
         for index, s in enumerate(given):
@@ -65,6 +65,15 @@ def _refuse_interpolated_times() -> None:
         "second derivatives and tangents with respect to times of outputs that are interpolated "
         "are not supported: pass t.detach(), or solve with dense=False"
     )
+
+
+def refuse_cuts(run: Run) -> None:
+    """Refuse what would need derivatives of steps that events have cut in two."""
+    if len(run.roots) > (run.last is not None):
+        raise BackwardError(
+            "second derivatives and tangents of a solve with events that do not end it, or with "
+            "several at its end, are not supported: solve without event_fn for them"
+        )
 
 
 def slope_at(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -43,7 +43,7 @@ def new_trajectory(engine: Engine, run: Run, requests: Requests, y0: torch.Tenso
     times = run.problem.times
     times = (times[0], *times[1:][-1:]) if requests.dense else times
     grid = fixed_grid(times, control, run.problem.resolution)
-    steps = None if grid is None or requests.event_fn is not None else grid.total
+    steps = None if grid is None or requests.events is not None else grid.total
     if requests.recorded is not None:
         steps = len(requests.recorded.steps)
     state_bytes = run.problem.largest * REAL.itemsize
@@ -55,7 +55,7 @@ def new_trajectory(engine: Engine, run: Run, requests: Requests, y0: torch.Tenso
     progress = None
     if chosen.resume is not None and requests.recorded is None:
         assert chosen.disk is not None
-        if not engine.method.restarts or requests.event_fn is not None or requests.dense:
+        if not engine.method.restarts or requests.events is not None or requests.dense:
             raise ConfigurationError(
                 f"resume={chosen.resume!r} is not for BDF, event_fn and dense=True: they go "
                 "on from more than one state"
@@ -102,8 +102,9 @@ def _identity(engine: Engine, run: Run, y0: torch.Tensor) -> dict[str, str]:
     problem, options = run.problem, engine.jacobian_options
     preconditioner = options.preconditioner
     facts = {
-        "method": engine.method.name, "steps": vars(engine.control), "times": problem.times,
-        "direction": problem.direction, "form": problem.form, "jacobian": engine.jacobian,
+        "method": repr(engine.method.own or engine.method.name),
+        "steps": vars(engine.control), "times": problem.times, "direction": problem.direction,
+        "form": problem.form, "jacobian": engine.jacobian,
         "reproducible": engine.checkpointing.reproducible,
         "shapes": problem.layout.shapes, "f": problem.function, "explicit": problem.explicit,
         "mass": None if problem.mass is None else vars(problem.mass),
@@ -148,6 +149,14 @@ class Outputs(Observer):
         if index >= self._taken_up:
             self.add(vectors.view(integrator.solution))
 
+    def extend(self, states: Sequence[torch.Tensor], nodes: Sequence[int]) -> None:
+        """Add states that are not outputs behind those that are; so many steps come before each."""
+        rows = [self._ys[: self.number], torch.stack([*states]).to(self._ys)]
+        self._ys = torch.cat(rows)
+        self.number = len(self._ys)
+        if self._trajectory is not None:
+            self._trajectory.outputs.extend(nodes)
+
     def take_up(self, progress: Progress) -> None:
         """Begin with what was done in another process."""
         for _, state in progress.outputs:
@@ -183,6 +192,7 @@ class Recorder(Observer):
 
     def before_step(self, index: int, integrator: TimeIntegrator) -> None:
         """Store the start of a step, if it is wanted."""
+        self._main = integrator
         self._attempt(self._trajectory.before_step, index, integrator)
         if self._reproducible:
             integrator.restart_step()
@@ -190,3 +200,5 @@ class Recorder(Observer):
     def after_step(self, step: Step, integrator: TimeIntegrator, last: bool) -> None:
         """Note an accepted step, and store what is wanted of it."""
         self._attempt(self._trajectory.record, step, integrator)
+        if integrator is not self._main and not last:  # whose own last step was another one
+            self._attempt(self._trajectory.keep, step.index, integrator)

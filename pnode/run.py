@@ -10,7 +10,8 @@ from typing import Any, TypeAlias
 import torch
 
 from pnode.adjoint.gradients import CostGradients
-from pnode.events import Event
+from pnode.event_functions import Events
+from pnode.event_locator import Root
 from pnode.evidence import Reads
 from pnode.held import held, now
 from pnode.pair_layout import PairLayout
@@ -89,8 +90,8 @@ class Requests:
         ``monitor(step, t, y)`` after every accepted step.
     dense : bool
         Whether steps pass over output times, which are interpolated then.
-    event_fn : callable or None
-        ``event_fn(t, y)``; the sweep ends where it changes sign.
+    events : Events or None
+        What is to be looked for.
     event_tol : float
         Tolerance of that root, relative to the length of the step.
     recorded : Recorded or None
@@ -107,7 +108,7 @@ class Requests:
 
     monitor: Callable[[int, float, Any], None] | None = None
     dense: bool = False
-    event_fn: Callable[..., Any] | None = None
+    events: Events | None = None
     event_tol: float = 1e-12
     recorded: Recorded | None = None
     plain: bool = False
@@ -171,8 +172,10 @@ class Run:
         For each parameter, whether the vector field's first evaluation used it.
     sweep : Sweep or None
         The sweep, once it is taken.
-    event : Event or None
-        What ended the sweep early; ``problem`` then has the times of the outputs it returned.
+    roots : sequence of Root
+        Events found, whose states come behind the outputs; ``problem`` has the times of both.
+    last : Root or None
+        That among them which ended the sweep early.
     codes : tuple of FieldCode
         Of the field and its explicit part, where these are compiled and nothing else.
     surroundings : Surroundings or None
@@ -192,7 +195,8 @@ class Run:
     settings: IntegratorSettings
     used: list[bool] = field(default_factory=list)
     sweep: Sweep | None = None
-    event: Event | None = None
+    roots: Sequence[Root] = ()
+    last: Root | None = None
     codes: tuple[FieldCode, ...] = ()
     surroundings: Surroundings | None = None
     reads: Reads | None = None

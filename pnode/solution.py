@@ -11,7 +11,7 @@ from typing_extensions import TypeVar
 
 from pnode.errors import BackwardError
 
-__all__ = ["Ledger", "Solution", "Stage", "Stats"]
+__all__ = ["Ledger", "Occurrences", "Solution", "Stage", "Stats"]
 
 
 @dataclass
@@ -113,6 +113,22 @@ class Stage:
     part: str = "rhs"
 
 
+@dataclass(frozen=True, eq=False)
+class Occurrences:
+    """When and where one event has occurred.
+
+    Attributes
+    ----------
+    times : Tensor
+        Shape ``(n,)``, in the order of the solve, dtype of the output times; differentiable.
+    states : Tensor or tuple of Tensor
+        The states there, shape ``(n, *y0.shape)``; differentiable.
+    """
+
+    times: torch.Tensor
+    states: Any
+
+
 @dataclass
 class Solution(Generic[State]):
     """Result of a solve.
@@ -127,14 +143,19 @@ class Solution(Generic[State]):
     stats : Stats
         The ledger. ``stats.backward`` fills up when gradients are computed.
     reason : str
-        ``"t_end"``, or ``"event"`` if event_fn changed sign before.
+        ``"t_end"``, or ``"event"`` if a terminal event came before.
     event_time : Tensor or None
-        Time of the event, 0-dim, differentiable; None without one.
+        Time of the terminal event, 0-dim, differentiable; None without one.
     stage_sweep : object
         For :meth:`stages`.
     costs : Tensor or None
         Integrals of ``cost`` from ``t[0]`` to each output time, shape ``(T, *shape of r)``,
         differentiable; None without it. Of ranks that share a state: this rank's own.
+    events : tuple of Occurrences
+        For each event of ``event_fn``: the times at which it has occurred and the states there,
+        the one that ended the solve included.
+    event : int or None
+        Which of them ended the solve; None if none did.
     """
 
     ts: torch.Tensor
@@ -144,6 +165,8 @@ class Solution(Generic[State]):
     event_time: torch.Tensor | None = None
     costs: torch.Tensor | None = None
     stage_sweep: Any = field(default=None, repr=False, compare=False)
+    events: tuple[Occurrences, ...] = ()
+    event: int | None = None
 
     def stages(self, cotangents: State, callback: Callable[[Stage], Any]) -> None:
         """Tell of each stage and its adjoint in a backward sweep from the last one. Collective.
@@ -165,7 +188,7 @@ class Solution(Generic[State]):
         BackwardError
             Of a solve without gradients, in a transform of torch.func or with
             ``gradient="continuous"``; of Rosenbrock methods, whose gradient is no such sum; of
-            ``residual``, ``layout``, ``dense``, and of a solve that an event has ended.
+            ``residual``, ``layout``, ``dense``, and of a solve in which an event occurred.
         ConfigurationError
             If cotangents have another shape than ``ys``.
         FieldChanged

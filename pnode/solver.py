@@ -12,10 +12,9 @@ from mpi4py import MPI
 from pnode import arguments, tolerances
 from pnode.autograd import solve
 from pnode.checkpointing import Checkpointing
+from pnode.compared import COMPARED, Given, shared
 from pnode.configuration import (
-    COMPARED,
     DeviceState,
-    Given,
     LinearAlgebra,
     MethodName,
     Output,
@@ -24,15 +23,14 @@ from pnode.configuration import (
     Tensors,
     Times,
     as_checkpointing,
-    refuse_unknown,
-    shared,
-    take_group,
+    take_groups,
 )
 from pnode.consistency import check_consistency, consistent_state
 from pnode.continuous import requested
 from pnode.engine import Engine
 from pnode.errors import ConfigurationError
-from pnode.events import check_rate, end_at_event
+from pnode.event_functions import Events
+from pnode.events import adapted, check_rate, split
 from pnode.integrals import check_cost, of_state, parted, with_integral
 from pnode.layouts import Layout
 from pnode.mass import MassMatrix
@@ -40,11 +38,11 @@ from pnode.monitor import at_home, progress_bar
 from pnode.options import check_petsc_options, next_prefix
 from pnode.problem import InitialValueProblem, StateLayout, as_times, collect_parameters
 from pnode.ranks import ALONE, Ranks
-from pnode.solution import Solution, Stats
+from pnode.solution import Occurrences, Solution, Stats
 from pnode.solvers.methods import check_form, find_method
 from pnode.solvers.step_control import check_steps
 from pnode.stages import StageSweep
-from pnode.transfers import carry_once, on_host, remote
+from pnode.transfers import carry_once, on_host
 from pnode.transforms import moves, outside_compiler, refuse_moving, refuse_transforms
 from pnode.watching import watched
 
@@ -177,17 +175,15 @@ class Solver(torch.nn.Module):
         **plain: Unpack[PlainOptions],
     ) -> None:
         super().__init__()
-        others: dict[str, Any] = {**plain}
-        steps = take_group(Steps, "steps", steps, others)
-        linear_algebra = take_group(LinearAlgebra, "linear_algebra", linear_algebra, others)
-        output = take_group(Output, "output", output, others)
-        refuse_unknown(others, Solver.__init__.__annotations__)
+        known = Solver.__init__.__annotations__
+        steps, linear_algebra, output = take_groups(steps, linear_algebra, output, plain, known)
         self._consistent_start = arguments.flag("consistent_start", consistent_start)
         self._device_state = arguments.choice("device_state", device_state, get_args(DeviceState))
         form = arguments.problem_form(rhs, implicit, explicit, mass, residual)
         check_form(form, chosen := find_method(method))
         self.rhs, self.residual, self.implicit, self.explicit = rhs, residual, implicit, explicit
         self.mass, self.event_fn = mass, output.event_fn
+        self._event_modules = Events.modules(output.event_fn)
         self._form, self._requests = form, requested(
             gradient, form, chosen, steps, linear_algebra, output, checkpointing, cost, layout
         )  # fmt: skip
@@ -207,9 +203,10 @@ class Solver(torch.nn.Module):
         )  # fmt: skip
         #: What all ranks must have been given.
         self._shared = {} if alone else {
-            "method": chosen.name, "layout": type(exchange).__name__, "device_state": device_state,
-            "the problem's form": form, "gradient": gradient, "consistent_start": consistent_start,
-            **shared(steps, linear_algebra, output), "petsc_options": sorted(options.items()),
+            "method": chosen.own or chosen.name, "layout": type(exchange).__name__,
+            "device_state": device_state, "the problem's form": form, "gradient": gradient,
+            "consistent_start": consistent_start, **shared(steps, linear_algebra, output),
+            "petsc_options": sorted(options.items()),
             "checkpointing": vars(limits) | {"disk": limits.disk is None, "resume": None},
         }  # fmt: skip
 
@@ -312,32 +309,35 @@ class Solver(torch.nn.Module):
         if trainable and self.event_fn is not None:
             check_rate(self._form)
         compute = problem.compute
-        event_fn, monitor = watched(self.event_fn), self._requests.monitor
+        events = adapted(self.event_fn, problem, compute, start)
+        monitor = self._requests.monitor
         if problem.integrals:
-            event_fn, monitor = of_state(problem, event_fn), of_state(problem, monitor)
-        if event_fn is not None:
-            event_fn = remote(event_fn, compute, start, strict=False)
+            monitor = of_state(problem, monitor)
         monitor = at_home(monitor, compute, start)
-        wanted = replace(self._requests, monitor=monitor, event_fn=event_fn)
+        wanted = replace(self._requests, monitor=monitor, events=events)
         with progress_bar(problem, wanted, self._progress) as requests:
             ys, run = solve(self._engine, problem, requests, flat, times, trainable)
-        reason, event_time, layout = "t_end", None, problem.layout
-        whole = trainable and run.event is None and not layout.is_tuple  # see SolveFunction
-        if run.event is not None:
-            assert event_fn is not None
-            times, ys = end_at_event(
-                event_fn, run.problem, run.event, times, ys, self.method, run.stats
-            )
-            reason, event_time = "event", times[-1]
+        layout = problem.layout
+        whole = trainable and not run.roots and not layout.is_tuple  # see SolveFunction
+        times, ys, found = split(events, run, times, ys, self.method)
         if compute is not None:
             ys = carry_once(ys, compute, start)
+            found = [(when, carry_once(rows, compute, start)) for when, rows in found]
             start.backward = run.stats.backward
         run.stats.add(start)
         states = ys if whole else layout.unflatten(ys)
         states, costs = parted(problem, states)
         kept = trainable and not self._requests.continuous
         stages = StageSweep.of(self._engine, run, flat) if kept else None
-        return Solution(times, states, run.stats, reason, event_time, costs, stages)
+        occurrences = tuple(
+            Occurrences(when, parted(problem, layout.unflatten(rows))[0]) for when, rows in found
+        )
+        solution = Solution(times, states, run.stats, "t_end", None, costs, stages, occurrences)
+        if run.last is not None:
+            assert events is not None
+            solution.reason, solution.event_time = "event", times[-1]
+            solution.event = events.owner(run.last.entry)
+        return solution
 
     def _prepare(
         self, y0: Any, t: Any, ranks: Ranks, differentiate: bool
@@ -355,7 +355,7 @@ class Solver(torch.nn.Module):
         if self.event_fn is not None:
             moving = [("y0", y0), ("t", t), *(("a parameter", tensor) for tensor in declared)]
             refuse_moving(moving, "and an event's time has derivatives in reverse mode alone")
-        times = as_times(t, endless=self.event_fn is not None)
+        times = as_times(t, endless=Events.may_end(self.event_fn))
         start = Stats()
         with torch.inference_mode(False), torch.set_grad_enabled(differentiate):
             y0, compute = on_host(y0, self._device_state, start)

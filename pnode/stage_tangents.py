@@ -20,7 +20,7 @@ from pnode.solution import Ledger, Stats
 from pnode.solvers.petsc.settings import without_structure
 from pnode.solvers.stepping import Step
 from pnode.stages import uncompiled
-from pnode.sweeps import SteppedSweep
+from pnode.stepped_sweep import SteppedSweep
 from pnode.transforms import lowered, outside
 from pnode.watching import unwatched
 
@@ -118,7 +118,7 @@ def _of_stages(
 ) -> torch.Tensor | None:  # fmt: skip
     """Do as :func:`of_stages`, outside of transforms. Collective."""
     problem, ledger = run.problem, run.stats.tangents
-    if run.event is not None:
+    if run.roots:
         return None
     taken = run
     if not isinstance(run.sweep, SteppedSweep) or run.settings.graphs is not None:

@@ -100,8 +100,9 @@ class StageSweep:
             "method such as 'es325'": method.linearly_implicit,
             "residual=, which has no slope f(t, y): give rhs= and mass=": problem.form
             == "residual",
-            "an event that ended the solve, whose time depends on the state: solve up to that time "
-            "without event_fn": run.event is not None,
+            "an event, whose time depends on the state: solve up to that time without event_fn": (
+                bool(run.roots)
+            ),
             "dense=True: let steps hit the output times (dense=False)": dense,
             "layout=: take comm= and states without ghost cells": problem.exchange is not None,
             "device_state='host' of a state on a device: take device_state='device'":

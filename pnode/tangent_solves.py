@@ -13,6 +13,7 @@ from pnode.batches import Runs
 from pnode.devices import ordered, place_of
 from pnode.engine import Engine
 from pnode.errors import BackwardError
+from pnode.output_times import refuse_cuts
 from pnode.pair_layout import PairLayout
 from pnode.problem import InitialValueProblem
 from pnode.run import Directions, Recorded, Requests, Run, Tangents
@@ -59,7 +60,7 @@ def with_tangents(
     Raises
     ------
     BackwardError
-        If the ranks share a state with ghost cells.
+        If the ranks share a state with ghost cells, or events have cut steps of the solve.
     """
     problem, sweep = run.problem, run.sweep
     assert sweep is not None and run.surroundings is not None
@@ -68,6 +69,7 @@ def with_tangents(
             "second derivatives through a solve with layout= are not supported: solve without a "
             "layout, or differentiate the gradient by finite differences"
         )
+    refuse_cuts(run)
     pair = PairLayout(problem.layout.size, len(directions), split=run.settings.split)
     steps, outputs = sweep.recorded()
     options = {}
@@ -141,7 +143,7 @@ def tangent(
                 leave(xs)
             taken.append(one)
     for one in taken.all():
-        one.event = run.event
+        one.roots, one.last = run.roots, run.last
         run.stats.tangents.add(one.stats)
         one.stats.backward, one.stats.tangents = run.stats.backward, run.stats.tangents
     return pair, x0, xs.reshape(number, -1), taken

@@ -8,19 +8,21 @@ tests check them against PETSc's own tableaus and against measured orders of con
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from pnode.errors import ConfigurationError
+from pnode.solvers.own_tableaus import BPR3, DOPRI8, FEHLBERG2, HEUN3, TSIT5
 from pnode.solvers.petsc.coefficients import find_scheme
-from pnode.solvers.scheme import SYMPLECTIC, HalfUpdate, Scheme, rows
+from pnode.solvers.scheme import SYMPLECTIC, HalfUpdate, Scheme
 
 __all__ = [
     "LEFT_OUT",
     "METHODS",
     "REFUSED",
     "Method",
+    "add",
     "check_form",
     "find_method",
     "markdown_table",
@@ -72,7 +74,7 @@ class Method:
     forms: tuple[str, ...] = ("rhs",)
     adjoint: str = "stages"
     same_bits: bool = True
-    own: Scheme | None = field(default=None, repr=False)
+    own: Scheme | None = field(default=None, repr=False, hash=False)
 
     @cached_property
     def scheme(self) -> Scheme | None:
@@ -228,45 +230,24 @@ def _rosw(name: str, order: int, stages: int, *aliases: str, **more: Any) -> Met
     )  # fmt: skip
 
 
-_FEHLBERG2 = Scheme(
-    A=rows([[], [1 / 2], [1 / 256, 255 / 256]]),
-    b=(1 / 512, 255 / 256, 1 / 512),
-    b_embedded=(1 / 256, 255 / 256, 0.0),
-    reference="E. Fehlberg, NASA TR R-315 (1969), RK1(2)",
-)
-
-# PETSc's own "bpr3" has 3/5 in the last row of A, and converges with order one.
-_BPR3 = Scheme(
-    A=rows(
-        [
-            [],
-            [1 / 2, 1 / 2],
-            [5 / 18, -1 / 9, 1 / 2],
-            [1 / 2, 0.0, 0.0, 1 / 2],
-            [1 / 4, 0.0, 3 / 4, -1 / 2, 1 / 2],
-        ]
-    ),
-    b=(1 / 4, 0.0, 3 / 4, -1 / 2, 1 / 2),
-    A_explicit=rows([[], [1.0], [4 / 9, 2 / 9], [1 / 4, 0.0, 3 / 4], [1 / 4, 0.0, 3 / 4]]),
-    b_explicit=(1 / 4, 0.0, 3 / 4, 0.0, 0.0),
-    reference="S. Boscarino, L. Pareschi & G. Russo, SIAM J. Sci. Comput. 35 (2013), BPR(3,5,3)",
-)
-
 #: Every method, explicit ones first, each group by order.
 METHODS: tuple[Method, ...] = (
     _rk("euler", "1fe", 1, 1, "forward_euler"),
     _rk("heun2", "2a", 2, 2, "heun", "adaptive_heun", adaptive=True),
     _rk("midpoint", "2b", 2, 2, "explicit_midpoint"),
-    _rk("fehlberg2", "fehlberg2", 2, 3, adaptive=True, own=_FEHLBERG2),
+    _rk("fehlberg2", "fehlberg2", 2, 3, adaptive=True, own=FEHLBERG2),
     _rk("rk3", "3", 3, 3),
+    _rk("heun3", "heun3", 3, 3, own=HEUN3),
     _rk("bosh3", "3bs", 3, 4, "bogacki_shampine3", adaptive=True, same_bits=False),
     _rk("rk4", "4", 4, 4, "classical"),
     _rk("fehlberg5", "5f", 5, 6, "rkf45", adaptive=True),
     _rk("dopri5", "5dp", 5, 7, "dormand_prince5", adaptive=True, same_bits=False),
+    _rk("tsit5", "tsit5", 5, 7, "tsitouras5", adaptive=True, same_bits=False, own=TSIT5),
     _rk("bosh5", "5bs", 5, 8, "bogacki_shampine5", adaptive=True, same_bits=False),
     _rk("verner6", "6vr", 6, 9, adaptive=True, same_bits=False),
     _rk("verner7", "7vr", 7, 10, adaptive=True),
     _rk("verner8", "8vr", 8, 13, adaptive=True),
+    _rk("dopri8", "dopri8", 8, 13, "prince_dormand8", adaptive=True, own=DOPRI8),
     _ssp("ssprk22", "rks2", 2, 2),
     _ssp("ssprk52", "rks2", 2, 5, "rks2"),
     _ssp("ssprk43", "rks3", 3, 4),
@@ -334,7 +315,7 @@ METHODS: tuple[Method, ...] = (
     _arkimex("imexssp2", "prssp2", 2, 3),
     _arkimex("ark3", "3", 3, 4, "kennedy_carpenter3", adaptive=True),
     _arkimex("ars443", "ars443", 3, 5),
-    _arkimex("bpr3", "bpr353", 3, 5, own=_BPR3),
+    _arkimex("bpr3", "bpr353", 3, 5, own=BPR3),
     _arkimex("ark4", "4", 4, 6, "kennedy_carpenter4", adaptive=True),
     _arkimex("ark5", "5", 5, 8, "kennedy_carpenter5", adaptive=True),
     *(_bdf(f"bdf{order}", order) for order in range(1, 7)),
@@ -343,9 +324,6 @@ METHODS: tuple[Method, ...] = (
 
 #: Names of other packages that pnode does not have, with the nearest method it has.
 REFUSED: dict[str, str] = {
-    "dopri8": "verner8",
-    "tsit5": "dopri5",
-    "heun3": "rk3",
     "explicit_adams": "dopri5",
     "fixed_adams": "rk4",
     "implicit_adams": "cn",
@@ -384,6 +362,8 @@ LEFT_OUT: dict[str, str] = {
 _BY_NAME: dict[str, Method] = {
     name: method for method in METHODS for name in (method.name, *method.aliases)
 }
+#: Those of the user, by name, in the order they came.
+_ADDED: dict[str, Method] = {}
 
 
 def methods() -> tuple[Method, ...]:
@@ -393,9 +373,49 @@ def methods() -> tuple[Method, ...]:
     -------
     tuple of Method
         With name, aliases, PETSc type and subtype, order, stages, kind, adaptive, forms, adjoint,
-        checkpoint content and whether recomputation gives the same bits.
+        checkpoint content and whether recomputation gives the same bits; those of
+        :func:`pnode.tableau` come last.
     """
-    return METHODS
+    return (*METHODS, *_ADDED.values())
+
+
+def add(name: str, scheme: Scheme, order: int) -> Method:
+    """Add a method to those that can be found. Not collective.
+
+    Parameters
+    ----------
+    name : str
+        Under which no other method is known; the same one again changes nothing.
+    scheme : Scheme
+        Explicit, diagonally implicit or IMEX.
+    order : int
+        Order of convergence.
+
+    Raises
+    ------
+    ConfigurationError
+        If the name is taken.
+    """
+    more: dict[str, Any] = {"adaptive": scheme.b_embedded is not None, "own": scheme}
+    if scheme.explicit:
+        row = _rk(name, name, order, scheme.stages, same_bits=not scheme.fsal, **more)
+    elif scheme.A_explicit is not None:
+        row = _arkimex(name, name, order, scheme.stages, **more)
+    else:
+        row = replace(_dirk(name, name, order, scheme.stages), **more)
+    row = replace(row, aliases=())
+    if row == _ADDED.get(name):
+        return _ADDED[name]
+    subtypes = {method.subtype for method in METHODS}
+    if name in subtypes or name in _BY_NAME or name in REFUSED or name in _ADDED:
+        what = "another method"
+        if name in REFUSED:
+            what = "a method of another package that pnode does not have"
+        elif name in _ADDED:
+            what = "a tableau with other coefficients or another order"
+        raise ConfigurationError(f"name={name!r} is taken, by {what}: choose another one")
+    _ADDED[name] = row
+    return row
 
 
 def find_method(name: Any) -> Method:
@@ -409,11 +429,13 @@ def find_method(name: Any) -> Method:
     """
     if isinstance(name, str) and name in _BY_NAME:
         return _BY_NAME[name]
+    if isinstance(name, str) and name in _ADDED:
+        return _ADDED[name]
     if isinstance(name, str) and name in REFUSED:
         raise ConfigurationError(
             f"method={name!r} is not one of PETSc's; the nearest here is method={REFUSED[name]!r}"
         )
-    choices = ", ".join(repr(method.name) for method in METHODS)
+    choices = ", ".join(repr(method.name) for method in methods())
     raise ConfigurationError(f"method={name!r} is unknown: choose one of {choices}, or an alias")
 
 
@@ -421,7 +443,7 @@ def check_form(form: str, method: Method) -> None:
     """Refuse a method that does not solve problems of this form."""
     if form in method.forms or (form == "rhs" and "separable" in method.forms):
         return
-    able = ", ".join(repr(other.name) for other in METHODS if form in other.forms)
+    able = ", ".join(repr(other.name) for other in methods() if form in other.forms)
     names = {"imex": "implicit= and explicit=", "mass": "mass=", "residual": "residual="}
     hint = (
         f"; it wants a right-hand side in two parts, {names['imex']}"

@@ -52,14 +52,16 @@ class Observer:
     def before_step(self, index: int, integrator: TimeIntegrator) -> None:
         """Look at the start of a step, before it is first tried."""
 
-    def shorten(self, step: Step, integrator: TimeIntegrator) -> tuple[Step, TimeIntegrator] | None:
-        """End the sweep in an accepted step, before any observer hears of it.
+    def shorten(
+        self, step: Step, integrator: TimeIntegrator
+    ) -> tuple[Step, TimeIntegrator, bool] | None:
+        """Cut an accepted step short, before any observer hears of it.
 
         Returns
         -------
         tuple or None
-            The step shortened, and the integrator that took it; the solution of ``integrator`` is
-            there, too. None to go on.
+            The step shortened, the integrator that took it, and whether the sweep ends there; the
+            solution of ``integrator`` is there, too. None to go on.
         """
         return None
 
@@ -173,14 +175,18 @@ class _Sweep:
             look(index, self.integrator)
 
     def fixed(self, start: float, length: float, end: float) -> None:
-        """Take one step of given length; any failure is final."""
-        self._check_limit(start)
-        self._announce()
-        outcome = self.integrator.attempt(start, length, self.index, end=end)
-        if not outcome.accepted:
-            assert outcome.error is not None
-            raise outcome.error
-        self._accept(Step(self.index, start, length, end, outcome.order))
+        """Take one step of given length, in parts if events cut it; any failure is final."""
+        while True:
+            self._check_limit(start)
+            self._announce()
+            outcome = self.integrator.attempt(start, length, self.index, end=end)
+            if not outcome.accepted:
+                assert outcome.error is not None
+                raise outcome.error
+            start = self._accept(Step(self.index, start, length, end, outcome.order))
+            length = end - start
+            if self.ended or start == end:
+                return
 
     def adapt(self, start: float, end: float) -> None:
         """Step from output time to output time under PETSc's controller."""
@@ -207,8 +213,8 @@ class _Sweep:
                     and outcome.next_step >= length
                 )
                 self.natural = max(outcome.next_step, natural) if shortened else outcome.next_step
-                self._accept(Step(self.index, s, length, after, outcome.order))
-                s, error = after, None
+                s = self._accept(Step(self.index, s, length, after, outcome.order))
+                error = None
                 continue
             self.ledger.rejected += 1
             error = outcome.error or error
@@ -234,16 +240,20 @@ class _Sweep:
             for look in self.before:
                 look(self.index, self.integrator)
 
-    def _accept(self, step: Step) -> None:
+    def _accept(self, step: Step) -> float:
+        """Tell of an accepted step, and return where it ends: an event may cut it short."""
+        taker = self.integrator
         for shorten in self.shorten:
             shortened = shorten(step, self.integrator)
             if shortened is not None:
-                (step, self.taker), self.ended = shortened, True
+                step, taker, self.ended = shortened
+        self.taker = taker if self.ended else self.integrator
         self.index += 1
         self.ledger.steps += 1
         self.integrator.monitor(self.index, step.end)
         for look in self.after:
-            look(step, self.taker, self.ended)
+            look(step, taker, self.ended)
+        return step.end
 
     def _check_limit(self, s: float) -> None:
         if self.control.max_steps is not None and self.index >= self.control.max_steps:

@@ -22,8 +22,8 @@ LONG = {
     f"test_{name}.py"
     for name in (
         "benchmarks", "checkpointing", "clock", "compiled", "compiled_fields", "compiled_stiff",
-        "driver", "examples", "fast_tanh", "field_changed", "memory", "odd_fields", "scaling",
-        "stiff", "types",
+        "driver", "event_lists", "examples", "fast_tanh", "field_changed", "memory", "odd_fields",
+        "scaling", "stiff", "tableaus", "types",
     )
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ import torch
 from petsc4py import PETSc
 
 import pnode
-from pnode.configuration import shared
+from pnode.compared import shared
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
 from pnode.solvers.compiled.trace import Untraceable, trace_field

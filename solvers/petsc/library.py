@@ -259,16 +259,19 @@ def _reals(values: Any) -> Any:
 
 
 def register(name: str, order: int, scheme: Scheme) -> None:
-    """Add a method to PETSc (``TSRKRegister``, ``TSARKIMEXRegister``), once per process.
+    """Add a method to PETSc, once per process.
+
+    By ``TSRKRegister``, ``TSDIRKRegister`` or ``TSARKIMEXRegister``.
 
     Parameters
     ----------
     name : str
-        The name for ``-ts_rk_type`` or ``-ts_arkimex_type``.
+        The name for ``-ts_rk_type``, ``-ts_dirk_type`` or ``-ts_arkimex_type``.
     order : int
         Order of convergence.
     scheme : Scheme
-        An explicit Runge-Kutta or an IMEX method.
+        An explicit, a diagonally implicit or an IMEX method. Embedded weights of an IMEX method are
+        those of both parts.
     """
     if name in _registered:
         return
@@ -276,12 +279,16 @@ def register(name: str, order: int, scheme: Scheme) -> None:
     A, b = _reals(scheme.A), _reals(scheme.b)
     if scheme.b_embedded is not None:
         embedded = _reals(scheme.b_embedded)
-    if scheme.A_explicit is None:
-        error = _library.TSRKRegister(*numbers, A, b, None, embedded, _Int(0), None)
-    else:
+    if scheme.A_explicit is not None:
         explicit = _reals(scheme.A_explicit), _reals(scheme.b_explicit)
         error = _library.TSARKIMEXRegister(
-            *numbers, A, b, None, *explicit, *(None,) * 3, _Int(0), None, None
+            *numbers, A, b, None, *explicit, None, embedded, None, _Int(0), None, None
         )
+    elif not scheme.explicit:
+        error = _library.TSDIRKRegister(*numbers, A, b, None, embedded, _Int(0), None)
+    else:
+        weights = None if scheme.interpolation is None else _reals(scheme.interpolation)
+        degree = _Int(scheme.interpolation_degree)
+        error = _library.TSRKRegister(*numbers, A, b, None, embedded, degree, weights)
     _check(error, f"registering {name}")
     _registered.add(name)

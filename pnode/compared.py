@@ -1,0 +1,65 @@
+"""What the ranks that share a state must have been given alike, and how they tell it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from pnode.problem import InitialValueProblem
+
+__all__ = ["COMPARED", "Given", "shared"]
+
+_ITSELF = {"told_by": lambda value: value}
+
+
+# --------------------------------------------------------------- what ranks are to be given alike
+
+
+def shared(*groups: Any) -> dict[str, Any]:
+    """Return what all ranks must have chosen alike, by the names of the options.
+
+    Each option of each group, or what it says beside itself.
+    """
+    return {
+        each.name: {**_ITSELF, **each.metadata}["told_by"](getattr(group, each.name))
+        for group in groups
+        for each in fields(group)
+    }
+
+
+@dataclass(frozen=True)
+class Given:
+    """What one rank gives to a solve.
+
+    Attributes
+    ----------
+    problem : InitialValueProblem
+        What is to be solved.
+    flat, times : Tensor
+        Initial state and output times.
+    differentiate : bool
+        Whether gradients are wanted.
+    """
+
+    problem: InitialValueProblem
+    flat: torch.Tensor
+    times: torch.Tensor
+    differentiate: bool
+
+
+#: What else has to be the same on all ranks in one solve, and how it is told.
+COMPARED: dict[str, Callable[[Given], Any]] = {
+    "t": lambda given: tuple(given.problem.direction * time for time in given.problem.times),
+    "the dtype of y0": lambda given: str(given.problem.layout.dtype),
+    "whether gradients are wanted (torch.no_grad)": lambda given: given.differentiate,
+    "the number of parameters": lambda given: len(given.problem.parameters),
+    "the shapes of the parameters": lambda given: [
+        tuple(tensor.shape) for tensor in given.problem.parameters
+    ],
+    "requires_grad of y0, t or the parameters": lambda given: [
+        each.requires_grad and given.differentiate for each in (given.flat, given.times)
+    ],
+}
