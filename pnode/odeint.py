@@ -17,7 +17,7 @@ from pnode.options import ODEINT_PREFIX
 from pnode.problem import as_times
 from pnode.solver import Solver
 from pnode.solvers.methods import find_method
-from pnode.transforms import outside_compiler, refuse_moving, refuse_transforms
+from pnode.transforms import outside_compiler, refuse_transforms
 
 __all__ = ["odeint", "odeint_adjoint", "odeint_event"]
 
@@ -242,7 +242,6 @@ def odeint_event(
     """
     arguments.flag("reverse_time", reverse_time)
     refuse_transforms([("y0", y0), ("t0", t0)])
-    refuse_moving([("y0", y0), ("t0", t0)], "and events have derivatives in reverse mode alone")
     start = as_times(t0.reshape(-1) if isinstance(t0, torch.Tensor) else [t0])
     if len(start) != 1:
         raise ConfigurationError(f"t0 has {len(start)} entries: give a single time")

@@ -9,11 +9,19 @@ import torch
 from pnode.errors import BackwardError
 from pnode.evidence import differs
 from pnode.held import now
+from pnode.problem import InitialValueProblem
 from pnode.rebinding import bound
 from pnode.run import Run
 from pnode.vectorfield import VectorField
 
-__all__ = ["moved_by_times", "refuse_cuts", "slope_at", "start_moved_by_time", "time_gradient"]
+__all__ = [
+    "flow_slope",
+    "moved_by_times",
+    "refuse_cuts",
+    "slope_at",
+    "start_moved_by_time",
+    "time_gradient",
+]
 
 
 def time_gradient(
@@ -82,10 +90,15 @@ def slope_at(
     """Return dy/ds at an output, flat, as a differentiable function of everything."""
     problem = bound(run.problem, parameters, leaves=False)
     layout = problem.layout
-    time = t.to(layout.device, layout.dtype)
+    return problem.direction * flow_slope(problem, t.to(layout.device, layout.dtype), y)
+
+
+def flow_slope(problem: InitialValueProblem, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return dy/dt at a time and a state, flat, as a differentiable function of everything."""
+    layout = problem.layout
     parts = [now(part) for part in (problem.function, problem.explicit) if part is not None]
-    values = [layout.flatten(part(time, layout.unflatten(y.clone()))) for part in parts]
-    return problem.direction * sum(values[1:], start=values[0])
+    values = [layout.flatten(part(t, layout.unflatten(y.clone()))) for part in parts]
+    return sum(values[1:], start=values[0])
 
 
 def start_moved_by_time(
@@ -103,13 +116,14 @@ def moved_by_times(
     run: Run, t: torch.Tensor, along_t: torch.Tensor, ys: torch.Tensor,
     tangents: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor],
 ) -> torch.Tensor:  # fmt: skip
-    """Return tangents of the outputs with those of their times; the first one's is in the flow."""
-    first, *others = tangents
-    moved = [
-        Z + along_t[i].to(y) * slope_at(run, t[i], y, parameters)
-        for i, (Z, y) in enumerate(zip(others, ys[1:], strict=True), start=1)
-    ]
-    return torch.stack([first, *moved])
+    """Return tangents of the outputs with those of their times.
+
+    The first one's is in the flow; events, which come last, are at times of their own.
+    """
+    moved = list(tangents)
+    for i in range(1, len(run.problem.times) - len(run.roots)):
+        moved[i] = moved[i] + along_t[i].to(ys) * slope_at(run, t[i], ys[i], parameters)
+    return torch.stack(moved)
 
 
 def _verify_slope(run: Run, field: VectorField, index: int, slope: torch.Tensor) -> None:

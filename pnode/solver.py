@@ -29,8 +29,9 @@ from pnode.consistency import check_consistency, consistent_state
 from pnode.continuous import requested
 from pnode.engine import Engine
 from pnode.errors import ConfigurationError
+from pnode.event_derivatives import check_rate
 from pnode.event_functions import Events
-from pnode.events import adapted, check_rate, split
+from pnode.events import adapted, split
 from pnode.integrals import check_cost, of_state, parted, with_integral
 from pnode.layouts import Layout
 from pnode.mass import MassMatrix
@@ -309,7 +310,7 @@ class Solver(torch.nn.Module):
         if trainable and self.event_fn is not None:
             check_rate(self._form)
         compute = problem.compute
-        events = adapted(self.event_fn, problem, compute, start)
+        events, differentiable = adapted(self.event_fn, problem, compute, start)
         monitor = self._requests.monitor
         if problem.integrals:
             monitor = of_state(problem, monitor)
@@ -319,7 +320,7 @@ class Solver(torch.nn.Module):
             ys, run = solve(self._engine, problem, requests, flat, times, trainable)
         layout = problem.layout
         whole = trainable and not run.roots and not layout.is_tuple  # see SolveFunction
-        times, ys, found = split(events, run, times, ys, self.method)
+        times, ys, found = split(events, differentiable, problem, run, times, ys, self.method)
         if compute is not None:
             ys = carry_once(ys, compute, start)
             found = [(when, carry_once(rows, compute, start)) for when, rows in found]
@@ -352,9 +353,6 @@ class Solver(torch.nn.Module):
         declared = collect_parameters(self._functions, self._params)
         refuse_transforms([("y0", y0), ("t", t)], declared)
         refuse_moving([("mass", self.mass)], "and a mass matrix is constant here")
-        if self.event_fn is not None:
-            moving = [("y0", y0), ("t", t), *(("a parameter", tensor) for tensor in declared)]
-            refuse_moving(moving, "and an event's time has derivatives in reverse mode alone")
         times = as_times(t, endless=Events.may_end(self.event_fn))
         start = Stats()
         with torch.inference_mode(False), torch.set_grad_enabled(differentiate):

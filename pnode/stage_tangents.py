@@ -118,8 +118,6 @@ def _of_stages(
 ) -> torch.Tensor | None:  # fmt: skip
     """Do as :func:`of_stages`, outside of transforms. Collective."""
     problem, ledger = run.problem, run.stats.tangents
-    if run.roots:
-        return None
     taken = run
     if not isinstance(run.sweep, SteppedSweep) or run.settings.graphs is not None:
         if engine.checkpointing.bytes is not None:

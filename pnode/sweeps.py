@@ -16,6 +16,7 @@ from pnode.compilation import begin
 from pnode.engine import Engine
 from pnode.errors import ConfigurationError, FieldChanged, NonlinearSolveFailed
 from pnode.evidence import Reads
+from pnode.output_times import refuse_cuts
 from pnode.problem import InitialValueProblem
 from pnode.run import Requests, Run, Sweep
 from pnode.solution import Stats
@@ -62,6 +63,8 @@ def forward(
     settings = engine.settings(problem) if recorded is None else recorded.settings
     run = Run(problem, stats, settings)
     if recorded is not None:
+        if recorded.tangents is not None:
+            refuse_cuts(recorded.tangents.run)
         run.surroundings = recorded.surroundings
     elif keep:
         run.surroundings = Surroundings(

@@ -13,7 +13,6 @@ from pnode.batches import Runs
 from pnode.devices import ordered, place_of
 from pnode.engine import Engine
 from pnode.errors import BackwardError
-from pnode.output_times import refuse_cuts
 from pnode.pair_layout import PairLayout
 from pnode.problem import InitialValueProblem
 from pnode.run import Directions, Recorded, Requests, Run, Tangents
@@ -60,7 +59,7 @@ def with_tangents(
     Raises
     ------
     BackwardError
-        If the ranks share a state with ghost cells, or events have cut steps of the solve.
+        If the ranks share a state with ghost cells.
     """
     problem, sweep = run.problem, run.sweep
     assert sweep is not None and run.surroundings is not None
@@ -69,7 +68,6 @@ def with_tangents(
             "second derivatives through a solve with layout= are not supported: solve without a "
             "layout, or differentiate the gradient by finite differences"
         )
-    refuse_cuts(run)
     pair = PairLayout(problem.layout.size, len(directions), split=run.settings.split)
     steps, outputs = sweep.recorded()
     options = {}
@@ -122,6 +120,12 @@ def tangent(
         How states and tangents make one state.
     x0, xs, runs : Tensor, Tensor, Runs
         Of both, at the start and at the outputs.
+
+    Raises
+    ------
+    BackwardError
+        If the ranks share a state with ghost cells, or events have cut steps that would have to be
+        taken again.
     """
     pair, of_both, requests = with_tangents(engine, run, directions, reverse, own)
     number, taken = len(run.problem.times), Runs()

@@ -8,12 +8,20 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from pnode.errors import ConfigurationError
 from pnode.products import derivatives
-from pnode.transforms import has_tangent, in_forward_mode, is_wrapped, tensors_of, transforms_active
+from pnode.transforms import (
+    has_tangent,
+    in_forward_mode,
+    is_wrapped,
+    lowered,
+    tensors_of,
+    transforms_active,
+)
 
-__all__ = ["unwatched", "watched"]
+__all__ = ["of_numbers", "unwatched", "watched"]
 
 
 def watched(function: Any, declared: Sequence[torch.Tensor] = ()) -> Any:
@@ -36,6 +44,21 @@ def unwatched(function: Any) -> Any:
     return function.function if isinstance(function, _Watched) else function
 
 
+def of_numbers(function: Any) -> Any:
+    """Return a function that takes tensors of transforms, which it holds, for their numbers.
+
+    For those whose derivatives are taken by another call of the function itself.
+    """
+    if not transforms_active():
+        return function
+
+    def call(*arguments: Any) -> Any:
+        with _Lowered():
+            return function(*arguments)
+
+    return call
+
+
 class _Watched(torch.nn.Module):
     """A function whose results may not have tangents but those of declared tensors.
 
@@ -54,6 +77,8 @@ class _Watched(torch.nn.Module):
                 return self.function(*arguments)  # at the level of the transform
             with _RefuseWrapped():
                 return self.function(*arguments)
+        if any(has_tangent(tensor) for one in arguments for tensor in tensors_of(one)):
+            return self.function(*arguments)  # not a solve asks
         # torch switches tangents off inside of autograd functions, of which a solve is one.
         with forward_ad._set_fwd_grad_enabled(True):
             result = self.function(*arguments)
@@ -78,7 +103,7 @@ class _Watched(torch.nn.Module):
             found = torch.zeros_like(value) if tangent is None else tangent.detach()
             if not torch.allclose(found, known, rtol=1e-3, atol=1e-6 * float(found.abs().max())):
                 raise ConfigurationError(
-                    "what the vector field or event_fn returned has a tangent of forward-mode AD "
+                    "what the vector field returned has a tangent of forward-mode AD "
                     "of a tensor that it uses and nobody declared (or that does not require "
                     "grad), which a solve cannot carry on: declare it with params=, with "
                     "requires_grad=True"
@@ -99,6 +124,16 @@ class _RefuseWrapped(TorchFunctionMode):
                 "torch.func.functional_call"
             )
         return function(*args, **(kwargs or {}))
+
+
+class _Lowered(TorchFunctionMode):
+    """Takes tensors of transforms for their numbers."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        args, kwargs = tree_map_only(torch.Tensor, lowered, (args, kwargs or {}))
+        return function(*args, **kwargs)
 
 
 def _any_wrapped(values: Iterable[Any]) -> bool:

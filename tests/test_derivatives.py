@@ -335,18 +335,6 @@ def test_second_derivatives_of_compiled_solves(method):
     assert difference(*found) < 1e-8
 
 
-def test_second_derivatives_through_an_event_are_refused():
-    f = Field()
-    end = torch.tensor([0.0, 2.0], dtype=D)
-    y0 = state().requires_grad_()
-    solver = pnode.Solver(f, method="rk4", step_size=0.1, event_fn=lambda t, y: y[0] ** 2 + t - 1.0)
-    solution = solver(y0, end)
-    assert solution.reason == "event"
-    (slope,) = grad(solution.ys.sum() + solution.event_time, y0, create_graph=True)
-    with pytest.raises(pnode.BackwardError, match="event"):
-        slope.sum().backward()
-
-
 # Tangents.
 
 

@@ -417,22 +417,17 @@ def test_what_has_no_end():
     assert solve("dopri5", events(), times(0.0, math.inf)).event == 2
 
 
-def test_second_derivatives_tangents_and_stages_are_refused():
+def test_second_derivatives_and_stages_are_refused():
     y0 = start()
     solution = solve("rk4", events()[:2], times(0.0, 1.0, 5.0), y0)
     (slope,) = torch.autograd.grad(solution.ys[-1, 0], y0, create_graph=True)
     with pytest.raises(pnode.BackwardError, match="events that do not end it"):
         torch.autograd.grad(slope.sum(), y0)
     (slope,) = torch.autograd.grad(solution.events[0].times[0], y0, create_graph=True)
-    with pytest.raises(pnode.BackwardError, match="second derivatives"):
+    with pytest.raises(pnode.BackwardError, match="events that do not end it"):
         torch.autograd.grad(slope.sum(), y0)
     with pytest.raises(pnode.BackwardError, match="an event, whose time depends on the state"):
         solution.stages(torch.ones_like(solution.ys), lambda stage: None)
-    with pytest.raises(pnode.ConfigurationError, match="reverse mode alone"):
-        torch.func.jvp(
-            lambda y: solve("rk4", events()[:2], times(0.0, 1.0), y).ys, (y0.detach(),),
-            (torch.ones(2, dtype=D),),
-        )  # fmt: skip
     # Without an event on the way there is nothing to refuse.
     solution = solve("rk4", events()[:2], times(0.0, 0.5, 1.0), y0)
     (slope,) = torch.autograd.grad((solution.ys**2).sum(), y0, create_graph=True)

@@ -68,6 +68,7 @@ LEVELS = {
     "pnode.dense": 3,
     "pnode.compilation": 3,
     "pnode.engine": 3,
+    "pnode.event_derivatives": 3,
     "pnode.event_locator": 3,
     "pnode.event_path": 3,
     "pnode.events": 3,
@@ -256,7 +257,7 @@ CALLS_AUTOGRAD = {
 # the root of algebraic equations, and the time of an event.
 DEFINES_FUNCTION = {
     "pnode.autograd", "pnode.continuous", "pnode.stages", "pnode.parallel", "pnode.consistency",
-    "pnode.events", "pnode.batches",
+    "pnode.event_derivatives", "pnode.batches",
 }  # fmt: skip
 
 
