@@ -127,9 +127,11 @@ class SolveFunction(torch.autograd.Function):
 
     @staticmethod
     @outside_compiler
-    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *outputs: torch.Tensor | None) -> tuple[Any, ...]:
         """Take the discrete adjoint of the sweep."""
         (cotangents,) = outputs
+        if cotangents is None:  # nothing looks at the outputs
+            return (None,) * len(ctx.needs_input_grad)
         refuse_traced(cotangents)
         if is_legacy_batch(cotangents):
             each = partial(SolveFunction.backward, ctx)

@@ -233,3 +233,9 @@ def test_evaluations():
         )  # fmt: skip
         counts.append(solver(p[:2], END).stats.rhs)
     assert counts[1] - counts[0] == 2
+
+
+def test_gradcheck_with_outputs_that_nobody_looks_at():
+    solver = pnode.Solver(lambda t, y: -y * y, method="rk4", step_size=0.5)
+    y0 = torch.tensor([0.5, 1.0], dtype=D, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda y: solver(y, torch.tensor([0.0, 1.0])).ys, y0)
