@@ -16,7 +16,7 @@ if not asked_for_doctor(sys.argv, sys.orig_argv):
 
     with signals_kept():
         import mpi4py.MPI  # noqa: F401
-    from pnode import parallel
+    from pnode import controls, parallel
     from pnode.adjoint.choose import Plan, plan
     from pnode.checkpointing import Checkpointing
     from pnode.configuration import LinearAlgebra, Output, Steps
@@ -72,6 +72,7 @@ __all__ = [
     "Steps",
     "VectorFieldError",
     "__version__",
+    "controls",
     "methods",
     "odeint",
     "odeint_adjoint",

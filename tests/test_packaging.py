@@ -19,6 +19,7 @@ LEAVES = {
         "arguments",
         "checkpointing",
         "controllers",
+        "controls",
         "devices",
         "distributed",
         "errors",

@@ -1,0 +1,191 @@
+"""Controls: functions of time through samples, for vector fields that are driven from outside.
+
+Each is a Module, called as ``control(t)`` inside of f. Before the first time and after the last one
+it keeps the first and the last value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from pnode.errors import ConfigurationError
+from pnode.vectors import is_finite
+
+__all__ = ["Control", "cubic", "hold", "linear"]
+
+
+class Control(torch.nn.Module):
+    """A function of time through samples; see :func:`hold`, :func:`linear` and :func:`cubic`.
+
+    Attributes
+    ----------
+    times : Tensor
+        Shape ``(T,)``, float64.
+    values : Tensor
+        Shape ``(T, ...)``, as given.
+    breakpoints : Tensor
+        Where the function jumps or has a kink in some derivative, float64.
+    """
+
+    def __init__(self, times: Sequence[float] | torch.Tensor, values: torch.Tensor) -> None:
+        super().__init__()
+        self.times, self.values = _samples(times, values)
+
+    @property
+    def breakpoints(self) -> torch.Tensor:
+        """All times."""
+        return self.times
+
+    def _between(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the index of the interval of a time, its length, and where in it, in [0, 1]."""
+        times = self.times
+        t = torch.as_tensor(t).to(times)
+        last = len(times) - 2
+        i = (torch.searchsorted(times.detach(), t.detach(), right=True) - 1).clamp(0, last)
+        length = times[i + 1] - times[i]
+        return i, length, ((t - times[i]) / length).clamp(0.0, 1.0)
+
+
+class _Hold(Control):
+    @property
+    def breakpoints(self) -> torch.Tensor:
+        """All times but the first, before which the function is the same."""
+        return self.times[1:]
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        """Return the value at the last sample that is not after t."""
+        t = torch.as_tensor(t).to(self.times)
+        i = (torch.searchsorted(self.times, t.detach(), right=True) - 1).clamp(min=0)
+        return self.values[i]
+
+
+class _Linear(Control):
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        """Return the value at a time."""
+        i, _, theta = self._between(t)
+        theta = theta.to(self.values)
+        return (1.0 - theta) * self.values[i] + theta * self.values[i + 1]
+
+
+class _Cubic(Control):
+    def __init__(self, times: Sequence[float] | torch.Tensor, values: torch.Tensor) -> None:
+        super().__init__(times, values)
+        # Second derivatives by values; built anew in each call where times get gradients.
+        self._rows = None if self.times.requires_grad else _second_derivatives(self.times)
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        """Return the value at a time."""
+        i, length, theta = self._between(t)
+        values = self.values
+        rows = _second_derivatives(self.times) if self._rows is None else self._rows
+        rest = 1.0 - theta
+        weights = (rest**3 - rest) * rows[i] + (theta**3 - theta) * rows[i + 1]
+        bent = torch.tensordot((weights * length**2 / 6.0).to(values), values, dims=1)
+        return rest.to(values) * values[i] + theta.to(values) * values[i + 1] + bent
+
+
+def hold(times: Sequence[float] | torch.Tensor, values: torch.Tensor) -> Control:
+    """Return a control that keeps each value until the next time: zero-order hold.
+
+    Parameters
+    ----------
+    times : sequence of float or Tensor
+        Increasing, shape ``(T,)``; no gradients, as jumps have no derivative that autograd sees.
+    values : Tensor
+        Shape ``(T, ...)``. At a time itself the function has the new value already. A Parameter is
+        one of the control's; any other tensor that requires grad is to be named in ``params=``.
+
+    Raises
+    ------
+    ConfigurationError
+        For unusable samples, and for times that require grad.
+    """
+    if isinstance(times, torch.Tensor) and times.requires_grad:
+        raise ConfigurationError(
+            "times of hold require grad, and a jump moves with them, which autograd does not see: "
+            "pass times.detach(), or use linear or cubic"
+        )
+    return _Hold(times, values)
+
+
+def linear(times: Sequence[float] | torch.Tensor, values: torch.Tensor) -> Control:
+    """Return the polygon through samples; differentiable by times and values.
+
+    Parameters
+    ----------
+    times : sequence of float or Tensor
+        Increasing, shape ``(T,)`` with T > 1.
+    values : Tensor
+        Shape ``(T, ...)``; see :func:`hold`.
+
+    Raises
+    ------
+    ConfigurationError
+        For unusable samples.
+    """
+    return _several(_Linear(times, values), "linear")
+
+
+def cubic(times: Sequence[float] | torch.Tensor, values: torch.Tensor) -> Control:
+    """Return the natural cubic spline through samples; differentiable by times and values.
+
+    Parameters
+    ----------
+    times : sequence of float or Tensor
+        Increasing, shape ``(T,)`` with T > 1.
+    values : Tensor
+        Shape ``(T, ...)``; see :func:`hold`.
+
+    Raises
+    ------
+    ConfigurationError
+        For unusable samples.
+    """
+    if len(times) < 2:
+        raise ConfigurationError(f"times has {len(times)} entries: cubic needs two at least")
+    return _Cubic(times, values)
+
+
+def _several(control: Control, name: str) -> Control:
+    if len(control.times) < 2:
+        raise ConfigurationError(f"times has {len(control.times)} entry: {name} needs two at least")
+    return control
+
+
+def _samples(times: object, values: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """Validate samples."""
+    if not isinstance(values, torch.Tensor) or not values.is_floating_point() or not values.dim():
+        raise ConfigurationError(f"values={values!r}: give a real tensor of shape (T, ...)")
+    try:
+        knots = torch.as_tensor(times, device=values.device).to(torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigurationError(f"times={times!r}: give increasing numbers") from error
+    if knots.dim() != 1 or not len(knots) or len(knots) != len(values):
+        raise ConfigurationError(
+            f"times has shape {tuple(knots.shape)} and values {tuple(values.shape)}: give one time "
+            "for each row of values"
+        )
+    if not is_finite(knots.detach()) or bool((knots.detach().diff() <= 0.0).any()):
+        raise ConfigurationError(f"times={times!r}: give finite numbers that strictly increase")
+    if not is_finite(values.detach()):
+        raise ConfigurationError("values contains NaN or infinity: give finite samples")
+    return knots, values
+
+
+def _second_derivatives(times: torch.Tensor) -> torch.Tensor:
+    """Return the second derivatives of the natural spline at its knots by its values, (T, T)."""
+    number, h = len(times), times.diff()
+    matrix = torch.zeros((number - 2, number), dtype=times.dtype, device=times.device)
+    right = torch.zeros_like(matrix)
+    rows = torch.arange(number - 2, device=times.device)
+    for system, parts in (
+        (matrix, (h[:-1] / 6.0, (h[:-1] + h[1:]) / 3.0, h[1:] / 6.0)),
+        (right, (1.0 / h[:-1], -1.0 / h[:-1] - 1.0 / h[1:], 1.0 / h[1:])),
+    ):
+        for shift, part in enumerate(parts):
+            system[rows, rows + shift] = part
+    inner = torch.linalg.solve(matrix[:, 1:-1], right)
+    zero = torch.zeros_like(right[:1]) if number > 2 else right.new_zeros((1, number))
+    return torch.cat([zero, inner, zero])

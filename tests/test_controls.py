@@ -1,0 +1,92 @@
+"""Controls through samples: values, ends, gradients, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.interpolate import CubicSpline
+
+import pnode
+from pnode import controls
+
+TIMES = torch.tensor([0.0, 0.3, 0.7, 1.5], dtype=torch.float64)
+VALUES = torch.tensor([[1.0, -1.0], [2.0, 0.5], [0.0, 3.0], [1.5, 1.0]], dtype=torch.float64)
+INSIDE = [0.0, 0.1, 0.3, 0.69, 0.7, 1.2, 1.5]
+
+
+def test_hold_has_the_new_value_at_its_time():
+    control = controls.hold(TIMES, VALUES)
+    for t, row in [(-1.0, 0), (0.0, 0), (0.29, 0), (0.3, 1), (0.8, 2), (1.5, 3), (9.0, 3)]:
+        assert torch.equal(control(torch.tensor(t, dtype=torch.float64)), VALUES[row])
+    assert torch.equal(control.breakpoints, TIMES[1:])
+
+
+def test_linear_and_cubic_against_numpy_and_scipy():
+    polygon, spline = controls.linear(TIMES, VALUES), controls.cubic(TIMES, VALUES)
+    oracle = CubicSpline(TIMES.numpy(), VALUES.numpy(), bc_type="natural")
+    for t in INSIDE:
+        at = torch.tensor(t, dtype=torch.float64)
+        expected = [np.interp(t, TIMES.numpy(), column) for column in VALUES.numpy().T]
+        np.testing.assert_allclose(polygon(at).numpy(), expected, rtol=1e-14, atol=1e-14)
+        np.testing.assert_allclose(spline(at).numpy(), oracle(t), rtol=1e-13, atol=1e-13)
+    for control in (polygon, spline):
+        for t, row in ((-2.0, 0), (4.0, 3)):
+            assert torch.equal(control(torch.tensor(t, dtype=torch.float64)), VALUES[row])
+    two = controls.cubic([0.0, 1.0], VALUES[:2])
+    torch.testing.assert_close(two(torch.tensor(0.5)), VALUES[:2].mean(0))
+
+
+@pytest.mark.parametrize("kind", [controls.linear, controls.cubic])
+def test_gradients_to_times_and_values(kind):
+    def of(times, values):
+        return torch.stack([kind(times, values)(torch.tensor(t)) for t in (0.1, 0.5, 1.1)])
+
+    assert torch.autograd.gradcheck(
+        of, (TIMES.clone().requires_grad_(), VALUES.clone().requires_grad_())
+    )
+
+
+@pytest.mark.parametrize("kind", [controls.hold, controls.linear, controls.cubic])
+def test_a_solve_has_gradients_to_samples(kind):
+    """Euler steps from output to output look at one piece of a hold in each interval."""
+
+    def loss(values):
+        control = kind(TIMES, values)
+        solver = pnode.Solver(
+            lambda t, y: control(t) - y * y, method="euler", step_size=0.04, params=[values],
+            compile=False,
+        )  # fmt: skip
+        return solver(torch.zeros(2, dtype=torch.float64), TIMES).ys[-1]
+
+    point = VALUES.clone().requires_grad_()
+    assert torch.autograd.gradcheck(loss, point, check_undefined_grad=False)
+
+
+@pytest.mark.parametrize("kind", [controls.hold, controls.linear, controls.cubic])
+def test_a_parameter_is_the_control_s(kind):
+    control = kind(TIMES, torch.nn.Parameter(VALUES.clone()))
+    assert [tensor is control.values for tensor in control.parameters()] == [True]
+
+
+@pytest.mark.parametrize("kind", [controls.hold, controls.linear, controls.cubic])
+@pytest.mark.parametrize(
+    ("times", "values", "named"),
+    [
+        ([0.0, 1.0], VALUES, "times has shape"),
+        ([0.0, 2.0, 1.0, 3.0], VALUES, "strictly increase"),
+        ([0.0, 1.0, float("nan"), 3.0], VALUES, "finite"),
+        (TIMES, VALUES / 0.0, "values contains"),
+        (TIMES, VALUES.long(), "values="),
+        (["a", "b", "c", "d"], VALUES, "times="),
+    ],
+)
+def test_unusable_samples(kind, times, values, named):
+    with pytest.raises(pnode.ConfigurationError, match=named):
+        kind(times, values)
+
+
+def test_what_a_kind_refuses():
+    for kind in (controls.linear, controls.cubic):
+        with pytest.raises(pnode.ConfigurationError, match="two at least"):
+            kind([0.0], VALUES[:1])
+    with pytest.raises(pnode.ConfigurationError, match="times of hold require grad"):
+        controls.hold(TIMES.clone().requires_grad_(), VALUES)
