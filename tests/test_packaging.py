@@ -86,6 +86,8 @@ LEVELS = {
     "pnode.parallel": 3,
     "pnode.recording": 3,
     "pnode.run": 3,
+    "pnode.samples": 3,
+    "pnode.sample_options": 3,
     "pnode.stages": 3,
     "pnode.sensitivity_control": 3,
     "pnode.stage_tangents": 3,
