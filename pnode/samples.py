@@ -139,12 +139,11 @@ class _SolveFunction(torch.autograd.Function):
             record_all(field)
             ctx.surroundings = Surroundings([problem.function], layout.device)
         rtol, atol = tolerances.resolve(control.rtol, control.atol, layout)
-        scales = [tolerances.values(one, layout.device) for one in (rtol, atol)]
         flat = y0.detach().to(REAL).reshape(len(y0), -1)
         sweep = SampleSweep(
             engine.method, control, field.rate, times.detach().to(layout.device, REAL),
             problem.resolution,
-            *(one if isinstance(one, float) else one.view_as(flat) for one in scales),
+            _by_rows(rtol, flat), _by_rows(atol, flat),
             layout.dtype, keep, requests.independent == "nan", stats,
         )  # fmt: skip
         ys = sweep.run(flat.clone()).to(layout.dtype).view(len(times), *y0.shape)
@@ -183,6 +182,11 @@ class _SolveFunction(torch.autograd.Function):
         ]
         state = (initial + seeds[0]).view(ys.shape[1:]).to(ys.dtype)
         return None, None, None, None, state, by_times, *gradients
+
+
+def _by_rows(tolerance: tolerances.Resolved, flat: torch.Tensor) -> float | torch.Tensor:
+    value = tolerances.values(tolerance, flat.device)
+    return value if isinstance(value, float) else value.view_as(flat)
 
 
 def _by_times(

@@ -158,7 +158,7 @@ class SampleSweep:
 
     def _plan(self) -> tuple[torch.Tensor, ...]:
         """Return length, end and output reached of each step, shape ``(steps, B)``."""
-        columns = []
+        columns: list[list[tuple[float, float, int]]] = []
         assert self.control.step_size is not None
         for times in self.clock.t().tolist():
             grid = FixedGrid(tuple(times), self.control.step_size, self.resolution)

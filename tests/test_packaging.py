@@ -258,7 +258,7 @@ CALLS_AUTOGRAD = {
 # the root of algebraic equations, and the time of an event.
 DEFINES_FUNCTION = {
     "pnode.autograd", "pnode.continuous", "pnode.stages", "pnode.parallel", "pnode.consistency",
-    "pnode.events", "pnode.batches",
+    "pnode.events", "pnode.batches", "pnode.samples",
 }  # fmt: skip
 
 
