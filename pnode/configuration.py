@@ -91,6 +91,13 @@ class Steps:
         tolerances say, also where the state itself has no error; see docs/trust.md. Each solve
         takes its steps twice, the first time with the tangents. Not with ``event_fn``, ``layout``,
         ``resume`` or ``gradient="continuous"``; not compiled.
+    samples : {"joint", "independent"}
+        "joint": y0 is one state, with one error norm and one step for all of it. "independent":
+        each row of y0, of shape ``(B, ...)``, is a problem of its own, by an explicit method: with
+        its own steps, output times and failures. See docs/problems.md.
+    on_failure : {"raise", "nan"}
+        Of independent samples: whether a row that fails ends the solve with an error that names
+        it, or has NaN at its outputs from there on.
 
     Raises
     ------
@@ -109,9 +116,13 @@ class Steps:
     sensitivity_control: Literal["random"] | torch.Tensor | None = field(
         default=None, metadata=_WORD
     )
+    samples: Literal["joint", "independent"] = "joint"
+    on_failure: Literal["raise", "nan"] = "raise"
 
     def __post_init__(self) -> None:
         """Check the values."""
+        arguments.choice("samples", self.samples, ("joint", "independent"))
+        arguments.choice("on_failure", self.on_failure, ("raise", "nan"))
         _check_sensitivity_control(self.sensitivity_control, self.step_size)
         for name in ("step_size", "first_step", "min_step", "max_step"):
             object.__setattr__(self, name, arguments.positive(name, getattr(self, name)))
@@ -289,6 +300,8 @@ class PlainOptions(TypedDict, total=False):
     controller: str
     max_steps: int | None
     sensitivity_control: Literal["random"] | torch.Tensor | None
+    samples: Literal["joint", "independent"]
+    on_failure: Literal["raise", "nan"]
     jacobian: JacobianKind
     linear_solver: str | Mapping[str, Any] | None
     jacobian_pattern: Any

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pnode import arguments, sweeps
+from pnode import arguments, sample_options, sweeps
 from pnode.devices import ordered, place_of
 from pnode.engine import Engine
 from pnode.errors import BackwardError, ConfigurationError, FieldChanged
@@ -83,8 +83,11 @@ def requested(
             "resume": getattr(checkpointing, "resume", None),
             "gradient": "continuous" if chosen == "continuous" else None,
         })  # fmt: skip
+    independent = sample_options.requested(
+        gradient, form, method, steps, linear_algebra, output, checkpointing, cost, layout
+    )
     return replace(
-        output.requests(form), continuous=chosen == "continuous",
+        output.requests(form), independent=independent, continuous=chosen == "continuous",
         sensitivity_control=steps.sensitivity_control,
     )  # fmt: skip
 

@@ -104,6 +104,8 @@ class Requests:
         Its outputs, if these are known: a sweep is only taken for its adjoint, once that is wanted.
     sensitivity_control : str, Tensor or None
         Tangents that steps are chosen by, too; see ``pnode.Steps``.
+    independent : str or None
+        Of independent samples: what becomes of one that fails; None of one state.
     """
 
     monitor: Callable[[int, float, Any], None] | None = None
@@ -115,6 +117,7 @@ class Requests:
     continuous: bool = False
     known: torch.Tensor | None = None
     sensitivity_control: str | torch.Tensor | None = None
+    independent: str | None = None
 
 
 class Sweep(ABC):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 import torch
 from mpi4py import MPI
 
-from pnode import arguments, tolerances
+from pnode import arguments, samples, tolerances
 from pnode.autograd import solve
 from pnode.checkpointing import Checkpointing
 from pnode.compared import COMPARED, Given, shared
@@ -121,10 +121,10 @@ class Solver(torch.nn.Module):
     **plain
         The options of the three groups may be given by themselves too: ``step_size``,
         ``first_step``, ``min_step``, ``max_step``, ``rtol``, ``atol``, ``controller``,
-        ``max_steps`` and ``sensitivity_control`` instead of ``steps``; ``jacobian``,
-        ``linear_solver``, ``jacobian_pattern``, ``jacobian_reuse`` and ``preconditioner`` instead
-        of ``linear_algebra``; ``dense``, ``event_fn``, ``event_tol``, ``monitor`` and ``progress``
-        instead of ``output``.
+        ``max_steps``, ``sensitivity_control``, ``samples`` and ``on_failure`` instead of ``steps``;
+        ``jacobian``, ``linear_solver``, ``jacobian_pattern``, ``jacobian_reuse`` and
+        ``preconditioner`` instead of ``linear_algebra``; ``dense``, ``event_fn``, ``event_tol``,
+        ``monitor`` and ``progress`` instead of ``output``.
 
     Raises
     ------
@@ -283,6 +283,8 @@ class Solver(torch.nn.Module):
         SolveError
             For a failing solve; see :mod:`pnode.errors`. What f raises comes through as it is.
         """
+        if self._requests.independent is not None:
+            return samples.solve(self, y0, t)
         ranks = Ranks(self._engine.comm)
         differentiate = torch.is_grad_enabled()
         prepared = ranks.attempt(self._prepare, y0, t, ranks, differentiate)
@@ -334,8 +336,7 @@ class Solver(torch.nn.Module):
             Occurrences(when, parted(problem, layout.unflatten(rows))[0]) for when, rows in found
         )
         solution = Solution(times, states, run.stats, "t_end", None, costs, stages, occurrences)
-        if run.last is not None:
-            assert events is not None
+        if run.last is not None and events is not None:
             solution.reason, solution.event_time = "event", times[-1]
             solution.event = events.owner(run.last.entry)
         return solution

@@ -266,6 +266,7 @@ GROUPED = {
     "steps": (pnode.Steps, {
         "step_size": 0.1, "first_step": 0.1, "min_step": 1e-3, "max_step": 0.2, "rtol": 1e-4,
         "atol": 1e-5, "controller": "pi", "max_steps": 70, "sensitivity_control": "random",
+        "samples": "independent", "on_failure": "nan",
     }),
     "linear_algebra": (pnode.LinearAlgebra, {
         "jacobian": "sparse", "linear_solver": "gmres", "jacobian_pattern": torch.eye(2),

@@ -88,6 +88,8 @@ LEVELS = {
     "pnode.parallel": 3,
     "pnode.recording": 3,
     "pnode.run": 3,
+    "pnode.samples": 3,
+    "pnode.sample_options": 3,
     "pnode.stages": 3,
     "pnode.sensitivity_control": 3,
     "pnode.stage_tangents": 3,
@@ -258,7 +260,7 @@ CALLS_AUTOGRAD = {
 # the root of algebraic equations, and the time of an event.
 DEFINES_FUNCTION = {
     "pnode.autograd", "pnode.continuous", "pnode.stages", "pnode.parallel", "pnode.consistency",
-    "pnode.event_derivatives", "pnode.batches",
+    "pnode.event_derivatives", "pnode.batches", "pnode.samples",
 }  # fmt: skip
 
 

@@ -1,0 +1,54 @@
+"""What independent samples go with."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from pnode.errors import ConfigurationError
+
+__all__ = ["requested"]
+
+_JOINT = "take samples='joint' for it, or a loop over the samples"
+
+
+def requested(
+    gradient: str, form: str, method: Any, steps: Any, linear_algebra: Any, output: Any,
+    checkpointing: Any, cost: Any, layout: Any,
+) -> str | None:  # fmt: skip
+    """Return what becomes of an independent sample that fails, None for one joint state.
+
+    Raises
+    ------
+    ConfigurationError
+        Naming what does not go with independent samples.
+    """
+    if steps.samples == "joint":
+        if steps.on_failure != "raise":
+            raise ConfigurationError(
+                f"on_failure={steps.on_failure!r} is for samples='independent' alone: a joint "
+                "state fails as a whole; drop it"
+            )
+        return None
+    wrong: dict[str, Any] = {
+        "cost": cost, "layout": layout, "checkpointing": checkpointing,
+        "sensitivity_control": steps.sensitivity_control, "event_fn": output.event_fn,
+        "monitor": output.monitor, "dense": output.dense or None,
+        "progress": output.progress or None,
+        "gradient": None if gradient == "discrete" else gradient,
+        "controller": None if steps.controller in ("basic", "none") else steps.controller,
+    }  # fmt: skip
+    for each in fields(linear_algebra):
+        value = getattr(linear_algebra, each.name)
+        wrong[each.name] = None if value is each.default or value == "auto" else value
+    for name, value in wrong.items():
+        if value is not None:
+            raise ConfigurationError(
+                f"{name}={value!r} with samples='independent' is not supported: {_JOINT}"
+            )
+    if form != "rhs" or method.scheme is None or not method.scheme.explicit:
+        raise ConfigurationError(
+            f"method={method.name!r} of a problem given as {form}= with samples='independent' is "
+            f"not supported, only explicit Runge-Kutta methods and rhs=: {_JOINT}"
+        )
+    return str(steps.on_failure)

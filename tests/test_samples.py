@@ -1,0 +1,163 @@
+"""Independent samples: each row is what its solve alone is, and so are its gradients."""
+
+import pytest
+import torch
+
+import pnode
+
+D = torch.float64
+
+
+class Oscillator(torch.nn.Module):
+    """Van der Pol with a damping that the row brings along, and a force."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(1.3, dtype=D))
+
+    def forward(self, t, y):
+        x, v, mu = y.unbind(-1)
+        force = torch.cos(t.reshape(t.shape[:1])) if t.dim() else torch.cos(t)
+        rate = mu * self.scale * (1 - x * x) * v - x + 0.3 * force
+        return torch.stack([v, rate, torch.zeros_like(mu)], dim=-1)
+
+
+Y0 = torch.tensor([[2.0, 0.0, 0.5], [1.0, -1.0, 8.0], [0.3, 0.2, 3.0]], dtype=D)
+TIMES = torch.tensor([[0.0, 0.7, 2.0], [0.5, 0.6, 3.0], [1.0, 0.2, -0.4]], dtype=D)
+FIXED = [("euler", 0.01), ("rk4", 0.03), ("dopri5", 0.03)]
+CASES = [*FIXED, ("dopri5", None), ("bosh3", None), ("tsit5", None), ("fehlberg5", None)]
+
+
+def gradients(ys, *tensors):
+    weights = torch.linspace(-1.0, 2.0, ys.numel(), dtype=D).view(ys.shape)
+    return torch.autograd.grad((weights * ys).sum(), tensors, retain_graph=True)
+
+
+@pytest.mark.parametrize(("method", "step"), CASES)
+def test_rows_are_those_of_solves_alone(method, step):
+    f = Oscillator()
+    y0, t = Y0.clone().requires_grad_(), TIMES.clone().requires_grad_()
+    options = {"method": method, "step_size": step, "compile": False}
+    found = pnode.Solver(f, samples="independent", **options)(y0, t)
+    alone = [pnode.Solver(f, **options)(y0[row], t[row]) for row in range(3)]
+    ys = torch.stack([one.ys for one in alone], dim=1)
+    torch.testing.assert_close(found.ys, ys, rtol=1e-12, atol=1e-12)
+    assert torch.equal(found.ts, t.t())
+    assert found.stats.steps == sum(one.stats.steps for one in alone)
+    assert found.stats.rejected == sum(one.stats.rejected for one in alone)
+    for one, other in zip(gradients(found.ys, y0, t, f.scale), gradients(ys, y0, t, f.scale),
+                          strict=True):  # fmt: skip
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
+
+
+def test_shared_output_times():
+    f, y0 = Oscillator(), Y0.clone()
+    t = torch.tensor([0.0, 0.5, 1.0], dtype=D, requires_grad=True)
+    solver = pnode.Solver(f, samples="independent")
+    found = solver(y0, t)
+    again = solver(y0, t.expand(3, 3))
+    assert torch.equal(found.ys, again.ys)
+    assert found.ts.shape == (3, 3)
+    assert torch.equal(*(gradients(one.ys, t)[0] for one in (found, again)))
+
+
+@pytest.mark.parametrize("step", [0.05, None])
+def test_a_row_that_fails(step):
+    def square(t, y):
+        return y * y
+
+    y0 = torch.tensor([[0.5], [2.0], [-1.0]], dtype=D, requires_grad=True)
+    times = torch.tensor([0.0, 0.25, 1.0], dtype=D)
+    options = {"samples": "independent", "step_size": step, "max_steps": 10_000}
+    kept = pnode.Solver(square, on_failure="nan", **options)(y0, times)
+    good = [0, 2]
+    if step is None:  # fixed steps may jump over the pole
+        assert bool(kept.ys[2, 1].isnan().all())
+        with pytest.raises(pnode.SolveError, match="row 1 of y0"):
+            pnode.Solver(square, **options)(y0, times)
+    alone = pnode.Solver(square, **options)(y0[good], times)
+    assert torch.equal(kept.ys[:, good], alone.ys)
+    (found,) = torch.autograd.grad(kept.ys[:, good].sum() + kept.ys[1].sum(), y0)
+    (expected,) = torch.autograd.grad(alone.ys.sum() + alone.ys[1].sum(), y0)
+    assert torch.equal(found[good], expected[good])
+    exact = 1 / (1 - 0.25 * 2.0) ** 2
+    assert abs(float(found[1]) - exact) < 1e-3
+
+
+def test_nonfinite_row_is_named():
+    def f(t, y):
+        return torch.where(y > 1.2, torch.nan, y)
+
+    y0 = torch.tensor([[0.1], [1.0]], dtype=D)
+    with pytest.raises(pnode.errors.NonFiniteVectorField, match="row 1 of y0"):
+        pnode.Solver(f, method="rk4", step_size=0.1, samples="independent")(y0, [0.0, 1.0])
+    with pytest.raises(pnode.errors.StepLimitReached, match="row 0 of y0"):
+        pnode.Solver(f, samples="independent", max_steps=1)(0.1 * y0, [0.0, 1.0])
+
+
+REFUSED = [
+    ({"method": "cn", "step_size": 0.1}, "method='cn'"), ({"method": "rodas3"}, "method='rodas3'"),
+    ({"method": "bdf"}, "method='bdf'"), ({"cost": lambda t, y: y}, "cost="),
+    ({"checkpointing": "1MiB"}, "checkpointing="), ({"dense": True}, "dense="),
+    ({"event_fn": lambda t, y: y}, "event_fn="), ({"controller": "pi"}, "controller="),
+    ({"gradient": "continuous"}, "gradient="), ({"monitor": print}, "monitor="),
+    ({"compile": True}, "compile=True"), ({"petsc_options": {"ts_monitor": None}}, "petsc_options"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "named"), REFUSED)
+def test_what_is_refused(options, named):
+    with pytest.raises(pnode.ConfigurationError, match=named):
+        solver = pnode.Solver(lambda t, y: -y, samples="independent", **options)
+        solver(Y0, [0.0, 1.0])
+
+
+def test_bad_input():
+    solver = pnode.Solver(lambda t, y: -y, samples="independent")
+    with pytest.raises(pnode.ConfigurationError, match=r"t has shape \(2, 2\)"):
+        solver(Y0, torch.zeros(2, 2))
+    with pytest.raises(pnode.ConfigurationError, match=r"in row 2"):
+        solver(Y0, torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0], [0.0, 2.0, 1.0]]))
+    with pytest.raises(pnode.ConfigurationError, match="y0 has a tuple"):
+        solver((Y0, Y0), [0.0, 1.0])
+    with pytest.raises(pnode.ConfigurationError, match="on_failure='nan'"):
+        pnode.Solver(lambda t, y: -y, on_failure="nan")
+    with pytest.raises(pnode.ConfigurationError, match="samples='all'"):
+        pnode.Solver(lambda t, y: -y, samples="all")
+
+
+def test_second_derivatives_are_refused():
+    y0 = Y0.clone().requires_grad_()
+    ys = pnode.Solver(Oscillator(), samples="independent")(y0, [0.0, 1.0]).ys
+    with pytest.raises(pnode.BackwardError, match="second derivatives"):
+        torch.autograd.grad(ys.sum(), y0, create_graph=True)
+    ys = pnode.Solver(Oscillator(), samples="independent")(y0, [0.0, 1.0]).ys
+    with pytest.raises(pnode.BackwardError, match="a batch of cotangents"):
+        torch.autograd.grad(ys, y0, torch.stack([ys, ys]).detach(), is_grads_batched=True)
+    with pytest.raises(pnode.ConfigurationError, match="reverse mode"):
+        torch.func.jacrev(
+            lambda y: pnode.Solver(Oscillator(), samples="independent")(y, [0.0, 1.0]).ys
+        )(Y0)
+
+
+def test_a_changed_field_is_noticed():
+    factor = [1.0]
+    y0 = Y0.clone().requires_grad_()
+    ys = pnode.Solver(lambda t, y: -factor[0] * y, samples="independent")(y0, [0.0, 1.0]).ys
+    factor[0] = 2.0
+    with pytest.raises(pnode.errors.FieldChanged):
+        ys.sum().backward()
+
+
+def test_single_precision_and_tolerances():
+    f, t = Oscillator().float(), TIMES.float()
+    y0 = Y0.float().requires_grad_()
+    solver = pnode.Solver(f, samples="independent", rtol=1e-4, atol=torch.full((3,), 1e-4))
+    found = solver(y0, t)
+    alone = pnode.Solver(f, rtol=1e-4, atol=1e-4, compile=False)(y0[1], t[1])
+    assert found.ys.dtype is torch.float32
+    torch.testing.assert_close(found.ys[:, 1], alone.ys, rtol=1e-5, atol=1e-5)
+    one, other = (torch.autograd.grad(ys.sum(), y0)[0][1] for ys in (found.ys[:, 1], alone.ys))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    with pytest.raises(pnode.ConfigurationError, match="atol has infinite"):
+        pnode.Solver(f, samples="independent", atol=torch.tensor([1.0, 1.0, torch.inf]))(y0, t)
