@@ -104,6 +104,8 @@ class Requests:
         Its outputs, if these are known: a sweep is only taken for its adjoint, once that is wanted.
     sensitivity_control : str, Tensor or None
         Tangents that steps are chosen by, too; see ``pnode.Steps``.
+    progress : bool
+        Whether backward sweeps show how far they are.
     """
 
     monitor: Callable[[int, float, Any], None] | None = None
@@ -115,6 +117,7 @@ class Requests:
     continuous: bool = False
     known: torch.Tensor | None = None
     sensitivity_control: str | torch.Tensor | None = None
+    progress: bool = False
 
 
 class Sweep(ABC):

@@ -40,6 +40,7 @@ LEAVES = {
         "layouts",
         "linearization",
         "mass",
+        "notices",
         "nullspaces",
         "option_names",
         "optional",
