@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ def plot(solution: Any, axes: Any, names: Sequence[str] | None, xscale: str, ysc
     else:
         _lines(axes, times, values, chosen_names(names, len(default), default))
         if yscale == "log" or (yscale == "auto" and _magnitudes_differ(values)):
-            axes.set_yscale("log")
+            axes.set_yscale("log", nonpositive="mask")
     _scale_time(axes, times, xscale)
     _mark_events(axes, solution.events, many)
     axes.set_xlabel("t")
@@ -82,7 +83,11 @@ def _scale_time(axes: Any, times: np.ndarray, scale: str) -> None:
     if not len(positive) or times.min() < 0:
         raise ConfigurationError("xscale='log' needs times that are positive, or zero at one end")
     if times.min() == 0:  # linear up to the first output, so that the start is seen
-        axes.set_xscale("symlog", linthresh=positive.min(), linscale=0.3)
+        axes.set_xscale("symlog", linthresh=positive.min(), linscale=1.0)
+        axes.set_xlim(0.0, 1.3 * positive.max())  # its margins would be decades below zero
+        first, last = math.ceil(np.log10(positive.min())), math.floor(np.log10(positive.max()))
+        every = max(1, (last - first) // 8)
+        axes.set_xticks([0.0, *(10.0**power for power in range(first, last + 1, every))])
     else:
         axes.set_xscale("log")
 

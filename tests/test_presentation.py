@@ -160,8 +160,13 @@ def test_scale_of_time(ts, scale):
     axes = made(ts, torch.ones(len(ts), 1)).plot()
     assert axes.get_xscale() == scale
     axes.figure.canvas.draw()
-    if len(ts) > 1 and scale != "linear":  # the first time is seen
-        assert axes.get_xlim()[0] <= ts[0] <= axes.get_xlim()[1]
+    if len(ts) > 1 and scale != "linear":  # all times are seen, and nothing far from them
+        low, high = axes.transData.transform([(ts[0], 1), (ts[-1], 1)])[:, 0]
+        box = axes.get_window_extent()
+        assert 0 <= low - box.x0 < 0.1 * box.width and 0 <= box.x1 - high < 0.1 * box.width
+        ticks = [tick for tick in axes.get_xticks() if ts[0] <= tick <= ts[-1]]
+        places = axes.transData.transform([(tick, 1) for tick in ticks])[:, 0]
+        assert len(ticks) > 3 and np.diff(places).min() > 0.03 * box.width
 
 
 @pytest.mark.parametrize(
