@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from pnode.errors import ConfigurationError
 from pnode.grids import Grid
 from pnode.optional import need
 from pnode.series import array, chosen_names, leaves, single_clock
@@ -19,9 +20,15 @@ _CELLS = ("cell_0", "cell_1", "cell_2")
 def to_xarray(solution: Any, names: Sequence[str] | None, grid: Grid | None) -> Any:
     """Make a Dataset; see ``Solution.to_xarray``."""
     times = single_clock(solution.ts, "to_xarray")
-    xarray = need("xarray", "io", "to_xarray()")
     parts = list(leaves(solution.ys))
     labels = chosen_names(names, len(parts), [name for name, _ in parts])
+    taken = {"time", "costs", *_CELLS, *(f"event_{i}" for i in range(len(solution.events)))}
+    if not taken.isdisjoint(labels):
+        raise ConfigurationError(
+            f"names={names!r}: {', '.join(sorted(taken.intersection(labels)))} has a meaning of "
+            "its own in the Dataset; take another name"
+        )
+    xarray = need("xarray", "io", "to_xarray()")
     variables: dict[str, Any] = {}
     coordinates: dict[str, Any] = {"time": times}
     for label, (_, part) in zip(labels, parts, strict=True):

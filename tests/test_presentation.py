@@ -101,6 +101,7 @@ def test_table_for_notebooks_is_escaped():
         (lambda s: s.plot(names=["a", "a"]), "different names"),
         (lambda s: s.plot(xscale="cubic"), "xscale='cubic'"),
         (lambda s: s.to_xarray(names="ab"), "names='ab'"),
+        (lambda s: s.to_xarray(names=["time"]), "time has a meaning of its own"),
     ],
 )
 def test_unusable_arguments(call, words):
