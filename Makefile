@@ -34,7 +34,7 @@ export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup same-petsc demo examples test quick lint format bench peers clean
+.PHONY: help setup same-petsc demo examples test quick lint format docs bench peers clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -65,6 +65,9 @@ format: setup ## let ruff repair and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: setup ## build the documentation site, docs/_build/html/index.html
+	$(RUN) $(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+
 bench: setup ## run the benchmarks, beside the other solvers that can be installed
 	@$(MAKE) --no-print-directory peers || echo 'Peers that are not installed are left out.'
 	$(RUN) $(BIN)/python benchmarks/run.py $(BENCH)
@@ -72,7 +75,7 @@ bench: setup ## run the benchmarks, beside the other solvers that can be install
 peers: $(STAMPS)/peers ## install the solvers that the benchmarks compare with
 
 clean: ## remove .venv and everything built
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) build dist docs/_build docs/api docs/gallery .mypy_cache .pytest_cache .ruff_cache *.egg-info
 
 # Which PETSc an environment has is decided when it is created.
 same-petsc:

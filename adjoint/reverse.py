@@ -219,6 +219,8 @@ class Reverse:
         Returns the field once more, to look where a derivative is not finite.
     ledger : Ledger
         Of backward sweeps.
+    told : callable, optional
+        Told of every step that is done, by its index.
     """
 
     def __init__(
@@ -231,7 +233,9 @@ class Reverse:
         settings: IntegratorSettings,
         field: Callable[[Ledger], VectorField],
         ledger: Ledger,
+        told: Callable[[int], None] | None = None,
     ) -> None:
+        self._told = told
         self._trajectory = trajectory
         self._adjoint = adjoint
         self._repeated = repeated
@@ -291,6 +295,8 @@ class Reverse:
                             self._step(trajectory.steps[step])
                         self._add_outputs(step)
                         trajectory.forget_live(step)
+                        if self._told is not None:
+                            self._told(step)
                     case _:
                         self._attempt(trajectory.execute, action, self._repeated.integrator)
         trajectory.clear()

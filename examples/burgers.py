@@ -91,7 +91,8 @@ class Closure(torch.nn.Module):
 
     def forward(self, u: torch.Tensor) -> torch.Tensor:
         stencils = u.diff(dim=-1).unfold(-1, 2 * WIDTH - 1, 1)
-        return 0.5 * (self.net(stencils) + self.net(stencils.flip(-1))).squeeze(-1)
+        both: torch.Tensor = self.net(stencils) + self.net(stencils.flip(-1))
+        return 0.5 * both.squeeze(-1)
 
 
 class Transport(torch.nn.Module):

@@ -24,7 +24,7 @@ def at_least(kind: type, least: float) -> Callable[[str], float]:
     """Return a type for argparse: numbers of a kind that are not below ``least``."""
 
     def convert(text: str) -> float:
-        value = kind(text)
+        value: float = kind(text)
         if not least <= value < 2**63:
             bound = "not negative" if least == 0 else "positive" if least <= 1 else None
             bound = bound or f"at least {least}"
@@ -62,18 +62,14 @@ def network(inputs: int, width: int, generator: torch.Generator) -> torch.nn.Seq
 
     Its output has no bias. The seed makes the weights the same on all ranks.
     """
-    net = torch.nn.Sequential(
-        torch.nn.Linear(inputs, width),
-        torch.nn.Tanh(),
-        torch.nn.Linear(width, width),
-        torch.nn.Tanh(),
-        torch.nn.Linear(width, 1, bias=False),
-    ).double()
+    first, second = torch.nn.Linear(inputs, width), torch.nn.Linear(width, width)
+    last = torch.nn.Linear(width, 1, bias=False)
+    net = torch.nn.Sequential(first, torch.nn.Tanh(), second, torch.nn.Tanh(), last).double()
     with torch.no_grad():
-        for layer in (net[0], net[2]):
+        for layer in (first, second):
             torch.nn.init.xavier_normal_(layer.weight, generator=generator)
             layer.bias.normal_(0.0, 0.1, generator=generator)
-        net[4].weight.zero_()
+        last.weight.zero_()
     return net
 
 

@@ -90,7 +90,8 @@ class Hybrid(torch.nn.Module):
         self.net = network(1, 16, generator)
 
     def closure(self, x: torch.Tensor) -> torch.Tensor:
-        return SCALE * self.net(x[..., None] / SCALE).squeeze(-1)
+        scaled: torch.Tensor = self.net(x[..., None] / SCALE).squeeze(-1)
+        return SCALE * scaled
 
     def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """From (runs, cells + 4) to (runs, cells)."""

@@ -109,7 +109,8 @@ class Kinetics(torch.nn.Module):
         """Evaluate f; the kinetics do not depend on the time."""
         for layer in self.hidden:
             y = torch.nn.functional.gelu(layer(y))
-        return self.rates * self.output(y)
+        scaled: torch.Tensor = self.rates * self.output(y)
+        return scaled
 
     @torch.no_grad()
     def _initialise(self, rest: torch.Tensor, generator: torch.Generator) -> None:

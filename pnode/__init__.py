@@ -9,6 +9,7 @@
 import sys
 
 from pnode.cli import asked_for_doctor
+from pnode.version import __version__
 
 # `python -m pnode doctor` imports this file too, and must run where these imports fail.
 if not asked_for_doctor(sys.argv, sys.orig_argv):
@@ -26,6 +27,7 @@ if not asked_for_doctor(sys.argv, sys.orig_argv):
         ConfigurationError,
         EventError,
         LinearSolveFailed,
+        MissingPackage,
         NonFiniteVectorField,
         NonlinearSolveFailed,
         PnodeError,
@@ -37,6 +39,7 @@ if not asked_for_doctor(sys.argv, sys.orig_argv):
     )
     from pnode.event_functions import Event
     from pnode.odeint import odeint, odeint_adjoint, odeint_event
+    from pnode.saving import load
     from pnode.sensitivities import Sensitivities, sensitivities
     from pnode.solution import Ledger, Occurrences, Solution, Stage, Stats
     from pnode.solver import Solver
@@ -54,6 +57,7 @@ __all__ = [
     "LinearAlgebra",
     "LinearSolveFailed",
     "Method",
+    "MissingPackage",
     "NonFiniteVectorField",
     "NonlinearSolveFailed",
     "Occurrences",
@@ -73,6 +77,7 @@ __all__ = [
     "VectorFieldError",
     "__version__",
     "controls",
+    "load",
     "methods",
     "odeint",
     "odeint_adjoint",
@@ -82,5 +87,3 @@ __all__ = [
     "sensitivities",
     "tableau",
 ]
-
-__version__ = "0.1.0"

@@ -7,14 +7,17 @@ import os
 import signal
 from collections.abc import Sequence
 
+from pnode.version import __version__
+
 __all__ = ["asked_for_doctor", "main"]
 
 
 def asked_for_doctor(arguments: Sequence[str], original: Sequence[str]) -> bool:
     """Whether this process was started as ``python -m pnode doctor`` or ``pnode doctor``.
 
-    Both import the package pnode before anything else, and the doctor must work where importing
-    the rest fails, or ends the process: only then pnode's own file leaves the rest out.
+    The same of ``--version``, which is known without the rest. All of them import the package pnode
+    before anything else, and the doctor must work where importing the rest fails, or ends the
+    process: only then pnode's own file leaves the rest out.
 
     Parameters
     ----------
@@ -23,7 +26,7 @@ def asked_for_doctor(arguments: Sequence[str], original: Sequence[str]) -> bool:
     original : sequence of str
         ``sys.orig_argv``, which names that module.
     """
-    if list(arguments[1:2]) != ["doctor"]:
+    if list(arguments[1:2]) not in (["doctor"], ["--version"]):
         return False
     if arguments[0] == "-m":
         return original[-len(arguments)] in ("pnode", "-mpnode")
@@ -31,7 +34,7 @@ def asked_for_doctor(arguments: Sequence[str], original: Sequence[str]) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command.
+    """Run a command; without one, say which there are.
 
     Parameters
     ----------
@@ -43,8 +46,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     int
         The exit status.
     """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    # Imports where they are needed: what the table of methods needs may be what is broken.
+    status = 0
+    if options.command == "doctor":
+        from pnode.doctor import answer, diagnose, supervise
+
+        if options.inside:
+            text = answer(*diagnose(options.scratch, options.json))
+        else:
+            text, status = supervise(options.scratch, options.json)
+    elif options.command == "methods":
+        from pnode.errors import ConfigurationError
+        from pnode.listing import listing
+
+        try:
+            text = listing(options.filter, options.json)
+        except ConfigurationError as error:
+            parser.error(str(error))
+    else:
+        text = parser.format_help().rstrip()
+    # PETSc's handler would make an error of a reader that stops early, as in `... | head`.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if text:
+        print(text, flush=True)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pnode", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser.add_argument("--version", action="version", version=f"pnode {__version__}")
+    commands = parser.add_subparsers(dest="command")
     doctor = commands.add_parser(
         "doctor",
         help="check MPI, PETSc, torch, threads and scratch space, and name remedies",
@@ -54,22 +87,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.add_argument("--scratch", metavar="FOLDER", help="a folder for checkpoints to try")
     doctor.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
-    commands.add_parser("methods", help="print the table of methods")
-    options = parser.parse_args(arguments)
-    # Imports where they are needed: what the table of methods needs may be what is broken.
-    if options.command == "doctor":
-        from pnode.doctor import answer, diagnose, supervise
-
-        if options.inside:
-            text, status = answer(*diagnose(options.scratch, options.json)), 0
-        else:
-            text, status = supervise(options.scratch, options.json)
-    else:
-        from pnode.solvers.methods import markdown_table
-
-        text, status = markdown_table(), 0
-    # PETSc's handler would make an error of a reader that stops early, as in `... | head`.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    if text:
-        print(text, flush=True)
-    return status
+    methods = commands.add_parser(
+        "methods",
+        help="print the table of methods, or those that you look for",
+        description="Print the table of methods.",
+    )
+    methods.add_argument("--json", action="store_true", help="print JSON")
+    methods.add_argument(
+        "--filter",
+        metavar="CONDITION",
+        action="append",
+        default=[],
+        help="only those methods: kind=implicit, adaptive=yes, forms=mass, 'order>=4', "
+        "'stages<=3', or a part of a name; may be given several times, all of which must hold",
+    )
+    return parser

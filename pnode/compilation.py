@@ -5,7 +5,6 @@ See :mod:`pnode.solvers.compiled.account` for the rule of ``compile="auto"``.
 
 from __future__ import annotations
 
-import logging
 import time
 from functools import partial
 from typing import Any
@@ -16,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pnode.adjoint.identity import describe
 from pnode.engine import Engine
+from pnode.notices import LOG
 from pnode.run import Requests, Run
 from pnode.solvers.compiled.account import Entry, Work
 from pnode.solvers.compiled.backend import Compilation, Wanted
@@ -26,7 +26,6 @@ from pnode.vectorfield import VectorField
 
 __all__ = ["begin"]
 
-_LOG = logging.getLogger("pnode")
 _ATEN = torch.ops.aten
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
@@ -91,7 +90,7 @@ def _compiled(
     spent = time.perf_counter() - started
     if found.what:
         if wanted.auto and not entry.made:
-            _LOG.info(
+            LOG.info(
                 "compiled %s of %s for a state of %d entries in %.1f s, after %d evaluations; "
                 "kept in %s", found.what, wanted.settings.method.name, len(y0), spent, entry.calls,
                 cache_folder(),

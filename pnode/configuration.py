@@ -251,7 +251,8 @@ class Output:
         ``monitor(step, t, y)``, called after every accepted step with a detached copy of y; after
         the last step of a solve that an event ends, with the event's time and state.
     progress : bool
-        Show a progress bar over time.
+        Show progress bars, on rank 0: over time, with what is compiled meanwhile, and over the
+        steps of backward sweeps.
 
     Raises
     ------

@@ -14,6 +14,7 @@ __all__ = [
     "EventError",
     "FieldChanged",
     "LinearSolveFailed",
+    "MissingPackage",
     "NonFiniteDerivative",
     "NonFiniteVectorField",
     "NonlinearSolveFailed",
@@ -32,6 +33,10 @@ class PnodeError(Exception):
 
 class ConfigurationError(PnodeError, ValueError):
     """An argument is unusable; the message names it, its value and the remedy."""
+
+
+class MissingPackage(PnodeError, ImportError):
+    """A package that pnode can do without is not installed; the message has the pip command."""
 
 
 class SolveError(PnodeError, RuntimeError):

@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from pnode import vectors
+from pnode.notices import shown_to
 from pnode.problem import InitialValueProblem
 from pnode.run import Requests
 from pnode.solution import Stats
@@ -18,7 +19,7 @@ from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.stepping import Observer, Step
 from pnode.transfers import carry_once
 
-__all__ = ["Monitor", "at_home", "progress_bar"]
+__all__ = ["Monitor", "at_home", "backward_bar", "progress_bar"]
 
 
 class Monitor(Observer):
@@ -57,7 +58,10 @@ def at_home(monitor: Any, compute: torch.device | None, stats: Stats) -> Any:
 def progress_bar(
     problem: InitialValueProblem, requests: Requests, wanted: bool
 ) -> Iterator[Requests]:
-    """Let the monitor move a progress bar over time before it calls the user's, if wanted."""
+    """Let the monitor move a progress bar over time before it calls the user's, if wanted.
+
+    The bar also shows what is being compiled; backward sweeps have one of their own.
+    """
     if not wanted:
         yield requests
         return
@@ -71,4 +75,20 @@ def progress_bar(
             requests.monitor(step, t, y)
 
     with tqdm(total=1.0, bar_format="{l_bar}{bar}| {postfix} [{elapsed}<{remaining}]") as bar:
-        yield replace(requests, monitor=monitor)
+        with shown_to(bar.set_postfix_str):
+            yield replace(requests, monitor=monitor, progress=True)
+
+
+@contextmanager
+def backward_bar(steps: int, wanted: bool) -> Iterator[Callable[[int], None] | None]:
+    """Yield what moves a bar over the steps of a backward sweep; None if it is not wanted."""
+    if not wanted:
+        yield None
+        return
+    # Autograd may run backward sweeps in a thread of its own, where tqdm is at home, too.
+    with tqdm(total=steps, desc="backward", unit="step") as bar:
+
+        def told(step: int) -> None:
+            bar.update(steps - step - bar.n)
+
+        yield told

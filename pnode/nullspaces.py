@@ -9,10 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.sparse
+import scipy  # its parts, which take a quarter of a second, where they are needed
 import torch
-from scipy.sparse import csgraph
-from scipy.sparse.linalg import LinearOperator, lsmr, splu
 
 from pnode.devices import HOST
 from pnode.errors import ConfigurationError
@@ -99,6 +97,8 @@ class SquareOperator:
 
     def solve(self, b: torch.Tensor) -> Solution:
         """Solve A x = b."""
+        from scipy.sparse.linalg import LinearOperator, lsmr
+
         operator = LinearOperator(
             (self._size, self._size),
             matvec=lambda v: _numbers(self._rows * self._product(self._columns * self._tensor(v))),
@@ -231,6 +231,8 @@ class _Parts:
 
 def _parts(matrix: scipy.sparse.csr_matrix) -> list[_Parts]:
     """Cut a matrix into blocks that share no rows and columns, those of one shape together."""
+    from scipy.sparse import csgraph
+
     size = matrix.shape[0]
     graph = scipy.sparse.bmat([[None, matrix], [matrix.T, None]]) if matrix.nnz else None
     count, labels = (
@@ -281,6 +283,8 @@ def _sparse_null_vectors(
 
     Otherwise by subspace iteration with the inverse of [[0, M], [M^T, 0]], shifted a little.
     """
+    from scipy.sparse.linalg import splu
+
     r, c = matrix.shape
     transpose = matrix.T.tocsr()
     if r == c:

@@ -106,6 +106,8 @@ class Requests:
         Tangents that steps are chosen by, too; see ``pnode.Steps``.
     independent : str or None
         Of independent samples: what becomes of one that fails; None of one state.
+    progress : bool
+        Whether backward sweeps show how far they are.
     """
 
     monitor: Callable[[int, float, Any], None] | None = None
@@ -118,6 +120,7 @@ class Requests:
     known: torch.Tensor | None = None
     sensitivity_control: str | torch.Tensor | None = None
     independent: str | None = None
+    progress: bool = False
 
 
 class Sweep(ABC):

@@ -10,6 +10,7 @@ import torch
 from typing_extensions import TypeVar
 
 from pnode.errors import BackwardError
+from pnode.presentation import Presentation
 
 __all__ = ["Ledger", "Occurrences", "Solution", "Stage", "Stats"]
 
@@ -129,8 +130,8 @@ class Occurrences:
     states: Any
 
 
-@dataclass
-class Solution(Generic[State]):
+@dataclass(repr=False)
+class Solution(Presentation, Generic[State]):
     """Result of a solve.
 
     Attributes

@@ -15,7 +15,7 @@ from pnode.adjoint.trajectory import Trajectory
 from pnode.dense import DenseAdjoint, DenseOutput
 from pnode.engine import Engine
 from pnode.event_locator import EventLocator
-from pnode.monitor import Monitor
+from pnode.monitor import Monitor, backward_bar
 from pnode.products import accumulate
 from pnode.recording import Outputs, Recorder, new_trajectory
 from pnode.run import Requests, Run, Sweep
@@ -89,6 +89,7 @@ class SteppedSweep(Sweep):
         """
         engine = self._engine
         problem, method = run.problem, engine.method
+        self._progress = requests.progress
         if keep:
             self.trajectory = new_trajectory(engine, run, requests, y0)
             # What one-step methods carry over from the step before; the others have the same bits.
@@ -207,14 +208,17 @@ class SteppedSweep(Sweep):
             store_again(trajectory, self._repeated(run, y0), y0, problem.ranks.attempt)
         trajectory.ready = False
 
-        with engine.adjoint(run.settings, bool(field.parameters)) as adjoint:
+        with (
+            engine.adjoint(run.settings, bool(field.parameters)) as adjoint,
+            backward_bar(len(trajectory.steps), self._progress) as told,
+        ):
             adjoint.begin(field, cotangents.shape[1:-1])
             dense: DenseAdjoint | None = None
             if self.dense is not None:
                 dense = DenseAdjoint(self.dense, trajectory.steps, field, cotangents, wants_times)
             reverse = Reverse(
                 trajectory, adjoint, self._repeated(run, y0), problem, y0, run.settings, run.field,
-                ledger,
+                ledger, told,
             )  # fmt: skip
             with torch.enable_grad():  # here once, instead of at each stage
                 initial = reverse.run(cotangents, dense, self.interpolated)

@@ -16,6 +16,7 @@ from pnode.compilation import begin
 from pnode.engine import Engine
 from pnode.errors import ConfigurationError, FieldChanged, NonlinearSolveFailed
 from pnode.evidence import Reads
+from pnode.notices import LOG
 from pnode.output_times import refuse_cuts
 from pnode.problem import InitialValueProblem
 from pnode.run import Requests, Run, Sweep
@@ -83,6 +84,10 @@ def forward(
     note_kept(run.stats.ram_bytes + run.stats.tape_bytes)
     if run.entry is not None:
         run.entry.add(run.stats)
+    LOG.debug(
+        "%s: forward sweep of %d steps (%d rejected), %d evaluations, %d bytes of checkpoints",
+        engine.method.name, stats.steps, stats.rejected, stats.rhs, stats.ram_bytes,
+    )  # fmt: skip
     return outputs, run
 
 
@@ -151,11 +156,16 @@ def backward(
             method=engine.method.name,
         )
     assert run.sweep is not None
-    before = calls(run.stats.backward)
+    ledger = run.stats.backward
+    before, steps, repeated = calls(ledger), ledger.steps, ledger.recomputed
     with run.surroundings.restored():
         found = run.sweep.reverse(run, y0, cotangents, wants_times)
     if run.entry is not None:
-        run.entry.add(run.stats.backward, before)
+        run.entry.add(ledger, before)
+    LOG.debug(
+        "%s: backward sweep of %d steps (%d repeated)",
+        engine.method.name, ledger.steps - steps, ledger.recomputed - repeated,
+    )  # fmt: skip
     return found
 
 

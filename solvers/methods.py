@@ -8,6 +8,7 @@ tests check them against PETSc's own tableaus and against measured orders of con
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -456,8 +457,8 @@ def check_form(form: str, method: Method) -> None:
     )
 
 
-def markdown_table() -> str:
-    """Return the table of methods as the README shows it.
+def markdown_table(chosen: Iterable[Method] | None = None) -> str:
+    """Return the table of methods as the README shows it, or of some of them.
 
     "Bits": whether a repeated step has the same bits as the first time.
     """
@@ -466,7 +467,7 @@ def markdown_table() -> str:
         "| checkpoint of a step | bits |"
     )
     lines = [head, "|" + " --- |" * 11]
-    for method in METHODS:
+    for method in METHODS if chosen is None else chosen:
         petsc = method.ts_type + (f" {method.subtype}" if method.subtype else "")
         cells = (
             f"`{method.name}`",

@@ -23,7 +23,7 @@ LONG = {
     for name in (
         "benchmarks", "checkpointing", "clock", "compiled", "compiled_fields", "compiled_stiff",
         "driver", "event_lists", "examples", "fast_tanh", "field_changed", "memory", "odd_fields",
-        "scaling", "stiff", "tableaus", "types",
+        "scaling", "sdist", "site", "stiff", "tableaus", "types",
     )
 }  # fmt: skip
 

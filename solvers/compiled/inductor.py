@@ -32,6 +32,7 @@ from typing import Any, TypeAlias
 import torch
 
 from pnode import private_files
+from pnode.notices import compiling
 from pnode.solvers.compiled import fast_tanh, libraries, products, trace
 from pnode.solvers.compiled.trace import compose
 
@@ -227,6 +228,7 @@ def _build(path: Path, function: Callable[..., object], examples: Sequence[torch
             tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as building,
             torch.no_grad(),
             warnings.catch_warnings(),
+            compiling("a graph of the vector field"),
         ):
             warnings.simplefilter("ignore")
             partial = Path(building) / path.name
@@ -311,7 +313,8 @@ def _build_source(path: Path, source: str, compiler: str, flags: Sequence[str]) 
         code, partial = Path(folder) / "program.cpp", Path(folder) / path.name
         code.write_text(source, encoding="utf-8")
         command = [*shlex.split(compiler), *flags, "-o", str(partial), str(code), "-lm"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        with compiling("steps"):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(done.stderr)
         _keep(path, partial)
