@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pnode
-from pnode import controllers, errors, parallel, testing
+from pnode import controllers, controls, errors, parallel, testing
 from pnode.solvers.methods import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
