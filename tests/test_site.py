@@ -13,7 +13,7 @@ from urllib.parse import unquote, urldefrag
 import pytest
 
 import pnode
-from pnode import controllers, errors, parallel, testing
+from pnode import controllers, controls, errors, parallel, testing
 
 pytest.importorskip("sphinx")
 for name in ("myst_parser", "numpydoc", "sphinx_gallery"):
@@ -71,10 +71,10 @@ def test_every_public_name_is_in_the_reference(site: Path) -> None:
         for anchor in Page(path.read_text()).anchors
     }
     wanted = {f"pnode.errors.{name}" for name in errors.__all__}
-    for module in (pnode, parallel, testing, controllers):
+    for module in (pnode, parallel, testing, controllers, controls):
         wanted |= {f"{module.__name__}.{name}" for name in module.__all__}
     elsewhere = {f"pnode.{name}" for name in errors.__all__}
-    wanted -= elsewhere | {"pnode.__version__", "pnode.parallel"}
+    wanted -= elsewhere | {"pnode.__version__", "pnode.controls", "pnode.parallel"}
     assert wanted <= anchors, wanted - anchors
     for method in ("plot", "table", "save", "to_xarray", "write_xdmf", "stages"):
         assert f"pnode.Solution.{method}" in anchors
