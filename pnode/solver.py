@@ -264,7 +264,8 @@ class Solver(torch.nn.Module):
         t : Tensor
             Output times, shape ``(T,)``, strictly increasing or strictly decreasing. Each is hit
             exactly by a step, unless ``dense`` is set. With ``event_fn`` the last one may be
-            infinite: the solve then runs until the event (or ``max_steps``).
+            infinite: the solve then runs until the event (or ``max_steps``). Independent samples
+            may have their own, shape ``(B, T)``: see ``pnode.Steps``.
 
         Returns
         -------
