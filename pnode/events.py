@@ -9,6 +9,7 @@ not end goes on with a step from there: it is cut in two.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -39,7 +40,11 @@ def check_rate(form: str) -> None:
 
 
 def adapted(
-    event_fn: Any, problem: InitialValueProblem, compute: torch.device | None, start: Stats
+    event_fn: Any,
+    problem: InitialValueProblem,
+    compute: torch.device | None,
+    start: Stats,
+    as_called: Callable[[Any], Any],
 ) -> Events | None:
     """Return what is to be looked for, as functions of the state that is integrated.
 
@@ -53,12 +58,14 @@ def adapted(
         Where they are to be evaluated, if not where the state is.
     start : Stats
         Counts copies there.
+    as_called : callable
+        Returns a function of the user's for the state inside.
     """
     if event_fn is None:
         return None
 
     def fit(function: Any) -> Any:
-        function = watched(function)
+        function = as_called(watched(function))
         function = of_state(problem, function) if problem.integrals else function
         return remote(function, compute, start, strict=False)
 
