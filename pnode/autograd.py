@@ -129,9 +129,9 @@ class SolveFunction(torch.autograd.Function):
     @outside_compiler
     def backward(ctx: Any, *outputs: torch.Tensor | None) -> tuple[Any, ...]:
         """Take the discrete adjoint of the sweep."""
-        (cotangents,) = outputs
-        if cotangents is None:  # nothing looks at the outputs
-            return (None,) * len(ctx.needs_input_grad)
+        cotangents: Any = outputs[0]
+        if cotangents is None:  # all ranks take part, also those to which nothing comes
+            cotangents = torch.zeros_like(ctx.saved_tensors[3])
         refuse_traced(cotangents)
         if is_legacy_batch(cotangents):
             each = partial(SolveFunction.backward, ctx)

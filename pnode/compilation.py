@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pnode.adjoint.identity import describe
+from pnode.calls import brings_tensors
 from pnode.engine import Engine
 from pnode.notices import LOG
 from pnode.run import Requests, Run
@@ -59,15 +60,16 @@ def begin(
     watched = requests.events is not None or requests.monitor is not None or requests.dense
     account, kind = engine.account, (problem.layout, keep, watched, problem.integrals > 0)
     entry = account.entries.get(kind) or account.entry(kind)
+    auto = engine.compile == "auto"
     for given, text in (
         (problem.integrals > 0, "cost= is given"),
         (controlled, "sensitivity_control= is given"),
+        (auto and brings_tensors(problem.function), "args= has tensors: others are traced anew"),
         (problem.ranks.parallel or engine.exchange is not None, "ranks share the state"),
     ):
         if given:
             entry.hindrance = text
             return None
-    auto = engine.compile == "auto"
     wanted = Wanted(
         run.settings, engine.solver_options(run.settings), engine.control, engine.checkpointing,
         keep, requests.dense, watched, lambda settings: engine.integrator(settings, field, y0),

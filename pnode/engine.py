@@ -170,6 +170,19 @@ class Engine:
         patterns = [*given, *self._patterns.values(), *found]
         return max((pattern.color_count for pattern in patterns), default=0)
 
+    def describe(self) -> str:
+        """Return method, steps, Jacobian, and what is compiled or hinders it."""
+        control = self.control
+        steps = (
+            f"rtol={tolerances.describe(control.rtol)}, atol={tolerances.describe(control.atol)}"
+            if control.step_size is None
+            else f"step_size={control.step_size}"
+        )
+        jacobian = f", jacobian={self.jacobian!r}" if self.method.implicit else ""
+        colors = f", colors={self.color_count}" if self.color_count else ""
+        first = f"method={self.method.name!r}, {steps}{jacobian}{colors}"
+        return ", ".join(filter(None, [first, self.account.describe()]))
+
     @contextmanager
     def adjoint(self, settings: IntegratorSettings, parameters: bool) -> Iterator[AdjointStepper]:
         """Lend an adjoint."""

@@ -8,6 +8,7 @@ not end goes on with a step from there: it is cut in two.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +26,11 @@ __all__ = ["adapted", "split"]
 
 
 def adapted(
-    event_fn: Any, problem: InitialValueProblem, compute: torch.device | None, start: Stats
+    event_fn: Any,
+    problem: InitialValueProblem,
+    compute: torch.device | None,
+    start: Stats,
+    as_called: Callable[[Any], Any],
 ) -> tuple[Events | None, Events | None]:
     """Return what is to be looked for, as functions of the state that is integrated.
 
@@ -39,6 +44,8 @@ def adapted(
         Where they are to be evaluated, if not where the state is.
     start : Stats
         Counts copies there.
+    as_called : callable
+        Returns a function of the user's for the state inside.
 
     Returns
     -------
@@ -49,6 +56,7 @@ def adapted(
         return None, None
 
     def fit(function: Any) -> Any:
+        function = as_called(function)
         function = of_state(problem, function) if problem.integrals else function
         return remote(function, compute, start, strict=False)
 

@@ -53,6 +53,7 @@ def odeint(
     method: MethodName | str | None = ...,
     options: Mapping[str, Any] | None = ...,
     params: Iterable[torch.Tensor] | None = ...,
+    args: Any = ...,
     event_fn: None = ...,
     **solver_keywords: Any,
 ) -> Tensors: ...
@@ -69,6 +70,7 @@ def odeint(
     method: MethodName | str | None = ...,
     options: Mapping[str, Any] | None = ...,
     params: Iterable[torch.Tensor] | None = ...,
+    args: Any = ...,
     event_fn: EventFunctions,
     **solver_keywords: Any,
 ) -> tuple[torch.Tensor | None, Tensors]: ...
@@ -85,6 +87,7 @@ def odeint(
     method: str | None = None,
     options: Mapping[str, Any] | None = None,
     params: Iterable[torch.Tensor] | None = None,
+    args: Any = None,
     **solver_keywords: Any,
 ) -> Any:
     """Solve y' = func(t, y), y(t[0]) = y0: the call of ``torchdiffeq.odeint``.
@@ -93,7 +96,7 @@ def odeint(
     ----------
     func : callable
         ``func(t, y)``, as for :class:`Solver`.
-    y0 : Tensor or tuple of Tensor
+    y0 : Tensor, or tuple, dict, NamedTuple... of Tensor
         Initial state.
     t : Tensor
         Output times, shape ``(T,)``, strictly monotone.
@@ -108,6 +111,8 @@ def odeint(
         ``max_num_steps``.
     params : iterable of Tensor, optional
         Trainable tensors that func uses without being a Module that owns them.
+    args : object, optional
+        What func gets as its third argument, ``func(t, y, args)``; see :meth:`Solver.forward`.
     **solver_keywords
         Any other keyword of :class:`Solver`, ``steps`` apart.
 
@@ -165,7 +170,7 @@ def odeint(
     solver = _OneCall(
         func, rtol=rtol, atol=atol, method=chosen.name, params=params, output=output, **keywords
     )
-    solution = solver(y0, times)
+    solution = solver(y0, times, args)
     return solution.ys if output.event_fn is None else (solution.event_time, solution.ys)
 
 

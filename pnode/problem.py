@@ -40,15 +40,18 @@ class StateLayout:
     device : torch.device
         Where the state lives, and the vector field is called (see ``compute`` of
         :class:`InitialValueProblem`).
+    pairs : tuple of bool
+        Of a state with complex tensors: which tensors are pairs (Re z, Im z) of such.
     """
 
     shapes: tuple[torch.Size, ...]
     is_tuple: bool
     dtype: torch.dtype
     device: torch.device
+    pairs: tuple[bool, ...] = ()
 
     @classmethod
-    def of(cls, y0: Any) -> StateLayout:
+    def of(cls, y0: Any, pairs: tuple[bool, ...] = ()) -> StateLayout:
         """Validate ``y0`` and return its layout.
 
         Raises
@@ -71,7 +74,7 @@ class StateLayout:
             if part.dtype not in _REAL_DTYPES:
                 raise ConfigurationError(
                     f"{name} has dtype {part.dtype}: use torch.float64 or torch.float32 "
-                    "(complex states: torch.view_as_real)"
+                    "(complex128 or complex64 for complex states)"
                 )
             if part.layout is not torch.strided or part.device.type == "meta":
                 raise ConfigurationError(
@@ -87,7 +90,10 @@ class StateLayout:
                 raise ConfigurationError(
                     f"{name} contains NaN or infinity: start from finite values"
                 )
-        layout = cls(tuple(part.shape for part in parts), is_tuple, parts[0].dtype, parts[0].device)
+        layout = cls(
+            tuple(part.shape for part in parts), is_tuple, parts[0].dtype, parts[0].device,
+            pairs if any(pairs) else (),
+        )  # fmt: skip
         if layout.size == 0:
             raise ConfigurationError("y0 has no entries: give a state with at least one number")
         return layout
@@ -217,7 +223,7 @@ class InitialValueProblem:
         **form: Any,
     ) -> InitialValueProblem:
         """Validate the arguments and build the problem."""
-        layout = StateLayout.of(y0)
+        layout = StateLayout.of(y0, form.pop("pairs", ()))
         exchange = form.get("exchange")
         if exchange is not None and (layout.is_tuple or layout.shapes[0] != exchange.shape):
             given = "a tuple" if layout.is_tuple else f"shape {tuple(layout.shapes[0])}"

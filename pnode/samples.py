@@ -35,7 +35,7 @@ class RowsField(VectorField):
         return self.rhs(t, own).to(REAL).view_as(u)  # type: ignore[arg-type]
 
 
-def solve(solver: Any, y0: Any, t: Any) -> Solution:
+def solve(solver: Any, y0: Any, t: Any, args: Any) -> Solution:
     """Solve each row of y0 by itself; see :meth:`Solver.forward`. Not collective.
 
     Raises
@@ -47,6 +47,16 @@ def solve(solver: Any, y0: Any, t: Any) -> Solution:
     """
     engine = solver._engine
     _refuse_unsupported(solver)
+    if args is not None:
+        raise ConfigurationError(
+            "args= with samples='independent' is not supported: give f its tensors by params= or as "
+            "a Module"
+        )
+    if isinstance(y0, torch.Tensor) and y0.is_complex():
+        raise ConfigurationError(
+            "y0 is complex, which samples='independent' does not support: give "
+            "torch.view_as_real(y0), and a vector field for that"
+        )
     declared = collect_parameters(solver._functions, solver._params)
     named = [("y0", y0), ("t", t), *(("a parameter", one) for one in declared)]
     refuse_transforms(named[:2], declared)

@@ -10,6 +10,7 @@ import torch
 from pnode import arguments
 from pnode.errors import ConfigurationError
 from pnode.solver import Solver
+from pnode.user_state import Structure
 
 __all__ = ["Sensitivities", "sensitivities"]
 
@@ -92,6 +93,11 @@ def sensitivities(
     arguments.choice("mode", mode, ("auto", "forward", "adjoint"))
     names = _names(solver, wrt)
     known = {name: tensor.detach() for name, tensor in solver.named_parameters()}
+    if Structure.of(y0) is not None:
+        raise ConfigurationError(
+            f"y0 is a {type(y0).__name__}, or complex: give a real tensor or a tuple of such, and "
+            "let f make of it what it needs"
+        )
     parts = tuple(y0) if isinstance(y0, (tuple, list)) else (y0,)
     for index, part in enumerate(parts):
         if not isinstance(part, torch.Tensor):

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 import torch
 from mpi4py import MPI
 
-from pnode import arguments, samples, tolerances
+from pnode import arguments, samples
 from pnode.autograd import solve
+from pnode.calls import Call
 from pnode.checkpointing import Checkpointing
 from pnode.compared import COMPARED, Given, shared
 from pnode.configuration import (
@@ -213,7 +214,7 @@ class Solver(torch.nn.Module):
 
     if TYPE_CHECKING:  # of a Module, calls are Any
 
-        def __call__(self, y0: Tensors, t: Times) -> Solution[Tensors]:
+        def __call__(self, y0: Tensors, t: Times, args: Any = None) -> Solution[Tensors]:
             """Integrate: :meth:`forward`, and the Module's hooks."""
             raise NotImplementedError
 
@@ -238,34 +239,27 @@ class Solver(torch.nn.Module):
         return self._engine.prefix
 
     def extra_repr(self) -> str:
-        """Method, steps, Jacobian, what is compiled and what hinders it; for printing.
-
-        ``colors`` is the number of products that a sparse Jacobian costs.
-        """
-        control = self._engine.control
-        steps = (
-            f"rtol={tolerances.describe(control.rtol)}, atol={tolerances.describe(control.atol)}"
-            if control.step_size is None
-            else f"step_size={control.step_size}"
-        )
-        jacobian = f", jacobian={self._engine.jacobian!r}" if self._engine.method.implicit else ""
-        colors = f", colors={self._engine.color_count}" if self._engine.color_count else ""
-        code = self._engine.account.describe()
-        return ", ".join(filter(None, [f"method={self.method!r}, {steps}{jacobian}{colors}", code]))
+        """Method, steps, Jacobian (``colors``: products of a sparse one), and what is compiled."""
+        return self._engine.describe()
 
     @outside_compiler
-    def forward(self, y0: Any, t: Any) -> Solution:
+    def forward(self, y0: Any, t: Any, args: Any = None) -> Solution:
         """Integrate from ``t[0]`` and return the states at the times ``t``. Collective.
 
         Parameters
         ----------
-        y0 : Tensor or tuple of Tensor
-            State at ``t[0]``; any shape, float64 or float32.
+        y0 : Tensor, or tuple, dict, NamedTuple... of Tensor
+            State at ``t[0]``; any shape, real or complex, 64 or 32 bits. f gets and returns the
+            same structure, and ``ys`` has it; a plain list of tensors counts as a tuple.
         t : Tensor
             Output times, shape ``(T,)``, strictly increasing or strictly decreasing. Each is hit
             exactly by a step, unless ``dense`` is set. With ``event_fn`` the last one may be
             infinite: the solve then runs until the event (or ``max_steps``). Independent samples
             may have their own, shape ``(B, T)``: see ``pnode.Steps``.
+        args : object, optional
+            Tensors and numbers of this call, in tuples, lists, dicts or NamedTuples. All functions
+            of the problem, ``cost`` and ``event_fn`` too, get it last: ``f(t, y, args)``; the
+            tensors get gradients.
 
         Returns
         -------
@@ -285,19 +279,19 @@ class Solver(torch.nn.Module):
             For a failing solve; see :mod:`pnode.errors`. What f raises comes through as it is.
         """
         if self._requests.independent is not None:
-            return samples.solve(self, y0, t)
+            return samples.solve(self, y0, t, args)
         ranks = Ranks(self._engine.comm)
         differentiate = torch.is_grad_enabled()
-        prepared = ranks.attempt(self._prepare, y0, t, ranks, differentiate)
+        prepared = ranks.attempt(self._prepare, y0, t, args, ranks, differentiate)
         facts, size = None, 0
         if prepared is not None:
-            problem, flat, times, start = prepared
+            problem, flat, times, start, call = prepared
             size, given = problem.layout.size, Given(problem, flat, times, differentiate)
             if self._shared:
                 facts = self._shared | {name: of(given) for name, of in COMPARED.items()}
         largest, distribution = ranks.compare((*self._shared, *COMPARED), facts, size)
         problem = replace(problem, largest=largest, distribution=distribution)
-        return self._solve(problem, flat, times, start, differentiate)
+        return self._solve(problem, flat, times, start, call, differentiate)
 
     def _solve(
         self,
@@ -305,6 +299,7 @@ class Solver(torch.nn.Module):
         flat: torch.Tensor,
         times: torch.Tensor,
         start: Stats,
+        call: Call,
         differentiate: bool,
     ) -> Solution:
         """Solve what has been prepared, and make up the result. Collective."""
@@ -313,8 +308,8 @@ class Solver(torch.nn.Module):
         if trainable and self.event_fn is not None:
             check_rate(self._form)
         compute = problem.compute
-        events, differentiable = adapted(self.event_fn, problem, compute, start)
-        monitor = self._requests.monitor
+        events, differentiable = adapted(self.event_fn, problem, compute, start, call.observer)
+        monitor = call.monitor(self._requests.monitor)
         if problem.integrals:
             monitor = of_state(problem, monitor)
         monitor = at_home(monitor, compute, start)
@@ -331,10 +326,12 @@ class Solver(torch.nn.Module):
         run.stats.add(start)
         states = ys if whole else layout.unflatten(ys)
         states, costs = parted(problem, states)
+        states = call.restored(states)
         kept = trainable and not self._requests.continuous
-        stages = StageSweep.of(self._engine, run, flat) if kept else None
+        stages = StageSweep.of(self._engine, run, flat, call) if kept else None
         occurrences = tuple(
-            Occurrences(when, parted(problem, layout.unflatten(rows))[0]) for when, rows in found
+            Occurrences(when, call.restored(parted(problem, layout.unflatten(rows))[0]))
+            for when, rows in found
         )
         solution = Solution(times, states, run.stats, "t_end", None, costs, stages, occurrences)
         if run.last is not None and events is not None:
@@ -343,22 +340,25 @@ class Solver(torch.nn.Module):
         return solution
 
     def _prepare(
-        self, y0: Any, t: Any, ranks: Ranks, differentiate: bool
-    ) -> tuple[InitialValueProblem, torch.Tensor, torch.Tensor, Stats]:
+        self, y0: Any, t: Any, args: Any, ranks: Ranks, differentiate: bool
+    ) -> tuple[InitialValueProblem, torch.Tensor, torch.Tensor, Stats, Call]:
         """Validate what a solve is given. Not collective.
 
         Returns
         -------
-        problem, flat, times, ledger
-            The problem, the flat initial state, the output times, and the evaluations so far.
+        problem, flat, times, ledger, call
+            The problem, the flat initial state, the output times, the evaluations so far, and what
+            the user's functions get.
         """
-        declared = collect_parameters(self._functions, self._params)
+        engine = self._engine
+        call = Call.of(y0, args, ranks, self.mass, engine.exchange, engine.jacobian_options)
+        declared = collect_parameters(self._functions, (*(self._params or ()), *call.tensors))
         refuse_transforms([("y0", y0), ("t", t)], declared)
         refuse_moving([("mass", self.mass)], "and a mass matrix is constant here")
         times = as_times(t, endless=Events.may_end(self.event_fn))
         start = Stats()
         with torch.inference_mode(False), torch.set_grad_enabled(differentiate):
-            y0, compute = on_host(y0, self._device_state, start)
+            y0, compute = on_host(call.state(y0), self._device_state, start)
         if self._engine.method.implicit and any(tensor.is_inference() for tensor in declared):
             raise ConfigurationError(
                 f"a parameter was made in torch.inference_mode, and method={self.method!r} needs "
@@ -376,11 +376,11 @@ class Solver(torch.nn.Module):
         # Of tensors made in inference mode there are no derivatives, nor transposes if sparse.
         with torch.inference_mode(False), torch.set_grad_enabled(differentiate):
             problem = InitialValueProblem.create(
-                watched(self._functions[0], declared), y0, times, wanted,
+                call.function(watched(self._functions[0], declared)), y0, times, wanted,
                 check_undeclared=differentiate, form=self._form,
-                explicit=watched(self.explicit, declared),
+                explicit=call.function(watched(self.explicit, declared)), pairs=call.pairs,
                 mass=None if self.mass is None else MassMatrix(self.mass, StateLayout.of(y0)),
-                ranks=ranks, exchange=self._engine.exchange, compute=compute,
+                ranks=ranks, exchange=engine.exchange, compute=compute,
             )  # fmt: skip
             if self.event_fn is None:  # which may end it at any time
                 hit = (problem.times[0], problem.times[-1])
@@ -395,5 +395,6 @@ class Solver(torch.nn.Module):
                 else:
                     check_consistency(own, flat.detach(), start)
             if self.cost is not None:
-                problem, flat = with_integral(problem, watched(self.cost, declared), flat)
-        return problem, flat, times, start
+                cost = call.observer(watched(self.cost, declared))
+                problem, flat = with_integral(problem, cost, flat)
+        return problem, flat, times, start, call

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pnode import sweeps
+from pnode.calls import Call
 from pnode.devices import ordered, place_of
 from pnode.engine import Engine
 from pnode.errors import BackwardError, ConfigurationError, FieldChanged
@@ -37,20 +38,22 @@ class StageSweep:
         The solve.
     y0 : Tensor
         Its initial state, flat.
+    call : Call
+        How the user's state maps to it.
     """
 
-    def __init__(self, engine: Engine, run: Run, y0: torch.Tensor) -> None:
-        self._engine, self._run, self._y0 = engine, run, y0
+    def __init__(self, engine: Engine, run: Run, y0: torch.Tensor, call: Call) -> None:
+        self._engine, self._run, self._y0, self._call = engine, run, y0, call
         self._versions = self._written()
 
     @classmethod
-    def of(cls, engine: Engine, run: Run, y0: torch.Tensor) -> StageSweep | None:
+    def of(cls, engine: Engine, run: Run, y0: torch.Tensor, call: Call) -> StageSweep | None:
         """Return that of a differentiated solve, None of one in a transform of torch's."""
         transformed = any(
             is_wrapped(one) or (not one.requires_grad and moves(one))
             for one in (y0, *run.problem.parameters)
         )
-        return None if transformed else cls(engine, run, y0)
+        return None if transformed else cls(engine, run, y0, call)
 
     def __reduce__(self) -> Any:
         """Copies and pickles of a solution have numbers alone."""
@@ -82,7 +85,7 @@ class StageSweep:
             bare = replace(own, parameters=(), frozen=(*own.frozen, *own.parameters))
 
             def look(s: float, Y: torch.Tensor, w: torch.Tensor, weight: float, part: str) -> None:
-                stage = _stage(own, s, Y, w, weight, part)
+                stage = _stage(own, s, Y, w, weight, part, self._call)
                 with torch.set_grad_enabled(recording):
                     ranks.attempt(callback, stage)
 
@@ -121,6 +124,10 @@ class StageSweep:
                 "y0 or a parameter was written into after the solve"
                 f"{self._run.surroundings.differences()}: call stages() before that",
                 method=self._engine.method.name,
+            )
+        if self._call.structure is not None:
+            cotangents = self._call.structure.lower_like(
+                cotangents, ConfigurationError, "cotangents"
             )
         problem = self._run.problem
         own = problem if problem.base is None else problem.base
@@ -175,12 +182,12 @@ def uncompiled(engine: Engine, run: Run, y0: torch.Tensor) -> Run:
 
 def _stage(
     problem: InitialValueProblem, s: float, Y: torch.Tensor, w: torch.Tensor, weight: float,
-    part: str,
+    part: str, call: Call,
 ) -> Stage:  # fmt: skip
     """Return a stage in the user's time, shapes and precision."""
     layout, direction = problem.layout, problem.direction
     state, adjoint = (
-        parted(problem, layout.unflatten(one))[0]
+        call.restored(parted(problem, layout.unflatten(one))[0])
         for one in (
             Y.detach().to(layout.dtype, copy=True),
             (direction * w.detach()).to(layout.dtype),

@@ -157,11 +157,11 @@ def _fit(name: str, value: Tolerance, layout: StateLayout) -> float | torch.Tens
     if isinstance(value, float):
         return value
     if not isinstance(value, tuple) and not layout.is_tuple:
-        return _broadcast(name, value, layout.shapes[0])
+        return _broadcast(name, value, *_own_shape(layout, 0))
     if isinstance(value, tuple) and layout.is_tuple and len(value) == len(layout.shapes):
         return torch.cat([
-            _broadcast(f"{name}[{index}]", _as_tensor(part), shape)
-            for index, (part, shape) in enumerate(zip(value, layout.shapes, strict=True))
+            _broadcast(f"{name}[{index}]", _as_tensor(part), *_own_shape(layout, index))
+            for index, part in enumerate(value)
         ])  # fmt: skip
     given = f"has {len(value)} parts" if isinstance(value, tuple) else "is one tensor"
     state = f"a tuple of {len(layout.shapes)}" if layout.is_tuple else "one tensor"
@@ -175,9 +175,18 @@ def _as_tensor(value: float | torch.Tensor) -> torch.Tensor:
     return torch.as_tensor(value, dtype=torch.float64, device=HOST.device)
 
 
-def _broadcast(name: str, value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+def _own_shape(layout: StateLayout, index: int) -> tuple[torch.Size, bool]:
+    """Return the user's shape of a part of the state, and whether it is complex."""
+    shape = layout.shapes[index]
+    pair = bool(layout.pairs) and layout.pairs[index]
+    return (shape[:-1] if pair else shape), pair
+
+
+def _broadcast(name: str, value: torch.Tensor, shape: torch.Size, pair: bool) -> torch.Tensor:
+    """Return a tolerance for each entry, the same for both numbers of a pair."""
     try:
-        return value.broadcast_to(shape).reshape(-1)
+        own = value.broadcast_to(shape).reshape(-1)
+        return own.repeat_interleave(2) if pair else own
     except RuntimeError:
         raise ConfigurationError(
             f"{name} has shape {tuple(value.shape)}, which does not broadcast to that of y0, "

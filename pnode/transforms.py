@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
 
 from pnode.errors import BackwardError, ConfigurationError
 
@@ -316,6 +317,6 @@ def moves(tensor: torch.Tensor) -> bool:
 
 
 def tensors_of(value: Any) -> tuple[torch.Tensor, ...]:
-    """Return the tensors of a tuple or list, or a tensor in a tuple."""
-    values = value if isinstance(value, (tuple, list)) else (value,)
+    """Return the tensors of a structure, or a tensor in a tuple."""
+    values = (value,) if isinstance(value, torch.Tensor) else tree_leaves(value)
     return tuple(each for each in values if isinstance(each, torch.Tensor))

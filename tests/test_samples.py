@@ -161,3 +161,14 @@ def test_single_precision_and_tolerances():
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     with pytest.raises(pnode.ConfigurationError, match="atol has infinite"):
         pnode.Solver(f, samples="independent", atol=torch.tensor([1.0, 1.0, torch.inf]))(y0, t)
+
+
+def test_arguments_and_complex_states_are_refused():
+    solver = pnode.Solver(lambda t, y: -y, method="rk4", step_size=0.5, samples="independent")
+    y0, t = torch.ones(3, 2, dtype=torch.float64), torch.tensor([0.0, 1.0])
+    with pytest.raises(pnode.ConfigurationError, match="args= with samples='independent'"):
+        solver(y0, t, args=1.0)
+    with pytest.raises(pnode.ConfigurationError, match="y0 is complex"):
+        solver(y0 + 0j, t)
+    with pytest.raises(pnode.ConfigurationError, match="y0"):
+        solver({"y": y0}, t)

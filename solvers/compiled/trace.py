@@ -131,6 +131,8 @@ def trace_field(field: VectorField) -> FieldGraph:
     if any(parameter.is_complex() for parameter in field.parameters):
         raise Untraceable("a parameter is complex, for which torch's compiler writes no code")
     layout = field.problem.layout
+    if layout.pairs:
+        raise Untraceable("the state is complex, for which torch's compiler writes no code")
     shape = (layout.size,) if layout.is_tuple else tuple(layout.shapes[0])
     like = torch.empty(0, dtype=layout.dtype, device=layout.device)
     example = (like.new_zeros(()), like.new_zeros(shape))

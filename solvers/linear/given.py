@@ -32,6 +32,11 @@ class GivenMatrix:
         self._function: Callable[..., Any] | None = matrix if callable(matrix) else None
         self._constant = None if callable(matrix) else as_matrix(matrix, "preconditioner")
 
+    @property
+    def varies(self) -> bool:
+        """Whether a callable of time and state makes it."""
+        return self._function is not None
+
     def at(self, point: Point) -> torch.Tensor:
         """Return the approximation of dg/du at ``point``, dense or sparse, PETSc's precision."""
         problem = point.field.problem
