@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pnode.adjoint.compiled import CompiledAdjoint
+from pnode.adjoint.firk import CoupledAdjoint
 from pnode.adjoint.multistep import MultistepAdjoint
 from pnode.adjoint.rosenbrock import RosenbrockAdjoint
 from pnode.adjoint.stages import ExplicitAdjoint, StageAdjoint
@@ -23,6 +24,8 @@ def create_adjoint(
         return CompiledAdjoint(settings, parameters)
     if method.multistep:
         return MultistepAdjoint(settings, options, parameters)
+    if method.coupled:
+        return CoupledAdjoint(settings, options, parameters)
     if method.scheme is not None and method.scheme.explicit:
         return ExplicitAdjoint(settings, parameters)
     if method.symplectic:

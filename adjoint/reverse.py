@@ -93,8 +93,8 @@ class Repeated:
         integrator: TimeIntegrator | None = None,
     ) -> None:
         self._lend = lend
-        # BDF's Newton method aims at the tolerances of adaptive steps.
-        self._adaptive = settings.adaptive and settings.method.multistep
+        # Newton's method may aim at the tolerances of adaptive steps.
+        self._adaptive = settings.adaptive and settings.method.solves_to_tolerance
         self.steps = steps
         self._ledger = ledger
         self._reproducible = reproducible

@@ -14,6 +14,7 @@ from typing import TypeAlias
 
 import torch
 
+from pnode.adjoint.firk import CoupledAdjoint
 from pnode.adjoint.implicit import ImplicitAdjointStepper
 from pnode.adjoint.multistep import MultistepAdjoint
 from pnode.adjoint.stages import ExplicitAdjoint, StageAdjoint
@@ -226,6 +227,33 @@ class MultistepTangents(_ImplicitTangents):
         return found
 
 
+class CoupledTangents(TangentStepper):
+    """Of a step with coupled stages; see :mod:`pnode.adjoint.firk` for the equations.
+
+    K_Y dY = A^-1 1 x M du / h + g_p v and du' = (1 - sum d_i) du + sum d_i dY_i.
+    """
+
+    def __init__(self, adjoint: CoupledAdjoint, start: torch.Tensor, moving: Moving) -> None:
+        super().__init__(start, moving)
+        self._adjoint = adjoint
+
+    def step(self, step: Step, ledger: Ledger) -> None:
+        """Take a step; see :class:`TangentStepper`."""
+        adjoint, new = self._adjoint, self._adjoint.transformation
+        graphs, system = adjoint.linearized(step)
+        mass, before = adjoint.field.mass, self.tangents
+        driven = before if mass is None else mass.apply(before)
+        weights = torch.as_tensor(new.from_start / step.length, device=before.device)
+        right = weights[:, None] * driven[:, None, :]
+        if self._moving:
+            right = right + torch.stack([self._along(graph, None) for graph in graphs], 1)
+        found = adjoint.solve(system, right, step, ledger)
+        self.tangents = torch.as_tensor(new.end, device=before.device) @ found
+        if new.start_weight:
+            self.tangents = self.tangents + new.start_weight * before
+        ledger.steps += 1
+
+
 def has_tangents(settings: IntegratorSettings, has_mass: bool) -> bool:
     """Whether the steps of a method have tangents here.
 
@@ -235,7 +263,7 @@ def has_tangents(settings: IntegratorSettings, has_mass: bool) -> bool:
     method = settings.method
     if settings.graphs is not None or settings.form == "residual":
         return False
-    if method.multistep:
+    if method.multistep or method.coupled:
         return True
     scheme = method.scheme
     if scheme is None or method.linearly_implicit or method.symplectic:
@@ -257,6 +285,8 @@ def create_tangents(adjoint: AdjointStepper, start: torch.Tensor, moving: Moving
         return ExplicitTangents(adjoint, start, moving)
     if isinstance(adjoint, MultistepAdjoint):
         return MultistepTangents(adjoint, start, moving)
+    if isinstance(adjoint, CoupledAdjoint):
+        return CoupledTangents(adjoint, start, moving)
     assert isinstance(adjoint, StageAdjoint)
     return StageTangents(adjoint, start, moving)
 

@@ -137,6 +137,11 @@ class Checkpointing:
         return math.inf if self.store == "tape" else 0
 
     @property
+    def may_repeat(self) -> bool:
+        """Whether steps may be repeated from the middle of a sweep."""
+        return self.memory is not None or self.store == "solutions"
+
+    @property
     def bytes(self) -> int | None:
         """The limit in bytes; None for none."""
         return None if self.memory is None else int(self.memory)

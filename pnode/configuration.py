@@ -144,7 +144,7 @@ class Steps:
                 f"method={method.name!r} has no error estimate and step_size is None: give "
                 "step_size=h, or take an adaptive method such as 'dopri5' or 'es325'"
             )
-        own = method.name if method.multistep else None
+        own = method.name if method.solves_to_tolerance else None
         return StepControl(
             self.step_size, self.first_step, self.min_step or 0.0, self.max_step or math.inf,
             self.max_steps, self.rtol, self.atol,

@@ -97,7 +97,8 @@ def _chosen(
     with torch.no_grad(), problem.ranks.together(), engine.integrator(wide, field, x0) as taker:
         forward_sweep(taker, field, times, engine.control, ledger, [steps])
         ledger.newton, ledger.krylov = taker.iterations()
-    taken = replace(engine.settings(problem), adaptive=engine.method.multistep, graphs=None)
+    adaptive = engine.method.solves_to_tolerance
+    taken = replace(engine.settings(problem), adaptive=adaptive, graphs=None)
     return Recorded(steps.steps, tuple(steps.outputs), taken, surroundings)
 
 

@@ -166,7 +166,7 @@ def uncompiled(engine: Engine, run: Run, y0: torch.Tensor) -> Run:
     if isinstance(sweep, sweeps.SteppedSweep) and sweep.trajectory is not None:
         sweep.trajectory.clear()  # the limits of memory are for one sweep's checkpoints
         sweep.trajectory.ready = False
-    adaptive = run.settings.adaptive and engine.method.multistep
+    adaptive = run.settings.adaptive and engine.method.solves_to_tolerance
     settings = replace(run.settings, graphs=None, adaptive=adaptive)
     problem = replace(
         own, function=now(own.function), explicit=now(own.explicit), check_undeclared=False

@@ -95,7 +95,9 @@ class SteppedSweep(Sweep):
             # What one-step methods carry over from the step before; the others have the same bits.
             fresh = method.restarts and not method.same_bits
             cut = requests.events is not None and requests.events.cut and method.carries_slope
-            self._reproducible = (engine.checkpointing.reproducible or cut) and fresh
+            # What is repeated from the middle starts without what the steps before have left.
+            limited = method.coupled and engine.checkpointing.may_repeat
+            self._reproducible = (engine.checkpointing.reproducible or cut or limited) and fresh
         with engine.integrator(run.settings, field, y0) as integrator, ExitStack() as leases:
             if run.settings.jacobian_options.found:
                 integrator.check_structure()

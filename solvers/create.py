@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pnode.options import SolverOptions
 from pnode.solvers.compiled.integrator import CompiledIntegrator
+from pnode.solvers.firk.integrator import CoupledIntegrator
 from pnode.solvers.multistep import MultistepIntegrator
 from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.petsc.rosenbrock import RosenbrockIntegrator
@@ -19,6 +20,8 @@ def create_integrator(settings: IntegratorSettings, options: SolverOptions) -> T
         return CompiledIntegrator(settings, options)
     if settings.method.multistep:
         return MultistepIntegrator(settings, options)
+    if settings.method.coupled:
+        return CoupledIntegrator(settings, options)
     if settings.method.symplectic:
         return SymplecticIntegrator(settings, options)
     if settings.method.linearly_implicit:

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from pnode.errors import ConfigurationError
+from pnode.solvers.firk.tableaus import GAUSS4, GAUSS6, RADAU3, RADAU5
 from pnode.solvers.own_tableaus import BPR3, DOPRI8, FEHLBERG2, HEUN3, TSIT5
 from pnode.solvers.petsc.coefficients import find_scheme
 from pnode.solvers.scheme import SYMPLECTIC, HalfUpdate, Scheme
@@ -90,6 +91,16 @@ class Method:
     def multistep(self) -> bool:
         """Whether a step looks at more states than the last."""
         return self.adjoint == "multistep"
+
+    @cached_property
+    def coupled(self) -> bool:
+        """Whether all stages of a step are solved for at once."""
+        return self.own is not None and self.own.coupled
+
+    @property
+    def solves_to_tolerance(self) -> bool:
+        """Whether adaptive steps, repeated too, are solved no better than their tolerances ask."""
+        return self.multistep or self.coupled
 
     @cached_property
     def symplectic(self) -> bool:
@@ -206,6 +217,14 @@ def _bdf(name: str, order: int, *aliases: str) -> Method:
     )  # fmt: skip
 
 
+def _firk(name: str, order: int, own: Scheme, *aliases: str, **more: Any) -> Method:
+    """Return a row for a method with coupled stages: pnode's own, on a TS of type python."""
+    return Method(
+        name, "python", order, own.stages, aliases, kind="implicit", forms=("rhs", "mass"),
+        own=own, **more,
+    )  # fmt: skip
+
+
 def _ssp(name: str, subtype: str, order: int, stages: int, *aliases: str) -> Method:
     return Method(name, "ssp", order, stages, aliases, subtype)
 
@@ -319,6 +338,10 @@ METHODS: tuple[Method, ...] = (
     _arkimex("bpr3", "bpr353", 3, 5, own=BPR3),
     _arkimex("ark4", "4", 4, 6, "kennedy_carpenter4", adaptive=True),
     _arkimex("ark5", "5", 5, 8, "kennedy_carpenter5", adaptive=True),
+    _firk("radau3", 3, RADAU3, "radauIIA3"),
+    _firk("radau5", 5, RADAU5, "radauIIA5", "radau", adaptive=True, same_bits=False),
+    _firk("gauss4", 4, GAUSS4, "gl4"),
+    _firk("gauss6", 6, GAUSS6, "gl6"),
     *(_bdf(f"bdf{order}", order) for order in range(1, 7)),
     _bdf("bdf", 5),
 )
@@ -329,13 +352,8 @@ REFUSED: dict[str, str] = {
     "fixed_adams": "rk4",
     "implicit_adams": "cn",
     "adams": "dopri5",
-    "radauIIA3": "esdirk3",
-    "radauIIA5": "esdirk6",
-    "radau": "esdirk6",
     "gl2": "implicit_midpoint",
-    "gl4": "implicit_midpoint",
-    "gl6": "implicit_midpoint",
-    "gauss_legendre": "implicit_midpoint",
+    "gauss_legendre": "gauss4",
     "kvaerno3": "esdirk3",
     "kvaerno4": "es325",
     "kvaerno5": "esdirk6",
@@ -354,8 +372,8 @@ LEFT_OUT: dict[str, str] = {
     "mimex": "an experiment of PETSc's for mixed implicit-explicit conservation laws",
     "mprk": "multirate: the state is split into fast and slow entries by index sets",
     "discgrad": "discrete gradients: wants the structure of a gradient system, not f",
-    "irk": "Gauss methods: needs PETSc's Kronecker-product matrices of an assembled Jacobian",
-    "radau5": "an external Fortran code, not in PETSc's usual builds",
+    "irk": "no adjoint, an assembled Jacobian only: pnode's own `gauss4` and `gauss6` replace it",
+    "radau5": "an external Fortran code without an adjoint: pnode's own `radau5` replaces it",
     "sundials": "an external library, not in PETSc's usual builds",
     "bdf": "PETSc keeps its history to itself: pnode's own, on a TS of type python, replace it",
 }

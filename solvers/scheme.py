@@ -26,7 +26,7 @@ Rows: TypeAlias = tuple[Row, ...]
 
 @dataclass(frozen=True)
 class Scheme:
-    """A Runge-Kutta method: explicit, diagonally implicit, IMEX or Rosenbrock-W.
+    """A Runge-Kutta method: explicit, diagonally or fully implicit, IMEX or Rosenbrock-W.
 
     A step of length h from u at t has stages Y_i and slopes K_i::
 
@@ -42,8 +42,8 @@ class Scheme:
     Attributes
     ----------
     A : tuple of tuple of float
-        Stage coefficients, shape (s, s), lower triangular; a zero on the diagonal is an explicit
-        stage. Of an IMEX method those of the implicit part.
+        Stage coefficients, shape (s, s), lower triangular unless the stages are coupled; a zero on
+        the diagonal is an explicit stage. Of an IMEX method those of the implicit part.
     b : tuple of float
         Weights.
     reference : str
@@ -92,6 +92,11 @@ class Scheme:
         """Whether a step solves no systems."""
         diagonal = any(row[i] for i, row in enumerate(self.A))
         return not diagonal and self.A_explicit is None and self.Gamma is None
+
+    @cached_property
+    def coupled(self) -> bool:
+        """Whether a stage depends on later ones: all are solved for at once."""
+        return any(any(row[i + 1 :]) for i, row in enumerate(self.A))
 
     @property
     def explicit_first(self) -> bool:

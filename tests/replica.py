@@ -296,6 +296,19 @@ def theta_step(f, name, t, h, y):
     return 2.0 * stage - y
 
 
+def coupled_step(f, scheme, t, h, y):
+    """One step of a fully implicit Runge-Kutta method: all slopes at once."""
+    A, b = (torch.tensor(x, dtype=y.dtype) for x in (scheme.A, scheme.b))
+    times = [torch.as_tensor(t + c * h, dtype=y.dtype) for c in scheme.c]
+
+    def residual(K):
+        states = y + h * torch.tensordot(A, K, 1)
+        return K - torch.stack([f(s, Y) for s, Y in zip(times, states, strict=True)])
+
+    start = torch.zeros(len(b), *y.shape, dtype=y.dtype)
+    return y + h * torch.tensordot(b, solve_implicit(residual, start), 1)
+
+
 def bdf_replica(f, grid, y0, orders):
     """BDF on a grid; an order -p is extrapolated implicit Euler of order p."""
     times, states = [grid[0]], [y0]
@@ -345,12 +358,14 @@ def replica(f, name, y0, grid, orders=None):
     ``orders`` are those of a multistep method's steps; without, those of fixed steps.
     """
     method = find_method(name)
-    if method.ts_type == "python":
+    if method.multistep:
         k = method.order
         if orders is None:
             orders = [1 - k if step < k - 1 else k for step in range(len(grid) - 1)]
         return bdf_replica(f, grid, y0, orders)
-    if method.ts_type == "dirk":
+    if method.coupled:
+        tableau, step = method.scheme, coupled_step
+    elif method.ts_type == "dirk":
         tableau, step = dirk_tableau(method), dirk_step
     elif method.ts_type == "rosw":
         tableau, step = method.scheme, rosw_step

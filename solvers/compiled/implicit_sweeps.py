@@ -65,7 +65,7 @@ class ImplicitSweeps(Backend):
             return "of implicit methods all steps are kept: drop checkpointing"
         if settings.form != "rhs":
             return f"the form {settings.form!r} is not compiled: only y' = f(t, y) is"
-        if method.kind != "implicit" or method.multistep:
+        if method.kind != "implicit" or method.multistep or method.coupled:
             return (
                 f"method={method.name!r} is not compiled so far: of the implicit methods, "
                 "'beuler', 'cn', 'implicit_midpoint', the DIRK and the Rosenbrock methods are"

@@ -58,7 +58,7 @@ class TimeIntegrator:
         self.bridge = self._create_bridge()
         self.ts = build_ts(settings, options, self.bridge)
         self.solution = self.ts.getSolution()
-        own = method.implicit and method.keeps_stages
+        own = method.implicit and method.keeps_stages and not method.coupled
         self._kept = stage_vectors(self.ts) if own else []
         self._start = self.solution.duplicate() if settings.adaptive else None
         self._guesses = GuessedSteps(self.ts, self.bridge.jacobian, options)

@@ -127,13 +127,13 @@ def default_options(
     constant = more.reuse == "constant"
     linear = method.linearly_implicit or constant
     # With an old Jacobian a step test leaves a tenth of the step, not its square.
-    old = more.reuse in ("auto", "step", "solve") and jacobian != "matrix-free"
+    old = (more.reuse in ("auto", "step", "solve") and jacobian != "matrix-free") or method.coupled
     if not linear:
         if double:
             rtol, stol = 1e-13 if old else 1e-11, 1e-12 if old else 1e-10
         else:
             rtol, stol = 1e-7 if old else 1e-6, 1e-6 if old else 1e-5
-        if not (method.multistep and adaptive):  # see ModifiedNewton
+        if not (method.solves_to_tolerance and adaptive):  # see ModifiedNewton
             options |= {"snes_rtol": rtol, "snes_stol": stol}
     if not method.linearly_implicit:
         options["snes_linesearch_type"] = "basic"

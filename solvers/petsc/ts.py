@@ -44,11 +44,11 @@ def build_ts(
     """
     method, size, comm = settings.method, settings.size, settings.comm
     place = settings.place
-    if method.own is not None:
+    if method.own is not None and not method.coupled:
         register(method.subtype, method.order, method.own)
     ts = PETSc.TS().create(comm=comm)
     ts.setType(method.ts_type)
-    if method.multistep:  # a carrier of callbacks: pnode takes the steps
+    if method.multistep or method.coupled:  # a carrier of callbacks: pnode takes the steps
         ts.setPythonContext(object())
     if method.ts_type == "rk":
         ts.setRKType(method.subtype)

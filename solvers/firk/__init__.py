@@ -1,0 +1,1 @@
+"""Fully implicit Runge-Kutta methods: all stages of a step are solved for at once."""
