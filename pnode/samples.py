@@ -49,8 +49,8 @@ def solve(solver: Any, y0: Any, t: Any, args: Any) -> Solution:
     _refuse_unsupported(solver)
     if args is not None:
         raise ConfigurationError(
-            "args= with samples='independent' is not supported: give f its tensors by params= or as "
-            "a Module"
+            "args= with samples='independent' is not supported: give f its tensors by params=, or "
+            "as a Module"
         )
     if isinstance(y0, torch.Tensor) and y0.is_complex():
         raise ConfigurationError(
