@@ -31,18 +31,7 @@ def jacobian_options(
         )
         if given
     ]
-    if named and not method.implicit:
-        raise ConfigurationError(
-            f"{' and '.join(named)} given, and method={method.name!r} is explicit: drop it, or "
-            "take an implicit method such as 'cn' or 'es325'"
-        )
-    if method.coupled and (named or jacobian == "sparse"):
-        given = " and ".join(named) or "jacobian='sparse'"
-        raise ConfigurationError(
-            f"{given} given with method={method.name!r}, whose coupled stages are solved with "
-            "jacobian='dense', 'block' or 'matrix-free' alone, and which evaluates the Jacobian "
-            "when it has to: drop it, or take a DIRK method such as 'es325' or 'bdf'"
-        )
+    _refuse_method(method, named, jacobian)
     if isinstance(preconditioner, str) and preconditioner not in _ASSEMBLED:
         choices = ", ".join(map(repr, _ASSEMBLED))
         raise ConfigurationError(
@@ -84,6 +73,22 @@ def jacobian_options(
     if pattern is not None:
         pattern = _sparsity_pattern(pattern)
     return JacobianOptions(reuse, preconditioner, pattern)
+
+
+def _refuse_method(method: Method, named: list[str], jacobian: str) -> None:
+    """Refuse options that a method has no use for."""
+    if named and not method.implicit:
+        raise ConfigurationError(
+            f"{' and '.join(named)} given, and method={method.name!r} is explicit: drop it, or "
+            "take an implicit method such as 'cn' or 'es325'"
+        )
+    if method.coupled and (named or jacobian == "sparse"):
+        given = " and ".join(named) or "jacobian='sparse'"
+        raise ConfigurationError(
+            f"{given} given with method={method.name!r}, whose coupled stages are solved with "
+            "jacobian='dense', 'block' or 'matrix-free' alone, and which evaluates the Jacobian "
+            "when it has to: drop it, or take a DIRK method such as 'es325' or 'bdf'"
+        )
 
 
 def _sparsity_pattern(pattern: Any) -> SparsityPattern:
