@@ -61,6 +61,7 @@ class Run:
     steps: int
     rejected: int | None = None
     newton: int | None = None
+    factored: int | None = None
 
 
 class StiffSolver(Protocol):
@@ -124,7 +125,7 @@ class _Pnode:
         stats = solution.stats
         return Run(
             solution.ys[-1].numpy(), stats.rhs, stats.jvp, stats.jacobians, stats.steps,
-            stats.rejected, stats.newton,
+            stats.rejected, stats.newton, stats.factorizations or None,
         )  # fmt: skip
 
 
