@@ -167,7 +167,8 @@ class _Scipy:
     def count(self, rtol: float) -> Run:
         rhs, jacobian = _Calls(self._rhs), _Calls(self._jacobian)
         solved = self._solve(rtol, rhs, jacobian)
-        return Run(solved.y[:, -1], rhs.count, 0, jacobian.count, len(solved.t) - 1)
+        return Run(solved.y[:, -1], rhs.count, 0, jacobian.count, len(solved.t) - 1,
+                   factored=solved.nlu)  # fmt: skip
 
 
 class _Cvode:

@@ -36,13 +36,8 @@ def jacobian_options(
             f"{' and '.join(named)} given, and method={method.name!r} is explicit: drop it, or "
             "take an implicit method such as 'cn' or 'es325'"
         )
-    if method.coupled and (named or jacobian == "sparse"):
-        given = " and ".join(named) or "jacobian='sparse'"
-        raise ConfigurationError(
-            f"{given} given with method={method.name!r}, whose coupled stages are solved with "
-            "jacobian='dense', 'block' or 'matrix-free' alone, and which evaluates the Jacobian "
-            "when it has to: drop it, or take a DIRK method such as 'es325' or 'bdf'"
-        )
+    if method.coupled:
+        _refuse_for_coupled_stages(method, named, jacobian)
     if isinstance(preconditioner, str) and preconditioner not in _ASSEMBLED:
         choices = ", ".join(map(repr, _ASSEMBLED))
         raise ConfigurationError(
@@ -84,6 +79,17 @@ def jacobian_options(
     if pattern is not None:
         pattern = _sparsity_pattern(pattern)
     return JacobianOptions(reuse, preconditioner, pattern)
+
+
+def _refuse_for_coupled_stages(method: Method, named: list[str], jacobian: str) -> None:
+    """Refuse what systems of all stages together have no use for."""
+    if named or jacobian == "sparse":
+        given = " and ".join(named) or "jacobian='sparse'"
+        raise ConfigurationError(
+            f"{given} given with method={method.name!r}, whose coupled stages are solved with "
+            "jacobian='dense', 'block' or 'matrix-free' alone, and which evaluates the Jacobian "
+            "when it has to: drop it, or take another method such as 'es325' or 'bdf'"
+        )
 
 
 def _sparsity_pattern(pattern: Any) -> SparsityPattern:
