@@ -44,7 +44,7 @@ from stiff_gradients import create_gradient
 from stiff_problems import PROBLEMS, SENSITIVITIES, Problem, Sensitivity
 from stiff_solvers import PEERS, StiffSolver, Unavailable, create_solver
 
-SOLVERS = ("es325", "esdirk6", "bdf", "ra34pw2", *PEERS)
+SOLVERS = ("es325", "esdirk6", "bdf", "radau5", "ra34pw2", *PEERS)
 REFERENCE = "cvode-bdf"
 TOLERANCES = tuple(10.0**-k for k in range(3, 11))
 GRADIENT_TOLERANCES = (1e-4, 1e-6, 1e-8)
@@ -66,6 +66,7 @@ class Row:
     rejected: int | None = None
     jacobians: int | None = None
     newton: int | None = None
+    factored: int | None = None
     seconds: float | None = None
     failure: str | None = None
 
@@ -117,6 +118,7 @@ def measure(
         row.columns = run.jacobians * len(problem.start)
         row.evaluations = run.rhs + run.jvp + row.columns
         row.steps, row.rejected, row.newton = run.steps, run.rejected, run.newton
+        row.factored = run.factored
         if row.rtol == tolerances[0]:
             task()  # what is timed may have to be compiled
 
@@ -231,7 +233,7 @@ def print_rows(rows: list[Row]) -> None:
     """Print the table of one problem."""
     print(
         f"{'solver':>17} {'rtol':>6} {'error':>8} {'rhs':>8} {'jvp':>5} {'columns':>8} {'sum':>8} "
-        f"{'steps':>6} {'reject':>6} {'Jac.':>6} {'Newton':>7} {'seconds':>8}"
+        f"{'steps':>6} {'reject':>6} {'Jac.':>6} {'LU':>6} {'Newton':>7} {'seconds':>8}"
     )
     names = list(dict.fromkeys(row.solver for row in rows))
     for row in sorted(rows, key=lambda row: names.index(row.solver)):
@@ -242,8 +244,8 @@ def print_rows(rows: list[Row]) -> None:
         print(
             line + text(row.error, ".1e", 8), text(row.rhs, "d", 8), text(row.jvp, "d", 5),
             text(row.columns, "d", 8), text(row.evaluations, "d", 8), text(row.steps, "d", 6),
-            text(row.rejected, "d", 6), text(row.jacobians, "d", 6), text(row.newton, "d", 7),
-            text(row.seconds, ".4f", 8),
+            text(row.rejected, "d", 6), text(row.jacobians, "d", 6), text(row.factored, "d", 6),
+            text(row.newton, "d", 7), text(row.seconds, ".4f", 8),
         )  # fmt: skip
 
 

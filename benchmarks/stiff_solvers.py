@@ -61,6 +61,7 @@ class Run:
     steps: int
     rejected: int | None = None
     newton: int | None = None
+    factored: int | None = None
 
 
 class StiffSolver(Protocol):
@@ -124,7 +125,7 @@ class _Pnode:
         stats = solution.stats
         return Run(
             solution.ys[-1].numpy(), stats.rhs, stats.jvp, stats.jacobians, stats.steps,
-            stats.rejected, stats.newton,
+            stats.rejected, stats.newton, stats.factorizations or None,
         )  # fmt: skip
 
 
@@ -166,7 +167,8 @@ class _Scipy:
     def count(self, rtol: float) -> Run:
         rhs, jacobian = _Calls(self._rhs), _Calls(self._jacobian)
         solved = self._solve(rtol, rhs, jacobian)
-        return Run(solved.y[:, -1], rhs.count, 0, jacobian.count, len(solved.t) - 1)
+        return Run(solved.y[:, -1], rhs.count, 0, jacobian.count, len(solved.t) - 1,
+                   factored=solved.nlu)  # fmt: skip
 
 
 class _Cvode:

@@ -79,7 +79,7 @@ class Checkpointing:
     resume : str, optional
         A name under which the forward sweep can be taken up again after its process was killed:
         the same solve with the same name goes on from what is in ``disk``. The folder stays until
-        the gradient has been taken. Not for BDF, events and dense output.
+        the gradient has been taken. Not for BDF, adaptive radau5, events and dense output.
 
     Raises
     ------

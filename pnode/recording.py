@@ -55,10 +55,11 @@ def new_trajectory(engine: Engine, run: Run, requests: Requests, y0: torch.Tenso
     progress = None
     if chosen.resume is not None and requests.recorded is None:
         assert chosen.disk is not None
-        if not engine.method.restarts or requests.events is not None or requests.dense:
+        history = not engine.method.restarts or (engine.method.coupled and run.settings.adaptive)
+        if history or requests.events is not None or requests.dense:
             raise ConfigurationError(
-                f"resume={chosen.resume!r} is not for BDF, event_fn and dense=True: they go "
-                "on from more than one state"
+                f"resume={chosen.resume!r} is not for BDF, adaptive radau5, event_fn and "
+                "dense=True: they go on from more than one state"
             )
         progress = Progress(chosen.disk, chosen.resume, _identity(engine, run, y0))
         folder = partial(_itself, progress)

@@ -20,9 +20,6 @@ from pnode.vectorfield import VectorField
 
 __all__ = ["Observer", "Step", "forward_sweep"]
 
-# After a failed nonlinear solve or a non-finite vector field there is no error estimate to go by.
-_FAILURE_FACTOR = 0.25
-
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -219,8 +216,9 @@ class _Sweep:
             self.ledger.rejected += 1
             error = outcome.error or error
             self._check_minimum(s, wanted, least, error)
-            proposed = outcome.next_step if outcome.error is None else _FAILURE_FACTOR * length
-            self.natural = proposed if 0.0 < proposed < length else _FAILURE_FACTOR * length
+            shorter = self.integrator.failure_factor * length
+            proposed = outcome.next_step if outcome.error is None else shorter
+            self.natural = proposed if 0.0 < proposed < length else shorter
 
     def _first_step(self, start: float, end: float) -> float:
         """Return the user's first step, or an automatic one.

@@ -79,6 +79,8 @@ class CoupledIntegrator(TimeIntegrator):
         For an option that would have no effect.
     """
 
+    failure_factor = 0.5
+
     def __init__(self, settings: IntegratorSettings, options: SolverOptions) -> None:
         refuse_options(settings, options)
         super().__init__(settings, options)
@@ -286,7 +288,7 @@ class CoupledIntegrator(TimeIntegrator):
         """Return the norm of RADAU5's estimate, in units of the tolerances.
 
         (gamma M / h - J) e = g(t, u) + M sum E_i Z_i / h; a step that would be rejected is given
-        another look, with g(t, u + e), where it begins afresh or follows a rejected attempt.
+        another look, with g(t, u + e), if it follows an attempt that failed.
         """
         assert self._system is not None
         mass, u = self.bridge.field.mass, self._state
@@ -303,8 +305,7 @@ class CoupledIntegrator(TimeIntegrator):
                     "the linear solve of an error estimate failed: use jacobian='dense'", **where
                 )
             norm = size(e)
-            again = bool(self._failed) or self._before is None
-            if norm <= 1.0 or look or not again or not math.isfinite(norm):
+            if norm <= 1.0 or look or not self._failed or not math.isfinite(norm):
                 break
             slope = self._newton.value(s, u + e, where)
             if not self.ranks.norm(slope) < 1e150:

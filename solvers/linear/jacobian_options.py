@@ -87,7 +87,7 @@ def _refuse_method(method: Method, named: list[str], jacobian: str) -> None:
         raise ConfigurationError(
             f"{given} given with method={method.name!r}, whose coupled stages are solved with "
             "jacobian='dense', 'block' or 'matrix-free' alone, and which evaluates the Jacobian "
-            "when it has to: drop it, or take a DIRK method such as 'es325' or 'bdf'"
+            "when it has to: drop it, or take another method such as 'es325' or 'bdf'"
         )
 
 

@@ -44,11 +44,15 @@ class TimeIntegrator:
     ----------
     proposes_absolute : bool
         Whether proposed steps do not depend on the length of the last one.
+    failure_factor : float
+        What a step is shortened by after a failed nonlinear solve or a non-finite vector field,
+        which leave no error estimate to go by.
     first_order : int
         Order of the first step.
     """
 
     proposes_absolute = False
+    failure_factor = 0.25
 
     def __init__(self, settings: IntegratorSettings, options: SolverOptions) -> None:
         self.first_order = settings.method.order
