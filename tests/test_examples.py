@@ -329,7 +329,7 @@ def test_an_explicit_method_with_long_steps_blows_up(observations):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--method", "radauIIA5"], "nearest here is method='esdirk6'"),
+        (["--method", "kvaerno5"], "nearest here is method='esdirk6'"),
         (["--method", "nonsense"], "method='nonsense' is unknown"),
     ],
 )

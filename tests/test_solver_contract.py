@@ -925,8 +925,8 @@ def test_torchdiffeq_names_work(method):
 @pytest.mark.parametrize(
     ("method", "nearest"),
     [("explicit_adams", "dopri5"), ("fixed_adams", "rk4"),
-     ("implicit_adams", "cn"), ("radauIIA5", "esdirk6"),
-     ("gl4", "implicit_midpoint"), ("scipy_solver", "bdf")],
+     ("implicit_adams", "cn"), ("kvaerno5", "esdirk6"),
+     ("gl2", "implicit_midpoint"), ("scipy_solver", "bdf")],
 )  # fmt: skip
 def test_refused_names_mention_the_nearest_method(method, nearest):
     with pytest.raises(pnode.ConfigurationError, match=f"{method!r}.*nearest.*{nearest!r}"):

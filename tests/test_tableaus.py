@@ -413,7 +413,7 @@ HEUN = {"A": [[], [1]], "b": [1 / 2, 1 / 2], "c": [0, 1]}
     ({"name": "dopri5"}, "name='dopri5' is taken, by another method"),
     ({"name": "2a"}, "name='2a' is taken"),
     ({"name": "prssp2"}, "name='prssp2' is taken"),
-    ({"name": "gl4"}, "is taken, by a method of another package"),
+    ({"name": "gl2"}, "is taken, by a method of another package"),
     ({"name": "own_kutta"}, "is taken, by a tableau with other coefficients"),
     ({"b": []}, "b is empty"),
     ({"b": 1.0}, "b=1.0 is not a sequence"),

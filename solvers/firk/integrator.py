@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import torch
 
 from pnode import tolerances, vectors
@@ -247,13 +246,15 @@ class CoupledIntegrator(TimeIntegrator):
         if self._before is None:
             return self._state.new_zeros((self._scheme.stages, len(self._state)))
         length, Z = self._before
-        nodes = np.array([0.0, *self._scheme.c])
-        at = 1.0 + np.array(self._scheme.c) * (step / length)
-        weights = np.empty((len(at), len(nodes) - 1))
-        for j in range(1, len(nodes)):
-            others = np.delete(nodes, j)
-            weights[:, j - 1] = np.prod((at[:, None] - others) / (nodes[j] - others), axis=1)
-        return torch.as_tensor(weights, device=Z.device) @ Z - self._end @ Z
+        nodes = (0.0, *self._scheme.c)
+        weights = [
+            [
+                math.prod((1.0 + c * step / length - x) / (own - x) for x in nodes if x != own)
+                for own in self._scheme.c
+            ]
+            for c in self._scheme.c
+        ]
+        return torch.tensor(weights, dtype=Z.dtype, device=Z.device) @ Z - self._end @ Z
 
     def _judge(
         self, s: float, step: float, found: Stages, where: dict[str, Any], accepts: bool | None

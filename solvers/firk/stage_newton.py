@@ -179,7 +179,7 @@ class StageNewton:
         system: SimplifiedSystem | None, size: Any, where: dict[str, Any],
     ) -> Stages | SolveError:  # fmt: skip
         """Iterate with one Jacobian, or with each stage's own at each iterate if there is none."""
-        ranks, before, rate = self._bridge.ranks, 0.0, 0.0
+        ranks, before, rate, allowed = self._bridge.ranks, 0.0, 0.0, 0.0
         tight = self._stol is not None
         for iteration in range(self.limit):
             residual = self._residual(times, step, u, Z, where)
@@ -196,12 +196,13 @@ class StageNewton:
             Z = Z + update
             length, moved = self._lengths(update, u + Z)
             noise = self._eps * length
-            norm = moved if tight or size is None else self._largest(size, update)
+            norm = moved if tight or size is None else size(update)
             if not norm < 1e150:
                 return self._failed(iteration, residual, where)
             if iteration:
                 rate = norm / before if before else 0.0
-            allowed = self._allowed(length, noise, size, u)
+            if tight or not iteration:
+                allowed = self._allowed(length, noise, size, u)
             if norm <= 0.0 or (iteration and rate < 1.0 and rate / (1.0 - rate) * norm < allowed):
                 return self._done(Z, u, step, residual, update, iteration + 1, rate)
             if iteration and rate >= 1.0 and moved <= 1e3 * noise:  # round-off is all that is left
@@ -241,10 +242,6 @@ class StageNewton:
             self._transformation, step, found, bridge.field.mass, self._mass_blocks(), self.krylov,
             bridge.ranks,
         )  # fmt: skip
-
-    def _largest(self, size: Any, update: torch.Tensor) -> float:
-        """Return the root mean square of an update of all stages."""
-        return float((sum(size(row) ** 2 for row in update) / len(update)) ** 0.5)
 
     def _lengths(self, update: torch.Tensor, Y: torch.Tensor) -> tuple[float, float]:
         """Return the norms of the stages, and of an update: that of the part that moves most."""
