@@ -37,7 +37,8 @@ MethodName = Literal[
     "trbdf2", "esdirk3", "es325", "dirk657a", "esdirk6", "dirk658a", "sdirk6", "dirk7510sal",
     "esdirk7", "dirk759a", "sdirk7", "dirk8614a", "dirk8616sal", "esdirk8", "imexbe", "imexa2",
     "imexl2", "ars122", "ark2c", "ark2d", "ark2e", "imexssp2", "ark3", "ars443", "bpr3", "ark4",
-    "ark5", "bdf1", "bdf2", "bdf3", "bdf4", "bdf5", "bdf6", "bdf",
+    "ark5", "radau3", "radau5", "gauss4", "gauss6", "bdf1", "bdf2", "bdf3", "bdf4", "bdf5", "bdf6",
+    "bdf",
 ]  # fmt: skip
 JacobianKind = Literal["auto", "matrix-free", "dense", "block", "sparse"]
 Reuse = Literal["auto", "iteration", "step", "solve", "constant"]

@@ -12,6 +12,8 @@ from pnode.held import now
 from pnode.problem import InitialValueProblem
 from pnode.rebinding import bound
 from pnode.run import Run
+from pnode.solution import Stats
+from pnode.transfers import remote
 from pnode.vectorfield import VectorField
 
 __all__ = [
@@ -97,6 +99,7 @@ def flow_slope(problem: InitialValueProblem, t: torch.Tensor, y: torch.Tensor) -
     """Return dy/dt at a time and a state, flat, as a differentiable function of everything."""
     layout = problem.layout
     parts = [now(part) for part in (problem.function, problem.explicit) if part is not None]
+    parts = [remote(part, problem.compute, Stats(), strict=False) for part in parts]
     values = [layout.flatten(part(t, layout.unflatten(y.clone()))) for part in parts]
     return sum(values[1:], start=values[0])
 

@@ -90,6 +90,11 @@ def sensitivities(
     """
     if not isinstance(solver, Solver):
         raise ConfigurationError(f"solver is a {type(solver).__name__}: give a pnode.Solver")
+    if solver.event_fn is not None:
+        raise ConfigurationError(
+            "solver has event_fn, and how many outputs there are depends on the event's time: take "
+            "torch.func.jacfwd or jacrev of what you need of the solution"
+        )
     arguments.choice("mode", mode, ("auto", "forward", "adjoint"))
     names = _names(solver, wrt)
     known = {name: tensor.detach() for name, tensor in solver.named_parameters()}

@@ -157,6 +157,7 @@ class StageNewton:
             Time, step and method, for errors.
         """
         times = [end if c == 1.0 else s + c * step for c in self._scheme.c]
+        u, guess = u.to(REAL), guess.to(REAL)  # a state of single precision may have been restored
         found = self._iterate(times, step, u, guess, system, size, where)
         if isinstance(found, NonlinearSolveFailed) and size is None:
             found = self._iterate(times, step, u, guess, None, None, where)
