@@ -63,6 +63,8 @@ class ModifiedNewton:
     """
 
     KAPPA = 0.05
+    #: So many, unless someone has set ``snes_max_it``, where a step can be made smaller.
+    MOST_ITERATIONS = 4
     # An iteration that converges more slowly gets a new Jacobian next time, or now if it fails.
     _SLOW = 0.1
     # The observed rate of convergence is remembered: it falls at most, and grows while it is not
@@ -222,7 +224,7 @@ class ModifiedNewton:
         by_residual = self._parts is None and ("snes_rtol" in given or "snes_atol" in given)
         rtol = rtol if "snes_rtol" in given else 0.0
         by_norm = "snes_stol" in given
-        limit = limit if "snes_max_it" in given or not self._adaptive else 4
+        limit = limit if "snes_max_it" in given or not self._adaptive else self.MOST_ITERATIONS
         ranks = self._bridge.ranks
         u, norm, first, fresh = guess, 0.0, 0.0, self._refresh
         self._snes.setConvergedReason(_REASON.CONVERGED_ITERATING)
@@ -339,6 +341,7 @@ class ModifiedNewton:
         if self._kept is not None:
             self._kept.copy(self._matrix)
             self._matrix.shift(shift)
+            self._bridge.field.ledger.factorizations += 1
 
     def _converged(self, u: torch.Tensor) -> torch.Tensor:
         self._snes.setConvergedReason(_REASON.CONVERGED_SNORM_RELATIVE)

@@ -22,7 +22,7 @@ TIMES = torch.tensor([0.0, 0.3, 1.0], dtype=D)
 WAYS = {
     "steps": {"method": "bosh3", "step_size": 0.1},
     "adaptive steps": {"method": "dopri5", "rtol": 1e-5, "atol": 1e-7, "first_step": 0.1},
-    "field": {"method": "bdf2", "step_size": 0.1},
+    "field": {"method": "bdf2", "step_size": 0.1, "jacobian": "matrix-free"},
     "field of block": {"method": "cn", "step_size": 0.1, "jacobian": "matrix-free"},
 }
 

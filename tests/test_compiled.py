@@ -533,7 +533,7 @@ def test_what_torch_cannot_trace(interpreted: dict[str, int]) -> None:
 @pytest.mark.parametrize(
     "keywords",
     [
-        {"method": "bdf2", "step_size": 0.1},
+        {"method": "bdf2", "step_size": 0.1, "jacobian": "matrix-free"},
         {"controller": "pi"},
         {"petsc_options": {"ts_adapt_safety": 0.8}},
     ],

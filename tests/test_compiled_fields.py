@@ -31,8 +31,8 @@ class Split(torch.nn.Module):
 
 
 METHODS = {
-    "bdf, adaptive": {"method": "bdf", "rtol": 1e-6},
-    "bdf3": {"method": "bdf3", "step_size": 0.1},
+    "bdf, adaptive": {"method": "bdf", "rtol": 1e-6, "jacobian": "block"},
+    "bdf3, sparse": {"method": "bdf3", "step_size": 0.1, "jacobian": "sparse"},
     "cn, adaptive": {"method": "cn", "rtol": 1e-3},
     "cn, blocks": {"method": "cn", "step_size": 0.1, "jacobian": "block"},
     "cn, sparse": {"method": "cn", "step_size": 0.1, "jacobian": "sparse"},
@@ -198,7 +198,7 @@ def test_machine_code(monkeypatch, tmp_path):
     monkeypatch.undo()
     share_headers(tmp_path)
     monkeypatch.setenv("PNODE_CACHE_DIR", str(tmp_path))
-    keywords = {"method": "bdf3", "step_size": 0.1}
+    keywords = {"method": "bdf3", "step_size": 0.1, "dense": True}
     both(Net(), start(4, 3), within=1e-9, **keywords)
     files = sorted(tmp_path.glob("[!.]*"))
     assert [file.name.split("-")[0] for file in files] == ["product", "rows", "value"]

@@ -17,6 +17,7 @@ TIMES = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
 THETA = ["beuler", "cn", "implicit_midpoint"]
 ROSW = [method.name for method in METHODS if method.ts_type == "rosw"]
 DIRK = [method.name for method in METHODS if method.ts_type == "dirk"]
+BDF = [method.name for method in METHODS if method.multistep]
 ADAPTIVE = [m.name for m in METHODS if m.adaptive and m.name in (*ROSW, *DIRK)]
 
 
@@ -80,7 +81,7 @@ def compare(eager, compiled, tolerance=1e-9):
     assert compiled[0].stats.rejected == eager[0].stats.rejected
 
 
-@pytest.mark.parametrize("method", [*THETA, *ROSW, *DIRK])
+@pytest.mark.parametrize("method", [*THETA, *BDF, *ROSW, *DIRK])
 def test_fixed_steps_are_the_eager_ones(method):
     kinetics = Kinetics()
     keywords = {"method": method, "step_size": 0.1, "jacobian_reuse": "iteration"}
@@ -99,7 +100,83 @@ def test_adaptive_steps_are_the_eager_ones(method):
     compare(eager, compiled, 1e-9 if method in ROSW else 1e-7)
 
 
-@pytest.mark.parametrize("method", ["cn", "rodaspr", "es325"])
+@pytest.mark.parametrize(("method", "rtol"), [("bdf", 1e-3), ("bdf", 1e-9), ("bdf4", 1e-7)])
+def test_adaptive_steps_of_bdf_are_the_eager_ones(method, rtol):
+    """Order, length, rejections and iterations alike: they follow from what Newton leaves."""
+    keywords = {"method": method, "rtol": rtol, "atol": 1e-2 * rtol}
+    eager, compiled = (solve(Kinetics(), c, **keywords) for c in (False, True))
+    compare(eager, compiled)
+    for name in ("rhs", "jacobians", "factorizations", "newton", "krylov", "ram_bytes"):
+        assert getattr(compiled[0].stats, name) == getattr(eager[0].stats, name), name
+    assert compiled[0].stats.backward.jacobians == compiled[0].stats.steps
+
+
+class Constrained(torch.nn.Module):
+    """Kinetics of three species, of which the last equation is their sum's."""
+
+    def __init__(self):
+        super().__init__()
+        rates = torch.tensor([0.04, 3e3, 1e2], dtype=torch.float64)
+        self.rates = torch.nn.Parameter(rates)
+
+    def forward(self, t, y):
+        a, b, c = y.unbind(-1)
+        first, second, third = self.rates[0] * a, self.rates[1] * b * b, self.rates[2] * b * c
+        return torch.stack([third - first, first - second - third, a + b + c - 1.0], -1)
+
+
+@pytest.mark.parametrize("keywords", [
+    {"method": "bdf", "rtol": 1e-6, "atol": 1e-9}, {"method": "bdf4", "step_size": 0.05},
+])  # fmt: skip
+def test_mass_matrices_with_algebraic_equations(keywords):
+    mass = torch.tensor([[2.0, 1.0, 0.0], [1.0, 3.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    results = []
+    for compile in (False, True):
+        field = Constrained()
+        solver = pnode.Solver(field, mass=mass, jacobian="dense", compile=compile, **keywords)
+        y0 = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64, requires_grad=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            solution = solver(y0, torch.tensor([0.0, 0.5, 2.0], dtype=torch.float64))
+        (solution.ys**2).sum().backward()
+        results.append((solution, [y0.grad, field.rates.grad]))
+    # Round-off decides when Newton's method is content: the solutions are within its tolerance.
+    compare(*results, 1e-7 if "rtol" in keywords else 1e-12)
+    assert results[1][0].ys.sum(-1).sub(1.0).abs().max() < 1e-9
+
+
+def test_steps_of_bdf_that_fail_are_tried_again():
+    """A jump that no polynomial foresees: rejections in a row, and a history of no use."""
+
+    def jump(t, y):
+        return torch.where(t > 0.31, -1e3, -1.0) * (y - torch.cos(t))
+
+    times = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    keywords = {"method": "bdf", "rtol": 1e-7, "atol": 1e-9, "jacobian": "dense"}
+    solutions = [pnode.Solver(jump, compile=c, **keywords)(START, times) for c in (False, True)]
+    eager, compiled = (solution.stats for solution in solutions)
+    assert eager.rejected > 2
+    assert (compiled.steps, compiled.rejected) == (eager.steps, eager.rejected)
+    assert difference(solutions[1].ys, solutions[0].ys) < 1e-9
+
+
+def test_bdf_meets_infinity_and_a_limit_with_the_errors_of_single_steps():
+    cases = (
+        (lambda t, y: y**2, {}, pnode.SolveError),
+        (lambda t, y: torch.where(t > 0.5, torch.nan, 1.0) * -y, {}, pnode.NonFiniteVectorField),
+        (lambda t, y: -y, {"max_steps": 3}, pnode.StepLimitReached),
+    )
+    for field, more, kind in cases:
+        messages = []
+        for compile in (False, True):
+            solver = pnode.Solver(field, method="bdf", jacobian="dense", compile=compile, **more)
+            with pytest.raises(kind) as caught:
+                solver(START, torch.tensor([0.0, 2.0], dtype=torch.float64))
+            messages.append(str(caught.value))
+        assert messages[0] == messages[1]
+
+
+@pytest.mark.parametrize("method", ["cn", "rodaspr", "es325", "bdf3"])
 def test_backward_in_time(method):
     times = torch.tensor([0.5, 0.3, 0.0], dtype=torch.float64)
     eager, compiled = (
@@ -342,7 +419,8 @@ def test_one_warning_says_why_a_solve_is_not_compiled(keywords, reason):
 @pytest.mark.parametrize(
     "keywords",
     [
-        {"method": "bdf"},
+        {"method": "bdf", "jacobian": "sparse"},
+        {"method": "bdf", "petsc_options": {"pc_factor_shift_type": "none"}},
         {"method": "cn", "rtol": 1e-2, "atol": 1e-2},
         {"method": "cn", "step_size": 0.1, "jacobian_reuse": "step"},
         {"method": "cn", "step_size": 0.1, "petsc_options": {"pc_factor_shift_type": "none"}},

@@ -172,7 +172,7 @@ class Dirk : public ImplicitSteps {
 extern "C" {
 
 // To be freed by the sweep that takes it over.
-void* pnode_implicit_steps(const Settings* settings, const double* y0) {
+void* pnode_implicit_steps(const Settings* settings, const double* y0, const double*) {
   return static_cast<Kernel*>(new Dirk(*settings, y0));
 }
 }

@@ -1,4 +1,4 @@
-// Implicit steps on a small system with a dense Jacobian: what dirk_steps.cpp and
+// Implicit steps on a small system with a dense Jacobian: what dirk_steps.cpp, bdf_steps.cpp and
 // rosenbrock_steps.cpp have in common.
 //
 // What stands above this file when it is compiled (see programs.py): kernel.h, and of
@@ -23,6 +23,9 @@ struct Settings {  // of programs.py
   // Rosenbrock: one matrix for all stages; f_t is needed. DIRK: u' is the last stage; the first
   // stage is u; its slope is the last stage's of the step before, as that was solved for.
   int64_t one_matrix, time_slope, stiffly_accurate, explicit_first, carries_slope;
+  // BDF: lowest and highest order; whether Newton's method looks at the residual, and at the update
+  // in relation to u instead of to the tolerances.
+  int64_t lowest, highest, by_residual, by_norm;
   double newton_rtol, newton_stol, newton_atol, newton_divtol;
   const double *A, *inverse, *correction, *b, *defect, *alpha, *gamma, *diagonal;
   const double *rtol, *atol;
@@ -34,14 +37,17 @@ double square(const double* x) {
   return sum;
 }
 
-// LU with partial pivoting of shift I - J.
+// LU with partial pivoting of shift M - J; without a mass matrix M = I.
 struct Factors {
   double lu[N][N];
   int pivots[N];
 
-  bool factor(double shift, const double* J) {
+  bool factor(double shift, const double* J, const double* mass = nullptr) {
     for (int i = 0; i < N; i++)
-      for (int j = 0; j < N; j++) lu[i][j] = (i == j ? shift : 0.0) - J[i * N + j];
+      for (int j = 0; j < N; j++) {
+        const double entry = mass ? mass[i * N + j] : i == j;
+        lu[i][j] = shift * entry - J[i * N + j];
+      }
     for (int k = 0; k < N; k++) {
       int best = k;
       for (int i = k + 1; i < N; i++)

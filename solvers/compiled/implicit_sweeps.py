@@ -20,7 +20,9 @@ from pnode.solvers.compiled.programs import Program
 from pnode.solvers.compiled.trace import Untraceable
 from pnode.solvers.linear.jacobians import JacobianOptions
 from pnode.solvers.methods import Method
-from pnode.solvers.petsc.settings import default_options
+from pnode.solvers.newton import ModifiedNewton
+from pnode.solvers.petsc.settings import IntegratorSettings, default_options
+from pnode.solvers.scheme import Scheme
 from pnode.vectorfield import VectorField, vector_field
 from pnode.vectors import REAL
 
@@ -35,7 +37,7 @@ _NEWTON = {
 }  # fmt: skip
 _INTEGERS = (
     "stages", "adaptive", "max_newton", "wanted", "one_matrix", "time_slope", "stiffly_accurate",
-    "explicit_first", "carries_slope",
+    "explicit_first", "carries_slope", "lowest", "highest", "by_residual", "by_norm",
 )  # fmt: skip
 _NUMBERS = ("newton_rtol", "newton_stol", "newton_atol", "newton_divtol")
 _ARRAYS = (
@@ -52,7 +54,7 @@ class _Settings(ctypes.Structure):
 
 
 class ImplicitSweeps(Backend):
-    """Sweeps of theta, DIRK and Rosenbrock methods, as programs of scalars."""
+    """Sweeps of theta, DIRK, BDF and Rosenbrock methods, as programs of scalars."""
 
     implicit = True
 
@@ -63,16 +65,21 @@ class ImplicitSweeps(Backend):
             return "dense=True, events and monitors look at single steps of implicit methods"
         if wanted.keep and wanted.checkpointing != Checkpointing():
             return "of implicit methods all steps are kept: drop checkpointing"
-        if settings.form != "rhs":
-            return f"the form {settings.form!r} is not compiled: only y' = f(t, y) is"
-        if method.kind != "implicit" or method.multistep or method.coupled:
+        if settings.form != "rhs" and not (settings.form == "mass" and method.multistep):
             return (
-                f"method={method.name!r} is not compiled so far: of the implicit methods, "
-                "'beuler', 'cn', 'implicit_midpoint', the DIRK and the Rosenbrock methods are"
+                f"the form {settings.form!r} is not compiled: only y' = f(t, y) is, and of BDF "
+                "M y' = f(t, y)"
             )
-        assert method.scheme is not None
-        if settings.adaptive and method.scheme.b_embedded is None:
+        if method.kind != "implicit" or method.coupled:
+            return (
+                f"method={method.name!r} is not compiled so far: of the implicit methods, 'beuler', "
+                "'cn', 'implicit_midpoint', BDF, the DIRK and the Rosenbrock methods are"
+            )
+        embedded = method.multistep or _scheme(method).b_embedded is not None
+        if settings.adaptive and not embedded:
             return f"method={method.name!r} is compiled for fixed steps only: give step_size"
+        if method.multistep and bool((_tolerance(settings, "atol") == 0.0).any()):
+            return "BDF is compiled for atol without zeros"
         reuse = settings.jacobian_options.reuse
         if settings.jacobian != "dense" or reuse not in ("auto", "iteration"):
             return (
@@ -90,10 +97,12 @@ class ImplicitSweeps(Backend):
     def _compile(
         self, trace: Trace, part: VectorField, y0: torch.Tensor, wanted: Wanted
     ) -> Program:
-        rosenbrock = wanted.settings.method.linearly_implicit
-        key = (ImplicitSweeps, rosenbrock)
+        method = wanted.settings.method
+        rosenbrock = method.linearly_implicit
+        steps = "bdf" if method.multistep else "rosenbrock" if rosenbrock else "dirk"
+        key = (ImplicitSweeps, steps)
         if key not in trace.codes:
-            program = Program(trace.graph, part.problem.parameters, rosenbrock)
+            program = Program(trace.graph, part.problem.parameters, steps)
             _check(program, part, y0, rosenbrock)
             trace.codes[key] = program
         made: Program = trace.codes[key]
@@ -105,9 +114,13 @@ class ImplicitSweeps(Backend):
     ) -> Compilation:
         """Return the sweep."""
         program: Program = checked[0].code
+        mass = field_.problem.mass
+        handle = program.stand_at(
+            _prepared(program, wanted), y0, None if mass is None else mass.dense()
+        )
         sweep = CompiledSweep(
-            program, program.stand_at(_prepared(program, wanted), y0), None, field_.problem,
-            wanted.settings, wanted.control, wanted.keep, wanted.control.first_step or 0.0,
+            program, handle, None, field_.problem, wanted.settings, wanted.control, wanted.keep,
+            wanted.control.first_step or 0.0,
         )  # fmt: skip
         return Compilation(sweep, captured=tuple(program.captured))
 
@@ -157,8 +170,9 @@ def _matched(
 
 def _arrays(method: Method) -> dict[str, np.ndarray]:
     """Return the coefficients: of a Rosenbrock method those in the variables Y = G k."""
-    scheme = method.scheme
-    assert scheme is not None
+    if method.multistep:
+        return {}
+    scheme = _scheme(method)
     if method.linearly_implicit:
         A, inverse, correction, b = scheme.transformed()
         arrays = {
@@ -186,25 +200,53 @@ def _prepared(program: Program, wanted: Wanted) -> _Settings:
     newton = _newton_options(wanted)
     alive = dict(arrays)
     for name in ("rtol", "atol"):
-        tolerance = torch.as_tensor(tolerances.values(getattr(settings, name)), dtype=REAL)
-        alive[name] = np.ascontiguousarray(tolerance.reshape(-1).expand(settings.size).numpy())
-    rosenbrock, more = method.linearly_implicit, {}
-    if rosenbrock:
-        found_ = method.scheme
-        assert found_ is not None
-        more = {"one_matrix": found_.one_matrix, "time_slope": found_.needs_time_slope}
+        tolerance = _tolerance(settings, name).reshape(-1).expand(settings.size)
+        alive[name] = np.ascontiguousarray(tolerance.numpy())
+    more: dict[str, Any]
+    if method.multistep:
+        more = _orders(wanted)
+        newton["snes_max_it"] = more.pop("iterations", newton["snes_max_it"])
+    else:
+        more = {
+            "stages": len(arrays["b"]), "carries_slope": method.carries_slope,
+            "stiffly_accurate": bool((arrays["A"][-1] == arrays["b"]).all()),
+        }  # fmt: skip
+        if method.linearly_implicit:
+            found_ = _scheme(method)
+            more |= {"one_matrix": found_.one_matrix, "time_slope": found_.needs_time_slope}
+        else:
+            more["explicit_first"] = bool(arrays["A"][0, 0] == 0.0)
     struct = _Settings(
-        stages=len(arrays["b"]), adaptive=settings.adaptive, wanted=program.entries > 0,
+        adaptive=settings.adaptive, wanted=program.entries > 0,
         max_newton=int(newton["snes_max_it"]),
-        stiffly_accurate=bool((arrays["A"][-1] == arrays["b"]).all()),
-        explicit_first=bool(not rosenbrock and arrays["A"][0, 0] == 0.0),
-        carries_slope=method.carries_slope,
         newton_rtol=newton["snes_rtol"], newton_stol=newton["snes_stol"],
         newton_atol=newton["snes_atol"], newton_divtol=newton["snes_divergence_tolerance"],
         **more, **{name: array.ctypes.data for name, array in alive.items()},
     )  # fmt: skip
     program.prepared.append((settings, struct, list(alive.values())))
     return struct
+
+
+def _scheme(method: Method) -> Scheme:
+    assert method.scheme is not None
+    return method.scheme
+
+
+def _tolerance(settings: IntegratorSettings, name: str) -> torch.Tensor:
+    return torch.as_tensor(tolerances.values(getattr(settings, name)), dtype=REAL)
+
+
+def _orders(wanted: Wanted) -> dict[str, Any]:
+    """Return the orders of BDF, and when its Newton's method is content; see ModifiedNewton."""
+    method, given = wanted.settings.method, wanted.options.values
+    found: dict[str, Any] = {
+        "lowest": 1 if method.name == "bdf" else method.order, "highest": method.order,
+        "by_residual": "snes_rtol" in given or "snes_atol" in given,
+        "by_norm": "snes_stol" in given,
+    }  # fmt: skip
+    if wanted.settings.adaptive and "snes_max_it" not in given:
+        found["iterations"] = ModifiedNewton.MOST_ITERATIONS
+    return found
 
 
 def _newton_options(wanted: Wanted) -> dict[str, Any]:
@@ -221,6 +263,6 @@ def _newton_options(wanted: Wanted) -> dict[str, Any]:
         same = name in expected and str(expected[name]) == str(value)
         if not same and name not in _NEWTON:
             raise Untraceable(f"the PETSc option {name!r} is for PETSc's own steps: drop it")
-    # The program evaluates the Jacobian at each iterate.
-    values = {**values, **{name: own[name] for name in own if name not in wanted.options.given}}
+    if not settings.method.multistep:  # the program evaluates the Jacobian at each iterate
+        values = {**values, **{name: own[name] for name in own if name not in wanted.options.given}}
     return {name: float(values.get(name, usual)) for name, usual in _NEWTON.items()}

@@ -1,7 +1,7 @@
 // What takes single steps, and their adjoints, for the loop of sweeps.cpp.
 //
 // A kernel holds the state that a sweep has reached, what a step carries over to the next, the
-// checkpoints, and in a backward sweep lambda and mu. There are two: compiled graphs of explicit
+// checkpoints, and in a backward sweep lambda and mu. There are two kinds: compiled graphs of explicit
 // steps (graph_steps.cpp), and implicit steps on a field of scalars (implicit_steps.cpp).
 //
 // Times and steps are the user's: h is negative where time runs backwards.
@@ -29,6 +29,7 @@ struct Control {  // of driver.py
 struct Attempt {
     Status status;
     double error;  // of adaptive steps: accepted up to 1
+    double next = 0.0;  // the next step's length, where the kernel chooses it
 };
 
 class Kernel {
@@ -62,6 +63,8 @@ class Kernel {
     virtual void end_adjoint(double* state, double* const* sums) = 0;
 
     const int64_t size;  // of the state
+    // Whether it chooses the lengths of adaptive steps, instead of the loop.
+    bool chooses = false;
     // After so many steps the loop looks at the clock.
     int64_t steps_per_look = 1;
     Counts counts{};     // but steps, which the loop counts

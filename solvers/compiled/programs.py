@@ -44,7 +44,7 @@ typedef const double* const* Captured;
 
 
 class Program(Kernel, Code):
-    """The machine code for one field and one of the two kinds of methods.
+    """The machine code for one field and one kind of methods.
 
     Parameters
     ----------
@@ -52,15 +52,13 @@ class Program(Kernel, Code):
         The field.
     parameters : sequence of Tensor
         Those that gradients are wanted for.
-    rosenbrock : bool
-        Whether for Rosenbrock methods, which differentiate twice.
+    steps : {"dirk", "bdf", "rosenbrock"}
+        The methods; Rosenbrock's differentiate twice.
     """
 
     dtype = REAL
 
-    def __init__(
-        self, traced: FieldGraph, parameters: Sequence[torch.Tensor], rosenbrock: bool
-    ) -> None:
+    def __init__(self, traced: FieldGraph, parameters: Sequence[torch.Tensor], steps: str) -> None:
         for tensor in traced.captured:
             if tensor.dtype in (torch.float32, torch.complex128) or tensor.device.type != "cpu":
                 raise Untraceable(f"it reads a tensor of type {tensor.dtype} on {tensor.device}")
@@ -69,9 +67,9 @@ class Program(Kernel, Code):
         self._templates = [torch.empty(part.shape, device="meta") for part in traced.parameters]
         #: Entries of mu.
         self.entries = sum(template.numel() for template in self._templates)
-        kind = "rosenbrock_steps.cpp" if rosenbrock else "dirk_steps.cpp"
-        field = _Writer(traced, parameters).text(rosenbrock)
-        text = "\n".join((source("kernel.h"), field, source("implicit_steps.cpp", kind)))
+        field = _Writer(traced, parameters).text(steps == "rosenbrock")
+        implicit = source("implicit_steps.cpp", f"{steps}_steps.cpp")
+        text = "\n".join((source("kernel.h"), field, implicit))
         self.library = compile_source(text, _FLAGS)
         self.library.pnode_implicit_steps.restype = ctypes.c_void_p
         #: Settings in C by those in Python, and the arrays that they point to.
@@ -119,10 +117,13 @@ class Program(Kernel, Code):
             self.library.pnode_second(pointers(read), time, *map(_at, (y, w, v, back, mu)))
         return f, back, mu
 
-    def stand_at(self, settings: ctypes.Structure, y0: torch.Tensor) -> int:
-        """Return a kernel at a state, for settings in C."""
+    def stand_at(
+        self, settings: ctypes.Structure, y0: torch.Tensor, mass: torch.Tensor | None = None
+    ) -> int:
+        """Return a kernel at a state, for settings in C, and of BDF a mass matrix."""
         state = y0.detach().contiguous()
-        handle: int = self.library.pnode_implicit_steps(ctypes.byref(settings), _at(state))
+        matrix = None if mass is None else _at(mass.contiguous())
+        handle: int = self.library.pnode_implicit_steps(ctypes.byref(settings), _at(state), matrix)
         return handle
 
 

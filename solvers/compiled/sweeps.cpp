@@ -195,11 +195,14 @@ class Sweep {
         const double length = after - s_;
         const double t = control_.direction * s_, h = control_.direction * length;
         const Attempt attempt = kernel_->attempt(t, h);
-        if (attempt.status == SINGULAR) return SINGULAR;
+        if (attempt.status == SINGULAR || attempt.status == FAILED) return attempt.status;
         const bool failed = attempt.status != DONE;
         bool accepted = false;
         double proposed = failed ? FAILURE_FACTOR * length : length;
-        if (!failed && std::isfinite(attempt.error)) {
+        if (!failed && kernel_->chooses) {
+            accepted = attempt.error <= 1.0;
+            proposed = attempt.next;
+        } else if (!failed && std::isfinite(attempt.error)) {
             double factor = attempt.error != 0.0
                 ? SAFETY * std::pow(attempt.error, -1.0 / control_.order) : INFINITE;
             factor = std::min(std::max(factor, LEAST_FACTOR), LARGEST_FACTOR);
@@ -208,7 +211,8 @@ class Sweep {
         }
         if (accepted) {
             // A step shortened to meet an output time says nothing against the natural one.
-            const bool shortened = wanted < natural && proposed >= length;
+            const bool shortened =
+                !kernel_->chooses && wanted < natural && proposed >= length;
             natural_ = shortened ? std::max(proposed, natural) : proposed;
             s_ = after;
             accept(t, h, reached);
