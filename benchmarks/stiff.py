@@ -44,7 +44,9 @@ from stiff_gradients import create_gradient
 from stiff_problems import PROBLEMS, SENSITIVITIES, Problem, Sensitivity
 from stiff_solvers import PEERS, StiffSolver, Unavailable, create_solver
 
-SOLVERS = ("es325", "esdirk6", "bdf", "radau5", "ra34pw2", *PEERS)
+SOLVERS = (
+    "es325", "esdirk6", "bdf", "radau5", "ra34pw2", "bdf:compiled", "esdirk6:compiled", *PEERS
+)  # fmt: skip
 REFERENCE = "cvode-bdf"
 TOLERANCES = tuple(10.0**-k for k in range(3, 11))
 GRADIENT_TOLERANCES = (1e-4, 1e-6, 1e-8)

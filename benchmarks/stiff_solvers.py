@@ -77,6 +77,8 @@ class StiffSolver(Protocol):
 def create_solver(name: str, problem: Problem) -> StiffSolver:
     """Return the solver called ``name``: a pnode method, or one of :data:`PEERS`.
 
+    ``bdf:compiled`` is pnode's method with ``compile=True``.
+
     Raises
     ------
     Unavailable
@@ -87,13 +89,15 @@ def create_solver(name: str, problem: Problem) -> StiffSolver:
         if find_spec(package) is None:
             raise Unavailable(f"{package} is not installed")
         return create(problem)
-    return _Pnode(problem, name)
+    return _Pnode(problem, *name.split(":"))
 
 
 class _Pnode:
-    def __init__(self, problem: Problem, method: str) -> None:
+    def __init__(self, problem: Problem, method: str, how: str = "") -> None:
+        if how not in ("", "compiled"):
+            raise Unavailable(f"there is no {how!r}, only method:compiled")
         self._problem = problem
-        self._method = method
+        self._method, self._compile = method, how == "compiled"
         self._y0 = torch.tensor(problem.start, dtype=torch.float64)
         self._times = torch.tensor([0.0, problem.end], dtype=torch.float64)
         self._solvers: dict[float, pnode.Solver] = {}
@@ -109,7 +113,7 @@ class _Pnode:
         if rtol not in self._solvers:
             self._solvers[rtol] = pnode.Solver(
                 self._field, method=self._method, rtol=rtol, atol=self._problem.ratio * rtol,
-                max_steps=MAX_STEPS, compile=False,
+                max_steps=MAX_STEPS, compile=self._compile,
             )  # fmt: skip
         return self._solvers[rtol]
 

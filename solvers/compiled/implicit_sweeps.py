@@ -72,8 +72,8 @@ class ImplicitSweeps(Backend):
             )
         if method.kind != "implicit" or method.coupled:
             return (
-                f"method={method.name!r} is not compiled so far: of the implicit methods, 'beuler', "
-                "'cn', 'implicit_midpoint', BDF, the DIRK and the Rosenbrock methods are"
+                f"method={method.name!r} is not compiled so far: of the implicit methods, "
+                "'beuler', 'cn', 'implicit_midpoint', BDF, the DIRK and the Rosenbrock methods are"
             )
         embedded = method.multistep or _scheme(method).b_embedded is not None
         if settings.adaptive and not embedded:
