@@ -26,7 +26,7 @@ __all__ = ["create_gradient", "pnode_gradient"]
 def create_gradient(name: str, sensitivity: Sensitivity) -> Callable[[float], Any]:
     """Return a function from rtol to the gradient and, for pnode, its ledger.
 
-    ``name`` is a pnode method, or "diffrax-kvaerno5".
+    ``name`` is a pnode method, also with ":compiled", or "diffrax-kvaerno5".
     """
     if name == "diffrax-kvaerno5":
         return _diffrax_gradient(sensitivity)
@@ -36,6 +36,7 @@ def create_gradient(name: str, sensitivity: Sensitivity) -> Callable[[float], An
 def pnode_gradient(method: str, sensitivity: Sensitivity) -> Callable[[float], Any]:
     """Return the discrete adjoint with a pnode method."""
     problem = sensitivity.problem
+    method, _, how = method.partition(":")
     parameters = torch.tensor(problem.parameters, dtype=torch.float64, requires_grad=True)
     y0 = torch.tensor(problem.start, dtype=torch.float64)
     times = torch.tensor([0.0, problem.end], dtype=torch.float64)
@@ -48,7 +49,7 @@ def pnode_gradient(method: str, sensitivity: Sensitivity) -> Callable[[float], A
         if rtol not in solvers:
             solvers[rtol] = pnode.Solver(
                 field, params=[parameters], method=method, rtol=rtol, atol=problem.ratio * rtol,
-                max_steps=MAX_STEPS, compile=False,
+                max_steps=MAX_STEPS, compile=how == "compiled",
             )  # fmt: skip
         solution = solvers[rtol](y0, times)
         value = solution.ys[-1, sensitivity.component]
