@@ -134,14 +134,6 @@ class OrderControl {
   double proposed;
 };
 
-// y = M x.
-void multiply(const double* M, const double* x, double* y) {
-  for (int i = 0; i < N; i++) {
-    y[i] = 0.0;
-    for (int j = 0; j < N; j++) y[i] += M[i * N + j] * x[j];
-  }
-}
-
 class Newton {
  public:
   Newton(const Settings& settings, const double* mass, Counts& counts)
@@ -266,10 +258,10 @@ class Newton {
 class Bdf : public ImplicitSteps {
  public:
   Bdf(const Settings& settings, const double* y0, const double* mass)
-      : ImplicitSteps(settings, y0), matrix(mass, mass + (mass ? N * N : 0)),
-        M(mass ? matrix.data() : nullptr), newton(m, M, counts),
+      : ImplicitSteps(settings, y0, mass), newton(m, M, counts),
         control(int(settings.lowest), int(settings.highest)) {
-    chooses = true;
+    chooses = absolute = true;
+    first_order = 1.0;
   }
 
   void begin() override {
@@ -279,16 +271,6 @@ class Bdf : public ImplicitSteps {
     kept.clear();
     known = 0;
     remember(0.0, u);
-  }
-
-  double first_step(const Control& chosen, double s, double stop) override {
-    Control first = chosen;
-    first.order = 1.0;
-    if (M) {  // first_step of step_control.py
-      const double step = std::min(1e-6 * (stop - s), chosen.max_step);
-      return chosen.first_step > 0.0 ? std::min(chosen.first_step, step) : step;
-    }
-    return ImplicitSteps::first_step(first, s, stop);
   }
 
   Attempt attempt(double t, double h) override {
@@ -460,8 +442,6 @@ class Bdf : public ImplicitSteps {
     return true;
   }
 
-  const std::vector<double> matrix;
-  const double* const M;  // null: the identity
   Newton newton;
   OrderControl control;
   // States before the new one, newest first, and the lengths of the steps between them.

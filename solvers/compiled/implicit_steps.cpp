@@ -1,5 +1,5 @@
-// Implicit steps on a small system with a dense Jacobian: what dirk_steps.cpp, bdf_steps.cpp and
-// rosenbrock_steps.cpp have in common.
+// Implicit steps on a small system with a dense Jacobian: what dirk_steps.cpp, bdf_steps.cpp,
+// coupled_steps.cpp and rosenbrock_steps.cpp have in common.
 //
 // What stands above this file when it is compiled (see programs.py): kernel.h, and of
 // y' = f(t, y, p)
@@ -26,8 +26,10 @@ struct Settings {  // of programs.py
   // BDF: lowest and highest order; whether Newton's method looks at the residual, and at the update
   // in relation to u instead of to the tolerances.
   int64_t lowest, highest, by_residual, by_norm;
-  double newton_rtol, newton_stol, newton_atol, newton_divtol;
+  double newton_rtol, newton_stol, newton_atol, newton_divtol, newton_kappa;
   const double *A, *inverse, *correction, *b, *defect, *alpha, *gamma, *diagonal;
+  // Coupled stages: of A^-1, complex numbers.
+  const double *eigenvalues, *vectors, *covectors;
   const double *rtol, *atol;
 };
 
@@ -86,6 +88,14 @@ struct Factors {
   }
 };
 
+// y = M x.
+void multiply(const double* M, const double* x, double* y) {
+  for (int i = 0; i < N; i++) {
+    y[i] = 0.0;
+    for (int j = 0; j < N; j++) y[i] += M[i * N + j] * x[j];
+  }
+}
+
 void multiply_transposed(const double* J, const double* w, double* l) {
   for (int j = 0; j < N; j++) {
     l[j] = 0.0;
@@ -95,7 +105,10 @@ void multiply_transposed(const double* J, const double* w, double* l) {
 
 class ImplicitSteps : public Kernel {
  public:
-  ImplicitSteps(const Settings& settings, const double* y0) : Kernel(N), m(settings) {
+  // `mass`: M of M y' = f(t, y), by rows; null for the identity.
+  ImplicitSteps(const Settings& settings, const double* y0, const double* mass = nullptr)
+      : Kernel(N), m(settings), matrix(mass, mass + (mass ? N * N : 0)),
+        M(mass ? matrix.data() : nullptr) {
     std::memcpy(start, y0, sizeof(start));
     steps_per_look = 64;  // they take a microsecond or so
   }
@@ -143,8 +156,15 @@ class ImplicitSteps : public Kernel {
     std::memcpy(state, lambda, sizeof(lambda));
   }
 
-  // stepping.automatic_step.
+  // step_control.first_step.
   double first_step(const Control& control, double s, double stop) override {
+    const double step = M ? std::min(1e-6 * (stop - s), control.max_step)
+                          : automatic_step(control, s, stop);
+    return control.first_step > 0.0 ? std::min(control.first_step, step) : step;
+  }
+
+ protected:
+  double automatic_step(const Control& control, double s, double stop) {
     double f0[N], f1[N], y[N], scale[N];
     const double direction = control.direction;
     value(direction * s, u, c, f0);
@@ -164,13 +184,12 @@ class ImplicitSteps : public Kernel {
     else if (steepest <= 1e-15)
       step = std::max(1e-6, 1e-3 * guess);
     else
-      step = std::pow(0.01 / steepest, 1.0 / (control.order + 1.0));
+      step = std::pow(0.01 / steepest, 1.0 / ((first_order ? first_order : control.order) + 1.0));
     if (std::isfinite(d1) && std::isfinite(d2))
       step = std::min(std::min(100.0 * guess, step), control.max_step);
-    return control.first_step > 0.0 ? std::min(control.first_step, step) : step;
+    return step;
   }
 
- protected:
   // From u: `end`, and with error control `defect`.
   virtual Status step(double t, double h) = 0;
   virtual void keep_step() = 0;
@@ -186,6 +205,9 @@ class ImplicitSteps : public Kernel {
   }
 
   const Settings m;
+  const std::vector<double> matrix;
+  const double* const M;      // null: the identity
+  double first_order = 0.0;   // for the first step, if not the method's
   Captured c = nullptr;
   double u[N], end[N], defect[N], stages[MOST_STAGES][N];
   double lambda[N], *mu = nullptr;

@@ -63,8 +63,11 @@ class Kernel {
     virtual void end_adjoint(double* state, double* const* sums) = 0;
 
     const int64_t size;  // of the state
-    // Whether it chooses the lengths of adaptive steps, instead of the loop.
-    bool chooses = false;
+    // Whether it chooses the lengths of adaptive steps, instead of the loop, and whether those are
+    // what it wants even where the last step was shortened to meet an output time.
+    bool chooses = false, absolute = false;
+    // A step that failed is tried again with this share of its length.
+    double failure_factor = 0.25;
     // After so many steps the loop looks at the clock.
     int64_t steps_per_look = 1;
     Counts counts{};     // but steps, which the loop counts

@@ -32,6 +32,7 @@ _PRELUDE = """\
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <vector>
 
 namespace {
@@ -52,7 +53,7 @@ class Program(Kernel, Code):
         The field.
     parameters : sequence of Tensor
         Those that gradients are wanted for.
-    steps : {"dirk", "bdf", "rosenbrock"}
+    steps : {"dirk", "bdf", "coupled", "rosenbrock"}
         The methods; Rosenbrock's differentiate twice.
     """
 
@@ -120,7 +121,7 @@ class Program(Kernel, Code):
     def stand_at(
         self, settings: ctypes.Structure, y0: torch.Tensor, mass: torch.Tensor | None = None
     ) -> int:
-        """Return a kernel at a state, for settings in C, and of BDF a mass matrix."""
+        """Return a kernel at a state, for settings in C, and some methods a mass matrix."""
         state = y0.detach().contiguous()
         matrix = None if mass is None else _at(mass.contiguous())
         handle: int = self.library.pnode_implicit_steps(ctypes.byref(settings), _at(state), matrix)

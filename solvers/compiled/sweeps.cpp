@@ -13,7 +13,6 @@ namespace {
 
 // TSADAPTBASIC's defaults (TSAdaptSetSafety, TSAdaptSetClip).
 constexpr double SAFETY = 0.9, LEAST_FACTOR = 0.1, LARGEST_FACTOR = 10.0;
-constexpr double FAILURE_FACTOR = 0.25;
 const double INFINITE = std::numeric_limits<double>::infinity();
 
 class Clock {
@@ -198,7 +197,7 @@ class Sweep {
         if (attempt.status == SINGULAR || attempt.status == FAILED) return attempt.status;
         const bool failed = attempt.status != DONE;
         bool accepted = false;
-        double proposed = failed ? FAILURE_FACTOR * length : length;
+        double proposed = failed ? kernel_->failure_factor * length : length;
         if (!failed && kernel_->chooses) {
             accepted = attempt.error <= 1.0;
             proposed = attempt.next;
@@ -212,7 +211,7 @@ class Sweep {
         if (accepted) {
             // A step shortened to meet an output time says nothing against the natural one.
             const bool shortened =
-                !kernel_->chooses && wanted < natural && proposed >= length;
+                !kernel_->absolute && wanted < natural && proposed >= length;
             natural_ = shortened ? std::max(proposed, natural) : proposed;
             s_ = after;
             accept(t, h, reached);
@@ -220,7 +219,8 @@ class Sweep {
         }
         ++rejected_;
         if (wanted <= std::max(control_.min_step, least)) return TOO_SMALL;
-        natural_ = 0.0 < proposed && proposed < length ? proposed : FAILURE_FACTOR * length;
+        natural_ =
+            0.0 < proposed && proposed < length ? proposed : kernel_->failure_factor * length;
         return PAUSED;
     }
 

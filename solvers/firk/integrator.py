@@ -33,13 +33,13 @@ from pnode.solvers.petsc.integrator import StepOutcome, TimeIntegrator
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.vectorfield import VectorField
 
-__all__ = ["CoupledIntegrator", "refuse_options"]
+__all__ = ["ERROR_WEIGHTS", "CoupledIntegrator", "refuse_options"]
 
 _REFUSED = ("ts_adapt", "ts_irk", "ts_python", "pc_", "snes_linesearch", "snes_type", "snes_lag")
 _HEARD = ("ksp_rtol", "ksp_gmres_restart", "ksp_max_it")
-# Of RADAU5's error estimate: its weights, in the stages.
 _ROOT6 = 6.0**0.5
-_ERROR = ((-13 - 7 * _ROOT6) / 3, (-13 + 7 * _ROOT6) / 3, -1 / 3)
+#: Weights of the stages in RADAU5's error estimate.
+ERROR_WEIGHTS = ((-13 - 7 * _ROOT6) / 3, (-13 + 7 * _ROOT6) / 3, -1 / 3)
 # More iterations, or slower convergence, ask for a new Jacobian.
 _FEW, _FAST = 2, 1e-3
 
@@ -293,7 +293,7 @@ class CoupledIntegrator(TimeIntegrator):
         """
         assert self._system is not None
         mass, u = self.bridge.field.mass, self._state
-        moved = torch.tensor(_ERROR, dtype=u.dtype, device=u.device) @ found.Z / step
+        moved = torch.tensor(ERROR_WEIGHTS, dtype=u.dtype, device=u.device) @ found.Z / step
         moved = moved if mass is None else mass.apply(moved)
         if self._slope is None:
             self._slope = self._newton.value(s, u, where)

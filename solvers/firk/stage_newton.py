@@ -80,6 +80,8 @@ class StageNewton:
         GMRES.
     """
 
+    #: So many, unless someone has set ``snes_max_it``, where a step can be made smaller.
+    MOST_ITERATIONS = 6
     # A fixed step whose iteration converges more slowly gets Newton's method itself.
     _SLOW = 0.3
 
@@ -95,9 +97,9 @@ class StageNewton:
         self._eps = torch.finfo(settings.dtype).eps
         stol = given.get("snes_stol")
         self._stol = None if stol is None else float(stol)
-        self.limit = int(given.get("snes_max_it", 6 if self._stol is None else 50))
-        rtol = float(torch.as_tensor(values(settings.rtol, device)).min())
-        self._kappa = max(10.0 * self._eps / max(rtol, 1e-300), min(0.03, rtol**0.5))
+        most = self.MOST_ITERATIONS if self._stol is None else 50
+        self.limit = int(given.get("snes_max_it", most))
+        self._kappa = self.content(settings)
         loose = 1e-5 if settings.jacobian == "matrix-free" else 1e-10
         self.krylov = Krylov(given, loose)
         self._blocks = Blocks(settings)
@@ -105,6 +107,12 @@ class StageNewton:
         self._parts = None if pair is None else pair.layout
         self._mass: torch.Tensor | None = None
         self.iterations = 0
+
+    @staticmethod
+    def content(settings: IntegratorSettings) -> float:
+        """Return what may be left of the stages of an adaptive step, in units of the tolerances."""
+        rtol = float(torch.as_tensor(values(settings.rtol)).min())
+        return max(10.0 * torch.finfo(settings.dtype).eps / max(rtol, 1e-300), min(0.03, rtol**0.5))
 
     def begin(self) -> None:
         """Begin a sweep."""

@@ -1,0 +1,393 @@
+// Steps of fully implicit Runge-Kutta methods and their adjoints: what CoupledIntegrator, StageNewton
+// and CoupledAdjoint do, which have the reasons. Above this stands implicit_steps.cpp.
+
+#include <complex>
+
+namespace {
+
+typedef std::complex<double> Complex;
+
+constexpr int MOST_COUPLED = 3;  // stages
+constexpr double LARGEST = 1e150, EPS = std::numeric_limits<double>::epsilon();
+
+// LU with partial pivoting of a matrix of n <= MOST rows, as it stands in `lu`.
+template <typename T, int MOST>
+struct Lu {
+  T lu[MOST][MOST];
+  int n, pivots[MOST];
+
+  bool factor(int rows) {
+    n = rows;
+    for (int k = 0; k < n; k++) {
+      int best = k;
+      for (int i = k + 1; i < n; i++)
+        if (std::abs(lu[i][k]) > std::abs(lu[best][k])) best = i;
+      pivots[k] = best;
+      if (best != k)
+        for (int j = 0; j < n; j++) std::swap(lu[k][j], lu[best][j]);
+      if (lu[k][k] == T(0.0)) return false;
+      const T reciprocal = T(1.0) / lu[k][k];
+      for (int i = k + 1; i < n; i++) {
+        const T l = lu[i][k] *= reciprocal;
+        for (int j = k + 1; j < n; j++) lu[i][j] -= l * lu[k][j];
+      }
+    }
+    return true;
+  }
+
+  void solve(T* x) const {
+    for (int k = 0; k < n; k++) std::swap(x[k], x[pivots[k]]);
+    for (int i = 0; i < n; i++)
+      for (int j = 0; j < i; j++) x[i] -= lu[i][j] * x[j];
+    for (int i = n - 1; i >= 0; i--) {
+      for (int j = i + 1; j < n; j++) x[i] -= lu[i][j] * x[j];
+      x[i] /= lu[i][i];
+    }
+  }
+
+  void solve_transposed(T* x) const {
+    for (int i = 0; i < n; i++) {
+      for (int j = 0; j < i; j++) x[i] -= lu[j][i] * x[j];
+      x[i] /= lu[i][i];
+    }
+    for (int i = n - 1; i >= 0; i--)
+      for (int j = i + 1; j < n; j++) x[i] -= lu[j][i] * x[j];
+    for (int k = n - 1; k >= 0; k--) std::swap(x[k], x[pivots[k]]);
+  }
+};
+
+class PredictiveControl {
+ public:
+  explicit PredictiveControl(int most_iterations) : most(2 * most_iterations) {}
+
+  void restart() { knows = false; }
+
+  double reject(double step, double error, int iterations) const {
+    return step * std::max(0.2, safety(iterations) * factor(step, error));
+  }
+
+  double accept(double step, double error, int iterations, bool renews) {
+    const double found = std::min(10.0, safety(iterations) * factor(step, error));
+    knows = true, length = step, last = error;
+    return found < 1.2 && !renews ? step : step * found;
+  }
+
+ private:
+  double safety(int iterations) const { return 0.9 * (most + 1) / (most + iterations); }
+
+  double factor(double step, double error) const {
+    if (error == 0.0) return 10.0;
+    double growth = 1.0;
+    if (knows && last > 0.0)
+      growth = std::min(1.0, step / length * std::pow(last / error, 0.25));
+    return growth * std::pow(error, -0.25);
+  }
+
+  const int most;
+  bool knows = false;
+  double length = 0.0, last = 0.0;
+};
+
+class Coupled : public ImplicitSteps {
+ public:
+  Coupled(const Settings& settings, const double* y0, const double* mass)
+      : ImplicitSteps(settings, y0, mass), s(int(m.stages)), control(int(m.max_newton)) {
+    chooses = m.adaptive;
+    failure_factor = 0.5;
+    first_order = 3.0;  // that of the error estimate
+  }
+
+  void begin() override {
+    ImplicitSteps::begin();
+    control.restart();
+    tried = false;
+    forget_last();
+  }
+
+  Attempt attempt(double t, double h) override {
+    if (!m.adaptive) forget_last();
+    const Status status = solve(t, h);
+    if (status != DONE) {
+      factored = 0.0;
+      tried = true;
+      return {status, 0.0};
+    }
+    return m.adaptive ? judge(t, h) : Attempt{DONE, 0.0};
+  }
+
+  void accept(bool keep) override {
+    ImplicitSteps::accept(keep);
+    tried = false;
+  }
+
+  // K_Y^T w = d x lambda for the stages together.
+  Status adjoint(int64_t index, double t, double h) override {
+    const double* Y = values.data() + index * s * N;
+    auto& lu = coupled->lu;
+    for (int i = 0; i < s; i++) {
+      jacobian(t + m.alpha[i] * h, Y + i * N, c, f, J);
+      counts.jacobians++, counts.rhs++;
+      for (int j = 0; j < s; j++)
+        for (int k = 0; k < N; k++)
+          for (int l = 0; l < N; l++)
+            lu[i * N + k][j * N + l] =
+                m.inverse[i * s + j] / h * entry(k, l) - (i == j ? J[k * N + l] : 0.0);
+    }
+    if (!coupled->factor(s * N)) return SINGULAR;
+    double w[MOST_COUPLED * N], driven[N] = {}, weight = 1.0;
+    for (int i = 0; i < s; i++) {
+      weight -= m.b[i];
+      for (int k = 0; k < N; k++) w[i * N + k] = m.b[i] * lambda[k];
+    }
+    coupled->solve_transposed(w);
+    for (int i = 0; i < s; i++) {
+      double from_start = 0.0;
+      for (int j = 0; j < s; j++) from_start += m.inverse[i * s + j];
+      for (int k = 0; k < N; k++) driven[k] += from_start / h * w[i * N + k];
+      add_parameters(t + m.alpha[i] * h, Y + i * N, w + i * N);
+    }
+    if (M) {
+      std::memcpy(f, driven, sizeof(f));
+      multiply_transposed(M, f, driven);
+    }
+    if (std::fabs(weight) <= 1e-12) weight = 0.0;
+    for (int k = 0; k < N; k++) lambda[k] = weight * lambda[k] + driven[k];
+    return DONE;
+  }
+
+ protected:
+  void keep_step() override { keep_values(Y, s * N); }
+
+  Status step(double, double) override { return FAILED; }
+
+ private:
+  static double norm(const double* x, int n) {
+    double sum = 0.0;
+    for (int k = 0; k < n; k++) sum += x[k] * x[k];
+    return std::sqrt(sum);
+  }
+
+  // Root mean square in units of a tolerance, of so many vectors.
+  static double size(const double* x, const double* scale, int number) {
+    double sum = 0.0;
+    for (int i = 0; i < number; i++)
+      for (int k = 0; k < N; k++) {
+        const double v = x[i * N + k], ratio = v == 0.0 ? 0.0 : v / scale[k];
+        sum += ratio * ratio;
+      }
+    return std::sqrt(sum / (number * N));
+  }
+
+  double entry(int k, int l) const { return M ? M[k * N + l] : k == l; }
+
+  void forget_last() {
+    knows_jacobian = current = knows_slope = knows_last = false;
+    factored = 0.0;
+  }
+
+  // The stages, with the Jacobian at hand or, where that fails, a new one.
+  Status solve(double t, double h) {
+    for (;;) {
+      if (!knows_jacobian) {
+        jacobian(t, u, c, slope, J);
+        counts.jacobians++, counts.rhs++;
+        factored = 0.0;
+        current = true;
+        if (!(norm(slope, N) < LARGEST && norm(J, N * N) < LARGEST)) return NOT_FINITE;
+        knows_jacobian = knows_slope = true;
+      }
+      if (factored != h) factor(h);
+      guess(h);
+      const Status status = newton(t, h);
+      if (status == DONE || current) return status;
+      knows_jacobian = false;
+    }
+  }
+
+  // A real eigenvalue comes first, if there is one.
+  void factor(double h) {
+    int which = 0;
+    regular = true;
+    if (s == MOST_COUPLED) {
+      regular = real.factor(m.eigenvalues[0] / h, J, M);
+      counts.factorizations++, which = 1;
+    }
+    const Complex shift = Complex(m.eigenvalues[2 * which], m.eigenvalues[2 * which + 1]) / h;
+    for (int k = 0; k < N; k++)
+      for (int l = 0; l < N; l++) pair.lu[k][l] = shift * entry(k, l) - J[k * N + l];
+    regular = pair.factor(N) && regular;
+    counts.factorizations++;
+    factored = h;
+  }
+
+  // Z on the last step's polynomial; zero if there is none.
+  void guess(double h) {
+    std::memset(Z, 0, sizeof(Z));
+    if (!knows_last) return;
+    for (int i = 0; i < s; i++)
+      for (int j = 0; j < s; j++) {
+        double weight = (1.0 + m.alpha[i] * h / last_length) / m.alpha[j];
+        for (int l = 0; l < s; l++)
+          if (l != j)
+            weight *= (1.0 + m.alpha[i] * h / last_length - m.alpha[l]) / (m.alpha[j] - m.alpha[l]);
+        for (int k = 0; k < N; k++) Z[i * N + k] += (weight - m.b[j]) * last[j * N + k];
+      }
+  }
+
+  // From b to Z of (A^-1 x M / h - I x J) Z = b.
+  void solve_simplified(double* b) const {
+    const int from = s == MOST_COUPLED;
+    double first[N];
+    Complex second[N];
+    const auto at = [](const double* matrix, int i) {
+      return Complex(matrix[2 * i], matrix[2 * i + 1]);
+    };
+    for (int k = 0; k < N; k++) {
+      first[k] = 0.0, second[k] = 0.0;
+      for (int i = 0; i < s; i++) {
+        if (from) first[k] += (at(m.covectors, i) * b[i * N + k]).real();
+        second[k] += at(m.covectors, from * s + i) * b[i * N + k];
+      }
+    }
+    if (from) real.solve(first);
+    pair.solve(second);
+    for (int i = 0; i < s; i++)
+      for (int k = 0; k < N; k++) {
+        const double own = from ? (at(m.vectors, i * (1 + from)) * first[k]).real() : 0.0;
+        b[i * N + k] = own + (at(m.vectors, i * (1 + from) + from) * second[k]).real();
+      }
+  }
+
+  Status newton(double t, double h) {
+    double update[MOST_COUPLED * N], rates[N], scale[N], before = 0.0, allowed = 0.0;
+    rate = 0.0;
+    for (int k = 0; k < N; k++) scale[k] = m.atol[k] + m.rtol[k] * std::fabs(u[k]);
+    const auto stage_values = [&] {
+      for (int i = 0; i < s; i++)
+        for (int k = 0; k < N; k++) Y[i * N + k] = u[k] + Z[i * N + k];
+    };
+    if (!regular) return NOT_CONVERGED;
+    for (iterations = 1; iterations <= m.max_newton; iterations++) {
+      const bool first = iterations == 1;
+      stage_values();
+      for (int i = 0; i < s; i++) {
+        value(t + m.alpha[i] * h, Y + i * N, c, f);
+        counts.rhs++;
+        double* residual = update + i * N;
+        for (int k = 0; k < N; k++) {
+          rates[k] = 0.0;
+          for (int j = 0; j < s; j++) rates[k] += m.inverse[i * s + j] / h * Z[j * N + k];
+        }
+        if (M)
+          multiply(M, rates, residual);
+        else
+          std::memcpy(residual, rates, sizeof(rates));
+        for (int k = 0; k < N; k++) residual[k] = f[k] - residual[k];
+      }
+      if (!(norm(update, s * N) < LARGEST)) return NOT_FINITE;
+      solve_simplified(update);
+      counts.newton++;
+      for (int k = 0; k < s * N; k++) Z[k] += update[k];
+      stage_values();
+      const double length = norm(Y, s * N), moved = norm(update, s * N);
+      const double noise = EPS * length;
+      const double now = m.by_norm || !m.adaptive ? moved : size(update, scale, s);
+      if (!(now < LARGEST)) return NOT_CONVERGED;
+      if (!first) rate = before != 0.0 ? now / before : 0.0;
+      if (m.by_norm || !m.adaptive)
+        allowed = std::max(m.newton_stol * length, 2.0 * noise);
+      else if (first)
+        allowed = std::max(m.newton_kappa, 4.0 * EPS * size(u, scale, 1));
+      if (now <= 0.0 || (!first && rate < 1.0 && rate / (1.0 - rate) * now < allowed))
+        return finish();
+      if (!first && rate >= 1.0 && moved <= 1e3 * noise) return finish();
+      const double left = double(m.max_newton - iterations);
+      if (!first && hopeless(now, left, allowed)) return NOT_CONVERGED;
+      before = now;
+    }
+    return NOT_CONVERGED;
+  }
+
+  bool hopeless(double now, double left, double allowed) const {
+    if (rate >= 1.0) return true;
+    if (m.by_norm) return rate > 0.3;
+    return std::pow(rate, left) / (1.0 - rate) * now > allowed;
+  }
+
+  Status finish() {
+    for (int k = 0; k < N; k++) {
+      double moved = 0.0;
+      for (int i = 0; i < s; i++) moved += m.b[i] * Z[i * N + k];
+      end[k] = m.stiffly_accurate ? Y[(s - 1) * N + k] : u[k] + moved;
+    }
+    return DONE;
+  }
+
+  Attempt judge(double t, double h) {
+    const double step = std::fabs(h);
+    const double error = estimate(t, h);
+    if (!std::isfinite(error)) return {FAILED, error};
+    if (error > 1.0) {
+      tried = true;
+      return {DONE, error, control.reject(step, error, iterations)};
+    }
+    const bool renews = iterations > 2 && rate > 1e-3;
+    const double next = control.accept(step, error, iterations, renews);
+    std::memcpy(last, Z, sizeof(last));
+    last_length = h;
+    knows_last = true;
+    knows_slope = current = false;
+    if (renews) knows_jacobian = false;
+    return {DONE, error, next};
+  }
+
+  // RADAU5's: (gamma M / h - J) e = f(t, u) + M sum E_i Z_i / h.
+  double estimate(double t, double h) {
+    double moved[N], e[N], y[N], scale[N], found = INFINITY;
+    for (int k = 0; k < N; k++) {
+      e[k] = 0.0;
+      for (int i = 0; i < s; i++) e[k] += m.defect[i] * Z[i * N + k] / h;
+      scale[k] = m.atol[k] + m.rtol[k] * std::max(std::fabs(u[k]), std::fabs(end[k]));
+    }
+    if (M)
+      multiply(M, e, moved);
+    else
+      std::memcpy(moved, e, sizeof(moved));
+    if (!knows_slope) value(t, u, c, slope), counts.rhs++, knows_slope = true;
+    std::memcpy(f, slope, sizeof(f));
+    for (int look = 0; look < 2; look++) {
+      for (int k = 0; k < N; k++) e[k] = f[k] + moved[k];
+      real.solve(e);
+      found = size(e, scale, 1);
+      if (found <= 1.0 || look || !tried || !std::isfinite(found)) break;
+      for (int k = 0; k < N; k++) y[k] = u[k] + e[k];
+      value(t, y, c, f);
+      counts.rhs++;
+      if (!(norm(f, N) < LARGEST)) break;
+    }
+    return found;
+  }
+
+  const int s;
+  PredictiveControl control;
+  double f[N], slope[N], J[N * N];  // at the start of a step, J perhaps of an earlier one
+  double Z[MOST_COUPLED * N], Y[MOST_COUPLED * N], last[MOST_COUPLED * N], last_length = 0.0;
+  bool knows_jacobian, current, knows_slope, knows_last, regular = false;
+  bool tried = false;     // whether this step was, before
+  double factored = 0.0;  // for a step of this length
+  int iterations = 0;
+  double rate = 0.0;
+  Factors real;
+  Lu<Complex, N> pair;
+  const std::unique_ptr<Lu<double, MOST_COUPLED * N>> coupled{new Lu<double, MOST_COUPLED * N>};
+};
+
+}  // namespace
+
+extern "C" {
+
+// To be freed by the sweep that takes it over. `mass`: M of M y' = f(t, y), by rows, or null.
+void* pnode_implicit_steps(const Settings* settings, const double* y0, const double* mass) {
+  return static_cast<Kernel*>(new Coupled(*settings, y0, mass));
+}
+}
