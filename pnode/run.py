@@ -108,6 +108,8 @@ class Requests:
         Of independent samples: what becomes of one that fails; None of one state.
     progress : bool
         Whether backward sweeps show how far they are.
+    steps_before : int or None
+        Of a part of a solve: how many steps the parts before have taken; None of a whole one.
     """
 
     monitor: Callable[[int, float, Any], None] | None = None
@@ -121,6 +123,7 @@ class Requests:
     sensitivity_control: str | torch.Tensor | None = None
     independent: str | None = None
     progress: bool = False
+    steps_before: int | None = None
 
 
 class Sweep(ABC):
