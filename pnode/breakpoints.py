@@ -209,7 +209,8 @@ def _tensor(given: Any, start: float, end: float) -> torch.Tensor | None:
     if several:
         _check_entries(given)
     try:
-        return _checked(torch.as_tensor(given))
+        dtype = None if hasattr(given, "dtype") else torch.float64  # of an array, its own
+        return _checked(torch.as_tensor(given, dtype=dtype))
     except (TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, ConfigurationError):
             raise

@@ -97,17 +97,17 @@ def solve(
     limited = any(one is not None for one in limit)
     wanted = replace(requests, steps_before=0, progress=requests.progress and len(parts) == 1)
     stats, rows = Stats(), [flat]
-    found: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+    events: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
     for number, part in enumerate(parts):
         if number:
             flat = _begun(part.problem, flat, solves_start, stats)
         ys, run = autograd.solve(engine, part.problem, wanted, flat, part.times, trainable)
-        ended, ys, events = split(
+        ended, ys, found = split(
             requests.events, differentiable, part.problem, run, part.times, ys, method
         )
         _add(stats, run, limited)
         states = list(ys.reshape(len(ended), -1))
-        found.append(events)
+        events.append(found)
         if number == 0:
             rows = states[:1]
         reached = len(states) - (run.last is not None)
@@ -124,7 +124,7 @@ def solve(
         if limited and number + 1 < len(parts) and isinstance(run.sweep, SteppedSweep):
             run.sweep.let_checkpoints_go()
     run = replace(run, stats=stats, problem=replace(run.problem, breaks=problem.breaks))
-    return Solved(times, torch.stack(rows), _joined(found, times), run, False)
+    return Solved(times, torch.stack(rows), _joined(events, times), run, False)
 
 
 def _parts(problem: InitialValueProblem, t: torch.Tensor) -> Iterator[_Part]:

@@ -289,8 +289,8 @@ class Solver(torch.nn.Module):
             return samples.solve(self, y0, t, args)
         ranks = Ranks(self._engine.comm)
         differentiate = torch.is_grad_enabled()
-        given = (y0, t, args, breakpoints)
-        prepared = ranks.attempt(self._prepare, *given, ranks, differentiate)
+        own = (y0, t, args, breakpoints)
+        prepared = ranks.attempt(self._prepare, *own, ranks, differentiate)
         facts, size = None, 0
         if prepared is not None:
             problem, flat, times, start, call = prepared

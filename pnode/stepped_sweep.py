@@ -163,8 +163,7 @@ class SteppedSweep(Sweep):
             observers.append(self.dense)
             times = (times[0], *times[1:][-1:])  # those that steps are to hit
         if requests.monitor is not None:
-            before = requests.steps_before or 0
-            observers.append(Monitor(requests.monitor, problem, before))
+            observers.append(Monitor(requests.monitor, problem, requests.steps_before or 0))
         done: list[Step] = []
         progress = None if trajectory is None else trajectory.progress
         if progress is not None and progress.start is not None:
