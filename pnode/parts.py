@@ -18,6 +18,7 @@ from pnode import autograd
 from pnode.consistency import check_consistency, consistent_state
 from pnode.engine import Engine
 from pnode.errors import ConfigurationError
+from pnode.event_derivatives import Vanishing
 from pnode.event_functions import Events
 from pnode.events import split
 from pnode.output_times import flow_slope
@@ -93,8 +94,7 @@ def solve(
         return Solved(times, ys, found, run, whole)
     parts = list(_parts(problem, times))
     _refuse_unsplit(problem, times, parts)
-    limit = engine.checkpointing.bytes, engine.checkpointing.device_bytes
-    limited = any(one is not None for one in limit)
+    kept = _Kept(engine)
     wanted = replace(requests, steps_before=0, progress=requests.progress and len(parts) == 1)
     stats, rows = Stats(), [flat]
     events: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
@@ -105,7 +105,9 @@ def solve(
         ended, ys, found = split(
             requests.events, differentiable, part.problem, run, part.times, ys, method
         )
-        _add(stats, run, limited)
+        stats.add(run.stats)
+        stats.tangents.add(run.stats.tangents)
+        kept.add(run, stats)
         states = list(ys.reshape(len(ended), -1))
         events.append(found)
         if number == 0:
@@ -120,9 +122,8 @@ def solve(
             rows.append(states[-1])
             times = _ended(times, len(rows) - 1, ended[-1])
             break
-        wanted = replace(wanted, steps_before=stats.steps)
-        if limited and number + 1 < len(parts) and isinstance(run.sweep, SteppedSweep):
-            run.sweep.let_checkpoints_go()
+        if number + 1 < len(parts):
+            wanted = replace(wanted, steps_before=stats.steps, memory=kept.left())
     run = replace(run, stats=stats, problem=replace(run.problem, breaks=problem.breaks))
     return Solved(times, torch.stack(rows), _joined(events, times), run, False)
 
@@ -217,9 +218,12 @@ def _ends(
         if not (moves(t) or moves(part.times)) or t.numel() - 1 == index:
             outputs.append(state)
             continue
-        layout = part.problem.layout
-        slope = flow_slope(part.problem, end.to(layout.device, layout.dtype), state)
-        outputs.append(state + shift.to(state) * slope)
+        # A step of Heun's method, of length zero: derivatives by it are right up to the second.
+        time = end.to(state)
+        shift = (shift + Vanishing.apply(shift, 0)).to(state)
+        first = flow_slope(part.problem, time, state)
+        second = flow_slope(part.problem, time + shift, state + shift * first)
+        outputs.append(state + shift * (0.5 * (first + second)))
     return outputs, state
 
 
@@ -234,17 +238,48 @@ def _refuse_unsplit(problem: InitialValueProblem, t: torch.Tensor, parts: list[_
         )
 
 
-def _add(stats: Stats, run: Run, limited: bool) -> None:
-    """Add the ledger of a part; without a limit its checkpoints stay beside those of the others."""
-    own = run.stats
-    peaks = ("ram_bytes", "disk_bytes", "device_bytes", "tape_bytes")
-    sums = {name: getattr(stats, name) + getattr(own, name) for name in peaks}
-    stats.add(own)
-    stats.tangents.add(own.tangents)
-    if not limited:
-        for name, value in sums.items():
-            setattr(stats, name, value)
-    own.backward, own.tangents = stats.backward, stats.tangents
+class _Kept:
+    """Checkpoints of the parts so far, which together stay within the limit of memory.
+
+    A part that would have less than half of it lets those before go: their sweeps are repeated when
+    a backward sweep comes to them, one by one, as all later ones are used up by then. One that
+    cannot repeat steps from the middle always gets all of it.
+
+    Parameters
+    ----------
+    engine : Engine
+        Its method and limit.
+    """
+
+    _PEAKS = ("ram_bytes", "disk_bytes", "device_bytes", "tape_bytes")
+
+    def __init__(self, engine: Engine) -> None:
+        self._limit = engine.checkpointing.bytes
+        device = engine.checkpointing.device_bytes is not None
+        self._alone = device or (self._limit is not None and not engine.method.restarts)
+        self._sweeps: list[SteppedSweep] = []
+        self._bytes = dict.fromkeys(self._PEAKS, 0)
+        self._peaks = dict(self._bytes)
+
+    def add(self, run: Run, stats: Stats) -> None:
+        """Add a part, and put the peaks of all into the ledger of all."""
+        for name in self._PEAKS:
+            self._bytes[name] += getattr(run.stats, name)
+            self._peaks[name] = max(self._peaks[name], self._bytes[name])
+            setattr(stats, name, self._peaks[name])
+        run.stats.backward, run.stats.tangents = stats.backward, stats.tangents
+        if isinstance(run.sweep, SteppedSweep):
+            self._sweeps.append(run.sweep)
+
+    def left(self) -> int | None:
+        """Make room for the next part, and return what it may take; None for no limit."""
+        limit, used = self._limit, self._bytes["ram_bytes"] + self._bytes["tape_bytes"]
+        if self._alone or (limit is not None and 2 * used > limit):
+            for sweep in self._sweeps:
+                sweep.let_checkpoints_go()
+            self._sweeps.clear()
+            self._bytes, used = dict.fromkeys(self._PEAKS, 0), 0
+        return None if limit is None else limit - used
 
 
 def _ended(times: torch.Tensor, number: int, event: torch.Tensor) -> torch.Tensor:

@@ -110,6 +110,8 @@ class Requests:
         Whether backward sweeps show how far they are.
     steps_before : int or None
         Of a part of a solve: how many steps the parts before have taken; None of a whole one.
+    memory : int or None
+        Of such a part: bytes that its checkpoints may take, if that is less than all may.
     """
 
     monitor: Callable[[int, float, Any], None] | None = None
@@ -124,6 +126,7 @@ class Requests:
     independent: str | None = None
     progress: bool = False
     steps_before: int | None = None
+    memory: int | None = None
 
 
 class Sweep(ABC):

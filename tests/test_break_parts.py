@@ -102,37 +102,38 @@ def test_second_derivatives_and_forward_mode(method):
 
 
 @pytest.mark.parametrize(
-    "checkpointing",
-    [pnode.Checkpointing(memory=200), pnode.Checkpointing(memory=200, store="solutions"),
-     pnode.Checkpointing(store="solutions"), pnode.Checkpointing(store="tape"), "disk"],
-    ids=["200 B", "200 B of solutions", "solutions", "tape", "disk"],
+    ("method", "memory", "store"),
+    [("rk4", 200, "auto"), ("rk4", 200, "solutions"), ("es325", 200, "auto"), ("bdf", 2500, "auto"),
+     ("dopri5", 300, "disk"), ("rk4", None, "tape"), ("rk4", None, "stages")],
 )  # fmt: skip
-@pytest.mark.parametrize("method", ["rk4", "es325", "bdf"])
-def test_budgets(checkpointing, method, tmp_path):
+def test_budgets(method, memory, store, tmp_path):
     """The limit holds for all parts together, and the gradient is that without."""
-    if checkpointing == "disk":
-        checkpointing = pnode.Checkpointing(memory=200, disk=tmp_path)
+    chosen = pnode.Checkpointing(
+        memory, tmp_path if store == "disk" else None, "auto" if store == "disk" else store
+    )
     options = {"method": method, "step_size": 0.02 if method == "rk4" else None}
 
-    def gradients(chosen):
+    def gradients(checkpointing):
         field, y0, breaks = Field(), vector(0.5).requires_grad_(), BREAKS.clone().requires_grad_()
-        own = solver(field, checkpointing=chosen, **options)
+        own = solver(field, checkpointing=checkpointing, **options)
         solution = own(y0, TIMES, breakpoints=breaks)
         found = torch.autograd.grad((WEIGHTS * solution.ys).sum(), (y0, breaks, field.a))
         return solution.stats, found
 
     free, expected = gradients(None)
-    stats, found = gradients(checkpointing)
+    stats, found = gradients(chosen)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
     assert stats.steps == free.steps == stats.backward.steps
-    if checkpointing.memory is None:
-        assert stats.backward.recomputed >= (
-            0 if checkpointing.store == "tape" else stats.steps - 3
-        )
+    if memory is None:
+        assert stats.backward.recomputed == 0
     else:
-        assert 0 < stats.ram_bytes <= 200 < free.ram_bytes
+        assert 0 < stats.ram_bytes + stats.tape_bytes <= memory < free.ram_bytes
         assert stats.backward.recomputed > 0
+        plenty = 4 * (free.ram_bytes + free.tape_bytes)
+        recomputed = gradients(pnode.Checkpointing(memory=plenty))[0].backward.recomputed
+        assert (recomputed == 0) is (method != "bdf")
+    assert not any(tmp_path.iterdir())
 
 
 def test_second_backward_and_ledger():
@@ -146,11 +147,11 @@ def test_second_backward_and_ledger():
     assert solution.stats.backward.steps == 48 and solution.stats.backward.recomputed == 24
 
 
-@pytest.mark.parametrize("method", ["dopri5", "es325"])
+@pytest.mark.parametrize("method", ["dopri5", "bosh3"])
 def test_dense_output(method):
     """Interpolated outputs between breaks, with derivatives by them."""
     times = torch.linspace(0.0, 1.2, 13, dtype=D)
-    options = {"method": method, "step_size": None, "rtol": 1e-9, "atol": 1e-10}
+    options = {"method": method, "step_size": None, "rtol": 1e-7, "atol": 1e-8}
 
     def solve(dense, times, y0, field, breaks):
         return solver(field, dense=dense, **options)(y0, times, breakpoints=breaks)
@@ -160,13 +161,13 @@ def test_dense_output(method):
     moving = times.clone().requires_grad_()
     dense = solve(True, moving, y0, field, breaks)
     hit = solve(False, moving, y0, field, breaks)
-    torch.testing.assert_close(dense.ys, hit.ys, rtol=0.0, atol=1e-7)
+    torch.testing.assert_close(dense.ys, hit.ys, rtol=0.0, atol=1e-5)
     weights = torch.linspace(1.0, 2.0, 13, dtype=D)[:, None]
     wanted = (y0, breaks, moving, field.a)
     found = torch.autograd.grad((weights * dense.ys).sum(), wanted)
     right = torch.autograd.grad((weights * hit.ys).sum(), wanted)
     for one, other in zip(found, right, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     assert dense.stats.steps < hit.stats.steps
 
 
@@ -233,8 +234,10 @@ def test_states_costs_and_args():
         for value, times in zip(VALUES, ([0.0, 0.3, 0.4], [0.4, 0.8], [0.8, 1.2]), strict=True):
             field = pnode.Solver(
                 lambda t, y, a, u=value: {"z": 1j * y["z"] + u, "x": -a["k"] * y["x"] + u},
-                cost=lambda t, y, a, u=value: a["k"] * y["x"] ** 2 + u, method="rk4", step_size=0.05,
-            )  # fmt: skip
+                cost=lambda t, y, a, u=value: a["k"] * y["x"] ** 2 + u,
+                method="rk4",
+                step_size=0.05,
+            )
             solution = field(y, vector(*times), {"k": k})
             costs += list(total + solution.costs[1:])
             total = costs[-1]
@@ -257,7 +260,7 @@ def test_algebraic_unknowns_jump_with_f():
     def f(t, y):
         return torch.stack([y[1], y[1] - U(t).to(y)])
 
-    given = {"mass": vector(1.0, 0.0), "method": "es325", "step_size": 0.1}
+    given = {"mass": vector(1.0, 0.0), "method": "radau5", "step_size": 0.1}
     own = pnode.Solver(f, consistent_start=True, **given)
     y0 = vector(0.0, 9.0).requires_grad_()
     ys = own(y0, vector(0.0, 0.4, 0.6, 1.2), breakpoints=BREAKS).ys
@@ -277,7 +280,7 @@ def test_imex_residual_and_symplectic():
         step_size=0.05,
     )(vector(0.5), times, breakpoints=U).ys[-1]  # fmt: skip
     residual = pnode.Solver(
-        residual=lambda t, y, yp: yp + 2.0 * y - U(t).to(y), method="es325", step_size=0.02
+        residual=lambda t, y, yp: yp + 2.0 * y - U(t).to(y), method="bdf", rtol=1e-8
     )(vector(0.5), times, breakpoints=U).ys[-1]
     y = 0.5
     for value in VALUES.tolist():
@@ -288,7 +291,7 @@ def test_imex_residual_and_symplectic():
         lambda t, y: (y[1], U(t).to(y[0]) + 0.0 * y[0]), method="velocity_verlet", step_size=0.05
     )((vector(0.0), vector(0.0)), times, breakpoints=BREAKS).ys
     torch.testing.assert_close(p[-1], vector(0.4 * float(VALUES.sum())))
-    torch.testing.assert_close(q[-1], vector(0.08 + 0.16 + (-0.16 - 0.16) + (-0.16 + 0.04)))
+    torch.testing.assert_close(q[-1], vector(0.08 + 0.0 + (-0.16 + 0.04)))
 
 
 def test_steps_are_counted_through():
