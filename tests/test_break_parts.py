@@ -70,8 +70,7 @@ def test_output_at_a_break_is_of_its_own_time():
     assert found[2][1] == 0.0 and found[1][2] != 0.0
 
 
-@pytest.mark.parametrize("method", ["rk4", "cn"])
-def test_second_derivatives_and_forward_mode(method):
+def test_second_derivatives_and_forward_mode():
     """By everything at once, breaks and times included."""
     field = Field()
 
@@ -84,9 +83,9 @@ def test_second_derivatives_and_forward_mode(method):
         mixed = sum((one * one.detach().cos()).sum() for one in first)
         return [*first, *torch.autograd.grad(mixed, wanted)]
 
-    own = solver(field, method=method)
+    own = solver(field)
     found = gradients(lambda y0, t, b: own(y0, t, breakpoints=b).ys)
-    right = gradients(lambda y0, t, b: chained(field, y0, t, b, method=method))
+    right = gradients(lambda y0, t, b: chained(field, y0, t, b))
     for one, other in zip(found, right, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
     moved = (vector(0.7), vector(0.0, 0.1, -0.2, 0.3), vector(0.5, -0.4))
@@ -97,7 +96,7 @@ def test_second_derivatives_and_forward_mode(method):
     given = (vector(0.5), TIMES, BREAKS)
     _, tangent = torch.func.jvp(outputs, given, moved)
     rows = [torch.func.vjp(outputs, *given)[1](torch.eye(4, dtype=D)[i][:, None]) for i in range(4)]
-    along = [sum(float((g * v).sum()) for g, v in zip(row, moved, strict=True)) for row in rows]
+    along = [sum((g * v).sum().item() for g, v in zip(row, moved, strict=True)) for row in rows]
     torch.testing.assert_close(tangent[:, 0], torch.tensor(along, dtype=D), rtol=1e-10, atol=1e-12)
 
 
@@ -111,7 +110,7 @@ def test_budgets(method, memory, store, tmp_path):
     chosen = pnode.Checkpointing(
         memory, tmp_path if store == "disk" else None, "auto" if store == "disk" else store
     )
-    options = {"method": method, "step_size": 0.02 if method == "rk4" else None}
+    options = {"method": method, "step_size": 0.02 if method == "rk4" else None, "rtol": 1e-5}
 
     def gradients(checkpointing):
         field, y0, breaks = Field(), vector(0.5).requires_grad_(), BREAKS.clone().requires_grad_()
