@@ -1,6 +1,8 @@
 """Solves in parts between break points beside everything else that a solve can have."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -309,3 +311,41 @@ def test_compilation_is_hindered_and_said_to_be():
     with torch.no_grad():
         own(vector(0.5), TIMES, breakpoints=BREAKS)
     assert "not compiled: breakpoints= are given" in repr(own)
+
+
+def test_sensitivities_across_breaks():
+    field = Field()
+    own = solver(field)
+    found = pnode.sensitivities(own, vector(0.5), TIMES, ("y0", "a"), breakpoints=BREAKS)
+    y0 = vector(0.5).requires_grad_()
+    ys = own(y0, TIMES, breakpoints=BREAKS).ys
+    by_y0, by_a = torch.autograd.grad(ys[-1].sum(), (y0, field.a))
+    torch.testing.assert_close(found["y0"][-1, 0], by_y0, rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(found["a"][-1, 0], by_a, rtol=1e-12, atol=0.0)
+
+
+def test_a_jump_of_the_event_function_is_an_event():
+    event = pnode.Event(lambda t, y: U(t) + 0.0 * y[0], terminal=False)
+    own = pnode.Solver(lambda t, y: -y, method="rk4", step_size=0.1, event_fn=event)
+    found = own(vector(0.5), vector(0.0, 1.2), breakpoints=U).events[0].times
+    torch.testing.assert_close(found, BREAKS, rtol=0.0, atol=1e-11)
+
+
+def test_an_event_without_end_comes_after_a_break():
+    def f(t, y):
+        return U(t).to(y) + 0.0 * y
+
+    time, ys = pnode.odeint_event(
+        f, vector(0.5), vector(0.0), event_fn=lambda t, y: y[0] - 1.0, breakpoints=BREAKS
+    )
+    torch.testing.assert_close(time, torch.tensor(2.6, dtype=D))  # 0.5 + 0.4 - 0.8 + 1.8 / 2
+    torch.testing.assert_close(ys[-1], vector(1.0))
+
+
+def test_a_module_that_keeps_its_solution_is_freed():
+    field = Field()
+    field.path = solver(field)(vector(0.5), TIMES, breakpoints=BREAKS)
+    gone = weakref.ref(field)
+    del field
+    gc.collect()
+    assert gone() is None
