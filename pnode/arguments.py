@@ -16,6 +16,7 @@ from pnode.errors import ConfigurationError
 from pnode.launchers import launcher_mismatch
 from pnode.layouts import Layout
 from pnode.options import PETSc, check_petsc_options
+from pnode.transforms import moves
 
 __all__ = [
     "alone",
@@ -29,6 +30,8 @@ __all__ = [
     "parameters",
     "positive",
     "problem_form",
+    "refuse_inference",
+    "refuse_moving_times",
     "tolerance",
 ]
 
@@ -235,3 +238,22 @@ def parameters(params: Any) -> tuple[Any, ...] | None:
         raise ConfigurationError(
             f"params={params!r} is not iterable: give a list of tensors"
         ) from error
+
+
+def refuse_inference(parameters: Iterable[torch.Tensor], method: Any) -> None:
+    """Refuse parameters that have no derivatives where a method needs some."""
+    if method.implicit and any(tensor.is_inference() for tensor in parameters):
+        raise ConfigurationError(
+            f"a parameter was made in torch.inference_mode, and method={method.name!r} needs "
+            "derivatives of the vector field: make the module outside of it"
+        )
+
+
+def refuse_moving_times(name: str, times: torch.Tensor, form: str, differentiate: bool) -> None:
+    """Refuse derivatives by times where y' is not at hand."""
+    wanted = (differentiate or not times.requires_grad) and moves(times)
+    if wanted and form in ("mass", "residual"):
+        raise ConfigurationError(
+            f"{name} requires grad, and y' is not at hand for a problem given as {form}=: pass "
+            f"{name}.detach()"
+        )

@@ -53,6 +53,7 @@ class Given:
 #: What else has to be the same on all ranks in one solve, and how it is told.
 COMPARED: dict[str, Callable[[Given], Any]] = {
     "t": lambda given: tuple(given.problem.direction * time for time in given.problem.times),
+    "breakpoints": lambda given: given.problem.breaks and given.problem.breaks.told,
     "the dtype of y0": lambda given: str(given.problem.layout.dtype),
     "whether gradients are wanted (torch.no_grad)": lambda given: given.differentiate,
     "the number of parameters": lambda given: len(given.problem.parameters),

@@ -58,11 +58,14 @@ def begin(
     if len(problem.times) < 2:
         return None
     watched = requests.events is not None or requests.monitor is not None or requests.dense
-    account, kind = engine.account, (problem.layout, keep, watched, problem.integrals > 0)
+    part = requests.steps_before is not None
+    kind = (problem.layout, keep, watched, problem.integrals > 0, part)
+    account = engine.account
     entry = account.entries.get(kind) or account.entry(kind)
     auto = engine.compile == "auto"
     for given, text in (
         (problem.integrals > 0, "cost= is given"),
+        (part, "breakpoints= are given"),
         (controlled, "sensitivity_control= is given"),
         (auto and brings_tensors(problem.function), "args= has tensors: others are traced anew"),
         (problem.ranks.parallel or engine.exchange is not None, "ranks share the state"),

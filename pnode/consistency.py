@@ -142,6 +142,7 @@ def consistent_state(problem: InitialValueProblem, u: torch.Tensor, ledger: Ledg
     arguments: tuple[Any, ...] = (layout.unflatten(moved),)
     if problem.form == "residual":
         arguments += (layout.unflatten(start.rate * problem.direction),)
+    time = problem.seen(time)
     value = layout.flatten(remote(problem.function, problem.compute, ledger)(time, *arguments))
     # g is the user's function up to its sign.
     sign = -1.0 if problem.form == "residual" else problem.direction

@@ -26,7 +26,8 @@ class Control(torch.nn.Module):
     values : Tensor
         Shape ``(T, ...)``, as given.
     breakpoints : Tensor
-        Where the function jumps or has a kink in some derivative, float64.
+        Where the function jumps or has a kink in some derivative, float64. A solve takes them from
+        the control itself, ``solver(y0, t, breakpoints=control)``.
     """
 
     def __init__(self, times: Sequence[float] | torch.Tensor, values: torch.Tensor) -> None:
@@ -105,7 +106,8 @@ def hold(times: Sequence[float] | torch.Tensor, values: torch.Tensor) -> Control
     if isinstance(times, torch.Tensor) and times.requires_grad:
         raise ConfigurationError(
             "times of hold require grad, and a jump moves with them, which autograd does not see: "
-            "pass times.detach(), or use linear or cubic"
+            "pass times.detach() here, and breakpoints=times to the solve, which has the gradient; "
+            "or use linear or cubic"
         )
     return _Hold(times, values)
 
@@ -159,7 +161,8 @@ def _samples(times: object, values: object) -> tuple[torch.Tensor, torch.Tensor]
     if not isinstance(values, torch.Tensor) or not values.is_floating_point() or not values.dim():
         raise ConfigurationError(f"values={values!r}: give a real tensor of shape (T, ...)")
     try:
-        knots = torch.as_tensor(times, device=values.device).to(torch.float64)
+        dtype = None if hasattr(times, "dtype") else torch.float64  # of an array, its own
+        knots = torch.as_tensor(times, dtype=dtype, device=values.device).to(torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigurationError(f"times={times!r}: give increasing numbers") from error
     if knots.dim() != 1 or not len(knots) or len(knots) != len(values):

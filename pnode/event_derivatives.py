@@ -25,7 +25,7 @@ from pnode.products import directional_derivative
 from pnode.solution import Ledger
 from pnode.transforms import lowered, moves, outside
 
-__all__ = ["at_event", "check_rate"]
+__all__ = ["Vanishing", "at_event", "check_rate"]
 
 
 def check_rate(form: str) -> None:
@@ -85,7 +85,7 @@ def at_event(
     moved = state + tau.to(state) * mean
     value = call_event(events, layout, time + tau.to(time), moved, where)[root.entry]
     tau = tau + _newton(value, rate)
-    tau = tau + _Vanishing.apply(tau, 0)
+    tau = tau + Vanishing.apply(tau, 0)
     return end + tau.to(end), state + tau.to(state) * mean
 
 
@@ -94,35 +94,40 @@ def _newton(value: torch.Tensor, rate: float) -> torch.Tensor:
     return (value - lowered(value).detach().item()) * (-1.0 / rate)
 
 
-class _Vanishing(torch.autograd.Function):
+class Vanishing(torch.autograd.Function):
     """Zero, with first and second derivatives that are zero; others are refused."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(value: torch.Tensor, order: int) -> torch.Tensor:
+        """Return zero."""
         if order > 2:
             raise BackwardError(
-                "third derivatives through an event are not supported: differentiate the second "
-                "ones by finite differences, or end the solve at a fixed time"
+                "third derivatives through an event, or through the time of an output at a break, "
+                "are not supported: differentiate the second ones by finite differences, or end "
+                "the solve at a fixed time"
             )
         return torch.zeros_like(value)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[torch.Tensor, int], output: torch.Tensor) -> None:
+        """Keep what derivatives need."""
         value, ctx.order = inputs
         ctx.save_for_backward(value)
         ctx.save_for_forward(value)
 
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> Any:
+        """Return zero, with derivatives of its own."""
         (value,) = ctx.saved_tensors
-        return outputs[0] * _Vanishing.apply(value, ctx.order + 1), None
+        return outputs[0] * Vanishing.apply(value, ctx.order + 1), None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> torch.Tensor:
+        """Return zero, with derivatives of its own."""
         (value,) = ctx.saved_tensors
-        return tangents[0] * _Vanishing.apply(value, ctx.order + 1)
+        return tangents[0] * Vanishing.apply(value, ctx.order + 1)
 
 
 def _rate(

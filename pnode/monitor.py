@@ -31,20 +31,27 @@ class Monitor(Observer):
         The user's.
     problem : InitialValueProblem
         What is solved.
+    before : int
+        Steps that were taken before those of the sweep.
     """
 
     def __init__(
-        self, function: Callable[[int, float, Any], None], problem: InitialValueProblem
+        self,
+        function: Callable[[int, float, Any], None],
+        problem: InitialValueProblem,
+        before: int = 0,
     ) -> None:
         self._function = function
         self._problem = problem
+        self._first = before + 1
 
     def after_step(self, step: Step, integrator: TimeIntegrator, last: bool) -> None:
         """Show a copy of the solution."""
         problem = self._problem
         state = vectors.copy_out(integrator.solution, problem.layout.dtype)
         time = problem.direction * step.end
-        problem.ranks.attempt(self._function, step.index + 1, time, problem.layout.unflatten(state))
+        number = self._first + step.index
+        problem.ranks.attempt(self._function, number, time, problem.layout.unflatten(state))
 
 
 def at_home(monitor: Any, compute: torch.device | None, stats: Stats) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, overload
 
 import torch
@@ -17,17 +18,10 @@ from pnode.options import ODEINT_PREFIX
 from pnode.problem import as_times
 from pnode.solver import Solver
 from pnode.solvers.methods import find_method
+from pnode.torchdiffeq_options import refuse_callbacks, translated
 from pnode.transforms import outside_compiler, refuse_transforms
 
 __all__ = ["odeint", "odeint_adjoint", "odeint_event"]
-
-_TORCHDIFFEQ_OPTIONS = {
-    "step_size": "step_size",
-    "first_step": "first_step",
-    "min_step": "min_step",
-    "max_step": "max_step",
-    "max_num_steps": "max_steps",
-}
 
 
 class _OneCall(Solver):
@@ -107,14 +101,14 @@ def odeint(
         step per output interval unless a ``step_size`` is given, as in torchdiffeq; with
         ``dense=True`` or without end they need it.
     options : mapping, optional
-        torchdiffeq's: ``step_size``, ``first_step``, ``min_step``, ``max_step``,
-        ``max_num_steps``.
+        torchdiffeq's: ``step_size``, ``first_step``, ``min_step``, ``max_step``, ``max_num_steps``,
+        ``jump_t``, ``step_t``, ``grid_constructor``, ``interp``; see docs/migrating.md.
     params : iterable of Tensor, optional
         Trainable tensors that func uses without being a Module that owns them.
     args : object, optional
         What func gets as its third argument, ``func(t, y, args)``; see :meth:`Solver.forward`.
     **solver_keywords
-        Any other keyword of :class:`Solver`, ``steps`` apart.
+        Any other keyword of :class:`Solver`, ``steps`` apart, and ``breakpoints`` of its calls.
 
     Returns
     -------
@@ -143,24 +137,13 @@ def odeint(
             "give rtol=, atol= and step_size=, or use pnode.Solver(..., steps=...)"
         )
     output = take_group(Output, "output", keywords.pop("output", None), keywords)
-    if options is not None and not isinstance(options, Mapping):
-        raise ConfigurationError(
-            f"options={options!r} is not a mapping: give a dictionary such as {{'step_size': 0.1}}"
-        )
-    for name, value in (options or {}).items():
-        if name not in _TORCHDIFFEQ_OPTIONS:
-            choices = ", ".join(map(repr, _TORCHDIFFEQ_OPTIONS))
-            raise ConfigurationError(
-                f"options[{name!r}]={value!r} is not supported: choose from {choices}, or set a "
-                "PETSc option with petsc_options={...}"
-            )
-        if keywords.get(_TORCHDIFFEQ_OPTIONS[name]) is not None:
-            raise ConfigurationError(
-                f"options[{name!r}] and {_TORCHDIFFEQ_OPTIONS[name]}= are both given: drop one"
-            )
-        keywords[_TORCHDIFFEQ_OPTIONS[name]] = value
     chosen = find_method("dopri5" if method is None else method)
     times = as_times(t, endless=Events.may_end(output.event_fn))
+    refuse_callbacks(func)
+    keywords = translated(options, keywords, func, y0, times, chosen.adaptive)
+    breakpoints = keywords.pop("breakpoints", None)
+    if keywords.pop("dense", False):
+        output = replace(output, dense=True)
     if not chosen.adaptive and keywords.get("step_size") is None:
         # One step per interval: a step size that no interval exceeds.
         exact = times.detach().to(torch.float64)
@@ -170,7 +153,7 @@ def odeint(
     solver = _OneCall(
         func, rtol=rtol, atol=atol, method=chosen.name, params=params, output=output, **keywords
     )
-    solution = solver(y0, times, args)
+    solution = solver(y0, times, args, breakpoints)
     return solution.ys if output.event_fn is None else (solution.event_time, solution.ys)
 
 

@@ -100,6 +100,7 @@ def flow_slope(problem: InitialValueProblem, t: torch.Tensor, y: torch.Tensor) -
     layout = problem.layout
     parts = [now(part) for part in (problem.function, problem.explicit) if part is not None]
     parts = [remote(part, problem.compute, Stats(), strict=False) for part in parts]
+    t = problem.seen(t)
     values = [layout.flatten(part(t, layout.unflatten(y.clone()))) for part in parts]
     return sum(values[1:], start=values[0])
 

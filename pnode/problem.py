@@ -191,6 +191,11 @@ class InitialValueProblem:
         Of a state and what it drives, tangents or integrals: that of the state.
     integrals : int
         Entries of integrals, the last part of the state.
+    breaks : Breaks or None
+        Where f is not smooth in t: see :mod:`pnode.breakpoints`.
+    window : tuple of float
+        First and last time, of the integrator's, at which f is evaluated; it gets that for those
+        beyond. Of a part between two breaks: just inside of these.
     """
 
     function: Callable[..., Any]
@@ -211,6 +216,8 @@ class InitialValueProblem:
     resolution: float = _DOUBLE
     base: InitialValueProblem | None = None
     integrals: int = 0
+    breaks: Any = None
+    window: tuple[float, float] = (-math.inf, math.inf)
 
     @classmethod
     def create(
@@ -260,6 +267,14 @@ class InitialValueProblem:
             check_undeclared,
             **form,
         )
+
+    def seen(self, t: torch.Tensor) -> torch.Tensor:
+        """Return a time of the user's, 0-dim, as f gets it: within the window; differentiable."""
+        low, high = sorted(self.direction * s for s in self.window)
+        if math.isinf(low) and math.isinf(high):
+            return t
+        value = t.detach()
+        return t + (value.clamp(low, high) - value)
 
 
 def as_times(t: Any, endless: bool = False) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -40,6 +41,8 @@ def new_trajectory(engine: Engine, run: Run, requests: Requests, y0: torch.Tenso
         If the checkpointing that was asked for is not to be had for this solve.
     """
     chosen, control = engine.checkpointing, engine.control
+    if requests.memory is not None:
+        chosen = replace(chosen, memory=requests.memory)
     times = run.problem.times
     times = (times[0], *times[1:][-1:]) if requests.dense else times
     grid = fixed_grid(times, control, run.problem.resolution)

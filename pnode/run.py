@@ -108,6 +108,10 @@ class Requests:
         Of independent samples: what becomes of one that fails; None of one state.
     progress : bool
         Whether backward sweeps show how far they are.
+    steps_before : int or None
+        Of a part of a solve: how many steps the parts before have taken; None of a whole one.
+    memory : int or None
+        Of such a part: bytes that its checkpoints may take, if that is less than all may.
     """
 
     monitor: Callable[[int, float, Any], None] | None = None
@@ -121,6 +125,8 @@ class Requests:
     sensitivity_control: str | torch.Tensor | None = None
     independent: str | None = None
     progress: bool = False
+    steps_before: int | None = None
+    memory: int | None = None
 
 
 class Sweep(ABC):

@@ -41,6 +41,7 @@ def sensitivities(
     t: Any,
     wrt: Sequence[str] = (_Y0,),
     mode: Literal["auto", "forward", "adjoint"] = "auto",
+    breakpoints: Any = None,
 ) -> Sensitivities:
     """Return the Jacobians of ``solver(y0, t).ys`` with respect to y0 and parameters. Collective.
 
@@ -63,6 +64,8 @@ def sensitivities(
         in ``wrt``; the linear systems of implicit methods share their factors. "adjoint": one
         solve, and one backward sweep for each entry of ``ys``. "auto": forward unless there are
         more tangents than cotangents.
+    breakpoints : Tensor, sequence of float, control (or several), or callable, optional
+        Of the solve, see :meth:`Solver.forward`; constants here.
 
     Returns
     -------
@@ -123,7 +126,7 @@ def sensitivities(
     def outputs(moving: dict[str, Any]) -> Any:
         own = {full: moving[name] for name, full in zip(wrt, names, strict=True) if name != _Y0}
         return torch.func.functional_call(
-            solver, {**known, **own}, (moving.get(_Y0, initial), t)
+            solver, {**known, **own}, (moving.get(_Y0, initial), t), {"breakpoints": breakpoints}
         ).ys
 
     way = torch.func.jacfwd if mode == "forward" else torch.func.jacrev

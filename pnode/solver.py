@@ -10,7 +10,7 @@ import torch
 from mpi4py import MPI
 
 from pnode import arguments, samples
-from pnode.autograd import solve
+from pnode.breakpoints import check_breaks, with_breaks
 from pnode.calls import Call
 from pnode.checkpointing import Checkpointing
 from pnode.compared import COMPARED, Given, shared
@@ -26,20 +26,19 @@ from pnode.configuration import (
     as_checkpointing,
     take_groups,
 )
-from pnode.consistency import check_consistency, consistent_state
 from pnode.continuous import requested
 from pnode.engine import Engine
-from pnode.errors import ConfigurationError
 from pnode.event_derivatives import check_rate
 from pnode.event_functions import Events
-from pnode.events import adapted, split
+from pnode.events import adapted
 from pnode.integrals import check_cost, of_state, parted, with_integral
 from pnode.layouts import Layout
 from pnode.mass import MassMatrix
 from pnode.monitor import at_home, progress_bar
 from pnode.options import check_petsc_options, next_prefix
+from pnode.parts import consistent, solve
 from pnode.problem import InitialValueProblem, StateLayout, as_times, collect_parameters
-from pnode.ranks import ALONE, Ranks
+from pnode.ranks import Ranks
 from pnode.solution import Occurrences, Solution, Stats
 from pnode.solvers.methods import check_form, find_method
 from pnode.solvers.step_control import check_steps
@@ -214,7 +213,9 @@ class Solver(torch.nn.Module):
 
     if TYPE_CHECKING:  # of a Module, calls are Any
 
-        def __call__(self, y0: Tensors, t: Times, args: Any = None) -> Solution[Tensors]:
+        def __call__(
+            self, y0: Tensors, t: Times, args: Any = None, breakpoints: Any = None
+        ) -> Solution[Tensors]:
             """Integrate: :meth:`forward`, and the Module's hooks."""
             raise NotImplementedError
 
@@ -243,7 +244,7 @@ class Solver(torch.nn.Module):
         return self._engine.describe()
 
     @outside_compiler
-    def forward(self, y0: Any, t: Any, args: Any = None) -> Solution:
+    def forward(self, y0: Any, t: Any, args: Any = None, breakpoints: Any = None) -> Solution:
         """Integrate from ``t[0]`` and return the states at the times ``t``. Collective.
 
         Parameters
@@ -260,6 +261,11 @@ class Solver(torch.nn.Module):
             Tensors and numbers of this call, in tuples, lists, dicts or NamedTuples. All functions
             of the problem, ``cost`` and ``event_fn`` too, get it last: ``f(t, y, args)``; the
             tensors get gradients.
+        breakpoints : Tensor, sequence of float, control (or several), or callable, optional
+            Times within ``t`` at which f jumps or has a kink, in order: a step ends at each, which
+            sees f before it, and the next begins afresh, with f after it. A tensor that requires
+            grad gets the derivative, lambda times the jump of f. :mod:`pnode.controls` brings its
+            own; a callable is given ``t[0]`` and ``t[-1]``. See docs/problems.md.
 
         Returns
         -------
@@ -279,10 +285,12 @@ class Solver(torch.nn.Module):
             For a failing solve; see :mod:`pnode.errors`. What f raises comes through as it is.
         """
         if self._requests.independent is not None:
+            check_breaks(self._engine, self._requests, breakpoints)
             return samples.solve(self, y0, t, args)
         ranks = Ranks(self._engine.comm)
         differentiate = torch.is_grad_enabled()
-        prepared = ranks.attempt(self._prepare, y0, t, args, ranks, differentiate)
+        own = (y0, t, args, breakpoints)
+        prepared = ranks.attempt(self._prepare, *own, ranks, differentiate)
         facts, size = None, 0
         if prepared is not None:
             problem, flat, times, start, call = prepared
@@ -303,7 +311,8 @@ class Solver(torch.nn.Module):
         differentiate: bool,
     ) -> Solution:
         """Solve what has been prepared, and make up the result. Collective."""
-        moving = [tensor for tensor in (flat, times, *problem.parameters) if moves(tensor)]
+        cuts = () if problem.breaks is None else (problem.breaks.times,)
+        moving = [one for one in (flat, times, *cuts, *problem.parameters) if moves(one)]
         trainable = any(differentiate or not tensor.requires_grad for tensor in moving)
         if trainable and self.event_fn is not None:
             check_rate(self._form)
@@ -315,16 +324,18 @@ class Solver(torch.nn.Module):
         monitor = at_home(monitor, compute, start)
         wanted = replace(self._requests, monitor=monitor, events=events)
         with progress_bar(problem, wanted, self._progress) as requests:
-            ys, run = solve(self._engine, problem, requests, flat, times, trainable)
-        layout = problem.layout
-        whole = trainable and not run.roots and not layout.is_tuple  # see SolveFunction
-        times, ys, found = split(events, differentiable, problem, run, times, ys, self.method)
+            solved = solve(
+                self._engine, problem, requests, flat, times, trainable, differentiable,
+                self._consistent_start,
+            )  # fmt: skip
+        layout, run = problem.layout, solved.run
+        times, ys, found = solved.times, solved.ys, solved.found
         if compute is not None:
             ys = carry_once(ys, compute, start)
             found = [(when, carry_once(rows, compute, start)) for when, rows in found]
             start.backward = run.stats.backward
         run.stats.add(start)
-        states = ys if whole else layout.unflatten(ys)
+        states = ys if solved.whole else layout.unflatten(ys)
         states, costs = parted(problem, states)
         states = call.restored(states)
         kept = trainable and not self._requests.continuous
@@ -340,7 +351,7 @@ class Solver(torch.nn.Module):
         return solution
 
     def _prepare(
-        self, y0: Any, t: Any, args: Any, ranks: Ranks, differentiate: bool
+        self, y0: Any, t: Any, args: Any, breakpoints: Any, ranks: Ranks, differentiate: bool
     ) -> tuple[InitialValueProblem, torch.Tensor, torch.Tensor, Stats, Call]:
         """Validate what a solve is given. Not collective.
 
@@ -353,23 +364,14 @@ class Solver(torch.nn.Module):
         engine = self._engine
         call = Call.of(y0, args, ranks, self.mass, engine.exchange, engine.jacobian_options)
         declared = collect_parameters(self._functions, (*(self._params or ()), *call.tensors))
-        refuse_transforms([("y0", y0), ("t", t)], declared)
+        refuse_transforms([("y0", y0), ("t", t), ("breakpoints", breakpoints)], declared)
         refuse_moving([("mass", self.mass)], "and a mass matrix is constant here")
         times = as_times(t, endless=Events.may_end(self.event_fn))
         start = Stats()
         with torch.inference_mode(False), torch.set_grad_enabled(differentiate):
             y0, compute = on_host(call.state(y0), self._device_state, start)
-        if self._engine.method.implicit and any(tensor.is_inference() for tensor in declared):
-            raise ConfigurationError(
-                f"a parameter was made in torch.inference_mode, and method={self.method!r} needs "
-                "derivatives of the vector field: make the module outside of it"
-            )
-        by_times = (differentiate or not times.requires_grad) and moves(times)
-        if by_times and self._form in ("mass", "residual"):
-            raise ConfigurationError(
-                f"t requires grad, and y' is not at hand for a problem given as {self._form}=: "
-                "pass t.detach()"
-            )
+        arguments.refuse_inference(declared, self._engine.method)
+        arguments.refuse_moving_times("t", times, self._form, differentiate)
         wanted = [
             one for one in declared if differentiate or (not one.requires_grad and moves(one))
         ]
@@ -387,13 +389,9 @@ class Solver(torch.nn.Module):
                 chosen = hit if self._requests.dense else problem.times
                 check_steps(problem, chosen, self._engine.control, self.method)
             flat = problem.layout.flatten(y0)
-            # With ghost cells f is collective, and what belongs together is not one rank's to see.
-            if self._form in ("mass", "residual") and self._engine.exchange is None:
-                own = replace(problem, ranks=ALONE)
-                if self._consistent_start:
-                    flat = consistent_state(own, flat, start)
-                else:
-                    check_consistency(own, flat.detach(), start)
+            check_breaks(self._engine, self._requests, breakpoints)
+            problem = with_breaks(problem, breakpoints, times)
+            flat = consistent(problem, flat, self._consistent_start, start)
             if self.cost is not None:
                 cost = call.observer(watched(self.cost, declared))
                 problem, flat = with_integral(problem, cost, flat)

@@ -107,6 +107,7 @@ class StageSweep:
                 bool(run.roots)
             ),
             "dense=True: let steps hit the output times (dense=False)": dense,
+            "breakpoints=: solve from break to break": problem.breaks is not None,
             "layout=: take comm= and states without ghost cells": problem.exchange is not None,
             "device_state='host' of a state on a device: take device_state='device'":
                 problem.compute is not None,

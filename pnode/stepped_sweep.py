@@ -74,6 +74,11 @@ class SteppedSweep(Sweep):
         trajectory = self.trajectory
         return () if trajectory is None else trajectory.evidence[trajectory.outputs[output]]
 
+    def let_checkpoints_go(self) -> None:
+        """Free the checkpoints: a backward sweep repeats the steps first."""
+        if self.trajectory is not None:
+            self.trajectory.clear()
+
     def forward(
         self,
         run: Run,
@@ -158,7 +163,7 @@ class SteppedSweep(Sweep):
             observers.append(self.dense)
             times = (times[0], *times[1:][-1:])  # those that steps are to hit
         if requests.monitor is not None:
-            observers.append(Monitor(requests.monitor, problem))
+            observers.append(Monitor(requests.monitor, problem, requests.steps_before or 0))
         done: list[Step] = []
         progress = None if trajectory is None else trajectory.progress
         if progress is not None and progress.start is not None:
@@ -167,6 +172,7 @@ class SteppedSweep(Sweep):
             outputs.take_up(progress)
             integrator.restore((progress.start,))
         control, stats = self._engine.control, run.stats
+        control = replace(control, steps_before=requests.steps_before or 0)
         if requests.recorded is None or repeated is None:
             taker = forward_sweep(integrator, field, times, control, stats, observers, done)
         else:

@@ -65,11 +65,10 @@ class VectorField:
     look: Callable[[float, torch.Tensor, torch.Tensor, float, str], None] | None = None
 
     def __init__(self, problem: InitialValueProblem, ledger: Ledger, function: Any = None) -> None:
-        self.problem = problem
+        self.problem, self.ledger = problem, ledger
         self.function = problem.function if function is None else function
         self.callee = remote(self.function, problem.compute, ledger)
         self.mass: MassMatrix | None = problem.mass
-        self.ledger = ledger
         self.parameters = problem.parameters
         self.shared = Shared(
             self.parameters, self.mass, ledger, hooks_of(self.parameters),
@@ -81,7 +80,7 @@ class VectorField:
         self._layout = layout = problem.layout
         #: The state's, unless that is a tuple.
         self._shape = None if layout.is_tuple else layout.shapes[0]
-        self._direction = problem.direction
+        self._direction, self._window = problem.direction, problem.window
         self._check_first = True
 
     def rhs(self, s: float, u: torch.Tensor) -> torch.Tensor:
@@ -229,8 +228,9 @@ class VectorField:
 
     def _time(self, s: float) -> torch.Tensor:
         """Return the user's time as f gets it."""
-        layout = self._layout
-        return torch.scalar_tensor(self._direction * s, dtype=layout.dtype, device=layout.device)
+        layout, (low, high) = self._layout, self._window
+        time = self._direction * min(max(s, low), high)
+        return torch.scalar_tensor(time, dtype=layout.dtype, device=layout.device)
 
     def _call_first(self, s: float, leaf: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         """Call f on a leaf, under grad, for the first time: look at what it uses."""

@@ -43,6 +43,8 @@ class StepControl:
         Tolerances as the user gave them.
     controller : str
         Who chooses adaptive steps.
+    steps_before : int
+        Steps taken before, which count as well, of a sweep that goes on with a solve.
     """
 
     step_size: float | None = None
@@ -53,6 +55,7 @@ class StepControl:
     rtol: tolerances.Tolerance = 1e-6
     atol: tolerances.Tolerance = 1e-8
     controller: str = "basic"
+    steps_before: int = 0
 
 
 def fixed_grid(times: Sequence[float], control: StepControl, resolution: float) -> FixedGrid | None:

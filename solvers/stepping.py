@@ -111,7 +111,8 @@ def forward_sweep(
     if done:
         sweep.natural = done[-1].length
     else:
-        integrator.monitor(0, times[0])
+        if not sweep.earlier:
+            integrator.monitor(0, times[0])
         sweep.output(0)
     number, grid = 0, fixed_grid(times, control, field.problem.resolution)
     doubtful = grid is not None and grid.unresolved is not None
@@ -158,13 +159,18 @@ class _Sweep:
         self.ledger = ledger
         self.announced = -1
         self.ended = False
-        self.index = 0
+        self.index, self.earlier = 0, control.steps_before
         self.natural: float | None = None
         # What does nothing is not called in every step.
         self.before = _overridden(observers, "before_step")
         self.shorten = _overridden(observers, "shorten")
         self.after = _overridden(observers, "after_step")
         self.outputs = _overridden(observers, "output")
+
+    @property
+    def number(self) -> int:
+        """Steps of the whole solve so far."""
+        return self.earlier + self.index
 
     def output(self, index: int) -> None:
         """Say that an output time is reached."""
@@ -176,7 +182,7 @@ class _Sweep:
         while True:
             self._check_limit(start)
             self._announce()
-            outcome = self.integrator.attempt(start, length, self.index, end=end)
+            outcome = self.integrator.attempt(start, length, self.number, end=end)
             if not outcome.accepted:
                 assert outcome.error is not None
                 raise outcome.error
@@ -201,7 +207,7 @@ class _Sweep:
             after = end if wanted == end - s else move(s, wanted)
             length = after - s
             self._announce()
-            outcome = self.integrator.attempt(s, length, self.index, end=after)
+            outcome = self.integrator.attempt(s, length, self.number, end=after)
             if outcome.accepted:
                 # A step shortened to meet an output time says nothing against the natural one.
                 shortened = (
@@ -248,13 +254,13 @@ class _Sweep:
         self.taker = taker if self.ended else self.integrator
         self.index += 1
         self.ledger.steps += 1
-        self.integrator.monitor(self.index, step.end)
+        self.integrator.monitor(self.number, step.end)
         for look in self.after:
             look(step, taker, self.ended)
         return step.end
 
     def _check_limit(self, s: float) -> None:
-        if self.control.max_steps is not None and self.index >= self.control.max_steps:
+        if self.control.max_steps is not None and self.number >= self.control.max_steps:
             raise StepLimitReached(
                 f"max_steps={self.control.max_steps} steps did not reach the last output time: "
                 "raise max_steps, loosen the tolerances, or use an implicit method if the "
@@ -300,7 +306,7 @@ class _Sweep:
     def _where(self, s: float) -> dict[str, Any]:
         return {
             "time": self.field.problem.direction * s,
-            "step": self.index,
+            "step": self.number,
             "method": self.integrator.settings.method.name,
         }
 

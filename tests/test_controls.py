@@ -20,6 +20,11 @@ def test_hold_has_the_new_value_at_its_time():
     assert torch.equal(control.breakpoints, TIMES[1:])
 
 
+def test_times_of_a_list_are_double():
+    control = controls.linear([0.0, 0.3, 0.7, 1.5], VALUES.float())
+    assert torch.equal(control.times, TIMES)
+
+
 def test_linear_and_cubic_against_numpy_and_scipy():
     polygon, spline = controls.linear(TIMES, VALUES), controls.cubic(TIMES, VALUES)
     oracle = CubicSpline(TIMES.numpy(), VALUES.numpy(), bc_type="natural")

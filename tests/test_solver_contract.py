@@ -211,7 +211,7 @@ def test_unusable_state(name):
 
 
 OPTIONS = {
-    "unknown": ({"options": {"norm": max}}, "norm.*step_size"),
+    "unknown": ({"options": {"tolerance": 1}}, "tolerance.*step_size"),
     "not-a-mapping": ({"options": 5}, "options.*5"),
     "pairs": ({"options": [("step_size", 0.1)]}, "options"),
     "twice": ({"options": {"step_size": 0.1}, "step_size": 0.1}, "step_size.*both"),
