@@ -37,7 +37,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-from peak_memory import PeakMemory, status  # noqa: E402
+from peak_memory import PeakMemory, status
 
 SIZE, WIDTH, BATCH = 64, 256, 256
 STATE_BYTES = 8 * SIZE * BATCH
