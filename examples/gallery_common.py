@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import csv
 import hashlib
 import importlib
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from common import at_least, hindrance, parser, pyplot, say
 from mpi4py import MPI
-from peak_memory import PeakMemory
+from peak_memory import PeakMemory, returned_at_once
 from training import Interrupted, Training, UsageError, train
 
 import pnode
@@ -107,10 +108,12 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def fingerprint(name: str) -> str:
-    """Return a hash of an example's file and of this one."""
-    folder = Path(__file__).parent
-    sources = [path.read_bytes() for path in (folder / f"{name}.py", Path(__file__))]
-    return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
+    """Return a hash of the code of an example and of this file, without docstring and comments."""
+    trees = []
+    for path in (Path(__file__).with_name(f"{name}.py"), Path(__file__)):
+        tree = ast.parse(path.read_text("utf-8"))
+        trees.append(ast.dump(ast.Module(tree.body[1:], [])))
+    return hashlib.sha256("".join(trees).encode()).hexdigest()[:16]
 
 
 def launch(
@@ -215,8 +218,8 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
             table.add_column(name, justify="right" if index else "left", no_wrap=True)
         for line in texts:
             table.add_row(*line)
-        console = Console()
-        console.print(table, width=None if console.is_terminal else 200, markup=False)
+        wide = None if sys.stdout.isatty() else 200
+        Console(width=wide, markup=False, highlight=False).print(table)
         return
     widths = [max(map(len, column)) for column in zip(names, *texts, strict=True)]
     for line in [names, *texts]:
@@ -259,19 +262,32 @@ class Measured:
         return self.peak_bytes / 2**20
 
 
-def measure(call: Callable[[], Any], repeats: int = 1, warm_up: bool = False) -> Measured:
-    """Call and measure, after a call that is not measured if ``warm_up``."""
+def measure(
+    call: Callable[[], Any], repeats: int = 1, warm_up: bool = False, in_use: bool = False
+) -> Measured:
+    """Call and measure, after a call that is not measured if ``warm_up``.
+
+    With ``in_use`` the peak is that of one more call, in which malloc gives back what is freed:
+    what tensors hold, without what malloc keeps for later.
+    """
     if warm_up:
         call()
+    peak = None
+    if in_use:
+        with returned_at_once():
+            memory = PeakMemory()
+            call()
+            peak = memory.above_base()
     memory = PeakMemory()
     seconds, cpu_seconds = [], []
-    for repeat in range(repeats):
+    for _ in range(repeats):
         begin, cpu = time.perf_counter(), time.process_time()
         value = call()
         seconds.append(time.perf_counter() - begin)
         cpu_seconds.append(time.process_time() - cpu)
-        if repeat == 0:
+        if peak is None:
             peak = memory.above_base()
+    assert peak is not None
     return Measured(value, statistics.median(seconds), statistics.median(cpu_seconds), peak)
 
 
