@@ -33,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 import pnode
 
 CHANNELS, BATCH = 8, 64
+TRAINED = 1437  # images; the other 360 are for the test
 SPAN = torch.tensor([0.0, 1.0], dtype=torch.float64)
 Solve = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
 
@@ -80,7 +81,7 @@ class Classifier(torch.nn.Module):
         self.down = torch.nn.Conv2d(channels, channels, 2, stride=2, dtype=torch.float64)
         self.head = torch.nn.Linear(channels, 10, dtype=torch.float64)
         self.fields = torch.nn.ModuleList([Field(channels), Field(channels)])
-        self.solves = [solve(field) for field in (self.fields[0], self.fields[1])]
+        self.solves = [solve(field) for field in self.fields if isinstance(field, Field)]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         y = self.solves[0](self.fields[0], torch.tanh(self.stem(images)))
@@ -125,11 +126,223 @@ def in_torch(method: str, steps: int, where: str) -> Callable[[Field], Solve]:
     return lambda field: block if where == "block" else solve
 
 
-def by_pnode(method: str, steps: int, **more: Any) -> Callable[[Field], Solve]:
-    """Return a solve by pnode."""
+def by_pnode(
+    method: str, steps: int, states: int | None = None, **more: Any
+) -> Callable[[Field], Solve]:
+    """Return a solve by pnode, whose checkpoints may hold as much as so many states."""
 
     def make(field: Field) -> Solve:
-        solver = pnode.Solver(field, method=method, step_size=1 / steps, **{"compile": False, **more})
-        return lambda _, y: solver(y, SPAN).ys[-1]
+        solvers: list[pnode.Solver] = []
+        keywords = {"method": method, "step_size": 1 / steps, "compile": False, **more}
+
+        def solve(_: torch.nn.Module, y: torch.Tensor) -> torch.Tensor:
+            if not solvers:
+                limit = {} if states is None else {"checkpointing": states * y.nbytes}
+                solvers.append(pnode.Solver(field, **keywords, **limit))
+            return solvers[0](y, SPAN).ys[-1]
+
+        return solve
 
     return make
+
+
+# ---------------------------------------------------------------------------------- measurements
+
+WAYS: dict[str, Callable[[str, int], Callable[[Field], Solve]]] = {
+    "backpropagation": lambda method, steps: in_torch(method, steps, ""),
+    "checkpoint per block (ANODE)": lambda method, steps: in_torch(method, steps, "block"),
+    "checkpoint per step (ACA)": lambda method, steps: in_torch(method, steps, "step"),
+    "NODE-continuous": lambda method, steps: by_pnode(method, steps, gradient="continuous"),
+    "pnode, tape": lambda method, steps: by_pnode(
+        method, steps, checkpointing=pnode.Checkpointing(store="tape")
+    ),
+    "pnode, stages": lambda method, steps: by_pnode(
+        method, steps, checkpointing=pnode.Checkpointing(store="stages")
+    ),
+    "pnode, 20 states": lambda method, steps: by_pnode(method, steps, 20),
+    "pnode, 9 states": lambda method, steps: by_pnode(method, steps, 9),
+}
+FEW = ("backpropagation", "checkpoint per step (ACA)", "NODE-continuous", "pnode, 9 states")
+
+
+def gradient(
+    make: Callable[[Field], Solve], images: torch.Tensor, labels: torch.Tensor, channels: int
+) -> tuple[Measured, torch.Tensor, int]:
+    """Return what a gradient takes, all its entries, and how often the fields are evaluated."""
+    torch.manual_seed(0)
+    model = Classifier(channels, make)
+    calls = [0]
+    for field in model.fields:
+        field.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+
+    def call() -> int:
+        model.zero_grad()
+        calls[0] = 0
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+        return calls[0]
+
+    measured = measure(call, in_use=True)
+    parts = [
+        parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None
+    ]
+    return measured, torch.cat(parts), measured.value
+
+
+def compare(
+    cases: Sequence[tuple[str, int, Sequence[str]]],
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    channels: int,
+) -> list[dict[str, Any]]:
+    """Return a row for each method, number of steps and way."""
+    rows: list[dict[str, Any]] = []
+    gradient(by_pnode("euler", 1), images, labels, channels)  # sets up what all need
+    for method, steps, ways in cases:
+        expected: torch.Tensor | None = None
+        for name in ways:
+            measured, found, evaluations = gradient(
+                WAYS[name](method, steps), images, labels, channels
+            )
+            expected = found if expected is None else expected
+            rows.append({
+                "gradient by": name, "method": method, "steps": steps,
+                "MiB": measured.peak_mib, "evaluations": evaluations,
+                "CPU s": measured.cpu_seconds,
+                "difference": float((found - expected).norm() / expected.norm()),
+            })  # fmt: skip
+    return rows
+
+
+# --------------------------------------------------------------------------------- the training
+
+
+def data() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scikit-learn's images, between 0 and 1, and labels, in an order that is mixed."""
+    sklearn = peer("sklearn.datasets")
+    if sklearn is None:
+        raise UsageError("the digits come with scikit-learn: pip install scikit-learn")
+    images, labels = sklearn.load_digits(return_X_y=True)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    tensor = torch.from_numpy(images).reshape(-1, 1, 8, 8) / 16.0
+    return tensor[order], torch.from_numpy(labels)[order]
+
+
+def accuracy(model: Classifier, images: torch.Tensor, labels: torch.Tensor) -> float:
+    """Return the share of images that are classified correctly."""
+    with torch.no_grad():
+        return float((model(images).argmax(1) == labels).double().mean())
+
+
+def learn(
+    make: Callable[[Field], Solve], options: argparse.Namespace, label: str
+) -> tuple[Classifier, list[float]]:
+    """Train a classifier; return it and its losses."""
+    images, labels = data()
+    generator = torch.Generator().manual_seed(options.seed)
+    torch.manual_seed(options.seed)
+    model = Classifier(options.channels, make)
+
+    def loss() -> torch.Tensor:
+        chosen = torch.randint(TRAINED, (options.batch,), generator=generator)
+        return torch.nn.functional.cross_entropy(model(images[chosen]), labels[chosen])
+
+    found = train(model, loss, options, label=label, rate=1e-2, generator=generator)
+    return model, found.losses
+
+
+# ----------------------------------------------------------------------------------- the program
+
+
+def draw(rows: list[dict[str, Any]], accuracies: list[dict[str, Any]], losses: Any) -> Any:
+    """Draw memory against evaluations and against steps, and what was learned."""
+    drawn, axes = figure(
+        1, 3, "ODE blocks on 8 x 8 digits: what a gradient takes, and what it is for"
+    )
+    names = list(dict.fromkeys(row["gradient by"] for row in rows))
+    steps = max(row["steps"] for row in rows if row["method"] == "rk4")
+    axis = axes[0, 0]
+    for index, name in enumerate(names):
+        ours = name.startswith("pnode")
+        chosen = [row for row in rows if row["gradient by"] == name and row["method"] == "rk4"]
+        last = [row for row in chosen if row["steps"] == steps]
+        if last:
+            marker, color = ("o" if ours else "s"), f"C{index}"
+            axes[0, 1].loglog(
+                [row["steps"] for row in chosen], [row["MiB"] for row in chosen],
+                marker=marker, ms=4, color=color, label=name,
+            )  # fmt: skip
+            axis.plot(last[0]["MiB"], last[0]["evaluations"], marker, color=color, ms=7, label=name)
+    axis.set(
+        xscale="log", xlabel="peak memory in use (MiB)", ylabel="evaluations of the two fields"
+    )
+    axis.set_title(f"one gradient, rk4, {steps} steps a block", fontsize=10)
+    axis.legend(fontsize=7)
+    axes[0, 1].set(xlabel="steps a block", ylabel="peak memory in use (MiB)")
+    axes[0, 1].set_title("memory of one gradient, rk4", fontsize=10)
+    axis = axes[0, 2]
+    for name, values in losses.items():
+        axis.semilogy(values, "-" if "pnode" in name else "--", label=name)
+    final = accuracies[0]["accuracy"]
+    axis.set(xlabel="iteration", ylabel="loss (cross entropy)")
+    axis.set_title(f"training; {100 * final:.1f} % of unseen digits correct", fontsize=10)
+    axis.legend(fontsize=7)
+    return drawn
+
+
+def run(options: argparse.Namespace) -> Outcome:
+    """Measure gradients, train, and look what other methods make of the trained network."""
+    images, labels = data()
+    batch = images[: options.batch], labels[: options.batch]
+    everything, few = tuple(WAYS), FEW
+    cases: list[tuple[str, int, Sequence[str]]] = [("rk4", 8, everything)]
+    if options.quick:
+        cases = [("rk4", 4, everything)]
+    else:
+        cases = [("rk4", steps, everything) for steps in (2, 8, 32)]
+        cases += [(method, 8, few) for method in ("euler", "midpoint", "bosh3", "dopri5")]
+    rows = compare(cases, *batch, options.channels)
+
+    losses: dict[str, list[float]] = {}
+    model, losses["pnode"] = learn(by_pnode("rk4", 4), options, "pnode")
+    unseen = images[TRAINED:], labels[TRAINED:]
+    accuracies = [{"trained by": "pnode", "method": "rk4", "steps": 4,
+                   "accuracy": accuracy(model, *unseen)}]  # fmt: skip
+    other, losses["NODE-continuous"] = learn(
+        by_pnode("rk4", 4, gradient="continuous"), options, "continuous"
+    )
+    accuracies.append({"trained by": "NODE-continuous", "method": "rk4", "steps": 4,
+                       "accuracy": accuracy(other, *unseen)})  # fmt: skip
+    solves = [("cn", 4)] if not options.quick else []
+    solves += [(method, steps) for method in TABLEAUS for steps in (2, 8, 64)][
+        : 1 if options.quick else None
+    ]
+    for method, steps in solves:
+        model.solves = [
+            by_pnode(method, steps)(field) for field in (model.fields[0], model.fields[1])
+        ]
+        accuracies.append({"trained by": "pnode", "method": method, "steps": steps,
+                           "accuracy": accuracy(model, *unseen)})  # fmt: skip
+    numbers = {"accuracies": accuracies, "losses": losses}
+    return Outcome(numbers, rows, lambda: draw(rows, accuracies, losses))
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add this example's own options."""
+    add = parser.add_argument
+    add("--channels", type=at_least(int, 1), default=CHANNELS, help=f"of the states ({CHANNELS})")
+    add("--batch", type=at_least(int, 1), default=BATCH, help=f"images of a gradient ({BATCH})")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    quick = {"iterations": 3, "batch": 16}
+    return arguments("digits", __doc__, argv, iterations=80, quick=quick, add=add_options)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; return its exit code."""
+    return launch(parse(argv), run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import ast
 import csv
+import ctypes
+import gc
 import hashlib
 import importlib
 import json
@@ -24,11 +26,13 @@ import numpy as np
 import torch
 from common import at_least, hindrance, parser, pyplot, say
 from mpi4py import MPI
-from peak_memory import PeakMemory, returned_at_once
+from peak_memory import PeakMemory
+from torch.utils._python_dispatch import TorchDispatchMode
 from training import Interrupted, Training, UsageError, train
 
 import pnode
 
+M_MMAP_THRESHOLD = -3  # of malloc.h
 TRUTH: dict[str, Any] = {"color": "0.75", "lw": 5, "label": "truth"}
 DATA: dict[str, Any] = {
     "ls": "none", "marker": "o", "ms": 4.5, "mfc": "white", "mec": "black", "label": "data",
@@ -262,22 +266,59 @@ class Measured:
         return self.peak_bytes / 2**20
 
 
+class MallInfo(ctypes.Structure):
+    """``struct mallinfo2`` of malloc.h."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks",
+            "fordblks", "keepcost",
+        )
+    )  # fmt: skip
+
+
+class MemoryInUse(TorchDispatchMode):
+    """The peak of what malloc (glibc 2.33 or later) has handed out, above what it had before."""
+
+    def __enter__(self) -> Any:
+        self._libc = ctypes.CDLL(None)
+        self._libc.mallinfo2.restype = MallInfo
+        gc.collect()
+        self._libc.mallopt(M_MMAP_THRESHOLD, 65536)  # larger ones are counted at once
+        self.peak, self._base = 0, self._in_use()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # where glibc's own adaptation ends
+        super().__exit__(*error)
+
+    def _in_use(self) -> int:
+        info = self._libc.mallinfo2()
+        return int(info.hblkhd + info.uordblks)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.peak = max(self.peak, self._in_use() - self._base)
+        return result
+
+
 def measure(
     call: Callable[[], Any], repeats: int = 1, warm_up: bool = False, in_use: bool = False
 ) -> Measured:
     """Call and measure, after a call that is not measured if ``warm_up``.
 
-    With ``in_use`` the peak is that of one more call, in which malloc gives back what is freed:
-    what tensors hold, without what malloc keeps for later.
+    With ``in_use`` the peak is that of one more call: of what malloc has handed out, looked at
+    after every operation of torch's. Resident memory has what malloc keeps for later besides, which
+    for some tens of MiB is as much again, and never the same.
     """
     if warm_up:
         call()
     peak = None
     if in_use:
-        with returned_at_once():
-            memory = PeakMemory()
+        with MemoryInUse() as seen:
             call()
-            peak = memory.above_base()
+        peak = seen.peak
     memory = PeakMemory()
     seconds, cpu_seconds = [], []
     for _ in range(repeats):

@@ -18,11 +18,38 @@ whatever the tolerance. Both claims can be checked here. The true gradient comes
 exponential (with cos and sin as two more states, the system is linear), that of the numbers from
 autograd through dopri5's formula at the times of the steps that were taken.
 
-Run it (@TIME@)::
+Run it (about a minute on one core)::
 
     python examples/gradients.py
 
-@TABLE@
+Measured with pnode 0.2.0 and torchdiffeq 0.2.5 on 2026-11-29, dopri5, rtol = atol: relative errors
+of the gradient, against the truth and (last column) against the gradient of the numbers that the
+solve itself returned. CPU times of single calls, on a busy computer:
+
+========================  ====  ======  =========  ============  ======  ==============
+adjoint                   T     rtol    error      evaluations   CPU ms  to its numbers
+========================  ====  ======  =========  ============  ======  ==============
+pnode, discrete           5     1e-6    4.7e-7     401           83      5e-16
+pnode, discrete, 8 kB     5     1e-6    4.7e-7     808           148     5e-16
+pnode, continuous         5     1e-6    3.6e-4     595           128     3.6e-4
+torchdiffeq, backprop     5     1e-6    6.7e-7                   114
+torchdiffeq, continuous   5     1e-6    8.4e-4                   209
+pnode, discrete           13    1e-6    1.0e-6     995           135     4e-16
+pnode, continuous         13    1e-6    691        1591          315     691
+torchdiffeq, backprop     13    1e-6    1.7e-6                   230
+torchdiffeq, continuous   13    1e-6    917                      348
+pnode, discrete           5     1e-2    5.7e-4     94            25      7e-16
+pnode, continuous         5     1e-2    0.92       118           19      0.92
+torchdiffeq, continuous   5     1e-2    10.9                     54
+========================  ====  ======  =========  ============  ======  ==============
+
+("evaluations" has those of f and products with its Jacobian.) Twelve coefficients learned by BFGS
+at a tolerance of 1e-3: after 40 iterations the loss is 4e-10 by the discrete adjoint and 1.4e-4 by
+the continuous one, whose line search finds nothing better. With ``--rate 50`` the backward solve of
+the continuous adjoint overflows. What did not work: a spiral without the signal. There the
+continuous adjoint does well, since a Runge-Kutta method keeps the slow plane of a linear autonomous
+system exactly, and nothing but round-off is there to grow. And a small loss is not yet the truth:
+the coefficients are still 7 % off, as final states say little about the actuator's first moments.
 """
 
 from __future__ import annotations
@@ -289,7 +316,7 @@ def draw(numbers: dict[str, Any], rows: list[dict[str, Any]], path: dict[str, to
     axes[1, 0].set(
         xlabel="tolerance", xscale="log", title=f"error against tolerance, T = {HORIZON:g}"
     )
-    axes[0, 1].legend(fontsize=7, loc="center right")
+    axes[0, 1].legend(fontsize=7, loc="center right", bbox_to_anchor=(1.0, 0.27))
     axis = axes[1, 1]
     for kind, color in (("continuous", "C0"), ("discrete", "C3")):
         axis.semilogy(numbers["losses"][kind], color=color, label=f"{kind} adjoint")
@@ -314,8 +341,11 @@ def run(options: argparse.Namespace) -> Outcome:
     problem.target = exact_end(problem, matrix, HORIZON)
     losses, found = {}, {}
     for kind in ("discrete", "continuous"):
-        losses[kind], found[kind] = learn(problem, matrix, kind, options)
-        losses[kind] = [loss for loss in losses[kind] if math.isfinite(loss)]
+        try:
+            losses[kind], found[kind] = learn(problem, matrix, kind, options)
+        except pnode.SolveError as error:
+            print(f"training with the {kind} adjoint failed: {error}")
+            losses[kind], found[kind] = [], math.nan
     numbers = {"losses": losses, "error of A and b": found, "gradients": rows}
     shown = [row for row in rows if (row["T"], row["rtol"]) in settings[::4]]
     path = backwards(problem, matrix, 12.0)

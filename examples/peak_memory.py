@@ -5,11 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-
-M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 class PeakMemory:
@@ -49,20 +45,3 @@ def status(field: str) -> int:
     """Return a size from /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(dict(line.split(":", 1) for line in lines)[field].split()[0])
-
-
-@contextmanager
-def returned_at_once() -> Iterator[None]:
-    """Let malloc give back what is freed, from 64 kB on: what is in use then shows as resident.
-
-    Otherwise glibc keeps freed memory for later, as much again as is in use or more, whatever the
-    program. It costs time, so do not take times inside.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 65536)
-    try:
-        yield
-    finally:
-        if mallopt is not None:
-            mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # where glibc's own adaptation ends

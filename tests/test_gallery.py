@@ -189,3 +189,34 @@ def test_unknown_example_is_named():
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 2 and "nonsense" in run.stderr
+
+
+# ----------------------------------------------------------------------------------- the examples
+
+
+def test_gradients(tmp_path):
+    numbers = quick("gradients", tmp_path)
+    rows = numbers["gradients"]
+    discrete = [row for row in rows if row["adjoint"].startswith("pnode, discrete")]
+    assert len(discrete) == 2 * 4
+    for row in discrete:
+        assert row["from its numbers'"] < 1e-13  # round-off, at any tolerance and horizon
+        assert row["error"] < 2 * row["rtol"]
+    (long,) = (row for row in rows if row["adjoint"] == "pnode, continuous" and row["T"] == 12)
+    assert long["error"] > 10  # of no use
+    losses = numbers["losses"]
+    assert losses["discrete"][-1] < losses["discrete"][0] / 10
+
+
+def test_digits(tmp_path):
+    numbers = quick("digits", tmp_path, "--no-plot")
+    rows = {row["gradient by"]: row for row in numbers["rows"]}
+    exact = [row for name, row in rows.items() if name != "NODE-continuous"]
+    assert len(exact) == 7 and max(row["difference"] for row in exact) < 1e-13
+    assert 1e-13 < rows["NODE-continuous"]["difference"] < 1e-3
+    ways = ("pnode, tape", "pnode, stages", "pnode, 9 states")
+    assert [rows[name]["evaluations"] for name in ways] == [32, 64, 80]
+    tape, stages, least = (rows[name]["MiB"] for name in ways)
+    assert least < stages < tape
+    assert not (tmp_path / "digits.png").exists()
+    assert list(tmp_path.glob("*.pt")) == []
