@@ -281,17 +281,21 @@ class MallInfo(ctypes.Structure):
 class MemoryInUse(TorchDispatchMode):
     """The peak of what malloc (glibc 2.33 or later) has handed out, above what it had before."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = self._base = 0
+
     def __enter__(self) -> Any:
         self._libc = ctypes.CDLL(None)
         self._libc.mallinfo2.restype = MallInfo
         gc.collect()
         self._libc.mallopt(M_MMAP_THRESHOLD, 65536)  # larger ones are counted at once
         self.peak, self._base = 0, self._in_use()
-        return super().__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
         self._libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # where glibc's own adaptation ends
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def _in_use(self) -> int:
         info = self._libc.mallinfo2()

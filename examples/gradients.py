@@ -146,7 +146,8 @@ def exact_end(problem: Problem, matrix: torch.Tensor, horizon: float) -> torch.T
     whole = torch.cat([torch.cat([matrix, torch.zeros(3, 1, dtype=torch.float64)], dim=1), clock])
     signal = torch.tensor([1.0, 0.0], dtype=torch.float64).expand(STATES, 2)
     begin = torch.cat([problem.start, signal], dim=1)
-    return (begin @ torch.linalg.matrix_exp(horizon * whole).T)[:, :3]
+    end: torch.Tensor = begin @ torch.linalg.matrix_exp(horizon * whole).T
+    return end[:, :3]
 
 
 def true_gradient(problem: Problem, matrix: torch.Tensor, horizon: float) -> torch.Tensor:
@@ -231,9 +232,14 @@ def compare(
         if package is not None:
             call = partial(torchdiffeq_gradient, getattr(package, solve))
             measured = measure(partial(call, problem, matrix, horizon, rtol))
-            error, cpu = difference(measured.value, truth), 1e3 * measured.cpu_seconds
+            found, cpu = measured.value, 1e3 * measured.cpu_seconds
             rows.append(
-                {"adjoint": f"torchdiffeq, {name}", **setting, "error": error, "CPU ms": cpu}
+                {
+                    "adjoint": f"torchdiffeq, {name}",
+                    **setting,
+                    "error": difference(found, truth),
+                    "CPU ms": cpu,
+                }
             )
     return rows
 

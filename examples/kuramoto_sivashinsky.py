@@ -11,11 +11,33 @@ the semi-implicit neural ODE (H. Zhang, Y. Liu & R. Maulik, "Semi-implicit neura
 differential equations", SINODE, 2024): the linear part is integrated implicitly, with one constant
 matrix, factorized once, and the network explicitly, without any Jacobian.
 
-Run it (@TIME@), on any number of ranks, which share the cells::
+Run it (a minute and a half on one core), on any number of ranks, which share the cells::
 
     python examples/kuramoto_sivashinsky.py
     mpirun -n 2 python examples/kuramoto_sivashinsky.py
-@TEXT@
+
+Measured with pnode 0.2.0 on 2026-11-29: one gradient of 16 trajectories over one time unit, after
+the training. The error is that of the final states, from those of ark4 in steps of 0.01 with the
+same network; "f" counts evaluations of both parts and both sweeps. CPU times and resident memory
+are of single calls, on a busy computer:
+
+=======  ======  =====  =====  ==========  ==============  =======  ======  =====
+method   step    steps  f      Jacobians   factorizations  error    CPU s   MiB
+=======  ======  =====  =====  ==========  ==============  =======  ======  =====
+ark3     0.2     5      82     2           2               7.2e-4   0.19    15
+ark4     0.2     5      122    2           2               3.9e-5   0.25    16
+cn       0.2     5      43     10          10              3.6e-4   0.92    100
+rk4      0.002   500    4000   0           0               1.0e-8   7.2     31
+rk4      0.005                                             blows up
+=======  ======  =====  =====  ==========  ==============  =======  ======  =====
+
+So 37 times less CPU time than the explicit method near its limit of stability, and 5 times less
+than the fully implicit one, whose Jacobian has the network's in it. There is one factorization in
+each direction. From 8 states that were not learned from, forecasts stay within half the size of u
+until t = 12.1 on average (5.6 to 19.0), about half a Lyapunov time. On 1 and 2 ranks the losses
+agree to 3e-15 (five updates). What did not work: to forecast for several Lyapunov times. The mean
+squared error of what is learned from falls from 0.074 to 0.001 in 200 updates, which is not enough
+for it; nothing but more updates was left to try, and was not tried.
 """
 
 from __future__ import annotations
@@ -76,14 +98,18 @@ class Learned(torch.nn.Module):
 
     def forward(self, t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         stencil = torch.stack([u[..., 1:-3], u[..., 2:-2], u[..., 3:-1]], dim=-1)
-        return self.net(stencil).squeeze(-1)
+        values: torch.Tensor = self.net(stencil)
+        return values.squeeze(-1)
 
 
 def make_solver(part: Part, grid: Grid, method: str, step: float) -> pnode.Solver:
     """The linear part implicitly, with one matrix; an explicit or implicit method takes the sum."""
     (row,) = (row for row in pnode.methods() if row.name == method)
     common: dict[str, Any] = {"method": method, "step_size": step, "layout": grid}
-    matrix = {"jacobian": "sparse", "linear_solver": {"ksp_type": "preonly", "pc_type": "lu"}}
+    matrix: dict[str, Any] = {
+        "jacobian": "sparse",
+        "linear_solver": {"ksp_type": "preonly", "pc_type": "lu"},
+    }
     if grid.comm.size > 1:
         matrix["linear_solver"] = {"ksp_type": "gmres", "pc_type": "bjacobi", "ksp_rtol": 1e-13}
     if row.kind == "imex":
@@ -158,12 +184,12 @@ def cost(
             row["failed"] = type(error).__name__
             continue
         stats, back = measured.value.stats, measured.value.stats.backward
-        error = total((measured.value.ys[-1].detach() - exact).square().sum(), comm)
+        squares = total((measured.value.ys[-1].detach() - exact).square().sum(), comm)
         row |= {
             "steps": stats.steps, "evaluations": stats.rhs + back.rhs, "vjp": back.vjp + stats.vjp,
             "Jacobians": stats.jacobians + back.jacobians,
             "factorizations": stats.factorizations + back.factorizations,
-            "error": math.sqrt(float(error) / (SEEN * CELLS)),
+            "error": math.sqrt(float(squares) / (SEEN * CELLS)),
             "CPU s": measured.cpu_seconds, "MiB": measured.peak_mib,
         }  # fmt: skip
     return rows
@@ -172,8 +198,8 @@ def cost(
 def valid_times(forecast: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """Return for each trajectory until when the relative error is small."""
     errors = (forecast - truth).norm(dim=-1) / truth.square().sum(-1).mean().sqrt()
-    right = (errors < WRONG).cumprod(0)
-    return STEP * (right.sum(0) - 1)
+    right: torch.Tensor = (errors < WRONG).cumprod(0)
+    return STEP * (right.sum(0) - 1.0)
 
 
 # ----------------------------------------------------------------------------------- the program
