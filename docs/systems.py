@@ -41,7 +41,8 @@ def page(path: Path, figure: str | None) -> str:
     parts = [f".. _system-{path.stem}:", f"{title}\n{'=' * len(title)}"]
     if figure:
         parts.append(f".. image:: {figure}\n   :alt: {title}\n   :width: 100%")
-    parts += [rest, f"The program, ``examples/{path.name}``\n----------------------------------"]
+    heading = f"The program, ``examples/{path.name}``"
+    parts += [rest, f"{heading}\n{'-' * len(heading)}"]
     indented = "\n".join(f"   {line}".rstrip() for line in code.split("\n"))
     parts.append(f".. code-block:: python\n\n{indented}")
     return "\n\n".join(parts) + "\n"
@@ -58,8 +59,8 @@ def write(folder: Path) -> None:
         (folder / f"{path.stem}.rst").write_text(page(path, shown), "utf-8")
         names.append(path.stem)
         picture = (
-            f".. image:: {shown}\n          :width: 260px\n          :target: {path.stem}.html"
-            f"\n          :alt: {path.stem}"
+            f".. image:: {shown}\n            :width: 260px\n            :target: {path.stem}.html"
+            f"\n            :alt: {path.stem}"
             if shown
             else f"``{path.stem}``"
         )

@@ -21,15 +21,15 @@ the training. The error is that of the final states, from those of ark4 in steps
 same network; "f" counts evaluations of both parts and both sweeps. CPU times and resident memory
 are of single calls, on a busy computer:
 
-=======  ======  =====  =====  ==========  ==============  =======  ======  =====
-method   step    steps  f      Jacobians   factorizations  error    CPU s   MiB
-=======  ======  =====  =====  ==========  ==============  =======  ======  =====
-ark3     0.2     5      82     2           2               7.2e-4   0.19    15
-ark4     0.2     5      122    2           2               3.9e-5   0.25    16
-cn       0.2     5      43     10          10              3.6e-4   0.92    100
-rk4      0.002   500    4000   0           0               1.0e-8   7.2     31
+=======  ======  =====  =====  ==========  ==============  ========  ======  =====
+method   step    steps  f      Jacobians   factorizations  error     CPU s   MiB
+=======  ======  =====  =====  ==========  ==============  ========  ======  =====
+ark3     0.2     5      82     2           2               7.2e-4    0.19    15
+ark4     0.2     5      122    2           2               3.9e-5    0.25    16
+cn       0.2     5      43     10          10              3.6e-4    0.92    100
+rk4      0.002   500    4000   0           0               1.0e-8    7.2     31
 rk4      0.005                                             blows up
-=======  ======  =====  =====  ==========  ==============  =======  ======  =====
+=======  ======  =====  =====  ==========  ==============  ========  ======  =====
 
 So 37 times less CPU time than the explicit method near its limit of stability, and 5 times less
 than the fully implicit one, whose Jacobian has the network's in it. There is one factorization in

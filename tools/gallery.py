@@ -55,7 +55,9 @@ def shrink(name: str) -> None:
     with Image.open(RESULTS / f"{name}.png") as image:
         small = image.convert("RGB")
         small.thumbnail((WIDTH, 4 * WIDTH), Image.Resampling.LANCZOS)
-        small.quantize(COLORS).save(FIGURES / f"{name}.png", optimize=True)
+        small.quantize(COLORS, Image.Quantize.MAXCOVERAGE).save(
+            FIGURES / f"{name}.png", optimize=True
+        )
     print(f"docs/figures/{name}.png: {(FIGURES / f'{name}.png').stat().st_size / 1000:.0f} kB")
 
 
