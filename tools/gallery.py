@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES, RESULTS, FIGURES = ROOT / "examples", ROOT / "results", ROOT / "docs" / "figures"
-WIDTH, COLORS = 860, 32  # of a figure in the documentation
+WIDTH, COLORS = 1000, 64  # of a figure in the documentation
 sys.path.insert(0, str(EXAMPLES))
 
 
