@@ -34,7 +34,7 @@ export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup same-petsc demo examples test quick lint format docs bench peers clean
+.PHONY: help setup same-petsc demo examples gallery test quick lint format docs bench peers clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -48,6 +48,9 @@ demo: setup ## set up and run examples/robertson.py
 examples: setup ## run the parallel examples on RANKS processes (1)
 	$(RUN) mpiexec -n $(RANKS) $(BIN)/python examples/burgers.py --output results
 	$(RUN) mpiexec -n $(RANKS) $(BIN)/python examples/lorenz96.py --output results
+
+gallery: setup ## run the gallery's examples in full, into results/ (what is done is left out)
+	$(RUN) $(BIN)/python tools/gallery.py
 
 test: lint ## lint, types, then all tests
 	$(PYTEST) -q --ignore=tests/mpi tests
@@ -75,7 +78,7 @@ bench: setup ## run the benchmarks, beside the other solvers that can be install
 peers: $(STAMPS)/peers ## install the solvers that the benchmarks compare with
 
 clean: ## remove .venv and everything built
-	rm -rf $(VENV) build dist docs/_build docs/api docs/gallery .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) build dist docs/_build docs/api docs/gallery docs/systems .mypy_cache .pytest_cache .ruff_cache *.egg-info
 
 # Which PETSc an environment has is decided when it is created.
 same-petsc:

@@ -17,12 +17,11 @@ Beyond ``--limit`` bytes above the base, by RLIMIT_DATA, an allocation fails.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import os
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -36,6 +35,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+from peak_memory import PeakMemory, status
 
 SIZE, WIDTH, BATCH = 64, 256, 256
 STATE_BYTES = 8 * SIZE * BATCH
@@ -262,40 +264,6 @@ def diffrax_task(series: Series, steps: int) -> Task:
 
 
 TASKS = {"pnode": pnode_task, "torchdiffeq": torchdiffeq_task, "diffrax": diffrax_task}
-
-
-class PeakMemory:
-    """The peak of resident memory above what is resident now."""
-
-    def __init__(self) -> None:
-        gc.collect()
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
-        self.source = "VmHWM"
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-            resident, self._base = status("VmRSS"), status("VmHWM")
-            if self._base > resident + 2**20:  # not reset
-                raise OSError
-        except (OSError, KeyError):
-            self.source = "ru_maxrss"
-            self._base = self._peak()
-
-    def _peak(self) -> int:
-        if self.source == "VmHWM":
-            return status("VmHWM")
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-    def above_base(self) -> int:
-        """Return how many bytes the peak is above the base."""
-        return self._peak() - self._base
-
-
-def status(field: str) -> int:
-    """Return a size from /proc/self/status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(dict(line.split(":", 1) for line in lines)[field].split()[0])
 
 
 def measure(series: Series, steps: int, limit: int | None, repeats: int) -> dict[str, Any]:

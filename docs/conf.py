@@ -10,6 +10,7 @@ sys.path.insert(0, str(HERE))
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import reference  # noqa: E402
+import systems  # noqa: E402
 
 project = "pnode"
 author = "pnode developers"
@@ -72,4 +73,5 @@ sphinx_gallery_conf = {
 def setup(app: object) -> None:
     """Write the pages that come from the code."""
     reference.write(HERE / "api")
+    systems.write(HERE / "systems")
     app.connect("source-read", reference.adapt_links)  # type: ignore[attr-defined]

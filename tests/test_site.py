@@ -52,7 +52,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     for name in ("docs", "examples", "pnode", "solvers", "adjoint"):
         subprocess.run(["cp", "-a", str(ROOT / name), str(folder)], check=True)
-    for made in ("api", "gallery", "_build"):
+    for made in ("api", "gallery", "systems", "_build"):
         subprocess.run(["rm", "-rf", str(folder / "docs" / made)], check=True)
     command = [sys.executable, "-c", NO_NETWORK, "-q", "-W", "--keep-going", "-b", "html"]
     command += [str(folder / "docs"), str(folder / "html")]
