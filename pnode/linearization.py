@@ -69,6 +69,14 @@ class Shared:
     ledger: Ledger
     hooks: ParameterHooks | None = None
     remote: Remote | None = None
+    _blank: torch.Tensor | None = None
+
+    def like(self, value: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of the shape, dtype and device of a value, and without its numbers."""
+        blank = self._blank
+        if blank is None or blank.shape != value.shape or blank.dtype is not value.dtype:
+            blank = self._blank = value.new_empty(()).expand(value.shape)
+        return blank
 
     def hooks_away(self) -> AbstractContextManager[None]:
         """Return a context in which hooks on parameters do not act; see :mod:`pnode.hooks`."""
@@ -124,7 +132,7 @@ class Linearization:
         if self._value.requires_grad and edges_work:
             self._edge = torch.autograd.graph.get_gradient_edge(self._value)
             # Its shape and dtype, without its numbers.
-            self._value = self._value.new_empty(()).expand(self._value.shape)
+            self._value = self._shared.like(self._value)
 
     def kept_bytes(self) -> int:
         """Return about how many bytes the graph keeps besides the state and the parameters."""

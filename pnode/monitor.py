@@ -55,16 +55,11 @@ def at_home(monitor: Any, compute: torch.device | None, stats: Stats) -> Any:
 
 
 @contextmanager
-def progress_bar(
-    problem: InitialValueProblem, requests: Requests, wanted: bool
-) -> Iterator[Requests]:
-    """Let the monitor move a progress bar over time before it calls the user's, if wanted.
+def progress_bar(problem: InitialValueProblem, requests: Requests) -> Iterator[Requests]:
+    """Let the monitor move a progress bar over time before it calls the user's.
 
     The bar also shows what is being compiled; backward sweeps have one of their own.
     """
-    if not wanted:
-        yield requests
-        return
     start, end = problem.times[0], problem.times[-1]
 
     def monitor(step: int, t: float, y: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 
@@ -45,7 +46,13 @@ from pnode.solvers.methods import check_form, find_method
 from pnode.solvers.step_control import check_steps
 from pnode.stages import StageSweep
 from pnode.transfers import carry_once, on_host
-from pnode.transforms import moves, outside_compiler, refuse_moving, refuse_transforms
+from pnode.transforms import (
+    moves,
+    outside_compiler,
+    outside_inference,
+    refuse_moving,
+    refuse_transforms,
+)
 from pnode.watching import watched
 
 __all__ = ["Solver"]
@@ -283,15 +290,20 @@ class Solver(torch.nn.Module):
         ranks = Ranks(self._engine.comm)
         differentiate = torch.is_grad_enabled()
         prepared = ranks.attempt(self._prepare, y0, t, args, ranks, differentiate)
+        if ranks.parallel:
+            prepared = self._agreed(ranks, prepared, differentiate)
+        return self._solve(*prepared, differentiate)
+
+    def _agreed(self, ranks: Ranks, prepared: Any, differentiate: bool) -> tuple[Any, ...]:
+        """See to it that all ranks have prepared the same. Collective."""
         facts, size = None, 0
         if prepared is not None:
-            problem, flat, times, start, call = prepared
+            problem, flat, times, *more = prepared
             size, given = problem.layout.size, Given(problem, flat, times, differentiate)
-            if self._shared:
-                facts = self._shared | {name: of(given) for name, of in COMPARED.items()}
+            facts = self._shared | {name: of(given) for name, of in COMPARED.items()}
         largest, distribution = ranks.compare((*self._shared, *COMPARED), facts, size)
         problem = replace(problem, largest=largest, distribution=distribution)
-        return self._solve(problem, flat, times, start, call, differentiate)
+        return problem, flat, times, *more
 
     def _solve(
         self,
@@ -313,8 +325,11 @@ class Solver(torch.nn.Module):
         if problem.integrals:
             monitor = of_state(problem, monitor)
         monitor = at_home(monitor, compute, start)
-        wanted = replace(self._requests, monitor=monitor, events=events)
-        with progress_bar(problem, wanted, self._progress) as requests:
+        wanted = self._requests
+        if monitor is not None or events is not None:
+            wanted = replace(wanted, monitor=monitor, events=events)
+        bar = progress_bar(problem, wanted) if self._progress else nullcontext(wanted)
+        with bar as requests:
             ys, run = solve(self._engine, problem, requests, flat, times, trainable)
         layout = problem.layout
         whole = trainable and not run.roots and not layout.is_tuple  # see SolveFunction
@@ -352,12 +367,14 @@ class Solver(torch.nn.Module):
         """
         engine = self._engine
         call = Call.of(y0, args, ranks, self.mass, engine.exchange, engine.jacobian_options)
-        declared = collect_parameters(self._functions, (*(self._params or ()), *call.tensors))
+        functions = self._functions
+        declared = collect_parameters(functions, (*(self._params or ()), *call.tensors))
         refuse_transforms([("y0", y0), ("t", t)], declared)
-        refuse_moving([("mass", self.mass)], "and a mass matrix is constant here")
+        if self.mass is not None:
+            refuse_moving([("mass", self.mass)], "and a mass matrix is constant here")
         times = as_times(t, endless=Events.may_end(self.event_fn))
         start = Stats()
-        with torch.inference_mode(False), torch.set_grad_enabled(differentiate):
+        with outside_inference(differentiate):
             y0, compute = on_host(call.state(y0), self._device_state, start)
         if self._engine.method.implicit and any(tensor.is_inference() for tensor in declared):
             raise ConfigurationError(
@@ -373,10 +390,9 @@ class Solver(torch.nn.Module):
         wanted = [
             one for one in declared if differentiate or (not one.requires_grad and moves(one))
         ]
-        # Of tensors made in inference mode there are no derivatives, nor transposes if sparse.
-        with torch.inference_mode(False), torch.set_grad_enabled(differentiate):
+        with outside_inference(differentiate):
             problem = InitialValueProblem.create(
-                call.function(watched(self._functions[0], declared)), y0, times, wanted,
+                call.function(watched(functions[0], declared)), y0, times, wanted,
                 check_undeclared=differentiate, form=self._form,
                 explicit=call.function(watched(self.explicit, declared)), pairs=call.pairs,
                 mass=None if self.mass is None else MassMatrix(self.mass, StateLayout.of(y0)),
