@@ -180,10 +180,11 @@ def find_parameters(
         if parameter.grad_fn is not None
     }
     arguments = {id(state) for state in states}
-    pending, seen = [(result.grad_fn, result.output_nr)], set()
+    pending: list[Any] = [(result.grad_fn, result.output_nr)]
+    seen = set()
     while pending:
         edge = pending.pop()
-        node = edge[0]
+        node: Any = edge[0]
         if node is None or edge in seen:
             continue
         seen.add(edge)

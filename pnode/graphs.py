@@ -58,7 +58,8 @@ def graph_bytes(result: torch.Tensor, known: Iterable[torch.Tensor] = ()) -> int
 
 def _saved(node: Any) -> Iterator[torch.Tensor]:
     """Yield the tensors that a node has saved."""
-    names = _saved_names(type(node))
+    kind: Any = type(node)
+    names = _saved_names(kind)
     for name in tuple(names):
         try:
             value = getattr(node, name)
@@ -75,7 +76,7 @@ def _saved(node: Any) -> Iterator[torch.Tensor]:
 
 
 @lru_cache(maxsize=1024)
-def _saved_names(kind: type) -> dict[str, None]:
+def _saved_names(kind: Any) -> dict[str, None]:
     """Return the attributes of a kind of node that may hold saved tensors."""
     own = dict.fromkeys(name for name in dir(kind) if name.startswith("_saved_"))
     return own | ({"saved_tensors": None} if hasattr(kind, "saved_tensors") else {})

@@ -24,7 +24,6 @@ from pnode.transfers import Remote
 
 __all__ = ["Linearization", "Products", "Shared"]
 
-
 _ONE = torch.Size()
 
 
@@ -73,10 +72,9 @@ class Shared:
 
     def like(self, value: torch.Tensor) -> torch.Tensor:
         """Return a tensor of the shape, dtype and device of a value, and without its numbers."""
-        blank = self._blank
-        if blank is None or blank.shape != value.shape or blank.dtype is not value.dtype:
-            blank = self._blank = value.new_empty(()).expand(value.shape)
-        return blank
+        if self._blank is None or self._blank.shape != value.shape:
+            self._blank = value.new_empty(()).expand(value.shape)
+        return self._blank
 
     def hooks_away(self) -> AbstractContextManager[None]:
         """Return a context in which hooks on parameters do not act; see :mod:`pnode.hooks`."""

@@ -269,9 +269,7 @@ def _of_sums(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, REAL)
 
 
-def _parts(
-    total: torch.Tensor, term: torch.Tensor
-) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+def _parts(total: torch.Tensor, term: torch.Tensor) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
     """Return a sum and what is to be added in other precision: in pieces, or all is converted."""
     large = term.numel() > _PIECE and term.device == HOST.device
     if not large or not (total.is_contiguous() and term.is_contiguous()):

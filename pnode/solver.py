@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 
@@ -14,7 +13,7 @@ from pnode import arguments, samples
 from pnode.autograd import solve
 from pnode.calls import Call
 from pnode.checkpointing import Checkpointing
-from pnode.compared import COMPARED, Given, shared
+from pnode.compared import agreed, shared
 from pnode.configuration import (
     DeviceState,
     LinearAlgebra,
@@ -46,13 +45,7 @@ from pnode.solvers.methods import check_form, find_method
 from pnode.solvers.step_control import check_steps
 from pnode.stages import StageSweep
 from pnode.transfers import carry_once, on_host
-from pnode.transforms import (
-    moves,
-    outside_compiler,
-    outside_inference,
-    refuse_moving,
-    refuse_transforms,
-)
+from pnode.transforms import moves, outside_compiler, outside_inference, refuse_transforms
 from pnode.watching import watched
 
 __all__ = ["Solver"]
@@ -291,28 +284,17 @@ class Solver(torch.nn.Module):
         differentiate = torch.is_grad_enabled()
         prepared = ranks.attempt(self._prepare, y0, t, args, ranks, differentiate)
         if ranks.parallel:
-            prepared = self._agreed(ranks, prepared, differentiate)
-        return self._solve(*prepared, differentiate)
-
-    def _agreed(self, ranks: Ranks, prepared: Any, differentiate: bool) -> tuple[Any, ...]:
-        """See to it that all ranks have prepared the same. Collective."""
-        facts, size = None, 0
-        if prepared is not None:
-            problem, flat, times, *more = prepared
-            size, given = problem.layout.size, Given(problem, flat, times, differentiate)
-            facts = self._shared | {name: of(given) for name, of in COMPARED.items()}
-        largest, distribution = ranks.compare((*self._shared, *COMPARED), facts, size)
-        problem = replace(problem, largest=largest, distribution=distribution)
-        return problem, flat, times, *more
+            prepared = agreed(ranks, self._shared, prepared, differentiate)
+        return self._solve(differentiate, *prepared)
 
     def _solve(
         self,
+        differentiate: bool,
         problem: InitialValueProblem,
         flat: torch.Tensor,
         times: torch.Tensor,
         start: Stats,
         call: Call,
-        differentiate: bool,
     ) -> Solution:
         """Solve what has been prepared, and make up the result. Collective."""
         moving = [tensor for tensor in (flat, times, *problem.parameters) if moves(tensor)]
@@ -328,8 +310,7 @@ class Solver(torch.nn.Module):
         wanted = self._requests
         if monitor is not None or events is not None:
             wanted = replace(wanted, monitor=monitor, events=events)
-        bar = progress_bar(problem, wanted) if self._progress else nullcontext(wanted)
-        with bar as requests:
+        with progress_bar(problem, wanted, self._progress) as requests:
             ys, run = solve(self._engine, problem, requests, flat, times, trainable)
         layout = problem.layout
         whole = trainable and not run.roots and not layout.is_tuple  # see SolveFunction
@@ -370,8 +351,6 @@ class Solver(torch.nn.Module):
         functions = self._functions
         declared = collect_parameters(functions, (*(self._params or ()), *call.tensors))
         refuse_transforms([("y0", y0), ("t", t)], declared)
-        if self.mass is not None:
-            refuse_moving([("mass", self.mass)], "and a mass matrix is constant here")
         times = as_times(t, endless=Events.may_end(self.event_fn))
         start = Stats()
         with outside_inference(differentiate):

@@ -127,7 +127,8 @@ def modules_within(functions: Iterable[Any]) -> list[torch.nn.Module]:
 def parameters_of(module: torch.nn.Module) -> list[torch.nn.Parameter]:
     """Do as ``module.parameters()``, in a fifth of the time where no class has its own way."""
     modules = modules_within([module])
-    if not all([_walks_as_usual(type(each)) for each in modules]):
+    kinds: Iterable[Any] = map(type, modules)
+    if not all(map(_walks_as_usual, kinds)):
         return list(module.parameters())
     return [one for each in modules for one in each._parameters.values() if one is not None]
 
@@ -136,7 +137,7 @@ _WALK = ("parameters", "named_parameters", "named_modules", "_named_members")
 
 
 @lru_cache(maxsize=256)
-def _walks_as_usual(kind: type[torch.nn.Module]) -> bool:
+def _walks_as_usual(kind: Any) -> bool:
     """Whether a class of Modules finds its parameters as all do."""
     usual = torch.nn.Module
     scripted = issubclass(kind, torch.jit.ScriptModule)

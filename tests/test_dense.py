@@ -341,3 +341,21 @@ def test_which_methods_have_an_interpolant_of_their_own():
     }
     assert (degrees.pop("dopri5"), degrees.pop("tsit5")) == (5, 4)
     assert max(degrees.values()) < 4
+
+
+@pytest.mark.parametrize("step_size", [0.1, None])
+def test_own_interpolants_evaluate_nothing_again(step_size):
+    """Of FSAL methods the last slope is evaluated in the step, and its graph is kept."""
+    t = torch.tensor([0.0, 0.13, 0.52, 0.57, 0.97, 1.0], dtype=D)
+    gradients = []
+    for store in ("auto", "stages"):
+        field, y0 = Field(), initial().requires_grad_()
+        solver = pnode.Solver(
+            field, method="dopri5", step_size=step_size, dense=True,
+            checkpointing=pnode.Checkpointing(store=store),
+        )  # fmt: skip
+        solution = solver(y0, t)
+        solution.ys.square().sum().backward()
+        assert (solution.stats.backward.rhs == 0) == (store == "auto")
+        gradients.append([y0.grad, *(p.grad for p in field.parameters())])
+    assert all(map(torch.equal, *gradients))
