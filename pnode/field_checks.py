@@ -27,7 +27,7 @@ def _kind_of_leaves() -> type:
     return type(node.next_functions[0][0])
 
 
-_LEAF = _kind_of_leaves()
+_LEAF: Any = _kind_of_leaves()
 
 
 def wrong_result(layout: StateLayout, parts: tuple[Any, ...]) -> str | None:
