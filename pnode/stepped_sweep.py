@@ -155,7 +155,7 @@ class SteppedSweep(Sweep):
         if requests.dense:
             self.dense = DenseOutput(times, integrator, field, outputs.add, keep)
             observers.append(self.dense)
-            integrator.whole_graphs = True
+            integrator.whole_graphs = self.dense.scheme is not None
             times = (times[0], *times[1:][-1:])  # those that steps are to hit
         if requests.monitor is not None:
             observers.append(Monitor(requests.monitor, problem))
