@@ -127,5 +127,5 @@ class MultistepAdjoint(ImplicitAdjointStepper):
         if self.field.look is not None:
             self.field.look(s, u, w, weight, "rhs")
         products = self.products(s, u, w, u_dot)
-        self.accumulate(products.parameters, 1.0)
+        self.accumulate(products.parameters)
         return w if products.rate is None else products.rate.to(w)

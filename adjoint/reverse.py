@@ -5,6 +5,7 @@ It knows trajectories, adjoints and integrators that are lent to it, and nothing
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence, Set
@@ -26,7 +27,7 @@ from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.stepping import Observer, Step
 from pnode.vectorfield import VectorField
-from pnode.vectors import REAL, is_finite
+from pnode.vectors import REAL
 
 __all__ = ["NodeCotangents", "Repeated", "Reverse", "store_again", "take_again"]
 
@@ -221,6 +222,11 @@ class Reverse:
         Of backward sweeps.
     told : callable, optional
         Told of every step that is done, by its index.
+
+    Attributes
+    ----------
+    finite : bool
+        Whether all cotangents given to :meth:`run` were finite.
     """
 
     def __init__(
@@ -269,8 +275,11 @@ class Reverse:
         """
         trajectory = self._trajectory
         self._cotangents, self._inside = cotangents, inside
-        self._check = self._settings.place.on_host and is_finite(cotangents)
-        wanted = cotangents.ne(0).flatten(1).any(dim=1).tolist()
+        # NaN is neither zero nor finite.
+        largest = torch.linalg.vector_norm(cotangents.flatten(1), math.inf, dim=1).tolist()
+        self.finite = all(map(math.isfinite, largest))
+        self._check = self._settings.place.on_host and self.finite
+        wanted = [entry != 0.0 for entry in largest]
         if self._problem.ranks.parallel:  # what one rank needs all take part in
             wanted = [True] * len(wanted)
         for index in interpolated:

@@ -71,7 +71,7 @@ def sample_adjoint(
                 if by:
                     raise field.changed(float(one.start[0]), by)
             products = graph.vjp(w.reshape(-1).to(field.dtype))
-            accumulate(gradients, products.parameters, 1.0)
+            accumulate(gradients, products.parameters)
             found[i] = products.state.to(REAL).view_as(state)
         state = state + sum(found.values())
         ledger.steps += int(one.length.ne(0).sum())

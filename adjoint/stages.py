@@ -200,7 +200,7 @@ class ExplicitAdjoint(TorchAdjointStepper):
             with self._vjp_event:
                 products = graph.vjp(w if dtype is REAL else w.to(dtype))
             if self.wants_parameters:
-                accumulate(self._gradients, products.parameters, 1.0)
+                accumulate(self._gradients, products.parameters)
             self._rows[row + 1].copy_(products.state)
             if own is not None:
                 self._rows[row + 1].add_(own)
@@ -333,7 +333,7 @@ class StageAdjoint(ImplicitAdjointStepper):
                 step.at(c[i]), self.checkpoint.stages[i], sigma, step.length * b[i], name
             )
         products = self.products(step.at(c[i]), self.checkpoint.stages[i], sigma, part=part)
-        self.accumulate(products.parameters, 1.0)
+        self.accumulate(products.parameters)
         state = products.state.to(REAL)
         return state if zeta is None else zeta + state
 
@@ -362,7 +362,7 @@ class StageAdjoint(ImplicitAdjointStepper):
         v = shift * (w if sigma is None else w - sigma)
         if self.wants_parameters or rate is not None:
             products = self.products(s, Y, w, rate)
-            self.accumulate(products.parameters, 1.0)
+            self.accumulate(products.parameters)
             if products.rate is not None and rate is not None:
                 return _plus(products.rate.to(REAL) * shift, rho, -shift), None
         if mass is not None:

@@ -210,10 +210,10 @@ class TorchAdjointStepper(AdjointStepper):
         """
         with log_event("pnode vjp"):
             products = product(*(tensor.to(self.field.dtype) for tensor in cotangents))
-        self.accumulate(products.parameters, 1.0)
+        self.accumulate(products.parameters)
         return products.state.to(REAL)
 
-    def accumulate(self, terms: tuple[torch.Tensor | None, ...], weight: float) -> None:
-        """Add ``weight`` times one product per parameter (any precision) to mu."""
+    def accumulate(self, terms: tuple[torch.Tensor | None, ...]) -> None:
+        """Add one product per parameter (any precision) to mu."""
         if self.wants_parameters:
-            accumulate(self._gradients, terms, weight)
+            accumulate(self._gradients, terms)

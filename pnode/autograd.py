@@ -27,6 +27,7 @@ from pnode.transforms import (
     moves,
     no_tangents,
     outside_compiler,
+    outside_inference,
     refuse_traced,
     signed,
     unmoved,
@@ -65,7 +66,7 @@ def solve(
         ys = SolveFunction.apply(engine, problem, requests, runs, y0, t, None, *problem.parameters)
         return ys, runs[0]
     own = ordered(place_of(problem.layout.device))
-    with torch.inference_mode(False), torch.no_grad(), own as leave:
+    with outside_inference(False), torch.no_grad(), own as leave:
         state = y0.detach().clone()
         ys, run = sensitivity_control.forward(engine, problem, state, False, requests)
         leave(ys)

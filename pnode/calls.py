@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from pnode.errors import ConfigurationError, VectorFieldError
 from pnode.ranks import Ranks
-from pnode.transforms import moves
+from pnode.transforms import moves, refuse_moving
 from pnode.user_state import Structure
 
 __all__ = ["Call", "UserFunction", "brings_tensors"]
@@ -96,6 +96,8 @@ class Call:
             several ranks would have to share, and for a state whose structure or complex numbers
             ``mass``, ``exchange`` or a ``preconditioner`` cannot deal with.
         """
+        if mass is not None:
+            refuse_moving([("mass", mass)], "and a mass matrix is constant here")
         structure = Structure.of(y0)
         if structure is not None and exchange is not None:
             raise ConfigurationError(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
 from pnode.problem import InitialValueProblem
+from pnode.ranks import Ranks
 
-__all__ = ["COMPARED", "Given", "shared"]
+__all__ = ["COMPARED", "Given", "agreed", "shared"]
 
 _ITSELF = {"told_by": lambda value: value}
 
@@ -28,6 +29,35 @@ def shared(*groups: Any) -> dict[str, Any]:
         for group in groups
         for each in fields(group)
     }
+
+
+def agreed(ranks: Ranks, alike: Mapping[str, Any], prepared: Any, differentiate: bool) -> Any:
+    """See to it that all ranks have prepared the same solve. Collective.
+
+    Parameters
+    ----------
+    ranks : Ranks
+        All of them.
+    alike : mapping
+        What the solver was given, see :func:`shared`.
+    prepared : tuple or None
+        The problem, the flat initial state, the output times, and more; None if this rank has
+        failed.
+    differentiate : bool
+        Whether gradients are wanted.
+
+    Returns
+    -------
+    tuple
+        The same, with what the problem knows of the other ranks.
+    """
+    facts, size = None, 0
+    if prepared is not None:
+        problem, flat, times, *more = prepared
+        size, given = problem.layout.size, Given(problem, flat, times, differentiate)
+        facts = {**alike, **{name: of(given) for name, of in COMPARED.items()}}
+    largest, distribution = ranks.compare((*alike, *COMPARED), facts, size)
+    return problem.but(largest=largest, distribution=distribution), flat, times, *more
 
 
 @dataclass(frozen=True)

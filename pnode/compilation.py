@@ -73,14 +73,17 @@ def begin(
         if given:
             entry.hindrance = text
             return None
+    if auto and not entry.bought and not entry.hindrance:
+        run.entry = entry  # counts what follows
+        if entry.undecided:
+            return None
     wanted = Wanted(
         run.settings, engine.solver_options(run.settings), engine.control, engine.checkpointing,
         keep, requests.dense, watched, lambda settings: engine.integrator(settings, field, y0),
         auto,
     )  # fmt: skip
     if auto:
-        if not entry.hindrance and not entry.bought:
-            run.entry = entry  # counts what follows
+        if run.entry is not None:
             _decide(engine, entry, field, y0, wanted)
         if entry.hindrance or not entry.bought:
             return None

@@ -271,6 +271,6 @@ class DenseAdjoint(NodeCotangents):
         result = torch.zeros_like(w)
         for part in parts:
             products = part.vjp(w.to(self._field.dtype))
-            accumulate(self.parameters, products.parameters, 1.0)
+            accumulate(self.parameters, products.parameters)
             result.add_(products.state)
         return result

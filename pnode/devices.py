@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,14 +182,18 @@ def _stays(*tensors: torch.Tensor | None) -> None:
     """Nothing to do: there is one stream."""
 
 
+def ordered(place: Place) -> AbstractContextManager[Callable[..., None]]:
+    """Return a context in which torch works on PETSc's device and stream; see below."""
+    return nullcontext(_stays) if place.on_host else _ordered(place)
+
+
 @contextmanager
-def ordered(place: Place) -> Iterator[Callable[..., None]]:
+def _ordered(place: Place) -> Iterator[Callable[..., None]]:
     """Let torch work on PETSc's device and stream, in the order of the surrounding program.
 
     torch's current stream may be another one than PETSc's, and the thread may be autograd's, whose
     current device is its own affair. What was begun on the caller's stream is done before anything
-    in here begins, and the other way round at the end; the host does not wait. On the host there is
-    nothing to do.
+    in here begins, and the other way round at the end; the host does not wait.
 
     Yields
     ------
@@ -197,9 +201,6 @@ def ordered(place: Place) -> Iterator[Callable[..., None]]:
         To be called with the tensors that leave, which torch must not give away while the caller's
         stream still reads them.
     """
-    if place.on_host:
-        yield _stays
-        return
     with _cuda.device(place.device):
         address, outer = petsc_stream(), _cuda.current_stream(place.device)
         stream = (

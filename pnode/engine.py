@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -58,25 +58,13 @@ class _Pool:
     def __init__(self) -> None:
         self._idle: list[tuple[Hashable, Any]] = []
 
-    @contextmanager
-    def lease(self, key: Hashable, create: Callable[[], Any]) -> Iterator[Any]:
-        """Lend an idle object of this key, or a new one, for one sweep that the caller begins.
-
-        After a failed sweep it is destroyed: PETSc may have left it half way.
-        """
-        item = self._take(key) or create()
-        try:
-            yield item
-        except BaseException:
-            item.end()
-            item.destroy()
-            raise
-        item.end()
+    def put(self, key: Hashable, item: Any) -> None:
+        """Keep an idle object."""
         self._idle.append((key, item))
         if len(self._idle) > _IDLE_LIMIT:
             self._idle.pop(0)[1].destroy()
 
-    def _take(self, key: Hashable) -> Any:
+    def take(self, key: Hashable) -> Any:
         for index, (known, item) in enumerate(self._idle):
             if known == key:
                 del self._idle[index]
@@ -87,6 +75,36 @@ class _Pool:
         """Destroy all idle objects."""
         while self._idle:
             self._idle.pop()[1].destroy()
+
+
+class _Lease:
+    """Lends an object of a pool for one sweep: an idle one of a key, or a new one.
+
+    After a failed sweep it is destroyed: PETSc may have left it half way.
+    """
+
+    def __init__(
+        self, pool: _Pool, key: Hashable, create: Callable[[], Any],
+        begin: Callable[[Any], None] | None = None,
+    ) -> None:  # fmt: skip
+        self._pool, self._key, self._create, self._begin = pool, key, create, begin
+
+    def __enter__(self) -> Any:
+        self._item = self._pool.take(self._key) or self._create()
+        if self._begin is not None:
+            try:
+                self._begin(self._item)
+            except BaseException:
+                self.__exit__(BaseException)
+                raise
+        return self._item
+
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        self._item.end()
+        if kind is None:
+            self._pool.put(self._key, self._item)
+        else:
+            self._item.destroy()
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,8 +201,9 @@ class Engine:
         first = f"method={self.method.name!r}, {steps}{jacobian}{colors}"
         return ", ".join(filter(None, [first, self.account.describe()]))
 
-    @contextmanager
-    def adjoint(self, settings: IntegratorSettings, parameters: bool) -> Iterator[AdjointStepper]:
+    def adjoint(
+        self, settings: IntegratorSettings, parameters: bool
+    ) -> AbstractContextManager[AdjointStepper]:
         """Lend an adjoint."""
 
         def create() -> AdjointStepper:
@@ -192,22 +211,21 @@ class Engine:
             options = self.solver_options(settings, adjoint=True)
             return create_adjoint(settings, options, parameters)
 
-        with self._pool.lease(("adjoint", settings, parameters), create) as adjoint:
-            yield adjoint
+        return _Lease(self._pool, ("adjoint", settings, parameters), create)
 
-    @contextmanager
     def integrator(
         self, settings: IntegratorSettings, field_: VectorField, y0: torch.Tensor
-    ) -> Iterator[TimeIntegrator]:
+    ) -> AbstractContextManager[TimeIntegrator]:
         """Lease a forward integrator that stands at the initial state."""
 
         def create() -> TimeIntegrator:
             clean_up(self.comm)  # all ranks create together
             return create_integrator(settings, self.solver_options(settings))
 
-        with self._pool.lease(("forward", settings), create) as integrator:
+        def begin(integrator: TimeIntegrator) -> None:
             integrator.begin(field_, y0.detach(), field_.problem.times[0])
-            yield integrator
+
+        return _Lease(self._pool, ("forward", settings), create, begin)
 
     def look_at_structure(
         self, problem: InitialValueProblem, y0: torch.Tensor, ledger: Any

@@ -10,6 +10,7 @@ import torch
 from pnode.devices import random_states
 from pnode.errors import ConfigurationError, FieldChanged, VectorFieldError
 from pnode.problem import StateLayout
+from pnode.surroundings import modules_within
 
 __all__ = [
     "changed", "find_parameters", "hidden_state", "refuse_hidden_state", "refuse_unrecorded",
@@ -17,6 +18,16 @@ __all__ = [
 ]  # fmt: skip
 
 _HiddenState = tuple[list[torch.Tensor], list[int]]
+
+
+def _kind_of_leaves() -> type:
+    """Return the class of the nodes where graphs begin."""
+    with torch.enable_grad(), torch.inference_mode(False):
+        node: Any = torch.ones(1, device="cpu", requires_grad=True).neg().grad_fn
+    return type(node.next_functions[0][0])
+
+
+_LEAF: Any = _kind_of_leaves()
 
 
 def wrong_result(layout: StateLayout, parts: tuple[Any, ...]) -> str | None:
@@ -64,8 +75,12 @@ def changed(time: float, what: str, by: float, suspects: str) -> FieldChanged:
 
 def hidden_state(function: Any, device: torch.device) -> _HiddenState:
     """Return torch's random states and the versions of a Module's floating-point buffers."""
-    buffers = function.buffers() if isinstance(function, torch.nn.Module) else ()
-    versions = [buffer._version for buffer in buffers if buffer.is_floating_point()]
+    versions = [
+        buffer._version
+        for module in modules_within([function])
+        for buffer in module._buffers.values()
+        if buffer is not None and buffer.is_floating_point()
+    ]
     return random_states(device), versions
 
 
@@ -164,18 +179,22 @@ def find_parameters(
         for index, parameter in enumerate(parameters)
         if parameter.grad_fn is not None
     }
-    pending, seen = [(result.grad_fn, result.output_nr)], set()
+    arguments = {id(state) for state in states}
+    pending: list[Any] = [(result.grad_fn, result.output_nr)]
+    seen = set()
     while pending:
         edge = pending.pop()
-        node = edge[0]
+        node: Any = edge[0]
         if node is None or edge in seen:
             continue
         seen.add(edge)
         if edge in edges:
             used[edges[edge]] = True
             continue
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and not any(leaf is state for state in states):
+        if type(node) is _LEAF:
+            leaf = node.variable
+            if id(leaf) in arguments:
+                continue
             if id(leaf) not in leaves:
                 raise ConfigurationError(
                     f"the vector field uses a tensor of shape {tuple(leaf.shape)} that "
@@ -183,4 +202,5 @@ def find_parameters(
                     "vector field a torch.nn.Module that owns it, or detach it"
                 )
             used[leaves[id(leaf)]] = True
+            continue
         pending.extend(node.next_functions)

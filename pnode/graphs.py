@@ -7,6 +7,7 @@ hook that returns its tensor makes a cycle of every activation that saves its ow
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -48,8 +49,8 @@ def graph_bytes(result: torch.Tensor, known: Iterable[torch.Tensor] = ()) -> int
         seen.add(node)
         number += 1
         for tensor in _saved(node):
-            found.update((pointer, size) for pointer, size in _storages(tensor))
-        pending.extend(following for following, _ in node.next_functions)
+            found.update(_storages(tensor))
+        pending.extend([following for following, _ in node.next_functions])
     return number * NODE_BYTES + sum(
         size for pointer, size in found.items() if pointer not in outside
     )
@@ -57,43 +58,48 @@ def graph_bytes(result: torch.Tensor, known: Iterable[torch.Tensor] = ()) -> int
 
 def _saved(node: Any) -> Iterator[torch.Tensor]:
     """Yield the tensors that a node has saved."""
-    for name in _saved_names(type(node)):
+    kind: Any = type(node)
+    names = _saved_names(kind)
+    for name in tuple(names):
         try:
             value = getattr(node, name)
         except RuntimeError:  # freed, or the user's own hooks object
             continue
-        for item in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(item, torch.Tensor):
-                yield item
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from (item for item in value if isinstance(item, torch.Tensor))
+            if value and all(isinstance(item, int) for item in value):  # sizes, in all such nodes
+                del names[name]
+        elif value is not None:  # a number
+            del names[name]
 
 
-_names: dict[type, tuple[str, ...]] = {}
-
-
-def _saved_names(kind: type) -> tuple[str, ...]:
+@lru_cache(maxsize=1024)
+def _saved_names(kind: Any) -> dict[str, None]:
     """Return the attributes of a kind of node that may hold saved tensors."""
-    if kind not in _names:
-        _names[kind] = tuple(
-            name for name in dir(kind) if name.startswith("_saved_") or name == "saved_tensors"
-        )
-    return _names[kind]
+    own = dict.fromkeys(name for name in dir(kind) if name.startswith("_saved_"))
+    return own | ({"saved_tensors": None} if hasattr(kind, "saved_tensors") else {})
 
 
-def _storages(tensor: torch.Tensor) -> Iterator[tuple[int, int]]:
-    """Yield address and size of the storages of a tensor: several if it is sparse."""
+def _storages(tensor: torch.Tensor) -> Iterable[tuple[int, int]]:
+    """Return address and size of the storages of a tensor: several if it is sparse."""
     if tensor.layout is torch.strided:
-        parts = [tensor]
-    elif tensor.layout is torch.sparse_coo:
+        return [_storage(tensor)]
+    if tensor.layout is torch.sparse_coo:
         parts = [tensor._indices(), tensor._values()]
     elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
         parts = [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
     elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
         parts = [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
     else:
-        return
-    for part in parts:
-        try:
-            storage = part.untyped_storage()
-            yield storage.data_ptr(), storage.nbytes()
-        except (RuntimeError, NotImplementedError):  # a wrapper of torch.func, a fake tensor
-            yield id(part), part.numel() * part.element_size()
+        return ()
+    return map(_storage, parts)
+
+
+def _storage(part: torch.Tensor) -> tuple[int, int]:
+    try:
+        storage = part.untyped_storage()
+        return storage.data_ptr(), storage.nbytes()
+    except (RuntimeError, NotImplementedError):  # a wrapper of torch.func, a fake tensor
+        return id(part), part.numel() * part.element_size()

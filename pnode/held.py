@@ -13,6 +13,7 @@ import types
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -80,19 +81,14 @@ def now(function: Any) -> Any:
     return function.now() if isinstance(function, Held) else function
 
 
-_known_kinds: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
-
-
+@lru_cache(maxsize=256)
 def _may_be_copied(kind: Any) -> bool:
-    """Whether instances of a class may be copied; looked at once."""
-    found = _known_kinds.get(kind)
-    if found is None:
-        found = _known_kinds[kind] = not (
-            issubclass(kind, torch.jit.ScriptModule)
-            or hasattr(kind, "__del__")
-            or any(vars(base).get("__slots__") for base in kind.__mro__)
-        )
-    return found
+    """Whether instances of a class may be copied."""
+    return not (
+        issubclass(kind, torch.jit.ScriptModule)
+        or hasattr(kind, "__del__")
+        or any(vars(base).get("__slots__") for base in kind.__mro__)
+    )
 
 
 class _Copies:
@@ -116,9 +112,9 @@ class _Copies:
             own.update(given)
             for name in ("_parameters", "_buffers", "_modules"):
                 own[name] = {key: self._light(value) for key, value in given[name].items()}
-            for name, value in given.items():
-                if name not in _OWN and type(value) not in _PLAIN:
-                    own[name] = self._light(value)
+            for name in given.keys() - _OWN:
+                if type(given[name]) not in _PLAIN:
+                    own[name] = self._light(given[name])
 
     def of(self, module: torch.nn.Module) -> torch.nn.Module:
         """Return the copy of a Module."""

@@ -24,7 +24,6 @@ from pnode.transfers import Remote
 
 __all__ = ["Linearization", "Products", "Shared"]
 
-
 _ONE = torch.Size()
 
 
@@ -69,6 +68,13 @@ class Shared:
     ledger: Ledger
     hooks: ParameterHooks | None = None
     remote: Remote | None = None
+    _blank: torch.Tensor | None = None
+
+    def like(self, value: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of the shape, dtype and device of a value, and without its numbers."""
+        if self._blank is None or self._blank.shape != value.shape:
+            self._blank = value.new_empty(()).expand(value.shape)
+        return self._blank
 
     def hooks_away(self) -> AbstractContextManager[None]:
         """Return a context in which hooks on parameters do not act; see :mod:`pnode.hooks`."""
@@ -124,7 +130,7 @@ class Linearization:
         if self._value.requires_grad and edges_work:
             self._edge = torch.autograd.graph.get_gradient_edge(self._value)
             # Its shape and dtype, without its numbers.
-            self._value = self._value.new_empty(()).expand(self._value.shape)
+            self._value = self._shared.like(self._value)
 
     def kept_bytes(self) -> int:
         """Return about how many bytes the graph keeps besides the state and the parameters."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -61,17 +61,18 @@ def at_home(monitor: Any, compute: torch.device | None, stats: Stats) -> Any:
     return lambda step, t, y: monitor(step, t, carry_once(y, compute, stats))
 
 
-@contextmanager
 def progress_bar(
     problem: InitialValueProblem, requests: Requests, wanted: bool
-) -> Iterator[Requests]:
+) -> AbstractContextManager[Requests]:
     """Let the monitor move a progress bar over time before it calls the user's, if wanted.
 
     The bar also shows what is being compiled; backward sweeps have one of their own.
     """
-    if not wanted:
-        yield requests
-        return
+    return _progress_bar(problem, requests) if wanted else nullcontext(requests)
+
+
+@contextmanager
+def _progress_bar(problem: InitialValueProblem, requests: Requests) -> Iterator[Requests]:
     start, end = problem.times[0], problem.times[-1]
 
     def monitor(step: int, t: float, y: Any) -> None:

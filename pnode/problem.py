@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from pnode.devices import HOST
 from pnode.errors import ConfigurationError
 from pnode.layouts import Layout
 from pnode.ranks import ALONE, Ranks
+from pnode.surroundings import parameters_of
 from pnode.transforms import moves, plain
 from pnode.vectors import is_finite
 
@@ -21,6 +23,8 @@ __all__ = ["InitialValueProblem", "StateLayout", "collect_parameters"]
 
 _REAL_DTYPES = (torch.float64, torch.float32)
 _DOUBLE = torch.finfo(torch.float64).eps
+# Output times that are remembered.
+_FEW = 64
 # Methods divide by the length of a step, and by that of the first one, which is much shorter.
 _SHORTEST = 1e-200
 
@@ -90,20 +94,20 @@ class StateLayout:
                 raise ConfigurationError(
                     f"{name} contains NaN or infinity: start from finite values"
                 )
-        layout = cls(
-            tuple(part.shape for part in parts), is_tuple, parts[0].dtype, parts[0].device,
+        layout = _layout(
+            tuple([part.shape for part in parts]), is_tuple, parts[0].dtype, parts[0].device,
             pairs if any(pairs) else (),
         )  # fmt: skip
         if layout.size == 0:
             raise ConfigurationError("y0 has no entries: give a state with at least one number")
         return layout
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Number of entries of each tensor."""
         return tuple(math.prod(shape) for shape in self.shapes)
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Number of entries of the whole state."""
         return sum(self.sizes)
@@ -136,12 +140,45 @@ class StateLayout:
         """
         if self.is_tuple:
             return ys
-        shape = self.unflatten(ys).shape
+        shape = ys.shape[:1] + self.shapes[0]
         whole: Any = ys.new_empty(0)
         if type(ys) is torch.Tensor:
             result: torch.Tensor = whole.set_(ys.untyped_storage(), ys.storage_offset(), shape)
             return result
         return ys.new_empty(shape).copy_(ys.view(shape))  # its numbers may be kept elsewhere
+
+
+@lru_cache(maxsize=64)
+def _layout(*facts: Any) -> StateLayout:
+    """Return the layout of these facts: the same one each time, which is found by what it is."""
+    return StateLayout(*facts)
+
+
+def _direction(times: tuple[float, ...]) -> float:
+    """Return the direction of output times: 1.0, or -1.0 if they decrease.
+
+    Raises
+    ------
+    ConfigurationError
+        If they are not monotone, or steps between them cannot be computed with.
+    """
+    direction = -1.0 if len(times) > 1 and times[1] < times[0] else 1.0
+    for index, (before, after) in enumerate(itertools.pairwise(times)):
+        length = direction * (after - before)
+        if not length > 0.0:
+            raise ConfigurationError(
+                f"t[{index + 1}] = {after!r} follows t[{index}] = {before!r}: output times must "
+                "strictly increase or strictly decrease"
+            )
+        if length < _SHORTEST or (math.isinf(length) and math.isfinite(after)):
+            raise ConfigurationError(
+                f"t[{index + 1}] - t[{index}] is {direction * length:.2e}, beyond what steps "
+                "can be computed with: take another unit of time"
+            )
+    return direction
+
+
+_known_direction = lru_cache(maxsize=64)(_direction)
 
 
 @dataclass(frozen=True)
@@ -219,6 +256,12 @@ class InitialValueProblem:
     breaks: Any = None
     window: tuple[float, float] = (-math.inf, math.inf)
 
+    def but(self, **changes: Any) -> InitialValueProblem:
+        """Return the problem with other attributes, as ``dataclasses.replace`` in more time."""
+        result = object.__new__(type(self))
+        vars(result).update(vars(self), **changes)
+        return result
+
     @classmethod
     def create(
         cls,
@@ -240,21 +283,8 @@ class InitialValueProblem:
             )
         form.setdefault("largest", layout.size)
         times = tuple(plain(t).to(torch.float64).tolist())
-        direction = -1.0 if len(times) > 1 and times[1] < times[0] else 1.0
-        times = tuple(direction * time for time in times)
-        for index, (before, after) in enumerate(itertools.pairwise(times)):
-            if not after > before:
-                raise ConfigurationError(
-                    f"t[{index + 1}] = {direction * after!r} follows t[{index}] = "
-                    f"{direction * before!r}: output times must strictly increase or strictly "
-                    "decrease"
-                )
-            length = after - before
-            if length < _SHORTEST or (math.isinf(length) and math.isfinite(after)):
-                raise ConfigurationError(
-                    f"t[{index + 1}] - t[{index}] is {direction * length:.2e}, beyond what steps "
-                    "can be computed with: take another unit of time"
-                )
+        direction = (_known_direction if len(times) <= _FEW else _direction)(times)
+        times = tuple([direction * time for time in times])
         if t.is_floating_point():
             form["resolution"] = torch.finfo(t.dtype).eps
         return cls(
@@ -311,7 +341,8 @@ def as_times(t: Any, endless: bool = False) -> torch.Tensor:
     times = plain(t)
     if endless and len(t) > 1 and bool(torch.isinf(times[-1])):
         times = times[:-1]
-    if not is_finite(times):
+    few = len(times) <= _FEW
+    if not (all(map(math.isfinite, times.tolist())) if few else is_finite(times)):
         raise ConfigurationError(
             "t contains NaN or infinity: give finite output times (with event_fn, the last one may "
             "be infinite)"
@@ -326,7 +357,7 @@ def collect_parameters(
     candidates: list[Any] = []
     for function in functions:
         if isinstance(function, torch.nn.Module):
-            candidates.extend(function.parameters())
+            candidates.extend(parameters_of(function))
     if params is not None:
         candidates.extend(params)
     chosen: dict[int, torch.Tensor] = {}

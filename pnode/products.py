@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 
+from pnode.devices import HOST
 from pnode.vectors import REAL
 
 __all__ = [
@@ -24,6 +26,8 @@ __all__ = [
 
 # Entries of a value beyond which several products are faster one by one than in a batch.
 _LARGE = 1 << 12
+# Entries of which a copy in another precision stays in a core's cache.
+_PIECE = 1 << 16
 
 
 def gradients(
@@ -235,10 +239,8 @@ def _backward(ends: Any, cotangents: Any, seed: torch.Tensor) -> torch.Tensor | 
     return one
 
 
-def accumulate(
-    sums: list[torch.Tensor | None], terms: tuple[torch.Tensor | None, ...], weight: float
-) -> None:
-    """Add ``weight`` times ``terms`` (any precision) to ``sums`` (PETSc's), None being zero.
+def accumulate(sums: list[torch.Tensor | None], terms: Sequence[torch.Tensor | None]) -> None:
+    """Add ``terms`` (any precision) to ``sums`` (PETSc's), None being zero.
 
     Those of complex parameters are complex: torch's convention dL/d Re p + i dL/d Im p is linear
     over the reals, and so are the sums.
@@ -249,9 +251,27 @@ def accumulate(
             continue
         total = sums[index]
         if total is None:
-            sums[index] = term.to(torch.promote_types(term.dtype, REAL)) * weight
-        else:
+            sums[index] = term.to(_of_sums(term.dtype), copy=True)
+        elif term.dtype is total.dtype:
             totals.append(total)
             addends.append(term)
+        else:
+            for part, addend in _parts(total, term):
+                totals.append(part)
+                addends.append(addend)
     if totals:
-        torch._foreach_add_(totals, addends, alpha=weight)
+        torch._foreach_add_(totals, addends)
+
+
+@lru_cache(maxsize=16)
+def _of_sums(dtype: torch.dtype) -> torch.dtype:
+    """Return the precision of sums of such terms."""
+    return torch.promote_types(dtype, REAL)
+
+
+def _parts(total: torch.Tensor, term: torch.Tensor) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    """Return a sum and what is to be added in other precision: in pieces, or all is converted."""
+    large = term.numel() > _PIECE and term.device == HOST.device
+    if not large or not (total.is_contiguous() and term.is_contiguous()):
+        return ((total, term),)
+    return zip(total.view(-1).split(_PIECE), term.view(-1).split(_PIECE), strict=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NoReturn
 
 import numpy as np
@@ -171,15 +171,15 @@ class Ranks:
             raise cause from cause.__cause__
         raise found from cause
 
-    @contextmanager
-    def together(self, agree: bool = True) -> Iterator[None]:
+    def together(self, agree: bool = True) -> AbstractContextManager[None]:
         """Agree at the end on whether something has failed, and raise it on all ranks.
 
         Not at a good end without ``agree``: the caller's own reduction follows, which tells.
         """
-        if not self.parallel:
-            yield
-            return
+        return self._together(agree) if self.parallel else nullcontext()
+
+    @contextmanager
+    def _together(self, agree: bool) -> Iterator[None]:
         self.begin()
         try:
             yield

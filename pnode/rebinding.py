@@ -142,6 +142,8 @@ def _with(
 
 def _same(old: torch.Tensor, new: torch.Tensor) -> bool:
     """Whether f may go on with the old tensor where the new one is meant."""
+    if old is new and not is_wrapped(new):
+        return old.requires_grad
     while is_wrapped(new) and not new.requires_grad and not has_tangent(new):
         new = unwrapped(new)  # a constant at this level
     if is_wrapped(old) or is_wrapped(new):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -220,15 +220,15 @@ class Run:
         """Keep f for backward sweeps, but not what owns it: see :mod:`pnode.held`."""
         own = self.problem
         declared = (*own.parameters, *own.frozen)
-        self.problem = replace(
-            own, function=held(own.function, declared), explicit=held(own.explicit, declared)
+        self.problem = own.but(
+            function=held(own.function, declared), explicit=held(own.explicit, declared)
         )
 
     def field(self, ledger: Ledger) -> VectorField:
         """Return the field for another sweep, without checks of what it uses."""
         own = self.problem
-        problem = replace(
-            own, function=now(own.function), explicit=now(own.explicit), check_undeclared=False
+        problem = own.but(
+            function=now(own.function), explicit=now(own.explicit), check_undeclared=False
         )
         field_ = (
             compiled_field(problem, ledger, self.codes)

@@ -66,10 +66,15 @@ class Ledger:
 
     def add(self, other: Ledger) -> None:
         """Add the counts of another sweep; of the peaks the larger one stays."""
-        for item in fields(Ledger):
-            mine, theirs = getattr(self, item.name), getattr(other, item.name)
-            peak = item.name in ("ram_bytes", "disk_bytes", "device_bytes", "tape_bytes")
-            setattr(self, item.name, max(mine, theirs) if peak else mine + theirs)
+        for name in _COUNTS:
+            theirs = getattr(other, name)
+            if theirs:
+                mine = getattr(self, name)
+                setattr(self, name, max(mine, theirs) if name in _PEAKS else mine + theirs)
+
+
+_COUNTS = tuple(item.name for item in fields(Ledger))
+_PEAKS = frozenset({"ram_bytes", "disk_bytes", "device_bytes", "tape_bytes"})
 
 
 @dataclass

@@ -13,7 +13,7 @@ from pnode import arguments, samples
 from pnode.breakpoints import check_breaks, with_breaks
 from pnode.calls import Call
 from pnode.checkpointing import Checkpointing
-from pnode.compared import COMPARED, Given, shared
+from pnode.compared import agreed, shared
 from pnode.configuration import (
     DeviceState,
     LinearAlgebra,
@@ -44,7 +44,7 @@ from pnode.solvers.methods import check_form, find_method
 from pnode.solvers.step_control import check_steps
 from pnode.stages import StageSweep
 from pnode.transfers import carry_once, on_host
-from pnode.transforms import moves, outside_compiler, refuse_moving, refuse_transforms
+from pnode.transforms import moves, outside_compiler, outside_inference, refuse_transforms
 from pnode.watching import watched
 
 __all__ = ["Solver"]
@@ -291,24 +291,18 @@ class Solver(torch.nn.Module):
         differentiate = torch.is_grad_enabled()
         own = (y0, t, args, breakpoints)
         prepared = ranks.attempt(self._prepare, *own, ranks, differentiate)
-        facts, size = None, 0
-        if prepared is not None:
-            problem, flat, times, start, call = prepared
-            size, given = problem.layout.size, Given(problem, flat, times, differentiate)
-            if self._shared:
-                facts = self._shared | {name: of(given) for name, of in COMPARED.items()}
-        largest, distribution = ranks.compare((*self._shared, *COMPARED), facts, size)
-        problem = replace(problem, largest=largest, distribution=distribution)
-        return self._solve(problem, flat, times, start, call, differentiate)
+        if ranks.parallel:
+            prepared = agreed(ranks, self._shared, prepared, differentiate)
+        return self._solve(differentiate, *prepared)
 
     def _solve(
         self,
+        differentiate: bool,
         problem: InitialValueProblem,
         flat: torch.Tensor,
         times: torch.Tensor,
         start: Stats,
         call: Call,
-        differentiate: bool,
     ) -> Solution:
         """Solve what has been prepared, and make up the result. Collective."""
         cuts = () if problem.breaks is None else (problem.breaks.times,)
@@ -322,7 +316,9 @@ class Solver(torch.nn.Module):
         if problem.integrals:
             monitor = of_state(problem, monitor)
         monitor = at_home(monitor, compute, start)
-        wanted = replace(self._requests, monitor=monitor, events=events)
+        wanted = self._requests
+        if monitor is not None or events is not None:
+            wanted = replace(wanted, monitor=monitor, events=events)
         with progress_bar(problem, wanted, self._progress) as requests:
             solved = solve(
                 self._engine, problem, requests, flat, times, trainable, differentiable,
@@ -363,22 +359,21 @@ class Solver(torch.nn.Module):
         """
         engine = self._engine
         call = Call.of(y0, args, ranks, self.mass, engine.exchange, engine.jacobian_options)
-        declared = collect_parameters(self._functions, (*(self._params or ()), *call.tensors))
+        functions = self._functions
+        declared = collect_parameters(functions, (*(self._params or ()), *call.tensors))
         refuse_transforms([("y0", y0), ("t", t), ("breakpoints", breakpoints)], declared)
-        refuse_moving([("mass", self.mass)], "and a mass matrix is constant here")
         times = as_times(t, endless=Events.may_end(self.event_fn))
         start = Stats()
-        with torch.inference_mode(False), torch.set_grad_enabled(differentiate):
+        with outside_inference(differentiate):
             y0, compute = on_host(call.state(y0), self._device_state, start)
         arguments.refuse_inference(declared, self._engine.method)
         arguments.refuse_moving_times("t", times, self._form, differentiate)
         wanted = [
             one for one in declared if differentiate or (not one.requires_grad and moves(one))
         ]
-        # Of tensors made in inference mode there are no derivatives, nor transposes if sparse.
-        with torch.inference_mode(False), torch.set_grad_enabled(differentiate):
+        with outside_inference(differentiate):
             problem = InitialValueProblem.create(
-                call.function(watched(self._functions[0], declared)), y0, times, wanted,
+                call.function(watched(functions[0], declared)), y0, times, wanted,
                 check_undeclared=differentiate, form=self._form,
                 explicit=call.function(watched(self.explicit, declared)), pairs=call.pairs,
                 mass=None if self.mass is None else MassMatrix(self.mass, StateLayout.of(y0)),

@@ -18,7 +18,7 @@ from pnode.integrals import parted
 from pnode.problem import InitialValueProblem
 from pnode.run import Recorded, Requests, Run
 from pnode.solution import Stage
-from pnode.transforms import is_wrapped, moves
+from pnode.transforms import in_forward_mode, is_wrapped, moves, transforms_active
 
 __all__ = ["StageSweep", "uncompiled"]
 
@@ -49,7 +49,7 @@ class StageSweep:
     @classmethod
     def of(cls, engine: Engine, run: Run, y0: torch.Tensor, call: Call) -> StageSweep | None:
         """Return that of a differentiated solve, None of one in a transform of torch's."""
-        transformed = any(
+        transformed = (transforms_active() or in_forward_mode()) and any(
             is_wrapped(one) or (not one.requires_grad and moves(one))
             for one in (y0, *run.problem.parameters)
         )

@@ -23,7 +23,6 @@ from pnode.solvers.compiled.integrator import CompiledIntegrator, Start
 from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.stepping import Observer, Step, forward_sweep
 from pnode.vectorfield import VectorField
-from pnode.vectors import is_finite
 
 __all__ = ["SteppedSweep"]
 
@@ -161,6 +160,7 @@ class SteppedSweep(Sweep):
         if requests.dense:
             self.dense = DenseOutput(times, integrator, field, outputs.add, keep)
             observers.append(self.dense)
+            integrator.whole_graphs = self.dense.scheme is not None
             times = (times[0], *times[1:][-1:])  # those that steps are to hit
         if requests.monitor is not None:
             observers.append(Monitor(requests.monitor, problem, requests.steps_before or 0))
@@ -199,7 +199,7 @@ class SteppedSweep(Sweep):
             found = self._reverse(run, field, y0, cotangents, wants_times)
         # The one reduction of a backward sweep, which also tells whether a rank has failed.
         parameters = ranks.sum_gradients(found.parameters, field.parameters)
-        return replace(found, parameters=parameters)
+        return CostGradients(found.state, parameters, found.initial, found.times)
 
     def _reverse(
         self,
@@ -233,8 +233,8 @@ class SteppedSweep(Sweep):
             state = adjoint.state_gradient()
             parameters = adjoint.parameter_gradients(len(field.parameters))
             if dense is not None:
-                accumulate(parameters, tuple(dense.parameters), 1.0)
-            if run.settings.place.on_host and is_finite(cotangents):
+                accumulate(parameters, tuple(dense.parameters))
+            if run.settings.place.on_host and reverse.finite:
                 first = trajectory.steps[:1] or [Step(0, problem.times[0], 0.0, problem.times[0])]
                 name = engine.method.name
                 problem.ranks.attempt(

@@ -9,11 +9,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
 
-__all__ = ["Surroundings", "modules_within", "owner"]
+__all__ = ["Surroundings", "modules_within", "owner", "parameters_of"]
 
 
 class Surroundings:
@@ -34,16 +35,16 @@ class Surroundings:
         self._autocast = {kind: _autocast(kind) for kind in self._kinds}
         self._dtype = torch.get_default_dtype()
         self._device = _default_device()
-        modules = modules_within(map(owner, functions))
         # Weakly: see pnode.held.
-        self._modules = [(weakref.ref(module), module.training) for module in modules]
-        self._tensors = [
-            (weakref.ref(module), name, tensor, _version(tensor))
-            for module in modules
-            for found in (module._parameters, module._buffers)
-            for name, tensor in found.items()
-            if tensor is not None
-        ]
+        self._modules: list[tuple[Any, bool]] = []
+        self._tensors: list[tuple[Any, str, torch.Tensor, int]] = []
+        for module in modules_within(map(owner, functions)):
+            reference = weakref.ref(module)
+            self._modules.append((reference, module.training))
+            for found in (module._parameters, module._buffers):
+                for name, tensor in found.items():
+                    if tensor is not None:
+                        self._tensors.append((reference, name, tensor, _version(tensor)))
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -55,6 +56,7 @@ class Surroundings:
         ]  # fmt: skip
         replaced = self._replaced()
         dtype = torch.get_default_dtype()
+        other_dtype = dtype is not self._dtype
         with ExitStack() as stack:
             for kind, found in self._autocast.items():
                 if _autocast(kind) != found:
@@ -67,7 +69,8 @@ class Surroundings:
             if _default_device() != self._device:
                 stack.enter_context(self._device)
             try:
-                torch.set_default_dtype(self._dtype)
+                if other_dtype:
+                    torch.set_default_dtype(self._dtype)
                 for module, flag in changed:
                     module.training = flag
                 for place, name, tensor, _ in replaced:
@@ -76,7 +79,8 @@ class Surroundings:
             finally:
                 for place, name, _, now in replaced:
                     place[name] = now
-                torch.set_default_dtype(dtype)
+                if other_dtype:
+                    torch.set_default_dtype(dtype)
                 for module, flag in changed:
                     module.training = not flag
 
@@ -106,15 +110,38 @@ class Surroundings:
 
 
 def modules_within(functions: Iterable[Any]) -> list[torch.nn.Module]:
-    """Return the functions that are Modules, and all Modules inside of them, each once."""
+    """Return the functions that are Modules and all Modules inside, once, in torch's order."""
     found: dict[int, torch.nn.Module] = {}
     pending = [function for function in functions if isinstance(function, torch.nn.Module)]
+    pending.reverse()
     while pending:
         module = pending.pop()
         if id(module) not in found:
             found[id(module)] = module
-            pending.extend(part for part in module._modules.values() if part is not None)
+            if module._modules:
+                parts = [part for part in module._modules.values() if part is not None]
+                pending.extend(reversed(parts))
     return list(found.values())
+
+
+def parameters_of(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Do as ``module.parameters()``, in a fifth of the time where no class has its own way."""
+    modules = modules_within([module])
+    kinds: Iterable[Any] = map(type, modules)
+    if not all(map(_walks_as_usual, kinds)):
+        return list(module.parameters())
+    return [one for each in modules for one in each._parameters.values() if one is not None]
+
+
+_WALK = ("parameters", "named_parameters", "named_modules", "_named_members")
+
+
+@lru_cache(maxsize=256)
+def _walks_as_usual(kind: Any) -> bool:
+    """Whether a class of Modules finds its parameters as all do."""
+    usual = torch.nn.Module
+    scripted = issubclass(kind, torch.jit.ScriptModule)
+    return not scripted and all(getattr(kind, name) is getattr(usual, name) for name in _WALK)
 
 
 def _version(tensor: torch.Tensor) -> int:

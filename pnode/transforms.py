@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -24,14 +24,17 @@ from pnode.errors import BackwardError, ConfigurationError
 __all__ = [
     "batch_is_innermost", "differentiable", "has_tangent", "in_forward_mode", "is_legacy_batch",
     "is_wrapped", "legacy_batch", "lowered", "moves", "no_tangents", "only_forward_mode",
-    "outside", "outside_compiler", "plain", "recorded_by_autograd", "refuse_moving",
-    "refuse_traced", "refuse_transforms", "signed", "stacked", "tensors_of",
+    "outside", "outside_compiler", "outside_inference", "plain", "recorded_by_autograd",
+    "refuse_moving", "refuse_traced", "refuse_transforms", "signed", "stacked", "tensors_of",
     "transforms_active", "unmoved", "unwrapped",
 ]  # fmt: skip
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _functorch = torch._C._functorch
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
+_is_transformed = _functorch.is_functorch_wrapped_tensor
+_is_legacy_batch = _functorch.is_legacy_batchedtensor
 
 
 def refuse_transforms(
@@ -59,7 +62,7 @@ def refuse_transforms(
                 "numbers: leave the solver out of what is exported, or use torch.compile, which "
                 "passes around it"
             )
-    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+    if torch._C._get_dispatch_mode(_PROXY) is not None:
         raise ConfigurationError(
             "the solve is being traced (make_fx, torch.export), and would be a constant of the "
             "graph: leave it out of what is traced"
@@ -69,8 +72,10 @@ def refuse_transforms(
             "the solve is being traced by torch.jit.trace, and would be a constant of the trace: "
             "leave it out, and trace the vector field instead"
         )
-    for name, tensor in (*given, *(("a parameter", tensor) for tensor in parameters)):
+    for name, tensor in given:
         _refuse_batched(name, tensor)
+    for tensor in parameters:
+        _refuse_batched("a parameter", tensor)
     if transforms_active() and _functorch.peek_interpreter_stack().key().name == "Functionalize":
         raise ConfigurationError(
             "torch.func.functionalize cannot pass through a solve: solve outside of it"
@@ -96,7 +101,7 @@ def refuse_moving(named: Iterable[tuple[str, Any]], why: str) -> None:
 
 def _refuse_batched(name: str, tensor: torch.Tensor) -> None:
     """Refuse a batch of solves."""
-    while is_wrapped(tensor):
+    while _is_transformed(tensor) or _is_legacy_batch(tensor):
         if _functorch.is_batchedtensor(tensor) or is_legacy_batch(tensor):
             raise ConfigurationError(
                 f"{name} is a batch of torch.func.vmap, which cannot pass through a solve: give "
@@ -123,7 +128,7 @@ def refuse_traced(cotangent: torch.Tensor) -> None:
 
 def is_legacy_batch(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a batch of gradients of ``torch.autograd.grad``."""
-    return bool(_functorch.is_legacy_batchedtensor(tensor))
+    return bool(_is_legacy_batch(tensor))
 
 
 def legacy_batch(
@@ -272,6 +277,20 @@ def in_forward_mode() -> bool:
     return getattr(forward_ad, "_current_level", 0) >= 0
 
 
+def outside_inference(differentiate: bool) -> AbstractContextManager[Any]:
+    """Return a context outside of inference mode, with the grad mode that was asked for there.
+
+    Of tensors made in inference mode there are no derivatives, nor transposes if sparse.
+    """
+    return _outside_inference(differentiate) if torch.is_inference_mode_enabled() else nullcontext()
+
+
+@contextmanager
+def _outside_inference(differentiate: bool) -> Iterator[None]:
+    with torch.inference_mode(False), torch.set_grad_enabled(differentiate):
+        yield
+
+
 def outside_compiler(function: _Function) -> _Function:
     """Decorate a function that torch.compile is to call as it is, between two graphs.
 
@@ -294,21 +313,39 @@ def outside_compiler(function: _Function) -> _Function:
     return call  # type: ignore[return-value]
 
 
-def signed(function: _Function) -> _Function:
-    """Decorate ``forward`` of an ``autograd.Function``: torch asks for its signature in each call.
+class _Bound:
+    """Positional arguments as they were given."""
 
-    It is worked out once.
+    kwargs: Mapping[str, Any] = {}
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+    def apply_defaults(self) -> None:
+        """Do nothing: there are none."""
+
+
+class _Positional(inspect.Signature):
+    """Of a function whose arguments are given by position, all of them."""
+
+    def bind(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the arguments as they are."""
+        return _Bound(*args)
+
+
+def signed(function: _Function) -> _Function:
+    """Decorate ``forward`` of an ``autograd.Function``, which is called by position alone.
+
+    torch binds the arguments to its signature in each call, which costs as much as a small f.
     """
     known: Any = function
-    known.__signature__ = inspect.signature(function)
+    known.__signature__ = _Positional()
     return function
 
 
 def is_wrapped(tensor: torch.Tensor) -> bool:
     """Whether a tensor belongs to a transform of torch.func, or to a batch of gradients."""
-    return bool(
-        _functorch.is_functorch_wrapped_tensor(tensor) or _functorch.is_legacy_batchedtensor(tensor)
-    )
+    return bool(_is_transformed(tensor) or _is_legacy_batch(tensor))
 
 
 def moves(tensor: torch.Tensor) -> bool:

@@ -49,6 +49,8 @@ class Structure:
         ConfigurationError
             If a leaf is no tensor, or of half precision.
         """
+        if type(y0) is torch.Tensor and not y0.is_complex():
+            return None
         parts = y0 if type(y0) in (tuple, list) else (y0,)
         if all(pytree.tree_is_leaf(part) and not _is_complex(part) for part in parts):
             return None

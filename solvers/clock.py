@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 
 __all__ = ["FixedGrid", "least_step", "move"]
 
@@ -37,6 +37,22 @@ def move(s: float, wanted: float) -> float:
     return after if after - s <= wanted else math.nextafter(after, s)
 
 
+@lru_cache(maxsize=8)
+def _counts(times: tuple[float, ...], step_size: float, resolution: float) -> tuple[int, ...]:
+    """Return the number of steps of each interval; 0 for one without end.
+
+    A quotient that exceeds a whole number by round-off only does not add a step: the times are
+    known to a few spacings of the largest.
+    """
+    largest = max(abs(s) for s in (times[0], *times[-2:]) if math.isfinite(s))
+    slack = min(_ROUNDINGS * resolution * largest / step_size, _LARGEST_SLACK)
+    exact = (1.0 - 4.0 * sys.float_info.epsilon) / step_size
+    quotients = [(end - start) * exact for start, end in itertools.pairwise(times)]
+    return tuple(
+        max(1, math.ceil(parts - slack)) if math.isfinite(parts) else 0 for parts in quotients
+    )
+
+
 @dataclass(frozen=True)
 class FixedGrid:
     """Fixed steps from output time to output time.
@@ -55,20 +71,10 @@ class FixedGrid:
     step_size: float
     resolution: float = sys.float_info.epsilon
 
-    @cached_property
-    def counts(self) -> list[int]:
-        """Number of steps of each interval; 0 for one without end.
-
-        A quotient that exceeds a whole number by round-off only does not add a step: the times are
-        known to a few spacings of the largest.
-        """
-        largest = max(abs(s) for s in (self.times[0], *self.times[-2:]) if math.isfinite(s))
-        slack = min(_ROUNDINGS * self.resolution * largest / self.step_size, _LARGEST_SLACK)
-        exact = (1.0 - 4.0 * sys.float_info.epsilon) / self.step_size
-        quotients = [(end - start) * exact for start, end in itertools.pairwise(self.times)]
-        return [
-            max(1, math.ceil(parts - slack)) if math.isfinite(parts) else 0 for parts in quotients
-        ]
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Number of steps of each interval; 0 for one without end."""
+        return _counts(self.times, self.step_size, self.resolution)
 
     @property
     def total(self) -> int:

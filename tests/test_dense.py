@@ -341,3 +341,22 @@ def test_which_methods_have_an_interpolant_of_their_own():
     }
     assert (degrees.pop("dopri5"), degrees.pop("tsit5")) == (5, 4)
     assert max(degrees.values()) < 4
+
+
+@pytest.mark.parametrize("step_size", [0.1, None])
+def test_own_interpolants_evaluate_nothing_again(step_size):
+    """Of FSAL methods the last slope is evaluated in the step, and its graph is kept."""
+    t = torch.tensor([0.0, 0.13, 0.52, 0.57, 0.97, 1.0], dtype=D)
+    gradients = []
+    for store in ("auto", "stages"):
+        field, y0 = Field(), initial().detach().requires_grad_()
+        solver = pnode.Solver(
+            field, method="dopri5", step_size=step_size, dense=True,
+            checkpointing=pnode.Checkpointing(store=store),
+        )  # fmt: skip
+        solution = solver(y0, t)
+        inputs = (y0, *field.parameters())
+        found = torch.autograd.grad(solution.ys.square().sum(), inputs, allow_unused=True)
+        gradients.append([gradient for gradient in found if gradient is not None])
+        assert (solution.stats.backward.rhs == 0) == (store == "auto")
+    assert len(gradients[0]) > 1 and all(map(torch.equal, *gradients))

@@ -187,7 +187,8 @@ class TSAdjoint(AdjointStepper):
         """Add the last product with the weight that PETSc has given it since."""
         if self.waiting is not None:
             terms, factor = self.waiting
-            accumulate(self.gradients, terms, factor * float(self.weight.array_r[0]))
+            weight = factor * float(self.weight.array_r[0])
+            accumulate(self.gradients, [None if one is None else one * weight for one in terms])
             self.weight.set(0.0)
             self.waiting = None
 

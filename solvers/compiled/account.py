@@ -94,6 +94,11 @@ class Entry:
         self.calls += calls(ledger) - before
 
     @property
+    def undecided(self) -> bool:
+        """Whether there is nothing to decide yet, after a first time."""
+        return 0 < self.calls < _LOOK and self.work is None
+
+    @property
     def to_be_looked_at(self) -> bool:
         """Whether f is to be looked at."""
         return self.work is None and self.calls >= _LOOK

@@ -119,8 +119,9 @@ class Linearizer:
         """End the sweep and drop everything that belongs to the user."""
         self._attached = self.exception = self.noted = self.expected = None
         self._points.clear()
-        for shell in self.shells:
-            shell.point = None
+        if len(self.shells):  # to iterate over none of them takes microseconds
+            for shell in self.shells:
+                shell.point = None
 
     @property
     def field(self) -> VectorField:

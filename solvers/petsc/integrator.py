@@ -49,10 +49,14 @@ class TimeIntegrator:
         which leave no error estimate to go by.
     first_order : int
         Order of the first step.
+    whole_graphs : bool
+        Whether :meth:`kept_graphs` has those of slopes that only interpolants need; until the next
+        sweep.
     """
 
     proposes_absolute = False
     failure_factor = 0.25
+    whole_graphs = False
 
     def __init__(self, settings: IntegratorSettings, options: SolverOptions) -> None:
         self.first_order = settings.method.order
@@ -112,7 +116,7 @@ class TimeIntegrator:
         self.ts.setTime(s)
         self.ts.setStepNumber(step_index)
         self.ts.restartStep()
-        self._rolled_back = False
+        self._rolled_back = self.whole_graphs = False
         self._iterations = (self.ts.getSNESIterations(), self.ts.getKSPIterations())
 
     def check_structure(self) -> None:
@@ -378,12 +382,14 @@ class TimeIntegrator:
     def kept_graphs(self) -> tuple[tuple[Linearization, ...], int] | None:
         """Return the graphs at the stages of :meth:`checkpoint`, and the bytes they keep.
 
+        With ``whole_graphs`` also that at the end, which may be the next step's first.
+
         None if they were not made at all of them.
         """
         kept = list(self.bridge.graphs or ())
         if len(kept) < self.settings.method.stages:
             return None
-        if self.settings.method.fsal:
+        if self.settings.method.fsal and not self.whole_graphs:
             kept = kept[:-1]
         return tuple(kept), len(kept) * self.bridge.graph_bytes
 
