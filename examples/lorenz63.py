@@ -9,7 +9,7 @@ learned from the trajectory, predicts a chaotic system for longer than equations
 (J. Pathak et al., "Hybrid forecasting of chaotic processes", 2018; M. Levine & A. Stuart, "A
 framework for machine learning of model error in dynamical systems", 2022). Observed are 2000
 states every 0.05 time units, with noise of 0.5 % of their standard deviation. Both networks
-(3-24-24-3, tanh) learn from forecasts over half a time unit, from 64 random starts per update,
+(3-24-24-3, tanh) learn from forecasts over a quarter of a time unit, from 128 random starts per update,
 through rk4 with two steps per observation.
 
 Forecasts from 50 states of another trajectory are valid until their error exceeds 0.4 of the
@@ -32,10 +32,10 @@ from gallery_physics import compare_gradients
 import pnode
 
 SIGMA, RHO, BETA, WRONG = 10.0, 28.0, 8.0 / 3.0, 24.0
-INTERVAL, AHEAD, BATCH = 0.05, 10, 64
+INTERVAL, AHEAD, BATCH = 0.05, 5, 128
 NOISE, WIDTH = 0.005, 24
 CENTER, SCALE = torch.tensor([0.0, 0.0, 23.5]).double(), torch.tensor([7.9, 9.0, 8.6]).double()
-LYAPUNOV, VALID, STARTS, LONGEST = 0.906, 0.4, 50, 15.0
+LYAPUNOV, VALID, STARTS, LONGEST = 0.906, 0.4, 50, 12.0
 NAMES = ("equations", "network", "hybrid")
 
 
@@ -110,7 +110,7 @@ def forecast(model: torch.nn.Module, starts: torch.Tensor) -> torch.Tensor:
     """Return forecasts from rows of states, every interval: (times, starts, 3)."""
     times = torch.arange(0.0, LONGEST / LYAPUNOV, INTERVAL, dtype=torch.float64)
     with torch.no_grad():
-        return pnode.Solver(model, method="rk4", step_size=INTERVAL / 8)(starts, times).ys
+        return pnode.Solver(model, method="rk4", step_size=INTERVAL / 4)(starts, times).ys
 
 
 def valid_times(found: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
@@ -121,8 +121,8 @@ def valid_times(found: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 
 def gradients(model: Network, observed: torch.Tensor) -> list[dict[str, Any]]:
-    """Measure a gradient of the training beside torchdiffeq's, of dopri5 with the same tolerances."""
-    target = observed[torch.arange(BATCH) * 20 + torch.arange(AHEAD + 1)[:, None]]
+    """Measure a gradient of the training beside torchdiffeq's, both by dopri5."""
+    target = observed[torch.arange(BATCH) * 10 + torch.arange(AHEAD + 1)[:, None]]
     return compare_gradients(
         model, lambda solve: mean_square(solve(target[0], window()), target),
         list(model.parameters()), method="dopri5",
@@ -140,7 +140,7 @@ def run(options: argparse.Namespace) -> Outcome:
         "hybrid": Network(options.seed, Lorenz(WRONG)),
     }  # fmt: skip
     trainings = {n: learn(models[n], observed, options, n) for n in ("network", "hybrid")}
-    other = trajectory((-3.0, -4.0, 18.0), 20 * STARTS)[::20][:STARTS]
+    other = trajectory((-3.0, -4.0, 18.0), 8 * STARTS)[::8][:STARTS]
     truth = forecast(Lorenz(), other)
     found = {name: forecast(model, other) for name, model in models.items()}
     valid = {name: valid_times(states, truth) for name, states in found.items()}
@@ -162,7 +162,7 @@ def run(options: argparse.Namespace) -> Outcome:
     numbers = {
         "valid_times": {name: values.mean().item() for name, values in valid.items()},
         "residual_error": ((residual - wanted).norm() / wanted.norm()).item(),
-        "final_losses": {n: sum(t.losses[-10:]) / len(t.losses[-10:]) for n, t in trainings.items()},
+        "final_losses": {n: t.losses[-1] for n, t in trainings.items()},
     }  # fmt: skip
     return Outcome(numbers, rows, lambda: draw(truth, found, valid, clean[:, 0], residual))
 
@@ -210,7 +210,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     quick = {"iterations": 60, "observations": 1300}
-    return arguments("lorenz63", __doc__, argv, iterations=400, quick=quick, add=add_options)
+    return arguments("lorenz63", __doc__, argv, iterations=300, quick=quick, add=add_options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,10 +22,10 @@ equations for scientific machine learning", 2020) puts a network there::
 
 The second data are the pelts of hares and lynxes that trappers sold to the Hudson's Bay Company
 1900 to 1920, in thousands, as P. Howard's lecture notes "Modeling Basics" (Texas A&M University,
-2009) print them. Nothing is known there: a, d and the network are all learned, and the regression
-is of the whole right-hand sides. B. Carpenter's case study "Predator-prey population dynamics: the
-Lotka-Volterra model in Stan" (2018), which is given the product, finds the rates 0.55, 0.028, 0.80
-and 0.024.
+2009) print them. Nothing is known there: a network of x and y is trained for the growth per head,
+(log x)' and (log y)', and candidates are those that vanish with the population itself. B.
+Carpenter's case study "Predator-prey population dynamics: the Lotka-Volterra model in Stan" (2018),
+which is given the product, finds the rates 0.55, 0.028, 0.80 and 0.024.
 
 @TABLE@
 """
@@ -47,7 +47,6 @@ import pnode
 A, B, C, D = 1.3, 0.9, 0.8, 1.8
 START = (0.44249296, 4.6280594)
 NOISE, SPAN, INTERVALS, WINDOW = 0.03, 6.0, 30, 5
-DECAY = 1e-4  # weight of the network's squares
 FOLLOWED = 4  # times the time of the observations
 WIDTH, STRONGEST = 16, 3  # of the network; terms of a formula, at most
 POWERS = [(i - j, j) for i in range(4) for j in range(i + 1)]  # of the candidates x^i y^j
@@ -76,13 +75,13 @@ class Model(torch.nn.Module):
     """Known rates times the populations, plus a network; and the states that windows start from."""
 
     def __init__(
-        self, rates: Sequence[float], observed: torch.Tensor, seed: int, known: bool = True
+        self, rates: Sequence[float], observed: torch.Tensor, seed: int, scale: torch.Tensor
     ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.rates = torch.nn.Parameter(torch.tensor(rates, dtype=torch.float64), not known)
+        self.rates = torch.tensor(rates, dtype=torch.float64)
         self.net = mlp(2, WIDTH, WIDTH, 2, generator=generator)
-        self.scale = observed.std(0)
+        self.scale = scale
         self.starts = torch.nn.Parameter(observed[:-1:WINDOW].clone())
 
     def missing(self, state: torch.Tensor) -> torch.Tensor:
@@ -92,6 +91,14 @@ class Model(torch.nn.Module):
 
     def forward(self, t: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         return self.rates * state + self.missing(state)
+
+
+class GrowthModel(Model):
+    """A network for the growth per head; states are logarithms."""
+
+    def forward(self, t: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.net(state.exp() / self.scale)
+        return result
 
 
 class Formula(torch.nn.Module):
@@ -117,12 +124,12 @@ class Formula(torch.nn.Module):
         for name, rate, part in zip("xy", self.rates.tolist(), self.terms, strict=True):
             known = [f"{rate:g} {name}"] if rate else []
             lines.append(f"{name}' = " + " ".join(
-                known + [f"{next(values):+.4g} {label(index)}".rstrip() for index in part]
+                known + [f"{next(values):+.4g} {name_of(index)}".rstrip() for index in part]
             ))  # fmt: skip
         return ", ".join(lines)
 
 
-def label(index: int) -> str:
+def name_of(index: int) -> str:
     """Return the name of a monomial."""
     return "".join(name * power for name, power in zip("xy", POWERS[index], strict=True))
 
@@ -144,25 +151,27 @@ def make_solver(field: torch.nn.Module, rtol: float = 1e-6) -> pnode.Solver:
 class Windows:
     """The loss of multiple shooting."""
 
-    def __init__(self, times: torch.Tensor, observed: torch.Tensor) -> None:
+    def __init__(self, times: torch.Tensor, observed: torch.Tensor, scale: torch.Tensor) -> None:
         starts = torch.arange(0, len(times) - 1, WINDOW)
         self.times = times[: WINDOW + 1]
         self.observed = observed[starts + torch.arange(WINDOW + 1)[:, None]]
-        self.weight = 1.0 / (self.observed + 0.1 * observed.std(0))
+        self.scale = scale
 
     def loss(self, model: Model, ys: torch.Tensor) -> torch.Tensor:
-        """Mean squared misfit and jumps, relative to the observations."""
-        misfit = ((ys - self.observed) * self.weight).square().mean()
-        return misfit + ((ys[-1, :-1] - model.starts[1:]) * self.weight[0, 1:]).square().mean()
+        """Mean squared misfit and jumps, over the scale."""
+        misfit = ((ys - self.observed) / self.scale).square().mean()
+        return misfit + ((ys[-1, :-1] - model.starts[1:]) / self.scale).square().mean()
 
 
-def learn(model: Model, windows: Windows, options: argparse.Namespace, label: str) -> list[float]:
+def learn(
+    model: Model, windows: Windows, options: argparse.Namespace, label: str, decay: float = 1e-4
+) -> list[float]:
     """Train a model by Adam and L-BFGS; return the losses."""
     solver = make_solver(model, 1e-4)
 
     def loss() -> torch.Tensor:
         small = sum((p.square().sum() for p in model.net.parameters()), torch.zeros(()))
-        return windows.loss(model, solver(model.starts, windows.times).ys) + DECAY * small
+        return windows.loss(model, solver(model.starts, windows.times).ys) + decay * small
 
     first = train(model, loss, options, rate=1e-2, label=label, clip=1.0)
     second = polish(model, loss, options, options.iterations, f"{label}-polish")
@@ -183,36 +192,34 @@ def follow(model: torch.nn.Module, start: torch.Tensor, times: torch.Tensor) -> 
 # ----------------------------------------------------------------------------- finding the formula
 
 
-def drop_terms(values: torch.Tensor, candidates: torch.Tensor) -> dict[int, list[int]]:
+def drop_terms(
+    values: torch.Tensor, candidates: torch.Tensor, allowed: Sequence[int]
+) -> dict[int, list[int]]:
     """Return the sets of 1, 2, ... candidates left when the least needed ones are dropped."""
     columns = candidates / candidates.norm(dim=0)
-    active, sets = list(range(candidates.shape[1])), {}
+    active, sets = list(allowed), {}
 
     def rest(chosen: list[int]) -> float:
         matrix = columns[:, chosen]
         solved = torch.linalg.lstsq(matrix, values[:, None]).solution
         return (matrix @ solved - values[:, None]).norm().item()
 
-    while active:
-        sets[len(active)] = list(active)
-        if len(active) > 1:
-            drop = min(active, key=lambda out: rest([i for i in active if i != out]))
-            active.remove(drop)
-        else:
-            break
+    while len(active) > 1:
+        active = min(([i for i in active if i != out] for out in active), key=rest)
+        sets[len(active)] = active
     return sets
 
 
 def find_formula(
     rates: Sequence[float], path: torch.Tensor, values: torch.Tensor,
-    times: torch.Tensor, observed: torch.Tensor,
+    times: torch.Tensor, observed: torch.Tensor, per_head: bool = False,
 ) -> tuple[Formula, torch.Tensor, list[dict[str, Any]]]:  # fmt: skip
     """Return the best formula, the logarithms it starts from, and a row for each that was tried."""
-    candidates = monomials(path)
-    sets = [
-        drop_terms(values[:, k] / path[:, k], candidates / path[:, [k]])  # relative errors
-        for k in range(2)
-    ]
+    candidates, sets = monomials(path), []
+    for k in range(2):
+        head = path[:, [k]] if per_head else torch.ones_like(path[:, [k]])
+        allowed = [i for i, powers in enumerate(POWERS) if powers[k] or not per_head]
+        sets.append(drop_terms(values[:, k] / head[:, 0], candidates / head, allowed))
     found, rows = [], []
     for size in range(1, STRONGEST + 1):
         terms = [part[size] for part in sets]
@@ -229,7 +236,8 @@ def find_formula(
         criterion = n * math.log(cost / n) + (2 * size + 2) * math.log(n)
         found.append((criterion, size, formula, start))
         rows.append({
-            "formula": formula.text(), "terms": "; ".join(" + ".join(map(label, part)) for part in terms), "BIC": criterion,
+            "formula": formula.text(), "BIC": criterion,
+            "terms": "; ".join(" + ".join(map(name_of, part)) for part in terms),
             "misfit": math.sqrt(cost / n),
         })  # fmt: skip
     best = min(found, key=lambda entry: entry[0])
@@ -249,8 +257,11 @@ def simulated(options: argparse.Namespace) -> dict[str, Any]:
     truth, clean = exact(start, long).ys, exact(start, times).ys
     noise = NOISE * torch.randn(clean.shape, generator=generator, dtype=torch.float64)
     observed = clean * noise.exp()
-    windows = Windows(times, observed)
-    model, plain = (Model(rates, observed, options.seed + 1) for rates in ((A, -D), (0.0, 0.0)))
+    windows = Windows(times, observed, observed.std(0))
+    scale = observed.std(0)
+    model, plain = (
+        Model(rates, observed, options.seed + 1, scale) for rates in ((A, -D), (0.0, 0.0))
+    )
     losses = {name: learn(net, windows, options, name)
               for name, net in (("hybrid", model), ("plain", plain))}  # fmt: skip
     path = along(model, windows)
@@ -289,11 +300,12 @@ def pelts(options: argparse.Namespace) -> dict[str, Any]:
     """Learn from the pelts of 1900 to 1920, in tens of thousands."""
     observed = torch.tensor([*zip(HARE, LYNX, strict=True)], dtype=torch.float64) / 10.0
     times = torch.arange(21, dtype=torch.float64)
-    windows, model = Windows(times, observed), Model((0.5, -0.5), observed, options.seed, False)
-    learn(model, windows, options, "pelts")
-    path = along(model, windows)
-    values = model(times[0], path).detach()
-    formula, logs, rows = find_formula((0.0, 0.0), path, values, times, observed)
+    windows = Windows(times, observed.log(), torch.ones(2, dtype=torch.float64))
+    model = GrowthModel((0.0, 0.0), observed.log(), options.seed, observed.std(0))
+    learn(model, windows, options, "pelts", 1e-3)
+    logs = along(model, windows)
+    path, growth = logs.exp(), model(times[0], logs).detach()
+    formula, logs, rows = find_formula((0.0, 0.0), path, growth * path, times, observed, True)
     fine = torch.linspace(0.0, 20.0, 401, dtype=torch.float64)
     curve = follow(formula, logs, fine).exp()
     return {

@@ -20,7 +20,40 @@ shows the slopes. A network (tanh, Adam and L-BFGS) is trained on the same steps
 method at one h. What was learned by one method is then followed by the same method and by an
 accurate one.
 
-@TABLE@
+Run it (24 s of CPU)::
+
+    python examples/modified_equation.py
+
+Measured with pnode 0.2.0 on 2026-11-29, seed 0, one thread:
+
+===============================  ========  =====  =================  =========
+what                             to f      slope  to modified field  its slope
+===============================  ========  =====  =================  =========
+polynomial by euler, h = 0.1     0.035     1.03   0.0038             1.94
+polynomial by midpoint, h = 0.1  0.00192   2.01   0.000197           3.03
+polynomial by rk4, h = 0.1       2.58e-06  3.92   7.69e-07           5.02
+net by euler, h = 0.2            0.0721           0.0138
+===============================  ========  =====  =================  =========
+
+==================================  ========
+what                                error
+==================================  ========
+net by euler, steps as in training  0.000358
+net by euler, solved accurately     0.0122
+==================================  ========
+
+====================================  ======  =  ======  =====  =====
+what                                  error   f  CPU ms  MiB    ratio
+====================================  ======  =  ======  =====  =====
+gradient, pnode                       0       2  7.71    0.332  1
+gradient, torchdiffeq odeint          0       2  3.22    0.277  0.418
+gradient, torchdiffeq odeint_adjoint  0.0254  4  6.89    0.289  0.894
+====================================  ======  =  ======  =====  =====
+
+The gradients of one step are the same numbers in both packages; for a problem of a single small
+step pnode takes longer, most of it the constant cost of a solve. The slope of Euler's second line
+is still on its way to 2 at these steps. The network is as far from the modified field as the
+polynomial: what is left is the next term of the series, and not a lack of training.
 """
 
 from __future__ import annotations
@@ -205,7 +238,8 @@ def run(options: argparse.Namespace) -> Outcome:
             float(np.polyfit(np.log(STEPS[-2:]), np.log(found[name][-2:]), 1)[0]) for name in found
         ]
         rows.append({
-            "what": f"polynomial by {method}, h = {STEPS[2]:g}", "to f": found["f"][2], "slope": slopes[method][0],
+            "what": f"polynomial by {method}, h = {STEPS[2]:g}",
+            "to f": found["f"][2], "slope": slopes[method][0],
             "to modified field": found["modified"][2], "its slope": slopes[method][1],
         })  # fmt: skip
     model = learn_net(options)

@@ -164,7 +164,8 @@ def run(options: argparse.Namespace) -> Outcome:
     numbers = {
         "drag_error": (error.square().mean() / Drag()(speeds).square().mean()).sqrt().item(),
         "path_errors": paths, "drift": drift(learned.ys), "misfit": polished.losses[-1],
-        "newton": learned.stats.newton, "steps": learned.stats.steps, "first_loss": training.losses[0],
+        "newton": learned.stats.newton, "steps": learned.stats.steps,
+        "first_loss": training.losses[0],
         "drifts": rows[2 : 2 + (4 if options.quick else 9)],
     }  # fmt: skip
     return Outcome(numbers, rows, lambda: draw(t, observed, long, truth, learned.ys, drag, rows))

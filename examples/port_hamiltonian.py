@@ -313,7 +313,8 @@ def run(options: argparse.Namespace) -> Outcome:
         for name, key in (("port-Hamiltonian", "hung"), ("plain net", "plain"))
     ]  # fmt: skip
     rows.append({
-        "what": "bolted, port-Hamiltonian", "error": distance(bolted["port-Hamiltonian"], bolted["truth"]),
+        "what": "bolted, port-Hamiltonian",
+            "error": distance(bolted["port-Hamiltonian"], bolted["truth"]),
         "energy rises by": highest_rise(energies["bolted"]), "f": stats.rhs,
     })  # fmt: skip
     numbers = {
