@@ -212,7 +212,7 @@ def drop_terms(
 
 def find_formula(
     rates: Sequence[float], path: torch.Tensor, values: torch.Tensor,
-    times: torch.Tensor, observed: torch.Tensor, per_head: bool = False,
+    times: torch.Tensor, observed: torch.Tensor, strongest: int, per_head: bool = False,
 ) -> tuple[Formula, torch.Tensor, list[dict[str, Any]]]:  # fmt: skip
     """Return the best formula, the logarithms it starts from, and a row for each that was tried."""
     candidates, sets = monomials(path), []
@@ -221,7 +221,7 @@ def find_formula(
         allowed = [i for i, powers in enumerate(POWERS) if powers[k] or not per_head]
         sets.append(drop_terms(values[:, k] / head[:, 0], candidates / head, allowed))
     found, rows = [], []
-    for size in range(1, STRONGEST + 1):
+    for size in range(1, strongest + 1):
         terms = [part[size] for part in sets]
         first = [
             torch.linalg.lstsq(candidates[:, part], values[:, [equation]]).solution[:, 0]
@@ -266,7 +266,7 @@ def simulated(options: argparse.Namespace) -> dict[str, Any]:
               for name, net in (("hybrid", model), ("plain", plain))}  # fmt: skip
     path = along(model, windows)
     values = model.missing(path).detach()
-    formula, logs, rows = find_formula((A, -D), path, values, times, observed)
+    formula, logs, rows = find_formula((A, -D), path, values, times, observed, terms(options))
     followed = {
         "formula": follow(formula, logs, long).exp(),
         "hybrid": follow(model, model.starts.detach()[0], long),
@@ -296,6 +296,11 @@ def gradients(model: Model, windows: Windows) -> list[dict[str, Any]]:
     )  # fmt: skip
 
 
+def terms(options: argparse.Namespace) -> int:
+    """Return how many terms of an equation are tried."""
+    return 2 if options.quick else STRONGEST
+
+
 def pelts(options: argparse.Namespace) -> dict[str, Any]:
     """Learn from the pelts of 1900 to 1920, in tens of thousands."""
     observed = torch.tensor([*zip(HARE, LYNX, strict=True)], dtype=torch.float64) / 10.0
@@ -305,7 +310,9 @@ def pelts(options: argparse.Namespace) -> dict[str, Any]:
     learn(model, windows, options, "pelts", 1e-3)
     logs = along(model, windows)
     path, growth = logs.exp(), model(times[0], logs).detach()
-    formula, logs, rows = find_formula((0.0, 0.0), path, growth * path, times, observed, True)
+    formula, logs, rows = find_formula(
+        (0.0, 0.0), path, growth * path, times, observed, terms(options), per_head=True
+    )
     fine = torch.linspace(0.0, 20.0, 401, dtype=torch.float64)
     curve = follow(formula, logs, fine).exp()
     return {

@@ -209,7 +209,7 @@ def draw(
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    return arguments("pendulum_dae", __doc__, argv, iterations=50, quick={"iterations": 12})
+    return arguments("pendulum_dae", __doc__, argv, iterations=30, quick={"iterations": 10})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -241,7 +241,7 @@ def draw(
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    return arguments("side_information", __doc__, argv, iterations=320, quick={"iterations": 80})
+    return arguments("side_information", __doc__, argv, iterations=200, quick={"iterations": 60})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
