@@ -13,9 +13,9 @@ Three fields learn from the same eight noisy paths of 0.8 s, 17 states each:
 * *plain net*: the network is all of the field, in sines, cosines and rates;
 * *structure*: a' = w is known, the network is the acceleration;
 * *conservation*: so, and E is the same at all steps of 32 further paths, of which nothing is
-  measured. The constraints c = E(y_n) - E(y_0) enter through an augmented Lagrangian, loss + <l,
-  c> + m |c|^2 / 2 (means over the steps), whose multipliers l become l + m c after each of four
-  rounds.
+  measured. The constraints c = E(y_n) - E(y_0) enter through an augmented Lagrangian,
+  the loss plus the means of l c + m c^2 / 2 over all steps, whose multipliers l become l + m c
+  after each of four rounds.
 
 The solver is rk4 with an output at each step, so that the values at steps and their gradients are
 those of ``ys``. Errors are of 32 other paths of 3 s.
