@@ -9,13 +9,31 @@ learned from the trajectory, predicts a chaotic system for longer than equations
 (J. Pathak et al., "Hybrid forecasting of chaotic processes", 2018; M. Levine & A. Stuart, "A
 framework for machine learning of model error in dynamical systems", 2022). Observed are 2000
 states every 0.05 time units, with noise of 0.5 % of their standard deviation. Both networks
-(3-24-24-3, tanh) learn from forecasts over a quarter of a time unit, from 128 random starts per update,
-through rk4 with two steps per observation.
+(3-24-24-3, tanh) learn from forecasts over a quarter of a time unit, from 128 random starts per
+update, through rk4 with two steps per observation.
 
 Forecasts from 50 states of another trajectory are valid until their error exceeds 0.4 of the
 standard deviation; times are given in Lyapunov times, 1 / 0.906.
 
-@TABLE@
+Run it::
+
+    python examples/lorenz63.py
+
+Measured with pnode 0.2.0 on 2026-11-29, seed 0, one thread, with --quick (17 s of CPU):
+
+=========  ==========  ========  =======
+what       valid time  shortest  longest
+=========  ==========  ========  =======
+equations  0.285       0.136     0.589
+network    0.134       0.0453    0.362
+hybrid     1.49        0.498     4.8
+=========  ==========  ========  =======
+
+After so short a training the hybrid's residual is 13 % off the true one, 4 x in y', and the
+network alone is of no use; the default trains five times as long.
+
+The steps of the training are half an interval: with longer ones the network would learn the errors
+of rk4 along with the residual, see ``modified_equation.py``.
 """
 
 from __future__ import annotations

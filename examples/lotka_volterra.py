@@ -27,7 +27,37 @@ The second data are the pelts of hares and lynxes that trappers sold to the Huds
 Carpenter's case study "Predator-prey population dynamics: the Lotka-Volterra model in Stan" (2018),
 which is given the product, finds the rates 0.55, 0.028, 0.80 and 0.024.
 
-@TABLE@
+Run it::
+
+    python examples/lotka_volterra.py
+
+Measured with pnode 0.2.0 on 2026-11-29, seed 0, one thread, with --quick (23 s of CPU):
+
+=================================  ======  =====
+what                               error   BIC
+=================================  ======  =====
+simulated, xy; xy terms            0.0307  -416
+simulated, xy + yy; xy + yy terms
+pelts, xy; xy terms                0.655   -20.6
+pelts, x + xy; y + xy terms        0.219   -105
+=================================  ======  =====
+
+==================================  =====
+what                                error
+==================================  =====
+formula, 3 further times as long    0.031
+hybrid, 3 further times as long     1.41
+plain net, 3 further times as long  1.79
+==================================  =====
+
+The formula that is chosen is x' = 1.3 x - 0.892 x y, y' = 0.802 x y - 1.8 y; that of the pelts, per
+thousand, has the rates 0.540, 0.0272, 0.796 and 0.0237. Four terms of the simulated data could not
+be solved from their first coefficients. A gradient of the trained hybrid at rtol 1e-6 took the CPU
+time of torchdiffeq's backpropagation (77 ms) and is ten times as accurate (0.004 and 0.041); its
+adjoint took 2.4 times as long.
+
+What did not work: the networks themselves do not extrapolate, neither of them; with the plain
+network in raw populations the pelts led to other formulas from run to run, per head they do not.
 """
 
 from __future__ import annotations

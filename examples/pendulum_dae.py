@@ -18,7 +18,12 @@ step.
 
 Differentiated constraints drift: how far x^2 + y^2 is from 1 is measured for three tolerances.
 
-@TABLE@
+Run it::
+
+    python examples/pendulum_dae.py
+
+What did not work: a speed without a floor under its root has no derivative at rest, which pnode
+refuses with an error that names the algebraic equation.
 """
 
 from __future__ import annotations

@@ -20,7 +20,26 @@ part is trained on 64 noisy windows of half a second under random constant input
 The baseline is a plain network of x for the unforced x' and for y, of as many parameters, with the
 same data and the same coupling.
 
-@TABLE@
+Run it::
+
+    python examples/port_hamiltonian.py
+
+Measured with pnode 0.2.0 on 2026-11-29, seed 0, one thread, with --quick (23 s of CPU):
+
+========================  ======  ===============  ===
+what                      error   energy rises by  f
+========================  ======  ===============  ===
+hung, port-Hamiltonian    0.0994  0
+hung, plain net           0.729   0.077
+bolted, port-Hamiltonian  0.079   0                446
+========================  ======  ===============  ===
+
+Bolted together, v1 - v2 drifts by less than 1e-6 in 15 s. torchdiffeq can train the parts and solve
+the hung ones, but has no method for the bolted ones.
+
+What did not work: with constants in the energy's network the learned momentum at rest is not zero.
+Started from p = 0 the bolted masses keep a difference of velocities, at which the bolt does work,
+and the energy rose by 6 %; they now start from the learned state at rest.
 """
 
 from __future__ import annotations

@@ -21,8 +21,13 @@ The equations are stiff: the solver is an ESDIRK method of order 3, adaptive, wh
 (``compile=True``; without a compiler it takes a hundred times as long). Beside it: diffrax with
 Kvaerno's method of order 3, jitted. Explicit methods are hopeless, which is measured too.
 
-@TABLE@
-"""
+Run it::
+
+    python examples/robertson_unknown.py
+
+After 200 updates by Adam the loss is 7.5e-4, after 100 iterations of L-BFGS 8.4e-5, that of the
+noise; the linear part alone then has the orders -0.2, 1.8 and 0.05, the network does the rest. A
+gradient of one solve (98 steps, rtol 1e-5) takes 7 ms of CPU compiled and 2.5 s otherwise."""
 
 from __future__ import annotations
 

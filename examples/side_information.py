@@ -20,7 +20,11 @@ Three fields learn from the same eight noisy paths of 0.8 s, 17 states each:
 The solver is rk4 with an output at each step, so that the values at steps and their gradients are
 those of ``ys``. Errors are of 32 other paths of 3 s.
 
-@TABLE@
+Run it::
+
+    python examples/side_information.py
+
+The numbers are in the JSON file and the table that it prints.
 """
 
 from __future__ import annotations
