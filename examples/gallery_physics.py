@@ -106,6 +106,24 @@ def fit(
     return place(found.x), 2.0 * float(found.cost)
 
 
+def drop_terms(
+    values: torch.Tensor, candidates: torch.Tensor, allowed: Sequence[int]
+) -> dict[int, list[int]]:
+    """Return the sets of 1, 2, ... candidates left when the least needed ones are dropped."""
+    columns = candidates / candidates.norm(dim=0)
+    active, sets = list(allowed), {}
+
+    def rest(chosen: list[int]) -> float:
+        matrix = columns[:, chosen]
+        solved = torch.linalg.lstsq(matrix, values[:, None]).solution
+        return (matrix @ solved - values[:, None]).norm().item()
+
+    while len(active) > 1:
+        active = min(([i for i in active if i != out] for out in active), key=rest)
+        sets[len(active)] = active
+    return sets
+
+
 class Counted(torch.nn.Module):
     """A vector field that counts its evaluations, for solvers that do not."""
 

@@ -69,8 +69,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from gallery_common import DATA, LEARNED, TRUTH, Outcome, arguments, figure, launch, mlp, train
-from gallery_physics import compare_gradients, fit, polish
+from gallery_common import (
+    DATA, LEARNED, TRUTH, Outcome, arguments, at_least, figure, launch, mlp, train,
+)  # fmt: skip
+from gallery_physics import compare_gradients, drop_terms, fit, polish
 
 import pnode
 
@@ -89,10 +91,6 @@ HARE = (
     30.0, 47.2, 70.2, 77.4, 36.3, 20.6, 18.1, 21.4, 22.0, 25.4, 27.1, 40.3, 57.0, 76.6, 52.3, 19.5,
     11.2, 7.6, 14.6, 16.2, 24.7,
 )  # fmt: skip
-STAN = {"x": 0.55, "xy in x'": -0.028, "y": -0.80, "xy in y'": 0.024}
-
-
-# ------------------------------------------------------------------------------------- the models
 
 
 def predation(t: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
@@ -175,9 +173,6 @@ def make_solver(field: torch.nn.Module, rtol: float = 1e-6) -> pnode.Solver:
     return pnode.Solver(field, method="tsit5", rtol=rtol, atol=0.01 * rtol, max_steps=5000)
 
 
-# ------------------------------------------------------------------------------- learning the term
-
-
 class Windows:
     """The loss of multiple shooting."""
 
@@ -219,27 +214,6 @@ def follow(model: torch.nn.Module, start: torch.Tensor, times: torch.Tensor) -> 
     return states
 
 
-# ----------------------------------------------------------------------------- finding the formula
-
-
-def drop_terms(
-    values: torch.Tensor, candidates: torch.Tensor, allowed: Sequence[int]
-) -> dict[int, list[int]]:
-    """Return the sets of 1, 2, ... candidates left when the least needed ones are dropped."""
-    columns = candidates / candidates.norm(dim=0)
-    active, sets = list(allowed), {}
-
-    def rest(chosen: list[int]) -> float:
-        matrix = columns[:, chosen]
-        solved = torch.linalg.lstsq(matrix, values[:, None]).solution
-        return (matrix @ solved - values[:, None]).norm().item()
-
-    while len(active) > 1:
-        active = min(([i for i in active if i != out] for out in active), key=rest)
-        sets[len(active)] = active
-    return sets
-
-
 def find_formula(
     rates: Sequence[float], path: torch.Tensor, values: torch.Tensor,
     times: torch.Tensor, observed: torch.Tensor, strongest: int, per_head: bool = False,
@@ -274,9 +248,6 @@ def find_formula(
     return best[2], best[3], rows
 
 
-# ------------------------------------------------------------------------------------ the programs
-
-
 def simulated(options: argparse.Namespace) -> dict[str, Any]:
     """Learn from noisy observations of the known system."""
     generator = torch.Generator().manual_seed(options.seed)
@@ -296,7 +267,7 @@ def simulated(options: argparse.Namespace) -> dict[str, Any]:
               for name, net in (("hybrid", model), ("plain", plain))}  # fmt: skip
     path = along(model, windows)
     values = model.missing(path).detach()
-    formula, logs, rows = find_formula((A, -D), path, values, times, observed, terms(options))
+    formula, logs, rows = find_formula((A, -D), path, values, times, observed, options.terms)
     followed = {
         "formula": follow(formula, logs, long).exp(),
         "hybrid": follow(model, model.starts.detach()[0], long),
@@ -306,7 +277,10 @@ def simulated(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "times": times, "observed": observed, "long": long, "truth": truth, "losses": losses,
         "followed": followed, "formula": formula, "rows": rows, "path": path, "values": values,
-        "known": known, "gradients": gradients(model, windows),
+        "known": known, "gradients": compare_gradients(
+            model, lambda solve: windows.loss(model, solve(model.starts, windows.times)),
+            list(model.parameters()), method="dopri5",
+        ),
     }  # fmt: skip
 
 
@@ -315,20 +289,6 @@ def along(model: Model, windows: Windows) -> torch.Tensor:
     fine = torch.linspace(0.0, float(windows.times[-1]), 10 * WINDOW + 1, dtype=torch.float64)
     with torch.no_grad():
         return make_solver(model)(model.starts, fine).ys.reshape(-1, 2)
-
-
-def gradients(model: Model, windows: Windows) -> list[dict[str, Any]]:
-    """Measure the gradient of the trained model's loss beside torchdiffeq's."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return compare_gradients(
-        model, lambda solve: windows.loss(model, solve(model.starts, windows.times)), parameters,
-        method="dopri5",
-    )  # fmt: skip
-
-
-def terms(options: argparse.Namespace) -> int:
-    """Return how many terms of an equation are tried."""
-    return 2 if options.quick else STRONGEST
 
 
 def pelts(options: argparse.Namespace) -> dict[str, Any]:
@@ -341,7 +301,7 @@ def pelts(options: argparse.Namespace) -> dict[str, Any]:
     logs = along(model, windows)
     path, growth = logs.exp(), model(times[0], logs).detach()
     formula, logs, rows = find_formula(
-        (0.0, 0.0), path, growth * path, times, observed, terms(options), per_head=True
+        (0.0, 0.0), path, growth * path, times, observed, options.terms, per_head=True
     )
     fine = torch.linspace(0.0, 20.0, 401, dtype=torch.float64)
     curve = follow(formula, logs, fine).exp()
@@ -368,7 +328,7 @@ def run(options: argparse.Namespace) -> Outcome:
         "extrapolation_errors": errors,
         "pelts_formula": second["formula"].text(),
         "pelts_product": all(PRODUCT in part for part in second["formula"].terms),
-        "pelts_coefficients": second["formula"].coefficients.tolist(), "stan": STAN,
+        "pelts_coefficients": second["formula"].coefficients.tolist(),
         "candidates": first["rows"], "pelts_candidates": second["rows"],
         "gradients": first["gradients"],
     }  # fmt: skip
@@ -396,12 +356,8 @@ def draw(first: dict[str, Any], second: dict[str, Any], errors: dict[str, float]
             axis.plot(long, first["followed"][model][:, index], **{**style, "label": text})
         axis.plot(first["times"], first["observed"][:, index], **DATA)
         axis.axvline(SPAN, color="0.4", lw=0.8)
-        axis.set(
-            title=f"{name}: 31 observations, then {FOLLOWED - 1} times as long ahead",
-            xlabel="time",
-            ylabel="population",
-            ylim=(0, 1.6 * float(truth[:, index].max())),
-        )
+        axis.set(title=f"{name}, observed until the line", xlabel="time", ylabel="population",
+                 ylim=(0, 1.6 * float(truth[:, index].max())))  # fmt: skip
         axis.legend(fontsize=7, loc="upper right")
     axis, product = axes[1, 0], first["path"].prod(dim=1)
     order = product.argsort()
@@ -424,9 +380,16 @@ def draw(first: dict[str, Any], second: dict[str, Any], errors: dict[str, float]
     return drawn
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add this example's own option."""
+    text = f"terms of an equation, at most ({STRONGEST})"
+    parser.add_argument("--terms", type=at_least(int, 1), default=STRONGEST, help=text)
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    return arguments("lotka_volterra", __doc__, argv, iterations=150, quick={"iterations": 40})
+    quick = {"iterations": 40, "terms": 2}
+    return arguments("lotka_volterra", __doc__, argv, iterations=150, quick=quick, add=add_options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -249,14 +249,9 @@ def bolt(parts: Sequence[Oscillator]) -> pnode.Solution:
     """Return the states of the bolted oscillators: (outputs, 5)."""
     mass = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
     solver = pnode.Solver(
-        Bolted(parts),
-        mass=mass,
-        method="bdf",
-        rtol=1e-6,
-        atol=1e-8,
-        consistent_start=True,
+        Bolted(parts), mass=mass, method="bdf", rtol=1e-6, atol=1e-8, consistent_start=True,
         compile=False,
-    )
+    )  # fmt: skip
     halves = [at_rest(part, q) for part, (q, _) in zip(parts, START, strict=True)]
     start = torch.cat([*halves, torch.zeros(1, dtype=torch.float64)])
     with torch.no_grad():
