@@ -69,9 +69,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from gallery_common import (
-    DATA, LEARNED, TRUTH, Outcome, arguments, at_least, figure, launch, mlp, train,
-)  # fmt: skip
+from gallery_common import DATA, LEARNED, TRUTH, Outcome, arguments, figure, launch, mlp, train
 from gallery_physics import compare_gradients, drop_terms, fit, polish
 
 import pnode
@@ -383,7 +381,7 @@ def draw(first: dict[str, Any], second: dict[str, Any], errors: dict[str, float]
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add this example's own option."""
     text = f"terms of an equation, at most ({STRONGEST})"
-    parser.add_argument("--terms", type=at_least(int, 1), default=STRONGEST, help=text)
+    parser.add_argument("--terms", type=int, choices=(1, 2, 3), default=STRONGEST, help=text)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

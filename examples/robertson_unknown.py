@@ -58,6 +58,7 @@ import pnode
 K1, K2, K3 = 0.04, 3e7, 1e4
 STARTS = torch.tensor([[a, 0.0, 1.0 - a] for a in (1.0, 0.9, 0.7, 0.5, 0.3)], dtype=torch.float64)
 END, OBSERVED, NOISE, WIDTH = 100.0, 25, 0.01, 8
+POLISH = 200  # iterations of L-BFGS
 FLOOR = 1e-9  # of what logarithms are taken of
 GUESS = (0.0, 1.0, 0.0, 5.0)  # first order in B, 150 per unit of time
 ORDERS = (0, 2, 0)
@@ -225,7 +226,7 @@ def run(options: argparse.Namespace) -> Outcome:
         return mean_square(solve_all(solver, times()), observed)
 
     training = train(rate, loss, options, rate=0.05, label="rate", clip=1.0)
-    polished = polish(rate, loss, options, options.iterations // 2)
+    polished = polish(rate, loss, options, POLISH)
     with torch.no_grad():
         learned = solve_all(solver, times(100))
     states = learned[:, 20:].reshape(-1, 3)  # behind the first instant, where B = 0

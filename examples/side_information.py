@@ -24,7 +24,18 @@ Run it::
 
     python examples/side_information.py
 
-The numbers are in the JSON file and the table that it prints.
+Measured with pnode 0.2.0 on 2026-11-29, seed 0, one thread, with --quick (19 s of CPU):
+
+============  ==============  ==============  =================  ==========
+what          rad off at 1 s  rad off at 3 s  energy off at 1 s  off at 3 s
+============  ==============  ==============  =================  ==========
+plain net     0.362           0.578           0.644              0.833
+structure     0.303           0.638           0.511              0.618
+conservation  0.584           0.588           0.356              0.325
+============  ==============  ==============  =================  ==========
+
+What did not work: in so short a training the conservation law takes a third off the error of the
+energy, but the angles at 1 s are worse than without it; all three are far off after 3 s.
 """
 
 from __future__ import annotations
@@ -193,8 +204,8 @@ def run(options: argparse.Namespace) -> Outcome:
         levels = energy(paths[name])
         drifts[name] = ((levels - levels[0]) / levels[0]).square().mean(1).sqrt()
         rows.append({
-            "what": name, "error at 1 s, rad": errors[name][20].item(),
-            "at 3 s": errors[name][60].item(), "energy off at 1 s": drifts[name][20].item(),
+            "what": name, "rad off at 1 s": errors[name][20].item(),
+            "rad off at 3 s": errors[name][60].item(), "energy off at 1 s": drifts[name][20].item(),
             "off at 3 s": drifts[name][60].item(), "loss": losses[name][-1],
         })  # fmt: skip
     rows += compare_gradients(
