@@ -28,7 +28,7 @@ def polish(
     One entry of the losses is ten iterations.
     """
     return train(
-        model, loss, options, iterations=iterations // BUNDLE, label=label, constant=True,
+        model, loss, options, iterations=max(iterations // BUNDLE, 1), label=label, constant=True,
         optimizer=lambda parameters: torch.optim.LBFGS(
             parameters, max_iter=BUNDLE, history_size=50, tolerance_grad=1e-10,
             tolerance_change=1e-14, line_search_fn="strong_wolfe",
