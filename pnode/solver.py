@@ -192,7 +192,7 @@ class Solver(torch.nn.Module):
         self._params = arguments.parameters(params)
         limits = as_checkpointing(checkpointing)
         comm, exchange = arguments.communicator(comm, layout, form, limits.resume, self.event_fn)
-        self.cost = check_cost(cost, chosen, exchange)
+        self.cost = check_cost(cost, chosen)
         collect_parameters(self._functions, self._params)
         self._progress = output.progress and comm.rank == 0
         alone = arguments.alone(comm, exchange, consistent_start, compile)

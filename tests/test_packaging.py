@@ -35,6 +35,7 @@ LEAVES = {
         "launchers",
         "communicators",
         "compared",
+        "ghost_cells",
         "ghost_layouts",
         "grids",
         "labelled",
@@ -52,6 +53,7 @@ LEAVES = {
         "private_files",
         "problem",
         "products",
+        "rank_sums",
         "ranks",
         "reals",
         "saving",
@@ -103,6 +105,7 @@ LEVELS = {
     "pnode.run": 3,
     "pnode.samples": 3,
     "pnode.sample_options": 3,
+    "pnode.time_terms": 3,
     "pnode.stages": 3,
     "pnode.sensitivity_control": 3,
     "pnode.stage_tangents": 3,
@@ -269,11 +272,12 @@ CALLS_AUTOGRAD = {
     "pnode.sensitivities", "pnode.tangents",  # inside of transforms of torch.func
     "pnode.transforms", "pnode.watching",  # look at tangents
 }  # fmt: skip
-# The solve, and with its continuous adjoint, backward sweeps that tell of stages, sums over ranks,
-# the root of algebraic equations, and the time of an event.
+# The solve, and with its continuous adjoint, backward sweeps that tell of stages, sums over ranks
+# and ghost cells, terms by times, the root of algebraic equations, and the time of an event.
 DEFINES_FUNCTION = {
-    "pnode.autograd", "pnode.continuous", "pnode.stages", "pnode.parallel", "pnode.consistency",
-    "pnode.event_derivatives", "pnode.batches", "pnode.samples",
+    "pnode.autograd", "pnode.continuous", "pnode.stages", "pnode.rank_sums", "pnode.consistency",
+    "pnode.event_derivatives", "pnode.batches", "pnode.samples", "pnode.ghost_cells",
+    "pnode.time_terms",
 }  # fmt: skip
 
 
