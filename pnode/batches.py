@@ -16,7 +16,15 @@ from pnode.errors import BackwardError
 from pnode.run import Run
 from pnode.transforms import batch_level, no_tangents, outside, stacked, unbatched
 
-__all__ = ["AdjointsFunction", "Runs", "Times", "as_parameter", "each_run", "one_by_one", "takes_batches"]
+__all__ = [
+    "AdjointsFunction",
+    "Runs",
+    "Times",
+    "as_parameter",
+    "each_run",
+    "one_by_one",
+    "takes_batches",
+]
 
 
 class Times(dict[int, float]):

@@ -35,6 +35,7 @@ from pnode.event_functions import Events
 from pnode.events import adapted, split
 from pnode.integrals import check_cost, of_state, parted, with_integral
 from pnode.layouts import Layout
+from pnode.linearized import linearized
 from pnode.mass import MassMatrix
 from pnode.monitor import at_home, progress_bar
 from pnode.options import check_petsc_options, next_prefix
@@ -45,7 +46,7 @@ from pnode.solvers.methods import check_form, find_method
 from pnode.solvers.step_control import check_steps
 from pnode.stages import StageSweep
 from pnode.transfers import carry_once, on_host
-from pnode.transforms import moves, outside_compiler, refuse_moving, refuse_transforms
+from pnode.transforms import moves, refuse_moving, refuse_transforms
 from pnode.watching import watched
 
 __all__ = ["Solver"]
@@ -242,7 +243,7 @@ class Solver(torch.nn.Module):
         """Method, steps, Jacobian (``colors``: products of a sparse one), and what is compiled."""
         return self._engine.describe()
 
-    @outside_compiler
+    @linearized
     def forward(self, y0: Any, t: Any, args: Any = None) -> Solution:
         """Integrate from ``t[0]`` and return the states at the times ``t``. Collective.
 
@@ -324,8 +325,7 @@ class Solver(torch.nn.Module):
             found = [(when, carry_once(rows, compute, start)) for when, rows in found]
             start.backward = run.stats.backward
         run.stats.add(start)
-        states = ys if whole else layout.unflatten(ys)
-        states, costs = parted(problem, states)
+        states, costs = parted(problem, ys if whole else layout.unflatten(ys))
         states = call.restored(states)
         kept = trainable and not self._requests.continuous
         stages = StageSweep.of(self._engine, run, flat, call) if kept else None

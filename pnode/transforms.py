@@ -22,8 +22,9 @@ from torch.utils._pytree import tree_leaves
 from pnode.errors import BackwardError, ConfigurationError
 
 __all__ = [
-    "batch_is_innermost", "batch_level", "differentiable", "has_tangent", "in_forward_mode", "is_legacy_batch",
-    "is_wrapped", "legacy_batch", "lowered", "moves", "no_tangents", "only_forward_mode",
+    "batch_is_innermost", "batch_level", "differentiable", "has_tangent", "in_forward_mode",
+    "is_legacy_batch", "is_wrapped", "legacy_batch", "lowered", "moves", "no_tangents",
+    "only_forward_mode",
     "outside", "outside_compiler", "plain", "recorded_by_autograd", "refuse_moving",
     "refuse_traced", "refuse_transforms", "signed", "stacked", "tensors_of",
     "transforms_active", "unbatched", "unmoved", "unwrapped",

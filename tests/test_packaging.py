@@ -92,6 +92,7 @@ LEVELS = {
     "pnode.batches": 3,
     "pnode.integrals": 3,
     "pnode.output_times": 3,
+    "pnode.linearized": 3,
     "pnode.rebinding": 3,
     "pnode.tangents": 3,
     "pnode.tangent_solves": 3,
@@ -270,7 +271,7 @@ CALLS_AUTOGRAD = {
     "pnode.linearization", "pnode.products", "pnode.vectorfield", "pnode.solvers.compiled.trace",
     "pnode.testing", "pnode.diagnosis.probe",
     "pnode.sensitivities", "pnode.tangents",  # inside of transforms of torch.func
-    "pnode.transforms", "pnode.watching",  # look at tangents
+    "pnode.transforms", "pnode.watching", "pnode.linearized",  # look at tangents
 }  # fmt: skip
 # The solve, and with its continuous adjoint, backward sweeps that tell of stages, sums over ranks
 # and ghost cells, terms by times, the root of algebraic equations, and the time of an event.
