@@ -201,13 +201,14 @@ def _without_tangents(
     solver: torch.nn.Module,
 ) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
     """Give the modules parameters without tangents; yields them with what they stand for."""
-    found = []
+    found: list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]] = []
     new: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for module in solver.modules():
         for name, old in module._parameters.items():
             if old is not None and _moves(old):
                 one = new.setdefault(id(old), (old.detach().requires_grad_(), old))[0]
-                found.append((module._parameters, name, old, one))
+                place: dict[str, Any] = module._parameters
+                found.append((place, name, old, one))
     for place, name, _, one in found:
         place[name] = one
     try:
