@@ -1,7 +1,7 @@
 """Derivatives of f at many stages at once, where these are known before tangents come by.
 
-f is mapped over the stages by ``torch.func.vmap``: a small state then takes a few operations for all
-stages instead of some for each. A function that torch cannot map is left to the single stages.
+f is mapped over the stages by ``torch.func.vmap``: a small state then takes a few operations for
+all stages instead of some for each. A function that torch cannot map is left to the single stages.
 """
 
 from __future__ import annotations

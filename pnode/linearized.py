@@ -204,11 +204,11 @@ def _without_tangents(
     found: list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]] = []
     new: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for module in solver.modules():
-        for name, old in module._parameters.items():
+        slots: dict[str, Any] = module._parameters
+        for name, old in slots.items():
             if old is not None and _moves(old):
                 one = new.setdefault(id(old), (old.detach().requires_grad_(), old))[0]
-                place: dict[str, Any] = module._parameters
-                found.append((place, name, old, one))
+                found.append((slots, name, old, one))
     for place, name, _, one in found:
         place[name] = one
     try:
