@@ -270,7 +270,7 @@ def test_schedules_import_neither_petsc_nor_torch(name: str) -> None:
 CALLS_AUTOGRAD = {
     "pnode.linearization", "pnode.products", "pnode.vectorfield", "pnode.solvers.compiled.trace",
     "pnode.testing", "pnode.diagnosis.probe",
-    "pnode.sensitivities", "pnode.tangents",  # inside of transforms of torch.func
+    "pnode.sensitivities", "pnode.tangents", "pnode.adjoint.ahead",  # transforms of torch.func
     "pnode.transforms", "pnode.watching", "pnode.linearized",  # look at tangents
 }  # fmt: skip
 # The solve, and with its continuous adjoint, backward sweeps that tell of stages, sums over ranks
