@@ -14,6 +14,7 @@ from typing import TypeAlias
 
 import torch
 
+from pnode.adjoint.ahead import Ahead, derivatives_ahead, pays
 from pnode.adjoint.firk import CoupledAdjoint
 from pnode.adjoint.implicit import ImplicitAdjointStepper
 from pnode.adjoint.multistep import MultistepAdjoint
@@ -23,6 +24,7 @@ from pnode.evidence import notes
 from pnode.linearization import Linearization
 from pnode.solution import Ledger
 from pnode.solvers.bdf import start_weights
+from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.scheme import Row, Rows
 from pnode.solvers.stepping import Step
@@ -69,6 +71,10 @@ class TangentStepper(ABC):
             Whatever the vector field raised.
         """
 
+    def look_ahead(self, steps: Sequence[tuple[Step, Checkpoint]], ledger: Ledger) -> None:
+        """Take what does not need tangents for all steps at once, where that pays."""
+        return
+
     def _along(self, graph: Linearization, states: torch.Tensor | None) -> torch.Tensor:
         """Return g_y Z_k + g_p v_k, without the Z_k if there are none."""
         given = None if states is None else states.to(graph.dtype)
@@ -84,14 +90,29 @@ class ExplicitTangents(TangentStepper):
         scheme = adjoint.settings.method.scheme
         assert scheme is not None
         self._scheme, self._live = scheme, sorted(scheme.live_stages())
+        self._ahead: Ahead | None = None
+        self._done = 0
+
+    def look_ahead(self, steps: Sequence[tuple[Step, Checkpoint]], ledger: Ledger) -> None:
+        """Differentiate f at all stages at once; see :class:`TangentStepper`."""
+        field, live, c = self._adjoint.field, self._live, self._scheme.c
+        if pays(field, len(steps) * len(live), len(self.tangents)):
+            times = [step.at(c[i]) for step, _ in steps for i in live]
+            states = [checkpoint.stages[i] for _, checkpoint in steps for i in live]
+            self._ahead = derivatives_ahead(field, times, states, self._moving, ledger)
 
     def step(self, step: Step, ledger: Ledger) -> None:
         """Take a step; see :class:`TangentStepper`."""
-        scheme, h = self._scheme, step.length
+        scheme, h, ahead = self._scheme, step.length, self._ahead
         slopes: dict[int, torch.Tensor] = {}
         for i in self._live:
             w = _plus(self.tangents, [(h * scheme.A[i][j], slopes[j]) for j in slopes])
-            slopes[i] = self._along(self._adjoint.graph(i, step), w)
+            if ahead is None:
+                slopes[i] = self._along(self._adjoint.graph(i, step), w)
+            else:
+                k, self._done = self._done, self._done + 1
+                self._adjoint.verify(ahead.values[k], i, step.at(scheme.c[i]), step)
+                slopes[i] = ahead.product(k, w)
         self.tangents = _plus(self.tangents, [(h * scheme.b[j], slopes[j]) for j in slopes])
         ledger.steps += 1
 

@@ -9,7 +9,15 @@ from typing import Any
 import torch
 
 from pnode import continuous, sensitivity_control, sweeps, tangent_solves
-from pnode.batches import AdjointsFunction, Runs, Times, as_parameter, one_by_one, takes_batches
+from pnode.batches import (
+    AdjointsFunction,
+    Runs,
+    Times,
+    as_parameter,
+    each_run,
+    one_by_one,
+    takes_batches,
+)
 from pnode.devices import ordered, place_of
 from pnode.engine import Engine
 from pnode.errors import BackwardError
@@ -174,6 +182,9 @@ class SolveFunction(torch.autograd.Function):
         if any(one is not None and is_legacy_batch(one) for one in tangents[4:]):
             each = partial(tangent_solves.in_tuple, SolveFunction.jvp, ctx)
             return legacy_batch(each, *tangents)[0]
+        if len(ctx.runs.all()) > 1:
+            batch: torch.Tensor = each_run(SolveFunction.jvp, ctx, tangents)
+            return batch
         along_y0, along_t, along_start, *directions = tangents[4:]
         with no_tangents():
             y0, t, start, *parameters = map(unmoved, ctx.saved_tensors)

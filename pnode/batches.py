@@ -14,9 +14,17 @@ from pnode.devices import ordered, place_of
 from pnode.engine import Engine
 from pnode.errors import BackwardError
 from pnode.run import Run
-from pnode.transforms import stacked
+from pnode.transforms import batch_level, no_tangents, outside, stacked, unbatched
 
-__all__ = ["AdjointsFunction", "Runs", "Times", "as_parameter", "one_by_one", "takes_batches"]
+__all__ = [
+    "AdjointsFunction",
+    "Runs",
+    "Times",
+    "as_parameter",
+    "each_run",
+    "one_by_one",
+    "takes_batches",
+]
 
 
 class Times(dict[int, float]):
@@ -50,8 +58,8 @@ class Runs:
         """
         if len(self._runs) != 1:
             raise BackwardError(
-                "a batch of tangents (torch.func.vmap) inside of what is differentiated once more "
-                "cannot pass through a solve: take vmap outermost, or a loop"
+                "batches of tangents (torch.func.vmap) inside of what is differentiated once more "
+                "cannot pass through a solve: take one vmap outermost, or a loop"
             )
         return self._runs[0]
 
@@ -80,6 +88,38 @@ def one_by_one(
         return torch.stack(results), 0
     columns = [stacked(column) for column in zip(*results, strict=True)]
     return tuple(columns), tuple(None if column is None else 0 for column in columns)
+
+
+def each_run(rule: Any, ctx: Any, tangents: tuple[Any, ...]) -> Any:
+    """Apply the rule of forward mode of a node to each solve behind it, and return a batch.
+
+    They are those of a batch of torch.func, which is just outside of that forward mode.
+
+    Raises
+    ------
+    BackwardError
+        If they are not.
+    """
+    level = batch_level()
+    runs = ctx.runs.all()
+    if level is None:
+        ctx.runs.only()
+    assert level is not None
+    with no_tangents():
+        given = (*ctx.saved_tensors, *tangents[4:])
+        rows = [unbatched(one, level, len(runs)) for one in given]
+    found = []
+    with outside(level):
+        for k, run in enumerate(runs):
+            own = [one if one is None else one[k] for one in rows]
+            number = len(ctx.saved_tensors)
+            context = SimpleNamespace(
+                engine=ctx.engine, requests=ctx.requests, runs=Runs([run]), shape=ctx.shape,
+                saved_tensors=own[:number],
+            )  # fmt: skip
+            found.append(rule(context, *tangents[:4], *own[number:]))
+        stack = torch.stack(found)
+    return torch._C._functorch._add_batch_dim(stack, 0, level)
 
 
 def takes_batches(runs: Runs) -> bool:

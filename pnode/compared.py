@@ -90,6 +90,7 @@ COMPARED: dict[str, Callable[[Given], Any]] = {
     "the shapes of the parameters": lambda given: [
         tuple(tensor.shape) for tensor in given.problem.parameters
     ],
+    "the number of cost integrals": lambda given: given.problem.integrals,
     "requires_grad of y0, t or the parameters": lambda given: [
         each.requires_grad and given.differentiate for each in (given.flat, given.times)
     ],

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from pnode.errors import ConfigurationError, VectorFieldError
-from pnode.layouts import Layout
+from pnode.field_checks import wrong_result
+from pnode.ghost_cells import DrivenCells
 from pnode.pair_layout import PairLayout
 from pnode.problem import InitialValueProblem, StateLayout
 from pnode.solvers.linear.jacobians import JacobianOptions
@@ -63,7 +65,39 @@ class Integrand(torch.nn.Module):
         return x[:-1] if self._layout.is_tuple else x[0]
 
 
-def check_cost(value: Any, method: Method, exchange: Layout | None) -> Any:
+class IntegrandOfCells(torch.nn.Module):
+    """(f, r) at (y, q) in one flat tensor, with the ghost cells of y.
+
+    Parameters
+    ----------
+    function, cost, layout
+        Those of an :class:`Integrand`.
+    cells : DrivenCells
+        Of (y, q).
+    """
+
+    def __init__(self, function: Any, cost: Any, layout: StateLayout, cells: DrivenCells) -> None:
+        super().__init__()
+        self.function, self.cost = function, cost
+        self._layout, self._cells = layout, cells
+
+    def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Return both, in one flat tensor."""
+        cells = self._cells
+        y = cells.seen.parts(x)[0].view(cells.base.ghosted_shape)
+        value = self.function(t, y)
+        wrong = wrong_result(self._layout, (value,))
+        if wrong:
+            raise VectorFieldError(f"the vector field {wrong}", time=float(t))
+        if self.cost is None:
+            change = torch.zeros_like(cells.seen.integral(x))
+        else:
+            assert cells.integral is not None
+            change = checked(self.cost(t, y), self._layout, torch.Size(cells.integral))
+        return torch.cat([value.reshape(-1), change.reshape(-1)])
+
+
+def check_cost(value: Any, method: Method) -> Any:
     """Return ``cost``, which is None or a callable that the method can integrate."""
     if value is None:
         return None
@@ -75,11 +109,6 @@ def check_cost(value: Any, method: Method, exchange: Layout | None) -> Any:
         raise ConfigurationError(
             f"cost given with method={method.name!r}, which has no quadrature of its own: take "
             "another method, or integrate the solution's outputs"
-        )
-    if exchange is not None:
-        raise ConfigurationError(
-            "cost given with layout=: cost integrals are not for states with ghost cells yet; "
-            "integrate r as one more field of the layout"
         )
     return value
 
@@ -122,22 +151,42 @@ def with_integral(
         Flat initial state.
     """
     layout = problem.layout
-    time = torch.tensor(problem.direction * problem.times[0], dtype=layout.dtype).to(layout.device)
-    with torch.no_grad():
-        shape = checked(cost(time, layout.unflatten(y0.detach().clone())), layout).shape
-    size = math.prod(shape)
-    if not size:
-        raise ConfigurationError(f"cost returned shape {tuple(shape)}: return at least one number")
-    both = StateLayout((*layout.shapes, shape), True, layout.dtype, layout.device)
+    shape = _shape(problem, cost, y0)
+    size, cells = math.prod(shape), problem.exchange
+    whole: Callable[..., Any]
+    if cells is None:
+        both = StateLayout((*layout.shapes, shape), True, layout.dtype, layout.device)
+        whole = partial(Integrand, layout=layout, shape=shape)
+    else:
+        cells = DrivenCells(cells, integral=shape)
+        both = StateLayout((torch.Size(cells.shape),), False, layout.dtype, layout.device)
+        whole = partial(IntegrandOfCells, layout=layout, cells=cells)
     split = problem.explicit is not None
-    explicit = Integrand(problem.explicit, cost, layout, shape) if split else None
-    function = Integrand(problem.function, None if split else cost, layout, shape)
-    whole = replace(
-        problem, function=function, explicit=explicit, layout=both, largest=both.size,
+    problem = replace(
+        problem, function=whole(problem.function, None if split else cost),
+        explicit=whole(problem.explicit, cost) if split else None,
+        layout=both, largest=both.size, exchange=cells,
         mass=None if problem.mass is None else problem.mass.with_identity(both),
         base=replace(problem, check_undeclared=False), integrals=size,
     )  # fmt: skip
-    return whole, torch.cat([y0, y0.new_zeros(size)])
+    return problem, torch.cat([y0, y0.new_zeros(size)])
+
+
+def _shape(problem: InitialValueProblem, cost: Callable[..., Any], y0: torch.Tensor) -> torch.Size:
+    """Return the shape of what ``cost`` returns. Not collective."""
+    layout, own = problem.layout, y0.detach()
+    if problem.exchange is None:
+        state = layout.unflatten(own.clone())
+    else:  # the values do not matter, but should be possible
+        seen = problem.exchange.ghosted_shape
+        number = math.prod(seen)
+        state = own.repeat(-(-number // len(own)))[:number].view(seen)
+    time = torch.tensor(problem.direction * problem.times[0], dtype=layout.dtype).to(layout.device)
+    with torch.no_grad():
+        shape = checked(cost(time, state), layout).shape
+    if not math.prod(shape):
+        raise ConfigurationError(f"cost returned shape {tuple(shape)}: return at least one number")
+    return shape
 
 
 def integral_settings(
@@ -202,4 +251,10 @@ def parted(problem: InitialValueProblem, x: Any) -> tuple[Any, torch.Tensor | No
     if not problem.integrals:
         return x, None
     assert problem.base is not None
+    cells = problem.exchange
+    if isinstance(cells, DrivenCells):  # one flat tensor
+        assert cells.integral is not None
+        integral = cells.owned.integral(x)
+        own = problem.base.layout.unflatten(cells.owned.parts(x)[0])
+        return own, integral.reshape(*x.shape[:-1], *cells.integral)
     return (tuple(x[:-1]) if problem.base.layout.is_tuple else x[0]), x[-1]

@@ -8,11 +8,12 @@ import torch
 
 from pnode.errors import BackwardError
 from pnode.evidence import differs
+from pnode.ghost_cells import ghosted
 from pnode.held import now
 from pnode.problem import InitialValueProblem
-from pnode.rebinding import bound
 from pnode.run import Run
 from pnode.solution import Stats
+from pnode.time_terms import TermsOfRanks
 from pnode.transfers import remote
 from pnode.vectorfield import VectorField
 
@@ -47,6 +48,7 @@ def time_gradient(
     if again and interpolated:
         _refuse_interpolated_times()
     field = run.field(run.stats.backward)
+    ours = TermsOfRanks(problem, t, parameters) if again else None
     terms: list[torch.Tensor] = [initial.new_zeros((), dtype=torch.float64)] * len(t)
     for index, value in found.items():
         terms[index] = terms[index] + direction * value
@@ -57,16 +59,17 @@ def time_gradient(
             if index in interpolated:
                 continue
             cotangent = -initial if index == 0 else cotangents[index]
-            if again:
+            if ours is not None:
                 y = y0 if index == 0 else ys[index]
-                slope = slope_at(run, t[index], y, parameters)
+                slope = slope_at(ours, index, y)
             elif problem.ranks.parallel or bool(cotangent.ne(0).any()):
                 slope = field.slope(s, ys[index].detach().clone())
                 _verify_slope(run, field, index, slope)
             else:
                 continue
             terms[index] = direction * torch.dot(cotangent.double(), slope.double())
-    return problem.ranks.sum(torch.stack(terms)).to(t)
+    rows = torch.stack(terms)
+    return (problem.ranks.sum(rows) if ours is None else ours.total(rows)).to(t)
 
 
 def _refuse_interpolated_times() -> None:
@@ -86,13 +89,11 @@ def refuse_cuts(run: Run) -> None:
         )
 
 
-def slope_at(
-    run: Run, t: torch.Tensor, y: torch.Tensor, parameters: Sequence[torch.Tensor]
-) -> torch.Tensor:
+def slope_at(terms: TermsOfRanks, index: int, y: torch.Tensor) -> torch.Tensor:
     """Return dy/ds at an output, flat, as a differentiable function of everything."""
-    problem = bound(run.problem, parameters, leaves=False)
-    layout = problem.layout
-    return problem.direction * flow_slope(problem, t.to(layout.device, layout.dtype), y)
+    problem, layout = terms.problem, terms.problem.layout
+    time = terms.t[index].to(layout.device, layout.dtype)
+    return problem.direction * flow_slope(problem, time, y)
 
 
 def flow_slope(problem: InitialValueProblem, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -100,8 +101,9 @@ def flow_slope(problem: InitialValueProblem, t: torch.Tensor, y: torch.Tensor) -
     layout = problem.layout
     parts = [now(part) for part in (problem.function, problem.explicit) if part is not None]
     parts = [remote(part, problem.compute, Stats(), strict=False) for part in parts]
-    t = problem.seen(t)
-    values = [layout.flatten(part(t, layout.unflatten(y.clone()))) for part in parts]
+    t, cells = problem.seen(t), problem.exchange
+    state = layout.unflatten(y.clone()) if cells is None else ghosted(cells, y)
+    values = [layout.flatten(part(t, state)) for part in parts]
     return sum(values[1:], start=values[0])
 
 
@@ -113,7 +115,8 @@ def start_moved_by_time(
     assert run.sweep is not None
     if run.sweep.interpolated:
         _refuse_interpolated_times()
-    return tangent - along_t[0].to(y0) * slope_at(run, t[0], y0, parameters)
+    terms = TermsOfRanks(run.problem, t, parameters)
+    return tangent - terms.known(along_t[0].to(y0) * slope_at(terms, 0, y0))
 
 
 def moved_by_times(
@@ -124,9 +127,9 @@ def moved_by_times(
 
     The first one's is in the flow; events, which come last, are at times of their own.
     """
-    moved = list(tangents)
+    moved, terms = list(tangents), TermsOfRanks(run.problem, t, parameters)
     for i in range(1, len(run.problem.times) - len(run.roots)):
-        moved[i] = moved[i] + along_t[i].to(ys) * slope_at(run, t[i], ys[i], parameters)
+        moved[i] = moved[i] + terms.known(along_t[i].to(ys) * slope_at(terms, i, ys[i]))
     return torch.stack(moved)
 
 

@@ -26,6 +26,7 @@ from pnode.communicators import as_communicator
 from pnode.errors import ConfigurationError
 from pnode.ghost_layouts import GhostLayout
 from pnode.grids import Grid
+from pnode.rank_sums import Replicate, Total
 from pnode.reals import as_reals, count_reals, from_reals
 
 __all__ = [
@@ -59,14 +60,15 @@ def total(value: torch.Tensor, comm: Any) -> torch.Tensor:
 
     Notes
     -----
-    Collective on ``comm``; its backward is not.
+    Collective on ``comm``; its backward is not, but derivatives of that are.
 
     Examples
     --------
     >>> total(torch.tensor(2.0), MPI.COMM_SELF)
     tensor(2.)
     """
-    return _Total.apply(value, as_communicator(comm))
+    result: torch.Tensor = Total.apply(as_communicator(comm), value)[0]
+    return result
 
 
 def mean(values: torch.Tensor, comm: Any) -> torch.Tensor:
@@ -109,35 +111,8 @@ def replicate(tensor: torch.Tensor, comm: Any) -> torch.Tensor:
     -----
     Not collective; its backward is collective on ``comm``.
     """
-    return _Replicate.apply(tensor, as_communicator(comm))
-
-
-class _Total(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: torch.Tensor, comm: Any) -> torch.Tensor:
-        return _sum(value, comm)
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: torch.Tensor) -> Any:
-        return outputs[0], None
-
-
-class _Replicate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, comm: Any) -> torch.Tensor:
-        ctx.comm = comm
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: torch.Tensor) -> Any:
-        return _sum(outputs[0], ctx.comm), None
-
-
-def _sum(value: torch.Tensor, comm: Any) -> torch.Tensor:
-    own = value.detach().resolve_conj()
-    result = own.to("cpu", copy=True, memory_format=torch.contiguous_format)
-    comm.Allreduce(MPI.IN_PLACE, result.numpy(), MPI.SUM)
-    return result.to(value.device)
+    result: torch.Tensor = Replicate.apply(as_communicator(comm), tensor)[0]
+    return result
 
 
 def _tensors(parameters: Any) -> list[torch.Tensor]:

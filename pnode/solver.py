@@ -33,6 +33,7 @@ from pnode.event_functions import Events
 from pnode.events import adapted
 from pnode.integrals import check_cost, of_state, parted, with_integral
 from pnode.layouts import Layout
+from pnode.linearized import linearized
 from pnode.mass import MassMatrix
 from pnode.monitor import at_home, progress_bar
 from pnode.options import check_petsc_options, next_prefix
@@ -44,7 +45,7 @@ from pnode.solvers.methods import check_form, find_method
 from pnode.solvers.step_control import check_steps
 from pnode.stages import StageSweep
 from pnode.transfers import carry_once, on_host
-from pnode.transforms import moves, outside_compiler, outside_inference, refuse_transforms
+from pnode.transforms import moves, outside_inference, refuse_transforms
 from pnode.watching import watched
 
 __all__ = ["Solver"]
@@ -191,7 +192,7 @@ class Solver(torch.nn.Module):
         self._params = arguments.parameters(params)
         limits = as_checkpointing(checkpointing)
         comm, exchange = arguments.communicator(comm, layout, form, limits.resume, self.event_fn)
-        self.cost = check_cost(cost, chosen, exchange)
+        self.cost = check_cost(cost, chosen)
         collect_parameters(self._functions, self._params)
         self._progress = output.progress and comm.rank == 0
         alone = arguments.alone(comm, exchange, consistent_start, compile)
@@ -243,7 +244,7 @@ class Solver(torch.nn.Module):
         """Method, steps, Jacobian (``colors``: products of a sparse one), and what is compiled."""
         return self._engine.describe()
 
-    @outside_compiler
+    @linearized
     def forward(self, y0: Any, t: Any, args: Any = None, breakpoints: Any = None) -> Solution:
         """Integrate from ``t[0]`` and return the states at the times ``t``. Collective.
 

@@ -55,6 +55,10 @@ class StageSweep:
         )
         return None if transformed else cls(engine, run, y0, call)
 
+    def solved(self) -> tuple[Engine, Run, torch.Tensor]:
+        """Return what solved, the solve, and its flat initial state."""
+        return self._engine, self._run, self._y0
+
     def __reduce__(self) -> Any:
         """Copies and pickles of a solution have numbers alone."""
         return _nothing, ()

@@ -12,7 +12,6 @@ from pnode import sweeps
 from pnode.batches import Runs
 from pnode.devices import ordered, place_of
 from pnode.engine import Engine
-from pnode.errors import BackwardError
 from pnode.pair_layout import PairLayout
 from pnode.problem import InitialValueProblem
 from pnode.run import Directions, Recorded, Requests, Run, Tangents
@@ -55,19 +54,9 @@ def with_tangents(
         Whether the adjoint of the solve is to be taken: then a batch of such solves is not one.
     own : bool
         Whether it is the rule of forward mode that wants it.
-
-    Raises
-    ------
-    BackwardError
-        If the ranks share a state with ghost cells.
     """
     problem, sweep = run.problem, run.sweep
     assert sweep is not None and run.surroundings is not None
-    if problem.exchange is not None:
-        raise BackwardError(
-            "second derivatives through a solve with layout= are not supported: solve without a "
-            "layout, or differentiate the gradient by finite differences"
-        )
     pair = PairLayout(problem.layout.size, len(directions), split=run.settings.split)
     steps, outputs = sweep.recorded()
     options = {}
@@ -124,8 +113,7 @@ def tangent(
     Raises
     ------
     BackwardError
-        If the ranks share a state with ghost cells, or events have cut steps that would have to be
-        taken again.
+        If events have cut steps that would have to be taken again.
     """
     pair, of_both, requests = with_tangents(engine, run, directions, reverse, own)
     number, taken = len(run.problem.times), Runs()

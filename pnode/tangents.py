@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from pnode.ghost_cells import DrivenCells
 from pnode.hooks import hooks_of
 from pnode.pair_layout import PairLayout
 from pnode.problem import InitialValueProblem, StateLayout
@@ -49,6 +50,8 @@ class PairFunction:
         p.
     directions : sequence of sequence of (Tensor or None)
         v, for each tangent; None being zero.
+    cells : DrivenCells or None
+        Of (y, Z) with ghost cells, which it gets then; what it returns has none.
     """
 
     def __init__(
@@ -58,10 +61,12 @@ class PairFunction:
         pair: PairLayout,
         parameters: Sequence[torch.Tensor],
         directions: Sequence[Sequence[torch.Tensor | None]],
+        cells: DrivenCells | None = None,
     ) -> None:
         self._function = function
         self._layout = layout
         self._pair = pair
+        self._cells = cells
         self._parameters = tuple(parameters)
         self._directions = directions
         self._hooks = hooks_of(self._parameters)
@@ -71,7 +76,8 @@ class PairFunction:
         record = torch.is_grad_enabled() and any(
             tensor.requires_grad for tensor in (x, *rate, *self._parameters)
         )
-        given = [self._pair.parts(part) for part in (x, *rate)]
+        seen = self._pair if self._cells is None else self._cells.seen
+        given = [seen.parts(part) for part in (x, *rate)]
         if any(map(is_wrapped, (x, *self._parameters))):
             return self._pair.join(self._transformed(t, given))
         with torch.enable_grad():
@@ -79,7 +85,7 @@ class PairFunction:
                 part[0] if part[0].requires_grad else part[0].detach().requires_grad_()
                 for part in given
             ]
-            result = self._function(t, *(self._layout.unflatten(one) for one in arguments))
+            result = self._function(t, *map(self._state, arguments))
             value = self._layout.flatten(result)
         inputs = (*arguments, *self._parameters)
         tangents = [
@@ -93,6 +99,12 @@ class PairFunction:
                 found = derivatives(value, inputs, tangents, record)
         return self._pair.join([value if record else value.detach(), *found])
 
+    def _state(self, flat: torch.Tensor) -> Any:
+        """Return y as the user's function gets it."""
+        if self._cells is None:
+            return self._layout.unflatten(flat)
+        return flat.view(self._cells.base.ghosted_shape)
+
     def _transformed(
         self, t: torch.Tensor, given: Sequence[Sequence[torch.Tensor]]
     ) -> list[torch.Tensor]:
@@ -102,7 +114,7 @@ class PairFunction:
             arguments, parameters = inputs[: len(given)], inputs[len(given) :]
             new = {id(old): one for old, one in zip(self._parameters, parameters, strict=True)}
             function = rebound(self._function, new)[0]
-            return self._layout.flatten(function(t, *map(self._layout.unflatten, arguments)))
+            return self._layout.flatten(function(t, *map(self._state, arguments)))
 
         inputs = (*(part[0] for part in given), *self._parameters)
         found: list[torch.Tensor] = []
@@ -126,7 +138,7 @@ class PairFunction:
 
         parameters = [new(parameter) for parameter in self._parameters]
         directions = [[new(v) for v in one] for one in self._directions]
-        made = PairFunction(function, self._layout, self._pair, parameters, directions)
+        made = PairFunction(function, self._layout, self._pair, parameters, directions, self._cells)
         return made, found | moved
 
 
@@ -150,8 +162,11 @@ def pair_problem(
     number = pair.tangents + 1
     both = StateLayout((torch.Size((layout.size * number,)),), False, layout.dtype, layout.device)
 
+    exchange = problem.exchange
+    cells = None if exchange is None else DrivenCells(exchange, pair.tangents)
+
     def of(function: Any) -> PairFunction:
-        return PairFunction(function, layout, pair, problem.parameters, directions)
+        return PairFunction(function, layout, pair, problem.parameters, directions, cells)
 
     moving = unique([v for one in directions for v in one])
     mass = problem.mass
@@ -161,7 +176,7 @@ def pair_problem(
         parameters=(*problem.parameters, *filter(moves, moving)),
         mass=None if mass is None else mass.repeated(number, both),
         check_undeclared=False, largest=problem.largest * number,
-        base=replace(problem, check_undeclared=False), integrals=0,
+        base=replace(problem, check_undeclared=False), integrals=0, exchange=cells,
     )  # fmt: skip
 
 

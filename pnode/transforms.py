@@ -22,11 +22,11 @@ from torch.utils._pytree import tree_leaves
 from pnode.errors import BackwardError, ConfigurationError
 
 __all__ = [
-    "batch_is_innermost", "differentiable", "has_tangent", "in_forward_mode", "is_legacy_batch",
-    "is_wrapped", "legacy_batch", "lowered", "moves", "no_tangents", "only_forward_mode",
-    "outside", "outside_compiler", "outside_inference", "plain", "recorded_by_autograd",
-    "refuse_moving", "refuse_traced", "refuse_transforms", "signed", "stacked", "tensors_of",
-    "transforms_active", "unmoved", "unwrapped",
+    "batch_is_innermost", "batch_level", "differentiable", "has_tangent", "in_forward_mode",
+    "is_legacy_batch", "is_wrapped", "legacy_batch", "lowered", "moves", "no_tangents",
+    "only_forward_mode", "outside", "outside_compiler", "outside_inference", "plain",
+    "recorded_by_autograd", "refuse_moving", "refuse_traced", "refuse_transforms", "signed",
+    "stacked", "tensors_of", "transforms_active", "unbatched", "unmoved", "unwrapped",
 ]  # fmt: skip
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -223,11 +223,30 @@ def only_forward_mode(own: bool) -> bool:
     return not stack or (own and [one.key().name for one in stack] == ["Jvp"])
 
 
+def batch_level() -> int | None:
+    """Return the level of the batch that a forward mode, whose own rule asks, is just inside of.
+
+    None if there is none, or if that is within another transform.
+    """
+    names = [(one.key().name, one.level()) for one in _functorch.get_interpreter_stack() or []]
+    if names and names[-1][0] == "Jvp":
+        names.pop()
+    return names[0][1] if len(names) == 1 and names[0][0] == "Vmap" else None
+
+
+def unbatched(tensor: Any, level: int, number: int) -> Any:
+    """Return the entries of a batch, or ``number`` of the same, without tangents; None for None."""
+    tensor = unmoved(tensor)
+    while tensor is not None and _functorch.maybe_get_level(tensor) > level:
+        tensor = unwrapped(tensor)
+    return None if tensor is None else _functorch._remove_batch_dim(tensor, level, number, 0)
+
+
 @contextmanager
-def outside() -> Iterator[None]:
-    """Be outside of all transforms of torch.func."""
+def outside(level: int = 1) -> Iterator[None]:
+    """Be outside of the transforms of torch.func from a level on: of all of them."""
     saved = []
-    while transforms_active():
+    while transforms_active() and _functorch.peek_interpreter_stack().level() >= level:
         saved.append(_functorch.pop_dynamic_layer_stack())
     try:
         yield

@@ -24,6 +24,11 @@ from pnode.transforms import (
 __all__ = ["of_numbers", "unwatched", "watched"]
 
 
+# Evaluations of a solve that are looked at inside of torch.func, operation by operation: as for
+# tensors that require grad, the first ones tell what f uses.
+_LOOKS = 2
+
+
 def watched(function: Any, declared: Sequence[torch.Tensor] = ()) -> Any:
     """Return a function of the user's that refuses results with unknown tangents, if there are any.
 
@@ -70,9 +75,13 @@ class _Watched(torch.nn.Module):
         self.function = function
         self._declared = [declared]  # not as something of this Module
         self._transformed = transforms_active()
+        self._looks = _LOOKS
 
     def forward(self, *arguments: Any) -> Any:
         if self._transformed:
+            if not self._looks:
+                return self.function(*arguments)
+            self._looks -= 1
             if any(is_wrapped(tensor) for one in arguments for tensor in tensors_of(one)):
                 return self.function(*arguments)  # at the level of the transform
             with _RefuseWrapped():

@@ -35,6 +35,7 @@ LEAVES = {
         "launchers",
         "communicators",
         "compared",
+        "ghost_cells",
         "ghost_layouts",
         "grids",
         "labelled",
@@ -52,6 +53,7 @@ LEAVES = {
         "private_files",
         "problem",
         "products",
+        "rank_sums",
         "ranks",
         "reals",
         "saving",
@@ -92,6 +94,7 @@ LEVELS = {
     "pnode.breakpoints": 3,
     "pnode.integrals": 3,
     "pnode.output_times": 3,
+    "pnode.linearized": 3,
     "pnode.parts": 3,
     "pnode.rebinding": 3,
     "pnode.tangents": 3,
@@ -106,6 +109,7 @@ LEVELS = {
     "pnode.run": 3,
     "pnode.samples": 3,
     "pnode.sample_options": 3,
+    "pnode.time_terms": 3,
     "pnode.stages": 3,
     "pnode.sensitivity_control": 3,
     "pnode.stage_tangents": 3,
@@ -269,14 +273,15 @@ def test_schedules_import_neither_petsc_nor_torch(name: str) -> None:
 CALLS_AUTOGRAD = {
     "pnode.linearization", "pnode.products", "pnode.vectorfield", "pnode.solvers.compiled.trace",
     "pnode.testing", "pnode.diagnosis.probe",
-    "pnode.sensitivities", "pnode.tangents",  # inside of transforms of torch.func
-    "pnode.transforms", "pnode.watching",  # look at tangents
+    "pnode.sensitivities", "pnode.tangents", "pnode.adjoint.ahead",  # transforms of torch.func
+    "pnode.transforms", "pnode.watching", "pnode.linearized",  # look at tangents
 }  # fmt: skip
-# The solve, and with its continuous adjoint, backward sweeps that tell of stages, sums over ranks,
-# the root of algebraic equations, and the time of an event.
+# The solve, and with its continuous adjoint, backward sweeps that tell of stages, sums over ranks
+# and ghost cells, terms by times, the root of algebraic equations, and the time of an event.
 DEFINES_FUNCTION = {
-    "pnode.autograd", "pnode.continuous", "pnode.stages", "pnode.parallel", "pnode.consistency",
-    "pnode.event_derivatives", "pnode.batches", "pnode.samples",
+    "pnode.autograd", "pnode.continuous", "pnode.stages", "pnode.rank_sums", "pnode.consistency",
+    "pnode.event_derivatives", "pnode.batches", "pnode.samples", "pnode.ghost_cells",
+    "pnode.time_terms",
 }  # fmt: skip
 
 

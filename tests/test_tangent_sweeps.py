@@ -9,6 +9,7 @@ from torch.func import functional_call, jacfwd, jacrev, jvp
 
 import pnode
 from pnode import stage_tangents, tangent_solves
+from pnode.adjoint import tangents
 from pnode.errors import FieldChanged
 
 D = torch.float64
@@ -278,3 +279,51 @@ def test_a_field_that_has_changed_is_found():
         jvp(lambda y0: solver(y0, T).ys, (Y0,), (torch.ones_like(Y0),))
     solver = pnode.Solver(lambda t, y: -torch.sin(y), method="es325", step_size=0.25, compile=False)
     jvp(lambda y0: solver(y0, T).ys, (Y0,), (torch.ones_like(Y0),))
+
+
+class Turn(torch.nn.Module):
+    """A field of a pair, with time and parameters in it, which may branch on numbers."""
+
+    def __init__(self, branches: bool) -> None:
+        super().__init__()
+        self.rate = torch.nn.Parameter(torch.tensor([0.5, -0.3, 0.8], dtype=D))
+        self.branches = branches
+
+    def forward(self, t, y):
+        a, b = y
+        if self.branches and float(t) < -1.0:
+            return a, b
+        return torch.sin(self.rate[:2] * b.sum() + t) - a, (a * self.rate[1:]).sum() * b
+
+
+@pytest.mark.parametrize(("method", "branches"), [("dopri5", False), ("rk4", False), ("rk4", True)])
+def test_many_stages_are_differentiated_at_once(method, branches, monkeypatch):
+    """As those of each by itself; a field that torch cannot map is left to these."""
+    solver = pnode.Solver(Turn(branches), method=method, step_size=0.02, compile=False)
+    y0 = (torch.tensor([0.4, -0.2], dtype=D), torch.tensor([1.3], dtype=D))
+    t = torch.tensor([0.5, 0.3, 0.0], dtype=D)
+    taken = []
+    ahead = tangents.derivatives_ahead
+    monkeypatch.setattr(
+        tangents, "derivatives_ahead",
+        lambda *given: taken.append(ahead(*given) is not None) or ahead(*given),
+    )  # fmt: skip
+    one = pnode.sensitivities(solver, y0, t, wrt=("y0", "rate"), mode="forward")
+    assert taken == [not branches]
+    monkeypatch.setattr(tangents, "pays", lambda *given: False)
+    other = pnode.sensitivities(solver, y0, t, wrt=("y0", "rate"), mode="forward")
+    assert len(taken) == 1
+    for part in range(2):
+        assert torch.allclose(one["rate"][part], other["rate"][part], rtol=1e-12, atol=1e-14)
+        for a, b in zip(one["y0"][part], other["y0"][part], strict=True):
+            assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_a_change_of_the_field_is_found_at_once_too():
+    scale = [1.0]
+    solver = pnode.Solver(
+        lambda t, y: -scale[0] * torch.sin(y), method="rk4", step_size=0.02, compile=False,
+        monitor=lambda step, t, y: scale.__setitem__(0, 2.0 if step == 50 else 1.0),
+    )  # fmt: skip
+    with pytest.raises(FieldChanged, match="its value"):
+        jacfwd(lambda y0: solver(y0, T).ys)(Y0)

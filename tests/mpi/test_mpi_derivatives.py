@@ -7,7 +7,7 @@ import torch
 from ranks import checks, comm
 
 import pnode
-from pnode.parallel import Grid, total
+from pnode.parallel import total
 
 D = torch.float64
 T = torch.tensor([0.0, 0.2, 0.5], dtype=D)
@@ -78,27 +78,3 @@ def test_adaptive_steps_do_not_count_integrals() -> None:
     )
     for index, (ours, whole) in enumerate(pairs):
         checks.below(float((ours - whole).norm() / whole.norm()), 1e-9, index)
-
-
-@pytest.mark.mpi
-def test_ghost_cells_are_refused() -> None:
-    """On all ranks, without a hang."""
-    grid = Grid((12,), comm=comm)
-    y0 = torch.linspace(0.5, 1.0, 12, dtype=D)[: grid.shape[0]].clone().requires_grad_()
-
-    def slope(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return y[2:] - y[:-2]
-
-    options = {"method": "rk4", "step_size": 0.1, "layout": grid}
-    solver = pnode.Solver(slope, **options)
-    (first,) = torch.autograd.grad((solver(y0, T).ys ** 2).sum(), y0, create_graph=True)
-    for kind, call in {
-        pnode.BackwardError: lambda: first.sum().backward(),
-        pnode.ConfigurationError: lambda: pnode.Solver(slope, cost=lambda t, y: y, **options),
-    }.items():
-        try:
-            call()
-        except kind as error:
-            checks.true("layout" in str(error), kind, error)
-        else:
-            checks.true(False, kind, "was not raised")

@@ -1,0 +1,103 @@
+"""Derivatives of f at many stages at once, where these are known before tangents come by.
+
+f is mapped over the stages by ``torch.func.vmap``: a small state then takes a few operations for
+all stages instead of some for each. A function that torch cannot map is left to the single stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from pnode.products import directional_derivatives, pull_back_rows
+from pnode.solution import Ledger
+from pnode.vectorfield import VectorField
+from pnode.vectors import REAL
+
+__all__ = ["Ahead", "derivatives_ahead", "pays"]
+
+# Entries of the Jacobians that are alive at once.
+_ENTRIES = 1 << 20
+
+
+class Ahead(NamedTuple):
+    """What is known of g at K stages.
+
+    Attributes
+    ----------
+    values : Tensor
+        Shape ``(K, size)``, the user's precision.
+    jacobians : Tensor
+        g_u transposed, shape ``(K, size, size)``, PETSc's precision.
+    along : Tensor or None
+        g_p v, shape ``(K, m, size)``, PETSc's precision; None without tangents of parameters.
+    """
+
+    values: torch.Tensor
+    jacobians: torch.Tensor
+    along: torch.Tensor | None
+
+    def product(self, k: int, states: torch.Tensor) -> torch.Tensor:
+        """Return g_u Z + g_p v at one of the stages, for tangents Z, shape ``(m, size)``."""
+        if self.along is None:
+            return states @ self.jacobians[k]
+        return torch.addmm(self.along[k], states, self.jacobians[k])
+
+
+def pays(field: VectorField, stages: int, tangents: int) -> bool:
+    """Whether derivatives of that many stages are to be taken at once."""
+    problem, size = field.problem, field.problem.layout.size
+    alone = not problem.ranks.parallel and problem.exchange is None and problem.compute is None
+    few = 2 * (size + 2 * tangents) <= stages and stages * size * size <= _ENTRIES
+    return tangents > 1 and alone and few and problem.form == "rhs"
+
+
+def derivatives_ahead(
+    field: VectorField, times: Sequence[float], states: Sequence[torch.Tensor],
+    moving: Sequence[tuple[int, torch.Tensor]], ledger: Ledger,
+) -> Ahead | None:  # fmt: skip
+    """Return g with its derivatives at stages; None for a function that torch cannot map.
+
+    Parameters
+    ----------
+    field : VectorField
+        Of g.
+    times, states : sequence of float, sequence of Tensor
+        Of the stages, flat.
+    moving : sequence of (int, Tensor)
+        For each parameter that moves its index and its tangents, shape ``(m, *parameter)``.
+    ledger : Ledger
+        Counts.
+    """
+    layout, direction = field.problem.layout, field.problem.direction
+    size, number = layout.size, len(states)
+
+    def evaluate(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        value: torch.Tensor = layout.flatten(field.function(t, layout.unflatten(u)))
+        return value
+
+    at = torch.tensor(times, dtype=torch.float64, device=layout.device) * direction
+    u = torch.stack([state.to(layout.dtype) for state in states]).requires_grad_()
+    try:
+        with torch.enable_grad(), field.shared.hooks_away():
+            values = torch.func.vmap(evaluate)(at.to(layout.dtype), u)
+            if values.shape != u.shape or not values.requires_grad:
+                return None
+            seeds = torch.eye(size, dtype=u.dtype, device=u.device)[:, None].expand(-1, number, -1)
+            (rows,) = pull_back_rows(values, (u,), seeds)
+            along = None
+            if moving:
+                inputs = [field.parameters[index] for index, _ in moving]
+                tangents = [tangents for _, tangents in moving]
+                along = directional_derivatives(values, values, inputs, tangents)
+    except Exception:  # whatever it is, the single stages will tell
+        return None
+    ledger.rhs += number
+    ledger.jvp += number * (size if not moving else size + len(moving[0][1]))
+    jacobians = torch.zeros_like(seeds) if rows is None else rows
+    return Ahead(
+        direction * values.detach(), direction * jacobians.movedim(0, 2).to(REAL),
+        None if along is None else direction * along.movedim(0, 1).to(REAL),
+    )  # fmt: skip

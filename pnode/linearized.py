@@ -1,0 +1,281 @@
+"""``torch.func.linearize`` of a solve: its tangents as one operation of the graph that is traced.
+
+torch traces the operations on tangents, with the primal numbers as constants. A solve is taken once
+then, outside of the trace; in the graph there is one operation, linear in the tangents of y0 and of
+the parameters, which goes through the stages of that solve whenever it is called.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from pnode.autograd import AdjointFunction, SolveFunction
+from pnode.batches import Runs, Times
+from pnode.engine import Engine
+from pnode.errors import ConfigurationError
+from pnode.run import Run
+from pnode.tangent_solves import tangent
+from pnode.transforms import has_tangent, is_wrapped, outside, outside_compiler
+
+__all__ = ["linearized"]
+
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
+
+
+def linearized(function: Callable[..., Any]) -> Any:
+    """Decorate ``forward`` of a Solver: torch.func.linearize traces its tangents.
+
+    torch.compile calls it as it is.
+    """
+
+    @outside_compiler
+    @functools.wraps(function)
+    def forward(self: Any, y0: Any, t: Any, args: Any = None, breakpoints: Any = None) -> Any:
+        mode = torch._C._get_dispatch_mode(_PROXY)
+        if mode is None:
+            return function(self, y0, t, args, breakpoints)
+        given = (*tree_leaves((y0, t, args)), *self.parameters(), *(self._params or ()))
+        if not any(map(_moves, given)) or _is_traced(mode.tracer, given):
+            return function(self, y0, t, args, breakpoints)  # which refuses it
+        _refuse(self, y0, t, args, breakpoints)
+        return _linearized(function, self, y0, t, args)
+
+    return forward
+
+
+def _moves(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and has_tangent(value)
+
+
+def _is_traced(tracer: Any, tensors: Sequence[Any]) -> bool:
+    """Whether the numbers of some tensors depend on an input of the trace."""
+    known, waiting = set(), []
+    for tensor in tensors:
+        found = tracer.tensor_tracker.get(tensor) if isinstance(tensor, torch.Tensor) else None
+        waiting += [] if found is None else [found.proxy.node]
+    while waiting:
+        node = waiting.pop()
+        if node.op == "placeholder":
+            return True
+        if node not in known:
+            known.add(node)
+            waiting += node.all_input_nodes
+    return False
+
+
+def _refuse(solver: Any, y0: Any, t: Any, args: Any, breakpoints: Any) -> None:
+    """Refuse what would need tangents of other things."""
+    reasons = {
+        "event_fn is given: an event moves with what is differentiated": solver.event_fn,
+        'samples="independent" is given': solver._requests.independent is not None,
+        'gradient="continuous" is given': solver._requests.continuous,
+        "breakpoints= are given": breakpoints is not None,
+        "t has a tangent": any(map(_moves, tree_leaves(t))),
+        "args= has a tangent": any(map(_moves, tree_leaves(args))),
+        "a tensor in params= has a tangent": any(map(_moves, solver._params or ())),
+        "y0 is complex": any(
+            isinstance(each, torch.Tensor) and each.is_complex() for each in tree_leaves(y0)
+        ),
+    }
+    for reason in (reason for reason, given in reasons.items() if given):
+        raise ConfigurationError(
+            f"torch.func.linearize cannot pass through this solve: {reason}. Take torch.func.jvp"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Solved:
+    """A solve whose tangents are wanted.
+
+    Attributes
+    ----------
+    engine, run : Engine, Run
+        What solved, and the solve.
+    y0 : Tensor
+        Its flat initial state.
+    t : Tensor
+        Its output times.
+    places : tuple of (int, int)
+        Where each tangent of a part of y0 begins in it, and how many entries it has.
+    parameters : tuple of int
+        Which parameter each of the other tangents is one of.
+    keys : tuple
+        torch's dispatch keys that were included and excluded: an operation of its own is called
+        without autograd, which f's derivatives need.
+    """
+
+    engine: Engine
+    run: Run
+    y0: torch.Tensor
+    t: torch.Tensor
+    places: tuple[tuple[int, int], ...]
+    parameters: tuple[int, ...]
+    keys: tuple[Any, Any]
+
+    def tangents(self, rows: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+        """Return the tangents of the outputs, shape ``(m, T, size)``, for each of m rows."""
+        own = self.run.problem.parameters
+        starts = self.y0.new_zeros(len(rows), len(self.y0))
+        directions: list[list[torch.Tensor | None]] = [[None] * len(own) for _ in rows]
+        for k, row in enumerate(rows):
+            for (first, number), one in zip(self.places, row, strict=False):
+                starts[k, first : first + number] = one.reshape(-1)
+            for index, one in zip(self.parameters, row[len(self.places) :], strict=True):
+                directions[k][index] = one
+        with torch._C._ForceDispatchKeyGuard(*self.keys), torch.no_grad():
+            pair, _, xs, _ = tangent(
+                SolveFunction, self.engine, self.run, self.y0, self.t, own, starts, directions,
+                reverse=False,
+            )  # fmt: skip
+        return torch.stack(pair.parts(xs)[1:])
+
+    def transposed(self, cotangent: torch.Tensor) -> list[torch.Tensor]:
+        """Return the transpose of one row of :meth:`tangents`."""
+        own = self.run.problem.parameters
+        state, _, *gradients = AdjointFunction.forward(
+            self.engine, Runs([self.run]), False, Times(), self.y0, self.t, cotangent, *own
+        )
+        assert state is not None
+        found = [state[first : first + number] for first, number in self.places]
+        for index in self.parameters:
+            one = gradients[index]
+            found.append(torch.zeros_like(own[index]) if one is None else one)
+        return found
+
+
+_solved: dict[int, _Solved] = {}
+_numbers = itertools.count()
+_tracing = False
+
+
+def _linearized(function: Callable[..., Any], solver: Any, y0: Any, t: Any, args: Any) -> Any:
+    """Solve outside of the trace, and give the result tangents that are in it."""
+    leaves, structure = tree_flatten(y0)
+    tangents = [forward_ad.unpack_dual(leaf).tangent for leaf in leaves]
+    with _disable_current_modes(), _without_tangents(solver) as moved, torch.enable_grad():
+        plain = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+        keys = (
+            torch._C._dispatch_tls_local_include_set(),
+            torch._C._dispatch_tls_local_exclude_set(),
+        )
+        solution = function(solver, tree_unflatten(plain, structure), t, args)
+        engine, run, flat = solution.stage_sweep.solved()
+    numbers = [leaf.numel() for leaf in leaves]
+    starts = itertools.accumulate(numbers, initial=0)
+    places = [(first, number, one)
+              for first, number, one in zip(starts, numbers, tangents, strict=False)
+              if one is not None]  # fmt: skip
+    known = {id(one): index for index, one in enumerate(run.problem.parameters)}
+    moving = [(known[id(new)], old) for new, old in moved if id(new) in known]
+    own = _Solved(
+        engine, run, flat.detach(), torch.as_tensor(t).detach(),
+        tuple(place[:2] for place in places), tuple(index for index, _ in moving), keys,
+    )  # fmt: skip
+    with _disable_current_modes():
+        ticket = torch.tensor(next(_numbers))
+        _solved[int(ticket)] = own
+        weakref.finalize(ticket, _solved.pop, int(ticket), None)
+    along = [place[2] for place in places]
+    along += [forward_ad.unpack_dual(old).tangent for _, old in moving]
+    global _tracing
+    _tracing = True
+    try:
+        Z = _operation()(ticket, along)
+    finally:
+        _tracing = False
+    return _moved(solution, Z)
+
+
+@contextmanager
+def _without_tangents(
+    solver: torch.nn.Module,
+) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Give the modules parameters without tangents; yields them with what they stand for."""
+    found: list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]] = []
+    new: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for module in solver.modules():
+        slots: dict[str, Any] = module._parameters
+        for name, old in slots.items():
+            if old is not None and _moves(old):
+                one = new.setdefault(id(old), (old.detach().requires_grad_(), old))[0]
+                found.append((slots, name, old, one))
+    for place, name, _, one in found:
+        place[name] = one
+    try:
+        yield list(new.values())
+    finally:
+        for place, name, old, _ in found:
+            place[name] = old
+
+
+def _moved(solution: Any, Z: torch.Tensor) -> Any:
+    """Return a solution whose outputs have tangents, rows of Z."""
+    leaves, structure = tree_flatten(solution.ys)
+    leaves += [] if solution.costs is None else [solution.costs]
+    duals, first = [], 0
+    for leaf in leaves:
+        number = leaf[0].numel()
+        part = Z.narrow(1, first, number).reshape(leaf.shape)
+        duals.append(forward_ad.make_dual(leaf.detach(), part))
+        first += number
+    if solution.costs is not None:
+        solution.costs = duals.pop()
+    solution.ys, solution.stage_sweep = tree_unflatten(duals, structure), None
+    return solution
+
+
+def _of(ticket: torch.Tensor) -> _Solved:
+    found = _solved.get(int(ticket))
+    if found is None:
+        raise ConfigurationError(
+            "this function of torch.func.linearize is a copy, and the solve in it is not: call "
+            "the original"
+        )
+    return found
+
+
+@functools.lru_cache(maxsize=1)
+def _operation() -> Any:
+    """Return pnode::tangent(ticket, tangents) -> tangents of the outputs."""
+
+    def apply(ticket: torch.Tensor, tangents: list[torch.Tensor]) -> torch.Tensor:
+        own = _of(ticket)
+        if _tracing:  # with numbers that mean nothing
+            return own.y0.new_zeros(len(own.run.problem.times), len(own.y0))
+        return own.tangents([tangents])[0]
+
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.ticket = inputs[0]
+
+    def backward(ctx: Any, cotangent: torch.Tensor) -> Any:
+        return None, _of(ctx.ticket).transposed(cotangent.contiguous())
+
+    def batch(info: Any, in_dims: Any, ticket: torch.Tensor, tangents: Any) -> Any:
+        columns = [
+            one.expand(info.batch_size, *one.shape) if dim is None else one.movedim(dim, 0)
+            for one, dim in zip(tangents, in_dims[1], strict=True)
+        ]
+        rows = list(zip(*columns, strict=True))
+        if any(map(is_wrapped, columns)):
+            return torch.stack([made(ticket, list(row)) for row in rows]), 0
+        with outside():
+            return _of(ticket).tangents(rows), 0
+
+    apply.__annotations__ = {
+        "ticket": torch.Tensor, "tangents": list[torch.Tensor], "return": torch.Tensor,
+    }  # fmt: skip
+    made = torch.library.custom_op("pnode::tangent", apply, mutates_args=())
+    made.register_autograd(backward, setup_context=setup_context)
+    made.register_vmap(batch)
+    return made
