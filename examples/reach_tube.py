@@ -215,7 +215,7 @@ def draw(found: dict[str, tuple[Tube, torch.Tensor]], options: argparse.Namespac
         # The shadow of {|A z| <= R} on the first two coordinates has the covariance A^-1 A^-T.
         inverse = torch.linalg.inv(tube.metric[when])
         root = torch.linalg.cholesky((inverse @ inverse.T)[:2, :2])
-        points = (fresh[when] - center)[:, :2]
+        points = (fresh[when, :400] - center)[:, :2]
         shape.plot(*points.T, ".", ms=2.0, color="0.55", label="fresh samples")
         for name, color in RADII:
             edge = tube.radii[name][when] * root @ around
