@@ -70,7 +70,8 @@ class Graph:
             members = (classes == community).nonzero().flatten()
             order = torch.randperm(len(members), generator=generator)
             known[members[order[: max(2, round(LEARNED * len(members)))]]] = True
-        return cls(edges, means[classes] + BLUR * noise, classes, known)
+        features = means[classes] + BLUR * noise
+        return cls(edges, features / features.std(), classes, known)
 
 
 class Diffusion(torch.nn.Module):
@@ -83,6 +84,8 @@ class Diffusion(torch.nn.Module):
         self.decoder = mlp(HIDDEN, CLASSES, generator=generator)
         self.query = mlp(HIDDEN, HIDDEN, generator=generator)
         self.key = mlp(HIDDEN, HIDDEN, generator=generator)
+        with torch.no_grad():
+            self.query[0].weight.mul_(0.1)  # nearly the mean of all neighbours to begin with
         self.log_rate = torch.nn.Parameter(torch.tensor(math.log(3.0), dtype=torch.float64))
         self.solve: Callable[..., torch.Tensor] = partial(solution, method="dopri5")
 
