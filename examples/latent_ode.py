@@ -129,7 +129,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.encoder = Encoder()
-        self.log_noise = nn.Parameter(torch.tensor(-2.5))
+        self.log_noise = nn.Parameter(torch.tensor(-1.5))
 
     def paths(self, z0: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
         """Return angles (N, T) of latent starts (N, LATENT) at each one's times (N, T)."""
