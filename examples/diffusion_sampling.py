@@ -24,11 +24,34 @@ distance of the samples from those of an accurate solve that starts at the same 
 energy distance from fresh data. Poisson flow (Xu et al., NeurIPS 2022) does the same with the field
 lines of charges at the data, here 300 of them: solved over their height z, or over log z.
 
-Run it (MINUTES)::
+Run it (20 s of CPU time on one core)::
 
     python examples/diffusion_sampling.py
 
-TABLES
+Measured with pnode 0.2.0 on 2026-11-29, seed 0, 300 samples: root mean square distance from the
+accurate samples, by the number of evaluations of e or of the field:
+
+==============================  =======  =======  =======  =======  =======
+sampler                         8        16       32       64       128
+==============================  =======  =======  =======  =======  =======
+explicit, midpoint              0.23     0.034    0.0081   0.0031   9.6e-4
+explicit, rk4                   0.14     0.050    0.0073   0.0011   1.2e-4
+IMEX, ark3                      14       0.31     0.0137   0.0014   1.8e-4
+exponential by noise, midpoint  0.23     0.036    0.0083   0.0031   9.4e-4
+exponential by noise, rk4       4.9      0.27     0.0158   0.0012   1.1e-4
+exponential by data, midpoint   0.089    0.027    0.0087   0.0031   9.4e-4
+DPM-Solver-2                    0.91     0.099    0.0160   0.0036   9.3e-4
+Poisson, over z, midpoint       0.12     0.033    0.0101   0.0029   7.6e-4
+Poisson, over z, rk4            4.4      0.18     0.017    0.0011   6.3e-5
+Poisson, over log z, rk4        2.7e4    12       0.044    0.0020   1.0e-4
+==============================  =======  =======  =======  =======  =======
+
+The midpoint rule on the data form is ten times nearer than DPM-Solver-2 at 8 evaluations, and not
+worse at 128; rk4 takes over at 32. The energy distance from fresh data is that of the accurate
+samples, 0.0022, to a tenth from 32 evaluations on. pnode's time for 64 evaluations of this small
+field is 1.5 times that of the plain loop (67 and 45 ms). What did not work: the implicit treatment
+of the linear part gains nothing, as it is not what bounds the steps; and changes of variables to
+log s or log z made long steps far worse, and are no longer here but for the last row.
 """
 
 from __future__ import annotations

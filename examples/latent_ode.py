@@ -16,11 +16,36 @@ No two series share a time. The usual way is one solve at the union of all times
 series takes what is its own; with ``samples="independent"`` each series has its own times and
 steps.
 
-Run it (MINUTES)::
+Run it (two minutes of CPU time on one core)::
 
     python examples/latent_ode.py
 
-TABLES
+Measured with pnode 0.2.0 and torchdiffeq 0.2.5 on 2026-11-29, seed 0, 250 updates, 100 other
+series; root mean square errors where the encoder has seen the series, where the loss has, and
+beyond:
+
+=====================  =======  =======  =======  =====================  ==============
+model                  t < 4    4 to 8   8 to 12  inside its 90 % band,  CPU s of its
+                                                  8 to 12                training
+=====================  =======  =======  =======  =====================  ==============
+latent ODE             0.113    0.086    0.059    99.9 %                 67
+network of z(0) and t  0.071    0.055    0.573    13.3 %                 21
+=====================  =======  =======  =======  =====================  ==============
+
+The network, which had ten times the updates, is better where it was trained, and knows nothing
+beyond. One gradient of 64 series at the same tolerances, the error being that of the angles:
+
+============================  =======  =====  =====
+solve                         error    CPU s  MiB
+============================  =======  =====  =====
+pnode, own times              0.0089   0.24   0.7
+pnode, union of times, dense  0.0091   0.24   9.6
+torchdiffeq, union of times   0.0321   1.09   182
+============================  =======  =====  =====
+
+What did not work: the bands are too wide, as the deviation of the noise is still well above 0.05
+after so few updates. ``samples="independent"`` has no dense output yet: each series takes a step to
+each of its times, three evaluations with bosh3, where the smooth solution asks for fewer.
 """
 
 from __future__ import annotations
