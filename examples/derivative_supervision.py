@@ -23,11 +23,35 @@ has order 1 for all a and b, and order 2 where 2 a b = 1. a and b are learned fr
 of a pendulum, registered by ``pnode.tableau`` as a method of one's own, and then solve, with the
 exact adjoint, beside midpoint and heun2, on starts that were not learned from.
 
-Run it (MINUTES)::
+Run it (a quarter of a minute of CPU time on one core)::
 
     python examples/derivative_supervision.py
 
-TABLES
+Measured with pnode 0.2.0 on 2026-11-29, seed 0, 60 iterations of L-BFGS from rates of -2 and -20:
+
+======================  =========  =========
+supervised by           slow rate  fast rate
+======================  =========  =========
+truth                   -1         -200
+states alone            -0.997     -32.9
+states and derivatives  -0.996     -199.6
+======================  =========  =========
+
+The learned step has a = 1.318, b = 0.381 (2 a b = 1.004). Root mean square errors of 100 fresh
+pendulums at t = 8, by the step size; it was learned for 0.4:
+
+============  =====  ======  ======  ======
+method        0.8    0.4     0.2     0.1
+============  =====  ======  ======  ======
+midpoint      0.303  0.0812  0.0216  0.0056
+heun2         0.284  0.0715  0.0191  0.0050
+learned step  0.309  0.0667  0.0182  0.0050
+============  =====  ======  ======  ======
+
+What did not work: two coefficients are few. The error is 7 % below heun2's at the step that was
+learned, and not below it at twice that; the error of the gradient is 10 % larger there. A network
+for the remainder, as in the paper, would not be a Runge-Kutta method, and ``pnode.tableau`` has
+none of it.
 """
 
 from __future__ import annotations
@@ -222,6 +246,9 @@ def draw(learned: dict[str, Linear], steps: list[dict[str, Any]]) -> Any:
         second.loglog(
             [row["step"] for row in mine], [row["error"] for row in mine], "o-", label=label
         )
+    sizes = sorted({row["step"] for row in steps})
+    second.set_xticks(sizes, [f"{size:g}" for size in sizes])
+    second.minorticks_off()
     second.axvline(COARSE, color="black", ls=":", lw=1.0, label="step that was learned")
     second.set(title="pendulum: methods of two evaluations a step", xlabel="step size",
                ylabel="error at the end (rms)")  # fmt: skip

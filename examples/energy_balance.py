@@ -97,8 +97,7 @@ class Balance(torch.nn.Module):
 
 @dataclass
 class Record:
-    """Output times with the kinks of the forcing, where the years are among them, and the years'
-    temperatures."""
+    """Output times, which of them are years, the true states, and the years' temperatures."""
 
     times: torch.Tensor
     years: torch.Tensor

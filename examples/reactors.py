@@ -96,7 +96,6 @@ class Measured:
     temperatures: torch.Tensor
     times: torch.Tensor
     states: torch.Tensor
-    truth: torch.Tensor
     number: int
 
     @classmethod
@@ -111,7 +110,7 @@ class Measured:
             exact = solver(Kinetics(temperatures, RATES, ENERGIES), comm, accuracy=1e-2)
             truth = exact(start(temperatures), times).ys
         states = truth + NOISE * torch.tensor(SCALE) * noise[:, mine]
-        return cls(temperatures, times, states, truth, number)
+        return cls(temperatures, times, states, number)
 
 
 def start(temperatures: torch.Tensor) -> torch.Tensor:
