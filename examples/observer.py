@@ -19,11 +19,25 @@ Errors are those of x_2, which is not measured, on fresh oscillators after the t
 are the slope of the samples, a centered difference; and an observer that has the true model, x' =
 f(x) + L (y - x_1), whose gain L is chosen on the training data.
 
-Run it (MINUTES)::
+Run it (half a minute of CPU time on one core)::
 
     python examples/observer.py
 
-TABLES
+Measured with pnode 0.2.0 on 2026-11-29, seed 0: root mean square error of x_2 after the transient,
+50 fresh oscillators, by the deviation of the noise of the samples (learned from: 0.1):
+
+====================  =======  =======  =======  =======
+estimate              0        0.05     0.1      0.2
+====================  =======  =======  =======  =======
+learned observer      0.010    0.028    0.051    0.099
+slope of the samples  0.038    0.180    0.342    0.723
+true model, L = 2, 1  0.0036   0.023    0.046    0.090
+====================  =======  =======  =======  =======
+
+Training takes 18 s of CPU time, 50 estimates together 0.06 s, and 0.13 s with the true model. The
+rates go from 1, 2, 3 to 1.00, 2.00, 2.99. S(T(x)) is off by 0.018 in x_2; T could start the filter
+near a known state, which is not done here. What did not work: without noise the learned observer is
+three times worse than the true model, as S is fitted to noisy samples.
 """
 
 from __future__ import annotations
