@@ -16,11 +16,15 @@ the same equation solved by torchdiffeq. The second part lets the trained diffus
 times faster: an explicit method's steps are then bounded by stability, those of an implicit one,
 which solves by GMRES with products of A, are not.
 
-Run it (MINUTES)::
+Run it::
 
     python examples/graph_diffusion.py
 
-TABLES
+Held by the tests, of ``--quick`` (200 nodes, 20 updates): the accuracy on nodes whose class was not
+given is more than a tenth above that of the network without diffusion, and the loss is
+torchdiffeq's to 1e-3. The table of a full run is still to be measured. What did not work: with
+features that were not scaled to unit deviation the attention was all but random, and diffusion made
+the accuracy worse.
 """
 
 from __future__ import annotations
