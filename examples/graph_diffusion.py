@@ -20,11 +20,26 @@ Run it::
 
     python examples/graph_diffusion.py
 
-Held by the tests, of ``--quick`` (200 nodes, 20 updates): the accuracy on nodes whose class was not
-given is more than a tenth above that of the network without diffusion, and the loss is
-torchdiffeq's to 1e-3. The table of a full run is still to be measured. What did not work: with
-features that were not scaled to unit deviation the attention was all but random, and diffusion made
-the accuracy worse.
+Measured with pnode 0.2.0 and torchdiffeq 0.2.5 on 2026-11-29, seed 0, 1,000 nodes: accuracy on the
+950 nodes whose class was not given 0.659 with diffusion, 0.517 without. One gradient takes 0.29 s
+of CPU time and 34 MiB, 0.24 s and 45 MiB with torchdiffeq; the losses differ by 7e-07. The trained
+diffusion, solved at rtol = 1e-3 with the rate times a factor:
+
+======  ======  =======  =====  ========  =====
+factor  method  error    steps  products  CPU s
+======  ======  =======  =====  ========  =====
+1       dopri5  2.0e-04  5      33        0.03
+1       bdf     2.9e-04  22     79        0.14
+10      dopri5  2.2e-03  16     106       0.09
+10      bdf     6.0e-04  48     217       0.24
+100     dopri5  1.2e-03  125    781       0.60
+100     bdf     6.3e-04  71     474       0.53
+300     dopri5  7.7e-04  367    2352      1.78
+300     bdf     1.3e-03  81     681       0.69
+======  ======  =======  =====  ========  =====
+
+What did not work: with features that were not scaled to unit deviation the attention was all but
+random, and diffusion made the accuracy worse.
 """
 
 from __future__ import annotations
