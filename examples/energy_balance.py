@@ -42,10 +42,11 @@ kinks unknown                            187    175       2350  4.6e-6
 =======================================  =====  ========  ====  =========
 
 All errors of Gauss-Newton are within 1.2 deviations; the network's C is 2.0 away. What did not
-work: of 30 further records only 70 % have the truth in their 95 % ellipsoid, as the misfit is far
-from quadratic within 75 % of gamma, so that these deviations are to be taken for a scale; and
-without a prior Gauss-Newton loses the deep ocean (C_deep goes to zero), of which a surface record
-of 170 years says next to nothing.
+work: of 30 further records only 70 % have the truth in their 95 % ellipsoid, whose estimates lie to
+one side of it. Candidates that were not told apart: the prior's center, heun2's error in steps of a
+year, and a misfit that is not quadratic so far out. Take these deviations for a scale. Without a
+prior Gauss-Newton loses the deep ocean (C_deep goes to zero), of which a surface record of 170
+years says next to nothing.
 """
 
 from __future__ import annotations
