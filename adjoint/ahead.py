@@ -72,13 +72,14 @@ def derivatives_ahead(
         Counts.
     """
     layout, direction = field.problem.layout, field.problem.direction
+    low, high = field.problem.window
     size, number = layout.size, len(states)
 
     def evaluate(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         value: torch.Tensor = layout.flatten(field.function(t, layout.unflatten(u)))
         return value
 
-    at = torch.tensor(times, dtype=torch.float64, device=layout.device) * direction
+    at = torch.tensor(times, dtype=torch.float64, device=layout.device).clamp(low, high) * direction
     u = torch.stack([state.to(layout.dtype) for state in states]).requires_grad_()
     try:
         with torch.enable_grad(), field.shared.hooks_away():

@@ -88,6 +88,8 @@ def test_what_linearize_refuses():
     with pytest.raises(pnode.ConfigurationError, match="event_fn"):
         linearize(lambda y: stop(y, T).ys, y)
     solver = pnode.Solver(field, method="rk4", step_size=0.1)
+    with pytest.raises(pnode.ConfigurationError, match="breakpoints"):
+        linearize(lambda y: solver(y, T, breakpoints=[0.55]).ys, y)
 
     def inside(y):
         with torch.autograd.forward_ad.dual_level():
