@@ -107,11 +107,12 @@ def forward_sweep(
     """
     sweep = _Sweep(integrator, field, control, ledger, tuple(observers))
     sweep.index = len(done)
+    sweep.number += len(done)
     reached = done[-1].end if done else times[0]
     if done:
         sweep.natural = done[-1].length
     else:
-        if not sweep.earlier:
+        if not control.steps_before:
             integrator.monitor(0, times[0])
         sweep.output(0)
     number, grid = 0, fixed_grid(times, control, field.problem.resolution)
@@ -159,18 +160,14 @@ class _Sweep:
         self.ledger = ledger
         self.announced = -1
         self.ended = False
-        self.index, self.earlier = 0, control.steps_before
+        # Steps of this sweep so far, and of the whole solve.
+        self.index, self.number = 0, control.steps_before
         self.natural: float | None = None
         # What does nothing is not called in every step.
         self.before = _overridden(observers, "before_step")
         self.shorten = _overridden(observers, "shorten")
         self.after = _overridden(observers, "after_step")
         self.outputs = _overridden(observers, "output")
-
-    @property
-    def number(self) -> int:
-        """Steps of the whole solve so far."""
-        return self.earlier + self.index
 
     def output(self, index: int) -> None:
         """Say that an output time is reached."""
@@ -253,6 +250,7 @@ class _Sweep:
                 step, taker, self.ended = shortened
         self.taker = taker if self.ended else self.integrator
         self.index += 1
+        self.number += 1
         self.ledger.steps += 1
         self.integrator.monitor(self.number, step.end)
         for look in self.after:
