@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from pnode.errors import BackwardError
 from pnode.ghost_cells import DrivenCells
 from pnode.hooks import hooks_of
 from pnode.pair_layout import PairLayout
@@ -69,7 +70,11 @@ class PairFunction:
         self._cells = cells
         self._parameters = tuple(parameters)
         self._directions = directions
+        self._moving = [
+            i for i in range(len(self._parameters)) if any(one[i] is not None for one in directions)
+        ]
         self._hooks = hooks_of(self._parameters)
+        self._aliases = False
 
     def __call__(self, t: torch.Tensor, x: torch.Tensor, *rate: torch.Tensor) -> torch.Tensor:
         """Return both, in one flat tensor; with their graph if there is to be one."""
@@ -80,6 +85,8 @@ class PairFunction:
         given = [seen.parts(part) for part in (x, *rate)]
         if any(map(is_wrapped, (x, *self._parameters))):
             return self._pair.join(self._transformed(t, given))
+        if record and x.grad_fn is not None and self._moving and not self._aliases:
+            return self._with_aliases()(t, x, *rate)
         with torch.enable_grad():
             arguments = [
                 part[0] if part[0].requires_grad else part[0].detach().requires_grad_()
@@ -87,9 +94,9 @@ class PairFunction:
             ]
             result = self._function(t, *map(self._state, arguments))
             value = self._layout.flatten(result)
-        inputs = (*arguments, *self._parameters)
+        inputs = (*arguments, *(self._parameters[i] for i in self._moving))
         tangents = [
-            (*(part[k] for part in given), *directions)
+            (*(part[k] for part in given), *(directions[i] for i in self._moving))
             for k, directions in enumerate(self._directions, start=1)
         ]
         if self._hooks is None:
@@ -98,6 +105,22 @@ class PairFunction:
             with self._hooks.away():
                 found = derivatives(value, inputs, tangents, record)
         return self._pair.join([value if record else value.detach(), *found])
+
+    def _with_aliases(self) -> PairFunction:
+        """Return it with parameters that are in no state's graph.
+
+        A state that was computed from the parameters leads to them too, and what is wanted are
+        derivatives of f at a fixed state.
+        """
+        new = {id(one): one.view_as(one) for one in self._parameters if one.requires_grad}
+        made, found = self.rebound(new)
+        if len(found) < len(new):
+            raise BackwardError(
+                "third derivatives with respect to output times and parameters need a vector field "
+                "that is a torch.nn.Module with its parameters: write it as one, or pass t.detach()"
+            )
+        made._aliases = True
+        return made
 
     def _state(self, flat: torch.Tensor) -> Any:
         """Return y as the user's function gets it."""

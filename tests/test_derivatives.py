@@ -120,6 +120,32 @@ def test_third_derivatives_are_those_of_a_replica(method):
     assert difference(found, expected) < (1e-11 if method == "rk4" else 1e-7)
 
 
+@pytest.mark.parametrize("module", [True, False])
+def test_third_derivatives_by_an_output_time_are_those_of_the_flow(module):
+    """By the chain rule: g, g' g and g'' g^2 + g'^2 g, of y' = g(y) at the state found."""
+
+    class Cubic(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rate = torch.nn.Parameter(torch.tensor(1.3, dtype=D))
+
+        def forward(self, t, y):
+            return 1.0 - self.rate * y**3
+
+    f = Cubic()
+    solver = pnode.Solver(
+        f if module else lambda t, y: f(t, y), params=list(f.parameters()), method="rk4",
+        step_size=0.1,
+    )  # fmt: skip
+    t = torch.tensor([0.0, 0.3, 0.8], dtype=D, requires_grad=True)
+    found = solver(torch.tensor([0.5], dtype=D), t).ys[2].sum()
+    y, rate = found.item(), f.rate.item()
+    g, slope, bend = 1.0 - rate * y**3, -3.0 * rate * y**2, -6.0 * rate * y
+    for expected in (g, slope * g, bend * g**2 + slope**2 * g):
+        found = grad(found, t, create_graph=True)[0][2]
+        assert found.item() == pytest.approx(expected, rel=1e-12)
+
+
 FULL = torch.tensor([[3.0, 1.0, 0.0], [0.2, 2.0, -0.5], [0.0, 0.4, 1.5]], dtype=D)
 FORMS = {
     "imex": ("ark3", lambda f: {
