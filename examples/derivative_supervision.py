@@ -89,7 +89,8 @@ DIRECTIONS = torch.tensor([[1.0, 1.0], [0.5, -1.0]], dtype=DOUBLE)  # columns: s
 def system() -> torch.Tensor:
     """Return A."""
     rates = torch.diag(torch.tensor([SLOW, FAST], dtype=DOUBLE))
-    return DIRECTIONS @ rates @ torch.linalg.inv(DIRECTIONS)
+    result: torch.Tensor = DIRECTIONS @ rates @ torch.linalg.inv(DIRECTIONS)
+    return result
 
 
 class Linear(torch.nn.Module):
@@ -126,7 +127,8 @@ def supervised(
             return misfit
         # The derivative at an output is f of its state, with gradients through the solve.
         wrong = (learned(TIMES, ys) - measured) / (NOISE * size)
-        return misfit + weight * wrong.square().mean()
+        result: torch.Tensor = misfit + weight * wrong.square().mean()
+        return result
 
     label = f"weight {weight:g}".replace(" ", "-")
     train(

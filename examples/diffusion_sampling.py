@@ -144,20 +144,23 @@ def one_step_each(method: str, grid: torch.Tensor, start: torch.Tensor, **proble
 def explicit(method: str) -> Any:
     def sample(e: Any, x: torch.Tensor, steps: int) -> torch.Tensor:
         def rhs(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-            return drift(t) * x + push(t) * e(t, x)
+            result: torch.Tensor = drift(t) * x + push(t) * e(t, x)
+            return result
 
-        return one_step_each(method, time_of(ratios(steps)), x, rhs=rhs)
+        result: torch.Tensor = one_step_each(method, time_of(ratios(steps)), x, rhs=rhs)
+        return result
 
     return sample
 
 
 def imex(method: str) -> Any:
     def sample(e: Any, x: torch.Tensor, steps: int) -> torch.Tensor:
-        return one_step_each(
+        result: torch.Tensor = one_step_each(
             method, time_of(ratios(steps)), x,
             implicit=lambda t, x: drift(t) * x, explicit=lambda t, x: push(t) * e(t, x),
             jacobian="block",
         )  # fmt: skip
+        return result
 
     return sample
 
@@ -166,11 +169,13 @@ def by_noise(method: str) -> Any:
     def sample(e: Any, x: torch.Tensor, steps: int) -> torch.Tensor:
         def rhs(s: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
             t = time_of(s)
-            return e(t, levels(t)[0] * u)
+            result: torch.Tensor = e(t, levels(t)[0] * u)
+            return result
 
         grid = ratios(steps)
         first, last = levels(time_of(grid[[0, -1]]))[0]
-        return last * one_step_each(method, grid, x / first, rhs=rhs)
+        result: torch.Tensor = last * one_step_each(method, grid, x / first, rhs=rhs)
+        return result
 
     return sample
 
@@ -180,11 +185,13 @@ def by_data(method: str) -> Any:
         def rhs(r: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             t = time_of(1.0 / r)
             alpha, sigma = levels(t)
-            return (sigma * v - sigma * e(t, sigma * v)) / alpha
+            result: torch.Tensor = (sigma * v - sigma * e(t, sigma * v)) / alpha
+            return result
 
         grid = ratios(steps)
         first, last = levels(time_of(grid[[0, -1]]))[1]
-        return last * one_step_each(method, 1.0 / grid, x / first, rhs=rhs)
+        result: torch.Tensor = last * one_step_each(method, 1.0 / grid, x / first, rhs=rhs)
+        return result
 
     return sample
 
@@ -237,7 +244,8 @@ def far_away(number: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def heights(steps: int) -> torch.Tensor:
-    return torch.linspace(*(math.log(z) for z in HEIGHTS), steps + 1, dtype=torch.float64)
+    first, last = map(math.log, HEIGHTS)
+    return torch.linspace(first, last, steps + 1, dtype=torch.float64)
 
 
 def poisson(method: str, over_log: bool) -> Any:
@@ -246,7 +254,8 @@ def poisson(method: str, over_log: bool) -> Any:
             return time.exp() * charges(time.exp(), x) if over_log else charges(time, x)
 
         grid = heights(steps)
-        return one_step_each(method, grid if over_log else grid.exp(), x, rhs=rhs)
+        result: torch.Tensor = one_step_each(method, grid if over_log else grid.exp(), x, rhs=rhs)
+        return result
 
     return sample
 
@@ -298,7 +307,7 @@ def run(options: argparse.Namespace) -> Outcome:
     start = torch.randn((number, 2), generator=generator, dtype=torch.float64)
     fresh, charges = data(number, generator), Charges(data(number, generator))
     far = far_away(number, generator)
-    tight = {"method": "dopri8", "rtol": 1e-9, "atol": 1e-10}
+    tight: dict[str, Any] = {"method": "dopri8", "rtol": 1e-9, "atol": 1e-10}
     exact = pnode.Solver(lambda s, u: noise(time_of(s), levels(time_of(s))[0] * u), **tight)
     grid = ratios(40)
     first = levels(time_of(grid[0]))[0]

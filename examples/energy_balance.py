@@ -191,7 +191,7 @@ def gauss_newton(
         change = torch.linalg.lstsq(jacobian, wrong[:, None]).solution[:, 0]
         change = change / max(1.0, change.abs().max().item() / 0.7)  # at most a factor of two
         with torch.no_grad():
-            model.logs += change
+            model.logs.add_(change)
         if change.abs().max() < 1e-3:
             break
     covariance = torch.linalg.inv(jacobian.T @ jacobian)
@@ -215,14 +215,17 @@ class Pinn(torch.nn.Module):
 
     def loss(self, record: Record, times: torch.Tensor, forced: torch.Tensor) -> torch.Tensor:
         """Return the misfit in units of the noise and the residual in W/m2."""
-        y, rate = torch.func.jvp(self.states, (times,), (torch.ones_like(times),))
+        y, rate = torch.func.jvp(self.states, (times,), (torch.ones_like(times),))[:2]
         feedback, exchange, surface, deep = self.model.logs.exp().unbind()
         down = exchange * (y[:, 0] - y[:, 1])
         above = surface * rate[:, 0] - (forced - feedback * y[:, 0] - down)
         below = deep * rate[:, 1] - down
         fitted = self.states(record.times[record.years])[:, 0]
         misfit = (fitted - record.temperatures) / NOISE
-        return misfit.square().mean() + above.square().mean() + below.square().mean()
+        result: torch.Tensor = (
+            misfit.square().mean() + above.square().mean() + below.square().mean()
+        )
+        return result
 
 
 def steps_at_kinks(record: Record) -> list[dict[str, Any]]:

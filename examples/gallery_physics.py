@@ -94,7 +94,8 @@ def fit(
             ys = solver(start, times).ys
         rows = torch.cat([found[name].reshape(ys.numel(), -1) for name in wrt], dim=1)
         outer = torch.func.jacrev(lambda flat: residual(flat.reshape(ys.shape)))(ys.reshape(-1))
-        return (outer @ rows).numpy()
+        result: np.ndarray = (outer @ rows).numpy()
+        return result
 
     start = torch.cat([*first, *(p.detach().reshape(-1) for p in parameters)]).numpy()
     try:
@@ -116,7 +117,8 @@ def drop_terms(
     def rest(chosen: list[int]) -> float:
         matrix = columns[:, chosen]
         solved = torch.linalg.lstsq(matrix, values[:, None]).solution
-        return (matrix @ solved - values[:, None]).norm().item()
+        result: float = (matrix @ solved - values[:, None]).norm().item()
+        return result
 
     while len(active) > 1:
         active = min(([i for i in active if i != out] for out in active), key=rest)
@@ -173,9 +175,8 @@ def compare_gradients(
     """
     counted = Counted(field)
     tight = pnode.Solver(field, method="dopri5", rtol=1e-11, atol=1e-12, compile=False)
-    solver = pnode.Solver(counted, method=method, compile=False, **(
-        {"step_size": step_size} if step_size else {"rtol": rtol, "atol": atol}
-    ))  # fmt: skip
+    steps: dict[str, Any] = {"step_size": step_size} if step_size else {"rtol": rtol, "atol": atol}
+    solver = pnode.Solver(counted, method=method, compile=False, **steps)
     package = peer("torchdiffeq")
     options = {"options": {"step_size": step_size}} if step_size else {"rtol": rtol, "atol": atol}
     ways: dict[str, Callable[..., torch.Tensor]] = {"pnode": lambda y0, t: solver(y0, t).ys}

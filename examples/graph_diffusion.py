@@ -104,7 +104,9 @@ class Diffusion(torch.nn.Module):
         self.query = mlp(HIDDEN, HIDDEN, generator=generator)
         self.key = mlp(HIDDEN, HIDDEN, generator=generator)
         with torch.no_grad():
-            self.query[0].weight.mul_(0.1)  # nearly the mean of all neighbours to begin with
+            first = self.query[0]
+            assert isinstance(first, torch.nn.Linear)
+            first.weight.mul_(0.1)  # nearly the mean of all neighbours to begin with
         self.log_rate = torch.nn.Parameter(torch.tensor(math.log(3.0), dtype=torch.float64))
         self.solve: Callable[..., torch.Tensor] = partial(solution, method="dopri5")
 
@@ -114,7 +116,8 @@ class Diffusion(torch.nn.Module):
         scores = (self.query(x)[ends] * self.key(x)[starts]).sum(dim=1) / math.sqrt(HIDDEN)
         weights = (scores - scores.detach().max()).exp()
         total = torch.zeros(len(x), dtype=x.dtype).index_add(0, ends, weights)
-        return weights / total[ends]
+        result: torch.Tensor = weights / total[ends]
+        return result
 
     def rhs(self, t: torch.Tensor, x: torch.Tensor, args: Any) -> torch.Tensor:
         weights, rate = args
@@ -122,7 +125,8 @@ class Diffusion(torch.nn.Module):
         operator = torch.sparse_coo_tensor(
             self.graph.edges, weights, size, check_invariants=False, is_coalesced=True
         )
-        return rate * (torch.sparse.mm(operator, x) - x)
+        result: torch.Tensor = rate * (torch.sparse.mm(operator, x) - x)
+        return result
 
     def forward(self) -> torch.Tensor:
         """Return the scores of the classes, shape (nodes, CLASSES)."""
@@ -142,7 +146,8 @@ class Diffusion(torch.nn.Module):
         """Return the share of the other nodes whose class is found."""
         with torch.no_grad():
             right = self().argmax(dim=1) == self.graph.classes
-        return right[~self.graph.known].double().mean().item()
+        result: float = right[~self.graph.known].double().mean().item()
+        return result
 
 
 def solution(model: Diffusion, x: torch.Tensor, args: Any, **keywords: Any) -> torch.Tensor:

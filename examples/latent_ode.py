@@ -167,7 +167,8 @@ class Model(nn.Module):
         misfit = (self.paths(z0, data.times) - data.angles) * (-self.log_noise).exp()
         divergence = 0.5 * (mean.square() + (2.0 * spread).exp() - 1.0) - spread
         each = divergence.sum(dim=1).mean() / data.times.shape[1]
-        return 0.5 * misfit.square().mean() + self.log_noise + each
+        result: torch.Tensor = 0.5 * misfit.square().mean() + self.log_noise + each
+        return result
 
     @torch.no_grad()
     def predict(
@@ -259,7 +260,8 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Measure one solve and its gradient in three ways; errors are those of the angles."""
     z0 = torch.randn((len(times), LATENT), generator=generator)
-    tight, loose = {"rtol": 1e-6, "atol": 1e-6}, {"rtol": 1e-3, "atol": 1e-4}
+    tight: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6}
+    loose: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-4}
     with torch.no_grad():
         truth = union(partial(pnode.odeint, dense=True, **tight), model, z0, times)
     dense = pnode.Solver(model.field, method="dopri5", dense=True, **loose)

@@ -77,7 +77,9 @@ class Network(torch.nn.Module):
         self.net = mlp(3, WIDTH, WIDTH, 3, generator=torch.Generator().manual_seed(seed))
         self.equations = equations
         with torch.no_grad():
-            self.net[-1].weight.mul_(0.1)  # at first it adds little  # type: ignore[operator]
+            last = self.net[-1]
+            assert isinstance(last, torch.nn.Linear)
+            last.weight.mul_(0.1)  # at first it adds little
 
     def residual(self, state: torch.Tensor) -> torch.Tensor:
         """Return what the network adds; rates are an order of magnitude above the scale."""

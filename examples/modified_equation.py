@@ -139,15 +139,25 @@ def step(method: str, field: Field, y: torch.Tensor, h: torch.Tensor | float) ->
     return y
 
 
+def along(function: Field, direction: Field) -> Field:
+    """Return the derivative of a function along a field."""
+
+    def derivative(x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = torch.func.jvp(function, (x,), (direction(x),))[1]
+        return result
+
+    return derivative
+
+
 def correction(method: str, y: torch.Tensor) -> torch.Tensor:
     """Return f_p at rows of states."""
     times = TABLEAUS[method][0] + 1
     exact: Field = lambda y: y  # noqa: E731
     for _ in range(times):  # d/dh of a function of the exact solution is its derivative along f
-        exact = lambda y, g=exact: torch.func.jvp(g, (y,), (epidemic(y),))[1]  # noqa: E731
+        exact = along(exact, epidemic)
     numerical: Field = lambda h: step(method, epidemic, y, h)  # noqa: E731
     for _ in range(times):
-        numerical = lambda h, g=numerical: torch.func.jvp(g, (h,), (torch.ones_like(h),))[1]  # noqa: E731
+        numerical = along(numerical, torch.ones_like)
     zero = torch.zeros((), dtype=torch.float64)
     return (exact(y) - numerical(zero)) / math.factorial(times)
 

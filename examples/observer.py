@@ -102,7 +102,8 @@ class Filter(torch.nn.Module):
 
     def forward(self, t: torch.Tensor, z: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
         place = pnode.controls.linear(TIMES, samples)(t)
-        return place[:, None] - self.log_rates.exp() * z
+        result: torch.Tensor = place[:, None] - self.log_rates.exp() * z
+        return result
 
 
 class Observer(torch.nn.Module):
@@ -154,7 +155,8 @@ def luenberger(data: Oscillators, gain: float) -> torch.Tensor:
 
     def rhs(t: torch.Tensor, x: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
         place = pnode.controls.linear(TIMES, samples)(t)
-        return van_der_pol(t, x) + (place - x[:, 0])[:, None] * gains
+        result: torch.Tensor = van_der_pol(t, x) + (place - x[:, 0])[:, None] * gains
+        return result
 
     rest = torch.zeros_like(data.states[0])
     solver = pnode.Solver(rhs, method="bosh3", step_size=0.1, compile=False)
@@ -171,7 +173,8 @@ def learn(
     def fit() -> torch.Tensor:
         rows = torch.randint(len(x), (512,), generator=generator)
         forth = (observer.forth(x[rows]) - z[rows]).square().mean()
-        return forth + (observer.back(z[rows]) - x[rows]).square().mean()
+        result: torch.Tensor = forth + (observer.back(z[rows]) - x[rows]).square().mean()
+        return result
 
     networks = [*observer.forth.parameters(), *observer.back.parameters()]
     first = train(

@@ -140,7 +140,8 @@ def run(options: argparse.Namespace) -> Outcome:
     solver = make_solver(drag, compile=True)
 
     def loss(solve: Any = lambda y0, times: solver(START, times).ys) -> torch.Tensor:
-        return ((solve(START[:4], t)[:, :2] - observed) / NOISE).square().mean()
+        result: torch.Tensor = ((solve(START[:4], t)[:, :2] - observed) / NOISE).square().mean()
+        return result
 
     training = train(drag, loss, options, rate=0.05, label="drag", clip=10.0)
     polished = polish(drag, loss, options, options.iterations // 2)

@@ -107,7 +107,10 @@ class Learned(Oscillator):
 
     def __init__(self, generator: torch.Generator) -> None:
         torch.nn.Module.__init__(self)
-        draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
         self.rows, self.bias = (torch.nn.Parameter(draw(*s)) for s in ((HIDDEN, 2), (HIDDEN,)))
         self.log_weights = torch.nn.Parameter(-3.0 + 0.1 * draw(HIDDEN))
         self.log_stiffness = torch.nn.Parameter(0.1 * draw(2))
@@ -162,10 +165,11 @@ class Hung(torch.nn.Module):
     def __init__(self, parts: Sequence[Any]) -> None:
         super().__init__()
         self.parts = torch.nn.ModuleList(parts)
+        self.own = tuple(parts)
 
     def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         halves = [x[..., :2], x[..., 2:]]
-        pairs = list(zip(self.parts, halves, strict=True))
+        pairs = list(zip(self.own, halves, strict=True))
         y = torch.cat([part.output(half) for part, half in pairs], dim=-1)
         u = y @ HANG.T
         drifts = [part.drift(half) for part, half in pairs]
@@ -178,11 +182,12 @@ class Bolted(torch.nn.Module):
     def __init__(self, parts: Sequence[Oscillator]) -> None:
         super().__init__()
         self.parts = torch.nn.ModuleList(parts)
+        self.own = tuple(parts)
 
     def forward(self, t: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         force = torch.stack([torch.zeros_like(state[4]), state[4]])
         rates, accelerations = [], []
-        for part, x, sign in zip(self.parts, (state[:2], state[2:4]), (-1.0, 1.0), strict=True):
+        for part, x, sign in zip(self.own, (state[:2], state[2:4]), (-1.0, 1.0), strict=True):
             rate = part.drift(x) + sign * force
             rates.append(rate)
             accelerations.append(torch.func.jvp(part.slope, (x,), (rate,))[1][1:])
@@ -216,7 +221,10 @@ def times() -> torch.Tensor:
 def loss_of(part: Any, data: tuple[torch.Tensor, ...], ys: torch.Tensor) -> torch.Tensor:
     """Mean squared errors of states and outputs."""
     _, states, outputs = data
-    return (ys - states).square().mean() + (part.output(states) - outputs).square().mean()
+    result: torch.Tensor = (ys - states).square().mean() + (
+        part.output(states) - outputs
+    ).square().mean()
+    return result
 
 
 def learn(
@@ -262,7 +270,7 @@ def at_rest(part: Oscillator, q: float) -> torch.Tensor:
     """Return (q, p) of velocity dH/dp = 0, by Newton's method; a learned energy has its own p."""
     x, momentum = matrix((q, 0.0))[0], matrix((0.0, 1.0))[0]
     for _ in range(20):
-        slope, rate = torch.func.jvp(part.slope, (x,), (momentum,))
+        slope, rate = torch.func.jvp(part.slope, (x,), (momentum,))[:2]
         x = x - (slope[1] / rate[1]).detach() * momentum
     return x
 

@@ -80,7 +80,7 @@ import pnode
 
 GAMMA, MARGIN = 0.01, 1.1  # chance that the tube is too narrow; for stretching between samples
 RADII = (("linearised", "C0"), ("stretching alone", "C1"), ("tube", "C3"))
-TOLERANCE = {"rtol": 1e-8, "atol": 1e-10}
+TOLERANCE: dict[str, Any] = {"rtol": 1e-8, "atol": 1e-10}
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,8 @@ class Tube:
         size = self.center.shape[1]
         unit = math.pi ** (size / 2) / math.gamma(size / 2 + 1)
         volumes = unit * self.radii[name] ** size / torch.linalg.det(self.metric).abs()
-        return volumes[1:].mean().item()
+        result: float = volumes[1:].mean().item()
+        return result
 
     def coverage(self, name: str, states: torch.Tensor) -> float:
         """Return the share of trajectories that never leave it."""
@@ -200,7 +201,10 @@ class Tube:
 
 def distances(center: torch.Tensor, metric: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     """Return |A (x - center)|, shape (T, N)."""
-    return torch.einsum("tij,tnj->tni", metric, states - center[:, None]).norm(dim=-1)
+    result: torch.Tensor = torch.einsum("tij,tnj->tni", metric, states - center[:, None]).norm(
+        dim=-1
+    )
+    return result
 
 
 def study(

@@ -286,7 +286,7 @@ def draw(
 ) -> Any:
     """Show B in the coldest and the hottest reactor, and the rates over temperature."""
     drawn, axes = figure(1, 3, "Stiff reactors: kinetics learned from all of them together")
-    ends = data.temperatures.argmin().item(), data.temperatures.argmax().item()
+    ends = int(data.temperatures.argmin()), int(data.temperatures.argmax())
     with torch.no_grad():
         smooth = torch.cat([torch.zeros(1), torch.logspace(-3, 2, 60)]).double()
         few = data.temperatures[list(ends)]
@@ -306,7 +306,7 @@ def draw(
         lines = ((torch.tensor(RATES).double().log(), torch.tensor(ENERGIES) / 10.0),
                  (first["log_rates"], first["energies"]),
                  (kinetics.log_rates.detach(), kinetics.energies.detach()))  # fmt: skip
-        styles = ({"lw": 5, "alpha": 0.3}, {"ls": ":"}, {"lw": 1.6})
+        styles: tuple[dict[str, Any], ...] = ({"lw": 5, "alpha": 0.3}, {"ls": ":"}, {"lw": 1.6})
         for (log_rate, energy), style, name in zip(
             lines, styles, ("truth", "first guess", "learned"), strict=True
         ):

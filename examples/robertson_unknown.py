@@ -92,8 +92,9 @@ class Rate(torch.nn.Module):
 
     def logarithm(self, logs: torch.Tensor) -> torch.Tensor:
         """Return log r of logarithms."""
-        result: torch.Tensor = logs @ self.linear[:3] + self.linear[3]
-        return result + 0.1 * self.net(logs / 5.0)[..., 0]
+        known = logs @ self.linear[:3] + self.linear[3]
+        result: torch.Tensor = known + 0.1 * self.net(logs / 5.0)[..., 0]
+        return result
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:
         return torch.exp(self.logarithm(torch.log(y + FLOOR)))

@@ -75,6 +75,8 @@ class EventLocator(Observer):
         Returns an integrator without error control, which begins a sweep: it takes the trial steps.
     field : VectorField
         For slopes at the ends of steps.
+    before : tuple, optional
+        :attr:`sides` of the solve that this one goes on from.
 
     Attributes
     ----------
@@ -92,6 +94,7 @@ class EventLocator(Observer):
         integrator: TimeIntegrator,
         lease: Callable[[], TimeIntegrator],
         field: VectorField,
+        before: Any = None,
     ) -> None:
         self._problem = problem
         self._tolerance = tolerance
@@ -101,10 +104,17 @@ class EventLocator(Observer):
         self._path = EventPath(events, problem, tolerance, integrator, lease, field)
         self._signs: Any = None  # not before the first step tells what is near to zero
         self._start = abs(self._path.known[1.0])
+        if before is not None:
+            self._signs, self._start = (values.copy() for values in before)
         method, single = integrator.settings.method, problem.layout.dtype is not torch.float64
         self._epsilon = torch.finfo(problem.layout.dtype).eps
         self._iterates = method.implicit
         self._noise = _ROUGH if single or method.implicit else _SMOOTH
+
+    @property
+    def sides(self) -> Any:
+        """On which side of zero each entry is, 0 for none yet; and what it has to leave then."""
+        return None if self._signs is None else (self._signs, self._start)
 
     @property
     def trials(self) -> list[TimeIntegrator]:

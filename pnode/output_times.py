@@ -76,7 +76,7 @@ def _refuse_interpolated_times() -> None:
     """Refuse what would need derivatives of an interpolant by time, and theirs."""
     raise BackwardError(
         "second derivatives and tangents with respect to times of outputs that are interpolated "
-        "are not supported: pass t.detach(), or solve with dense=False"
+        "(break times too) are not supported: detach t and breakpoints, or solve with dense=False"
     )
 
 

@@ -23,7 +23,7 @@ from pnode.event_functions import Events
 from pnode.events import split
 from pnode.output_times import flow_slope
 from pnode.problem import InitialValueProblem
-from pnode.ranks import ALONE
+from pnode.ranks import ALONE, Ranks
 from pnode.run import Requests, Run
 from pnode.solution import Stats
 from pnode.stepped_sweep import SteppedSweep
@@ -123,7 +123,8 @@ def solve(
             times = _ended(times, len(rows) - 1, ended[-1])
             break
         if number + 1 < len(parts):
-            wanted = replace(wanted, steps_before=stats.steps, memory=kept.left())
+            memory = kept.left(problem.ranks)
+            wanted = replace(wanted, steps_before=stats.steps, memory=memory, sides=run.sides)
     run = replace(run, stats=stats, problem=replace(run.problem, breaks=problem.breaks))
     return Solved(times, torch.stack(rows), _joined(events, times), run, False)
 
@@ -271,9 +272,14 @@ class _Kept:
         if isinstance(run.sweep, SteppedSweep):
             self._sweeps.append(run.sweep)
 
-    def left(self) -> int | None:
-        """Make room for the next part, and return what it may take; None for no limit."""
+    def left(self, ranks: Ranks) -> int | None:
+        """Make room for the next part, and return what it may take; None for no limit.
+
+        Collective if there is a limit: what all do is decided by the rank that keeps most.
+        """
         limit, used = self._limit, self._bytes["ram_bytes"] + self._bytes["tape_bytes"]
+        if limit is not None and ranks.parallel:
+            used = ranks.compare((), {}, used)[0]
         if self._alone or (limit is not None and 2 * used > limit):
             for sweep in self._sweeps:
                 sweep.let_checkpoints_go()

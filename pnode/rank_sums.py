@@ -18,12 +18,23 @@ from pnode.reals import as_reals, count_reals, from_reals
 __all__ = ["Replicate", "Total", "replicated"]
 
 
+def _total_of_numbers(comm: Any, value: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor over the ranks, integers to the last digit. Collective."""
+    exact = not (value.is_floating_point() or value.is_complex())
+    flat = as_reals(value.detach()).to("cpu", torch.int64 if exact else torch.float64)
+    flat = flat.contiguous().clone()
+    comm.Allreduce(MPI.IN_PLACE, flat.numpy(), MPI.SUM)
+    return flat.view(value.shape).to(value) if exact else from_reals(flat, value).to(value)
+
+
 class Total(torch.autograd.Function):
     """The sums over the ranks of (comm, *values), replicated, by one reduction."""
 
     @staticmethod
     def forward(comm: Any, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Add up. Collective."""
+        if not all(value.is_floating_point() or value.is_complex() for value in values):
+            return tuple(_total_of_numbers(comm, value) for value in values)
         flat = torch.cat([as_reals(value.detach()).to("cpu", torch.float64) for value in values])
         comm.Allreduce(MPI.IN_PLACE, flat.numpy(), MPI.SUM)
         parts = flat.split([count_reals(value) for value in values])

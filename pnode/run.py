@@ -112,6 +112,8 @@ class Requests:
         Of a part of a solve: how many steps the parts before have taken; None of a whole one.
     memory : int or None
         Of such a part: bytes that its checkpoints may take, if that is less than all may.
+    sides : tuple or None
+        Of such a part: on which sides of its events the part before has ended.
     """
 
     monitor: Callable[[int, float, Any], None] | None = None
@@ -127,6 +129,7 @@ class Requests:
     progress: bool = False
     steps_before: int | None = None
     memory: int | None = None
+    sides: Any = None
 
 
 class Sweep(ABC):
@@ -186,6 +189,8 @@ class Run:
         The sweep, once it is taken.
     roots : sequence of Root
         Events found, whose states come behind the outputs; ``problem`` has the times of both.
+    sides : tuple or None
+        On which sides of its events it has ended: what :attr:`Requests.sides` takes.
     last : Root or None
         That among them which ended the sweep early.
     codes : tuple of FieldCode
@@ -209,6 +214,7 @@ class Run:
     sweep: Sweep | None = None
     roots: Sequence[Root] = ()
     last: Root | None = None
+    sides: Any = None
     codes: tuple[FieldCode, ...] = ()
     surroundings: Surroundings | None = None
     reads: Reads | None = None

@@ -120,6 +120,7 @@ class SteppedSweep(Sweep):
                 locator = EventLocator(
                     requests.events, problem, requests.event_tol, integrator,
                     lambda: leases.enter_context(engine.integrator(trial, field, y0)), field,
+                    requests.sides,
                 )  # fmt: skip
             repeated: Repeated | None = None
             if requests.recorded is not None:
@@ -179,6 +180,8 @@ class SteppedSweep(Sweep):
             taker = take_again(repeated, requests.recorded.outputs, stats, observers)
         if self.dense is not None:
             self.dense.end()
+        if locator is not None:
+            run.sides = locator.sides
         if locator is not None and locator.roots:
             run.roots, run.last = locator.roots, locator.last
             before, found = problem.times[: outputs.number], [root.time for root in run.roots]

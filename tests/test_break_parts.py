@@ -324,6 +324,19 @@ def test_sensitivities_across_breaks():
     torch.testing.assert_close(found["a"][-1, 0], by_a, rtol=1e-12, atol=0.0)
 
 
+@pytest.mark.parametrize("options", [{"method": "dopri5"}, {"method": "rk4", "step_size": 0.03},
+                                     {"method": "bdf", "compile": False}])  # fmt: skip
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("late", [0.0, 1e-16, -1e-16, 1e-12, -1e-12, 1e-9, -1e-9])
+def test_events_next_to_a_break_are_found_once(options, terminal, late):
+    """y' = 1 from ``late`` meets 0.5 at 0.5 - late, a break at 0.5."""
+    event = pnode.Event(lambda t, y: y[0] - 0.5, terminal=terminal)
+    own = pnode.Solver(lambda t, y: torch.ones_like(y), event_fn=event, **options)
+    solution = own(vector(late), vector(0.0, 0.2, 1.0), breakpoints=[0.5])
+    assert solution.events[0].times.tolist() == pytest.approx([0.5 - late], abs=1e-12)
+    assert solution.reason == ("event" if terminal else "t_end")
+
+
 def test_a_jump_of_the_event_function_is_an_event():
     event = pnode.Event(lambda t, y: U(t) + 0.0 * y[0], terminal=False)
     own = pnode.Solver(lambda t, y: -y, method="rk4", step_size=0.1, event_fn=event)

@@ -149,6 +149,40 @@ def test_mass_matrices_with_algebraic_equations(keywords):
     assert results[1][0].ys.sum(-1).sub(1.0).abs().max() < 1e-9
 
 
+def test_a_mass_matrix_of_other_strides():
+    """What the machine code reads is a copy that lives no longer than it takes."""
+    mass = torch.tensor([[2.0, 1.0, 0.3], [0.5, 3.0, -0.2], [0.0, 0.4, 1.5]], dtype=torch.float64)
+    for method in ("bdf2", "radau3"):
+        found = []
+        for own, compile in ((mass.t(), True), (mass.t().contiguous(), False)):
+            solver = pnode.Solver(
+                Kinetics(), mass=own, method=method, step_size=0.1, jacobian="dense",
+                compile=compile,
+            )  # fmt: skip
+            found.append(solver(START, TIMES).ys)
+        assert difference(*found) < 1e-10
+
+
+@pytest.mark.parametrize("keywords", [
+    {"method": "bdf3", "step_size": 0.1}, {"method": "bdf", "rtol": 1e-9, "atol": 1e-11},
+    {"method": "radau5", "rtol": 1e-6, "atol": 1e-8},
+])  # fmt: skip
+def test_second_derivatives_and_tangents_of_compiled_solves(keywords):
+    """They take the recorded steps one by one, with the orders that these had."""
+    kinetics, found = Kinetics(), []
+    for compile in (False, True):
+        solver = pnode.Solver(kinetics, jacobian="dense", compile=compile, **keywords)
+
+        def loss(y0, solver=solver):
+            return (solver(y0, TIMES).ys ** 2).sum()
+
+        hessian = torch.autograd.functional.hessian(loss, START)
+        _, tangent = torch.func.jvp(loss, (START,), (torch.ones_like(START),))
+        found.append((hessian, tangent))
+    for eager, compiled in zip(*found, strict=True):
+        assert difference(compiled, eager) < 1e-7
+
+
 @pytest.mark.parametrize("method", ["bdf", "radau5"])
 def test_steps_that_fail_are_tried_again(method):
     """A jump that no polynomial foresees: rejections in a row, and a history of no use."""

@@ -506,7 +506,8 @@ def test_tangents_of_a_batch_are_one_solve(method):
     jvp(outputs, (y0,), (torch.ones_like(y0),))
     single, evaluations = evaluations, 0
     found = jacfwd(outputs)(y0)
-    assert evaluations == single
+    # Explicit methods differentiate f at all stages by one evaluation more.
+    assert evaluations == single + (method == "rk4")
     assert difference([found], [jacrev(outputs)(y0)]) < FAMILIES.get(method, 1e-8)
 
 

@@ -240,6 +240,7 @@ TRANSFORMS = {
     "grad": (lambda f, y: torch.func.grad(lambda y: f(y).sum())(y), lambda J: J.sum(0)),
     "vjp": (lambda f, y: torch.func.vjp(f, y)[1](y)[0], lambda J: J.T @ state()),
     "jacrev": (lambda f, y: torch.func.jacrev(f)(y), lambda J: J),
+    "linearize": (lambda f, y: torch.func.linearize(f, y)[1](y), lambda J: J @ state()),
     "nothing of it is wrapped": (
         lambda f, y: torch.func.vmap(lambda c: c * f(y).detach())(torch.ones(3, dtype=D))[0] * 0.0,
         lambda J: torch.zeros(2, dtype=D),
@@ -252,7 +253,6 @@ REFUSED = {
         "solve in a loop",
     ),
     "functionalize": (lambda f, y: torch.func.functionalize(f)(y), "outside"),
-    "linearize": (torch.func.linearize, "traced"),
 }
 
 

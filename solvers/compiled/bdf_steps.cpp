@@ -276,10 +276,10 @@ class Bdf : public ImplicitSteps {
   Attempt attempt(double t, double h) override {
     step_length = std::fabs(h);
     if (!m.adaptive && known < m.highest) {
-      order = -int(m.highest - 1);
+      taken = -int(m.highest - 1);
       return {extrapolate(t, h), 0.0};
     }
-    order = m.adaptive ? control.order : int(m.highest);
+    taken = m.adaptive ? control.order : int(m.highest);
     return differentiate(t, h);
   }
 
@@ -287,6 +287,8 @@ class Bdf : public ImplicitSteps {
     ImplicitSteps::accept(keep);
     remember(step_length, u);
   }
+
+  int64_t order() const override { return taken; }
 
   void begin_adjoint(double* const* sums) override {
     ImplicitSteps::begin_adjoint(sums);
@@ -315,7 +317,7 @@ class Bdf : public ImplicitSteps {
 
  protected:
   void keep_step() override {
-    kept.emplace_back(order, values.size());
+    kept.emplace_back(taken, values.size());
     keep_values(record.data(), int64_t(record.size()));
   }
 
@@ -339,7 +341,7 @@ class Bdf : public ImplicitSteps {
 
   // One step of implicit Euler with 1, 2... substeps, extrapolated.
   Status extrapolate(double t, double length) {
-    const int p = -order;
+    const int p = -taken;
     double scale[N], psi[N], y[N], guess[N];
     scale_by(u, scale);
     std::memset(end, 0, sizeof(end));
@@ -365,11 +367,11 @@ class Bdf : public ImplicitSteps {
     lengths[0] = step_length;
     distances[0] = step_length;
     for (int j = 1; j < known; j++) distances[j] = distances[j - 1] + lengths[j];
-    derivative_weights(distances, order, d);
-    const int guessed = std::min(order + 1, known);
+    derivative_weights(distances, taken, d);
+    const int guessed = std::min(taken + 1, known);
     extrapolation_weights(distances, guessed, weights);
-    for (int j = 0; j <= order; j++) d[j] *= direction;
-    for (int j = 0; j < order; j++)
+    for (int j = 0; j <= taken; j++) d[j] *= direction;
+    for (int j = 0; j < taken; j++)
       for (int k = 0; k < N; k++) psi[k] += d[j + 1] * states[j][k];
     for (int j = 0; j < guessed; j++)
       for (int k = 0; k < N; k++) guess[k] += weights[j] * states[j][k];
@@ -382,7 +384,7 @@ class Bdf : public ImplicitSteps {
     scale_by(u, scale);
     const Status status = newton.solve(c, t + h, guess, d[0], psi, scale, end);
     if (status != DONE) return control.fail(), Attempt{status, 0.0};
-    record.assign(d, d + order + 1);
+    record.assign(d, d + taken + 1);
     record.insert(record.end(), end, end + N);
     if (!m.adaptive) return {DONE, 0.0};
     // The slope makes the first node a double one.
@@ -398,7 +400,7 @@ class Bdf : public ImplicitSteps {
       }
       return std::sqrt(sum / N);
     };
-    const double error = error_constant(distances, order) * size(order + 1);
+    const double error = error_constant(distances, taken) * size(taken + 1);
     if (!std::isfinite(error)) return {FAILED, error};
     if (error > 1.0) {
       const double proposed = control.reject(step_length, lengths, known, size, error);
@@ -446,7 +448,7 @@ class Bdf : public ImplicitSteps {
   OrderControl control;
   // States before the new one, newest first, and the lengths of the steps between them.
   double states[MOST_STATES][N], lengths[MOST_STATES + 1] = {}, step_length = 0.0;
-  int known = 0, order = 0;
+  int known = 0, taken = 0;
   double slope[N];  // where there is a single state
   bool knows_slope = false;
   std::vector<double> record;  // what the last step's adjoint takes

@@ -22,6 +22,7 @@ from pnode.options import log_stage
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
 from pnode.solvers.compiled.inductor import compile_source
+from pnode.solvers.multistep import TakenOrder
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.step_control import StepControl, fixed_grid
 from pnode.solvers.stepping import Step
@@ -84,7 +85,7 @@ def library() -> ctypes.CDLL:
         "repeat": (None, [pointer]),
         "reverse": (number, [pointer, pointer, pointer, pointer, ctypes.c_char_p, real]),
         "finish": (number, [pointer, pointer, pointer, pointer]),
-        "recorded": (number, [pointer, pointer, pointer]),
+        "recorded": (number, [pointer, pointer, pointer, pointer]),
         "whole": (number, [pointer]),
         "owned": (number, []),
     }
@@ -172,6 +173,9 @@ class CompiledSweep:
         weakref.finalize(self, self._library.pnode_free_sweep, self._handle).atexit = False
         self._outputs, self._direction, self._end = number, problem.direction, times[-1]
         self._parameters = len(problem.parameters)
+        self._method = settings.method
+        own = self._method.multistep or self._method.coupled
+        self._judged = settings.adaptive and own
 
     def forward(self, ledger: Ledger) -> torch.Tensor | None:
         """Take all steps.
@@ -248,13 +252,19 @@ class CompiledSweep:
 
     def recorded(self) -> tuple[list[Step], tuple[int, ...]]:
         """Return the steps that were taken, and how many come before each output."""
-        number = self._library.pnode_recorded(self._handle, None, None)
+        number = self._library.pnode_recorded(self._handle, None, None, None)
         steps, outputs = (ctypes.c_double * (2 * number))(), (ctypes.c_int64 * self._outputs)()
-        self._library.pnode_recorded(self._handle, steps, outputs)
+        orders: Any = (ctypes.c_int64 * number)()
+        self._library.pnode_recorded(self._handle, steps, orders, outputs)
         starts = [self._direction * start for start in steps[::2]]
         lengths = [self._direction * length for length in steps[1::2]]
         ends = [*starts[1:], self._end]
-        found = zip(range(number), starts, lengths, ends, strict=True)
+        if self._judged:  # they were accepted, and whoever repeats them has no say in it
+            orders = [
+                TakenOrder.of(order or self._method.order, h, ())
+                for order, h in zip(orders, lengths, strict=True)
+            ]
+        found = zip(range(number), starts, lengths, ends, orders, strict=True)
         return [Step(*one) for one in found], tuple(outputs)
 
     def _take_adjoints(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from pnode import tolerances
+from pnode.devices import HOST
 from pnode.solvers.compiled.backend import Wanted
 from pnode.solvers.compiled.programs import Program
 from pnode.solvers.compiled.trace import Untraceable
@@ -100,7 +101,8 @@ def prepared(program: Program, wanted: Wanted) -> _Settings:
 
 def tolerance(settings: IntegratorSettings, name: str) -> torch.Tensor:
     """Return rtol or atol, 0-dim or ``(size,)``."""
-    return torch.as_tensor(tolerances.values(getattr(settings, name)), dtype=REAL)
+    values = tolerances.values(getattr(settings, name))
+    return torch.as_tensor(values, dtype=REAL, device=HOST.device)
 
 
 def _structure(method: Method, arrays: dict[str, np.ndarray]) -> dict[str, int]:

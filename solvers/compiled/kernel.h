@@ -47,6 +47,8 @@ class Kernel {
     virtual Attempt attempt(double t, double h) = 0;
     // The attempt's end is where the next one begins.
     virtual void accept(bool keep) = 0;
+    // The order of the last step, where there are several: Step.order of stepping.py.
+    virtual int64_t order() const { return 0; }
     // Write the state as row `index` of the outputs.
     virtual void output(void* outputs, int64_t index) const = 0;
 

@@ -123,8 +123,10 @@ class Program(Kernel, Code):
     ) -> int:
         """Return a kernel at a state, for settings in C, and some methods a mass matrix."""
         state = y0.detach().contiguous()
-        matrix = None if mass is None else _at(mass.contiguous())
-        handle: int = self.library.pnode_implicit_steps(ctypes.byref(settings), _at(state), matrix)
+        matrix = None if mass is None else mass.contiguous()  # kept alive until it is copied
+        handle: int = self.library.pnode_implicit_steps(
+            ctypes.byref(settings), _at(state), None if matrix is None else _at(matrix)
+        )
         return handle
 
 

@@ -34,6 +34,11 @@ class Clock {
     int64_t steps_ = 0;
 };
 
+struct Taken {
+    double t, h;
+    int64_t order;
+};
+
 class Sweep {
   public:
     Sweep(Kernel* kernel, const Control& control, const double* times, const int64_t* counts,
@@ -90,8 +95,8 @@ class Sweep {
             }
             --left_;
             if (active_) {
-                const auto [t, h] = record_[left_];
-                const Status found = kernel_->adjoint(left_, t, h);
+                const Taken& step = record_[left_];
+                const Status found = kernel_->adjoint(left_, step.t, step.h);
                 if (found != DONE) {
                     status = found;
                     break;
@@ -115,10 +120,11 @@ class Sweep {
         return counts;
     }
 
-    // Start and length of each step, and how many come before each output.
-    int64_t recorded(double* steps, int64_t* outputs) const {
+    // Start, length and order of each step, and how many come before each output.
+    int64_t recorded(double* steps, int64_t* orders, int64_t* outputs) const {
         if (steps) {
-            for (const auto& [t, h] : record_) *steps++ = t, *steps++ = h;
+            for (const Taken& step : record_)
+                *steps++ = step.t, *steps++ = step.h, *orders++ = step.order;
             std::copy(outputs_at_.begin(), outputs_at_.end(), outputs);
         }
         return static_cast<int64_t>(record_.size());
@@ -152,9 +158,9 @@ class Sweep {
 
     // A step that was taken before.
     Status repeated() {
-        const auto [t, h] = record_[index_];
-        const Status status = kernel_->attempt(t, h).status;
-        if (status == DONE) accept(t, h, index_ + 1 == reached_[interval_]);
+        const Taken step = record_[index_];
+        const Status status = kernel_->attempt(step.t, step.h).status;
+        if (status == DONE) accept(step.t, step.h, index_ + 1 == reached_[interval_]);
         return status == DONE ? PAUSED : status;
     }
 
@@ -226,7 +232,7 @@ class Sweep {
 
     void accept(double t, double h, bool reached) {
         kernel_->accept(control_.keep);
-        if (!again_) record_.emplace_back(t, h);
+        if (!again_) record_.push_back({t, h, kernel_->order()});
         ++index_;
         if (!reached) return;
         if (!again_) {
@@ -247,7 +253,7 @@ class Sweep {
     double s_, natural_;
     bool again_ = false;
     // What it has done.
-    std::vector<std::pair<double, double>> record_;
+    std::vector<Taken> record_;
     std::vector<int64_t> outputs_at_, reached_;
     // Its adjoint.
     bool backwards_ = false, active_ = false;
@@ -308,8 +314,8 @@ int64_t pnode_finish(void* sweep, double* state, double* const* sums, Counts* co
     });
 }
 
-int64_t pnode_recorded(void* sweep, double* steps, int64_t* outputs) {
-    return own(sweep).recorded(steps, outputs);
+int64_t pnode_recorded(void* sweep, double* steps, int64_t* orders, int64_t* outputs) {
+    return own(sweep).recorded(steps, orders, outputs);
 }
 
 // Whether all checkpoints are there.

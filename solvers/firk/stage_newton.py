@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pnode.devices import HOST
 from pnode.errors import LinearSolveFailed, NonlinearSolveFailed, SolveError
 from pnode.linearization import Linearization
 from pnode.options import SolverOptions
@@ -111,7 +112,7 @@ class StageNewton:
     @staticmethod
     def content(settings: IntegratorSettings) -> float:
         """Return what may be left of the stages of an adaptive step, in units of the tolerances."""
-        rtol = float(torch.as_tensor(values(settings.rtol)).min())
+        rtol = float(torch.as_tensor(values(settings.rtol), device=HOST.device).min())
         return max(10.0 * torch.finfo(settings.dtype).eps / max(rtol, 1e-300), min(0.03, rtol**0.5))
 
     def begin(self) -> None:

@@ -73,6 +73,27 @@ def test_the_same_as_on_one_rank(layout: bool, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.mpi(min_size=2)
+@checks
+@pytest.mark.parametrize("method", ["rk4", "cn"])
+def test_uneven_parts_of_a_state_with_a_limit_of_memory(method: str) -> None:
+    """All ranks keep and repeat the same steps, though one has much more to keep."""
+    y0 = torch.linspace(1.0, 2.0, 20 if comm.rank == 0 else 2, dtype=D).requires_grad_()
+    rate = torch.tensor(0.3, dtype=D, requires_grad=True)
+    gradients = []
+    for memory in ("2KiB", "1MiB"):
+        solver = pnode.Solver(
+            lambda t, y: torch.sin(3.0 * t) - rate * y**2, params=[rate], method=method,
+            step_size=0.1, comm=comm, checkpointing=pnode.Checkpointing(memory=memory),
+            jacobian="matrix-free",
+        )  # fmt: skip
+        solution = solver(y0, TIMES, breakpoints=BREAKS)
+        gradients.append(torch.autograd.grad(solution.ys[-1].square().sum(), (y0, rate)))
+        repeated = comm.allgather(solution.stats.backward.recomputed)
+        assert len(set(repeated)) == 1
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
 def test_what_ranks_disagree_about_is_refused_on_all() -> None:
     solver = pnode.Solver(lambda t, y: -y, method="rk4", step_size=0.1, comm=comm, compile=False)
     y0 = torch.ones(2, dtype=D)
