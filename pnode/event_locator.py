@@ -75,7 +75,7 @@ class EventLocator(Observer):
         Returns an integrator without error control, which begins a sweep: it takes the trial steps.
     field : VectorField
         For slopes at the ends of steps.
-    before : tuple, optional
+    before : ndarray, optional
         :attr:`sides` of the solve that this one goes on from.
 
     Attributes
@@ -104,8 +104,7 @@ class EventLocator(Observer):
         self._path = EventPath(events, problem, tolerance, integrator, lease, field)
         self._signs: Any = None  # not before the first step tells what is near to zero
         self._start = abs(self._path.known[1.0])
-        if before is not None:
-            self._signs, self._start = (values.copy() for values in before)
+        self._before = before
         method, single = integrator.settings.method, problem.layout.dtype is not torch.float64
         self._epsilon = torch.finfo(problem.layout.dtype).eps
         self._iterates = method.implicit
@@ -113,8 +112,8 @@ class EventLocator(Observer):
 
     @property
     def sides(self) -> Any:
-        """On which side of zero each entry is, 0 for none yet; and what it has to leave then."""
-        return None if self._signs is None else (self._signs, self._start)
+        """On which side of zero each entry is, 0 for none yet; None without a step."""
+        return self._signs
 
     @property
     def trials(self) -> list[TimeIntegrator]:
@@ -221,6 +220,8 @@ class EventLocator(Observer):
         if self._signs is None:
             near = self._start <= self._unclear()
             self._signs = np.where(near, 0.0, np.sign(path.known[0.0]))
+            if self._before is not None:  # an event of the solve before is not one again
+                self._signs = np.where(self._before != 0.0, self._before, self._signs)
         sides = Sides(self._signs.copy(), since)
         if sides.signs.all():
             return sides, [0.0, *SAMPLES]

@@ -100,6 +100,7 @@ def flow_slope(problem: InitialValueProblem, t: torch.Tensor, y: torch.Tensor) -
     """Return dy/dt at a time and a state, flat, as a differentiable function of everything."""
     layout = problem.layout
     parts = [now(part) for part in (problem.function, problem.explicit) if part is not None]
+    parts = [part.apart() if hasattr(part, "apart") else part for part in parts]
     parts = [remote(part, problem.compute, Stats(), strict=False) for part in parts]
     t, cells = problem.seen(t), problem.exchange
     state = layout.unflatten(y.clone()) if cells is None else ghosted(cells, y)

@@ -112,7 +112,7 @@ class Requests:
         Of a part of a solve: how many steps the parts before have taken; None of a whole one.
     memory : int or None
         Of such a part: bytes that its checkpoints may take, if that is less than all may.
-    sides : tuple or None
+    sides : ndarray or None
         Of such a part: on which sides of its events the part before has ended.
     """
 
@@ -189,7 +189,7 @@ class Run:
         The sweep, once it is taken.
     roots : sequence of Root
         Events found, whose states come behind the outputs; ``problem`` has the times of both.
-    sides : tuple or None
+    sides : ndarray or None
         On which sides of its events it has ended: what :attr:`Requests.sides` takes.
     last : Root or None
         That among them which ended the sweep early.

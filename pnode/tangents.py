@@ -74,7 +74,6 @@ class PairFunction:
             i for i in range(len(self._parameters)) if any(one[i] is not None for one in directions)
         ]
         self._hooks = hooks_of(self._parameters)
-        self._aliases = False
 
     def __call__(self, t: torch.Tensor, x: torch.Tensor, *rate: torch.Tensor) -> torch.Tensor:
         """Return both, in one flat tensor; with their graph if there is to be one."""
@@ -85,8 +84,6 @@ class PairFunction:
         given = [seen.parts(part) for part in (x, *rate)]
         if any(map(is_wrapped, (x, *self._parameters))):
             return self._pair.join(self._transformed(t, given))
-        if record and x.grad_fn is not None and self._moving and not self._aliases:
-            return self._with_aliases()(t, x, *rate)
         with torch.enable_grad():
             arguments = [
                 part[0] if part[0].requires_grad else part[0].detach().requires_grad_()
@@ -106,12 +103,14 @@ class PairFunction:
                 found = derivatives(value, inputs, tangents, record)
         return self._pair.join([value if record else value.detach(), *found])
 
-    def _with_aliases(self) -> PairFunction:
-        """Return it with parameters that are in no state's graph.
+    def apart(self) -> PairFunction:
+        """Return it with parameters that are in no state's graph, for states that have one.
 
         A state that was computed from the parameters leads to them too, and what is wanted are
         derivatives of f at a fixed state.
         """
+        if not self._moving or not torch.is_grad_enabled():
+            return self
         new = {id(one): one.view_as(one) for one in self._parameters if one.requires_grad}
         made, found = self.rebound(new)
         if len(found) < len(new):
@@ -119,7 +118,6 @@ class PairFunction:
                 "third derivatives with respect to output times and parameters need a vector field "
                 "that is a torch.nn.Module with its parameters: write it as one, or pass t.detach()"
             )
-        made._aliases = True
         return made
 
     def _state(self, flat: torch.Tensor) -> Any:
