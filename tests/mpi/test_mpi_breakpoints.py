@@ -73,7 +73,6 @@ def test_the_same_as_on_one_rank(layout: bool, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.mpi(min_size=2)
-@checks
 @pytest.mark.parametrize("method", ["rk4", "cn"])
 def test_uneven_parts_of_a_state_with_a_limit_of_memory(method: str) -> None:
     """All ranks keep and repeat the same steps, though one has much more to keep."""
@@ -89,11 +88,12 @@ def test_uneven_parts_of_a_state_with_a_limit_of_memory(method: str) -> None:
         solution = solver(y0, TIMES, breakpoints=BREAKS)
         gradients.append(torch.autograd.grad(solution.ys[-1].square().sum(), (y0, rate)))
         repeated = comm.allgather(solution.stats.backward.recomputed)
-        assert len(set(repeated)) == 1
+        checks.true(len(set(repeated)) == 1)
     for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+        checks.below(float((a - b).norm() / b.norm()), 1e-9)
 
 
+@pytest.mark.mpi(min_size=2)
 def test_what_ranks_disagree_about_is_refused_on_all() -> None:
     solver = pnode.Solver(lambda t, y: -y, method="rk4", step_size=0.1, comm=comm, compile=False)
     y0 = torch.ones(2, dtype=D)

@@ -11,7 +11,7 @@ import torch
 from ranks import checks, comm
 
 from pnode.errors import ConfigurationError
-from pnode.parallel import GhostLayout, Grid
+from pnode.parallel import GhostLayout, Grid, total
 
 BOUNDARIES = ("periodic", "zero", "mirror", "replicate")
 MODES = {"periodic": "circular", "zero": "constant", "replicate": "replicate"}
@@ -182,3 +182,9 @@ def test_layouts_that_are_refused() -> None:
     refused("shapes differ", "shape differs", "(8,)", "(9,)", shape=(8 + last,))
     refused("fields differ", "fields differs", shape=(8,), fields=1 if last else None)
     refused("bad on one rank", f"[rank {comm.size - 1}]", shape=(8,), width=-1 if last else 1)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_total_of_integers_has_all_digits() -> None:
+    value = torch.tensor([2**60 + 1 if comm.rank == 0 else 2])
+    checks.true(total(value, comm).item() == 2**60 + 1 + 2 * (comm.size - 1))
