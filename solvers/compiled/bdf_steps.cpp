@@ -321,8 +321,6 @@ class Bdf : public ImplicitSteps {
     keep_values(record.data(), int64_t(record.size()));
   }
 
-  Status step(double, double) override { return FAILED; }
-
  private:
   void remember(double length, const double* state) {
     known = std::min(known + 1, MOST_STATES);

@@ -10,52 +10,6 @@ typedef std::complex<double> Complex;
 constexpr int MOST_COUPLED = 3;  // stages
 constexpr double LARGEST = 1e150, EPS = std::numeric_limits<double>::epsilon();
 
-// LU with partial pivoting of a matrix of n <= MOST rows, as it stands in `lu`.
-template <typename T, int MOST>
-struct Lu {
-  T lu[MOST][MOST];
-  int n, pivots[MOST];
-
-  bool factor(int rows) {
-    n = rows;
-    for (int k = 0; k < n; k++) {
-      int best = k;
-      for (int i = k + 1; i < n; i++)
-        if (std::abs(lu[i][k]) > std::abs(lu[best][k])) best = i;
-      pivots[k] = best;
-      if (best != k)
-        for (int j = 0; j < n; j++) std::swap(lu[k][j], lu[best][j]);
-      if (lu[k][k] == T(0.0)) return false;
-      const T reciprocal = T(1.0) / lu[k][k];
-      for (int i = k + 1; i < n; i++) {
-        const T l = lu[i][k] *= reciprocal;
-        for (int j = k + 1; j < n; j++) lu[i][j] -= l * lu[k][j];
-      }
-    }
-    return true;
-  }
-
-  void solve(T* x) const {
-    for (int k = 0; k < n; k++) std::swap(x[k], x[pivots[k]]);
-    for (int i = 0; i < n; i++)
-      for (int j = 0; j < i; j++) x[i] -= lu[i][j] * x[j];
-    for (int i = n - 1; i >= 0; i--) {
-      for (int j = i + 1; j < n; j++) x[i] -= lu[i][j] * x[j];
-      x[i] /= lu[i][i];
-    }
-  }
-
-  void solve_transposed(T* x) const {
-    for (int i = 0; i < n; i++) {
-      for (int j = 0; j < i; j++) x[i] -= lu[j][i] * x[j];
-      x[i] /= lu[i][i];
-    }
-    for (int i = n - 1; i >= 0; i--)
-      for (int j = i + 1; j < n; j++) x[i] -= lu[j][i] * x[j];
-    for (int k = n - 1; k >= 0; k--) std::swap(x[k], x[pivots[k]]);
-  }
-};
-
 class PredictiveControl {
  public:
   explicit PredictiveControl(int most_iterations) : most(2 * most_iterations) {}
@@ -139,7 +93,7 @@ class Coupled : public ImplicitSteps {
       weight -= m.b[i];
       for (int k = 0; k < N; k++) w[i * N + k] = m.b[i] * lambda[k];
     }
-    coupled->solve_transposed(w);
+    coupled->solve_transposed(w, s * N);
     for (int i = 0; i < s; i++) {
       double from_start = 0.0;
       for (int j = 0; j < s; j++) from_start += m.inverse[i * s + j];
@@ -157,8 +111,6 @@ class Coupled : public ImplicitSteps {
 
  protected:
   void keep_step() override { keep_values(Y, s * N); }
-
-  Status step(double, double) override { return FAILED; }
 
  private:
   static double norm(const double* x, int n) {
@@ -215,7 +167,7 @@ class Coupled : public ImplicitSteps {
     const Complex shift = Complex(m.eigenvalues[2 * which], m.eigenvalues[2 * which + 1]) / h;
     for (int k = 0; k < N; k++)
       for (int l = 0; l < N; l++) pair.lu[k][l] = shift * entry(k, l) - J[k * N + l];
-    regular = pair.factor(N) && regular;
+    regular = pair.factor() && regular;
     counts.factorizations++;
     factored = h;
   }

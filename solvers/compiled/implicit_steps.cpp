@@ -39,52 +39,60 @@ double square(const double* x) {
   return sum;
 }
 
-// LU with partial pivoting of shift M - J; without a mass matrix M = I.
-struct Factors {
-  double lu[N][N];
-  int pivots[N];
+// LU with partial pivoting of the first n rows and columns of `lu`.
+template <typename T, int MOST>
+struct Lu {
+  T lu[MOST][MOST];
+  int pivots[MOST];
 
+  bool factor(int n = MOST) {
+    for (int k = 0; k < n; k++) {
+      int best = k;
+      for (int i = k + 1; i < n; i++)
+        if (std::abs(lu[i][k]) > std::abs(lu[best][k])) best = i;
+      pivots[k] = best;
+      if (best != k)
+        for (int j = 0; j < n; j++) std::swap(lu[k][j], lu[best][j]);
+      if (lu[k][k] == T(0.0)) return false;
+      const T reciprocal = T(1.0) / lu[k][k];
+      for (int i = k + 1; i < n; i++) {
+        const T l = lu[i][k] *= reciprocal;
+        for (int j = k + 1; j < n; j++) lu[i][j] -= l * lu[k][j];
+      }
+    }
+    return true;
+  }
+
+  void solve(T* x, int n = MOST) const {
+    for (int k = 0; k < n; k++) std::swap(x[k], x[pivots[k]]);
+    for (int i = 0; i < n; i++)
+      for (int j = 0; j < i; j++) x[i] -= lu[i][j] * x[j];
+    for (int i = n - 1; i >= 0; i--) {
+      for (int j = i + 1; j < n; j++) x[i] -= lu[i][j] * x[j];
+      x[i] /= lu[i][i];
+    }
+  }
+
+  void solve_transposed(T* x, int n = MOST) const {
+    for (int i = 0; i < n; i++) {
+      for (int j = 0; j < i; j++) x[i] -= lu[j][i] * x[j];
+      x[i] /= lu[i][i];
+    }
+    for (int i = n - 1; i >= 0; i--)
+      for (int j = i + 1; j < n; j++) x[i] -= lu[j][i] * x[j];
+    for (int k = n - 1; k >= 0; k--) std::swap(x[k], x[pivots[k]]);
+  }
+};
+
+// Of shift M - J; without a mass matrix M = I.
+struct Factors : Lu<double, N> {
   bool factor(double shift, const double* J, const double* mass = nullptr) {
     for (int i = 0; i < N; i++)
       for (int j = 0; j < N; j++) {
         const double entry = mass ? mass[i * N + j] : i == j;
         lu[i][j] = shift * entry - J[i * N + j];
       }
-    for (int k = 0; k < N; k++) {
-      int best = k;
-      for (int i = k + 1; i < N; i++)
-        if (std::fabs(lu[i][k]) > std::fabs(lu[best][k])) best = i;
-      pivots[k] = best;
-      if (best != k)
-        for (int j = 0; j < N; j++) std::swap(lu[k][j], lu[best][j]);
-      if (lu[k][k] == 0.0) return false;
-      const double reciprocal = 1.0 / lu[k][k];
-      for (int i = k + 1; i < N; i++) {
-        const double l = lu[i][k] *= reciprocal;
-        for (int j = k + 1; j < N; j++) lu[i][j] -= l * lu[k][j];
-      }
-    }
-    return true;
-  }
-
-  void solve(double* x) const {
-    for (int k = 0; k < N; k++) std::swap(x[k], x[pivots[k]]);
-    for (int i = 0; i < N; i++)
-      for (int j = 0; j < i; j++) x[i] -= lu[i][j] * x[j];
-    for (int i = N - 1; i >= 0; i--) {
-      for (int j = i + 1; j < N; j++) x[i] -= lu[i][j] * x[j];
-      x[i] /= lu[i][i];
-    }
-  }
-
-  void solve_transposed(double* x) const {
-    for (int i = 0; i < N; i++) {
-      for (int j = 0; j < i; j++) x[i] -= lu[j][i] * x[j];
-      x[i] /= lu[i][i];
-    }
-    for (int i = N - 1; i >= 0; i--)
-      for (int j = i + 1; j < N; j++) x[i] -= lu[j][i] * x[j];
-    for (int k = N - 1; k >= 0; k--) std::swap(x[k], x[pivots[k]]);
+    return Lu::factor();
   }
 };
 
@@ -191,7 +199,7 @@ class ImplicitSteps : public Kernel {
   }
 
   // From u: `end`, and with error control `defect`.
-  virtual Status step(double t, double h) = 0;
+  virtual Status step(double, double) { return FAILED; }  // of those that leave `attempt` alone
   virtual void keep_step() = 0;
 
   void keep_values(const double* first, int64_t count) {
