@@ -125,7 +125,10 @@ def modules_within(functions: Iterable[Any]) -> list[torch.nn.Module]:
 
 
 def parameters_of(module: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """Do as ``module.parameters()``, in a fifth of the time where no class has its own way."""
+    """Do as ``module.parameters()``, in a fifth of the time where no class has its own way.
+
+    A parameter that is in several places comes as often.
+    """
     modules = modules_within([module])
     kinds: Iterable[Any] = map(type, modules)
     if not all(map(_walks_as_usual, kinds)):
