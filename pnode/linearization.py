@@ -236,9 +236,10 @@ class Linearization:
         return products if self._sign > 0 else -products
 
     def along(
-        self, states: torch.Tensor | None, parameters: Sequence[tuple[int, torch.Tensor]]
-    ) -> torch.Tensor:
-        """Return dg/du Z_k + dg/dp v_k for several tangents, shape ``(m, size)``.
+        self, states: torch.Tensor | None, parameters: Sequence[tuple[int, torch.Tensor]],
+        time: torch.Tensor | None = None, record: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
+        """Return dg/du Z_k + dg/dp v_k + dg/ds tau_k for several tangents, shape ``(m, size)``.
 
         Parameters
         ----------
@@ -246,48 +247,76 @@ class Linearization:
             The Z_k, shape ``(m, size)``, the user's precision; None being zero.
         parameters : sequence of (int, Tensor)
             For each parameter that moves its index and its tangents, shape ``(m, *parameter)``.
+        time : Tensor or None
+            The tau_k, shape ``(m,)``; None being zero.
+        record : bool
+            Whether the result is to have a graph.
         """
         inputs = [self._shared.parameters[index] for index, _ in parameters]
         rows = [tangents for _, tangents in parameters]
         if states is not None:
             inputs.append(self._leaves[0])
             rows.append(states)
-        self._shared.ledger.jvp += len(rows[0])
+        if time is not None and self._time.requires_grad:
+            inputs.append(self._time)
+            rows.append(self._sign * time)
+        if not rows:
+            assert time is not None
+            return self._value.new_zeros(len(time), self._value.numel())
+        self._shared.ledger.jvp += 0 if record else len(rows[0])
         with self._shared.hooks_away():
             end = self._value if self._edge is None else self._edge
-            found = directional_derivatives(self._value, end, inputs, rows)
+            found = directional_derivatives(self._value, end, inputs, rows, record)
         found = found.reshape(len(rows[0]), -1)
         return found if self._sign > 0 else -found
 
-    def second_vjp(self, w: torch.Tensor, v: torch.Tensor) -> Products:
-        """Return the derivatives of w^T (dg/dy) v with respect to y and the parameters.
-
-        By differentiating the VJP w^T dg/dy, in the direction v, once more.
+    def second_vjp(
+        self, w: torch.Tensor, v: torch.Tensor, time: torch.Tensor | None = None
+    ) -> Products:
+        """Return the derivatives of sum_i w_i^T (dg/dy v_i + tau_i dg/ds) by y and parameters.
 
         Parameters
         ----------
         w, v : Tensor
-            Flat, shape ``(size,)``, the user's precision; both constant.
+            Rows, shape ``(n, size)``, the user's precision; both constant. Or k such w, shape
+            ``(k, n, size)``: so have the products.
+        time : Tensor or None
+            The tau_i, shape ``(n,)``; None being zero.
         """
-        cotangent = w if self._sign > 0 else -w
-        return self._differentiate_vjp(cotangent, self._leaves[0], v.view(self._leaves[0].shape))
+        batch = w.shape[:-2]
+        self._shared.ledger.vjp += (len(v) + (time is not None)) * batch.numel()
+        inputs = (self._leaves[0], *self._shared.parameters)
+        products: tuple[torch.Tensor | None, ...] = (None,) * len(inputs)
+        slopes = self.along(v, (), time, record=True)
+        if slopes.requires_grad:
+            with self._shared.hooks_away():
+                pull = pull_back_rows if batch else pull_back
+                products = pull(slopes, inputs, w)
+        return Products(self._flat(products[0], batch), products[1:])
+
+    def second_along(
+        self, states: torch.Tensor, parameters: Sequence[tuple[int, torch.Tensor]],
+        v: torch.Tensor, time: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Return the derivatives of dg/dy v_i + tau_i dg/ds along tangents, ``(n, m, size)``.
+
+        For v and time see :meth:`second_vjp`, for the tangents :meth:`along`.
+        """
+        self._shared.ledger.jvp += len(v) * len(states)
+        first = self.along(states, parameters, record=True)
+        inputs, rows = [self._leaves[0]], [v]
+        if time is not None and self._time.requires_grad:
+            inputs.append(self._time)
+            rows.append(self._sign * time)
+        return directional_derivatives(first, first, inputs, rows)
 
     def time_derivative(self) -> torch.Tensor:
         """Return dg/ds, flat, the user's precision; zero if the graph does not contain time.
 
         With g(s, y) = d f(d s, y) and d = 1 or -1, this is df/dt.
         """
-        result = None
-        if self._value.requires_grad and self._time.requires_grad:
-            cotangent = torch.zeros_like(self._value, requires_grad=True)
-            with torch.enable_grad():
-                (product,) = torch.autograd.grad(
-                    self._value, self._time, cotangent, create_graph=True, allow_unused=True
-                )
-            if product is not None and product.requires_grad:
-                self._shared.ledger.jvp += 1
-                (result,) = torch.autograd.grad(product, cotangent, allow_unused=True)
-        return (torch.zeros_like(self._value) if result is None else result).reshape(-1)
+        one = torch.ones((1,), dtype=self._time.dtype, device=self._time.device)
+        return self.along(None, (), one)[0]
 
     def records_time(self) -> bool:
         """Whether the graph contains time, which is to be a leaf of it."""
@@ -295,30 +324,6 @@ class Linearization:
             return False
         ones = torch.ones_like(self._value)
         return gradients(self._value, (self._time,), ones)[0] is not None
-
-    def time_derivative_vjp(self, w: torch.Tensor) -> Products:
-        """Return the derivatives of w^T dg/ds with respect to y and the parameters."""
-        return self._differentiate_vjp(w, self._time, torch.ones_like(self._time))
-
-    def _differentiate_vjp(
-        self, cotangent: torch.Tensor, leaf: torch.Tensor, direction: torch.Tensor
-    ) -> Products:
-        """Differentiate <f_leaf^T cotangent, direction>, leaf being the state or time."""
-        inputs = (self._leaves[0], *self._shared.parameters)
-        products: tuple[torch.Tensor | None, ...] = (None,) * len(inputs)
-        self._shared.ledger.vjp += 1
-        if self._value.requires_grad and leaf.requires_grad:
-            with torch.enable_grad():
-                (product,) = torch.autograd.grad(
-                    self._value, leaf, cotangent.view(self._value.shape), create_graph=True,
-                    allow_unused=True,
-                )  # fmt: skip
-            if product is not None and product.requires_grad:
-                with self._shared.hooks_away():
-                    products = torch.autograd.grad(
-                        product, inputs, direction, retain_graph=True, allow_unused=True
-                    )
-        return Products(self._flat(products[0]), products[1:])
 
     def jacobian(self) -> torch.Tensor:
         """Return dg/du as a dense matrix, shape ``(size, size)``, the user's precision.

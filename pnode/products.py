@@ -176,9 +176,10 @@ def derivatives(
 
 
 def directional_derivatives(
-    value: torch.Tensor, end: Any, inputs: Sequence[torch.Tensor], tangents: Sequence[torch.Tensor]
-) -> torch.Tensor:
-    """Return the derivatives of ``value`` along several tangents, without graphs; see above.
+    value: torch.Tensor, end: Any, inputs: Sequence[torch.Tensor],
+    tangents: Sequence[torch.Tensor], record: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """Return the derivatives of ``value`` along several tangents; see above.
 
     Its graph is kept.
 
@@ -192,6 +193,8 @@ def directional_derivatives(
         What it is differentiated by; each requires grad.
     tangents : sequence of Tensor
         For each input its tangents, shape ``(m, *input)``.
+    record : bool
+        Whether the results are to have a graph.
 
     Returns
     -------
@@ -217,24 +220,28 @@ def directional_derivatives(
         try:
             (found,) = torch.autograd.grad(
                 ends, seed, [rows for _, rows in chosen], retain_graph=True,
-                allow_unused=True, is_grads_batched=True,
+                create_graph=record, allow_unused=True, is_grads_batched=True,
             )  # fmt: skip
             return nothing if found is None else found
         except RuntimeError:  # no batching rule for an operation of this field
             pass
-    rows = [_backward(ends, tuple(row[k] for _, row in chosen), seed) for k in range(number)]
+    rows = [
+        _backward(ends, tuple(row[k] for _, row in chosen), seed, record) for k in range(number)
+    ]
     known = [row for row in rows if row is not None]
     if not known:
         return nothing
     return known[0][None] if number == 1 else torch.stack(known)
 
 
-def _backward(ends: Any, cotangents: Any, seed: torch.Tensor) -> torch.Tensor | None:
+def _backward(ends: Any, cotangents: Any, seed: torch.Tensor, record: bool) -> torch.Tensor | None:
     """Return the VJP of several values with one input; keep the graph."""
     if pull_back is _engine_gradients:
-        found = _engine(ends, cotangents, True, False, (seed,), True, accumulate_grad=False)
+        found = _engine(ends, cotangents, True, record, (seed,), True, accumulate_grad=False)
     else:
-        found = torch.autograd.grad(ends, seed, cotangents, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(
+            ends, seed, cotangents, retain_graph=True, create_graph=record, allow_unused=True
+        )
     one: torch.Tensor | None = found[0]
     return one
 

@@ -58,6 +58,8 @@ CASES = [
     ("imex", "ark3"), ("imex", "bpr3"), ("mass", "beuler"), ("mass", "bdf2"),
     ("mass", "implicit_midpoint"), ("cost", "rk4"), ("cost", "es325"), ("cost", "bdf2"),
     ("block", "es325"), ("matrix-free", "cn"),
+    *(("rhs", m) for m in ("rodaspr", "rodas3", "assp3p3s1c", "lassp3p4s2c")),
+    ("cost", "ra34pw2"), ("block", "rodaspr"), ("matrix-free", "ros2m"),
 ]  # fmt: skip
 
 
