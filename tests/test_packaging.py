@@ -98,6 +98,7 @@ LEVELS = {
     "pnode.parts": 3,
     "pnode.rebinding": 3,
     "pnode.tangents": 3,
+    "pnode.second_sweeps": 3,
     "pnode.tangent_solves": 3,
     "pnode.configuration": 3,
     "pnode.continuous": 3,
