@@ -129,9 +129,7 @@ class RosenbrockAdjoint(ImplicitAdjointStepper):
                 time *= step.length
             yield rows, v, time
 
-    def stages(
-        self, step: Step, ledger: Ledger
-    ) -> tuple[list[RosenbrockStage], Linearization]:
+    def stages(self, step: Step, ledger: Ledger) -> tuple[list[RosenbrockStage], Linearization]:
         """Compute the stages of the step again; also g at its start, with its graph. Collective.
 
         Raises

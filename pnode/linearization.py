@@ -243,12 +243,10 @@ class Linearization:
 
         Parameters
         ----------
-        states : Tensor or None
-            The Z_k, shape ``(m, size)``, the user's precision; None being zero.
+        states, time : Tensor or None
+            The Z_k and tau_k, shapes ``(m, size)`` and ``(m,)``, the user's precision; or zero.
         parameters : sequence of (int, Tensor)
             For each parameter that moves its index and its tangents, shape ``(m, *parameter)``.
-        time : Tensor or None
-            The tau_k, shape ``(m,)``; None being zero.
         record : bool
             Whether the result is to have a graph.
         """
@@ -277,11 +275,9 @@ class Linearization:
 
         Parameters
         ----------
-        w, v : Tensor
-            Rows, shape ``(n, size)``, the user's precision; both constant. Or k such w, shape
-            ``(k, n, size)``: so have the products.
-        time : Tensor or None
-            The tau_i, shape ``(n,)``; None being zero.
+        w, v, time : Tensor, Tensor, Tensor or None
+            Shapes ``(n, size)`` twice and ``(n,)`` (or zero), the user's precision; constant. k
+            such w, ``(k, n, size)``, have k products each.
         """
         batch = w.shape[:-2]
         self._shared.ledger.vjp += (len(v) + (time is not None)) * batch.numel()
@@ -298,10 +294,7 @@ class Linearization:
         self, states: torch.Tensor, parameters: Sequence[tuple[int, torch.Tensor]],
         v: torch.Tensor, time: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """Return the derivatives of dg/dy v_i + tau_i dg/ds along tangents, ``(n, m, size)``.
-
-        For v and time see :meth:`second_vjp`, for the tangents :meth:`along`.
-        """
+        """Return derivatives of what :meth:`second_vjp` has along tangents, ``(n, m, size)``."""
         self._shared.ledger.jvp += len(v) * len(states)
         first = self.along(states, parameters, record=True)
         inputs, rows = [self._leaves[0]], [v]
