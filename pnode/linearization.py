@@ -262,11 +262,11 @@ class Linearization:
             assert time is not None
             return self._value.new_zeros(len(time), self._value.numel())
         self._shared.ledger.jvp += 0 if record else len(rows[0])
-        with self._shared.hooks_away():
+        with self._shared.hooks_away(), torch.set_grad_enabled(record):
             end = self._value if self._edge is None else self._edge
             found = directional_derivatives(self._value, end, inputs, rows, record)
-        found = found.reshape(len(rows[0]), -1)
-        return found if self._sign > 0 else -found
+            found = found.reshape(len(rows[0]), -1)
+            return found if self._sign > 0 else -found
 
     def second_vjp(
         self, w: torch.Tensor, v: torch.Tensor, time: torch.Tensor | None = None
