@@ -9,8 +9,8 @@ sym    <u, H v> against <v, H u>, no differences in it
 cost   the gradient of a cost integral against such differences
 
 and whether torch's ``gradcheck`` (forward mode too) and ``gradgradcheck`` pass; ``--quick`` leaves
-these out. Differences leave 1e-12 to 1e-11; of implicit methods also what Newton's method leaves, over
-the step of the difference.
+these out. Differences leave 1e-12 to 1e-11; of implicit methods also what Newton's method leaves,
+over the step of the difference.
 """
 
 from __future__ import annotations

@@ -384,7 +384,8 @@ class GradientFunction(torch.autograd.Function):
         )  # fmt: skip
         given = [one for one in outputs if one is not None]
         if differentiable() or any(map(is_legacy_batch, given)):
-            return (*AdjointFunction.backward(own, *outputs), None)
+            pull_back = AdjointFunction.backward
+            return (*pull_back(own, *outputs), None)
         for tensor in given:
             refuse_traced(tensor)
         second, _, along = solved_for(SolveFunction, own, outputs, True)

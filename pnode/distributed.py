@@ -76,14 +76,14 @@ class DistributedLinearization(Linearization):
 
     def along(
         self, states: torch.Tensor | None, parameters: Sequence[tuple[int, torch.Tensor]],
-        time: torch.Tensor | None = None, record: bool = False,
+        time: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """Return dg/du Z_k + dg/dp v_k + dg/ds tau_k. Collective with ghost cells."""
         given = (states, time, *(tangents for _, tangents in parameters))
         number = next(len(one) for one in given if one is not None)
-        if states is not None and not record:  # or they were gathered
+        if states is not None:
             states = self._gathered(states)
-        found = self._cells.ranks.attempt(super().along, states, parameters, time, record)
+        found = self._cells.ranks.attempt(super().along, states, parameters, time)
         if found is None:
             return self._value.new_full((number, self._value.numel()), torch.nan)
         return found

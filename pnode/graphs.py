@@ -60,8 +60,12 @@ def graph_bytes(result: torch.Tensor, known: Iterable[torch.Tensor] = ()) -> int
 def _saved(node: Any) -> Iterator[torch.Tensor]:
     """Yield the tensors that a node has saved."""
     kind: Any = type(node)
-    if issubclass(kind, torch.autograd.function.BackwardCFunction):
-        yield from (value for value in vars(node).values() if isinstance(value, torch.Tensor))
+    if hasattr(kind, "saved_tensors"):  # of a Python function, which has attributes of its own
+        yield from (
+            value
+            for value in getattr(node, "__dict__", {}).values()
+            if isinstance(value, torch.Tensor)
+        )
     names = _saved_names(kind)
     for name in tuple(names):
         try:

@@ -19,6 +19,7 @@ from pnode.products import (
     pull_back,
     pull_back_rows,
 )
+from pnode.second_products import derivatives_along, vjps_of_products
 from pnode.solution import Ledger
 from pnode.transfers import Remote
 
@@ -237,7 +238,7 @@ class Linearization:
 
     def along(
         self, states: torch.Tensor | None, parameters: Sequence[tuple[int, torch.Tensor]],
-        time: torch.Tensor | None = None, record: bool = False,
+        time: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """Return dg/du Z_k + dg/dp v_k + dg/ds tau_k for several tangents, shape ``(m, size)``.
 
@@ -247,8 +248,6 @@ class Linearization:
             The Z_k and tau_k, shapes ``(m, size)`` and ``(m,)``, the user's precision; or zero.
         parameters : sequence of (int, Tensor)
             For each parameter that moves its index and its tangents, shape ``(m, *parameter)``.
-        record : bool
-            Whether the result is to have a graph.
         """
         inputs = [self._shared.parameters[index] for index, _ in parameters]
         rows = [tangents for _, tangents in parameters]
@@ -261,12 +260,12 @@ class Linearization:
         if not rows:
             assert time is not None
             return self._value.new_zeros(len(time), self._value.numel())
-        self._shared.ledger.jvp += 0 if record else len(rows[0])
-        with self._shared.hooks_away(), torch.set_grad_enabled(record):
+        self._shared.ledger.jvp += len(rows[0])
+        with self._shared.hooks_away():
             end = self._value if self._edge is None else self._edge
-            found = directional_derivatives(self._value, end, inputs, rows, record)
-            found = found.reshape(len(rows[0]), -1)
-            return found if self._sign > 0 else -found
+            found = directional_derivatives(self._value, end, inputs, rows)
+        found = found.reshape(len(rows[0]), -1)
+        return found if self._sign > 0 else -found
 
     def second_vjp(
         self, w: torch.Tensor, v: torch.Tensor, time: torch.Tensor | None = None
@@ -276,19 +275,16 @@ class Linearization:
         Parameters
         ----------
         w, v, time : Tensor, Tensor, Tensor or None
-            Shapes ``(n, size)`` twice and ``(n,)`` (or zero), the user's precision; constant. k
-            such w, ``(k, n, size)``, have k products each.
+            Shapes ``(n, size)`` or ``(k, n, size)``, ``(n, size)`` and ``(n,)``; constant.
         """
         batch = w.shape[:-2]
         self._shared.ledger.vjp += (len(v) + (time is not None)) * batch.numel()
         inputs = (self._leaves[0], *self._shared.parameters)
-        products: tuple[torch.Tensor | None, ...] = (None,) * len(inputs)
-        slopes = self.along(v, (), time, record=True)
-        if slopes.requires_grad:
-            with self._shared.hooks_away():
-                pull = pull_back_rows if batch else pull_back
-                products = pull(slopes, inputs, w)
-        return Products(self._flat(products[0], batch), products[1:])
+        rows = (w if self._sign > 0 else -w).reshape(-1, len(v), *self._value.shape)
+        with self._shared.hooks_away():
+            found = vjps_of_products(self._value, *self._weighted(v, time), inputs, rows)
+        found = found if batch else [None if one is None else one[0] for one in found]
+        return Products(self._flat(found[0], batch), tuple(found[1:]))
 
     def second_along(
         self, states: torch.Tensor, parameters: Sequence[tuple[int, torch.Tensor]],
@@ -296,20 +292,26 @@ class Linearization:
     ) -> torch.Tensor:  # fmt: skip
         """Return derivatives of what :meth:`second_vjp` has along tangents, ``(n, m, size)``."""
         self._shared.ledger.jvp += len(v) * len(states)
-        first = self.along(states, parameters, record=True)
-        inputs, rows = [self._leaves[0]], [v]
+        inputs = (self._leaves[0], *(self._shared.parameters[index] for index, _ in parameters))
+        rows = [states, *(tangents for _, tangents in parameters)]
+        with self._shared.hooks_away():
+            found = derivatives_along(self._value, *self._weighted(v, time), inputs, rows)
+        found = found.reshape(len(states), len(v), -1).movedim(0, 1)
+        return found if self._sign > 0 else -found
+
+    def _weighted(
+        self, v: torch.Tensor, time: torch.Tensor | None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return the leaves of the graph that products are with, and what they are with."""
+        leaves, given = [self._leaves[0]], [v.reshape(len(v), *self._leaves[0].shape)]
         if time is not None and self._time.requires_grad:
-            inputs.append(self._time)
-            rows.append(self._sign * time)
-        return directional_derivatives(first, first, inputs, rows)
+            leaves.append(self._time)
+            given.append(self._sign * time)
+        return leaves, given
 
     def time_derivative(self) -> torch.Tensor:
-        """Return dg/ds, flat, the user's precision; zero if the graph does not contain time.
-
-        With g(s, y) = d f(d s, y) and d = 1 or -1, this is df/dt.
-        """
-        one = torch.ones((1,), dtype=self._time.dtype, device=self._time.device)
-        return self.along(None, (), one)[0]
+        """Return dg/ds = df/dt, flat; zero if the graph does not contain time."""
+        return self.along(None, (), torch.ones_like(self._time)[None])[0]
 
     def records_time(self) -> bool:
         """Whether the graph contains time, which is to be a leaf of it."""

@@ -31,9 +31,9 @@ _PIECE = 1 << 16
 
 
 def gradients(
-    value: torch.Tensor,
+    value: torch.Tensor | Sequence[torch.Tensor],
     inputs: tuple[torch.Tensor, ...],
-    cotangent: torch.Tensor,
+    cotangent: torch.Tensor | Sequence[torch.Tensor],
     record: bool = False,
 ) -> tuple[torch.Tensor | None, ...]:
     """Return the VJPs of a cotangent of value's shape, None for unused inputs; keep the graph.
@@ -89,21 +89,21 @@ edges_work = _find_edges_work()
 
 
 def pull_back_rows(
-    end: Any, inputs: tuple[torch.Tensor, ...], cotangents: torch.Tensor
+    end: Any, inputs: tuple[torch.Tensor, ...], cotangents: torch.Tensor, record: bool = False
 ) -> tuple[torch.Tensor | None, ...]:
     """Return the VJPs of several cotangents, rows of a tensor, as rows; keep the graph.
 
-    ``end`` is a value with its graph, or the end of that.
+    ``end`` is a value with its graph, or the end of that; ``record`` is as in :func:`gradients`.
     """
     if 1 < len(cotangents) and cotangents[0].numel() <= _LARGE:
         try:
             return torch.autograd.grad(
-                (end,), inputs, (cotangents,), retain_graph=True, allow_unused=True,
-                is_grads_batched=True,
+                (end,), inputs, (cotangents,), retain_graph=True, create_graph=record,
+                allow_unused=True, is_grads_batched=True,
             )  # fmt: skip
         except RuntimeError:  # no batching rule for an operation of this field
             pass
-    found = zip(*(pull_back(end, inputs, row) for row in cotangents), strict=True)
+    found = zip(*(pull_back(end, inputs, row, record) for row in cotangents), strict=True)
     return tuple(
         None if parts[0] is None else torch.stack(parts)  # all of them are None, or none is
         for parts in found
@@ -177,7 +177,7 @@ def derivatives(
 
 def directional_derivatives(
     value: torch.Tensor, end: Any, inputs: Sequence[torch.Tensor],
-    tangents: Sequence[torch.Tensor], record: bool = False,
+    tangents: Sequence[torch.Tensor],
 ) -> torch.Tensor:  # fmt: skip
     """Return the derivatives of ``value`` along several tangents; see above.
 
@@ -193,8 +193,6 @@ def directional_derivatives(
         What it is differentiated by; each requires grad.
     tangents : sequence of Tensor
         For each input its tangents, shape ``(m, *input)``.
-    record : bool
-        Whether the results are to have a graph.
 
     Returns
     -------
@@ -220,28 +218,24 @@ def directional_derivatives(
         try:
             (found,) = torch.autograd.grad(
                 ends, seed, [rows for _, rows in chosen], retain_graph=True,
-                create_graph=record, allow_unused=True, is_grads_batched=True,
+                allow_unused=True, is_grads_batched=True,
             )  # fmt: skip
             return nothing if found is None else found
         except RuntimeError:  # no batching rule for an operation of this field
             pass
-    rows = [
-        _backward(ends, tuple(row[k] for _, row in chosen), seed, record) for k in range(number)
-    ]
+    rows = [_backward(ends, tuple(row[k] for _, row in chosen), seed) for k in range(number)]
     known = [row for row in rows if row is not None]
     if not known:
         return nothing
     return known[0][None] if number == 1 else torch.stack(known)
 
 
-def _backward(ends: Any, cotangents: Any, seed: torch.Tensor, record: bool) -> torch.Tensor | None:
+def _backward(ends: Any, cotangents: Any, seed: torch.Tensor) -> torch.Tensor | None:
     """Return the VJP of several values with one input; keep the graph."""
     if pull_back is _engine_gradients:
-        found = _engine(ends, cotangents, True, record, (seed,), True, accumulate_grad=False)
+        found = _engine(ends, cotangents, True, False, (seed,), True, accumulate_grad=False)
     else:
-        found = torch.autograd.grad(
-            ends, seed, cotangents, retain_graph=True, create_graph=record, allow_unused=True
-        )
+        found = torch.autograd.grad(ends, seed, cotangents, retain_graph=True, allow_unused=True)
     one: torch.Tensor | None = found[0]
     return one
 

@@ -152,3 +152,26 @@ def test_parts_of_a_product():
     assert same([rows], [each])
     H = torch.autograd.functional.hessian(lambda y: solver(y, T).ys.pow(3).sum(), Y0)
     assert same([rows.reshape(6, 6)], [H.reshape(6, 6)])
+
+
+@pytest.mark.parametrize("method", ["rk4", "es325", "rodaspr"])
+def test_layer_norm(method):
+    """Gradients and tangents are right; torch's third derivatives are wrong, and are refused."""
+    weight = torch.linspace(-1.0, 1.3, 9, dtype=D).reshape(3, 3)
+    solver = pnode.Solver(
+        lambda t, y: torch.nn.functional.layer_norm(y @ weight, (3,)) * torch.sin(y),
+        method=method, step_size=0.1, compile=False,
+    )  # fmt: skip
+    t, epsilon, v = torch.tensor([0.0, 0.5], dtype=D), 1e-5, torch.tensor([1.0, -0.5, 0.3], dtype=D)
+
+    def last(y):
+        return solver(y, t).ys[-1]
+
+    differences = (last(Y0[0] + epsilon * v) - last(Y0[0] - epsilon * v)) / (2.0 * epsilon)
+    assert same([torch.func.jvp(last, (Y0[0],), (v,))[1]], [differences], 1e-8)
+    y0 = Y0[0].clone().requires_grad_()
+    rows = torch.stack([grad(one, y0, retain_graph=True)[0] for one in last(y0)])
+    assert same([rows @ v], [differences], 1e-8)
+    (slope,) = grad(last(y0).square().sum(), y0, create_graph=True)
+    with pytest.raises(pnode.PnodeError, match="layer_norm: write"):
+        slope.sum().backward()
