@@ -341,6 +341,42 @@ def test_a_dmda_gives_the_gradients_of_the_same_problem_without(method, jacobian
     close(gradients(grid(SIZE, method, **given)[:2]), gradients(solver(method)))
 
 
+DM_SOLVES = {
+    "float32": ({}, torch.float32, [0.0, 0.3]),
+    "adaptive": ({"step_size": None, "rtol": 1e-6}, D, [0.0, 0.3]),
+    "backwards": ({}, D, [0.3, 0.2]),
+    "dense": ({"dense": True}, D, [0.0, 0.17, 0.3]),
+    "memory": ({"checkpointing": pnode.Checkpointing(memory=10 * SIZE * 8)}, D, [0.0, 0.9]),
+    "events": ({"event_fn": pnode.Event(lambda t, u: u[0] - 1.0, terminal=False)}, D, [0.0, 0.3]),
+}
+
+
+@pytest.mark.parametrize("name", list(DM_SOLVES))
+def test_a_dm_goes_with_what_else_a_solve_may_do(name):
+    keywords, dtype, times = DM_SOLVES[name]
+    found = []
+    for make in (lambda: grid(SIZE, "es325", **keywords)[:2], lambda: solver("es325", **keywords)):
+        made, nu = make()
+        y0 = ripple().to(dtype).requires_grad_()
+        ys = made(y0, times).ys
+        found.append((ys, *torch.autograd.grad(ys.square().sum(), [nu, y0])))
+    tolerance = {} if dtype == D else {"rtol": 2e-4, "atol": 1e-4}
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, **(CLOSE | tolerance))
+
+
+def test_second_derivatives_and_breaks_with_a_dm():
+    found = []
+    for made in (grid(SIZE)[:2], solver()):
+        one, nu = made
+        (first,) = torch.autograd.grad(
+            one(ripple(), [0.0, 0.2], breakpoints=[0.13]).ys[-1].square().sum(), nu,
+            create_graph=True,
+        )  # fmt: skip
+        found.append((first.detach(), *torch.autograd.grad(first, nu)))
+    close(*found)
+
+
 def test_boxes_of_a_dmda_are_those_of_its_c_arrays():
     dm = PETSc.DMDA().create(dim=3, dof=2, sizes=(5, 4, 3), boundary_type=(PERIODIC, GHOSTED, 0),
                              stencil_width=1, comm=PETSc.COMM_SELF)  # fmt: skip
