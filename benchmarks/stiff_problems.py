@@ -1,8 +1,8 @@
 """Stiff test problems with reference end values, for torch, JAX and plain Python alike.
 
-HIRES, OREGO, POLLU, ROBER and VDPOL as in Mazzia & Magherini, Test Set for Initial Value Problem Solvers,
-and Hairer & Wanner, Solving Ordinary Differential Equations II; the end values are theirs. VDPOL
-is there in the time t / mu: here y_2 is that one's divided by mu.
+HIRES, OREGO, POLLU, ROBER and VDPOL as in Mazzia & Magherini, Test Set for Initial Value Problem
+Solvers, and Hairer & Wanner, Solving Ordinary Differential Equations II; the end values are theirs.
+VDPOL is there in the time t / mu: here y_2 is that one's divided by mu.
 """
 
 from __future__ import annotations
