@@ -232,10 +232,10 @@ class Engine:
     ) -> None:
         """Find the structure of a large Jacobian for "auto", if that may pay.
 
-        Short samples are looked for at the first solve of a shape, everything else once the systems
-        of a solve have taken many products, or at once for an IMEX method whose implicit part seems
-        to be linear: its matrix is factored once. Not where a method rests on exact Jacobians, nor where
-        someone has chosen how to solve.
+        Short samples are looked for at the first solve of a shape, everything else once the
+        systems of a solve have taken many products, or at once for an IMEX method whose implicit
+        part seems to be linear: its matrix is factored once. Not where a method rests on exact
+        Jacobians, nor where someone has chosen how to solve.
         """
         method, more, layout = self.method, self.jacobian_options, problem.layout
         known = layout in self._structures
