@@ -218,7 +218,7 @@ def hidden(at=0.25):
 
 @pytest.mark.parametrize("power", [1, 3])
 def test_a_linear_implicit_part_is_factored_at_once(power, monkeypatch):
-    """At the first solve, before it takes many products; the numbers are those of a dense matrix."""
+    """At the first solve, before many products; the numbers are those of a dense matrix."""
     monkeypatch.setattr("pnode.engine._MANY_PRODUCTS", 1 << 20)
 
     def diffusion(t, y):
