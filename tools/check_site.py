@@ -81,7 +81,7 @@ def main(folder: Path) -> int:
     program = browser()
     if program is None:
         looked = os.environ.get("CHROMIUM") or ", ".join(NAMES)
-        print(f"NOT CHECKED: no browser. Looked for {looked} on the path; set CHROMIUM=/path/to/it.")
+        print(f"NOT CHECKED: no browser. Looked for {looked}; set CHROMIUM=/path/to/it.")
         return 2
     if not (folder / "index.html").exists():
         print(f"NOT CHECKED: no site in {folder}: make docs")
