@@ -193,8 +193,7 @@ class Solver(torch.nn.Module):
         self._form, self._requests = form, requested(
             gradient, form, chosen, steps, linear_algebra, output, checkpointing, cost, layout
         )  # fmt: skip
-        self._params = arguments.parameters(params)
-        limits = as_checkpointing(checkpointing)
+        self._params, limits = arguments.parameters(params), as_checkpointing(checkpointing)
         comm, exchange = arguments.communicator(comm, layout, form, limits.resume, self.event_fn)
         self.cost = check_cost(cost, chosen)
         collect_parameters(self._functions, self._params)
