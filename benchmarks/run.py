@@ -23,6 +23,7 @@ SCRIPTS = {
     "derivatives.py": ["--quick"],
     "derivative_errors.py": ["--quick"],
     "samples.py": ["--quick"],
+    "reaction_diffusion.py": ["--quick"],
 }
 PLOTS = ("peers.py", "stiff.py", "memory.py", "scaling.py")
 
