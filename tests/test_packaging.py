@@ -59,6 +59,7 @@ LEAVES = {
         "ranks",
         "reals",
         "saving",
+        "second_products",
         "series",
         "signals",
         "solution",
@@ -100,6 +101,7 @@ LEVELS = {
     "pnode.parts": 3,
     "pnode.rebinding": 3,
     "pnode.tangents": 3,
+    "pnode.second_sweeps": 3,
     "pnode.tangent_solves": 3,
     "pnode.configuration": 3,
     "pnode.continuous": 3,
@@ -274,7 +276,7 @@ def test_schedules_import_neither_petsc_nor_torch(name: str) -> None:
 # solves a problem and takes its gradient as a user would.
 CALLS_AUTOGRAD = {
     "pnode.linearization", "pnode.products", "pnode.vectorfield", "pnode.solvers.compiled.trace",
-    "pnode.testing", "pnode.diagnosis.probe",
+    "pnode.testing", "pnode.diagnosis.probe", "pnode.second_products",
     "pnode.sensitivities", "pnode.tangents", "pnode.adjoint.ahead",  # transforms of torch.func
     "pnode.transforms", "pnode.watching", "pnode.linearized",  # look at tangents
 }  # fmt: skip
