@@ -141,7 +141,7 @@ def diffrax_gradient(rate: Rate, observed: torch.Tensor) -> Callable[[], Any] | 
     scale, starts = target + 0.01 * target.max((0, 1)), jnp.asarray(STARTS.numpy())
 
     def field(t: Any, y: Any, w: Any) -> Any:
-        logs = jnp.log(y + FLOOR)
+        logs = jnp.log(jnp.where(y < 0.0, 0.0, y) + FLOOR)  # NaN would end diffrax's Newton method
         hidden = jnp.tanh(w["net.0.weight"] @ (logs / 5.0) + w["net.0.bias"])
         net = (w["net.2.weight"] @ hidden + w["net.2.bias"])[0]
         unknown = jnp.exp(logs @ w["linear"][:3] + w["linear"][3] + 0.1 * net)
