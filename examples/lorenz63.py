@@ -141,7 +141,7 @@ def valid_times(found: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 
 def gradients(model: Network, observed: torch.Tensor) -> list[dict[str, Any]]:
-    """Measure a gradient of the training beside torchdiffeq's, both by dopri5."""
+    """Measure the first gradient of the training beside torchdiffeq's, both by dopri5."""
     target = observed[torch.arange(BATCH) * 10 + torch.arange(AHEAD + 1)[:, None]]
     return compare_gradients(
         model, lambda solve: mean_square(solve(target[0], window()), target),
@@ -159,6 +159,7 @@ def run(options: argparse.Namespace) -> Outcome:
         "equations": Lorenz(WRONG), "network": Network(options.seed),
         "hybrid": Network(options.seed, Lorenz(WRONG)),
     }  # fmt: skip
+    compared = gradients(models["hybrid"], observed)
     trainings = {n: learn(models[n], observed, options, n) for n in ("network", "hybrid")}
     other = trajectory((-3.0, -4.0, 18.0), 8 * STARTS)[::8][:STARTS]
     truth = forecast(Lorenz(), other)
@@ -178,7 +179,7 @@ def run(options: argparse.Namespace) -> Outcome:
         if name in trainings:
             row["training, CPU s"] = trainings[name].cpu_seconds
         rows.append(row)
-    rows += gradients(models["hybrid"], observed)
+    rows += compared
     numbers = {
         "valid_times": {name: values.mean().item() for name, values in valid.items()},
         "residual_error": ((residual - wanted).norm() / wanted.norm()).item(),

@@ -150,7 +150,7 @@ class Formula(torch.nn.Module):
         for name, rate, part in zip("xy", self.rates.tolist(), self.terms, strict=True):
             known = [f"{rate:g} {name}"] if rate else []
             lines.append(f"{name}' = " + " ".join(
-                known + [f"{next(values):+.4g} {name_of(index)}".rstrip() for index in part]
+                known + [f"{next(values):+.3g} {name_of(index)}".rstrip() for index in part]
             ))  # fmt: skip
         return ", ".join(lines)
 
@@ -261,6 +261,10 @@ def simulated(options: argparse.Namespace) -> dict[str, Any]:
     model, plain = (
         Model(rates, observed, options.seed + 1, scale) for rates in ((A, -D), (0.0, 0.0))
     )
+    gradients = compare_gradients(
+        model, lambda solve: windows.loss(model, solve(model.starts, windows.times)),
+        list(model.parameters()), method="dopri5",
+    )  # fmt: skip
     losses = {name: learn(net, windows, options, name)
               for name, net in (("hybrid", model), ("plain", plain))}  # fmt: skip
     path = along(model, windows)
@@ -275,10 +279,7 @@ def simulated(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "times": times, "observed": observed, "long": long, "truth": truth, "losses": losses,
         "followed": followed, "formula": formula, "rows": rows, "path": path, "values": values,
-        "known": known, "gradients": compare_gradients(
-            model, lambda solve: windows.loss(model, solve(model.starts, windows.times)),
-            list(model.parameters()), method="dopri5",
-        ),
+        "known": known, "gradients": gradients,
     }  # fmt: skip
 
 
@@ -360,11 +361,13 @@ def draw(first: dict[str, Any], second: dict[str, Any], errors: dict[str, float]
     axis, product = axes[1, 0], first["path"].prod(dim=1)
     order = product.argsort()
     for column, (true, equation) in enumerate(((-B, "x'"), (C, "y'"))):
-        axis.plot(product[order], true * product[order], **{**TRUTH, "lw": 4})
+        once = {"label": None} if column else {}
+        axis.plot(product[order], true * product[order], **{**TRUTH, "lw": 4, **once})
         axis.plot(product, first["values"][:, column], ".", ms=3, color=f"C{column}",
                   label=f"network in {equation}")  # fmt: skip
-    axis.set(title=f"the missing term, and its formula\n{first['formula'].text()}",
-             xlabel="x y, prey times predators", ylabel="missing part of x' and y'")  # fmt: skip
+    formulas = [part["formula"].text().replace(", ", "\n") for part in (first, second)]
+    axis.set_title(f"the missing term, and its formula\n{formulas[0]}", fontsize=9)
+    axis.set(xlabel="x y, prey times predators", ylabel="missing part of x' and y'")  # fmt: skip
     axis.legend(fontsize=8)
     axis = axes[1, 1]
     for column, (name, color) in enumerate((("hares", "C0"), ("lynxes", "C3"))):
@@ -372,8 +375,8 @@ def draw(first: dict[str, Any], second: dict[str, Any], errors: dict[str, float]
                   label=f"{name}, formula")  # fmt: skip
         axis.plot(1900 + second["times"], 10 * second["observed"][:, column],
                   **{**DATA, "mec": color, "label": f"{name}, pelts"})  # fmt: skip
-    axis.set(title=f"pelts sold to the Hudson's Bay Company\n{second['formula'].text()}",
-             xlabel="year", ylabel="pelts, thousands", xticks=range(1900, 1921, 5))  # fmt: skip
+    axis.set_title(f"pelts sold to the Hudson's Bay Company\n{formulas[1]}", fontsize=9)
+    axis.set(xlabel="year", ylabel="pelts, thousands", xticks=range(1900, 1921, 5))  # fmt: skip
     axis.legend(fontsize=8)
     return drawn
 

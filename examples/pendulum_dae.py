@@ -143,6 +143,12 @@ def run(options: argparse.Namespace) -> Outcome:
         result: torch.Tensor = ((solve(START[:4], t)[:, :2] - observed) / NOISE).square().mean()
         return result
 
+    gradient = lambda: torch.autograd.grad(loss(), [*drag.parameters()])  # noqa: E731
+    measured = measure(gradient, 3, warm_up=True)
+    gradients = compare_gradients(
+        Pendulum(drag, reduced=True), loss, list(drag.parameters()), method="dopri5", rtol=1e-5,
+        atol=1e-7,
+    )  # fmt: skip
     training = train(drag, loss, options, rate=0.05, label="drag", clip=10.0)
     polished = polish(drag, loss, options, options.iterations // 2)
     with torch.no_grad():
@@ -160,13 +166,9 @@ def run(options: argparse.Namespace) -> Outcome:
         for name, value in paths.items()
     ]
     rows += drifts(drag, options.quick)
-    measured = measure(lambda: torch.autograd.grad(loss(), [*drag.parameters()]), 3, warm_up=True)
     rows.append({"what": "gradient, pnode, DAE by bdf", "CPU ms": 1e3 * measured.cpu_seconds,
                  "MiB": measured.peak_mib})  # fmt: skip
-    rows += compare_gradients(
-        Pendulum(drag, reduced=True), loss, list(drag.parameters()), method="dopri5", rtol=1e-5,
-        atol=1e-7,
-    )  # fmt: skip
+    rows += gradients
     numbers = {
         "drag_error": (error.square().mean() / Drag()(speeds).square().mean()).sqrt().item(),
         "path_errors": paths, "drift": drift(learned.ys), "misfit": polished.losses[-1],

@@ -297,7 +297,7 @@ def distance(found: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def gradients(part: Learned, data: tuple[torch.Tensor, ...]) -> list[dict[str, Any]]:
-    """Measure the gradient of the first part's loss beside torchdiffeq's."""
+    """Measure a gradient of the first part's loss beside torchdiffeq's."""
     field = Forced(part)
     field.inputs = data[0]
     return compare_gradients(
@@ -347,7 +347,8 @@ def run(options: argparse.Namespace) -> Outcome:
         "bolted_rejected": stats.rejected, "newton": stats.newton,
         "parameters": [sum(p.numel() for p in pair[0].parameters()) for pair in parts.values()],
     }  # fmt: skip
-    rows += gradients(learned[0], data[0])
+    untrained = Learned(torch.Generator().manual_seed(10 * options.seed))
+    rows += gradients(untrained, data[0])
     return Outcome(numbers, rows, lambda: draw(hung, bolted, energies, rows))
 
 

@@ -189,6 +189,11 @@ def run(options: argparse.Namespace) -> Outcome:
     unseen, tested = starts(UNSEEN, generator), starts(UNSEEN, generator)
     fields = {name: Field(options.seed, name != "plain net") for name in COLORS}
     lagrangian = Lagrangian(fields["conservation"], observed, unseen)
+    gradients = compare_gradients(
+        fields["structure"],
+        lambda solve: data_loss(solve(observed[0], times(SEEN)), observed),
+        list(fields["structure"].parameters()), method="dopri5",
+    )  # fmt: skip
     losses = {name: learn(fields[name], observed, options, name.split()[0])
               for name in ("plain net", "structure")}  # fmt: skip
     losses["conservation"] = learn_constrained(fields["conservation"], lagrangian, options)
@@ -208,11 +213,7 @@ def run(options: argparse.Namespace) -> Outcome:
             "rad off at 3 s": errors[name][60].item(), "energy off at 1 s": drifts[name][20].item(),
             "off at 3 s": drifts[name][60].item(), "loss": losses[name][-1],
         })  # fmt: skip
-    rows += compare_gradients(
-        fields["structure"],
-        lambda solve: data_loss(solve(observed[0], times(SEEN)), observed),
-        list(fields["structure"].parameters()), method="dopri5",
-    )  # fmt: skip
+    rows += gradients
     numbers = {
         "errors_1s": {name: values[20].item() for name, values in errors.items()},
         "errors_3s": {name: values[60].item() for name, values in errors.items()},
