@@ -29,7 +29,34 @@ Run it (about three minutes on one core)::
 
     python examples/flow.py
 
-MEASURED
+Measured with pnode 0.2.0 on 2026-11-29, seed 0, 300 updates with 256 samples each; NLL of 2000
+samples that were not learned from, and what dopri5 takes for them:
+
+=============  =====  =====  =======  ========  ==  ===============
+density        NLL    least  kinetic  Jacobian  f   training, CPU s
+=============  =====  =====  =======  ========  ==  ===============
+ring           2.172  2.127  0.79     2.13      79  22
+moons          1.699  1.547  1.31     6.19      51  28
+mixture in 43  34.87  32.56  33.8     22.1      73  24
+=============  =====  =====  =======  ========  ==  ===============
+
+One gradient of the exact NLL with ``--quick``, 64 samples, beside torchdiffeq 0.2.5, which has the
+trace in the state and in its error norm; errors are those against rtol 1e-10:
+
+===================================  =======  ========  ======  ====
+gradient by                          NLL      gradient  CPU ms  MiB
+===================================  =======  ========  ======  ====
+ring, pnode                          2.6e-7   6.1e-6    42      3.1
+ring, torchdiffeq odeint             8.2e-8   1.0e-4    56      3.8
+ring, torchdiffeq odeint_adjoint     8.2e-8   2.1e-5    93      0.7
+16, pnode                            8.3e-7   6.1e-6    104     45
+16, torchdiffeq odeint               2.4e-7   1.6e-5    90      54
+16, torchdiffeq odeint_adjoint       2.4e-7   5.2e-6    133     6.6
+===================================  =======  ========  ======  ====
+
+What did not work: to be faster than that. As cost integrals the trace and the regularisers evaluate
+the network a second time beside f, where a state with the trace in it gets both from one product, and
+solves with ``cost=`` are not compiled.
 """
 
 from __future__ import annotations

@@ -24,18 +24,18 @@ Run it::
 
     python examples/port_hamiltonian.py
 
-Measured with pnode 0.2.0 on 2026-11-29, seed 0, one thread, with --quick (23 s of CPU):
+Measured with pnode 0.2.0 on 2026-11-29, seed 0, one thread (20 s of CPU):
 
 ========================  ======  ===============  ===
 what                      error   energy rises by  f
 ========================  ======  ===============  ===
-hung, port-Hamiltonian    0.0994  0
-hung, plain net           0.729   0.077
-bolted, port-Hamiltonian  0.079   0                446
+hung, port-Hamiltonian    0.0083  0
+hung, plain net           0.0365  0.0054
+bolted, port-Hamiltonian  0.0055  0                385
 ========================  ======  ===============  ===
 
-Bolted together, v1 - v2 drifts by less than 1e-6 in 15 s. torchdiffeq can train the parts and solve
-the hung ones, but has no method for the bolted ones.
+Bolted together, v1 - v2 drifts by 5e-8 in 15 s. torchdiffeq can train the parts and solve the hung
+ones, but has no method for the bolted ones.
 
 What did not work: with constants in the energy's network the learned momentum at rest is not zero.
 Started from p = 0 the bolted masses keep a difference of velocities, at which the bolt does work,

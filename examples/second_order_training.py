@@ -28,7 +28,22 @@ Run it (about two minutes on one core)::
 
     python examples/second_order_training.py
 
-MEASURED
+Measured with pnode 0.2.0 on 2026-11-29, seed 0, one thread, networks of 722 parameters:
+
+=================  ==========  ======  =====
+optimizer          iterations  loss    CPU s
+=================  ==========  ======  =====
+Gauss-Newton       12          1.1e-3  7.3
+Kronecker factors  56          9.5e-5  4.5
+L-BFGS             160         5.8e-5
+Adam, rate 1e-2    200         5.1e-2  2.8
+=================  ==========  ======  =====
+
+The stages' gradient equals that of ``backward()``, and G v that of the whole Jacobian, to 1e-15.
+
+What did not work: to beat L-BFGS, which has as many paths and as little noise as it could wish for.
+Gauss-Newton's iterations are few and cost up to twenty of the others, and a fifth of its steps is
+undone. Without the plane of two directions the Kronecker factors need half as many iterations again.
 """
 
 from __future__ import annotations
