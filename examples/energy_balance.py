@@ -16,8 +16,9 @@ The four parameters are found by Gauss-Newton: ``pnode.sensitivities`` has the J
 outputs, one solve with four tangents. The covariance is that of the linearised problem, noise^2
 inv(J^T J), with a wide prior added, and gives the equilibrium warming of doubled carbon dioxide,
 3.71 / lambda, with its deviation. That it means what it says is counted on further records: how
-many have the truth in their 95 % ellipsoid, and in the region that takes the misfit as it is. The peer is a physics-informed network (PINN) in plain
-torch, which learns T(t), D(t) and the parameters together, and has no covariance.
+many have the truth in their 95 % ellipsoid, and in the region that takes the misfit as it is. The
+peer is a physics-informed network (PINN) in plain torch, which learns T(t), D(t) and the parameters
+together, and has no covariance.
 
 Run it::
 
@@ -42,16 +43,16 @@ steps end at kinks                       139    9         900   1.4e-7
 kinks unknown                            187    175       2350  4.6e-6
 =======================================  =====  ========  ====  =========
 
-What did not work: ellipsoids. Of 40 further records 78 % have the truth in the ellipsoid that should
-hold 95 %, though its matrix is right (two ways to the Jacobian agree to 1e-14). Two things are behind
-it: the prior's center is half a deviation off the truth, in the direction of which a record says next
-to nothing (with the prior around the truth 88 % were inside, 35 of 40); and the rest is that the misfit is no quadratic
-so far out, gamma being known to a factor of two. Neither the steps of a year nor the sample
-matters: steps of a quarter and 300 records gave 85 %, and 92 % with the other prior. The region
-that takes the misfit as it is, all parameters whose misfit exceeds the least by less than 9.5, held
-the truth in 98 % (97 % of the 300). Use that one; the ellipsoid is a scale. Without a prior
-Gauss-Newton loses the deep ocean (C_deep goes to zero), of which a surface record of 170 years says
-next to nothing.
+What did not work: ellipsoids. Of 40 further records 78 % have the truth in the ellipsoid that
+should hold 95 %, though its matrix is right (two ways to the Jacobian agree to 1e-14). Two things
+are behind it: the prior's center is half a deviation off the truth, in the direction of which a
+record says next to nothing (with the prior around the truth 88 % were inside, 35 of 40); and the
+rest is that the misfit is no quadratic so far out, gamma being known to a factor of two. Neither
+the steps of a year nor the sample matters: steps of a quarter and 300 records gave 85 %, and 92 %
+with the other prior. The region that takes the misfit as it is, all parameters whose misfit exceeds
+the least by less than 9.5, held the truth in 98 % (97 % of the 300). Use that one; the ellipsoid is
+a scale. Without a prior Gauss-Newton loses the deep ocean (C_deep goes to zero), of which a surface
+record of 170 years says next to nothing.
 """
 
 from __future__ import annotations

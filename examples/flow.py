@@ -29,8 +29,8 @@ Run it (about three minutes on one core)::
 
     python examples/flow.py
 
-Measured with pnode 0.2.0 on 2026-11-29, seed 0, 300 updates with 256 samples each; NLL of 2000
-samples that were not learned from, and what dopri5 takes for them:
+Measured with pnode 0.2.0 on 2026-11-29, seed 0, 300 updates with 256 samples each, these three
+densities one by one; NLL of 2000 samples that were not learned from, and what dopri5 takes:
 
 =============  =====  =====  =======  ========  ==  ===============
 density        NLL    least  kinetic  Jacobian  f   training, CPU s
@@ -55,8 +55,8 @@ ring, torchdiffeq odeint_adjoint     8.2e-8   2.1e-5    93      0.7
 ===================================  =======  ========  ======  ====
 
 What did not work: to be faster than that. As cost integrals the trace and the regularisers evaluate
-the network a second time beside f, where a state with the trace in it gets both from one product, and
-solves with ``cost=`` are not compiled.
+the network a second time beside f, where a state with the trace in it gets both from one product,
+and solves with ``cost=`` are not compiled.
 """
 
 from __future__ import annotations

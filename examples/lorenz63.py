@@ -30,8 +30,8 @@ network    0.881       0.136     2.22     5.0
 hybrid     2.46        0.77      5.89     6.6
 =========  ==========  ========  =======  ===============
 
-The hybrid's residual is 3.2 % off the true one, 4 x in y'. What did not work: a fifth of the training
-(``--quick``) leaves it at 13 %, and the network alone of no use.
+The hybrid's residual is 3.2 % off the true one, 4 x in y'. What did not work: a fifth of the
+training (``--quick``) leaves it at 13 %, and the network alone of no use.
 
 The steps of the training are half an interval: with longer ones the network would learn the errors
 of rk4 along with the residual, see ``modified_equation.py``.

@@ -23,8 +23,8 @@ Run it::
     python examples/pendulum_dae.py
 
 Measured with pnode 0.2.0 on 2026-11-29, seed 0, one thread (15 s of CPU). From 3 to 9 s the path is
-3.4 mm off with the learned drag and 81 mm with the untrained one; the drag itself is 8.7 % off, most
-at low speeds, which say little about it. Drift of the rod's length over 3 s:
+3.4 mm off with the learned drag and 81 mm with the untrained one; the drag itself is 8.7 % off,
+most at low speeds, which say little about it. Drift of the rod's length over 3 s:
 
 ========================  ======  =======  =====  ====  ======
 method                    rtol    drift    steps  f     CPU ms

@@ -35,8 +35,9 @@ conservation  0.185           0.655           0.222              0.863
 ============  ==============  ==============  =================  ==========
 
 The structure halves the errors at 1 s. What did not work: the conservation law, kept to 5 % along
-the unseen paths, adds nothing at 1 s, and takes two fifths off the error of the energy at 3 s, where
-all angles are far off. In a training of a few seconds (``--quick``) it takes a third off at 1 s too.
+the unseen paths, adds nothing at 1 s, and takes two fifths off the error of the energy at 3 s,
+where all angles are far off. In a training of a few seconds (``--quick``) it takes a third off at 1
+s too.
 """
 
 from __future__ import annotations
