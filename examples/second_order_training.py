@@ -1,7 +1,7 @@
 """Second-order training: Gauss-Newton products and Kronecker factors of a solve.
 
 A network f is to be the field of a spiral, y' = A y^3 (the example of Chen et al., NeurIPS 2018),
-from states at 10 times on each of 32 paths. The loss is a mean of n squares, |r|^2, so its
+from states at 10 times on each of 32 paths. The loss is a sum of squares of residuals r, so its
 curvature is about that of Gauss and Newton, G = 2 J^T J with the Jacobian J = dr/dp. Two ways
 to use it, J never being formed:
 
