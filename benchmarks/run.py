@@ -21,6 +21,7 @@ SCRIPTS = {
     "growth.py": ["--gradients", "100"],
     "scaling.py": ["--quick"],
     "derivatives.py": ["--quick"],
+    "derivative_errors.py": ["--quick"],
     "samples.py": ["--quick"],
     "reaction_diffusion.py": ["--quick"],
 }

@@ -69,6 +69,22 @@ class StageSweep:
         tensors = (self._y0, *own.parameters, *own.frozen)
         return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
+    def refuse_written(self, remedy: str) -> None:
+        """Refuse a sweep after y0 or a parameter was written into.
+
+        Raises
+        ------
+        FieldChanged
+            Naming what was written into, and the remedy.
+        """
+        if self._written() != self._versions:
+            assert self._run.surroundings is not None
+            raise FieldChanged(
+                "y0 or a parameter was written into after the solve"
+                f"{self._run.surroundings.differences()}: {remedy}",
+                method=self._engine.method.name,
+            )
+
     def take(self, cotangents: Any, callback: Callable[[Stage], Any]) -> None:
         """Take a sweep: see :meth:`pnode.Solution.stages`. Collective."""
         run = self._run
@@ -123,13 +139,7 @@ class StageSweep:
         """Return the cotangents as ``(T, size)``, after all checks that are one rank's own."""
         if not callable(callback):
             raise ConfigurationError(f"callback={callback!r}: give a callable of a pnode.Stage")
-        if self._written() != self._versions:
-            assert self._run.surroundings is not None
-            raise FieldChanged(
-                "y0 or a parameter was written into after the solve"
-                f"{self._run.surroundings.differences()}: call stages() before that",
-                method=self._engine.method.name,
-            )
+        self.refuse_written("call stages() before that")
         if self._call.structure is not None:
             cotangents = self._call.structure.lower_like(
                 cotangents, ConfigurationError, "cotangents"

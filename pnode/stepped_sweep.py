@@ -56,9 +56,7 @@ class SteppedSweep(Sweep):
 
     def takes_batches(self, run: Run) -> bool:
         """Whether :meth:`reverse` takes several cotangents at once; see :class:`Sweep`."""
-        method, ranks = self._engine.method, run.problem.ranks
-        one = method.symplectic or method.linearly_implicit or run.settings.graphs or ranks.parallel
-        return not (one or self.dense)
+        return not (run.settings.graphs or run.problem.ranks.parallel or self.dense)
 
     def recorded(self) -> tuple[Sequence[Step], tuple[int, ...]]:
         """Return the steps, and for each output that one hits how many come before it."""

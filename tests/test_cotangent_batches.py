@@ -122,7 +122,7 @@ def test_gradients_through_a_batch():
         assert torch.allclose(one, other, rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize("method", ["rk4", "es325"])
+@pytest.mark.parametrize("method", ["rk4", "es325", "rodaspr"])
 def test_fields_that_torch_cannot_batch(method):
     rate = torch.tensor(0.1, dtype=D, requires_grad=True)
     fields = (lambda t, y: -rate * NotBatched.apply(y), lambda t, y: -rate * y**3)
@@ -138,7 +138,7 @@ def test_fields_that_torch_cannot_batch(method):
 
 
 def test_other_sweeps_are_taken_one_by_one(one_by_one):
-    """Rosenbrock methods, dense output: the same numbers, whoever takes them."""
+    """Dense output, and Rosenbrock methods in one: the same numbers, whoever takes them."""
     for options in ({"method": "rodaspr"}, {"method": "es325", "dense": True}):
         solver = solver_of("rhs", **options)
         found = jacrev(lambda y0, solver=solver: solver(y0, T).ys)(Y0)

@@ -273,6 +273,26 @@ def test_bytes_of_a_graph():
     assert graph_bytes(part, [x]) >= 2 * NODE_BYTES
 
 
+def test_bytes_of_what_a_function_keeps_in_its_context():
+    """An attribute may be a number in one node and a tensor in the next."""
+
+    class Scale(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, factor):
+            ctx.factor = factor
+            return x * 2.0
+
+        @staticmethod
+        def backward(ctx, w):
+            return 2.0 * w, None
+
+    x = torch.ones(1000, dtype=D, requires_grad=True)
+    for _ in range(2):
+        assert graph_bytes(Scale.apply(x, 2.0), [x]) == 2 * NODE_BYTES
+        kept = Scale.apply(x, torch.ones(500, dtype=D))
+        assert graph_bytes(kept, [x]) == 2 * NODE_BYTES + 4000
+
+
 class Keeper(torch.nn.Module):
     """Owns f and keeps what a solve returns."""
 

@@ -38,6 +38,7 @@ LEAVES = {
         "compared",
         "ghost_cells",
         "ghost_layouts",
+        "dm_layouts",
         "grids",
         "labelled",
         "layouts",
@@ -49,6 +50,7 @@ LEAVES = {
         "optional",
         "options",
         "pair_layout",
+        "petsc_vectors",
         "plotting",
         "presentation",
         "private_files",
@@ -58,6 +60,7 @@ LEAVES = {
         "ranks",
         "reals",
         "saving",
+        "second_products",
         "series",
         "signals",
         "solution",
@@ -99,6 +102,7 @@ LEVELS = {
     "pnode.parts": 3,
     "pnode.rebinding": 3,
     "pnode.tangents": 3,
+    "pnode.second_sweeps": 3,
     "pnode.tangent_solves": 3,
     "pnode.configuration": 3,
     "pnode.continuous": 3,
@@ -279,7 +283,7 @@ def test_schedules_import_neither_petsc_nor_torch(name: str) -> None:
 # solves a problem and takes its gradient as a user would.
 CALLS_AUTOGRAD = {
     "pnode.linearization", "pnode.products", "pnode.vectorfield", "pnode.solvers.compiled.trace",
-    "pnode.testing", "pnode.diagnosis.probe",
+    "pnode.testing", "pnode.diagnosis.probe", "pnode.second_products",
     "pnode.sensitivities", "pnode.tangents", "pnode.adjoint.ahead",  # transforms of torch.func
     "pnode.transforms", "pnode.watching", "pnode.linearized",  # look at tangents
 }  # fmt: skip

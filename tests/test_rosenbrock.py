@@ -316,7 +316,13 @@ def test_second_derivatives_of_a_vector_field(direction):
     J = torch.autograd.functional.jacobian(lambda x: g(time, x), y, create_graph=True)
     slope = torch.autograd.functional.jacobian(lambda s: g(s, y), time, create_graph=True)
     assert torch.allclose(ours.time_derivative(), slope, rtol=1e-14)
-    pairs = ((ours.second_vjp(w, v), w @ J @ v), (ours.time_derivative_vjp(w), w @ slope))
+    rows, one = torch.stack([w, 2.0 * v]), torch.tensor([1.0, 0.5], dtype=torch.float64)
+    pairs = (
+        (ours.second_vjp(w[None], v[None]), w @ J @ v),
+        (ours.second_vjp(w[None], 0.0 * v[None], one[:1]), w @ slope),
+        (ours.second_vjp(rows, rows.flip(0), one),
+         2.0 * (w @ J @ v + v @ J @ w) + w @ slope + v @ slope),
+    )  # fmt: skip
     for products, scalar in pairs:
         state, parameters = torch.autograd.grad(scalar, [y, p], retain_graph=True)
         assert torch.allclose(products.state, state, rtol=1e-13)
