@@ -57,7 +57,7 @@ test: lint ## lint, types, then all tests
 	$(RUN) $(BIN)/python tools/run_ranks.py
 
 quick: setup ## the sharpest test of each area
-	$(PYTEST) -q $$(grep -v '^#' tests/quick.txt)
+	PNODE_CACHE_DIR=$(abspath $(VENV))/compiled $(PYTEST) -q $$(grep -v '^#' tests/quick.txt)
 
 lint: setup ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .

@@ -23,14 +23,6 @@ COUPLED = [method.name for method in METHODS if method.coupled]
 ADAPTIVE = [m.name for m in METHODS if m.adaptive and m.name in (*ROSW, *DIRK)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory):
-    """Programs of this run alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PNODE_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
-        yield
-
-
 class Kinetics(torch.nn.Module):
     """Stiff, nonlinear, non-autonomous, with parameters; the second of them stays unused."""
 
@@ -501,7 +493,9 @@ def test_without_a_compiler_a_solve_goes_on(monkeypatch):
     assert difference(ys[1], START * (1.0 - 0.45) / (1.0 + 0.45)) < 1e-12
 
 
-def test_a_damaged_program_is_built_again():
+def test_a_damaged_program_is_built_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("PNODE_CACHE_DIR", str(tmp_path))  # others build programs meanwhile
+
     def field(t, y):
         return -7.0 * y
 

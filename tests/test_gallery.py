@@ -231,6 +231,7 @@ def test_kuramoto_sivashinsky_on_one_rank_and_two(tmp_path):
         folder = tmp_path / str(ranks)
         command = [mpiexec(), "-n", str(ranks), sys.executable]
         command += [str(ROOT / "examples" / "kuramoto_sivashinsky.py"), "--quick", "--no-plot"]
+        command += ["--iterations", "2"]
         run = subprocess.run(
             [*command, "--output", str(folder)], capture_output=True, text=True, timeout=500,
             check=False,

@@ -77,7 +77,7 @@ def test_reactors_on_two_ranks(tmp_path):
     for ranks in (1, 2):
         folder = tmp_path / str(ranks)
         command = [mpiexec(), "-n", str(ranks), sys.executable, str(ROOT / "examples/reactors.py")]
-        options = ["--quick", "--reactors", "6", "--no-plot", "--output", str(folder)]
+        options = ["--quick", "--reactors", "4", "--no-plot", "--output", str(folder)]
         threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         run = subprocess.run(
             [*command, *options], env={**os.environ, **threads}, capture_output=True, text=True,

@@ -7,11 +7,11 @@ import weakref
 
 import pytest
 import torch
+from representatives import representatives
 
 import pnode
 from pnode.errors import NonFiniteDerivative, NonFiniteVectorField, VectorFieldError
 from pnode.graphs import NODE_BYTES, graph_bytes
-from pnode.solvers.methods import METHODS
 
 D = torch.float64
 TIMES = torch.tensor([0.0, 0.3, 1.0], dtype=D)
@@ -21,7 +21,7 @@ STORES = {
     "stages": pnode.Checkpointing(store="stages"),
     "budget": 1200,
 }
-EXPLICIT = [method.name for method in METHODS if method.keeps_graphs]
+EXPLICIT = [method.name for method in representatives() if method.keeps_graphs]
 A_FEW = ["rk4", "dopri5", "ssprk43", "cn", "es325", "bdf2", "rodaspr"]
 
 

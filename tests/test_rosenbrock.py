@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from replica import replica, rosw_step
+from representatives import representatives
 from test_gradients import Field, gradients, initial, relative_difference, weights_like
 
 import pnode
@@ -211,8 +212,10 @@ def test_methods_of_w_type_do_not_need_the_time_slope():
 # ---------------------------------------------------------------------------------------- gradients
 
 
-@pytest.mark.parametrize("jacobian", ["dense", "matrix-free"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "jacobian"),
+    [(name, "dense") for name in NAMES] + [(m.name, "matrix-free") for m in representatives(ROSW)],
+)
 def test_equals_autograd_through_a_replica(name, jacobian):
     """To round-off: there is no iteration but the Krylov one, which stops at 1e-12."""
     field, y0 = Field(), initial()
