@@ -127,26 +127,23 @@ class Outputs(Observer):
     ----------
     run : Run
         Whose outputs.
-    integrator : TimeIntegrator
-        Whose solution is the sweep's.
     trajectory : Trajectory or None
         Told of each.
     """
 
-    def __init__(self, run: Run, integrator: TimeIntegrator, trajectory: Trajectory | None) -> None:
+    def __init__(self, run: Run, trajectory: Trajectory | None) -> None:
         layout, number = run.problem.layout, len(run.problem.times)
         self._ys = torch.empty((number, layout.size), dtype=layout.dtype, device=layout.device)
-        self._integrator = integrator
         self._trajectory = trajectory
         self.number = self._taken_up = 0
 
-    def add(self, state: torch.Tensor | None = None) -> None:
-        """Take the next output: a state given, or the solution as it stands."""
+    def add(self, state: torch.Tensor, after: int | None = None) -> None:
+        """Take the next output; so many steps come before it, or those so far."""
         row = self._ys[self.number]
-        row.copy_(vectors.view(self._integrator.solution) if state is None else state)
+        row.copy_(state)
         self.number += 1
         if self._trajectory is not None:
-            self._trajectory.mark_output(row)
+            self._trajectory.mark_output(row, after)
 
     def output(self, index: int, integrator: TimeIntegrator) -> None:
         """Take an output from the solution, unless it was reached in another process."""

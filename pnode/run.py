@@ -71,6 +71,8 @@ class Recorded:
         What f saw.
     tangents : Tangents or None
         What is solved with tangents, if they are.
+    pieces : tuple of int or None
+        Steps whose interpolants' coefficients are to be outputs, between the first and the last.
     """
 
     steps: Sequence[Step]
@@ -78,6 +80,7 @@ class Recorded:
     settings: IntegratorSettings
     surroundings: Surroundings
     tangents: Tangents | None = None
+    pieces: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,9 @@ class Requests:
 
 class Sweep(ABC):
     """A forward sweep that was taken, and its discrete adjoint."""
+
+    #: Steps whose interpolants' coefficients are outputs.
+    pieces: tuple[int, ...] | None = None
 
     @property
     @abstractmethod

@@ -66,6 +66,8 @@ class SteppedSweep(Sweep):
         assert trajectory is not None
         inside = self.interpolated
         hits = [steps for i, steps in enumerate(trajectory.outputs) if i not in inside]
+        if self.dense is not None:  # which has those between the first and the last
+            hits = hits[:1] + hits[1:][-1:]
         return trajectory.steps, tuple(hits)
 
     def noted(self, output: int) -> Sequence[float]:
@@ -152,17 +154,20 @@ class SteppedSweep(Sweep):
         """Take all steps; return the integrator that took the last one, and the outputs."""
         trajectory = self.trajectory
         problem, times = run.problem, run.problem.times
-        outputs = Outputs(run, integrator, trajectory)
-        observers: list[Observer] = [outputs]
+        outputs = Outputs(run, trajectory)
+        observers: list[Observer] = []
         if locator is not None:
             observers.append(locator)
         if trajectory is not None:
             observers.append(Recorder(trajectory, problem.ranks.attempt, self._reproducible))
         if requests.dense:
-            self.dense = DenseOutput(times, integrator, field, outputs.add, keep)
+            pieces = None if requests.recorded is None else requests.recorded.pieces
+            self.pieces = pieces
+            self.dense = DenseOutput(times, integrator, field, outputs.add, keep, pieces)
             observers.append(self.dense)
             integrator.whole_graphs = self.dense.scheme is not None
             times = (times[0], *times[1:][-1:])  # those that steps are to hit
+        observers.append(outputs)  # behind those that come before the last one
         if requests.monitor is not None:
             observers.append(Monitor(requests.monitor, problem, requests.steps_before or 0))
         done: list[Step] = []
