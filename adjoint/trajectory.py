@@ -141,7 +141,7 @@ class Trajectory:
         self.ready = True
 
     def mark_output(self, state: torch.Tensor, after: int | None = None) -> None:
-        """Note that an output time was reached with this state: after the steps so far, or fewer."""
+        """Note an output with this state: after the steps so far, or after fewer."""
         if self.progress is not None:
             self.progress.add_output(len(self.outputs), len(self.steps), state)
         self.outputs.append(len(self.steps) if after is None else after)

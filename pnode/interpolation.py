@@ -68,14 +68,18 @@ def hermite_polynomials(nodes: tuple[float, ...] = (0.0, 1.0)) -> Any:
 
 def hermite(theta: float, nodes: tuple[float, ...] = (0.0, 1.0)) -> Hermite:
     """Return the weights of the Hermite interpolant, the cubic one of a step by default."""
-    state, slope = powers.polyval(theta, np.moveaxis(hermite_polynomials(nodes), -1, 0)).tolist()
-    return Hermite(tuple(state), tuple(slope))
+    return _evaluated(theta, np.moveaxis(hermite_polynomials(nodes), -1, 0))
 
 
 def hermite_rate(theta: float, nodes: tuple[float, ...] = (0.0, 1.0)) -> Hermite:
     """Return the derivatives of the weights with respect to theta."""
     rates = powers.polyder(np.moveaxis(hermite_polynomials(nodes), -1, 0))
-    state, slope = powers.polyval(theta, rates).tolist()
+    return _evaluated(theta, rates)
+
+
+def _evaluated(theta: float, polynomials: Any) -> Hermite:
+    weights: Any = powers.polyval(theta, polynomials)
+    state, slope = weights.tolist()
     return Hermite(tuple(state), tuple(slope))
 
 

@@ -15,6 +15,7 @@ from pnode.adjoint.disk import DiskFolder
 from pnode.adjoint.identity import fingerprint
 from pnode.adjoint.offload import DeviceLevel, Offload
 from pnode.adjoint.resume import Progress
+from pnode.adjoint.steps import Steps
 from pnode.adjoint.store import CheckpointStore
 from pnode.adjoint.trajectory import Trajectory
 from pnode.engine import Engine
@@ -25,7 +26,7 @@ from pnode.solvers.step_control import fixed_grid
 from pnode.solvers.stepping import Observer, Step
 from pnode.vectors import REAL
 
-__all__ = ["Outputs", "Recorder", "new_trajectory"]
+__all__ = ["Noted", "Outputs", "Recorder", "new_trajectory"]
 
 
 def _itself(folder: DiskFolder) -> DiskFolder:
@@ -169,6 +170,22 @@ class Outputs(Observer):
         """Return the outputs, shape ``(T, size)``."""
         whole = self.number == len(self._ys)
         return self._ys if whole else self._ys[: self.number].clone()
+
+
+class Noted(Observer):
+    """Notes the steps, and how many come before each output."""
+
+    def __init__(self) -> None:
+        self.steps = Steps()
+        self.outputs: list[int] = []
+
+    def after_step(self, step: Step, integrator: TimeIntegrator, last: bool) -> None:
+        """Note a step."""
+        self.steps.append(step)
+
+    def output(self, index: int, integrator: TimeIntegrator) -> None:
+        """Note an output."""
+        self.outputs.append(len(self.steps))
 
 
 class Recorder(Observer):

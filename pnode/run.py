@@ -117,6 +117,8 @@ class Requests:
         Of such a part: bytes that its checkpoints may take, if that is less than all may.
     sides : ndarray or None
         Of such a part: on which sides of its events the part before has ended.
+    steps : bool
+        Whether the steps are to be known afterwards, without gradients too.
     """
 
     monitor: Callable[[int, float, Any], None] | None = None
@@ -133,6 +135,7 @@ class Requests:
     steps_before: int | None = None
     memory: int | None = None
     sides: Any = None
+    steps: bool = False
 
 
 class Sweep(ABC):

@@ -20,7 +20,7 @@ from pnode.run import Recorded, Requests, Run
 from pnode.solution import Stage
 from pnode.transforms import in_forward_mode, is_wrapped, moves, transforms_active
 
-__all__ = ["StageSweep", "uncompiled"]
+__all__ = ["StageSweep", "uncompiled", "written"]
 
 
 def _nothing() -> None:
@@ -44,7 +44,7 @@ class StageSweep:
 
     def __init__(self, engine: Engine, run: Run, y0: torch.Tensor, call: Call) -> None:
         self._engine, self._run, self._y0, self._call = engine, run, y0, call
-        self._versions = self._written()
+        self._versions = written(run.problem, y0)
 
     @classmethod
     def of(cls, engine: Engine, run: Run, y0: torch.Tensor, call: Call) -> StageSweep | None:
@@ -62,12 +62,6 @@ class StageSweep:
     def __reduce__(self) -> Any:
         """Copies and pickles of a solution have numbers alone."""
         return _nothing, ()
-
-    def _written(self) -> list[int]:
-        """Return how often what the solve depends on was written into."""
-        own = self._run.problem
-        tensors = (self._y0, *own.parameters, *own.frozen)
-        return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
     def take(self, cotangents: Any, callback: Callable[[Stage], Any]) -> None:
         """Take a sweep: see :meth:`pnode.Solution.stages`. Collective."""
@@ -123,7 +117,7 @@ class StageSweep:
         """Return the cotangents as ``(T, size)``, after all checks that are one rank's own."""
         if not callable(callback):
             raise ConfigurationError(f"callback={callback!r}: give a callable of a pnode.Stage")
-        if self._written() != self._versions:
+        if written(self._run.problem, self._y0) != self._versions:
             assert self._run.surroundings is not None
             raise FieldChanged(
                 "y0 or a parameter was written into after the solve"
@@ -153,6 +147,12 @@ class StageSweep:
         if problem.integrals:
             flat.append(flat[0].new_zeros(number, problem.integrals))
         return torch.cat(flat, 1)
+
+
+def written(problem: InitialValueProblem, y0: torch.Tensor) -> list[int]:
+    """Return how often what a solve depends on was written into."""
+    tensors = (y0, *problem.parameters, *problem.frozen)
+    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def uncompiled(engine: Engine, run: Run, y0: torch.Tensor) -> Run:

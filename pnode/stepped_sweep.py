@@ -12,12 +12,13 @@ from pnode.adjoint.gradients import CostGradients
 from pnode.adjoint.nonfinite import check_parameters
 from pnode.adjoint.reverse import Repeated, Reverse, store_again, take_again
 from pnode.adjoint.trajectory import Trajectory
-from pnode.dense import DenseAdjoint, DenseOutput
+from pnode.dense import DenseOutput
+from pnode.dense_adjoint import DenseAdjoint
 from pnode.engine import Engine
 from pnode.event_locator import EventLocator
 from pnode.monitor import Monitor, backward_bar
 from pnode.products import accumulate
-from pnode.recording import Outputs, Recorder, new_trajectory
+from pnode.recording import Noted, Outputs, Recorder, new_trajectory
 from pnode.run import Requests, Run, Sweep
 from pnode.solvers.compiled.integrator import CompiledIntegrator, Start
 from pnode.solvers.petsc.integrator import TimeIntegrator
@@ -48,6 +49,14 @@ class SteppedSweep(Sweep):
         self._reproducible = False
         self.trajectory: Trajectory | None = None
         self.dense: DenseOutput | None = None
+        self._noted: Noted | None = None
+
+    @property
+    def steps(self) -> Sequence[Step]:
+        """The steps, if they were to be known."""
+        if self.trajectory is not None:
+            return self.trajectory.steps
+        return () if self._noted is None else self._noted.steps
 
     @property
     def interpolated(self) -> Set[int]:
@@ -127,8 +136,11 @@ class SteppedSweep(Sweep):
             repeated: Repeated | None = None
             if requests.recorded is not None:
                 repeated = leases.enter_context(Repeated(
-                    lambda _: engine.integrator(run.settings, field, y0), run.settings,
-                    requests.recorded.steps, run.stats, self._reproducible, integrator,
+                    lambda adaptive: engine.integrator(
+                        replace(run.settings, adaptive=adaptive), field, y0
+                    ),
+                    run.settings, requests.recorded.steps, run.stats, self._reproducible,
+                    integrator,
                 ))  # fmt: skip
             taker, outputs = self._sweep(run, integrator, field, keep, requests, locator, repeated)
             if repeated is None:  # which counts them itself
@@ -160,6 +172,9 @@ class SteppedSweep(Sweep):
             observers.append(locator)
         if trajectory is not None:
             observers.append(Recorder(trajectory, problem.ranks.attempt, self._reproducible))
+        if requests.steps and trajectory is None:
+            self._noted = Noted()
+            observers.append(self._noted)
         if requests.dense:
             pieces = None if requests.recorded is None else requests.recorded.pieces
             self.pieces = pieces
