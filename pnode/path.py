@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from pnode import autograd
+from pnode.adjoint.steps import Steps
 from pnode.arguments import choice
 from pnode.calls import Call
 from pnode.dense import coefficients
@@ -25,8 +26,10 @@ from pnode.integrals import parted
 from pnode.parts import Solved, Taken
 from pnode.problem import InitialValueProblem
 from pnode.rank_sums import replicated
+from pnode.recording import Noted
 from pnode.run import Recorded, Requests, Run
 from pnode.solution import Stats
+from pnode.solvers.methods import Method
 from pnode.solvers.stepping import Step
 from pnode.stages import written
 from pnode.stepped_sweep import SteppedSweep
@@ -37,6 +40,8 @@ __all__ = ["At", "Path", "check_at"]
 
 # How far beyond an end a time may be that is meant to be it, in spacings of its numbers.
 _SPACINGS = 4.0
+# How far a step taken again may be off, relative to the state: by the tolerance of Newton's method.
+_OFF, _OFF_IMPLICIT = 1e-6, 1e-3
 
 
 At: TypeAlias = Literal["times", "steps"]
@@ -75,15 +80,20 @@ class _Part:
     run: Run
     flat: torch.Tensor
     times: torch.Tensor
-    steps: Sequence[Step]
+    noted: Noted
     versions: list[int]
+
+    @property
+    def steps(self) -> Steps:
+        """The steps, in their order."""
+        return self.noted.steps
 
     @classmethod
     def of(cls, taken: Taken, trainable: bool) -> _Part:
         """Return that of a sweep, without its checkpoints."""
         own, run, flat, times = taken
         sweep = run.sweep
-        assert isinstance(sweep, SteppedSweep)
+        assert isinstance(sweep, SteppedSweep) and sweep.noted_steps is not None
         declared = (*own.parameters, *own.frozen)
         problem = own.but(
             function=held(own.function, declared), explicit=held(own.explicit, declared),
@@ -91,7 +101,25 @@ class _Part:
         )  # fmt: skip
         bare = Run(problem, run.stats, run.settings, surroundings=run.surroundings)
         flat = flat if trainable else flat.detach()
-        return cls(problem, bare, flat, times, sweep.steps, written(problem, flat))
+        return cls(problem, bare, flat, times, sweep.noted_steps, written(problem, flat))
+
+    def check(self, method: Method, pieces: Sequence[int], states: torch.Tensor) -> None:
+        """Compare where steps begin with where they have begun before."""
+        off, surroundings = _OFF_IMPLICIT if method.implicit else _OFF, self.run.surroundings
+        assert surroundings is not None
+        for piece, state in zip(pieces, plain(states).double(), strict=True):
+            if piece == 0:
+                continue
+            before = self.noted.sums[piece - 1]
+            if not abs(float(state.sum()) - before) <= off * float(state.abs().sum()):
+                raise FieldChanged(
+                    "the vector field is not the one that was solved with, as the steps taken "
+                    f"again lead elsewhere{surroundings.differences()}: ask for the "
+                    "solution before it changes, or solve again; fields with random numbers have "
+                    "no solution to be asked for",
+                    time=self.problem.direction * self.steps[piece].start,
+                    method=method.name,
+                )
 
     def again(
         self, engine: Engine, steps: Sequence[Step], hits: tuple[int, ...],
@@ -288,11 +316,14 @@ class Path:
         """Return those of steps' interpolants, shape ``(K, width, size)``. Collective."""
         width = coefficients(self._engine.method)
         # What comes behind a step may have a say in its interpolant.
-        steps = part.steps[: pieces[-1] + width // 2]
+        steps = part.steps[: pieces[-1] + width // 2 - 1]
         starts = [steps[piece].start for piece in pieces for _ in range(width)]
         times = (steps[0].start, *starts, steps[-1].end)
         _, ys, _ = part.again(self._engine, steps, (0, len(steps)), times, pieces)
-        return ys[1:-1].reshape(len(pieces), width, -1)
+        found = ys[1:-1].reshape(len(pieces), width, -1)
+        with self._problem.ranks.together():
+            self._problem.ranks.attempt(part.check, self._engine.method, pieces, found[:, 0])
+        return found
 
     def _as_before(self, rows: torch.Tensor, numbers: Any) -> torch.Tensor:
         """Return states with the numbers that the solve has returned at its output times."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -173,15 +174,17 @@ class Outputs(Observer):
 
 
 class Noted(Observer):
-    """Notes the steps, and how many come before each output."""
+    """Notes the steps, how many come before each output, and the sum of each step's end state."""
 
     def __init__(self) -> None:
         self.steps = Steps()
         self.outputs: list[int] = []
+        self.sums = array("d")
 
     def after_step(self, step: Step, integrator: TimeIntegrator, last: bool) -> None:
         """Note a step."""
         self.steps.append(step)
+        self.sums.append(float(vectors.view(integrator.solution).sum()))
 
     def output(self, index: int, integrator: TimeIntegrator) -> None:
         """Note an output."""

@@ -42,6 +42,8 @@ class SteppedSweep(Sweep):
         Steps and checkpoints; None without gradients.
     dense : DenseOutput or None
         Outputs inside of steps.
+    noted_steps : Noted or None
+        The steps, if they were to be known.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -49,14 +51,7 @@ class SteppedSweep(Sweep):
         self._reproducible = False
         self.trajectory: Trajectory | None = None
         self.dense: DenseOutput | None = None
-        self._noted: Noted | None = None
-
-    @property
-    def steps(self) -> Sequence[Step]:
-        """The steps, if they were to be known."""
-        if self.trajectory is not None:
-            return self.trajectory.steps
-        return () if self._noted is None else self._noted.steps
+        self.noted_steps: Noted | None = None
 
     @property
     def interpolated(self) -> Set[int]:
@@ -172,9 +167,9 @@ class SteppedSweep(Sweep):
             observers.append(locator)
         if trajectory is not None:
             observers.append(Recorder(trajectory, problem.ranks.attempt, self._reproducible))
-        if requests.steps and trajectory is None:
-            self._noted = Noted()
-            observers.append(self._noted)
+        if requests.steps:
+            self.noted_steps = Noted()
+            observers.append(self.noted_steps)
         if requests.dense:
             pieces = None if requests.recorded is None else requests.recorded.pieces
             self.pieces = pieces
