@@ -104,13 +104,14 @@ def _compiled(
                 cache_folder(),
             )  # fmt: skip
         entry.made, entry.hindrance, run.entry = found.what, "", None
+        entry.left = "" if found.sweep is not None else "; ".join(found.reasons)
         return found
     reasons = "; ".join(found.reasons)
     if wanted.auto and found.changed:
         entry.changed(reasons)
         run.entry = entry
     else:
-        entry.made, entry.hindrance = "", reasons
+        entry.made, entry.left, entry.hindrance = "", "", reasons
     return None
 
 

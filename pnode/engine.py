@@ -30,7 +30,7 @@ from pnode.solvers.compiled.compiler import Compiler
 from pnode.solvers.create import create_integrator
 from pnode.solvers.linear.jacobians import JacobianOptions
 from pnode.solvers.linear.sparse import SparsityPattern
-from pnode.solvers.linear.structure import find_structure
+from pnode.solvers.linear.structure import find_structure, seems_constant
 from pnode.solvers.methods import Method
 from pnode.solvers.pairs import LINEAR
 from pnode.solvers.petsc.integrator import TimeIntegrator
@@ -232,9 +232,10 @@ class Engine:
     ) -> None:
         """Find the structure of a large Jacobian for "auto", if that may pay.
 
-        Short samples are looked for at the first solve of a shape, everything else once the systems
-        of a solve have taken many products. Not where a method rests on exact Jacobians, nor where
-        someone has chosen how to solve.
+        Short samples are looked for at the first solve of a shape, everything else once the
+        systems of a solve have taken many products, or at once for an IMEX method whose implicit
+        part seems to be linear: its matrix is factored once. Not where a method rests on exact
+        Jacobians, nor where someone has chosen how to solve.
         """
         method, more, layout = self.method, self.jacobian_options, problem.layout
         known = layout in self._structures
@@ -249,11 +250,14 @@ class Engine:
             or any(name.startswith(LINEAR) for name in self._chosen_options())
         ):  # fmt: skip
             return
-        hard = layout in self._hard
         part = vector_field(replace(problem, check_undeclared=False), ledger)
+        linearize = partial(part.linearize, problem.times[0])
         try:
+            hard = layout in self._hard or (
+                problem.explicit is not None and seems_constant(y0.detach(), linearize)
+            )
             found = find_structure(
-                layout, y0.detach(), partial(part.linearize, problem.times[0]),
+                layout, y0.detach(), linearize,
                 DENSE_LIMIT if hard else _SHORT_SAMPLE, _LARGEST_SPARSE if hard else 0,
             )  # fmt: skip
         except Exception:  # whatever f raises near y0
