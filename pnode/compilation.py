@@ -67,6 +67,7 @@ def begin(
         (problem.integrals > 0, "cost= is given"),
         (part, "breakpoints= are given"),
         (controlled, "sensitivity_control= is given"),
+        (engine.setup is not None, "petsc_setup= is given"),
         (auto and brings_tensors(problem.function), "args= has tensors: others are traced anew"),
         (problem.ranks.parallel or engine.exchange is not None, "ranks share the state"),
     ):

@@ -133,6 +133,8 @@ class Engine:
         Options prefix of all its PETSc objects.
     compile : bool or "auto"
         Whether solves are compiled where that is possible; "auto": once that pays.
+    setup : callable or None
+        The user's ``petsc_setup``.
     compiler : Compiler
         Compiles, and keeps what it has made.
     account : Account
@@ -149,6 +151,7 @@ class Engine:
     exchange: Layout | None = None
     prefix: str = field(default_factory=next_prefix)
     compile: bool | Literal["auto"] = False
+    setup: Callable[[Any], Any] | None = None
     _pool: _Pool = field(default_factory=_Pool, init=False)
     compiler: Compiler = field(default_factory=new_compiler, init=False)
     account: Account = field(default_factory=Account, init=False)
@@ -172,13 +175,13 @@ class Engine:
         """
         return _another, (
             self.method, self.control, self.jacobian, self.petsc_options, self.jacobian_options,
-            self.checkpointing, self.comm, self.exchange, self.compile,
+            self.checkpointing, self.comm, self.exchange, self.compile, self.setup,
         )  # fmt: skip
 
     def __deepcopy__(self, memo: Any) -> Engine:
         """Copies share the communicator and the layout, which belong to the process."""
-        make, (*settings, comm, exchange, compiled) = self.__reduce__()
-        return make(*deepcopy(settings, memo), comm, exchange, compiled)
+        make, (*settings, comm, exchange, compiled, setup) = self.__reduce__()
+        return make(*deepcopy(settings, memo), comm, exchange, compiled, deepcopy(setup, memo))
 
     @property
     def color_count(self) -> int:
@@ -347,12 +350,12 @@ class Engine:
             if settings.jacobian == "pair":  # whose systems are solved with the state's own
                 given = {k: v for k, v in given.items() if not k.startswith(LINEAR)}
                 prefix += "tangent_"
-            self._options[key] = SolverOptions(prefix, given, defaults, forward)
+            self._options[key] = SolverOptions(prefix, given, defaults, forward, self.setup)
         return self._options[key]
 
 
 def _another(*settings: Any) -> Engine:
     """Return an engine of the same settings, with the next number."""
-    *others, compiled = settings
+    *others, compiled, setup = settings
     make: Any = Engine
-    return make(*others, next_prefix(), compiled)
+    return make(*others, next_prefix(), compiled, setup)

@@ -67,6 +67,7 @@ def result(
     )
     solution = Solution(times, states, run.stats, "t_end", None, costs, stages, occurrences)
     solution.path = path if requests.dense else None
+    solution.home = engine.comm, engine.exchange
     if run.last is not None and events is not None:
         solution.reason, solution.event_time = "event", times[-1]
         solution.event = events.owner(run.last.entry)
