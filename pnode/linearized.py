@@ -42,14 +42,16 @@ def linearized(function: Callable[..., Any]) -> Any:
 
     @outside_compiler
     @functools.wraps(function)
-    def forward(self: Any, y0: Any, t: Any, args: Any = None, breakpoints: Any = None) -> Any:
+    def forward(
+        self: Any, y0: Any, t: Any, args: Any = None, breakpoints: Any = None, at: str = "times"
+    ) -> Any:
         mode = torch._C._get_dispatch_mode(_PROXY)
         if mode is None:
-            return function(self, y0, t, args, breakpoints)
+            return function(self, y0, t, args, breakpoints, at)
         given = (*tree_leaves((y0, t, args)), *self.parameters(), *(self._params or ()))
         if not any(map(_moves, given)) or _is_traced(mode.tracer, given):
-            return function(self, y0, t, args, breakpoints)  # which refuses it
-        _refuse(self, y0, t, args, breakpoints)
+            return function(self, y0, t, args, breakpoints, at)  # which refuses it
+        _refuse(self, y0, t, args, breakpoints, at)
         return _linearized(function, self, y0, t, args)
 
     return forward
@@ -75,13 +77,14 @@ def _is_traced(tracer: Any, tensors: Sequence[Any]) -> bool:
     return False
 
 
-def _refuse(solver: Any, y0: Any, t: Any, args: Any, breakpoints: Any) -> None:
+def _refuse(solver: Any, y0: Any, t: Any, args: Any, breakpoints: Any, at: str) -> None:
     """Refuse what would need tangents of other things."""
     reasons = {
         "event_fn is given: an event moves with what is differentiated": solver.event_fn,
         'samples="independent" is given': solver._requests.independent is not None,
         'gradient="continuous" is given': solver._requests.continuous,
         "breakpoints= are given": breakpoints is not None,
+        "at='steps' is given": at == "steps",
         "t has a tangent": any(map(_moves, tree_leaves(t))),
         "args= has a tangent": any(map(_moves, tree_leaves(args))),
         "a tensor in params= has a tangent": any(map(_moves, solver._params or ())),
@@ -241,7 +244,8 @@ def _moved(solution: Any, Z: torch.Tensor) -> Any:
         first += number
     if solution.costs is not None:
         solution.costs = duals.pop()
-    solution.ys, solution.stage_sweep = tree_unflatten(duals, structure), None
+    solution.ys = tree_unflatten(duals, structure)
+    solution.stage_sweep = solution.path = None
     return solution
 
 

@@ -31,21 +31,22 @@ from pnode.engine import Engine
 from pnode.event_derivatives import check_rate
 from pnode.event_functions import Events
 from pnode.events import adapted
-from pnode.integrals import check_cost, of_state, parted, with_integral
+from pnode.integrals import check_cost, of_state, with_integral
 from pnode.layouts import Layout
 from pnode.linearized import linearized
 from pnode.mass import MassMatrix
 from pnode.monitor import at_home, progress_bar
 from pnode.options import PETSc, check_petsc_options, next_prefix
 from pnode.parts import consistent, solve
+from pnode.path import At, check_at
 from pnode.petsc_vectors import as_state
 from pnode.problem import InitialValueProblem, StateLayout, as_times, collect_parameters
 from pnode.ranks import Ranks
-from pnode.solution import Occurrences, Solution, Stats
+from pnode.results import result
+from pnode.solution import Solution, Stats
 from pnode.solvers.methods import check_form, find_method
 from pnode.solvers.step_control import check_steps
-from pnode.stages import StageSweep
-from pnode.transfers import carry_once, on_host
+from pnode.transfers import on_host
 from pnode.transforms import moves, outside_inference, refuse_transforms
 from pnode.watching import watched
 
@@ -219,7 +220,7 @@ class Solver(torch.nn.Module):
     if TYPE_CHECKING:  # of a Module, calls are Any
 
         def __call__(
-            self, y0: Tensors, t: Times, args: Any = None, breakpoints: Any = None
+            self, y0: Tensors, t: Times, args: Any = None, breakpoints: Any = None, at: At = "times"
         ) -> Solution[Tensors]:
             """Integrate: :meth:`forward`, and the Module's hooks."""
             raise NotImplementedError
@@ -249,7 +250,9 @@ class Solver(torch.nn.Module):
         return self._engine.describe()
 
     @linearized
-    def forward(self, y0: Any, t: Any, args: Any = None, breakpoints: Any = None) -> Solution:
+    def forward(
+        self, y0: Any, t: Any, args: Any = None, breakpoints: Any = None, at: At = "times"
+    ) -> Solution:
         """Integrate from ``t[0]`` and return the states at the times ``t``. Collective.
 
         Parameters
@@ -271,6 +274,9 @@ class Solver(torch.nn.Module):
             sees f before it, and the next begins afresh, with f after it. A tensor that requires
             grad gets the derivative, lambda times the jump of f. :mod:`pnode.controls` brings its
             own; a callable is given ``t[0]`` and ``t[-1]``. See docs/problems.md.
+        at : {"times", "steps"}
+            "steps": ``ts`` (float64) and ``ys`` are those of the ends of all steps, from ``t[0]``
+            on. The steps are taken twice.
 
         Returns
         -------
@@ -289,6 +295,7 @@ class Solver(torch.nn.Module):
         SolveError
             For a failing solve; see :mod:`pnode.errors`. What f raises comes through as it is.
         """
+        check_at(at, self._engine, self._requests)
         if self._requests.independent is not None:
             check_breaks(self._engine, self._requests, breakpoints)
             return samples.solve(self, y0, t, args)
@@ -297,11 +304,12 @@ class Solver(torch.nn.Module):
         prepared = ranks.attempt(self._prepare, y0, t, args, breakpoints, ranks, differentiate)
         if ranks.parallel:
             prepared = agreed(ranks, self._shared, prepared, differentiate)
-        return self._solve(differentiate, *prepared)
+        return self._solve(differentiate, at, *prepared)
 
     def _solve(
         self,
         differentiate: bool,
+        at: str,
         problem: InitialValueProblem,
         flat: torch.Tensor,
         times: torch.Tensor,
@@ -323,33 +331,16 @@ class Solver(torch.nn.Module):
         wanted = self._requests
         if monitor is not None or events is not None:
             wanted = replace(wanted, monitor=monitor, events=events)
+        if wanted.dense or at == "steps":
+            wanted = replace(wanted, steps=True, plain=at == "steps")
         with progress_bar(problem, wanted, self._progress) as requests:
             solved = solve(
                 self._engine, problem, requests, flat, times, trainable, differentiable,
                 self._consistent_start,
             )  # fmt: skip
-        layout, run = problem.layout, solved.run
-        times, ys, found = solved.times, solved.ys, solved.found
-        if compute is not None:
-            ys = carry_once(ys, compute, start)
-            found = [(when, carry_once(rows, compute, start)) for when, rows in found]
-            start.backward = run.stats.backward
-        run.stats.add(start)
-        states = ys if solved.whole else layout.unflatten(ys)
-        states, costs = parted(problem, states)
-        states = call.restored(states)
-        kept = trainable and not self._requests.continuous
-        stages = StageSweep.of(self._engine, run, flat, call) if kept else None
-        occurrences = tuple(
-            Occurrences(when, call.restored(parted(problem, layout.unflatten(rows))[0]))
-            for when, rows in found
+        return result(
+            self._engine, problem, wanted, solved, flat, start, call, events, trainable, at
         )
-        solution = Solution(times, states, run.stats, "t_end", None, costs, stages, occurrences)
-        solution.home = self._engine.comm, self._engine.exchange
-        if run.last is not None and events is not None:
-            solution.reason, solution.event_time = "event", times[-1]
-            solution.event = events.owner(run.last.entry)
-        return solution
 
     def _prepare(
         self, y0: Any, t: Any, args: Any, breakpoints: Any, ranks: Ranks, differentiate: bool
