@@ -345,7 +345,8 @@ class StageAdjoint(ImplicitAdjointStepper):
         mass, a = self.field.mass, self._scheme.A[i][i]
         if a == 0.0:
             if rho is not None:
-                raise NotImplementedError("a slope that the mass matrix does not determine")
+                assert mass is not None
+                sigma = _plus(sigma, mass.solve_transpose(rho))
             z = zeta if sigma is None else self._explicit(i, step, zeta, sigma)
             return z, z if mass is None else None
         shift = 1.0 / (step.length * a)

@@ -17,6 +17,7 @@ from pnode.errors import ConfigurationError
 from pnode.solvers.firk.tableaus import GAUSS4, GAUSS6, RADAU3, RADAU5
 from pnode.solvers.own_tableaus import BPR3, DOPRI8, FEHLBERG2, HEUN3, TSIT5
 from pnode.solvers.petsc.coefficients import find_scheme
+from pnode.solvers.rosenbrock_tableaus import ROSENBROCK
 from pnode.solvers.scheme import SYMPLECTIC, HalfUpdate, Scheme
 
 __all__ = [
@@ -196,7 +197,7 @@ def _dirk(name: str, subtype: str, order: int, stages: int, *aliases: str) -> Me
     names = [other for other in (subtype, *aliases, f"dirk{subtype}") if other != name]
     return Method(
         name, "dirk", order, stages, tuple(names), subtype, kind="implicit", adaptive=True,
-        same_bits=False,
+        forms=("rhs", "mass"), same_bits=False,
     )  # fmt: skip
 
 
@@ -205,7 +206,7 @@ def _arkimex(
 ) -> Method:
     return Method(
         name, "arkimex", order, stages, (*aliases, f"arkimex{subtype}"), subtype, kind="imex",
-        forms=("imex",), **more,
+        forms=("imex", "imex_mass"), **more,
     )  # fmt: skip
 
 
@@ -246,6 +247,7 @@ def _rosw(name: str, order: int, stages: int, *aliases: str, **more: Any) -> Met
     return Method(
         name, "rosw", order, stages, names, subtype, kind="implicit",
         adaptive=subtype not in ("theta1", "theta2", "ra3pw", "lassp3p4s2c"),
+        forms=("rhs", "mass") if all(ROSENBROCK[subtype].gamma_diagonal) else ("rhs",),
         **more,
     )  # fmt: skip
 
