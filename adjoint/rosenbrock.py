@@ -23,15 +23,16 @@ class RosenbrockAdjoint(ImplicitAdjointStepper):
     Notes
     -----
     In the variables of ``Scheme.transformed``, with the matrices
-    M_i = I / (h Gamma_ii) - J and J = g_u, g_t at the start (t, u) of the step::
+    M_i = M / (h Gamma_ii) - J and J = g_u, g_t at the start (t, u) of the step::
 
-        M_i Y_i = g(t_i, Z_i) - sum_{j<i} Ginv_ij Y_j / h + gamma_i h g_t,   Z_i = u + sum At_ij Y_j
+        M_i Y_i = g(t_i, Z_i) - M sum_{j<i} Ginv_ij Y_j / h + gamma_i h g_t,
+        Z_i = u + sum At_ij Y_j
 
     Backwards from lambda' at u' = u + sum_i bt_i Y_i, with Y*_i = bt_i lambda' at first::
 
         w_i = M_i^-T Y*_i                      (h Y*_i where Gamma_ii = 0)
         Z*_i = g_u(Z_i)^T w_i                  (and mu += g_p(Z_i)^T w_i)
-        Y*_j += At_ij Z*_i - Ginv_ij w_i / h   (+ Corr_ij J^T w_i where Gamma_ii = 0), j < i
+        Y*_j += At_ij Z*_i - Ginv_ij M^T w_i / h   (+ Corr_ij J^T w_i where Gamma_ii = 0), j < i
         lambda = lambda' + sum_i Z*_i + d/du sum_i w_i^T (J Y_i + gamma_i h g_t)
 
     where J multiplies sum_j Corr_ij Y_j instead of Y_i if Gamma_ii = 0, and mu gets the last sum's
@@ -58,7 +59,7 @@ class RosenbrockAdjoint(ImplicitAdjointStepper):
             Whatever the vector field raised.
         """
         (u,) = self.checkpoint.stages
-        dtype, h = self.field.dtype, step.length
+        dtype, h, mass = self.field.dtype, step.length, self.field.mass
         stages, base = self._stages(step, u, ledger)
         number = len(stages)
         end = u + _combine(self._bt, [stage[1] for stage in stages], torch.zeros_like(u))
@@ -75,13 +76,14 @@ class RosenbrockAdjoint(ImplicitAdjointStepper):
                 w = self.solve(cotangents[i], step, ledger)
             Z = self.pull_back(point.vjp, w)
             self.state = self.state + Z + self.pull_back(base.second_vjp, w, v)
+            moved = w if mass is None else mass.apply_transpose(w)
             through = base.vjp(w.to(dtype)).state.to(REAL) if explicit and i else None
             for j in range(i):
-                cotangents[j] = cotangents[j] + self._At[i, j] * Z - self._Ginv[i, j] / h * w
+                cotangents[j] = cotangents[j] + self._At[i, j] * Z - self._Ginv[i, j] / h * moved
                 if through is not None:
                     cotangents[j] = cotangents[j] + self._corr[i, j] * through
             time_weight += self._scheme.gamma[i] * h * w
-        if self._scheme.needs_time_slope:
+        if self._scheme.needs_slope_of(mass):
             self.state = self.state + self.pull_back(base.time_derivative_vjp, time_weight)
         ledger.steps += 1
 
@@ -97,14 +99,14 @@ class RosenbrockAdjoint(ImplicitAdjointStepper):
         base : Linearization
             g at (t, u).
         """
-        scheme, h, dtype = self._scheme, step.length, self.field.dtype
-        start = self.bridge.point_at(step.start, u)
+        scheme, h, dtype, mass = self._scheme, step.length, self.field.dtype, self.field.mass
+        start, timed = self.bridge.point_at(step.start, u), scheme.needs_slope_of(mass)
         if start.linearization is None:
             start.linearization = self.linearize(
-                step.start, start.u, step, differentiate_time=scheme.needs_time_slope
+                step.start, start.u, step, differentiate_time=timed
             )
         base = start.linearization
-        slope = base.time_derivative().to(REAL) if scheme.needs_time_slope else None
+        slope = base.time_derivative().to(REAL) if timed else None
         stages: list[tuple[Linearization, torch.Tensor, torch.Tensor]] = []
         zero = torch.zeros_like(u)
         for i, alpha in enumerate(scheme.c):
@@ -113,7 +115,8 @@ class RosenbrockAdjoint(ImplicitAdjointStepper):
             point = base
             if i:
                 point = self.linearize(step.start + alpha * h, Z.to(dtype, copy=True), step)
-            b = point.flat_value().to(REAL) - _combine(self._Ginv[i], done, zero) / h
+            driven = _combine(self._Ginv[i], done, zero) / h
+            b = point.flat_value().to(REAL) - (driven if mass is None else mass.apply(driven))
             if slope is not None:
                 b = b + scheme.gamma[i] * h * slope
             if scheme.gamma_diagonal[i] == 0.0:

@@ -287,6 +287,8 @@ class StageAdjoint(ImplicitAdjointStepper):
         for i in reversed(range(len(A))):
             explicit = tau[i]
             if explicit is not None:
+                if self.field.mass is not None:
+                    explicit = self.field.mass.solve_transpose(explicit)
                 zeta[i] = self._explicit(i, step, zeta[i], explicit, split=True)
             z, own = self._stage(i, step, ledger, zeta[i], rho[i], sigma[i])
             if z is None:

@@ -47,15 +47,15 @@ def problem_form(rhs: Any, implicit: Any, explicit: Any, mass: Any, residual: An
     }  # fmt: skip
     forms = {
         ("rhs",): "rhs" if mass is None else "mass",
-        ("implicit", "explicit"): "imex",
+        ("implicit", "explicit"): "imex" if mass is None else "imex_mass",
         ("residual",): "residual",
     }
     form = forms.get(tuple(given))
-    if form is None or (mass is not None and form != "mass"):
+    if form is None or (mass is not None and form == "residual"):
         names = [*given, *(["mass"] if mass is not None else [])]
         raise ConfigurationError(
             f"{' and '.join(names) or 'nothing'} given: give exactly one of rhs; implicit and "
-            "explicit; rhs and mass; residual"
+            "explicit; either of them and mass; residual"
         )
     for name, value in given.items():
         if not callable(value):

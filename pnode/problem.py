@@ -210,8 +210,8 @@ class InitialValueProblem:
         The explicit part of a split right-hand side.
     mass : object or None
         The mass matrix, with ``apply``, ``apply_transpose`` and ``dense``.
-    form : {"rhs", "imex", "mass", "residual"}
-        Which of the four it is.
+    form : {"rhs", "imex", "mass", "imex_mass", "residual"}
+        Which of them it is.
     ranks : Ranks
         The processes that share the state.
     exchange : Layout or None

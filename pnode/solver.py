@@ -41,7 +41,7 @@ from pnode.parts import consistent, solve
 from pnode.problem import InitialValueProblem, StateLayout, as_times, collect_parameters
 from pnode.ranks import Ranks
 from pnode.solution import Occurrences, Solution, Stats
-from pnode.solvers.methods import check_form, find_method
+from pnode.solvers.methods import check_form, check_mass, find_method
 from pnode.solvers.step_control import check_steps
 from pnode.stages import StageSweep
 from pnode.transfers import carry_once, on_host
@@ -347,6 +347,12 @@ class Solver(torch.nn.Module):
             solution.event = events.owner(run.last.entry)
         return solution
 
+    def _mass(self, layout: StateLayout) -> MassMatrix | None:
+        """Return the mass matrix of states of this layout."""
+        mass = None if self.mass is None else MassMatrix(self.mass, layout)
+        check_mass(mass, self._engine.method)
+        return mass
+
     def _prepare(
         self, y0: Any, t: Any, args: Any, breakpoints: Any, ranks: Ranks, differentiate: bool
     ) -> tuple[InitialValueProblem, torch.Tensor, torch.Tensor, Stats, Call]:
@@ -377,7 +383,7 @@ class Solver(torch.nn.Module):
                 call.function(watched(functions[0], declared)), y0, times, wanted,
                 check_undeclared=differentiate, form=self._form,
                 explicit=call.function(watched(self.explicit, declared)), pairs=call.pairs,
-                mass=None if self.mass is None else MassMatrix(self.mass, StateLayout.of(y0)),
+                mass=self._mass(StateLayout.of(y0)),
                 ranks=ranks, exchange=engine.exchange, compute=compute,
             )  # fmt: skip
             if self.event_fn is None:  # which may end it at any time

@@ -27,6 +27,7 @@ __all__ = [
     "Method",
     "add",
     "check_form",
+    "check_mass",
     "find_method",
     "markdown_table",
     "methods",
@@ -162,6 +163,12 @@ class Method:
             return "solution"
         own = self.stage_units - self.shares_ends
         return f"{own} stage{'s' if own > 1 else ''}"
+
+    @cached_property
+    def solves_constraints(self) -> bool:
+        """Whether it solves the algebraic equations that a singular mass matrix leaves."""
+        runge_kutta = self.ts_type in ("dirk", "arkimex", "rosw")
+        return not runge_kutta or (self.scheme is not None and self.scheme.ends_at_stage)
 
     @property
     def restarts(self) -> bool:
@@ -465,7 +472,10 @@ def check_form(form: str, method: Method) -> None:
     if form in method.forms or (form == "rhs" and "separable" in method.forms):
         return
     able = ", ".join(repr(other.name) for other in methods() if form in other.forms)
-    names = {"imex": "implicit= and explicit=", "mass": "mass=", "residual": "residual="}
+    names = {
+        "imex": "implicit= and explicit=", "mass": "mass=", "residual": "residual=",
+        "imex_mass": "implicit=, explicit= and mass=",
+    }  # fmt: skip
     hint = (
         f"; it wants a right-hand side in two parts, {names['imex']}"
         if method.kind == "imex"
@@ -474,6 +484,18 @@ def check_form(form: str, method: Method) -> None:
     raise ConfigurationError(
         f"method={method.name!r} does not solve problems given as {names.get(form, 'rhs=')}: "
         f"choose one of {able}{hint}"
+    )
+
+
+def check_mass(mass: Any, method: Method) -> None:
+    """Refuse a singular mass matrix where steps leave its algebraic equations."""
+    if mass is None or method.solves_constraints or not mass.singular:
+        return
+    form = "imex_mass" if method.kind == "imex" else "mass"
+    able = [m.name for m in methods() if form in m.forms and m.solves_constraints]
+    raise ConfigurationError(
+        f"mass is singular, and method={method.name!r} does not end its steps at a stage, where "
+        f"algebraic equations hold: choose one of {', '.join(map(repr, able))}"
     )
 
 

@@ -77,7 +77,7 @@ class TimeIntegrator:
             if method.ts_type in ("dirk", "arkimex")
             else None
         )
-        if self._starts:
+        if self._starts or settings.form == "imex_mass":
             # PETSc solves for DIRK's initial slope from whatever slope it had last.
             self.ts.getSNES().setInitialGuess(self._guess_slope)
         self._backtracks = (

@@ -30,6 +30,7 @@ from pnode.solvers.petsc.library import (
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.rosenbrock_tableaus import ROSENBROCK
 from pnode.solvers.scheme import Scheme
+from pnode.vectorfield import VectorField
 from pnode.vectors import REAL, copy_in, copy_out, is_moderate
 
 __all__ = ["RosenbrockBridge", "RosenbrockIntegrator"]
@@ -59,7 +60,12 @@ class RosenbrockBridge(Bridge):
         self._stage = -1
         self._base: Point | None = None
         self._time_slope: torch.Tensor | None = None
-        self._knows_time = False
+        self._knows_time = self._needs_time_slope = False
+
+    def attach(self, field: VectorField) -> None:
+        """Begin a sweep with ``field``."""
+        super().attach(field)
+        self._needs_time_slope = self._scheme.needs_slope_of(field.mass)
 
     def detach(self) -> None:
         """End the sweep and drop everything that belongs to the user."""
@@ -76,7 +82,7 @@ class RosenbrockBridge(Bridge):
         self._stage += 1
 
     def implicit_function(self, ts: Any, s: float, u: Any, u_dot: Any, f: Any) -> None:
-        """f = u_dot - g(s, u) - gamma_i h g_t (PETSc's IFunction).
+        """f = M u_dot - g(s, u) - gamma_i h g_t (PETSc's IFunction).
 
         The first evaluation of a step is at its start, and its graph is kept for the Jacobian.
         """
@@ -87,7 +93,10 @@ class RosenbrockBridge(Bridge):
             if value is not None and self.nonfinite_time is None:
                 self.nonfinite_time = s
             self.fill(ts, u, f)
-        f.aypx(-1.0, u_dot)
+        if self.field.mass is None:
+            f.aypx(-1.0, u_dot)
+        else:
+            copy_in(f, self.field.mass.apply(copy_out(u_dot)) - copy_out(f))
 
     def jacobian_point(self, s: float, u: Any, u_dot: Any) -> Point:
         """Return the start of the step."""
@@ -96,7 +105,7 @@ class RosenbrockBridge(Bridge):
     def _evaluate_stage(self, s: float, u: Any) -> torch.Tensor:
         own = copy_out(u, self.field.dtype)
         if self._base is None:
-            wanted = self._scheme.needs_time_slope
+            wanted = self._needs_time_slope
             linearization = self.field.linearize(s, own, differentiate_time=wanted)
             self._base = Point(s, own, (0, -1), self.field, linearization=linearization)
             if wanted:
