@@ -31,7 +31,6 @@ __all__ = [
     "positive",
     "problem_form",
     "refuse_inference",
-    "refuse_moving_times",
     "tolerance",
 ]
 
@@ -246,14 +245,4 @@ def refuse_inference(parameters: Iterable[torch.Tensor], method: Any) -> None:
         raise ConfigurationError(
             f"a parameter was made in torch.inference_mode, and method={method.name!r} needs "
             "derivatives of the vector field: make the module outside of it"
-        )
-
-
-def refuse_moving_times(name: str, times: torch.Tensor, form: str, differentiate: bool) -> None:
-    """Refuse derivatives by times where y' is not at hand."""
-    wanted = (differentiate or not times.requires_grad) and moves(times)
-    if wanted and form in ("mass", "residual"):
-        raise ConfigurationError(
-            f"{name} requires grad, and y' is not at hand for a problem given as {form}=: pass "
-            f"{name}.detach()"
         )

@@ -13,6 +13,7 @@ from pnode.adjoint.reverse import NodeCotangents
 from pnode.interpolation import hermite, hermite_rate, polynomial, polynomial_rate
 from pnode.linearization import Linearization
 from pnode.products import accumulate
+from pnode.rates import Rates
 from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.scheme import Scheme
@@ -73,7 +74,7 @@ class DenseOutput(Observer):
         keep: bool,
     ) -> None:
         self._times = times
-        self._field = field
+        self._rates = Rates(field)
         self._emit = emit
         self._keep = keep
         self._next = 1
@@ -107,7 +108,7 @@ class DenseOutput(Observer):
 
     def end(self) -> None:
         """Let go of f."""
-        del self._field, self._emit
+        del self._rates, self._emit
 
     def _hermite(
         self, step: Step, inside: Inside, start: torch.Tensor, integrator: TimeIntegrator
@@ -124,8 +125,7 @@ class DenseOutput(Observer):
     def _slope_at(self, node: int, s: float, u: torch.Tensor) -> torch.Tensor:
         """Return g after ``node`` steps, from the step before if it was evaluated there."""
         if self._slope is None or self._slope[0] != node:
-            value = self._field.slope(s, u.to(self._field.dtype, copy=True))
-            self._slope = node, value.to(REAL)
+            self._slope = node, self._rates.value(s, u)
         return self._slope[1]
 
     def _interpolate(
@@ -171,7 +171,7 @@ class DenseAdjoint(NodeCotangents):
         self._dense = dense
         self._wants_times = wants_times
         self._steps = steps
-        self._field = field
+        self._field, self._rates = field, Rates(field)
         self.parameters: list[torch.Tensor | None] = [None] * len(field.parameters)
         self.times: dict[int, float] = defaultdict(float)
         # Outputs that the loss depends on, with their cotangents.
@@ -209,7 +209,8 @@ class DenseAdjoint(NodeCotangents):
             return None
         u = self._dense.states[node]
         s = self._steps[node].start if node < len(self._steps) else self._steps[-1].end
-        value, parts = self._linearize(s, u)
+        rate_there = self._rates.at(s, u)
+        value = rate_there.value
         state, slope = torch.zeros_like(u), torch.zeros_like(u)
         for step, end, (inside, w) in rows:
             h = self._steps[step].length
@@ -218,7 +219,7 @@ class DenseAdjoint(NodeCotangents):
             slope.add_(w, alpha=weights.slope[end] * h)
             rate = rates.state[end] / h * torch.dot(w, u) + rates.slope[end] * torch.dot(w, value)
             self.times[inside.index] += float(rate)
-        return state.add_(self._product(parts, slope))
+        return state.add_(rate_there.product(slope, self.parameters))
 
     def _through_stages(
         self,

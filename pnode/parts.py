@@ -170,7 +170,7 @@ def _begun(
 ) -> torch.Tensor:
     """Return where a part begins: the algebraic unknowns may jump."""
     own = problem if problem.base is None else problem.base
-    if own.form not in ("mass", "residual") or own.exchange is not None:
+    if own.gives_rate or own.exchange is not None:
         return flat
     size = own.layout.size
 
@@ -195,7 +195,7 @@ def consistent(
 
     With ghost cells f is collective, and what belongs together is not one rank's to see.
     """
-    if problem.form not in ("mass", "residual") or problem.exchange is not None:
+    if problem.gives_rate or problem.exchange is not None:
         return flat
     own = replace(problem, ranks=ALONE)
     if solves_start:

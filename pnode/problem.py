@@ -256,6 +256,16 @@ class InitialValueProblem:
     breaks: Any = None
     window: tuple[float, float] = (-math.inf, math.inf)
 
+    @property
+    def gives_rate(self) -> bool:
+        """Whether f, or both parts of it, is y' itself."""
+        return self.form in ("rhs", "imex")
+
+    @property
+    def may_constrain(self) -> bool:
+        """Whether there may be algebraic equations: a residual, or a singular mass matrix."""
+        return self.form == "residual" or (self.mass is not None and self.mass.singular)
+
     def but(self, **changes: Any) -> InitialValueProblem:
         """Return the problem with other attributes, as ``dataclasses.replace`` in more time."""
         result = object.__new__(type(self))

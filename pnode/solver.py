@@ -28,7 +28,6 @@ from pnode.configuration import (
 )
 from pnode.continuous import requested
 from pnode.engine import Engine
-from pnode.event_derivatives import check_rate
 from pnode.event_functions import Events
 from pnode.events import adapted
 from pnode.integrals import check_cost, of_state, parted, with_integral
@@ -309,8 +308,6 @@ class Solver(torch.nn.Module):
         cuts = () if problem.breaks is None else (problem.breaks.times,)
         moving = [one for one in (flat, times, *cuts, *problem.parameters) if moves(one)]
         trainable = any(differentiate or not tensor.requires_grad for tensor in moving)
-        if trainable and self.event_fn is not None:
-            check_rate(self._form)
         compute = problem.compute
         events, differentiable = adapted(self.event_fn, problem, compute, start, call.observer)
         monitor = call.monitor(self._requests.monitor)
@@ -374,7 +371,6 @@ class Solver(torch.nn.Module):
         with outside_inference(differentiate):
             y0, compute = on_host(call.state(y0), self._device_state, start)
         arguments.refuse_inference(declared, self._engine.method)
-        arguments.refuse_moving_times("t", times, self._form, differentiate)
         wanted = [
             one for one in declared if differentiate or (not one.requires_grad and moves(one))
         ]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from pnode.errors import ConfigurationError
+from pnode.field_checks import hides_time
 from pnode.linearization import Linearization
 from pnode.options import SolverOptions
 from pnode.solvers.checkpoint import Checkpoint
@@ -128,22 +129,12 @@ class RosenbrockBridge(Bridge):
         assert self._base is not None
         self._knows_time, field = True, self.field
         problem = field.problem
-        if problem.ranks.parallel or field.exchange is not None or linearization.records_time():
+        if problem.ranks.parallel or field.exchange is not None:
             return
         start, *rest = problem.times
         span = rest[0] - start if rest and math.isfinite(rest[0]) else abs(self._step)
-        resolution = torch.finfo(field.dtype).eps * max(abs(s), span)
-        # So small that what is constant in pieces seldom jumps, and no zero of df/dt is mistaken.
-        later = s + max((1e-4 if field.dtype is torch.float64 else 1e-2) * span, 64.0 * resolution)
-        evaluations = field.ledger.rhs
-        try:
-            value = field.rhs(later, self._base.u.detach().clone())
-        except Exception:  # it is not defined there, which is nothing to complain of
-            return
-        finally:
-            field.ledger.rhs = evaluations  # the method makes no use of it
-        before = linearization.flat_value()
-        if bool((value.isfinite() & before.isfinite() & (value != before)).any()):
+        u = self._base.u.detach().clone()
+        if hides_time(field, s, linearization, span, lambda later: field.rhs(later, u)):
             warnings.warn(
                 "the vector field depends on t through a number that torch does not record "
                 "(float(t), t.item(), t.detach(), numpy?), and this Rosenbrock method needs df/dt: "
