@@ -16,7 +16,6 @@ from pnode.errors import ConfigurationError
 from pnode.launchers import launcher_mismatch
 from pnode.layouts import Layout
 from pnode.options import PETSc, check_petsc_options
-from pnode.transforms import moves
 
 __all__ = [
     "alone",

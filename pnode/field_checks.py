@@ -14,8 +14,8 @@ from pnode.problem import StateLayout
 from pnode.surroundings import modules_within
 
 __all__ = [
-    "changed", "find_parameters", "hidden_state", "hides_time", "refuse_hidden_state", "refuse_unrecorded",
-    "wrong_result", "wrote_into_input",
+    "changed", "find_parameters", "hidden_state", "hides_time", "refuse_hidden_state",
+    "refuse_unrecorded", "wrong_result", "wrote_into_input",
 ]  # fmt: skip
 
 _HiddenState = tuple[list[torch.Tensor], list[int]]

@@ -100,7 +100,7 @@ def solve(
     events: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
     for number, part in enumerate(parts):
         if number:
-            flat = _begun(part.problem, flat, solves_start, stats)
+            flat = _begun(part.problem, flat, solves_start, stats, part.times[0].detach())
         ys, run = autograd.solve(engine, part.problem, wanted, flat, part.times, trainable)
         ended, ys, found = split(
             requests.events, differentiable, part.problem, run, part.times, ys, method
@@ -166,8 +166,9 @@ def _parts(problem: InitialValueProblem, t: torch.Tensor) -> Iterator[_Part]:
 
 
 def _begun(
-    problem: InitialValueProblem, flat: torch.Tensor, solves_start: bool, stats: Stats
-) -> torch.Tensor:
+    problem: InitialValueProblem, flat: torch.Tensor, solves_start: bool, stats: Stats,
+    time: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
     """Return where a part begins: the algebraic unknowns may jump."""
     own = problem if problem.base is None else problem.base
     if own.gives_rate or own.exchange is not None:
@@ -175,7 +176,7 @@ def _begun(
     size = own.layout.size
 
     def begin() -> torch.Tensor:
-        return torch.cat([consistent(own, flat[:size], solves_start, stats), flat[size:]])
+        return torch.cat([consistent(own, flat[:size], solves_start, stats, time), flat[size:]])
 
     with problem.ranks.together():
         try:
@@ -189,8 +190,9 @@ def _begun(
 
 
 def consistent(
-    problem: InitialValueProblem, flat: torch.Tensor, solves_start: bool, stats: Stats
-) -> torch.Tensor:
+    problem: InitialValueProblem, flat: torch.Tensor, solves_start: bool, stats: Stats,
+    time: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
     """Check, or solve for, the algebraic unknowns of a state that a solve is to begin with.
 
     With ghost cells f is collective, and what belongs together is not one rank's to see.
@@ -199,7 +201,7 @@ def consistent(
         return flat
     own = replace(problem, ranks=ALONE)
     if solves_start:
-        return consistent_state(own, flat, stats)
+        return consistent_state(own, flat, stats, time)
     check_consistency(own, flat.detach(), stats)
     return flat
 

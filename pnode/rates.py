@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -61,8 +62,8 @@ class _Constraints:
     ) -> None:  # fmt: skip
         if left.numel() > DENSE_ENTRIES:
             raise ConfigurationError(
-                f"y' at t = {where['time']!r} of {left.shape[0]} equations, {left.shape[1]} of them "
-                "algebraic: derivatives along the solution need a dense matrix, up to "
+                f"y' at t = {where['time']!r} of {left.shape[0]} equations, of which "
+                f"{left.shape[1]} are algebraic: it needs a dense matrix, up to "
                 f"{DENSE_ENTRIES} entries; drop dense=, and pass t.detach()"
             )
         self._graph, self._time_sign = graph, time_sign
@@ -178,10 +179,10 @@ class Rates:
         with torch.inference_mode(False), torch.enable_grad():
             u = u.detach().clone()
             if not field.has_rhs:
-                rate = self._of_residual(s, u)
-                if not self._compared and rate.constraints is not None:
-                    self._compare_spaces(s, u, rate)
-                return rate
+                found = self._of_residual(s, u)
+                if not self._compared and found.constraints is not None:
+                    self._compare_spaces(s, u, found)
+                return found
             singular = mass is not None and mass.singular
             if singular and not self._alone:
                 raise ConfigurationError(
@@ -269,19 +270,16 @@ class Rates:
             if change <= small * size or (change <= 1e3 * small * size and change >= before):
                 self._guess = rate.detach()
                 if constraints is not None:
-                    fixed = self._own(rate)
-                    self._look_at_time(
-                        s, graph,
-                        lambda later: field.linearize(
-                            later, self._own(u), fixed.clone()
-                        ).flat_value(),
-                    )  # fmt: skip
+                    self._look_at_time(s, graph, partial(self._residual_at, u, rate))
                 return Rate(rate, [graph], solves, constraints)
             rate, before = new, change
         raise NonlinearSolveFailed(
             f"y' was not found from the residual in {_MAX_ITERATIONS} Newton iterations",
             **self._where(s),
         )
+
+    def _residual_at(self, u: torch.Tensor, rate: torch.Tensor, s: float) -> torch.Tensor:
+        return self._field.linearize(s, self._own(u), self._own(rate)).flat_value()
 
 
 class _Factors:
@@ -345,7 +343,8 @@ class _Known(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Any) -> torch.Tensor:
         rate, *_ = ctx.saved_tensors
         given = [one for one in tangents[1:] if one is not None]
-        return _Refused.apply(given[0], rate) if given else torch.zeros_like(rate)  # type: ignore[no-any-return]
+        result: torch.Tensor = _Refused.apply(given[0], rate) if given else rate.new_zeros(())
+        return result.expand_as(rate)
 
 
 class _Refused(torch.autograd.Function):

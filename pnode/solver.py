@@ -389,7 +389,7 @@ class Solver(torch.nn.Module):
             flat = problem.layout.flatten(y0)
             check_breaks(self._engine, self._requests, breakpoints)
             problem = with_breaks(problem, breakpoints, times)
-            flat = consistent(problem, flat, self._consistent_start, start)
+            flat = consistent(problem, flat, self._consistent_start, start, times[0])
             if self.cost is not None:
                 cost = call.observer(watched(self.cost, declared))
                 problem, flat = with_integral(problem, cost, flat)
