@@ -252,6 +252,7 @@ class StageAdjoint(ImplicitAdjointStepper):
         scheme = settings.method.scheme
         assert scheme is not None
         self._scheme = scheme
+        self._solves_start = settings.method.carries_slope
         self._own_part = "rhs" if scheme.A_explicit is None else "implicit"
 
     def step(self, step: Step, ledger: Ledger, inside: StageCotangents = NOTHING) -> None:
@@ -349,6 +350,9 @@ class StageAdjoint(ImplicitAdjointStepper):
             if rho is not None:
                 assert mass is not None
                 sigma = _plus(sigma, mass.solve_transpose(rho))
+            if sigma is not None and mass is not None and self._solves_start and mass.singular:
+                # The first slope is that of what M can reach.
+                sigma = mass.solve_transpose(mass.apply_transpose(sigma))
             z = zeta if sigma is None else self._explicit(i, step, zeta, sigma)
             return z, z if mass is None else None
         shift = 1.0 / (step.length * a)

@@ -27,7 +27,7 @@ from pnode.ranks import ALONE, Ranks
 from pnode.run import Requests, Run
 from pnode.solution import Stats
 from pnode.stepped_sweep import SteppedSweep
-from pnode.transforms import moves
+from pnode.transforms import moves, outside, plain
 
 __all__ = ["Solved", "consistent", "solve"]
 
@@ -202,7 +202,8 @@ def consistent(
     own = replace(problem, ranks=ALONE)
     if solves_start:
         return consistent_state(own, flat, stats, time)
-    check_consistency(own, flat.detach(), stats)
+    with outside():
+        check_consistency(own, plain(flat).detach(), stats)
     return flat
 
 

@@ -121,7 +121,7 @@ def test_methods_that_look_beyond_their_steps_are_refused():
             return (y[1], -y[0]) if isinstance(y, tuple) else -y
 
         forms = {"rhs": f}
-        if info.forms == ("imex",):
+        if info.kind == "imex":
             forms = {"implicit": f, "explicit": f}
         own = pnode.Solver(**forms, method=info.name, **options)
         try:

@@ -162,7 +162,7 @@ def test_forms_whose_rate_is_solved_for(form):
         if form == "mass"
         else {"residual": lambda t, y, v: 2.0 * (v - field(t, y)) + 0.1 * (v - field(t, y)) ** 3}
     )
-    tensors = [y0, *field.parameters()]
+    tensors = [y0, field.inner, field.outer, field.bias]
     found = []
     for problem in ({"rhs": field}, keywords):
         solver = pnode.Solver(

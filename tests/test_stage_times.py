@@ -9,7 +9,9 @@ import pnode
 from pnode.solvers.methods import METHODS
 
 D = torch.float64
-CASES = [(method.name, form) for method in METHODS for form in method.forms if form != "separable"]
+CASES = [
+    (method.name, form) for method in METHODS for form in method.forms if form != "separable"
+]  # fmt: skip
 
 
 def solve(name, form, field, params, times, **keywords):
@@ -17,6 +19,9 @@ def solve(name, form, field, params, times, **keywords):
     y0 = torch.zeros(1, dtype=D)
     if form == "imex":
         solver = pnode.Solver(implicit=field, explicit=field, **keywords)
+    elif form == "imex_mass":
+        mass = torch.tensor([2.0], dtype=D)
+        solver = pnode.Solver(implicit=field, explicit=field, mass=mass, **keywords)
     elif form == "mass":
         solver = pnode.Solver(field, mass=torch.tensor([2.0], dtype=D), **keywords)
     elif form == "residual":
