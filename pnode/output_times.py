@@ -68,7 +68,7 @@ def time_gradient(
                 slope = slope_at(ours, index, y)
             elif problem.ranks.parallel or bool(cotangent.ne(0).any()):
                 slope = rates.value(s, ys[index].detach())
-                _verify_slope(run, field, index, slope)
+                _verify_slope(run, field, index, slope.to(field.dtype))
             else:
                 continue
             terms[index] = direction * torch.dot(cotangent.double(), slope.double())
