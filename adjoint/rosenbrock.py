@@ -48,15 +48,16 @@ class RosenbrockAdjoint(ImplicitAdjointStepper):
     Notes
     -----
     In the variables of ``Scheme.transformed``, with the matrices
-    M_i = I / (h Gamma_ii) - J and J = g_u, g_t at the start (t, u) of the step::
+    M_i = M / (h Gamma_ii) - J and J = g_u, g_t at the start (t, u) of the step::
 
-        M_i Y_i = g(t_i, Z_i) - sum_{j<i} Ginv_ij Y_j / h + gamma_i h g_t,   Z_i = u + sum At_ij Y_j
+        M_i Y_i = g(t_i, Z_i) - M sum_{j<i} Ginv_ij Y_j / h + gamma_i h g_t,
+        Z_i = u + sum At_ij Y_j
 
     Backwards from lambda' at u' = u + sum_i bt_i Y_i, with Y*_i = bt_i lambda' at first::
 
         w_i = M_i^-T Y*_i                      (h Y*_i where Gamma_ii = 0)
         Z*_i = g_u(Z_i)^T w_i                  (and mu += g_p(Z_i)^T w_i)
-        Y*_j += At_ij Z*_i - Ginv_ij w_i / h   (+ Corr_ij J^T w_i where Gamma_ii = 0), j < i
+        Y*_j += At_ij Z*_i - Ginv_ij M^T w_i / h   (+ Corr_ij J^T w_i where Gamma_ii = 0), j < i
         lambda = lambda' + sum_i Z*_i + d/du sum_i w_i^T (J Y_i + gamma_i h g_t)
 
     where J multiplies sum_j Corr_ij Y_j instead of Y_i if Gamma_ii = 0, and mu gets the last sum's
@@ -82,7 +83,7 @@ class RosenbrockAdjoint(ImplicitAdjointStepper):
         BaseException
             Whatever the vector field raised.
         """
-        h, (At, Ginv, corr, bt) = step.length, self.coefficients
+        h, mass, (At, Ginv, corr, bt) = step.length, self.field.mass, self.coefficients
         stages, base = self.stages(step, ledger)
         cotangents = [bt[i] * self.state for i in range(len(stages))]
         solved: list[torch.Tensor] = []
@@ -95,9 +96,10 @@ class RosenbrockAdjoint(ImplicitAdjointStepper):
                 w = self.solve(cotangents[i], step, ledger)
             Z = self.pull_back(stage.graph.vjp, w)
             self.state = self.state + Z
+            moved = w if mass is None else mass.apply_transpose(w)
             through = base.vjp(w.to(self.field.dtype)).state.to(REAL) if explicit and i else None
             for j in range(i):
-                cotangents[j] = cotangents[j] + At[i, j] * Z - Ginv[i, j] / h * w
+                cotangents[j] = cotangents[j] + At[i, j] * Z - Ginv[i, j] / h * moved
                 if through is not None:
                     cotangents[j] = cotangents[j] + corr[i, j] * through
             solved.insert(0, w)
@@ -124,7 +126,7 @@ class RosenbrockAdjoint(ImplicitAdjointStepper):
         for first in range(0, number, together):
             rows, time = slice(first, first + together), None
             v = torch.stack([stage.v for stage in stages[rows]]).to(dtype)
-            if self.scheme.needs_time_slope:
+            if self.scheme.needs_slope_of(self.field.mass):
                 time = torch.tensor(self.scheme.gamma[rows], dtype=dtype, device=v.device)
                 time *= step.length
             yield rows, v, time
@@ -137,15 +139,15 @@ class RosenbrockAdjoint(ImplicitAdjointStepper):
         FieldChanged
             If they do not lead to where the forward sweep went.
         """
-        scheme, h, dtype = self.scheme, step.length, self.field.dtype
+        scheme, h, dtype, mass = self.scheme, step.length, self.field.dtype, self.field.mass
         (u,), (At, Ginv, corr, bt) = self.checkpoint.stages, self.coefficients
-        start = self.bridge.point_at(step.start, u)
+        start, timed = self.bridge.point_at(step.start, u), scheme.needs_slope_of(mass)
         if start.linearization is None:
             start.linearization = self.linearize(
-                step.start, start.u, step, differentiate_time=scheme.needs_time_slope
+                step.start, start.u, step, differentiate_time=timed
             )
         base = start.linearization
-        slope = base.time_derivative().to(REAL) if scheme.needs_time_slope else None
+        slope = base.time_derivative().to(REAL) if timed else None
         stages: list[RosenbrockStage] = []
         zero = torch.zeros_like(u)
         for i, alpha in enumerate(scheme.c):
@@ -154,7 +156,8 @@ class RosenbrockAdjoint(ImplicitAdjointStepper):
             graph = base
             if i:
                 graph = self.linearize(step.start + alpha * h, Z.to(dtype, copy=True), step)
-            b = graph.flat_value().to(REAL) - combine(Ginv[i], done, zero) / h
+            driven = combine(Ginv[i], done, zero) / h
+            b = graph.flat_value().to(REAL) - (driven if mass is None else mass.apply(driven))
             if slope is not None:
                 b = b + scheme.gamma[i] * h * slope
             if scheme.gamma_diagonal[i] == 0.0:

@@ -252,6 +252,7 @@ class StageAdjoint(ImplicitAdjointStepper):
         scheme = settings.method.scheme
         assert scheme is not None
         self._scheme = scheme
+        self._solves_start = settings.method.carries_slope
         self._own_part = "rhs" if scheme.A_explicit is None else "implicit"
 
     def step(self, step: Step, ledger: Ledger, inside: StageCotangents = NOTHING) -> None:
@@ -287,6 +288,8 @@ class StageAdjoint(ImplicitAdjointStepper):
         for i in reversed(range(len(A))):
             explicit = tau[i]
             if explicit is not None:
+                if self.field.mass is not None:
+                    explicit = self.field.mass.solve_transpose(explicit)
                 zeta[i] = self._explicit(i, step, zeta[i], explicit, split=True)
             z, own = self._stage(i, step, ledger, zeta[i], rho[i], sigma[i])
             if z is None:
@@ -345,7 +348,11 @@ class StageAdjoint(ImplicitAdjointStepper):
         mass, a = self.field.mass, self._scheme.A[i][i]
         if a == 0.0:
             if rho is not None:
-                raise NotImplementedError("a slope that the mass matrix does not determine")
+                assert mass is not None
+                sigma = _plus(sigma, mass.solve_transpose(rho))
+            if sigma is not None and mass is not None and self._solves_start and mass.singular:
+                # The first slope is that of what M can reach.
+                sigma = mass.solve_transpose(mass.apply_transpose(sigma))
             z = zeta if sigma is None else self._explicit(i, step, zeta, sigma)
             return z, z if mass is None else None
         shift = 1.0 / (step.length * a)

@@ -280,7 +280,7 @@ class CoupledTangents(TangentStepper):
 class RosenbrockTangents(TangentStepper):
     """Of a Rosenbrock step; see :class:`RosenbrockAdjoint` for the equations and the notation.
 
-    M_i dY_i = g_u(Z_i) dZ_i + g_p(Z_i) v - sum_{j<i} Ginv_ij dY_j / h + e_i, where e_i is the
+    M_i dY_i = g_u(Z_i) dZ_i + g_p(Z_i) v - M sum_{j<i} Ginv_ij dY_j / h + e_i, where e_i is the
     derivative of J Y_i + gamma_i h g_t at the step's start, J's own, along du and v.
     """
 
@@ -291,7 +291,7 @@ class RosenbrockTangents(TangentStepper):
     def step(self, step: Step, ledger: Ledger) -> None:
         """Take a step; see :class:`TangentStepper`."""
         adjoint, h, zero = self._adjoint, step.length, torch.zeros_like(self.tangents)
-        At, Ginv, corr, bt = adjoint.coefficients
+        mass, (At, Ginv, corr, bt) = adjoint.field.mass, adjoint.coefficients
         stages, base = adjoint.stages(step, ledger)
         along = self.tangents.to(base.dtype), self._moving
         changes = torch.cat([
@@ -301,7 +301,8 @@ class RosenbrockTangents(TangentStepper):
         done: list[torch.Tensor] = []
         for i, (stage, change) in enumerate(zip(stages, changes, strict=True)):
             right = self._along(stage.graph, self.tangents + combine(At[i], done, zero))
-            right = right - combine(Ginv[i], done, zero) / h + change
+            driven = combine(Ginv[i], done, zero) / h
+            right = right - (driven if mass is None else mass.apply(driven)) + change
             if adjoint.scheme.gamma_diagonal[i] == 0.0:
                 if i:
                     v = combine(corr[i], done, zero).to(base.dtype)

@@ -17,7 +17,6 @@ from pnode.errors import ConfigurationError
 from pnode.launchers import launcher_mismatch
 from pnode.layouts import Layout
 from pnode.options import PETSc, check_petsc_options
-from pnode.transforms import moves
 
 __all__ = [
     "alone",
@@ -32,7 +31,6 @@ __all__ = [
     "positive",
     "problem_form",
     "refuse_inference",
-    "refuse_moving_times",
     "setup",
     "tolerance",
 ]
@@ -49,15 +47,15 @@ def problem_form(rhs: Any, implicit: Any, explicit: Any, mass: Any, residual: An
     }  # fmt: skip
     forms = {
         ("rhs",): "rhs" if mass is None else "mass",
-        ("implicit", "explicit"): "imex",
+        ("implicit", "explicit"): "imex" if mass is None else "imex_mass",
         ("residual",): "residual",
     }
     form = forms.get(tuple(given))
-    if form is None or (mass is not None and form != "mass"):
+    if form is None or (mass is not None and form == "residual"):
         names = [*given, *(["mass"] if mass is not None else [])]
         raise ConfigurationError(
             f"{' and '.join(names) or 'nothing'} given: give exactly one of rhs; implicit and "
-            "explicit; rhs and mass; residual"
+            "explicit; either of them and mass; residual"
         )
     for name, value in given.items():
         if not callable(value):
@@ -277,14 +275,4 @@ def refuse_inference(parameters: Iterable[torch.Tensor], method: Any) -> None:
         raise ConfigurationError(
             f"a parameter was made in torch.inference_mode, and method={method.name!r} needs "
             "derivatives of the vector field: make the module outside of it"
-        )
-
-
-def refuse_moving_times(name: str, times: torch.Tensor, form: str, differentiate: bool) -> None:
-    """Refuse derivatives by times where y' is not at hand."""
-    wanted = (differentiate or not times.requires_grad) and moves(times)
-    if wanted and form in ("mass", "residual"):
-        raise ConfigurationError(
-            f"{name} requires grad, and y' is not at hand for a problem given as {form}=: pass "
-            f"{name}.detach()"
         )

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from pnode.arguments import refuse_moving_times
 from pnode.controls import Control
 from pnode.engine import Engine
 from pnode.errors import ConfigurationError
@@ -136,7 +135,12 @@ def with_breaks(problem: InitialValueProblem, given: Any, t: torch.Tensor) -> In
     if len(found) > 1 and (float(ahead[0]) > 0.0) != (problem.direction > 0.0):
         found, numbers = found.flip(0), numbers.flip(0)
     moving = moves(found)
-    refuse_moving_times("breakpoints", found, problem.form, differentiate=torch.is_grad_enabled())
+    if moving and (torch.is_grad_enabled() or not found.requires_grad) and problem.may_constrain:
+        given = "residual=" if problem.form == "residual" else "a singular mass="
+        raise ConfigurationError(
+            "breakpoints requires grad, and algebraic unknowns jump at a break in ways that have "
+            f"no derivative by its time for {given}: pass breakpoints.detach()"
+        )
     return _placed(problem, found.to(t.device), numbers.tolist(), moving)
 
 

@@ -240,13 +240,13 @@ class Output:
         Steps pass over the output times, whose states are interpolated; only the last time is hit.
         The interpolant is the method's own where it has one of degree 4 or more (dopri5, tsit5),
         and a Hermite polynomial otherwise: the cubic one up to order 4, through the ends of steps
-        around, too, beyond that. The solution can then be called. Not for ``mass`` and
-        ``residual``, which do not tell y'.
+        around, too, beyond that. The solution can then be called. With ``mass`` and ``residual``
+        y' is solved for at the ends of steps: see docs/problems.md.
     event_fn : callable, Event or list of these, optional
         ``event_fn(t, y)`` returns a real tensor of one or several numbers. The solve ends where the
         first of them changes sign (for what is found within a step see docs/output.md), or goes on
         from there: see :class:`pnode.Event`. A Module's or a closure's parameters get gradients;
-        with ``mass`` and ``residual`` there are none through an event, nor where event_fn jumps.
+        there are none where event_fn jumps.
     event_tol : float
         Tolerance of the root, relative to the length of the step it lies in.
     monitor : callable, optional
@@ -281,13 +281,8 @@ class Output:
         if not 0.0 < self.event_tol < 1.0:
             raise ConfigurationError(f"event_tol={given!r}: give a number between 0 and 1")
 
-    def requests(self, form: str) -> Requests:
+    def requests(self) -> Requests:
         """Return what a sweep is to do besides integrating; the event is the solver's to add."""
-        if self.dense and form in ("mass", "residual"):
-            raise ConfigurationError(
-                f"dense=True interpolates with y', which {form}= does not tell: let steps hit the "
-                "output times (dense=False)"
-            )
         return Requests(self.monitor, self.dense, None, self.event_tol)
 
 

@@ -87,7 +87,9 @@ def check_consistency(problem: InitialValueProblem, u: torch.Tensor, ledger: Led
         )
 
 
-def consistent_state(problem: InitialValueProblem, u: torch.Tensor, ledger: Ledger) -> torch.Tensor:
+def consistent_state(
+    problem: InitialValueProblem, u: torch.Tensor, ledger: Ledger, time: torch.Tensor
+) -> torch.Tensor:
     """Solve the algebraic equations for the algebraic unknowns. Differentiable. Not collective.
 
     Parameters
@@ -98,12 +100,13 @@ def consistent_state(problem: InitialValueProblem, u: torch.Tensor, ledger: Ledg
         Flat initial state, the user's precision.
     ledger : Ledger
         Counts evaluations.
+    time : Tensor
+        The user's, 0-dim, where the solve begins.
 
     Returns
     -------
     Tensor
-        The nearest state along the algebraic unknowns, shape of u. Its graph is that of the
-        implicit function theorem, with respect to u and the parameters.
+        The nearest along the algebraic unknowns, with the graph of the implicit function theorem.
 
     Raises
     ------
@@ -136,14 +139,11 @@ def consistent_state(problem: InitialValueProblem, u: torch.Tensor, ledger: Ledg
     # One more Newton step, whose graph is that of the implicit function.
     layout = problem.layout
     moved = u + (solution - u.detach())
-    time = torch.scalar_tensor(
-        problem.direction * problem.times[0], dtype=layout.dtype, device=layout.device
-    )
     arguments: tuple[Any, ...] = (layout.unflatten(moved),)
     if problem.form == "residual":
         arguments += (layout.unflatten(start.rate * problem.direction),)
-    time = problem.seen(time)
-    value = layout.flatten(remote(problem.function, problem.compute, ledger)(time, *arguments))
+    seen = problem.seen(time.to(layout.device, layout.dtype))
+    value = layout.flatten(remote(problem.function, problem.compute, ledger)(seen, *arguments))
     # g is the user's function up to its sign.
     sign = -1.0 if problem.form == "residual" else problem.direction
     return moved + _Move.apply(equations, sign * (value - value.detach()))

@@ -87,7 +87,7 @@ def requested(
         gradient, form, method, steps, linear_algebra, output, checkpointing, cost, layout
     )
     return replace(
-        output.requests(form), independent=independent, continuous=chosen == "continuous",
+        output.requests(), independent=independent, continuous=chosen == "continuous",
         sensitivity_control=steps.sensitivity_control,
     )  # fmt: skip
 

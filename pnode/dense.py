@@ -17,12 +17,12 @@ from pnode.interpolation import (
     hermite_polynomials,
     polynomial,
 )
+from pnode.rates import Rates
 from pnode.solvers.methods import Method
 from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.scheme import Scheme
 from pnode.solvers.stepping import Observer, Step
 from pnode.vectorfield import VectorField
-from pnode.vectors import REAL
 
 __all__ = ["DenseOutput", "Inside", "Window", "coefficients", "own_weights"]
 
@@ -132,7 +132,7 @@ class DenseOutput(Observer):
         pieces: Sequence[int] | None = None,
     ) -> None:
         self._times = times
-        self._field = field
+        self._rates = Rates(field)
         self._emit = emit
         self._keep = keep
         self.pieces = pieces
@@ -179,7 +179,7 @@ class DenseOutput(Observer):
     def end(self) -> None:
         """Emit what is left, and let go of f."""
         self._settle()
-        del self._field, self._emit
+        del self._rates, self._emit
 
     def _in_step(self, step: Step) -> list[Inside]:
         """Return what is wanted of a step."""
@@ -221,8 +221,7 @@ class DenseOutput(Observer):
         window = self.windows[step.index] = Window(nodes[0].number, tuple(where))
         for node in nodes:
             if node.slope is None:
-                value = self._field.slope(node.s, node.state.to(self._field.dtype, copy=True))
-                node.slope = value.to(REAL)
+                node.slope = self._rates.value(node.s, node.state)
         for inside in self.inside[step.index]:
             weights = window.weights(inside)
             result = torch.zeros_like(nodes[0].state)

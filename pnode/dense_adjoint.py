@@ -12,6 +12,7 @@ from pnode.dense import DenseOutput, Inside, own_weights
 from pnode.interpolation import hermite_rate, polynomial_rate
 from pnode.linearization import Linearization
 from pnode.products import accumulate
+from pnode.rates import Rates
 from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.stepping import Step
 from pnode.vectorfield import VectorField
@@ -56,7 +57,7 @@ class DenseAdjoint(NodeCotangents):
         self._dense = dense
         self._wants_times = wants_times
         self._steps = steps
-        self._field = field
+        self._field, self._rates = field, Rates(field)
         self.parameters: list[torch.Tensor | None] = [None] * len(field.parameters)
         self.times: dict[int, float] = defaultdict(float)
         # Outputs that the loss depends on, with their cotangents.
@@ -98,7 +99,8 @@ class DenseAdjoint(NodeCotangents):
             return None
         u = self._dense.states[node]
         s = self._steps[node].start if node < len(self._steps) else self._steps[-1].end
-        value, parts = self._linearize(s, u)
+        rate_there = self._rates.at(s, u)
+        value = rate_there.value
         state, slope = torch.zeros_like(u), torch.zeros_like(u)
         for step, i in self._users[node]:
             h, window = self._steps[step].length, self._dense.windows[step]
@@ -111,7 +113,7 @@ class DenseAdjoint(NodeCotangents):
                     rate = rates.state[i] / h * torch.dot(w, u)
                     rate = rate + rates.slope[i] * torch.dot(w, value)
                     self.times[inside.index] += float(rate)
-        return state.add_(self._product(parts, slope))
+        return state.add_(rate_there.product(slope, self.parameters))
 
     def _through_stages(
         self,

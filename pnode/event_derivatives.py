@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pnode.errors import BackwardError, ConfigurationError, EventError
+from pnode.errors import BackwardError, EventError
 from pnode.event_functions import Events, call_event
 from pnode.event_locator import Root
 from pnode.output_times import flow_slope
@@ -25,16 +25,7 @@ from pnode.products import directional_derivative
 from pnode.solution import Ledger
 from pnode.transforms import lowered, moves, outside
 
-__all__ = ["Vanishing", "at_event", "check_rate"]
-
-
-def check_rate(form: str) -> None:
-    """Refuse derivatives through an event where y' is not at hand."""
-    if form in ("mass", "residual"):
-        raise ConfigurationError(
-            f"gradients through an event need y', and a problem given as {form}= does not tell it: "
-            "solve under torch.no_grad(), or give y' = f(t, y) as rhs="
-        )
+__all__ = ["Vanishing", "at_event"]
 
 
 def at_event(
@@ -75,7 +66,6 @@ def at_event(
         )
     if not moves(value):
         return end, state
-    check_rate(problem.form)
     stats.rhs += 2
     first = flow_slope(problem, time, state)
     rate = _rate(events, layout, root, time, lowered(state), lowered(first), where)

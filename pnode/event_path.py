@@ -175,7 +175,7 @@ class EventPath:
         step = self._step
         if self._own:
             return self._main.interpolate(step.start + theta * step.length)
-        if self._problem.form in ("mass", "residual"):
+        if not self._problem.gives_rate:
             weights = lagrange([s for s, _ in self._nodes], step.start + theta * step.length)
             result = torch.zeros_like(self.states[1])
             for weight, (_, state) in zip(weights, self._nodes, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,8 +14,8 @@ from pnode.problem import StateLayout
 from pnode.surroundings import modules_within
 
 __all__ = [
-    "changed", "find_parameters", "hidden_state", "refuse_hidden_state", "refuse_unrecorded",
-    "wrong_result", "wrote_into_input",
+    "changed", "find_parameters", "hidden_state", "hides_time", "refuse_hidden_state",
+    "refuse_unrecorded", "wrong_result", "wrote_into_input",
 ]  # fmt: skip
 
 _HiddenState = tuple[list[torch.Tensor], list[int]]
@@ -71,6 +72,43 @@ def changed(time: float, what: str, by: float, suspects: str) -> FieldChanged:
         "checkpointing=pnode.Checkpointing(reproducible=True) gives them the same bits",
         time=time,
     )
+
+
+def hides_time(
+    field: Any, s: float, graph: Any, span: float, evaluate: Callable[[float], torch.Tensor]
+) -> bool:
+    """Whether a field depends on t and torch does not record it.
+
+    By one evaluation at a later time, which does not count, unless the graph has t.
+
+    Parameters
+    ----------
+    field : VectorField
+        Of one process, without ghost cells.
+    s : float
+        When, the integrator's time.
+    graph : Linearization
+        Then, with t a leaf of it.
+    span : float
+        Of the solve.
+    evaluate : callable
+        Returns the value at another time.
+    """
+    if graph.records_time():
+        return False
+    double = field.dtype is torch.float64
+    resolution = torch.finfo(field.dtype).eps * max(abs(s), span if math.isfinite(span) else 0.0)
+    # So small that what is constant in pieces seldom jumps, and no zero of df/dt is mistaken.
+    small = (1e-4 if double else 1e-2) * (span if math.isfinite(span) else 1.0)
+    evaluations = field.ledger.rhs
+    try:
+        value = evaluate(s + max(small, 64.0 * resolution))
+    except Exception:  # it is not defined there, which is nothing to complain of
+        return False
+    finally:
+        field.ledger.rhs = evaluations  # nobody makes use of it
+    before = graph.flat_value()
+    return bool((value.isfinite() & before.isfinite() & (value != before)).any())
 
 
 def hidden_state(function: Any, device: torch.device) -> _HiddenState:

@@ -11,12 +11,12 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pnode.errors import ConfigurationError
-from pnode.nullspaces import null_spaces, unit_vectors
+from pnode.nullspaces import Bordered, null_spaces, unit_vectors
 from pnode.problem import StateLayout
 from pnode.transforms import outside
 from pnode.vectors import REAL
 
-__all__ = ["MassMatrix"]
+__all__ = ["MassMatrix", "SolveMass"]
 
 # Null spaces of the user's matrices, which come again with every solve, and the versions of these.
 _known: Any = WeakTensorKeyDictionary()
@@ -77,6 +77,7 @@ class MassMatrix:
         if not bool(torch.isfinite(values).all()) or not bool(values.ne(0).any()):
             raise ConfigurationError("mass is zero or not finite: give a matrix with finite values")
         self._transpose = None if self._matrix is None else self._matrix.T
+        self._factors: Bordered | None = None
 
     def apply(self, v: torch.Tensor) -> torch.Tensor:
         """Return M v, shape ``(..., size)``, v's precision."""
@@ -85,6 +86,35 @@ class MassMatrix:
     def apply_transpose(self, v: torch.Tensor) -> torch.Tensor:
         """Return M^T v, shape ``(..., size)``, v's precision."""
         return self._times(self._transpose, v)
+
+    @property
+    def singular(self) -> bool:
+        """Whether M leaves algebraic equations."""
+        return self.null_spaces()[0].shape[1] > 0
+
+    @outside()
+    def solve(self, v: torch.Tensor) -> torch.Tensor:
+        """Return x with M x = v, shape ``(..., size)``, v's precision.
+
+        Of a singular M: with L and R orthonormal bases of its left and right null space, the x with
+        M x = v - L L^T v and R^T x = 0, which is that of a v that M can reach.
+        """
+        return self._solved(v, transposed=False)
+
+    @outside()
+    def solve_transpose(self, w: torch.Tensor) -> torch.Tensor:
+        """Return the transpose of :meth:`solve` times w, shape ``(..., size)``, w's precision."""
+        return self._solved(w, transposed=True)
+
+    def _solved(self, v: torch.Tensor, transposed: bool) -> torch.Tensor:
+        if self.diagonal is not None:
+            inverse = torch.where(self.diagonal == 0.0, 0.0, 1.0 / self.diagonal)
+            return inverse.to(v.dtype) * v
+        if self._factors is None:
+            assert self._matrix is not None
+            self._factors = Bordered(self._matrix, *self.null_spaces())
+        rows = v.to(REAL).reshape(-1, self.size)
+        return self._factors.solve(rows, transposed).reshape(v.shape).to(v.dtype)
 
     def dense(self) -> torch.Tensor:
         """Return M as a dense matrix in PETSc's precision."""
@@ -190,3 +220,37 @@ class MassMatrix:
 
 def _sparse(index: torch.Tensor, values: torch.Tensor, size: int) -> torch.Tensor:
     return torch.sparse_coo_tensor(index, values, (size, size), check_invariants=True)
+
+
+class SolveMass(torch.autograd.Function):
+    """``mass.solve`` of a vector, or its transpose, which can be differentiated."""
+
+    @staticmethod
+    def forward(v: torch.Tensor, mass: MassMatrix, transposed: bool) -> torch.Tensor:
+        """Solve."""
+        return mass.solve_transpose(v) if transposed else mass.solve(v)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        """Keep the matrix."""
+        _, ctx.mass, ctx.transposed = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> Any:
+        """Solve with the transpose."""
+        return SolveMass.apply(outputs[0], ctx.mass, not ctx.transposed), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> torch.Tensor:
+        """Solve for a tangent."""
+        found: torch.Tensor = SolveMass.apply(tangents[0], ctx.mass, ctx.transposed)
+        return found
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], v: torch.Tensor, mass: MassMatrix, transposed: bool
+    ) -> tuple[torch.Tensor, int]:
+        """Solve for all at once."""
+        rows = v.movedim(in_dims[0], 0)
+        found: torch.Tensor = SolveMass.apply(rows, mass, transposed)
+        return found, 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy  # its parts, which take a quarter of a second, where they are needed
@@ -16,7 +17,7 @@ from pnode.devices import HOST
 from pnode.errors import ConfigurationError
 from pnode.vectors import REAL
 
-__all__ = ["DENSE_ENTRIES", "SquareOperator", "null_spaces", "unit_vectors"]
+__all__ = ["DENSE_ENTRIES", "Bordered", "SquareOperator", "null_spaces", "unit_vectors"]
 
 #: Bases, and matrices to factor, have at most so many entries; products serve beyond.
 DENSE_ENTRIES = 2048**2
@@ -166,14 +167,7 @@ def null_spaces(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         If a large sparse matrix has too many null vectors that hang together.
     """
     size, device = matrix.shape[0], matrix.device
-    if matrix.layout is torch.strided:
-        sparse = scipy.sparse.csr_matrix(_numbers(matrix))
-    else:
-        coo = matrix.to_sparse_coo().coalesce()
-        rows, columns = (index.numpy() for index in coo.indices().to(HOST.device))
-        sparse = scipy.sparse.csr_matrix((_numbers(coo.values()), (rows, columns)), matrix.shape)
-        sparse.eliminate_zeros()
-    parts = _parts(sparse)
+    parts = _parts(_scipy(matrix))
     # Singular values are measured by the largest one of all.
     largest = max(part.largest for part in parts)
     threshold = largest * size * np.finfo(np.float64).eps
@@ -186,6 +180,52 @@ def null_spaces(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             side.append((entries, vectors))
     left, right = (_joined(side, size, device) for side in found)
     return left, right
+
+
+class Bordered:
+    """The factors of ``[[M, L], [R^T, 0]]``, which is regular whether or not M is.
+
+    Parameters
+    ----------
+    matrix : Tensor
+        M, shape ``(n, n)``, dense or sparse, PETSc's precision.
+    left, right : Tensor
+        L and R: bases of its null spaces.
+    """
+
+    def __init__(self, matrix: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+        self._size, self._count = left.shape
+        if matrix.layout is torch.strided and left.layout is torch.strided:
+            corner = matrix.new_zeros(self._count, self._count)
+            whole = torch.cat([torch.cat([matrix, left], 1), torch.cat([right.T, corner], 1)])
+            self._dense: tuple[torch.Tensor, torch.Tensor] | None = torch.linalg.lu_factor(whole)
+            return
+        from scipy.sparse import bmat
+        from scipy.sparse.linalg import splu
+
+        self._dense = None
+        blocks = [[_scipy(matrix), _scipy(left)], [_scipy(right).T, None]]
+        self._sparse = splu(bmat(blocks, "csc") if self._count else blocks[0][0].tocsc())
+
+    def solve(self, rows: torch.Tensor, transposed: bool) -> torch.Tensor:
+        """Return x of ``(x, y)`` for each row v of ``(v, 0)``, shape ``(m, n)``."""
+        right = torch.cat([rows, rows.new_zeros(len(rows), self._count)], 1).T
+        if self._dense is not None:
+            found = torch.linalg.lu_solve(*self._dense, right, adjoint=transposed)
+        else:
+            solved = self._sparse.solve(_numbers(right), "T" if transposed else "N")
+            found = torch.from_numpy(solved).to(rows.device)
+        return found[: self._size].T
+
+
+def _scipy(matrix: torch.Tensor) -> Any:
+    if matrix.layout is torch.strided:
+        return scipy.sparse.csr_matrix(_numbers(matrix))
+    coo = matrix.to_sparse_coo().coalesce()
+    rows, columns = (index.numpy() for index in coo.indices().to(HOST.device))
+    sparse = scipy.sparse.csr_matrix((_numbers(coo.values()), (rows, columns)), matrix.shape)
+    sparse.eliminate_zeros()
+    return sparse
 
 
 class _Parts:

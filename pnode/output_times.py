@@ -10,12 +10,15 @@ from pnode.errors import BackwardError
 from pnode.evidence import differs
 from pnode.ghost_cells import ghosted
 from pnode.held import now
+from pnode.mass import SolveMass
 from pnode.problem import InitialValueProblem
+from pnode.rates import Rates, as_function
 from pnode.run import Run
-from pnode.solution import Stats
+from pnode.solution import Ledger, Stats
 from pnode.time_terms import TermsOfRanks
 from pnode.transfers import remote
-from pnode.vectorfield import VectorField
+from pnode.transforms import moves, no_tangents, transforms_active
+from pnode.vectorfield import VectorField, vector_field
 
 __all__ = [
     "flow_slope",
@@ -48,6 +51,7 @@ def time_gradient(
     if again and interpolated:
         _refuse_interpolated_times()
     field = run.field(run.stats.backward)
+    rates = Rates(field)
     ours = TermsOfRanks(problem, t, parameters) if again else None
     terms: list[torch.Tensor] = [initial.new_zeros((), dtype=torch.float64)] * len(t)
     for index, value in found.items():
@@ -63,8 +67,8 @@ def time_gradient(
                 y = y0 if index == 0 else ys[index]
                 slope = slope_at(ours, index, y)
             elif problem.ranks.parallel or bool(cotangent.ne(0).any()):
-                slope = field.slope(s, ys[index].detach().clone())
-                _verify_slope(run, field, index, slope)
+                slope = rates.value(s, ys[index].detach())
+                _verify_slope(run, field, index, slope.to(field.dtype))
             else:
                 continue
             terms[index] = direction * torch.dot(cotangent.double(), slope.double())
@@ -93,11 +97,19 @@ def slope_at(terms: TermsOfRanks, index: int, y: torch.Tensor) -> torch.Tensor:
     """Return dy/ds at an output, flat, as a differentiable function of everything."""
     problem, layout = terms.problem, terms.problem.layout
     time = terms.t[index].to(layout.device, layout.dtype)
-    return problem.direction * flow_slope(problem, time, y)
+    return problem.direction * flow_slope(problem, time, y, vanishing=False)
 
 
-def flow_slope(problem: InitialValueProblem, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Return dy/dt at a time and a state, flat, as a differentiable function of everything."""
+def flow_slope(
+    problem: InitialValueProblem, t: torch.Tensor, y: torch.Tensor, vanishing: bool = True
+) -> torch.Tensor:
+    """Return dy/dt at a time and a state, flat, as a differentiable function of everything.
+
+    Where there may be algebraic equations it is a number, whose derivatives are refused; with
+    ``vanishing`` in the second derivatives of its product with zero.
+    """
+    if problem.may_constrain:
+        return _known_slope(problem, t, y, vanishing)
     layout = problem.layout
     parts = [now(part) for part in (problem.function, problem.explicit) if part is not None]
     parts = [part.apart() if hasattr(part, "apart") else part for part in parts]
@@ -105,7 +117,26 @@ def flow_slope(problem: InitialValueProblem, t: torch.Tensor, y: torch.Tensor) -
     t, cells = problem.seen(t), problem.exchange
     state = layout.unflatten(y.clone()) if cells is None else ghosted(cells, y)
     values = [layout.flatten(part(t, state)) for part in parts]
-    return sum(values[1:], start=values[0])
+    slope = sum(values[1:], start=values[0])
+    return slope if problem.mass is None else SolveMass.apply(slope, problem.mass, False)
+
+
+def _known_slope(
+    problem: InitialValueProblem, t: torch.Tensor, y: torch.Tensor, vanishing: bool
+) -> torch.Tensor:
+    if transforms_active():
+        raise BackwardError(
+            "derivatives through the time of an event or an output in transforms of torch.func are "
+            "not supported for residual= and a singular mass=: take autograd's"
+        )
+    moving = [one for one in (t, y, *problem.parameters) if moves(one)]
+    fixed = problem.but(
+        function=now(problem.function), explicit=now(problem.explicit), check_undeclared=False
+    )
+    with no_tangents():
+        s = problem.direction * float(t.detach())
+        rate = Rates(vector_field(fixed, Ledger())).value(s, y.detach())
+    return as_function((problem.direction * rate).to(y), moving, vanishing)
 
 
 def start_moved_by_time(

@@ -28,7 +28,7 @@ from pnode.ranks import ALONE, Ranks
 from pnode.run import Requests, Run
 from pnode.solution import Stats
 from pnode.stepped_sweep import SteppedSweep
-from pnode.transforms import moves
+from pnode.transforms import moves, outside, plain
 
 __all__ = ["Solved", "Taken", "consistent", "solve"]
 
@@ -114,7 +114,7 @@ def solve(
     events: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
     for number, part in enumerate(parts):
         if number:
-            flat = _begun(part.problem, flat, solves_start, stats)
+            flat = _begun(part.problem, flat, solves_start, stats, part.times[0].detach())
         ys, run = autograd.solve(engine, part.problem, wanted, flat, part.times, trainable)
         taken.append(Taken(part.problem, run, flat, part.times))
         ended, ys, found = split(
@@ -181,16 +181,17 @@ def _parts(problem: InitialValueProblem, t: torch.Tensor) -> Iterator[_Part]:
 
 
 def _begun(
-    problem: InitialValueProblem, flat: torch.Tensor, solves_start: bool, stats: Stats
-) -> torch.Tensor:
+    problem: InitialValueProblem, flat: torch.Tensor, solves_start: bool, stats: Stats,
+    time: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
     """Return where a part begins: the algebraic unknowns may jump."""
     own = problem if problem.base is None else problem.base
-    if own.form not in ("mass", "residual") or own.exchange is not None:
+    if own.gives_rate or own.exchange is not None:
         return flat
     size = own.layout.size
 
     def begin() -> torch.Tensor:
-        return torch.cat([consistent(own, flat[:size], solves_start, stats), flat[size:]])
+        return torch.cat([consistent(own, flat[:size], solves_start, stats, time), flat[size:]])
 
     with problem.ranks.together():
         try:
@@ -204,18 +205,20 @@ def _begun(
 
 
 def consistent(
-    problem: InitialValueProblem, flat: torch.Tensor, solves_start: bool, stats: Stats
-) -> torch.Tensor:
+    problem: InitialValueProblem, flat: torch.Tensor, solves_start: bool, stats: Stats,
+    time: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
     """Check, or solve for, the algebraic unknowns of a state that a solve is to begin with.
 
     With ghost cells f is collective, and what belongs together is not one rank's to see.
     """
-    if problem.form not in ("mass", "residual") or problem.exchange is not None:
+    if problem.gives_rate or problem.exchange is not None:
         return flat
     own = replace(problem, ranks=ALONE)
     if solves_start:
-        return consistent_state(own, flat, stats)
-    check_consistency(own, flat.detach(), stats)
+        return consistent_state(own, flat, stats, time)
+    with outside():
+        check_consistency(own, plain(flat).detach(), stats)
     return flat
 
 

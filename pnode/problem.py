@@ -210,8 +210,8 @@ class InitialValueProblem:
         The explicit part of a split right-hand side.
     mass : object or None
         The mass matrix, with ``apply``, ``apply_transpose`` and ``dense``.
-    form : {"rhs", "imex", "mass", "residual"}
-        Which of the four it is.
+    form : {"rhs", "imex", "mass", "imex_mass", "residual"}
+        Which of them it is.
     ranks : Ranks
         The processes that share the state.
     exchange : Layout or None
@@ -255,6 +255,16 @@ class InitialValueProblem:
     integrals: int = 0
     breaks: Any = None
     window: tuple[float, float] = (-math.inf, math.inf)
+
+    @property
+    def gives_rate(self) -> bool:
+        """Whether f, or both parts of it, is y' itself."""
+        return self.form in ("rhs", "imex")
+
+    @property
+    def may_constrain(self) -> bool:
+        """Whether there may be algebraic equations: a residual, or a singular mass matrix."""
+        return self.form == "residual" or (self.mass is not None and self.mass.singular)
 
     def but(self, **changes: Any) -> InitialValueProblem:
         """Return the problem with other attributes, as ``dataclasses.replace`` in more time."""

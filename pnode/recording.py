@@ -113,7 +113,7 @@ def _identity(engine: Engine, run: Run, y0: torch.Tensor) -> dict[str, str]:
         "form": problem.form, "jacobian": engine.jacobian,
         "reproducible": engine.checkpointing.reproducible,
         "shapes": problem.layout.shapes, "f": problem.function, "explicit": problem.explicit,
-        "mass": None if problem.mass is None else vars(problem.mass),
+        "mass": None if problem.mass is None else problem.mass.entries(),
         "jacobian_reuse": options.reuse,
         "preconditioner": getattr(preconditioner, "__dict__", preconditioner),
         "petsc_options": engine.petsc_options, "petsc_setup": engine.setup,

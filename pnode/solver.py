@@ -28,7 +28,6 @@ from pnode.configuration import (
 )
 from pnode.continuous import requested
 from pnode.engine import Engine
-from pnode.event_derivatives import check_rate
 from pnode.event_functions import Events
 from pnode.events import adapted
 from pnode.integrals import check_cost, of_state, with_integral
@@ -44,7 +43,7 @@ from pnode.problem import InitialValueProblem, StateLayout, as_times, collect_pa
 from pnode.ranks import Ranks
 from pnode.results import result
 from pnode.solution import Solution, Stats
-from pnode.solvers.methods import check_form, find_method
+from pnode.solvers.methods import check_form, check_mass, find_method
 from pnode.solvers.step_control import check_steps
 from pnode.transfers import on_host
 from pnode.transforms import moves, outside_inference, refuse_transforms
@@ -67,7 +66,7 @@ class Solver(torch.nn.Module):
         gradients.
     implicit, explicit : callable, optional
         Two such functions, whose sum is y': the first is treated implicitly, the second
-        explicitly, by a method of kind "imex". They may share parameters.
+        explicitly, by a method of kind "imex". They may share parameters. With ``mass``: M y'.
     mass : Tensor or tuple of Tensor, optional
         The constant matrix M: its diagonal (one entry per entry of the state), or a dense or
         sparse ``(size, size)`` matrix for the flattened state. A singular M makes a
@@ -320,8 +319,6 @@ class Solver(torch.nn.Module):
         cuts = () if problem.breaks is None else (problem.breaks.times,)
         moving = [one for one in (flat, times, *cuts, *problem.parameters) if moves(one)]
         trainable = any(differentiate or not tensor.requires_grad for tensor in moving)
-        if trainable and self.event_fn is not None:
-            check_rate(self._form)
         compute = problem.compute
         events, differentiable = adapted(self.event_fn, problem, compute, start, call.observer)
         monitor = call.monitor(self._requests.monitor)
@@ -364,16 +361,17 @@ class Solver(torch.nn.Module):
         with outside_inference(differentiate):
             y0, compute = on_host(call.state(y0), self._device_state, start)
         arguments.refuse_inference(declared, self._engine.method)
-        arguments.refuse_moving_times("t", times, self._form, differentiate)
         wanted = [
             one for one in declared if differentiate or (not one.requires_grad and moves(one))
         ]
         with outside_inference(differentiate):
+            mass = None if self.mass is None else MassMatrix(self.mass, StateLayout.of(y0))
+            check_mass(mass, engine.method)
             problem = InitialValueProblem.create(
                 call.function(watched(functions[0], declared)), y0, times, wanted,
                 check_undeclared=differentiate, form=self._form,
                 explicit=call.function(watched(self.explicit, declared)), pairs=call.pairs,
-                mass=None if self.mass is None else MassMatrix(self.mass, StateLayout.of(y0)),
+                mass=mass,
                 ranks=ranks, exchange=engine.exchange, compute=compute,
             )  # fmt: skip
             if self.event_fn is None:  # which may end it at any time
@@ -383,7 +381,7 @@ class Solver(torch.nn.Module):
             flat = problem.layout.flatten(y0)
             check_breaks(self._engine, self._requests, breakpoints)
             problem = with_breaks(problem, breakpoints, times)
-            flat = consistent(problem, flat, self._consistent_start, start)
+            flat = consistent(problem, flat, self._consistent_start, start, times[0])
             if self.cost is not None:
                 cost = call.observer(watched(self.cost, declared))
                 problem, flat = with_integral(problem, cost, flat)

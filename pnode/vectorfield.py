@@ -307,7 +307,7 @@ class Residual(VectorField):
         """Evaluate F at (s, u, u_dot) with its graph."""
         assert u_dot is not None
         self.ledger.rhs += 1
-        time = self._time(s)
+        time = self._time(s).requires_grad_(differentiate_time)
         layout = self._layout
         leaves: tuple[torch.Tensor, ...] = (u, u_dot * self._direction)
         if not layout.is_tuple:

@@ -17,6 +17,7 @@ from pnode.errors import ConfigurationError
 from pnode.solvers.firk.tableaus import GAUSS4, GAUSS6, RADAU3, RADAU5
 from pnode.solvers.own_tableaus import BPR3, DOPRI8, FEHLBERG2, HEUN3, TSIT5
 from pnode.solvers.petsc.coefficients import find_scheme
+from pnode.solvers.rosenbrock_tableaus import ROSENBROCK
 from pnode.solvers.scheme import SYMPLECTIC, HalfUpdate, Scheme
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Method",
     "add",
     "check_form",
+    "check_mass",
     "find_method",
     "markdown_table",
     "methods",
@@ -162,6 +164,12 @@ class Method:
         own = self.stage_units - self.shares_ends
         return f"{own} stage{'s' if own > 1 else ''}"
 
+    @cached_property
+    def solves_constraints(self) -> bool:
+        """Whether it solves the algebraic equations that a singular mass matrix leaves."""
+        runge_kutta = self.ts_type in ("dirk", "arkimex", "rosw")
+        return not runge_kutta or (self.scheme is not None and self.scheme.ends_at_stage)
+
     @property
     def restarts(self) -> bool:
         """Whether a step can be repeated from the state at its start alone."""
@@ -196,7 +204,7 @@ def _dirk(name: str, subtype: str, order: int, stages: int, *aliases: str) -> Me
     names = [other for other in (subtype, *aliases, f"dirk{subtype}") if other != name]
     return Method(
         name, "dirk", order, stages, tuple(names), subtype, kind="implicit", adaptive=True,
-        same_bits=False,
+        forms=("rhs", "mass"), same_bits=False,
     )  # fmt: skip
 
 
@@ -205,7 +213,7 @@ def _arkimex(
 ) -> Method:
     return Method(
         name, "arkimex", order, stages, (*aliases, f"arkimex{subtype}"), subtype, kind="imex",
-        forms=("imex",), **more,
+        forms=("imex", "imex_mass"), **more,
     )  # fmt: skip
 
 
@@ -246,6 +254,7 @@ def _rosw(name: str, order: int, stages: int, *aliases: str, **more: Any) -> Met
     return Method(
         name, "rosw", order, stages, names, subtype, kind="implicit",
         adaptive=subtype not in ("theta1", "theta2", "ra3pw", "lassp3p4s2c"),
+        forms=("rhs", "mass") if all(ROSENBROCK[subtype].gamma_diagonal) else ("rhs",),
         **more,
     )  # fmt: skip
 
@@ -463,7 +472,10 @@ def check_form(form: str, method: Method) -> None:
     if form in method.forms or (form == "rhs" and "separable" in method.forms):
         return
     able = ", ".join(repr(other.name) for other in methods() if form in other.forms)
-    names = {"imex": "implicit= and explicit=", "mass": "mass=", "residual": "residual="}
+    names = {
+        "imex": "implicit= and explicit=", "mass": "mass=", "residual": "residual=",
+        "imex_mass": "implicit=, explicit= and mass=",
+    }  # fmt: skip
     hint = (
         f"; it wants a right-hand side in two parts, {names['imex']}"
         if method.kind == "imex"
@@ -472,6 +484,18 @@ def check_form(form: str, method: Method) -> None:
     raise ConfigurationError(
         f"method={method.name!r} does not solve problems given as {names.get(form, 'rhs=')}: "
         f"choose one of {able}{hint}"
+    )
+
+
+def check_mass(mass: Any, method: Method) -> None:
+    """Refuse a singular mass matrix where steps leave its algebraic equations."""
+    if mass is None or method.solves_constraints or not mass.singular:
+        return
+    form = "imex_mass" if method.kind == "imex" else "mass"
+    able = [m.name for m in methods() if form in m.forms and m.solves_constraints]
+    raise ConfigurationError(
+        f"mass is singular, and method={method.name!r} does not end its steps at a stage, where "
+        f"algebraic equations hold: choose one of {', '.join(map(repr, able))}"
     )
 
 

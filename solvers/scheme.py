@@ -24,6 +24,10 @@ Row: TypeAlias = tuple[float, ...]
 Rows: TypeAlias = tuple[Row, ...]
 
 
+# Of coefficients that are sums of others.
+_ROUND_OFF = 1e-13
+
+
 @dataclass(frozen=True)
 class Scheme:
     """A Runge-Kutta method: explicit, diagonally or fully implicit, IMEX or Rosenbrock-W.
@@ -174,6 +178,30 @@ class Scheme:
         """
         defect = sum(b * gamma for b, gamma in zip(self.b, self.gamma, strict=True))
         return abs(defect) > 1e-12
+
+    def needs_slope_of(self, mass: Any) -> bool:
+        """Whether a step has g_t: always where a singular mass matrix leaves equations in t."""
+        return self.needs_time_slope or (mass is not None and mass.singular)
+
+    @cached_property
+    def ends_at_stage(self) -> bool:
+        """Whether a step ends at a stage that is solved for, where algebraic equations hold too.
+
+        Of a Rosenbrock method: where those of linear equations do (stiffly accurate: the end is
+        the state of the last stage after its solve). Both parts of an IMEX method have that row.
+        """
+        if self.Gamma is not None:
+            At, _, _, bt = self.transformed()
+            last = [*At[-1][:-1], 1.0]
+            return bool(np.allclose(bt, last, rtol=0.0, atol=_ROUND_OFF))
+        parts = [(self.A, self.b)]
+        if self.A_explicit is not None and self.b_explicit is not None:
+            parts.append((self.A_explicit, self.b_explicit))
+        return any(
+            self.A[i][i] != 0.0
+            and all(np.allclose(A[i], b, rtol=0.0, atol=_ROUND_OFF) for A, b in parts)
+            for i in range(self.stages)
+        )
 
     def transformed(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Return At, Ginv, Corr and bt for the variables Y = G k that PETSc solves for.

@@ -124,7 +124,7 @@ def first_step(
     Where y0' is not at hand (a mass matrix, a residual), a millionth of the first output interval,
     or of 1 where that has no end.
     """
-    if field.problem.form in ("mass", "residual"):
+    if not field.problem.gives_rate:
         span = end - start if math.isfinite(end) else 1.0
         return min(1e-6 * span, control.max_step)
     y0 = vectors.copy_out(integrator.solution, field.dtype)

@@ -173,13 +173,24 @@ def test_imex_interpolates_with_the_whole_slope(name):
 
 
 @pytest.mark.parametrize("form", ["mass", "residual"])
-def test_forms_without_a_rate_are_refused(form):
+def test_forms_whose_rate_is_solved_for(form):
+    """Of M y' = f and of 2 y' + 0.1 y'^3 = ...: equal to the same as a right-hand side."""
+    field, y0 = Field(), initial()
     keywords = (
-        {"rhs": lambda t, y: -y, "mass": torch.ones(2)} if form == "mass"
-        else {"residual": lambda t, y, yp: yp + y}
-    )  # fmt: skip
-    with pytest.raises(pnode.ConfigurationError, match=f"dense=True.*{form}="):
-        pnode.Solver(method="beuler", step_size=0.1, dense=True, **keywords)
+        {"rhs": lambda t, y: 2.0 * field(t, y), "mass": torch.full(y0.shape, 2.0)}
+        if form == "mass"
+        else {"residual": lambda t, y, v: 2.0 * (v - field(t, y)) + 0.1 * (v - field(t, y)) ** 3}
+    )
+    tensors = [y0, field.inner, field.outer, field.bias]
+    found = []
+    for problem in ({"rhs": field}, keywords):
+        solver = pnode.Solver(
+            **problem, params=field.parameters(), method="beuler", step_size=0.1, dense=True,
+            petsc_options={"snes_rtol": 1e-14, "snes_stol": 1e-14},
+        )  # fmt: skip
+        ys = solver(y0, OUTPUTS).ys
+        found.append([ys, *torch.autograd.grad((ys * weights_like(ys)).sum(), tensors)])
+    assert relative_difference(*found) < 1e-11
 
 
 @pytest.mark.parametrize("name", ["dopri5", "rk4", "cn"])

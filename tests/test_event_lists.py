@@ -353,7 +353,7 @@ def test_tuples_float32_costs_modules_and_parameters():
 
 
 def test_mass_matrices_and_residuals():
-    """Without gradients, for which y' would be needed."""
+    """Of a rotation: events are those of the right-hand side, with their gradients."""
     t, listed = times(0.0, 5.0), [Event(lambda t, y: y[0], terminal=False)]
     with torch.no_grad():
         mass = pnode.Solver(
@@ -367,10 +367,15 @@ def test_mass_matrices_and_residuals():
     for solution in (mass, residual):
         found = solution.events[0].times.tolist()
         assert found == pytest.approx([math.pi / 2, 3 * math.pi / 2], abs=1e-6)
-    with pytest.raises(pnode.ConfigurationError, match="need y'"):
-        pnode.Solver(
-            residual=lambda t, y, v: v - turn(t, y), method="bdf", event_fn=listed
-        )(start(), t)  # fmt: skip
+    gradients = []
+    for problem in ({"rhs": turn}, {"residual": lambda t, y, v: v - turn(t, y)}):
+        y0 = start()
+        solution = pnode.Solver(
+            **problem, method="bdf2", step_size=0.05, event_fn=listed, compile=False,
+            petsc_options={"snes_rtol": 1e-13, "snes_stol": 1e-13},
+        )(y0, t)  # fmt: skip
+        gradients += torch.autograd.grad(solution.events[0].times.square().sum(), y0)
+    assert float((gradients[0] - gradients[1]).abs().max()) < 1e-9
 
 
 def test_two_orders_of_torchdiffeqs_calls():

@@ -20,7 +20,12 @@ __all__ = ["interpreted"]  # a fixture
 
 D = torch.float64
 TIMES = torch.tensor([0.0, 0.4, 1.0], dtype=D)
-CASES = [(method.name, form) for method in representatives() for form in method.forms]
+# Mass matrices: with those that step in ways of their own with one.
+MASSES = ("theta", "cn", "beuler", "python")
+CASES = [
+    (method.name, form) for method in representatives() for form in method.forms
+    if "mass" not in form or method.ts_type in MASSES
+] + [(name, "mass") for name in ("es325", "rodaspr")] + [("ark3", "imex_mass")]  # fmt: skip
 FAMILIES = ["euler", "bosh3", "ssprk43", "ruth3", "beuler", "cn", "implicit_midpoint", "trbdf2",
             "sdirk2", "rodas3", "ark3"]  # fmt: skip
 # What makes the backward sweep evaluate f again: no graphs, few checkpoints.
@@ -41,6 +46,9 @@ def solve(name, form, field, parameter, **keywords):
     keywords = {"method": name, "params": [parameter], "step_size": 0.2} | keywords
     if form == "imex":
         solver = pnode.Solver(implicit=field, explicit=lambda t, y: field(t, y).sin(), **keywords)
+    elif form == "imex_mass":
+        parts = {"implicit": field, "explicit": lambda t, y: field(t, y).sin()}
+        solver = pnode.Solver(**parts, mass=torch.tensor([2.0, 3.0], dtype=D), **keywords)
     elif form == "mass":
         mass = torch.tensor([2.0, 3.0], dtype=D)
         solver = pnode.Solver(field, mass=mass, **keywords)

@@ -37,7 +37,9 @@ WIDTH = {"scalar": 1, "vector": 3, "batch": 3, "tuple": 3, "pair": 4}
 #: States that "block" is for; and where no entry is seen to look at another: the implicit part of
 #: the split problem, and without a step.
 ROWS = (("batch",), ("batch", "vector"))
-FORMS = ("rhs", "imex", "mass", "singular mass", "residual", "algebraic residual")
+FORMS = (
+    "rhs", "imex", "mass", "singular mass", "residual", "algebraic residual", "imex_mass"
+)  # fmt: skip
 JACOBIANS = ("auto", "dense", "block", "sparse", "matrix-free")
 #: Output times after the first, and which outputs the loss looks at (of three).
 SPANS = {"none": (0.0,), "one": (0.0, 0.7), "two": (0.0, 0.3, 0.7)}
@@ -144,12 +146,12 @@ def cases(draw: st.DrawFn, family: str) -> Case:
         states=draw(st.integers(0, 12)) if limited else None,
         disk=limited and draw(st.booleans()),
         reproducible=draw(st.booleans()),
-        dense=form in ("rhs", "imex") and draw(st.booleans()),
+        dense=draw(st.booleans()),
         step_size=draw(st.sampled_from(fixed)),
         start=draw(st.sampled_from([0.0, 1.7])),
         direction=draw(st.sampled_from([1.0, -1.0])),
         autonomous=draw(st.booleans()),
-        time_gradient=draw(st.booleans()) and (rarely or form in ("rhs", "imex")),
+        time_gradient=draw(st.booleans()),
     )
     if draw(st.booleans()):
         case = replace(
@@ -157,7 +159,7 @@ def cases(draw: st.DrawFn, family: str) -> Case:
             span=draw(st.sampled_from(list(SPANS))),
             seen=draw(st.sampled_from(list(SEEN))),
             wanted=draw(st.sampled_from(["all", "state", "parameters"])),
-            event=form in ("rhs", "imex") and draw(st.booleans()),
+            event=draw(st.booleans()),
             disturbed=draw(st.booleans()),
             step_size=draw(st.sampled_from([*fixed, 0.7])),
             first_step=draw(st.sampled_from([None, 0.6])),
@@ -238,6 +240,9 @@ class Problem(torch.nn.Module):
             return {"rhs": self.both}
         if form == "imex":
             return {"implicit": self.decay, "explicit": self.growth}
+        if form == "imex_mass":
+            parts = {"implicit": self.decay, "explicit": self.growth}
+            return {**parts, "mass": self.diagonal()}
         keywords = {"consistent_start": self.algebraic}
         if form in ("mass", "singular mass"):
             return {"rhs": self.both, "mass": self.diagonal(), **keywords}
@@ -367,12 +372,13 @@ def refusal(case: Case) -> str | None:
         "the problem's form": not set(wanted) & set(row.forms),
         "symplectic methods take a pair": "separable" in row.forms and case.shape != "pair",
         "no error estimate": case.step_size is None and not row.adaptive,
-        "t's derivative needs y'": case.time_gradient and case.form not in ("rhs", "imex"),
+        "steps leave the algebraic equations": case.form == "singular mass"
+        and not row.solves_constraints,
         "a mass matrix of zeros": case.form == "singular mass" and case.shape == "scalar",
         "blocks need one tensor of independent rows": (
             row.implicit
             and case.jacobian == "block"
-            and case.shape not in ROWS[case.form == "imex" or case.span == "none"]
+            and case.shape not in ROWS[case.form.startswith("imex") or case.span == "none"]
         ),
         "nothing to reuse": case.reuse != "iteration" and case.jacobian == "matrix-free",
         "coupled stages take Jacobians when they have to, and none with colors": row.coupled

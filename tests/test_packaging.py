@@ -57,6 +57,7 @@ LEAVES = {
         "problem",
         "products",
         "rank_sums",
+        "rates",
         "ranks",
         "reals",
         "saving",
@@ -295,7 +296,7 @@ CALLS_AUTOGRAD = {
 DEFINES_FUNCTION = {
     "pnode.autograd", "pnode.continuous", "pnode.stages", "pnode.rank_sums", "pnode.consistency",
     "pnode.event_derivatives", "pnode.batches", "pnode.samples", "pnode.ghost_cells",
-    "pnode.time_terms",
+    "pnode.time_terms", "pnode.mass", "pnode.rates",
 }  # fmt: skip
 
 

@@ -21,6 +21,9 @@ def solve(name, form, field, params, times, **keywords):
     y0 = torch.zeros(1, dtype=D)
     if form == "imex":
         solver = pnode.Solver(implicit=field, explicit=field, **keywords)
+    elif form == "imex_mass":
+        mass = torch.tensor([2.0], dtype=D)
+        solver = pnode.Solver(implicit=field, explicit=field, mass=mass, **keywords)
     elif form == "mass":
         solver = pnode.Solver(field, mass=torch.tensor([2.0], dtype=D), **keywords)
     elif form == "residual":

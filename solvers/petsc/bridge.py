@@ -11,6 +11,7 @@ alive. Its field is set for the duration of one sweep.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -19,13 +20,14 @@ from typing import Any
 import torch
 
 from pnode.devices import HOST
+from pnode.errors import ConfigurationError
 from pnode.evidence import Note, project, projection_weights
 from pnode.linearization import Linearization
 from pnode.solvers.linear.jacobians import Jacobian
 from pnode.solvers.linear.linearizer import Linearizer
 from pnode.solvers.petsc.library import forget_step_norm
 from pnode.vectorfield import VectorField
-from pnode.vectors import are_moderate, copy_in, copy_out, fill, is_moderate, view
+from pnode.vectors import REAL, are_moderate, copy_in, copy_out, fill, is_moderate, view
 
 __all__ = ["Bridge"]
 
@@ -83,6 +85,10 @@ class Bridge(Linearizer):
         #: Makes this rank reject the attempt under way, in a solve of several with a controller.
         self.reject: weakref.WeakMethod[Callable[[], None]] | None = None
         self._fillers = 0
+        #: With a mass matrix: the slope that a DIRK method's first step begins with.
+        self._first_slope: torch.Tensor | None = None
+        #: Of an IMEX method with one: whether no solve has begun in the stage under way.
+        self._stage_is_explicit = False
         #: Whether residuals keep their graph for a Jacobian that is asked for next.
         self.records = True
 
@@ -104,7 +110,7 @@ class Bridge(Linearizer):
             self.jacobian.forget()
         self._screened.clear()
         self.evaluated.clear()
-        self._last = None
+        self._last = self._first_slope = None
         self.projections = self._weights = None
         self._times = []
         self.graphs = None
@@ -151,7 +157,7 @@ class Bridge(Linearizer):
     def stage_begins(self) -> None:
         """From now on PETSc passes the right times, and evaluates for another stage."""
         self.start_time = None
-        self._solve_begins = True
+        self._solve_begins = self._stage_is_explicit = True
 
     def set_rhs_function(self, ts: Any, work: Any) -> None:
         """Make this the right-hand side of an explicit TS. Not collective."""
@@ -216,6 +222,13 @@ class Bridge(Linearizer):
 
         The graph is kept if the Jacobian is to be evaluated at the same point next.
         """
+        if self.start_time is not None and self._first_slope is not None:
+            copy_in(f, copy_out(u_dot) - self._first_slope)
+            return
+        if self._stage_is_explicit and self.field.problem.form == "imex_mass":
+            slope = self.guarded("rhs", self._slope, self.stage_time(s), u)
+            copy_in(f, torch.zeros_like(view(u)) if slope is None else -slope)
+            return
         s = self.stage_time(s if self.start_time is None else self.start_time)
         value = self.guarded("rhs", self._implicit_value, s, u, u_dot)
         if value is None:
@@ -261,10 +274,37 @@ class Bridge(Linearizer):
             self.projections.append(projection)
             if field is not self._attached:  # the explicit part of a split one
                 self.noted.append(Note(1, s, project(own), projection))
-        return value
+        return value if field.mass is None else explicit_slope(field, s, own, value)
+
+    def guess_slope(self, u: Any, guess: Any) -> None:
+        """Guess the slope that DIRK's first step begins with, for which PETSc solves F = 0.
+
+        Zero, for the same bits whatever came before; with a mass matrix, which may be singular, the
+        slope itself.
+        """
+        self._first_slope, self._stage_is_explicit = None, False
+        if self.start_time is None:
+            return
+        if self.field.mass is None:
+            guess.set(0.0)
+            return
+        slope = self.guarded("rhs", self._slope, self.stage_time(self.start_time), u)
+        self._first_slope = torch.zeros_like(view(u)) if slope is None else slope
+        copy_in(guess, self._first_slope)
+
+    def _slope(self, s: float, u: Any) -> torch.Tensor:
+        """Return K with M K = g(s, u); see :meth:`MassMatrix.solve` for a singular M."""
+        mass = self.field.mass
+        assert mass is not None
+        return mass.solve(self._noted_value(s, u).to(REAL))
 
     def _implicit_value(self, s: float, u: Any, u_dot: Any) -> torch.Tensor:
         """Return F(s, u, u_dot), without the term u_dot where M is the identity."""
+        value, mass = -self._noted_value(s, u, u_dot), self.field.mass
+        return value if mass is None else mass.apply(copy_out(u_dot)) + value
+
+    def _noted_value(self, s: float, u: Any, u_dot: Any = None) -> torch.Tensor:
+        """Return g(s, u), or minus the residual, and note it."""
         field = self.field
         wanted = self.records and (self.jacobian is None or self.jacobian.records)
         last, self._last = self._last, None
@@ -280,9 +320,7 @@ class Bridge(Linearizer):
                 self._last = (s, own, value.clone())  # it may be the user's own
         if self.noted is not None and self._notes_stages:
             self._note(Note(0, s, project(own), project(value)))
-        value = -value
-        mass = field.mass
-        return value if mass is None else mass.apply(copy_out(u_dot)) + value
+        return value
 
     def _note(self, note: Note) -> None:
         """Take down an evaluation, instead of the last one if that was of the same solve."""
@@ -291,3 +329,31 @@ class Bridge(Linearizer):
             self.noted.pop()
         self.noted.append(note)
         self._solve_begins = False
+
+
+def explicit_slope(
+    part: VectorField, s: float, u: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor:
+    """Return K with M K = value, that of the explicit part at (s, u), M being the mass matrix.
+
+    Raises
+    ------
+    ConfigurationError
+        If the value reaches into the algebraic equations of a singular M.
+    """
+    mass = part.mass
+    assert mass is not None
+    value = value.to(REAL)
+    if mass.singular:
+        equations = mass.null_spaces()[0].T @ value.unsqueeze(1)
+        small, times = 1e-9 if part.dtype is REAL else 1e-4, part.problem.times
+        change = float(mass.apply(u.to(REAL)).abs().max()) / (times[-1] - times[0] or math.inf)
+        noise = small * float(value.abs().max()) + 1e-3 * small * change
+        largest = float(equations.abs().max())
+        if largest > noise:
+            raise ConfigurationError(
+                f"explicit={part.function!r} is {largest:.2e} in an algebraic equation of a "
+                f"singular mass at t = {part.problem.direction * s!r}: algebraic equations belong "
+                "into implicit= as a whole"
+            )
+    return mass.solve(value)

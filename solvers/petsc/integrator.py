@@ -77,7 +77,7 @@ class TimeIntegrator:
             if method.ts_type in ("dirk", "arkimex")
             else None
         )
-        if self._starts:
+        if self._starts or settings.form == "imex_mass":
             # PETSc solves for DIRK's initial slope from whatever slope it had last.
             self.ts.getSNES().setInitialGuess(self._guess_slope)
         self._backtracks = (
@@ -152,9 +152,8 @@ class TimeIntegrator:
         log_stage("pnode forward").pop()
 
     def _guess_slope(self, snes: Any, guess: Any) -> None:
-        """Begin the solve for the initial slope from zero: the same bits whatever came before."""
-        if self.bridge.start_time is not None:
-            guess.set(0.0)
+        """Begin the solve for the initial slope, which PETSc takes for one of a stage."""
+        self.bridge.guess_slope(self.solution, guess)
 
     def iterations(self) -> tuple[int, int]:
         """Newton and Krylov iterations since :meth:`begin`."""

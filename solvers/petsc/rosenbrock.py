@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from pnode.errors import ConfigurationError
+from pnode.field_checks import hides_time
 from pnode.linearization import Linearization
 from pnode.options import SolverOptions
 from pnode.solvers.checkpoint import Checkpoint
@@ -30,6 +31,7 @@ from pnode.solvers.petsc.library import (
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.rosenbrock_tableaus import ROSENBROCK
 from pnode.solvers.scheme import Scheme
+from pnode.vectorfield import VectorField
 from pnode.vectors import REAL, copy_in, copy_out, is_moderate
 
 __all__ = ["RosenbrockBridge", "RosenbrockIntegrator"]
@@ -59,7 +61,12 @@ class RosenbrockBridge(Bridge):
         self._stage = -1
         self._base: Point | None = None
         self._time_slope: torch.Tensor | None = None
-        self._knows_time = False
+        self._knows_time = self._needs_time_slope = False
+
+    def attach(self, field: VectorField) -> None:
+        """Begin a sweep with ``field``."""
+        super().attach(field)
+        self._needs_time_slope = self._scheme.needs_slope_of(field.mass)
 
     def detach(self) -> None:
         """End the sweep and drop everything that belongs to the user."""
@@ -76,7 +83,7 @@ class RosenbrockBridge(Bridge):
         self._stage += 1
 
     def implicit_function(self, ts: Any, s: float, u: Any, u_dot: Any, f: Any) -> None:
-        """f = u_dot - g(s, u) - gamma_i h g_t (PETSc's IFunction).
+        """f = M u_dot - g(s, u) - gamma_i h g_t (PETSc's IFunction).
 
         The first evaluation of a step is at its start, and its graph is kept for the Jacobian.
         """
@@ -87,7 +94,10 @@ class RosenbrockBridge(Bridge):
             if value is not None and self.nonfinite_time is None:
                 self.nonfinite_time = s
             self.fill(ts, u, f)
-        f.aypx(-1.0, u_dot)
+        if self.field.mass is None:
+            f.aypx(-1.0, u_dot)
+        else:
+            copy_in(f, self.field.mass.apply(copy_out(u_dot)) - copy_out(f))
 
     def jacobian_point(self, s: float, u: Any, u_dot: Any) -> Point:
         """Return the start of the step."""
@@ -96,7 +106,7 @@ class RosenbrockBridge(Bridge):
     def _evaluate_stage(self, s: float, u: Any) -> torch.Tensor:
         own = copy_out(u, self.field.dtype)
         if self._base is None:
-            wanted = self._scheme.needs_time_slope
+            wanted = self._needs_time_slope
             linearization = self.field.linearize(s, own, differentiate_time=wanted)
             self._base = Point(s, own, (0, -1), self.field, linearization=linearization)
             if wanted:
@@ -119,22 +129,12 @@ class RosenbrockBridge(Bridge):
         assert self._base is not None
         self._knows_time, field = True, self.field
         problem = field.problem
-        if problem.ranks.parallel or field.exchange is not None or linearization.records_time():
+        if problem.ranks.parallel or field.exchange is not None:
             return
         start, *rest = problem.times
         span = rest[0] - start if rest and math.isfinite(rest[0]) else abs(self._step)
-        resolution = torch.finfo(field.dtype).eps * max(abs(s), span)
-        # So small that what is constant in pieces seldom jumps, and no zero of df/dt is mistaken.
-        later = s + max((1e-4 if field.dtype is torch.float64 else 1e-2) * span, 64.0 * resolution)
-        evaluations = field.ledger.rhs
-        try:
-            value = field.rhs(later, self._base.u.detach().clone())
-        except Exception:  # it is not defined there, which is nothing to complain of
-            return
-        finally:
-            field.ledger.rhs = evaluations  # the method makes no use of it
-        before = linearization.flat_value()
-        if bool((value.isfinite() & before.isfinite() & (value != before)).any()):
+        u = self._base.u.detach().clone()
+        if hides_time(field, s, linearization, span, lambda later: field.rhs(later, u)):
             warnings.warn(
                 "the vector field depends on t through a number that torch does not record "
                 "(float(t), t.item(), t.detach(), numpy?), and this Rosenbrock method needs df/dt: "

@@ -47,7 +47,7 @@ class IntegratorSettings:
         How an implicit method gets its Jacobian.
     jacobian_options : JacobianOptions
         How it is preconditioned and reused.
-    form : {"rhs", "imex", "mass", "residual"}
+    form : {"rhs", "imex", "mass", "imex_mass", "residual"}
         Form of the problem.
     controller : str
         Who chooses the steps; see :mod:`pnode.controllers`.

@@ -62,12 +62,13 @@ def build_ts(
         set_subtype(ts, method.ts_type, method.subtype, method.stages)
     ts.setProblemType(PETSc.TS.ProblemType.NONLINEAR)
     kinds = PETSc.TS.EquationType
-    ts.setEquationType(kinds.ODE_EXPLICIT if settings.form in ("rhs", "imex") else kinds.IMPLICIT)
+    stated = settings.form in ("mass", "residual")
+    ts.setEquationType(kinds.IMPLICIT if stated else kinds.ODE_EXPLICIT)
     work = vectors.create(comm, size, place)
     if method.implicit:
         ts.setIFunction(bridge.implicit_function, work)
         _set_jacobian(ts, settings, bridge, shell)
-    if not method.implicit or settings.form == "imex":
+    if not method.implicit or settings.form.startswith("imex"):
         bridge.set_rhs_function(ts, work.duplicate())
     ts.setExactFinalTime(PETSc.TS.ExactFinalTime.STEPOVER)
     ts.setMaxTime(_FOREVER)

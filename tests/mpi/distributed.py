@@ -239,7 +239,7 @@ def results(
         start = 0 if comm is None else (comm.exscan(y0.numel()) or 0)
         diagonal = 1.5 + 0.3 * torch.cos(start + torch.arange(y0.numel(), dtype=D))
         arguments["mass"] = diagonal.to(dtype).reshape(y0.shape)
-    t = torch.tensor([0.0, 0.1, 0.3], dtype=D, requires_grad=form != "mass")
+    t = torch.tensor([0.0, 0.1, 0.3], dtype=D, requires_grad=True)
     solver = pnode.Solver(**arguments, **options)
     solution = solver(case.y0 if case.tuple_state else case.y0[0], t)
     outputs = solution.ys if case.tuple_state else (solution.ys,)

@@ -68,6 +68,8 @@ def test_implicit_methods() -> None:
         compare(bound, name, method="ark3", form="imex", step_size=0.1)
         compare(bound, name, dense, method="cn", form="mass", step_size=0.1)
         compare(bound, name, dense, method="bdf2", form="mass", step_size=0.1)
+        compare(bound, name, dense, method="es325", form="mass", step_size=0.1, dense=True)
+        compare(bound, name, dense, method="rodaspr", form="mass", step_size=0.1)
     for jacobian in ("auto", "sparse", "matrix-free"):
         compare(bound, "plane", dense, method="beuler", jacobian=jacobian, step_size=0.1)
     compare(bound, "graph", dense, method="cn", jacobian="sparse", step_size=0.1)
