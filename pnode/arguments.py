@@ -20,6 +20,7 @@ from pnode.transforms import moves
 
 __all__ = [
     "alone",
+    "check_sensitivity_control",
     "choice",
     "communicator",
     "compilation",
@@ -256,4 +257,21 @@ def refuse_moving_times(name: str, times: torch.Tensor, form: str, differentiate
         raise ConfigurationError(
             f"{name} requires grad, and y' is not at hand for a problem given as {form}=: pass "
             f"{name}.detach()"
+        )
+
+
+def check_sensitivity_control(value: Any, step_size: Any) -> None:
+    """Refuse what are no tangents, and tangents where steps are fixed."""
+    if value is None:
+        return
+    usable = isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 1
+    if value != "random" if isinstance(value, str) else not (usable and bool(value.ne(0).any())):
+        raise ConfigurationError(
+            f"sensitivity_control={value!r}: give 'random', or tangents of y0 as the rows of a "
+            "tensor of shape (m, *y0.shape), not all zero"
+        )
+    if step_size is not None:
+        raise ConfigurationError(
+            f"sensitivity_control with step_size={step_size!r}: fixed steps have no error test; "
+            "drop one of them"
         )

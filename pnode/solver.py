@@ -28,6 +28,7 @@ from pnode.configuration import (
 )
 from pnode.continuous import requested
 from pnode.engine import Engine
+from pnode.error_norms import with_norm
 from pnode.event_derivatives import check_rate
 from pnode.event_functions import Events
 from pnode.events import adapted
@@ -42,7 +43,7 @@ from pnode.problem import InitialValueProblem, StateLayout, as_times, collect_pa
 from pnode.ranks import Ranks
 from pnode.solution import Occurrences, Solution, Stats
 from pnode.solvers.methods import check_form, find_method
-from pnode.solvers.step_control import check_steps
+from pnode.solvers.step_control import check_grid, check_steps
 from pnode.stages import StageSweep
 from pnode.transfers import carry_once, on_host
 from pnode.transforms import moves, outside_inference, refuse_transforms
@@ -79,8 +80,9 @@ class Solver(torch.nn.Module):
         Further tensors that f uses and that gradients are wanted for; non-leaf tensors too.
     method : str
         A name or alias from :func:`pnode.methods`.
-    steps : Steps, optional
-        How steps are chosen: fixed or adaptive, tolerances, limits; see :class:`pnode.Steps`.
+    steps : Steps, Tensor or sequence of float, optional
+        How steps are chosen: fixed or adaptive, tolerances, limits; see :class:`pnode.Steps`. Or
+        the times from which and to which steps are to go: ``grid`` there.
     linear_algebra : LinearAlgebra, optional
         For implicit methods: Jacobians and how systems with them are solved; see
         :class:`pnode.LinearAlgebra`.
@@ -122,7 +124,8 @@ class Solver(torch.nn.Module):
     **plain
         The options of the three groups may be given by themselves too: ``step_size``,
         ``first_step``, ``min_step``, ``max_step``, ``rtol``, ``atol``, ``controller``,
-        ``max_steps``, ``sensitivity_control``, ``samples`` and ``on_failure`` instead of ``steps``;
+        ``max_steps``, ``sensitivity_control``, ``samples``, ``on_failure``, ``norm`` and ``grid``
+        instead of ``steps``;
         ``jacobian``, ``linear_solver``, ``jacobian_pattern``, ``jacobian_reuse`` and
         ``preconditioner`` instead of ``linear_algebra``; ``dense``, ``event_fn``, ``event_tol``,
         ``monitor`` and ``progress`` instead of ``output``.
@@ -164,7 +167,7 @@ class Solver(torch.nn.Module):
         params: Iterable[torch.Tensor] | None = None,
         cost: Callable[..., Any] | None = None,
         method: MethodName | str = "dopri5",
-        steps: Steps | None = None,
+        steps: Steps | Times | None = None,
         linear_algebra: LinearAlgebra | None = None,
         petsc_options: Mapping[str, Any] | None = None,
         checkpointing: Checkpointing | int | str | None = None,
@@ -313,13 +316,13 @@ class Solver(torch.nn.Module):
             check_rate(self._form)
         compute = problem.compute
         events, differentiable = adapted(self.event_fn, problem, compute, start, call.observer)
-        monitor = call.monitor(self._requests.monitor)
-        if problem.integrals:
-            monitor = of_state(problem, monitor)
-        monitor = at_home(monitor, compute, start)
         wanted = self._requests
-        if monitor is not None or events is not None:
-            wanted = replace(wanted, monitor=monitor, events=events)
+        monitor, callbacks = (
+            at_home(of_state(problem, call.monitor(function)), compute, start)
+            for function in (wanted.monitor, wanted.callbacks)
+        )
+        if monitor is not None or callbacks is not None or events is not None:
+            wanted = replace(wanted, monitor=monitor, callbacks=callbacks, events=events)
         with progress_bar(problem, wanted, self._progress) as requests:
             solved = solve(
                 self._engine, problem, requests, flat, times, trainable, differentiable,
@@ -387,6 +390,8 @@ class Solver(torch.nn.Module):
             flat = problem.layout.flatten(y0)
             check_breaks(self._engine, self._requests, breakpoints)
             problem = with_breaks(problem, breakpoints, times)
+            check_grid(problem, engine.control, self._requests.dense)
+            problem = with_norm(problem, engine.control.norm, call)
             flat = consistent(problem, flat, self._consistent_start, start)
             if self.cost is not None:
                 cost = call.observer(watched(self.cost, declared))
