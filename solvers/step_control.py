@@ -94,6 +94,8 @@ def as_grid(given: Any) -> tuple[float, ...] | None:
             "or breakpoints= for times that f jumps at"
         )
     try:
+        if any(isinstance(part, bool) for part in parts):
+            raise TypeError("truth values")
         dtype = None if hasattr(given, "dtype") else torch.float64
         times = plain(torch.as_tensor(given, dtype=dtype, device=getattr(given, "device", "cpu")))
     except (TypeError, ValueError, RuntimeError) as error:
