@@ -22,6 +22,7 @@ SCRIPTS = {
     "scaling.py": ["--quick"],
     "derivatives.py": ["--quick"],
     "samples.py": ["--quick"],
+    "reaction_diffusion.py": ["--quick"],
 }
 PLOTS = ("peers.py", "stiff.py", "memory.py", "scaling.py")
 

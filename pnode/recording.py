@@ -114,7 +114,7 @@ def _identity(engine: Engine, run: Run, y0: torch.Tensor) -> dict[str, str]:
         "mass": None if problem.mass is None else vars(problem.mass),
         "jacobian_reuse": options.reuse,
         "preconditioner": getattr(preconditioner, "__dict__", preconditioner),
-        "petsc_options": engine.petsc_options,
+        "petsc_options": engine.petsc_options, "petsc_setup": engine.setup,
         "PETSc options": engine.solver_options(run.settings).values,
     }  # fmt: skip
     return fingerprint(facts, (y0, *problem.parameters, *problem.frozen))

@@ -7,9 +7,13 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Generic
 
 import torch
+from mpi4py import MPI
+from torch.utils._pytree import tree_leaves
 from typing_extensions import TypeVar
 
 from pnode.errors import BackwardError
+from pnode.options import PETSc
+from pnode.petsc_vectors import as_vector
 from pnode.presentation import Presentation
 
 __all__ = ["Ledger", "Occurrences", "Solution", "Stage", "Stats"]
@@ -162,6 +166,8 @@ class Solution(Presentation, Generic[State]):
         the one that ended the solve included.
     event : int or None
         Which of them ended the solve; None if none did.
+    home : tuple or None
+        Communicator and layout of the state, for :meth:`vec`.
     """
 
     ts: torch.Tensor
@@ -173,6 +179,29 @@ class Solution(Presentation, Generic[State]):
     stage_sweep: Any = field(default=None, repr=False, compare=False)
     events: tuple[Occurrences, ...] = ()
     event: int | None = None
+    home: Any = field(default=None, repr=False, compare=False)
+
+    def vec(self, index: int = -1) -> PETSc.Vec:
+        """Return one of the states as a new petsc4py Vec. Collective on the ranks of the state.
+
+        Parameters
+        ----------
+        index : int
+            Of the output time; the last by default.
+
+        Returns
+        -------
+        PETSc.Vec
+            The flattened state, its parts one after the other; the global vector of the layout's DM
+            where it has one. On the host, detached, in PETSc's precision.
+
+        Raises
+        ------
+        ConfigurationError
+            For a complex state, and for independent samples with output times of their own.
+        """
+        comm, layout = self.home or (MPI.COMM_SELF, None)
+        return as_vector([part[index] for part in tree_leaves(self.ys)], comm, layout)
 
     def stages(self, cotangents: State, callback: Callable[[Stage], Any]) -> None:
         """Tell of each stage and its adjoint in a backward sweep from the last one. Collective.

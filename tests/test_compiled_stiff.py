@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch._inductor import cpp_builder
 
 import pnode
-from pnode.solvers.compiled import inductor
+from pnode.solvers.compiled import inductor, programs
 from pnode.solvers.compiled.fields import Fields
 from pnode.solvers.methods import METHODS
 
@@ -62,6 +63,7 @@ def solve(kinetics, compile, y0=START, times=TIMES, **keywords):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         solution = solver(y0, times)
+    assert ("compiled='whole sweeps'" in repr(solver)) == compile
     weights = torch.linspace(-1.0, 2.0, solution.ys.numel(), dtype=torch.float64)
     (solution.ys * weights.view(solution.ys.shape)).sum().backward()
     return solution, [y0.grad, times.grad, *(p.grad for p in kinetics.parameters())]
@@ -454,6 +456,18 @@ def test_one_warning_says_why_a_solve_is_not_compiled(keywords, reason):
         assert torch.equal(solver(y0, TIMES).ys, ys)
     expected = pnode.Solver(Kinetics(), **keywords)(y0, TIMES).ys
     assert torch.equal(ys, expected)
+
+
+def test_a_compiler_that_fails_is_told_though_the_field_can_be_compiled(monkeypatch, caplog):
+    monkeypatch.setattr(programs, "source", lambda *names: "#error no steps today")
+    monkeypatch.setattr(logging.getLogger("pnode"), "propagate", True)
+    solver = pnode.Solver(Kinetics(), method="cn", step_size=0.1, compile=True)
+    ys = solver(START, TIMES).ys
+    (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
+    assert "no steps today" in record.getMessage()
+    assert "compiled='the vector field', not compiled: RuntimeError" in repr(solver)
+    expected = pnode.Solver(Kinetics(), method="cn", step_size=0.1, compile=False)(START, TIMES).ys
+    torch.testing.assert_close(ys, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(
