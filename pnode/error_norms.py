@@ -9,30 +9,36 @@ from typing import Any
 import torch
 
 from pnode.calls import Call
-from pnode.controllers import Norm
 from pnode.errors import ConfigurationError
 from pnode.problem import InitialValueProblem
+from pnode.solvers.step_control import StepControl, check_grid
 
-__all__ = ["with_norm"]
+__all__ = ["controlled"]
 
 
-def with_norm(problem: InitialValueProblem, norm: Norm, call: Call) -> InitialValueProblem:
-    """Return a problem whose errors are measured by a norm.
+def controlled(
+    problem: InitialValueProblem, control: StepControl, dense: bool, call: Call
+) -> InitialValueProblem:
+    """Return a problem whose errors are measured as steps want it, and check their grid.
 
     Parameters
     ----------
     problem : InitialValueProblem
         Of the state alone.
-    norm : str or callable
-        As the user gave it.
+    control : StepControl
+        With the norm and the grid that the user gave.
+    dense : bool
+        Whether outputs are interpolated.
     call : Call
         Knows the user's structure of the state.
 
     Raises
     ------
     ConfigurationError
-        For a function on a part of a state.
+        For a function on a part of a state, and for a grid that does not go with the times.
     """
+    check_grid(problem, control, dense)
+    norm = control.norm
     if norm == "rms":
         return problem
     if not callable(norm):

@@ -28,7 +28,7 @@ from pnode.configuration import (
 )
 from pnode.continuous import requested
 from pnode.engine import Engine
-from pnode.error_norms import with_norm
+from pnode.error_norms import controlled
 from pnode.event_derivatives import check_rate
 from pnode.event_functions import Events
 from pnode.events import adapted
@@ -44,7 +44,7 @@ from pnode.problem import InitialValueProblem, StateLayout, as_times, collect_pa
 from pnode.ranks import Ranks
 from pnode.solution import Occurrences, Solution, Stats
 from pnode.solvers.methods import check_form, find_method
-from pnode.solvers.step_control import check_grid, check_steps
+from pnode.solvers.step_control import check_steps
 from pnode.stages import StageSweep
 from pnode.transfers import carry_once, on_host
 from pnode.transforms import moves, outside_inference, refuse_transforms
@@ -82,8 +82,7 @@ class Solver(torch.nn.Module):
     method : str
         A name or alias from :func:`pnode.methods`.
     steps : Steps, Tensor or sequence of float, optional
-        How steps are chosen: fixed or adaptive, tolerances, limits; see :class:`pnode.Steps`. Or
-        the times from which and to which steps are to go: ``grid`` there.
+        How steps are chosen, see :class:`pnode.Steps`, or the times between them: ``grid`` there.
     linear_algebra : LinearAlgebra, optional
         For implicit methods: Jacobians and how systems with them are solved; see
         :class:`pnode.LinearAlgebra`.
@@ -125,13 +124,11 @@ class Solver(torch.nn.Module):
         Outputs between steps, the event that ends a solve, monitor and progress bar; see
         :class:`pnode.Output`.
     **plain
-        The options of the three groups may be given by themselves too: ``step_size``,
+        The options of ``steps``, ``linear_algebra`` and ``output`` by themselves: ``step_size``,
         ``first_step``, ``min_step``, ``max_step``, ``rtol``, ``atol``, ``controller``,
-        ``max_steps``, ``sensitivity_control``, ``samples``, ``on_failure``, ``norm`` and ``grid``
-        instead of ``steps``;
-        ``jacobian``, ``linear_solver``, ``jacobian_pattern``, ``jacobian_reuse`` and
-        ``preconditioner`` instead of ``linear_algebra``; ``dense``, ``event_fn``, ``event_tol``,
-        ``monitor`` and ``progress`` instead of ``output``.
+        ``max_steps``, ``sensitivity_control``, ``samples``, ``on_failure``, ``norm``, ``grid``;
+        ``jacobian``, ``linear_solver``, ``jacobian_pattern``, ``jacobian_reuse``,
+        ``preconditioner``; ``dense``, ``event_fn``, ``event_tol``, ``monitor``, ``progress``.
 
     Raises
     ------
@@ -395,8 +392,7 @@ class Solver(torch.nn.Module):
             flat = problem.layout.flatten(y0)
             check_breaks(self._engine, self._requests, breakpoints)
             problem = with_breaks(problem, breakpoints, times)
-            check_grid(problem, engine.control, self._requests.dense)
-            problem = with_norm(problem, engine.control.norm, call)
+            problem = controlled(problem, engine.control, self._requests.dense, call)
             flat = consistent(problem, flat, self._consistent_start, start)
             if self.cost is not None:
                 cost = call.observer(watched(self.cost, declared))
