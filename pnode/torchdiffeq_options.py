@@ -64,7 +64,6 @@ def translated(
             f"options={options!r} is not a mapping: give a dictionary such as {{'step_size': 0.1}}"
         )
     found: dict[str, Any] = {}
-    grid: torch.Tensor | None = None
     factors: dict[str, Any] = {}
     breaks: list[torch.Tensor] = []
     for name, value in (options or {}).items():
@@ -82,10 +81,8 @@ def translated(
                 breaks.append(_times(name, value))
         elif name == "grid_constructor":
             if value is not None:
-                grid = _grid(value, func, y0, t, adaptive, options or {})
-                if moves(grid):
-                    breaks.append(grid)
-                    found["step_size"] = float((grid[-1] - grid[0]).abs()) or 1.0
+                breaks.append(_grid(value, func, y0, t, adaptive, options or {}))
+                found["step_size"] = float((breaks[-1][-1] - breaks[-1][0]).abs()) or 1.0
         elif not _has_no_effect(name, value):
             if name != "interp" or value != "cubic":
                 _refuse(name, value)
@@ -98,8 +95,7 @@ def translated(
                 "options safety, ifactor or dfactor and controller= are both given: drop one"
             )
         found["controller"] = PID(**factors)
-    fixed = grid is not None or {**keywords, **found}.get("step_size")
-    if found.get("dense") and not fixed:
+    if found.get("dense") and not {**keywords, **found}.get("step_size"):
         del found["dense"]  # steps go from output to output anyway
     if breaks:
         if keywords.get("breakpoints") is not None:
@@ -108,9 +104,6 @@ def translated(
                 "given: drop one"
             )
         found["breakpoints"] = _merged(breaks, plain(t))
-    if grid is not None and not moves(grid):
-        inner = found.get("breakpoints", keywords.get("breakpoints"))
-        found["grid"] = _with_times(grid, t, found.get("dense") or keywords.get("dense"), inner)
     return {**keywords, **found}
 
 
@@ -233,12 +226,3 @@ def _merged(breaks: list[torch.Tensor], t: torch.Tensor) -> torch.Tensor:
         if low < s < high and not again:
             chosen.append(index)
     return times[chosen]
-
-
-def _with_times(grid: torch.Tensor, t: torch.Tensor, dense: Any, breaks: Any) -> list[float]:
-    """Return a grid with the outputs and breaks that steps are to hit besides."""
-    more = [] if dense else plain(t).to(torch.float64).tolist()
-    if isinstance(breaks, torch.Tensor):
-        more += plain(breaks).to(torch.float64).tolist()
-    points = plain(grid).tolist()
-    return sorted({*points, *more}, reverse=points[-1] < points[0])
