@@ -370,6 +370,7 @@ def test_what_ranks_compare_of_options():
     assert set(facts) == {name for _, name in OPTIONS}
     assert [name for name, fact in facts.items() if fact is None] == [
         "monitor", "progress", "step_size", "first_step", "min_step", "max_step", "max_steps",
+        "grid",
     ]  # fmt: skip
     assert facts["preconditioner"] == "block" and facts["jacobian_pattern"] is True
     entrywise = shared(pnode.Steps(rtol=torch.ones(3)))
