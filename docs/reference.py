@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = {
     "solving": (
         "Solving",
-        ["Solver", "Steps", "LinearAlgebra", "Output", "Checkpointing", "Event",
+        ["Solver", "Steps", "PID", "LinearAlgebra", "Output", "Checkpointing", "Event",
          "odeint", "odeint_adjoint", "odeint_event", "plan", "Plan"],
     ),
     "results": (

@@ -21,6 +21,7 @@ if not asked_for_doctor(sys.argv, sys.orig_argv):
     from pnode.adjoint.choose import Plan, plan
     from pnode.checkpointing import Checkpointing
     from pnode.configuration import LinearAlgebra, Output, Steps
+    from pnode.controllers import PID
     from pnode.errors import (
         BackwardError,
         CheckpointError,
@@ -47,6 +48,7 @@ if not asked_for_doctor(sys.argv, sys.orig_argv):
     from pnode.solvers.tableaus import tableau
 
 __all__ = [
+    "PID",
     "BackwardError",
     "CheckpointError",
     "Checkpointing",

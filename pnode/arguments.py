@@ -20,6 +20,7 @@ from pnode.options import PETSc, check_petsc_options
 
 __all__ = [
     "alone",
+    "check_sensitivity_control",
     "choice",
     "communicator",
     "compilation",
@@ -275,4 +276,21 @@ def refuse_inference(parameters: Iterable[torch.Tensor], method: Any) -> None:
         raise ConfigurationError(
             f"a parameter was made in torch.inference_mode, and method={method.name!r} needs "
             "derivatives of the vector field: make the module outside of it"
+        )
+
+
+def check_sensitivity_control(value: Any, step_size: Any) -> None:
+    """Refuse what are no tangents, and tangents where steps are fixed."""
+    if value is None:
+        return
+    usable = isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 1
+    if value != "random" if isinstance(value, str) else not (usable and bool(value.ne(0).any())):
+        raise ConfigurationError(
+            f"sensitivity_control={value!r}: give 'random', or tangents of y0 as the rows of a "
+            "tensor of shape (m, *y0.shape), not all zero"
+        )
+    if step_size is not None:
+        raise ConfigurationError(
+            f"sensitivity_control with step_size={step_size!r}: fixed steps have no error test; "
+            "drop one of them"
         )

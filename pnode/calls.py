@@ -160,7 +160,7 @@ class Call:
         """Return one of the user's functions whose result is no state."""
         return self.function(function, None)
 
-    def monitor(self, monitor: Callable[[int, float, Any], None] | None) -> Any:
+    def monitor(self, monitor: Callable[[Any, float, Any], None] | None) -> Any:
         """Return the user's monitor for states inside; None for None."""
         if monitor is None or self.structure is None:
             return monitor

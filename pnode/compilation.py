@@ -57,7 +57,8 @@ def begin(
         return None
     if len(problem.times) < 2:
         return None
-    watched = requests.events is not None or requests.monitor is not None or requests.dense
+    looks = (requests.events, requests.monitor, requests.callbacks)
+    watched = requests.dense or any(one is not None for one in looks)
     part = requests.steps_before is not None
     kind = (problem.layout, keep, watched, problem.integrals > 0, part)
     account = engine.account
@@ -70,6 +71,7 @@ def begin(
         (engine.setup is not None, "petsc_setup= is given"),
         (auto and brings_tensors(problem.function), "args= has tensors: others are traced anew"),
         (problem.ranks.parallel or engine.exchange is not None, "ranks share the state"),
+        (engine.control.uncompiled, engine.control.uncompiled),
     ):
         if given:
             entry.hindrance = text

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypedDict, TypeVar, get_args
 
+import numpy as np
 import torch
 
 from pnode import arguments, tolerances
 from pnode.checkpointing import Checkpointing, parse_bytes
-from pnode.controllers import check_controller
+from pnode.controllers import PID, Norm, check_controller, check_norm
 from pnode.errors import ConfigurationError
 from pnode.event_functions import Event, Events
 from pnode.run import Requests
 from pnode.solvers.linear.jacobian_options import jacobian_options
 from pnode.solvers.linear.jacobians import JacobianOptions
 from pnode.solvers.methods import Method
-from pnode.solvers.step_control import StepControl
+from pnode.solvers.step_control import StepControl, as_grid
 
 __all__ = [
     "DeviceState", "EventFunctions", "LinearAlgebra", "MethodName", "Monitor", "Output",
@@ -53,6 +55,9 @@ Times = torch.Tensor | Sequence[float]
 _Group = TypeVar("_Group", "Steps", "LinearAlgebra", "Output")
 
 
+# What ``steps=`` may be instead of a group: ``Steps.grid``.
+_GRIDS = (torch.Tensor, np.ndarray, list, tuple, range)
+
 # What ranks compare of an option, if not the value itself: beside each field that has this.
 _OWN = {"told_by": lambda value: None}
 _NUMBER = {"told_by": lambda value: value if isinstance(value, float) else "entrywise"}
@@ -79,10 +84,11 @@ class Steps:
         that broadcast to y0, or tuples of such for a tuple state. The error of entry i is measured
         in units of ``atol_i + rtol_i |y_i|``, and a step is accepted if its root mean square is at
         most 1.
-    controller : str
+    controller : str or PID
         Who chooses adaptive steps, one of PETSc's: "basic" (deadbeat, from the last error alone) or
         a digital filter over the last errors and step sizes, whose steps vary more smoothly: "pi"
-        (PI42), "pid" (H312PID), or another name from :data:`pnode.controllers.FILTERS`.
+        (PI42), "pid" (H312PID), or another name from :data:`pnode.controllers.FILTERS`; or a
+        :class:`pnode.PID` with coefficients of your own. Not for BDF.
     max_steps : int, optional
         Largest number of accepted steps of one solve.
     sensitivity_control : "random" or Tensor, optional
@@ -99,6 +105,15 @@ class Steps:
     on_failure : {"raise", "nan"}
         Of independent samples: whether a row that fails ends the solve with an error that names
         it, or has NaN at its outputs from there on.
+    norm : {"rms", "max"} or callable
+        Norm of the errors of adaptive steps in units of their tolerances, which is to be at most 1:
+        the root mean square, the largest one, or a function of yours. That gets them in y0's
+        structure, shape and dtype, without gradients, and returns one number; not with several
+        ranks, ``layout``, ``sensitivity_control`` or ``gradient="continuous"``.
+    grid : Tensor or sequence of float, optional
+        Prescribed steps, by any method: the times from which and to which they go, from ``t[0]`` to
+        ``t[-1]``, in order. All other outputs are on the grid, too, or ``dense`` interpolates them.
+        ``Solver(steps=grid)`` is short for it. Its times are constants.
 
     Raises
     ------
@@ -112,25 +127,32 @@ class Steps:
     max_step: float | None = None
     rtol: tolerances.Tolerance = field(default=1e-6, metadata=_NUMBER)
     atol: tolerances.Tolerance = field(default=1e-8, metadata=_NUMBER)
-    controller: str = "basic"
+    controller: str | PID = "basic"
     max_steps: int | None = None
     sensitivity_control: Literal["random"] | torch.Tensor | None = field(
         default=None, metadata=_WORD
     )
     samples: Literal["joint", "independent"] = "joint"
     on_failure: Literal["raise", "nan"] = "raise"
+    norm: Norm = field(default="rms", metadata=_WORD)
+    grid: Any = None
 
     def __post_init__(self) -> None:
         """Check the values."""
         arguments.choice("samples", self.samples, ("joint", "independent"))
         arguments.choice("on_failure", self.on_failure, ("raise", "nan"))
-        _check_sensitivity_control(self.sensitivity_control, self.step_size)
+        object.__setattr__(self, "grid", as_grid(self.grid))
+        if self.grid is not None and self.step_size is not None:
+            raise ConfigurationError(
+                f"steps= is a grid, and step_size={self.step_size!r} is given: drop one"
+            )
         for name in ("step_size", "first_step", "min_step", "max_step"):
             object.__setattr__(self, name, arguments.positive(name, getattr(self, name)))
         for name in ("rtol", "atol"):
             object.__setattr__(self, name, tolerances.check(name, getattr(self, name)))
         object.__setattr__(self, "max_steps", arguments.count("max_steps", self.max_steps))
-        check_controller(self.controller, self.step_size)
+        arguments.check_sensitivity_control(self.sensitivity_control, self._fixed)
+        check_controller(self.controller, self._fixed, norm=check_norm(self.norm, self._fixed))
         if isinstance(self.rtol, float) and isinstance(self.atol, float):
             tolerances.refuse_zeros(self.rtol, self.atol)
         if self.min_step and self.max_step and self.min_step > self.max_step:
@@ -138,35 +160,28 @@ class Steps:
                 f"min_step={self.min_step!r} exceeds max_step={self.max_step!r}: swap or drop one"
             )
 
+    @property
+    def _fixed(self) -> float | None:
+        """The longest fixed step; None for adaptive ones."""
+        if self.grid is None:
+            return self.step_size
+        return max(abs(after - before) for before, after in itertools.pairwise(self.grid))
+
     def control(self, method: Method) -> StepControl:
         """Return what the driver of a method's steps wants to know."""
-        if self.step_size is None and not method.adaptive:
+        if self._fixed is None and not method.adaptive:
             raise ConfigurationError(
                 f"method={method.name!r} has no error estimate and step_size is None: give "
-                "step_size=h, or take an adaptive method such as 'dopri5' or 'es325'"
+                "step_size=h or steps=grid, or take an adaptive method such as 'dopri5' or 'es325'"
             )
-        own = method.name if method.solves_to_tolerance else None
+        pid = isinstance(self.controller, PID) and method.coupled
+        own = method.name if method.solves_to_tolerance and not pid else None
         return StepControl(
-            self.step_size, self.first_step, self.min_step or 0.0, self.max_step or math.inf,
+            self._fixed, self.first_step, self.min_step or 0.0, self.max_step or math.inf,
             self.max_steps, self.rtol, self.atol,
-            check_controller(self.controller, self.step_size, own),
+            check_controller(self.controller, self._fixed, own, self.norm), 0, self.grid,
+            self.norm,
         )  # fmt: skip
-
-
-def _check_sensitivity_control(value: Any, step_size: Any) -> None:
-    if value is None:
-        return
-    usable = isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 1
-    if value != "random" if isinstance(value, str) else not (usable and bool(value.ne(0).any())):
-        raise ConfigurationError(
-            f"sensitivity_control={value!r}: give 'random', or tangents of y0 as the rows of a "
-            "tensor of shape (m, *y0.shape), not all zero"
-        )
-    if step_size is not None:
-        raise ConfigurationError(
-            f"sensitivity_control with step_size={step_size!r}: fixed steps have no error test; "
-            "drop one of them"
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,11 +310,13 @@ class PlainOptions(TypedDict, total=False):
     max_step: float | None
     rtol: tolerances.Tolerance
     atol: tolerances.Tolerance
-    controller: str
+    controller: str | PID
     max_steps: int | None
     sensitivity_control: Literal["random"] | torch.Tensor | None
     samples: Literal["joint", "independent"]
     on_failure: Literal["raise", "nan"]
+    norm: Norm
+    grid: Any
     jacobian: JacobianKind
     linear_solver: str | Mapping[str, Any] | None
     jacobian_pattern: Any
@@ -323,6 +340,8 @@ def take_group(
         If both are given, or the group is something else.
     """
     own = {each.name: plain.pop(each.name) for each in fields(kind) if each.name in plain}
+    if kind is Steps and "grid" not in own and isinstance(chosen, _GRIDS):
+        own["grid"], chosen = chosen, None
     if chosen is None:
         return kind(**own)
     if not isinstance(chosen, kind):
@@ -338,7 +357,7 @@ def take_group(
 
 
 def take_groups(
-    steps: Steps | None, linear_algebra: LinearAlgebra | None, output: Output | None,
+    steps: Any, linear_algebra: LinearAlgebra | None, output: Output | None,
     plain: Mapping[str, Any], known: Mapping[str, Any],
 ) -> tuple[Steps, LinearAlgebra, Output]:  # fmt: skip
     """Return all groups; refuse plain keywords that none has, and name the nearest of ``known``."""

@@ -82,6 +82,7 @@ def requested(
             "event_fn": output.event_fn, "layout": layout,
             "resume": getattr(checkpointing, "resume", None),
             "gradient": "continuous" if chosen == "continuous" else None,
+            "norm": steps.norm if callable(steps.norm) else None,
         })  # fmt: skip
     independent = sample_options.requested(
         gradient, form, method, steps, linear_algebra, output, checkpointing, cost, layout
@@ -121,6 +122,8 @@ def _refuse_unsupported(
         )
     given = {
         **others, "event_fn": output.event_fn, "dense": output.dense or None,
+        "grid": steps.grid,
+        "norm": steps.norm if callable(steps.norm) else None,
         "jacobian_pattern": linear_algebra.jacobian_pattern,
         "preconditioner": linear_algebra.preconditioner,
     }  # fmt: skip

@@ -163,6 +163,8 @@ class Engine:
     #: Shapes whose structure is to be looked for, and those for which that was done.
     _hard: set[StateLayout] = field(default_factory=set, init=False)
     _tried: set[StateLayout] = field(default_factory=set, init=False)
+    #: Which hints have been given.
+    hints: set[str] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
         """Destroy the pooled PETSc objects with the engine, not whenever they are collected."""
@@ -198,6 +200,8 @@ class Engine:
             f"rtol={tolerances.describe(control.rtol)}, atol={tolerances.describe(control.atol)}"
             if control.step_size is None
             else f"step_size={control.step_size}"
+            if control.grid is None
+            else f"steps=<{len(control.grid)} times>"
         )
         jacobian = f", jacobian={self.jacobian!r}" if self.method.implicit else ""
         colors = f", colors={self.color_count}" if self.color_count else ""
@@ -318,12 +322,14 @@ class Engine:
                 "atol has infinite entries, and the ranks that share the state would count them "
                 "differently: give finite ones, or integrate what is driven with cost="
             )
-        rtol, atol = tolerances.resolve(self.control.rtol, self.control.atol, layout)
+        mean = self.control.norm == "rms"
+        rtol, atol = tolerances.resolve(self.control.rtol, self.control.atol, layout, mean)
         settings = IntegratorSettings(
             self.method, layout.size, layout.dtype,
             adaptive=self.control.step_size is None,
             rtol=rtol, atol=atol, max_step=self.control.max_step,
             jacobian=jacobian, controller=self.control.controller, form=problem.form,
+            norm=self.control.norm,
             split=split_size(self.method, layout),
             jacobian_options=more.for_layout(jacobian, layout, self._patterns, self.exchange),
             distribution=problem.distribution, comm=self.comm,
@@ -342,7 +348,7 @@ class Engine:
         if key not in self._options:
             defaults = default_options(
                 settings.method, settings.adaptive, settings.jacobian, settings.dtype, adjoint,
-                settings.controller, settings.jacobian_options, settings.comm.size,
+                settings.controller, settings.jacobian_options, settings.comm.size, settings.norm,
             )  # fmt: skip
             # Adaptive solvers repeat steps, and look for events, on an integrator without control.
             forward = not adjoint and settings.adaptive == (self.control.step_size is None)

@@ -218,7 +218,7 @@ def integral_settings(
     if problem.ranks.parallel:
         entries = float(problem.ranks.sum(torch.tensor(entries, dtype=REAL)))
     number = problem.integrals * problem.ranks.comm.size
-    factor = math.sqrt(entries / (entries + number))
+    factor = math.sqrt(entries / (entries + number)) if own.norm == "rms" else 1.0
     return replace(
         own, size=layout.total, jacobian="pair", jacobian_options=options,
         rtol=_lengthened(own, own.rtol, factor, problem.integrals, 0.0),
@@ -236,8 +236,8 @@ def _lengthened(
 
 def of_state(problem: InitialValueProblem, function: Any) -> Any:
     """Return a function of times and the state, to be called with the integral too."""
-    if function is None:
-        return None
+    if function is None or not problem.integrals:
+        return function
 
     def call(*arguments: Any) -> Any:
         *times, x = arguments

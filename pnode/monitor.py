@@ -19,7 +19,7 @@ from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.stepping import Observer, Step
 from pnode.transfers import carry_once
 
-__all__ = ["Monitor", "at_home", "backward_bar", "progress_bar"]
+__all__ = ["Callbacks", "Monitor", "at_home", "backward_bar", "onlookers", "progress_bar"]
 
 
 class Monitor(Observer):
@@ -52,6 +52,53 @@ class Monitor(Observer):
         time = problem.direction * step.end
         number = self._first + step.index
         problem.ranks.attempt(self._function, number, time, problem.layout.unflatten(state))
+
+
+class Callbacks(Observer):
+    """Tells of steps as torchdiffeq does: where they begin, and how long they are.
+
+    Parameters
+    ----------
+    function : callable
+        ``function((name, dt), t, y)``, see ``Requests``.
+    problem : InitialValueProblem
+        What is solved.
+    """
+
+    def __init__(
+        self, function: Callable[[Any, float, Any], None],
+        problem: InitialValueProblem,
+    ) -> None:  # fmt: skip
+        self._function, self._problem = function, problem
+        self._start: Any = None
+
+    def before_attempt(self, s: float, length: float, integrator: TimeIntegrator) -> None:
+        """Tell of a step that is going to be tried."""
+        self._start = vectors.copy_out(integrator.solution, self._problem.layout.dtype)
+        self._tell("callback_step", s, length)
+
+    def after_rejection(self, s: float, length: float) -> None:
+        """Tell of a step that was rejected."""
+        self._tell("callback_reject_step", s, length)
+
+    def after_step(self, step: Step, integrator: TimeIntegrator, last: bool) -> None:
+        """Tell of a step that was accepted."""
+        self._tell("callback_accept_step", step.start, step.length)
+
+    def _tell(self, name: str, s: float, length: float) -> None:
+        problem = self._problem
+        state = problem.layout.unflatten(self._start.clone())
+        problem.ranks.attempt(self._function, (name, length), problem.direction * s, state)
+
+
+def onlookers(requests: Requests, problem: InitialValueProblem) -> list[Observer]:
+    """Return those that a sweep's steps are shown to."""
+    found: list[Observer] = []
+    if requests.monitor is not None:
+        found.append(Monitor(requests.monitor, problem, requests.steps_before or 0))
+    if requests.callbacks is not None:
+        found.append(Callbacks(requests.callbacks, problem))
+    return found
 
 
 def at_home(monitor: Any, compute: torch.device | None, stats: Stats) -> Any:

@@ -11,14 +11,22 @@ from typing import Any, overload
 import torch
 
 from pnode import arguments, tolerances
-from pnode.configuration import EventFunctions, MethodName, Output, Tensors, Times, take_group
+from pnode.configuration import (
+    EventFunctions,
+    MethodName,
+    Output,
+    Steps,
+    Tensors,
+    Times,
+    take_group,
+)
 from pnode.errors import ConfigurationError
 from pnode.event_functions import Events
 from pnode.options import ODEINT_PREFIX
 from pnode.problem import as_times
 from pnode.solver import Solver
 from pnode.solvers.methods import find_method
-from pnode.torchdiffeq_options import refuse_callbacks, translated
+from pnode.torchdiffeq_options import callbacks, translated
 from pnode.transforms import outside_compiler, refuse_transforms
 
 __all__ = ["odeint", "odeint_adjoint", "odeint_event"]
@@ -34,6 +42,20 @@ class _OneCall(Solver):
     @staticmethod
     def _new_prefix() -> str:
         return ODEINT_PREFIX
+
+    def tell(self, callbacks: Callable[[Any, float, Any], None]) -> None:
+        """Call torchdiffeq's callbacks."""
+        requests = self._requests
+        for name, given in (
+            ("samples='independent'", requests.independent is not None),
+            ("sensitivity_control=", requests.sensitivity_control is not None),
+        ):
+            if given:
+                raise ConfigurationError(
+                    f"func has callbacks for single steps, which {name} does not go with: drop "
+                    "one of them"
+                )
+        self._requests = replace(requests, callbacks=callbacks)
 
 
 @overload
@@ -102,13 +124,15 @@ def odeint(
         ``dense=True`` or without end they need it.
     options : mapping, optional
         torchdiffeq's: ``step_size``, ``first_step``, ``min_step``, ``max_step``, ``max_num_steps``,
-        ``jump_t``, ``step_t``, ``grid_constructor``, ``interp``; see docs/migrating.md.
+        ``jump_t``, ``step_t``, ``grid_constructor``, ``interp``, ``norm``, ``safety``, ``ifactor``,
+        ``dfactor``; see docs/migrating.md. Callbacks of func are called.
     params : iterable of Tensor, optional
         Trainable tensors that func uses without being a Module that owns them.
     args : object, optional
         What func gets as its third argument, ``func(t, y, args)``; see :meth:`Solver.forward`.
     **solver_keywords
-        Any other keyword of :class:`Solver`, ``steps`` apart, and ``breakpoints`` of its calls.
+        Any other keyword of :class:`Solver` (``steps`` if it is a grid), and ``breakpoints`` of its
+        calls.
 
     Returns
     -------
@@ -131,20 +155,24 @@ def odeint(
     """
     refuse_transforms([("y0", y0), ("t", t)])
     keywords: dict[str, Any] = dict(solver_keywords)
-    if keywords.get("steps") is not None:
+    if isinstance(keywords.get("steps"), Steps):
         raise ConfigurationError(
             f"steps={keywords['steps']!r} is given to odeint, which has tolerances of its own: "
-            "give rtol=, atol= and step_size=, or use pnode.Solver(..., steps=...)"
+            "give rtol=, atol= and step_size= (or a grid of times as steps=), or use "
+            "pnode.Solver(..., steps=...)"
         )
+    if keywords.get("steps") is not None:
+        keywords["grid"] = keywords.pop("steps")
     output = take_group(Output, "output", keywords.pop("output", None), keywords)
     chosen = find_method("dopri5" if method is None else method)
     times = as_times(t, endless=Events.may_end(output.event_fn))
-    refuse_callbacks(func)
+    told = callbacks(func)
     keywords = translated(options, keywords, func, y0, times, chosen.adaptive)
     breakpoints = keywords.pop("breakpoints", None)
     if keywords.pop("dense", False):
         output = replace(output, dense=True)
-    if not chosen.adaptive and keywords.get("step_size") is None:
+    gridded = keywords.get("grid") is not None
+    if not chosen.adaptive and keywords.get("step_size") is None and not gridded:
         # One step per interval: a step size that no interval exceeds.
         exact = times.detach().to(torch.float64)
         span = float((exact.max() - exact.min()).item()) or 1.0
@@ -153,6 +181,8 @@ def odeint(
     solver = _OneCall(
         func, rtol=rtol, atol=atol, method=chosen.name, params=params, output=output, **keywords
     )
+    if told is not None:
+        solver.tell(told)
     solution = solver(y0, times, args, breakpoints)
     return solution.ys if output.event_fn is None else (solution.event_time, solution.ys)
 

@@ -233,6 +233,8 @@ class InitialValueProblem:
     window : tuple of float
         First and last time, of the integrator's, at which f is evaluated; it gets that for those
         beyond. Of a part between two breaks: just inside of these.
+    norm : callable or None
+        Norm of a flat error in units of the tolerances; None: the root mean square.
     """
 
     function: Callable[..., Any]
@@ -255,6 +257,12 @@ class InitialValueProblem:
     integrals: int = 0
     breaks: Any = None
     window: tuple[float, float] = (-math.inf, math.inf)
+    norm: Callable[[torch.Tensor], float] | None = None
+
+    @property
+    def measure(self) -> Callable[[torch.Tensor], float]:
+        """The norm of errors that steps are chosen by. Collective."""
+        return self.ranks.rms if self.norm is None else self.norm
 
     @property
     def gives_rate(self) -> bool:

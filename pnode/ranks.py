@@ -9,6 +9,7 @@ every rank takes part in anyway.
 from __future__ import annotations
 
 import hashlib
+import math
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -259,6 +260,15 @@ class Ranks:
         ])  # fmt: skip
         square, number = self.sum(local).tolist()
         return float((square / number) ** 0.5)
+
+    def greatest(self, values: torch.Tensor) -> float:
+        """Return the largest absolute value of a distributed vector; infinity if one is NaN."""
+        own = float(values.abs().max().nan_to_num(nan=math.inf)) if values.numel() else 0.0
+        if not self.parallel:
+            return own
+        largest = np.array([own])
+        self.comm.Allreduce(MPI.IN_PLACE, largest, MPI.MAX)
+        return float(largest[0])
 
     def sum_gradients(
         self, gradients: Sequence[torch.Tensor | None], like: Sequence[torch.Tensor]

@@ -109,6 +109,9 @@ class Requests:
         Tangents that steps are chosen by, too; see ``pnode.Steps``.
     independent : str or None
         Of independent samples: what becomes of one that fails; None of one state.
+    callbacks : callable or None
+        ``callbacks((name, dt), t, y)`` where a step begins, before it is tried and when it is
+        accepted or rejected; the names are torchdiffeq's.
     progress : bool
         Whether backward sweeps show how far they are.
     steps_before : int or None
@@ -131,6 +134,7 @@ class Requests:
     known: torch.Tensor | None = None
     sensitivity_control: str | torch.Tensor | None = None
     independent: str | None = None
+    callbacks: Callable[[Any, float, Any], None] | None = None
     progress: bool = False
     steps_before: int | None = None
     memory: int | None = None

@@ -36,6 +36,7 @@ def requested(
         "monitor": output.monitor, "dense": output.dense or None,
         "progress": output.progress or None,
         "gradient": None if gradient == "discrete" else gradient,
+        "grid": steps.grid, "norm": None if steps.norm == "rms" else steps.norm,
         "controller": None if steps.controller in ("basic", "none") else steps.controller,
     }  # fmt: skip
     for each in fields(linear_algebra):

@@ -28,6 +28,7 @@ from pnode.configuration import (
 )
 from pnode.continuous import requested
 from pnode.engine import Engine
+from pnode.error_norms import controlled
 from pnode.event_functions import Events
 from pnode.events import adapted
 from pnode.integrals import check_cost, of_state, with_integral
@@ -80,8 +81,8 @@ class Solver(torch.nn.Module):
         Further tensors that f uses and that gradients are wanted for; non-leaf tensors too.
     method : str
         A name or alias from :func:`pnode.methods`.
-    steps : Steps, optional
-        How steps are chosen: fixed or adaptive, tolerances, limits; see :class:`pnode.Steps`.
+    steps : Steps, Tensor or sequence of float, optional
+        How steps are chosen, see :class:`pnode.Steps`, or the times between them: ``grid`` there.
     linear_algebra : LinearAlgebra, optional
         For implicit methods: Jacobians and how systems with them are solved; see
         :class:`pnode.LinearAlgebra`.
@@ -123,12 +124,11 @@ class Solver(torch.nn.Module):
         Outputs between steps, the event that ends a solve, monitor and progress bar; see
         :class:`pnode.Output`.
     **plain
-        The options of the three groups may be given by themselves too: ``step_size``,
+        The options of ``steps``, ``linear_algebra`` and ``output`` by themselves: ``step_size``,
         ``first_step``, ``min_step``, ``max_step``, ``rtol``, ``atol``, ``controller``,
-        ``max_steps``, ``sensitivity_control``, ``samples`` and ``on_failure`` instead of ``steps``;
-        ``jacobian``, ``linear_solver``, ``jacobian_pattern``, ``jacobian_reuse`` and
-        ``preconditioner`` instead of ``linear_algebra``; ``dense``, ``event_fn``, ``event_tol``,
-        ``monitor`` and ``progress`` instead of ``output``.
+        ``max_steps``, ``sensitivity_control``, ``samples``, ``on_failure``, ``norm``, ``grid``;
+        ``jacobian``, ``linear_solver``, ``jacobian_pattern``, ``jacobian_reuse``,
+        ``preconditioner``; ``dense``, ``event_fn``, ``event_tol``, ``monitor``, ``progress``.
 
     Raises
     ------
@@ -167,7 +167,7 @@ class Solver(torch.nn.Module):
         params: Iterable[torch.Tensor] | None = None,
         cost: Callable[..., Any] | None = None,
         method: MethodName | str = "dopri5",
-        steps: Steps | None = None,
+        steps: Steps | Times | None = None,
         linear_algebra: LinearAlgebra | None = None,
         petsc_options: Mapping[str, Any] | None = None,
         petsc_setup: Callable[[Any], Any] | None = None,
@@ -321,13 +321,13 @@ class Solver(torch.nn.Module):
         trainable = any(differentiate or not tensor.requires_grad for tensor in moving)
         compute = problem.compute
         events, differentiable = adapted(self.event_fn, problem, compute, start, call.observer)
-        monitor = call.monitor(self._requests.monitor)
-        if problem.integrals:
-            monitor = of_state(problem, monitor)
-        monitor = at_home(monitor, compute, start)
         wanted = self._requests
-        if monitor is not None or events is not None:
-            wanted = replace(wanted, monitor=monitor, events=events)
+        monitor, callbacks = (
+            at_home(of_state(problem, call.monitor(function)), compute, start)
+            for function in (wanted.monitor, wanted.callbacks)
+        )
+        if monitor is not None or callbacks is not None or events is not None:
+            wanted = replace(wanted, monitor=monitor, callbacks=callbacks, events=events)
         if wanted.dense or at == "steps":
             wanted = replace(wanted, steps=True, plain=at == "steps")
         with progress_bar(problem, wanted, self._progress) as requests:
@@ -381,6 +381,7 @@ class Solver(torch.nn.Module):
             flat = problem.layout.flatten(y0)
             check_breaks(self._engine, self._requests, breakpoints)
             problem = with_breaks(problem, breakpoints, times)
+            problem = controlled(problem, engine.control, self._requests.dense, call)
             flat = consistent(problem, flat, self._consistent_start, start, times[0])
             if self.cost is not None:
                 cost = call.observer(watched(self.cost, declared))

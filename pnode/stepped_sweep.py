@@ -16,7 +16,7 @@ from pnode.dense import DenseOutput
 from pnode.dense_adjoint import DenseAdjoint
 from pnode.engine import Engine
 from pnode.event_locator import EventLocator
-from pnode.monitor import Monitor, backward_bar
+from pnode.monitor import backward_bar, onlookers
 from pnode.products import accumulate
 from pnode.recording import Noted, Outputs, Recorder, new_trajectory
 from pnode.run import Requests, Run, Sweep
@@ -176,8 +176,7 @@ class SteppedSweep(Sweep):
             integrator.whole_graphs = self.dense.scheme is not None
             times = (times[0], *times[1:][-1:])  # those that steps are to hit
         observers.append(outputs)  # behind those that come before the last one
-        if requests.monitor is not None:
-            observers.append(Monitor(requests.monitor, problem, requests.steps_before or 0))
+        observers += onlookers(requests, problem)
         done: list[Step] = []
         progress = None if trajectory is None else trajectory.progress
         if progress is not None and progress.start is not None:

@@ -16,6 +16,7 @@ from pnode.compilation import begin
 from pnode.engine import Engine
 from pnode.errors import ConfigurationError, FieldChanged, NonlinearSolveFailed
 from pnode.evidence import Reads
+from pnode.hints import hint
 from pnode.notices import LOG
 from pnode.output_times import refuse_cuts
 from pnode.problem import InitialValueProblem
@@ -80,6 +81,7 @@ def forward(
         raise
     if recorded is None:
         engine.note_products(settings, problem.layout, stats)
+        hint(engine, run)
     run.ys = outputs.detach() if keep and isinstance(run.sweep, SteppedSweep) else None
     note_kept(run.stats.ram_bytes + run.stats.tape_bytes)
     if run.entry is not None:

@@ -106,8 +106,10 @@ def _check_part(name: str, value: Any) -> float | torch.Tensor:
     return own
 
 
-def resolve(rtol: Tolerance, atol: Tolerance, layout: StateLayout) -> tuple[Resolved, Resolved]:
-    """Fit both tolerances to a state.
+def resolve(
+    rtol: Tolerance, atol: Tolerance, layout: StateLayout, mean: bool = True
+) -> tuple[Resolved, Resolved]:
+    """Fit both tolerances to a state; ``mean`` tells whether the error norm is one over entries.
 
     Raises
     ------
@@ -129,7 +131,7 @@ def resolve(rtol: Tolerance, atol: Tolerance, layout: StateLayout) -> tuple[Reso
             raise ConfigurationError(
                 "atol is infinite for every entry of y0: nothing would control the steps"
             )
-        factor = math.sqrt(counted / layout.size)
+        factor = math.sqrt(counted / layout.size) if mean else 1.0
         fitted = fitted[0] * factor, fitted[1] * factor
     relative, absolute = (
         value if isinstance(value, float) else EntrywiseTolerance.of(value) for value in fitted

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from pnode.controllers import PID
 from pnode.errors import ConfigurationError
 from pnode.transforms import moves, plain
 
-__all__ = ["refuse_callbacks", "translated"]
+__all__ = ["callbacks", "translated"]
 
 # Those that say the same by another name, and those that say when a step is to end.
 _SAME = {
@@ -20,17 +21,14 @@ _SAME = {
     "min_step": "min_step",
     "max_step": "max_step",
     "max_num_steps": "max_steps",
+    "norm": "norm",
 }
 _BREAKS = ("jump_t", "step_t", "grid_points")
 # No limit, as None is here.
 _NONE = {"min_step": 0.0, "max_step": math.inf}
-_CLIP = "give petsc_options={'ts_adapt_clip': '0.2,10'}, the shortest and the longest step"
+# Those of its controller, which is a PID of the last error alone.
+_FACTORS = {"safety": "safety", "ifactor": "factormax", "dfactor": "factormin"}
 _INSTEAD = {
-    "norm": "the norm is the root mean square of the errors in units of atol + rtol |y|: give rtol "
-    "and atol as tensors, with atol=math.inf for entries that are not to count",
-    "safety": "give petsc_options={'ts_adapt_safety': 0.9}",
-    "ifactor": _CLIP,
-    "dfactor": _CLIP,
     "eps": "f is seen from both sides of jump_t without: drop it",
     "max_iters": "give petsc_options={'snes_max_it': 10}, with an implicit method",
     "max_order": "take method='bdf4', say, instead of 'bdf'",
@@ -66,12 +64,18 @@ def translated(
             f"options={options!r} is not a mapping: give a dictionary such as {{'step_size': 0.1}}"
         )
     found: dict[str, Any] = {}
+    factors: dict[str, Any] = {}
     breaks: list[torch.Tensor] = []
     for name, value in (options or {}).items():
         own = _SAME.get(name)
         if own is not None:
-            if not _equals(value, _NONE.get(name)):
+            if name == "norm" and not adaptive:  # whose errors nobody measures there either
+                continue
+            if value is not None and not _equals(value, _NONE.get(name)):
                 found[own] = value
+        elif name in _FACTORS:
+            if value is not None:
+                factors[_FACTORS[name]] = value
         elif name in _BREAKS:
             if value is not None:
                 breaks.append(_times(name, value))
@@ -85,6 +89,12 @@ def translated(
             found["dense"] = True
         if own is not None and keywords.get(own) is not None:
             raise ConfigurationError(f"options[{name!r}] and {own}= are both given: drop one")
+    if factors:
+        if keywords.get("controller") is not None:
+            raise ConfigurationError(
+                "options safety, ifactor or dfactor and controller= are both given: drop one"
+            )
+        found["controller"] = PID(**factors)
     if found.get("dense") and not {**keywords, **found}.get("step_size"):
         del found["dense"]  # steps go from output to output anyway
     if breaks:
@@ -97,15 +107,33 @@ def translated(
     return {**keywords, **found}
 
 
-def refuse_callbacks(func: Any) -> None:
-    """Refuse a func with callbacks of torchdiffeq's, which nobody would call."""
-    for name in (*_CALLBACKS, *(f"{name}_adjoint" for name in _CALLBACKS)):
+def callbacks(func: Any) -> Callable[[Any, float, Any], None] | None:
+    """Return what calls the callbacks of torchdiffeq's that a func has; None if it has none.
+
+    Raises
+    ------
+    ConfigurationError
+        For callbacks of the adjoint, whose steps are those of the forward solve.
+    """
+    for name in (f"{name}_adjoint" for name in _CALLBACKS):
         if callable(getattr(func, name, None)):
             raise ConfigurationError(
-                f"func has {name}, which pnode does not call: give monitor=, which is called with "
-                "(step, t, y) after each accepted step, and see stats.rejected of a pnode.Solver's "
-                "solution; leave the attribute away"
+                f"func has {name}, which pnode does not call: the discrete adjoint goes back over "
+                "the steps of the forward solve, which callback_accept_step tells; leave the "
+                "attribute away"
             )
+    own = {name: getattr(func, name, None) for name in _CALLBACKS}
+    found: dict[str, Any] = {name: one for name, one in own.items() if callable(one)}
+    if not found:
+        return None
+
+    def tell(key: tuple[str, float], t: float, y: Any) -> None:
+        name, length = key
+        if name in found:
+            time, dt = (torch.tensor(x, dtype=torch.float64) for x in (t, length))
+            found[name](time, y, dt)
+
+    return tell
 
 
 def _equals(value: Any, other: float | None) -> bool:
@@ -131,7 +159,7 @@ def _refuse(name: str, value: Any) -> None:
     }
     if name in instead:
         raise ConfigurationError(f"options[{name!r}]={value!r} is not supported: {instead[name]}")
-    choices = ", ".join(map(repr, (*_SAME, *_BREAKS, "grid_constructor", "interp")))
+    choices = ", ".join(map(repr, (*_SAME, *_FACTORS, *_BREAKS, "grid_constructor", "interp")))
     raise ConfigurationError(
         f"options[{name!r}]={value!r} is not supported: choose from {choices}, or set a PETSc "
         "option with petsc_options={...}"

@@ -8,11 +8,12 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-__all__ = ["FixedGrid", "least_step", "move"]
+__all__ = ["FixedGrid", "PrescribedGrid", "least_step", "move"]
 
 # Spacings of float64 at t. The stages of a shorter step could not be told apart.
 _FEWEST_SPACINGS = 4.0
@@ -108,3 +109,32 @@ class FixedGrid:
         start, end = self.times[interval : interval + 2]
         number = self.counts[interval]
         return (end - start) / number if number else self.step_size
+
+
+@dataclass(frozen=True)
+class PrescribedGrid(FixedGrid):
+    """Steps along a grid that the user has given, which has the output times.
+
+    Attributes
+    ----------
+    points : tuple of float
+        The grid, increasing.
+    """
+
+    points: tuple[float, ...] = ()
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Number of steps of each interval."""
+        places = [bisect_left(self.points, s) for s in self.times]
+        return tuple(after - before for before, after in itertools.pairwise(places))
+
+    @property
+    def unresolved(self) -> None:
+        """Nothing: the user's times are those of single steps."""
+
+    def steps(self, interval: int) -> Iterator[tuple[float, float, float]]:
+        """Return start, length and end of each step of an interval."""
+        first, last = (bisect_left(self.points, s) for s in self.times[interval : interval + 2])
+        pairs = itertools.pairwise(self.points[first : last + 1])
+        return ((start, end - start, end) for start, end in pairs)

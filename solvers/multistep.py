@@ -18,7 +18,7 @@ was before a step goes back in with ``restore``; the orders of the steps are in 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -220,7 +220,7 @@ class MultistepIntegrator(TimeIntegrator):
     def _extrapolate(self, s: float, step: float, order: int, where: dict[str, Any]) -> StepOutcome:
         """Take one step of extrapolated implicit Euler."""
         assert self._newton is not None
-        size = self._size(self._states[0])
+        size = self._size(self._states[0], newton=True)
         residual = self.settings.form == "residual"
         kept = [self._states[0]] if residual else []
         ends = []
@@ -254,7 +254,7 @@ class MultistepIntegrator(TimeIntegrator):
         first = adaptive and len(states) == 1
         if first:
             guess = torch.add(guess, self._initial_slope(end - step, where), alpha=step)
-        size = self._size(states[0], guess)
+        size = self._size(states[0], guess, newton=True)
         new = self._solve(end, guess, d[0], psi, size, where)
         if isinstance(new, SolveError):
             self._control.fail()
@@ -337,8 +337,8 @@ class MultistepIntegrator(TimeIntegrator):
         self._slope = None
         vectors.copy_in(self.solution, new)
 
-    def _size(self, u: torch.Tensor, *others: torch.Tensor) -> Callable[[torch.Tensor], float]:
-        """Return the norm in units of atol + rtol |u|.
+    def _size(self, u: torch.Tensor, *others: torch.Tensor, newton: bool = False) -> Any:
+        """Return the norm in units of atol + rtol |u|; Newton's is a root mean square.
 
         Where that is zero, u is measured by the others, and where all of them are zero by the first
         vector that is not: what the norm then says is that there is something to measure.
@@ -351,14 +351,14 @@ class MultistepIntegrator(TimeIntegrator):
             if not self._relative:
                 break
             scale = torch.where(scale == 0.0, rtol * other.abs(), scale)
+        measure = self.ranks.rms if newton else self.bridge.field.problem.measure
 
         def size(v: torch.Tensor) -> float:
             nonlocal scale
             if self._relative:
                 scale = torch.where(scale == 0.0, rtol * v.abs(), scale)
-                v = torch.where(v == 0.0, 0.0, v / scale)
-                return self.ranks.rms(v)
-            return self.ranks.rms(v / scale)
+                return measure(torch.where(v == 0.0, 0.0, v / scale))
+            return measure(v / scale)
 
         return size
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,15 +11,18 @@ from typing import Any
 import torch
 
 from pnode import tolerances, vectors
+from pnode.controllers import PID, Norm
 from pnode.errors import ConfigurationError, StepSizeUnderflow
 from pnode.problem import InitialValueProblem
-from pnode.solvers.clock import FixedGrid
+from pnode.solvers.clock import FixedGrid, PrescribedGrid
 from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.petsc.settings import IntegratorSettings
+from pnode.transforms import moves, plain
 from pnode.vectorfield import VectorField
 
 __all__ = [
-    "StepControl", "automatic_step", "check_steps", "first_step", "fixed_grid", "unresolved",
+    "StepControl", "as_grid", "automatic_step", "check_grid", "check_steps", "first_step",
+    "fixed_grid", "unresolved",
 ]  # fmt: skip
 
 # Nobody waits for more, in minutes of compiled steps.
@@ -41,10 +45,14 @@ class StepControl:
         Largest number of accepted steps.
     rtol, atol : float, Tensor or tuple
         Tolerances as the user gave them.
-    controller : str
+    controller : str or PID
         Who chooses adaptive steps.
     steps_before : int
         Steps taken before, which count as well, of a sweep that goes on with a solve.
+    grid : tuple of float or None
+        Times, of the user's, from which and to which fixed steps go; ``step_size`` is the longest.
+    norm : str or callable
+        Of the error of adaptive steps.
     """
 
     step_size: float | None = None
@@ -54,8 +62,92 @@ class StepControl:
     max_steps: int | None = None
     rtol: tolerances.Tolerance = 1e-6
     atol: tolerances.Tolerance = 1e-8
-    controller: str = "basic"
+    controller: str | PID = "basic"
     steps_before: int = 0
+    grid: tuple[float, ...] | None = None
+    norm: Norm = "rms"
+
+    @property
+    def uncompiled(self) -> str:
+        """What of it only single steps follow, in words; nothing if machine code does, too."""
+        if self.grid is not None:
+            return "steps= is a grid"
+        if isinstance(self.controller, PID):
+            return "controller= is a PID"
+        return "" if self.norm == "rms" else f"norm={self.norm!r} is not the root mean square"
+
+
+def as_grid(given: Any) -> tuple[float, ...] | None:
+    """Return a grid of times as float64 numbers, None for None.
+
+    Raises
+    ------
+    ConfigurationError
+        If these are no numbers, not finite, not strictly monotone, fewer than two, or require grad.
+    """
+    if given is None:
+        return None
+    parts = given if isinstance(given, (list, tuple)) else [given]
+    if any(isinstance(part, torch.Tensor) and moves(part) for part in parts):
+        raise ConfigurationError(
+            "steps requires grad, and the ends of steps count as constants: give steps.detach(), "
+            "or breakpoints= for times that f jumps at"
+        )
+    try:
+        if any(isinstance(part, bool) for part in parts):
+            raise TypeError("truth values")
+        dtype = None if hasattr(given, "dtype") else torch.float64
+        times = plain(torch.as_tensor(given, dtype=dtype, device=getattr(given, "device", "cpu")))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigurationError(
+            f"steps={given!r}: give a grid of times, a 1-D tensor or a sequence of numbers"
+        ) from error
+    if times.dim() != 1 or len(times) < 2 or times.is_complex() or times.dtype is torch.bool:
+        raise ConfigurationError(
+            f"steps has shape {tuple(times.shape)} and dtype {times.dtype}: give a grid of two or "
+            "more times, a 1-D tensor of real numbers"
+        )
+    numbers = tuple(times.to(torch.float64).tolist())
+    if not all(map(math.isfinite, numbers)):
+        raise ConfigurationError("steps contains NaN or infinity: give a grid of finite times")
+    up = numbers[-1] > numbers[0]
+    for index, (a, b) in enumerate(itertools.pairwise(numbers)):
+        if a == b or (b > a) != up:
+            raise ConfigurationError(
+                f"steps[{index + 1}] = {b!r} follows steps[{index}] = {a!r}: give a grid that "
+                "strictly increases or strictly decreases"
+            )
+    return numbers
+
+
+def check_grid(problem: InitialValueProblem, control: StepControl, dense: bool) -> None:
+    """Refuse a prescribed grid that a solve does not go along.
+
+    Raises
+    ------
+    ConfigurationError
+        If its ends are not those of the solve, or an output that is to be hit, or a break point,
+        is not on it.
+    """
+    if control.grid is None:
+        return
+    d, points = problem.direction, set(control.grid)
+    times = [d * s for s in problem.times]
+    ends, wanted = (control.grid[0], control.grid[-1]), (times[0], times[-1])
+    if ends != wanted:
+        raise ConfigurationError(
+            f"steps is a grid from {ends[0]!r} to {ends[1]!r}, and t is from {wanted[0]!r} to "
+            f"{wanted[1]!r}: begin and end it there"
+        )
+    breaks = [] if problem.breaks is None else problem.breaks.times.detach().tolist()
+    for name, hit in (("t", [] if dense else times), ("breakpoints", breaks)):
+        for time in (time for time in hit if time not in points):
+            nearest = min(control.grid, key=lambda point: abs(point - time))
+            instead = ", or dense=True, which interpolates" if name == "t" else ""
+            raise ConfigurationError(
+                f"{name} has {time!r}, which is not on the grid steps (the nearest there is "
+                f"{nearest!r}): give a grid that has it, in the same precision{instead}"
+            )
 
 
 def fixed_grid(times: Sequence[float], control: StepControl, resolution: float) -> FixedGrid | None:
@@ -65,6 +157,10 @@ def fixed_grid(times: Sequence[float], control: StepControl, resolution: float) 
     """
     if control.step_size is None:
         return None
+    if control.grid is not None:
+        grid = control.grid
+        points = grid if grid[-1] > grid[0] else tuple([-time for time in grid])
+        return PrescribedGrid(tuple(times), control.step_size, resolution, points)
     return FixedGrid(tuple(times), control.step_size, resolution)
 
 
@@ -145,11 +241,11 @@ def automatic_step(
         f0 = field.slope(start, y0.clone())
     rtol, atol = (tolerances.values(value, y0.device) for value in (settings.rtol, settings.atol))
     scale = atol + rtol * y0.abs()
-    rms = field.problem.ranks.rms
-    d0, d1 = rms(y0 / scale), rms(f0 / scale)
+    size = field.problem.measure
+    d0, d1 = size(y0 / scale), size(f0 / scale)
     moves = d0 >= 1e-5 and 1e-5 <= d1 < math.inf
     guess = min(0.01 * d0 / d1 if moves else 1e-6, end - start)
-    d2 = rms((field.slope(start + guess, y0 + guess * f0) - f0) / scale) / guess
+    d2 = size((field.slope(start + guess, y0 + guess * f0) - f0) / scale) / guess
     steepest = max(d1, d2)
     if not math.isfinite(steepest):  # outside the field's domain: let the controller feel its way
         return guess

@@ -49,6 +49,12 @@ class Observer:
     def before_step(self, index: int, integrator: TimeIntegrator) -> None:
         """Look at the start of a step, before it is first tried."""
 
+    def before_attempt(self, s: float, length: float, integrator: TimeIntegrator) -> None:
+        """Look at the start of a step of this length, each time one is tried."""
+
+    def after_rejection(self, s: float, length: float) -> None:
+        """Hear of a step that was tried and not accepted."""
+
     def shorten(
         self, step: Step, integrator: TimeIntegrator
     ) -> tuple[Step, TimeIntegrator, bool] | None:
@@ -165,6 +171,8 @@ class _Sweep:
         self.natural: float | None = None
         # What does nothing is not called in every step.
         self.before = _overridden(observers, "before_step")
+        self.attempts = _overridden(observers, "before_attempt")
+        self.rejections = _overridden(observers, "after_rejection")
         self.shorten = _overridden(observers, "shorten")
         self.after = _overridden(observers, "after_step")
         self.outputs = _overridden(observers, "output")
@@ -179,6 +187,8 @@ class _Sweep:
         while True:
             self._check_limit(start)
             self._announce()
+            for look in self.attempts:
+                look(start, length, self.integrator)
             outcome = self.integrator.attempt(start, length, self.number, end=end)
             if not outcome.accepted:
                 assert outcome.error is not None
@@ -204,6 +214,8 @@ class _Sweep:
             after = end if wanted == end - s else move(s, wanted)
             length = after - s
             self._announce()
+            for look in self.attempts:
+                look(s, length, self.integrator)
             outcome = self.integrator.attempt(s, length, self.number, end=after)
             if outcome.accepted:
                 # A step shortened to meet an output time says nothing against the natural one.
@@ -217,6 +229,8 @@ class _Sweep:
                 error = None
                 continue
             self.ledger.rejected += 1
+            for look in self.rejections:
+                look(s, length)
             error = outcome.error or error
             self._check_minimum(s, wanted, least, error)
             shorter = self.integrator.failure_factor * length

@@ -42,7 +42,8 @@ REFUSED = {
     "max_steps": [GRAD, True, 1.5, 0, "many"],
     "event_tol": [GRAD, True, 0.0, 1.0, None],
     "method": [None, 5, ["rk4"]],
-    "controller": [None, 5, ["pi"]],
+    "controller": [None, 5, ["pi"], pnode.PID],
+    "norm": [None, 5, "rmse", ["max"], torch.ones(2)],
     "jacobian": [None, 5, ["dense"], np.zeros(2)],
     "jacobian_reuse": [None, 5, ["step"], np.zeros(2)],
     "linear_solver": [5, ["gmres"], "nothing"],
@@ -267,7 +268,7 @@ GROUPED = {
     "steps": (pnode.Steps, {
         "step_size": 0.1, "first_step": 0.1, "min_step": 1e-3, "max_step": 0.2, "rtol": 1e-4,
         "atol": 1e-5, "controller": "pi", "max_steps": 70, "sensitivity_control": "random",
-        "samples": "independent", "on_failure": "nan",
+        "samples": "independent", "on_failure": "nan", "norm": "max", "grid": (0.0, 1.0),
     }),
     "linear_algebra": (pnode.LinearAlgebra, {
         "jacobian": "sparse", "linear_solver": "gmres", "jacobian_pattern": torch.eye(2),
@@ -369,6 +370,7 @@ def test_what_ranks_compare_of_options():
     assert set(facts) == {name for _, name in OPTIONS}
     assert [name for name, fact in facts.items() if fact is None] == [
         "monitor", "progress", "step_size", "first_step", "min_step", "max_step", "max_steps",
+        "grid",
     ]  # fmt: skip
     assert facts["preconditioner"] == "block" and facts["jacobian_pattern"] is True
     entrywise = shared(pnode.Steps(rtol=torch.ones(3)))

@@ -231,9 +231,9 @@ def test_cubic_interpolation_is_dense_output():
     [
         ({"perturb": True}, "jump_t"),
         ({"interp": "linear"}, "dense=True"),
-        ({"norm": torch.linalg.norm}, "atol"),
-        ({"safety": 0.8}, "ts_adapt_safety"),
-        ({"ifactor": 5.0}, "ts_adapt_clip"),
+        ({"norm": "l2"}, "norm='l2'.*callable"),
+        ({"safety": 1.8}, "safety=1.8"),
+        ({"ifactor": 0.5}, "factormax=0.5"),
         ({"dtype": torch.float32}, "float64"),
         ({"eps": 1e-3}, "drop it"),
         ({"solver": "LSODA"}, "bdf"),
@@ -267,8 +267,8 @@ def test_callbacks_that_nobody_would_call_are_refused():
         def forward(self, t, y):
             return -y
 
-        def callback_step(self, t0, y0, dt):
+        def callback_step_adjoint(self, t0, y0, dt):
             raise AssertionError
 
-    with pytest.raises(pnode.ConfigurationError, match=r"callback_step.*monitor="):
+    with pytest.raises(pnode.ConfigurationError, match=r"callback_step_adjoint.*callback_accept"):
         pnode.odeint(Told(), vector(0.5), TIMES)

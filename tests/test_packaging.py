@@ -95,6 +95,8 @@ LEVELS = {
     "pnode.event_locator": 3,
     "pnode.event_path": 3,
     "pnode.events": 3,
+    "pnode.error_norms": 3,
+    "pnode.hints": 3,
     "pnode.autograd": 3,
     "pnode.batches": 3,
     "pnode.breakpoints": 3,

@@ -9,7 +9,9 @@ ACM Trans. Math. Softw. 20 (1994) 496-517.
 
 from __future__ import annotations
 
-__all__ = ["PredictiveControl"]
+from pnode.controllers import ErrorMemory
+
+__all__ = ["PredictiveControl", "RememberedControl"]
 
 
 class PredictiveControl:
@@ -54,3 +56,15 @@ class PredictiveControl:
             length, last = self._before
             growth = min(1.0, step / length * (last / error) ** self._EXPONENT)
         return float(growth * error**-self._EXPONENT)
+
+
+class RememberedControl(ErrorMemory):
+    """Proposes the next step by a PID."""
+
+    def reject(self, step: float, error: float, iterations: int) -> float:
+        """Return the length to try instead."""
+        return self.propose(step, error, False)
+
+    def accept(self, step: float, error: float, iterations: int, renews: bool) -> float:
+        """Return the next step's length."""
+        return self.propose(step, error, True)

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 from pnode import tolerances, vectors
+from pnode.controllers import PID
 from pnode.errors import ConfigurationError, LinearSolveFailed, SolveError
 from pnode.evidence import project
 from pnode.linearization import Linearization
 from pnode.options import SolverOptions
 from pnode.solvers.checkpoint import Checkpoint
-from pnode.solvers.firk.control import PredictiveControl
+from pnode.solvers.firk.control import PredictiveControl, RememberedControl
 from pnode.solvers.firk.stage_newton import StageNewton, Stages
 from pnode.solvers.firk.systems import SimplifiedSystem
 from pnode.solvers.firk.tableaus import transformation
@@ -94,7 +95,12 @@ class CoupledIntegrator(TimeIntegrator):
         )
         self._end = torch.as_tensor(self._transformation.end, device=device)
         self._newton = StageNewton(settings, options, self.bridge, scheme)
-        self._control = PredictiveControl(self._newton.limit)
+        rule = settings.controller
+        self._control: PredictiveControl | RememberedControl = (
+            RememberedControl(rule, self.first_order + 1)
+            if isinstance(rule, PID)
+            else PredictiveControl(self._newton.limit)
+        )
         self._forget()
         self._failed: list[FailedAttempt] = []
         self._stages: Stages | None = None
@@ -203,7 +209,7 @@ class CoupledIntegrator(TimeIntegrator):
     ) -> Stages | SolveError:
         """Solve for the stages, with the Jacobian at hand or, where that fails, a new one."""
         u, newton = self._state, self._newton
-        size = self._size(u, u) if self.settings.adaptive else None
+        size = self._size(u, u, self.ranks.rms) if self.settings.adaptive else None
         while True:
             if self._jacobian is None:
                 error = self._renew(s, where)
@@ -297,7 +303,7 @@ class CoupledIntegrator(TimeIntegrator):
         moved = moved if mass is None else mass.apply(moved)
         if self._slope is None:
             self._slope = self._newton.value(s, u, where)
-        size = self._size(u, found.end)
+        size = self._size(u, found.end, self.bridge.field.problem.measure)
         slope, norm = self._slope, math.inf
         for look in range(2):
             e = self._system.solve_real(slope + moved)
@@ -319,12 +325,12 @@ class CoupledIntegrator(TimeIntegrator):
         self._before = (step, found.Z)
         vectors.copy_in(self.solution, found.end)
 
-    def _size(self, u: torch.Tensor, new: torch.Tensor) -> Any:
+    def _size(self, u: torch.Tensor, new: torch.Tensor, measure: Any) -> Any:
         """Return the norm in units of atol + rtol max(|u|, |new|)."""
         scale = self._atol + self._rtol * torch.maximum(u.abs(), new.abs())
 
         def size(v: torch.Tensor) -> float:
-            return self.ranks.rms(torch.where(v == 0.0, 0.0, v / scale))
+            return float(measure(torch.where(v == 0.0, 0.0, v / scale)))
 
         return size
 

@@ -17,6 +17,7 @@ from pnode.solvers.petsc.bridge import Bridge
 __all__ = [
     "infinite_derivative",
     "linear_error",
+    "monitor_error",
     "newton_error",
     "nonfinite_error",
     "raise_stored",
@@ -128,6 +129,16 @@ def newton_error(snes: Any, where: dict[str, Any], bridge: Bridge) -> SolveError
         "petsc_options={'snes_max_it': ...}",
         reason=name, **where,
     )  # fmt: skip
+
+
+def monitor_error(failure: BaseException, **where: Any) -> SolveError:
+    """Return the error for one of PETSc's monitors that has failed."""
+    error = SolveError(
+        "a monitor of PETSc's failed: check the options that ask for it",
+        reason=failure_reason(failure), **where,
+    )  # fmt: skip
+    error.__cause__ = failure
+    return error
 
 
 def linear_error(ksp: Any, failure: Any, where: dict[str, Any], kind: str) -> LinearSolveFailed:

@@ -13,15 +13,16 @@ from pnode import vectors
 from pnode.errors import NonlinearSolveFailed, SolveError
 from pnode.evidence import project
 from pnode.linearization import Linearization
-from pnode.options import PETSc, SolverOptions, failure_reason, log_stage
+from pnode.options import PETSc, SolverOptions, log_stage
 from pnode.ranks import ALONE, CURABLE
 from pnode.solvers.checkpoint import Checkpoint
+from pnode.solvers.petsc import failures
 from pnode.solvers.petsc.bridge import Bridge
-from pnode.solvers.petsc.failures import newton_error, nonfinite_error, raise_stored, step_error
 from pnode.solvers.petsc.guesses import GuessedSteps
+from pnode.solvers.petsc.judgement import Judge
 from pnode.solvers.petsc.library import before_each_stage, stage_vectors
 from pnode.solvers.petsc.outcomes import StepOutcome
-from pnode.solvers.petsc.second_attempts import with_backtracking, with_new_jacobians
+from pnode.solvers.petsc.second_attempts import backtracks, with_backtracking, with_new_jacobians
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.petsc.tolerances import Rejection
 from pnode.solvers.petsc.ts import build_ts
@@ -66,10 +67,11 @@ class TimeIntegrator:
         self.bridge = self._create_bridge()
         self.ts = build_ts(settings, options, self.bridge)
         self.solution = self.ts.getSolution()
-        own = method.implicit and method.keeps_stages and not method.coupled
-        self._kept = stage_vectors(self.ts) if own else []
+        kept = method.implicit and method.keeps_stages and not method.coupled
+        self._kept = stage_vectors(self.ts) if kept else []
         self._start = self.solution.duplicate() if settings.adaptive else None
         self._guesses = GuessedSteps(self.ts, self.bridge.jacobian, options)
+        self._verdict = Judge.of(self.ts, settings, options, self.bridge)
         self._rolled_back = False
         self._starts = method.carries_slope
         self._stage_callback = (
@@ -80,13 +82,7 @@ class TimeIntegrator:
         if self._starts or settings.form == "imex_mass":
             # PETSc solves for DIRK's initial slope from whatever slope it had last.
             self.ts.getSNES().setInitialGuess(self._guess_slope)
-        self._backtracks = (
-            method.implicit
-            and not settings.adaptive
-            and options.values.get("snes_linesearch_type") == "basic"
-            and "snes_linesearch_type" not in options.given
-            and options.values.get("snes_type", "newtonls") == "newtonls"
-        )
+        self._backtracks = backtracks(settings, options)
         #: Where stages are between the ends of a step, in units of its length.
         scheme = method.scheme
         nodes = () if scheme is None or method.linearly_implicit else scheme.nodes
@@ -116,6 +112,8 @@ class TimeIntegrator:
         self.ts.setTime(s)
         self.ts.setStepNumber(step_index)
         self.ts.restartStep()
+        if self._verdict is not None:
+            self._verdict.begin()
         self._rolled_back = self.whole_graphs = False
         self._iterations = (self.ts.getSNESIterations(), self.ts.getKSPIterations())
 
@@ -132,12 +130,14 @@ class TimeIntegrator:
     def restore(self, history: Any) -> None:
         """Go on from a history, which an integrator of the same method had. Collective."""
         vectors.copy_in(self.solution, history[0])
-        self.ts.restartStep()
+        TimeIntegrator.restart_step(self)
         self._rolled_back = False
 
     def restart_step(self) -> None:
         """Let the next step start afresh, without what the last one has left."""
         self.ts.restartStep()
+        if self._verdict is not None:
+            self._verdict.restart()
 
     def interpolate(self, s: float) -> torch.Tensor:
         """Return the state at a time in the last step by PETSc's interpolant. Collective."""
@@ -240,7 +240,7 @@ class TimeIntegrator:
         self._rejection.withdraw()
         if self.bridge.nonfinite_time is not None:
             self.ranks.fail(
-                nonfinite_error(self.bridge.nonfinite_time, self.ranks.where, self.bridge)
+                failures.nonfinite_error(self.bridge.nonfinite_time, self.ranks.where, self.bridge)
             )
             self.bridge.nonfinite_time = None
         found = self.ranks.settle(error)
@@ -286,26 +286,32 @@ class TimeIntegrator:
             self.ts.step()
         except PETSc.Error as error:
             failure = error
-        raise_stored(self.bridge, failure, where)
+        failures.raise_stored(self.bridge, failure, where)
         if failure is not None:
-            raise step_error(failure, where, self.bridge) from failure
+            raise failures.step_error(failure, where, self.bridge) from failure
+        if self._verdict is not None and self.ts.getConvergedReason() >= 0:
+            self._rolled_back = False
+            self._verdict.look(self._start)
 
     def _failure(self, where: dict[str, Any]) -> SolveError | None:
         """Look for the failures that PETSc reports and for those that it passes over."""
         method = self.settings.method
         if method.implicit and self.ts.getConvergedReason() < 0:
             snes = self.ts.getSNES()
-            reason = snes.getConvergedReason()
-            if reason < 0:
-                return newton_error(snes, where, self.bridge)
+            if snes.getConvergedReason() < 0:
+                return failures.newton_error(snes, where, self.bridge)
         at = self.bridge.first_nonfinite()
         if not self.ranks.parallel:
             finite = math.isfinite(self.solution.norm())
-            return nonfinite_error(at, where, self.bridge) if at is not None or not finite else None
+            return (
+                failures.nonfinite_error(at, where, self.bridge)
+                if at is not None or not finite
+                else None
+            )
         # What only this rank knows must not change what it does next.
         if not self.settings.adaptive:
             if at is not None or not vectors.is_moderate(vectors.view(self.solution)):
-                self.ranks.fail(nonfinite_error(at, where, self.bridge))
+                self.ranks.fail(failures.nonfinite_error(at, where, self.bridge))
             self.bridge.nonfinite_time = None
         return None
 
@@ -361,12 +367,8 @@ class TimeIntegrator:
         try:
             self.ts.monitor(number, s, self.solution)
         except PETSc.Error as failure:
-            error = SolveError(
-                "a monitor of PETSc's failed: check the options that ask for it",
-                reason=failure_reason(failure), time=self._direction * s,
-                step=max(number - 1, 0), method=self.settings.method.name,
-            )  # fmt: skip
-            error.__cause__ = failure
+            time, name = self._direction * s, self.settings.method.name
+            error = failures.monitor_error(failure, time=time, step=max(number - 1, 0), method=name)
             if not self.ranks.parallel:
                 raise error from failure
             self.ranks.fail(error)  # only the rank that writes may know

@@ -8,8 +8,9 @@ from typing import Any
 from pnode.errors import SolveError
 from pnode.options import SolverOptions
 from pnode.solvers.linear.jacobians import Jacobian
+from pnode.solvers.petsc.settings import IntegratorSettings
 
-__all__ = ["with_backtracking", "with_new_jacobians"]
+__all__ = ["backtracks", "with_backtracking", "with_new_jacobians"]
 
 Repeat = Callable[[], SolveError | None]
 
@@ -30,6 +31,17 @@ def with_new_jacobians(
     finally:
         jacobian.always = False
         snes.setTolerances(stol=stol)
+
+
+def backtracks(settings: IntegratorSettings, options: SolverOptions) -> bool:
+    """Return whether steps that fail are tried again :func:`with_backtracking`."""
+    return (
+        settings.method.implicit
+        and not settings.adaptive
+        and options.values.get("snes_linesearch_type") == "basic"
+        and "snes_linesearch_type" not in options.given
+        and options.values.get("snes_type", "newtonls") == "newtonls"
+    )
 
 
 def with_backtracking(snes: Any, repeat: Repeat) -> SolveError | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pnode.controllers import controller_options
+from pnode.controllers import PID, Norm, controller_options
 from pnode.devices import HOST, Place
 from pnode.options import PETSc
 from pnode.solvers.linear.block import BLOCK_LU
@@ -49,8 +49,10 @@ class IntegratorSettings:
         How it is preconditioned and reused.
     form : {"rhs", "imex", "mass", "imex_mass", "residual"}
         Form of the problem.
-    controller : str
+    controller : str or PID
         Who chooses the steps; see :mod:`pnode.controllers`.
+    norm : str or callable
+        Of their errors.
     split : int
         Entries of the positions, the first part of the state of a symplectic method.
     distribution : int
@@ -73,7 +75,8 @@ class IntegratorSettings:
     jacobian: str = "dense"
     jacobian_options: JacobianOptions = field(default_factory=JacobianOptions)
     form: str = "rhs"
-    controller: str = "basic"
+    controller: str | PID = "basic"
+    norm: Norm = "rms"
     split: int = 0
     distribution: int = 0
     graphs: Any = None
@@ -84,6 +87,11 @@ class IntegratorSettings:
     def parallel(self) -> bool:
         """Whether several ranks share the state."""
         return bool(self.comm.size > 1)
+
+    @property
+    def judged(self) -> bool:
+        """Whether it is pnode that accepts adaptive steps of PETSc's and chooses the next."""
+        return self.adaptive and (isinstance(self.controller, PID) or callable(self.norm))
 
 
 def without_structure(settings: IntegratorSettings) -> IntegratorSettings:
@@ -101,9 +109,10 @@ def default_options(
     jacobian: str,
     dtype: torch.dtype,
     adjoint: bool = False,
-    controller: str = "basic",
+    controller: str | PID = "basic",
     more: JacobianOptions | None = None,
     ranks: int = 1,
+    norm: Norm = "rms",
 ) -> dict[str, Any]:
     """PETSc options that pnode sets unless the user does.
 
@@ -120,7 +129,7 @@ def default_options(
     residual, and can cut good steps to a tenth for tens of iterations. It is the second attempt
     where full steps fail (see ``TimeIntegrator.attempt``).
     """
-    options = controller_options(controller if adaptive else "none")
+    options = controller_options(controller, norm) if adaptive else controller_options("none")
     if not method.implicit:
         return options
     double = dtype is torch.float64
