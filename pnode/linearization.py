@@ -286,15 +286,15 @@ class Linearization:
                 )
             if product is not None and product.requires_grad:
                 self._shared.ledger.jvp += 1
-                (result,) = torch.autograd.grad(product, cotangent, allow_unused=True)
+                ones = torch.ones_like(product)  # one time, or one of each row
+                (result,) = torch.autograd.grad(product, cotangent, ones, allow_unused=True)
         return (torch.zeros_like(self._value) if result is None else result).reshape(-1)
 
     def records_time(self) -> bool:
         """Whether the graph contains time, which is to be a leaf of it."""
         if not self._value.requires_grad or not self._time.requires_grad:
             return False
-        ones = torch.ones_like(self._value)
-        return gradients(self._value, (self._time,), ones)[0] is not None
+        return gradients(self._value, (self._time,), torch.ones_like(self._value))[0] is not None
 
     def time_derivative_vjp(self, w: torch.Tensor) -> Products:
         """Return the derivatives of w^T dg/ds with respect to y and the parameters."""
