@@ -9,7 +9,7 @@ from pnode.linearization import Linearization
 from pnode.products import accumulate
 from pnode.solution import Ledger
 from pnode.solvers.sample_field import RowsField
-from pnode.solvers.sample_methods import RosenbrockRows, RungeKuttaRows, combined, factored
+from pnode.solvers.sample_methods import RosenbrockRows, RungeKuttaRows, factored
 from pnode.solvers.sample_record import Pass, Passes
 from pnode.vectors import REAL
 
@@ -21,7 +21,7 @@ Gradients = list[torch.Tensor | None]
 def sample_adjoint(
     field: RowsField, passes: Passes, cotangents: torch.Tensor, ledger: Ledger
 ) -> tuple[torch.Tensor, Gradients]:
-    """Take the adjoint of each pass, as the adjoints of joint states do, with a length for each row.
+    """Take the adjoint of each pass, as those of joint states do, with a length for each row.
 
     Parameters
     ----------

@@ -15,9 +15,9 @@ import torch
 from pnode.linearization import Linearization
 from pnode.solvers.linear.block import Factors
 from pnode.solvers.methods import Method
+from pnode.solvers.petsc.rosenbrock import warn_of_hidden_time
 from pnode.solvers.petsc.settings import default_options
 from pnode.solvers.sample_field import RowsField
-from pnode.solvers.scheme import Scheme
 from pnode.vectors import REAL
 
 __all__ = ["Attempt", "RosenbrockRows", "RowMethod", "RungeKuttaRows", "combined", "create"]
@@ -167,7 +167,7 @@ class RosenbrockRows:
     def __init__(self, method: Method, adaptive: bool, dtype: torch.dtype) -> None:
         scheme = method.scheme
         assert scheme is not None
-        self.scheme, self._dtype = scheme, dtype
+        self.scheme, self._dtype, self._knows_time = scheme, dtype, not scheme.needs_time_slope
         self.At, self.Ginv, self.corr, self.bt = scheme.transformed()
         self._embedded = None
         if adaptive:
@@ -200,6 +200,7 @@ class RosenbrockRows:
         J, by_time = field.blocks(base), None
         if scheme.needs_time_slope:
             by_time = base.time_derivative().to(REAL).view_as(u)
+            self._look_at_time(field, base, t, u, length)
         found = RosenbrockStages(base, J, [], [], torch.zeros_like(moving), h, [])
         for i, alpha in enumerate(scheme.c):
             Y = [stage for _, stage, _ in found.stages]
@@ -226,6 +227,18 @@ class RosenbrockRows:
             found.stages.append((point, stage, v))
             found.values.append(value)
         return found
+
+    def _look_at_time(
+        self, field: RowsField, base: Linearization, t: torch.Tensor, u: torch.Tensor,
+        length: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """Warn, once, of a field that depends on t and hides it; see ``RosenbrockBridge``."""
+        if self._knows_time:
+            return
+        self._knows_time = True
+        if not base.records_time():
+            value = field.rate(t + 0.1 * length, u)
+            warn_of_hidden_time(base.flat_value().to(REAL), value.reshape(-1), 2)
 
 
 @dataclass(eq=False)

@@ -170,15 +170,14 @@ class Passes:
     ) -> list[torch.Tensor]:
         """Return the states at the starts of some passes, of which the first is kept."""
         one = self.passes[begin]
-        if one.state is None:
+        if one.kept is not None:
             return []
+        assert one.state is not None
         states = [one.state]
         everything = one.state.new_zeros(whole.problem.layout.shapes[0][0], one.state.shape[1])
         for index in range(begin, end - 1):
             one, after = self.passes[index], self.passes[index + 1]
-            again = self.method.attempt(
-                self._field(one, whole), one.start, states[-1], one.length
-            )
+            again = self.method.attempt(self._field(one, whole), one.start, states[-1], one.length)
             ledger.recomputed += int(one.length.ne(0.0).sum())
             if one.rows is after.rows:
                 states.append(again.state)

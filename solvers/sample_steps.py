@@ -1,8 +1,9 @@
 """Steps of independent samples: each row with its own time and length.
 
 A pass tries one step of each row that is not at its end. Rows that do not step stay where they
-are; once fewer than half do step, the others are left out, if f takes that. What chooses the steps of a row is what would choose them if it were solved alone: the
-controller of ``stepping.py`` with PETSc's TSADAPTBASIC, and the clock of ``clock.py``.
+are; once fewer than half do step, the others are left out, if f takes that. What chooses the steps
+of a row is what would choose them if it were solved alone: the controller of ``stepping.py`` with
+PETSc's TSADAPTBASIC, and the clock of ``clock.py``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from pnode.errors import (
+    LinearSolveFailed,
     NonFiniteVectorField,
     NonlinearSolveFailed,
     SolveError,
@@ -152,10 +154,12 @@ class SampleSweep:
         if bool((own := failed & ~found.failed).any()):
             self._fail(own, NonFiniteVectorField, _NONFINITE)
         if bool((own := failed & found.failed).any()):
+            linear = self.method.linearly_implicit
             self._fail(
-                own, NonlinearSolveFailed,
-                "the equations of a step were not solved: take smaller steps, or an adaptive method",
-            )  # fmt: skip
+                own,
+                LinearSolveFailed if linear else NonlinearSolveFailed,
+                "the equations of a step were not solved: take smaller or adaptive steps",
+            )
 
     def _plan(self) -> tuple[torch.Tensor, ...]:
         """Return length, end and output reached of each step, shape ``(steps, B)``."""

@@ -32,7 +32,7 @@ from pnode.solvers.rosenbrock_tableaus import ROSENBROCK
 from pnode.solvers.scheme import Scheme
 from pnode.vectors import REAL, copy_in, copy_out, is_moderate
 
-__all__ = ["RosenbrockBridge", "RosenbrockIntegrator"]
+__all__ = ["RosenbrockBridge", "RosenbrockIntegrator", "warn_of_hidden_time"]
 
 # Options that would make the steps those of another method.
 _FIXED = (
@@ -133,15 +133,22 @@ class RosenbrockBridge(Bridge):
             return
         finally:
             field.ledger.rhs = evaluations  # the method makes no use of it
-        before = linearization.flat_value()
-        if bool((value.isfinite() & before.isfinite() & (value != before)).any()):
-            warnings.warn(
-                "the vector field depends on t through a number that torch does not record "
-                "(float(t), t.item(), t.detach(), numpy?), and this Rosenbrock method needs df/dt: "
-                "without it it is of order 1, and takes far more steps. Compute with the tensor t, "
-                "or take a method such as 'es325' or 'bdf'",
-                RuntimeWarning, stacklevel=2,
-            )  # fmt: skip
+        warn_of_hidden_time(linearization.flat_value(), value, 2)
+
+
+def warn_of_hidden_time(before: torch.Tensor, later: torch.Tensor, level: int) -> None:
+    """Warn if values of f at two times differ, of which torch does not know how.
+
+    ``level`` is that of ``warnings.warn``, seen from here.
+    """
+    if bool((later.isfinite() & before.isfinite() & (later != before)).any()):
+        warnings.warn(
+            "the vector field depends on t through a number that torch does not record "
+            "(float(t), t.item(), t.detach(), numpy?), and this Rosenbrock method needs df/dt: "
+            "without it it is of order 1, and takes far more steps. Compute with the tensor t, "
+            "or take a method such as 'es325' or 'bdf'",
+            RuntimeWarning, stacklevel=level + 1,
+        )  # fmt: skip
 
 
 class RosenbrockIntegrator(TimeIntegrator):
