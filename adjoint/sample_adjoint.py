@@ -148,7 +148,8 @@ def _pull_back(graph: Linearization, w: torch.Tensor, gradients: Gradients) -> t
 def _compare(field: RowsField, graph: Linearization, one: Pass) -> None:
     """Refuse an f that is not that of the forward sweep."""
     moving = one.length[:, None] != 0.0
-    value = graph.flat_value().to(REAL).view(len(moving), -1)
+    # In f's precision: a slope that a step carries on is f's value but for what Newton leaves.
+    value = graph.flat_value().view(len(moving), -1)
     by = differs(torch.where(moving, value, 0.0).reshape(-1), one.noted)
     if by:
         raise field.changed(float(one.start[0]), by)
