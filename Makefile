@@ -34,10 +34,10 @@ export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup same-petsc demo examples gallery test quick lint format docs bench peers clean
+.PHONY: help setup same-petsc demo examples gallery test quick lint format docs docs-browser bench peers clean
 
 help: ## this list
-	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 	@echo 'Variables: PYTHON, PETSC_DIR, PETSC_ARCH, TORCH_INDEX_URL, WHEELS, JOBS, RANKS; see docs/install.md.'
 
 setup: same-petsc $(STAMPS)/pnode ## create .venv and install everything into it
@@ -57,7 +57,7 @@ test: lint ## lint, types, then all tests
 	$(RUN) $(BIN)/python tools/run_ranks.py
 
 quick: setup ## the sharpest test of each area
-	$(PYTEST) -q $$(grep -v '^#' tests/quick.txt)
+	PNODE_CACHE_DIR=$(abspath $(VENV))/compiled $(PYTEST) -q $$(grep -v '^#' tests/quick.txt)
 
 lint: setup ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .
@@ -70,6 +70,9 @@ format: setup ## let ruff repair and format the code
 
 docs: setup ## build the documentation site, docs/_build/html/index.html
 	$(RUN) $(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+
+docs-browser: docs ## look at the site with Chromium: start page, search, a figure
+	$(BIN)/python tools/check_site.py
 
 bench: setup ## run the benchmarks, beside the other solvers that can be installed
 	@$(MAKE) --no-print-directory peers || echo 'Peers that are not installed are left out.'

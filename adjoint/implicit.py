@@ -45,7 +45,6 @@ class ImplicitAdjointStepper(TorchAdjointStepper):
         self._b, self._x = (
             vectors.create(settings.comm, settings.size, settings.place) for _ in range(2)
         )
-        self._read_options = False
         self._iterations = 0
         self._known: tuple[torch.Tensor, torch.Tensor, Products] | None = None
 
@@ -54,10 +53,6 @@ class ImplicitAdjointStepper(TorchAdjointStepper):
         super().begin(field, batch)
         self._options.begin_sweep(self)
         self.bridge.attach(field)
-        if not self._read_options:  # SNES would do so at its first solve, which never comes
-            with self._options.inserted():
-                self._ksp.setFromOptions()
-            self._read_options = True
         self._iterations = total_krylov_iterations(self._ksp)
 
     def load(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
@@ -14,7 +18,28 @@ from pnode.solvers.rosenbrock_tableaus import ROSENBROCK
 from pnode.solvers.stepping import Step
 from pnode.vectors import REAL
 
-__all__ = ["RosenbrockAdjoint"]
+__all__ = ["RosenbrockAdjoint", "RosenbrockStage", "combine"]
+
+# Entries of a state beyond which products of all stages at once would take memory, not less time.
+_LARGE = 1 << 12
+
+
+class RosenbrockStage(NamedTuple):
+    """A stage that was computed again.
+
+    Attributes
+    ----------
+    graph : Linearization
+        g at (t_i, Z_i).
+    Y : Tensor
+        Y_i.
+    v : Tensor
+        What J multiplies: Y_i, or the sum of Corr_ij Y_j.
+    """
+
+    graph: Linearization
+    Y: torch.Tensor
+    v: torch.Tensor
 
 
 class RosenbrockAdjoint(ImplicitAdjointStepper):
@@ -44,8 +69,8 @@ class RosenbrockAdjoint(ImplicitAdjointStepper):
         self, settings: IntegratorSettings, options: SolverOptions, parameters: bool
     ) -> None:
         super().__init__(settings, options, parameters)
-        self._scheme = ROSENBROCK[settings.method.subtype]
-        self._At, self._Ginv, self._corr, self._bt = self._scheme.transformed()
+        self.scheme = ROSENBROCK[settings.method.subtype]
+        self.coefficients = self.scheme.transformed()
 
     def step(self, step: Step, ledger: Ledger) -> None:
         """Take the adjoint of one step, whose checkpoint has been loaded. Collective.
@@ -57,47 +82,63 @@ class RosenbrockAdjoint(ImplicitAdjointStepper):
         BaseException
             Whatever the vector field raised.
         """
-        (u,) = self.checkpoint.stages
-        dtype, h = self.field.dtype, step.length
-        stages, base = self._stages(step, u, ledger)
-        number = len(stages)
-        end = u + _combine(self._bt, [stage[1] for stage in stages], torch.zeros_like(u))
-        self.verify(end, 0, step.start, step, "the step's end, from its value")
-        cotangents = [self._bt[i] * self.state for i in range(number)]
-        time_weight = torch.zeros_like(self.state)
-        for i in reversed(range(number)):
-            point, _, v = stages[i]
-            explicit = self._scheme.gamma_diagonal[i] == 0.0
+        h, (At, Ginv, corr, bt) = step.length, self.coefficients
+        stages, base = self.stages(step, ledger)
+        cotangents = [bt[i] * self.state for i in range(len(stages))]
+        solved: list[torch.Tensor] = []
+        for i, stage in reversed(list(enumerate(stages))):
+            explicit = self.scheme.gamma_diagonal[i] == 0.0
             if explicit:
                 w = h * cotangents[i]
             else:
-                self._use_matrix(i, step, u)
+                self.use_matrix(i, step)
                 w = self.solve(cotangents[i], step, ledger)
-            Z = self.pull_back(point.vjp, w)
-            self.state = self.state + Z + self.pull_back(base.second_vjp, w, v)
-            through = base.vjp(w.to(dtype)).state.to(REAL) if explicit and i else None
+            Z = self.pull_back(stage.graph.vjp, w)
+            self.state = self.state + Z
+            through = base.vjp(w.to(self.field.dtype)).state.to(REAL) if explicit and i else None
             for j in range(i):
-                cotangents[j] = cotangents[j] + self._At[i, j] * Z - self._Ginv[i, j] / h * w
+                cotangents[j] = cotangents[j] + At[i, j] * Z - Ginv[i, j] / h * w
                 if through is not None:
-                    cotangents[j] = cotangents[j] + self._corr[i, j] * through
-            time_weight += self._scheme.gamma[i] * h * w
-        if self._scheme.needs_time_slope:
-            self.state = self.state + self.pull_back(base.time_derivative_vjp, time_weight)
+                    cotangents[j] = cotangents[j] + corr[i, j] * through
+            solved.insert(0, w)
+        w = torch.stack(solved, -2)
+        for rows, v, time in self.through_jacobian(stages, step):
+            product = partial(base.second_vjp, v=v, time=time)
+            self.state = self.state + self.pull_back(product, w[..., rows, :])
         ledger.steps += 1
 
-    def _stages(
-        self, step: Step, u: torch.Tensor, ledger: Ledger
-    ) -> tuple[list[tuple[Linearization, torch.Tensor, torch.Tensor]], Linearization]:
-        """Compute the stages again.
+    def through_jacobian(
+        self, stages: Sequence[RosenbrockStage], step: Step
+    ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None]]:
+        """Yield what J and g_t of a step multiply in its stages: all at once if that is small.
 
-        Returns
-        -------
-        stages : list of (Linearization, Tensor, Tensor)
-            g at (t_i, Z_i), Y_i, and what J multiplies: Y_i, or the sum of Corr_ij Y_j.
-        base : Linearization
-            g at (t, u).
+        Yields
+        ------
+        rows : slice
+            The stages.
+        v, time : Tensor, Tensor or None
+            What J multiplies, shape ``(n, size)``, and gamma_i h; the user's precision.
         """
-        scheme, h, dtype = self._scheme, step.length, self.field.dtype
+        number, dtype = len(stages), self.field.dtype
+        together = number if self.settings.size <= _LARGE else 1
+        for first in range(0, number, together):
+            rows, time = slice(first, first + together), None
+            v = torch.stack([stage.v for stage in stages[rows]]).to(dtype)
+            if self.scheme.needs_time_slope:
+                time = torch.tensor(self.scheme.gamma[rows], dtype=dtype, device=v.device)
+                time *= step.length
+            yield rows, v, time
+
+    def stages(self, step: Step, ledger: Ledger) -> tuple[list[RosenbrockStage], Linearization]:
+        """Compute the stages of the step again; also g at its start, with its graph. Collective.
+
+        Raises
+        ------
+        FieldChanged
+            If they do not lead to where the forward sweep went.
+        """
+        scheme, h, dtype = self.scheme, step.length, self.field.dtype
+        (u,), (At, Ginv, corr, bt) = self.checkpoint.stages, self.coefficients
         start = self.bridge.point_at(step.start, u)
         if start.linearization is None:
             start.linearization = self.linearize(
@@ -105,33 +146,35 @@ class RosenbrockAdjoint(ImplicitAdjointStepper):
             )
         base = start.linearization
         slope = base.time_derivative().to(REAL) if scheme.needs_time_slope else None
-        stages: list[tuple[Linearization, torch.Tensor, torch.Tensor]] = []
+        stages: list[RosenbrockStage] = []
         zero = torch.zeros_like(u)
         for i, alpha in enumerate(scheme.c):
-            done = [stage[1] for stage in stages]
-            Z = u + _combine(self._At[i], done, zero)
-            point = base
+            done = [stage.Y for stage in stages]
+            Z = u + combine(At[i], done, zero)
+            graph = base
             if i:
-                point = self.linearize(step.start + alpha * h, Z.to(dtype, copy=True), step)
-            b = point.flat_value().to(REAL) - _combine(self._Ginv[i], done, zero) / h
+                graph = self.linearize(step.start + alpha * h, Z.to(dtype, copy=True), step)
+            b = graph.flat_value().to(REAL) - combine(Ginv[i], done, zero) / h
             if slope is not None:
                 b = b + scheme.gamma[i] * h * slope
             if scheme.gamma_diagonal[i] == 0.0:
-                v = _combine(self._corr[i], done, zero)
+                v = combine(corr[i], done, zero)
                 Y = h * (b + base.jvp(v.to(dtype)).to(REAL)) if i else h * b
             else:
-                self._use_matrix(i, step, u, again=i == 0)
+                self.use_matrix(i, step, again=i == 0)
                 v = Y = self.solve(b, step, ledger, transposed=False)
-            stages.append((point, Y, v))
+            stages.append(RosenbrockStage(graph, Y, v))
+        end = u + combine(bt, [stage.Y for stage in stages], zero)
+        self.verify(end, 0, step.start, step, "the step's end, from its value")
         return stages, base
 
-    def _use_matrix(self, stage: int, step: Step, u: torch.Tensor, again: bool = False) -> None:
-        """Set the matrix of a stage, unless it is the one of the stage before."""
-        if again or not self._scheme.one_matrix:
-            shift = 1.0 / (step.length * self._scheme.gamma_diagonal[stage])
-            self.set_matrix(step.start, u, shift, step)
+    def use_matrix(self, stage: int, step: Step, again: bool = False) -> None:
+        """Set the matrix of a stage, unless it is the one of the stage before. Collective."""
+        if again or not self.scheme.one_matrix:
+            shift = 1.0 / (step.length * self.scheme.gamma_diagonal[stage])
+            self.set_matrix(step.start, self.checkpoint.stages[0], shift, step)
 
 
-def _combine(row: np.ndarray, tensors: list[torch.Tensor], zero: torch.Tensor) -> torch.Tensor:
+def combine(row: np.ndarray, tensors: list[torch.Tensor], zero: torch.Tensor) -> torch.Tensor:
     """Return the sum of row_j tensors_j."""
     return sum((row[j] * tensor for j, tensor in enumerate(tensors) if row[j]), start=zero)

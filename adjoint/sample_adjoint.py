@@ -111,31 +111,33 @@ def _rosenbrock(
     _compare(field, found.base, one)
     h, base, factors = found.length, found.base, list(found.factors)
     end = torch.where(own, end, 0.0)
-    total, by_time = end, torch.zeros_like(end)
+    total, solved = end, []
     Y = [b * end for b in method.bt.tolist()]
     for i in reversed(range(scheme.stages)):
-        point, _, v = found.stages[i]
         explicit = scheme.gamma_diagonal[i] == 0.0
         if explicit:
             w = h * Y[i]
         else:
             w = (factors[-1] if scheme.one_matrix else factors.pop()).solve(Y[i], transposed=True)
-        Z = _pull_back(point, w, gradients)
-        second = base.second_vjp(w.reshape(-1).to(dtype), v.reshape(-1).to(dtype))
-        accumulate(gradients, second.parameters)
-        total = total + Z + second.state.to(REAL).view_as(total)
+        Z = _pull_back(found.stages[i][0], w, gradients)
+        total = total + Z
         for j in range(i):
             Y[j] = Y[j] + method.At[i, j] * Z - method.Ginv[i, j] / h * w
         if explicit and i:
             through = torch.bmm(found.jacobian.mT, w[..., None])[..., 0]
             for j in range(i):
                 Y[j] = Y[j] + method.corr[i, j] * through
-        by_time = by_time + scheme.gamma[i] * h * w
+        solved.insert(0, w)
+    w, v = (
+        torch.stack(rows).to(dtype).flatten(1) for rows in (solved, [v for *_, v in found.stages])
+    )
+    time = None
     if scheme.needs_time_slope:
-        last = base.time_derivative_vjp(by_time.reshape(-1).to(dtype))
-        accumulate(gradients, last.parameters)
-        total = total + last.state.to(REAL).view_as(total)
-    return total
+        lengths = field.times_of(h[:, 0])
+        time = torch.stack([gamma * lengths for gamma in scheme.gamma])
+    second = base.second_vjp(w, v, time)
+    accumulate(gradients, second.parameters)
+    return total + second.state.to(REAL).view_as(total)
 
 
 def _pull_back(graph: Linearization, w: torch.Tensor, gradients: Gradients) -> torch.Tensor:

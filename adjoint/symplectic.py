@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from pnode.adjoint.stepper import TorchAdjointStepper
+from pnode.linearization import Linearization
 from pnode.solution import Ledger
+from pnode.solvers.scheme import HalfUpdate
 from pnode.solvers.stepping import Step
 
 __all__ = ["SymplecticAdjoint"]
@@ -26,18 +30,30 @@ class SymplecticAdjoint(TorchAdjointStepper):
         BaseException
             Whatever the vector field raised.
         """
-        split = self.settings.split
-        parts = (slice(None, split), slice(split, None))
-        stages = list(zip(self.settings.method.half_updates, self.checkpoint.stages, strict=True))
-        for index, (update, stage) in reversed(list(enumerate(stages))):
-            part = parts[update.part]
+        updates = list(enumerate(self._half_updates()))
+        for index, (update, part, stage) in reversed(updates):
+            weight, s = step.length * update.weight, step.at(update.offset)
             w = torch.zeros_like(self.state)
-            w[part] = step.length * update.weight * self.state[part]
-            s = step.at(update.offset)
+            w[..., part] = weight * self.state[..., part]
             if self.field.look is not None:
-                name = ("positions", "momenta")[update.part]
-                self.field.look(s, stage, w, step.length * update.weight, name)
-            point = self.linearize(s, stage, step)
-            self.verify(point.flat_value(), index, s, step)
+                self.field.look(s, stage, w, weight, ("positions", "momenta")[update.part])
+            point = self._point(index, s, stage, step)
             self.state = self.state + self.pull_back(point.vjp, w)
         ledger.steps += 1
+
+    def updates(self, step: Step) -> Iterator[tuple[slice, float, Linearization]]:
+        """Yield the entries that each half-update changes, its factor, and f with its graph."""
+        for index, (update, part, stage) in enumerate(self._half_updates()):
+            point = self._point(index, step.at(update.offset), stage, step)
+            yield part, step.length * update.weight, point
+
+    def _half_updates(self) -> Iterator[tuple[HalfUpdate, slice, torch.Tensor]]:
+        split = self.settings.split
+        parts = (slice(None, split), slice(split, None))
+        given = zip(self.settings.method.half_updates, self.checkpoint.stages, strict=True)
+        return ((update, parts[update.part], stage) for update, stage in given)
+
+    def _point(self, index: int, s: float, stage: torch.Tensor, step: Step) -> Linearization:
+        point = self.linearize(s, stage, step)
+        self.verify(point.flat_value(), index, s, step)
+        return point

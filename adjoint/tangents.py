@@ -18,8 +18,10 @@ from pnode.adjoint.ahead import Ahead, derivatives_ahead, pays
 from pnode.adjoint.firk import CoupledAdjoint
 from pnode.adjoint.implicit import ImplicitAdjointStepper
 from pnode.adjoint.multistep import MultistepAdjoint
+from pnode.adjoint.rosenbrock import RosenbrockAdjoint, combine
 from pnode.adjoint.stages import ExplicitAdjoint, StageAdjoint
 from pnode.adjoint.stepper import AdjointStepper
+from pnode.adjoint.symplectic import SymplecticAdjoint
 from pnode.evidence import notes
 from pnode.linearization import Linearization
 from pnode.solution import Ledger
@@ -275,20 +277,72 @@ class CoupledTangents(TangentStepper):
         ledger.steps += 1
 
 
+class RosenbrockTangents(TangentStepper):
+    """Of a Rosenbrock step; see :class:`RosenbrockAdjoint` for the equations and the notation.
+
+    M_i dY_i = g_u(Z_i) dZ_i + g_p(Z_i) v - sum_{j<i} Ginv_ij dY_j / h + e_i, where e_i is the
+    derivative of J Y_i + gamma_i h g_t at the step's start, J's own, along du and v.
+    """
+
+    def __init__(self, adjoint: RosenbrockAdjoint, start: torch.Tensor, moving: Moving) -> None:
+        super().__init__(start, moving)
+        self._adjoint = adjoint
+
+    def step(self, step: Step, ledger: Ledger) -> None:
+        """Take a step; see :class:`TangentStepper`."""
+        adjoint, h, zero = self._adjoint, step.length, torch.zeros_like(self.tangents)
+        At, Ginv, corr, bt = adjoint.coefficients
+        stages, base = adjoint.stages(step, ledger)
+        along = self.tangents.to(base.dtype), self._moving
+        changes = torch.cat([
+            base.second_along(*along, v, time).to(REAL)
+            for _, v, time in adjoint.through_jacobian(stages, step)
+        ])  # fmt: skip
+        done: list[torch.Tensor] = []
+        for i, (stage, change) in enumerate(zip(stages, changes, strict=True)):
+            right = self._along(stage.graph, self.tangents + combine(At[i], done, zero))
+            right = right - combine(Ginv[i], done, zero) / h + change
+            if adjoint.scheme.gamma_diagonal[i] == 0.0:
+                if i:
+                    v = combine(corr[i], done, zero).to(base.dtype)
+                    right = right + base.along(v, ()).to(REAL)
+                done.append(h * right)
+            else:
+                adjoint.use_matrix(i, step)
+                done.append(adjoint.solve(right, step, ledger, transposed=False))
+        self.tangents = self.tangents + combine(bt, done, zero)
+        ledger.steps += 1
+
+
+class SymplecticTangents(TangentStepper):
+    """Of a symplectic step: its half-updates."""
+
+    def __init__(self, adjoint: SymplecticAdjoint, start: torch.Tensor, moving: Moving) -> None:
+        super().__init__(start, moving)
+        self._adjoint = adjoint
+
+    def step(self, step: Step, ledger: Ledger) -> None:
+        """Take a step; see :class:`TangentStepper`."""
+        for part, factor, graph in self._adjoint.updates(step):
+            slope = self._along(graph, self.tangents)
+            self.tangents = self.tangents.clone()
+            self.tangents[:, part] += factor * slope[:, part]
+        ledger.steps += 1
+
+
 def has_tangents(settings: IntegratorSettings, has_mass: bool) -> bool:
     """Whether the steps of a method have tangents here.
 
-    Not those of Rosenbrock and symplectic methods and of residuals; nor those that have an explicit
-    stage and a mass matrix, which may be singular.
+    Not those of residuals; nor those that have an explicit stage and a mass matrix, which may be
+    singular.
     """
     method = settings.method
     if settings.graphs is not None or settings.form == "residual":
         return False
-    if method.multistep or method.coupled:
+    if method.multistep or method.coupled or method.linearly_implicit or method.symplectic:
         return True
     scheme = method.scheme
-    if scheme is None or method.linearly_implicit or method.symplectic:
-        return False
+    assert scheme is not None
     explicit = scheme.A_explicit is not None or any(
         not row[i] and _is_used(scheme.A, scheme.b, i) for i, row in enumerate(scheme.A)
     )
@@ -308,6 +362,10 @@ def create_tangents(adjoint: AdjointStepper, start: torch.Tensor, moving: Moving
         return MultistepTangents(adjoint, start, moving)
     if isinstance(adjoint, CoupledAdjoint):
         return CoupledTangents(adjoint, start, moving)
+    if isinstance(adjoint, RosenbrockAdjoint):
+        return RosenbrockTangents(adjoint, start, moving)
+    if isinstance(adjoint, SymplecticAdjoint):
+        return SymplecticTangents(adjoint, start, moving)
     assert isinstance(adjoint, StageAdjoint)
     return StageTangents(adjoint, start, moving)
 

@@ -140,11 +140,11 @@ class Trajectory:
             self.stages(len(self.steps) - 1, integrator)
         self.ready = True
 
-    def mark_output(self, state: torch.Tensor) -> None:
-        """Note that an output time was reached after the steps so far, with this state."""
+    def mark_output(self, state: torch.Tensor, after: int | None = None) -> None:
+        """Note an output with this state: after the steps so far, or after fewer."""
         if self.progress is not None:
             self.progress.add_output(len(self.outputs), len(self.steps), state)
-        self.outputs.append(len(self.steps))
+        self.outputs.append(len(self.steps) if after is None else after)
 
     @contextmanager
     def forward(self) -> Iterator[None]:

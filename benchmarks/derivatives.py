@@ -96,6 +96,36 @@ def rows(
         solution = with_cost(leaf, t)
         return grad((solution.ys**2).sum() + solution.costs[-1], inputs)
 
+    if method == "rk4":  # the same steps, written out
+
+        def loop(y: torch.Tensor) -> torch.Tensor:
+            h, ys = 0.05, [y]
+            for step in range(20):
+                at = torch.tensor(h * step, dtype=D)
+                k1 = f(at, y)
+                k2 = f(at, y + 0.5 * h * k1)
+                k3 = f(at, y + 0.5 * h * k2)
+                y = y + h / 6.0 * (k1 + 2.0 * k2 + 2.0 * k3 + f(at, y + h * k3))
+                ys += [y] if step in (9, 19) else []
+            return torch.stack(ys)
+
+        def loop_product() -> object:
+            first = grad((loop(leaf) ** 2).sum(), inputs, create_graph=True)
+            return grad(sum((g * d).sum() for g, d in zip(first, v, strict=True)), inputs)
+
+        def loop_tangents() -> object:
+            return torch.func.vmap(lambda d: torch.func.jvp(loop, (y0,), (d,))[1])(directions)
+
+        yield (
+            "jvp / torch.func of a loop",
+            ratio(tangent, lambda: torch.func.jvp(loop, (y0,), (v[0],)), repeats),
+        )
+        yield "16 tangents / torch.func of a loop", ratio(tangents, loop_tangents, repeats)
+        yield (
+            "gradient / autograd of a loop",
+            ratio(gradient, lambda: grad((loop(leaf) ** 2).sum(), inputs), repeats),
+        )
+        yield "Hessian product / autograd of a loop", ratio(hessian_product, loop_product, repeats)
     yield "jvp / forward", ratio(tangent, forward, repeats)
     yield "16 tangents / forward", ratio(tangents, forward, repeats)
     yield "gradient / forward", ratio(gradient, forward, repeats)

@@ -21,7 +21,9 @@ SCRIPTS = {
     "growth.py": ["--gradients", "100"],
     "scaling.py": ["--quick"],
     "derivatives.py": ["--quick"],
+    "derivative_errors.py": ["--quick"],
     "samples.py": ["--quick"],
+    "reaction_diffusion.py": ["--quick"],
 }
 PLOTS = ("peers.py", "stiff.py", "memory.py", "scaling.py")
 

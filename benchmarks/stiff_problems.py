@@ -1,12 +1,13 @@
 """Stiff test problems with reference end values, for torch, JAX and plain Python alike.
 
-HIRES, OREGO, ROBER and VDPOL as in Mazzia & Magherini, Test Set for Initial Value Problem Solvers,
-and Hairer & Wanner, Solving Ordinary Differential Equations II; the end values are theirs. VDPOL
-is there in the time t / mu: here y_2 is that one's divided by mu.
+HIRES, OREGO, POLLU, ROBER and VDPOL as in Mazzia & Magherini, Test Set for Initial Value Problem
+Solvers, and Hairer & Wanner, Solving Ordinary Differential Equations II; the end values are theirs.
+VDPOL is there in the time t / mu: here y_2 is that one's divided by mu.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -124,6 +125,42 @@ def _orego_jacobian(y: Any, p: Any) -> list[list[float]]:
     ]
 
 
+# POLLU, chemistry of polluted air: rate constant, what reacts, what comes of it; species from 1.
+_REACTIONS = (
+    (0.35, (1,), (2, 3)), (26.6, (2, 4), (1,)), (1.23e4, (5, 2), (6, 1)),
+    (8.6e-4, (7,), (5, 5, 8)), (8.2e-4, (7,), (8,)), (1.5e4, (7, 6), (5, 8)),
+    (1.3e-4, (9,), (5, 8, 10)), (2.4e4, (9, 6), (11,)), (1.65e4, (11, 2), (1, 10, 12)),
+    (9e3, (11, 1), (13,)), (0.022, (13,), (1, 11)), (1.2e4, (10, 2), (1, 14)),
+    (1.88, (14,), (5, 7)), (1.63e4, (1, 6), (15,)), (4.8e6, (3,), (4,)), (3.5e-4, (4,), (16,)),
+    (0.0175, (4,), (3,)), (1e8, (16,), (6, 6)), (4.44e11, (16,), (3,)), (1240.0, (17, 6), (5, 18)),
+    (2.1, (19,), (2,)), (5.78, (19,), (1, 3)), (0.0474, (1, 4), (19,)), (1780.0, (19, 1), (20,)),
+    (3.12, (20,), (1, 19)),
+)  # fmt: skip
+
+
+def _pollu(y: Any, p: Any) -> list[Any]:
+    slopes: list[Any] = [0.0] * 20
+    for rate, inputs, outputs in _REACTIONS:
+        speed = rate * math.prod((y[k - 1] for k in inputs[1:]), start=y[inputs[0] - 1])
+        for k in inputs:
+            slopes[k - 1] = slopes[k - 1] - speed
+        for k in outputs:
+            slopes[k - 1] = slopes[k - 1] + speed
+    return slopes
+
+
+def _pollu_jacobian(y: Any, p: Any) -> list[list[float]]:
+    rows = [[0.0] * 20 for _ in range(20)]
+    for rate, inputs, outputs in _REACTIONS:
+        for column in inputs:  # each reacts once
+            slope = rate * math.prod(y[k - 1] for k in inputs if k != column)
+            for k in inputs:
+                rows[k - 1][column - 1] -= slope
+            for k in outputs:
+                rows[k - 1][column - 1] += slope
+    return rows
+
+
 def _rober(y: Any, p: Any) -> list[Any]:
     """Robertson's kinetics with rates p of A -> B, 2B -> C + B, B + C -> A + C."""
     a, b, c = y
@@ -189,6 +226,20 @@ PROBLEMS = {
     "OREGO": Problem(
         _orego, _orego_jacobian, (), (1.0, 2.0, 3.0), 360.0,
         (1.000814870318523, 1228.178521549917, 132.0554942846706), 1e-3,
+    ),
+    "POLLU": Problem(
+        _pollu, _pollu_jacobian, (),
+        (
+            0.0, 0.2, 0.0, 0.04, 0.0, 0.0, 0.1, 0.3, 0.01, 0.0,
+            0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.007, 0.0, 0.0, 0.0,
+        ), 60.0,
+        (
+            .5646255480022769e-1, .1342484130422339, .4139734331099427e-8, .5523140207484359e-2,
+            .2018977262302196e-6, .1464541863493966e-6, .7784249118997964e-1, .3245075353396018,
+            .7494013383880406e-2, .1622293157301561e-7, .1135863833257075e-7, .2230505975721359e-2,
+            .2087162882798630e-3, .1396921016840158e-4, .8964884856898295e-2, .4352846369330103e-17,
+            .6899219696263405e-2, .1007803037365946e-3, .1772146513969984e-5, .5682943292316392e-4,
+        ), 1e-3,
     ),
     "ROBER": Problem(
         _rober, _rober_jacobian, _RATES, (1.0, 0.0, 0.0), 1e11,

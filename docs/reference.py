@@ -61,7 +61,9 @@ def _page(title: str, prefix: str, names: list[str], intro: str = "") -> str:
         value = getattr(owner, name)
         if inspect.isclass(value):
             members = (
-                "   :members:\n   :undoc-members:\n" if name == "Solution" else "   :members:\n"
+                "   :members:\n   :undoc-members:\n   :special-members: __call__\n"
+                if name == "Solution"
+                else "   :members:\n"
             )
             inherited = "   :inherited-members: Module, object\n" if name == "Solution" else ""
             parts.append(f".. autoclass:: {prefix}.{name}\n{members}{inherited}")

@@ -24,18 +24,18 @@ Run it::
 
     python examples/port_hamiltonian.py
 
-Measured with pnode 0.2.0 on 2026-11-29, seed 0, one thread, with --quick (23 s of CPU):
+Measured with pnode 0.2.0 on 2026-11-29, seed 0, one thread (20 s of CPU):
 
 ========================  ======  ===============  ===
 what                      error   energy rises by  f
 ========================  ======  ===============  ===
-hung, port-Hamiltonian    0.0994  0
-hung, plain net           0.729   0.077
-bolted, port-Hamiltonian  0.079   0                446
+hung, port-Hamiltonian    0.0083  0
+hung, plain net           0.0365  0.0054
+bolted, port-Hamiltonian  0.0055  0                385
 ========================  ======  ===============  ===
 
-Bolted together, v1 - v2 drifts by less than 1e-6 in 15 s. torchdiffeq can train the parts and solve
-the hung ones, but has no method for the bolted ones.
+Bolted together, v1 - v2 drifts by 5e-8 in 15 s. torchdiffeq can train the parts and solve the hung
+ones, but has no method for the bolted ones.
 
 What did not work: with constants in the energy's network the learned momentum at rest is not zero.
 Started from p = 0 the bolted masses keep a difference of velocities, at which the bolt does work,
@@ -297,7 +297,7 @@ def distance(found: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def gradients(part: Learned, data: tuple[torch.Tensor, ...]) -> list[dict[str, Any]]:
-    """Measure the gradient of the first part's loss beside torchdiffeq's."""
+    """Measure a gradient of the first part's loss beside torchdiffeq's."""
     field = Forced(part)
     field.inputs = data[0]
     return compare_gradients(
@@ -347,7 +347,8 @@ def run(options: argparse.Namespace) -> Outcome:
         "bolted_rejected": stats.rejected, "newton": stats.newton,
         "parameters": [sum(p.numel() for p in pair[0].parameters()) for pair in parts.values()],
     }  # fmt: skip
-    rows += gradients(learned[0], data[0])
+    untrained = Learned(torch.Generator().manual_seed(10 * options.seed))
+    rows += gradients(untrained, data[0])
     return Outcome(numbers, rows, lambda: draw(hung, bolted, energies, rows))
 
 

@@ -12,6 +12,7 @@ import torch
 from mpi4py import MPI
 
 from pnode.communicators import as_communicator
+from pnode.dm_layouts import DMLayout
 from pnode.errors import ConfigurationError
 from pnode.launchers import launcher_mismatch
 from pnode.layouts import Layout
@@ -32,6 +33,7 @@ __all__ = [
     "problem_form",
     "refuse_inference",
     "refuse_moving_times",
+    "setup",
     "tolerance",
 ]
 
@@ -71,11 +73,15 @@ def communicator(
 ) -> tuple[Any, Layout | None]:
     """Return the communicator of a solve and its layout, and refuse what several ranks cannot do.
 
-    Not collective: the arguments that decide are compared among the ranks at the first solve.
+    Not collective, but for a DM of PETSc's: the arguments that decide are compared among the ranks
+    at the first solve.
     """
+    if isinstance(layout, PETSc.DM):
+        layout = DMLayout(layout)
     if layout is not None and not isinstance(layout, Layout):
         raise ConfigurationError(
-            f"layout={layout!r} is not a layout: give a pnode.parallel.Grid or GhostLayout"
+            f"layout={layout!r} is not a layout: give a pnode.parallel.Grid or GhostLayout, or a "
+            "PETSc DM"
         )
     if comm is not None:
         comm = as_communicator(comm)
@@ -120,6 +126,25 @@ def alone(comm: Any, exchange: Layout | None, consistent_start: bool, compiled: 
             RuntimeWarning, stacklevel=3,
         )  # fmt: skip
     return bool(comm.size == 1)
+
+
+def setup(value: Any, method: Any, compiled: Any) -> Any:
+    """Return what ``petsc_setup=`` may be; warn of what it prevents."""
+    if value is None:
+        return None
+    if not callable(value):
+        raise ConfigurationError(f"petsc_setup={value!r}: give a callable (ts)")
+    if method.coupled:
+        raise ConfigurationError(
+            f"petsc_setup= with method={method.name!r}, whose coupled stages PETSc does not solve: "
+            "drop it, or take another method such as 'es325' or 'bdf'"
+        )
+    if compiled is True:
+        warnings.warn(
+            "compile=True would pass over what petsc_setup= sets up: solving without",
+            RuntimeWarning, stacklevel=3,
+        )  # fmt: skip
+    return value
 
 
 def flag(name: str, value: Any) -> bool:
@@ -219,6 +244,12 @@ def linear_solver_options(linear_solver: Any, jacobian: str) -> dict[str, Any]:
             )
         return {"ksp_type": linear_solver}
     if not isinstance(linear_solver, Mapping):
+        if isinstance(linear_solver, PETSc.Object):
+            raise ConfigurationError(
+                f"linear_solver is a PETSc {type(linear_solver).__name__}, and the matrix of a "
+                "step is pnode's: give its options, {'ksp_type': ..., 'pc_type': ...}, set the "
+                "solver's own KSP up in petsc_setup=, or precondition with it (preconditioner=)"
+            )
         raise ConfigurationError(
             f"linear_solver={linear_solver!r}: give a PETSc KSP type such as 'gmres', 'lu', or a "
             "mapping of ksp and pc options such as {'ksp_type': 'gmres', 'pc_type': 'jacobi'}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from pnode.output_times import moved_by_times, start_moved_by_time, time_gradien
 from pnode.problem import InitialValueProblem
 from pnode.rebinding import bound
 from pnode.run import Requests, Run
+from pnode.second_sweeps import due, may_wait, solved_for, taken_with, wait
 from pnode.stage_tangents import later
 from pnode.tangent_solves import batched, may_merge, tangent, tangents_of
 from pnode.tangents import unique
@@ -139,6 +141,10 @@ class SolveFunction(torch.autograd.Function):
     def backward(ctx: Any, *outputs: torch.Tensor | None) -> tuple[Any, ...]:
         """Take the discrete adjoint of the sweep."""
         cotangents: Any = outputs[0]
+        waiting = due(ctx.runs.waiting)
+        if waiting:
+            each = partial(SolveFunction.backward, ctx)
+            return taken_with(waiting, ctx, cotangents, each, AdjointFunction.forward)
         if cotangents is None:  # all ranks take part, also those to which nothing comes
             cotangents = torch.zeros_like(ctx.saved_tensors[3])
         refuse_traced(cotangents)
@@ -146,6 +152,7 @@ class SolveFunction(torch.autograd.Function):
             each = partial(SolveFunction.backward, ctx)
             return legacy_batch(each, cotangents, together=takes_batches(ctx.runs))
         y0, t, start, ys, *others = ctx.saved_tensors
+        output = ys
         if start is not None:
             y0 = tangent_solves.joined(ctx.requests, y0, start)
         engine, runs, problem = ctx.engine, ctx.runs, ctx.runs[0].problem
@@ -155,8 +162,11 @@ class SolveFunction(torch.autograd.Function):
         again = differentiable()
         times = Times()
         adjoint: Any = AdjointFunction.apply if again else AdjointFunction.forward
+        last: tuple[torch.Tensor, ...] = ()
+        if again and start is None and may_wait(runs, wants_times):
+            adjoint, last = GradientFunction.apply, (output,)
         state, initial, *gradients = adjoint(
-            engine, runs, wants_times, times, y0, t, cotangents, *parameters
+            engine, runs, wants_times, times, y0, t, cotangents, *parameters, *last
         )
         time = None
         if wants_times:
@@ -292,43 +302,28 @@ class AdjointFunction(torch.autograd.Function):
     @outside_compiler
     def backward(ctx: Any, *outputs: torch.Tensor | None) -> tuple[Any, ...]:
         """Solve for the tangent along the outputs' cotangents, and take its gradient."""
-        state, initial, *directions = outputs
-        y0, t, cotangents, *parameters = ctx.saved_tensors
         for tensor in outputs:
             if tensor is not None:
                 refuse_traced(tensor)
         if any(one is not None and is_legacy_batch(one) for one in outputs):
             return legacy_batch(partial(AdjointFunction.backward, ctx), *outputs)
-        run = ctx.runs.only()
         again = differentiable()
-        start = torch.zeros_like(y0)
-        for part in (state, initial):
-            start = start if part is None else start + part
         wants_y0, wants_t, wants_cotangents, *wants = ctx.needs_input_grad[4:]
         gradient = wants_y0 or wants_t or any(wants)
-        pair, x0, xs, runs = tangent(
-            SolveFunction, ctx.engine, run, y0, t, parameters, start[None], [directions],
-            reverse=gradient or again,
-        )  # fmt: skip
+        second, xs, along = solved_for(SolveFunction, ctx, outputs, gradient or again)
         found: list[torch.Tensor | None] = [None] * (3 + len(wants))
-        if wants_cotangents:  # the first output's adds to lambda, but not to ``initial``
-            first = torch.zeros_like(y0) if state is None else state
-            found[2] = torch.cat([first.reshape(1, -1), pair.parts(xs)[1][1:]])
+        found[2] = along if wants_cotangents else None
         if gradient:
-            zero = torch.zeros_like(cotangents)
-            seeds = tangent_solves.after_first(pair.join([zero, cotangents]))
-            of_both = (*parameters, *filter(moves, unique(directions)))
             times = Times()
             adjoint: Any = AdjointFunction.apply if again else AdjointFunction.forward
-            both, beginning, *gradients = adjoint(
-                ctx.engine, runs, wants_t, times, x0, t, seeds, *of_both
-            )
-            found[0] = pair.parts(both)[0] if wants_y0 else None
+            seeds, both, beginning, gradients = second.take(adjoint, wants_t, times)
+            found[0] = second.pair.parts(both)[0] if wants_y0 else None
             found[3:] = gradients[: len(wants)]
             if wants_t:
                 found[1] = time_gradient(
-                    runs[0], x0, xs, seeds, beginning, times, t, of_both, again
-                )
+                    second.runs[0], second.x0, xs, seeds, beginning, times, second.t,
+                    second.parameters, again,
+                )  # fmt: skip
         return (None, None, None, None, *found)
 
     @staticmethod
@@ -359,3 +354,43 @@ class AdjointFunction(torch.autograd.Function):
             )  # fmt: skip
             initial = pair.parts(both)[0]
             return (initial + moved[0], initial, *gradients[: len(parameters)])
+
+
+class GradientFunction(torch.autograd.Function):
+    """AdjointFunction of a solve whose outputs are the last input.
+
+    Its solve's backward pass then comes after this one's, and takes the adjoint of both at once.
+    """
+
+    @staticmethod
+    @signed
+    def forward(*inputs: Any) -> tuple[torch.Tensor | None, ...]:
+        """Take the discrete adjoint; see :class:`AdjointFunction`."""
+        return AdjointFunction.forward(*inputs[:-1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep what derivatives need."""
+        AdjointFunction.setup_context(ctx, inputs[:-1], output)
+        ctx.shape = inputs[-1].shape
+
+    @staticmethod
+    @outside_compiler
+    def backward(ctx: Any, *outputs: torch.Tensor | None) -> tuple[Any, ...]:
+        """Solve for the tangent along the outputs' cotangents, and leave its gradient for later."""
+        own = SimpleNamespace(
+            engine=ctx.engine, runs=ctx.runs, saved_tensors=ctx.saved_tensors,
+            needs_input_grad=ctx.needs_input_grad[:-1],
+        )  # fmt: skip
+        given = [one for one in outputs if one is not None]
+        if differentiable() or any(map(is_legacy_batch, given)):
+            pull_back = AdjointFunction.backward
+            return (*pull_back(own, *outputs), None)
+        for tensor in given:
+            refuse_traced(tensor)
+        second, _, along = solved_for(SolveFunction, own, outputs, True)
+        wait(ctx.runs.waiting, second)
+        others = [None] * (len(own.needs_input_grad) - 7)
+        # The solve's node has the gradients by y0 and the parameters, and is called for zeros.
+        nothing = torch.zeros_like(along).reshape(ctx.shape)
+        return None, None, None, None, None, None, along, *others, nothing

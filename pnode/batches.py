@@ -32,10 +32,17 @@ class Times(dict[int, float]):
 
 
 class Runs:
-    """The sweeps behind one node: one, or one for each entry of a batch of tangents."""
+    """The sweeps behind one node: one, or one for each entry of a batch of tangents.
+
+    Attributes
+    ----------
+    waiting : list of SecondSweep
+        Sweeps that its backward pass is to take.
+    """
 
     def __init__(self, runs: Sequence[Run] = ()) -> None:
         self._runs = list(runs)
+        self.waiting: list[Any] = []
 
     def append(self, run: Run) -> None:
         """Add one."""

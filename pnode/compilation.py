@@ -67,6 +67,7 @@ def begin(
         (problem.integrals > 0, "cost= is given"),
         (part, "breakpoints= are given"),
         (controlled, "sensitivity_control= is given"),
+        (engine.setup is not None, "petsc_setup= is given"),
         (auto and brings_tensors(problem.function), "args= has tensors: others are traced anew"),
         (problem.ranks.parallel or engine.exchange is not None, "ranks share the state"),
     ):
@@ -104,13 +105,14 @@ def _compiled(
                 cache_folder(),
             )  # fmt: skip
         entry.made, entry.hindrance, run.entry = found.what, "", None
+        entry.left = "" if found.sweep is not None else "; ".join(found.reasons)
         return found
     reasons = "; ".join(found.reasons)
     if wanted.auto and found.changed:
         entry.changed(reasons)
         run.entry = entry
     else:
-        entry.made, entry.hindrance = "", reasons
+        entry.made, entry.left, entry.hindrance = "", "", reasons
     return None
 
 

@@ -1,37 +1,90 @@
-"""Outputs inside steps: the forward interpolation of one sweep and its adjoint."""
+"""Outputs inside steps: the interpolants of a forward sweep; their adjoint is dense_adjoint."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from pnode import vectors
-from pnode.adjoint.reverse import NodeCotangents
-from pnode.interpolation import hermite, hermite_rate, polynomial, polynomial_rate
-from pnode.linearization import Linearization
-from pnode.products import accumulate
-from pnode.solvers.checkpoint import Checkpoint
+from pnode.interpolation import (
+    Hermite,
+    hermite,
+    hermite_polynomials,
+    polynomial,
+)
+from pnode.solvers.methods import Method
 from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.scheme import Scheme
 from pnode.solvers.stepping import Observer, Step
 from pnode.vectorfield import VectorField
 from pnode.vectors import REAL
 
-__all__ = ["DenseAdjoint", "DenseOutput"]
+__all__ = ["DenseOutput", "Inside", "Window", "coefficients", "own_weights"]
 
 # A method's own interpolant is used if it is of higher degree than the Hermite cubic.
 _OWN_DEGREE = 4
+# An end of a step is no node for another step, of a length beyond that of the one next to it: the
+# weights, and with them errors of the state, would be large.
+_LONGEST = 8.0
 
 
 @dataclass(frozen=True)
 class Inside:
-    """Output ``index`` lies at ``start + theta * length`` of its step."""
+    """Output ``index``: the interpolant at ``theta``, or its coefficient of theta^``power``."""
 
     index: int
-    theta: float
+    theta: float | None
+    power: int = 0
+
+
+@dataclass
+class _Node:
+    """The end of a step: so many steps come before it. Its slope is evaluated if it is wanted."""
+
+    number: int
+    s: float
+    state: torch.Tensor
+    slope: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Window:
+    """Nodes of a step's Hermite interpolant.
+
+    Attributes
+    ----------
+    first : int
+        How many steps come before the first.
+    nodes : tuple of float
+        Where they are, in lengths of the step from its start.
+    """
+
+    first: int
+    nodes: tuple[float, ...]
+
+    def weights(self, inside: Inside) -> Hermite:
+        """Return the weights of the states and slopes there in an output."""
+        if inside.theta is not None:
+            return hermite(inside.theta, self.nodes)
+        if inside.power >= 2 * len(self.nodes):
+            zeros = (0.0,) * len(self.nodes)
+            return Hermite(zeros, zeros)
+        state, slope = hermite_polynomials(self.nodes)[..., inside.power].tolist()
+        return Hermite(tuple(state), tuple(slope))
+
+
+def own_weights(scheme: Scheme, inside: Inside) -> tuple[float, list[float]]:
+    """Return the weights of the start and of the stages' slopes in an output."""
+    if inside.theta is not None:
+        return 1.0, polynomial(scheme.interpolation, inside.theta)
+    if inside.power == 0:
+        return 1.0, [0.0] * scheme.stages
+    return 0.0, np.asarray(scheme.interpolation)[:, inside.power - 1].tolist()
 
 
 class DenseOutput(Observer):
@@ -44,18 +97,23 @@ class DenseOutput(Observer):
     integrator : TimeIntegrator
         Stands at the start.
     field : VectorField
-        For the slopes of the Hermite interpolant: one evaluation at either end of a step with
-        outputs inside, shared between neighbours.
+        For the slopes of Hermite interpolants: one evaluation at each end of a step that one
+        needs, shared between neighbours.
     emit : callable
         Takes the outputs in their order, the first and the last of the sweep excepted: states,
-        flat, PETSc's precision; None for one at the end of a step.
+        flat, PETSc's precision; and for one at the end of a step the number of steps before.
     keep : bool
         Whether a backward sweep may follow: the states at the ends of such steps are then kept.
+    pieces : sequence of int, optional
+        Steps whose interpolants are wanted instead of outputs: by their coefficients of the powers
+        of theta.
 
     Attributes
     ----------
     inside : dict
         The interpolated outputs of each step, by the step's index.
+    windows : dict
+        The nodes of its interpolant; none of a method with its own.
     states : dict
         States at the ends of these steps, by the number of steps before.
     scheme : Scheme or None
@@ -69,208 +127,152 @@ class DenseOutput(Observer):
         times: tuple[float, ...],
         integrator: TimeIntegrator,
         field: VectorField,
-        emit: Callable[[torch.Tensor | None], None],
+        emit: Callable[[torch.Tensor, int | None], None],
         keep: bool,
+        pieces: Sequence[int] | None = None,
     ) -> None:
         self._times = times
         self._field = field
         self._emit = emit
         self._keep = keep
+        self.pieces = pieces
         self._next = 1
-        self._state = vectors.copy_out(integrator.solution)
-        self._slope: tuple[int, torch.Tensor] | None = None
         self.inside: dict[int, list[Inside]] = defaultdict(list)
+        self.windows: dict[int, Window] = {}
         self.states: dict[int, torch.Tensor] = {}
         self.interpolated: set[int] = set()
-        scheme = integrator.settings.method.scheme
+        method = integrator.settings.method
+        scheme = method.scheme
         own = scheme is not None and scheme.interpolation_degree >= _OWN_DEGREE
         self.scheme: Scheme | None = scheme if own else None
+        self.width = coefficients(method)
+        # Nodes besides the ends of the step, on either side.
+        self._more = 0 if own else self.width // 2 - 2
+        start = _Node(0, times[0], vectors.copy_out(integrator.solution))
+        self._nodes = deque([start], maxlen=2 * self._more + 2)
+        self._waiting: deque[Step | _Node] = deque()  # and ends of steps that are outputs
 
     def after_step(self, step: Step, integrator: TimeIntegrator, last: bool) -> None:
         """Emit the outputs in a step; the last one of a sweep that ends here has its own."""
-        start, self._state = self._state, vectors.copy_out(integrator.solution)
-        while self._next < len(self._times) - 1 and self._times[self._next] < step.end:
-            theta = (self._times[self._next] - step.start) / step.length
-            self.inside[step.index].append(Inside(self._next, theta))
-            self.interpolated.add(self._next)
+        start = self._nodes[-1]
+        end = _Node(step.index + 1, step.end, vectors.copy_out(integrator.solution))
+        self._nodes.append(end)
+        found = self._in_step(step)
+        if found:
+            self.inside[step.index] = found
+            self.interpolated.update(inside.index for inside in found)
+            if self.scheme is None:
+                self._waiting.append(step)
+            else:
+                self._note([start, end])
+                self._interpolate(step, found, start.state, integrator)
+        hit = self.pieces is None and self._next < len(self._times) - 1
+        if hit and self._times[self._next] == step.end and not last:
             self._next += 1
-        if step.index in self.inside:
-            if self._keep:
-                self.states[step.index] = start
-                self.states[step.index + 1] = self._state
-            evaluate = self._hermite if self.scheme is None else self._interpolate
-            for inside in self.inside[step.index]:
-                self._emit(evaluate(step, inside, start, integrator))
-        if self._next < len(self._times) - 1 and self._times[self._next] == step.end and not last:
-            self._next += 1
-            self._emit(None)
+            self._waiting.append(end)
+        self._settle(end.number - 1 - self._more)
+
+    def output(self, index: int, integrator: TimeIntegrator) -> None:
+        """Emit what comes before an output that the sweep itself has."""
+        self._settle()
 
     def end(self) -> None:
-        """Let go of f."""
+        """Emit what is left, and let go of f."""
+        self._settle()
         del self._field, self._emit
 
-    def _hermite(
-        self, step: Step, inside: Inside, start: torch.Tensor, integrator: TimeIntegrator
-    ) -> torch.Tensor:
-        weights = hermite(inside.theta)
-        if inside is self.inside[step.index][0]:
-            first = self._slope_at(step.index, step.start, start)
-            self._slopes = first, self._slope_at(step.index + 1, step.end, self._state)
-        result = weights.state[0] * start + weights.state[1] * self._state
-        for weight, slope in zip(weights.slope, self._slopes, strict=True):
-            result.add_(slope, alpha=weight * step.length)
-        return result
+    def _in_step(self, step: Step) -> list[Inside]:
+        """Return what is wanted of a step."""
+        found = []
+        if self.pieces is None:
+            while self._next < len(self._times) - 1 and self._times[self._next] < step.end:
+                theta = (self._times[self._next] - step.start) / step.length
+                found.append(Inside(self._next, theta))
+                self._next += 1
+        elif len(self.interpolated) < self.width * len(self.pieces):
+            if self.pieces[len(self.interpolated) // self.width] == step.index:
+                found = [Inside(self._next + k, None, k) for k in range(self.width)]
+                self._next += self.width
+        return found
 
-    def _slope_at(self, node: int, s: float, u: torch.Tensor) -> torch.Tensor:
-        """Return g after ``node`` steps, from the step before if it was evaluated there."""
-        if self._slope is None or self._slope[0] != node:
-            value = self._field.slope(s, u.to(self._field.dtype, copy=True))
-            self._slope = node, value.to(REAL)
-        return self._slope[1]
+    def _note(self, nodes: Sequence[_Node]) -> None:
+        if self._keep:
+            self.states.update((node.number, node.state) for node in nodes)
+
+    def _settle(self, last: int | None = None) -> None:
+        """Emit all that waits, of the steps up to ``last``; their neighbours are known."""
+        while self._waiting:
+            item = self._waiting[0]
+            if isinstance(item, _Node):
+                self._emit(item.state, item.number)
+            elif last is None or item.index <= last:
+                self._hermite(item)
+            else:
+                break
+            self._waiting.popleft()
+
+    def _hermite(self, step: Step) -> None:
+        nodes = self._around(step)
+        self._note(nodes)
+        ends = {step.index: 0.0, step.index + 1: 1.0}  # to the last bit
+        where = [
+            ends.get(node.number, (node.s - step.start) / step.length) for node in nodes
+        ]  # fmt: skip
+        window = self.windows[step.index] = Window(nodes[0].number, tuple(where))
+        for node in nodes:
+            if node.slope is None:
+                value = self._field.slope(node.s, node.state.to(self._field.dtype, copy=True))
+                node.slope = value.to(REAL)
+        for inside in self.inside[step.index]:
+            weights = window.weights(inside)
+            result = torch.zeros_like(nodes[0].state)
+            for node, weight, of_slope in zip(nodes, *weights, strict=True):
+                assert node.slope is not None
+                result.add_(node.state, alpha=weight)
+                result.add_(node.slope, alpha=of_slope * step.length)
+            self._emit(result, None)
+
+    def _around(self, step: Step) -> list[_Node]:
+        """Return the nodes of a step's interpolant: its ends, and those nearest to it."""
+        known = list(self._nodes)
+        low = next(i for i, node in enumerate(known) if node.number == step.index)
+        high, middle = low + 1, step.start + 0.5 * step.length
+        for _ in range(self._more):
+            before = after = math.inf
+            if low and _LONGEST * (known[low].s - known[low - 1].s) > step.length:
+                before = middle - known[low - 1].s
+            if high + 1 < len(known) and (
+                _LONGEST * (known[high + 1].s - known[high].s) > step.length
+            ):
+                after = known[high + 1].s - middle
+            if before <= 1.001 * after < math.inf or before < after:
+                low -= 1
+            elif after < math.inf:
+                high += 1
+        return known[low : high + 1]
 
     def _interpolate(
-        self, step: Step, inside: Inside, start: torch.Tensor, integrator: TimeIntegrator
-    ) -> torch.Tensor:
-        """Let PETSc combine the stage slopes it has at hand."""
-        return integrator.interpolate(self._times[inside.index])
-
-
-class DenseAdjoint(NodeCotangents):
-    """Takes the cotangents of interpolated outputs back to the states at the ends of steps.
-
-    Parameters
-    ----------
-    dense : DenseOutput
-        Of the forward sweep.
-    steps : sequence of Step
-        Its steps.
-    field : VectorField
-        For products with its derivatives.
-    cotangents : Tensor
-        Derivatives of the loss with respect to all outputs, shape ``(T, size)``.
-    wants_times : bool
-        Whether ``times`` is wanted, for which values are needed, not only their graphs.
-
-    Attributes
-    ----------
-    parameters : list of Tensor or None
-        What the parameters get through the interpolants, PETSc's precision.
-    times : dict
-        Derivative of the loss with respect to the time of each interpolated output, along the
-        interpolant.
-    """
-
-    def __init__(
-        self,
-        dense: DenseOutput,
-        steps: Sequence[Step],
-        field: VectorField,
-        cotangents: torch.Tensor,
-        wants_times: bool,
+        self, step: Step, found: list[Inside], start: torch.Tensor, integrator: TimeIntegrator
     ) -> None:
-        self._dense = dense
-        self._wants_times = wants_times
-        self._steps = steps
-        self._field = field
-        self.parameters: list[torch.Tensor | None] = [None] * len(field.parameters)
-        self.times: dict[int, float] = defaultdict(float)
-        # Outputs that the loss depends on, with their cotangents.
-        self._wanted: dict[int, list[tuple[Inside, torch.Tensor]]] = {}
-        for step, found in dense.inside.items():
-            rows = [(inside, cotangents[inside.index].to(REAL)) for inside in found]
-            if not field.problem.ranks.parallel:  # what one rank needs all take part in
-                rows = [(inside, row) for inside, row in rows if bool(row.ne(0.0).any())]
-            if rows:
-                self._wanted[step] = rows
+        """Let PETSc combine the stage slopes it has at hand."""
+        if self.pieces is None:
+            for inside in found:
+                self._emit(integrator.interpolate(self._times[inside.index]), None)
+            return
+        degree = self.width - 1
+        thetas = np.arange(1, degree + 1) / degree
+        values = torch.stack([
+            integrator.interpolate(step.at(theta)) - start for theta in thetas.tolist()
+        ])  # fmt: skip
+        solved = np.linalg.inv(thetas[:, None] ** np.arange(1, degree + 1))
+        self._emit(start, None)
+        for row in torch.as_tensor(solved).to(values) @ values:
+            self._emit(row, None)
 
-    def at(
-        self,
-        node: int,
-        restore: Callable[[int], Checkpoint],
-        graphs: Callable[[int], Sequence[Linearization] | None],
-    ) -> torch.Tensor | None:
-        """Return the cotangent of the state after ``node`` steps; see :class:`NodeCotangents`."""
-        if self._dense.scheme is not None:
-            if node not in self._wanted:
-                return None
-            kept = None if self._wants_times else graphs(node)
-            return self._through_stages(node, restore, kept)
-        return self._hermite(node)
 
-    def _hermite(self, node: int) -> torch.Tensor | None:
-        """Collect from the steps on both sides, of which this state is one end.
-
-        For y = a u_0 + b u_1 + h (c f_0 + d f_1) and its cotangent w, u_0 gets a w, f_0 gets
-        h c w, and what f_0 gets goes on to u_0 and the parameters by one product.
-        """
-        sides = [(node - 1, 1), (node, 0)]  # (step, which of its ends this is)
-        rows = [(step, end, row) for step, end in sides for row in self._wanted.get(step, ())]
-        if not rows:
-            return None
-        u = self._dense.states[node]
-        s = self._steps[node].start if node < len(self._steps) else self._steps[-1].end
-        value, parts = self._linearize(s, u)
-        state, slope = torch.zeros_like(u), torch.zeros_like(u)
-        for step, end, (inside, w) in rows:
-            h = self._steps[step].length
-            weights, rates = hermite(inside.theta), hermite_rate(inside.theta)
-            state.add_(w, alpha=weights.state[end])
-            slope.add_(w, alpha=weights.slope[end] * h)
-            rate = rates.state[end] / h * torch.dot(w, u) + rates.slope[end] * torch.dot(w, value)
-            self.times[inside.index] += float(rate)
-        return state.add_(self._product(parts, slope))
-
-    def _through_stages(
-        self,
-        step_index: int,
-        restore: Callable[[int], Checkpoint],
-        graphs: Sequence[Linearization] | None,
-    ) -> torch.Tensor:
-        """Take the cotangents of u + h sum_i b_i(theta) k_i back through the stages.
-
-        As in the adjoint of the step itself, with cotangents of the slopes instead of one of the
-        end: w_i = h (sum b_i(theta) w + sum_{j>i} a_ji l_j), l_i = f_y(Y_i)^T w_i.
-        """
-        assert self._dense.scheme is not None
-        scheme, step = self._dense.scheme, self._steps[step_index]
-        wanted = self._wanted[step_index]
-        weights = [polynomial(scheme.interpolation, inside.theta) for inside, _ in wanted]
-        rates = [polynomial_rate(scheme.interpolation, inside.theta) for inside, _ in wanted]
-        stages = list(restore(step_index).stages)
-        if len(stages) < scheme.stages:  # FSAL: the last stage is the end
-            stages.append(self._dense.states[step_index + 1])
-        total = sum((w for _, w in wanted), start=torch.zeros_like(wanted[0][1]))
-        below: list[tuple[int, torch.Tensor]] = []
-        for i in reversed(range(len(stages))):
-            if graphs is not None and i < len(graphs):
-                graphs[i].adopt(self._field.shared)
-                value, parts = None, [graphs[i]]
-            else:
-                s = step.at(scheme.c[i])
-                value, parts = self._linearize(s, stages[i])
-            slope = torch.zeros_like(total)
-            for row, rate, (inside, w) in zip(weights, rates, wanted, strict=True):
-                slope.add_(w, alpha=row[i])
-                if value is not None:
-                    self.times[inside.index] += rate[i] * float(torch.dot(w, value))
-            for j, product in below:
-                slope.add_(product, alpha=scheme.A[j][i])
-            below.append((i, self._product(parts, step.length * slope)))
-        return sum((product for _, product in below), start=total)
-
-    def _linearize(self, s: float, u: torch.Tensor) -> tuple[torch.Tensor, list[Linearization]]:
-        """Return g(s, u), PETSc's precision, and the linearizations of its parts."""
-        field = self._field
-        parts = [part for part in (field, field.explicit) if part is not None]
-        made = [part.linearize(s, u.to(field.dtype, copy=True)) for part in parts]
-        value = sum((part.flat_value() for part in made[1:]), start=made[0].flat_value())
-        return value.to(REAL), made
-
-    def _product(self, parts: list[Linearization], w: torch.Tensor) -> torch.Tensor:
-        """Return w^T g_u, PETSc's precision, and add up w^T g_p."""
-        result = torch.zeros_like(w)
-        for part in parts:
-            products = part.vjp(w.to(self._field.dtype))
-            accumulate(self.parameters, products.parameters)
-            result.add_(products.state)
-        return result
+def coefficients(method: Method) -> int:
+    """Return how many coefficients a method's interpolants have: two for each node, or its own."""
+    scheme = method.scheme
+    if scheme is not None and scheme.interpolation_degree >= _OWN_DEGREE:
+        return 1 + scheme.interpolation_degree
+    return 4 if method.order <= 4 else 6 if method.order <= 6 else 8

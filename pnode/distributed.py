@@ -75,36 +75,43 @@ class DistributedLinearization(Linearization):
         return product
 
     def along(
-        self, states: torch.Tensor | None, parameters: Sequence[tuple[int, torch.Tensor]]
-    ) -> torch.Tensor:
-        """Return dg/du Z_k + dg/dp v_k, shape ``(m, size)``. Collective with ghost cells."""
-        number = len(parameters[0][1] if states is None else states)
+        self, states: torch.Tensor | None, parameters: Sequence[tuple[int, torch.Tensor]],
+        time: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Return dg/du Z_k + dg/dp v_k + dg/ds tau_k. Collective with ghost cells."""
+        given = (states, time, *(tangents for _, tangents in parameters))
+        number = next(len(one) for one in given if one is not None)
         if states is not None:
-            states = torch.stack([self._cells.gather(row) for row in states])
-        found = self._cells.ranks.attempt(super().along, states, parameters)
+            states = self._gathered(states)
+        found = self._cells.ranks.attempt(super().along, states, parameters, time)
         if found is None:
             return self._value.new_full((number, self._value.numel()), torch.nan)
         return found
 
-    def second_vjp(self, w: torch.Tensor, v: torch.Tensor) -> Products:
-        """Return the derivatives of w^T (dg/dy) v. Collective with ghost cells."""
-        return self._second(super().second_vjp, w, self._cells.gather(v))
-
-    def time_derivative(self) -> torch.Tensor:
-        """Return dg/ds, flat."""
-        slope = self._cells.ranks.attempt(super().time_derivative)
-        return torch.full_like(self.flat_value(), torch.nan) if slope is None else slope
-
-    def time_derivative_vjp(self, w: torch.Tensor) -> Products:
-        """Return the derivatives of w^T dg/ds. Collective with ghost cells."""
-        return self._second(super().time_derivative_vjp, w)
-
-    def _second(self, product: Any, *arguments: torch.Tensor) -> Products:
-        products = self._cells.ranks.attempt(product, *arguments)
+    def second_vjp(
+        self, w: torch.Tensor, v: torch.Tensor, time: torch.Tensor | None = None
+    ) -> Products:
+        """Return the derivatives of sum_i w_i^T (dg/dy v_i + ...). Collective with ghost cells."""
+        products = self._cells.ranks.attempt(super().second_vjp, w, self._gathered(v), time)
         if products is None:
             nothing = torch.full_like(self._leaves[0], torch.nan).reshape(-1)
             products = Products(nothing, (None,) * len(self._shared.parameters))
         return products._replace(state=self._cells.scatter(products.state))
+
+    def second_along(
+        self, states: torch.Tensor, parameters: Sequence[tuple[int, torch.Tensor]],
+        v: torch.Tensor, time: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Return the derivatives of dg/dy v_i + ... along tangents. Collective with ghost cells."""
+        number = len(states)
+        states, v = self._gathered(states), self._gathered(v)
+        found = self._cells.ranks.attempt(super().second_along, states, parameters, v, time)
+        if found is None:
+            return self._value.new_full((len(v), number, self._value.numel()), torch.nan)
+        return found
+
+    def _gathered(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self._cells.gather(row) for row in rows])
 
     def _rows(self, cotangents: torch.Tensor) -> list[torch.Tensor]:
         rows = self._cells.ranks.attempt(super()._rows, cotangents)

@@ -30,7 +30,7 @@ from pnode.solvers.compiled.compiler import Compiler
 from pnode.solvers.create import create_integrator
 from pnode.solvers.linear.jacobians import JacobianOptions
 from pnode.solvers.linear.sparse import SparsityPattern
-from pnode.solvers.linear.structure import find_structure
+from pnode.solvers.linear.structure import find_structure, seems_constant
 from pnode.solvers.methods import Method
 from pnode.solvers.pairs import LINEAR
 from pnode.solvers.petsc.integrator import TimeIntegrator
@@ -133,6 +133,8 @@ class Engine:
         Options prefix of all its PETSc objects.
     compile : bool or "auto"
         Whether solves are compiled where that is possible; "auto": once that pays.
+    setup : callable or None
+        The user's ``petsc_setup``.
     compiler : Compiler
         Compiles, and keeps what it has made.
     account : Account
@@ -149,6 +151,7 @@ class Engine:
     exchange: Layout | None = None
     prefix: str = field(default_factory=next_prefix)
     compile: bool | Literal["auto"] = False
+    setup: Callable[[Any], Any] | None = None
     _pool: _Pool = field(default_factory=_Pool, init=False)
     compiler: Compiler = field(default_factory=new_compiler, init=False)
     account: Account = field(default_factory=Account, init=False)
@@ -172,13 +175,13 @@ class Engine:
         """
         return _another, (
             self.method, self.control, self.jacobian, self.petsc_options, self.jacobian_options,
-            self.checkpointing, self.comm, self.exchange, self.compile,
+            self.checkpointing, self.comm, self.exchange, self.compile, self.setup,
         )  # fmt: skip
 
     def __deepcopy__(self, memo: Any) -> Engine:
         """Copies share the communicator and the layout, which belong to the process."""
-        make, (*settings, comm, exchange, compiled) = self.__reduce__()
-        return make(*deepcopy(settings, memo), comm, exchange, compiled)
+        make, (*settings, comm, exchange, compiled, setup) = self.__reduce__()
+        return make(*deepcopy(settings, memo), comm, exchange, compiled, deepcopy(setup, memo))
 
     @property
     def color_count(self) -> int:
@@ -232,9 +235,10 @@ class Engine:
     ) -> None:
         """Find the structure of a large Jacobian for "auto", if that may pay.
 
-        Short samples are looked for at the first solve of a shape, everything else once the systems
-        of a solve have taken many products. Not where a method rests on exact Jacobians, nor where
-        someone has chosen how to solve.
+        Short samples are looked for at the first solve of a shape, everything else once the
+        systems of a solve have taken many products, or at once for an IMEX method whose implicit
+        part seems to be linear: its matrix is factored once. Not where a method rests on exact
+        Jacobians, nor where someone has chosen how to solve.
         """
         method, more, layout = self.method, self.jacobian_options, problem.layout
         known = layout in self._structures
@@ -249,11 +253,14 @@ class Engine:
             or any(name.startswith(LINEAR) for name in self._chosen_options())
         ):  # fmt: skip
             return
-        hard = layout in self._hard
         part = vector_field(replace(problem, check_undeclared=False), ledger)
+        linearize = partial(part.linearize, problem.times[0])
         try:
+            hard = layout in self._hard or (
+                problem.explicit is not None and seems_constant(y0.detach(), linearize)
+            )
             found = find_structure(
-                layout, y0.detach(), partial(part.linearize, problem.times[0]),
+                layout, y0.detach(), linearize,
                 DENSE_LIMIT if hard else _SHORT_SAMPLE, _LARGEST_SPARSE if hard else 0,
             )  # fmt: skip
         except Exception:  # whatever f raises near y0
@@ -343,12 +350,12 @@ class Engine:
             if settings.jacobian == "pair":  # whose systems are solved with the state's own
                 given = {k: v for k, v in given.items() if not k.startswith(LINEAR)}
                 prefix += "tangent_"
-            self._options[key] = SolverOptions(prefix, given, defaults, forward)
+            self._options[key] = SolverOptions(prefix, given, defaults, forward, self.setup)
         return self._options[key]
 
 
 def _another(*settings: Any) -> Engine:
     """Return an engine of the same settings, with the next number."""
-    *others, compiled = settings
+    *others, compiled, setup = settings
     make: Any = Engine
-    return make(*others, next_prefix(), compiled)
+    return make(*others, next_prefix(), compiled, setup)

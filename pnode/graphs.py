@@ -31,7 +31,8 @@ def graph_bytes(result: torch.Tensor, known: Iterable[torch.Tensor] = ()) -> int
 
     Notes
     -----
-    What a Python ``autograd.Function`` keeps counts where it was given to ``save_for_backward``.
+    What a Python ``autograd.Function`` keeps counts where it was given to ``save_for_backward``, or
+    is an attribute of its context.
     """
     found: dict[int, int] = {}
     outside: set[int] = set()
@@ -59,6 +60,12 @@ def graph_bytes(result: torch.Tensor, known: Iterable[torch.Tensor] = ()) -> int
 def _saved(node: Any) -> Iterator[torch.Tensor]:
     """Yield the tensors that a node has saved."""
     kind: Any = type(node)
+    if hasattr(kind, "saved_tensors"):  # of a Python function, which has attributes of its own
+        yield from (
+            value
+            for value in getattr(node, "__dict__", {}).values()
+            if isinstance(value, torch.Tensor)
+        )
     names = _saved_names(kind)
     for name in tuple(names):
         try:
@@ -77,7 +84,11 @@ def _saved(node: Any) -> Iterator[torch.Tensor]:
 
 @lru_cache(maxsize=1024)
 def _saved_names(kind: Any) -> dict[str, None]:
-    """Return the attributes of a kind of node that may hold saved tensors."""
+    """Return the attributes of a kind of node that may hold saved tensors.
+
+    Each holds the same kind of thing in all nodes of a kind: torch's have a type in C++, and a
+    Python function has ``saved_tensors`` alone.
+    """
     own = dict.fromkeys(name for name in dir(kind) if name.startswith("_saved_"))
     return own | ({"saved_tensors": None} if hasattr(kind, "saved_tensors") else {})
 

@@ -137,7 +137,6 @@ class _Copies:
         if kind is dict and len(value) <= _MOST_ENTRIES:
             return {key: self._light(item, level + 1) for key, item in value.items()}
         if kind is Solution:
-            kept = [each.name for each in fields(value) if each.name != "stage_sweep"]
-            parts = (self._light(getattr(value, name), level + 1) for name in kept)
-            return Solution(*parts)
+            kept = {each.name for each in fields(value)} - {"stage_sweep", "path"}
+            return Solution(**{name: self._light(getattr(value, name), level + 1) for name in kept})
         return value

@@ -19,6 +19,7 @@ from pnode.products import (
     pull_back,
     pull_back_rows,
 )
+from pnode.second_products import derivatives_along, vjps_of_products
 from pnode.solution import Ledger
 from pnode.transfers import Remote
 
@@ -236,14 +237,15 @@ class Linearization:
         return products if self._sign > 0 else -products
 
     def along(
-        self, states: torch.Tensor | None, parameters: Sequence[tuple[int, torch.Tensor]]
-    ) -> torch.Tensor:
-        """Return dg/du Z_k + dg/dp v_k for several tangents, shape ``(m, size)``.
+        self, states: torch.Tensor | None, parameters: Sequence[tuple[int, torch.Tensor]],
+        time: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Return dg/du Z_k + dg/dp v_k + dg/ds tau_k for several tangents, shape ``(m, size)``.
 
         Parameters
         ----------
-        states : Tensor or None
-            The Z_k, shape ``(m, size)``, the user's precision; None being zero.
+        states, time : Tensor or None
+            The Z_k and tau_k, shapes ``(m, size)`` and ``(m,)``, the user's precision; or zero.
         parameters : sequence of (int, Tensor)
             For each parameter that moves its index and its tangents, shape ``(m, *parameter)``.
         """
@@ -252,6 +254,12 @@ class Linearization:
         if states is not None:
             inputs.append(self._leaves[0])
             rows.append(states)
+        if time is not None and self._time.requires_grad:
+            inputs.append(self._time)
+            rows.append(self._sign * time)
+        if not rows:
+            assert time is not None
+            return self._value.new_zeros(len(time), self._value.numel())
         self._shared.ledger.jvp += len(rows[0])
         with self._shared.hooks_away():
             end = self._value if self._edge is None else self._edge
@@ -259,66 +267,58 @@ class Linearization:
         found = found.reshape(len(rows[0]), -1)
         return found if self._sign > 0 else -found
 
-    def second_vjp(self, w: torch.Tensor, v: torch.Tensor) -> Products:
-        """Return the derivatives of w^T (dg/dy) v with respect to y and the parameters.
-
-        By differentiating the VJP w^T dg/dy, in the direction v, once more.
+    def second_vjp(
+        self, w: torch.Tensor, v: torch.Tensor, time: torch.Tensor | None = None
+    ) -> Products:
+        """Return the derivatives of sum_i w_i^T (dg/dy v_i + tau_i dg/ds) by y and parameters.
 
         Parameters
         ----------
-        w, v : Tensor
-            Flat, shape ``(size,)``, the user's precision; both constant.
+        w, v, time : Tensor, Tensor, Tensor or None
+            Shapes ``(n, size)`` or ``(k, n, size)``, ``(n, size)`` and ``(n,)``; constant.
         """
-        cotangent = w if self._sign > 0 else -w
-        return self._differentiate_vjp(cotangent, self._leaves[0], v.view(self._leaves[0].shape))
+        batch = w.shape[:-2]
+        self._shared.ledger.vjp += (len(v) + (time is not None)) * batch.numel()
+        inputs = (self._leaves[0], *self._shared.parameters)
+        rows = (w if self._sign > 0 else -w).reshape(-1, len(v), *self._value.shape)
+        with self._shared.hooks_away():
+            found = vjps_of_products(self._value, *self._weighted(v, time), inputs, rows)
+        found = found if batch else [None if one is None else one[0] for one in found]
+        return Products(self._flat(found[0], batch), tuple(found[1:]))
+
+    def second_along(
+        self, states: torch.Tensor, parameters: Sequence[tuple[int, torch.Tensor]],
+        v: torch.Tensor, time: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Return derivatives of what :meth:`second_vjp` has along tangents, ``(n, m, size)``."""
+        self._shared.ledger.jvp += len(v) * len(states)
+        inputs = (self._leaves[0], *(self._shared.parameters[index] for index, _ in parameters))
+        rows = [states, *(tangents for _, tangents in parameters)]
+        with self._shared.hooks_away():
+            found = derivatives_along(self._value, *self._weighted(v, time), inputs, rows)
+        found = found.reshape(len(states), len(v), -1).movedim(0, 1)
+        return found if self._sign > 0 else -found
+
+    def _weighted(
+        self, v: torch.Tensor, time: torch.Tensor | None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return the leaves of the graph that products are with, and what they are with."""
+        leaves, given = [self._leaves[0]], [v.reshape(len(v), *self._leaves[0].shape)]
+        if time is not None and self._time.requires_grad:
+            leaves.append(self._time)
+            given.append(self._sign * time)
+        return leaves, given
 
     def time_derivative(self) -> torch.Tensor:
-        """Return dg/ds, flat, the user's precision; zero if the graph does not contain time.
-
-        With g(s, y) = d f(d s, y) and d = 1 or -1, this is df/dt.
-        """
-        result = None
-        if self._value.requires_grad and self._time.requires_grad:
-            cotangent = torch.zeros_like(self._value, requires_grad=True)
-            with torch.enable_grad():
-                (product,) = torch.autograd.grad(
-                    self._value, self._time, cotangent, create_graph=True, allow_unused=True
-                )
-            if product is not None and product.requires_grad:
-                self._shared.ledger.jvp += 1
-                ones = torch.ones_like(product)  # one time, or one of each row
-                (result,) = torch.autograd.grad(product, cotangent, ones, allow_unused=True)
-        return (torch.zeros_like(self._value) if result is None else result).reshape(-1)
+        """Return dg/ds = df/dt, flat; zero if the graph does not contain time."""
+        return self.along(None, (), torch.ones_like(self._time)[None])[0]
 
     def records_time(self) -> bool:
         """Whether the graph contains time, which is to be a leaf of it."""
         if not self._value.requires_grad or not self._time.requires_grad:
             return False
-        return gradients(self._value, (self._time,), torch.ones_like(self._value))[0] is not None
-
-    def time_derivative_vjp(self, w: torch.Tensor) -> Products:
-        """Return the derivatives of w^T dg/ds with respect to y and the parameters."""
-        return self._differentiate_vjp(w, self._time, torch.ones_like(self._time))
-
-    def _differentiate_vjp(
-        self, cotangent: torch.Tensor, leaf: torch.Tensor, direction: torch.Tensor
-    ) -> Products:
-        """Differentiate <f_leaf^T cotangent, direction>, leaf being the state or time."""
-        inputs = (self._leaves[0], *self._shared.parameters)
-        products: tuple[torch.Tensor | None, ...] = (None,) * len(inputs)
-        self._shared.ledger.vjp += 1
-        if self._value.requires_grad and leaf.requires_grad:
-            with torch.enable_grad():
-                (product,) = torch.autograd.grad(
-                    self._value, leaf, cotangent.view(self._value.shape), create_graph=True,
-                    allow_unused=True,
-                )  # fmt: skip
-            if product is not None and product.requires_grad:
-                with self._shared.hooks_away():
-                    products = torch.autograd.grad(
-                        product, inputs, direction, retain_graph=True, allow_unused=True
-                    )
-        return Products(self._flat(products[0]), products[1:])
+        ones = torch.ones_like(self._value)
+        return gradients(self._value, (self._time,), ones)[0] is not None
 
     def jacobian(self) -> torch.Tensor:
         """Return dg/du as a dense matrix, shape ``(size, size)``, the user's precision.

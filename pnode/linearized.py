@@ -21,12 +21,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from pnode.autograd import AdjointFunction, SolveFunction
-from pnode.batches import Runs, Times
+from pnode.batches import AdjointsFunction, Runs, Times, takes_batches
 from pnode.engine import Engine
 from pnode.errors import ConfigurationError
 from pnode.run import Run
+from pnode.stages import StageSweep
 from pnode.tangent_solves import tangent
-from pnode.transforms import has_tangent, is_wrapped, outside, outside_compiler
+from pnode.transforms import has_tangent, is_wrapped, lowered, outside, outside_compiler, stacked
 
 __all__ = ["linearized"]
 
@@ -41,14 +42,16 @@ def linearized(function: Callable[..., Any]) -> Any:
 
     @outside_compiler
     @functools.wraps(function)
-    def forward(self: Any, y0: Any, t: Any, args: Any = None, breakpoints: Any = None) -> Any:
+    def forward(
+        self: Any, y0: Any, t: Any, args: Any = None, breakpoints: Any = None, at: str = "times"
+    ) -> Any:
         mode = torch._C._get_dispatch_mode(_PROXY)
         if mode is None:
-            return function(self, y0, t, args, breakpoints)
+            return function(self, y0, t, args, breakpoints, at)
         given = (*tree_leaves((y0, t, args)), *self.parameters(), *(self._params or ()))
         if not any(map(_moves, given)) or _is_traced(mode.tracer, given):
-            return function(self, y0, t, args, breakpoints)  # which refuses it
-        _refuse(self, y0, t, args, breakpoints)
+            return function(self, y0, t, args, breakpoints, at)  # which refuses it
+        _refuse(self, y0, t, args, breakpoints, at)
         return _linearized(function, self, y0, t, args)
 
     return forward
@@ -74,13 +77,14 @@ def _is_traced(tracer: Any, tensors: Sequence[Any]) -> bool:
     return False
 
 
-def _refuse(solver: Any, y0: Any, t: Any, args: Any, breakpoints: Any) -> None:
+def _refuse(solver: Any, y0: Any, t: Any, args: Any, breakpoints: Any, at: str) -> None:
     """Refuse what would need tangents of other things."""
     reasons = {
         "event_fn is given: an event moves with what is differentiated": solver.event_fn,
         'samples="independent" is given': solver._requests.independent is not None,
         'gradient="continuous" is given': solver._requests.continuous,
         "breakpoints= are given": breakpoints is not None,
+        "at='steps' is given": at == "steps",
         "t has a tangent": any(map(_moves, tree_leaves(t))),
         "args= has a tangent": any(map(_moves, tree_leaves(args))),
         "a tensor in params= has a tangent": any(map(_moves, solver._params or ())),
@@ -100,10 +104,8 @@ class _Solved:
 
     Attributes
     ----------
-    engine, run : Engine, Run
-        What solved, and the solve.
-    y0 : Tensor
-        Its flat initial state.
+    sweep : StageSweep
+        Knows the solve, and whether what it depends on has been written into.
     t : Tensor
         Its output times.
     places : tuple of (int, int)
@@ -115,9 +117,7 @@ class _Solved:
         without autograd, which f's derivatives need.
     """
 
-    engine: Engine
-    run: Run
-    y0: torch.Tensor
+    sweep: StageSweep
     t: torch.Tensor
     places: tuple[tuple[int, int], ...]
     parameters: tuple[int, ...]
@@ -125,8 +125,9 @@ class _Solved:
 
     def tangents(self, rows: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
         """Return the tangents of the outputs, shape ``(m, T, size)``, for each of m rows."""
-        own = self.run.problem.parameters
-        starts = self.y0.new_zeros(len(rows), len(self.y0))
+        engine, run, y0 = self._unwritten()
+        own = run.problem.parameters
+        starts = y0.new_zeros(len(rows), len(y0))
         directions: list[list[torch.Tensor | None]] = [[None] * len(own) for _ in rows]
         for k, row in enumerate(rows):
             for (first, number), one in zip(self.places, row, strict=False):
@@ -135,23 +136,34 @@ class _Solved:
                 directions[k][index] = one
         with torch._C._ForceDispatchKeyGuard(*self.keys), torch.no_grad():
             pair, _, xs, _ = tangent(
-                SolveFunction, self.engine, self.run, self.y0, self.t, own, starts, directions,
-                reverse=False,
-            )  # fmt: skip
+                SolveFunction, engine, run, y0, self.t, own, starts, directions, reverse=False
+            )
         return torch.stack(pair.parts(xs)[1:])
 
-    def transposed(self, cotangent: torch.Tensor) -> list[torch.Tensor]:
-        """Return the transpose of one row of :meth:`tangents`."""
-        own = self.run.problem.parameters
-        state, _, *gradients = AdjointFunction.forward(
-            self.engine, Runs([self.run]), False, Times(), self.y0, self.t, cotangent, *own
-        )
+    def transposed(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        """Return the transpose of :meth:`tangents` for each of k cotangents, ``(k, T, size)``."""
+        engine, run, y0 = self._unwritten()
+        own, runs = run.problem.parameters, Runs([run])
+        if takes_batches(runs):
+            state, _, *gradients = AdjointsFunction.forward(
+                AdjointFunction, engine, runs, y0, self.t, rows, *own
+            )
+        else:
+            found = [
+                AdjointFunction.forward(engine, runs, False, Times(), y0, self.t, row, *own)
+                for row in rows
+            ]
+            state, _, *gradients = map(stacked, zip(*found, strict=True))
         assert state is not None
-        found = [state[first : first + number] for first, number in self.places]
+        parts = [state[:, first : first + number] for first, number in self.places]
         for index in self.parameters:
             one = gradients[index]
-            found.append(torch.zeros_like(own[index]) if one is None else one)
-        return found
+            parts.append(own[index].new_zeros(len(rows), *own[index].shape) if one is None else one)
+        return parts
+
+    def _unwritten(self) -> tuple[Engine, Run, torch.Tensor]:
+        self.sweep.refuse_written("linearize anew")
+        return self.sweep.solved()
 
 
 _solved: dict[int, _Solved] = {}
@@ -170,7 +182,8 @@ def _linearized(function: Callable[..., Any], solver: Any, y0: Any, t: Any, args
             torch._C._dispatch_tls_local_exclude_set(),
         )
         solution = function(solver, tree_unflatten(plain, structure), t, args)
-        engine, run, flat = solution.stage_sweep.solved()
+        sweep = solution.stage_sweep
+        run = sweep.solved()[1]
     numbers = [leaf.numel() for leaf in leaves]
     starts = itertools.accumulate(numbers, initial=0)
     places = [(first, number, one)
@@ -179,8 +192,8 @@ def _linearized(function: Callable[..., Any], solver: Any, y0: Any, t: Any, args
     known = {id(one): index for index, one in enumerate(run.problem.parameters)}
     moving = [(known[id(new)], old) for new, old in moved if id(new) in known]
     own = _Solved(
-        engine, run, flat.detach(), torch.as_tensor(t).detach(),
-        tuple(place[:2] for place in places), tuple(index for index, _ in moving), keys,
+        sweep, torch.as_tensor(t).detach().clone(), tuple(place[:2] for place in places),
+        tuple(index for index, _ in moving), keys,
     )  # fmt: skip
     with _disable_current_modes():
         ticket = torch.tensor(next(_numbers))
@@ -191,7 +204,7 @@ def _linearized(function: Callable[..., Any], solver: Any, y0: Any, t: Any, args
     global _tracing
     _tracing = True
     try:
-        Z = _operation()(ticket, along)
+        Z = _operation()[0](ticket, along)
     finally:
         _tracing = False
     return _moved(solution, Z)
@@ -231,12 +244,13 @@ def _moved(solution: Any, Z: torch.Tensor) -> Any:
         first += number
     if solution.costs is not None:
         solution.costs = duals.pop()
-    solution.ys, solution.stage_sweep = tree_unflatten(duals, structure), None
+    solution.ys = tree_unflatten(duals, structure)
+    solution.stage_sweep = solution.path = None
     return solution
 
 
 def _of(ticket: torch.Tensor) -> _Solved:
-    found = _solved.get(int(ticket))
+    found = _solved.get(int(lowered(ticket)))
     if found is None:
         raise ConfigurationError(
             "this function of torch.func.linearize is a copy, and the solve in it is not: call "
@@ -245,37 +259,95 @@ def _of(ticket: torch.Tensor) -> _Solved:
     return found
 
 
-@functools.lru_cache(maxsize=1)
-def _operation() -> Any:
-    """Return pnode::tangent(ticket, tangents) -> tangents of the outputs."""
+def _in_batch(number: int, in_dims: Sequence[int | None], given: Sequence[Any]) -> list[Any]:
+    """Return tensors with their batch first."""
+    return [
+        one.expand(number, *one.shape) if dim is None else one.movedim(dim, 0)
+        for one, dim in zip(given, in_dims, strict=True)
+    ]
 
-    def apply(ticket: torch.Tensor, tangents: list[torch.Tensor]) -> torch.Tensor:
-        own = _of(ticket)
-        if _tracing:  # with numbers that mean nothing
-            return own.y0.new_zeros(len(own.run.problem.times), len(own.y0))
-        return own.tangents([tangents])[0]
 
+class _Tangent(torch.autograd.Function):
+    """(ticket, *tangents) -> tangents of the outputs: linear, and the transpose of _Transpose."""
+
+    @staticmethod
+    def forward(ticket: torch.Tensor, *tangents: torch.Tensor) -> torch.Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            found: torch.Tensor = _operation()[0](ticket, list(tangents))
+        return found
+
+    @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.ticket = inputs[0]
+        ctx.ticket, *ctx.tangents = inputs
 
-    def backward(ctx: Any, cotangent: torch.Tensor) -> Any:
-        return None, _of(ctx.ticket).transposed(cotangent.contiguous())
-
-    def batch(info: Any, in_dims: Any, ticket: torch.Tensor, tangents: Any) -> Any:
-        columns = [
-            one.expand(info.batch_size, *one.shape) if dim is None else one.movedim(dim, 0)
-            for one, dim in zip(tangents, in_dims[1], strict=True)
-        ]
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, ticket: torch.Tensor, *tangents: torch.Tensor) -> Any:
+        columns = _in_batch(info.batch_size, in_dims[1:], tangents)
         rows = list(zip(*columns, strict=True))
         if any(map(is_wrapped, columns)):
-            return torch.stack([made(ticket, list(row)) for row in rows]), 0
+            return torch.stack([_Tangent.apply(ticket, *row) for row in rows]), 0
         with outside():
             return _of(ticket).tangents(rows), 0
 
-    apply.__annotations__ = {
-        "ticket": torch.Tensor, "tangents": list[torch.Tensor], "return": torch.Tensor,
-    }  # fmt: skip
-    made = torch.library.custom_op("pnode::tangent", apply, mutates_args=())
-    made.register_autograd(backward, setup_context=setup_context)
-    made.register_vmap(batch)
-    return made
+    @staticmethod
+    def backward(ctx: Any, cotangent: torch.Tensor) -> Any:
+        return None, *_Transpose.apply(ctx.ticket, cotangent)
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, *along: torch.Tensor | None) -> Any:
+        return _Tangent.apply(ctx.ticket, *map(_or_zero, along, ctx.tangents))
+
+
+class _Transpose(torch.autograd.Function):
+    """(ticket, cotangent of the outputs) -> those of y0's parts and of parameters."""
+
+    @staticmethod
+    def forward(ticket: torch.Tensor, cotangent: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(one[0] for one in _of(ticket).transposed(cotangent[None].contiguous()))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.ticket, ctx.cotangent = inputs
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, ticket: torch.Tensor, cotangent: torch.Tensor) -> Any:
+        (rows,) = _in_batch(info.batch_size, in_dims[1:], (cotangent,))
+        if is_wrapped(rows):
+            each = [_Transpose.apply(ticket, row) for row in rows]
+            found = [torch.stack(one) for one in zip(*each, strict=True)]
+        else:
+            with outside():
+                found = _of(ticket).transposed(rows.contiguous())
+        return tuple(found), (0,) * len(found)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
+        return None, _Tangent.apply(ctx.ticket, *cotangents)
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, along: torch.Tensor | None) -> Any:
+        return _Transpose.apply(ctx.ticket, _or_zero(along, ctx.cotangent))
+
+
+def _or_zero(along: torch.Tensor | None, tensor: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(tensor) if along is None else along
+
+
+def _below(ticket: torch.Tensor, tangents: list[torch.Tensor]) -> torch.Tensor:
+    """Return tangents of the outputs, below autograd and transforms."""
+    own = _of(ticket)
+    if _tracing:  # with numbers that mean nothing
+        _, run, y0 = own.sweep.solved()
+        return y0.new_zeros(len(run.problem.times), len(y0))
+    return own.tangents([tangents])[0]
+
+
+@functools.lru_cache(maxsize=1)
+def _operation() -> tuple[Any, torch.library.Library]:
+    """Return pnode::tangent(ticket, tangents) -> tangents of the outputs, and what keeps it."""
+    library = torch.library.Library("pnode", "FRAGMENT")
+    library.define("tangent(Tensor ticket, Tensor[] tangents) -> Tensor")
+    library.impl("tangent", _below, "CompositeExplicitAutograd")
+    for key in ("Autograd", "FuncTorchDynamicLayerFrontMode"):
+        library.impl("tangent", lambda ticket, rows: _Tangent.apply(ticket, *rows), key)
+    return torch.ops.pnode.tangent.default, library

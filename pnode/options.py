@@ -8,7 +8,7 @@ import re
 import sys
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import count
 from typing import Any
@@ -124,6 +124,8 @@ class SolverOptions:
         Values for options that nobody sets.
     forward : bool
         Whether they are for a forward sweep, whose steps monitors may look at.
+    setup : callable, optional
+        The user's ``petsc_setup``.
     """
 
     def __init__(
@@ -132,7 +134,9 @@ class SolverOptions:
         petsc_options: Mapping[str, Any] | None = None,
         defaults: Mapping[str, Any] | None = None,
         forward: bool = True,
+        setup: Callable[[Any], Any] | None = None,
     ) -> None:
+        self.forward, self.setup = forward, setup
         self.given = check_petsc_options(petsc_options)
         self.prefix = prefix
         everyone = {} if prefix == OWN_PREFIX else _options_for_everyone()
@@ -198,8 +202,6 @@ class SolverOptions:
             viewers.empty_files(self._original)
         with self.inserted(), self._refusing():
             petsc_object.setFromOptions()
-            if "ts_view" in self.values:  # PETSc's TSSolve would show it
-                petsc_object.viewFromOptions("-ts_view")
 
     def set_up(self, petsc_object: Any) -> None:
         """Set a PETSc object up under the options. Collective.
@@ -211,6 +213,8 @@ class SolverOptions:
         """
         with self.inserted(), self._refusing():
             petsc_object.setUp()
+            if "ts_view" in self.values:  # PETSc's TSSolve would show it
+                petsc_object.viewFromOptions("-ts_view")
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:

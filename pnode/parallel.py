@@ -5,7 +5,7 @@ Three ways to use an ``mpirun``, which go together with one another:
 * each rank solves for its own batch (``comm=None``), and :func:`sum_gradients` adds up the
   gradients of the parameters after ``backward``;
 * the ranks share one batch (``comm=MPI.COMM_WORLD``): one sequence of steps;
-* the ranks share one grid (``layout=Grid(...)``).
+* the ranks share one grid (``layout=Grid(...)``, or a DM of PETSc's).
 
 In the last two the gradients of the parameters are the same on all ranks after ``backward``, for a
 loss that is the same on all of them: :func:`total` makes one of the ranks' own.
@@ -23,6 +23,7 @@ import torch
 from mpi4py import MPI
 
 from pnode.communicators import as_communicator
+from pnode.dm_layouts import DMLayout
 from pnode.errors import ConfigurationError
 from pnode.ghost_layouts import GhostLayout
 from pnode.grids import Grid
@@ -30,6 +31,7 @@ from pnode.rank_sums import Replicate, Total
 from pnode.reals import as_reals, count_reals, from_reals
 
 __all__ = [
+    "DMLayout",
     "GhostLayout",
     "Grid",
     "broadcast_parameters",

@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -29,7 +30,16 @@ from pnode.solution import Stats
 from pnode.stepped_sweep import SteppedSweep
 from pnode.transforms import moves
 
-__all__ = ["Solved", "consistent", "solve"]
+__all__ = ["Solved", "Taken", "consistent", "solve"]
+
+
+class Taken(NamedTuple):
+    """What a sweep was given, and what it left."""
+
+    problem: InitialValueProblem
+    run: Run
+    flat: torch.Tensor
+    times: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +58,8 @@ class Solved:
         The solve; that of the last part, with the ledger of all.
     whole : bool
         Whether ``ys`` is of the user's shape.
+    taken : list of Taken
+        The sweeps.
     """
 
     times: torch.Tensor
@@ -55,6 +67,7 @@ class Solved:
     found: list[tuple[torch.Tensor, torch.Tensor]]
     run: Run
     whole: bool
+    taken: list[Taken]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,18 +103,20 @@ def solve(
     if problem.breaks is None:
         ys, run = autograd.solve(engine, problem, requests, flat, times, trainable)
         whole = trainable and not run.roots and not problem.layout.is_tuple  # see SolveFunction
+        taken = [Taken(problem, run, flat, times)]
         times, ys, found = split(requests.events, differentiable, problem, run, times, ys, method)
-        return Solved(times, ys, found, run, whole)
+        return Solved(times, ys, found, run, whole, taken)
     parts = list(_parts(problem, times))
     _refuse_unsplit(problem, times, parts)
     kept = _Kept(engine)
     wanted = replace(requests, steps_before=0, progress=requests.progress and len(parts) == 1)
-    stats, rows = Stats(), [flat]
+    stats, rows, taken = Stats(), [flat], []
     events: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
     for number, part in enumerate(parts):
         if number:
             flat = _begun(part.problem, flat, solves_start, stats)
         ys, run = autograd.solve(engine, part.problem, wanted, flat, part.times, trainable)
+        taken.append(Taken(part.problem, run, flat, part.times))
         ended, ys, found = split(
             requests.events, differentiable, part.problem, run, part.times, ys, method
         )
@@ -126,7 +141,7 @@ def solve(
             memory = kept.left(problem.ranks)
             wanted = replace(wanted, steps_before=stats.steps, memory=memory, sides=run.sides)
     run = replace(run, stats=stats, problem=replace(run.problem, breaks=problem.breaks))
-    return Solved(times, torch.stack(rows), _joined(events, times), run, False)
+    return Solved(times, torch.stack(rows), _joined(events, times), run, False, taken)
 
 
 def _parts(problem: InitialValueProblem, t: torch.Tensor) -> Iterator[_Part]:

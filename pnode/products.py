@@ -31,9 +31,9 @@ _PIECE = 1 << 16
 
 
 def gradients(
-    value: torch.Tensor,
+    value: torch.Tensor | Sequence[torch.Tensor],
     inputs: tuple[torch.Tensor, ...],
-    cotangent: torch.Tensor,
+    cotangent: torch.Tensor | Sequence[torch.Tensor],
     record: bool = False,
 ) -> tuple[torch.Tensor | None, ...]:
     """Return the VJPs of a cotangent of value's shape, None for unused inputs; keep the graph.
@@ -89,21 +89,21 @@ edges_work = _find_edges_work()
 
 
 def pull_back_rows(
-    end: Any, inputs: tuple[torch.Tensor, ...], cotangents: torch.Tensor
+    end: Any, inputs: tuple[torch.Tensor, ...], cotangents: torch.Tensor, record: bool = False
 ) -> tuple[torch.Tensor | None, ...]:
     """Return the VJPs of several cotangents, rows of a tensor, as rows; keep the graph.
 
-    ``end`` is a value with its graph, or the end of that.
+    ``end`` is a value with its graph, or the end of that; ``record`` is as in :func:`gradients`.
     """
     if 1 < len(cotangents) and cotangents[0].numel() <= _LARGE:
         try:
             return torch.autograd.grad(
-                (end,), inputs, (cotangents,), retain_graph=True, allow_unused=True,
-                is_grads_batched=True,
+                (end,), inputs, (cotangents,), retain_graph=True, create_graph=record,
+                allow_unused=True, is_grads_batched=True,
             )  # fmt: skip
         except RuntimeError:  # no batching rule for an operation of this field
             pass
-    found = zip(*(pull_back(end, inputs, row) for row in cotangents), strict=True)
+    found = zip(*(pull_back(end, inputs, row, record) for row in cotangents), strict=True)
     return tuple(
         None if parts[0] is None else torch.stack(parts)  # all of them are None, or none is
         for parts in found
@@ -176,9 +176,10 @@ def derivatives(
 
 
 def directional_derivatives(
-    value: torch.Tensor, end: Any, inputs: Sequence[torch.Tensor], tangents: Sequence[torch.Tensor]
-) -> torch.Tensor:
-    """Return the derivatives of ``value`` along several tangents, without graphs; see above.
+    value: torch.Tensor, end: Any, inputs: Sequence[torch.Tensor],
+    tangents: Sequence[torch.Tensor],
+) -> torch.Tensor:  # fmt: skip
+    """Return the derivatives of ``value`` along several tangents; see above.
 
     Its graph is kept.
 

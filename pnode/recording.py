@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ from pnode.adjoint.disk import DiskFolder
 from pnode.adjoint.identity import fingerprint
 from pnode.adjoint.offload import DeviceLevel, Offload
 from pnode.adjoint.resume import Progress
+from pnode.adjoint.steps import Steps
 from pnode.adjoint.store import CheckpointStore
 from pnode.adjoint.trajectory import Trajectory
 from pnode.engine import Engine
@@ -25,7 +27,7 @@ from pnode.solvers.step_control import fixed_grid
 from pnode.solvers.stepping import Observer, Step
 from pnode.vectors import REAL
 
-__all__ = ["Outputs", "Recorder", "new_trajectory"]
+__all__ = ["Noted", "Outputs", "Recorder", "new_trajectory"]
 
 
 def _itself(folder: DiskFolder) -> DiskFolder:
@@ -114,7 +116,7 @@ def _identity(engine: Engine, run: Run, y0: torch.Tensor) -> dict[str, str]:
         "mass": None if problem.mass is None else vars(problem.mass),
         "jacobian_reuse": options.reuse,
         "preconditioner": getattr(preconditioner, "__dict__", preconditioner),
-        "petsc_options": engine.petsc_options,
+        "petsc_options": engine.petsc_options, "petsc_setup": engine.setup,
         "PETSc options": engine.solver_options(run.settings).values,
     }  # fmt: skip
     return fingerprint(facts, (y0, *problem.parameters, *problem.frozen))
@@ -127,26 +129,23 @@ class Outputs(Observer):
     ----------
     run : Run
         Whose outputs.
-    integrator : TimeIntegrator
-        Whose solution is the sweep's.
     trajectory : Trajectory or None
         Told of each.
     """
 
-    def __init__(self, run: Run, integrator: TimeIntegrator, trajectory: Trajectory | None) -> None:
+    def __init__(self, run: Run, trajectory: Trajectory | None) -> None:
         layout, number = run.problem.layout, len(run.problem.times)
         self._ys = torch.empty((number, layout.size), dtype=layout.dtype, device=layout.device)
-        self._integrator = integrator
         self._trajectory = trajectory
         self.number = self._taken_up = 0
 
-    def add(self, state: torch.Tensor | None = None) -> None:
-        """Take the next output: a state given, or the solution as it stands."""
+    def add(self, state: torch.Tensor, after: int | None = None) -> None:
+        """Take the next output; so many steps come before it, or those so far."""
         row = self._ys[self.number]
-        row.copy_(vectors.view(self._integrator.solution) if state is None else state)
+        row.copy_(state)
         self.number += 1
         if self._trajectory is not None:
-            self._trajectory.mark_output(row)
+            self._trajectory.mark_output(row, after)
 
     def output(self, index: int, integrator: TimeIntegrator) -> None:
         """Take an output from the solution, unless it was reached in another process."""
@@ -172,6 +171,24 @@ class Outputs(Observer):
         """Return the outputs, shape ``(T, size)``."""
         whole = self.number == len(self._ys)
         return self._ys if whole else self._ys[: self.number].clone()
+
+
+class Noted(Observer):
+    """Notes the steps, how many come before each output, and the sum of each step's end state."""
+
+    def __init__(self) -> None:
+        self.steps = Steps()
+        self.outputs: list[int] = []
+        self.sums = array("d")
+
+    def after_step(self, step: Step, integrator: TimeIntegrator, last: bool) -> None:
+        """Note a step."""
+        self.steps.append(step)
+        self.sums.append(float(vectors.view(integrator.solution).sum()))
+
+    def output(self, index: int, integrator: TimeIntegrator) -> None:
+        """Note an output."""
+        self.outputs.append(len(self.steps))
 
 
 class Recorder(Observer):

@@ -71,6 +71,8 @@ class Recorded:
         What f saw.
     tangents : Tangents or None
         What is solved with tangents, if they are.
+    pieces : tuple of int or None
+        Steps whose interpolants' coefficients are to be outputs, between the first and the last.
     """
 
     steps: Sequence[Step]
@@ -78,6 +80,7 @@ class Recorded:
     settings: IntegratorSettings
     surroundings: Surroundings
     tangents: Tangents | None = None
+    pieces: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,8 @@ class Requests:
         Of such a part: bytes that its checkpoints may take, if that is less than all may.
     sides : ndarray or None
         Of such a part: on which sides of its events the part before has ended.
+    steps : bool
+        Whether the steps are to be known afterwards, without gradients too.
     """
 
     monitor: Callable[[int, float, Any], None] | None = None
@@ -130,10 +135,14 @@ class Requests:
     steps_before: int | None = None
     memory: int | None = None
     sides: Any = None
+    steps: bool = False
 
 
 class Sweep(ABC):
     """A forward sweep that was taken, and its discrete adjoint."""
+
+    #: Steps whose interpolants' coefficients are outputs.
+    pieces: tuple[int, ...] | None = None
 
     @property
     @abstractmethod

@@ -83,6 +83,10 @@ def _refuse_unsupported(solver: Any) -> None:
             f"comm has {engine.comm.size} ranks: with samples='independent' samples share nothing; "
             "give each rank a solver of its own without comm="
         )
+    if engine.setup is not None:
+        raise ConfigurationError(
+            "petsc_setup= with samples='independent' has no effect, its steps are torch's: drop it"
+        )
     if engine.compile is True or engine.petsc_options:
         name = (
             "compile=True" if engine.compile is True else f"petsc_options={engine.petsc_options!r}"

@@ -17,31 +17,15 @@ from pnode.engine import Engine
 from pnode.errors import ConfigurationError
 from pnode.pair_layout import PairLayout
 from pnode.problem import InitialValueProblem
+from pnode.recording import Noted
 from pnode.run import Recorded, Requests, Run
 from pnode.solution import Ledger
-from pnode.solvers.petsc.integrator import TimeIntegrator
-from pnode.solvers.stepping import Observer, Step, forward_sweep
+from pnode.solvers.stepping import forward_sweep
 from pnode.surroundings import Surroundings
 from pnode.tangents import pair_problem, pair_settings
 from pnode.vectorfield import vector_field
 
 __all__ = ["forward"]
-
-
-class _Steps(Observer):
-    """Notes the steps, and how many come before each output."""
-
-    def __init__(self) -> None:
-        self.steps: list[Step] = []
-        self.outputs: list[int] = []
-
-    def after_step(self, step: Step, integrator: TimeIntegrator, last: bool) -> None:
-        """Note a step."""
-        self.steps.append(step)
-
-    def output(self, index: int, integrator: TimeIntegrator) -> None:
-        """Note an output."""
-        self.outputs.append(len(self.steps))
 
 
 def forward(
@@ -92,7 +76,7 @@ def _chosen(
     both = pair_problem(own, pair, [[None] * len(own.parameters)] * len(tangents))
     wide = replace(pair_settings(settings, pair, options), adaptive=True)
     x0 = pair.join([y0.detach()[: own.layout.size], *tangents])
-    field, steps = vector_field(both, ledger), _Steps()
+    field, steps = vector_field(both, ledger), Noted()
     times = (own.times[0], *own.times[1:][-1:]) if requests.dense else own.times
     with torch.no_grad(), problem.ranks.together(), engine.integrator(wide, field, x0) as taker:
         forward_sweep(taker, field, times, engine.control, ledger, [steps])

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, Generic
+from typing import Any, Generic, Literal
 
 import torch
+from mpi4py import MPI
+from torch.utils._pytree import tree_leaves
 from typing_extensions import TypeVar
 
-from pnode.errors import BackwardError
+from pnode.errors import BackwardError, ConfigurationError
+from pnode.options import PETSc
+from pnode.petsc_vectors import as_vector
 from pnode.presentation import Presentation
 
 __all__ = ["Ledger", "Occurrences", "Solution", "Stage", "Stats"]
@@ -162,6 +166,10 @@ class Solution(Presentation, Generic[State]):
         the one that ended the solve included.
     event : int or None
         Which of them ended the solve; None if none did.
+    home : tuple or None
+        Communicator and layout of the state, for :meth:`vec`.
+    path : object
+        For calls.
     """
 
     ts: torch.Tensor
@@ -173,6 +181,90 @@ class Solution(Presentation, Generic[State]):
     stage_sweep: Any = field(default=None, repr=False, compare=False)
     events: tuple[Occurrences, ...] = ()
     event: int | None = None
+    home: Any = field(default=None, repr=False, compare=False)
+    path: Any = field(default=None, repr=False, compare=False)
+
+    def __call__(self, t: Any) -> State:
+        """Return the state at any times of the solve, with ``dense=True``. Collective.
+
+        The steps are taken again, up to the last one asked for, and their interpolants evaluated:
+        those of dense output. So ask for many times at once. Nothing is kept for that but the list
+        of steps.
+
+        Parameters
+        ----------
+        t : Tensor, sequence of float, or float
+            Times between the first and the last of the solve, or that of the event which has ended
+            it; real, any shape, in any order.
+
+        Returns
+        -------
+        Tensor, or tuple, dict... of Tensor
+            Shape ``(*t.shape, *y0.shape)``, dtype and device of y0, like it; at output times the
+            bits of ``ys``. Differentiable like ``ys``, and with respect to t.
+
+        Raises
+        ------
+        ConfigurationError
+            For a time outside of the interval or NaN, of another dtype, and if there is nothing to
+            ask: without ``dense=True``, and of a solution that was loaded or copied.
+        FieldChanged
+            If y0 or a parameter was written into since the solve.
+        """
+        return self._path().at(t, 0)
+
+    def derivative(self, t: Any, side: Literal["after", "before"] = "after") -> State:
+        """Return dy/dt at any times: the derivative of what a call returns. Collective.
+
+        Parameters
+        ----------
+        t : Tensor, sequence of float, or float
+            As for a call.
+        side : {"after", "before"}
+            Which derivative is meant where two steps meet, as at a break point: that of the later
+            one, in the order of the solve, or of the one before.
+
+        Returns
+        -------
+        Tensor, or tuple, dict... of Tensor
+            Like the state. At the ends of steps it is f there.
+
+        Raises
+        ------
+        ConfigurationError, FieldChanged
+            As for a call.
+        """
+        return self._path().at(t, 1, side)
+
+    def _path(self) -> Any:
+        if self.path is None:
+            raise ConfigurationError(
+                "this solution cannot be asked at other times: solve with dense=True; one that was "
+                "loaded or copied has its numbers alone, and one traced by torch.func.linearize too"
+            )
+        return self.path
+
+    def vec(self, index: int = -1) -> PETSc.Vec:
+        """Return one of the states as a new petsc4py Vec. Collective on the ranks of the state.
+
+        Parameters
+        ----------
+        index : int
+            Of the output time; the last by default.
+
+        Returns
+        -------
+        PETSc.Vec
+            The flattened state, its parts one after the other; the global vector of the layout's DM
+            where it has one. On the host, detached, in PETSc's precision.
+
+        Raises
+        ------
+        ConfigurationError
+            For a complex state, and for independent samples with output times of their own.
+        """
+        comm, layout = self.home or (MPI.COMM_SELF, None)
+        return as_vector([part[index] for part in tree_leaves(self.ys)], comm, layout)
 
     def stages(self, cotangents: State, callback: Callable[[Stage], Any]) -> None:
         """Tell of each stage and its adjoint in a backward sweep from the last one. Collective.

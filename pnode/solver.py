@@ -31,20 +31,22 @@ from pnode.engine import Engine
 from pnode.event_derivatives import check_rate
 from pnode.event_functions import Events
 from pnode.events import adapted
-from pnode.integrals import check_cost, of_state, parted, with_integral
+from pnode.integrals import check_cost, of_state, with_integral
 from pnode.layouts import Layout
 from pnode.linearized import linearized
 from pnode.mass import MassMatrix
 from pnode.monitor import at_home, progress_bar
-from pnode.options import check_petsc_options, next_prefix
+from pnode.options import PETSc, check_petsc_options, next_prefix
 from pnode.parts import consistent, solve
+from pnode.path import At, check_at
+from pnode.petsc_vectors import as_state
 from pnode.problem import InitialValueProblem, StateLayout, as_times, collect_parameters
 from pnode.ranks import Ranks
-from pnode.solution import Occurrences, Solution, Stats
+from pnode.results import result
+from pnode.solution import Solution, Stats
 from pnode.solvers.methods import check_form, find_method
 from pnode.solvers.step_control import check_steps
-from pnode.stages import StageSweep
-from pnode.transfers import carry_once, on_host
+from pnode.transfers import on_host
 from pnode.transforms import moves, outside_inference, refuse_transforms
 from pnode.watching import watched
 
@@ -87,6 +89,8 @@ class Solver(torch.nn.Module):
     petsc_options : mapping, optional
         PETSc options of this solver alone, without prefix: ``{"snes_rtol": 1e-12}``. Options
         ``-pnode_...`` (all solvers) and ``-pnode_<number>_...`` (one) on the command line win.
+    petsc_setup : callable, optional
+        ``petsc_setup(ts)``, called with each TS that has read its options: see docs/petsc.md.
     cost : callable, optional
         ``r(t, y)``, a tensor of any fixed shape: ``solution.costs`` is its integral from ``t[0]``
         to each output time, with gradients like the state's. It changes neither steps nor states.
@@ -99,7 +103,7 @@ class Solver(torch.nn.Module):
         Ranks that share one state, each with its part of it in y0 (samples of a batch, or the cells
         of a layout): all take the same steps, by one error norm, and the gradients of the
         parameters, which every rank has, are summed up over the ranks. None: this process alone.
-    layout : Grid or GhostLayout, optional
+    layout : Grid, GhostLayout or PETSc DM, optional
         Of a state whose ranks look at each other's cells, from :mod:`pnode.parallel`: the vector
         field then gets y with ghost cells and returns dy/dt without. It brings its communicator.
     device_state : {"device", "host"}
@@ -134,8 +138,8 @@ class Solver(torch.nn.Module):
 
     Notes
     -----
-    Creating a solver is not collective; calling it, and ``backward``, are, on ``comm``. Arguments
-    that differ between the ranks, and failures on one of them, are errors on all: see docs/mpi.md.
+    Calling a solver, and ``backward``, are collective on ``comm``; creating one is not, but with a
+    DM. What differs between the ranks, or fails on one, is an error on all: see docs/mpi.md.
 
     The gradient is the discrete adjoint of the accepted steps, whose sizes are constants in it
     (Zhang, Constantinescu & Smith, "PETSc TSAdjoint", SIAM J. Sci. Comput. 44, 2022).
@@ -167,9 +171,10 @@ class Solver(torch.nn.Module):
         steps: Steps | None = None,
         linear_algebra: LinearAlgebra | None = None,
         petsc_options: Mapping[str, Any] | None = None,
+        petsc_setup: Callable[[Any], Any] | None = None,
         checkpointing: Checkpointing | int | str | None = None,
         comm: MPI.Intracomm | None = None,
-        layout: Layout | None = None,
+        layout: Layout | PETSc.DM | None = None,
         device_state: DeviceState = "device",
         compile: bool | Literal["auto"] = "auto",
         gradient: Literal["discrete", "continuous"] = "discrete",
@@ -189,33 +194,33 @@ class Solver(torch.nn.Module):
         self._form, self._requests = form, requested(
             gradient, form, chosen, steps, linear_algebra, output, checkpointing, cost, layout
         )  # fmt: skip
-        self._params = arguments.parameters(params)
-        limits = as_checkpointing(checkpointing)
+        self._params, limits = arguments.parameters(params), as_checkpointing(checkpointing)
         comm, exchange = arguments.communicator(comm, layout, form, limits.resume, self.event_fn)
         self.cost = check_cost(cost, chosen)
         collect_parameters(self._functions, self._params)
         self._progress = output.progress and comm.rank == 0
         alone = arguments.alone(comm, exchange, consistent_start, compile)
+        setup = arguments.setup(petsc_setup, chosen, compile)
         options = linear_algebra.petsc_options() | check_petsc_options(petsc_options)
         # Last: arguments that are refused use up no number.
         self._engine = Engine(
             chosen, steps.control(chosen), linear_algebra.jacobian, options,
             linear_algebra.options(chosen, form), limits, comm, exchange, self._new_prefix(),
-            compile=arguments.compilation(compile),
+            compile=arguments.compilation(compile), setup=setup,
         )  # fmt: skip
         #: What all ranks must have been given.
         self._shared = {} if alone else {
             "method": chosen.own or chosen.name, "layout": type(exchange).__name__,
             "device_state": device_state, "the problem's form": form, "gradient": gradient,
             "consistent_start": consistent_start, **shared(steps, linear_algebra, output),
-            "petsc_options": sorted(options.items()),
+            "petsc_options": sorted(options.items()), "petsc_setup": petsc_setup is not None,
             "checkpointing": vars(limits) | {"disk": limits.disk is None, "resume": None},
         }  # fmt: skip
 
     if TYPE_CHECKING:  # of a Module, calls are Any
 
         def __call__(
-            self, y0: Tensors, t: Times, args: Any = None, breakpoints: Any = None
+            self, y0: Tensors, t: Times, args: Any = None, breakpoints: Any = None, at: At = "times"
         ) -> Solution[Tensors]:
             """Integrate: :meth:`forward`, and the Module's hooks."""
             raise NotImplementedError
@@ -245,14 +250,16 @@ class Solver(torch.nn.Module):
         return self._engine.describe()
 
     @linearized
-    def forward(self, y0: Any, t: Any, args: Any = None, breakpoints: Any = None) -> Solution:
+    def forward(
+        self, y0: Any, t: Any, args: Any = None, breakpoints: Any = None, at: At = "times"
+    ) -> Solution:
         """Integrate from ``t[0]`` and return the states at the times ``t``. Collective.
 
         Parameters
         ----------
-        y0 : Tensor, or tuple, dict, NamedTuple... of Tensor
+        y0 : Tensor, or tuple, dict, NamedTuple... of Tensor, or PETSc Vec
             State at ``t[0]``; any shape, real or complex, 64 or 32 bits. f gets and returns the
-            same structure, and ``ys`` has it; a plain list of tensors counts as a tuple.
+            same structure, and ``ys`` has it; a list counts as a tuple, a Vec as its local tensor.
         t : Tensor
             Output times, shape ``(T,)``, strictly increasing or strictly decreasing. Each is hit
             exactly by a step, unless ``dense`` is set. With ``event_fn`` the last one may be
@@ -267,6 +274,9 @@ class Solver(torch.nn.Module):
             sees f before it, and the next begins afresh, with f after it. A tensor that requires
             grad gets the derivative, lambda times the jump of f. :mod:`pnode.controls` brings its
             own; a callable is given ``t[0]`` and ``t[-1]``. See docs/problems.md.
+        at : {"times", "steps"}
+            "steps": ``ts`` (float64) and ``ys`` are those of the ends of all steps, from ``t[0]``
+            on. The steps are taken twice.
 
         Returns
         -------
@@ -285,20 +295,21 @@ class Solver(torch.nn.Module):
         SolveError
             For a failing solve; see :mod:`pnode.errors`. What f raises comes through as it is.
         """
+        check_at(at, self._engine, self._requests)
         if self._requests.independent is not None:
             check_breaks(self._engine, self._requests, breakpoints)
             return samples.solve(self, y0, t, args)
         ranks = Ranks(self._engine.comm)
         differentiate = torch.is_grad_enabled()
-        own = (y0, t, args, breakpoints)
-        prepared = ranks.attempt(self._prepare, *own, ranks, differentiate)
+        prepared = ranks.attempt(self._prepare, y0, t, args, breakpoints, ranks, differentiate)
         if ranks.parallel:
             prepared = agreed(ranks, self._shared, prepared, differentiate)
-        return self._solve(differentiate, *prepared)
+        return self._solve(differentiate, at, *prepared)
 
     def _solve(
         self,
         differentiate: bool,
+        at: str,
         problem: InitialValueProblem,
         flat: torch.Tensor,
         times: torch.Tensor,
@@ -320,32 +331,16 @@ class Solver(torch.nn.Module):
         wanted = self._requests
         if monitor is not None or events is not None:
             wanted = replace(wanted, monitor=monitor, events=events)
+        if wanted.dense or at == "steps":
+            wanted = replace(wanted, steps=True, plain=at == "steps")
         with progress_bar(problem, wanted, self._progress) as requests:
             solved = solve(
                 self._engine, problem, requests, flat, times, trainable, differentiable,
                 self._consistent_start,
             )  # fmt: skip
-        layout, run = problem.layout, solved.run
-        times, ys, found = solved.times, solved.ys, solved.found
-        if compute is not None:
-            ys = carry_once(ys, compute, start)
-            found = [(when, carry_once(rows, compute, start)) for when, rows in found]
-            start.backward = run.stats.backward
-        run.stats.add(start)
-        states = ys if solved.whole else layout.unflatten(ys)
-        states, costs = parted(problem, states)
-        states = call.restored(states)
-        kept = trainable and not self._requests.continuous
-        stages = StageSweep.of(self._engine, run, flat, call) if kept else None
-        occurrences = tuple(
-            Occurrences(when, call.restored(parted(problem, layout.unflatten(rows))[0]))
-            for when, rows in found
+        return result(
+            self._engine, problem, wanted, solved, flat, start, call, events, trainable, at
         )
-        solution = Solution(times, states, run.stats, "t_end", None, costs, stages, occurrences)
-        if run.last is not None and events is not None:
-            solution.reason, solution.event_time = "event", times[-1]
-            solution.event = events.owner(run.last.entry)
-        return solution
 
     def _prepare(
         self, y0: Any, t: Any, args: Any, breakpoints: Any, ranks: Ranks, differentiate: bool
@@ -359,6 +354,7 @@ class Solver(torch.nn.Module):
             the user's functions get.
         """
         engine = self._engine
+        y0 = as_state(y0, engine.comm, engine.exchange)
         call = Call.of(y0, args, ranks, self.mass, engine.exchange, engine.jacobian_options)
         functions = self._functions
         declared = collect_parameters(functions, (*(self._params or ()), *call.tensors))

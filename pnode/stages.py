@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +18,10 @@ from pnode.integrals import parted
 from pnode.problem import InitialValueProblem
 from pnode.run import Recorded, Requests, Run
 from pnode.solution import Stage
+from pnode.solvers.methods import Method
 from pnode.transforms import in_forward_mode, is_wrapped, moves, transforms_active
 
-__all__ = ["StageSweep", "uncompiled"]
+__all__ = ["StageSweep", "refuse_written", "uncompiled", "written"]
 
 
 def _nothing() -> None:
@@ -44,7 +45,7 @@ class StageSweep:
 
     def __init__(self, engine: Engine, run: Run, y0: torch.Tensor, call: Call) -> None:
         self._engine, self._run, self._y0, self._call = engine, run, y0, call
-        self._versions = self._written()
+        self._versions = written(run.problem, y0)
 
     @classmethod
     def of(cls, engine: Engine, run: Run, y0: torch.Tensor, call: Call) -> StageSweep | None:
@@ -63,11 +64,9 @@ class StageSweep:
         """Copies and pickles of a solution have numbers alone."""
         return _nothing, ()
 
-    def _written(self) -> list[int]:
-        """Return how often what the solve depends on was written into."""
-        own = self._run.problem
-        tensors = (self._y0, *own.parameters, *own.frozen)
-        return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+    def refuse_written(self, remedy: str) -> None:
+        """Refuse a sweep after y0 or a parameter was written into; see :func:`refuse_written`."""
+        refuse_written(self._run, self._y0, self._versions, self._engine.method, remedy)
 
     def take(self, cotangents: Any, callback: Callable[[Stage], Any]) -> None:
         """Take a sweep: see :meth:`pnode.Solution.stages`. Collective."""
@@ -123,13 +122,7 @@ class StageSweep:
         """Return the cotangents as ``(T, size)``, after all checks that are one rank's own."""
         if not callable(callback):
             raise ConfigurationError(f"callback={callback!r}: give a callable of a pnode.Stage")
-        if self._written() != self._versions:
-            assert self._run.surroundings is not None
-            raise FieldChanged(
-                "y0 or a parameter was written into after the solve"
-                f"{self._run.surroundings.differences()}: call stages() before that",
-                method=self._engine.method.name,
-            )
+        self.refuse_written("call stages() before that")
         if self._call.structure is not None:
             cotangents = self._call.structure.lower_like(
                 cotangents, ConfigurationError, "cotangents"
@@ -153,6 +146,31 @@ class StageSweep:
         if problem.integrals:
             flat.append(flat[0].new_zeros(number, problem.integrals))
         return torch.cat(flat, 1)
+
+
+def written(problem: InitialValueProblem, y0: torch.Tensor) -> list[int]:
+    """Return how often what a solve depends on was written into."""
+    tensors = (y0, *problem.parameters, *problem.frozen)
+    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def refuse_written(
+    run: Run, y0: torch.Tensor, versions: Sequence[int], method: Method, remedy: str
+) -> None:
+    """Refuse to go on after what a solve depends on was written into.
+
+    Raises
+    ------
+    FieldChanged
+        Naming what was written into, and the remedy.
+    """
+    if written(run.problem, y0) != versions:
+        assert run.surroundings is not None
+        raise FieldChanged(
+            f"y0 or a parameter was written into after the solve{run.surroundings.differences()}: "
+            f"{remedy}",
+            method=method.name,
+        )
 
 
 def uncompiled(engine: Engine, run: Run, y0: torch.Tensor) -> Run:

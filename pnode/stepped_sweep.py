@@ -12,12 +12,13 @@ from pnode.adjoint.gradients import CostGradients
 from pnode.adjoint.nonfinite import check_parameters
 from pnode.adjoint.reverse import Repeated, Reverse, store_again, take_again
 from pnode.adjoint.trajectory import Trajectory
-from pnode.dense import DenseAdjoint, DenseOutput
+from pnode.dense import DenseOutput
+from pnode.dense_adjoint import DenseAdjoint
 from pnode.engine import Engine
 from pnode.event_locator import EventLocator
 from pnode.monitor import Monitor, backward_bar
 from pnode.products import accumulate
-from pnode.recording import Outputs, Recorder, new_trajectory
+from pnode.recording import Noted, Outputs, Recorder, new_trajectory
 from pnode.run import Requests, Run, Sweep
 from pnode.solvers.compiled.integrator import CompiledIntegrator, Start
 from pnode.solvers.petsc.integrator import TimeIntegrator
@@ -41,6 +42,8 @@ class SteppedSweep(Sweep):
         Steps and checkpoints; None without gradients.
     dense : DenseOutput or None
         Outputs inside of steps.
+    noted_steps : Noted or None
+        The steps, if they were to be known.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -48,6 +51,7 @@ class SteppedSweep(Sweep):
         self._reproducible = False
         self.trajectory: Trajectory | None = None
         self.dense: DenseOutput | None = None
+        self.noted_steps: Noted | None = None
 
     @property
     def interpolated(self) -> Set[int]:
@@ -56,9 +60,7 @@ class SteppedSweep(Sweep):
 
     def takes_batches(self, run: Run) -> bool:
         """Whether :meth:`reverse` takes several cotangents at once; see :class:`Sweep`."""
-        method, ranks = self._engine.method, run.problem.ranks
-        one = method.symplectic or method.linearly_implicit or run.settings.graphs or ranks.parallel
-        return not (one or self.dense)
+        return not (run.settings.graphs or run.problem.ranks.parallel or self.dense)
 
     def recorded(self) -> tuple[Sequence[Step], tuple[int, ...]]:
         """Return the steps, and for each output that one hits how many come before it."""
@@ -66,6 +68,8 @@ class SteppedSweep(Sweep):
         assert trajectory is not None
         inside = self.interpolated
         hits = [steps for i, steps in enumerate(trajectory.outputs) if i not in inside]
+        if self.dense is not None:  # which has those between the first and the last
+            hits = hits[:1] + hits[1:][-1:]
         return trajectory.steps, tuple(hits)
 
     def noted(self, output: int) -> Sequence[float]:
@@ -125,8 +129,11 @@ class SteppedSweep(Sweep):
             repeated: Repeated | None = None
             if requests.recorded is not None:
                 repeated = leases.enter_context(Repeated(
-                    lambda _: engine.integrator(run.settings, field, y0), run.settings,
-                    requests.recorded.steps, run.stats, self._reproducible, integrator,
+                    lambda adaptive: engine.integrator(
+                        replace(run.settings, adaptive=adaptive), field, y0
+                    ),
+                    run.settings, requests.recorded.steps, run.stats, self._reproducible,
+                    integrator,
                 ))  # fmt: skip
             taker, outputs = self._sweep(run, integrator, field, keep, requests, locator, repeated)
             if repeated is None:  # which counts them itself
@@ -152,17 +159,23 @@ class SteppedSweep(Sweep):
         """Take all steps; return the integrator that took the last one, and the outputs."""
         trajectory = self.trajectory
         problem, times = run.problem, run.problem.times
-        outputs = Outputs(run, integrator, trajectory)
-        observers: list[Observer] = [outputs]
+        outputs = Outputs(run, trajectory)
+        observers: list[Observer] = []
         if locator is not None:
             observers.append(locator)
         if trajectory is not None:
             observers.append(Recorder(trajectory, problem.ranks.attempt, self._reproducible))
+        if requests.steps:
+            self.noted_steps = Noted()
+            observers.append(self.noted_steps)
         if requests.dense:
-            self.dense = DenseOutput(times, integrator, field, outputs.add, keep)
+            pieces = None if requests.recorded is None else requests.recorded.pieces
+            self.pieces = pieces
+            self.dense = DenseOutput(times, integrator, field, outputs.add, keep, pieces)
             observers.append(self.dense)
             integrator.whole_graphs = self.dense.scheme is not None
             times = (times[0], *times[1:][-1:])  # those that steps are to hit
+        observers.append(outputs)  # behind those that come before the last one
         if requests.monitor is not None:
             observers.append(Monitor(requests.monitor, problem, requests.steps_before or 0))
         done: list[Step] = []

@@ -67,7 +67,7 @@ def forward(
         if recorded.tangents is not None:
             refuse_cuts(recorded.tangents.run)
         run.surroundings = recorded.surroundings
-    elif keep:
+    elif keep or requests.steps:
         run.surroundings = Surroundings(
             (problem.function, problem.explicit), problem.compute or problem.layout.device
         )

@@ -66,7 +66,7 @@ def with_tangents(
     mergeable = not reverse and batch_is_innermost(own)
     recorded = Recorded(
         steps, outputs, pair_settings(run.settings, pair, options), run.surroundings,
-        Tangents(pair, run, directions, moving, mergeable),
+        Tangents(pair, run, directions, moving, mergeable), sweep.pieces,
     )  # fmt: skip
     requests = Requests(dense=bool(sweep.interpolated), recorded=recorded)
     return pair, pair_problem(problem, pair, directions), requests

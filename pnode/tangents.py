@@ -36,6 +36,13 @@ from pnode.transforms import is_wrapped, moves
 __all__ = ["PairFunction", "pair_problem", "pair_settings", "unique"]
 
 
+#: Nodes of operations whose third derivatives torch has wrong, and remedies.
+_WRONG = {
+    "NativeLayerNormBackward0": "layer_norm: write (x - mean) / (var + eps).sqrt() out",
+    "NativeBatchNormBackward0": "batch_norm: write (x - mean) / (var + eps).sqrt() out",
+}
+
+
 class PairFunction:
     """(f, f_y Z + f_p v) at (y, Z): a function as users give them, of one flat tensor.
 
@@ -74,6 +81,7 @@ class PairFunction:
             i for i in range(len(self._parameters)) if any(one[i] is not None for one in directions)
         ]
         self._hooks = hooks_of(self._parameters)
+        self._looked = False
 
     def __call__(self, t: torch.Tensor, x: torch.Tensor, *rate: torch.Tensor) -> torch.Tensor:
         """Return both, in one flat tensor; with their graph if there is to be one."""
@@ -91,6 +99,9 @@ class PairFunction:
             ]
             result = self._function(t, *map(self._state, arguments))
             value = self._layout.flatten(result)
+        if record and not self._looked:
+            _refuse_wrong(value)
+            self._looked = True
         inputs = (*arguments, *(self._parameters[i] for i in self._moving))
         tangents = [
             (*(part[k] for part in given), *(directions[i] for i in self._moving))
@@ -161,6 +172,29 @@ class PairFunction:
         directions = [[new(v) for v in one] for one in self._directions]
         made = PairFunction(function, self._layout, self._pair, parameters, directions, self._cells)
         return made, found | moved
+
+
+def _refuse_wrong(value: torch.Tensor) -> None:
+    """Refuse to differentiate tangents of what torch does not differentiate that often.
+
+    Raises
+    ------
+    BackwardError
+        Naming the operation.
+    """
+    seen, pending = set(), [value.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        wrong = _WRONG.get(node.name())
+        if wrong is not None:
+            raise BackwardError(
+                "second derivatives of a solve take third ones of the vector field's operations, "
+                f"and torch's are wrong for {wrong}"
+            )
+        pending.extend(following for following, _ in node.next_functions)
 
 
 def pair_problem(

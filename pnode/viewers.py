@@ -15,7 +15,7 @@ from typing import Any
 __all__ = ["append_to_files", "empty_files", "refusal", "watches_steps"]
 
 _EXACT = "pnode knows no exact solution; compare with solution.ys"
-_GRID = "it needs a DM of PETSc's, which the state has not; use monitor= or ascii:FILE"
+_GRID = "it needs a DM of PETSc's in the TS; use monitor=, ascii:FILE, or view solution.vec(i)"
 _STEPS = "PETSc does not take the steps back; use monitor= on the way forward, or -log_view"
 _TRAJECTORY = "checkpoints are pnode's; use checkpointing="
 _REFUSED = {

@@ -101,14 +101,10 @@ class ModifiedNewton:
         pair = settings.jacobian_options.pair
         self._parts: PairLayout | None = None if pair is None else pair.layout
         self._eps = torch.finfo(settings.dtype).eps
-        self._read = False
         self.begin()
 
     def begin(self) -> None:
-        """Forget the Jacobian: a new problem begins. Its options are in PETSc's database."""
-        if not self._read:  # SNES would do so at its first solve, which may never come
-            self._ksp.setFromOptions()
-            self._read = True
+        """Forget the Jacobian: a new problem begins."""
         self.newton = 0
         self.forget()
         self._krylov = total_krylov_iterations(self._ksp)

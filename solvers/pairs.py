@@ -26,6 +26,7 @@ from pnode.linearization import Linearization
 from pnode.options import PETSc
 from pnode.pair_layout import PairLayout
 from pnode.solvers.linear.assembly import Assembly
+from pnode.solvers.linear.given_solves import GivenSolve
 from pnode.solvers.linear.linearizer import Linearizer, Point
 from pnode.solvers.linear.shells import JacobianShell, shell_matrix
 from pnode.vectorfield import vector_field
@@ -323,6 +324,9 @@ class PairAssembly(Assembly):
         ksp.setFromOptions()
         for name, _ in self._options.linear_solver:
             del options[name]
+        given = self._options.options.preconditioner
+        if isinstance(given, GivenSolve):
+            given.install(ksp, layout.size, dict(self._options.linear_solver).get("pc_type"))
         vectors = [create(comm, layout.size, place) for _ in range(2)]
         self._context = PairMatrix(layout, ksp, self._bridge, vectors)
         return shell_matrix(self._context, size, size, comm, place)

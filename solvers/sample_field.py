@@ -30,6 +30,10 @@ class RowsField(VectorField):
         others = len(shape) - 1 - any(self._layout.pairs)
         return s.to(self._layout.dtype).view(-1, *[1] * others)
 
+    def times_of(self, values: torch.Tensor) -> torch.Tensor:
+        """Return a number of each row in the shape of the times that f gets."""
+        return self._time(values)
+
     def rate(self, t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         """Return f at times ``(B,)`` and states ``(B, n)``, in double precision."""
         own = u.to(self.dtype, copy=True).reshape(-1)

@@ -22,8 +22,9 @@ LONG = {
     f"test_{name}.py"
     for name in (
         "benchmarks", "checkpointing", "clock", "compiled", "compiled_fields", "compiled_stiff",
-        "driver", "event_lists", "examples", "fast_tanh", "field_changed", "memory", "odd_fields",
-        "scaling", "sdist", "site", "stiff", "tableaus", "types",
+        "cotangent_batches", "driver", "event_lists", "examples", "fast_tanh", "field_changed",
+        "gallery", "gallery_control", "gallery_physics", "memory", "odd_fields", "scaling", "sdist",
+        "site", "stiff", "tableaus", "types",
     )
 }  # fmt: skip
 

@@ -21,6 +21,7 @@ from pnode import (
     autograd,
     continuous,
     devices,
+    dm_layouts,
     engine,
     ghost_layouts,
     grids,
@@ -302,7 +303,9 @@ def _simulate(patch: pytest.MonkeyPatch, petsc: bool, streams: Streams) -> None:
     if petsc:
         from_dlpack = vectors.from_dlpack
         patch.setattr(vectors, "from_dlpack", lambda capsule: OnDevice(from_dlpack(capsule)))
-        for module in (autograd, continuous, devices, engine, ghost_layouts, grids, stages):
+        for module in (
+            autograd, continuous, devices, dm_layouts, engine, ghost_layouts, grids, stages,
+        ):  # fmt: skip
             patch.setattr(module, "place_of", _place_of)
         patch.setattr(devices, "petsc_stream", lambda: 0)
         patch.setattr(vectors, "_through_dlpack", set())

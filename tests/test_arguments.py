@@ -48,6 +48,7 @@ REFUSED = {
     "linear_solver": [5, ["gmres"], "nothing"],
     "device_state": [None, 5, ["host"], np.zeros(2)],
     "petsc_options": ["ksp_type", 5, {5: 6}],
+    "petsc_setup": [5, "setup"],
     "params": [torch.ones(1), 5, [1.0]],
     "checkpointing": [True, 0, -5, "lots", [1]],
     "monitor": [5, "print"],

@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 import torch
 from compile_cache import share_headers
+from representatives import representatives
 
 import pnode
 from pnode.errors import ConfigurationError, NonFiniteVectorField
 from pnode.solvers.compiled import inductor, libraries, trace
 from pnode.solvers.methods import METHODS, Method, find_method
 
-EXPLICIT = [method for method in METHODS if method.ts_type in ("rk", "ssp")]
+EXPLICIT = representatives(method for method in METHODS if method.ts_type in ("rk", "ssp"))
 TIMES = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
 
 

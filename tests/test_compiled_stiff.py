@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch._inductor import cpp_builder
 
 import pnode
-from pnode.solvers.compiled import inductor
+from pnode.solvers.compiled import inductor, programs
 from pnode.solvers.compiled.fields import Fields
 from pnode.solvers.methods import METHODS
 
@@ -20,14 +21,6 @@ DIRK = [method.name for method in METHODS if method.ts_type == "dirk"]
 BDF = [method.name for method in METHODS if method.multistep]
 COUPLED = [method.name for method in METHODS if method.coupled]
 ADAPTIVE = [m.name for m in METHODS if m.adaptive and m.name in (*ROSW, *DIRK)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory):
-    """Programs of this run alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PNODE_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
-        yield
 
 
 class Kinetics(torch.nn.Module):
@@ -62,6 +55,7 @@ def solve(kinetics, compile, y0=START, times=TIMES, **keywords):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         solution = solver(y0, times)
+    assert ("compiled='whole sweeps'" in repr(solver)) == compile
     weights = torch.linspace(-1.0, 2.0, solution.ys.numel(), dtype=torch.float64)
     (solution.ys * weights.view(solution.ys.shape)).sum().backward()
     return solution, [y0.grad, times.grad, *(p.grad for p in kinetics.parameters())]
@@ -456,6 +450,18 @@ def test_one_warning_says_why_a_solve_is_not_compiled(keywords, reason):
     assert torch.equal(ys, expected)
 
 
+def test_a_compiler_that_fails_is_told_though_the_field_can_be_compiled(monkeypatch, caplog):
+    monkeypatch.setattr(programs, "source", lambda *names: "#error no steps today")
+    monkeypatch.setattr(logging.getLogger("pnode"), "propagate", True)
+    solver = pnode.Solver(Kinetics(), method="cn", step_size=0.1, compile=True)
+    ys = solver(START, TIMES).ys
+    (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
+    assert "no steps today" in record.getMessage()
+    assert "compiled='the vector field', not compiled: RuntimeError" in repr(solver)
+    expected = pnode.Solver(Kinetics(), method="cn", step_size=0.1, compile=False)(START, TIMES).ys
+    torch.testing.assert_close(ys, expected, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     "keywords",
     [
@@ -487,7 +493,9 @@ def test_without_a_compiler_a_solve_goes_on(monkeypatch):
     assert difference(ys[1], START * (1.0 - 0.45) / (1.0 + 0.45)) < 1e-12
 
 
-def test_a_damaged_program_is_built_again():
+def test_a_damaged_program_is_built_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("PNODE_CACHE_DIR", str(tmp_path))  # others build programs meanwhile
+
     def field(t, y):
         return -7.0 * y
 

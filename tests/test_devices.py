@@ -11,6 +11,7 @@ from simulated_device import DEVICE, OnDevice, bare, module_on_device, on_device
 
 import pnode
 from pnode.errors import ConfigurationError, VectorFieldError
+from pnode.options import PETSc
 
 TIMES = torch.linspace(0.0, 1.0, 4, dtype=torch.float64)
 
@@ -166,6 +167,14 @@ def test_torchs_default_device_is_not_asked(case):
 
 LAYOUTS = {
     "grid": lambda: pnode.parallel.Grid((12,), width=1, boundary="mirror"),
+    "dm": lambda: PETSc.DMDA().create(
+        dim=1,
+        dof=1,
+        sizes=(12,),
+        boundary_type=(PETSc.DM.BoundaryType.PERIODIC,),
+        stencil_width=1,
+        comm=PETSc.COMM_SELF,
+    ),
     "ghosts": lambda: pnode.parallel.GhostLayout(12, torch.tensor([3, 7])),
 }
 
@@ -179,8 +188,8 @@ def test_ghost_cells(layout, solve, state):
         solve = {"method": "beuler", "jacobian": "matrix-free"}
 
     def field(t, y):
-        inner = y[1:-1] if layout == "grid" else y[:12]
-        return (y[2:] - 2 * inner + y[:-2] if layout == "grid" else y[12:].sum() - inner) * 3.0
+        inner = y[:12] if layout == "ghosts" else y[1:-1]
+        return (y[12:].sum() - inner if layout == "ghosts" else y[2:] - 2 * inner + y[:-2]) * 3.0
 
     def run(y0):
         solver = pnode.Solver(

@@ -8,18 +8,19 @@ import random
 import numpy as np
 import pytest
 import torch
+from representatives import representatives
 from test_compiled import interpreted
 
 import pnode
 from pnode.errors import FieldChanged
 from pnode.evidence import Evidence, Reads, differs, project
-from pnode.solvers.methods import METHODS
+from pnode.solvers.methods import find_method
 
 __all__ = ["interpreted"]  # a fixture
 
 D = torch.float64
 TIMES = torch.tensor([0.0, 0.4, 1.0], dtype=D)
-CASES = [(method.name, form) for method in METHODS for form in method.forms]
+CASES = [(method.name, form) for method in representatives() for form in method.forms]
 FAMILIES = ["euler", "bosh3", "ssprk43", "ruth3", "beuler", "cn", "implicit_midpoint", "trbdf2",
             "sdirk2", "rodas3", "ark3"]  # fmt: skip
 # What makes the backward sweep evaluate f again: no graphs, few checkpoints.
@@ -59,7 +60,7 @@ def parameter():
 
 @pytest.mark.parametrize(("name", "form", "store"), [
     *((name, form, "stages") for name, form in CASES),
-    *((name, form, store) for name, form in CASES if name in FAMILIES
+    *((name, form, store) for name in FAMILIES for form in find_method(name).forms
       for store in ("budget", "solutions")),
 ])  # fmt: skip
 def test_a_number_that_f_looks_at(name, form, store):

@@ -213,8 +213,10 @@ def test_digits(tmp_path):
     numbers = quick("digits", tmp_path, "--no-plot")
     rows = {row["gradient by"]: row for row in numbers["rows"]}
     exact = [row for name, row in rows.items() if name != "NODE-continuous"]
-    assert len(exact) == 7 and max(row["difference"] for row in exact) < 1e-13
+    assert len(exact) == 8 and max(row["difference"] for row in exact) < 1e-13
     assert 1e-13 < rows["NODE-continuous"]["difference"] < 1e-3
+    for name in ("checkpoint per step (ACA)", "pnode, segments of two steps"):
+        assert rows[name]["evaluations"] == 64, name
     ways = ("pnode, tape", "pnode, stages", "pnode, 9 states")
     assert [rows[name]["evaluations"] for name in ways] == [32, 64, 80]
     tape, stages, least = (rows[name]["MiB"] for name in ways)
@@ -229,6 +231,7 @@ def test_kuramoto_sivashinsky_on_one_rank_and_two(tmp_path):
         folder = tmp_path / str(ranks)
         command = [mpiexec(), "-n", str(ranks), sys.executable]
         command += [str(ROOT / "examples" / "kuramoto_sivashinsky.py"), "--quick", "--no-plot"]
+        command += ["--iterations", "2"]
         run = subprocess.run(
             [*command, "--output", str(folder)], capture_output=True, text=True, timeout=500,
             check=False,

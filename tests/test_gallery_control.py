@@ -77,7 +77,7 @@ def test_reactors_on_two_ranks(tmp_path):
     for ranks in (1, 2):
         folder = tmp_path / str(ranks)
         command = [mpiexec(), "-n", str(ranks), sys.executable, str(ROOT / "examples/reactors.py")]
-        options = ["--quick", "--reactors", "6", "--no-plot", "--output", str(folder)]
+        options = ["--quick", "--reactors", "4", "--no-plot", "--output", str(folder)]
         threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         run = subprocess.run(
             [*command, *options], env={**os.environ, **threads}, capture_output=True, text=True,
@@ -92,7 +92,9 @@ def test_reactors_on_two_ranks(tmp_path):
 def test_energy_balance_knows_its_uncertainty(tmp_path):
     found = quick("energy_balance", tmp_path)
     assert max(map(abs, found["errors_in_deviations"])) < 3.5
-    assert found["covered"] >= 0.5
+    # 40 records: 0.9 is one and a half deviations below 95 %; the ellipsoids are known to be off.
+    assert found["region by misfit"] >= 0.9 and found["ellipsoid"] >= 0.5
+    assert found["curvatures_differ"] < 1e-10  # all records' tangents at once, and sensitivities
     at_kinks, unknown = found["kinks"]
     assert at_kinks["rejected"] < unknown["rejected"]
     assert at_kinks["rhs"] < unknown["rhs"]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.func import functional_call, jacfwd, jvp, linearize, vmap
+from torch.func import functional_call, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 import pnode
+from pnode.errors import FieldChanged
 
 D = torch.float64
 T = torch.tensor([0.0, 0.2, 0.5], dtype=D)
@@ -61,6 +62,63 @@ def test_linearized_solves_are_their_tangents(method):
     gradients = torch.autograd.grad(ys.sum() + costs[-1].sum(), [y0, p])
     for one, other in zip(back, gradients, strict=True):
         assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["rk4", "rodaspr"])
+def test_transforms_of_what_linearize_returned(method):
+    """Its derivatives are itself, its transpose and that one's: by torch.func and by autograd."""
+    solver = pnode.Solver(Pull(), method=method, step_size=0.1, compile=False)
+
+    def outputs(y0, rate):
+        return functional_call(solver, {"rhs.rate": rate}, (y0, T)).ys.sin()
+
+    rate = torch.tensor([0.9, 0.4], dtype=D)
+    values, both = linearize(outputs, Y0, rate)
+    (J,) = jacfwd(outputs, (0,))(Y0, rate)
+    (K,) = jacfwd(outputs, (1,))(Y0, rate)
+
+    def same(one, other):
+        return torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+
+    zero = torch.zeros_like(rate)
+    for of in (jacrev, jacfwd):
+        by_y0, by_rate = of(both, (0, 1))(V[0], V[1])
+        assert same(by_y0, J) and same(by_rate, K)
+    out, pull_back = vjp(both, V[0], V[1])
+    w = torch.cos(values + torch.arange(6, dtype=D).reshape(3, 2))
+    found = pull_back(w)
+    assert same(found[0], torch.einsum("tij,ti->j", J, w))
+    assert same(found[1], torch.einsum("tij,ti->j", K, w))
+    assert same(out, J @ V[0] + K @ V[1])
+    assert same(jvp(both, (V[0], zero), (V[1], V[2]))[1], J @ V[1] + K @ V[2])
+    H = hessian(lambda v: both(v, zero).square().sum())(V[0])
+    assert same(H, 2.0 * torch.einsum("tij,tik->jk", J, J))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(V[0], V[1])
+        assert same(torch.autograd.forward_ad.unpack_dual(both(dual, zero)).tangent, J @ V[1])
+    v = V[0].clone().requires_grad_()
+    (slope,) = torch.autograd.grad(both(v, zero).square().sum(), v, create_graph=True)
+    (again,) = torch.autograd.grad(slope[0], v)
+    assert same(again, H[0])
+    assert torch.autograd.gradcheck(lambda v: both(v, zero), v, check_forward_ad=True)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("method", ["rk4", "dopri5", "cn", "rodaspr", "bdf2"])
+def test_a_parameter_written_in_place_after_linearize(method, trains):
+    """Is refused, forwards and transposed; what was written into y0 and t does not matter."""
+    field, y0, t = Pull(), Y0.clone(), T.clone()
+    field.rate.requires_grad_(trains)
+    solver = pnode.Solver(field, method=method, step_size=0.1, compile=False)
+    linear = linearize(lambda y: solver(y, t).ys, y0)[1]
+    before, back = linear(V[0]), vjp(linear, V[0])[1]
+    y0.zero_(), t.zero_()
+    assert torch.equal(linear(V[0]), before)
+    with torch.no_grad():
+        field.rate.mul_(1.5)
+    for call in (lambda: linear(V[0]), lambda: vmap(linear)(V), lambda: back(before)):
+        with pytest.raises(FieldChanged, match=r"rate.*linearize anew"):
+            call()
 
 
 def test_linearize_of_structures():

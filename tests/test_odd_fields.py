@@ -7,11 +7,11 @@ import weakref
 
 import pytest
 import torch
+from representatives import representatives
 
 import pnode
 from pnode.errors import NonFiniteDerivative, NonFiniteVectorField, VectorFieldError
 from pnode.graphs import NODE_BYTES, graph_bytes
-from pnode.solvers.methods import METHODS
 
 D = torch.float64
 TIMES = torch.tensor([0.0, 0.3, 1.0], dtype=D)
@@ -21,7 +21,7 @@ STORES = {
     "stages": pnode.Checkpointing(store="stages"),
     "budget": 1200,
 }
-EXPLICIT = [method.name for method in METHODS if method.keeps_graphs]
+EXPLICIT = [method.name for method in representatives() if method.keeps_graphs]
 A_FEW = ["rk4", "dopri5", "ssprk43", "cn", "es325", "bdf2", "rodaspr"]
 
 
@@ -271,6 +271,26 @@ def test_bytes_of_a_graph():
     assert graph_bytes(x.detach()) == 0
     part = torch.utils.checkpoint.checkpoint(lambda x: x.exp().tanh(), x, use_reentrant=False)
     assert graph_bytes(part, [x]) >= 2 * NODE_BYTES
+
+
+def test_bytes_of_what_a_function_keeps_in_its_context():
+    """An attribute may be a number in one node and a tensor in the next."""
+
+    class Scale(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, factor):
+            ctx.factor = factor
+            return x * 2.0
+
+        @staticmethod
+        def backward(ctx, w):
+            return 2.0 * w, None
+
+    x = torch.ones(1000, dtype=D, requires_grad=True)
+    for _ in range(2):
+        assert graph_bytes(Scale.apply(x, 2.0), [x]) == 2 * NODE_BYTES
+        kept = Scale.apply(x, torch.ones(500, dtype=D))
+        assert graph_bytes(kept, [x]) == 2 * NODE_BYTES + 4000
 
 
 class Keeper(torch.nn.Module):

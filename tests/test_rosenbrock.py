@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from replica import replica, rosw_step
+from representatives import representatives
 from test_gradients import Field, gradients, initial, relative_difference, weights_like
 
 import pnode
@@ -211,8 +212,10 @@ def test_methods_of_w_type_do_not_need_the_time_slope():
 # ---------------------------------------------------------------------------------------- gradients
 
 
-@pytest.mark.parametrize("jacobian", ["dense", "matrix-free"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "jacobian"),
+    [(name, "dense") for name in NAMES] + [(m.name, "matrix-free") for m in representatives(ROSW)],
+)
 def test_equals_autograd_through_a_replica(name, jacobian):
     """To round-off: there is no iteration but the Krylov one, which stops at 1e-12."""
     field, y0 = Field(), initial()
@@ -313,7 +316,13 @@ def test_second_derivatives_of_a_vector_field(direction):
     J = torch.autograd.functional.jacobian(lambda x: g(time, x), y, create_graph=True)
     slope = torch.autograd.functional.jacobian(lambda s: g(s, y), time, create_graph=True)
     assert torch.allclose(ours.time_derivative(), slope, rtol=1e-14)
-    pairs = ((ours.second_vjp(w, v), w @ J @ v), (ours.time_derivative_vjp(w), w @ slope))
+    rows, one = torch.stack([w, 2.0 * v]), torch.tensor([1.0, 0.5], dtype=torch.float64)
+    pairs = (
+        (ours.second_vjp(w[None], v[None]), w @ J @ v),
+        (ours.second_vjp(w[None], 0.0 * v[None], one[:1]), w @ slope),
+        (ours.second_vjp(rows, rows.flip(0), one),
+         2.0 * (w @ J @ v + v @ J @ w) + w @ slope + v @ slope),
+    )  # fmt: skip
     for products, scalar in pairs:
         state, parameters = torch.autograd.grad(scalar, [y, p], retain_graph=True)
         assert torch.allclose(products.state, state, rtol=1e-13)

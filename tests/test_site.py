@@ -76,7 +76,7 @@ def test_every_public_name_is_in_the_reference(site: Path) -> None:
     elsewhere = {f"pnode.{name}" for name in errors.__all__}
     wanted -= elsewhere | {"pnode.__version__", "pnode.controls", "pnode.parallel"}
     assert wanted <= anchors, wanted - anchors
-    for method in ("plot", "table", "save", "to_xarray", "write_xdmf", "stages"):
+    for method in ("plot", "table", "save", "to_xarray", "write_xdmf", "stages", "vec"):
         assert f"pnode.Solution.{method}" in anchors
 
 

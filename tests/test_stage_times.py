@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from representatives import representatives
 
 import pnode
 from pnode.solvers.methods import METHODS
 
 D = torch.float64
-CASES = [(method.name, form) for method in METHODS for form in method.forms if form != "separable"]
+CASES = [(m.name, form, 1.0) for m in METHODS for form in m.forms if form != "separable"]
+CASES += [
+    (m.name, form, -1.0) for m in representatives() for form in m.forms if form != "separable"
+]
 
 
 def solve(name, form, field, params, times, **keywords):
@@ -26,8 +30,7 @@ def solve(name, form, field, params, times, **keywords):
     return solver(y0, times)
 
 
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-@pytest.mark.parametrize(("name", "form"), CASES)
+@pytest.mark.parametrize(("name", "form", "sign"), CASES)
 def test_a_switch_at_the_end_of_a_step(name, form, sign):
     """y is linear in a, whichever steps see the switch: its derivative is y / a."""
     a = torch.tensor(3.0, dtype=D, requires_grad=True)

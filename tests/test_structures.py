@@ -216,6 +216,32 @@ def hidden(at=0.25):
     return field
 
 
+@pytest.mark.parametrize("power", [1, 3])
+def test_a_linear_implicit_part_is_factored_at_once(power, monkeypatch):
+    """At the first solve, before many products; the numbers are those of a dense matrix."""
+    monkeypatch.setattr("pnode.engine._MANY_PRODUCTS", 1 << 20)
+
+    def diffusion(t, y):
+        return 20.0 * (torch.roll(y, 1) + torch.roll(y, -1) - 2.0 * y**power)
+
+    y0 = torch.linspace(0.1, 1.0, 300, dtype=D).requires_grad_()
+    found = []
+    for jacobian in ("auto", "dense"):
+        solver = pnode.Solver(
+            implicit=diffusion, explicit=lambda t, y: torch.sin(3.0 * y), method="ark3",
+            step_size=0.02, jacobian=jacobian, compile=False,
+            petsc_options=TIGHT if power > 1 else None,
+        )  # fmt: skip
+        solution = solver(y0, torch.tensor([0.0, 0.2], dtype=D))
+        (gradient,) = torch.autograd.grad(solution.ys[-1].square().sum(), y0)
+        found.append((solution.ys[-1].detach(), gradient))
+        if jacobian == "auto":
+            stats = solution.stats
+            assert (stats.krylov == stats.newton and 1 <= stats.jacobians <= 3) == (power == 1)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
 def test_coupling_that_was_not_there():
     """Newton's method notes it forwards, the check of every solve backwards."""
 

@@ -58,6 +58,8 @@ CASES = [
     ("imex", "ark3"), ("imex", "bpr3"), ("mass", "beuler"), ("mass", "bdf2"),
     ("mass", "implicit_midpoint"), ("cost", "rk4"), ("cost", "es325"), ("cost", "bdf2"),
     ("block", "es325"), ("matrix-free", "cn"),
+    *(("rhs", m) for m in ("rodaspr", "rodas3", "assp3p3s1c", "lassp3p4s2c")),
+    ("cost", "ra34pw2"), ("block", "rodaspr"), ("matrix-free", "ros2m"),
 ]  # fmt: skip
 
 
@@ -113,7 +115,40 @@ def test_tangents_are_those_of_the_pair_and_of_the_adjoint(kind, method, ways, m
     assert torch.allclose(one, pair, rtol=tolerance, atol=10 * tolerance)
 
 
-@pytest.mark.parametrize("method", ["dopri5", "es325", "bdf"])
+class Pendulum(torch.nn.Module):
+    """A separable field of positions and momenta, which depends on time."""
+
+    def __init__(self):
+        super().__init__()
+        self.rate = torch.nn.Parameter(torch.tensor([1.3, 0.4], dtype=D))
+
+    def forward(self, t, y):
+        q, p = y
+        return self.rate[0] * p + p**3, -torch.sin(q) + self.rate[1] * q**2 * torch.cos(t)
+
+
+@pytest.mark.parametrize("method", ["symplectic_euler", "velocity_verlet", "forest_ruth"])
+def test_symplectic_methods(method, ways):
+    """Forward, by k cotangents in one sweep, and by differences; time decreases."""
+    solver = pnode.Solver(Pendulum(), method=method, step_size=0.125, compile=False)
+
+    def solve(q, p, rate):
+        return torch.cat(functional_call(solver, {"rhs.rate": rate}, ((q, p), T.flip(0))).ys, 1)
+
+    given = Y0[0, :2], Y0[1, :2], torch.tensor([1.1, 0.6], dtype=D)
+    forward, reverse = jacfwd(solve, (0, 1, 2))(*given), jacrev(solve, (0, 1, 2))(*given)
+    assert ways == [True]
+    for k, (one, other) in enumerate(zip(forward, reverse, strict=True)):
+        assert torch.allclose(one, other, rtol=1e-12, atol=1e-13)
+        for j in range(2):
+            moved = [[x.clone() for x in given] for _ in range(2)]
+            moved[0][k][j] += 1e-6
+            moved[1][k][j] -= 1e-6
+            differences = (solve(*moved[0]) - solve(*moved[1])) / 2e-6
+            assert torch.allclose(one[..., j], differences, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "es325", "bdf", "rodaspr"])
 def test_adaptive_steps_and_decreasing_times(method, ways):
     options = {"step_size": None, "rtol": 1e-7, "atol": 1e-7}
     solve, parameters = function(solver_of("rhs", method=method, **options), T.flip(0))
@@ -257,7 +292,7 @@ class Square(torch.autograd.Function):
         return 2.0 * x * g
 
 
-@pytest.mark.parametrize("method", ["rk4", "es325"])
+@pytest.mark.parametrize("method", ["rk4", "es325", "rodaspr"])
 def test_fields_that_torch_cannot_batch(method, ways):
     custom = pnode.Solver(
         lambda t, y: -0.1 * NotBatched.apply(y), method=method, step_size=0.25, compile=False

@@ -78,6 +78,8 @@ class Entry:
         How often that was decided.
     made : str
         What is compiled.
+    left : str
+        Why not more is.
     hindrance : str
         Why nothing is, for good.
     """
@@ -87,6 +89,7 @@ class Entry:
     bought: bool = False
     times: int = 0
     made: str = ""
+    left: str = ""
     hindrance: str = ""
 
     def add(self, ledger: Ledger, before: int = 0) -> None:
@@ -111,7 +114,7 @@ class Entry:
 
     def changed(self, text: str) -> None:
         """Begin anew with a field that is another one than when it was compiled."""
-        self.calls, self.work, self.bought, self.made = 0, None, False, ""
+        self.calls, self.work, self.bought, self.made, self.left = 0, None, False, "", ""
         if self.times >= _MOST_TIMES:
             self.hindrance = text
 
@@ -137,7 +140,8 @@ class Account:
     def describe(self) -> str:
         """Say what is compiled and what is not, in a few words."""
         made = dict.fromkeys(entry.made for entry in self.entries.values() if entry.made)
-        left = dict.fromkeys(entry.hindrance for entry in self.entries.values() if entry.hindrance)
+        entries = self.entries.values()
+        left = dict.fromkeys(text for e in entries for text in (e.left, e.hindrance) if text)
         found = [f"compiled={text!r}" for text in made]
         return ", ".join(found + [f"not compiled: {_shortened(text)}" for text in left])
 

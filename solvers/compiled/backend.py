@@ -128,7 +128,7 @@ class Compilation:
     captured : tuple of Tensor
         What the machine code reads.
     reasons : tuple of str
-        Why there is none.
+        Why there is none, or not more.
     changed : bool
         Whether that is a field that is another one than when it was compiled.
     """

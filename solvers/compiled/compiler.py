@@ -69,7 +69,8 @@ class Compiler:
             found = self._checked(backend, field_, y0, wanted)
             field_.ledger.rhs = evaluations
             if not isinstance(found, Reason):
-                return backend.begin(found, field_, y0, wanted)
+                made = backend.begin(found, field_, y0, wanted)
+                return replace(made, reasons=tuple(reasons))
             changed |= found.changed
             if not any(found.text in reason for reason in reasons):
                 reasons.append(found.text)

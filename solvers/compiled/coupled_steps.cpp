@@ -1,8 +1,6 @@
 // Steps of fully implicit Runge-Kutta methods and their adjoints: what CoupledIntegrator, StageNewton
 // and CoupledAdjoint do, which have the reasons. Above this stands implicit_steps.cpp.
 
-#include <complex>
-
 namespace {
 
 typedef std::complex<double> Complex;

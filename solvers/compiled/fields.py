@@ -270,15 +270,13 @@ class CompiledLinearization(Linearization):
             return [run([rows, *given])[0].reshape(len(rows), -1)]
         return [torch.stack([code.product([row, *given])[0].reshape(-1) for row in rows])]
 
-    def second_vjp(self, w: torch.Tensor, v: torch.Tensor) -> Products:
+    def second_vjp(
+        self, w: torch.Tensor, v: torch.Tensor, time: torch.Tensor | None = None
+    ) -> Products:
         """Not available."""
         raise NotImplementedError("compiled fields have no second derivatives")
 
     def time_derivative(self) -> torch.Tensor:
-        """Not available."""
-        raise NotImplementedError("compiled fields have no derivative with respect to time")
-
-    def time_derivative_vjp(self, w: torch.Tensor) -> Products:
         """Not available."""
         raise NotImplementedError("compiled fields have no derivative with respect to time")
 

@@ -14,6 +14,8 @@
 //   parameters(t, y, w, c, mu)           mu += (df/dp)^T w
 //   second(t, y, S, w, c, l, mu)         l, mu += d/d(y, p) (sum_kl S_kl J_kl + w^T df/dt)
 
+#include <complex>  // before Lu, whose std::abs is looked up where it stands
+
 namespace {
 
 constexpr int MOST_STAGES = 16;

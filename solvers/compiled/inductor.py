@@ -32,7 +32,7 @@ from typing import Any, TypeAlias
 import torch
 
 from pnode import private_files
-from pnode.notices import compiling
+from pnode.notices import LOG, compiling
 from pnode.solvers.compiled import fast_tanh, libraries, products, trace
 from pnode.solvers.compiled.trace import compose
 
@@ -316,6 +316,7 @@ def _build_source(path: Path, source: str, compiler: str, flags: Sequence[str]) 
         with compiling("steps"):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
+            LOG.warning("%s failed, and the solve goes on without: %s", compiler, done.stderr)
             raise RuntimeError(done.stderr)
         _keep(path, partial)
 

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import scipy.sparse
 import torch
 
 from pnode.devices import HOST, Place
 from pnode.errors import ConfigurationError, VectorFieldError
+from pnode.options import PETSc
 from pnode.solvers.linear.dense import DenseAssembly
 from pnode.solvers.linear.linearizer import Linearizer, Point
 from pnode.solvers.linear.sparse import EntryAssembly
@@ -24,13 +26,14 @@ class GivenMatrix:
 
     Parameters
     ----------
-    matrix : Tensor, sparse matrix of SciPy, or callable
+    matrix : Tensor, sparse matrix of SciPy, Mat of PETSc, or callable
         Shape ``(size, size)`` for the flattened state; or ``matrix(t, y)`` that returns one.
     """
 
     def __init__(self, matrix: Any) -> None:
-        self._function: Callable[..., Any] | None = matrix if callable(matrix) else None
-        self._constant = None if callable(matrix) else as_matrix(matrix, "preconditioner")
+        varies = callable(matrix) and not isinstance(matrix, PETSc.Mat)
+        self._function: Callable[..., Any] | None = matrix if varies else None
+        self._constant = None if varies else as_matrix(matrix, "preconditioner")
 
     @property
     def varies(self) -> bool:
@@ -73,8 +76,10 @@ def as_matrix(matrix: Any, name: str) -> torch.Tensor:
     Raises
     ------
     ConfigurationError
-        For anything but a real 2-D tensor, array or sparse matrix.
+        For anything but a real 2-D tensor, array or sparse matrix, and for a Mat of several ranks.
     """
+    if isinstance(matrix, PETSc.Mat):
+        matrix = _from_petsc(matrix, name)
     if hasattr(matrix, "tocoo"):  # SciPy's
         coo = matrix.tocoo()
         indices = torch.from_numpy(np.stack([coo.row, coo.col]).astype(np.int64))
@@ -91,6 +96,28 @@ def as_matrix(matrix: Any, name: str) -> torch.Tensor:
         )
     matrix = matrix.detach().to(HOST.device, REAL)
     return matrix if matrix.layout is torch.strided else matrix.to_sparse_coo().coalesce()
+
+
+def _from_petsc(matrix: Any, name: str) -> Any:
+    """Return the values of a Mat, as they are now, as an array or a sparse matrix of SciPy."""
+    if not matrix or not matrix.isAssembled():
+        raise ConfigurationError(f"{name} is a Mat without values: assemble it before")
+    if matrix.comm.size > 1:
+        raise ConfigurationError(
+            f"{name} is a Mat on {matrix.comm.size} ranks: give each rank's own part, a Mat on "
+            "COMM_SELF; of a state with layout=, use 'sparse', or a PC made of the Mat"
+        )
+    try:
+        kind = "dense" if "dense" in matrix.getType() else "aij"
+        found = matrix.convert(kind, PETSc.Mat())
+        if kind == "dense":
+            return found.getDenseArray().copy()
+        return scipy.sparse.csr_array(found.getValuesCSR()[::-1], found.getSize())
+    except PETSc.Error as error:
+        raise ConfigurationError(
+            f"{name} is a Mat of type {matrix.getType()!r}, which gives no values: give an "
+            "assembled one, or a PC made of it"
+        ) from error
 
 
 class GivenAssembly(EntryAssembly):

@@ -9,6 +9,7 @@ import torch
 from pnode.errors import ConfigurationError
 from pnode.options import PETSc
 from pnode.solvers.linear.given import GivenMatrix, as_matrix
+from pnode.solvers.linear.given_solves import GivenSolve
 from pnode.solvers.linear.jacobians import JacobianOptions
 from pnode.solvers.linear.sparse import SparsityPattern
 from pnode.solvers.methods import Method
@@ -38,12 +39,13 @@ def jacobian_options(
             f"preconditioner={preconditioner!r} is unknown: choose one of {choices}, or give a "
             "matrix that approximates df/dy, or a callable (t, y) that returns one"
         )
+    own = (PETSc.PC, PETSc.KSP)
     for name, given in (("preconditioner", preconditioner), ("jacobian_pattern", pattern)):
-        if isinstance(given, PETSc.Object):  # some of which are callable
+        known = (PETSc.Mat, *own) if name == "preconditioner" else (PETSc.Mat,)
+        if isinstance(given, PETSc.Object) and not (isinstance(given, known) and given):
             raise ConfigurationError(
-                f"{name} is a PETSc {type(given).__name__}: give a tensor or a sparse matrix of "
-                "SciPy (of a Mat A: scipy.sparse.csr_array(A.getValuesCSR()[::-1], A.getSize())); "
-                "PETSc's own preconditioners are chosen with linear_solver={'pc_type': ...}"
+                f"{name} is a PETSc {type(given).__name__}: give a tensor, a sparse matrix of "
+                "SciPy, a Mat, or, to precondition with, a PC or KSP, and none that is empty"
             )
     if preconditioner is not None and jacobian != "matrix-free":
         raise ConfigurationError(
@@ -64,12 +66,15 @@ def jacobian_options(
     if reuse == "auto" and (method.multistep or method.linearly_implicit):
         reuse = "iteration"  # when to evaluate is part of these methods
     if preconditioner is not None and not isinstance(preconditioner, str):
-        if form == "residual":
+        if isinstance(preconditioner, own):
+            preconditioner = GivenSolve(preconditioner)
+        elif form == "residual":
             raise ConfigurationError(
                 "preconditioner is a matrix or a callable, which approximates df/dy, and a "
                 "residual has no f: use preconditioner='dense', 'block' or 'sparse'"
             )
-        preconditioner = GivenMatrix(preconditioner)
+        else:
+            preconditioner = GivenMatrix(preconditioner)
     if pattern is not None:
         pattern = _sparsity_pattern(pattern)
     return JacobianOptions(reuse, preconditioner, pattern)

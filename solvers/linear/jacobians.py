@@ -23,6 +23,7 @@ from pnode.solvers.linear.block import BlockAssembly, sample_count
 from pnode.solvers.linear.constancy import Constancy, rounded
 from pnode.solvers.linear.dense import DenseAssembly
 from pnode.solvers.linear.given import GivenAssembly, GivenMatrix
+from pnode.solvers.linear.given_solves import GivenSolve
 from pnode.solvers.linear.linearizer import Linearizer, Point
 from pnode.solvers.linear.sparse import SparseAssembly, SparsityPattern
 from pnode.solvers.pairs import PairAssembly
@@ -255,8 +256,8 @@ class JacobianOptions:
     ----------
     reuse : {"auto", "iteration", "step", "solve", "constant"}
         When to evaluate anew; see ``Solver``. "auto": of one-step methods that iterate.
-    preconditioner : {"dense", "block", "sparse"}, GivenMatrix or None
-        What to assemble beside a matrix-free operator.
+    preconditioner : {"dense", "block", "sparse"}, GivenMatrix, GivenSolve or None
+        Of a matrix-free operator.
     pattern : SparsityPattern or None
         Where entries may be.
     samples : int
@@ -272,7 +273,7 @@ class JacobianOptions:
     """
 
     reuse: str = "iteration"
-    preconditioner: str | GivenMatrix | None = None
+    preconditioner: str | GivenMatrix | GivenSolve | None = None
     pattern: SparsityPattern | None = None
     samples: int = 1
     exchange: Layout | None = None
@@ -283,9 +284,8 @@ class JacobianOptions:
     def assembled(self, jacobian: str) -> str | None:
         """Return what is assembled: "dense", "block", "sparse", "given" or None."""
         if jacobian == "matrix-free":
-            if isinstance(self.preconditioner, GivenMatrix):
-                return "given"
-            kind = self.preconditioner
+            kind = "given" if isinstance(self.preconditioner, GivenMatrix) else self.preconditioner
+            kind = kind if isinstance(kind, str) else None
         else:
             kind = jacobian
         return "block" if kind == "dense" and self.by_rank else kind

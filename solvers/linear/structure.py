@@ -13,7 +13,7 @@ from pnode.solvers.linear.assembly import noise
 from pnode.solvers.linear.sparse import SparsityPattern, color_rows
 from pnode.vectors import is_finite
 
-__all__ = ["find_structure"]
+__all__ = ["find_structure", "seems_constant"]
 
 # States at which a Jacobian is looked at.
 _PROBES = 3
@@ -101,6 +101,13 @@ def _not_zero(points: list[Linearization], seeds: torch.Tensor) -> torch.Tensor:
             for part in point.rows(some):
                 found[start : start + together] |= part.ne(0).to(found.device)
     return found
+
+
+def seems_constant(u: torch.Tensor, linearize: Callable[[torch.Tensor], Linearization]) -> bool:
+    """Whether a product with the Jacobian is the same, bit for bit, at a state and near it."""
+    w = noise(u.shape, torch.Generator(HOST.device).manual_seed(4)).to(u)[None]
+    first, *others = (torch.cat(linearize(state).rows(w)) for state in nearby(u))
+    return all(torch.equal(first, other) for other in others)
 
 
 def find_structure(

@@ -12,6 +12,7 @@ from pnode.controllers import controller_options
 from pnode.devices import HOST, Place
 from pnode.options import PETSc
 from pnode.solvers.linear.block import BLOCK_LU
+from pnode.solvers.linear.given_solves import GivenSolve
 from pnode.solvers.linear.jacobians import JacobianOptions
 from pnode.solvers.methods import Method
 from pnode.solvers.pairs import PAIR_SOLVE
@@ -147,7 +148,7 @@ def default_options(
         if method.multistep and adaptive:
             loose = 1e-3  # the rate that Newton observes includes it
         options |= {
-            "ksp_type": "gmres",
+            "ksp_type": "fgmres" if isinstance(more.preconditioner, GivenSolve) else "gmres",
             "ksp_gmres_restart": 100,
             "ksp_rtol": tight if adjoint or linear else loose,
         }

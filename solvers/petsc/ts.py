@@ -7,6 +7,7 @@ from typing import Any
 from pnode import vectors
 from pnode.errors import ConfigurationError
 from pnode.options import PETSc, SolverOptions
+from pnode.solvers.linear.given_solves import GivenSolve
 from pnode.solvers.linear.jacobians import Jacobian, create_assembly
 from pnode.solvers.linear.shells import JacobianShell
 from pnode.solvers.methods import Method
@@ -15,6 +16,7 @@ from pnode.solvers.petsc.bridge import Bridge
 from pnode.solvers.petsc.library import register, set_subtype, ssp_stages, subtype
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.petsc.tolerances import tolerance
+from pnode.solvers.petsc.user_setup import call_user
 
 __all__ = ["build_ts"]
 
@@ -75,9 +77,13 @@ def build_ts(
     ts.setSolution(vectors.create(comm, size, place))
     ts.setTimeStep(1.0)
     options.apply(ts)
-    _refuse_other_type(ts, method)
     if method.implicit:
         _refuse_other_preconditioner(settings, options)
+        if not method.coupled:
+            _prepare_linear_solver(ts, settings, options)
+    if settings.jacobian_options.pair is None:
+        call_user(ts, method, options)
+    _refuse_other_type(ts, method)
     # One ts.step() is one attempt: the length of every accepted step is then known exactly.
     ts.setMaxStepRejections(0)
     ts.setMaxSNESFailures(1)
@@ -105,6 +111,23 @@ def _set_jacobian(
     ts.setIJacobian(bridge.implicit_jacobian, *matrices)
     if more.pair is not None:
         ts.getSNES().setConvergenceTest(PairConvergence(more.pair.layout))
+
+
+def _prepare_linear_solver(ts: Any, settings: IntegratorSettings, options: SolverOptions) -> None:
+    """Let the KSP read its options, which SNES would do at its first solve, and add what none has.
+
+    Of a DM it is the preconditioner's to use, for multigrid: the matrices are pnode's.
+    """
+    ksp, more = ts.getSNES().getKSP(), settings.jacobian_options
+    with options.inserted():
+        ksp.setFromOptions()
+    if isinstance(more.preconditioner, GivenSolve) and more.pair is None:
+        more.preconditioner.install(ksp, settings.size, options.values.get("pc_type"))
+    dm = getattr(more.exchange, "dm", None)
+    if dm is not None and more.pair is None:
+        ksp.setDM(dm)
+        kinds = getattr(PETSc.KSP, "DMActive", None)  # of a new PETSc
+        ksp.setDMActive(*(() if kinds is None else (kinds.ALL,)), False)
 
 
 def _refuse_other_type(ts: Any, method: Method) -> None:
