@@ -111,7 +111,8 @@ def _rosenbrock(
     _compare(field, found.base, one)
     h, base, factors = found.length, found.base, list(found.factors)
     end = torch.where(own, end, 0.0)
-    total, solved = end, []
+    total = end
+    solved: list[torch.Tensor] = []
     Y = [b * end for b in method.bt.tolist()]
     for i in reversed(range(scheme.stages)):
         explicit = scheme.gamma_diagonal[i] == 0.0
