@@ -1,38 +1,33 @@
-"""Discrete adjoint of the explicit steps of independent samples."""
+"""Discrete adjoints of the steps of independent samples."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from pnode.evidence import differs
+from pnode.linearization import Linearization
 from pnode.products import accumulate
 from pnode.solution import Ledger
-from pnode.solvers.sample_steps import Pass
-from pnode.solvers.scheme import Scheme
+from pnode.solvers.sample_field import RowsField
+from pnode.solvers.sample_methods import RosenbrockRows, RungeKuttaRows, factored
+from pnode.solvers.sample_record import Pass, Passes
 from pnode.vectors import REAL
 
 __all__ = ["sample_adjoint"]
 
+Gradients = list[torch.Tensor | None]
+
 
 def sample_adjoint(
-    scheme: Scheme,
-    field: Any,
-    passes: Sequence[Pass],
-    cotangents: torch.Tensor,
-    ledger: Ledger,
-) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    """Take the adjoint of each pass, as ``ExplicitAdjoint`` does with a length for each row.
+    field: RowsField, passes: Passes, cotangents: torch.Tensor, ledger: Ledger
+) -> tuple[torch.Tensor, Gradients]:
+    """Take the adjoint of each pass, as those of joint states do, with a length for each row.
 
     Parameters
     ----------
-    scheme : Scheme
-        The method.
-    field : VectorField
+    field : RowsField
         f on all rows.
-    passes : sequence of Pass
+    passes : Passes
         What the forward sweep recorded.
     cotangents : Tensor
         Derivatives of the loss with respect to the outputs, shape ``(T, B, n)``.
@@ -52,27 +47,112 @@ def sample_adjoint(
         If f is not that of the forward sweep any more.
     """
     state = torch.zeros_like(cotangents[0], dtype=REAL)
-    gradients: list[torch.Tensor | None] = [None] * len(field.parameters)
-    live = sorted(scheme.live_stages(), reverse=True)
-    for one in reversed(passes):
-        rows = one.reached.ge(0).nonzero()[:, 0]
-        state[rows] += cotangents[one.reached[rows], rows].to(REAL)
-        h = one.length[:, None]
-        found: dict[int, torch.Tensor] = {}
-        for i in live:
-            w = scheme.b[i] * state
-            for j, product in found.items():
-                w = w + scheme.A[j][i] * product
-            w = torch.where(h == 0.0, 0.0, h * w)
-            s = one.start + scheme.c[i] * one.length
-            graph = field.linearize(s, one.stages[i].reshape(-1).clone())
-            if i == 0:
-                by = differs(graph.flat_value().to(REAL), one.noted)
-                if by:
-                    raise field.changed(float(one.start[0]), by)
-            products = graph.vjp(w.reshape(-1).to(field.dtype))
-            accumulate(gradients, products.parameters)
-            found[i] = products.state.to(REAL).view_as(state)
-        state = state + sum(found.values())
-        ledger.steps += int(one.length.ne(0).sum())
+    gradients: Gradients = [None] * len(field.parameters)
+    for one, part, kept in passes.backwards(field, ledger):
+        rows = slice(None) if one.rows is None else one.rows
+        marks = one.reached.ge(0).nonzero()[:, 0]
+        own = state[rows].clone()
+        if len(marks):
+            whole = marks if one.rows is None else one.rows[marks]
+            own[marks] += cotangents[one.reached[marks], whole].to(REAL)
+        if isinstance(passes.method, RosenbrockRows):
+            before = _rosenbrock(passes.method, part, one, kept[0], own, gradients)
+        else:
+            before = _runge_kutta(passes.method, part, one, kept, own, gradients)
+        state[rows] = torch.where(one.length[:, None] == 0.0, own, before)
+        ledger.steps += int(one.length.ne(0.0).sum())
     return state, gradients
+
+
+def _runge_kutta(
+    method: RungeKuttaRows, field: RowsField, one: Pass, kept: tuple[torch.Tensor, ...],
+    end: torch.Tensor, gradients: Gradients,
+) -> torch.Tensor:  # fmt: skip
+    """Return lambda at the start of steps; ``StageAdjoint`` has the equations, with M = I."""
+    scheme, moving = method.scheme, one.length != 0.0
+    own = moving[:, None]
+    h = torch.where(own, one.length[:, None], 1.0)
+    live = sorted(scheme.live_stages(), reverse=True)
+    through_stage = scheme.stiffly_accurate and not scheme.explicit
+    total, zeta = end, torch.zeros_like(end)
+    sigma = {i: h * scheme.b[i] * end for i in live}
+    if through_stage:
+        total, zeta, sigma = torch.zeros_like(end), end, {i: torch.zeros_like(end) for i in live}
+    for i in live:
+        a = scheme.A[i][i]
+        graph = field.graph(one.start + scheme.c[i] * one.length, kept[i])
+        if i == 0:
+            _compare(field, graph, one)
+        if a == 0.0:
+            z = zeta + _pull_back(graph, torch.where(own, sigma[i], 0.0), gradients)
+        else:
+            shift = 1.0 / (h * a)
+            factors = factored(field, shift, field.blocks(graph), moving)
+            w = factors.solve(torch.where(own, zeta + shift * sigma[i], 0.0), transposed=True)
+            z = shift * (w - sigma[i])
+            if gradients:
+                _pull_back(graph, w, gradients)
+        zeta = torch.zeros_like(end)
+        total = total + z
+        for j in live:
+            if j < i and scheme.A[i][j]:
+                sigma[j] = sigma[j] + h * scheme.A[i][j] * z
+    return total
+
+
+def _rosenbrock(
+    method: RosenbrockRows, field: RowsField, one: Pass, u: torch.Tensor, end: torch.Tensor,
+    gradients: Gradients,
+) -> torch.Tensor:  # fmt: skip
+    """Return lambda at the start of steps; ``RosenbrockAdjoint`` has the equations."""
+    scheme, moving, dtype = method.scheme, one.length != 0.0, field.dtype
+    own = moving[:, None]
+    found = method.stages(field, one.start, u, one.length, graphs=True)
+    _compare(field, found.base, one)
+    h, base, factors = found.length, found.base, list(found.factors)
+    end = torch.where(own, end, 0.0)
+    total = end
+    solved: list[torch.Tensor] = []
+    Y = [b * end for b in method.bt.tolist()]
+    for i in reversed(range(scheme.stages)):
+        explicit = scheme.gamma_diagonal[i] == 0.0
+        if explicit:
+            w = h * Y[i]
+        else:
+            w = (factors[-1] if scheme.one_matrix else factors.pop()).solve(Y[i], transposed=True)
+        Z = _pull_back(found.stages[i][0], w, gradients)
+        total = total + Z
+        for j in range(i):
+            Y[j] = Y[j] + method.At[i, j] * Z - method.Ginv[i, j] / h * w
+        if explicit and i:
+            through = torch.bmm(found.jacobian.mT, w[..., None])[..., 0]
+            for j in range(i):
+                Y[j] = Y[j] + method.corr[i, j] * through
+        solved.insert(0, w)
+    w, v = (
+        torch.stack(rows).to(dtype).flatten(1) for rows in (solved, [v for *_, v in found.stages])
+    )
+    time = None
+    if scheme.needs_time_slope:
+        lengths = field.times_of(h[:, 0])
+        time = torch.stack([gamma * lengths for gamma in scheme.gamma])
+    second = base.second_vjp(w, v, time)
+    accumulate(gradients, second.parameters)
+    return total + second.state.to(REAL).view_as(total)
+
+
+def _pull_back(graph: Linearization, w: torch.Tensor, gradients: Gradients) -> torch.Tensor:
+    """Return the VJP of rows w with the state, and add those with the parameters."""
+    products = graph.vjp(w.reshape(-1).to(graph.dtype))
+    accumulate(gradients, products.parameters)
+    return products.state.to(REAL).view_as(w)
+
+
+def _compare(field: RowsField, graph: Linearization, one: Pass) -> None:
+    """Refuse an f that is not that of the forward sweep."""
+    moving = one.length[:, None] != 0.0
+    # In f's precision: a slope that a step carries on is f's value but for what Newton leaves.
+    value = graph.flat_value().view(len(moving), -1)
+    by = differs(torch.where(moving, value, 0.0).reshape(-1), one.noted)
+    if by:
+        raise field.changed(float(one.start[0]), by)

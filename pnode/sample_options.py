@@ -31,7 +31,7 @@ def requested(
             )
         return None
     wrong: dict[str, Any] = {
-        "cost": cost, "layout": layout, "checkpointing": checkpointing,
+        "cost": cost, "layout": layout,
         "sensitivity_control": steps.sensitivity_control, "event_fn": output.event_fn,
         "monitor": output.monitor, "dense": output.dense or None,
         "progress": output.progress or None,
@@ -41,15 +41,29 @@ def requested(
     }  # fmt: skip
     for each in fields(linear_algebra):
         value = getattr(linear_algebra, each.name)
-        wrong[each.name] = None if value is each.default or value == "auto" else value
+        usual = ("auto", "block") if each.name == "jacobian" else ("auto",)
+        wrong[each.name] = None if value is each.default or value in usual else value
+    for name in ("disk", "device_memory", "resume"):
+        wrong[f"checkpointing: {name}"] = getattr(checkpointing, name, None)
+    if getattr(checkpointing, "reproducible", False):
+        wrong["checkpointing: reproducible"] = True
+    if getattr(checkpointing, "store", "auto") == "tape":
+        wrong["checkpointing: store"] = "tape"
     for name, value in wrong.items():
         if value is not None:
             raise ConfigurationError(
                 f"{name}={value!r} with samples='independent' is not supported: {_JOINT}"
             )
-    if form != "rhs" or method.scheme is None or not method.scheme.explicit:
+    scheme = method.scheme
+    if form != "rhs" or scheme is None or scheme.coupled or scheme.A_explicit is not None:
         raise ConfigurationError(
             f"method={method.name!r} of a problem given as {form}= with samples='independent' is "
-            f"not supported, only explicit Runge-Kutta methods and rhs=: {_JOINT}"
+            "not supported, only explicit and diagonally implicit Runge-Kutta and Rosenbrock "
+            f"methods and rhs=: {_JOINT}"
+        )
+    if steps.step_size is None and scheme.b_embedded is None:
+        raise ConfigurationError(
+            f"method={method.name!r} with samples='independent' has no error estimate of a step by "
+            "itself: give step_size=h, or take a method such as 'rodaspr' or 'es325'"
         )
     return str(steps.on_failure)

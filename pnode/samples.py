@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,30 +10,22 @@ import torch
 from pnode import tolerances
 from pnode.adjoint.sample_adjoint import sample_adjoint
 from pnode.batches import as_parameter
+from pnode.calls import Call
 from pnode.errors import BackwardError, ConfigurationError
 from pnode.problem import InitialValueProblem, StateLayout, as_times, collect_parameters
+from pnode.ranks import ALONE
 from pnode.solution import Solution, Stats
-from pnode.solvers.sample_steps import SampleSweep, live_scheme
+from pnode.solvers.sample_field import RowsField
+from pnode.solvers.sample_methods import create
+from pnode.solvers.sample_record import Passes
+from pnode.solvers.sample_steps import SampleSweep
 from pnode.surroundings import Surroundings
 from pnode.transforms import differentiable, is_legacy_batch, refuse_moving, refuse_transforms
-from pnode.vectorfield import VectorField, record_all
+from pnode.vectorfield import record_all
 from pnode.vectors import REAL
 from pnode.watching import watched
 
 __all__ = ["solve"]
-
-
-class RowsField(VectorField):
-    """f on all rows, at a time for each: a tensor of shape ``(B,)`` in place of a number."""
-
-    def _time(self, s: Any) -> torch.Tensor:
-        shape = self._layout.shapes[0]
-        return s.to(self._layout.dtype).view(-1, *[1] * (len(shape) - 1))
-
-    def rate(self, t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """Return f at times ``(B,)`` and states ``(B, n)``, in double precision."""
-        own = u.to(self.dtype, copy=True).reshape(-1)
-        return self.rhs(t, own).to(REAL).view_as(u)  # type: ignore[arg-type]
 
 
 def solve(solver: Any, y0: Any, t: Any, args: Any) -> Solution:
@@ -47,22 +40,20 @@ def solve(solver: Any, y0: Any, t: Any, args: Any) -> Solution:
     """
     engine = solver._engine
     _refuse_unsupported(solver)
-    if args is not None:
-        raise ConfigurationError(
-            "args= with samples='independent' is not supported: give f its tensors by params=, or "
-            "as a Module"
-        )
-    if isinstance(y0, torch.Tensor) and y0.is_complex():
-        raise ConfigurationError(
-            "y0 is complex, which samples='independent' does not support: give "
-            "torch.view_as_real(y0), and a vector field for that"
-        )
-    declared = collect_parameters(solver._functions, solver._params)
+    call = Call.of(y0, args, ALONE, None, None, engine.jacobian_options)
+    declared = collect_parameters(solver._functions, (*(solver._params or ()), *call.tensors))
     named = [("y0", y0), ("t", t), *(("a parameter", one) for one in declared)]
     refuse_transforms(named[:2], declared)
     refuse_moving(named, "and samples='independent' has derivatives in reverse mode alone")
-    layout = StateLayout.of(y0)
-    if layout.is_tuple or not y0.dim():
+    if not isinstance(y0, (torch.Tensor, tuple, list)) and call.structure is not None:
+        raise ConfigurationError(
+            f"y0 is a {type(y0).__name__}: with samples='independent' give one tensor of shape "
+            "(B, ...), whose rows are the samples"
+        )
+    rows = y0.dim() if isinstance(y0, torch.Tensor) else 0
+    y0 = call.state(y0)
+    layout = StateLayout.of(y0, call.pairs)
+    if layout.is_tuple or not rows:
         given = "a tuple" if layout.is_tuple else "no dimensions"
         raise ConfigurationError(
             f"y0 has {given}: with samples='independent' give one tensor of shape (B, ...), whose "
@@ -76,13 +67,13 @@ def solve(solver: Any, y0: Any, t: Any, args: Any) -> Solution:
     differentiate = torch.is_grad_enabled()
     wanted = tuple(one for one in declared if differentiate and one.requires_grad)
     problem = InitialValueProblem(
-        watched(solver.rhs, declared), layout, (0.0, 1.0), 1.0, wanted,
+        call.function(watched(solver.rhs, declared)), layout, (0.0, 1.0), 1.0, wanted,
         tuple(one for one in declared if not one.requires_grad), differentiate,
         resolution=resolution,
     )  # fmt: skip
     stats = Stats()
     ys = _SolveFunction.apply(engine, problem, solver._requests, stats, y0, times, *wanted)
-    return Solution(times, ys, stats)
+    return Solution(times, call.restored(ys), stats)
 
 
 def _refuse_unsupported(solver: Any) -> None:
@@ -146,24 +137,27 @@ class _SolveFunction(torch.autograd.Function):
         y0: torch.Tensor, times: torch.Tensor, *parameters: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         """Solve."""
-        control, layout = engine.control, problem.layout
+        control, method, layout = engine.control, engine.method, problem.layout
         keep = problem.check_undeclared and any(ctx.needs_input_grad)
+        rows_method = create(method, control.step_size is None, layout.dtype)
         field = RowsField(problem, stats)
         if keep:
             record_all(field)
             ctx.surroundings = Surroundings([problem.function], layout.device)
         rtol, atol = tolerances.resolve(control.rtol, control.atol, layout)
         flat = y0.detach().to(REAL).reshape(len(y0), -1)
+        ctx.passes = None
+        if keep:
+            own = engine.checkpointing
+            limit, whole = own.bytes or math.inf, own.store != "solutions"
+            ctx.passes = Passes(rows_method, limit, whole, stats)
         sweep = SampleSweep(
-            engine.method, control, field.rate, times.detach().to(layout.device, REAL),
-            problem.resolution,
-            _by_rows(rtol, flat), _by_rows(atol, flat),
-            layout.dtype, keep, requests.independent == "nan", stats,
+            method, rows_method, control, field, times.detach().to(layout.device, REAL),
+            problem.resolution, _by_rows(rtol, flat), _by_rows(atol, flat), ctx.passes,
+            requests.independent == "nan", stats,
         )  # fmt: skip
         ys = sweep.run(flat.clone()).to(layout.dtype).view(len(times), *y0.shape)
-        stats.ram_bytes = sum(stage.nbytes for one in sweep.passes for stage in one.stages)
-        ctx.field, ctx.passes, ctx.stats = field, sweep.passes, stats
-        ctx.scheme = live_scheme(engine.method, control.step_size is None)
+        ctx.problem, ctx.used, ctx.stats = problem, field.used, stats
         ctx.save_for_backward(y0, times, ys, *parameters, *problem.frozen)
         return ys
 
@@ -181,12 +175,14 @@ class _SolveFunction(torch.autograd.Function):
                 "samples='joint' for them"
             )
         _, times, ys, *_ = ctx.saved_tensors
-        own, field = ctx.stats.backward, ctx.field
-        field.ledger = own
+        own = ctx.stats.backward
+        field = RowsField(ctx.problem, own)
+        field.trust(list(ctx.used))
+        record_all(field)
         number, rows = times.shape
         seeds = cotangents.to(REAL).reshape(number, rows, -1)
         with ctx.surroundings.restored():
-            initial, found = sample_adjoint(ctx.scheme, field, ctx.passes, seeds, own)
+            initial, found = sample_adjoint(field, ctx.passes, seeds, own)
             by_times = None
             if ctx.needs_input_grad[5]:
                 by_times = _by_times(field, times, ys.reshape(number, rows, -1), seeds, initial)

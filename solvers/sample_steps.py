@@ -1,22 +1,24 @@
-"""Explicit Runge-Kutta steps of independent samples: each row with its own time and length.
+"""Steps of independent samples: each row with its own time and length.
 
 A pass tries one step of each row that is not at its end. Rows that do not step stay where they
-are. What chooses the steps of a row is what would choose them if it were solved alone: the
-controller of ``stepping.py`` with PETSc's TSADAPTBASIC, and the clock of ``clock.py``.
+are; once fewer than half do step, the others are left out, if f takes that. What chooses the steps
+of a row is what would choose them if it were solved alone: the controller of ``stepping.py`` with
+PETSc's TSADAPTBASIC, and the clock of ``clock.py``.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from pnode.errors import (
+    LinearSolveFailed,
     NonFiniteVectorField,
+    NonlinearSolveFailed,
     SolveError,
     StepLimitReached,
     StepSizeUnderflow,
@@ -25,48 +27,21 @@ from pnode.evidence import project
 from pnode.solution import Ledger
 from pnode.solvers.clock import FixedGrid
 from pnode.solvers.methods import Method
-from pnode.solvers.scheme import Scheme
+from pnode.solvers.sample_field import RowsField
+from pnode.solvers.sample_methods import Attempt, RowMethod
+from pnode.solvers.sample_record import Pass, Passes
 from pnode.solvers.step_control import StepControl
 from pnode.vectors import REAL
 
-__all__ = ["Pass", "SampleSweep", "live_scheme"]
+__all__ = ["SampleSweep"]
 
 # TSADAPTBASIC's defaults (TSAdaptSetSafety, TSAdaptSetClip), and stepping.py's after a failure.
 _SAFETY, _CLIP, _FAILURE_FACTOR = 0.9, (0.1, 10.0), 0.25
 _LONGEST = 1e20
+_NONFINITE = "the vector field returned NaN or infinity"
 
-#: f at times of shape ``(B,)`` and states of shape ``(B, n)``, in double precision.
-Rate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def live_scheme(method: Method, adaptive: bool) -> Scheme:
-    """Return the coefficients of a method, for fixed steps without idle stages."""
-    scheme = method.scheme
-    assert scheme is not None
-    return scheme if adaptive else scheme.without_idle_stages(scheme.fsal)
-
-
-@dataclass(frozen=True, eq=False)
-class Pass:
-    """What the adjoint of a pass needs.
-
-    Attributes
-    ----------
-    start, length : Tensor
-        Shape ``(B,)``, the user's time; the length is 0 for rows that did not step.
-    stages : sequence of Tensor
-        Shape ``(B, n)`` each, f's precision; those of rows that did not step are their state.
-    reached : Tensor
-        Shape ``(B,)``, the index of the output time at which the step ends, -1 for none.
-    noted : float
-        Projection of the value of f at the first stage.
-    """
-
-    start: torch.Tensor
-    length: torch.Tensor
-    stages: Sequence[torch.Tensor]
-    reached: torch.Tensor
-    noted: float
+# Fewer rows are not worth the look at whether f takes part of them.
+_FEWEST_ROWS = 8
 
 
 @dataclass
@@ -76,10 +51,12 @@ class SampleSweep:
     Attributes
     ----------
     method : Method
-        An explicit one of the Runge-Kutta family.
+        A row of the table.
+    rows_method : RowMethod
+        Its steps.
     control : StepControl
         How steps are chosen.
-    rate : callable
+    field : RowsField
         The vector field.
     times : Tensor
         Output times, shape ``(T, B)``, double precision, each column strictly monotone.
@@ -87,32 +64,31 @@ class SampleSweep:
         Relative spacing of the numbers that they were given in.
     rtol, atol : float or Tensor
         Of adaptive steps; tensors have shape ``(B, n)``.
-    dtype : torch.dtype
-        Precision of f.
-    keep : bool
-        Whether :attr:`passes` are recorded.
+    passes : Passes or None
+        Where steps are recorded.
     skip_failed : bool
         Whether a row that fails becomes NaN from there on, instead of ending the solve.
     """
 
     method: Method
+    rows_method: RowMethod
     control: StepControl
-    rate: Rate
+    field: RowsField
     times: torch.Tensor
     resolution: float
     rtol: float | torch.Tensor
     atol: float | torch.Tensor
-    dtype: torch.dtype
-    keep: bool
+    passes: Passes | None
     skip_failed: bool
     ledger: Ledger
-    passes: list[Pass] = field(default_factory=list)
 
     def run(self, u: torch.Tensor) -> torch.Tensor:
         """Integrate from states ``(B, n)``, double precision; return ``(T, B, n)``."""
         self._begin(u)
         attempt = self._adapt if self.control.step_size is None else self._fixed
-        while bool(self.active.any()):
+        while live := int(self.active.sum()):
+            if self._gathers and 2 * live < len(self.active) >= _FEWEST_ROWS:
+                self._gather()
             attempt()
         return self.outputs
 
@@ -121,7 +97,6 @@ class SampleSweep:
     def _begin(self, u: torch.Tensor) -> None:
         number, rows = self.times.shape
         self.u, self.number = u, number
-        self.scheme = live_scheme(self.method, self.control.step_size is None)
         ends = self.times[-1] >= self.times[0]
         self.direction = torch.where(ends, 1.0, -1.0).to(REAL)
         self.clock = self.times * self.direction  # of rows, which all run forwards
@@ -132,10 +107,33 @@ class SampleSweep:
         self.active = torch.full((rows,), number > 1, device=u.device)
         self.taken = u.new_zeros(rows, dtype=torch.long)
         self.slope: torch.Tensor | None = None
-        self._last: torch.Tensor | None = None
+        self.rows: torch.Tensor | None = None
+        self._gathers = True
         self.natural: torch.Tensor | None = None
-        self.nonfinite = torch.zeros_like(self.active)
         self.grid: tuple[torch.Tensor, ...] | None = None
+
+    def _gather(self) -> None:
+        """Leave out the rows that do not step any more, unless f wants all of them."""
+        keep, t = self.active.nonzero()[:, 0], self._user_time()
+        whole = self.field.rate(t, self.u)[keep]
+        try:
+            part = self.field.of_rows(len(keep))
+            alike = _alike(part.rate(t[keep], self.u[keep]), whole, part.dtype)
+        except Exception:  # it has something of its own for each row
+            alike = False
+        self._gathers = alike
+        if not alike:
+            return
+        self.field, self.rows = part, keep if self.rows is None else self.rows[keep]
+        for name in ("u", "s", "direction", "target", "active", "taken", "slope", "natural"):
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else value[keep])
+        for name in ("rtol", "atol"):
+            value = getattr(self, name)
+            setattr(self, name, value[keep] if isinstance(value, torch.Tensor) else value)
+        self.clock = self.clock[:, keep]
+        if self.grid is not None:
+            self.grid = tuple(column[:, keep] for column in self.grid)
 
     def _user_time(self) -> torch.Tensor:
         return self.direction * self.s
@@ -149,12 +147,19 @@ class SampleSweep:
         h, end, mark = (part.gather(0, index)[0] for part in self.grid)
         self._limit()
         h = torch.where(self.active, h, 0.0)
-        stages, state, _ = self._step(h, self.active)
-        good = self._finite(state) & ~self.nonfinite
+        found, _ = self._step(h)
+        good = found.state.isfinite().all(dim=1) & ~found.nonfinite & ~found.failed
         failed = self.active & ~good
-        self._advance(self.active & good, h, end, mark, stages, state)
-        if bool(failed.any()):
-            self._fail(failed, NonFiniteVectorField, "the vector field returned NaN or infinity")
+        self._advance(self.active & good, h, end, mark, found)
+        if bool((own := failed & ~found.failed).any()):
+            self._fail(own, NonFiniteVectorField, _NONFINITE)
+        if bool((own := failed & found.failed).any()):
+            linear = self.method.linearly_implicit
+            self._fail(
+                own,
+                LinearSolveFailed if linear else NonlinearSolveFailed,
+                "the equations of a step were not solved: take smaller or adaptive steps",
+            )
 
     def _plan(self) -> tuple[torch.Tensor, ...]:
         """Return length, end and output reached of each step, shape ``(steps, B)``."""
@@ -203,8 +208,9 @@ class SampleSweep:
         after = torch.where(after - s > wanted, torch.nextafter(after, s), after)
         after = torch.where(wanted == left, end, after)
         length = torch.where(self.active, after - s, 0.0)
-        stages, state, error = self._step(length, self.active)
-        failed = ~self._finite(state) | self.nonfinite | ~error.isfinite()
+        found, error = self._step(length)
+        failed = ~found.state.isfinite().all(dim=1) | found.nonfinite | found.failed
+        failed |= ~error.isfinite()
         factor = (_SAFETY * error.pow(-1.0 / self.method.order)).clamp(*_CLIP)
         proposed = (length * factor).clamp(max=min(control.max_step, _LONGEST))
         accepted = self.active & ~failed & (error <= 1.0)
@@ -215,13 +221,11 @@ class SampleSweep:
         back = torch.where(useful, proposed, _FAILURE_FACTOR * length)
         self.natural = torch.where(accepted, onward, torch.where(rejected, back, self.natural))
         mark = torch.where(wanted == left, self.target, -1)
-        self._advance(accepted, length, after, mark, stages, state)
+        self._advance(accepted, length, after, mark, found)
         self.ledger.rejected += int(rejected.sum())
-        self._check_minimum(rejected & (wanted <= least.clamp(min=control.min_step)))
-
-    def _check_minimum(self, stuck: torch.Tensor) -> None:
-        if bool((own := stuck & self.nonfinite).any()):
-            self._fail(own, NonFiniteVectorField, "the vector field returned NaN or infinity")
+        stuck = rejected & (wanted <= least.clamp(min=control.min_step))
+        if bool((own := stuck & found.nonfinite).any()):
+            self._fail(own, NonFiniteVectorField, _NONFINITE)
         if bool((own := stuck & self.active).any()):
             self._fail(
                 own, StepSizeUnderflow,
@@ -232,70 +236,65 @@ class SampleSweep:
     def _first_step(self, end: torch.Tensor) -> torch.Tensor:
         """Choose the first step of each row; see ``automatic_step`` of step_control.py."""
         control, y0, s = self.control, self.u, self.s
-        if control.first_step is not None:
-            return torch.full_like(s, control.first_step)
-        f0 = self.slope = self.rate(self._user_time(), y0)
+        given = control.first_step
+        if given is not None and not self.method.implicit:
+            return torch.full_like(s, given)
+        f0 = self.slope = self.field.rate(self._user_time(), y0)
         scale = self.atol + self.rtol * y0.abs()
         d0, d1 = _rms(y0 / scale), _rms(f0 / scale)
         moves = (d0 >= 1e-5) & (d1 >= 1e-5) & d1.isfinite()
         guess = torch.where(moves, 0.01 * d0 / d1, 1e-6)
         guess = torch.minimum(guess, end - s)
         h = self.direction * guess
-        moved = self.rate(self.direction * (s + guess), y0 + h[:, None] * f0)
+        moved = self.field.rate(self.direction * (s + guess), y0 + h[:, None] * f0)
         d2 = _rms((moved - f0) / scale) / guess
         steepest = torch.maximum(d1, d2)
         better = (0.01 / steepest).pow(1.0 / (self.method.order + 1))
         better = torch.where(steepest <= 1e-15, (1e-3 * guess).clamp(min=1e-6), better)
         chosen = torch.minimum(100.0 * guess, better).clamp(max=control.max_step)
-        return torch.where(steepest.isfinite(), chosen, guess)
+        chosen = torch.where(steepest.isfinite(), chosen, guess)
+        return chosen if given is None else chosen.clamp(max=given)  # see _Sweep of stepping.py
 
     # ------------------------------------------------------------------------------ one pass
 
-    def _step(
-        self, length: torch.Tensor, moving: torch.Tensor
-    ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-        """Return the stages, the states after a step, and its error norms."""
-        scheme, u, t = self.scheme, self.u, self._user_time()
-        h = (self.direction * length)[:, None]
-        if self.slope is None:
-            self.slope = self.rate(t, u)
-        self.nonfinite = moving & ~self._finite(self.slope)
-        stages, slopes = [u.to(self.dtype)], [self.slope]
-        for i in range(1, scheme.stages):
-            Y = _moved(u, h, scheme.A[i], slopes)
-            stages.append(Y.to(self.dtype, copy=True))
-            slopes.append(self.rate(t + scheme.c[i] * h[:, 0], Y))
-            self.nonfinite |= moving & ~self._finite(slopes[-1])
-        state = _moved(u, h, scheme.b, slopes)
-        self._last = slopes[-1] if scheme.fsal else None
-        error = torch.zeros_like(length)
-        if self.control.step_size is None:
-            assert scheme.b_embedded is not None
-            other = _moved(u, h, scheme.b_embedded, slopes)
-            scale = self.atol + self.rtol * torch.maximum(state.abs(), other.abs())
-            error = _rms((other - state) / scale)
-        return stages, state, error
+    def _step(self, length: torch.Tensor) -> tuple[Attempt, torch.Tensor]:
+        """Try steps of the rows that are active; return them, and their error norms."""
+        found = self.rows_method.attempt(
+            self.field, self._user_time(), self.u, self.direction * length, self.slope
+        )
+        self.slope = found.first
+        if found.other is None:
+            return found, torch.zeros_like(length)
+        scale = self.atol + self.rtol * torch.maximum(found.state.abs(), found.other.abs())
+        return found, _rms((found.other - found.state) / scale)
 
     def _advance(
         self, accepted: torch.Tensor, length: torch.Tensor, end: torch.Tensor,
-        mark: torch.Tensor, stages: list[torch.Tensor], state: torch.Tensor,
+        mark: torch.Tensor, found: Attempt,
     ) -> None:  # fmt: skip
         """Let the accepted rows be at the ends of their steps."""
         if not bool(accepted.any()):
             return
         own, mark = accepted[:, None], torch.where(accepted, mark, -1)
-        assert self.slope is not None
-        if self.keep:
-            start, h = self._user_time(), torch.where(accepted, self.direction * length, 0.0)
-            kept = tuple(torch.where(own, stage, stages[0]) for stage in stages)
-            self.passes.append(Pass(start, h, kept, mark, project(self.slope.reshape(-1))))
-        self.u = torch.where(own, state, self.u)
-        self.slope = None if self._last is None else torch.where(own, self._last, self.slope)
+        if self.passes is not None:
+            h = torch.where(accepted, self.direction * length, 0.0)
+            note = project(torch.where(own, found.value, 0.0).reshape(-1))
+            kept = tuple(
+                self.u if stage is self.u else torch.where(own, stage, self.u.to(stage.dtype))
+                for stage in found.kept
+            )
+            self.passes.add(Pass(self._user_time(), h, mark, note, self.rows, kept, self.u))
+        self.u = torch.where(own, found.state, self.u)
+        if found.last is None:
+            self.slope = None
+        else:
+            assert self.slope is not None
+            self.slope = torch.where(own, found.last, self.slope)
         self.s = torch.where(accepted, end, self.s)
         self.taken += accepted
         self.ledger.steps += int(accepted.sum())
         rows = mark.ge(0).nonzero()[:, 0]
-        self.outputs[mark[rows], rows] = self.u[rows]
+        self.outputs[mark[rows], rows if self.rows is None else self.rows[rows]] = self.u[rows]
         self.target[rows] += 1
         self.active &= self.target < self.number
 
@@ -312,23 +311,15 @@ class SampleSweep:
             where: dict[str, Any] = {
                 "time": float(self._user_time()[row]), "step": int(self.taken[row]),
             }  # fmt: skip
-            raise kind(f"row {row} of y0: {why}", method=self.method.name, **where)
+            named = row if self.rows is None else int(self.rows[row])
+            raise kind(f"row {named} of y0: {why}", method=self.method.name, **where)
         self.active &= ~failed
 
-    @staticmethod
-    def _finite(values: torch.Tensor) -> torch.Tensor:
-        return values.isfinite().all(dim=1)
 
-
-def _moved(
-    u: torch.Tensor, h: torch.Tensor, row: Sequence[float], slopes: Sequence[torch.Tensor]
-) -> torch.Tensor:
-    """Return u + h sum_j row_j K_j; exactly u where h is 0, whatever the slopes."""
-    total = torch.zeros_like(u)
-    for weight, slope in zip(row, slopes, strict=False):
-        if weight:
-            total = total + weight * slope
-    return torch.where(h == 0.0, u, u + h * total)
+def _alike(part: torch.Tensor, whole: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether values are the same but for round-off."""
+    tolerance = 1e-10 if dtype is torch.float64 else 1e-4
+    return torch.allclose(part, whole, rtol=tolerance, atol=0.0, equal_nan=True)
 
 
 def _rms(values: torch.Tensor) -> torch.Tensor:

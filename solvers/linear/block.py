@@ -16,7 +16,9 @@ from pnode.solvers.linear.linearizer import Linearizer, Point
 from pnode.solvers.linear.shells import shell_matrix
 from pnode.vectors import REAL, copy_in, view
 
-__all__ = ["BLOCK_LU", "BlockAssembly", "BlockLU", "sample_count"]
+__all__ = [
+    "BLOCK_LU", "BlockAssembly", "BlockLU", "Factors", "couples", "sample_blocks", "sample_count",
+]  # fmt: skip
 
 #: Options value of the preconditioner.
 BLOCK_LU = "pnode.solvers.linear.block.BlockLU"
@@ -38,6 +40,51 @@ def sample_count(layout: StateLayout) -> int:
             "parts along a later dimension, or use jacobian='sparse'"
         )
     return layout.shapes[0][0]
+
+
+def sample_blocks(linearization: Linearization, samples: int) -> list[torch.Tensor]:
+    """Return the diagonal blocks of dg/du (and dF/du_dot, for a residual), (B, m, m) each."""
+    like = linearization.flat_value()
+    width = like.numel() // samples
+    # Row j of every sample's Jacobian at once: no entry of the state has two of them.
+    units = torch.eye(width, dtype=like.dtype, device=like.device)
+    units = units[:, None, :].expand(width, samples, width)
+    found = linearization.assemble(units.reshape(width, -1))
+    return [rows.view(width, samples, width).transpose(0, 1).contiguous() for rows in found]
+
+
+def couples(linearization: Linearization, blocks: list[torch.Tensor]) -> bool:
+    """Whether a product with the Jacobian is not that with its diagonal blocks."""
+    w, exact = probe(linearization)
+    rows = w.view(len(blocks[0]), 1, -1)
+    return any(
+        differ(
+            product, torch.bmm(rows, block).reshape(-1),
+            torch.bmm(rows.abs(), block.abs()).reshape(-1),
+        )
+        for block, product in zip(blocks, exact, strict=True)
+    )  # fmt: skip
+
+
+class Factors:
+    """LU of each of several matrices, shape ``(B, m, m)``.
+
+    Attributes
+    ----------
+    singular : Tensor
+        Which of them are, shape ``(B,)``.
+    """
+
+    def __init__(self, matrices: torch.Tensor) -> None:
+        self._factors, self._pivots, info = torch.linalg.lu_factor_ex(matrices)
+        self.singular = info.ne(0)
+
+    def solve(self, b: torch.Tensor, transposed: bool = False) -> torch.Tensor:
+        """Return the solutions for right-hand sides ``(B, m)``."""
+        found: torch.Tensor = torch.linalg.lu_solve(
+            self._factors, self._pivots, b[..., None], adjoint=transposed
+        )
+        return found[..., 0]
 
 
 class BlockMatrix:
@@ -76,9 +123,8 @@ class BlockLU:
         """Factor; a singular block fails the solve, as PETSc's own LU does."""
         event = log_event("pnode block LU")
         event.begin()
-        blocks = pc.getOperators()[1].getPythonContext().blocks
-        self._factors, self._pivots, info = torch.linalg.lu_factor_ex(blocks)
-        self._singular = bool(info.ne(0).any())
+        self._factors = Factors(pc.getOperators()[1].getPythonContext().blocks)
+        self._singular = bool(self._factors.singular.any())
         event.end()
         reasons = PETSc.PC.FailedReason
         pc.setFailedReason(reasons.FACTOR_NUMERIC_ZEROPIVOT if self._singular else reasons.NOERROR)
@@ -95,9 +141,8 @@ class BlockLU:
         if self._singular:
             x.copy(y)
             return
-        b = view(x).view(len(self._factors), -1, 1)
-        solution = torch.linalg.lu_solve(self._factors, self._pivots, b, adjoint=transposed)
-        copy_in(y, solution.reshape(-1))
+        b = view(x).view(len(self._factors.singular), -1)
+        copy_in(y, self._factors.solve(b, transposed).reshape(-1))
 
 
 class BlockAssembly(Assembly):
@@ -119,31 +164,19 @@ class BlockAssembly(Assembly):
     def evaluate(self, linearizer: Linearizer, point: Point, check: bool) -> Any:
         """Return the blocks of dg/du and dF/du_dot (None for the identity), (B, m, m) each."""
         linearization = linearizer.linearize(point)
-        batch, width = self._samples, self._width
-        # Row j of every sample's Jacobian at once: no entry of the state has two of them.
-        units = torch.eye(width, dtype=point.u.dtype, device=self._place.device)
-        units = units[:, None, :].expand(width, batch, width)
-        found = linearization.assemble(units.reshape(width, -1))
-        blocks = [rows.view(width, batch, width).transpose(0, 1).contiguous() for rows in found]
-        if check:
-            self._check(linearization, blocks)
+        batch = self._samples
+        blocks = sample_blocks(linearization, batch)
+        if check and couples(linearization, blocks):
+            raise ConfigurationError(
+                "jacobian='block' (or preconditioner='block') needs a vector field that acts on "
+                f"each of the {batch} rows of the batch by itself, and this one couples them: use "
+                "jacobian='dense', 'sparse' or 'matrix-free', or put each system of coupled "
+                "samples into one row"
+            )
         if len(blocks) == 2:
             return blocks[0].to(REAL), blocks[1].to(REAL)
         mass = point.field.mass
         return blocks[0].to(REAL), None if mass is None else mass.blocks(batch)
-
-    def _check(self, linearization: Linearization, blocks: list[torch.Tensor]) -> None:
-        w, exact = probe(linearization)
-        rows = w.view(self._samples, 1, self._width)
-        for block, product in zip(blocks, exact, strict=True):
-            found = torch.bmm(rows, block).reshape(-1)
-            if differ(product, found, torch.bmm(rows.abs(), block.abs()).reshape(-1)):
-                raise ConfigurationError(
-                    "jacobian='block' (or preconditioner='block') needs a vector field that acts "
-                    f"on each of the {self._samples} rows of the batch by itself, and this one "
-                    "couples them: use jacobian='dense', 'sparse' or 'matrix-free', or put each "
-                    "system of coupled samples into one row"
-                )
 
     def form(self, matrix: Any, values: Any, shift: float) -> None:
         """Put the blocks into the matrix's context."""

@@ -34,7 +34,7 @@ from pnode.solvers.scheme import Scheme
 from pnode.vectorfield import VectorField
 from pnode.vectors import REAL, copy_in, copy_out, is_moderate
 
-__all__ = ["RosenbrockBridge", "RosenbrockIntegrator"]
+__all__ = ["RosenbrockBridge", "RosenbrockIntegrator", "warn_of_hidden_time"]
 
 # Options that would make the steps those of another method.
 _FIXED = (
@@ -135,13 +135,18 @@ class RosenbrockBridge(Bridge):
         span = rest[0] - start if rest and math.isfinite(rest[0]) else abs(self._step)
         u = self._base.u.detach().clone()
         if hides_time(field, s, linearization, span, lambda later: field.rhs(later, u)):
-            warnings.warn(
-                "the vector field depends on t through a number that torch does not record "
-                "(float(t), t.item(), t.detach(), numpy?), and this Rosenbrock method needs df/dt: "
-                "without it it is of order 1, and takes far more steps. Compute with the tensor t, "
-                "or take a method such as 'es325' or 'bdf'",
-                RuntimeWarning, stacklevel=2,
-            )  # fmt: skip
+            warn_of_hidden_time(2)
+
+
+def warn_of_hidden_time(level: int) -> None:
+    """Warn that f depends on t and hides it; ``level`` is that of ``warnings.warn``, from here."""
+    warnings.warn(
+        "the vector field depends on t through a number that torch does not record "
+        "(float(t), t.item(), t.detach(), numpy?), and this Rosenbrock method needs df/dt: "
+        "without it it is of order 1, and takes far more steps. Compute with the tensor t, "
+        "or take a method such as 'es325' or 'bdf'",
+        RuntimeWarning, stacklevel=level + 1,
+    )  # fmt: skip
 
 
 class RosenbrockIntegrator(TimeIntegrator):

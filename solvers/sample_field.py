@@ -1,0 +1,77 @@
+"""The vector field of independent samples: all rows at once, each at a time of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pnode.errors import ConfigurationError
+from pnode.linearization import Linearization
+from pnode.problem import InitialValueProblem
+from pnode.solution import Ledger
+from pnode.solvers.linear.block import couples, sample_blocks
+from pnode.vectorfield import VectorField
+from pnode.vectors import REAL
+
+__all__ = ["RowsField"]
+
+
+class RowsField(VectorField):
+    """f on all rows, at a time for each: a tensor of shape ``(B,)`` in place of a number."""
+
+    def __init__(self, problem: InitialValueProblem, ledger: Ledger) -> None:
+        super().__init__(problem, ledger)
+        self._parts: dict[int, RowsField] = {}
+        self._checked = False
+
+    def _time(self, s: Any) -> torch.Tensor:
+        shape = self._layout.shapes[0]
+        others = len(shape) - 1 - any(self._layout.pairs)
+        return s.to(self._layout.dtype).view(-1, *[1] * others)
+
+    def times_of(self, values: torch.Tensor) -> torch.Tensor:
+        """Return a number of each row in the shape of the times that f gets."""
+        return self._time(values)
+
+    def rate(self, t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """Return f at times ``(B,)`` and states ``(B, n)``, in double precision."""
+        own = u.to(self.dtype, copy=True).reshape(-1)
+        return self.rhs(t, own).to(REAL).view_as(u)  # type: ignore[arg-type]
+
+    def graph(self, t: torch.Tensor, u: torch.Tensor, by_time: bool = False) -> Linearization:
+        """Return f with its graph there; ``by_time`` for derivatives by the times too."""
+        own = u.to(self.dtype, copy=True).reshape(-1)
+        return self.linearize(t, own, differentiate_time=by_time)  # type: ignore[arg-type]
+
+    def blocks(self, graph: Linearization) -> torch.Tensor:
+        """Return the Jacobian of each row, shape ``(B, n, n)``, double precision.
+
+        Raises
+        ------
+        ConfigurationError
+            If a row depends on others: the first of a sweep are compared with a product.
+        """
+        rows = self._layout.shapes[0][0]
+        found = sample_blocks(graph, rows)
+        if not self._checked:
+            self._checked = True
+            if couples(graph, found):
+                raise ConfigurationError(
+                    "samples='independent' needs a vector field that acts on each of the "
+                    f"{rows} rows of y0 by itself, and this one couples them: take "
+                    "samples='joint', or put each system of coupled samples into one row"
+                )
+        return found[0].to(REAL)
+
+    def of_rows(self, number: int) -> RowsField:
+        """Return the field of so many rows alone."""
+        if number not in self._parts:
+            layout = self._layout
+            shape = torch.Size((number, *layout.shapes[0][1:]))
+            small = type(layout)((shape,), False, layout.dtype, layout.device, layout.pairs)
+            part = RowsField(self.problem.but(layout=small), self.ledger)
+            part.recording, part._check_first, part._checked = self.recording, False, True
+            part.used = self.used
+            self._parts[number] = part
+        return self._parts[number]
