@@ -155,7 +155,7 @@ class RosenbrockAdjoint(ImplicitAdjointStepper):
             Z = u + combine(At[i], done, zero)
             graph = base
             if i:
-                graph = self.linearize(step.start + alpha * h, Z.to(dtype, copy=True), step)
+                graph = self.linearize(step.at(alpha), Z.to(dtype, copy=True), step)
             driven = combine(Ginv[i], done, zero) / h
             b = graph.flat_value().to(REAL) - (driven if mass is None else mass.apply(driven))
             if slope is not None:

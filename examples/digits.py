@@ -218,7 +218,7 @@ def in_segments(method: str, steps: int, length: int = 2) -> Callable[[Field], S
             return solver(y, SPAN * (length / steps)).ys[-1].clone()
 
         def solve(_: torch.nn.Module, y: torch.Tensor) -> torch.Tensor:
-            for _ in range(steps // length):
+            for _segment in range(steps // length):
                 y = checkpoint(segment, y, use_reentrant=True)
             return y
 

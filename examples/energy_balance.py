@@ -164,7 +164,10 @@ class Estimate:
     def in_ellipsoid(self) -> torch.Tensor:
         """Return whether the truth is in the ellipsoids that hold 95 % of normal deviations."""
         miss = self.logs - torch.tensor(TRUE, dtype=DOUBLE).log()
-        return torch.einsum("ni,nij,nj->n", miss, self.curvature, miss) < chi2.ppf(0.95, 4)
+        inside: torch.Tensor = torch.einsum("ni,nij,nj->n", miss, self.curvature, miss) < chi2.ppf(
+            0.95, 4
+        )
+        return inside
 
 
 class Fit:
@@ -276,7 +279,7 @@ def coverage(records: Record, quick: bool) -> tuple[torch.Tensor, dict[str, floa
 
 
 def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
+    return float((found - expected).norm() / expected.norm())
 
 
 def steps_at_kinks(record: Record) -> list[dict[str, Any]]:

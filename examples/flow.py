@@ -166,7 +166,7 @@ class Integrands(torch.nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return f too."""
         many = y.expand_as(probes).clone()
-        f, product = torch.func.jvp(partial(self.field, t), (many,), (probes,))
+        f, product, *_ = torch.func.jvp(partial(self.field, t), (many,), (probes,))
         trace = (probes * product).sum((0, 2))
         return f[0], torch.stack(
             [trace, product.square().sum((0, 2)), f[0].square().sum(-1)], dim=-1
@@ -188,7 +188,7 @@ class Flow:
     """A field, and densities by it."""
 
     def __init__(self, size: int, width: int, generator: torch.Generator) -> None:
-        self.field = Field(size, width, generator)
+        self.size, self.field = size, Field(size, width, generator)
         self.integrands = Integrands(self.field)
 
     def solver(self, **keywords: Any) -> pnode.Solver:
@@ -199,13 +199,14 @@ class Flow:
     ) -> tuple[torch.Tensor, torch.Tensor, pnode.Solution]:
         """Return log p (B,), the two regularisers (B, 2) and the solution; exact by default."""
         solution = solver(x, SPAN, args=unit_vectors(x) if probes is None else probes)
+        assert solution.costs is not None
         trace, regular = solution.costs[-1].split([1, 2], dim=-1)
         return normal(solution.ys[-1]) + trace[:, 0], regular, solution
 
     def paths(self, number: int, generator: torch.Generator) -> torch.Tensor:
         """Return samples at 41 times (41, number, size), of which the last are of the density."""
         solver = pnode.Solver(self.field, compile=False, **TOLERANCE)
-        z = torch.randn(number, self.field.net[-1].out_features, generator=generator, dtype=DOUBLE)
+        z = torch.randn(number, self.size, generator=generator, dtype=DOUBLE)
         with torch.no_grad():
             result: torch.Tensor = solver(z, torch.linspace(1.0, 0.0, 41, dtype=DOUBLE)).ys
         return result

@@ -16,10 +16,12 @@ import torch
 from pnode.devices import HOST
 from pnode.errors import ConfigurationError, NonFiniteVectorField, NonlinearSolveFailed
 from pnode.linearization import Linearization
-from pnode.nullspaces import DENSE_ENTRIES, SquareOperator, null_spaces, unit_vectors
+from pnode.mass import Solve
+from pnode.nullspaces import DENSE_ENTRIES, SquareOperator, cond, null_spaces, times, unit_vectors
 from pnode.problem import InitialValueProblem
 from pnode.solution import Ledger
 from pnode.transfers import remote
+from pnode.transforms import outside, plain
 from pnode.vectorfield import VectorField, vector_field
 from pnode.vectors import REAL
 
@@ -29,6 +31,8 @@ __all__ = ["check_consistency", "consistent_state"]
 # columns of zeros say all, up to the second.
 _SMALL_RESIDUAL, _LARGEST_RESIDUAL = 256, 2048
 _MAX_ITERATIONS = 20
+# Of a consistent state by what it depends on, as many as there may be through a solve.
+_DERIVATIVES = 4
 _INDEX = (
     "the problem has an index above 1 there, or its equations are not independent: differentiate "
     "its constraints with respect to time")  # fmt: skip
@@ -106,7 +110,7 @@ def consistent_state(
     Returns
     -------
     Tensor
-        The nearest along the algebraic unknowns, with the graph of the implicit function theorem.
+        The nearest along the algebraic unknowns, with four derivatives of the implicit function.
 
     Raises
     ------
@@ -117,36 +121,46 @@ def consistent_state(
     NonlinearSolveFailed
         If Newton's method does not converge.
     """
-    field = vector_field(replace(problem, check_undeclared=False), ledger)
-    solution = u.detach().clone()
-    start = _Start(field, solution)
-    if not start.count:
+    with outside():
+        found = _solved(problem, plain(u), ledger)
+    if found is None:
         return u
-    small = 1e-13 if u.dtype is torch.float64 else 1e-5
+    start, solution, equations = found
+    # More Newton steps with the matrix there: each makes one more derivative that of the implicit
+    # function, as what it leaves of an error that vanishes to some order vanishes to the next one.
+    layout = problem.layout
+    moved = u + (solution - plain(u))
+    rate = (layout.unflatten(start.rate * problem.direction),) * (problem.form == "residual")
+    seen = problem.seen(time.to(layout.device, layout.dtype))
+    function = remote(problem.function, problem.compute, ledger)
+    # g is the user's function up to its sign.
+    sign = -1.0 if problem.form == "residual" else problem.direction
+    for _ in range(_DERIVATIVES):
+        value = layout.flatten(function(seen, layout.unflatten(moved), *rate))
+        moved = moved + Solve.apply(sign * (value - value.detach()), equations, False)
+    return moved
+
+
+def _solved(
+    problem: InitialValueProblem, u: torch.Tensor, ledger: Ledger
+) -> tuple[_Start, torch.Tensor, _Algebraic] | None:
+    """Return the nearest consistent state, and the equations next to it; None without any."""
+    start = _Start(vector_field(replace(problem, check_undeclared=False), ledger), u.clone())
+    if not start.count:
+        return None
+    solution, small = u, 1e-13 if u.dtype is torch.float64 else 1e-5
     for _ in range(_MAX_ITERATIONS):
         equations = _Algebraic(start, solution)
         equations.require_index_one()
         correction = equations.correction()
         solution = solution + correction
         if float(correction.abs().max()) <= small * float(solution.abs().max()):
-            break
-    else:
-        raise NonlinearSolveFailed(
-            f"no consistent initial state was found in {_MAX_ITERATIONS} Newton iterations: start "
-            "from a better guess of the algebraic unknowns",
-            time=problem.direction * problem.times[0],
-        )
-    # One more Newton step, whose graph is that of the implicit function.
-    layout = problem.layout
-    moved = u + (solution - u.detach())
-    arguments: tuple[Any, ...] = (layout.unflatten(moved),)
-    if problem.form == "residual":
-        arguments += (layout.unflatten(start.rate * problem.direction),)
-    seen = problem.seen(time.to(layout.device, layout.dtype))
-    value = layout.flatten(remote(problem.function, problem.compute, ledger)(seen, *arguments))
-    # g is the user's function up to its sign.
-    sign = -1.0 if problem.form == "residual" else problem.direction
-    return moved + _Move.apply(equations, sign * (value - value.detach()))
+            return start, solution, equations
+    raise NonlinearSolveFailed(
+        f"no consistent initial state was found in {_MAX_ITERATIONS} Newton iterations: start "
+        "from a better guess of the algebraic unknowns",
+        time=problem.direction * problem.times[0],
+    )
 
 
 class _Start:
@@ -204,8 +218,8 @@ class _Start:
             )
         left, right, value, self.rate = min(found, key=lambda each: each[0].shape[1])
         if left.shape[1] and len(found) == 2:
-            values = [_times(left.T, each[2]) for each in found]
-            size = _times(left.T.abs(), found[0][2].abs() + found[1][2].abs())
+            values = [times(left.T, each[2]) for each in found]
+            size = times(left.T.abs(), found[0][2].abs() + found[1][2].abs())
             limit = (1e-10 if u.dtype is torch.float64 else 1e-4) * size
             if bool(((values[0] - values[1]).abs() > limit).any()):
                 raise ConfigurationError(
@@ -263,7 +277,7 @@ class _Algebraic:
         self._left, self._right = start.left, start.right
         self._linearization = start.at(u)
         self._dtype = u.dtype
-        self.value = _times(self._left.T, self._linearization.flat_value().to(REAL))
+        self.value = times(self._left.T, self._linearization.flat_value().to(REAL))
         if not bool(torch.isfinite(self.value).all()):
             raise NonFiniteVectorField(
                 "the vector field returned NaN or infinity at y0 in an algebraic equation: check "
@@ -286,19 +300,19 @@ class _Algebraic:
             )  # fmt: skip
 
     def _product(self, v: torch.Tensor) -> torch.Tensor:
-        moved = _times(self._right, v).to(self._dtype)
-        return _times(self._left.T, self._linearization.jvp(moved).to(REAL))
+        moved = times(self._right, v).to(self._dtype)
+        return times(self._left.T, self._linearization.jvp(moved).to(REAL))
 
     def _transposed(self, w: torch.Tensor) -> torch.Tensor:
-        cotangent = _times(self._left, w).to(self._dtype)
-        return _times(self._right.T, self._linearization.vjp(cotangent).state.to(REAL))
+        cotangent = times(self._left, w).to(self._dtype)
+        return times(self._right.T, self._linearization.vjp(cotangent).state.to(REAL))
 
     def require_index_one(self) -> None:
         """Raise unless the equations determine the unknowns."""
         if self._rows is not None:
             self._inverse, failed = torch.linalg.inv_ex(self._matrix)
             missing = self._matrix.eq(0.0).all(dim=0)
-            singular = bool(failed) or _condition(self._matrix) > 0.1 / torch.finfo(self._dtype).eps
+            singular = bool(failed) or cond(self._matrix) > 0.1 / torch.finfo(self._dtype).eps
         else:
             missing = self._operator.zero_columns
             singular = bool(missing.any() | self._operator.zero_rows.any())
@@ -310,7 +324,7 @@ class _Algebraic:
         if singular:
             which = ""
             if bool(missing.any()):
-                entry = int(_times(self._right, missing.to(REAL)).abs().argmax())
+                entry = int(times(self._right, missing.to(REAL)).abs().argmax())
                 which = f" (entry {entry} of the flattened state is in none of them)"
             raise ConfigurationError(
                 "the algebraic equations do not determine the algebraic unknowns at y0"
@@ -324,28 +338,35 @@ class _Algebraic:
     def move(self, equations: torch.Tensor) -> torch.Tensor:
         """Return the change of the state that changes the equations by these, and nothing else."""
         if self._rows is not None:
-            return _times(self._right, self._inverse @ equations)
+            return times(self._right, self._inverse @ equations)
         if not bool(equations.any()):
             return torch.zeros(len(self._u), dtype=REAL, device=self._u.device)
         found = self._operator.solve(equations)
         if not found.converged:
             _warn("how far y0 is from satisfying the algebraic equations")
-        return _times(self._right, found.x)
+        return times(self._right, found.x)
 
-    def pull_back(self, cotangent: torch.Tensor) -> torch.Tensor:
+    def _pull_back(self, cotangent: torch.Tensor) -> torch.Tensor:
         """Apply the transpose of :meth:`move`, and of the choice of the algebraic equations."""
-        along = _times(self._right.T, cotangent.to(REAL))
+        along = times(self._right.T, cotangent.to(REAL))
         if self._rows is not None:
-            return _times(self._left, self._inverse.T @ along)
+            return times(self._left, self._inverse.T @ along)
         operator = SquareOperator(
             self._transposed, self._product, self._start.count, self._dtype is not REAL,
             self._u.device,
         )  # fmt: skip
-        return _times(self._left, operator.solve(along).x)
+        return times(self._left, operator.solve(along).x)
 
-    def choose(self, value: torch.Tensor) -> torch.Tensor:
-        """Return the algebraic equations of a flat value."""
-        return _times(self._left.T, value.to(REAL))
+    def solve(self, values: torch.Tensor) -> torch.Tensor:
+        """Return minus :meth:`move` of the algebraic equations of flat values, ``(..., size)``."""
+        rows = values.to(REAL).reshape(-1, len(self._u))
+        found = [-self.move(times(self._left.T, row)) for row in rows]
+        return torch.stack(found).view(values.shape).to(values)
+
+    def solve_transpose(self, cotangents: torch.Tensor) -> torch.Tensor:
+        """Return the transpose of :meth:`solve` times cotangents, ``(..., size)``."""
+        found = [-self._pull_back(row) for row in cotangents.reshape(-1, len(self._u))]
+        return torch.stack(found).view(cotangents.shape).to(cotangents)
 
     def terms(self) -> torch.Tensor:
         """Return how much the state moves if all others move by a whole: absolute values added.
@@ -354,7 +375,7 @@ class _Algebraic:
         """
         u = self._u.to(REAL)
         if self._rows is not None:
-            return _times(self._right.abs(), self._inverse.abs() @ (self._rows.abs() @ u.abs()))
+            return times(self._right.abs(), self._inverse.abs() @ (self._rows.abs() @ u.abs()))
         total, generator = torch.zeros_like(u), torch.Generator(HOST.device).manual_seed(2)
         for _ in range(3):
             signs = (
@@ -363,34 +384,8 @@ class _Algebraic:
                 .to(u)
             )
             products = self._linearization.jvp((signs * u).to(self._dtype)).to(REAL)
-            total += self.move(_times(self._left.T, products)).square()
+            total += self.move(times(self._left.T, products)).square()
         return total.sqrt()
-
-
-class _Move(torch.autograd.Function):
-    """minus ``equations.move``, of a value whose algebraic equations are zero."""
-
-    @staticmethod
-    def forward(ctx: Any, equations: _Algebraic, value: torch.Tensor) -> torch.Tensor:
-        ctx.equations = equations
-        return -equations.move(equations.choose(value)).to(value)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
-        (cotangent,) = cotangents
-        return None, -ctx.equations.pull_back(cotangent).to(cotangent)
-
-
-def _condition(matrix: torch.Tensor) -> float:
-    """Return the condition number with rows and columns scaled: units are not what it is about."""
-    scaled = matrix / matrix.abs().amax(dim=1, keepdim=True)
-    scaled = scaled / scaled.abs().amax(dim=0, keepdim=True)
-    return float(torch.linalg.cond(scaled, 1)) if bool(scaled.isfinite().all()) else torch.inf
-
-
-def _times(matrix: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Return the product of a dense or sparse matrix and a vector."""
-    return (matrix @ v.unsqueeze(1)).squeeze(1)
 
 
 def _warn(what: str) -> None:

@@ -16,7 +16,7 @@ from pnode.problem import StateLayout
 from pnode.transforms import outside
 from pnode.vectors import REAL
 
-__all__ = ["MassMatrix", "SolveMass"]
+__all__ = ["MassMatrix", "Solve"]
 
 # Null spaces of the user's matrices, which come again with every solve, and the versions of these.
 _known: Any = WeakTensorKeyDictionary()
@@ -222,35 +222,35 @@ def _sparse(index: torch.Tensor, values: torch.Tensor, size: int) -> torch.Tenso
     return torch.sparse_coo_tensor(index, values, (size, size), check_invariants=True)
 
 
-class SolveMass(torch.autograd.Function):
-    """``mass.solve`` of a vector, or its transpose, which can be differentiated."""
+class Solve(torch.autograd.Function):
+    """``solve`` of a MassMatrix, or of what has its two methods, which can be differentiated."""
 
     @staticmethod
-    def forward(v: torch.Tensor, mass: MassMatrix, transposed: bool) -> torch.Tensor:
+    def forward(v: torch.Tensor, matrix: Any, transposed: bool) -> torch.Tensor:
         """Solve."""
-        return mass.solve_transpose(v) if transposed else mass.solve(v)
+        return matrix.solve_transpose(v) if transposed else matrix.solve(v)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         """Keep the matrix."""
-        _, ctx.mass, ctx.transposed = inputs
+        _, ctx.matrix, ctx.transposed = inputs
 
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> Any:
         """Solve with the transpose."""
-        return SolveMass.apply(outputs[0], ctx.mass, not ctx.transposed), None, None
+        return Solve.apply(outputs[0], ctx.matrix, not ctx.transposed), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> torch.Tensor:
         """Solve for a tangent."""
-        found: torch.Tensor = SolveMass.apply(tangents[0], ctx.mass, ctx.transposed)
+        found: torch.Tensor = Solve.apply(tangents[0], ctx.matrix, ctx.transposed)
         return found
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], v: torch.Tensor, mass: MassMatrix, transposed: bool
+        info: Any, in_dims: tuple[Any, ...], v: torch.Tensor, matrix: Any, transposed: bool
     ) -> tuple[torch.Tensor, int]:
         """Solve for all at once."""
         rows = v.movedim(in_dims[0], 0)
-        found: torch.Tensor = SolveMass.apply(rows, mass, transposed)
+        found: torch.Tensor = Solve.apply(rows, matrix, transposed)
         return found, 0

@@ -17,7 +17,15 @@ from pnode.devices import HOST
 from pnode.errors import ConfigurationError
 from pnode.vectors import REAL
 
-__all__ = ["DENSE_ENTRIES", "Bordered", "SquareOperator", "null_spaces", "unit_vectors"]
+__all__ = [
+    "DENSE_ENTRIES",
+    "Bordered",
+    "SquareOperator",
+    "cond",
+    "null_spaces",
+    "times",
+    "unit_vectors",
+]
 
 #: Bases, and matrices to factor, have at most so many entries; products serve beyond.
 DENSE_ENTRIES = 2048**2
@@ -124,6 +132,18 @@ class SquareOperator:
 
 def _numbers(values: torch.Tensor) -> np.ndarray:
     return values.detach().to(HOST.device, torch.float64).numpy()
+
+
+def cond(matrix: torch.Tensor) -> float:
+    """Return the condition number with rows and columns scaled: units are not what it is about."""
+    scaled = matrix / matrix.abs().amax(dim=1, keepdim=True)
+    scaled = scaled / scaled.abs().amax(dim=0, keepdim=True)
+    return float(torch.linalg.cond(scaled, 1)) if bool(scaled.isfinite().all()) else torch.inf
+
+
+def times(matrix: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Return the product of a dense or sparse matrix and a vector."""
+    return (matrix @ v.unsqueeze(1)).squeeze(1)
 
 
 def unit_vectors(chosen: torch.Tensor) -> torch.Tensor:

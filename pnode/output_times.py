@@ -10,7 +10,7 @@ from pnode.errors import BackwardError
 from pnode.evidence import differs
 from pnode.ghost_cells import ghosted
 from pnode.held import now
-from pnode.mass import SolveMass
+from pnode.mass import Solve
 from pnode.problem import InitialValueProblem
 from pnode.rates import Rates, as_function
 from pnode.run import Run
@@ -118,7 +118,7 @@ def flow_slope(
     state = layout.unflatten(y.clone()) if cells is None else ghosted(cells, y)
     values = [layout.flatten(part(t, state)) for part in parts]
     slope = sum(values[1:], start=values[0])
-    return slope if problem.mass is None else SolveMass.apply(slope, problem.mass, False)
+    return slope if problem.mass is None else Solve.apply(slope, problem.mass, False)
 
 
 def _known_slope(

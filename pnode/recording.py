@@ -113,7 +113,9 @@ def _identity(engine: Engine, run: Run, y0: torch.Tensor) -> dict[str, str]:
         "form": problem.form, "jacobian": engine.jacobian,
         "reproducible": engine.checkpointing.reproducible,
         "shapes": problem.layout.shapes, "f": problem.function, "explicit": problem.explicit,
-        "mass": None if problem.mass is None else problem.mass.entries(),
+        "mass": None if problem.mass is None else dict(
+            zip(("rows", "columns", "values"), problem.mass.entries(), strict=True)
+        ),
         "jacobian_reuse": options.reuse,
         "preconditioner": getattr(preconditioner, "__dict__", preconditioner),
         "petsc_options": engine.petsc_options, "petsc_setup": engine.setup,

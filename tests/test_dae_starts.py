@@ -270,3 +270,63 @@ def test_equations_without_rates_alone():
         start_of(lambda t, y, yp: y * y - 4.0, [3.0, -2.0])
     y = start_of(lambda t, y, yp: y * y - 4.0, [3.0, -1.0], consistent_start=True)
     assert torch.allclose(y[-1], torch.tensor([2.0, -2.0], dtype=D))
+
+
+HALF_ALGEBRAIC, OVER = torch.tensor([1.0, 0.0], dtype=D), torch.tensor([0.0, 0.5], dtype=D)
+
+
+def started(y, method="es325"):
+    """Solve y' = z^2 - y, z + z^3 = y from a start whose z is not consistent."""
+    solver = pnode.Solver(
+        lambda t, y: torch.stack([y[1] ** 2 - y[0], y[1] + y[1] ** 3 - y[0]]),
+        mass=HALF_ALGEBRAIC, method=method, step_size=0.25,
+        consistent_start=True, compile=False,
+        petsc_options={"snes_rtol": 1e-14, "snes_stol": 1e-14},
+    )  # fmt: skip
+    return solver(y, OVER).ys
+
+
+def test_derivatives_of_a_consistent_start():
+    """By the closed form z(y) = 2 sinh(asinh(1.5 sqrt(3) y) / 3) / sqrt(3), to third order."""
+    start = torch.tensor([1.0, 0.7], dtype=D)
+
+    def derivatives(f):
+        """The first three along the first entry."""
+        y = start.clone().requires_grad_()
+        found, value = [], f(y)
+        for _ in range(3):
+            (gradient,) = torch.autograd.grad(value, y, create_graph=True)
+            value = gradient[0]
+            found.append(gradient.detach())
+        return torch.stack(found)
+
+    root = math.sqrt(3.0)
+    exact = derivatives(lambda y: 2.0 * torch.sinh(torch.asinh(1.5 * root * y[0]) / 3.0) / root)
+    found = derivatives(lambda y: started(y)[0, 1])
+    torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["rodaspr", "es325", "bdf2"])
+def test_a_consistent_start_in_every_mode(method):
+    start, along = torch.tensor([1.0, 0.7], dtype=D), torch.tensor([0.3, -0.2], dtype=D)
+
+    def end(y):
+        return started(y, method)[-1]
+
+    expected = torch.autograd.functional.jacobian(end, start)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(start, along)
+        found = [torch.autograd.forward_ad.unpack_dual(end(dual)).tangent]
+    found += [torch.func.jvp(end, (start,), (along,))[1], torch.func.jacfwd(end)(start) @ along]
+    found += [torch.func.jacrev(end)(start) @ along]
+    for one in found:
+        torch.testing.assert_close(one, expected @ along, rtol=1e-9, atol=1e-12)
+    step = 1e-5 * along
+
+    def gradient(y):
+        y = y.clone().requires_grad_()
+        return torch.autograd.grad(end(y).square().sum(), y)[0]
+
+    product = torch.autograd.functional.hvp(lambda y: end(y).square().sum(), start, along)[1]
+    difference = (gradient(start + step) - gradient(start - step)) / 2e-5
+    torch.testing.assert_close(product, difference, rtol=1e-7, atol=1e-9)

@@ -474,7 +474,7 @@ def test_a_mass_matrix_is_compared(tmp_path):
     with pytest.raises(Stop):
         solve(0.7)
     mass[0, 1] = 1e-9
-    with pytest.raises(pnode.CheckpointError, match=r"mass\['_matrix'\]"):
+    with pytest.raises(pnode.CheckpointError, match=r"mass\['values'\]"):
         solve(2.0)
     mass[0, 1] = 0.0
     assert solve(2.0).stats.rhs > 0

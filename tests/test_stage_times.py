@@ -95,3 +95,17 @@ def test_a_budget_sees_the_same_times(name):
         for keywords in ({}, {"checkpointing": 100})
     ]
     assert torch.isclose(*found, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["rodas3", "ra34pw2", "rodaspr", "es325", "dopri5"])
+def test_a_switch_at_a_step_of_a_grid(name):
+    """1/12 six times is a little less than 0.5, where a step of the grid ends."""
+    a = torch.tensor(3.0, dtype=D, requires_grad=True)
+
+    def field(t, y):
+        return a * torch.where(t < 0.5, 0.5 * t, 2.0 * t) + 0.0 * y
+
+    steps = torch.linspace(0.0, 1.0, 13, dtype=D)
+    y = solve(name, "rhs", field, [a], steps[[0, -1]], steps=steps).ys[-1]
+    (gradient,) = torch.autograd.grad(y.sum(), a)
+    assert torch.isclose(gradient * 3.0, y.sum(), rtol=1e-12)

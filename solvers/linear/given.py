@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import scipy.sparse
+import scipy  # scipy.sparse, which takes a tenth of a second, where it is needed
 import torch
 
 from pnode.devices import HOST, Place

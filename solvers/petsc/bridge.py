@@ -135,8 +135,7 @@ class Bridge(Linearizer):
     def begin_stages(self, times: tuple[float, ...]) -> None:
         """Say at which times the stages of a step are, its start and end among them.
 
-        PETSc's own times differ from these by round-off. Those that are not among them, of a
-        Rosenbrock method, are as PETSc gives them.
+        PETSc's own times differ from these by round-off.
         """
         self._times = list(times)
         self.infinite_at = None

@@ -85,7 +85,7 @@ class TimeIntegrator:
         self._backtracks = backtracks(settings, options)
         #: Where stages are between the ends of a step, in units of its length.
         scheme = method.scheme
-        nodes = () if scheme is None or method.linearly_implicit else scheme.nodes
+        nodes = () if scheme is None else scheme.c if method.linearly_implicit else scheme.nodes
         self._inner = tuple(c for c in nodes if c not in (0.0, 1.0))
         self._iterations = (0, 0)
         self._direction = 1.0

@@ -87,6 +87,7 @@ class RosenbrockBridge(Bridge):
 
         The first evaluation of a step is at its start, and its graph is kept for the Jacobian.
         """
+        s = self.stage_time(s)
         value = self.guarded("rhs", self._evaluate_stage, s, u)
         if value is not None and is_moderate(value):
             copy_in(f, value)
