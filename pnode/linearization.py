@@ -311,7 +311,8 @@ class Linearization:
 
     def time_derivative(self) -> torch.Tensor:
         """Return dg/ds = df/dt, flat; zero if the graph does not contain time."""
-        return self.along(None, (), torch.ones_like(self._time)[None])[0]
+        time = torch.ones_like(self._time)[None][: int(self.records_time())]
+        return self.along(None, (), time)[0] if len(time) else torch.zeros_like(self.flat_value())
 
     def records_time(self) -> bool:
         """Whether the graph contains time, which is to be a leaf of it."""
@@ -323,8 +324,7 @@ class Linearization:
     def jacobian(self) -> torch.Tensor:
         """Return dg/du as a dense matrix, shape ``(size, size)``, the user's precision.
 
-        All rows come from one batched backward pass; fields that torch cannot batch are done row
-        by row. Computed once per point.
+        All rows come from one batched backward pass if torch can batch f. Computed once per point.
         """
         matrix = self._matrices()[0]
         return matrix if self._sign > 0 else -matrix
