@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from pnode.adjoint.implicit import ImplicitAdjointStepper
@@ -15,10 +14,11 @@ from pnode.options import SolverOptions
 from pnode.solution import Ledger
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.rosenbrock_tableaus import ROSENBROCK
+from pnode.solvers.scheme import combine
 from pnode.solvers.stepping import Step
 from pnode.vectors import REAL
 
-__all__ = ["RosenbrockAdjoint", "RosenbrockStage", "combine"]
+__all__ = ["RosenbrockAdjoint", "RosenbrockStage"]
 
 # Entries of a state beyond which products of all stages at once would take memory, not less time.
 _LARGE = 1 << 12
@@ -176,8 +176,3 @@ class RosenbrockAdjoint(ImplicitAdjointStepper):
         if again or not self.scheme.one_matrix:
             shift = 1.0 / (step.length * self.scheme.gamma_diagonal[stage])
             self.set_matrix(step.start, self.checkpoint.stages[0], shift, step)
-
-
-def combine(row: np.ndarray, tensors: list[torch.Tensor], zero: torch.Tensor) -> torch.Tensor:
-    """Return the sum of row_j tensors_j."""
-    return sum((row[j] * tensor for j, tensor in enumerate(tensors) if row[j]), start=zero)

@@ -18,7 +18,7 @@ from pnode.adjoint.ahead import Ahead, derivatives_ahead, pays
 from pnode.adjoint.firk import CoupledAdjoint
 from pnode.adjoint.implicit import ImplicitAdjointStepper
 from pnode.adjoint.multistep import MultistepAdjoint
-from pnode.adjoint.rosenbrock import RosenbrockAdjoint, combine
+from pnode.adjoint.rosenbrock import RosenbrockAdjoint
 from pnode.adjoint.stages import ExplicitAdjoint, StageAdjoint
 from pnode.adjoint.stepper import AdjointStepper
 from pnode.adjoint.symplectic import SymplecticAdjoint
@@ -28,7 +28,7 @@ from pnode.solution import Ledger
 from pnode.solvers.bdf import start_weights
 from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.petsc.settings import IntegratorSettings
-from pnode.solvers.scheme import Row, Rows
+from pnode.solvers.scheme import Row, Rows, combine
 from pnode.solvers.stepping import Step
 from pnode.vectorfield import VectorField
 from pnode.vectors import REAL

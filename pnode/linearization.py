@@ -257,15 +257,15 @@ class Linearization:
         if time is not None and self._time.requires_grad:
             inputs.append(self._time)
             rows.append(self._sign * time)
-        if not rows:
-            assert time is not None
-            return self._value.new_zeros(len(time), self._value.numel())
-        self._shared.ledger.jvp += len(rows[0])
-        with self._shared.hooks_away():
-            end = self._value if self._edge is None else self._edge
-            found = directional_derivatives(self._value, end, inputs, rows)
-        found = found.reshape(len(rows[0]), -1)
-        return found if self._sign > 0 else -found
+        number = len(rows[0] if time is None else time)
+        end, found = self._value if self._edge is None else self._edge, None
+        if rows:
+            with self._shared.hooks_away():
+                found = directional_derivatives(self._value, end, inputs, rows)
+        self._shared.ledger.jvp += number * (states is not None or found is not None)
+        if found is None:
+            return self._value.new_zeros(number, self._value.numel())
+        return found.reshape(number, -1) if self._sign > 0 else -found.reshape(number, -1)
 
     def second_vjp(
         self, w: torch.Tensor, v: torch.Tensor, time: torch.Tensor | None = None
@@ -311,8 +311,7 @@ class Linearization:
 
     def time_derivative(self) -> torch.Tensor:
         """Return dg/ds = df/dt, flat; zero if the graph does not contain time."""
-        time = torch.ones_like(self._time)[None][: int(self.records_time())]
-        return self.along(None, (), time)[0] if len(time) else torch.zeros_like(self.flat_value())
+        return self.along(None, (), torch.ones_like(self._time)[None])[0]
 
     def records_time(self) -> bool:
         """Whether the graph contains time, which is to be a leaf of it."""

@@ -5,6 +5,7 @@ Source: Hairer & Wanner, Solving Ordinary Differential Equations II, section VI.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ class MassMatrix:
         """Return M^T v, shape ``(..., size)``, v's precision."""
         return self._times(self._transpose, v)
 
-    @property
+    @cached_property
     def singular(self) -> bool:
         """Whether M leaves algebraic equations."""
         return self.null_spaces()[0].shape[1] > 0

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pnode.devices import HOST
+from pnode.errors import BackwardError
 from pnode.vectors import REAL
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "gradients",
     "pull_back",
     "pull_back_rows",
+    "refused",
     "transposed",
 ]
 
@@ -178,7 +180,7 @@ def derivatives(
 def directional_derivatives(
     value: torch.Tensor, end: Any, inputs: Sequence[torch.Tensor],
     tangents: Sequence[torch.Tensor],
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor | None:  # fmt: skip
     """Return the derivatives of ``value`` along several tangents; see above.
 
     Its graph is kept.
@@ -196,13 +198,13 @@ def directional_derivatives(
 
     Returns
     -------
-    Tensor
-        Shape ``(m, *value)``.
+    Tensor or None
+        Shape ``(m, *value)``; None if the graph has none of the inputs.
     """
     number = len(tangents[0])
     nothing = value.new_zeros(()).expand(number, *value.shape)
     if isinstance(end, torch.Tensor) and not end.requires_grad:
-        return nothing
+        return None
     with torch.enable_grad():
         seed = torch.zeros_like(value, requires_grad=True)
         products = pull_back(end, tuple(inputs), seed, True)
@@ -212,7 +214,7 @@ def directional_derivatives(
         if product is not None and product.requires_grad
     ]
     if not chosen:
-        return nothing
+        return None
     ends = tuple(product for product, _ in chosen)
     if 1 < number and value.numel() <= _LARGE:
         try:
@@ -276,3 +278,29 @@ def _parts(total: torch.Tensor, term: torch.Tensor) -> Iterable[tuple[torch.Tens
     if not large or not (total.is_contiguous() and term.is_contiguous()):
         return ((total, term),)
     return zip(total.view(-1).split(_PIECE), term.view(-1).split(_PIECE), strict=True)
+
+
+def refused(given: torch.Tensor, like: torch.Tensor, text: str) -> torch.Tensor:
+    """Return zeros whose derivatives by a tensor raise BackwardError."""
+    result: torch.Tensor = _Refused.apply(given, like, text)
+    return result
+
+
+class _Refused(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(given: torch.Tensor, like: torch.Tensor, text: str) -> torch.Tensor:
+        return torch.zeros_like(like)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.text = inputs[-1]
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> Any:
+        raise BackwardError(ctx.text)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> torch.Tensor:
+        raise BackwardError(ctx.text)

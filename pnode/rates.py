@@ -20,11 +20,11 @@ from typing import Any, Protocol
 import torch
 
 from pnode.devices import HOST
-from pnode.errors import BackwardError, ConfigurationError, NonlinearSolveFailed, PnodeError
+from pnode.errors import ConfigurationError, NonlinearSolveFailed
 from pnode.field_checks import hides_time
 from pnode.linearization import Linearization, Products
 from pnode.nullspaces import DENSE_ENTRIES, Bordered, null_spaces
-from pnode.products import accumulate
+from pnode.products import accumulate, refused
 from pnode.vectorfield import VectorField
 from pnode.vectors import REAL
 
@@ -33,6 +33,11 @@ __all__ = ["Rate", "Rates", "as_function"]
 _MAX_ITERATIONS = 20
 _LARGEST_RESIDUAL = 2048
 _DEGENERATE = 1e-13
+_REFUSAL = (
+    "second derivatives through the time of an event or an output are not supported for "
+    "residual= and a singular mass=, whose y' is known as a number only: take first "
+    "derivatives, or solve to a fixed time (t.detach(), no event_fn)"
+)
 
 
 class _Solves(Protocol):
@@ -313,7 +318,7 @@ def as_function(
         result: torch.Tensor = _Known.apply(rate, *inputs)
         return result
     for one in inputs:
-        rate = rate + _Refused.apply(one, rate)
+        rate = rate + refused(one, rate, _REFUSAL)
     return rate
 
 
@@ -334,41 +339,11 @@ class _Known(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> Any:
         _, *inputs = ctx.saved_tensors
-        return None, *(_Refused.apply(outputs[0], one) for one in inputs)
+        return None, *(refused(outputs[0], one, _REFUSAL) for one in inputs)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> torch.Tensor:
         rate, *_ = ctx.saved_tensors
         given = [one for one in tangents[1:] if one is not None]
-        result: torch.Tensor = _Refused.apply(given[0], rate) if given else rate.new_zeros(())
+        result = refused(given[0], rate, _REFUSAL) if given else rate.new_zeros(())
         return result.expand_as(rate)
-
-
-class _Refused(torch.autograd.Function):
-    """Zero, whose derivatives are refused."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(given: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(like)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        """Keep nothing."""
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: torch.Tensor) -> Any:
-        raise _refusal()
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> torch.Tensor:
-        raise _refusal()
-
-
-def _refusal() -> PnodeError:
-    return BackwardError(
-        "second derivatives through the time of an event or an output are not supported for "
-        "residual= and a singular mass=, whose y' is known as a number only: take first "
-        "derivatives, or solve to a fixed time (t.detach(), no event_fn)"
-    )

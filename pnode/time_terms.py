@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from pnode.errors import BackwardError, ConfigurationError
+from pnode.errors import ConfigurationError
 from pnode.problem import InitialValueProblem
+from pnode.products import refused
 from pnode.rank_sums import Total, replicated
 from pnode.ranks import Ranks
 from pnode.rebinding import bound
 from pnode.transforms import differentiable, moves
 
 __all__ = ["TermsOfRanks"]
+
+_REFUSAL = (
+    "second derivatives with respect to output times on several ranks need a vector field that "
+    "is a torch.nn.Module and has its parameters there: write it as one, or pass t.detach()"
+)
 
 
 class TermsOfRanks:
@@ -61,8 +66,7 @@ class TermsOfRanks:
         """Return this rank's own terms, which refuse derivatives that would be wrong."""
         if self.exact:
             return value
-        result: torch.Tensor = _Constant.apply(value)
-        return result
+        return value.detach() + refused(value, value, _REFUSAL)
 
     def total(self, value: torch.Tensor) -> torch.Tensor:
         """Return the sum over the ranks, which can be differentiated. Collective."""
@@ -71,35 +75,3 @@ class TermsOfRanks:
             return value
         result: torch.Tensor = Total.apply(ranks.comm, self.known(value))[0]
         return result
-
-
-class _Constant(torch.autograd.Function):
-    """The same value, whose derivatives are refused."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(value: torch.Tensor) -> torch.Tensor:
-        """Copy."""
-        return value.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        """Keep nothing."""
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: torch.Tensor) -> Any:
-        """Refuse."""
-        raise _refusal()
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> torch.Tensor:
-        """Refuse."""
-        raise _refusal()
-
-
-def _refusal() -> BackwardError:
-    return BackwardError(
-        "second derivatives with respect to output times on several ranks need a vector field that "
-        "is a torch.nn.Module and has its parameters there: write it as one, or pass t.detach()"
-    )

@@ -18,9 +18,10 @@ from pnode.solvers.methods import Method
 from pnode.solvers.petsc.rosenbrock import warn_of_hidden_time
 from pnode.solvers.petsc.settings import default_options
 from pnode.solvers.sample_field import RowsField
+from pnode.solvers.scheme import combine
 from pnode.vectors import REAL
 
-__all__ = ["Attempt", "RosenbrockRows", "RowMethod", "RungeKuttaRows", "combined", "create"]
+__all__ = ["Attempt", "RosenbrockRows", "RowMethod", "RungeKuttaRows", "create"]
 
 # SNES's defaults.
 _MOST_ITERATIONS, _DIVERGENCE, _LEAST_NORM = 50, 1e4, 1e-50
@@ -181,9 +182,9 @@ class RosenbrockRows:
         moving = length != 0.0
         found = self.stages(field, t, u, length)
         Y = [stage for _, stage, _ in found.stages]
-        state, other = u + combined(self.bt, Y, u), None
+        state, other = u + combine(self.bt, Y, u), None
         if self._embedded is not None:
-            other = torch.where(moving[:, None], u + combined(self._embedded, Y, u), u)
+            other = torch.where(moving[:, None], u + combine(self._embedded, Y, u), u)
         state = torch.where(moving[:, None], state, u)
         nonfinite = moving & ~torch.stack([_finite(value) for value in found.values]).all(dim=0)
         failed = moving & found.singular
@@ -204,7 +205,7 @@ class RosenbrockRows:
         found = RosenbrockStages(base, J, [], [], torch.zeros_like(moving), h, [])
         for i, alpha in enumerate(scheme.c):
             Y = [stage for _, stage, _ in found.stages]
-            Z, s, point = u + combined(self.At[i], Y, u), t + alpha * length, base
+            Z, s, point = u + combine(self.At[i], Y, u), t + alpha * length, base
             if i == 0:
                 value = base.flat_value().to(REAL).view_as(u)
             elif graphs:
@@ -212,11 +213,11 @@ class RosenbrockRows:
                 value = point.flat_value().to(REAL).view_as(u)
             else:
                 value = field.rate(s, Z)
-            b = value - combined(self.Ginv[i], Y, u) / h
+            b = value - combine(self.Ginv[i], Y, u) / h
             if by_time is not None:
                 b = b + scheme.gamma[i] * h * by_time
             if scheme.gamma_diagonal[i] == 0.0:
-                v = combined(self.corr[i], Y, u)
+                v = combine(self.corr[i], Y, u)
                 stage = h * (b + torch.bmm(J, v[..., None])[..., 0])
             else:
                 if i == 0 or not scheme.one_matrix:
@@ -279,20 +280,11 @@ def factored(
     return Factors(matrices)
 
 
-def combined(row: Any, tensors: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-    """Return the sum of row_j tensors_j."""
-    total = torch.zeros_like(like)
-    for weight, tensor in zip(row, tensors, strict=False):
-        if weight:
-            total = total + float(weight) * tensor
-    return total
-
-
 def _moved(
     u: torch.Tensor, h: torch.Tensor, row: Sequence[float], slopes: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     """Return u + h sum_j row_j K_j; exactly u where h is 0, whatever the slopes."""
-    return torch.where(h == 0.0, u, u + h * combined(row, slopes, u))
+    return torch.where(h == 0.0, u, u + h * combine(row, slopes, u))
 
 
 def _finite(values: torch.Tensor) -> torch.Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 
 __all__ = [
     "SYMPLECTIC",
@@ -16,6 +18,7 @@ __all__ = [
     "Rows",
     "Scheme",
     "SymplecticScheme",
+    "combine",
     "rows",
     "ssp_scheme",
 ]
@@ -378,3 +381,14 @@ SYMPLECTIC = {
         "E. Forest & R. D. Ruth, Physica D 43 (1990) 105-117",
     ),
 }  # fmt: skip
+
+
+def combine(
+    row: Iterable[Any], tensors: Iterable[torch.Tensor], like: torch.Tensor
+) -> torch.Tensor:
+    """Return the sum of row_j tensors_j, over as many as there are tensors."""
+    total = torch.zeros_like(like)
+    for weight, tensor in zip(row, tensors, strict=False):
+        if weight:
+            total = total + float(weight) * tensor
+    return total

@@ -145,7 +145,7 @@ class Bridge(Linearizer):
 
     def stage_time(self, s: float) -> float:
         """Return the stage time that PETSc's differs from by round-off."""
-        if not self._times:
+        if s in self._times or not self._times:
             return s
         nearest = min(self._times, key=lambda time: abs(s - time))
         if abs(s - nearest) <= self._round_off:
