@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pnode.adjoint.slabs import Slabs, Tensors
-from pnode.solution import Ledger
+from pnode.base.ledger import Ledger
 
 __all__ = ["Account", "Graphs", "Kept"]
 

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import torch
 
-from pnode.products import directional_derivatives, pull_back_rows
-from pnode.solution import Ledger
-from pnode.vectorfield import VectorField
-from pnode.vectors import REAL
+from pnode.base.ledger import Ledger
+from pnode.base.vectors import REAL
+from pnode.field.products import directional_derivatives, pull_back_rows
+from pnode.field.vectorfield import VectorField
 
 __all__ = ["Ahead", "derivatives_ahead", "pays"]
 

@@ -19,13 +19,13 @@ from pnode.adjoint.schedule import (
 )
 from pnode.adjoint.store import CheckpointStore
 from pnode.adjoint.trajectory import Trajectory
-from pnode.checkpointing import Checkpointing
+from pnode.base.ledger import Ledger
+from pnode.base.vectors import REAL
 from pnode.errors import ConfigurationError
-from pnode.solution import Ledger
+from pnode.problems.checkpointing import Checkpointing
 from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.methods import Method, find_method
 from pnode.solvers.stepping import Step
-from pnode.vectors import REAL
 
 __all__ = ["Plan", "choose_schedule", "memory_limit", "plan"]
 

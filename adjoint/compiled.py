@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from pnode.adjoint.stepper import TorchAdjointStepper
-from pnode.solution import Ledger
+from pnode.base.ledger import Ledger
+from pnode.base.vectors import REAL
+from pnode.field.vectorfield import VectorField
 from pnode.solvers.compiled.steps import StepGraphs
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.stepping import Step
-from pnode.vectorfield import VectorField
-from pnode.vectors import REAL
 
 __all__ = ["CompiledAdjoint"]
 

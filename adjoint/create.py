@@ -9,7 +9,7 @@ from pnode.adjoint.rosenbrock import RosenbrockAdjoint
 from pnode.adjoint.stages import ExplicitAdjoint, StageAdjoint
 from pnode.adjoint.stepper import AdjointStepper
 from pnode.adjoint.symplectic import SymplecticAdjoint
-from pnode.options import SolverOptions
+from pnode.base.options import SolverOptions
 from pnode.solvers.petsc.settings import IntegratorSettings
 
 __all__ = ["create_adjoint"]

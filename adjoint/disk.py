@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from pnode import private_files
 from pnode.adjoint.accounts import Account
 from pnode.adjoint.slabs import Tensors
+from pnode.base import private_files
+from pnode.base.ledger import Ledger
 from pnode.errors import CheckpointError, ConfigurationError
-from pnode.solution import Ledger
 
 __all__ = ["Disk", "DiskFolder", "Key"]
 

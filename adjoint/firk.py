@@ -17,17 +17,17 @@ from collections.abc import Sequence
 import torch
 
 from pnode.adjoint.stepper import TorchAdjointStepper
+from pnode.base.ledger import Ledger
+from pnode.base.options import SolverOptions
 from pnode.errors import LinearSolveFailed, SolveError
-from pnode.linearization import Linearization
-from pnode.options import SolverOptions
-from pnode.solution import Ledger
+from pnode.field.linearization import Linearization
+from pnode.field.vectorfield import VectorField
 from pnode.solvers.firk.integrator import refuse_options
 from pnode.solvers.firk.systems import Blocks, CoupledSystem, Krylov
 from pnode.solvers.firk.tableaus import transformation
 from pnode.solvers.petsc.bridge import Bridge
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.stepping import Step
-from pnode.vectorfield import VectorField
 
 __all__ = ["CoupledAdjoint"]
 

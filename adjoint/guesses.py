@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 
-from pnode import vectors
+from pnode.base import vectors
+from pnode.base.ledger import Ledger
+from pnode.base.options import OWN_PREFIX, PETSc
+from pnode.base.vectors import REAL
 from pnode.errors import LinearSolveFailed
-from pnode.linearization import Products
-from pnode.options import OWN_PREFIX, PETSc
-from pnode.solution import Ledger
+from pnode.field.linearization import Products
 from pnode.solvers.linear.linearizer import Point
 from pnode.solvers.linear.shells import JacobianShell, shell_matrix
 from pnode.solvers.petsc.bridge import Bridge
 from pnode.solvers.petsc.failures import reason_name
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.stepping import Step
-from pnode.vectors import REAL
 
 __all__ = ["ExactSolves", "checked_solution", "correction"]
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from pnode import vectors
 from pnode.adjoint.guesses import ExactSolves, checked_solution
 from pnode.adjoint.stepper import TorchAdjointStepper
-from pnode.linearization import Linearization, Products
-from pnode.options import PETSc, SolverOptions, log_event
-from pnode.solution import Ledger
+from pnode.base import vectors
+from pnode.base.ledger import Ledger
+from pnode.base.options import PETSc, SolverOptions, log_event
+from pnode.field.linearization import Linearization, Products
+from pnode.field.vectorfield import VectorField
 from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.petsc.bridge import Bridge
 from pnode.solvers.petsc.failures import linear_error, raise_stored
@@ -21,7 +22,6 @@ from pnode.solvers.petsc.library import total_krylov_iterations
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.petsc.ts import build_ts
 from pnode.solvers.stepping import Step
-from pnode.vectorfield import VectorField
 
 __all__ = ["ImplicitAdjointStepper"]
 

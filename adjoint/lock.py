@@ -20,7 +20,7 @@ import weakref
 from contextlib import suppress
 from pathlib import Path
 
-from pnode import private_files
+from pnode.base import private_files
 from pnode.errors import CheckpointError
 
 __all__ = ["FolderLock"]

@@ -18,13 +18,13 @@ from collections.abc import Sequence
 import torch
 
 from pnode.adjoint.implicit import ImplicitAdjointStepper
-from pnode.devices import HOST
-from pnode.solution import Ledger
+from pnode.base.devices import HOST
+from pnode.base.ledger import Ledger
+from pnode.base.vectors import REAL
+from pnode.field.vectorfield import VectorField
 from pnode.solvers.bdf import start_weights
 from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.stepping import Step
-from pnode.vectorfield import VectorField
-from pnode.vectors import REAL
 
 __all__ = ["MultistepAdjoint"]
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from pnode.base.vectors import is_finite
 from pnode.errors import NonFiniteDerivative
+from pnode.field.vectorfield import VectorField
 from pnode.solvers.stepping import Step
-from pnode.vectorfield import VectorField
-from pnode.vectors import is_finite
 
 __all__ = ["check_parameters", "refuse_state"]
 

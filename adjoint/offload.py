@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from pnode import devices
 from pnode.adjoint.slabs import Tensors
+from pnode.base import devices
 
 __all__ = ["DeviceLevel", "Offload", "Transfer"]
 

@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 
-from pnode import private_files
 from pnode.adjoint.disk import DiskFolder
 from pnode.adjoint.lock import FolderLock
 from pnode.adjoint.store import CheckpointStore
+from pnode.base import private_files
 from pnode.errors import CheckpointError, ConfigurationError
 from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.stepping import Step

@@ -18,16 +18,16 @@ from pnode.adjoint.nonfinite import refuse_state
 from pnode.adjoint.schedule import Adjoint, Advance, RestoreEnd, RestoreSolution
 from pnode.adjoint.stepper import AdjointStepper
 from pnode.adjoint.trajectory import Trajectory
-from pnode.linearization import Linearization
-from pnode.problem import InitialValueProblem
-from pnode.solution import Ledger
+from pnode.base.ledger import Ledger
+from pnode.base.vectors import REAL
+from pnode.field.linearization import Linearization
+from pnode.field.vectorfield import VectorField
+from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.multistep import TakenOrder
 from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.stepping import Observer, Step
-from pnode.vectorfield import VectorField
-from pnode.vectors import REAL
 
 __all__ = ["NodeCotangents", "Repeated", "Reverse", "store_again", "take_again"]
 

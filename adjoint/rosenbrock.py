@@ -9,14 +9,14 @@ from typing import NamedTuple
 import torch
 
 from pnode.adjoint.implicit import ImplicitAdjointStepper
-from pnode.linearization import Linearization
-from pnode.options import SolverOptions
-from pnode.solution import Ledger
+from pnode.base.ledger import Ledger
+from pnode.base.options import SolverOptions
+from pnode.base.vectors import REAL
+from pnode.field.linearization import Linearization
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.rosenbrock_tableaus import ROSENBROCK
 from pnode.solvers.scheme import combine
 from pnode.solvers.stepping import Step
-from pnode.vectors import REAL
 
 __all__ = ["RosenbrockAdjoint", "RosenbrockStage"]
 

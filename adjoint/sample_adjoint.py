@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from pnode.evidence import differs
-from pnode.linearization import Linearization
-from pnode.products import accumulate
-from pnode.solution import Ledger
+from pnode.base.evidence import differs
+from pnode.base.ledger import Ledger
+from pnode.base.vectors import REAL
+from pnode.field.linearization import Linearization
+from pnode.field.products import accumulate
 from pnode.solvers.sample_field import RowsField
 from pnode.solvers.sample_methods import RosenbrockRows, RungeKuttaRows, factored
 from pnode.solvers.sample_record import Pass, Passes
-from pnode.vectors import REAL
 
 __all__ = ["sample_adjoint"]
 

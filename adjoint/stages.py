@@ -11,17 +11,17 @@ import torch
 
 from pnode.adjoint.implicit import ImplicitAdjointStepper
 from pnode.adjoint.stepper import TorchAdjointStepper
+from pnode.base.evidence import notes, projection_weights
+from pnode.base.ledger import Ledger
+from pnode.base.options import SolverOptions, log_event
+from pnode.base.vectors import REAL
 from pnode.errors import SolveError
-from pnode.evidence import notes, projection_weights
-from pnode.linearization import Linearization
-from pnode.options import SolverOptions, log_event
-from pnode.products import accumulate
-from pnode.solution import Ledger
+from pnode.field.linearization import Linearization
+from pnode.field.products import accumulate
+from pnode.field.vectorfield import VectorField
 from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.stepping import Step
-from pnode.vectorfield import VectorField
-from pnode.vectors import REAL
 
 __all__ = ["ExplicitAdjoint", "StageAdjoint", "StageCotangents"]
 

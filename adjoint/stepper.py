@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 
-from pnode import vectors
+from pnode.base import vectors
+from pnode.base.evidence import differs
+from pnode.base.ledger import Ledger
+from pnode.base.options import log_event, log_stage
+from pnode.base.vectors import REAL
 from pnode.errors import SolveError
-from pnode.evidence import differs
-from pnode.linearization import Linearization, Products
-from pnode.options import log_event, log_stage
-from pnode.products import accumulate
-from pnode.solution import Ledger
+from pnode.field.linearization import Linearization, Products
+from pnode.field.products import accumulate
+from pnode.field.vectorfield import VectorField
 from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.stepping import Step
-from pnode.vectorfield import VectorField
-from pnode.vectors import REAL
 
 __all__ = ["AdjointStepper", "TorchAdjointStepper"]
 

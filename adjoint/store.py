@@ -17,7 +17,7 @@ from pnode.adjoint.disk import Disk, DiskFolder, Key
 from pnode.adjoint.memory import Memory
 from pnode.adjoint.offload import DeviceLevel
 from pnode.adjoint.slabs import Tensors
-from pnode.solution import Ledger
+from pnode.base.ledger import Ledger
 
 __all__ = ["CheckpointStore"]
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 
 from pnode.adjoint.stepper import TorchAdjointStepper
-from pnode.linearization import Linearization
-from pnode.solution import Ledger
+from pnode.base.ledger import Ledger
+from pnode.field.linearization import Linearization
 from pnode.solvers.scheme import HalfUpdate
 from pnode.solvers.stepping import Step
 

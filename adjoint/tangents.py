@@ -22,16 +22,16 @@ from pnode.adjoint.rosenbrock import RosenbrockAdjoint
 from pnode.adjoint.stages import ExplicitAdjoint, StageAdjoint
 from pnode.adjoint.stepper import AdjointStepper
 from pnode.adjoint.symplectic import SymplecticAdjoint
-from pnode.evidence import notes
-from pnode.linearization import Linearization
-from pnode.solution import Ledger
+from pnode.base.evidence import notes
+from pnode.base.ledger import Ledger
+from pnode.base.vectors import REAL
+from pnode.field.linearization import Linearization
+from pnode.field.vectorfield import VectorField
 from pnode.solvers.bdf import start_weights
 from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.scheme import Row, Rows, combine
 from pnode.solvers.stepping import Step
-from pnode.vectorfield import VectorField
-from pnode.vectors import REAL
 
 __all__ = ["Moving", "TangentStepper", "create_tangents", "has_tangents"]
 

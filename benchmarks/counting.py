@@ -81,7 +81,7 @@ class Counter:
     """Reads the counters of this process, which must run in :func:`counting_environment`."""
 
     def __init__(self) -> None:
-        from pnode.options import PETSc
+        from pnode.base.options import PETSc
 
         petsc = ctypes.CDLL(PETSc.__file__)
         profiled = ctypes.CDLL(None)

@@ -86,7 +86,7 @@ def ways(device: str) -> list[str]:
     """Return what can be compared here: where the state lives, and torchdiffeq."""
     import torch
 
-    from pnode.devices import place_of
+    from pnode.base.devices import place_of
     from pnode.errors import ConfigurationError
 
     found = ["host"]

@@ -31,7 +31,7 @@ from typing import Any
 
 from memory_measure import OVER_LIMIT, SERIES, Series
 
-from pnode.checkpointing import parse_bytes
+from pnode.problems.checkpointing import parse_bytes
 
 STEPS = (10, 30, 100, 300, 1000)
 LONG = (3000, 10000)  # for what is bounded

@@ -13,13 +13,13 @@ from pnode.version import __version__
 
 # `python -m pnode doctor` imports this file too, and must run where these imports fail.
 if not asked_for_doctor(sys.argv, sys.orig_argv):
-    from pnode.signals import signals_kept
+    from pnode.base.signals import signals_kept
 
     with signals_kept():
         import mpi4py.MPI  # noqa: F401
     from pnode import controls, parallel
     from pnode.adjoint.choose import Plan, plan
-    from pnode.checkpointing import Checkpointing
+    from pnode.base.ledger import Ledger, Stats
     from pnode.configuration import LinearAlgebra, Output, Steps
     from pnode.controllers import PID
     from pnode.errors import (
@@ -38,14 +38,15 @@ if not asked_for_doctor(sys.argv, sys.orig_argv):
         StepSizeUnderflow,
         VectorFieldError,
     )
-    from pnode.event_functions import Event
     from pnode.odeint import odeint, odeint_adjoint, odeint_event
-    from pnode.saving import load
+    from pnode.problems.checkpointing import Checkpointing
     from pnode.sensitivities import Sensitivities, sensitivities
-    from pnode.solution import Ledger, Occurrences, Solution, Stage, Stats
+    from pnode.solutions.saving import load
+    from pnode.solutions.solution import Occurrences, Solution, Stage
     from pnode.solver import Solver
     from pnode.solvers.methods import Method, methods
     from pnode.solvers.tableaus import tableau
+    from pnode.sweeping.event_functions import Event
 
 __all__ = [
     "PID",

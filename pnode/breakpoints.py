@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
+from pnode.base.transforms import moves, plain
+from pnode.base.vectors import is_finite
 from pnode.controls import Control
-from pnode.engine import Engine
 from pnode.errors import ConfigurationError
-from pnode.problem import InitialValueProblem
-from pnode.run import Requests
+from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.methods import Method
-from pnode.transforms import moves, plain
-from pnode.vectors import is_finite
+from pnode.sweeping.engine import Engine
+from pnode.sweeping.run import Requests
 
 __all__ = ["Breaks", "check_breaks", "with_breaks"]
 

@@ -12,16 +12,16 @@ from typing import Any, Literal, TypedDict, TypeVar, get_args
 import numpy as np
 import torch
 
-from pnode import arguments, tolerances
-from pnode.checkpointing import Checkpointing, parse_bytes
 from pnode.controllers import PID, Norm, check_controller, check_norm
 from pnode.errors import ConfigurationError
-from pnode.event_functions import Event, Events
-from pnode.run import Requests
+from pnode.problems import arguments, tolerances
+from pnode.problems.checkpointing import Checkpointing, parse_bytes
 from pnode.solvers.linear.jacobian_options import jacobian_options
 from pnode.solvers.linear.jacobians import JacobianOptions
 from pnode.solvers.methods import Method
 from pnode.solvers.step_control import StepControl, as_grid
+from pnode.sweeping.event_functions import Event, Events
+from pnode.sweeping.run import Requests
 
 __all__ = [
     "DeviceState", "EventFunctions", "LinearAlgebra", "MethodName", "Monitor", "Output",

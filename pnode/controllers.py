@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from pnode import arguments
 from pnode.errors import ConfigurationError
+from pnode.problems import arguments
 
 __all__ = [
     "DEADBEAT", "FILTERS", "PID", "ErrorMemory", "Norm", "check_controller", "check_norm",

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
+from pnode.base.vectors import is_finite
 from pnode.errors import ConfigurationError
-from pnode.vectors import is_finite
 
 __all__ = ["Control", "cubic", "hold", "linear"]
 

@@ -14,11 +14,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pnode.base.launchers import find_mismatch, torchrun_claim
 from pnode.diagnosis.checks import CHECKS, check_threads, plural
 from pnode.diagnosis.facts import Facts
 from pnode.diagnosis.finding import Finding
 from pnode.diagnosis.probe import gather
-from pnode.launchers import find_mismatch, torchrun_claim
 
 __all__ = ["Merged", "answer", "diagnose", "examine", "merge", "report", "supervise"]
 

@@ -10,7 +10,8 @@ from typing import Any, overload
 
 import torch
 
-from pnode import arguments, tolerances
+from pnode.base.options import ODEINT_PREFIX
+from pnode.base.transforms import outside_compiler, refuse_transforms
 from pnode.configuration import (
     EventFunctions,
     MethodName,
@@ -21,13 +22,12 @@ from pnode.configuration import (
     take_group,
 )
 from pnode.errors import ConfigurationError
-from pnode.event_functions import Events
-from pnode.options import ODEINT_PREFIX
-from pnode.problem import as_times
+from pnode.problems import arguments, tolerances
+from pnode.problems.problem import as_times
 from pnode.solver import Solver
 from pnode.solvers.methods import find_method
+from pnode.sweeping.event_functions import Events
 from pnode.torchdiffeq_options import callbacks, translated
-from pnode.transforms import outside_compiler, refuse_transforms
 
 __all__ = ["odeint", "odeint_adjoint", "odeint_event"]
 

@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from pnode.communicators import as_communicator
-from pnode.dm_layouts import DMLayout
+from pnode.base.communicators import as_communicator
+from pnode.base.rank_sums import Replicate, Total
+from pnode.base.reals import as_reals, count_reals, from_reals
 from pnode.errors import ConfigurationError
-from pnode.ghost_layouts import GhostLayout
-from pnode.grids import Grid
-from pnode.rank_sums import Replicate, Total
-from pnode.reals import as_reals, count_reals, from_reals
+from pnode.layout.dm_layouts import DMLayout
+from pnode.layout.ghost_layouts import GhostLayout
+from pnode.layout.grids import Grid
 
 __all__ = [
     "DMLayout",

@@ -15,20 +15,20 @@ from typing import NamedTuple
 
 import torch
 
-from pnode import autograd
-from pnode.consistency import check_consistency, consistent_state
-from pnode.engine import Engine
+from pnode.base.ledger import Stats
+from pnode.base.ranks import ALONE, Ranks
+from pnode.base.transforms import moves, outside, plain
+from pnode.derivatives import autograd
 from pnode.errors import ConfigurationError
-from pnode.event_derivatives import Vanishing
-from pnode.event_functions import Events
-from pnode.events import split
-from pnode.output_times import flow_slope
-from pnode.problem import InitialValueProblem
-from pnode.ranks import ALONE, Ranks
-from pnode.run import Requests, Run
-from pnode.solution import Stats
-from pnode.stepped_sweep import SteppedSweep
-from pnode.transforms import moves, outside, plain
+from pnode.events.event_derivatives import Vanishing
+from pnode.events.events import split
+from pnode.field.consistency import check_consistency, consistent_state
+from pnode.problems.problem import InitialValueProblem
+from pnode.sweeping.engine import Engine
+from pnode.sweeping.event_functions import Events
+from pnode.sweeping.output_times import flow_slope
+from pnode.sweeping.run import Requests, Run
+from pnode.sweeping.stepped_sweep import SteppedSweep
 
 __all__ = ["Solved", "Taken", "consistent", "solve"]
 
@@ -89,7 +89,7 @@ def solve(
     Parameters
     ----------
     engine, problem, requests : Engine, InitialValueProblem, Requests
-        As for :func:`pnode.autograd.solve`.
+        As for :func:`pnode.derivatives.autograd.solve`.
     flat, times : Tensor
         Flat initial state, and the output times.
     trainable : bool

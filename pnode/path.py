@@ -1,8 +1,8 @@
 """A solution as a function of time: its steps are taken again where it is asked for.
 
 The coefficients of the interpolants of the steps in question, or the states at the ends of steps,
-are outputs of a sweep that takes the recorded steps (:mod:`pnode.dense`), a node of torch's graphs
-like any solve. What is made of them is plain torch, so that all derivatives pass.
+are outputs of a sweep that takes the recorded steps (:mod:`pnode.sweeping.dense`), a node of
+torch's graphs like any solve. What is made of them is plain torch, so that all derivatives pass.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 import torch
 
-from pnode import autograd
 from pnode.adjoint.steps import Steps
-from pnode.arguments import choice
-from pnode.calls import Call
-from pnode.dense import coefficients
-from pnode.engine import Engine
+from pnode.base.ledger import Stats
+from pnode.base.rank_sums import replicated
+from pnode.base.transforms import moves, outside_compiler, plain, refuse_transforms
+from pnode.derivatives import autograd
+from pnode.derivatives.stages import refuse_written, written
 from pnode.errors import ConfigurationError, FieldChanged
-from pnode.held import held, now
-from pnode.integrals import parted
+from pnode.field.held import held, now
 from pnode.parts import Solved, Taken
-from pnode.problem import InitialValueProblem
-from pnode.rank_sums import replicated
-from pnode.recording import Noted
-from pnode.run import Recorded, Requests, Run
-from pnode.solution import Stats
+from pnode.problems.arguments import choice
+from pnode.problems.calls import Call
+from pnode.problems.problem import InitialValueProblem
+from pnode.problems.transfers import carry_once
 from pnode.solvers.methods import Method
 from pnode.solvers.stepping import Step
-from pnode.stages import refuse_written, written
-from pnode.stepped_sweep import SteppedSweep
-from pnode.transfers import carry_once
-from pnode.transforms import moves, outside_compiler, plain, refuse_transforms
+from pnode.sweeping.dense import coefficients
+from pnode.sweeping.engine import Engine
+from pnode.sweeping.integrals import parted
+from pnode.sweeping.recording import Noted
+from pnode.sweeping.run import Recorded, Requests, Run
+from pnode.sweeping.stepped_sweep import SteppedSweep
 
 __all__ = ["At", "Path", "check_at"]
 

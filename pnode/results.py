@@ -6,17 +6,18 @@ from typing import Any
 
 import torch
 
-from pnode.calls import Call
-from pnode.engine import Engine
-from pnode.event_functions import Events
-from pnode.integrals import parted
+from pnode.base.ledger import Stats
+from pnode.derivatives.stages import StageSweep
 from pnode.parts import Solved
 from pnode.path import Path
-from pnode.problem import InitialValueProblem
-from pnode.run import Requests
-from pnode.solution import Occurrences, Solution, Stats
-from pnode.stages import StageSweep
-from pnode.transfers import carry_once
+from pnode.problems.calls import Call
+from pnode.problems.problem import InitialValueProblem
+from pnode.problems.transfers import carry_once
+from pnode.solutions.solution import Occurrences, Solution
+from pnode.sweeping.engine import Engine
+from pnode.sweeping.event_functions import Events
+from pnode.sweeping.integrals import parted
+from pnode.sweeping.run import Requests
 
 __all__ = ["result"]
 

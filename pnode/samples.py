@@ -7,23 +7,24 @@ from typing import Any
 
 import torch
 
-from pnode import tolerances
 from pnode.adjoint.sample_adjoint import sample_adjoint
-from pnode.batches import as_parameter
-from pnode.calls import Call
+from pnode.base.ledger import Stats
+from pnode.base.ranks import ALONE
+from pnode.base.surroundings import Surroundings
+from pnode.base.transforms import differentiable, is_legacy_batch, refuse_moving, refuse_transforms
+from pnode.base.vectors import REAL
+from pnode.derivatives.batches import as_parameter
 from pnode.errors import BackwardError, ConfigurationError
-from pnode.problem import InitialValueProblem, StateLayout, as_times, collect_parameters
-from pnode.ranks import ALONE
-from pnode.solution import Solution, Stats
+from pnode.field.vectorfield import record_all
+from pnode.field.watching import watched
+from pnode.problems import tolerances
+from pnode.problems.calls import Call
+from pnode.problems.problem import InitialValueProblem, StateLayout, as_times, collect_parameters
+from pnode.solutions.solution import Solution
 from pnode.solvers.sample_field import RowsField
 from pnode.solvers.sample_methods import create
 from pnode.solvers.sample_record import Passes
 from pnode.solvers.sample_steps import SampleSweep
-from pnode.surroundings import Surroundings
-from pnode.transforms import differentiable, is_legacy_batch, refuse_moving, refuse_transforms
-from pnode.vectorfield import record_all
-from pnode.vectors import REAL
-from pnode.watching import watched
 
 __all__ = ["solve"]
 

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 import torch
 
-from pnode import arguments
 from pnode.errors import ConfigurationError
+from pnode.problems import arguments
+from pnode.problems.user_state import Structure
 from pnode.solver import Solver
-from pnode.user_state import Structure
 
 __all__ = ["Sensitivities", "sensitivities"]
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 import torch
 from mpi4py import MPI
 
-from pnode import arguments, samples
+from pnode import samples
+from pnode.base.ledger import Stats
+from pnode.base.options import PETSc, check_petsc_options, next_prefix
+from pnode.base.ranks import Ranks
+from pnode.base.transforms import moves, outside_inference, refuse_transforms
 from pnode.breakpoints import check_breaks, with_breaks
-from pnode.calls import Call
-from pnode.checkpointing import Checkpointing
-from pnode.compared import agreed, shared
 from pnode.configuration import (
     DeviceState,
     LinearAlgebra,
@@ -26,29 +27,30 @@ from pnode.configuration import (
     as_checkpointing,
     take_groups,
 )
-from pnode.continuous import requested
-from pnode.engine import Engine
-from pnode.error_norms import controlled
-from pnode.event_functions import Events
-from pnode.events import adapted
-from pnode.integrals import check_cost, of_state, with_integral
-from pnode.layouts import Layout
-from pnode.linearized import linearized
-from pnode.mass import MassMatrix
-from pnode.monitor import at_home, progress_bar
-from pnode.options import PETSc, check_petsc_options, next_prefix
+from pnode.derivatives.linearized import linearized
+from pnode.events.events import adapted
+from pnode.field.watching import watched
+from pnode.layout.layouts import Layout
+from pnode.layout.petsc_vectors import as_state
 from pnode.parts import consistent, solve
 from pnode.path import At, check_at
-from pnode.petsc_vectors import as_state
-from pnode.problem import InitialValueProblem, StateLayout, as_times, collect_parameters
-from pnode.ranks import Ranks
+from pnode.problems import arguments
+from pnode.problems.calls import Call
+from pnode.problems.checkpointing import Checkpointing
+from pnode.problems.compared import agreed, shared
+from pnode.problems.mass import MassMatrix
+from pnode.problems.problem import InitialValueProblem, StateLayout, as_times, collect_parameters
+from pnode.problems.transfers import on_host
+from pnode.requests import requested
 from pnode.results import result
-from pnode.solution import Solution, Stats
+from pnode.solutions.solution import Solution
 from pnode.solvers.methods import check_form, check_mass, find_method
 from pnode.solvers.step_control import check_steps
-from pnode.transfers import on_host
-from pnode.transforms import moves, outside_inference, refuse_transforms
-from pnode.watching import watched
+from pnode.sweeping.engine import Engine
+from pnode.sweeping.error_norms import controlled
+from pnode.sweeping.event_functions import Events
+from pnode.sweeping.integrals import check_cost, of_state, with_integral
+from pnode.sweeping.monitor import at_home, progress_bar
 
 __all__ = ["Solver"]
 

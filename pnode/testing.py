@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
+from pnode.base.ledger import Ledger
 from pnode.errors import ConfigurationError
-from pnode.problem import InitialValueProblem, collect_parameters
-from pnode.solution import Ledger
-from pnode.vectorfield import VectorField
+from pnode.field.vectorfield import VectorField
+from pnode.problems.problem import InitialValueProblem, collect_parameters
 
 __all__ = ["TaylorResult", "dot_product_test", "taylor_test"]
 

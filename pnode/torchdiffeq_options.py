@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from pnode.base.transforms import moves, plain
 from pnode.controllers import PID
 from pnode.errors import ConfigurationError
-from pnode.transforms import moves, plain
 
 __all__ = ["callbacks", "translated"]
 

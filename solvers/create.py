@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pnode.options import SolverOptions
+from pnode.base.options import SolverOptions
 from pnode.solvers.compiled.integrator import CompiledIntegrator
 from pnode.solvers.firk.integrator import CoupledIntegrator
 from pnode.solvers.multistep import MultistepIntegrator

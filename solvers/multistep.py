@@ -23,17 +23,18 @@ from typing import Any, TypeAlias
 
 import torch
 
-from pnode import tolerances, vectors
-from pnode.devices import HOST
+from pnode.base import vectors
+from pnode.base.devices import HOST
+from pnode.base.evidence import project
+from pnode.base.options import SolverOptions
 from pnode.errors import ConfigurationError, SolveError
-from pnode.evidence import project
-from pnode.options import SolverOptions
+from pnode.field.vectorfield import VectorField
+from pnode.problems import tolerances
 from pnode.solvers import bdf
 from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.newton import ModifiedNewton
 from pnode.solvers.petsc.integrator import StepOutcome, TimeIntegrator
 from pnode.solvers.petsc.settings import IntegratorSettings
-from pnode.vectorfield import VectorField
 
 __all__ = ["MultistepIntegrator", "TakenOrder", "combine"]
 

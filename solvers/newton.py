@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from pnode import vectors
+from pnode.base import vectors
+from pnode.base.options import PETSc, SolverOptions
 from pnode.errors import NonFiniteVectorField, NonlinearSolveFailed, SolveError
-from pnode.options import PETSc, SolverOptions
-from pnode.pair_layout import PairLayout
+from pnode.layout.pair_layout import PairLayout
 from pnode.solvers.petsc.bridge import Bridge
 from pnode.solvers.petsc.failures import newton_error, raise_stored
 from pnode.solvers.petsc.library import total_krylov_iterations

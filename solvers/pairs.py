@@ -1,14 +1,14 @@
 """Linear systems of a state and its tangents, solved with the factors of the state's own.
 
-The matrix of the pair (see :mod:`pnode.tangents`) is block lower triangular::
+The matrix of the pair (see :mod:`pnode.derivatives.tangents`) is block lower triangular::
 
     | A           |         A = shift dF/du_dot - dg/du  of the state,
     | C_1  A      |         C_k = the derivative of the k-th tangent's equation by the state:
     | ...     A   |         a product with the pair's own graph
 
 so that a solve with it is one solve with A for the state and each tangent, whatever A is: dense,
-sparse, blocks, or products alone with a preconditioner. Integrals (:mod:`pnode.integrals`) have the
-matrix ``shift`` instead of A.
+sparse, blocks, or products alone with a preconditioner. Integrals
+(:mod:`pnode.sweeping.integrals`) have the matrix ``shift`` instead of A.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from pnode.devices import HOST, Place
-from pnode.linearization import Linearization
-from pnode.options import PETSc
-from pnode.pair_layout import PairLayout
+from pnode.base.devices import HOST, Place
+from pnode.base.options import PETSc
+from pnode.base.vectors import REAL, copy_in, copy_out, create, view
+from pnode.field.linearization import Linearization
+from pnode.field.vectorfield import vector_field
+from pnode.layout.pair_layout import PairLayout
 from pnode.solvers.linear.assembly import Assembly
 from pnode.solvers.linear.given_solves import GivenSolve
 from pnode.solvers.linear.linearizer import Linearizer, Point
 from pnode.solvers.linear.shells import JacobianShell, shell_matrix
-from pnode.vectorfield import vector_field
-from pnode.vectors import REAL, copy_in, copy_out, create, view
 
 __all__ = [
     "LINEAR",

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
+from pnode.base.ledger import Ledger
+from pnode.base.vectors import REAL
 from pnode.errors import ConfigurationError
-from pnode.linearization import Linearization
-from pnode.problem import InitialValueProblem
-from pnode.solution import Ledger
+from pnode.field.linearization import Linearization
+from pnode.field.vectorfield import VectorField
+from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.linear.block import couples, sample_blocks
-from pnode.vectorfield import VectorField
-from pnode.vectors import REAL
 
 __all__ = ["RowsField"]
 

@@ -12,14 +12,14 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from pnode.linearization import Linearization
+from pnode.base.vectors import REAL
+from pnode.field.linearization import Linearization
 from pnode.solvers.linear.block import Factors
 from pnode.solvers.methods import Method
 from pnode.solvers.petsc.rosenbrock import warn_of_hidden_time
 from pnode.solvers.petsc.settings import default_options
 from pnode.solvers.sample_field import RowsField
 from pnode.solvers.scheme import combine
-from pnode.vectors import REAL
 
 __all__ = ["Attempt", "RosenbrockRows", "RowMethod", "RungeKuttaRows", "create"]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from pnode.base.ledger import Ledger
 from pnode.errors import CheckpointError
-from pnode.solution import Ledger
 from pnode.solvers.sample_field import RowsField
 from pnode.solvers.sample_methods import RowMethod
 

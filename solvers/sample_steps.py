@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 
+from pnode.base.evidence import project
+from pnode.base.ledger import Ledger
+from pnode.base.vectors import REAL
 from pnode.errors import (
     LinearSolveFailed,
     NonFiniteVectorField,
@@ -23,15 +26,12 @@ from pnode.errors import (
     StepLimitReached,
     StepSizeUnderflow,
 )
-from pnode.evidence import project
-from pnode.solution import Ledger
 from pnode.solvers.clock import FixedGrid
 from pnode.solvers.methods import Method
 from pnode.solvers.sample_field import RowsField
 from pnode.solvers.sample_methods import Attempt, RowMethod
 from pnode.solvers.sample_record import Pass, Passes
 from pnode.solvers.step_control import StepControl
-from pnode.vectors import REAL
 
 __all__ = ["SampleSweep"]
 

@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 
-from pnode import tolerances, vectors
+from pnode.base import vectors
+from pnode.base.transforms import moves, plain
 from pnode.controllers import PID, Norm
 from pnode.errors import ConfigurationError, StepSizeUnderflow
-from pnode.problem import InitialValueProblem
+from pnode.field.vectorfield import VectorField
+from pnode.problems import tolerances
+from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.clock import FixedGrid, PrescribedGrid
 from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.petsc.settings import IntegratorSettings
-from pnode.transforms import moves, plain
-from pnode.vectorfield import VectorField
 
 __all__ = [
     "StepControl", "as_grid", "automatic_step", "check_grid", "check_steps", "first_step",

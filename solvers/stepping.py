@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pnode.base.ledger import Ledger
 from pnode.errors import NonFiniteVectorField, SolveError, StepLimitReached, StepSizeUnderflow
-from pnode.solution import Ledger
+from pnode.field.vectorfield import VectorField
 from pnode.solvers.clock import FixedGrid, least_step, move
 from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.step_control import StepControl, first_step, fixed_grid, unresolved
-from pnode.vectorfield import VectorField
 
 __all__ = ["Observer", "Step", "forward_sweep"]
 

@@ -9,17 +9,17 @@ import numpy as np
 import torch
 
 from pnode import Solver
-from pnode.options import SolverOptions, next_prefix
-from pnode.problem import InitialValueProblem
-from pnode.solution import Ledger
+from pnode.base.ledger import Ledger
+from pnode.base.options import SolverOptions, next_prefix
+from pnode.base.vectors import copy_out
+from pnode.field.vectorfield import VectorField, vector_field
+from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.methods import Method, find_method
 from pnode.solvers.petsc.bridge import Bridge
 from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.petsc.library import before_each_stage, rk_scheme, stage_vectors
 from pnode.solvers.petsc.settings import IntegratorSettings, default_options
 from pnode.solvers.petsc.ts import build_ts
-from pnode.vectorfield import VectorField, vector_field
-from pnode.vectors import copy_out
 
 #: Up to which derivative the replicas of implicit methods are right.
 DERIVATIVES = 1

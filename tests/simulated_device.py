@@ -17,18 +17,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from pnode import (
-    autograd,
-    continuous,
-    devices,
-    dm_layouts,
-    engine,
-    ghost_layouts,
-    grids,
-    stages,
-    transfers,
-    vectors,
-)  # fmt: skip
+from pnode.base import devices, vectors
+from pnode.derivatives import autograd, continuous, stages
+from pnode.layout import dm_layouts, ghost_layouts, grids
+from pnode.problems import transfers
+from pnode.sweeping import engine
 
 DEVICE = torch.device("cuda", 0)
 _FACTORIES = {

@@ -12,11 +12,11 @@ import torch
 from petsc4py import PETSc
 
 import pnode
-from pnode.compared import shared
-from pnode.problem import InitialValueProblem
-from pnode.solution import Ledger
+from pnode.base.ledger import Ledger
+from pnode.field.vectorfield import vector_field
+from pnode.problems.compared import shared
+from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.compiled.trace import Untraceable, trace_field
-from pnode.vectorfield import vector_field
 
 D = torch.float64
 Y0 = torch.tensor([1.0], dtype=D)

@@ -13,21 +13,21 @@ from test_gradients import TIGHT, Field, gradients, initial, relative_difference
 from test_stiff import PROBLEMS, RATES, robertson
 
 import pnode
+from pnode.base.ledger import Ledger
+from pnode.base.options import SolverOptions, next_prefix
 from pnode.errors import (
     ConfigurationError,
     NonFiniteVectorField,
     NonlinearSolveFailed,
     StepSizeUnderflow,
 )
-from pnode.options import SolverOptions, next_prefix
-from pnode.problem import InitialValueProblem
-from pnode.solution import Ledger
+from pnode.field.vectorfield import VectorField
+from pnode.problems.problem import InitialValueProblem
 from pnode.solvers import bdf
 from pnode.solvers.create import create_integrator
 from pnode.solvers.methods import find_method
 from pnode.solvers.petsc.settings import IntegratorSettings, default_options
 from pnode.testing import taylor_test
-from pnode.vectorfield import VectorField
 
 D = torch.float64
 # Distances of earlier nodes behind the new one, steps changing up to fivefold.

@@ -21,16 +21,16 @@ from pnode.adjoint.slabs import Slabs
 from pnode.adjoint.steps import Steps
 from pnode.adjoint.store import CheckpointStore
 from pnode.adjoint.trajectory import Trajectory
-from pnode.options import SolverOptions, next_prefix
-from pnode.problem import InitialValueProblem
-from pnode.solution import Ledger
+from pnode.base.ledger import Ledger
+from pnode.base.options import SolverOptions, next_prefix
+from pnode.base.vectors import copy_out
+from pnode.field.vectorfield import vector_field
+from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.create import create_integrator
 from pnode.solvers.methods import METHODS, find_method
 from pnode.solvers.multistep import TakenOrder
 from pnode.solvers.petsc.settings import IntegratorSettings, default_options
 from pnode.solvers.stepping import Step
-from pnode.vectorfield import vector_field
-from pnode.vectors import copy_out
 
 D = torch.float64
 STATE = 48  # bytes of initial()

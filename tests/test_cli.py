@@ -121,7 +121,7 @@ def test_quiet_by_default(capfd):
 
 @pytest.mark.parametrize("method", ["rk4", "bdf2"])
 def test_bar_of_a_backward_sweep(method, monkeypatch):
-    from pnode import monitor
+    from pnode.sweeping import monitor
 
     bars = []
 
@@ -142,7 +142,7 @@ def test_bar_of_a_backward_sweep(method, monkeypatch):
 
 def test_compilation_is_told(caplog, tmp_path, monkeypatch):
     """In the log, and on the bar: its beginning and how long it took."""
-    from pnode.notices import compiling, shown_to
+    from pnode.base.notices import compiling, shown_to
 
     seen = []
     with caplog.at_level(logging.INFO, "pnode"), shown_to(seen.append), compiling("steps"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pnode
-from pnode import private_files
+from pnode.base import private_files
 from pnode.solvers.compiled import inductor
 
 SOURCE = 'extern "C" int answer() { return %d; }'

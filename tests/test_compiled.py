@@ -715,9 +715,9 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_graphs_keep_only_what_the_product_needs() -> None:
     """Of a layer tanh(W y + b): its result. Of y^3: nothing, y is at hand."""
-    from pnode.problem import InitialValueProblem
-    from pnode.solution import Ledger
-    from pnode.vectorfield import vector_field
+    from pnode.base.ledger import Ledger
+    from pnode.field.vectorfield import vector_field
+    from pnode.problems.problem import InitialValueProblem
 
     layer = torch.nn.Linear(3, 5).double()
     cases = (lambda t, y: torch.tanh(layer(y)).sum(1, True) * y, 5 + 1), (lambda t, y: y**3, 0)

@@ -10,7 +10,7 @@ from test_tangent_sweeps import CASES, Y0, NotBatched, T, function, solver_of
 from torch.func import hessian, jacfwd, jacrev
 
 import pnode
-from pnode import autograd
+from pnode.derivatives import autograd
 
 D = torch.float64
 

@@ -9,7 +9,7 @@ import torch
 
 import pnode
 from pnode.errors import ConfigurationError, NonFiniteVectorField
-from pnode.nullspaces import DENSE_ENTRIES, SquareOperator, null_spaces
+from pnode.problems.nullspaces import DENSE_ENTRIES, SquareOperator, null_spaces
 
 D = torch.float64
 # q' = -p, 0 = p^2 - q: so many pairs that products with the Jacobian serve.

@@ -13,7 +13,7 @@ from test_forms import Reaction, Transport
 from test_gradients import TIGHT, Field, initial, relative_difference, weights_like
 
 import pnode
-from pnode.interpolation import hermite, hermite_rate, polynomial, polynomial_rate
+from pnode.base.interpolation import hermite, hermite_rate, polynomial, polynomial_rate
 from pnode.solvers.methods import METHODS, find_method
 from pnode.testing import taylor_test
 

@@ -10,8 +10,8 @@ import torch
 from simulated_device import DEVICE, OnDevice, bare, module_on_device, on_device, simulated
 
 import pnode
+from pnode.base.options import PETSc
 from pnode.errors import ConfigurationError, VectorFieldError
-from pnode.options import PETSc
 
 TIMES = torch.linspace(0.0, 1.0, 4, dtype=torch.float64)
 
@@ -263,7 +263,7 @@ def test_sums_over_ranks_go_through_the_host():
         pnode.parallel.broadcast_parameters(field, comm)
         for parameter, gradient in zip(field.parameters(), before, strict=True):
             torch.testing.assert_close(bare(parameter.grad), gradient)
-        problem_ranks = pnode.ranks.Ranks(comm)
+        problem_ranks = pnode.base.ranks.Ranks(comm)
         assert isinstance(problem_ranks.sum(total), OnDevice)
 
 

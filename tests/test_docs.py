@@ -50,7 +50,7 @@ def test_links_lead_to_files(page):
 
 
 @pytest.mark.parametrize(
-    "module", ["pnode", "pnode.testing", "pnode.solver", "pnode.grids", "pnode.parallel"]
+    "module", ["pnode", "pnode.testing", "pnode.solver", "pnode.layout.grids", "pnode.parallel"]
 )
 def test_docstring_examples(module):
     result = doctest.testmod(

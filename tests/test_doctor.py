@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from launch import mpiexec
 
+from pnode.base.launchers import Claim, claims, find_mismatch, launcher_mismatch
 from pnode.cli import asked_for_doctor, main
 from pnode.diagnosis import checks
 from pnode.diagnosis.checks import MINIMUM
@@ -22,7 +23,6 @@ from pnode.diagnosis.facts import Facts, MPIFacts, PETScFacts, ScratchFacts, Tor
 from pnode.diagnosis.finding import Finding
 from pnode.diagnosis.probe import cpu_quota, mpi_libraries, scratch_facts
 from pnode.doctor import examine, merge, report
-from pnode.launchers import Claim, claims, find_mismatch, launcher_mismatch
 from pnode.solvers.methods import markdown_table
 
 ROOT = Path(__file__).parents[1]

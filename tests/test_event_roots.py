@@ -419,7 +419,7 @@ def test_late_times():
 
 
 def test_lagrange_weights():
-    from pnode.interpolation import lagrange
+    from pnode.base.interpolation import lagrange
 
     nodes = [0.3, 1.0, 1.2, 2.0]
     for degree in range(4):

@@ -12,8 +12,8 @@ from representatives import representatives
 from test_compiled import interpreted
 
 import pnode
+from pnode.base.evidence import Evidence, Reads, differs, project
 from pnode.errors import FieldChanged
-from pnode.evidence import Evidence, Reads, differs, project
 from pnode.solvers.methods import find_method
 
 __all__ = ["interpreted"]  # a fixture

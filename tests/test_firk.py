@@ -14,9 +14,9 @@ from replica import coupled_step
 from torch.autograd import grad
 
 import pnode
-from pnode.mass import MassMatrix
-from pnode.problem import StateLayout
-from pnode.ranks import ALONE
+from pnode.base.ranks import ALONE
+from pnode.problems.mass import MassMatrix
+from pnode.problems.problem import StateLayout
 from pnode.solvers.firk.gmres import gmres
 from pnode.solvers.firk.systems import CoupledSystem, Krylov, SimplifiedSystem
 from pnode.solvers.firk.tableaus import transformation

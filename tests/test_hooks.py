@@ -11,7 +11,7 @@ import torch
 from test_compiled import interpreted, no_warnings
 
 import pnode
-from pnode.hooks import hooks_of
+from pnode.base.hooks import hooks_of
 
 __all__ = ["interpreted", "no_warnings"]  # fixtures
 

@@ -11,8 +11,8 @@ import scipy.sparse
 import torch
 
 import pnode
+from pnode.base.options import PETSc, log_stage
 from pnode.errors import ConfigurationError, LinearSolveFailed, NonFiniteVectorField
-from pnode.options import PETSc, log_stage
 from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.petsc.library import color_columns
 

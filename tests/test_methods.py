@@ -11,7 +11,7 @@ import torch
 from replica import arkimex_tableau, dirk_tableau, petsc_tableau
 
 import pnode
-from pnode.options import PETSc
+from pnode.base.options import PETSc
 from pnode.solvers.methods import LEFT_OUT, METHODS, REFUSED, find_method
 
 EXPLICIT = [method for method in METHODS if method.ts_type == "rk"]

@@ -10,8 +10,8 @@ import torch
 from representatives import representatives
 
 import pnode
+from pnode.base.graphs import NODE_BYTES, graph_bytes
 from pnode.errors import NonFiniteDerivative, NonFiniteVectorField, VectorFieldError
-from pnode.graphs import NODE_BYTES, graph_bytes
 
 D = torch.float64
 TIMES = torch.tensor([0.0, 0.3, 1.0], dtype=D)

@@ -13,8 +13,8 @@ import pnode
 from pnode.adjoint.disk import DiskFolder
 from pnode.adjoint.offload import DeviceLevel, Offload, Transfer
 from pnode.adjoint.store import CheckpointStore
+from pnode.base.ledger import Ledger
 from pnode.errors import CheckpointError, ConfigurationError
-from pnode.solution import Ledger
 
 STATE = 96  # bytes of the state of test_devices
 

@@ -7,7 +7,7 @@ import torch
 from diffusing import CLOSE, SIZE, D, close, gradients, ripple, solver
 
 import pnode
-from pnode.options import PETSc
+from pnode.base.options import PETSc
 from pnode.parallel import DMLayout
 
 PERIODIC, GHOSTED = PETSc.DM.BoundaryType.PERIODIC, PETSc.DM.BoundaryType.GHOSTED

@@ -10,7 +10,7 @@ import torch
 from diffusing import SIZE, D, close, gradients, ripple, solver
 
 import pnode
-from pnode.options import PETSc
+from pnode.base.options import PETSc
 
 METHODS = ["cn", "bdf2", "es325", "rodaspr", "ark4"]
 

@@ -16,7 +16,7 @@ import torch
 from children import run_program
 
 import pnode
-from pnode.options import PETSc
+from pnode.base.options import PETSc
 
 CN = {"method": "cn", "step_size": 0.25}
 
@@ -435,7 +435,7 @@ def test_options_that_nobody_reads_are_told_once():
 def test_file_of_the_command_line_keeps_the_forward_sweep(prefix, tmp_path):
     done = run(
         """
-        from pnode.options import PETSc
+        from pnode.base.options import PETSc
         import sys
         before = PETSc.Options().getAll()
         solver = pnode.Solver(field, method="es325", checkpointing=500)

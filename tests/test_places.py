@@ -10,9 +10,9 @@ from simulated_device import DEVICE, PLACE, Streams, module_on_device, on_device
 from test_devices import TIMES, Field, start
 
 import pnode
-from pnode import devices
+from pnode.base import devices
+from pnode.base.options import PETSc
 from pnode.errors import ConfigurationError
-from pnode.options import PETSc
 
 
 class FakePETSc:

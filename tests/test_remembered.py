@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import pnode
-from pnode.graphs import NODE_BYTES, graph_bytes
-from pnode.products import accumulate
-from pnode.surroundings import parameters_of
+from pnode.base.graphs import NODE_BYTES, graph_bytes
+from pnode.base.surroundings import parameters_of
+from pnode.field.products import accumulate
 
 D = torch.float64
 

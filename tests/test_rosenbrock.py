@@ -13,14 +13,14 @@ from test_gradients import Field, gradients, initial, relative_difference, weigh
 
 import pnode
 from pnode import ConfigurationError, LinearSolveFailed, NonFiniteVectorField
-from pnode.options import PETSc
-from pnode.problem import InitialValueProblem
-from pnode.solution import Ledger
+from pnode.base.ledger import Ledger
+from pnode.base.options import PETSc
+from pnode.base.vectors import copy_out
+from pnode.field.vectorfield import VectorField
+from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.methods import METHODS, find_method
 from pnode.solvers.petsc.library import set_recompute_jacobian, set_subtype
 from pnode.solvers.rosenbrock_tableaus import ROSENBROCK
-from pnode.vectorfield import VectorField
-from pnode.vectors import copy_out
 
 ROSW = [method for method in METHODS if method.ts_type == "rosw"]
 NAMES = [method.name for method in ROSW]

@@ -8,7 +8,7 @@ from test_tangent_sweeps import Y0, T, solver_of
 from torch.autograd import grad
 
 import pnode
-from pnode import autograd
+from pnode.derivatives import autograd
 
 D = torch.float64
 CASES = [

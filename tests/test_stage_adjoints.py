@@ -13,21 +13,21 @@ from test_gradients import Field, initial, relative_difference, weights_like
 from ts_adjoint import TSAdjoint
 
 import pnode
-import pnode.engine
+import pnode.sweeping.engine
 from pnode import ConfigurationError, NonFiniteVectorField
 from pnode.adjoint.create import create_adjoint
 from pnode.adjoint.stages import StageCotangents
-from pnode.mass import MassMatrix
-from pnode.options import SolverOptions, next_prefix
-from pnode.problem import InitialValueProblem, StateLayout
-from pnode.solution import Ledger
+from pnode.base.ledger import Ledger
+from pnode.base.options import SolverOptions, next_prefix
+from pnode.field.vectorfield import vector_field
+from pnode.problems.mass import MassMatrix
+from pnode.problems.problem import InitialValueProblem, StateLayout
 from pnode.solvers import scheme as schemes
 from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.methods import METHODS, find_method
 from pnode.solvers.petsc.settings import IntegratorSettings, default_options
 from pnode.solvers.stepping import Step
 from pnode.testing import taylor_test
-from pnode.vectorfield import vector_field
 
 SSP = [method.name for method in METHODS if method.ts_type == "ssp"]
 SYMPLECTIC = [method.name for method in METHODS if method.ts_type == "basicsymplectic"]
@@ -189,7 +189,7 @@ def compared(method, form, jacobian, monkeypatch, oracle):
     else:
         keywords |= {"rhs": field}
     if oracle:
-        monkeypatch.setattr(pnode.engine, "create_adjoint", TSAdjoint)
+        monkeypatch.setattr(pnode.sweeping.engine, "create_adjoint", TSAdjoint)
     solution = pnode.Solver(**keywords)(y0, t)
     loss = (solution.ys * weights_like(solution.ys)).sum()
     others = [other.inner, other.outer, other.bias] if form == "imex" else []

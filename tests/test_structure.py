@@ -42,6 +42,28 @@ def test_circles(structure):
     assert structure.circle(structure.sources(ROOT)) == []
 
 
+def test_arrows_between_folders_point_down(structure):
+    files = structure.sources(ROOT)
+    assert structure.upward_imports(files) == []
+    assert structure.folder_circle(files) == []
+
+
+def test_upward_imports_are_found(structure, tmp_path):
+    for name in ("pnode/base", "pnode/field"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "__init__.py").write_text("")
+    (tmp_path / "pnode" / "top.py").write_text("from pnode.base import a\n")
+    (tmp_path / "pnode" / "base" / "a.py").write_text("from pnode import top\n")
+    files = structure.sources(tmp_path)
+    assert structure.upward_imports(files) == [("pnode.base.a", "pnode.top")]
+    assert set(structure.folder_circle(files)) == {"pnode", "pnode.base"}
+    (tmp_path / "pnode" / "base" / "a.py").write_text("from pnode.field import b\n")
+    (tmp_path / "pnode" / "field" / "b.py").write_text("def f():\n    from pnode.base import a\n")
+    files = structure.sources(tmp_path)
+    assert structure.upward_imports(files) == []
+    assert set(structure.folder_circle(files)) == {"pnode.base", "pnode.field"}
+
+
 def test_switches(structure):
     """What a method is, others ask its properties: its type of TS is PETSc's name."""
     assert structure.switches(structure.sources(ROOT)) == {}

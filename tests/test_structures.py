@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import pnode
-from pnode.problem import InitialValueProblem
-from pnode.solution import Ledger
+from pnode.base.ledger import Ledger
+from pnode.field.vectorfield import vector_field
+from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.linear.sparse import SparsityPattern
 from pnode.solvers.linear.structure import find_structure
-from pnode.vectorfield import vector_field
 
 D = torch.float64
 TIGHT = {"snes_rtol": 1e-14, "snes_stol": 1e-14}
@@ -19,7 +19,7 @@ TIGHT = {"snes_rtol": 1e-14, "snes_stol": 1e-14}
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
     """Look for structure after one solve, however few products it took."""
-    monkeypatch.setattr("pnode.engine._MANY_PRODUCTS", 0)
+    monkeypatch.setattr("pnode.sweeping.engine._MANY_PRODUCTS", 0)
 
 
 def chain(n, rate=30.0):
@@ -116,7 +116,7 @@ def test_random_pattern():
 def test_few_products_find_a_pattern(monkeypatch):
     """Some sixty a state, instead of one for each of its 1,000 entries."""
     products = []
-    from pnode.linearization import Linearization
+    from pnode.field.linearization import Linearization
 
     original = Linearization.rows
 
@@ -219,7 +219,7 @@ def hidden(at=0.25):
 @pytest.mark.parametrize("power", [1, 3])
 def test_a_linear_implicit_part_is_factored_at_once(power, monkeypatch):
     """At the first solve, before many products; the numbers are those of a dense matrix."""
-    monkeypatch.setattr("pnode.engine._MANY_PRODUCTS", 1 << 20)
+    monkeypatch.setattr("pnode.sweeping.engine._MANY_PRODUCTS", 1 << 20)
 
     def diffusion(t, y):
         return 20.0 * (torch.roll(y, 1) + torch.roll(y, -1) - 2.0 * y**power)

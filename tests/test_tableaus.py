@@ -15,8 +15,8 @@ from replica import arkimex_step, arkimex_tableau, dirk_tableau, petsc_tableau, 
 from small_net import SmallNet
 
 import pnode
+from pnode.base.interpolation import polynomial
 from pnode.errors import BackwardError, ConfigurationError
-from pnode.interpolation import polynomial
 from pnode.solvers.methods import METHODS, find_method
 from pnode.solvers.order_conditions import defect, order_of, parts_of, trees
 

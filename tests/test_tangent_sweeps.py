@@ -8,8 +8,8 @@ from small_net import SmallNet
 from torch.func import functional_call, jacfwd, jacrev, jvp
 
 import pnode
-from pnode import stage_tangents, tangent_solves
 from pnode.adjoint import tangents
+from pnode.derivatives import stage_tangents, tangent_solves
 from pnode.errors import FieldChanged
 
 D = torch.float64

@@ -8,9 +8,9 @@ import torch
 import pnode
 from pnode.adjoint.accounts import Account
 from pnode.adjoint.store import CheckpointStore
-from pnode.graphs import NODE_BYTES
+from pnode.base.graphs import NODE_BYTES
+from pnode.field.vectorfield import VectorField
 from pnode.solvers.methods import Method, find_method
-from pnode.vectorfield import VectorField
 
 STATE = 8 * 40
 
@@ -119,7 +119,7 @@ def test_graphs_of_the_last_steps_only(method, steps, monkeypatch):
     _, everything = solve(None, method=method)
     assert everything.backward.rhs == 3  # for the times
     size = everything.tape_bytes // 20
-    monkeypatch.setattr("pnode.checkpointing.DEFAULT_GRAPHS", max(1, steps * size))
+    monkeypatch.setattr("pnode.problems.checkpointing.DEFAULT_GRAPHS", max(1, steps * size))
     made = []
     linearize = VectorField.linearize
 

@@ -8,15 +8,15 @@ from test_devices import CASES, FORMS, Field, Pair, gradients, start
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
 import pnode
-from pnode import vectors
-from pnode.devices import HOST
+from pnode.base import vectors
+from pnode.base.devices import HOST
+from pnode.base.ledger import Ledger
+from pnode.base.options import PETSc
 from pnode.errors import ConfigurationError
-from pnode.options import PETSc
-from pnode.problem import InitialValueProblem
-from pnode.solution import Ledger
+from pnode.field.vectorfield import vector_field
+from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.linear.shells import JacobianShell
 from pnode.solvers.petsc.bridge import Bridge
-from pnode.vectorfield import vector_field
 
 TIMES = torch.linspace(0.0, 1.0, 4, dtype=torch.float64)
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from pnode import vectors
 from pnode.adjoint.stepper import AdjointStepper
-from pnode.options import PETSc
-from pnode.products import accumulate
+from pnode.base import vectors
+from pnode.base.options import PETSc
+from pnode.field.products import accumulate
 from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.linear.linearizer import Point
 from pnode.solvers.linear.shells import JacobianShell, shell_matrix

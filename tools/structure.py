@@ -22,6 +22,8 @@ FILE_LINES, FUNCTION_LINES = 400, 60
 _DATA = re.compile(r"tableaus|methods|scheme")
 # Where the type of PETSc's TS may decide: the table of methods, and what sets PETSc up.
 _MAY_ASK = re.compile(r"solvers/(methods\.py|petsc)")
+# Directly in pnode/, public, and importing nothing that is above.
+_PUBLIC = {"pnode.controllers", "pnode.errors", "pnode.version"}
 _COMPARED = re.compile(r"ts_type\s*(?:==|!=|in |not in )")
 
 
@@ -106,15 +108,33 @@ def circle(files: list[Source]) -> list[str]:
 
 
 def upward_imports(files: list[Source]) -> list[tuple[str, str]]:
-    """Return imports from solvers/ and adjoint/ of files that lie directly in pnode/."""
-    below = ("pnode.solvers", "pnode.adjoint")
+    """Return imports from folders of files that lie directly in pnode/: the top of the house.
+
+    ``pnode/diagnosis``, which tries a solve, belongs to the top.
+    """
+    folders = {file.module for file in files if file.path.endswith("__init__.py")}
     return [
         (module, name)
         for module, names in imports(files).items()
-        if module.startswith(below)
-        for name in sorted(names)
-        if name.count(".") == 1 and not name.startswith(below)
+        if module.count(".") > 1 and not module.startswith("pnode.diagnosis.")
+        for name in sorted(names - folders - _PUBLIC)
+        if name.count(".") == 1
     ]
+
+
+def folder_circle(files: list[Source]) -> list[str]:
+    """Return folders that import each other in a circle, empty if there are none."""
+    graph: dict[str, set[str]] = {}
+    for module, names in imports(files).items():
+        for name in names - _PUBLIC:
+            one, other = (".".join(each.split(".")[:-1][:2]) for each in (module, name))
+            if one != other and not one.startswith("pnode.diagnosis"):
+                graph.setdefault(one, set()).add(other)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
 
 
 def switches(files: list[Source]) -> dict[str, int]:
@@ -132,6 +152,8 @@ def main() -> int:
     over += [f"{path}: {n} comparisons of ts_type" for path, n in switches(files).items()]
     found = circle(files)
     over += [f"circle: {' imports '.join(reversed(found))}"] if found else []
+    found = folder_circle(files)
+    over += [f"folders in a circle: {' imports '.join(reversed(found))}"] if found else []
     upward = len(upward_imports(files))
     over += [f"{upward} imports of files in pnode/ from below"] if upward else []
     native = [

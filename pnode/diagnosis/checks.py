@@ -6,9 +6,9 @@ import os
 import re
 from collections.abc import Callable, Sequence
 
+from pnode.base.launchers import claims, find_mismatch, torchrun_claim
 from pnode.diagnosis.facts import Facts
 from pnode.diagnosis.finding import Finding
-from pnode.launchers import claims, find_mismatch, torchrun_claim
 
 __all__ = ["CHECKS", "MINIMUM", "check_threads", "plural"]
 

@@ -18,8 +18,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from pnode.base.launchers import claims, gpu_aware, mapped_files, mpi_libraries
 from pnode.diagnosis.facts import Facts, MPIFacts, PETScFacts, ScratchFacts, TorchFacts
-from pnode.launchers import claims, gpu_aware, mapped_files, mpi_libraries
 
 __all__ = ["PACKAGES", "blas_threads", "cpu_quota", "gather", "mpi_libraries", "scratch_facts"]
 

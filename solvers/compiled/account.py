@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from pnode.solution import Ledger
+from pnode.base.ledger import Ledger
 
 __all__ = ["Account", "Entry", "Work"]
 

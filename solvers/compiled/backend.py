@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pnode.checkpointing import Checkpointing
-from pnode.options import SolverOptions
+from pnode.base.options import SolverOptions
+from pnode.field.vectorfield import VectorField
+from pnode.problems.checkpointing import Checkpointing
 from pnode.solvers.compiled.driver import CompiledSweep
 from pnode.solvers.compiled.guards import Guard
 from pnode.solvers.compiled.inductor import CompilationFailed
 from pnode.solvers.compiled.trace import FieldGraph, Untraceable
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.step_control import StepControl
-from pnode.vectorfield import VectorField
 
 __all__ = [
     "Backend", "Checked", "Code", "Compilation", "Reason", "Trace", "Wanted",

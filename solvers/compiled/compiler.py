@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from pnode.solution import Ledger
+from pnode.base.ledger import Ledger
+from pnode.base.vectors import REAL
+from pnode.field.vectorfield import VectorField, vector_field
 from pnode.solvers.compiled.backend import Backend, Checked, Compilation, Reason, Trace, Wanted
 from pnode.solvers.compiled.evaluations import agree, is_recorded, trusted, value_of
 from pnode.solvers.compiled.guards import Followed, Guard, followed
 from pnode.solvers.compiled.trace import Untraceable, trace_field
-from pnode.vectorfield import VectorField, vector_field
-from pnode.vectors import REAL
 
 __all__ = ["Compiler", "bare", "outside"]
 

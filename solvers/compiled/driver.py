@@ -17,16 +17,16 @@ from typing import Any
 
 import torch
 
+from pnode.base.ledger import Ledger
+from pnode.base.options import log_stage
+from pnode.base.vectors import REAL
 from pnode.errors import LinearSolveFailed
-from pnode.options import log_stage
-from pnode.problem import InitialValueProblem
-from pnode.solution import Ledger
+from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.compiled.inductor import compile_source
 from pnode.solvers.multistep import TakenOrder
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.step_control import StepControl, fixed_grid
 from pnode.solvers.stepping import Step
-from pnode.vectors import REAL
 
 __all__ = ["CompiledSweep", "Kernel", "library", "pointers", "source"]
 

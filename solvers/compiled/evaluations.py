@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 
 from pnode.errors import SolveError
+from pnode.field.vectorfield import VectorField
 from pnode.solvers.compiled.trace import FieldGraph
-from pnode.vectorfield import VectorField
 
 __all__ = ["agree", "is_recorded", "trusted", "value_of"]
 

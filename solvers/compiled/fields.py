@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from pnode.linearization import Linearization, Products
-from pnode.problem import InitialValueProblem
-from pnode.products import transposed
-from pnode.solution import Ledger
+from pnode.base.ledger import Ledger
+from pnode.field.linearization import Linearization, Products
+from pnode.field.products import transposed
+from pnode.field.vectorfield import VectorField
+from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.compiled import inductor
 from pnode.solvers.compiled.backend import (
     Backend,
@@ -31,7 +32,6 @@ from pnode.solvers.compiled.backend import (
 from pnode.solvers.compiled.compiler import outside
 from pnode.solvers.compiled.inductor import CompilationFailed, Compiled, fingerprint
 from pnode.solvers.compiled.trace import FieldGraph
-from pnode.vectorfield import VectorField
 
 __all__ = ["CompiledField", "CompiledLinearization", "FieldCode", "Fields", "compiled_field"]
 

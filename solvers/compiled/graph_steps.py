@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
+from pnode.base.vectors import REAL
+from pnode.field.vectorfield import VectorField
 from pnode.solvers.compiled import driver
 from pnode.solvers.compiled.backend import Backend, Checked, Compilation, Trace, Wanted
 from pnode.solvers.compiled.inductor import CompilationFailed, CompiledGraph, open_graph
 from pnode.solvers.compiled.integrator import Start, step_tolerances
 from pnode.solvers.compiled.steps import StepGraphs, Tensors
 from pnode.solvers.step_control import automatic_step
-from pnode.vectorfield import VectorField
-from pnode.vectors import REAL
 
 __all__ = ["ExplicitSteps", "GraphSteps"]
 

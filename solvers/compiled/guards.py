@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pnode.vectorfield import VectorField
+from pnode.field.vectorfield import VectorField
 
 __all__ = ["Followed", "Guard", "followed"]
 

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pnode import tolerances
-from pnode.devices import HOST
+from pnode.base.devices import HOST
+from pnode.base.vectors import REAL
+from pnode.problems import tolerances
 from pnode.solvers.compiled.backend import Wanted
 from pnode.solvers.compiled.programs import Program
 from pnode.solvers.compiled.trace import Untraceable
@@ -21,7 +22,6 @@ from pnode.solvers.methods import Method
 from pnode.solvers.newton import ModifiedNewton
 from pnode.solvers.petsc.settings import IntegratorSettings, default_options
 from pnode.solvers.scheme import Scheme
-from pnode.vectors import REAL
 
 __all__ = ["prepared", "scheme_of", "tolerance"]
 

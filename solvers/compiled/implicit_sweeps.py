@@ -7,16 +7,16 @@ from dataclasses import replace
 
 import torch
 
-from pnode.checkpointing import Checkpointing
-from pnode.solution import Ledger
+from pnode.base.ledger import Ledger
+from pnode.base.vectors import REAL
+from pnode.field.vectorfield import VectorField, vector_field
+from pnode.problems.checkpointing import Checkpointing
 from pnode.solvers.compiled.backend import Backend, Checked, Compilation, Trace, Wanted
 from pnode.solvers.compiled.driver import CompiledSweep
 from pnode.solvers.compiled.evaluations import agree
 from pnode.solvers.compiled.implicit_settings import prepared, scheme_of, tolerance
 from pnode.solvers.compiled.programs import Program
 from pnode.solvers.compiled.trace import Untraceable
-from pnode.vectorfield import VectorField, vector_field
-from pnode.vectors import REAL
 
 __all__ = ["ImplicitSweeps"]
 

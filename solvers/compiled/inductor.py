@@ -31,8 +31,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from pnode import private_files
-from pnode.notices import LOG, compiling
+from pnode.base import private_files
+from pnode.base.notices import LOG, compiling
 from pnode.solvers.compiled import fast_tanh, libraries, products, trace
 from pnode.solvers.compiled.trace import compose
 

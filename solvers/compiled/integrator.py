@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from pnode import tolerances
+from pnode.base.interpolation import polynomial
+from pnode.base.options import PETSc, SolverOptions
+from pnode.base.vectors import REAL
 from pnode.errors import NonFiniteVectorField, SolveError
-from pnode.interpolation import polynomial
-from pnode.options import PETSc, SolverOptions
+from pnode.field.vectorfield import VectorField
+from pnode.problems import tolerances
 from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.compiled.inductor import Compiled
 from pnode.solvers.compiled.steps import StepGraphs, Tensors
 from pnode.solvers.petsc.integrator import StepOutcome, TimeIntegrator
 from pnode.solvers.petsc.settings import IntegratorSettings
-from pnode.vectorfield import VectorField
-from pnode.vectors import REAL
 
 __all__ = ["CompiledIntegrator", "Start", "step_tolerances"]
 

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch._utils import _unflatten_dense_tensors
 
+from pnode.base.vectors import REAL
 from pnode.solvers.compiled.backend import Code
 from pnode.solvers.compiled.driver import Kernel, pointers, source
 from pnode.solvers.compiled.inductor import compile_source
 from pnode.solvers.compiled.operations import Operations, decomposed
 from pnode.solvers.compiled.scalars import Scalars, Symbols
 from pnode.solvers.compiled.trace import FieldGraph, Untraceable
-from pnode.vectors import REAL
 
 __all__ = ["Program"]
 

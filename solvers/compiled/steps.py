@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from pnode.base.vectors import REAL
 from pnode.solvers.compiled import inductor
 from pnode.solvers.compiled.backend import Code
 from pnode.solvers.compiled.inductor import Compiled, CompiledGraph, fingerprint
 from pnode.solvers.compiled.products import SMALL_PRODUCT, VECTOR
 from pnode.solvers.compiled.trace import FieldGraph, ParameterPart
 from pnode.solvers.scheme import Scheme
-from pnode.vectors import REAL
 
 __all__ = ["StepGraphs"]
 

@@ -16,8 +16,8 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pnode.field.vectorfield import VectorField
 from pnode.solvers.compiled.products import arrange_products, packet
-from pnode.vectorfield import VectorField
 
 __all__ = ["FieldGraph", "ParameterPart", "Untraceable", "compose", "trace_field"]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from pnode.ranks import Ranks
+from pnode.base.ranks import Ranks
 
 __all__ = ["gmres"]
 

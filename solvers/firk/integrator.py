@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 
-from pnode import tolerances, vectors
+from pnode.base import vectors
+from pnode.base.evidence import project
+from pnode.base.options import SolverOptions
 from pnode.controllers import PID
 from pnode.errors import ConfigurationError, LinearSolveFailed, SolveError
-from pnode.evidence import project
-from pnode.linearization import Linearization
-from pnode.options import SolverOptions
+from pnode.field.linearization import Linearization
+from pnode.field.vectorfield import VectorField
+from pnode.problems import tolerances
 from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.firk.control import PredictiveControl, RememberedControl
 from pnode.solvers.firk.stage_newton import StageNewton, Stages
@@ -32,7 +34,6 @@ from pnode.solvers.petsc.bridge import Bridge
 from pnode.solvers.petsc.failures import nonfinite_error, raise_stored
 from pnode.solvers.petsc.integrator import StepOutcome, TimeIntegrator
 from pnode.solvers.petsc.settings import IntegratorSettings
-from pnode.vectorfield import VectorField
 
 __all__ = ["ERROR_WEIGHTS", "CoupledIntegrator", "refuse_options"]
 

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
-from pnode.devices import HOST
+from pnode.base.devices import HOST
+from pnode.base.options import SolverOptions
+from pnode.base.vectors import REAL
 from pnode.errors import LinearSolveFailed, NonlinearSolveFailed, SolveError
-from pnode.linearization import Linearization
-from pnode.options import SolverOptions
+from pnode.field.linearization import Linearization
+from pnode.problems.tolerances import values
 from pnode.solvers.firk.systems import Blocks, CoupledSystem, Krylov, SimplifiedSystem
 from pnode.solvers.firk.tableaus import transformation
 from pnode.solvers.linear.linearizer import Point
@@ -22,8 +24,6 @@ from pnode.solvers.petsc.bridge import Bridge
 from pnode.solvers.petsc.failures import nonfinite_error, raise_stored
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.scheme import Scheme
-from pnode.tolerances import values
-from pnode.vectors import REAL
 
 __all__ = ["StageNewton", "Stages"]
 

@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-from pnode.devices import Place
-from pnode.linearization import Linearization
-from pnode.mass import MassMatrix
-from pnode.ranks import Ranks
+from pnode.base.devices import Place
+from pnode.base.ranks import Ranks
+from pnode.base.vectors import REAL
+from pnode.field.linearization import Linearization
+from pnode.problems.mass import MassMatrix
 from pnode.solvers.firk.gmres import gmres
 from pnode.solvers.firk.tableaus import Transformation
 from pnode.solvers.linear.block import BlockAssembly
 from pnode.solvers.linear.linearizer import Linearizer, Point
 from pnode.solvers.petsc.settings import IntegratorSettings
-from pnode.vectors import REAL
 
 __all__ = ["Blocks", "CoupledSystem", "Krylov", "SimplifiedSystem"]
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from pnode.devices import HOST, Place
-from pnode.linearization import Linearization
+from pnode.base.devices import HOST, Place
+from pnode.field.linearization import Linearization
 from pnode.solvers.linear.linearizer import Linearizer, Point
 
 __all__ = ["Assembly", "differ", "noise", "probe"]

@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 
-from pnode.devices import HOST, Place
+from pnode.base.devices import HOST, Place
+from pnode.base.options import PETSc, log_event
+from pnode.base.vectors import REAL, copy_in, view
 from pnode.errors import ConfigurationError
-from pnode.linearization import Linearization
-from pnode.options import PETSc, log_event
-from pnode.problem import StateLayout
+from pnode.field.linearization import Linearization
+from pnode.problems.problem import StateLayout
 from pnode.solvers.linear.assembly import Assembly, differ, probe
 from pnode.solvers.linear.linearizer import Linearizer, Point
 from pnode.solvers.linear.shells import shell_matrix
-from pnode.vectors import REAL, copy_in, view
 
 __all__ = [
     "BLOCK_LU", "BlockAssembly", "BlockLU", "Factors", "couples", "sample_blocks", "sample_count",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from pnode.base.vectors import create_dense, matrix_view
 from pnode.solvers.linear.assembly import Assembly
 from pnode.solvers.linear.linearizer import Linearizer, Point
-from pnode.vectors import create_dense, matrix_view
 
 __all__ = ["DenseAssembly"]
 

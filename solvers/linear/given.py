@@ -9,14 +9,14 @@ import numpy as np
 import scipy  # scipy.sparse, which takes a tenth of a second, where it is needed
 import torch
 
-from pnode.devices import HOST, Place
+from pnode.base.devices import HOST, Place
+from pnode.base.options import PETSc
+from pnode.base.vectors import REAL, set_dense_type
 from pnode.errors import ConfigurationError, VectorFieldError
-from pnode.options import PETSc
+from pnode.problems.transfers import remote
 from pnode.solvers.linear.dense import DenseAssembly
 from pnode.solvers.linear.linearizer import Linearizer, Point
 from pnode.solvers.linear.sparse import EntryAssembly
-from pnode.transfers import remote
-from pnode.vectors import REAL, set_dense_type
 
 __all__ = ["GivenAssembly", "GivenMatrix", "as_matrix"]
 

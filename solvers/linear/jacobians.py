@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from pnode.devices import HOST, Place
+from pnode.base.devices import HOST, Place
+from pnode.base.vectors import is_finite
 from pnode.errors import ConfigurationError
-from pnode.layouts import Layout
-from pnode.problem import StateLayout
+from pnode.layout.layouts import Layout
+from pnode.problems.problem import StateLayout
 from pnode.solvers.linear.assembly import Assembly, differ, probe
 from pnode.solvers.linear.block import BlockAssembly, sample_count
 from pnode.solvers.linear.constancy import Constancy, rounded
@@ -27,7 +28,6 @@ from pnode.solvers.linear.given_solves import GivenSolve
 from pnode.solvers.linear.linearizer import Linearizer, Point
 from pnode.solvers.linear.sparse import SparseAssembly, SparsityPattern
 from pnode.solvers.pairs import PairAssembly
-from pnode.vectors import is_finite
 
 __all__ = ["Jacobian", "JacobianOptions", "create_assembly"]
 

@@ -14,12 +14,12 @@ from typing import Any, Protocol
 
 import torch
 
-from pnode.evidence import Note, differs, project
-from pnode.linearization import Linearization, Products
-from pnode.options import log_event
-from pnode.ranks import ALONE, Ranks
-from pnode.vectorfield import VectorField
-from pnode.vectors import copy_out, is_finite
+from pnode.base.evidence import Note, differs, project
+from pnode.base.options import log_event
+from pnode.base.ranks import ALONE, Ranks
+from pnode.base.vectors import copy_out, is_finite
+from pnode.field.linearization import Linearization, Products
+from pnode.field.vectorfield import VectorField
 
 __all__ = ["Linearizer", "Point"]
 
@@ -87,7 +87,7 @@ class Linearizer:
         solves for its initial slope with the stage time of whatever it did before.
     noted : list of Note or None
         Of an implicit method, in a sweep that notes its values: of each stage of the step under
-        way; see :mod:`pnode.evidence`.
+        way; see :mod:`pnode.base.evidence`.
     expected : list of Note or None
         What a backward sweep should find.
     infinite_at : float or None

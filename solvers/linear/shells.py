@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pnode.devices import HOST, Place
-from pnode.options import PETSc
+from pnode.base.devices import HOST, Place
+from pnode.base.options import PETSc
+from pnode.base.vectors import add_to, copy_in, view
 from pnode.solvers.linear.linearizer import Linearizer, Point
-from pnode.vectors import add_to, copy_in, view
 
 __all__ = ["JacobianShell", "shell_matrix"]
 

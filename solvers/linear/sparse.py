@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pnode.communicators import as_communicator
-from pnode.devices import HOST, Place
+from pnode.base.communicators import as_communicator
+from pnode.base.devices import HOST, Place
+from pnode.base.options import PETSc
+from pnode.base.vectors import REAL
 from pnode.errors import ConfigurationError
-from pnode.linearization import Linearization
-from pnode.options import PETSc
+from pnode.field.linearization import Linearization
 from pnode.solvers.linear.assembly import Assembly, differ, noise, probe
 from pnode.solvers.linear.linearizer import Linearizer, Point
 from pnode.solvers.petsc.library import color_columns, set_values_coo
-from pnode.vectors import REAL
 
 __all__ = ["Entries", "EntryAssembly", "SparseAssembly", "SparsityPattern", "color_rows"]
 

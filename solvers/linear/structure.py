@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from pnode.devices import HOST
-from pnode.linearization import Linearization
-from pnode.problem import StateLayout
+from pnode.base.devices import HOST
+from pnode.base.vectors import is_finite
+from pnode.field.linearization import Linearization
+from pnode.problems.problem import StateLayout
 from pnode.solvers.linear.assembly import noise
 from pnode.solvers.linear.sparse import SparsityPattern, color_rows
-from pnode.vectors import is_finite
 
 __all__ = ["find_structure", "seems_constant"]
 

@@ -19,15 +19,15 @@ from typing import Any
 
 import torch
 
-from pnode.devices import HOST
+from pnode.base.devices import HOST
+from pnode.base.evidence import Note, project, projection_weights
+from pnode.base.vectors import REAL, are_moderate, copy_in, copy_out, fill, is_moderate, view
 from pnode.errors import ConfigurationError
-from pnode.evidence import Note, project, projection_weights
-from pnode.linearization import Linearization
+from pnode.field.linearization import Linearization
+from pnode.field.vectorfield import VectorField
 from pnode.solvers.linear.jacobians import Jacobian
 from pnode.solvers.linear.linearizer import Linearizer
 from pnode.solvers.petsc.library import forget_step_norm
-from pnode.vectorfield import VectorField
-from pnode.vectors import REAL, are_moderate, copy_in, copy_out, fill, is_moderate, view
 
 __all__ = ["Bridge"]
 
@@ -57,7 +57,7 @@ class Bridge(Linearizer):
         The last states that the right-hand side was evaluated at, oldest first: the stages of an
         explicit step.
     projections : deque of float or None
-        Of the values there, in a sweep that notes them; see :mod:`pnode.evidence`.
+        Of the values there, in a sweep that notes them; see :mod:`pnode.base.evidence`.
     jacobian : Jacobian or None
         What fills the matrices of an implicit method, from :mod:`pnode.solvers.linear.jacobians`.
     """

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pnode.options import OWN_PREFIX, PETSc
+from pnode.base.options import OWN_PREFIX, PETSc
 from pnode.solvers.petsc.library import (
     before_each_stage,
     evaluate_step,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pnode.base.options import PETSc, failure_reason
 from pnode.errors import (
     LinearSolveFailed,
     NonFiniteDerivative,
@@ -11,7 +12,6 @@ from pnode.errors import (
     NonlinearSolveFailed,
     SolveError,
 )
-from pnode.options import PETSc, failure_reason
 from pnode.solvers.petsc.bridge import Bridge
 
 __all__ = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pnode.options import SolverOptions
+from pnode.base.options import SolverOptions
 from pnode.solvers.linear.jacobians import Jacobian
 
 __all__ = ["GuessedSteps"]

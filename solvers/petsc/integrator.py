@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from pnode import vectors
+from pnode.base import vectors
+from pnode.base.evidence import project
+from pnode.base.options import PETSc, SolverOptions, log_stage
+from pnode.base.ranks import ALONE, CURABLE
 from pnode.errors import NonlinearSolveFailed, SolveError
-from pnode.evidence import project
-from pnode.linearization import Linearization
-from pnode.options import PETSc, SolverOptions, log_stage
-from pnode.ranks import ALONE, CURABLE
+from pnode.field.linearization import Linearization
+from pnode.field.vectorfield import VectorField
 from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.petsc import failures
 from pnode.solvers.petsc.bridge import Bridge
@@ -26,7 +27,6 @@ from pnode.solvers.petsc.second_attempts import backtracks, with_backtracking, w
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.petsc.tolerances import Rejection
 from pnode.solvers.petsc.ts import build_ts
-from pnode.vectorfield import VectorField
 
 __all__ = ["StepOutcome", "TimeIntegrator"]
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from pnode import tolerances, vectors
+from pnode.base import vectors
+from pnode.base.options import PETSc, SolverOptions
 from pnode.controllers import DEADBEAT, PID, ErrorMemory
 from pnode.errors import ConfigurationError
-from pnode.options import PETSc, SolverOptions
+from pnode.problems import tolerances
 from pnode.solvers.petsc.bridge import Bridge
 from pnode.solvers.petsc.library import evaluate_step
 from pnode.solvers.petsc.settings import IntegratorSettings

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pnode.options import PETSc
+from pnode.base.options import PETSc
 from pnode.solvers.scheme import Scheme, rows
 
 __all__ = [

@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 
+from pnode.base.options import SolverOptions
+from pnode.base.vectors import REAL, copy_in, copy_out, is_moderate
 from pnode.errors import ConfigurationError
-from pnode.field_checks import hides_time
-from pnode.linearization import Linearization
-from pnode.options import SolverOptions
+from pnode.field.field_checks import hides_time
+from pnode.field.linearization import Linearization
+from pnode.field.vectorfield import VectorField
 from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.linear.linearizer import Point
 from pnode.solvers.petsc.bridge import Bridge
@@ -31,8 +33,6 @@ from pnode.solvers.petsc.library import (
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.rosenbrock_tableaus import ROSENBROCK
 from pnode.solvers.scheme import Scheme
-from pnode.vectorfield import VectorField
-from pnode.vectors import REAL, copy_in, copy_out, is_moderate
 
 __all__ = ["RosenbrockBridge", "RosenbrockIntegrator", "warn_of_hidden_time"]
 

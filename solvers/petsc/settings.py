@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
+from pnode.base.devices import HOST, Place
+from pnode.base.options import PETSc
 from pnode.controllers import PID, Norm, controller_options
-from pnode.devices import HOST, Place
-from pnode.options import PETSc
+from pnode.problems.tolerances import Resolved
 from pnode.solvers.linear.block import BLOCK_LU
 from pnode.solvers.linear.given_solves import GivenSolve
 from pnode.solvers.linear.jacobians import JacobianOptions
 from pnode.solvers.methods import Method
 from pnode.solvers.pairs import PAIR_SOLVE
-from pnode.tolerances import Resolved
 
 __all__ = ["DENSE_LIMIT", "IntegratorSettings", "default_options", "without_structure"]
 

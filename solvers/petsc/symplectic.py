@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 
-from pnode.devices import HOST
+from pnode.base.devices import HOST
+from pnode.base.evidence import project
+from pnode.base.options import PETSc
+from pnode.base.vectors import REAL, copy_in, copy_out, fill, view
 from pnode.errors import ConfigurationError
-from pnode.evidence import project
-from pnode.options import PETSc
-from pnode.problem import StateLayout
+from pnode.field.vectorfield import VectorField
+from pnode.problems.problem import StateLayout
 from pnode.solvers.methods import Method
 from pnode.solvers.petsc.bridge import Bridge
 from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.scheme import HalfUpdate
-from pnode.vectorfield import VectorField
-from pnode.vectors import REAL, copy_in, copy_out, fill, view
 
 __all__ = ["SplitBridge", "SymplecticIntegrator", "split_size"]
 

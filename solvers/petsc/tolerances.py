@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from pnode import vectors
-from pnode.devices import HOST
+from pnode.base import vectors
+from pnode.base.devices import HOST
+from pnode.problems.tolerances import Resolved
 from pnode.solvers.petsc.settings import IntegratorSettings
-from pnode.tolerances import Resolved
 
 __all__ = ["Rejection", "tolerance"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pnode import vectors
+from pnode.base import vectors
+from pnode.base.options import PETSc, SolverOptions
 from pnode.errors import ConfigurationError
-from pnode.options import PETSc, SolverOptions
 from pnode.solvers.linear.given_solves import GivenSolve
 from pnode.solvers.linear.jacobians import Jacobian, create_assembly
 from pnode.solvers.linear.shells import JacobianShell

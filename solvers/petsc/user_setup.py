@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from pnode.communicators import as_communicator
+from pnode.base.communicators import as_communicator
+from pnode.base.options import SolverOptions
+from pnode.base.ranks import Ranks
 from pnode.errors import ConfigurationError
-from pnode.options import SolverOptions
-from pnode.ranks import Ranks
 from pnode.solvers.methods import Method
 
 __all__ = ["call_user"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pnode.devices import place_of
+from pnode.base.devices import place_of
 from pnode.errors import ConfigurationError
 
 FOLDER = Path(__file__).resolve().parent

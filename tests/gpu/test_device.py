@@ -11,8 +11,8 @@ from test_devices import CASES, FORMS, LAYOUTS, TIMES, Field, Pair, gradients, s
 from torch.profiler import ProfilerActivity, profile
 
 import pnode
-from pnode import devices, vectors
-from pnode.options import PETSc
+from pnode.base import devices, vectors
+from pnode.base.options import PETSc
 
 
 def moved(tensor):

@@ -7,8 +7,8 @@ import torch
 from ranks import checks, comm
 
 import pnode
+from pnode.base.options import PETSc
 from pnode.errors import ConfigurationError, RankError
-from pnode.options import PETSc
 from pnode.parallel import DMLayout, total
 
 D = torch.float64

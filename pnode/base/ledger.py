@@ -1,0 +1,81 @@
+"""Counts of what a sweep costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+__all__ = ["Ledger", "Stats"]
+
+
+@dataclass
+class Ledger:
+    """Counts of one sweep.
+
+    Attributes
+    ----------
+    steps : int
+        Accepted steps (forward), adjoint steps (backward).
+    rejected : int
+        Attempts thrown away: too large an error, a Newton failure, a non-finite vector field.
+    rhs : int
+        Evaluations of the vector field, those that record a graph included.
+    jvp, vjp : int
+        Jacobian-vector and vector-Jacobian products, outside of assembled Jacobians.
+    jacobians : int
+        Assembled Jacobians: n products each if dense, n / B for B blocks, one per color if sparse.
+    factorizations : int
+        Matrices ``shift M - J`` formed of them and factored, or preconditioners set up.
+    newton, krylov : int
+        Newton and Krylov iterations.
+    recomputed : int
+        Steps repeated because no checkpoint of them was kept.
+    ram_bytes, disk_bytes, device_bytes : int
+        Peak size of the checkpoints in memory, on disk, and on the device where that is a level of
+        its own (``Checkpointing(device_memory=...)``).
+    tape_bytes : int
+        Peak size of the graphs of f that are kept besides, within the same limit of memory.
+    copies, copied_bytes : int
+        Copies between f's device and a state that is kept on the host
+        (``Solver(device_state="host")``), and their bytes.
+    """
+
+    steps: int = 0
+    rejected: int = 0
+    rhs: int = 0
+    jvp: int = 0
+    vjp: int = 0
+    jacobians: int = 0
+    factorizations: int = 0
+    newton: int = 0
+    krylov: int = 0
+    recomputed: int = 0
+    ram_bytes: int = 0
+    disk_bytes: int = 0
+    device_bytes: int = 0
+    tape_bytes: int = 0
+    copies: int = 0
+    copied_bytes: int = 0
+
+    def add(self, other: Ledger) -> None:
+        """Add the counts of another sweep; of the peaks the larger one stays."""
+        for name in _COUNTS:
+            theirs = getattr(other, name)
+            if theirs:
+                mine = getattr(self, name)
+                setattr(self, name, max(mine, theirs) if name in _PEAKS else mine + theirs)
+
+
+_COUNTS = tuple(item.name for item in fields(Ledger))
+_PEAKS = frozenset({"ram_bytes", "disk_bytes", "device_bytes", "tape_bytes"})
+
+
+@dataclass
+class Stats(Ledger):
+    """Ledger of the forward sweep.
+
+    ``backward`` adds up all backward sweeps, ``tangents`` all solves for tangents: those of forward
+    mode, and those that second derivatives are made of.
+    """
+
+    backward: Ledger = field(default_factory=Ledger)
+    tangents: Ledger = field(default_factory=Ledger)

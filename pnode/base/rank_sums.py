@@ -1,0 +1,101 @@
+"""Sums over ranks as nodes of torch's graphs, which can be differentiated any number of times.
+
+A tensor is either each rank's own, or *replicated*: the same on all ranks, and so is its cotangent.
+From own ones to a replicated one goes the sum, whose transpose copies; from a replicated one to own
+ones goes a copy, whose transpose is the sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from mpi4py import MPI
+
+from pnode.base.reals import as_reals, count_reals, from_reals
+
+__all__ = ["Replicate", "Total", "replicated"]
+
+
+def _total_of_numbers(comm: Any, value: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor over the ranks, integers to the last digit. Collective."""
+    exact = not (value.is_floating_point() or value.is_complex())
+    flat = as_reals(value.detach()).to("cpu", torch.int64 if exact else torch.float64)
+    flat = flat.contiguous().clone()
+    comm.Allreduce(MPI.IN_PLACE, flat.numpy(), MPI.SUM)
+    return flat.view(value.shape).to(value) if exact else from_reals(flat, value).to(value)
+
+
+class Total(torch.autograd.Function):
+    """The sums over the ranks of (comm, *values), replicated, by one reduction."""
+
+    @staticmethod
+    def forward(comm: Any, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Add up. Collective."""
+        if not all(value.is_floating_point() or value.is_complex() for value in values):
+            return tuple(_total_of_numbers(comm, value) for value in values)
+        flat = torch.cat([as_reals(value.detach()).to("cpu", torch.float64) for value in values])
+        comm.Allreduce(MPI.IN_PLACE, flat.numpy(), MPI.SUM)
+        parts = flat.split([count_reals(value) for value in values])
+        return tuple(
+            from_reals(part, value).to(value) for part, value in zip(parts, values, strict=True)
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep the communicator."""
+        ctx.comm = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> Any:
+        """Copy; its own derivative is collective."""
+        return None, *Replicate.apply(ctx.comm, *outputs)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[torch.Tensor, ...]:
+        """Add up tangents. Collective."""
+        totals: tuple[torch.Tensor, ...] = Total.apply(ctx.comm, *tangents[1:])
+        return totals
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        """Add up batches."""
+        return Total.apply(*inputs), in_dims[1:]
+
+
+class Replicate(torch.autograd.Function):
+    """Replicated tensors (comm, *tensors), for use in terms of each rank's own."""
+
+    @staticmethod
+    def forward(comm: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Copy."""
+        return tuple(tensor.clone() for tensor in tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep the communicator."""
+        ctx.comm = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> Any:
+        """Add up; what a rank does not use counts as zero. Collective."""
+        return None, *Total.apply(ctx.comm, *outputs)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[torch.Tensor, ...]:
+        """Copy."""
+        return tuple(one.clone() for one in tangents[1:])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        """Copy."""
+        return Replicate.apply(*inputs), in_dims[1:]
+
+
+def replicated(comm: Any, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Return replicated tensors for use in terms of each rank's own; see :class:`Replicate`."""
+    if comm.size == 1 or not tensors:
+        return tuple(tensors)
+    found: tuple[torch.Tensor, ...] = Replicate.apply(comm, *tensors)
+    return found

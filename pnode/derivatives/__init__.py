@@ -1,0 +1,1 @@
+"""A solve as torch differentiates it: backward, tangents, second derivatives."""

@@ -1,0 +1,244 @@
+"""What is looked at when f is called: its result, and, the first time, what it uses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from pnode.base.devices import random_states
+from pnode.base.surroundings import modules_within
+from pnode.errors import ConfigurationError, FieldChanged, VectorFieldError
+from pnode.problems.problem import StateLayout
+
+__all__ = [
+    "changed", "find_parameters", "hidden_state", "hides_time", "refuse_hidden_state",
+    "refuse_unrecorded", "wrong_result", "wrote_into_input",
+]  # fmt: skip
+
+_HiddenState = tuple[list[torch.Tensor], list[int]]
+
+
+def _kind_of_leaves() -> type:
+    """Return the class of the nodes where graphs begin."""
+    with torch.enable_grad(), torch.inference_mode(False):
+        node: Any = torch.ones(1, device="cpu", requires_grad=True).neg().grad_fn
+    return type(node.next_functions[0][0])
+
+
+_LEAF: Any = _kind_of_leaves()
+
+
+def wrong_result(layout: StateLayout, parts: tuple[Any, ...]) -> str | None:
+    """Say what is wrong with what f returned, None if nothing is."""
+    if len(parts) != len(layout.shapes):
+        return f"returned {len(parts)} tensors for a state of {len(layout.shapes)}"
+    for index, (part, shape) in enumerate(zip(parts, layout.shapes, strict=True)):
+        where = f" (part {index})" if layout.is_tuple else ""
+        if not isinstance(part, torch.Tensor):
+            return f"returned a {type(part).__name__}{where}, not a tensor"
+        if part.layout is not torch.strided:
+            return f"returned a tensor of layout {part.layout}{where}; use to_dense()"
+        if part.shape != shape:
+            return f"returned shape {tuple(part.shape)}{where} for a state of {tuple(shape)}"
+        if part.dtype is not layout.dtype:
+            return (
+                f"returned {part.dtype}{where} for a state of {layout.dtype}; give the module "
+                "and the state the same precision (module.double() or y0.float())"
+            )
+        if part.device != layout.device:
+            return f"returned a tensor on {part.device}{where} for a state on {layout.device}"
+    return None
+
+
+def wrote_into_input(time: float, or_what: str = "") -> VectorFieldError:
+    """Return the error for an f that writes into what it was given."""
+    return VectorFieldError(
+        f"the vector field wrote into its input y{or_what}; compute on y.clone(), or without "
+        "in-place operations",
+        time=time,
+    )
+
+
+def changed(time: float, what: str, by: float, suspects: str) -> FieldChanged:
+    """Return the error for an f that is not the one of the forward sweep."""
+    return FieldChanged(
+        f"the vector field is not the one of the forward sweep: {what} differs by {by:.1e} of its "
+        f"norm{suspects}. Let nothing that it looks at change before the gradient has been taken "
+        "(pass what changes as part of y0 or params, draw random numbers before the solve); if "
+        "nothing has, round-off grows in repeated steps: "
+        "checkpointing=pnode.Checkpointing(reproducible=True) gives them the same bits",
+        time=time,
+    )
+
+
+def hides_time(
+    field: Any, s: float, graph: Any, span: float, evaluate: Callable[[float], torch.Tensor]
+) -> bool:
+    """Whether a field depends on t and torch does not record it.
+
+    By one evaluation at a later time, which does not count, unless the graph has t.
+
+    Parameters
+    ----------
+    field : VectorField
+        Of one process, without ghost cells.
+    s : float
+        When, the integrator's time.
+    graph : Linearization
+        Then, with t a leaf of it.
+    span : float
+        Of the solve.
+    evaluate : callable
+        Returns the value at another time.
+    """
+    if graph.records_time():
+        return False
+    double = field.dtype is torch.float64
+    resolution = torch.finfo(field.dtype).eps * max(abs(s), span if math.isfinite(span) else 0.0)
+    # So small that what is constant in pieces seldom jumps, and no zero of df/dt is mistaken.
+    small = (1e-4 if double else 1e-2) * (span if math.isfinite(span) else 1.0)
+    evaluations = field.ledger.rhs
+    try:
+        value = evaluate(s + max(small, 64.0 * resolution))
+    except Exception:  # it is not defined there, which is nothing to complain of
+        return False
+    finally:
+        field.ledger.rhs = evaluations  # nobody makes use of it
+    before = graph.flat_value()
+    return bool((value.isfinite() & before.isfinite() & (value != before)).any())
+
+
+def hidden_state(function: Any, device: torch.device) -> _HiddenState:
+    """Return torch's random states and the versions of a Module's floating-point buffers."""
+    versions = [
+        buffer._version
+        for module in modules_within([function])
+        for buffer in module._buffers.values()
+        if buffer is not None and buffer.is_floating_point()
+    ]
+    return random_states(device), versions
+
+
+def refuse_hidden_state(before: _HiddenState, now: _HiddenState, time: float) -> None:
+    """Refuse a field that is not a function of t and y: its adjoint would be another's.
+
+    Raises
+    ------
+    VectorFieldError
+        If f drew random numbers or wrote into a buffer.
+    """
+    if not all(map(torch.equal, before[0], now[0])):
+        raise VectorFieldError(
+            "the vector field draws random numbers (dropout in training mode?), so that its "
+            "value cannot be had again for the gradient: call .eval() on it, or draw them "
+            "once before the solve",
+            time=time,
+        )
+    if before[1] != now[1]:
+        raise VectorFieldError(
+            "the vector field writes into one of its buffers, so that its value cannot be had "
+            "again for the gradient: call .eval() on it, or keep what it counts outside",
+            time=time,
+        )
+
+
+def refuse_unrecorded(
+    call: Callable[[torch.Tensor], torch.Tensor],
+    leaf: torch.Tensor,
+    value: torch.Tensor,
+    time: float,
+) -> None:
+    """Refuse a value without a graph that depends on y: every derivative would be zero.
+
+    It has to differ on both sides of y, so that a field that switches at y may pass.
+
+    Parameters
+    ----------
+    call : callable
+        f at this time.
+    leaf, value : Tensor
+        y, and what f returned there.
+    time : float
+        The user's.
+
+    Raises
+    ------
+    VectorFieldError
+        If it does.
+    """
+    for sign in (1.0, -1.0):
+        with torch.no_grad():
+            near = leaf + sign * 1e-6 * (1.0 + leaf.abs())
+        try:
+            other = call(near.requires_grad_(True))
+        except Exception:  # outside of where f is defined: nothing is known
+            return
+        if torch.equal(other.detach(), value.detach()):
+            return
+    raise VectorFieldError(
+        "the vector field's value depends on y and torch has not recorded how (numpy, "
+        ".detach(), .item(), autograd.grad without create_graph=True?), so that every "
+        "derivative would be zero: compute it with torch operations, or solve under "
+        "torch.no_grad()",
+        time=time,
+    )
+
+
+def find_parameters(
+    result: torch.Tensor,
+    parameters: Sequence[torch.Tensor],
+    used: list[bool],
+    states: Sequence[torch.Tensor],
+) -> None:
+    """Walk the graph of the first evaluation: every trainable leaf must be declared.
+
+    Parameters
+    ----------
+    result : Tensor
+        What f returned.
+    parameters : sequence of Tensor
+        Those declared.
+    used : list of bool
+        Is set to True for each that is found.
+    states : sequence of Tensor
+        Leaves that are f's arguments.
+
+    Raises
+    ------
+    ConfigurationError
+        If there is another leaf.
+    """
+    leaves = {id(tensor): index for index, tensor in enumerate(parameters)}
+    edges = {
+        (parameter.grad_fn, parameter.output_nr): index
+        for index, parameter in enumerate(parameters)
+        if parameter.grad_fn is not None
+    }
+    arguments = {id(state) for state in states}
+    pending: list[Any] = [(result.grad_fn, result.output_nr)]
+    seen = set()
+    while pending:
+        edge = pending.pop()
+        node: Any = edge[0]
+        if node is None or edge in seen:
+            continue
+        seen.add(edge)
+        if edge in edges:
+            used[edges[edge]] = True
+            continue
+        if type(node) is _LEAF:
+            leaf = node.variable
+            if id(leaf) in arguments:
+                continue
+            if id(leaf) not in leaves:
+                raise ConfigurationError(
+                    f"the vector field uses a tensor of shape {tuple(leaf.shape)} that "
+                    "requires grad and was not declared: pass it in params=[...], make the "
+                    "vector field a torch.nn.Module that owns it, or detach it"
+                )
+            used[leaves[id(leaf)]] = True
+            continue
+        pending.extend(node.next_functions)

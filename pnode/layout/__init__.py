@@ -1,0 +1,1 @@
+"""How a state is laid out over ranks, and its copies in ghost cells."""

@@ -1,0 +1,88 @@
+"""States distributed over ranks: who owns what, and the exchange of ghost cells.
+
+A layout turns the rank's own (owned) part of a state into the ghosted part, which its neighbours'
+cells belong to, and has the exact adjoint of that map. Everything else of pnode sees owned parts.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+
+from pnode.base.devices import HOST
+from pnode.base.options import log_event
+from pnode.base.vectors import REAL
+
+__all__ = ["Layout"]
+
+
+class Layout(ABC):
+    """A distributed state.
+
+    Attributes
+    ----------
+    comm : mpi4py.MPI.Intracomm
+        Its communicator.
+    shape : tuple of int
+        Shape of the owned part on this rank, which y0 has.
+    ghosted_shape : tuple of int
+        Shape that the vector field gets.
+    """
+
+    comm: Any
+    shape: tuple[int, ...]
+    ghosted_shape: tuple[int, ...]
+
+    def gather(self, owned: torch.Tensor) -> torch.Tensor:
+        """Return the ghosted part. Collective.
+
+        Parameters
+        ----------
+        owned : Tensor
+            Owned part, any shape with its number of entries; not differentiated.
+
+        Returns
+        -------
+        Tensor
+            Shape ``ghosted_shape``, dtype of ``owned``, new.
+        """
+        with log_event("pnode ghosts"):
+            return self._gather(owned.detach())
+
+    def scatter(self, ghosted: torch.Tensor) -> torch.Tensor:
+        """Return the transpose of :meth:`gather` applied to ``ghosted``, flat. Collective."""
+        with log_event("pnode ghosts"):
+            return self._scatter(ghosted.detach().reshape(self.ghosted_shape))
+
+    @abstractmethod
+    def _gather(self, owned: torch.Tensor) -> torch.Tensor: ...
+
+    @abstractmethod
+    def _scatter(self, ghosted: torch.Tensor) -> torch.Tensor: ...
+
+    @abstractmethod
+    def pattern(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return where the derivative of owned values by ghosted ones may be non-zero.
+
+        Returns
+        -------
+        rows, columns : Tensor
+            Indices into the flattened owned and ghosted parts. None if it is not known.
+        """
+
+    @property
+    def size(self) -> int:
+        """Number of owned entries."""
+        return math.prod(self.shape)
+
+    def columns(self) -> torch.Tensor:
+        """Return the global index of each ghosted entry, flat; -1 for zero. Collective.
+
+        Entries are numbered rank by rank, in the order of the flattened owned parts.
+        """
+        start = self.comm.exscan(self.size) or 0
+        numbers = torch.arange(start + 1, start + 1 + self.size, dtype=REAL, device=HOST.device)
+        return self.gather(numbers).reshape(-1).round().to(torch.int64) - 1

@@ -1,0 +1,97 @@
+"""What the ranks that share a state must have been given alike, and how they tell it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from pnode.base.ranks import Ranks
+from pnode.problems.problem import InitialValueProblem
+
+__all__ = ["COMPARED", "Given", "agreed", "shared"]
+
+_ITSELF = {"told_by": lambda value: value}
+
+
+# --------------------------------------------------------------- what ranks are to be given alike
+
+
+def shared(*groups: Any) -> dict[str, Any]:
+    """Return what all ranks must have chosen alike, by the names of the options.
+
+    Each option of each group, or what it says beside itself.
+    """
+    return {
+        each.name: {**_ITSELF, **each.metadata}["told_by"](getattr(group, each.name))
+        for group in groups
+        for each in fields(group)
+    }
+
+
+def agreed(ranks: Ranks, alike: Mapping[str, Any], prepared: Any, differentiate: bool) -> Any:
+    """See to it that all ranks have prepared the same solve. Collective.
+
+    Parameters
+    ----------
+    ranks : Ranks
+        All of them.
+    alike : mapping
+        What the solver was given, see :func:`shared`.
+    prepared : tuple or None
+        The problem, the flat initial state, the output times, and more; None if this rank has
+        failed.
+    differentiate : bool
+        Whether gradients are wanted.
+
+    Returns
+    -------
+    tuple
+        The same, with what the problem knows of the other ranks.
+    """
+    facts, size = None, 0
+    if prepared is not None:
+        problem, flat, times, *more = prepared
+        size, given = problem.layout.size, Given(problem, flat, times, differentiate)
+        facts = {**alike, **{name: of(given) for name, of in COMPARED.items()}}
+    largest, distribution = ranks.compare((*alike, *COMPARED), facts, size)
+    return problem.but(largest=largest, distribution=distribution), flat, times, *more
+
+
+@dataclass(frozen=True)
+class Given:
+    """What one rank gives to a solve.
+
+    Attributes
+    ----------
+    problem : InitialValueProblem
+        What is to be solved.
+    flat, times : Tensor
+        Initial state and output times.
+    differentiate : bool
+        Whether gradients are wanted.
+    """
+
+    problem: InitialValueProblem
+    flat: torch.Tensor
+    times: torch.Tensor
+    differentiate: bool
+
+
+#: What else has to be the same on all ranks in one solve, and how it is told.
+COMPARED: dict[str, Callable[[Given], Any]] = {
+    "t": lambda given: tuple(given.problem.direction * time for time in given.problem.times),
+    "breakpoints": lambda given: given.problem.breaks and given.problem.breaks.told,
+    "the dtype of y0": lambda given: str(given.problem.layout.dtype),
+    "whether gradients are wanted (torch.no_grad)": lambda given: given.differentiate,
+    "the number of parameters": lambda given: len(given.problem.parameters),
+    "the shapes of the parameters": lambda given: [
+        tuple(tensor.shape) for tensor in given.problem.parameters
+    ],
+    "the number of cost integrals": lambda given: given.problem.integrals,
+    "requires_grad of y0, t or the parameters": lambda given: [
+        each.requires_grad and given.differentiate for each in (given.flat, given.times)
+    ],
+}

@@ -1,0 +1,1 @@
+"""What a solve returns: shown, kept and exported."""

@@ -1,0 +1,1 @@
+"""One sweep: forwards and backwards over recorded steps, and what observes it."""

@@ -1,0 +1,230 @@
+"""Whether a solve is compiled: at once, never, or once that has come to pay.
+
+See :mod:`pnode.solvers.compiled.account` for the rule of ``compile="auto"``.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pnode.adjoint.identity import describe
+from pnode.base.notices import LOG
+from pnode.base.surroundings import modules_within, owner
+from pnode.field.vectorfield import VectorField
+from pnode.problems.calls import brings_tensors
+from pnode.solvers.compiled.account import Entry, Work
+from pnode.solvers.compiled.backend import Compilation, Wanted
+from pnode.solvers.compiled.compiler import bare
+from pnode.solvers.compiled.inductor import cache_folder
+from pnode.sweeping.engine import Engine
+from pnode.sweeping.run import Requests, Run
+
+__all__ = ["begin"]
+
+_ATEN = torch.ops.aten
+_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+
+
+def begin(
+    engine: Engine, run: Run, field: VectorField, y0: torch.Tensor, keep: bool, requests: Requests
+) -> Compilation | None:
+    """Return what of a solve is compiled; None for nothing. Not collective.
+
+    Parameters
+    ----------
+    engine : Engine
+        Compiles, and keeps the account.
+    run : Run
+        The solve.
+    field : VectorField
+        Its field.
+    y0 : Tensor
+        Flat initial state.
+    keep : bool
+        Whether a backward sweep may follow.
+    requests : Requests
+        What else the sweep is to do.
+    """
+    problem = run.problem
+    controlled = requests.sensitivity_control is not None
+    if engine.compile is False or requests.plain or (requests.recorded and not controlled):
+        return None
+    if len(problem.times) < 2:
+        return None
+    looks = (requests.events, requests.monitor, requests.callbacks)
+    watched = requests.dense or any(one is not None for one in looks)
+    part = requests.steps_before is not None
+    kind = (problem.layout, keep, watched, problem.integrals > 0, part)
+    account = engine.account
+    entry = account.entries.get(kind) or account.entry(kind)
+    auto = engine.compile == "auto"
+    for given, text in (
+        (problem.integrals > 0, "cost= is given"),
+        (part, "breakpoints= are given"),
+        (controlled, "sensitivity_control= is given"),
+        (engine.setup is not None, "petsc_setup= is given"),
+        (auto and brings_tensors(problem.function), "args= has tensors: others are traced anew"),
+        (problem.ranks.parallel or engine.exchange is not None, "ranks share the state"),
+        (engine.control.uncompiled, engine.control.uncompiled),
+    ):
+        if given:
+            entry.hindrance = text
+            return None
+    if auto and not entry.bought and not entry.hindrance:
+        run.entry = entry  # counts what follows
+        if entry.undecided:
+            return None
+    wanted = Wanted(
+        run.settings, engine.solver_options(run.settings), engine.control, engine.checkpointing,
+        keep, requests.dense, watched, lambda settings: engine.integrator(settings, field, y0),
+        auto,
+    )  # fmt: skip
+    if auto:
+        if run.entry is not None:
+            _decide(engine, entry, field, y0, wanted)
+        if entry.hindrance or not entry.bought:
+            return None
+    return _compiled(engine, run, entry, field, y0, wanted)
+
+
+def _compiled(
+    engine: Engine, run: Run, entry: Entry, field: VectorField, y0: torch.Tensor, wanted: Wanted
+) -> Compilation | None:
+    started = time.perf_counter()  # for the log alone
+    found = engine.compiler.begin(field, y0, wanted)
+    spent = time.perf_counter() - started
+    if found.what:
+        if wanted.auto and not entry.made:
+            LOG.info(
+                "compiled %s of %s for a state of %d entries in %.1f s, after %d evaluations; "
+                "kept in %s", found.what, wanted.settings.method.name, len(y0), spent, entry.calls,
+                cache_folder(),
+            )  # fmt: skip
+        entry.made, entry.hindrance, run.entry = found.what, "", None
+        entry.left = "" if found.sweep is not None else "; ".join(found.reasons)
+        return found
+    reasons = "; ".join(found.reasons)
+    if wanted.auto and found.changed:
+        entry.changed(reasons)
+        run.entry = entry
+    else:
+        entry.made, entry.left, entry.hindrance = "", "", reasons
+    return None
+
+
+def _decide(
+    engine: Engine, entry: Entry, field: VectorField, y0: torch.Tensor, wanted: Wanted
+) -> None:
+    """Decide by what solves of this kind have cost so far."""
+    candidates, reasons = engine.compiler.candidates(field, wanted)
+    if not candidates:
+        entry.hindrance = "; ".join(reasons)
+    elif entry.to_be_looked_at:
+        _look(entry, field, y0, wanted.keep)
+    if not entry.hindrance:
+        entry.decide(candidates[0].share)
+
+
+def _flops(packet: Any, args: tuple[Any, ...], result: Any) -> int:
+    """Return the flops of a product or a convolution.
+
+    ``torch.utils.flop_counter`` knows them too, and imports triton where that is installed, which
+    takes 85 MB.
+    """
+    if packet in (_ATEN.mm, _ATEN.bmm):
+        return int(2 * result.numel() * args[0].shape[-1])
+    if packet in (_ATEN.addmm, _ATEN.baddbmm):
+        return int(2 * result.numel() * args[1].shape[-1])
+    if packet is _ATEN.convolution:
+        return int(2 * result.numel() * args[1][0].numel())
+    if packet in (_ATEN.mv, _ATEN.addmv, _ATEN.dot):
+        return int(2 * max(x.numel() for x in args if isinstance(x, torch.Tensor)))
+    if "scaled_dot_product" in str(packet):
+        return int(4 * args[0].numel() * args[1].shape[-2])
+    return 0
+
+
+class _Counter(TorchDispatchMode):
+    """Counts operations and what they do."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.flops = self.entries = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch would import its compiler here, which takes seconds
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Count an operation, and call it."""
+        result = func(*args, **(kwargs or {}))
+        self.operations += 1
+        self.flops += _flops(getattr(func, "_overloadpacket", None), args, result)
+        if not getattr(func, "is_view", False):
+            for item in result if isinstance(result, (tuple, list)) else (result,):
+                self.entries += item.numel() if isinstance(item, torch.Tensor) else 0
+        return result
+
+
+class _Hooks(TorchFunctionMode):
+    """Notes whether hooks are put on tensors."""
+
+    found = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Call a function of torch."""
+        self.found |= getattr(func, "__name__", "") in (
+            "register_hook", "register_post_accumulate_grad_hook",
+        )  # fmt: skip
+        return func(*args, **(kwargs or {}))
+
+
+def _look(entry: Entry, field: VectorField, y0: torch.Tensor, keep: bool) -> None:
+    """Evaluate f once, for its size and for what machine code would leave out."""
+    parts = [part for part in (field, field.explicit) if part is not None]
+    counter, hooks = _Counter(), _Hooks()
+
+    def counted(function: Any, *given: Any) -> Any:
+        with counter, hooks:
+            return function(*given)
+
+    def evaluate() -> None:
+        for part in parts:
+            alone, point = bare(part), y0.detach().to(part.dtype, copy=True)
+            alone.callee = partial(counted, alone.callee)
+            if keep:
+                alone.linearize(part.problem.times[0], point)
+            else:
+                alone.rhs(part.problem.times[0], point)
+
+    functions = [part.function for part in parts]
+    try:
+        evaluate()
+    except Exception:  # which the solve itself will meet, and tell better
+        return
+    entry.work = Work(counter.operations, counter.flops, counter.entries)
+    if not entry.work.small:
+        entry.hindrance = "most of the vector field's time is arithmetic"
+        return
+    modules = modules_within(map(owner, functions))
+    if hooks.found or any(getattr(m, name) for m in modules for name in _BACKWARD_HOOKS):
+        entry.hindrance = "the vector field has hooks, which machine code would not call"
+        return
+    before = describe("f", functions)
+    evaluate()
+    after = describe("f", functions)
+    changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    if changed:
+        entry.hindrance = f"the vector field changes {changed[0]} when it is called"

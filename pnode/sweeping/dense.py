@@ -1,0 +1,277 @@
+"""Outputs inside steps: the interpolants of a forward sweep; their adjoint is dense_adjoint."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pnode.base import vectors
+from pnode.base.interpolation import (
+    Hermite,
+    hermite,
+    hermite_polynomials,
+    polynomial,
+)
+from pnode.field.rates import Rates
+from pnode.field.vectorfield import VectorField
+from pnode.solvers.methods import Method
+from pnode.solvers.petsc.integrator import TimeIntegrator
+from pnode.solvers.scheme import Scheme
+from pnode.solvers.stepping import Observer, Step
+
+__all__ = ["DenseOutput", "Inside", "Window", "coefficients", "own_weights"]
+
+# A method's own interpolant is used if it is of higher degree than the Hermite cubic.
+_OWN_DEGREE = 4
+# An end of a step is no node for another step, of a length beyond that of the one next to it: the
+# weights, and with them errors of the state, would be large.
+_LONGEST = 8.0
+
+
+@dataclass(frozen=True)
+class Inside:
+    """Output ``index``: the interpolant at ``theta``, or its coefficient of theta^``power``."""
+
+    index: int
+    theta: float | None
+    power: int = 0
+
+
+@dataclass
+class _Node:
+    """The end of a step: so many steps come before it. Its slope is evaluated if it is wanted."""
+
+    number: int
+    s: float
+    state: torch.Tensor
+    slope: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Window:
+    """Nodes of a step's Hermite interpolant.
+
+    Attributes
+    ----------
+    first : int
+        How many steps come before the first.
+    nodes : tuple of float
+        Where they are, in lengths of the step from its start.
+    """
+
+    first: int
+    nodes: tuple[float, ...]
+
+    def weights(self, inside: Inside) -> Hermite:
+        """Return the weights of the states and slopes there in an output."""
+        if inside.theta is not None:
+            return hermite(inside.theta, self.nodes)
+        if inside.power >= 2 * len(self.nodes):
+            zeros = (0.0,) * len(self.nodes)
+            return Hermite(zeros, zeros)
+        state, slope = hermite_polynomials(self.nodes)[..., inside.power].tolist()
+        return Hermite(tuple(state), tuple(slope))
+
+
+def own_weights(scheme: Scheme, inside: Inside) -> tuple[float, list[float]]:
+    """Return the weights of the start and of the stages' slopes in an output."""
+    if inside.theta is not None:
+        return 1.0, polynomial(scheme.interpolation, inside.theta)
+    if inside.power == 0:
+        return 1.0, [0.0] * scheme.stages
+    return 0.0, np.asarray(scheme.interpolation)[:, inside.power - 1].tolist()
+
+
+class DenseOutput(Observer):
+    """Interpolates outputs after each step of a forward sweep.
+
+    Parameters
+    ----------
+    times : tuple of float
+        Output times; the first is the start, the last is hit by a step.
+    integrator : TimeIntegrator
+        Stands at the start.
+    field : VectorField
+        For the slopes of Hermite interpolants: one evaluation at each end of a step that one
+        needs, shared between neighbours.
+    emit : callable
+        Takes the outputs in their order, the first and the last of the sweep excepted: states,
+        flat, PETSc's precision; and for one at the end of a step the number of steps before.
+    keep : bool
+        Whether a backward sweep may follow: the states at the ends of such steps are then kept.
+    pieces : sequence of int, optional
+        Steps whose interpolants are wanted instead of outputs: by their coefficients of the powers
+        of theta.
+
+    Attributes
+    ----------
+    inside : dict
+        The interpolated outputs of each step, by the step's index.
+    windows : dict
+        The nodes of its interpolant; none of a method with its own.
+    states : dict
+        States at the ends of these steps, by the number of steps before.
+    scheme : Scheme or None
+        Of a Runge-Kutta method with an interpolant of its own.
+    interpolated : set of int
+        Indices of all interpolated outputs.
+    """
+
+    def __init__(
+        self,
+        times: tuple[float, ...],
+        integrator: TimeIntegrator,
+        field: VectorField,
+        emit: Callable[[torch.Tensor, int | None], None],
+        keep: bool,
+        pieces: Sequence[int] | None = None,
+    ) -> None:
+        self._times = times
+        self._rates = Rates(field)
+        self._emit = emit
+        self._keep = keep
+        self.pieces = pieces
+        self._next = 1
+        self.inside: dict[int, list[Inside]] = defaultdict(list)
+        self.windows: dict[int, Window] = {}
+        self.states: dict[int, torch.Tensor] = {}
+        self.interpolated: set[int] = set()
+        method = integrator.settings.method
+        scheme = method.scheme
+        own = scheme is not None and scheme.interpolation_degree >= _OWN_DEGREE
+        self.scheme: Scheme | None = scheme if own else None
+        self.width = coefficients(method)
+        # Nodes besides the ends of the step, on either side.
+        self._more = 0 if own else self.width // 2 - 2
+        start = _Node(0, times[0], vectors.copy_out(integrator.solution))
+        self._nodes = deque([start], maxlen=2 * self._more + 2)
+        self._waiting: deque[Step | _Node] = deque()  # and ends of steps that are outputs
+
+    def after_step(self, step: Step, integrator: TimeIntegrator, last: bool) -> None:
+        """Emit the outputs in a step; the last one of a sweep that ends here has its own."""
+        start = self._nodes[-1]
+        end = _Node(step.index + 1, step.end, vectors.copy_out(integrator.solution))
+        self._nodes.append(end)
+        found = self._in_step(step)
+        if found:
+            self.inside[step.index] = found
+            self.interpolated.update(inside.index for inside in found)
+            if self.scheme is None:
+                self._waiting.append(step)
+            else:
+                self._note([start, end])
+                self._interpolate(step, found, start.state, integrator)
+        hit = self.pieces is None and self._next < len(self._times) - 1
+        if hit and self._times[self._next] == step.end and not last:
+            self._next += 1
+            self._waiting.append(end)
+        self._settle(end.number - 1 - self._more)
+
+    def output(self, index: int, integrator: TimeIntegrator) -> None:
+        """Emit what comes before an output that the sweep itself has."""
+        self._settle()
+
+    def end(self) -> None:
+        """Emit what is left, and let go of f."""
+        self._settle()
+        del self._rates, self._emit
+
+    def _in_step(self, step: Step) -> list[Inside]:
+        """Return what is wanted of a step."""
+        found = []
+        if self.pieces is None:
+            while self._next < len(self._times) - 1 and self._times[self._next] < step.end:
+                theta = (self._times[self._next] - step.start) / step.length
+                found.append(Inside(self._next, theta))
+                self._next += 1
+        elif len(self.interpolated) < self.width * len(self.pieces):
+            if self.pieces[len(self.interpolated) // self.width] == step.index:
+                found = [Inside(self._next + k, None, k) for k in range(self.width)]
+                self._next += self.width
+        return found
+
+    def _note(self, nodes: Sequence[_Node]) -> None:
+        if self._keep:
+            self.states.update((node.number, node.state) for node in nodes)
+
+    def _settle(self, last: int | None = None) -> None:
+        """Emit all that waits, of the steps up to ``last``; their neighbours are known."""
+        while self._waiting:
+            item = self._waiting[0]
+            if isinstance(item, _Node):
+                self._emit(item.state, item.number)
+            elif last is None or item.index <= last:
+                self._hermite(item)
+            else:
+                break
+            self._waiting.popleft()
+
+    def _hermite(self, step: Step) -> None:
+        nodes = self._around(step)
+        self._note(nodes)
+        ends = {step.index: 0.0, step.index + 1: 1.0}  # to the last bit
+        where = [
+            ends.get(node.number, (node.s - step.start) / step.length) for node in nodes
+        ]  # fmt: skip
+        window = self.windows[step.index] = Window(nodes[0].number, tuple(where))
+        for node in nodes:
+            if node.slope is None:
+                node.slope = self._rates.value(node.s, node.state)
+        for inside in self.inside[step.index]:
+            weights = window.weights(inside)
+            result = torch.zeros_like(nodes[0].state)
+            for node, weight, of_slope in zip(nodes, *weights, strict=True):
+                assert node.slope is not None
+                result.add_(node.state, alpha=weight)
+                result.add_(node.slope, alpha=of_slope * step.length)
+            self._emit(result, None)
+
+    def _around(self, step: Step) -> list[_Node]:
+        """Return the nodes of a step's interpolant: its ends, and those nearest to it."""
+        known = list(self._nodes)
+        low = next(i for i, node in enumerate(known) if node.number == step.index)
+        high, middle = low + 1, step.start + 0.5 * step.length
+        for _ in range(self._more):
+            before = after = math.inf
+            if low and _LONGEST * (known[low].s - known[low - 1].s) > step.length:
+                before = middle - known[low - 1].s
+            if high + 1 < len(known) and (
+                _LONGEST * (known[high + 1].s - known[high].s) > step.length
+            ):
+                after = known[high + 1].s - middle
+            if before <= 1.001 * after < math.inf or before < after:
+                low -= 1
+            elif after < math.inf:
+                high += 1
+        return known[low : high + 1]
+
+    def _interpolate(
+        self, step: Step, found: list[Inside], start: torch.Tensor, integrator: TimeIntegrator
+    ) -> None:
+        """Let PETSc combine the stage slopes it has at hand."""
+        if self.pieces is None:
+            for inside in found:
+                self._emit(integrator.interpolate(self._times[inside.index]), None)
+            return
+        degree = self.width - 1
+        thetas = np.arange(1, degree + 1) / degree
+        values = torch.stack([
+            integrator.interpolate(step.at(theta)) - start for theta in thetas.tolist()
+        ])  # fmt: skip
+        solved = np.linalg.inv(thetas[:, None] ** np.arange(1, degree + 1))
+        self._emit(start, None)
+        for row in torch.as_tensor(solved).to(values) @ values:
+            self._emit(row, None)
+
+
+def coefficients(method: Method) -> int:
+    """Return how many coefficients a method's interpolants have: two for each node, or its own."""
+    scheme = method.scheme
+    if scheme is not None and scheme.interpolation_degree >= _OWN_DEGREE:
+        return 1 + scheme.interpolation_degree
+    return 4 if method.order <= 4 else 6 if method.order <= 6 else 8

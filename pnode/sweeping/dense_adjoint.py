@@ -1,0 +1,176 @@
+"""The adjoint of outputs inside steps."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import torch
+
+from pnode.adjoint.reverse import NodeCotangents
+from pnode.base.interpolation import hermite_rate, polynomial_rate
+from pnode.base.vectors import REAL
+from pnode.field.linearization import Linearization
+from pnode.field.products import accumulate
+from pnode.field.rates import Rates
+from pnode.field.vectorfield import VectorField
+from pnode.solvers.checkpoint import Checkpoint
+from pnode.solvers.stepping import Step
+from pnode.sweeping.dense import DenseOutput, Inside, own_weights
+
+__all__ = ["DenseAdjoint"]
+
+
+class DenseAdjoint(NodeCotangents):
+    """Takes the cotangents of interpolated outputs back to the states at the ends of steps.
+
+    Parameters
+    ----------
+    dense : DenseOutput
+        Of the forward sweep.
+    steps : sequence of Step
+        Its steps.
+    field : VectorField
+        For products with its derivatives.
+    cotangents : Tensor
+        Derivatives of the loss with respect to all outputs, shape ``(T, size)``.
+    wants_times : bool
+        Whether ``times`` is wanted, for which values are needed, not only their graphs.
+
+    Attributes
+    ----------
+    parameters : list of Tensor or None
+        What the parameters get through the interpolants, PETSc's precision.
+    times : dict
+        Derivative of the loss with respect to the time of each interpolated output, along the
+        interpolant.
+    """
+
+    def __init__(
+        self,
+        dense: DenseOutput,
+        steps: Sequence[Step],
+        field: VectorField,
+        cotangents: torch.Tensor,
+        wants_times: bool,
+    ) -> None:
+        self._dense = dense
+        self._wants_times = wants_times
+        self._steps = steps
+        self._field, self._rates = field, Rates(field)
+        self.parameters: list[torch.Tensor | None] = [None] * len(field.parameters)
+        self.times: dict[int, float] = defaultdict(float)
+        # Outputs that the loss depends on, with their cotangents.
+        self._wanted: dict[int, list[tuple[Inside, torch.Tensor]]] = {}
+        for step, found in dense.inside.items():
+            rows = [(inside, cotangents[inside.index].to(REAL)) for inside in found]
+            if not field.problem.ranks.parallel:  # what one rank needs all take part in
+                rows = [(inside, row) for inside, row in rows if bool(row.ne(0.0).any())]
+            if rows:
+                self._wanted[step] = rows
+        # For each node, the steps whose interpolants use it, and as which of theirs.
+        self._users: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for step in self._wanted:
+            window = dense.windows.get(step)
+            for i in range(0 if window is None else len(window.nodes)):
+                self._users[dense.windows[step].first + i].append((step, i))
+
+    def at(
+        self,
+        node: int,
+        restore: Callable[[int], Checkpoint],
+        graphs: Callable[[int], Sequence[Linearization] | None],
+    ) -> torch.Tensor | None:
+        """Return the cotangent of the state after ``node`` steps; see :class:`NodeCotangents`."""
+        if self._dense.scheme is not None:
+            if node not in self._wanted:
+                return None
+            kept = None if self._wants_times else graphs(node)
+            return self._through_stages(node, restore, kept)
+        return self._hermite(node)
+
+    def _hermite(self, node: int) -> torch.Tensor | None:
+        """Collect from the steps around, of whose interpolants this state is a node.
+
+        For y = sum_i (a_i u_i + h b_i f_i) and its cotangent w, u_i gets a_i w, f_i gets h b_i w,
+        and what f_i gets goes on to u_i and the parameters by one product.
+        """
+        if node not in self._users:
+            return None
+        u = self._dense.states[node]
+        s = self._steps[node].start if node < len(self._steps) else self._steps[-1].end
+        rate_there = self._rates.at(s, u)
+        value = rate_there.value
+        state, slope = torch.zeros_like(u), torch.zeros_like(u)
+        for step, i in self._users[node]:
+            h, window = self._steps[step].length, self._dense.windows[step]
+            for inside, w in self._wanted[step]:
+                weights = window.weights(inside)
+                state.add_(w, alpha=weights.state[i])
+                slope.add_(w, alpha=weights.slope[i] * h)
+                if inside.theta is not None:
+                    rates = hermite_rate(inside.theta, window.nodes)
+                    rate = rates.state[i] / h * torch.dot(w, u)
+                    rate = rate + rates.slope[i] * torch.dot(w, value)
+                    self.times[inside.index] += float(rate)
+        return state.add_(rate_there.product(slope, self.parameters))
+
+    def _through_stages(
+        self,
+        step_index: int,
+        restore: Callable[[int], Checkpoint],
+        graphs: Sequence[Linearization] | None,
+    ) -> torch.Tensor:
+        """Take the cotangents of u + h sum_i b_i(theta) k_i back through the stages.
+
+        As in the adjoint of the step itself, with cotangents of the slopes instead of one of the
+        end: w_i = h (sum b_i(theta) w + sum_{j>i} a_ji l_j), l_i = f_y(Y_i)^T w_i.
+        """
+        assert self._dense.scheme is not None
+        scheme, step = self._dense.scheme, self._steps[step_index]
+        wanted = self._wanted[step_index]
+        weights = [own_weights(scheme, inside) for inside, _ in wanted]
+        rates = [
+            None if inside.theta is None else polynomial_rate(scheme.interpolation, inside.theta)
+            for inside, _ in wanted
+        ]
+        stages = list(restore(step_index).stages)
+        if len(stages) < scheme.stages:  # FSAL: the last stage is the end
+            stages.append(self._dense.states[step_index + 1])
+        total = torch.zeros_like(wanted[0][1])
+        for (weight, _), (_, w) in zip(weights, wanted, strict=True):
+            total.add_(w, alpha=weight)
+        below: list[tuple[int, torch.Tensor]] = []
+        for i in reversed(range(len(stages))):
+            if graphs is not None and i < len(graphs):
+                graphs[i].adopt(self._field.shared)
+                value, parts = None, [graphs[i]]
+            else:
+                s = step.at(scheme.c[i])
+                value, parts = self._linearize(s, stages[i])
+            slope = torch.zeros_like(total)
+            for (_, row), rate, (inside, w) in zip(weights, rates, wanted, strict=True):
+                slope.add_(w, alpha=row[i])
+                if value is not None and rate is not None:
+                    self.times[inside.index] += rate[i] * float(torch.dot(w, value))
+            for j, product in below:
+                slope.add_(product, alpha=scheme.A[j][i])
+            below.append((i, self._product(parts, step.length * slope)))
+        return sum((product for _, product in below), start=total)
+
+    def _linearize(self, s: float, u: torch.Tensor) -> tuple[torch.Tensor, list[Linearization]]:
+        """Return g(s, u), PETSc's precision, and the linearizations of its parts."""
+        field = self._field
+        parts = [part for part in (field, field.explicit) if part is not None]
+        made = [part.linearize(s, u.to(field.dtype, copy=True)) for part in parts]
+        value = sum((part.flat_value() for part in made[1:]), start=made[0].flat_value())
+        return value.to(REAL), made
+
+    def _product(self, parts: list[Linearization], w: torch.Tensor) -> torch.Tensor:
+        """Return w^T g_u, PETSc's precision, and add up w^T g_p."""
+        result = torch.zeros_like(w)
+        for part in parts:
+            products = part.vjp(w.to(self._field.dtype))
+            accumulate(self.parameters, products.parameters)
+            result.add_(products.state)
+        return result

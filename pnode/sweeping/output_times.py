@@ -1,0 +1,175 @@
+"""Derivatives of a solve with respect to its output times."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+
+import torch
+
+from pnode.base.evidence import differs
+from pnode.base.ledger import Ledger, Stats
+from pnode.base.transforms import moves, no_tangents, transforms_active
+from pnode.errors import BackwardError
+from pnode.field.held import now
+from pnode.field.rates import Rates, as_function
+from pnode.field.time_terms import TermsOfRanks
+from pnode.field.vectorfield import VectorField, vector_field
+from pnode.layout.ghost_cells import ghosted
+from pnode.problems.mass import Solve
+from pnode.problems.problem import InitialValueProblem
+from pnode.problems.transfers import remote
+from pnode.sweeping.run import Run
+
+__all__ = [
+    "flow_slope",
+    "moved_by_times",
+    "refuse_cuts",
+    "slope_at",
+    "start_moved_by_time",
+    "time_gradient",
+]
+
+
+def time_gradient(
+    run: Run,
+    y0: torch.Tensor,
+    ys: torch.Tensor,
+    cotangents: torch.Tensor,
+    initial: torch.Tensor,
+    found: dict[int, float],
+    t: torch.Tensor,
+    parameters: Sequence[torch.Tensor],
+    again: bool,
+) -> torch.Tensor:
+    """Derivatives with respect to the output times: along the exact flow, dy/dt = f.
+
+    Those of interpolated outputs are in ``found`` already, and the times of events, which come
+    last among the problem's, are constants here. ``again`` tells whether derivatives of it follow.
+    """
+    problem, direction = run.problem, run.problem.direction
+    interpolated: Set[int] = frozenset() if run.sweep is None else run.sweep.interpolated
+    if again and interpolated:
+        _refuse_interpolated_times()
+    field = run.field(run.stats.backward)
+    rates = Rates(field)
+    ours = TermsOfRanks(problem, t, parameters) if again else None
+    terms: list[torch.Tensor] = [initial.new_zeros((), dtype=torch.float64)] * len(t)
+    for index, value in found.items():
+        terms[index] = terms[index] + direction * value
+    given = problem.times[: len(problem.times) - len(run.roots)]
+    assert run.surroundings is not None
+    with problem.ranks.together(), run.surroundings.restored():
+        for index, s in enumerate(given):
+            if index in interpolated:
+                continue
+            cotangent = -initial if index == 0 else cotangents[index]
+            if ours is not None:
+                y = y0 if index == 0 else ys[index]
+                slope = slope_at(ours, index, y)
+            elif problem.ranks.parallel or bool(cotangent.ne(0).any()):
+                slope = rates.value(s, ys[index].detach())
+                _verify_slope(run, field, index, slope.to(field.dtype))
+            else:
+                continue
+            terms[index] = direction * torch.dot(cotangent.double(), slope.double())
+    rows = torch.stack(terms)
+    return (problem.ranks.sum(rows) if ours is None else ours.total(rows)).to(t)
+
+
+def _refuse_interpolated_times() -> None:
+    """Refuse what would need derivatives of an interpolant by time, and theirs."""
+    raise BackwardError(
+        "second derivatives and tangents with respect to times of outputs that are interpolated "
+        "(break times too) are not supported: detach t and breakpoints, or solve with dense=False"
+    )
+
+
+def refuse_cuts(run: Run) -> None:
+    """Refuse what would need derivatives of steps that events have cut in two."""
+    if len(run.roots) > (run.last is not None):
+        raise BackwardError(
+            "second derivatives and tangents of a solve with events that do not end it, or with "
+            "several at its end, are not supported: solve without event_fn for them"
+        )
+
+
+def slope_at(terms: TermsOfRanks, index: int, y: torch.Tensor) -> torch.Tensor:
+    """Return dy/ds at an output, flat, as a differentiable function of everything."""
+    problem, layout = terms.problem, terms.problem.layout
+    time = terms.t[index].to(layout.device, layout.dtype)
+    return problem.direction * flow_slope(problem, time, y, vanishing=False)
+
+
+def flow_slope(
+    problem: InitialValueProblem, t: torch.Tensor, y: torch.Tensor, vanishing: bool = True
+) -> torch.Tensor:
+    """Return dy/dt at a time and a state, flat, as a differentiable function of everything.
+
+    Where there may be algebraic equations it is a number, whose derivatives are refused; with
+    ``vanishing`` in the second derivatives of its product with zero.
+    """
+    if problem.may_constrain:
+        return _known_slope(problem, t, y, vanishing)
+    layout = problem.layout
+    parts = [now(part) for part in (problem.function, problem.explicit) if part is not None]
+    parts = [part.apart() if hasattr(part, "apart") else part for part in parts]
+    parts = [remote(part, problem.compute, Stats(), strict=False) for part in parts]
+    t, cells = problem.seen(t), problem.exchange
+    state = layout.unflatten(y.clone()) if cells is None else ghosted(cells, y)
+    values = [layout.flatten(part(t, state)) for part in parts]
+    slope = sum(values[1:], start=values[0])
+    return slope if problem.mass is None else Solve.apply(slope, problem.mass, False)
+
+
+def _known_slope(
+    problem: InitialValueProblem, t: torch.Tensor, y: torch.Tensor, vanishing: bool
+) -> torch.Tensor:
+    if transforms_active():
+        raise BackwardError(
+            "derivatives through the time of an event or an output in transforms of torch.func are "
+            "not supported for residual= and a singular mass=: take autograd's"
+        )
+    moving = [one for one in (t, y, *problem.parameters) if moves(one)]
+    fixed = problem.but(
+        function=now(problem.function), explicit=now(problem.explicit), check_undeclared=False
+    )
+    with no_tangents():
+        s = problem.direction * float(t.detach())
+        rate = Rates(vector_field(fixed, Ledger())).value(s, y.detach())
+    return as_function((problem.direction * rate).to(y), moving, vanishing)
+
+
+def start_moved_by_time(
+    run: Run, t: torch.Tensor, along_t: torch.Tensor, y0: torch.Tensor, tangent: torch.Tensor,
+    parameters: Sequence[torch.Tensor],
+) -> torch.Tensor:  # fmt: skip
+    """Return a tangent of the initial state with that of its time: the flow begins later."""
+    assert run.sweep is not None
+    if run.sweep.interpolated:
+        _refuse_interpolated_times()
+    terms = TermsOfRanks(run.problem, t, parameters)
+    return tangent - terms.known(along_t[0].to(y0) * slope_at(terms, 0, y0))
+
+
+def moved_by_times(
+    run: Run, t: torch.Tensor, along_t: torch.Tensor, ys: torch.Tensor,
+    tangents: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor],
+) -> torch.Tensor:  # fmt: skip
+    """Return tangents of the outputs with those of their times.
+
+    The first one's is in the flow; events, which come last, are at times of their own.
+    """
+    moved, terms = list(tangents), TermsOfRanks(run.problem, t, parameters)
+    for i in range(1, len(run.problem.times) - len(run.roots)):
+        moved[i] = moved[i] + terms.known(along_t[i].to(ys) * slope_at(terms, i, ys[i]))
+    return torch.stack(moved)
+
+
+def _verify_slope(run: Run, field: VectorField, index: int, slope: torch.Tensor) -> None:
+    """Compare f at an output with the first stage of the step that begins there, if one does."""
+    scheme = run.settings.method.scheme
+    if run.sweep is not None and scheme is not None and scheme.explicit:
+        noted = run.sweep.noted(index)
+        by = differs(slope, noted[0]) if noted else 0.0
+        if by:
+            run.problem.ranks.refuse(field.changed(run.problem.times[index], by))
