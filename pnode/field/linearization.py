@@ -133,10 +133,10 @@ class Linearization:
             # Its shape and dtype, without its numbers.
             self._value = self._shared.like(self._value)
 
-    def kept_bytes(self) -> int:
-        """Return about how many bytes the graph keeps besides the state and the parameters."""
-        known = (*self._leaves, *self._shared.parameters)
-        return graph_bytes(self._value, [tensor for tensor in known if tensor is not self._value])
+    def kept_bytes(self, copy: int = 0) -> int:
+        """Return about how many bytes are kept besides the state, its ``copy`` and parameters."""
+        known = [*self._leaves, *self._shared.parameters]
+        return graph_bytes(self._value, [each for each in known if each is not self._value], copy)
 
     def adopt(self, shared: Shared) -> None:
         """Take products for another sweep of the same problem, and count them there."""
