@@ -56,7 +56,7 @@ def test_a_first_trial_that_cannot_be_solved_costs_infinity():
 
 
 def test_lotka_volterra_recovers_the_product(tmp_path):
-    found = quick("lotka_volterra", tmp_path, "--iterations", "20")
+    found = quick("lotka_volterra", tmp_path)
     assert found["product_only"]
     # 62 observations with 3 % noise: 2 % is three standard deviations of the coefficients.
     assert found["coefficients"] == pytest.approx(found["true_coefficients"], rel=0.02)
