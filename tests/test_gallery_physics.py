@@ -64,7 +64,7 @@ def test_lotka_volterra_recovers_the_product(tmp_path):
 
 
 def test_port_hamiltonian_parts_lose_energy_together(tmp_path):
-    found = quick("port_hamiltonian", tmp_path, "--iterations", "30")
+    found = quick("port_hamiltonian", tmp_path)
     assert found["hung_error"] < found["plain_error"]
     assert found["hung_rise"] < 1e-7 < found["plain_rise"]  # the solver's rtol is 1e-8
     assert found["bolted_rise"] < 1e-5 and found["bolted_drift"] < 1e-4  # rtol 1e-6
