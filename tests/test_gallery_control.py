@@ -42,7 +42,7 @@ def test_reach_tube_holds_fresh_trajectories(tmp_path):
 
 
 def test_samplers_converge_and_the_data_form_beats_dpm_solver_2(tmp_path):
-    found = quick("diffusion_sampling", tmp_path, "--samples", "30")
+    found = quick("diffusion_sampling", tmp_path)
     errors, budgets = found["errors"], found["budgets"]
     assert budgets == [8, 16, 32, 64]
     for name, least in (("DPM-Solver-2", 3.0), ("explicit, rk4", 5.0), ("IMEX, ark3", 6.0)):
@@ -81,7 +81,7 @@ def test_energy_balance_knows_its_uncertainty(tmp_path):
 
 
 def test_observer_beats_the_slope_of_noisy_samples(tmp_path):
-    found = quick("observer", tmp_path, "--iterations", "10")
+    found = quick("observer", tmp_path)
     assert found["learned"][2] < found["slopes"][2]  # noise 0.1
     assert found["there_and_back"] < 0.5
 
