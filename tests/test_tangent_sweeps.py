@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from small_net import SmallNet
+from test_compiled import interpreted
 from torch.func import functional_call, jacfwd, jacrev, jvp
 
 import pnode
 from pnode.adjoint import tangents
 from pnode.derivatives import stage_tangents, tangent_solves
 from pnode.errors import FieldChanged
+
+__all__ = ["interpreted"]  # a fixture
 
 D = torch.float64
 T = torch.tensor([0.0, 0.25, 1.0], dtype=D)
@@ -254,7 +257,7 @@ def test_limits_of_memory_take_the_pair(method, ways):
 
 
 @pytest.mark.parametrize("method", ["rk4", "es325", "bdf2"])
-def test_compiled_solves_take_their_steps_again(method, ways):
+def test_compiled_solves_take_their_steps_again(method, ways, interpreted):
     solve, parameters = function(solver_of("rhs", method=method))
     compiled = pnode.Solver(Field(), method=method, step_size=0.125, compile=True)
     one = jacfwd(solve)(Y0, parameters)
