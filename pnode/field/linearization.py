@@ -372,7 +372,7 @@ class Linearization:
 
         def products(seed: torch.Tensor, batched: bool) -> tuple[torch.Tensor | None, ...]:
             return torch.autograd.grad(
-                (self._end,), self._leaves, (seed,), retain_graph=True, allow_unused=True,
+                self._end, self._leaves, seed, retain_graph=True, allow_unused=True,
                 is_grads_batched=batched,
             )  # fmt: skip
 

@@ -15,6 +15,7 @@ __all__ = ["PartLinearization", "integrands_by_state"]
 
 # Integrals whose integrands' derivatives are kept, instead of products with the pair's graph.
 _FEW = 16
+_ONE = torch.Size()
 
 
 class PartLinearization(Linearization):
@@ -70,9 +71,7 @@ class PartLinearization(Linearization):
             return None  # a state of several parts
         return None if edge[0] is None else cls(whole, shared, edge, value, layout.size)
 
-    def _flat(
-        self, product: torch.Tensor | None, batch: torch.Size = torch.Size()
-    ) -> torch.Tensor:
+    def _flat(self, product: torch.Tensor | None, batch: torch.Size = _ONE) -> torch.Tensor:
         return super()._flat(product, batch)[..., : self._size]
 
     def _record_vjp(self) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
