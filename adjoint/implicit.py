@@ -29,8 +29,8 @@ __all__ = ["ImplicitAdjointStepper"]
 
 def _columns(rows: torch.Tensor) -> Any:
     """Return rows as the columns of PETSc's matrix, which shares their memory."""
-    flat = rows.view(-1, rows.shape[-1])
-    return PETSc.Mat().createDense(flat.T.shape, array=flat.numpy().T, comm=PETSc.COMM_SELF)
+    columns = rows.numpy().T
+    return PETSc.Mat().createDense(columns.shape, array=columns, comm=PETSc.COMM_SELF)
 
 
 def _failure(solve: Callable[..., None], *arguments: Any) -> PETSc.Error | None:
@@ -167,7 +167,10 @@ class ImplicitAdjointStepper(TorchAdjointStepper):
 
     @cached_property
     def _solves_rows(self) -> bool:
-        """Whether PETSc solves with factors for several right-hand sides at once."""
+        """Whether PETSc solves with factors for several right-hand sides at once.
+
+        Only tangents ask: cotangents in a batch are those of single sweeps to the last bit.
+        """
         matrix, pc = self._matrices[1], self._ksp.getPC().getType()
         if not self.settings.place.on_host or self._ksp.getType() != "preonly":
             return False
@@ -201,13 +204,12 @@ class ImplicitAdjointStepper(TorchAdjointStepper):
         Several solves, and those of the rows of a batch, share the factors or the preconditioner.
         """
         kind = "transposed" if transposed else "linear"
-        if b.dim() > 1 and self._solves_rows:
+        if b.dim() > 1 and not transposed and self._solves_rows:
             b = b.contiguous()
             found = torch.empty_like(b)
-            right, left = (_columns(one) for one in (b, found))
-            solve_all = self._ksp.matSolveTranspose if transposed else self._ksp.matSolve
-            self._check(_failure(solve_all, right, left), step, kind)
-            ledger.krylov += found.numel() // found.shape[-1]
+            failure = _failure(self._ksp.matSolve, _columns(b), _columns(found))
+            self._check(failure, step, kind)
+            ledger.krylov += len(b)
             return found
         if b.dim() > 1:
             return torch.stack([self.solve(row, step, ledger, transposed) for row in b])

@@ -84,7 +84,7 @@ class Factors:
         """Return the solutions for right-hand sides ``(B, m)``."""
         return self.solve_columns(b[..., None], transposed)[..., 0]
 
-    def solve_columns(self, b: torch.Tensor, transposed: bool) -> torch.Tensor:
+    def solve_columns(self, b: torch.Tensor, transposed: bool = False) -> torch.Tensor:
         """Return the solutions for k right-hand sides of each, ``(B, m, k)``."""
         found: torch.Tensor = torch.linalg.lu_solve(
             self._factors, self._pivots, b, adjoint=transposed
@@ -144,19 +144,12 @@ class BlockLU:
 
     def matApply(self, pc: Any, x: Any, y: Any) -> None:
         """Y = A^-1 X."""
-        self._solve_columns(x, y, False)
-
-    def matApplyTranspose(self, pc: Any, x: Any, y: Any) -> None:
-        """Y = A^-T X."""
-        self._solve_columns(x, y, True)
-
-    def _solve_columns(self, x: Any, y: Any, transposed: bool) -> None:
         if self._singular:
             x.copy(y)
             return
         rows, found = (torch.from_numpy(one.getDenseArray().T) for one in (x, y))
         b = rows.view(len(rows), len(self._factors.singular), -1).permute(1, 2, 0)
-        columns = self._factors.solve_columns(b, transposed)
+        columns = self._factors.solve_columns(b)
         found.copy_(columns.permute(2, 0, 1).reshape(rows.shape))
 
     def _solve(self, x: Any, y: Any, transposed: bool) -> None:
