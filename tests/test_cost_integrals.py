@@ -305,6 +305,7 @@ def test_compile_leaves_them_uncompiled(method):
 BAD = {
     "a number": (lambda t, y: 1.0, pnode.VectorFieldError, "float"),
     "another dtype": (lambda t, y: y.float(), pnode.VectorFieldError, "float32"),
+    "complex": (lambda t, y: torch.complex(y, y), pnode.VectorFieldError, "are real"),
     "nothing": (lambda t, y: y[:0], pnode.ConfigurationError, "at least one"),
     "another shape": (
         lambda t, y: y if t < 0.2 else y[:1], pnode.VectorFieldError, "must not change",
@@ -318,6 +319,18 @@ def test_bad_costs(kind):
     solver = pnode.Solver(Field(), cost=cost, method="rk4", step_size=0.1)
     with pytest.raises(error, match=text):
         solver(state(), T)
+
+
+def test_costs_of_a_complex_state_are_real():
+    y0 = torch.tensor([1.0 + 2.0j, 0.5j], dtype=torch.complex128)
+
+    def costs(cost):
+        solver = pnode.Solver(lambda t, y: 1j * y, cost=cost, method="rk4", step_size=0.01)
+        return solver(y0, torch.tensor([0.0, 1.0])).costs[-1]
+
+    assert float(costs(lambda t, y: y.abs().square().sum())) == pytest.approx(5.25, rel=1e-9)
+    with pytest.raises(pnode.VectorFieldError, match=r"view_as_real"):
+        costs(lambda t, y: (y * y.conj()).sum())
 
 
 def test_what_is_refused():
