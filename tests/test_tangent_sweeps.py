@@ -355,7 +355,8 @@ def test_many_stages_are_differentiated_at_once(method, branches, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("method", "t"), [("rodaspr", (0.0, 0.6)), ("rosw_ark3", (0.5, 0.0)), ("llssp3p4s2c", (0.0, 0.6))]
+    ("method", "t"),
+    [("rodaspr", (0.0, 0.6)), ("rosw_ark3", (0.5, 0.0)), ("llssp3p4s2c", (0.0, 0.6))],
 )
 def test_rosenbrock_stages_are_differentiated_at_once(method, t, monkeypatch):
     """With time in f, backward in time, an explicit stage, and several matrices."""
