@@ -172,7 +172,8 @@ class ImplicitAdjointStepper(TorchAdjointStepper):
         Only tangents ask: cotangents in a batch are those of single sweeps to the last bit.
         """
         matrix, pc = self._matrices[1], self._ksp.getPC().getType()
-        if not self.settings.place.on_host or self._ksp.getType() != "preonly":
+        alone = self.settings.place.on_host and self.settings.comm.size == 1
+        if not alone or self._ksp.getType() != "preonly":
             return False
         if matrix.getType() == "python":
             return pc == "python" and isinstance(matrix.getPythonContext(), BlockMatrix)
@@ -205,7 +206,7 @@ class ImplicitAdjointStepper(TorchAdjointStepper):
         """
         kind = "transposed" if transposed else "linear"
         if b.dim() > 1 and not transposed and self._solves_rows:
-            b = b.contiguous()
+            b = b.detach().contiguous()
             found = torch.empty_like(b)
             failure = _failure(self._ksp.matSolve, _columns(b), _columns(found))
             self._check(failure, step, kind)

@@ -154,6 +154,31 @@ def test_parts_of_a_product():
     assert same([rows.reshape(6, 6)], [H.reshape(6, 6)])
 
 
+@pytest.mark.parametrize("method", ["cn", "rodaspr", "bdf2", "radau5"])
+def test_singular_masses(method):
+    """With a consistent start, against differences of gradients, whose error is of fourth order."""
+    mass, t = torch.diag(torch.tensor([1.0, 0.0], dtype=D)), torch.tensor([0.0, 0.5], dtype=D)
+    at = [torch.tensor([1.0, 0.7], dtype=D), torch.tensor([0.5, 1.3], dtype=D)]
+    v = [torch.tensor([0.3, 0.3], dtype=D), torch.tensor([0.2, -0.4], dtype=D)]
+    exact = {"snes_rtol": 1e-14, "snes_atol": 1e-15, "snes_stol": 1e-15}
+
+    def slopes(step, create_graph=False):
+        y0, k = ((x + step * d).requires_grad_() for x, d in zip(at, v, strict=True))
+        solver = pnode.Solver(
+            lambda t, y: torch.stack([-k[0] * y[0] * y[1], k[1] * y[0] - y[1] - y[1] ** 3]),
+            mass=mass, params=[k], method=method, step_size=0.1, consistent_start=True,
+            compile=False, petsc_options={} if method == "rodaspr" else exact,
+        )  # fmt: skip
+        return (y0, k), grad(solver(y0, t).ys[-1].pow(3).sum(), (y0, k), create_graph=create_graph)
+
+    near, back, far, behind = (slopes(1e-3 * n)[1] for n in (1, -1, 2, -2))
+    expected = [(8 * (a - b) - (c - d)) / 12e-3 for a, b, c, d in zip(near, back, far, behind,
+                                                                   strict=True)]  # fmt: skip
+    inputs, first = slopes(0.0, True)
+    found = grad(sum((g * d).sum() for g, d in zip(first, v, strict=True)), inputs)
+    assert same(found, expected, 1e-9)
+
+
 def normalized(kind: str, y: torch.Tensor) -> torch.Tensor:
     functional, scale = torch.nn.functional, torch.tensor([1.1, 0.7, -0.4], dtype=D)
     if kind == "layer_norm":

@@ -8,7 +8,7 @@ import torch
 
 from pnode.base.vectors import REAL
 from pnode.field.linearization import Linearization, Shared
-from pnode.field.products import edges_work
+from pnode.field.products import edges_work, joined_edges
 from pnode.layout.pair_layout import PairLayout
 
 __all__ = ["PartLinearization", "integrands_by_state"]
@@ -27,7 +27,7 @@ class PartLinearization(Linearization):
         Of the pair.
     shared : Shared
         What it has in common with others of its field.
-    edge : tuple
+    edge : GradientEdge
         Where the part's graph ends.
     value : Tensor
         A flat tensor of the part's shape and dtype, its value if that is to be asked for.
@@ -39,7 +39,7 @@ class PartLinearization(Linearization):
         self, whole: Linearization, shared: Shared, edge: Any, value: torch.Tensor, size: int
     ) -> None:
         super().__init__(shared, whole._leaves, value, whole._sign, whole._time)
-        self._end, self._recorded = torch.autograd.graph.GradientEdge(*edge), True
+        self._end, self._recorded = edge, True
         self._size = size
 
     @classmethod
@@ -59,17 +59,16 @@ class PartLinearization(Linearization):
         """
         if type(whole) not in (Linearization, cls) or len(whole._leaves) > 1 or not edges_work:
             return None  # cells of others, or a rate, are what it depends on
-        node = getattr(whole._end, "node", None) or whole._value.grad_fn
-        if node is None or node.name() != "CatBackward0":
+        value, edges = whole._value.detach(), joined_edges(whole._end)
+        if not edges:
             return None
-        value, edges = whole._value.detach(), node.next_functions
         if shared is None:
             shared, edge, value = whole._shared, edges[-1], layout.integral(value)
         elif len(edges) == 1 + layout.tangents + bool(layout.integrals):
             edge, value = edges[0], value[: layout.size]
         else:
             return None  # a state of several parts
-        return None if edge[0] is None else cls(whole, shared, edge, value, layout.size)
+        return None if edge is None else cls(whole, shared, edge, value, layout.size)
 
     def _flat(self, product: torch.Tensor | None, batch: torch.Size = _ONE) -> torch.Tensor:
         return super()._flat(product, batch)[..., : self._size]

@@ -20,6 +20,7 @@ __all__ = [
     "directional_derivatives",
     "edges_work",
     "gradients",
+    "joined_edges",
     "pull_back",
     "pull_back_rows",
     "refused",
@@ -89,6 +90,18 @@ def _find_edges_work() -> bool:
 
 
 edges_work = _find_edges_work()
+
+
+def joined_edges(end: Any) -> list[Any]:
+    """Return where the graphs of the parts end that a value was joined of, None without a graph.
+
+    ``end`` is the value, or the end of its graph; there are none where it was made otherwise.
+    """
+    node = end.grad_fn if isinstance(end, torch.Tensor) else end.node
+    if node is None or node.name() != "CatBackward0":
+        return []
+    make = torch.autograd.graph.GradientEdge
+    return [None if edge[0] is None else make(*edge) for edge in node.next_functions]
 
 
 def pull_back_rows(
