@@ -134,7 +134,7 @@ class Checkpointing:
         """Bytes that graphs of f may take at most, besides the limit of all; 0 for no graphs."""
         if self.store == "auto":
             return DEFAULT_GRAPHS if self.memory is None else math.inf
-        return math.inf if self.store == "tape" else 0
+        return 0 if self.store == "stages" else math.inf
 
     @property
     def may_repeat(self) -> bool:
