@@ -174,7 +174,7 @@ def in_torch(method: str, steps: int, where: str) -> Callable[[Field], Solve]:
 
 
 def by_pnode(
-    method: str, steps: int, states: int | None = None, **more: Any
+    method: str, steps: int, states: int | None = None, store: str = "auto", **more: Any
 ) -> Callable[[Field], Solve]:
     """Return a solve by pnode, whose checkpoints may hold as much as so many states."""
 
@@ -189,10 +189,9 @@ def by_pnode(
 
         def solve(_: torch.nn.Module, y: torch.Tensor) -> torch.Tensor:
             if not solvers:
-                limit: dict[str, Any] = (
-                    {} if states is None else {"checkpointing": states * y.nbytes}
-                )
-                solvers.append(pnode.Solver(field, **keywords, **limit))
+                if states is not None:
+                    keywords["checkpointing"] = pnode.Checkpointing(states * y.nbytes, store=store)
+                solvers.append(pnode.Solver(field, **keywords))
             return solvers[0](y, SPAN).ys[-1]
 
         return solve
@@ -241,6 +240,9 @@ WAYS: dict[str, Callable[[str, int], Callable[[Field], Solve]]] = {
         method, steps, checkpointing=pnode.Checkpointing(store="stages")
     ),
     "pnode, segments of two steps": in_segments,
+    "pnode, starts of steps": lambda method, steps: by_pnode(
+        method, steps, steps + 14, "solutions"
+    ),
     "pnode, 20 states": lambda method, steps: by_pnode(method, steps, 20),
     "pnode, 9 states": lambda method, steps: by_pnode(method, steps, 9),
 }

@@ -213,9 +213,10 @@ def test_digits(tmp_path):
     numbers = quick("digits", tmp_path, "--no-plot")
     rows = {row["gradient by"]: row for row in numbers["rows"]}
     exact = [row for name, row in rows.items() if name != "NODE-continuous"]
-    assert len(exact) == 8 and max(row["difference"] for row in exact) < 1e-13
+    assert len(exact) == 9 and max(row["difference"] for row in exact) < 1e-13
     assert 1e-13 < rows["NODE-continuous"]["difference"] < 1e-3
-    for name in ("checkpoint per step (ACA)", "pnode, segments of two steps"):
+    again = ("checkpoint per step (ACA)", "pnode, segments of two steps", "pnode, starts of steps")
+    for name in again:
         assert rows[name]["evaluations"] == 64, name
     ways = ("pnode, tape", "pnode, stages", "pnode, 9 states")
     assert [rows[name]["evaluations"] for name in ways] == [32, 64, 80]
