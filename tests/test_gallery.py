@@ -192,6 +192,22 @@ def test_unknown_example_is_named():
     assert run.returncode == 2 and "nonsense" in run.stderr
 
 
+def test_summary_sets_peers_beside_pnode(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    gallery = importlib.import_module("gallery")
+    monkeypatch.setattr(gallery, "RESULTS", tmp_path)
+    rows = [
+        {"by": "pnode, a", "CPU s": 2.0, "MiB": 4.0}, {"by": "pnode, b", "CPU s": 1.0},
+        {"by": "peer", "CPU s": 3.0, "MiB": 5.0}, {"by": "other", "CPU s": 3.0, "ratio": 1.5},
+    ]  # fmt: skip
+    facts = {"seconds": 7.25, "cpu_seconds": 6.5, "ranks": 1, "version": "9", "options": {}}
+    (tmp_path / "digits.json").write_text(json.dumps({**facts, "rows": rows}))
+    lines = gallery.summary().splitlines()
+    assert "| digits | 7.25 | 6.5 | full | 1 | 9 |" in lines
+    assert lines[-6] == "| by | CPU s | MiB | CPU s / pnode's above | ratio |"
+    assert lines[-2:] == ["| peer | 3 | 5 | 3 |  |", "| other | 3 |  |  | 1.5 |"]
+
+
 # ----------------------------------------------------------------------------------- the examples
 
 
