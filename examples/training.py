@@ -140,18 +140,29 @@ class Checkpoint:
         except Exception as error:
             message = f"{self.path} is no saved training ({type(error).__name__}): remove it"
             raise UsageError(message) from error
-        if facts != self.facts:
+        saved, now = ({**json.loads(each["options"]), **each} for each in (facts, self.facts))
+        differing = [
+            f'"{name}": {saved.get(name)!r}, not {now.get(name)!r}'
+            for name in dict.fromkeys([*saved, *now])
+            if name != "options" and saved.get(name) != now.get(name)
+        ]
+        if differing:
             raise UsageError(
-                f"{self.path} was saved with {facts}, not {self.facts}: give the same options, or "
+                f"{self.path} was saved with {', '.join(differing)}: give the same options, or "
                 "leave --resume out"
             )
-        self.restore(content["weights"])
-        self.best = content["best"]
-        for generator, state in zip(self.generators, content["generators"], strict=True):
-            generator.set_state(state)
-        for name, part in self.parts.items():
-            part.load_state_dict(content["parts"][name])
-        return Training(**content["training"])
+        try:
+            self.restore(content["weights"])
+            self.best = content["best"]
+            for generator, state in zip(self.generators, content["generators"], strict=True):
+                generator.set_state(state)
+            for name, part in self.parts.items():
+                part.load_state_dict(content["parts"][name])
+            return Training(**content["training"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UsageError(
+                f"{self.path} was saved by another version of this example ({error}): remove it"
+            ) from error
 
 
 @contextmanager

@@ -125,6 +125,9 @@ def test_saved_training_that_does_not_fit_is_refused(tmp_path):
     saved = options(tmp_path, seed=5, resume=True)
     with pytest.raises(common.UsageError, match=r"toy-training.pt was saved with .*\"seed\": 0"):
         common.train(Toy().model, Toy().loss, saved)
+    other = common.mlp(1, 5, 1, generator=torch.Generator())
+    with pytest.raises(common.UsageError, match=r"toy-training.pt was saved by another version"):
+        common.train(other, Toy().loss, options(tmp_path, resume=True))
     (tmp_path / "toy-training.pt").write_text("nothing")
     with pytest.raises(common.UsageError, match=r"toy-training.pt is no saved training .*: remove"):
         common.train(Toy().model, Toy().loss, options(tmp_path, resume=True))
@@ -172,6 +175,11 @@ def test_results_are_written_and_failures_told(tmp_path, capsys):
     def failing(_: argparse.Namespace) -> object:
         raise pnode.NonFiniteVectorField("f is not finite")
 
+    def interrupted(_: argparse.Namespace) -> object:
+        raise KeyboardInterrupt
+
+    assert common.launch(wanted, interrupted) == 130
+    assert "interrupted; trainings that are saved go on with --resume" in capsys.readouterr().err
     assert common.launch(wanted, failing) == 1
     assert capsys.readouterr().err == "toy.py: error: f is not finite\n"
     assert common.launch(options(Path("/proc/nowhere")), found) == 2
