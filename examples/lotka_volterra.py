@@ -376,7 +376,7 @@ def draw(first: dict[str, Any], second: dict[str, Any], errors: dict[str, float]
                   **{**DATA, "mec": color, "label": f"{name}, pelts"})  # fmt: skip
     axis.set_title(f"pelts sold to the Hudson's Bay Company\n{formulas[1]}", fontsize=9)
     axis.set(xlabel="year", ylabel="pelts, thousands", xticks=range(1900, 1921, 5))  # fmt: skip
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper center")
     return drawn
 
 
