@@ -10,12 +10,13 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
 
 from pnode.adjoint.nonfinite import refuse_state
-from pnode.adjoint.schedule import Adjoint, Advance, RestoreEnd, RestoreSolution
+from pnode.adjoint.schedule import Adjoint, Advance, RestoreEnd, RestoreSolution, StoreStages
 from pnode.adjoint.stepper import AdjointStepper
 from pnode.adjoint.trajectory import Trajectory
 from pnode.base.ledger import Ledger
@@ -251,6 +252,7 @@ class Reverse:
         self._field = field
         self._ledger = ledger
         self._attempt = problem.ranks.attempt
+        self._graphs = True  # of repeated steps, while f is seen to be the same
         self._active = False  # until the first non-zero cotangent, lambda is zero and stays it
 
     def run(
@@ -290,8 +292,11 @@ class Reverse:
         with self._repeated:
             number = len(trajectory.steps)
             self._add_outputs(number)
-            for action in trajectory.schedule.reverse(number) if number else ():
+            actions = trajectory.schedule.reverse(number) if number else ()
+            for action, following in pairwise(chain(actions, (None,))):
                 match action:
+                    case Advance(step) if isinstance(following, (Adjoint, StoreStages)):
+                        self._repeat(step)
                     case Advance(step):
                         self._repeated.advance(step)
                     case RestoreSolution(step):
@@ -313,6 +318,20 @@ class Reverse:
         if wanted[0]:
             self._adjoint.add(cotangents[0])
         return initial
+
+    def _repeat(self, step: int) -> None:
+        """Repeat a step whose adjoint will be taken, with its graphs where there is room."""
+        repeated, trajectory = self._repeated, self._trajectory
+        wanted = self._graphs and trajectory.wants_graphs(step)
+        integrator = repeated.integrator
+        if wanted and integrator is not None:
+            if trajectory.evidence[step]:
+                integrator.note_values()
+            integrator.make_graphs(True)
+        repeated.advance(step)
+        if wanted and integrator is not None:
+            self._graphs = trajectory.keep_repeated(step, integrator)
+            integrator.make_graphs(False)
 
     def _add_outputs(self, after: int) -> None:
         """Add the cotangents of the state after so many steps."""

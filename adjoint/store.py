@@ -131,6 +131,10 @@ class CheckpointStore:
         self.graphs.put(step, graphs, size)
         return True
 
+    def could_keep(self, size: float) -> bool:
+        """Whether there is room for graphs of so many bytes when all others go."""
+        return self._ram.graphs_room() + self.graphs.bytes >= size
+
     def most_graphs(self, size: int) -> int:
         """Return how many steps with graphs of ``size`` bytes there is room for at most."""
         return self._ram.most_graphs(size)

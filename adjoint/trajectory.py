@@ -5,6 +5,7 @@ A trajectory belongs to one autograd node. Any number of them may be alive at on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -54,6 +55,8 @@ class Trajectory:
         not made.
     multistep : bool
         Whether the method looks at more states than the last.
+    only_repeated : bool
+        Whether graphs are kept of steps that are repeated, and not of the forward sweep.
 
     Attributes
     ----------
@@ -79,11 +82,14 @@ class Trajectory:
         keeps_graphs: bool = False,
         total: int | None = None,
         multistep: bool = False,
+        only_repeated: bool = False,
     ) -> None:
+        self._only_repeated = only_repeated
         self.keeps_graphs = keeps_graphs
         self._total = total
         self._multistep = multistep
         self._first_with_graphs = 0
+        self._step_bytes = [math.inf, 0.0]  # of a step's graphs, once known, and its stages
         self.schedule = schedule
         self.progress = progress
         self._start: torch.Tensor | None = None
@@ -119,7 +125,8 @@ class Trajectory:
         """Keep the graphs of the step just taken, and say whether the next one makes any."""
         kept = integrator.kept_graphs()
         if kept is not None:
-            fits = self._store.keep_graphs(index, *kept)
+            self._step_bytes[0] = kept[1]
+            fits = not self._only_repeated and self._store.keep_graphs(index, *kept)
             if not fits:  # nor will the next: checkpoints only become more
                 self.keeps_graphs = False
                 integrator.make_graphs(False)
@@ -129,6 +136,21 @@ class Trajectory:
                 most = self._store.most_graphs(kept[1])
                 self._first_with_graphs = self._total - most - 1
         integrator.make_graphs(index + 1 >= self._first_with_graphs)
+
+    def wants_graphs(self, index: int) -> bool:
+        """Whether a step that is repeated has no graphs, and room for them beside its stages."""
+        return self.graphs(index) is None and self._store.could_keep(sum(self._step_bytes))
+
+    def keep_repeated(self, index: int, integrator: TimeIntegrator) -> bool:
+        """Keep the graphs of a step just repeated; return whether f is that of the first time."""
+        kept, found, noted = integrator.kept_graphs(), integrator.evidence(), self.evidence[index]
+        if kept is None or len(found) != len(noted):  # they began in the middle of the step
+            return True
+        self._step_bytes[0] = kept[1]
+        same = all(map(math.isclose, found, noted))
+        if same:
+            self._store.keep_graphs(index, *kept)
+        return same
 
     def graphs(self, index: int) -> Any:
         """Return the graphs of a step's stages, None if they are not kept."""
@@ -207,6 +229,8 @@ class Trajectory:
             self._held = live
             self._held_tensors = live.tensors() if self._multistep else live.stages
             self._store.hold(self._held_tensors)
+            if self._store.limited:
+                self._step_bytes[1] = sum([tensor.nbytes for tensor in self._held_tensors])
         return live
 
     @property

@@ -48,12 +48,15 @@ def _pnode(name: str) -> Task:
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=RATE, betas=BETAS, eps=EPSILON, weight_decay=DECAY
     )
-    result = robertson.Result(method="cn", seed=0)
+    result = robertson.Result(method="cn")
 
     def run() -> float:
-        value, _ = robertson.loss_and_gradient(solver, network, observations, result)
+        network.zero_grad()
+        loss = robertson.scaled_mae(solver, observations, result)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), robertson.CLIP)
         optimizer.step()
-        return value
+        return float(loss)
 
     def read(value: float) -> Outcome:
         gradient = joined(parameter.grad for parameter in network.parameters())

@@ -37,11 +37,24 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from common import at_least, launch, network, parser, pyplot, say, train, write_json
+from common import network
+from gallery_common import (
+    LEARNED,
+    TRUTH,
+    Outcome,
+    Training,
+    arguments,
+    at_least,
+    figure,
+    launch,
+    say,
+    train,
+)  # fmt: skip
 from mpi4py import MPI
 
 import pnode
@@ -183,32 +196,6 @@ def total_flux(u: torch.Tensor, viscosity: float, dx: float) -> torch.Tensor:
 # --------------------------------------------------------------------------------- the training
 
 
-@dataclass
-class Result:
-    """What was learned.
-
-    Attributes
-    ----------
-    viscosity : float
-        Learned, where ``VISCOUS`` is the truth.
-    without, with_closure : float
-        Root-mean-square errors of the solutions that were not learned from.
-    viscosity_losses, closure_losses : list of float
-        Mean squared errors of those that were: one per evaluation; one per iteration and one
-        after the last.
-    """
-
-    seed: int
-    cells: int
-    method: str
-    ranks: int
-    viscosity: float = math.nan
-    viscosity_losses: list[float] = field(default_factory=list)
-    without: float = math.nan
-    with_closure: float = math.nan
-    closure_losses: list[float] = field(default_factory=list)
-
-
 def make_solver(
     grid: Grid, diffusion: Diffusion, method: str, closure: Closure | None = None
 ) -> pnode.Solver:
@@ -236,117 +223,89 @@ def mean_square_error(
 
 
 def learn_viscosity(
-    result: Result, iterations: int, generator: torch.Generator, comm: MPI.Intracomm
-) -> None:
+    options: argparse.Namespace, generator: torch.Generator, comm: MPI.Intracomm
+) -> tuple[float, Training]:
     """Learn one number, by L-BFGS."""
-    truth = reference(result.cells, VISCOUS, END, generator, comm)
+    truth = reference(options.cells, VISCOUS, END, generator, comm)
     data = truth.averages[:, :SOLUTIONS]
-    grid = Grid((result.cells,), fields=SOLUTIONS, width=WIDTH, comm=comm)
-    diffusion = Diffusion(1.0 / result.cells, FIRST_GUESS)
-    solver = make_solver(grid, diffusion, result.method)
-    optimizer = torch.optim.LBFGS(
-        diffusion.parameters(), max_iter=iterations, line_search_fn="strong_wolfe"
-    )
-
-    def evaluate() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = mean_square_error(solver, grid, truth.times, data)
-        loss.backward()
-        say(comm, f"  loss {loss.item():.3e}, viscosity {diffusion.viscosity:.6f}")
-        result.viscosity_losses.append(loss.item())
-        return loss
-
-    optimizer.step(evaluate)
-    result.viscosity = diffusion.viscosity
+    grid = Grid((options.cells,), fields=SOLUTIONS, width=WIDTH, comm=comm)
+    diffusion = Diffusion(1.0 / options.cells, FIRST_GUESS)
+    solver = make_solver(grid, diffusion, options.method)
+    training = train(
+        diffusion, lambda: mean_square_error(solver, grid, truth.times, data), options,
+        iterations=min(options.iterations, 10), label="viscosity", constant=True, comm=comm,
+        optimizer=partial(torch.optim.LBFGS, max_iter=1, line_search_fn="strong_wolfe"),
+    )  # fmt: skip
+    return diffusion.viscosity, training
 
 
 def learn_closure(
-    result: Result, iterations: int, generator: torch.Generator, comm: MPI.Intracomm
-) -> tuple[Reference, torch.Tensor, torch.Tensor, Closure]:
-    """Learn the flux; return what the figure shows: truth, predictions without and with it."""
-    truth = reference(result.cells, THIN, 2.0 * END, generator, comm)
+    options: argparse.Namespace, generator: torch.Generator, comm: MPI.Intracomm
+) -> tuple[Reference, list[torch.Tensor], Closure, list[float]]:
+    """Learn the flux; return truth, predictions without and with it, the flux, and the losses."""
+    truth = reference(options.cells, THIN, 2.0 * END, generator, comm)
     seen, unseen = truth.averages.split(SOLUTIONS, dim=1)
-    grid = Grid((result.cells,), fields=SOLUTIONS, width=WIDTH, comm=comm)
-    diffusion = Diffusion(1.0 / result.cells, THIN).requires_grad_(False)
+    grid = Grid((options.cells,), fields=SOLUTIONS, width=WIDTH, comm=comm)
+    diffusion = Diffusion(1.0 / options.cells, THIN).requires_grad_(False)
     closure = Closure(generator)
-    plain = make_solver(grid, diffusion, result.method)
-    hybrid = make_solver(grid, diffusion, result.method, closure)
+    plain = make_solver(grid, diffusion, options.method)
+    hybrid = make_solver(grid, diffusion, options.method, closure)
     known = slice(OUTPUTS + 1)
-    result.closure_losses = train(
-        closure.parameters(),
-        lambda: mean_square_error(hybrid, grid, truth.times[known], seen[known]),
-        iterations,
-        0.02,
-        comm,
-    )
+
+    def loss() -> torch.Tensor:
+        return mean_square_error(hybrid, grid, truth.times[known], seen[known])
+
+    training = train(closure, loss, options, rate=0.02, label="closure", comm=comm)
     with torch.no_grad():
         predictions = [
             grid.whole(solver(grid.part(unseen[0]), truth.times).ys) for solver in (plain, hybrid)
         ]
-    result.without, result.with_closure = (
-        (states[1:] - unseen[1:]).square().mean().sqrt().item() for states in predictions
-    )
-    return truth, predictions[0], predictions[1], closure
+        return truth, predictions, closure, [*training.losses, loss().item()]
 
 
-def plot(
-    result: Result,
-    truth: Reference,
-    without: torch.Tensor,
-    with_closure: torch.Tensor,
-    closure: Closure,
-    path: Path,
-) -> None:
+def draw(
+    numbers: dict[str, Any], truth: Reference, predictions: list[torch.Tensor], closure: Closure
+) -> Any:
     """Draw a solution that was not learned from, its closure, and how training went."""
-    plt = pyplot()
-    figure, axes = plt.subplots(2, 2, figsize=(10.0, 6.6), layout="constrained")
-    x = (torch.arange(result.cells) + 0.5) / result.cells
+    cells = truth.averages.shape[-1]
+    drawn, axes = figure(
+        2, 2,
+        f"Burgers, {cells} cells: viscosity {numbers['viscosity']:.5f} (truth {VISCOUS}), "
+        f"error with closure {numbers['with_closure']:.4f} (without {numbers['without']:.4f})",
+    )  # fmt: skip
+    x = (torch.arange(cells) + 0.5) / cells
     unseen = truth.averages[:, SOLUTIONS:]
+    styles = (
+        (predictions[0], {"color": "C0", "lw": 1.2, "label": "no closure"}),
+        (predictions[1], {**LEARNED, "label": "learned closure"}),
+    )
     # The solution for which the closure does most, at the end of what is learned from.
-    index = int((without - unseen)[OUTPUTS].square().sum(-1).argmax())
-
-    axis = axes[0, 0]
-    axis.plot(x, unseen[OUTPUTS, index], color="0.75", lw=5, label="truth")
-    axis.plot(x, without[OUTPUTS, index], color="C0", lw=1.2, label="no closure")
-    axis.plot(x, with_closure[OUTPUTS, index], color="C3", lw=1.6, label="learned closure")
-    axis.set(xlabel="x", ylabel=f"u at t = {END}", title="a solution that was not learned from")
-    axis.legend(frameon=False)
-
-    axis = axes[0, 1]
+    index = int((predictions[0] - unseen)[OUTPUTS].square().sum(-1).argmax())
     state = unseen[OUTPUTS, index]
     # Stencils of the upper faces, on the ring; a constant flux has no effect, and uniform flow
     # needs no closure: that is where both are zero.
     ring = torch.cat([state[-1:], state, state[:2]])
     with torch.no_grad():
         learned = closure(ring) - closure(torch.zeros(4, dtype=torch.float64))
-    axis.plot(x, truth.missing[OUTPUTS, SOLUTIONS + index], color="0.75", lw=5, label="truth")
-    axis.plot(x, learned, color="C3", lw=1.6, label="learned")
-    axis.set(xlabel="x", ylabel="missing flux", title="the closure for this solution")
-    axis.legend(frameon=False)
 
-    axis = axes[1, 0]
-    for states, color, label in ((without, "C0", "no closure"), (with_closure, "C3", "learned")):
-        errors = (states - unseen).square().mean((1, 2)).sqrt()
-        axis.plot(truth.times, errors, color=color, label=label)
-    axis.axvline(END, color="0.5", ls=":", lw=1.0)
-    axis.set(xlabel="t (learned from solutions until the dotted line)", ylabel="error (RMS)")
-    axis.set_title(f"error of {SOLUTIONS} solutions that were not learned from")
-    axis.legend(frameon=False)
-
-    axis = axes[1, 1]
-    axis.semilogy(result.closure_losses, color="C3", label="closure")
-    axis.semilogy(result.viscosity_losses, "o-", ms=3, color="C2", label="viscosity")
-    axis.set(xlabel="evaluation of the gradient", ylabel="loss (mean squared error)")
-    axis.set_title("training")
-    axis.legend(frameon=False)
+    (one, flux), (error, loss) = axes
+    one.plot(x, state, **TRUTH)
+    for states, style in styles:
+        one.plot(x, states[OUTPUTS, index], **style)
+        error.plot(truth.times, (states - unseen).square().mean((1, 2)).sqrt(), **style)
+    one.set(xlabel="x", ylabel=f"u at t = {END}", title="a solution that was not learned from")
+    flux.plot(x, truth.missing[OUTPUTS, SOLUTIONS + index], **TRUTH)
+    flux.plot(x, learned, **LEARNED)
+    flux.set(xlabel="x", ylabel="missing flux", title="the closure for this solution")
+    error.axvline(END, color="0.5", ls=":", lw=1.0)
+    error.set(xlabel="t (learned from solutions until the dotted line)", ylabel="error (RMS)")
+    error.set_title(f"error of {SOLUTIONS} solutions that were not learned from")
+    loss.semilogy(numbers["closure_losses"], color="C3", label="closure")
+    loss.semilogy(numbers["viscosity_losses"], "o-", ms=3, color="C2", label="viscosity")
+    loss.set(xlabel="update", ylabel="loss (mean squared error)", title="training")
     for axis in axes.flat:
-        axis.grid(alpha=0.25)
-    figure.suptitle(
-        f"Burgers, {result.cells} cells: viscosity {result.viscosity:.5f} (truth {VISCOUS}), "
-        f"error with closure {result.with_closure:.4f} (without {result.without:.4f})"
-    )
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+        axis.legend(frameon=False)
+    return drawn
 
 
 # ---------------------------------------------------------------------------------- the program
@@ -354,48 +313,45 @@ def plot(
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    options = parser("burgers", __doc__.splitlines()[0], 120)
-    options.add_argument("--cells", type=at_least(int, 8), default=64, help="coarse cells (64)")
-    imex = [row.name for row in pnode.methods() if row.kind == "imex"]
-    options.add_argument(
-        "--method", choices=imex, default="ark3", metavar="NAME", help="an IMEX method (ark3)"
-    )
-    return options.parse_args(argv)
+
+    def add(options: argparse.ArgumentParser) -> None:
+        options.add_argument("--cells", type=at_least(int, 8), default=64, help="coarse cells (64)")
+        imex = [row.name for row in pnode.methods() if row.kind == "imex"]
+        options.add_argument(
+            "--method", choices=imex, default="ark3", metavar="NAME", help="an IMEX method (ark3)"
+        )
+
+    quick = {"cells": 32, "iterations": 12}
+    return arguments("burgers", __doc__, argv, iterations=120, quick=quick, add=add)
 
 
-def run(options: argparse.Namespace, comm: MPI.Intracomm) -> None:
-    """Learn both, and write what was learned. Collective."""
-    generator = torch.Generator().manual_seed(options.seed)
-    result = Result(options.seed, options.cells, options.method, comm.size)
-
-    say(comm, f"viscosity, from {FINER[VISCOUS] * options.cells} cells on {options.cells}:")
-    learn_viscosity(result, min(options.iterations, 10), generator, comm)
-    error = 100.0 * (result.viscosity / VISCOUS - 1.0)
-    say(comm, f"  viscosity {result.viscosity:.6f}, truth {VISCOUS} ({error:+.2f} %)\n")
-
-    say(comm, f"closure, from {FINER[THIN] * options.cells} cells on {options.cells}:")
-    shown = learn_closure(result, options.iterations, generator, comm)
-    say(
-        comm,
-        f"  error of other solutions: {result.without:.5f} without closure, "
-        f"{result.with_closure:.5f} with it: {result.without / result.with_closure:.2f} times "
-        "smaller\n",
-    )
-    if comm.rank == 0:
-        written = [options.output / "burgers.json"]
-        write_json(asdict(result), written[0])
-        if not options.no_plot:
-            written.insert(0, options.output / "burgers.png")
-            plot(result, *shown, written[0])
-        print("wrote " + " and ".join(map(str, written)))
+def run(options: argparse.Namespace) -> Outcome:
+    """Learn both. Collective."""
+    comm, generator = MPI.COMM_WORLD, torch.Generator().manual_seed(options.seed)
+    finer = {nu: f"from {ratio * options.cells} cells" for nu, ratio in FINER.items()}
+    say(comm, f"viscosity, {finer[VISCOUS]} on {options.cells}")
+    viscosity, training = learn_viscosity(options, generator, comm)
+    say(comm, f"closure, {finer[THIN]} on {options.cells}")
+    truth, predictions, closure, losses = learn_closure(options, generator, comm)
+    unseen = truth.averages[1:, SOLUTIONS:]
+    errors = [(states[1:] - unseen).square().mean().sqrt().item() for states in predictions]
+    numbers = {
+        "viscosity": viscosity, "viscosity_losses": training.losses, "without": errors[0],
+        "with_closure": errors[1], "closure_losses": losses,
+    }  # fmt: skip
+    rows = [
+        {"what": "viscosity", "found": viscosity, "beside": VISCOUS, "which is": "the truth"},
+        {
+            "what": "error of other solutions", "found": errors[1], "beside": errors[0],
+            "which is": "without closure",
+        },
+    ]  # fmt: skip
+    return Outcome(numbers, rows, lambda: draw(numbers, truth, predictions, closure))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return its exit code. Collective."""
-    options = parse(argv)
-    comm = MPI.COMM_WORLD
-    torch.set_num_threads(1)
-    return launch("burgers", options.output, not options.no_plot, lambda: run(options, comm), comm)
+    return launch(parse(argv), run)
 
 
 if __name__ == "__main__":

@@ -140,6 +140,8 @@ def launch(
             outcome = run(options)
         except Interrupted as error:
             problem, code = f"{error}; it is saved, go on with --resume", error.code
+        except KeyboardInterrupt:  # between trainings
+            problem, code = "interrupted; trainings that are saved go on with --resume", 130
         except UsageError as error:
             problem = str(error)
         except pnode.PnodeError as error:  # the same on all ranks

@@ -31,14 +31,13 @@ rank 0 solves it alone, and the data are the same for any number of ranks.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from typing import Any
 
 import torch
-from common import at_least, launch, network, parser, pyplot, say, train, write_json
+from common import network
+from gallery_common import LEARNED, Outcome, arguments, at_least, figure, launch, train
 from mpi4py import MPI
 
 import pnode
@@ -133,35 +132,6 @@ def reference(
 # --------------------------------------------------------------------------------- the training
 
 
-@dataclass
-class Result:
-    """What was learned.
-
-    Attributes
-    ----------
-    without, with_closure : list of float
-        Root-mean-square errors of forecasts from states that were not learned from, one for each
-        time.
-    explained : float
-        Share of the variance of the fast variables' effect that the closure explains, in those.
-    explainable : float
-        The same of its mean for each X: the most that a function of X can.
-    losses : list of float
-        Mean squared errors of forecasts in training, one per iteration and one after the last.
-    """
-
-    seed: int
-    cells: int
-    method: str
-    ranks: int
-    times: list[float] = field(default_factory=list)
-    without: list[float] = field(default_factory=list)
-    with_closure: list[float] = field(default_factory=list)
-    explained: float = math.nan
-    explainable: float = math.nan
-    losses: list[float] = field(default_factory=list)
-
-
 def make_solver(field: Hybrid, grid: Grid, method: str) -> pnode.Solver:
     """Fixed steps: all forecasts of a training take the same."""
     return pnode.Solver(field, method=method, step_size=STEP, layout=grid)
@@ -189,77 +159,65 @@ def explained(values: torch.Tensor, estimate: torch.Tensor) -> float:
 
 
 def learn(
-    result: Result, iterations: int, comm: MPI.Intracomm
-) -> tuple[torch.Tensor, torch.Tensor, Hybrid]:
-    """Train, forecast and compare; return X and the fast variables' effect, not learned from."""
-    generator = torch.Generator().manual_seed(result.seed)
+    options: argparse.Namespace, comm: MPI.Intracomm
+) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor, Hybrid]:
+    """Train, forecast and compare; return numbers, and X and the effect of other forecasts."""
+    generator = torch.Generator().manual_seed(options.seed)
     hybrid = Hybrid(generator)
-    times, slow, effect = reference(result.cells, generator, comm)
+    times, slow, effect = reference(options.cells, generator, comm)
     seen, unseen = slow.split((SEEN, UNSEEN), dim=1)
 
-    grid = Grid((result.cells,), fields=SEEN, width=WIDTH, comm=comm)
-    solver = make_solver(hybrid, grid, result.method)
+    grid = Grid((options.cells,), fields=SEEN, width=WIDTH, comm=comm)
+    solver = make_solver(hybrid, grid, options.method)
     known = slice(KNOWN + 1)
-    result.losses = train(
-        hybrid.parameters(),
-        lambda: forecast_errors(solver, grid, times[known], seen[known]).mean(),
-        iterations,
-        0.02,
-        comm,
-    )
 
-    grid = Grid((result.cells,), fields=UNSEEN, width=WIDTH, comm=comm)
-    plain = Hybrid(generator)  # not trained: the closure is zero
-    with torch.no_grad():
-        result.without, result.with_closure = (
-            forecast_errors(make_solver(field, grid, result.method), grid, times, unseen)
-            .sqrt()
-            .tolist()
-            for field in (plain, hybrid)
-        )
-        x, values = unseen.flatten(), effect[:, SEEN:].flatten()
-        result.explained = explained(values, hybrid.closure(x))
-    result.times = times[1:].tolist()
+    def loss() -> torch.Tensor:
+        return forecast_errors(solver, grid, times[known], seen[known]).mean()
+
+    training = train(hybrid, loss, options, rate=0.02, comm=comm)
+    grid = Grid((options.cells,), fields=UNSEEN, width=WIDTH, comm=comm)
+    x, values = unseen.flatten(), effect[:, SEEN:].flatten()
     centers, means = binned(x, values)
-    nearest = (x[:, None] - centers).abs().argmin(1)
-    result.explainable = explained(values, means[nearest])
-    return x, values, hybrid
+    with torch.no_grad():
+        without, learned = (  # one is not trained: its closure is zero
+            forecast_errors(make_solver(field, grid, options.method), grid, times, unseen).sqrt()
+            for field in (Hybrid(generator), hybrid)
+        )
+        numbers = {
+            "times": times[1:].tolist(), "without": without.tolist(),
+            "with_closure": learned.tolist(), "explained": explained(values, hybrid.closure(x)),
+            # by the mean for each X: the most that a function of X can
+            "explainable": explained(values, means[(x[:, None] - centers).abs().argmin(1)]),
+            "losses": [*training.losses, loss().item()],
+        }  # fmt: skip
+    return numbers, x, values, hybrid
 
 
-def plot(result: Result, x: torch.Tensor, values: torch.Tensor, hybrid: Hybrid, path: Path) -> None:
+def draw(numbers: dict[str, Any], x: torch.Tensor, values: torch.Tensor, hybrid: Hybrid) -> Any:
     """Draw the closure, the errors of the forecasts, and how training went."""
-    plt = pyplot()
-    figure, axes = plt.subplots(
-        1, 3, figsize=(12.0, 4.2), layout="constrained", width_ratios=(1.5, 1.0, 1.0)
-    )
-    axis = axes[0]
-    axis.plot(x, values, ",", color="0.6", zorder=0)
-    axis.plot(*binned(x, values), "o", ms=4.5, mfc="white", mec="black", label="their mean")
+    drawn, axes = figure(
+        1, 3, f"Lorenz 96, slow variables with {FAST} fast ones for each",
+        figsize=(12.0, 4.2), width_ratios=(1.5, 1.0, 1.0),
+    )  # fmt: skip
+    closure, error, loss = axes[0]
+    closure.plot(x, values, ",", color="0.6", zorder=0)
+    closure.plot(*binned(x, values), "o", ms=4.5, mfc="white", mec="black", label="their mean")
     line = torch.linspace(float(x.min()), float(x.max()), 200, dtype=torch.float64)
     with torch.no_grad():
-        axis.plot(line, hybrid.closure(line), color="C3", lw=2.0, label="learned")
-    axis.set(xlabel="$X_k$", ylabel="effect on $dX_k/dt$", title="the fast variables (dots)")
-    axis.legend(frameon=False)
-
-    axis = axes[1]
-    for errors, color, label in (
-        (result.without, "C0", "no closure"),
-        (result.with_closure, "C3", "learned"),
-    ):
-        axis.plot([0.0, *result.times], [0.0, *errors], color=color, label=label)
-    axis.axvline(result.times[KNOWN - 1], color="0.5", ls=":", lw=1.0)
-    axis.set(xlabel="time (trained for the dotted line)", ylabel="error (RMS)")
-    axis.set_title("forecasts not learned from")
-    axis.legend(frameon=False)
-
-    axis = axes[2]
-    axis.semilogy(result.losses, color="C3")
-    axis.set(xlabel="iteration", ylabel="loss (mean squared error)", title="training")
-    for axis in axes:
-        axis.grid(alpha=0.25)
-    figure.suptitle(f"Lorenz 96, {result.cells} slow variables, {FAST} fast ones for each")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+        closure.plot(line, hybrid.closure(line), **LEARNED)
+    closure.set(xlabel="$X_k$", ylabel="effect on $dX_k/dt$", title="the fast variables (dots)")
+    for name, style in (
+        ("without", {"color": "C0", "label": "no closure"}), ("with_closure", LEARNED),
+    ):  # fmt: skip
+        error.plot([0.0, *numbers["times"]], [0.0, *numbers[name]], **style)
+    error.axvline(numbers["times"][KNOWN - 1], color="0.5", ls=":", lw=1.0)
+    error.set(xlabel="time (trained for the dotted line)", ylabel="error (RMS)")
+    error.set_title("forecasts not learned from")
+    loss.semilogy(numbers["losses"], color="C3")
+    loss.set(xlabel="iteration", ylabel="loss (mean squared error)", title="training")
+    for axis in (closure, error):
+        axis.legend(frameon=False)
+    return drawn
 
 
 # ---------------------------------------------------------------------------------- the program
@@ -267,49 +225,44 @@ def plot(result: Result, x: torch.Tensor, values: torch.Tensor, hybrid: Hybrid, 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    options = parser("lorenz96", __doc__.splitlines()[0], 150)
-    options.add_argument("--cells", type=at_least(int, 8), default=16, help="slow variables (16)")
-    explicit = [
-        row.name for row in pnode.methods() if row.kind == "explicit" and "rhs" in row.forms
-    ]
-    options.add_argument(
-        "--method", choices=explicit, default="rk4", metavar="NAME", help="an explicit method (rk4)"
-    )
-    return options.parse_args(argv)
 
-
-def run(options: argparse.Namespace, comm: MPI.Intracomm) -> None:
-    """Learn the closure, and write what was learned. Collective."""
-    result = Result(options.seed, options.cells, options.method, comm.size)
-    say(comm, f"closure of {options.cells} slow variables, {FAST} fast ones for each:")
-    shown = learn(result, options.iterations, comm)
-    for index in (KNOWN - 1, len(result.times) - 1):
-        without, learned = result.without[index], result.with_closure[index]
-        say(
-            comm,
-            f"  error of other forecasts at time {result.times[index]:.1f}: {without:.4f} without "
-            f"closure, {learned:.4f} with it: {without / learned:.2f} times smaller",
+    def add(options: argparse.ArgumentParser) -> None:
+        options.add_argument(
+            "--cells", type=at_least(int, 8), default=16, help="slow variables (16)"
         )
-    say(
-        comm,
-        f"  variance of the fast variables' effect explained: {100 * result.explained:.1f} % of "
-        f"{100 * result.explainable:.1f} % that a function of X can\n",
-    )
-    if comm.rank == 0:
-        written = [options.output / "lorenz96.json"]
-        write_json(asdict(result), written[0])
-        if not options.no_plot:
-            written.insert(0, options.output / "lorenz96.png")
-            plot(result, *shown, written[0])
-        print("wrote " + " and ".join(map(str, written)))
+        explicit = [
+            row.name for row in pnode.methods() if row.kind == "explicit" and "rhs" in row.forms
+        ]
+        options.add_argument(
+            "--method", choices=explicit, default="rk4", metavar="NAME",
+            help="an explicit method (rk4)",
+        )  # fmt: skip
+
+    quick = {"cells": 8, "iterations": 20}
+    return arguments("lorenz96", __doc__, argv, iterations=150, quick=quick, add=add)
+
+
+def run(options: argparse.Namespace) -> Outcome:
+    """Learn the closure. Collective."""
+    numbers, *shown = learn(options, MPI.COMM_WORLD)
+    rows: list[dict[str, Any]] = [
+        {
+            "what": f"error of other forecasts at time {numbers['times'][index]:.1f}",
+            "learned": numbers["with_closure"][index], "beside": numbers["without"][index],
+            "which is": "without closure",
+        }
+        for index in (KNOWN - 1, len(numbers["times"]) - 1)
+    ]  # fmt: skip
+    rows.append({
+        "what": "share of the effect's variance", "learned": numbers["explained"],
+        "beside": numbers["explainable"], "which is": "the most that a function of X can explain",
+    })  # fmt: skip
+    return Outcome(numbers, rows, lambda: draw(numbers, *shown))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return its exit code. Collective."""
-    options = parse(argv)
-    comm = MPI.COMM_WORLD
-    torch.set_num_threads(1)
-    return launch("lorenz96", options.output, not options.no_plot, lambda: run(options, comm), comm)
+    return launch(parse(argv), run)
 
 
 if __name__ == "__main__":

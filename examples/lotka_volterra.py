@@ -376,7 +376,9 @@ def draw(first: dict[str, Any], second: dict[str, Any], errors: dict[str, float]
                   **{**DATA, "mec": color, "label": f"{name}, pelts"})  # fmt: skip
     axis.set_title(f"pelts sold to the Hudson's Bay Company\n{formulas[1]}", fontsize=9)
     axis.set(xlabel="year", ylabel="pelts, thousands", xticks=range(1900, 1921, 5))  # fmt: skip
-    axis.legend(fontsize=8)
+    axis.margins(y=0.3)
+    axis.set_ylim(bottom=0)
+    axis.legend(fontsize=8, loc="upper center", ncols=2)
     return drawn
 
 

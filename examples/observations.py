@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.integrate import solve_ivp
+from training import UsageError
 
 RATE_CONSTANTS = (0.04, 3e7, 1e4)
 OBSERVATION_TIMES = np.logspace(-5, 2, 40)
 
 
-class DataError(Exception):
+class DataError(UsageError):
     """A data file cannot be used; the message says where and why."""
 
 

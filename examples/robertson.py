@@ -12,7 +12,7 @@ shall pass through the observations. Run it (about a minute) with::
 
     python examples/robertson.py
 
-It prints a table and writes robertson.png and robertson.json.
+It prints a table and writes figure, table and numbers into the folder robertson.
 
 **Why an implicit method.** Within a millisecond B reaches a balance between its creation and its
 consumption, which from then on is restored some 2000 times a second, while A takes minutes to be
@@ -49,17 +49,18 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
-from importlib.util import find_spec
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
-from common import at_least
+from gallery_common import Outcome, arguments, at_least, launch, plain, say
+from mpi4py import MPI
 from observations import DataError, Observations, read_csv, refine, robertson_observations
-from report import COUNTS, FINE, plot, table, write_json
-from tqdm import tqdm
+from report import draw
+from training import GaveUp, Training, train
 
 import pnode
 
@@ -68,6 +69,13 @@ FINAL_RATE = 0.01  # share of the peak learning rate
 CLIP = 1.0  # longest gradient that AdamW gets to see
 MAX_RECOVERIES = 8
 UNUSABLE = 1.0  # a scaled MAE above this is worse than any constant
+FINE = 8  # steps per interval of the check on a finer grid
+COUNTS = {
+    "steps": "steps", "rejected": "rejected steps", "rhs": "evaluations of f",
+    "jvp": "Jacobian-vector products", "vjp": "vector-Jacobian products",
+    "jacobians": "assembled Jacobians", "newton": "Newton iterations",
+    "krylov": "Krylov iterations",
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------ the model
@@ -130,16 +138,15 @@ class Kinetics(torch.nn.Module):
         self.output.bias.copy_(fitted[-1])
 
 
+def row_of(method: str) -> Any:
+    """Return pnode's row of a method, None if it has none of this name."""
+    return next((row for row in pnode.methods() if method in (row.name, *row.aliases)), None)
+
+
 def is_explicit(method: str) -> bool:
     """Whether pnode lists the method as an explicit one."""
-    rows = (row for row in pnode.methods() if method in (row.name, *row.aliases))
-    return any(row.kind == "explicit" for row in rows)
-
-
-def can_adapt(method: str) -> bool:
-    """Whether pnode lists the method as one that chooses its steps."""
-    rows = (row for row in pnode.methods() if method in (row.name, *row.aliases))
-    return any(row.adaptive for row in rows)
+    row = row_of(method)
+    return row is not None and row.kind == "explicit"
 
 
 def make_solver(
@@ -150,7 +157,7 @@ def make_solver(
     compiled: bool = False,
 ) -> pnode.Solver:
     """One step per interval for an implicit method; an explicit one chooses its steps if it can."""
-    adaptive = is_explicit(method) and can_adapt(method)
+    adaptive = is_explicit(method) and row_of(method).adaptive
     longest = float(observations.times.diff().max())
     return pnode.Solver(
         kinetics,
@@ -172,51 +179,40 @@ class Result:
 
     Attributes
     ----------
+    training : Training
+        Losses and gradient norms, one per iteration; NaN where a solve failed.
     mae : float
         Mean absolute error of the scaled states, with the best weights; NaN if no solve succeeded.
     fine_mae : float
         The same, with the learned equations solved in smaller steps than in training.
-    losses, gradient_norms : list of float
-        One per iteration; NaN where a solve failed.
-    forward, backward : dict of str to int
-        Sums of ``solution.stats`` and ``solution.stats.backward`` over the iterations.
-    recoveries : int
-        How often a solve failed and training went back to the best weights.
+    stats : list of pnode.Stats
+        Of the solves of this training, without those before an interruption.
     explanation : str or None
         Why the run failed, in one sentence.
-    seconds : float
-        Wall time of the training.
+    last_seconds : float
+        Of the last solve.
     learned : Tensor or None
         Scaled states on a grid that cuts each interval into equal parts, with the best weights.
     """
 
     method: str
-    seed: int
+    training: Training = field(default_factory=Training)
     mae: float = math.nan
     fine_mae: float = math.nan
-    losses: list[float] = field(default_factory=list)
-    gradient_norms: list[float] = field(default_factory=list)
-    forward: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
-    backward: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
-    recoveries: int = 0
+    stats: list[pnode.Stats] = field(default_factory=list)
     explanation: str | None = None
-    seconds: float = 0.0
+    last_seconds: float = 0.0
     learned: torch.Tensor | None = None
 
     @property
     def iterations(self) -> int:
         """Iterations that were completed."""
-        return sum(math.isfinite(norm) for norm in self.gradient_norms)
+        return sum(math.isfinite(norm) for norm in self.training.norms)
 
-    def count(self, stats: pnode.Stats) -> None:
-        """Add what one iteration cost."""
-        for name in COUNTS:
-            self.forward[name] += getattr(stats, name)
-            self.backward[name] += getattr(stats.backward, name)
-
-
-class Unstable(Exception):
-    """The loss or its gradient is not finite."""
+    def counts(self, backward: bool) -> dict[str, int]:
+        """Return sums over all solves, of the forward or the backward sweeps."""
+        stats = [each.backward if backward else each for each in self.stats]
+        return {name: sum(getattr(each, name) for each in stats) for name in COUNTS}
 
 
 def learning_rate(iteration: int, iterations: int, peak: float) -> float:
@@ -228,68 +224,38 @@ def learning_rate(iteration: int, iterations: int, peak: float) -> float:
     return peak * (FINAL_RATE + (1.0 - FINAL_RATE) * wave)
 
 
-def train(
-    solver: pnode.Solver,
-    kinetics: Kinetics,
-    observations: Observations,
-    result: Result,
-    iterations: int,
-    peak: float,
-    quiet: bool = False,
-) -> None:
+def scaled_mae(solver: pnode.Solver, observations: Observations, result: Result) -> torch.Tensor:
+    """Solve from observation to observation; return the loss."""
+    data, begin = observations.scaled, time.perf_counter()
+    try:
+        solution = solver(data[0], observations.times)
+    finally:
+        result.last_seconds = time.perf_counter() - begin
+    result.stats.append(solution.stats)
+    return (solution.ys[1:] - data[1:]).abs().mean()
+
+
+def fit(
+    solver: pnode.Solver, kinetics: Kinetics, observations: Observations, result: Result,
+    options: argparse.Namespace,
+) -> None:  # fmt: skip
     """Fit the kinetics to the observations; they end with the best weights that were seen."""
-    best_loss, best = math.inf, deepcopy(kinetics.state_dict())
-    optimizer = torch.optim.AdamW(kinetics.parameters())
-    begin = time.perf_counter()
-    progress = tqdm(range(iterations), desc="training", disable=quiet, mininterval=0.2)
-    for iteration in progress:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(iteration, iterations, peak)
-        loss = norm = math.nan
-        solve_begin = time.perf_counter()
-        try:
-            loss, norm = loss_and_gradient(solver, kinetics, observations, result)
-        except (pnode.SolveError, Unstable) as error:
-            result.recoveries += 1
-            if best_loss == math.inf or result.recoveries > MAX_RECOVERIES:
-                elapsed = time.perf_counter() - solve_begin
-                result.explanation = explain(error, result.method, observations, elapsed)
-        result.losses.append(loss)
-        result.gradient_norms.append(norm)
-        if result.explanation is not None:
-            break
-        if math.isnan(norm):  # the last update spoiled the field: go back, go on more slowly
-            kinetics.load_state_dict(best)
-            optimizer, peak = torch.optim.AdamW(kinetics.parameters()), 0.5 * peak
-            continue
-        if loss < best_loss:
-            best_loss, best = loss, deepcopy(kinetics.state_dict())
-        optimizer.step()
-        progress.set_postfix(loss=f"{loss:.4f}", gradient=f"{norm:.2e}", refresh=False)
-    progress.close()
-    kinetics.load_state_dict(best)
-    result.seconds = time.perf_counter() - begin
-
-
-def loss_and_gradient(
-    solver: pnode.Solver, kinetics: Kinetics, observations: Observations, result: Result
-) -> tuple[float, float]:
-    """Solve forward, go back with the adjoint, and clip the gradient; return loss and norm."""
-    data = observations.scaled
-    kinetics.zero_grad()
-    solution = solver(data[0], observations.times)
-    loss = (solution.ys[1:] - data[1:]).abs().mean()
-    loss.backward()
-    result.count(solution.stats)
-    value = loss.item()
-    norm = float(torch.nn.utils.clip_grad_norm_(kinetics.parameters(), CLIP))
-    if not (math.isfinite(value) and math.isfinite(norm)):
-        raise Unstable(f"the loss is {value:.1e} and its gradient has the norm {norm:.1e}")
-    return value, norm
+    share = partial(learning_rate, iterations=options.iterations, peak=1.0)
+    try:
+        result.training = train(
+            kinetics, lambda: scaled_mae(solver, observations, result), options,
+            optimizer=partial(torch.optim.AdamW, lr=options.lr),
+            schedule=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, share),
+            clip=CLIP, recover=MAX_RECOVERIES,
+        )  # fmt: skip
+    except GaveUp as end:
+        result.training, why = end.training, end.__cause__
+        assert why is not None
+        result.explanation = explain(why, result.method, observations, result.last_seconds)
 
 
 def explain(
-    error: Exception, method: str, observations: Observations, seconds: float = math.nan
+    error: BaseException, method: str, observations: Observations, seconds: float = math.nan
 ) -> str:
     """Say in one sentence why training stopped."""
     if not is_explicit(method):
@@ -326,36 +292,13 @@ def evaluate(
 # ---------------------------------------------------------------------------------- the program
 
 
-def run(
-    observations: Observations | None = None,
-    *,
-    method: str = "cn",
-    seed: int = 0,
-    iterations: int = 400,
-    lr: float = 0.02,
-    max_steps: int = 2000,
-    compiled: bool = False,
-    quiet: bool = True,
-) -> Result:
-    """Train and evaluate.
-
-    Parameters
-    ----------
-    observations : Observations, optional
-        What to learn; Robertson's kinetics by default.
-    method, seed, iterations, lr, max_steps, compiled, quiet
-        As on the command line; ``lr`` is the peak learning rate.
-
-    Returns
-    -------
-    Result
-        The error reached and the counts.
-    """
-    observations = observations if observations is not None else robertson_observations()
-    kinetics = Kinetics(observations.rates, observations.scaled[1:].mean(0), seed)
-    solver = make_solver(kinetics, observations, method, max_steps, compiled)
-    result = Result(method=method, seed=seed)
-    train(solver, kinetics, observations, result, iterations, lr, quiet)
+def learn(options: argparse.Namespace, observations: Observations) -> Result:
+    """Train and evaluate."""
+    method = options.method
+    kinetics = Kinetics(observations.rates, observations.scaled[1:].mean(0), options.seed)
+    solver = make_solver(kinetics, observations, method, options.max_steps, options.compile)
+    result = Result(method)
+    fit(solver, kinetics, observations, result, options)
     if not result.iterations:
         return result
     result.mae, result.learned = evaluate(solver, observations, 1)
@@ -364,91 +307,88 @@ def run(
     except pnode.SolveError:
         pass  # an adaptive method may need more steps than allowed; the figure is coarser then
     if is_explicit(method) and result.mae > UNUSABLE:
-        largest = max(norm for norm in result.gradient_norms if math.isfinite(norm))
-        blown_up = Unstable(
+        largest = max(norm for norm in result.training.norms if math.isfinite(norm))
+        blown_up = FloatingPointError(
             f"the scaled MAE stays at {result.mae:.3g}, with gradient norms up to {largest:.1e}"
         )
         result.explanation = explain(blown_up, method, observations)
     return result
 
 
+def run(options: argparse.Namespace, observations: Observations, results: list[Result]) -> Outcome:
+    """Learn, and lay out what was found; the result is added to ``results``."""
+    result = learn(options, observations)
+    results.append(result)
+    training, title = result.training, observations.title
+    say(MPI.COMM_WORLD, f"{title}: method {options.method}, seed {options.seed}")
+    forward, backward = result.counts(False), result.counts(True)
+    norms = [norm for norm in training.norms if math.isfinite(norm)]
+    numbers = {
+        "title": title, "method": options.method, "seed": options.seed, "mae": result.mae,
+        "fine_mae": result.fine_mae, "iterations": result.iterations, "losses": training.losses,
+        "gradient_norms": training.norms, "forward": forward, "backward": backward,
+        "recoveries": training.recoveries, "explanation": result.explanation,
+        "training_seconds": training.seconds,
+    }  # fmt: skip
+    found = {
+        "final scaled MAE": result.mae, f"the same in 1/{FINE} of the steps": result.fine_mae,
+        "iterations": result.iterations, "failed solves": training.recoveries,
+        "largest gradient norm": max(norms, default=None),
+        "wall time of training (s)": training.seconds,
+    }  # fmt: skip
+    rows: list[dict[str, Any]] = [
+        {"what": name, "value": plain(value)} for name, value in found.items()
+    ]
+    sweeps = max(1, len(result.stats))
+    rows += [
+        {
+            "what": name, "forward": forward[key], "a sweep": forward[key] / sweeps,
+            "backward": backward[key], "one back": backward[key] / sweeps,
+        }
+        for key, name in COUNTS.items()
+    ]  # fmt: skip
+    learned = result.learned
+    if learned is None:
+        return Outcome(numbers, rows)
+    shown = f"{title}, learned with {options.method}: scaled MAE {result.mae:.4f}"
+    return Outcome(
+        numbers, rows, lambda: draw(observations, learned, training.losses, shown)
+    )  # fmt: skip
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="robertson.py",
-        description="Learn stiff kinetics from data: a neural ODE, Crank-Nicolson and the "
-        "discrete adjoint.",
-    )
-    add = parser.add_argument
-    smallest = sys.float_info.min
-    add("--method", default="cn", help="any method of pnode (cn); dopri5 shows why not")
-    add("--seed", type=at_least(int, 0), default=0, help="seed of the initial weights (0)")
-    add("--iterations", type=at_least(int, 1), default=400, help="updates of the weights (400)")
-    add("--lr", type=at_least(float, smallest), default=0.02, help="peak learning rate (0.02)")
-    add(
-        "--max-steps",
-        type=at_least(int, 1),
-        default=2000,
-        help="most steps in one solve, for explicit methods that choose their steps (2000)",
-    )
-    add("--data", type=Path, metavar="FILE.csv", help="time, then one column per quantity")
-    add(
-        "--output",
-        type=Path,
-        default=Path("robertson"),
-        metavar="PREFIX",
-        help="write PREFIX.png and PREFIX.json (robertson)",
-    )
-    add("--compile", action="store_true", help="compile the solves (see docs/compile.md)")
-    add("--no-plot", action="store_true", help="write no figure")
-    add("--quiet", action="store_true", help="show no progress bar")
-    return parser.parse_args(argv)
+
+    def options(parser: argparse.ArgumentParser) -> None:
+        add, smallest = parser.add_argument, sys.float_info.min
+        add("--method", default="cn", help="any method of pnode (cn); dopri5 shows why not")
+        add("--lr", type=at_least(float, smallest), default=0.02, help="peak learning rate (0.02)")
+        add(
+            "--max-steps",
+            type=at_least(int, 1),
+            default=2000,
+            help="most steps in one solve, for explicit methods that choose their steps (2000)",
+        )
+        add("--data", metavar="FILE.csv", help="time, then one column per quantity")
+        add("--compile", action="store_true", help="compile the solves (see docs/compile.md)")
+
+    quick = {"iterations": 40}
+    return arguments("robertson", __doc__, argv, iterations=400, quick=quick, add=options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return its exit code."""
-    options = parse(argv)
-    torch.set_num_threads(1)  # the maps are 5 by 5: more threads would be in each other's way
+    options, results = parse(argv), list[Result]()
     try:
-        observations = read_csv(options.data) if options.data else robertson_observations()
-        png, report = output_files(options.output, figure=not options.no_plot)
-        result = run(
-            observations,
-            method=options.method,
-            seed=options.seed,
-            iterations=options.iterations,
-            lr=options.lr,
-            max_steps=options.max_steps,
-            compiled=options.compile,
-            quiet=options.quiet,
-        )
-        write_json(result, observations, report)
-        written = [report]
-        if png is not None and result.learned is not None:
-            plot(result, observations, result.learned, png)
-            written.insert(0, png)
-    except (DataError, pnode.ConfigurationError, OSError) as error:
+        data = read_csv(Path(options.data)) if options.data else robertson_observations()
+    except DataError as error:
         print(f"robertson.py: error: {error}", file=sys.stderr)
         return 2
-    print(table(result, observations))
-    if result.explanation is not None:
-        print(f"\n{result.explanation}")
-    print("\nwrote " + " and ".join(map(str, written)))
-    return 0 if result.explanation is None or is_explicit(options.method) else 1
-
-
-def output_files(prefix: Path, figure: bool) -> tuple[Path | None, Path]:
-    """Name the figure and the JSON file, and make sure before the training that both can be."""
-    if prefix.is_dir():
-        prefix = prefix / "robertson"
-    report = prefix.with_name(prefix.name + ".json")
-    report.parent.mkdir(parents=True, exist_ok=True)
-    report.touch()
-    if not figure:
-        return None, report
-    if find_spec("matplotlib") is None:
-        raise OSError("the figure needs matplotlib: install it, or give --no-plot")
-    return prefix.with_name(prefix.name + ".png"), report
+    code = launch(options, partial(run, observations=data, results=results))
+    explanation = results[0].explanation if results else None
+    if explanation is not None:
+        print(f"\n{explanation}")
+    return code or int(explanation is not None and not is_explicit(options.method))
 
 
 if __name__ == "__main__":

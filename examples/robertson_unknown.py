@@ -281,6 +281,7 @@ def draw(
         axis.annotate(f"A = {STARTS[index, 0]:g} at first", (1e-2, 1e5 * observed[index, 12, 1]),
                       fontsize=8, ha="center", va="bottom", xytext=(0, 6),
                       textcoords="offset points")  # fmt: skip
+    axis.margins(y=0.12)
     axis.set(title="three of the five mixtures", xlabel="time (s)", ylabel="B (1e-5)")
     axis.legend(*[pair[:2] for pair in axis.get_legend_handles_labels()], fontsize=8)
     axis, order = axes[0, 1], states[:, 1].argsort()

@@ -33,6 +33,14 @@ class UsageError(Exception):
     """An option or a file cannot be used; the message says why."""
 
 
+class GaveUp(Exception):
+    """Too many solves failed, the last one with the cause of this; ``training`` is what was."""
+
+    def __init__(self, training: Training) -> None:
+        super().__init__("too many solves failed")
+        self.training = training
+
+
 class Interrupted(Exception):
     """A signal came during training; what was learned is saved."""
 
@@ -48,11 +56,15 @@ class Training:
     Attributes
     ----------
     losses : list of float
-        One per iteration, before the update.
+        One per iteration, before the update; NaN where a solve failed.
+    norms : list of float
+        Of the gradients likewise, before they are clipped, if they are.
     validations : list of float
         What ``validate`` returned, every so many iterations.
     best, best_at : float, int
-        The smallest of them, and which it is.
+        The smallest of them (or of the losses, with ``recover``), and which it is.
+    recoveries : int
+        How often training went back to the best weights.
     stopped_early, finished : bool
         Whether patience ended it; whether it came to its end.
     seconds, cpu_seconds : float
@@ -60,9 +72,11 @@ class Training:
     """
 
     losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
     validations: list[float] = field(default_factory=list)
     best: float = math.inf
     best_at: int = -1
+    recoveries: int = 0
     stopped_early: bool = False
     finished: bool = False
     seconds: float = 0.0
@@ -126,18 +140,29 @@ class Checkpoint:
         except Exception as error:
             message = f"{self.path} is no saved training ({type(error).__name__}): remove it"
             raise UsageError(message) from error
-        if facts != self.facts:
+        saved, now = ({**json.loads(each["options"]), **each} for each in (facts, self.facts))
+        differing = [
+            f'"{name}": {saved.get(name)!r}, not {now.get(name)!r}'
+            for name in dict.fromkeys([*saved, *now])
+            if name != "options" and saved.get(name) != now.get(name)
+        ]
+        if differing:
             raise UsageError(
-                f"{self.path} was saved with {facts}, not {self.facts}: give the same options, or "
+                f"{self.path} was saved with {', '.join(differing)}: give the same options, or "
                 "leave --resume out"
             )
-        self.restore(content["weights"])
-        self.best = content["best"]
-        for generator, state in zip(self.generators, content["generators"], strict=True):
-            generator.set_state(state)
-        for name, part in self.parts.items():
-            part.load_state_dict(content["parts"][name])
-        return Training(**content["training"])
+        try:
+            self.restore(content["weights"])
+            self.best = content["best"]
+            for generator, state in zip(self.generators, content["generators"], strict=True):
+                generator.set_state(state)
+            for name, part in self.parts.items():
+                part.load_state_dict(content["parts"][name])
+            return Training(**content["training"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UsageError(
+                f"{self.path} was saved by another version of this example ({error}): remove it"
+            ) from error
 
 
 @contextmanager
@@ -175,7 +200,9 @@ def train(
     label: str = "",
     optimizer: Callable[[list[torch.Tensor]], torch.optim.Optimizer] | None = None,
     constant: bool = False,
+    schedule: Callable[[torch.optim.Optimizer], Any] | None = None,
     clip: float | None = None,
+    recover: int = 0,
     validate: Callable[[], float] | None = None,
     every: int = 10,
     patience: int | None = None,
@@ -196,12 +223,17 @@ def train(
         Updates, ``options.iterations`` by default.
     rate, constant
         The learning rate; it falls along half a cosine, unless it is constant.
+    schedule
+        Makes another schedule for the learning rate.
     label
         Tells several trainings of an example apart.
     optimizer
         Makes the optimizer of the parameters; Adam by default.
     clip
         Longest gradient.
+    recover
+        How often a solve may fail, or loss or gradient be infinite: the weights with the smallest
+        loss are put back and the learning rate is halved. They are those of the end, too.
     validate, every, patience
         What is evaluated every so many iterations. The best weights are kept and put back at the
         end; after ``patience`` evaluations without a better one, training stops.
@@ -217,6 +249,8 @@ def train(
     ------
     Interrupted
         After SIGTERM or SIGINT; what was learned is saved.
+    GaveUp
+        If more solves failed than ``recover`` allows for, or the first one did.
     UsageError
         If a saved training is not of these options.
     """
@@ -225,7 +259,9 @@ def train(
     updates = make(parameters)
     iterations = options.iterations if iterations is None else iterations
     parts: dict[str, Any] = {"optimizer": updates}
-    if not constant:
+    if schedule is not None:
+        parts["schedule"] = schedule(updates)
+    elif not constant:
         parts["schedule"] = torch.optim.lr_scheduler.CosineAnnealingLR(
             updates, iterations, eta_min=FINAL_RATE * rate
         )
@@ -240,20 +276,52 @@ def train(
         updates.zero_grad()
         value = loss()
         value.backward()
+        number = value.item()
         if clip is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, clip)
-        return value.item()
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
+            if recover and not math.isfinite(number + norm):
+                raise FloatingPointError(f"the loss is {number:.1e}, its gradient {norm:.1e} long")
+            norms[:] = [norm]
+        if recover and validate is None and number < training.best:
+            training.best, training.best_at = number, len(training.losses)
+            checkpoint.keep_best()
+        return number
+
+    def step() -> float:
+        """Update; go back to the best weights if that fails."""
+        norms[:] = [math.nan] * (clip is not None)
+        try:
+            return updates.step(closure)
+        except (pnode.SolveError, FloatingPointError) as error:
+            if not recover:
+                raise
+            training.recoveries += 1
+            if training.recoveries > recover or training.best == math.inf:
+                training.losses.append(math.nan)
+                training.norms += norms
+                checkpoint.restore(checkpoint.best)
+                raise GaveUp(clock.add()) from error
+        checkpoint.restore(checkpoint.best)
+        updates.state.clear()
+        for group in updates.param_groups:
+            group["lr"] *= 0.5
+        if "schedule" in parts:
+            parts["schedule"].base_lrs = [0.5 * base for base in parts["schedule"].base_lrs]
+        return math.nan
+
+    norms: list[float] = []
+    clock = Clock(training)
 
     with signals() as seen, logs(options, label, comm.rank) as log:
         progress = tqdm(
             range(iterations), desc=label or "training", initial=len(training.losses),
             disable=True if comm.rank else None,
         )  # fmt: skip
-        clock = Clock(training)
         while len(training.losses) < iterations and not training.stopped_early:
-            value = updates.step(closure)
+            value = step()
             training.losses.append(value)
-            if not constant:
+            training.norms += norms
+            if "schedule" in parts:
                 parts["schedule"].step()
             done = len(training.losses)
             log("loss", value, done)
@@ -269,7 +337,7 @@ def train(
             if clock.since_saved() > SAVE_EVERY:
                 checkpoint.save(clock.add())
         progress.close()
-    if validate is not None:
+    if validate is not None or recover:
         checkpoint.restore(checkpoint.best)
     training.finished = True
     checkpoint.save(clock.add())

@@ -40,11 +40,11 @@ def look(folder: Path, path: Path | None) -> subprocess.CompletedProcess[str]:
 def site(tmp_path):
     figure = "sphx_glr_plot_robertson_001.png"
     for name, text in {
-        "index.html": 'with exact discrete gradients <img src="_images/robertson.png">',
+        "index.html": 'with exact discrete gradients <img src="_images/plot_robertson.png">',
         "search.html": '<script src="searchindex.js"></script>',
         "searchindex.js": '<a href="api/solver.html">',
         "gallery/plot_robertson.html": f'<img src="../_images/{figure}">',
-        "_images/robertson.png": "",
+        "_images/plot_robertson.png": "",
         f"_images/{figure}": "",
     }.items():
         path = tmp_path / "html" / name

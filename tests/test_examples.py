@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -38,9 +39,16 @@ def observations():
     return robertson.robertson_observations()
 
 
+def learn(folder, *argv, observations=None):
+    """Train in a folder, with options as on the command line."""
+    options = robertson.parse(["--output", str(folder), *map(str, argv)])
+    return robertson.learn(options, observations or robertson.robertson_observations())
+
+
 @pytest.fixture(scope="module")
-def trained(observations):
-    return robertson.run(observations, iterations=40, seed=0)
+def trained(observations, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    return learn(folder, "--iterations", 40, observations=observations)
 
 
 # ------------------------------------------------------------------------------------- the data
@@ -196,19 +204,20 @@ def test_learning_rate_warms_up_and_decays():
 
 
 def test_the_loss_falls(trained):
-    assert trained.losses[0] == pytest.approx(0.165, abs=0.01)
-    assert len(trained.losses) == 40
-    assert trained.mae == min(trained.losses)
-    assert trained.mae < trained.losses[0] / 4
+    losses, norms = trained.training.losses, trained.training.norms
+    assert losses[0] == pytest.approx(0.165, abs=0.01)
+    assert len(losses) == 40
+    assert trained.mae == min(losses)
+    assert trained.mae < losses[0] / 4
     # What was learned is an equation, not the error of long steps.
     assert trained.fine_mae == pytest.approx(trained.mae, rel=0.1)
-    assert 0.1 < trained.gradient_norms[0] < 2
-    assert max(trained.gradient_norms) < 100
-    assert (trained.recoveries, trained.explanation) == (0, None)
+    assert 0.1 < norms[0] < 2
+    assert max(norms) < 100
+    assert (trained.training.recoveries, trained.explanation) == (0, None)
 
 
 def test_counts(trained):
-    forward, backward = trained.forward, trained.backward
+    forward, backward = trained.counts(backward=False), trained.counts(backward=True)
     sweeps, steps = 40, 40 * 40
     assert (forward["steps"], backward["steps"]) == (steps, steps)
     assert forward["rejected"] == 0
@@ -225,48 +234,59 @@ def test_counts(trained):
     assert (backward["newton"], backward["jvp"]) == (0, 0)
 
 
-def test_same_seed_same_numbers_other_seed_other_numbers(observations, trained):
-    again = robertson.run(observations, iterations=2, seed=0)
-    other = robertson.run(observations, iterations=2, seed=1)
+def test_same_seed_same_numbers_other_seed_other_numbers(observations, trained, tmp_path):
+    again, other = (
+        learn(tmp_path, "--iterations", 2, "--seed", seed, observations=observations).training
+        for seed in (0, 1)
+    )
     # LAPACK's least squares, which fits the output layer, depends on how memory is aligned.
-    assert again.losses[0] == pytest.approx(trained.losses[0], rel=1e-12)
-    assert other.losses[0] != trained.losses[0]
+    assert again.losses[0] == pytest.approx(trained.training.losses[0], rel=1e-12)
+    assert other.losses[0] != trained.training.losses[0]
 
 
-def test_a_failed_solve_goes_back_to_the_best_weights(observations, monkeypatch):
-    original, rates, calls = robertson.loss_and_gradient, [], []
+def test_a_failed_solve_goes_back_to_the_best_weights(observations, monkeypatch, tmp_path):
+    original, make, rates, calls, fields = robertson.scaled_mae, robertson.make_solver, [], [], []
 
-    def failing(solver, kinetics, *rest):
-        calls.append([p.detach().clone() for p in kinetics.parameters()])
+    def making(kinetics, *rest):
+        fields.append(kinetics)
+        return make(kinetics, *rest)
+
+    def failing(*arguments):
+        calls.append([p.detach().clone() for p in fields[0].parameters()])
         if len(calls) == 4:
             raise pnode.NonlinearSolveFailed("no convergence")
-        return original(solver, kinetics, *rest)
+        return original(*arguments)
 
-    def recording(iteration, iterations, peak):
-        rates.append(peak)
-        return 1e-3  # small enough for a loss that falls at every iteration
+    class Recording(torch.optim.AdamW):
+        def step(self, closure):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
 
-    monkeypatch.setattr(robertson, "loss_and_gradient", failing)
-    monkeypatch.setattr(robertson, "learning_rate", recording)
-    result = robertson.run(observations, iterations=6)
-    assert result.recoveries == 1
+    monkeypatch.setattr(robertson, "make_solver", making)
+    monkeypatch.setattr(robertson, "scaled_mae", failing)
+    monkeypatch.setattr(torch.optim, "AdamW", Recording)
+    # Small enough for a loss that falls at every iteration.
+    monkeypatch.setattr(robertson, "learning_rate", lambda *_, **__: 0.05)
+    result = learn(tmp_path, "--iterations", 6, observations=observations)
+    losses, norms = result.training.losses, result.training.norms
+    assert result.training.recoveries == 1
     assert result.iterations == 5
     assert result.explanation is None
-    assert rates == [0.02] * 4 + [0.01] * 2
-    assert math.isnan(result.losses[3]) and math.isnan(result.gradient_norms[3])
-    assert result.losses[2] == min(result.losses[:3])
+    assert rates == [1e-3] * 4 + [5e-4] * 2
+    assert math.isnan(losses[3]) and math.isnan(norms[3])
+    assert losses[2] == min(losses[:3])
     assert all(map(torch.equal, calls[4], calls[2]))
-    assert result.losses[4] == result.losses[2]
-    assert result.mae == pytest.approx(np.nanmin(result.losses), rel=1e-12)
+    assert losses[4] == losses[2]
+    assert result.mae == pytest.approx(np.nanmin(losses), rel=1e-12)
 
 
-def test_training_gives_up_when_nothing_helps(observations, monkeypatch):
+def test_training_gives_up_when_nothing_helps(observations, monkeypatch, tmp_path):
     def failing(*_):
         raise pnode.NonlinearSolveFailed("no convergence", time=3.0, step=7, method="cn")
 
-    monkeypatch.setattr(robertson, "loss_and_gradient", failing)
-    result = robertson.run(observations, iterations=50)
-    assert result.recoveries == len(result.losses) == 1
+    monkeypatch.setattr(robertson, "scaled_mae", failing)
+    result = learn(tmp_path, "--iterations", 50, observations=observations)
+    assert result.training.recoveries == len(result.training.losses) == 1
     assert math.isnan(result.mae) and result.learned is None
     assert "no convergence [t = 3.0, step 7, method 'cn']" in result.explanation
 
@@ -275,26 +295,26 @@ def test_training_gives_up_when_nothing_helps(observations, monkeypatch):
 
 
 def test_program_writes_table_figure_and_json(tmp_path, capsys):
-    prefix = tmp_path / "new" / "r.1"
-    argv = ["--iterations", "3", "--seed", "2", "--output", str(prefix), "--quiet"]
+    folder = tmp_path / "new" / "r.1"
+    argv = ["--iterations", "3", "--seed", "2", "--output", str(folder)]
     assert robertson.main(argv) == 0
     out = capsys.readouterr().out
-    png, report = tmp_path / "new" / "r.1.png", tmp_path / "new" / "r.1.json"
+    png, report = folder / "robertson.png", folder / "robertson.json"
     assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 20_000
     content = json.loads(report.read_text())
     assert (content["method"], content["seed"], content["iterations"]) == ("cn", 2, 3)
     assert content["forward"]["steps"] == content["backward"]["steps"] == 120
     assert len(content["losses"]) == 3
-    assert f"final scaled MAE                   {content['mae']:.5f}" in out
+    assert re.search(rf"final scaled MAE +{content['mae']:.4g}\s", out)
     assert "Newton iterations" in out and "Krylov iterations" in out
-    assert f"wrote {png} and {report}" in out
+    assert f"wrote {report}, {folder / 'robertson.csv'}, {png}" in out
 
 
 def test_program_learns_from_a_csv(tmp_path, capsys):
     path = tmp_path / "decay.csv"
     times = np.linspace(0, 4, 9)
     np.savetxt(path, np.c_[times, np.exp(-times)], delimiter=",", header="t,x", comments="")
-    argv = ["--data", str(path), "--iterations", "60", "--output", str(tmp_path), "--quiet"]
+    argv = ["--data", str(path), "--iterations", "60", "--output", str(tmp_path)]
     assert robertson.main(argv) == 0
     content = json.loads((tmp_path / "robertson.json").read_text())
     assert content["title"] == "decay.csv"
@@ -305,24 +325,25 @@ def test_program_learns_from_a_csv(tmp_path, capsys):
 
 
 def test_an_explicit_method_needs_too_many_steps(tmp_path, capsys):
-    argv = ["--method", "dopri5", "--max-steps", "300", "--output", str(tmp_path / "d"), "--quiet"]
+    argv = ["--method", "dopri5", "--max-steps", "300", "--output", str(tmp_path)]
     assert robertson.main(argv) == 0
     printed = capsys.readouterr()
     assert "dopri5 is explicit, so stability keeps its steps near" in printed.out
     assert "300 steps (" in printed.out
     assert "(--method cn) takes one step per interval, 40 in all." in printed.out
     assert "Traceback" not in printed.out + printed.err
-    content = json.loads((tmp_path / "d.json").read_text())
+    content = json.loads((tmp_path / "robertson.json").read_text())
     assert (content["mae"], content["iterations"], content["recoveries"]) == (None, 0, 1)
     estimate = int(content["explanation"].split("would take about ")[1].split()[0].replace(",", ""))
     assert 10_000 < estimate < 100_000
-    assert not (tmp_path / "d.png").exists()
+    assert not (tmp_path / "robertson.png").exists()
 
 
-def test_an_explicit_method_with_long_steps_blows_up(observations):
-    result = robertson.run(observations, method="rk4", iterations=3)
-    assert result.losses[0] > 1000
-    assert result.gradient_norms[0] > 1000
+def test_an_explicit_method_with_long_steps_blows_up(observations, tmp_path):
+    argv = ["--method", "rk4", "--iterations", 3]
+    result = learn(tmp_path, *argv, observations=observations)
+    assert result.training.losses[0] > 1000
+    assert result.training.norms[0] > 1000
     assert result.explanation.startswith("rk4 is explicit, and steps as long as the intervals")
 
 
@@ -401,8 +422,9 @@ def test_exit_code_of_a_program():
     assert "it must be at least 8" in run.stderr and "Traceback" not in run.stderr
 
 
-def test_compiled_training_is_the_same():
+def test_compiled_training_is_the_same(tmp_path):
     """Newton's tolerance apart, see tests/test_compiled_stiff.py."""
-    eager, compiled = (robertson.run(iterations=6, compiled=compiled) for compiled in (False, True))
+    argv = ["--iterations", 6]
+    eager, compiled = (learn(tmp_path, *argv, *more).training for more in ((), ("--compile",)))
     assert compiled.losses == pytest.approx(eager.losses, rel=1e-8, nan_ok=True)
-    assert compiled.gradient_norms == pytest.approx(eager.gradient_norms, rel=1e-7, nan_ok=True)
+    assert compiled.norms == pytest.approx(eager.norms, rel=1e-7, nan_ok=True)

@@ -124,6 +124,9 @@ def test_saved_training_that_does_not_fit_is_refused(tmp_path):
     saved = options(tmp_path, seed=5, resume=True)
     with pytest.raises(common.UsageError, match=r"toy-training.pt was saved with .*\"seed\": 0"):
         common.train(Toy().model, Toy().loss, saved)
+    other = common.mlp(1, 5, 1, generator=torch.Generator())
+    with pytest.raises(common.UsageError, match=r"toy-training.pt was saved by another version"):
+        common.train(other, Toy().loss, options(tmp_path, resume=True))
     (tmp_path / "toy-training.pt").write_text("nothing")
     with pytest.raises(common.UsageError, match=r"toy-training.pt is no saved training .*: remove"):
         common.train(Toy().model, Toy().loss, options(tmp_path, resume=True))
@@ -171,6 +174,11 @@ def test_results_are_written_and_failures_told(tmp_path, capsys):
     def failing(_: argparse.Namespace) -> object:
         raise pnode.NonFiniteVectorField("f is not finite")
 
+    def interrupted(_: argparse.Namespace) -> object:
+        raise KeyboardInterrupt
+
+    assert common.launch(wanted, interrupted) == 130
+    assert "interrupted; trainings that are saved go on with --resume" in capsys.readouterr().err
     assert common.launch(wanted, failing) == 1
     assert capsys.readouterr().err == "toy.py: error: f is not finite\n"
     assert common.launch(options(Path("/proc/nowhere")), found) == 2
@@ -189,6 +197,22 @@ def test_unknown_example_is_named():
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 2 and "nonsense" in run.stderr
+
+
+def test_summary_sets_peers_beside_pnode(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    gallery = importlib.import_module("gallery")
+    monkeypatch.setattr(gallery, "RESULTS", tmp_path)
+    rows = [
+        {"by": "pnode, a", "CPU s": 2.0, "MiB": 4.0}, {"by": "pnode, b", "CPU s": 1.0},
+        {"by": "peer", "CPU s": 3.0, "MiB": 5.0}, {"by": "other", "CPU s": 3.0, "ratio": 1.5},
+    ]  # fmt: skip
+    facts = {"seconds": 7.25, "cpu_seconds": 6.5, "ranks": 1, "version": "9", "options": {}}
+    (tmp_path / "digits.json").write_text(json.dumps({**facts, "rows": rows}))
+    lines = gallery.summary().splitlines()
+    assert "| digits | 7.25 | 6.5 | full | 1 | 9 |" in lines
+    assert lines[-6] == "| by | CPU s | MiB | CPU s / pnode's above | ratio |"
+    assert lines[-2:] == ["| peer | 3 | 5 | 3 |  |", "| other | 3 |  |  | 1.5 |"]
 
 
 # ----------------------------------------------------------------------------------- the examples
@@ -212,9 +236,10 @@ def test_digits(tmp_path):
     numbers = quick("digits", tmp_path, "--no-plot")
     rows = {row["gradient by"]: row for row in numbers["rows"]}
     exact = [row for name, row in rows.items() if name != "NODE-continuous"]
-    assert len(exact) == 8 and max(row["difference"] for row in exact) < 1e-13
+    assert len(exact) == 9 and max(row["difference"] for row in exact) < 1e-13
     assert 1e-13 < rows["NODE-continuous"]["difference"] < 1e-3
-    for name in ("checkpoint per step (ACA)", "pnode, segments of two steps"):
+    again = ("checkpoint per step (ACA)", "pnode, segments of two steps", "pnode, starts of steps")
+    for name in again:
         assert rows[name]["evaluations"] == 64, name
     ways = ("pnode, tape", "pnode, stages", "pnode, 9 states")
     assert [rows[name]["evaluations"] for name in ways] == [32, 64, 80]

@@ -8,7 +8,9 @@ import torch
 import pnode
 from pnode.adjoint.accounts import Account
 from pnode.adjoint.store import CheckpointStore
+from pnode.adjoint.trajectory import Trajectory
 from pnode.base.graphs import NODE_BYTES
+from pnode.errors import FieldChanged
 from pnode.field.vectorfield import VectorField
 from pnode.solvers.methods import Method, find_method
 
@@ -111,6 +113,62 @@ def test_budget_holds_with_the_same_bits(states, store, peak, monkeypatch):
         assert 3 < tape.backward.rhs < stats.backward.rhs
     everything, _ = solve(pnode.Checkpointing(store="stages"), method="rk4")
     assert all(map(torch.equal, everything, taped))
+
+
+class Wide(torch.nn.Module):
+    """Of a state so long that the graph of a stage takes little more than that."""
+
+    def __init__(self, change=0.0):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+        self.change = change
+
+    def forward(self, t, y):
+        return -self.weight * (1 + self.change) * torch.tanh(y)
+
+
+def solve_wide(memory, method="rk4", changed=0.0, **keywords):
+    field, size = Wide(), 4000
+    y0 = torch.linspace(-1, 1, size, dtype=torch.float64, requires_grad=True)
+    chosen = pnode.Checkpointing(memory=memory * 8 * size, **keywords)
+    solver = pnode.Solver(
+        field, method=method, step_size=1 / 16, compile=False, checkpointing=chosen
+    )
+    solution = solver(y0, torch.tensor([0.0, 1.0]))
+    field.change = changed
+    solution.ys[-1].square().sum().backward()
+    return [y0.grad, field.weight.grad], solution.stats
+
+
+@pytest.mark.parametrize("method", ["rk4", "midpoint", "dopri5"])
+@pytest.mark.parametrize(("store", "states"), [("solutions", 12), ("solutions", 60), ("auto", 30)])
+def test_repeated_steps_keep_their_graphs_where_there_is_room(
+    method, store, states, peak, monkeypatch
+):
+    keywords = {"method": method, "store": store, "reproducible": method == "dopri5"}
+    found, stats = solve_wide(states, **keywords)
+    assert 0 < peak[0] <= states * 8 * 4000
+    with monkeypatch.context() as patch:
+        patch.setattr(Trajectory, "wants_graphs", lambda *_: False)
+        plain, without = solve_wide(states, **keywords)
+    assert all(map(torch.equal, found, plain))
+    planned = pnode.plan(method, 16, 8 * 4000, states * 8 * 4000, store=store)
+    for one in (stats, without):
+        assert one.backward.recomputed == planned.recomputed
+        assert max(one.ram_bytes, one.backward.ram_bytes) == planned.ram_bytes
+    assert stats.rhs == without.rhs
+    assert stats.backward.rhs <= without.backward.rhs
+    if store == "solutions" and states == 60:  # as often as a checkpoint of each step asks for
+        assert stats.backward.recomputed == 15
+        assert stats.backward.rhs == 16 * find_method(method).stages - (method == "dopri5")
+    elif store == "solutions" and method != "dopri5":
+        assert stats.backward.rhs < without.backward.rhs
+
+
+@pytest.mark.parametrize("changed", [1e-6, 0.1])
+def test_an_f_that_changed_is_found_though_repeated_steps_have_graphs(changed):
+    with pytest.raises(FieldChanged):
+        solve_wide(60, store="solutions", changed=changed)
 
 
 @pytest.mark.parametrize("method", ["rk4", "dopri5", "ssprk43"])

@@ -27,7 +27,7 @@ SITE = Path(__file__).resolve().parent.parent / "docs" / "_build" / "html"
 FIGURE = "sphx_glr_plot_robertson_001.png"
 #: Page, what it must show once its scripts have run, and a file that it must have asked for.
 LOOKS = (
-    ("index.html", "exact discrete gradients", "/_images/robertson.png"),
+    ("index.html", "exact discrete gradients", "/_images/plot_robertson.png"),
     ("search.html?q=Solver", 'href="api/', "/searchindex.js"),
     ("gallery/plot_robertson.html", FIGURE, f"/_images/{FIGURE}"),
 )

@@ -71,7 +71,7 @@ class Checkpointing:
         on autograd's graphs of f at the stages of the last steps, whose adjoints then evaluate
         nothing again; without a limit 128 MiB. "tape" has no such limit of its own: without
         ``memory`` all steps keep their graphs, which is as fast and as large as backpropagation.
-        "stages" keeps no graphs.
+        "stages" keeps no graphs, "solutions" only those of steps that are repeated.
     reproducible : bool
         Whether every step starts afresh (costs one more evaluation of f per step with FSAL
         methods): gradients are then the same to the last bit whatever is repeated.
@@ -134,7 +134,7 @@ class Checkpointing:
         """Bytes that graphs of f may take at most, besides the limit of all; 0 for no graphs."""
         if self.store == "auto":
             return DEFAULT_GRAPHS if self.memory is None else math.inf
-        return math.inf if self.store == "tape" else 0
+        return 0 if self.store == "stages" else math.inf
 
     @property
     def may_repeat(self) -> bool:

@@ -80,7 +80,10 @@ def new_trajectory(engine: Engine, run: Run, requests: Requests, y0: torch.Tenso
         level = DeviceLevel(chosen.device_bytes, Offload(run.settings.place.device))
     graphs_limit = _graphs_limit(engine)
     store = CheckpointStore(run.stats, chosen.bytes, folder, level, graphs_limit)
-    return Trajectory(schedule, store, progress, graphs_limit > 0, steps, engine.method.multistep)
+    return Trajectory(
+        schedule, store, progress, graphs_limit > 0, steps, engine.method.multistep,
+        only_repeated=chosen.store == "solutions",
+    )  # fmt: skip
 
 
 def _graphs_limit(engine: Engine) -> float:
