@@ -22,11 +22,11 @@ from torch.utils._pytree import tree_leaves
 from pnode.errors import BackwardError, ConfigurationError
 
 __all__ = [
-    "batch_is_innermost", "batch_level", "differentiable", "has_tangent", "in_forward_mode",
-    "is_legacy_batch", "is_wrapped", "legacy_batch", "lowered", "moves", "no_tangents",
-    "only_forward_mode", "outside", "outside_compiler", "outside_inference", "plain",
-    "recorded_by_autograd", "refuse_moving", "refuse_traced", "refuse_transforms", "signed",
-    "stacked", "tensors_of", "transforms_active", "unbatched", "unmoved", "unwrapped",
+    "batch_is_innermost", "batch_level", "differentiable", "drawing", "has_tangent",
+    "in_forward_mode", "is_legacy_batch", "is_wrapped", "legacy_batch", "lowered", "moves",
+    "no_tangents", "only_forward_mode", "outside", "outside_compiler", "outside_inference",
+    "plain", "recorded_by_autograd", "refuse_moving", "refuse_traced", "refuse_transforms",
+    "signed", "stacked", "tensors_of", "transforms_active", "unbatched", "unmoved", "unwrapped",
 ]  # fmt: skip
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -253,6 +253,19 @@ def outside(level: int = 1) -> Iterator[None]:
     finally:
         while saved:
             _functorch.push_dynamic_layer_stack(saved.pop())
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Let random numbers be drawn inside of the vmap of torch.autograd.functional."""
+    depth = torch._C._vmapmode_increment_nesting()
+    for _ in range(depth):
+        torch._C._vmapmode_decrement_nesting()
+    try:
+        yield
+    finally:
+        for _ in range(depth - 1):
+            torch._C._vmapmode_increment_nesting()
 
 
 def lowered(tensor: Any) -> Any:
