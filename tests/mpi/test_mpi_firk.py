@@ -49,7 +49,7 @@ def test_the_same_as_on_one_rank(make: Any, keywords: dict[str, Any]) -> None:
 def test_sparse_matrices_are_factored_on_each_rank_by_itself() -> None:
     case = ring(comm)
     solver = pnode.Solver(**case.arguments, method="radau5", jacobian="sparse", compile=False)
-    with pytest.raises(pnode.ConfigurationError, match="layout=.*matrix-free") as caught:
+    with pytest.raises(pnode.ConfigurationError, match=r"layout=.*matrix-free") as caught:
         solver(case.y0[0], T)
     checks.true("radau5" in str(caught.value))
 

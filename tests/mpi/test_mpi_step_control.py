@@ -44,6 +44,6 @@ def test_the_steps_of_one_rank(method: str, keywords: dict[str, Any]) -> None:
 def test_a_function_of_the_whole_state_is_refused(method: str) -> None:
     case = batch(comm)
     solver = pnode.Solver(**case.arguments, method=method, norm=lambda error: error.abs().max())
-    with pytest.raises(pnode.ConfigurationError, match="several ranks.*norm='max'") as caught:
+    with pytest.raises(pnode.ConfigurationError, match=r"several ranks.*norm='max'") as caught:
         solver(case.y0[0], T)
     checks.true("norm=" in str(caught.value))
