@@ -102,7 +102,7 @@ class Blocks:
             return linearizer.linearize(point).jacobian().to(REAL)[None]
         found: Any = self._assembly.evaluate(linearizer, point, self._check)
         self._check = False
-        return found if isinstance(found, Entries) else found[0]  # type: ignore[no-any-return]
+        return found if isinstance(found, Entries) else found[0]
 
     def mass(self, mass: MassMatrix | None) -> torch.Tensor | None:
         """Return the blocks of M, or one that stands for all; None for entries."""
