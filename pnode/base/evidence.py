@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from pnode.base.transforms import drawing
+from pnode.base.noise import drawing
 
 __all__ = ["Evidence", "Note", "Reads", "differs", "notes", "project", "projection_weights"]
 

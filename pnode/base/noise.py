@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
-from pnode.base.transforms import drawing
+__all__ = ["drawing", "noise"]
 
-__all__ = ["noise"]
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Let random numbers be drawn inside of the vmap of torch.autograd.functional."""
+    depth = torch._C._vmapmode_increment_nesting()
+    for _ in range(depth):
+        torch._C._vmapmode_decrement_nesting()
+    try:
+        yield
+    finally:
+        for _ in range(depth - 1):
+            torch._C._vmapmode_increment_nesting()
 
 
 @drawing()

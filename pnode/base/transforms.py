@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from pnode.errors import BackwardError, ConfigurationError
 
 __all__ = [
-    "batch_is_innermost", "batch_level", "differentiable", "drawing", "has_tangent",
+    "batch_is_innermost", "batch_level", "depends", "differentiable", "has_tangent",
     "in_forward_mode", "is_legacy_batch", "is_wrapped", "legacy_batch", "lowered", "moves",
     "no_tangents", "only_forward_mode", "outside", "outside_compiler", "outside_inference",
     "plain", "recorded_by_autograd", "refuse_moving", "refuse_traced", "refuse_transforms",
@@ -255,19 +255,6 @@ def outside(level: int = 1) -> Iterator[None]:
             _functorch.push_dynamic_layer_stack(saved.pop())
 
 
-@contextmanager
-def drawing() -> Iterator[None]:
-    """Let random numbers be drawn inside of the vmap of torch.autograd.functional."""
-    depth = torch._C._vmapmode_increment_nesting()
-    for _ in range(depth):
-        torch._C._vmapmode_decrement_nesting()
-    try:
-        yield
-    finally:
-        for _ in range(depth - 1):
-            torch._C._vmapmode_increment_nesting()
-
-
 def lowered(tensor: Any) -> Any:
     """Return a tensor without its transforms; None for None."""
     while tensor is not None and is_wrapped(tensor):
@@ -383,6 +370,22 @@ def is_wrapped(tensor: torch.Tensor) -> bool:
 def moves(tensor: torch.Tensor) -> bool:
     """Whether something is to be differentiated by a tensor."""
     return tensor.requires_grad or is_wrapped(tensor) or has_tangent(tensor)
+
+
+def depends(tensor: torch.Tensor) -> bool:
+    """Whether a tensor depends on what is differentiated by, or is a batch of ``vmap``.
+
+    One that was only made inside of a transform of torch.func does not.
+    """
+    while is_wrapped(tensor):
+        if _is_legacy_batch(tensor) or _functorch.is_batchedtensor(tensor):
+            return True
+        with outside(_functorch.maybe_get_level(tensor) + 1):
+            if tensor.requires_grad or has_tangent(tensor):
+                return True
+        tensor = unwrapped(tensor)
+    with outside():
+        return tensor.requires_grad or has_tangent(tensor)
 
 
 def tensors_of(value: Any) -> tuple[torch.Tensor, ...]:
