@@ -98,10 +98,10 @@ class Checkpoint:
 
     def __init__(
         self, options: argparse.Namespace, label: str, parts: dict[str, Any],
-        weights: dict[str, torch.Tensor], generator: torch.Generator | None, rank: int,
+        weights: dict[str, torch.Tensor], generator: torch.Generator | None, comm: MPI.Intracomm,
     ) -> None:  # fmt: skip
         self.path: Path = options.output / f"{options.name}-{label or 'training'}.pt"
-        self.parts, self.weights, self.rank = parts, weights, rank
+        self.parts, self.weights, self.comm = parts, weights, comm
         self.generators = [torch.default_generator, *([generator] if generator else [])]
         self.best = {name: tensor.detach().clone() for name, tensor in weights.items()}
         self.facts = {"options": json.dumps(options.settings), "version": pnode.__version__}
@@ -118,12 +118,13 @@ class Checkpoint:
             tensor.copy_(weights[name])
 
     def save(self, training: Training) -> None:
-        """Replace the file: an interruption leaves the old one or the new one."""
-        if self.rank:
+        """Replace the file: an interruption leaves the old one or the new one. Collective."""
+        states = self.comm.gather([generator.get_state() for generator in self.generators])
+        if states is None:
             return
         content = {
             **self.facts, "training": vars(training), "weights": self.weights, "best": self.best,
-            "generators": [generator.get_state() for generator in self.generators],
+            "generators": states,
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
         }  # fmt: skip
         unfinished = self.path.with_suffix(".part")
@@ -152,9 +153,15 @@ class Checkpoint:
                 "leave --resume out"
             )
         try:
+            states = content["generators"]
+            if len(states) != self.comm.size:
+                raise UsageError(
+                    f"{self.path} was saved by {len(states)} ranks, each with generators of its "
+                    f"own, and these are {self.comm.size}: take as many, or leave --resume out"
+                )
             self.restore(content["weights"])
             self.best = content["best"]
-            for generator, state in zip(self.generators, content["generators"], strict=True):
+            for generator, state in zip(self.generators, states[self.comm.rank], strict=True):
                 generator.set_state(state)
             for name, part in self.parts.items():
                 part.load_state_dict(content["parts"][name])
@@ -238,7 +245,7 @@ def train(
         What is evaluated every so many iterations. The best weights are kept and put back at the
         end; after ``patience`` evaluations without a better one, training stops.
     generator
-        What minibatches are drawn with; it is saved with the rest.
+        What minibatches are drawn with; each rank's is saved with the rest.
 
     Returns
     -------
@@ -267,7 +274,7 @@ def train(
         )
     named = model.state_dict() if isinstance(model, torch.nn.Module) else None
     weights = named or {str(index): tensor for index, tensor in enumerate(parameters)}
-    checkpoint = Checkpoint(options, label, parts, dict(weights), generator, comm.rank)
+    checkpoint = Checkpoint(options, label, parts, dict(weights), generator, comm)
     training = checkpoint.load() if options.resume else Training()
     if training.finished:
         return training
@@ -334,7 +341,7 @@ def train(
                 checkpoint.save(clock.add())
                 progress.close()
                 raise Interrupted(seen[0] if seen else signal.SIGTERM, done)
-            if clock.since_saved() > SAVE_EVERY:
+            if comm.bcast(clock.since_saved() > SAVE_EVERY):
                 checkpoint.save(clock.add())
         progress.close()
     if validate is not None or recover:

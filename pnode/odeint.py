@@ -11,7 +11,7 @@ from typing import Any, overload
 import torch
 
 from pnode.base.options import ODEINT_PREFIX
-from pnode.base.transforms import outside_compiler, refuse_transforms
+from pnode.base.transforms import outside_compiler, plain, refuse_transforms
 from pnode.configuration import (
     EventFunctions,
     MethodName,
@@ -30,6 +30,9 @@ from pnode.sweeping.event_functions import Events
 from pnode.torchdiffeq_options import callbacks, translated
 
 __all__ = ["odeint", "odeint_adjoint", "odeint_event"]
+
+# Of a solve that nothing but an event ends.
+_ENDLESS_STEPS = 100_000
 
 
 class _OneCall(Solver):
@@ -115,7 +118,8 @@ def odeint(
     y0 : Tensor, or tuple, dict, NamedTuple... of Tensor
         Initial state.
     t : Tensor
-        Output times, shape ``(T,)``, strictly monotone.
+        Output times, shape ``(T,)``, strictly monotone. With ``event_fn`` and two times the second
+        only tells the direction: the solve goes on until the event.
     rtol, atol : float, Tensor or tuple of Tensor
         Tolerances of adaptive steps.
     method : str, optional
@@ -138,12 +142,14 @@ def odeint(
     -------
     Tensor or tuple of Tensor
         Shape ``(T, *y0.shape)``. With ``event_fn``, a pair: the event's time and this, as in
-        torchdiffeq; the solve ends at ``t[-1]`` at the latest, and the time is then None.
+        torchdiffeq. With more than two times, a prescribed grid, or events that do not end the
+        solve, it ends at ``t[-1]`` at the latest, and the time is then None.
 
     Raises
     ------
     ConfigurationError, SolveError
-        As :class:`Solver`.
+        As :class:`Solver`. :class:`StepLimitReached` where no event has come after ``max_steps``
+        steps: 100,000 in a solve without another end, if none are given.
 
     Notes
     -----
@@ -166,18 +172,22 @@ def odeint(
     output = take_group(Output, "output", keywords.pop("output", None), keywords)
     chosen = find_method("dopri5" if method is None else method)
     times = as_times(t, endless=Events.may_end(output.event_fn))
-    told = callbacks(func)
+    told, given = callbacks(func), plain(times).tolist()
+    gridded = keywords.get("grid") is not None
+    named = isinstance(options, Mapping) and options.get("grid_constructor") is not None
+    if len(given) == 2 and not (gridded or named) and Events.may_end(output.event_fn):
+        times = _until_event(times[:1], given[1] < given[0])
     keywords = translated(options, keywords, func, y0, times, chosen.adaptive)
     breakpoints = keywords.pop("breakpoints", None)
     if keywords.pop("dense", False):
         output = replace(output, dense=True)
-    gridded = keywords.get("grid") is not None
     if not chosen.adaptive and keywords.get("step_size") is None and not gridded:
         # One step per interval: a step size that no interval exceeds.
-        exact = times.detach().to(torch.float64)
-        span = float((exact.max() - exact.min()).item()) or 1.0
+        span = max(given) - min(given) or 1.0
         if math.isfinite(span) and not output.dense:
             keywords["step_size"] = span
+    if math.isinf(plain(times)[-1]) and keywords.get("max_steps") is None:
+        keywords["max_steps"] = _ENDLESS_STEPS
     solver = _OneCall(
         func, rtol=rtol, atol=atol, method=chosen.name, params=params, output=output, **keywords
     )
@@ -239,8 +249,8 @@ def odeint_event(
     odeint_interface : callable
         :func:`odeint` or :func:`odeint_adjoint`.
     **keywords
-        Those of :func:`odeint`. There is no end but the event: give ``max_steps`` where it may not
-        come.
+        Those of :func:`odeint`. There is no end but the event, and ``max_steps``: 100,000 if none
+        are given.
 
     Returns
     -------
@@ -263,8 +273,12 @@ def odeint_event(
     start = as_times(t0.reshape(-1) if isinstance(t0, torch.Tensor) else [t0])
     if len(start) != 1:
         raise ConfigurationError(f"t0 has {len(start)} entries: give a single time")
-    if not start.is_floating_point():
-        start = start.to(torch.float64)
-    times = torch.cat([start, start.new_full((1,), -math.inf if reverse_time else math.inf)])
+    times = _until_event(start, reverse_time)
     event_time, solution = odeint_interface(func, y0, times, event_fn=event_fn, **keywords)
     return event_time, solution
+
+
+def _until_event(start: torch.Tensor, backwards: bool) -> torch.Tensor:
+    """Return the times of a solve from ``start``, shape ``(1,)``, that has no end of its own."""
+    start = start if start.is_floating_point() else start.to(torch.float64)
+    return torch.cat([start, start.new_full((1,), -math.inf if backwards else math.inf)])

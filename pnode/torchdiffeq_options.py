@@ -66,6 +66,9 @@ def translated(
     found: dict[str, Any] = {}
     factors: dict[str, Any] = {}
     breaks: list[torch.Tensor] = []
+    # Whether f is seen from both sides where it may jump: then nothing changes by perturb.
+    aware = any((options or {}).get(name) is not None for name in (*_BREAKS, "grid_constructor"))
+    aware = aware or keywords.get("breakpoints") is not None
     for name, value in (options or {}).items():
         own = _SAME.get(name)
         if own is not None:
@@ -83,7 +86,7 @@ def translated(
             if value is not None:
                 breaks.append(_grid(value, func, y0, t, adaptive, options or {}))
                 found["step_size"] = float((breaks[-1][-1] - breaks[-1][0]).abs()) or 1.0
-        elif not _has_no_effect(name, value):
+        elif not _has_no_effect(name, value, aware):
             if name != "interp" or value != "cubic":
                 _refuse(name, value)
             found["dense"] = True
@@ -140,11 +143,11 @@ def _equals(value: Any, other: float | None) -> bool:
     return other is not None and isinstance(value, (int, float)) and value == other
 
 
-def _has_no_effect(name: str, value: Any) -> bool:
+def _has_no_effect(name: str, value: Any, aware: bool) -> bool:
     """Whether an option says what is the case anyway."""
     return (
         value is None
-        or (name == "perturb" and value is False)
+        or (name == "perturb" and (value is False or (value is True and aware)))
         or (name == "dtype" and value is torch.float64)
     )
 

@@ -274,9 +274,9 @@ class _Sweep:
     def _check_limit(self, s: float) -> None:
         if self.control.max_steps is not None and self.number >= self.control.max_steps:
             raise StepLimitReached(
-                f"max_steps={self.control.max_steps} steps did not reach the last output time: "
-                "raise max_steps, loosen the tolerances, or use an implicit method if the "
-                "problem is stiff",
+                f"max_steps={self.control.max_steps} steps did not reach the last output time, "
+                "or an event that ends the solve: raise max_steps, loosen the tolerances, or use "
+                "an implicit method if the problem is stiff",
                 **self._where(s),
             )
 

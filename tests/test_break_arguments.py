@@ -198,6 +198,8 @@ def test_times_at_which_steps_end(options):
     found = pnode.odeint(driven, vector(0.5), TIMES, options=options)
     expected = pnode.odeint(driven, vector(0.5), TIMES, breakpoints=BREAKS)
     assert torch.equal(found, expected)
+    seen = pnode.odeint(driven, vector(0.5), TIMES, options=options | {"perturb": True})
+    assert torch.equal(seen, expected)
 
 
 def test_grids_of_fixed_steps():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -436,13 +437,46 @@ def test_odeint_event(interface):
 
 
 def test_odeint_with_an_event():
-    """As in torchdiffeq a pair; the last time is the end here."""
+    """As in torchdiffeq a pair; the last of more than two times is the end here."""
     y0 = state(10.0, 0.0)
     time, ys = pnode.odeint(Fall(), y0, times(0.0, 1.0, 2.0), event_fn=height)
     assert float(time.detach()) == pytest.approx(math.sqrt(20.0 / G), rel=1e-9)
     assert ys.shape == (3, 2)
-    time, ys = pnode.odeint(Fall(), y0, times(0.0, 1.0), event_fn=height)
-    assert time is None and ys.shape == (2, 2)
+    for last in (times(0.0, 0.5, 1.0), [0.0, 1.0]):
+        keywords = {} if len(last) == 3 else {"steps": last}
+        time, ys = pnode.odeint(Fall(), y0, last, event_fn=height, **keywords)
+        assert time is None and ys.shape == (len(last), 2)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4", "radau5", "cn"])
+def test_the_second_of_two_times_is_a_direction(method):
+    """As in torchdiffeq: the solve goes on beyond it until the event."""
+    fall, accurate = Fall(), {"rk4": {}, "cn": {"step_size": 0.1}}.get(method, {"rtol": 1e-9})
+    y0, exact = state(10.0, 0.0), math.sqrt(20.0 / G)
+    for sign in (1.0, -1.0):
+        t = times(0.5, 0.5 + 0.7 * sign).requires_grad_()
+        time, ys = pnode.odeint(fall, y0, t, event_fn=height, method=method, **accurate)
+        assert time.dtype is D and ys.shape == (2, 2) and torch.equal(ys[0], y0)
+        assert float(time.detach()) == pytest.approx(0.5 + sign * exact, rel=1e-7)
+        found = torch.autograd.grad(time, (fall.g, t))
+        assert float(found[0]) == pytest.approx(-sign * exact / (2.0 * G), rel=1e-6)
+        assert found[1].tolist() == pytest.approx([1.0, 0.0], abs=1e-9)
+
+
+def test_an_event_that_does_not_come():
+    """A limit, and how far the solve went."""
+    up = lambda t, y: y[0] + 1.0  # noqa: E731
+    with pytest.raises(pnode.StepLimitReached, match=r"max_steps=40 .*event.*t = ") as caught:
+        pnode.odeint(lambda t, y: -y, state(1.0), times(0.0, 1.0), event_fn=up, max_steps=40)
+    assert caught.value.time > 1.0
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys.modules["pnode.odeint"], "_ENDLESS_STEPS", 7)
+        for call in (
+            lambda y0: pnode.odeint(lambda t, y: -y, y0, times(0.0, 1.0), event_fn=up),
+            lambda y0: pnode.odeint_event(lambda t, y: -y, y0, 0.0, event_fn=up),
+        ):
+            with pytest.raises(pnode.StepLimitReached, match="max_steps=7 "):
+                call(state(1.0))
 
 
 WRONG = {

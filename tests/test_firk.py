@@ -18,6 +18,7 @@ from pnode.base.ranks import ALONE
 from pnode.problems.mass import MassMatrix
 from pnode.problems.problem import StateLayout
 from pnode.solvers.firk.gmres import gmres
+from pnode.solvers.firk.sparse_factors import SparseFactors
 from pnode.solvers.firk.systems import CoupledSystem, Krylov, SimplifiedSystem
 from pnode.solvers.firk.tableaus import transformation
 from pnode.solvers.methods import find_method
@@ -469,12 +470,94 @@ def test_decreasing_times_and_batches_of_gradients():
         assert difference([row], grad(end, y0, retain_graph=True)) < 1e-12
 
 
+class Spread(torch.nn.Module):
+    """A reaction that diffuses along a line, in a forcing that depends on time."""
+
+    def __init__(self):
+        super().__init__()
+        self.rates = torch.nn.Parameter(torch.tensor([40.0, 3.0], dtype=D))
+
+    def forward(self, t, u):
+        padded = torch.nn.functional.pad(u, (1, 1))
+        spread = padded[..., 2:] - 2.0 * u + padded[..., :-2]
+        return self.rates[0] * spread + self.rates[1] * u * (1.0 - u) * (1.0 + t)
+
+
+LINE = torch.linspace(0.0, 1.0, 60, dtype=D)
+NEXT = torch.diag(torch.ones(59, dtype=D), 1)
+MASSES = {
+    "none": None, "diagonal": 1.0 + LINE,
+    "sparse": (4.0 * torch.eye(60, dtype=D) + NEXT + NEXT.T).to_sparse(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "mass"), [
+    ("radau5", "none"), ("radau5", "sparse"), ("radau3", "diagonal"), ("gauss4", "sparse"),
+    ("gauss6", "none"),
+])  # fmt: skip
+def test_sparse_jacobians(name, mass):
+    """The steps and gradients of dense ones: a real and a complex sparse matrix, one for all."""
+    keywords = {"method": name, "mass": MASSES[mass], "compile": False}
+    keywords |= {"rtol": 1e-4, "atol": 1e-6} if name == "radau5" else {"step_size": 0.1}
+    u0, runs, field = (-30.0 * (LINE - 0.5) ** 2).exp().requires_grad_(), [], Spread()
+    for jacobian in ("dense", "sparse"):
+        solver = pnode.Solver(field, jacobian=jacobian, **keywords)
+        solution = solver(u0, times(0.0, 0.2, 0.3))
+        found = grad(solution.ys[1:].square().sum(), [u0, *field.parameters()])
+        runs.append((solution.ys.detach(), *found, solution.stats))
+    (*expected, dense), (*found, sparse) = runs
+    assert (sparse.steps, sparse.newton) == (dense.steps, dense.newton)
+    assert sparse.krylov == 0 and "colors=3" in repr(solver)
+    assert difference(found, expected) < 1e-12
+
+
+def elsewhere(jacobian):
+    """Derivatives, a tuple, float32 and an event with one kind of Jacobian; backwards in time."""
+    field, u0, t = Spread(), (-30.0 * (LINE - 0.5) ** 2).exp()[:12], times(0.1, 0.0)
+    keywords = {"method": "gauss4", "compile": False, "jacobian": jacobian, "step_size": 0.05}
+    solve = pnode.Solver(field, cost=lambda t, u: u.sum(), **keywords)
+    u = u0.clone().requires_grad_()
+    solution = solve(u, t)
+    (slope,) = grad(solution.costs[-1] + solution.ys[-1].sum(), u, create_graph=True)
+    (curvature,) = grad(slope.square().sum(), u)
+    tangent = torch.func.jvp(lambda u: solve(u, t).ys[-1], (u0,), (LINE[:12],))[1]
+    pair = pnode.Solver(lambda t, y: (field(t, y[0]), -y[1]), params=field.parameters(), **keywords)
+    both = pair((u0, u0[:3]), t.flip(0)).ys
+    until = pnode.Solver(field, event_fn=lambda t, u: u.max() - 0.1, rtol=1e-4,
+                         **keywords | {"method": "radau5", "step_size": None})  # fmt: skip
+    end = until(u, times(0.0, 3.0))
+    assert end.reason == "event"
+    moved = grad(end.event_time, u)[0]
+    single = pnode.Solver(field.float(), **keywords)(u0.float(), t.flip(0)).ys.double()
+    return [slope, curvature, tangent, *both, moved, single]
+
+
+def test_a_sparse_jacobian_elsewhere():
+    """Backwards in time, in tuples and float32, for second derivatives, costs and events."""
+    found, expected = elsewhere("sparse"), elsewhere("dense")
+    assert difference(found[:-1], expected[:-1]) < 1e-8
+    assert difference(found[-1:], expected[-1:]) < 1e-5
+    solver = pnode.Solver(
+        Spread(), method="radau5", jacobian="sparse", jacobian_pattern=torch.eye(12, dtype=D)
+    )
+    with pytest.raises(pnode.ConfigurationError, match="misses entries"):
+        solver(LINE[:12], times(0.0, 0.1))
+
+
+def test_a_singular_sparse_system():
+    """Or one that is not finite: no numbers, and Newton's method fails."""
+    factors = SparseFactors(torch.arange(3), torch.arange(3), torch.tensor([1.0, 0.0, 2.0]))
+    assert bool(factors.singular) and bool(factors.solve(torch.ones(2, 3)).isnan().all())
+    for value in (torch.nan, torch.inf):
+        assert bool(SparseFactors(*[torch.arange(1)] * 2, torch.tensor([value])).singular)
+
+
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
         ({"method": "gauss4"}, "no error estimate"),
         ({"method": "radau3"}, "no error estimate"),
-        ({"method": "radau5", "jacobian": "sparse"}, "jacobian='sparse'"),
+        ({"method": "radau5", "jacobian": "sparse", "jacobian_reuse": "step"}, "'sparse' or"),
         ({"method": "radau5", "jacobian": "matrix-free", "preconditioner": "dense"},
          "preconditioner"),
         ({"method": "radau5", "jacobian_reuse": "constant"}, "jacobian_reuse"),

@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import pnode
+from pnode.base.evidence import _weights
 from pnode.errors import ConfigurationError
 
 D = torch.float64
@@ -196,6 +197,22 @@ def test_tangents_of_a_cotangent(way):
         tangent = forward_ad.unpack_dual(found).tangent
     assert close(tangent, torch.autograd.grad(ys, y, dw)[0])
     works(model)
+
+
+@pytest.mark.parametrize("keywords", [
+    {"method": "rk4"}, {"method": "cn", "jacobian": "sparse"}, {"method": "rodaspr"},
+])  # fmt: skip
+def test_a_first_solve_inside_of_the_vmap_of_functional(keywords):
+    """Which draws no random numbers: those that pnode compares by have not been drawn before."""
+    _weights.cache_clear()
+    solver = pnode.Solver(lambda t, y: -y * y.flip(0), step_size=0.1, compile=False, **keywords)
+    y0 = torch.tensor([1.0, 2.0], dtype=torch.float64)
+
+    def solve(y):
+        return solver(y, [0.0, 0.3]).ys[-1]
+
+    found = jacobian(solve, y0, strategy="forward-mode", vectorize=True)
+    assert close(found, jacobian(solve, y0))
 
 
 @ways

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 
+from pnode.base.noise import drawing
+
 __all__ = ["Evidence", "Note", "Reads", "differs", "notes", "project", "projection_weights"]
 
 #: Relative difference of two evaluations of one f, when their bits are not the same already: what
@@ -25,6 +27,7 @@ _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
 
 
 @lru_cache(maxsize=8)
+@drawing()
 def _weights(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Return a fixed random vector, entries between 0.5 and 1.5 in absolute value."""
     generator = torch.Generator("cpu").manual_seed(20260907)

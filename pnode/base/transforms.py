@@ -24,9 +24,9 @@ from pnode.errors import BackwardError, ConfigurationError
 __all__ = [
     "batch_is_innermost", "batch_level", "depends", "differentiable", "has_tangent",
     "in_forward_mode", "is_legacy_batch", "is_wrapped", "legacy_batch", "lowered", "moves",
-    "no_tangents", "only_forward_mode", "outside", "outside_compiler", "outside_inference", "plain",
-    "recorded_by_autograd", "refuse_moving", "refuse_traced", "refuse_transforms", "signed",
-    "stacked", "tensors_of", "transforms_active", "unbatched", "unmoved", "unwrapped",
+    "no_tangents", "only_forward_mode", "outside", "outside_compiler", "outside_inference",
+    "plain", "recorded_by_autograd", "refuse_moving", "refuse_traced", "refuse_transforms",
+    "signed", "stacked", "tensors_of", "transforms_active", "unbatched", "unmoved", "unwrapped",
 ]  # fmt: skip
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

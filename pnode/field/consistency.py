@@ -15,6 +15,7 @@ import torch
 
 from pnode.base.devices import HOST
 from pnode.base.ledger import Ledger
+from pnode.base.noise import noise
 from pnode.base.transforms import outside, plain
 from pnode.base.vectors import REAL
 from pnode.errors import ConfigurationError, NonFiniteVectorField, NonlinearSolveFailed
@@ -204,9 +205,9 @@ class _Start:
         """
         generator = torch.Generator(HOST.device).manual_seed(0)
         scale = max(float(u.abs().max()), 1e-3)
-        noise = scale * torch.randn(len(u), generator=generator, dtype=REAL, device=HOST.device)
+        random = scale * noise(u.shape, generator).to(REAL)
         found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        for rate in (torch.zeros_like(noise), noise, noise.abs(), -noise.abs()):
+        for rate in (torch.zeros_like(random), random, random.abs(), -random.abs()):
             if len(found) == 2:
                 break
             self.rate = rate.to(u)
@@ -383,11 +384,7 @@ class _Algebraic:
             return times(self._right.abs(), self._inverse.abs() @ (self._rows.abs() @ u.abs()))
         total, generator = torch.zeros_like(u), torch.Generator(HOST.device).manual_seed(2)
         for _ in range(3):
-            signs = (
-                torch.randn(len(u), generator=generator, dtype=REAL, device=HOST.device)
-                .sign()
-                .to(u)
-            )
+            signs = noise(u.shape, generator).sign().to(u)
             products = self._linearization.jvp((signs * u).to(self._dtype)).to(REAL)
             total += self.move(times(self._left.T, products)).square()
         return total.sqrt()

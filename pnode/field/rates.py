@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 
 from pnode.base.devices import HOST
+from pnode.base.noise import noise
 from pnode.base.vectors import REAL
 from pnode.errors import ConfigurationError, NonlinearSolveFailed
 from pnode.field.field_checks import hides_time
@@ -232,7 +233,7 @@ class Rates:
         """Refuse, once, derivatives of a rate where the null space of dF/dy' moves with y."""
         self._compared = True
         generator = torch.Generator(HOST.device).manual_seed(3)
-        signs = torch.randn(len(u), generator=generator, dtype=REAL, device=HOST.device).to(u)
+        signs = noise(u.shape, generator).to(u)
         moved = u + 1e-2 * (1.0 + u.abs()) * signs
         matrix = self._field.linearize(s, self._own(moved), self._own(rate.value)).rate_jacobian()
         assert matrix is not None and isinstance(rate.mass, _Factors)

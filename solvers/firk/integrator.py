@@ -27,7 +27,7 @@ from pnode.problems import tolerances
 from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.firk.control import PredictiveControl, RememberedControl
 from pnode.solvers.firk.stage_newton import StageNewton, Stages
-from pnode.solvers.firk.systems import SimplifiedSystem
+from pnode.solvers.firk.systems import AnyJacobian, SimplifiedSystem
 from pnode.solvers.firk.tableaus import transformation
 from pnode.solvers.multistep import FailedAttempt, TakenOrder
 from pnode.solvers.petsc.bridge import Bridge
@@ -59,7 +59,7 @@ def refuse_options(settings: IntegratorSettings, options: SolverOptions) -> None
             raise ConfigurationError(
                 f"petsc_options[{name!r}] (linear_solver=?) has no effect on "
                 f"method={settings.method.name!r}, whose coupled stages pnode solves: choose "
-                "jacobian='dense', 'block' or 'matrix-free' (GMRES, which hears "
+                "jacobian='dense', 'block', 'sparse' or 'matrix-free' (GMRES, which hears "
                 f"{', '.join(map(repr, _HEARD))})"
             )
 
@@ -144,7 +144,7 @@ class CoupledIntegrator(TimeIntegrator):
 
     def _forget(self) -> None:
         """Know no Jacobian, no polynomial, and no value of f."""
-        self._jacobian: torch.Tensor | Linearization | None = None
+        self._jacobian: AnyJacobian | None = None
         self._current = False
         self._system: SimplifiedSystem | None = None
         self._slope: torch.Tensor | None = None
@@ -238,8 +238,9 @@ class CoupledIntegrator(TimeIntegrator):
         whole = self.ranks.norm(self._slope) < 1e150
         if found is None:
             whole = False
-        elif isinstance(found, torch.Tensor):
-            whole = whole and self.ranks.norm(found) < 1e150
+        elif not isinstance(found, Linearization):
+            values = found if isinstance(found, torch.Tensor) else found.fixed
+            whole = whole and self.ranks.norm(values) < 1e150
         if whole:
             return None
         self._jacobian = None

@@ -17,7 +17,7 @@ from pnode.base.vectors import REAL
 from pnode.errors import LinearSolveFailed, NonlinearSolveFailed, SolveError
 from pnode.field.linearization import Linearization
 from pnode.problems.tolerances import values
-from pnode.solvers.firk.systems import Blocks, CoupledSystem, Krylov, SimplifiedSystem
+from pnode.solvers.firk.systems import AnyJacobian, Blocks, CoupledSystem, Krylov, SimplifiedSystem
 from pnode.solvers.firk.tableaus import transformation
 from pnode.solvers.linear.linearizer import Point
 from pnode.solvers.petsc.bridge import Bridge
@@ -121,11 +121,11 @@ class StageNewton:
         self._blocks.begin()
         self._mass = None
 
-    def jacobian(self, point: Point, graph: Linearization) -> torch.Tensor | Linearization:
-        """Return J at a point: blocks, or what has its products."""
+    def jacobian(self, point: Point, graph: Linearization) -> AnyJacobian:
+        """Return J at a point: blocks, entries, or what has its products."""
         return self._blocks.jacobian(self._bridge, point) if self._blocks.assembles else graph
 
-    def factor(self, jacobian: torch.Tensor | Linearization, step: float) -> SimplifiedSystem:
+    def factor(self, jacobian: AnyJacobian, step: float) -> SimplifiedSystem:
         """Return the systems with this Jacobian for a step of this length."""
         made = SimplifiedSystem(
             self._transformation, step, jacobian, self._bridge.field.mass, self._mass_blocks(),

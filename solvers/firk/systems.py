@@ -2,7 +2,7 @@
 
 With one Jacobian for all stages, in the eigenvectors of A^-1 (a real and a complex matrix of the
 size of the state, for three stages); and with each stage's own, coupled. Dense matrices are a batch
-of one of the blocks of independent samples.
+of one of the blocks of independent samples; sparse ones are factored by SuperLU.
 """
 
 from __future__ import annotations
@@ -15,15 +15,22 @@ import torch
 from pnode.base.devices import Place
 from pnode.base.ranks import Ranks
 from pnode.base.vectors import REAL
+from pnode.errors import ConfigurationError
 from pnode.field.linearization import Linearization
 from pnode.problems.mass import MassMatrix
 from pnode.solvers.firk.gmres import gmres
+from pnode.solvers.firk.sparse_factors import SparseFactors
 from pnode.solvers.firk.tableaus import Transformation
-from pnode.solvers.linear.block import BlockAssembly
+from pnode.solvers.linear.block import BlockAssembly, Factors
 from pnode.solvers.linear.linearizer import Linearizer, Point
+from pnode.solvers.linear.sparse import Entries, SparseAssembly
 from pnode.solvers.petsc.settings import IntegratorSettings
 
-__all__ = ["Blocks", "CoupledSystem", "Krylov", "SimplifiedSystem"]
+__all__ = ["AnyJacobian", "Blocks", "CoupledSystem", "Krylov", "SimplifiedSystem"]
+
+
+# Blocks, entries, or what has products.
+AnyJacobian = torch.Tensor | Entries | Linearization
 
 
 class Krylov:
@@ -56,7 +63,7 @@ class Krylov:
 
 
 class Blocks:
-    """Assembles Jacobians as blocks, shape ``(B, m, m)``; None where products are to do.
+    """Assembles Jacobians as blocks, shape ``(B, m, m)``, or as entries, unless products are to do.
 
     Parameters
     ----------
@@ -65,30 +72,42 @@ class Blocks:
     """
 
     def __init__(self, settings: IntegratorSettings) -> None:
-        self.assembles = settings.jacobian in ("dense", "block")
+        self.assembles = settings.jacobian in ("dense", "block", "sparse")
         self._size = settings.size
         self._place: Place = settings.place
         self.samples = settings.jacobian_options.samples if settings.jacobian == "block" else 1
-        self._assembly: BlockAssembly | None = None
+        self._assembly: BlockAssembly | SparseAssembly | None = None
         if settings.jacobian == "block":
             self._assembly = BlockAssembly(self.samples, settings.place)
             self._assembly.create(settings.size, settings.comm).destroy()
+        elif settings.jacobian == "sparse":
+            pattern = settings.jacobian_options.pattern
+            assert pattern is not None
+            if pattern.columns_to is not None:
+                raise ConfigurationError(
+                    f"jacobian='sparse' with layout= and method={settings.method.name!r}, whose "
+                    "systems are factored on each rank by itself: use jacobian='matrix-free', or "
+                    "another method such as 'bdf' or 'es325'"
+                )
+            self._assembly = SparseAssembly(pattern, settings.place)
         self._check = True
 
     def begin(self) -> None:
         """Begin a sweep, whose first blocks are to be compared with a product."""
         self._check = True
 
-    def jacobian(self, linearizer: Linearizer, point: Point) -> torch.Tensor:
-        """Return the blocks of dg/du at a point, PETSc's precision."""
+    def jacobian(self, linearizer: Linearizer, point: Point) -> torch.Tensor | Entries:
+        """Return dg/du at a point, PETSc's precision: blocks, or entries with M's beside them."""
         if self._assembly is None:
             return linearizer.linearize(point).jacobian().to(REAL)[None]
-        blocks: torch.Tensor = self._assembly.evaluate(linearizer, point, self._check)[0]
+        found: Any = self._assembly.evaluate(linearizer, point, self._check)
         self._check = False
-        return blocks
+        return found if isinstance(found, Entries) else found[0]
 
-    def mass(self, mass: MassMatrix | None) -> torch.Tensor:
-        """Return the blocks of M, or one that stands for all."""
+    def mass(self, mass: MassMatrix | None) -> torch.Tensor | None:
+        """Return the blocks of M, or one that stands for all; None for entries."""
+        if isinstance(self._assembly, SparseAssembly):
+            return None
         if mass is None:
             width = self._size // self.samples
             return torch.eye(width, dtype=REAL, device=self._place.device)[None]
@@ -104,8 +123,8 @@ class SimplifiedSystem:
         Of the method.
     h : float
         Length of the step.
-    jacobian : Tensor or Linearization
-        J, blocks or products.
+    jacobian : Tensor, Entries or Linearization
+        J, blocks, entries or products.
     mass : MassMatrix or None
         M.
     blocks : Tensor or None
@@ -117,25 +136,32 @@ class SimplifiedSystem:
     """
 
     def __init__(
-        self, transformation: Transformation, h: float, jacobian: torch.Tensor | Linearization,
+        self, transformation: Transformation, h: float, jacobian: AnyJacobian,
         mass: MassMatrix | None, blocks: torch.Tensor | None, krylov: Krylov, ranks: Ranks,
     ) -> None:  # fmt: skip
         self._transformation, self.h = transformation, h
         self._jacobian, self._mass = jacobian, mass
         self._krylov, self._ranks = krylov, ranks
-        self._factors: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.factored = 0
-        if isinstance(jacobian, torch.Tensor):
-            assert blocks is not None
-            device = jacobian.device
-            self._vectors = torch.as_tensor(transformation.vectors, device=device)
-            self._covectors = torch.as_tensor(transformation.covectors, device=device)
-            for value in transformation.eigenvalues:
-                shift = complex(value) / h
-                shift = shift.real if abs(shift.imag) <= 1e-12 * abs(shift) else shift
-                matrix = shift * blocks - jacobian
-                self._factors.append(torch.linalg.lu_factor_ex(matrix)[:2])
-                self.factored += 1
+        self._factors: list[Factors | SparseFactors] = []
+        if isinstance(jacobian, Linearization):
+            return
+        device = jacobian.device if isinstance(jacobian, torch.Tensor) else jacobian.fixed.device
+        self._vectors = torch.as_tensor(transformation.vectors, device=device)
+        self._covectors = torch.as_tensor(transformation.covectors, device=device)
+        for value in transformation.eigenvalues:
+            shift = complex(value) / h
+            shift = shift.real if abs(shift.imag) <= 1e-12 * abs(shift) else shift
+            if isinstance(jacobian, Entries):
+                values = jacobian.fixed + shift * jacobian.scaled
+                self._factors.append(SparseFactors(jacobian.rows, jacobian.columns, values))
+            else:
+                assert blocks is not None
+                self._factors.append(Factors(shift * blocks - jacobian))
+
+    @property
+    def factored(self) -> int:
+        """Number of matrices that have been factored."""
+        return len(self._factors)
 
     def solve(self, b: torch.Tensor) -> torch.Tensor | None:
         """Return Z of (A^-1 x M / h - I x J) Z = b, shape ``(s, size)``. Collective."""
@@ -146,12 +172,11 @@ class SimplifiedSystem:
                 b, self._ranks,
             )  # fmt: skip
         parts = []
-        for right, (factors, pivots) in zip(
+        for right, factors in zip(
             self._covectors @ b.to(self._covectors), self._factors, strict=True
         ):
-            real = not factors.is_complex()
-            right = (right.real if real else right).reshape(len(factors), -1, 1)
-            parts.append(torch.linalg.lu_solve(factors, pivots, right).reshape(-1))
+            right = right if factors.is_complex else right.real
+            parts.append(factors.solve(right.reshape(len(factors.singular), -1)).reshape(-1))
         return (self._vectors @ torch.stack([part.to(self._vectors) for part in parts])).real
 
     def solve_real(self, b: torch.Tensor) -> torch.Tensor | None:
@@ -161,8 +186,8 @@ class SimplifiedSystem:
             return self._krylov.solve(
                 lambda v: shift * _times(self._mass, v) - self._along(v), b, self._ranks
             )
-        factors, pivots = self._factors[0]
-        return torch.linalg.lu_solve(factors, pivots, b.reshape(len(factors), -1, 1)).reshape(-1)
+        factors = self._factors[0]
+        return factors.solve(b.reshape(len(factors.singular), -1)).reshape(-1)
 
     def _along(self, v: torch.Tensor) -> torch.Tensor:
         assert isinstance(self._jacobian, Linearization)
@@ -176,19 +201,22 @@ class CoupledSystem:
     ----------
     transformation, h, mass, blocks, krylov, ranks
         As for :class:`SimplifiedSystem`.
-    jacobians : sequence of (Tensor or Linearization)
+    jacobians : sequence of (Tensor, Entries or Linearization)
         J_i.
     """
 
     def __init__(
         self, transformation: Transformation, h: float,
-        jacobians: Sequence[torch.Tensor] | Sequence[Linearization], mass: MassMatrix | None,
+        jacobians: Sequence[AnyJacobian], mass: MassMatrix | None,
         blocks: torch.Tensor | None, krylov: Krylov, ranks: Ranks,
     ) -> None:  # fmt: skip
         self._mass, self._krylov, self._ranks = mass, krylov, ranks
         self._jacobians = jacobians
         self._factors: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._sparse: SparseFactors | None = None
         self._inverse = transformation.inverse / h
+        if isinstance(jacobians[0], Entries):
+            self._sparse = self._assembled(jacobians)  # type: ignore[arg-type]
         if blocks is not None:
             J = torch.stack(list(jacobians))  # type: ignore[arg-type]
             s, batch, width, _ = J.shape
@@ -205,6 +233,9 @@ class CoupledSystem:
 
         Collective.
         """
+        if self._sparse is not None:
+            x = self._sparse.solve(b.reshape(-1, b.shape[-2] * b.shape[-1]), transposed)
+            return x.view(b.shape) if self._ranks.norm(x) < 1e300 else None
         if self._factors is None:
             rows = [self._products(row, transposed) for row in b.reshape(-1, *b.shape[-2:])]
             found = [row for row in rows if row is not None]
@@ -217,6 +248,17 @@ class CoupledSystem:
         x = x.view(batch, s, -1, x.shape[-1]).permute(3, 1, 0, 2).reshape(b.shape)
         # What is not finite here has a matrix that is singular.
         return x if self._ranks.norm(x) < 1e300 else None
+
+    def _assembled(self, jacobians: Sequence[Entries]) -> SparseFactors:
+        """Return the factors of all stages together."""
+        size = int(jacobians[0].rows.max()) + 1
+        rows, columns, values = [], [], []
+        for i, own in enumerate(jacobians):
+            for j, weight in enumerate(self._inverse[i].tolist()):
+                rows.append(own.rows + i * size)
+                columns.append(own.columns + j * size)
+                values.append(weight * own.scaled + (own.fixed if i == j else 0.0))
+        return SparseFactors(torch.cat(rows), torch.cat(columns), torch.cat(values))
 
     def _products(self, b: torch.Tensor, transposed: bool) -> torch.Tensor | None:
         inverse = torch.as_tensor(self._inverse, device=b.device)

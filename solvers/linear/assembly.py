@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from pnode.base.devices import HOST, Place
+from pnode.base.noise import noise
 from pnode.field.linearization import Linearization
 from pnode.solvers.linear.linearizer import Linearizer, Point
 
-__all__ = ["Assembly", "differ", "noise", "probe"]
+__all__ = ["Assembly", "differ", "probe"]
 
 
 class Assembly(ABC):
@@ -55,11 +56,6 @@ def probe(linearization: Linearization) -> tuple[torch.Tensor, list[torch.Tensor
     like = linearization.flat_value()
     w = noise(like.shape, torch.Generator(HOST.device).manual_seed(0)).to(like)
     return w, [product[0] for product in linearization.rows(w[None])]
-
-
-def noise(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    """Return normal random numbers, the same on every device."""
-    return torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
 
 
 def differ(exact: torch.Tensor, found: torch.Tensor, scale: torch.Tensor) -> bool:

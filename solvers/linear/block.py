@@ -74,11 +74,13 @@ class Factors:
     ----------
     singular : Tensor
         Which of them are, shape ``(B,)``.
+    is_complex : bool
+        What the matrices are.
     """
 
     def __init__(self, matrices: torch.Tensor) -> None:
         self._factors, self._pivots, info = torch.linalg.lu_factor_ex(matrices)
-        self.singular = info.ne(0)
+        self.singular, self.is_complex = info.ne(0), matrices.is_complex()
 
     def solve(self, b: torch.Tensor, transposed: bool = False) -> torch.Tensor:
         """Return the solutions for right-hand sides ``(B, m)``."""

@@ -32,7 +32,7 @@ def jacobian_options(
         )
         if given
     ]
-    _refuse_method(method, named, jacobian)
+    _refuse_method(method, named)
     if isinstance(preconditioner, str) and preconditioner not in _ASSEMBLED:
         choices = ", ".join(map(repr, _ASSEMBLED))
         raise ConfigurationError(
@@ -80,19 +80,20 @@ def jacobian_options(
     return JacobianOptions(reuse, preconditioner, pattern)
 
 
-def _refuse_method(method: Method, named: list[str], jacobian: str) -> None:
+def _refuse_method(method: Method, named: list[str]) -> None:
     """Refuse options that a method has no use for."""
     if named and not method.implicit:
         raise ConfigurationError(
             f"{' and '.join(named)} given, and method={method.name!r} is explicit: drop it, or "
             "take an implicit method such as 'cn' or 'es325'"
         )
-    if method.coupled and (named or jacobian == "sparse"):
-        given = " and ".join(named) or "jacobian='sparse'"
+    named = [name for name in named if name != "jacobian_pattern"]
+    if method.coupled and named:
         raise ConfigurationError(
-            f"{given} given with method={method.name!r}, whose coupled stages are solved with "
-            "jacobian='dense', 'block' or 'matrix-free' alone, and which evaluates the Jacobian "
-            "when it has to: drop it, or take another method such as 'es325' or 'bdf'"
+            f"{' and '.join(named)} given with method={method.name!r}, whose coupled stages are "
+            "solved with jacobian='dense', 'block', 'sparse' or 'matrix-free' alone, and which "
+            "evaluates the Jacobian when it has to: drop it, or take another method such as "
+            "'es325' or 'bdf'"
         )
 
 

@@ -9,11 +9,12 @@ import torch
 
 from pnode.base.communicators import as_communicator
 from pnode.base.devices import HOST, Place
+from pnode.base.noise import noise
 from pnode.base.options import PETSc
 from pnode.base.vectors import REAL
 from pnode.errors import ConfigurationError
 from pnode.field.linearization import Linearization
-from pnode.solvers.linear.assembly import Assembly, differ, noise, probe
+from pnode.solvers.linear.assembly import Assembly, differ, probe
 from pnode.solvers.linear.linearizer import Linearizer, Point
 from pnode.solvers.petsc.library import color_columns, set_values_coo
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 import torch
 
 from pnode.base.devices import HOST
+from pnode.base.noise import noise
 from pnode.base.vectors import is_finite
 from pnode.field.linearization import Linearization
 from pnode.problems.problem import StateLayout
-from pnode.solvers.linear.assembly import noise
 from pnode.solvers.linear.sparse import SparsityPattern, color_rows
 
 __all__ = ["find_structure", "seems_constant"]

@@ -33,8 +33,9 @@ def measure(make: Any, alone: bool, **keywords: Any) -> list[torch.Tensor]:
         (ring, {"method": "radau5", "rtol": 1e-6, "atol": 1e-8}),
         (batch, {"method": "radau5", "rtol": 1e-6, "atol": 1e-8}),
         (batch, {"method": "radau3", "step_size": 0.01, "checkpointing": "400B"}),
+        (batch, {"method": "radau5", "rtol": 1e-6, "atol": 1e-8, "jacobian": "sparse"}),
     ],
-    ids=["ring, gauss4", "ring, radau5", "batch, radau5", "batch, radau3"],
+    ids=["ring, gauss4", "ring, radau5", "batch, radau5", "batch, radau3", "batch, sparse"],
 )
 def test_the_same_as_on_one_rank(make: Any, keywords: dict[str, Any]) -> None:
     """Ghost cells by GMRES on the coupled stages, ranks that are independent by their own LU."""
@@ -42,6 +43,15 @@ def test_the_same_as_on_one_rank(make: Any, keywords: dict[str, Any]) -> None:
     ours, theirs = (measure(make, alone, **keywords, **options) for alone in (False, True))
     for found, expected in zip(ours, theirs, strict=True):
         checks.below(float((found - expected).norm() / expected.norm()), 1e-8)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_sparse_matrices_are_factored_on_each_rank_by_itself() -> None:
+    case = ring(comm)
+    solver = pnode.Solver(**case.arguments, method="radau5", jacobian="sparse", compile=False)
+    with pytest.raises(pnode.ConfigurationError, match=r"layout=.*matrix-free") as caught:
+        solver(case.y0[0], T)
+    checks.true("radau5" in str(caught.value))
 
 
 @pytest.mark.mpi(min_size=2)
