@@ -82,7 +82,7 @@ class Dirk : public ImplicitSteps {
     keeps = m.keeps_jacobian;
     const Status status = solve_stages(t, h);
     if (!keeps || status != NOT_CONVERGED) return status;
-    keeps = false;
+    keeps = false;  // once more with a new Jacobian at each iterate
     return solve_stages(t, h);
   }
 
@@ -129,14 +129,14 @@ class Dirk : public ImplicitSteps {
     return std::isfinite(square(end)) ? DONE : NOT_FINITE;
   }
 
-  // Evaluate f, and J too if no other one is wanted, unless that was done last.
+  // Evaluate f, and J if that is cheap, unless that was done last.
   void evaluate(double t, const double* y) {
     const bool there = std::memcmp(y, last_iterate, sizeof(last_iterate)) == 0;
     if (there && (t == last_time || (AUTONOMOUS && !std::isnan(last_time)))) return;
-    if (m.keeps_jacobian)
-      value(t, y, c, f);
-    else
+    if (Field::CHEAP)
       jacobian(t, y, c, f, J);
+    else
+      value(t, y, c, f);
     counts.rhs++;
     last_time = t;
     std::memcpy(last_iterate, y, sizeof(last_iterate));
@@ -150,7 +150,7 @@ class Dirk : public ImplicitSteps {
       if (iteration) {
         const bool slow = iteration > 1 && !(norm <= SLOW * before);
         if (!keeps || !knows_jacobian || slow) {
-          if (m.keeps_jacobian) jacobian(t, y, c, f, J);
+          if (!Field::CHEAP) jacobian(t, y, c, f, J);
           knows_jacobian = true, factored = 0.0;
           counts.jacobians++;
         }
@@ -182,7 +182,7 @@ class Dirk : public ImplicitSteps {
 
   double first_slope[N], last_slope[N];
   bool knows_slope = false;
-  // Newton's last iterate, f and J there: a first guess is a stage already solved for.
+  // Newton's last iterate, f (and J) there: a first guess is a stage already solved for.
   double last_time = NAN, last_iterate[N] = {}, f[N], J[N * N];
   bool keeps = false, knows_jacobian = false;
   Factors factors;

@@ -15,6 +15,8 @@ struct Plan : FieldGraphs {
 // f, and what its derivatives need of an evaluation, where it was evaluated last.
 class Field {
   public:
+    static constexpr bool CHEAP = false;
+
     Field* lend(void* const* captured) {
         saved_.clear();
         known_ = false;

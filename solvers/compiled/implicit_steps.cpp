@@ -6,7 +6,8 @@
 //
 //   N                                    size of y
 //   AUTONOMOUS                           whether f does not depend on t
-//   Field                                lends Captured, what f reads besides t and y
+//   Field                                lends Captured, what f reads besides t and y; CHEAP: J costs
+//                                        little where f is evaluated, and a step a microsecond or so
 //   value(t, y, c, f)                    f
 //   jacobian(t, y, c, f, J)              f and J = df/dy, by rows
 //   slopes(t, y, c, f, J, ft)            and df/dt (Rosenbrock methods)
@@ -154,7 +155,7 @@ class ImplicitSteps : public Kernel {
       : Kernel(N), m(settings), matrix(mass, mass + (mass ? N * N : 0)),
         M(mass ? matrix.data() : nullptr) {
     std::memcpy(start, y0, sizeof(start));
-    steps_per_look = 64;  // they take a microsecond or so
+    steps_per_look = Field::CHEAP ? 64 : 1;
   }
 
   void lend(void* const* captured) override { c = field.lend(captured); }
