@@ -58,17 +58,18 @@ def compare(keywords, within, counts):
         assert getattr(stats, name) == getattr(eager, name), name
 
 
+# With a mass matrix, and where a guess was right, the eager sweep evaluates f once more for J.
 COUNTS = ("rhs", "jacobians", "newton", "ram_bytes")
 MASS = torch.eye(34, dtype=D) + 0.1 * torch.ones(34, 34, dtype=D).tril(-1)
 
 
 @pytest.mark.parametrize(("keywords", "within", "counts"), [
-    ({"method": "cn", "step_size": 0.1}, 1e-10, COUNTS),
+    ({"method": "cn", "step_size": 0.1}, 1e-10, COUNTS[1:]),
     ({"method": "cn", "step_size": 0.1, "jacobian_reuse": "iteration"}, 1e-10, ("newton",)),
     ({"method": "es325", "rtol": 1e-4, "atol": 1e-6}, 1e-8, ("jacobians", "ram_bytes")),
     ({"method": "bdf", "rtol": 1e-5, "atol": 1e-8}, 1e-10, COUNTS),
-    ({"method": "bdf3", "step_size": 0.05, "times": (1.0, 0.9, 0.7)}, 1e-10, COUNTS),
-    ({"method": "bdf", "rtol": 1e-5, "atol": 1e-8, "mass": MASS}, 1e-10, COUNTS),
+    ({"method": "bdf3", "step_size": 0.01, "times": (1.0, 0.97, 0.94)}, 1e-10, COUNTS),
+    ({"method": "bdf", "rtol": 1e-5, "atol": 1e-8, "mass": MASS}, 1e-10, COUNTS[1:]),
     ({"method": "radau5", "rtol": 1e-5, "atol": 1e-8}, 1e-10, COUNTS),
 ])  # fmt: skip
 def test_sweeps_are_the_eager_ones(keywords, within, counts):
