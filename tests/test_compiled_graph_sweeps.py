@@ -9,6 +9,7 @@ import torch
 
 import pnode
 from pnode.solvers.compiled import inductor
+from pnode.solvers.compiled.graph_programs import GraphProgram
 
 D = torch.float64
 
@@ -77,18 +78,21 @@ def test_sweeps_are_the_eager_ones(keywords, within, counts):
     compare(keywords, within, counts)
 
 
-def test_operations_without_a_scalar_form():
-    """A small state's field, too, is a graph where it has none."""
+def test_more_operations_than_a_program_of_scalars_takes():
+    """A small state's field is a graph then."""
+    weights, found = torch.linspace(0.0, 1.0, 6000, dtype=D), []
 
     def field(t, y):
-        return torch.cumsum(torch.sin(y), 0) - 5.0 * y
+        return torch.tanh(torch.outer(y, weights)).mean(1) - 5.0 * y
 
-    found = []
     for compile in (False, True):
         solver = pnode.Solver(field, method="cn", step_size=0.1, compile=compile)
         y0 = torch.linspace(0.5, 1.0, 4, dtype=D, requires_grad=True)
         ys = solver(y0, torch.tensor([0.0, 1.0])).ys
         assert ("compiled='whole sweeps'" in repr(solver)) == compile
+        if compile:
+            (trace,) = solver._engine.compiler._traces.values()
+            assert any(isinstance(code, GraphProgram) for code in trace.codes.values())
         found.append((ys.detach(), torch.autograd.grad(ys.square().sum(), y0)[0]))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
