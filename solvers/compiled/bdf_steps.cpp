@@ -412,8 +412,7 @@ class Bdf : public ImplicitSteps {
 
   // From a cotangent of y to M^T w of (shift M - J)^T w = cotangent, with the part of mu.
   bool transposed(double t, const double* y, double shift, double* w) {
-    double f[N], J[N * N];
-    Factors factors;
+    double f[N];
     jacobian(t, y, c, f, J);
     counts.jacobians++, counts.rhs++, counts.factorizations++;
     if (!factors.factor(shift, J, M)) return false;
@@ -452,6 +451,8 @@ class Bdf : public ImplicitSteps {
   std::vector<double> record;  // what the last step's adjoint takes
   std::vector<std::pair<int, size_t>> kept;
   double waiting[MOST_STATES][N];
+  double J[N * N];  // of the adjoint
+  Factors factors;
 };
 
 }  // namespace

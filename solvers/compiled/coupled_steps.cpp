@@ -328,8 +328,9 @@ class Coupled : public ImplicitSteps {
   int iterations = 0;
   double rate = 0.0;
   Factors real;
-  Lu<Complex, N> pair;
-  const std::unique_ptr<Lu<double, MOST_COUPLED * N>> coupled{new Lu<double, MOST_COUPLED * N>};
+  AnyLu<Complex, N> pair;
+  typedef AnyLu<double, MOST_COUPLED * N> Coupling;
+  const std::unique_ptr<Coupling> coupled{new Coupling};
 };
 
 }  // namespace

@@ -33,7 +33,6 @@ class Dirk : public ImplicitSteps {
     const int s = int(m.stages);
     const double* Y = values.data() + index * N * (s - m.explicit_first);
     double rho[MOST_STAGES][N], kappa[N], x[N], l[N], f[N];
-    Factors factors;
     for (int i = 0; i < s; i++)
       for (int k = 0; k < N; k++) rho[i][k] = m.stiffly_accurate ? 0.0 : h * m.b[i] * lambda[k];
     for (int k = 0; k < N; k++) l[k] = m.stiffly_accurate ? 0.0 : lambda[k];
@@ -80,7 +79,17 @@ class Dirk : public ImplicitSteps {
   }
 
   Status step(double t, double h) override {
+    keeps = m.keeps_jacobian;
+    const Status status = solve_stages(t, h);
+    if (!keeps || status != NOT_CONVERGED) return status;
+    keeps = false;  // once more with a new Jacobian at each iterate
+    return solve_stages(t, h);
+  }
+
+ private:
+  Status solve_stages(double t, double h) {
     const int s = int(m.stages);
+    knows_jacobian = false;
     double slope[MOST_STAGES][N], z[N];
     for (int i = 0; i < s; i++) {
       const double *A = m.A + i * s, diagonal = A[i];
@@ -120,12 +129,14 @@ class Dirk : public ImplicitSteps {
     return std::isfinite(square(end)) ? DONE : NOT_FINITE;
   }
 
- private:
-  // Evaluate f and J, unless that was done last.
+  // Evaluate f, and J if that is cheap, unless that was done last.
   void evaluate(double t, const double* y) {
     const bool there = std::memcmp(y, last_iterate, sizeof(last_iterate)) == 0;
     if (there && (t == last_time || (AUTONOMOUS && !std::isnan(last_time)))) return;
-    jacobian(t, y, c, f, J);
+    if (Field::CHEAP)
+      jacobian(t, y, c, f, J);
+    else
+      value(t, y, c, f);
     counts.rhs++;
     last_time = t;
     std::memcpy(last_iterate, y, sizeof(last_iterate));
@@ -133,14 +144,23 @@ class Dirk : public ImplicitSteps {
 
   // Solve (y - z) / (h a) = f(t, y) for y, from a first guess, by Newton's method as SNES does.
   Status newton(double t, double shift, const double* z, double* y) {
-    double residual[N], first = 0.0, norm = 0.0;
-    Factors factors;
+    double residual[N], first = 0.0, norm = 0.0, before = 0.0;
     for (int iteration = 0;; iteration++) {
       double step = 0.0, size = 0.0;
       if (iteration) {
-        if (!factors.factor(shift, J)) return SINGULAR;
+        const bool slow = iteration > 1 && !(norm <= SLOW * before);
+        if (!keeps || !knows_jacobian || slow) {
+          if (!Field::CHEAP) jacobian(t, y, c, f, J);
+          knows_jacobian = true, factored = 0.0;
+          counts.jacobians++;
+        }
+        if (factored != shift) {
+          if (!factors.factor(shift, J)) return SINGULAR;
+          counts.factorizations++, factored = shift;
+        }
         factors.solve(residual);
-        counts.newton++, counts.krylov++, counts.jacobians++, counts.factorizations++;
+        counts.newton++, counts.krylov++;
+        before = norm;
         for (int k = 0; k < N; k++) y[k] -= residual[k];
         step = std::sqrt(square(residual)), size = std::sqrt(square(y));
       }
@@ -158,10 +178,15 @@ class Dirk : public ImplicitSteps {
     }
   }
 
+  static constexpr double SLOW = 0.1;  // of jacobians.py
+
   double first_slope[N], last_slope[N];
   bool knows_slope = false;
-  // Newton's last iterate, f and J there: a first guess is a stage already solved for.
+  // Newton's last iterate, f (and J) there: a first guess is a stage already solved for.
   double last_time = NAN, last_iterate[N] = {}, f[N], J[N * N];
+  bool keeps = false, knows_jacobian = false;
+  Factors factors;
+  double factored = 0.0;  // for this shift
   // Of the adjoint: an explicit first stage is the last one of the step before.
   bool pending = false;
   double cotangent[N], J_end[N * N];

@@ -71,7 +71,7 @@ def library() -> ctypes.CDLL:
     CompilationFailed
         If it cannot be compiled.
     """
-    text = source("kernel.h", "sweeps.cpp", "graph_steps.cpp")
+    text = source("kernel.h", "sweeps.cpp", "graphs.h", "graph_steps.cpp")
     made = compile_source(text, _FLAGS, "driver-")
     pointer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
     functions: dict[str, tuple[Any, list[Any]]] = {

@@ -33,7 +33,14 @@ from pnode.solvers.compiled.compiler import outside
 from pnode.solvers.compiled.inductor import CompilationFailed, Compiled, fingerprint
 from pnode.solvers.compiled.trace import FieldGraph
 
-__all__ = ["CompiledField", "CompiledLinearization", "FieldCode", "Fields", "compiled_field"]
+__all__ = [
+    "CompiledField",
+    "CompiledLinearization",
+    "FieldCode",
+    "Fields",
+    "compiled_field",
+    "field_code",
+]
 
 _SOURCE = Path(__file__).read_text(encoding="utf-8")
 # So many requests for a number of rows are worth a graph of their own.
@@ -138,14 +145,14 @@ class FieldCode(Code):
         given, saved = self._examples
         return self._compile_if_possible("derivative", transpose, [self._state(), *given, *saved])
 
-    def rows(self, number: int) -> Compiled | None:
+    def rows(self, number: int, at_once: bool = False) -> Compiled | None:
         """Return ``[W, t, y, *inputs, *saved] -> [W f_y]`` for so many rows w of W.
 
-        None where it is asked for too seldom.
+        None where it is asked for too seldom, unless it is wanted ``at_once``.
         """
         if number not in self._rows:
             self._asked[number] += 1
-            if self._asked[number] < _OFTEN:
+            if self._asked[number] < _OFTEN and not at_once:
                 return None
 
             def products(W: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -292,6 +299,13 @@ def compiled_field(
     return field
 
 
+def field_code(trace: Trace, part: VectorField, wanted: Wanted) -> FieldCode:
+    """Return the graphs of a field, the same ones for all that call them."""
+    made = FieldCode(trace.graph, part.dtype, wanted.auto)
+    code: FieldCode = trace.codes.setdefault(Fields, made)
+    return code
+
+
 class Fields(Backend):
     """The field of a solve whose sweeps or steps are not compiled as a whole."""
 
@@ -308,8 +322,7 @@ class Fields(Backend):
     def _compile(
         self, trace: Trace, part: VectorField, y0: torch.Tensor, wanted: Wanted
     ) -> FieldCode:
-        made = FieldCode(trace.graph, part.dtype, wanted.auto)
-        code: FieldCode = trace.codes.setdefault(Fields, made)
+        code = field_code(trace, part, wanted)
         code.value  # noqa: B018  # a failure is still in time for the other way
         if wanted.keep or wanted.settings.method.implicit:
             code.product  # noqa: B018

@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,54 +16,24 @@ from pnode.base.vectors import REAL
 from pnode.field.vectorfield import VectorField
 from pnode.solvers.compiled import driver
 from pnode.solvers.compiled.backend import Backend, Checked, Compilation, Trace, Wanted
-from pnode.solvers.compiled.inductor import CompilationFailed, CompiledGraph, open_graph
+from pnode.solvers.compiled.graph_calls import Graph, described, dtype_code, lend_torch, opened
+from pnode.solvers.compiled.inductor import CompilationFailed, CompiledGraph
 from pnode.solvers.compiled.integrator import Start, step_tolerances
 from pnode.solvers.compiled.steps import StepGraphs, Tensors
 from pnode.solvers.step_control import automatic_step
 
 __all__ = ["ExplicitSteps", "GraphSteps"]
 
-_TORCH = (
-    "create_tensor_from_blob", "empty_strided", "new_tensor_handle", "delete_tensor_object",
-    "get_data_ptr", "get_dim", "get_sizes", "get_strides",
-)  # fmt: skip
 _NUMBERS = (
     "size", "dtype", "fsal", "adaptive", "results", "begin", "end", "last", "evaluations",
     "products", "again", "bytes",
 )  # fmt: skip
 
 
-class _Graph(ctypes.Structure):
-    _fields_ = [("run", ctypes.c_void_p), ("container", ctypes.c_void_p)]
-
-
 class _Settings(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in _NUMBERS), ("step", _Graph), ("adjoint", _Graph),
+        *((name, ctypes.c_int64) for name in _NUMBERS), ("step", Graph), ("adjoint", Graph),
     ]  # fmt: skip
-
-
-@cache
-def _container(path: Path) -> tuple[ctypes.CDLL, int]:
-    """Return the library of a graph and a handle of the graph, for the rest of the process."""
-    library, handle = open_graph(path), ctypes.c_void_p()
-    create = library.AOTInductorModelContainerCreateWithDevice
-    if create(ctypes.byref(handle), ctypes.c_size_t(1), b"cpu", None) or not handle.value:
-        raise CompilationFailed("the graph could not be set up")
-    functions = [_address(getattr(library, f"aoti_torch_{name}")) for name in _TORCH]
-    driver.library().pnode_torch((ctypes.c_void_p * len(functions))(*functions))
-    return library, handle.value
-
-
-def _address(function: Any) -> int | None:
-    return ctypes.cast(function, ctypes.c_void_p).value
-
-
-def _opened(graph: Any) -> tuple[ctypes.CDLL, _Graph]:
-    if not isinstance(graph, CompiledGraph):
-        raise CompilationFailed("a graph is not machine code")
-    library, handle = _container(graph.path)
-    return library, _Graph(_address(library.AOTInductorModelContainerRun), handle)
 
 
 @cache
@@ -98,27 +67,20 @@ class GraphSteps(driver.Kernel):
         self.graphs = graphs
         self.size, self.dtype = graphs.size, graphs.dtype
         self._tolerances = tuple(tolerances)
-        library, step = _opened(graphs.compile_step(tolerances))
-        adjoint = _opened(graphs.adjoint)[1] if keep else _Graph()
+        library, step = opened(graphs.compile_step(tolerances))
+        lend_torch(library, self._library)
+        adjoint = opened(graphs.adjoint)[1] if keep else Graph()
         _, saved = graphs.start(torch.zeros((), dtype=REAL), torch.zeros(graphs.size))
         self._saved = saved if graphs.fsal else ()
         layout = graphs.layout
         settings = _Settings(
-            graphs.size, _code(library, graphs.dtype), graphs.fsal, bool(tolerances),
+            graphs.size, dtype_code(library, graphs.dtype), graphs.fsal, bool(tolerances),
             layout.results, layout.begin, layout.end, layout.last, graphs.stages,
             graphs.products, 0 if graphs.keeps_saved else graphs.products,
             graphs.checkpoint_bytes, step, adjoint,
         )  # fmt: skip
-        text: list[int] = []
-        for tensors in (self._tolerances, self._saved, self.inputs(), self.sums()):
-            text.append(len(tensors))
-            for x in tensors:
-                if x.device.type != "cpu" or x.layout is not torch.strided:
-                    raise CompilationFailed(f"f reads a tensor on {x.device}, {x.layout}")
-                text += [_code(library, x.dtype), x.dim(), *x.shape, *x.stride()]
-        self._plan = self._library.pnode_plan(
-            ctypes.byref(settings), (ctypes.c_int64 * len(text))(*text)
-        )
+        text = described(library, self._tolerances, self._saved, self.inputs(), self.sums())
+        self._plan = self._library.pnode_plan(ctypes.byref(settings), text)
         weakref.finalize(self, self._library.pnode_free_plan, self._plan).atexit = False
 
     def stand_at(self, state: torch.Tensor, slope: torch.Tensor, saved: Tensors) -> tuple[int, Any]:
@@ -158,15 +120,6 @@ class GraphSteps(driver.Kernel):
     def gradients(self, sums: list[torch.Tensor]) -> list[tuple[int, torch.Tensor]]:
         """Return mu from its sums."""
         return self.graphs.gradients(sums)
-
-
-def _code(library: ctypes.CDLL, dtype: torch.dtype) -> int:
-    """Return torch's number for a dtype."""
-    name = f"aoti_torch_dtype_{str(dtype).removeprefix('torch.')}"
-    try:
-        return int(getattr(library, name)())
-    except AttributeError as error:
-        raise CompilationFailed(f"f reads a tensor of {dtype}") from error
 
 
 class ExplicitSteps(Backend):

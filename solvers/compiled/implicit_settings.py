@@ -12,7 +12,7 @@ from pnode.base.devices import HOST
 from pnode.base.vectors import REAL
 from pnode.problems import tolerances
 from pnode.solvers.compiled.backend import Wanted
-from pnode.solvers.compiled.programs import Program
+from pnode.solvers.compiled.programs import ImplicitProgram
 from pnode.solvers.compiled.trace import Untraceable
 from pnode.solvers.firk.integrator import ERROR_WEIGHTS
 from pnode.solvers.firk.stage_newton import StageNewton
@@ -33,7 +33,8 @@ _NEWTON = {
 }  # fmt: skip
 _INTEGERS = (
     "stages", "adaptive", "max_newton", "wanted", "one_matrix", "time_slope", "stiffly_accurate",
-    "explicit_first", "carries_slope", "lowest", "highest", "by_residual", "by_norm",
+    "explicit_first", "carries_slope", "keeps_jacobian", "lowest", "highest", "by_residual",
+    "by_norm",
 )  # fmt: skip
 _NUMBERS = ("newton_rtol", "newton_stol", "newton_atol", "newton_divtol", "newton_kappa")
 _ARRAYS = (
@@ -79,7 +80,7 @@ def _arrays(method: Method) -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(array, dtype=float) for name, array in arrays.items()}
 
 
-def prepared(program: Program, wanted: Wanted) -> _Settings:
+def prepared(program: ImplicitProgram, wanted: Wanted) -> _Settings:
     """Return the settings, which stay the same from solve to solve."""
     settings = wanted.settings
     for known, struct, _ in program.prepared:
@@ -90,8 +91,10 @@ def prepared(program: Program, wanted: Wanted) -> _Settings:
     for name in ("rtol", "atol"):
         values = tolerance(settings, name).reshape(-1).expand(settings.size)
         arrays[name] = np.ascontiguousarray(values.numpy())
+    keeps = program.keeps_jacobian and settings.jacobian_options.reuse == "auto"
     struct = _Settings(
-        adaptive=settings.adaptive, wanted=program.entries > 0, **_newton(wanted),
+        adaptive=settings.adaptive, wanted=program.entries > 0, keeps_jacobian=keeps,
+        **_newton(wanted, keeps),
         **_structure(settings.method, arrays),
         **{name: array.ctypes.data for name, array in arrays.items()},
     )  # fmt: skip
@@ -127,10 +130,10 @@ def scheme_of(method: Method) -> Scheme:
     return method.scheme
 
 
-def _newton(wanted: Wanted) -> dict[str, float]:
+def _newton(wanted: Wanted, keeps_jacobian: bool) -> dict[str, float]:
     """Return when Newton's method is content, for the fields of the structure."""
     settings, method = wanted.settings, wanted.settings.method
-    values = _newton_options(wanted)
+    values = _newton_options(wanted, keeps_jacobian)
     found: dict[str, Any] = {
         field: type(usual)(values.get(name, usual)) for name, (usual, field) in _NEWTON.items()
     }
@@ -151,7 +154,7 @@ def _newton(wanted: Wanted) -> dict[str, float]:
     return found
 
 
-def _newton_options(wanted: Wanted) -> dict[str, Any]:
+def _newton_options(wanted: Wanted, keeps_jacobian: bool) -> dict[str, Any]:
     """Return PETSc's options; but for Newton's they must be those that pnode sets."""
     settings, values = wanted.settings, wanted.options.values
     expected, own = (
@@ -165,8 +168,7 @@ def _newton_options(wanted: Wanted) -> dict[str, Any]:
         same = name in expected and str(expected[name]) == str(value)
         if not same and name not in _NEWTON:
             raise Untraceable(f"the PETSc option {name!r} is for PETSc's own steps: drop it")
-    if (
-        not settings.method.multistep and not settings.method.coupled
-    ):  # the program evaluates the Jacobian at each iterate
+    own_newton = settings.method.multistep or settings.method.coupled
+    if not own_newton and not keeps_jacobian:  # the Jacobian is evaluated at each iterate
         values = {**values, **{name: own[name] for name in own if name not in wanted.options.given}}
     return values

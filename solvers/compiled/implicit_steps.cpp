@@ -1,12 +1,13 @@
 // Implicit steps on a small system with a dense Jacobian: what dirk_steps.cpp, bdf_steps.cpp,
 // coupled_steps.cpp and rosenbrock_steps.cpp have in common.
 //
-// What stands above this file when it is compiled (see programs.py): kernel.h, and of
-// y' = f(t, y, p)
+// What stands above this file when it is compiled (see programs.py): kernel.h, and, as scalars or
+// by graph_field.cpp, of y' = f(t, y, p)
 //
 //   N                                    size of y
 //   AUTONOMOUS                           whether f does not depend on t
-//   Captured                             the arrays that f reads besides t and y
+//   Field                                lends Captured, what f reads besides t and y; CHEAP: J costs
+//                                        little where f is evaluated, and a step a microsecond or so
 //   value(t, y, c, f)                    f
 //   jacobian(t, y, c, f, J)              f and J = df/dy, by rows
 //   slopes(t, y, c, f, J, ft)            and df/dt (Rosenbrock methods)
@@ -15,6 +16,7 @@
 //   second(t, y, S, w, c, l, mu)         l, mu += d/d(y, p) (sum_kl S_kl J_kl + w^T df/dt)
 
 #include <complex>  // before Lu, whose std::abs is looked up where it stands
+#include <type_traits>
 
 namespace {
 
@@ -25,6 +27,8 @@ struct Settings {  // of programs.py
   // Rosenbrock: one matrix for all stages; f_t is needed. DIRK: u' is the last stage; the first
   // stage is u; its slope is the last stage's of the step before, as that was solved for.
   int64_t one_matrix, time_slope, stiffly_accurate, explicit_first, carries_slope;
+  // DIRK: a Jacobian serves for a step's iterations as long as they converge well.
+  int64_t keeps_jacobian;
   // BDF: lowest and highest order; whether Newton's method looks at the residual, and at the update
   // in relation to u instead of to the tolerances.
   int64_t lowest, highest, by_residual, by_norm;
@@ -86,15 +90,47 @@ struct Lu {
   }
 };
 
+struct Lapack {  // getrf and getrs, of double and of complex numbers
+  void (*factor[2])(int*, int*, void*, int*, int*, int*);
+  void (*solve[2])(char*, int*, int*, const void*, int*, const int*, void*, int*, int*);
+} lapack;
+
+// The same by LAPACK, to which the rows are columns.
+template <typename T, int MOST>
+struct LargeLu {
+  const std::unique_ptr<T[][MOST]> lu{new T[MOST][MOST]};
+  int pivots[MOST];
+
+  bool factor(int n = MOST) {
+    int most = MOST, info = 0;
+    lapack.factor[KIND](&n, &n, lu.get(), &most, pivots, &info);
+    return info == 0;
+  }
+
+  void solve(T* x, int n = MOST) const { apply('T', x, n); }
+  void solve_transposed(T* x, int n = MOST) const { apply('N', x, n); }
+
+ private:
+  static constexpr int KIND = !std::is_same<T, double>::value;
+
+  void apply(char form, T* x, int n) const {
+    int most = MOST, one = 1, info = 0;
+    lapack.solve[KIND](&form, &n, &one, lu.get(), &most, pivots, x, &n, &info);
+  }
+};
+
+template <typename T, int MOST>
+using AnyLu = std::conditional_t<(N > 32), LargeLu<T, MOST>, Lu<T, MOST>>;
+
 // Of shift M - J; without a mass matrix M = I.
-struct Factors : Lu<double, N> {
+struct Factors : AnyLu<double, N> {
   bool factor(double shift, const double* J, const double* mass = nullptr) {
     for (int i = 0; i < N; i++)
       for (int j = 0; j < N; j++) {
         const double entry = mass ? mass[i * N + j] : i == j;
         lu[i][j] = shift * entry - J[i * N + j];
       }
-    return Lu::factor();
+    return AnyLu<double, N>::factor();
   }
 };
 
@@ -107,10 +143,9 @@ void multiply(const double* M, const double* x, double* y) {
 }
 
 void multiply_transposed(const double* J, const double* w, double* l) {
-  for (int j = 0; j < N; j++) {
-    l[j] = 0.0;
-    for (int i = 0; i < N; i++) l[j] += J[i * N + j] * w[i];
-  }
+  for (int j = 0; j < N; j++) l[j] = 0.0;
+  for (int i = 0; i < N; i++)
+    for (int j = 0; j < N; j++) l[j] += J[i * N + j] * w[i];
 }
 
 class ImplicitSteps : public Kernel {
@@ -120,10 +155,10 @@ class ImplicitSteps : public Kernel {
       : Kernel(N), m(settings), matrix(mass, mass + (mass ? N * N : 0)),
         M(mass ? matrix.data() : nullptr) {
     std::memcpy(start, y0, sizeof(start));
-    steps_per_look = 64;  // they take a microsecond or so
+    steps_per_look = Field::CHEAP ? 64 : 1;
   }
 
-  void lend(void* const* captured) override { c = reinterpret_cast<Captured>(captured); }
+  void lend(void* const* captured) override { c = field.lend(captured); }
 
   void begin() override {
     std::memcpy(u, start, sizeof(u));
@@ -218,6 +253,7 @@ class ImplicitSteps : public Kernel {
   const std::vector<double> matrix;
   const double* const M;      // null: the identity
   double first_order = 0.0;   // for the first step, if not the method's
+  Field field;
   Captured c = nullptr;
   double u[N], end[N], defect[N], stages[MOST_STAGES][N];
   double lambda[N], *mu = nullptr;
@@ -257,6 +293,8 @@ void pnode_products(Captured c, double t, const double* y, const double* w, doub
   multiply_transposed(J, w, l);
   parameters(t, y, w, c, mu);
 }
+
+void pnode_lapack(const Lapack* functions) { lapack = *functions; }
 
 // f, to compare with the vector field itself.
 void pnode_value(Captured c, double t, const double* y, double* f) { value(t, y, c, f); }

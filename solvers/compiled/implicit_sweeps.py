@@ -14,18 +14,20 @@ from pnode.problems.checkpointing import Checkpointing
 from pnode.solvers.compiled.backend import Backend, Checked, Compilation, Trace, Wanted
 from pnode.solvers.compiled.driver import CompiledSweep
 from pnode.solvers.compiled.evaluations import agree
+from pnode.solvers.compiled.fields import field_code
+from pnode.solvers.compiled.graph_programs import GraphProgram
 from pnode.solvers.compiled.implicit_settings import prepared, scheme_of, tolerance
-from pnode.solvers.compiled.programs import Program
+from pnode.solvers.compiled.programs import ImplicitProgram, Program
 from pnode.solvers.compiled.trace import Untraceable
 
 __all__ = ["ImplicitSweeps"]
 
-# LU factors of larger matrices belong to LAPACK, and larger fields to torch.
-_LARGEST_STATE = 32
+# Larger fields and matrices are torch's and LAPACK's, and those beyond that PETSc's.
+_LARGEST_SCALARS, _LARGEST_STATE = 32, 256
 
 
 class ImplicitSweeps(Backend):
-    """Sweeps of theta, DIRK, BDF and Rosenbrock methods, as programs of scalars."""
+    """Sweeps of implicit methods, on programs of scalars or on compiled graphs."""
 
     implicit = True
 
@@ -55,8 +57,9 @@ class ImplicitSweeps(Backend):
                 "implicit methods are compiled with jacobian='dense' and jacobian_reuse='auto' or "
                 "'iteration'"
             )
-        if settings.size > _LARGEST_STATE:
-            return f"implicit methods are compiled for up to {_LARGEST_STATE} state entries"
+        most = _LARGEST_SCALARS if method.linearly_implicit else _LARGEST_STATE
+        if settings.size > most:
+            return f"method={method.name!r} is compiled for up to {most} state entries"
         if settings.dtype is not torch.float64:
             return "implicit methods are compiled in float64 only"
         if settings.controller not in ("basic", "none"):
@@ -65,7 +68,7 @@ class ImplicitSweeps(Backend):
 
     def _compile(
         self, trace: Trace, part: VectorField, y0: torch.Tensor, wanted: Wanted
-    ) -> Program:
+    ) -> ImplicitProgram:
         method = wanted.settings.method
         rosenbrock = method.linearly_implicit
         steps = (
@@ -74,10 +77,11 @@ class ImplicitSweeps(Backend):
         )  # fmt: skip
         key = (ImplicitSweeps, steps)
         if key not in trace.codes:
-            program = Program(trace.graph, part.problem.parameters, steps)
-            _check(program, part, y0, rosenbrock)
-            trace.codes[key] = program
-        made: Program = trace.codes[key]
+            program: ImplicitProgram | None = None
+            if len(y0) <= _LARGEST_SCALARS:
+                program = _scalars(trace, part, y0, steps)
+            trace.codes[key] = program or GraphProgram(field_code(trace, part, wanted), steps)
+        made: ImplicitProgram = trace.codes[key]
         prepared(made, wanted)
         return made
 
@@ -85,7 +89,7 @@ class ImplicitSweeps(Backend):
         self, checked: Sequence[Checked], field_: VectorField, y0: torch.Tensor, wanted: Wanted
     ) -> Compilation:
         """Return the sweep."""
-        program: Program = checked[0].code
+        program: ImplicitProgram = checked[0].code
         mass = field_.problem.mass
         handle = program.stand_at(
             prepared(program, wanted), y0, None if mass is None else mass.dense()
@@ -95,6 +99,18 @@ class ImplicitSweeps(Backend):
             wanted.control.first_step or 0.0,
         )  # fmt: skip
         return Compilation(sweep, captured=tuple(program.captured))
+
+
+def _scalars(trace: Trace, part: VectorField, y0: torch.Tensor, steps: str) -> Program | None:
+    """Return a program of scalars, or None where graphs can do what it cannot."""
+    try:
+        program = Program(trace.graph, part.problem.parameters, steps)
+        _check(program, part, y0, steps == "rosenbrock")
+    except Untraceable:
+        if steps == "rosenbrock":
+            raise
+        return None
+    return program
 
 
 def _check(program: Program, part: VectorField, y0: torch.Tensor, rosenbrock: bool) -> None:

@@ -23,10 +23,11 @@ from pnode.solvers.compiled.operations import Operations, decomposed
 from pnode.solvers.compiled.scalars import Scalars, Symbols
 from pnode.solvers.compiled.trace import FieldGraph, Untraceable
 
-__all__ = ["Program"]
+__all__ = ["INCLUDES", "ImplicitProgram", "Program"]
 
 _FLAGS = ("-std=c++17", "-O2", "-march=native", "-fno-math-errno", "-fPIC", "-shared")
-_PRELUDE = """\
+#: What comes before each program's field.
+INCLUDES = """\
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -34,44 +35,51 @@ _PRELUDE = """\
 #include <limits>
 #include <memory>
 #include <vector>
-
+"""
+_PRELUDE = """\
 namespace {
 using std::fabs;
 // torch's: NaN wins.
 inline double larger(double a, double b) { return a >= b || a != a ? a : b; }
 inline double smaller(double a, double b) { return a <= b || a != a ? a : b; }
 typedef const double* const* Captured;
+struct Field {
+  static constexpr bool CHEAP = true;
+  Captured lend(void* const* captured) { return reinterpret_cast<Captured>(captured); }
+};
 """
 
 
-class Program(Kernel, Code):
+class ImplicitProgram(Kernel, Code):
     """The machine code for one field and one kind of methods.
 
     Parameters
     ----------
     traced : FieldGraph
         The field.
-    parameters : sequence of Tensor
-        Those that gradients are wanted for.
+    field : str
+        Its program, with what comes before it.
     steps : {"dirk", "bdf", "coupled", "rosenbrock"}
-        The methods; Rosenbrock's differentiate twice.
+        The methods.
+    flags : sequence of str
+        More options of the compiler.
     """
 
     dtype = REAL
+    #: Whether a DIRK's Newton method is to do with few Jacobians.
+    keeps_jacobian = False
 
-    def __init__(self, traced: FieldGraph, parameters: Sequence[torch.Tensor], steps: str) -> None:
-        for tensor in traced.captured:
-            if tensor.dtype in (torch.float32, torch.complex128) or tensor.device.type != "cpu":
-                raise Untraceable(f"it reads a tensor of type {tensor.dtype} on {tensor.device}")
+    def __init__(
+        self, traced: FieldGraph, field: str, steps: str, flags: Sequence[str] = ()
+    ) -> None:
         self._traced = traced
         self.size = math.prod(traced.shape)
         self._templates = [torch.empty(part.shape, device="meta") for part in traced.parameters]
         #: Entries of mu.
         self.entries = sum(template.numel() for template in self._templates)
-        field = _Writer(traced, parameters).text(steps == "rosenbrock")
         implicit = source("implicit_steps.cpp", f"{steps}_steps.cpp")
-        text = "\n".join((source("kernel.h"), field, implicit))
-        self.library = compile_source(text, _FLAGS)
+        text = "\n".join((source("kernel.h"), INCLUDES, field, implicit))
+        self.library = compile_source(text, (*_FLAGS, *flags))
         self.library.pnode_implicit_steps.restype = ctypes.c_void_p
         #: Settings in C by those in Python, and the arrays that they point to.
         self.prepared: list[tuple[Any, Any, Any]] = []
@@ -80,13 +88,6 @@ class Program(Kernel, Code):
     def captured(self) -> Sequence[torch.Tensor]:
         """What f reads besides t and y."""
         return self._traced.captured
-
-    def inputs(self) -> list[torch.Tensor]:
-        """Return it as the program takes it."""
-        return [
-            x if x.dtype is REAL and x.is_contiguous() else x.detach().to(REAL).contiguous()
-            for x in self._traced.captured
-        ]
 
     def sums(self) -> list[torch.Tensor]:
         """Return zeros for mu, all parameters one after the other."""
@@ -98,6 +99,45 @@ class Program(Kernel, Code):
         return [
             (part.index, gradient)
             for part, gradient in zip(self._traced.parameters, parts, strict=True)
+        ]
+
+    def stand_at(
+        self, settings: ctypes.Structure, y0: torch.Tensor, mass: torch.Tensor | None = None
+    ) -> int:
+        """Return a kernel at a state, for settings in C, and some methods a mass matrix."""
+        state = y0.detach().contiguous()
+        matrix = None if mass is None else mass.contiguous()  # kept alive until it is copied
+        handle: int = self.library.pnode_implicit_steps(
+            ctypes.byref(settings), _at(state), None if matrix is None else _at(matrix)
+        )
+        return handle
+
+
+class Program(ImplicitProgram):
+    """Where the field is scalar operations too.
+
+    Parameters
+    ----------
+    traced : FieldGraph
+        The field.
+    parameters : sequence of Tensor
+        Those that gradients are wanted for.
+    steps : {"dirk", "bdf", "coupled", "rosenbrock"}
+        The methods; Rosenbrock's differentiate twice.
+    """
+
+    def __init__(self, traced: FieldGraph, parameters: Sequence[torch.Tensor], steps: str) -> None:
+        for tensor in traced.captured:
+            if tensor.dtype in (torch.float32, torch.complex128) or tensor.device.type != "cpu":
+                raise Untraceable(f"it reads a tensor of type {tensor.dtype} on {tensor.device}")
+        field = _Writer(traced, parameters).text(steps == "rosenbrock")
+        super().__init__(traced, field, steps)
+
+    def inputs(self) -> list[torch.Tensor]:
+        """Return what f reads as the program takes it."""
+        return [
+            x if x.dtype is REAL and x.is_contiguous() else x.detach().to(REAL).contiguous()
+            for x in self._traced.captured
         ]
 
     def at(self, t: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor]:
@@ -117,17 +157,6 @@ class Program(Kernel, Code):
         else:
             self.library.pnode_second(pointers(read), time, *map(_at, (y, w, v, back, mu)))
         return f, back, mu
-
-    def stand_at(
-        self, settings: ctypes.Structure, y0: torch.Tensor, mass: torch.Tensor | None = None
-    ) -> int:
-        """Return a kernel at a state, for settings in C, and some methods a mass matrix."""
-        state = y0.detach().contiguous()
-        matrix = None if mass is None else mass.contiguous()  # kept alive until it is copied
-        handle: int = self.library.pnode_implicit_steps(
-            ctypes.byref(settings), _at(state), None if matrix is None else _at(matrix)
-        )
-        return handle
 
 
 def _at(tensor: torch.Tensor) -> Any:

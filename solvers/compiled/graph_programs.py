@@ -1,0 +1,97 @@
+"""Implicit steps in C++ on a field that is compiled graphs: of more than some thousand operations.
+
+The graphs are those of :class:`~pnode.solvers.compiled.fields.FieldCode`, called as
+``graph_field.cpp`` does; larger matrices are factored by the LAPACK that SciPy brings.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from functools import cache
+from typing import Any
+
+import torch
+
+from pnode.base.vectors import REAL
+from pnode.solvers.compiled.driver import source
+from pnode.solvers.compiled.fields import FieldCode
+from pnode.solvers.compiled.graph_calls import Graph, described, lend_torch, opened
+from pnode.solvers.compiled.programs import ImplicitProgram
+from pnode.solvers.compiled.trace import FieldGraph
+
+__all__ = ["GraphProgram"]
+
+_FLAGS = ("-O3",)
+
+
+class _FieldGraphs(ctypes.Structure):
+    _fields_ = [
+        ("saved", ctypes.c_int64), ("parameters", ctypes.c_int64),
+        ("value", Graph), ("rows", Graph), ("product", Graph),
+    ]  # fmt: skip
+
+
+class GraphProgram(ImplicitProgram):
+    """The machine code for one field and one kind of methods but Rosenbrock's.
+
+    Parameters
+    ----------
+    code : FieldCode
+        The field.
+    steps : {"dirk", "bdf", "coupled"}
+        The methods.
+
+    Raises
+    ------
+    CompilationFailed
+        If a graph or the steps could not be compiled, or a graph needs torch's help.
+    """
+
+    keeps_jacobian = True
+
+    def __init__(self, code: FieldCode, steps: str) -> None:
+        self._code, traced = code, code.traced
+        size = math.prod(traced.shape)
+        graphs = (code.value, code.rows(size, at_once=True), code.product)
+        (library, *_), calls = zip(*map(opened, graphs), strict=True)
+        self._units = torch.eye(size, dtype=REAL).view(size, *traced.shape)
+        autonomous = str(not _reads_time(traced)).lower()
+        field = (
+            f"constexpr int N = {size};\nconstexpr bool AUTONOMOUS = {autonomous};",
+            source("graphs.h", "graph_field.cpp"),
+        )
+        super().__init__(traced, "\n".join(field), steps, _FLAGS)
+        lend_torch(library, self.library)
+        self.library.pnode_lapack(_lapack())
+        settings = _FieldGraphs(traced.saved, len(traced.parameters), *calls)
+        self.library.pnode_field(ctypes.byref(settings), described(library, self.inputs()))
+
+    def inputs(self) -> list[torch.Tensor]:
+        """Return what f reads as the program takes it."""
+        return [self._units, self._units[0], *self._traced.inputs()]
+
+    def at(self, t: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+        """Return f(t, y), flat, and what is saved of it."""
+        return self._code.at(t, y)
+
+
+def _reads_time(traced: FieldGraph) -> bool:
+    for graph, place in ((traced.value, 0), (traced.product, 1)):
+        given = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        if given[place].users:
+            return True
+    return False
+
+
+@cache
+def _lapack() -> Any:
+    """Return the addresses of LAPACK's functions, in the order of ``implicit_steps.cpp``."""
+    from scipy.linalg import cython_lapack  # takes a tenth of a second
+
+    get = ctypes.pythonapi.PyCapsule_GetPointer
+    name = ctypes.pythonapi.PyCapsule_GetName
+    get.restype, get.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    name.restype, name.argtypes = ctypes.c_char_p, [ctypes.py_object]
+    found = [cython_lapack.__pyx_capi__[each] for each in ("dgetrf", "zgetrf", "dgetrs", "zgetrs")]
+    return (ctypes.c_void_p * len(found))(*(get(each, name(each)) for each in found))
