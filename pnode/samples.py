@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 
 from pnode.adjoint.sample_adjoint import sample_adjoint
 from pnode.base.ledger import Stats
+from pnode.base.options import OWN_PREFIX, SolverOptions
 from pnode.base.ranks import ALONE
 from pnode.base.surroundings import Surroundings
 from pnode.base.transforms import differentiable, is_legacy_batch, refuse_moving, refuse_transforms
@@ -24,7 +27,7 @@ from pnode.problems.problem import InitialValueProblem, StateLayout, as_times, c
 from pnode.solutions.solution import Solution
 from pnode.solvers.compiled.backend import Wanted
 from pnode.solvers.compiled.row_sweeps import Rows, compiled_rows
-from pnode.solvers.petsc.settings import IntegratorSettings
+from pnode.solvers.petsc.settings import IntegratorSettings, default_options
 from pnode.solvers.sample_field import RowsField
 from pnode.solvers.sample_methods import create
 from pnode.solvers.sample_record import Passes
@@ -210,6 +213,16 @@ class _SolveFunction(torch.autograd.Function):
         return None, None, None, None, state, by_times, *gradients
 
 
+@cache
+def _options(settings: IntegratorSettings) -> SolverOptions:
+    """Return pnode's own options: nobody else's reach steps that are not PETSc's."""
+    defaults = default_options(
+        settings.method, settings.adaptive, settings.jacobian, settings.dtype, False,
+        settings.controller,
+    )  # fmt: skip
+    return SolverOptions(OWN_PREFIX, None, defaults)
+
+
 def _wanted(engine: Any, problem: InitialValueProblem, flat: torch.Tensor, keep: bool) -> Wanted:
     """Return the solve of one row, for the compiler."""
     control, method = engine.control, engine.method
@@ -219,8 +232,9 @@ def _wanted(engine: Any, problem: InitialValueProblem, flat: torch.Tensor, keep:
     )  # fmt: skip
     needed = f"method={method.name!r} with samples='independent' is machine code alone, and f"
     return Wanted(
-        settings, engine.solver_options(settings), control, engine.checkpointing, keep, False,
-        False, engine.integrator, needed=needed if method.multistep or method.coupled else "",
+        settings, _options(replace(settings, size=1, max_step=math.inf)), control,
+        engine.checkpointing, keep, False, False, engine.integrator,
+        needed=needed if method.multistep or method.coupled else "",
     )  # fmt: skip
 
 
