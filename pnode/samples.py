@@ -15,13 +15,19 @@ from pnode.base.ledger import Stats
 from pnode.base.options import OWN_PREFIX, SolverOptions
 from pnode.base.ranks import ALONE
 from pnode.base.surroundings import Surroundings
-from pnode.base.transforms import differentiable, is_legacy_batch, refuse_moving, refuse_transforms
+from pnode.base.transforms import (
+    differentiable,
+    is_legacy_batch,
+    outside_inference,
+    refuse_moving,
+    refuse_transforms,
+)
 from pnode.base.vectors import REAL
 from pnode.derivatives.batches import as_parameter
 from pnode.errors import BackwardError, ConfigurationError
 from pnode.field.vectorfield import record_all
 from pnode.field.watching import watched
-from pnode.problems import tolerances
+from pnode.problems import arguments, tolerances
 from pnode.problems.calls import Call
 from pnode.problems.problem import InitialValueProblem, StateLayout, as_times, collect_parameters
 from pnode.solutions.solution import Solution
@@ -80,7 +86,10 @@ def solve(solver: Any, y0: Any, t: Any, args: Any) -> Solution:
         resolution=resolution,
     )  # fmt: skip
     stats = Stats()
-    ys = _SolveFunction.apply(engine, problem, solver._requests, stats, y0, times, *wanted)
+    arguments.refuse_inference(declared, engine.method)
+    with outside_inference(differentiate):
+        y0, times = (x.clone() if x.is_inference() else x for x in (y0, times))
+        ys = _SolveFunction.apply(engine, problem, solver._requests, stats, y0, times, *wanted)
     return Solution(times, call.restored(ys), stats)
 
 
