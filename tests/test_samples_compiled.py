@@ -158,3 +158,14 @@ def test_numbers_that_change_and_undeclared_tensors():
     hidden = torch.tensor(1.0, dtype=D, requires_grad=True)
     with pytest.raises(pnode.ConfigurationError):
         independent(lambda t, y: -hidden * y)(y0, [0.0, 1.0])
+
+
+def test_shapes_and_inference_mode():
+    """Rows of one number each, and tensors that torch keeps no versions of."""
+    with torch.inference_mode():
+        y0 = torch.tensor([1.0, 2.0, -3.0], dtype=D)
+        exact = y0 * torch.tensor(-0.5, dtype=D).exp()
+        for options in ({"compile": True}, {"method": "es325"}):
+            solver = pnode.Solver(lambda t, y: -t * y, samples="independent", **options)
+            ys = solver(y0, [0.0, 1.0]).ys
+            torch.testing.assert_close(ys[-1], exact, rtol=1e-4, atol=0.0)
