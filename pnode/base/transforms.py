@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_leaves
 from pnode.errors import BackwardError, ConfigurationError
 
 __all__ = [
-    "batch_is_innermost", "batch_level", "differentiable", "has_tangent", "in_forward_mode",
-    "is_legacy_batch", "is_wrapped", "legacy_batch", "lowered", "moves", "no_tangents",
-    "only_forward_mode", "outside", "outside_compiler", "outside_inference", "plain",
+    "batch_is_innermost", "batch_level", "depends", "differentiable", "has_tangent",
+    "in_forward_mode", "is_legacy_batch", "is_wrapped", "legacy_batch", "lowered", "moves",
+    "no_tangents", "only_forward_mode", "outside", "outside_compiler", "outside_inference", "plain",
     "recorded_by_autograd", "refuse_moving", "refuse_traced", "refuse_transforms", "signed",
     "stacked", "tensors_of", "transforms_active", "unbatched", "unmoved", "unwrapped",
 ]  # fmt: skip
@@ -370,6 +370,22 @@ def is_wrapped(tensor: torch.Tensor) -> bool:
 def moves(tensor: torch.Tensor) -> bool:
     """Whether something is to be differentiated by a tensor."""
     return tensor.requires_grad or is_wrapped(tensor) or has_tangent(tensor)
+
+
+def depends(tensor: torch.Tensor) -> bool:
+    """Whether a tensor depends on what is differentiated by, or is a batch of ``vmap``.
+
+    One that was only made inside of a transform of torch.func does not.
+    """
+    while is_wrapped(tensor):
+        if _is_legacy_batch(tensor) or _functorch.is_batchedtensor(tensor):
+            return True
+        with outside(_functorch.maybe_get_level(tensor) + 1):
+            if tensor.requires_grad or has_tangent(tensor):
+                return True
+        tensor = unwrapped(tensor)
+    with outside():
+        return tensor.requires_grad or has_tangent(tensor)
 
 
 def tensors_of(value: Any) -> tuple[torch.Tensor, ...]:
