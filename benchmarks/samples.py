@@ -26,6 +26,7 @@ import torch
 import pnode
 
 RTOL, ATOL, END = 1e-6, 1e-8, 20.0
+COMPILED = ("bdf", "radau5")  # as independent samples only so
 Way = Callable[[torch.Tensor], tuple[torch.Tensor, float]]
 
 
@@ -43,14 +44,16 @@ def oscillators(rows: int, damping: float) -> tuple[Callable[..., torch.Tensor],
 
 def ours(f: Callable[..., torch.Tensor], method: str, **options: Any) -> Way:
     """Return a gradient by pnode."""
-    solver = pnode.Solver(f, method=method, rtol=RTOL, atol=ATOL, compile=False, **options)
+    options.setdefault("compile", False)
+    rows = "samples" in options
+    solver = pnode.Solver(f, method=method, rtol=RTOL, atol=ATOL, **options)
     times = torch.linspace(0.0, END, 5, dtype=torch.float64)
 
     def gradient(y0: torch.Tensor) -> tuple[torch.Tensor, float]:
         y0 = y0.clone().requires_grad_()
         solution = solver(y0, times)
         (found,) = torch.autograd.grad(solution.ys.sum(), y0)
-        return found, solution.stats.steps / (len(y0) if options else 1)
+        return found, solution.stats.steps / (len(y0) if rows else 1)
 
     return gradient
 
@@ -123,6 +126,9 @@ def measure(rows: int, damping: float, methods: list[str], rounds: int) -> None:
     f, start = oscillators(rows, damping)
     ways: dict[str, Way] = {}
     for method in methods:
+        ways[f"{method}, compiled"] = ours(f, method, samples="independent", compile=True)
+        if method in COMPILED:
+            continue
         ways[f"{method}, independent"] = ours(f, method, samples="independent")
         ways[f"{method}, joint"] = ours(f, method)
         if rows <= 64:
@@ -159,7 +165,7 @@ def main() -> None:
     parser.add_argument("--damping", type=float, default=20.0, help="of the last oscillator")
     parser.add_argument("--rows", type=int, nargs="+", default=[64, 1000])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--methods", nargs="+", default=["dopri5", "rodaspr"])
+    parser.add_argument("--methods", nargs="+", default=["dopri5", "rodaspr", "bdf"])
     options = parser.parse_args()
     torch.set_num_threads(1)
     for rows in (8,) if options.quick else options.rows:

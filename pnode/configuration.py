@@ -100,8 +100,8 @@ class Steps:
         ``resume`` or ``gradient="continuous"``; not compiled.
     samples : {"joint", "independent"}
         "joint": y0 is one state, with one error norm and one step for all of it. "independent":
-        each row of y0, of shape ``(B, ...)``, is a problem of its own, by a one-step method: with
-        its own steps, output times and failures. See docs/problems.md.
+        each row of y0, of shape ``(B, ...)``, is a problem of its own: with its own steps, output
+        times and failures, in machine code if ``compile=True``. See docs/problems.md.
     on_failure : {"raise", "nan"}
         Of independent samples: whether a row that fails ends the solve with an error that names
         it, or has NaN at its outputs from there on.

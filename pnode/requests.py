@@ -30,12 +30,13 @@ def requested(
     checkpointing: Any,
     cost: Any,
     layout: Any,
+    compile: Any,
 ) -> Requests:
     """Return what a sweep is to do besides integrating, and refuse what it cannot.
 
     Parameters
     ----------
-    gradient, form, method, steps, linear_algebra, output, checkpointing, cost, layout
+    gradient, form, method, steps, linear_algebra, output, checkpointing, cost, layout, compile
         What a solver is given.
 
     Raises
@@ -55,8 +56,9 @@ def requested(
             "norm": steps.norm if callable(steps.norm) else None,
         })  # fmt: skip
     independent = _independent(
-        gradient, form, method, steps, linear_algebra, output, checkpointing, cost, layout
-    )
+        gradient, form, method, steps, linear_algebra, output, checkpointing, cost, layout,
+        compile is True,
+    )  # fmt: skip
     return replace(
         output.requests(), independent=independent, continuous=chosen == "continuous",
         sensitivity_control=steps.sensitivity_control,
@@ -118,7 +120,7 @@ def _refuse_unsupported(
 
 def _independent(
     gradient: str, form: str, method: Any, steps: Any, linear_algebra: Any, output: Any,
-    checkpointing: Any, cost: Any, layout: Any,
+    checkpointing: Any, cost: Any, layout: Any, compiled: bool,
 ) -> str | None:  # fmt: skip
     """Return what becomes of an independent sample that fails, None for one joint state.
 
@@ -159,13 +161,19 @@ def _independent(
                 f"{name}={value!r} with samples='independent' is not supported: {_JOINT}"
             )
     scheme = method.scheme
-    if form != "rhs" or scheme is None or scheme.coupled or scheme.A_explicit is not None:
+    own = method.multistep or method.coupled  # in machine code alone
+    if form != "rhs" or (not own and (scheme is None or scheme.A_explicit is not None)):
         raise ConfigurationError(
             f"method={method.name!r} of a problem given as {form}= with samples='independent' is "
-            "not supported, only explicit and diagonally implicit Runge-Kutta and Rosenbrock "
-            f"methods and rhs=: {_JOINT}"
+            "not supported, only explicit and implicit Runge-Kutta, Rosenbrock and BDF methods and "
+            f"rhs=: {_JOINT}"
         )
-    if steps.step_size is None and scheme.b_embedded is None:
+    if own and not compiled:
+        raise ConfigurationError(
+            f"method={method.name!r} with samples='independent' is machine code alone: give "
+            "compile=True, or take a method such as 'rodaspr' or 'es325'"
+        )
+    if steps.step_size is None and not own and scheme.b_embedded is None:
         raise ConfigurationError(
             f"method={method.name!r} with samples='independent' has no error estimate of a step by "
             "itself: give step_size=h, or take a method such as 'rodaspr' or 'es325'"

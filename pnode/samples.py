@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 
 from pnode.adjoint.sample_adjoint import sample_adjoint
 from pnode.base.ledger import Stats
+from pnode.base.options import OWN_PREFIX, SolverOptions
 from pnode.base.ranks import ALONE
 from pnode.base.surroundings import Surroundings
-from pnode.base.transforms import differentiable, is_legacy_batch, refuse_moving, refuse_transforms
+from pnode.base.transforms import (
+    differentiable,
+    is_legacy_batch,
+    outside_inference,
+    refuse_moving,
+    refuse_transforms,
+)
 from pnode.base.vectors import REAL
 from pnode.derivatives.batches import as_parameter
 from pnode.errors import BackwardError, ConfigurationError
 from pnode.field.vectorfield import record_all
 from pnode.field.watching import watched
-from pnode.problems import tolerances
+from pnode.problems import arguments, tolerances
 from pnode.problems.calls import Call
 from pnode.problems.problem import InitialValueProblem, StateLayout, as_times, collect_parameters
 from pnode.solutions.solution import Solution
+from pnode.solvers.compiled.backend import Wanted
+from pnode.solvers.compiled.row_sweeps import Rows, compiled_rows
+from pnode.solvers.petsc.settings import IntegratorSettings, default_options
 from pnode.solvers.sample_field import RowsField
 from pnode.solvers.sample_methods import create
 from pnode.solvers.sample_record import Passes
@@ -73,7 +86,10 @@ def solve(solver: Any, y0: Any, t: Any, args: Any) -> Solution:
         resolution=resolution,
     )  # fmt: skip
     stats = Stats()
-    ys = _SolveFunction.apply(engine, problem, solver._requests, stats, y0, times, *wanted)
+    arguments.refuse_inference(declared, engine.method)
+    with outside_inference(differentiate):
+        y0, times = (x.clone() if x.is_inference() else x for x in (y0, times))
+        ys = _SolveFunction.apply(engine, problem, solver._requests, stats, y0, times, *wanted)
     return Solution(times, call.restored(ys), stats)
 
 
@@ -86,14 +102,13 @@ def _refuse_unsupported(solver: Any) -> None:
         )
     if engine.setup is not None:
         raise ConfigurationError(
-            "petsc_setup= with samples='independent' has no effect, its steps are torch's: drop it"
+            "petsc_setup= with samples='independent' has no effect, its steps are not PETSc's: "
+            "drop it"
         )
-    if engine.compile is True or engine.petsc_options:
-        name = (
-            "compile=True" if engine.compile is True else f"petsc_options={engine.petsc_options!r}"
-        )
+    if engine.petsc_options:
         raise ConfigurationError(
-            f"{name} with samples='independent' has no effect, its steps are torch's: drop it"
+            f"petsc_options={engine.petsc_options!r} with samples='independent' has no effect, its "
+            "steps are not PETSc's: drop it"
         )
     if tolerances.is_partial(engine.control.atol):
         raise ConfigurationError(
@@ -140,26 +155,34 @@ class _SolveFunction(torch.autograd.Function):
         """Solve."""
         control, method, layout = engine.control, engine.method, problem.layout
         keep = problem.check_undeclared and any(ctx.needs_input_grad)
-        rows_method = create(method, control.step_size is None, layout.dtype)
         field = RowsField(problem, stats)
         if keep:
             record_all(field)
             ctx.surroundings = Surroundings([problem.function], layout.device)
-        rtol, atol = tolerances.resolve(control.rtol, control.atol, layout)
+        tolerance = tolerances.resolve(control.rtol, control.atol, layout)
         flat = y0.detach().to(REAL).reshape(len(y0), -1)
-        ctx.passes = None
-        if keep:
-            own = engine.checkpointing
-            limit, whole = own.bytes or math.inf, own.store != "solutions"
-            ctx.passes = Passes(rows_method, limit, whole, stats)
-        sweep = SampleSweep(
-            method, rows_method, control, field, times.detach().to(layout.device, REAL),
-            problem.resolution, _by_rows(rtol, flat), _by_rows(atol, flat), ctx.passes,
-            requests.independent == "nan", stats,
-        )  # fmt: skip
-        ys = sweep.run(flat.clone()).to(layout.dtype).view(len(times), *y0.shape)
+        clock, skip = times.detach().to(layout.device, REAL), requests.independent == "nan"
+        ctx.passes, ctx.compiled, read = None, None, ()
+        if engine.compile is True:
+            rows = Rows(flat, clock, *tolerance, skip)
+            ctx.compiled = compiled_rows(
+                engine.row_compiler, field, rows, _wanted(engine, problem, flat, keep)
+            )
+        if ctx.compiled is not None:
+            found, read = ctx.compiled.forward(stats), ctx.compiled.captured
+        else:
+            rows_method = create(method, control.step_size is None, layout.dtype)
+            if keep:
+                own = engine.checkpointing
+                limit, whole = own.bytes or math.inf, own.store != "solutions"
+                ctx.passes = Passes(rows_method, limit, whole, stats)
+            found = SampleSweep(
+                method, rows_method, control, field, clock, problem.resolution,
+                _by_rows(tolerance[0], flat), _by_rows(tolerance[1], flat), ctx.passes, skip, stats,
+            ).run(flat.clone())  # fmt: skip
+        ys = found.to(layout.dtype).reshape(len(times), *y0.shape)
         ctx.problem, ctx.used, ctx.stats = problem, field.used, stats
-        ctx.save_for_backward(y0, times, ys, *parameters, *problem.frozen)
+        ctx.save_for_backward(y0, times, ys, *parameters, *problem.frozen, *read)
         return ys
 
     @staticmethod
@@ -183,10 +206,14 @@ class _SolveFunction(torch.autograd.Function):
         number, rows = times.shape
         seeds = cotangents.to(REAL).reshape(number, rows, -1)
         with ctx.surroundings.restored():
-            initial, found = sample_adjoint(field, ctx.passes, seeds, own)
+            if ctx.compiled is not None:
+                initial, found = ctx.compiled.reverse(seeds, own)
+            else:
+                initial, found = sample_adjoint(field, ctx.passes, seeds, own)
             by_times = None
             if ctx.needs_input_grad[5]:
-                by_times = _by_times(field, times, ys.reshape(number, rows, -1), seeds, initial)
+                rate = field.rate if ctx.compiled is None else ctx.compiled.rates
+                by_times = _by_times(rate, times, ys.reshape(number, rows, -1), seeds, initial)
         gradients = [
             as_parameter(one, parameter, used)
             for one, parameter, used in zip(found, field.parameters, field.used, strict=True)
@@ -195,21 +222,46 @@ class _SolveFunction(torch.autograd.Function):
         return None, None, None, None, state, by_times, *gradients
 
 
+@cache
+def _options(settings: IntegratorSettings) -> SolverOptions:
+    """Return pnode's own options: nobody else's reach steps that are not PETSc's."""
+    defaults = default_options(
+        settings.method, settings.adaptive, settings.jacobian, settings.dtype, False,
+        settings.controller,
+    )  # fmt: skip
+    return SolverOptions(OWN_PREFIX, None, defaults)
+
+
+def _wanted(engine: Any, problem: InitialValueProblem, flat: torch.Tensor, keep: bool) -> Wanted:
+    """Return the solve of one row, for the compiler."""
+    control, method = engine.control, engine.method
+    settings = IntegratorSettings(
+        method, flat.shape[1], problem.layout.dtype, adaptive=control.step_size is None,
+        max_step=control.max_step, controller=control.controller,
+    )  # fmt: skip
+    needed = f"method={method.name!r} with samples='independent' is machine code alone, and f"
+    return Wanted(
+        settings, _options(replace(settings, size=1, max_step=math.inf)), control,
+        engine.checkpointing, keep, False, False, engine.integrator,
+        needed=needed if method.multistep or method.coupled else "",
+    )  # fmt: skip
+
+
 def _by_rows(tolerance: tolerances.Resolved, flat: torch.Tensor) -> float | torch.Tensor:
     value = tolerances.values(tolerance, flat.device)
     return value if isinstance(value, float) else value.view_as(flat)
 
 
 def _by_times(
-    field: RowsField, times: torch.Tensor, ys: torch.Tensor, seeds: torch.Tensor,
-    initial: torch.Tensor,
+    rate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], times: torch.Tensor,
+    ys: torch.Tensor, seeds: torch.Tensor, initial: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     """Return derivatives by the output times, shape ``(T, B)``: along the exact flow."""
     terms = []
     for index, (when, y) in enumerate(zip(times, ys, strict=True)):
         reached = ~y.isnan().any(dim=1, keepdim=True)
         state = torch.where(reached, y, ys[0])
-        slope = field.rate(when.to(y.device, REAL), state.to(REAL))
+        slope = rate(when.to(y.device, REAL), state.to(REAL))
         seed = -initial if index == 0 else seeds[index]
         terms.append(torch.where(reached, seed * slope, 0.0).sum(dim=1))
     return torch.stack(terms).to(times)

@@ -193,8 +193,8 @@ class Solver(torch.nn.Module):
         self.mass, self.event_fn = mass, output.event_fn
         self._event_modules = Events.modules(output.event_fn)
         self._form, self._requests = form, requested(
-            gradient, form, chosen, steps, linear_algebra, output, checkpointing, cost, layout
-        )  # fmt: skip
+            gradient, form, chosen, steps, linear_algebra, output, checkpointing, cost, layout,
+            compile)  # fmt: skip
         self._params, limits = arguments.parameters(params), as_checkpointing(checkpointing)
         comm, exchange = arguments.communicator(comm, layout, form, limits.resume, self.event_fn)
         self.cost = check_cost(cost, chosen)

@@ -11,7 +11,7 @@ from pnode.base.vectors import REAL
 from pnode.errors import ConfigurationError
 from pnode.field.linearization import Linearization
 from pnode.field.vectorfield import VectorField
-from pnode.problems.problem import InitialValueProblem
+from pnode.problems.problem import InitialValueProblem, StateLayout
 from pnode.solvers.linear.block import couples, sample_blocks
 
 __all__ = ["RowsField"]
@@ -64,13 +64,16 @@ class RowsField(VectorField):
                 )
         return found[0].to(REAL)
 
+    def layout_of(self, number: int) -> StateLayout:
+        """Return the layout of so many rows alone."""
+        layout = self._layout
+        shape = torch.Size((number, *layout.shapes[0][1:]))
+        return StateLayout((shape,), False, layout.dtype, layout.device, layout.pairs)
+
     def of_rows(self, number: int) -> RowsField:
         """Return the field of so many rows alone."""
         if number not in self._parts:
-            layout = self._layout
-            shape = torch.Size((number, *layout.shapes[0][1:]))
-            small = type(layout)((shape,), False, layout.dtype, layout.device, layout.pairs)
-            part = RowsField(self.problem.but(layout=small), self.ledger)
+            part = RowsField(self.problem.but(layout=self.layout_of(number)), self.ledger)
             part.recording, part._check_first, part._checked = self.recording, False, True
             part.used = self.used
             self._parts[number] = part

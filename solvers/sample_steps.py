@@ -26,8 +26,8 @@ from pnode.errors import (
     StepLimitReached,
     StepSizeUnderflow,
 )
-from pnode.solvers.clock import FixedGrid
 from pnode.solvers.methods import Method
+from pnode.solvers.sample_failures import WHY, row_grids
 from pnode.solvers.sample_field import RowsField
 from pnode.solvers.sample_methods import Attempt, RowMethod
 from pnode.solvers.sample_record import Pass, Passes
@@ -38,7 +38,6 @@ __all__ = ["SampleSweep"]
 # TSADAPTBASIC's defaults (TSAdaptSetSafety, TSAdaptSetClip), and stepping.py's after a failure.
 _SAFETY, _CLIP, _FAILURE_FACTOR = 0.9, (0.1, 10.0), 0.25
 _LONGEST = 1e20
-_NONFINITE = "the vector field returned NaN or infinity"
 
 # Fewer rows are not worth the look at whether f takes part of them.
 _FEWEST_ROWS = 8
@@ -152,31 +151,21 @@ class SampleSweep:
         failed = self.active & ~good
         self._advance(self.active & good, h, end, mark, found)
         if bool((own := failed & ~found.failed).any()):
-            self._fail(own, NonFiniteVectorField, _NONFINITE)
+            self._fail(own, NonFiniteVectorField)
         if bool((own := failed & found.failed).any()):
             linear = self.method.linearly_implicit
-            self._fail(
-                own,
-                LinearSolveFailed if linear else NonlinearSolveFailed,
-                "the equations of a step were not solved: take smaller or adaptive steps",
-            )
+            self._fail(own, LinearSolveFailed if linear else NonlinearSolveFailed)
 
     def _plan(self) -> tuple[torch.Tensor, ...]:
         """Return length, end and output reached of each step, shape ``(steps, B)``."""
         columns: list[list[tuple[float, float, int]]] = []
         assert self.control.step_size is not None
-        for times in self.clock.t().tolist():
-            grid = FixedGrid(tuple(times), self.control.step_size, self.resolution)
-            if grid.unresolved is not None:
-                at = len(columns)
-                raise StepSizeUnderflow(
-                    f"row {at}: step_size={self.control.step_size!r}, and float64 does not tell "
-                    "such times apart there: take larger steps, or measure t from nearby",
-                    time=self.direction[at].item() * times[grid.unresolved], step=0,
-                    method=self.method.name,
-                )  # fmt: skip
+        for grid in row_grids(
+            self.clock.t(), self.direction, self.control.step_size, self.resolution,
+            self.method.name,
+        ):  # fmt: skip
             column: list[tuple[float, float, int]] = []
-            for interval in range(len(times) - 1):
+            for interval in range(self.number - 1):
                 steps = [(h, after, -1) for _, h, after in grid.steps(interval)]
                 steps[-1] = (*steps[-1][:2], interval + 1)
                 column += steps
@@ -225,13 +214,9 @@ class SampleSweep:
         self.ledger.rejected += int(rejected.sum())
         stuck = rejected & (wanted <= least.clamp(min=control.min_step))
         if bool((own := stuck & found.nonfinite).any()):
-            self._fail(own, NonFiniteVectorField, _NONFINITE)
+            self._fail(own, NonFiniteVectorField)
         if bool((own := stuck & self.active).any()):
-            self._fail(
-                own, StepSizeUnderflow,
-                "the smallest step failed: lower min_step, loosen rtol and atol, or look for a "
-                "singularity of the vector field",
-            )  # fmt: skip
+            self._fail(own, StepSizeUnderflow)
 
     def _first_step(self, end: torch.Tensor) -> torch.Tensor:
         """Choose the first step of each row; see ``automatic_step`` of step_control.py."""
@@ -301,10 +286,9 @@ class SampleSweep:
     def _limit(self) -> None:
         most = self.control.max_steps
         if most is not None and bool((over := self.active & (self.taken >= most)).any()):
-            self._fail(over, StepLimitReached, f"max_steps={most} steps did not reach its last "
-                       "output time: raise max_steps, or loosen the tolerances")  # fmt: skip
+            self._fail(over, StepLimitReached)
 
-    def _fail(self, failed: torch.Tensor, kind: type[SolveError], why: str) -> None:
+    def _fail(self, failed: torch.Tensor, kind: type[SolveError], why: str = "") -> None:
         """Give rows up, or raise the error of the first of them."""
         row = int(failed.nonzero()[0])
         if not self.skip_failed:
@@ -312,6 +296,7 @@ class SampleSweep:
                 "time": float(self._user_time()[row]), "step": int(self.taken[row]),
             }  # fmt: skip
             named = row if self.rows is None else int(self.rows[row])
+            why = why or WHY[kind].format(most=self.control.max_steps)
             raise kind(f"row {named} of y0: {why}", method=self.method.name, **where)
         self.active &= ~failed
 

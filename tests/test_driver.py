@@ -137,7 +137,7 @@ def test_interrupts_are_noticed_between_calls(
 ) -> None:
     expected, stats = solve(Net(), start(), step_size=0.07)
     counted.calls.clear()
-    monkeypatch.setattr(driver, "_PATIENCE", 0.0)
+    monkeypatch.setattr(driver, "PATIENCE", 0.0)
     found, _ = solve(Net(), start(), step_size=0.07)
     assert counted.calls["pnode_forward"] == stats.steps + 1
     assert counted.calls["pnode_reverse"] == stats.steps

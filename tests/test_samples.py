@@ -103,7 +103,7 @@ REFUSED = [
     ({"dense": True}, "dense="), ({"method": "es325", "jacobian": "dense"}, "jacobian='dense'"),
     ({"event_fn": lambda t, y: y}, "event_fn="), ({"controller": "pi"}, "controller="),
     ({"gradient": "continuous"}, "gradient="), ({"monitor": print}, "monitor="),
-    ({"compile": True}, "compile=True"), ({"petsc_options": {"ts_monitor": None}}, "petsc_options"),
+    ({"petsc_options": {"ts_monitor": None}}, "petsc_options"),
 ]  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from pnode.layout.layouts import Layout
 from pnode.problems import tolerances
 from pnode.problems.checkpointing import Checkpointing
 from pnode.problems.problem import InitialValueProblem, StateLayout
-from pnode.solvers.compiled import new_compiler
+from pnode.solvers.compiled import new_compiler, new_row_compiler
 from pnode.solvers.compiled.account import Account
 from pnode.solvers.compiled.compiler import Compiler
 from pnode.solvers.create import create_integrator
@@ -137,6 +137,8 @@ class Engine:
         The user's ``petsc_setup``.
     compiler : Compiler
         Compiles, and keeps what it has made.
+    row_compiler : Compiler
+        The same for rows of independent samples.
     account : Account
         What solves have cost without, and what became of them.
     """
@@ -154,6 +156,7 @@ class Engine:
     setup: Callable[[Any], Any] | None = None
     _pool: _Pool = field(default_factory=_Pool, init=False)
     compiler: Compiler = field(default_factory=new_compiler, init=False)
+    row_compiler: Compiler = field(default_factory=new_row_compiler, init=False)
     account: Account = field(default_factory=Account, init=False)
     _known_settings: dict[Hashable, IntegratorSettings] = field(default_factory=dict, init=False)
     _options: dict[Hashable, SolverOptions] = field(default_factory=dict, init=False)

@@ -4,10 +4,16 @@ from pnode.solvers.compiled.compiler import Compiler
 from pnode.solvers.compiled.fields import Fields
 from pnode.solvers.compiled.graph_steps import ExplicitSteps
 from pnode.solvers.compiled.implicit_sweeps import ImplicitSweeps
+from pnode.solvers.compiled.row_sweeps import RowSweeps
 
-__all__ = ["new_compiler"]
+__all__ = ["new_compiler", "new_row_compiler"]
 
 
 def new_compiler() -> Compiler:
     """Return a compiler with all backends, the best ones first."""
     return Compiler((ImplicitSweeps(), ExplicitSteps(), Fields()))
+
+
+def new_row_compiler() -> Compiler:
+    """Return one for independent samples."""
+    return Compiler((RowSweeps(),))

@@ -100,6 +100,8 @@ class Wanted:
     auto : bool
         Whether nobody asked for machine code: there are no warnings, and a field that has changed
         since it was compiled is not compiled again.
+    needed : str
+        What needs machine code, for an error without it; empty if there is another way.
     """
 
     settings: IntegratorSettings
@@ -111,6 +113,7 @@ class Wanted:
     watched: bool
     lend: Callable[[IntegratorSettings], AbstractContextManager[Any]]
     auto: bool = False
+    needed: str = ""
 
 
 @dataclass(frozen=True)

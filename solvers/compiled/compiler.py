@@ -16,6 +16,7 @@ import torch
 
 from pnode.base.ledger import Ledger
 from pnode.base.vectors import REAL
+from pnode.errors import ConfigurationError
 from pnode.field.vectorfield import VectorField, vector_field
 from pnode.solvers.compiled.backend import Backend, Checked, Compilation, Reason, Trace, Wanted
 from pnode.solvers.compiled.evaluations import agree, is_recorded, trusted, value_of
@@ -76,8 +77,7 @@ class Compiler:
                 reasons.append(found.text)
             if found.final:
                 break
-        if not wanted.auto:
-            self._warn(reasons)
+        self.explain(wanted, reasons)
         return Compilation(reasons=tuple(reasons), changed=changed)
 
     def candidates(self, field_: VectorField, wanted: Wanted) -> tuple[list[Backend], list[str]]:
@@ -94,9 +94,11 @@ class Compiler:
                     reasons.append(text)
         return found, reasons
 
-    def _warn(self, reasons: list[str]) -> None:
-        """Warn once that nothing is compiled."""
-        if not self._warned:
+    def explain(self, wanted: Wanted, reasons: list[str]) -> None:
+        """Warn once that nothing is compiled; raise ConfigurationError if there is no other way."""
+        if wanted.needed:
+            raise ConfigurationError(f"{wanted.needed} is not compiled: {'; '.join(reasons)}")
+        if not wanted.auto and not self._warned:
             self._warned = True
             warnings.warn(
                 "compile=True has no effect, the solve goes on without: " + "; ".join(reasons),

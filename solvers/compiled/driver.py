@@ -28,12 +28,15 @@ from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.step_control import StepControl, fixed_grid
 from pnode.solvers.stepping import Step
 
-__all__ = ["CompiledSweep", "Kernel", "library", "pointers", "source"]
+__all__ = [
+    "PATIENCE", "CompiledSweep", "Counts", "Kernel", "add_counts", "at", "library", "new_control",
+    "pointers", "source",
+]  # fmt: skip
 
 # No contraction: the controller's numbers are those of Python.
-_FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared")
-# How long a call may keep Python from noticing an interrupt, in seconds.
-_PATIENCE = 0.1
+_FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
+#: How long a call may keep Python from noticing an interrupt, in seconds.
+PATIENCE = 0.1
 _DONE, _PAUSED, _SINGULAR = 0, 1, 4  # Status in kernel.h
 # PETSc's largest step (TSAdaptSetStepLimits).
 _LONGEST = 1e20
@@ -45,7 +48,7 @@ def _structure(integers: str, numbers: str = "") -> type[ctypes.Structure]:
     return type("Structure", (ctypes.Structure,), {"_fields_": fields})
 
 
-_Counts: Any = _structure("steps rejected rhs vjp jacobians factorizations newton krylov bytes")
+Counts: Any = _structure("steps rejected rhs vjp jacobians factorizations newton krylov bytes")
 _Control: Any = _structure(
     "keep adaptive max_steps", "direction order first_step min_step max_step longest"
 )
@@ -55,6 +58,11 @@ def source(*names: str) -> str:
     """Return parts of a program in C++, from the files of this folder."""
     folder = Path(__file__).parent
     return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
+
+
+def at(tensor: torch.Tensor) -> Any:
+    """Return a tensor's address."""
+    return ctypes.c_void_p(tensor.data_ptr())
 
 
 def pointers(tensors: Sequence[torch.Tensor]) -> Any:
@@ -71,7 +79,7 @@ def library() -> ctypes.CDLL:
     CompilationFailed
         If it cannot be compiled.
     """
-    text = source("kernel.h", "sweeps.cpp", "graphs.h", "graph_steps.cpp")
+    text = source("kernel.h", "sweeps.cpp", "rows.cpp", "graphs.h", "graph_steps.cpp")
     made = compile_source(text, _FLAGS, "driver-")
     pointer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
     functions: dict[str, tuple[Any, list[Any]]] = {
@@ -88,6 +96,15 @@ def library() -> ctypes.CDLL:
         "recorded": (number, [pointer, pointer, pointer, pointer]),
         "whole": (number, [pointer]),
         "owned": (number, []),
+        "rows": (pointer, [pointer] * 5 + [number] * 2),
+        "free_rows": (None, [pointer]),
+        "row": (pointer, [pointer, number]),
+        "rows_forward": (None, [pointer] * 3 + [number, real, pointer]),
+        "rows_reverse": (
+            None,
+            [pointer] * 3 + [number] * 2 + [pointer] * 3 + [number, real, pointer],
+        ),
+        "rows_counts": (None, [pointer, number, pointer]),
     }
     for name, (result, arguments) in functions.items():
         function = getattr(made, f"pnode_{name}")
@@ -127,6 +144,18 @@ class Kernel(ABC):
         """Return mu from its sums: the index of each parameter that f uses, and its gradient."""
 
 
+def new_control(
+    settings: IntegratorSettings, control: StepControl, keep: bool, direction: float,
+    first_step: float,
+) -> Any:  # fmt: skip
+    """Return how steps are chosen, in C."""
+    return _Control(
+        keep, settings.adaptive, -1 if control.max_steps is None else control.max_steps,
+        direction, settings.method.order, first_step, control.min_step,
+        control.max_step, min(control.max_step, _LONGEST),
+    )  # fmt: skip
+
+
 class CompiledSweep:
     """A forward sweep in machine code, with its checkpoints.
 
@@ -159,11 +188,7 @@ class CompiledSweep:
         self._library = library()
         times, number = problem.times, len(problem.times)
         grid = fixed_grid(times, control, problem.resolution)
-        chosen = _Control(
-            keep, settings.adaptive, -1 if control.max_steps is None else control.max_steps,
-            problem.direction, settings.method.order, first_step, control.min_step,
-            control.max_step, min(control.max_step, _LONGEST),
-        )  # fmt: skip
+        chosen = new_control(settings, control, keep, problem.direction, first_step)
         self._handle = self._library.pnode_sweep(
             handle, ctypes.byref(chosen), (ctypes.c_double * number)(*times),
             (ctypes.c_int64 * number)(*(() if grid is None else grid.counts)), number,
@@ -194,17 +219,17 @@ class CompiledSweep:
         with log_stage("pnode forward"):
             outputs, counts = self._take_steps()
         if outputs is not None:
-            _add(counts, ledger)
+            add_counts(counts, ledger)
         return outputs
 
     def _take_steps(self) -> tuple[torch.Tensor | None, Any]:
-        counts, inputs = _Counts(), self.kernel.inputs()
+        counts, inputs = Counts(), self.kernel.inputs()
         outputs = torch.empty((self._outputs, self.kernel.size), dtype=self.kernel.dtype)
         read = pointers(inputs)
         status = _PAUSED
         while status == _PAUSED:  # in between, Python notices interrupts
             status = self._library.pnode_forward(
-                self._handle, read, outputs.data_ptr(), _PATIENCE, ctypes.byref(counts)
+                self._handle, read, outputs.data_ptr(), PATIENCE, ctypes.byref(counts)
             )
         return outputs if status == _DONE else None, counts
 
@@ -243,7 +268,7 @@ class CompiledSweep:
                 ledger.recomputed += counts.steps
                 ledger.rhs += counts.rhs
             initial, sums, counts = self._take_adjoints(cotangents.to(REAL).contiguous())
-        _add(counts, ledger)
+        add_counts(counts, ledger)
         parameters: list[torch.Tensor | None] = [None] * self._parameters
         if counts.steps:  # else lambda vanished throughout
             for index, gradient in self.kernel.gradients(sums):
@@ -270,13 +295,13 @@ class CompiledSweep:
     def _take_adjoints(
         self, cotangents: torch.Tensor
     ) -> tuple[torch.Tensor, list[torch.Tensor], Any]:
-        counts, inputs, sums = _Counts(), self.kernel.inputs(), self.kernel.sums()
+        counts, inputs, sums = Counts(), self.kernel.inputs(), self.kernel.sums()
         state, places = torch.empty(self.kernel.size, dtype=REAL), pointers(sums)
         nonzero = bytes(cotangents.ne(0).any(dim=1).tolist())
         arguments = self._handle, pointers(inputs), places, cotangents.data_ptr(), nonzero
         status = _PAUSED
         while status == _PAUSED:
-            status = self._library.pnode_reverse(*arguments, _PATIENCE)
+            status = self._library.pnode_reverse(*arguments, PATIENCE)
         if status == _SINGULAR:
             raise LinearSolveFailed(
                 "a transposed solve of the adjoint failed", reason="zero pivot in LU factorization"
@@ -288,8 +313,9 @@ class CompiledSweep:
         return state, sums, counts
 
 
-def _add(counts: Any, ledger: Ledger) -> None:
-    for name, _ in _Counts._fields_:
+def add_counts(counts: Any, ledger: Ledger) -> None:
+    """Add what was done to a ledger."""
+    for name, _ in Counts._fields_:
         if name != "bytes":
             setattr(ledger, name, getattr(ledger, name) + getattr(counts, name))
     ledger.ram_bytes = max(ledger.ram_bytes, counts.bytes)

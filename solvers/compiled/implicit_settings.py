@@ -51,7 +51,7 @@ class _Settings(ctypes.Structure):
     ]
 
 
-def _arrays(method: Method) -> dict[str, np.ndarray]:
+def _arrays(method: Method, adaptive: bool) -> dict[str, np.ndarray]:
     """Return the coefficients: of a Rosenbrock method those in the variables Y = G k."""
     if method.multistep:
         return {}
@@ -72,8 +72,9 @@ def _arrays(method: Method) -> dict[str, np.ndarray]:
         }  # fmt: skip
     else:
         # Backward Euler does without the start; an embedded solution may need every stage.
-        fixed = scheme if scheme.b_embedded is not None else scheme.without_idle_stages()
-        arrays = {"A": fixed.A, "b": fixed.b, "alpha": fixed.c}
+        if scheme.b_embedded is None or (scheme.explicit and not adaptive):
+            scheme = scheme.without_idle_stages(scheme.explicit and scheme.fsal)
+        arrays = {"A": scheme.A, "b": scheme.b, "alpha": scheme.c}
     if scheme.b_embedded is not None:
         defect = np.subtract(scheme.b_embedded, scheme.b)
         arrays["defect"] = defect @ arrays["inverse"] if method.linearly_implicit else defect
@@ -87,7 +88,7 @@ def prepared(program: ImplicitProgram, wanted: Wanted) -> _Settings:
         if known == settings:
             found: _Settings = struct
             return found
-    arrays = _arrays(settings.method)
+    arrays = _arrays(settings.method, settings.adaptive)
     for name in ("rtol", "atol"):
         values = tolerance(settings, name).reshape(-1).expand(settings.size)
         arrays[name] = np.ascontiguousarray(values.numpy())

@@ -1,5 +1,5 @@
-// Implicit steps on a small system with a dense Jacobian: what dirk_steps.cpp, bdf_steps.cpp,
-// coupled_steps.cpp and rosenbrock_steps.cpp have in common.
+// Steps on a small system, implicit ones with a dense Jacobian: what dirk_steps.cpp, bdf_steps.cpp,
+// coupled_steps.cpp, rosenbrock_steps.cpp and explicit_steps.cpp have in common.
 //
 // What stands above this file when it is compiled (see programs.py): kernel.h, and, as scalars or
 // by graph_field.cpp, of y' = f(t, y, p)
@@ -11,7 +11,7 @@
 //   value(t, y, c, f)                    f
 //   jacobian(t, y, c, f, J)              f and J = df/dy, by rows
 //   slopes(t, y, c, f, J, ft)            and df/dt (Rosenbrock methods)
-//   pull_back(t, y, w, c, l)             l = J^T w (Rosenbrock methods)
+//   pull_back(t, y, w, c, l)             l = J^T w (Rosenbrock and explicit methods)
 //   parameters(t, y, w, c, mu)           mu += (df/dp)^T w
 //   second(t, y, S, w, c, l, mu)         l, mu += d/d(y, p) (sum_kl S_kl J_kl + w^T df/dt)
 
@@ -24,7 +24,7 @@ constexpr int MOST_STAGES = 16;
 
 struct Settings {  // of programs.py
   int64_t stages, adaptive, max_newton, wanted;
-  // Rosenbrock: one matrix for all stages; f_t is needed. DIRK: u' is the last stage; the first
+  // Rosenbrock: one matrix for all stages; f_t is needed. DIRK, explicit: u' is the last stage; DIRK: the first
   // stage is u; its slope is the last stage's of the step before, as that was solved for.
   int64_t one_matrix, time_slope, stiffly_accurate, explicit_first, carries_slope;
   // DIRK: a Jacobian serves for a step's iterations as long as they converge well.
@@ -295,6 +295,23 @@ void pnode_products(Captured c, double t, const double* y, const double* w, doub
 }
 
 void pnode_lapack(const Lapack* functions) { lapack = *functions; }
+
+// The same of independent samples, whose mu is added up.
+void pnode_row_products(Captured c, const double* t, const double* y, const double* w, int64_t rows,
+                        double* f, double* l, double* mu) {
+  for (int64_t row = 0; row < rows; row++, y += N, w += N, f += N, l += N)
+    pnode_products(c, t[row], y, w, f, l, mu);
+}
+
+void* pnode_implicit_steps(const Settings* settings, const double* y0, const double* mass);
+
+// A kernel for each of independent samples, whose tolerances are so many numbers apart.
+void pnode_row_steps(const Settings* settings, const double* y0, int64_t rows, int64_t apart,
+                     void** kernels) {
+  Settings own = *settings;
+  for (int64_t row = 0; row < rows; row++, own.rtol += apart, own.atol += apart)
+    kernels[row] = pnode_implicit_steps(&own, y0 + row * N, nullptr);
+}
 
 // f, to compare with the vector field itself.
 void pnode_value(Captured c, double t, const double* y, double* f) { value(t, y, c, f); }

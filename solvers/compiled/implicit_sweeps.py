@@ -20,7 +20,7 @@ from pnode.solvers.compiled.implicit_settings import prepared, scheme_of, tolera
 from pnode.solvers.compiled.programs import ImplicitProgram, Program
 from pnode.solvers.compiled.trace import Untraceable
 
-__all__ = ["ImplicitSweeps"]
+__all__ = ["ImplicitSweeps", "matched"]
 
 # Larger fields and matrices are torch's and LAPACK's, and those beyond that PETSc's.
 _LARGEST_SCALARS, _LARGEST_STATE = 32, 256
@@ -29,7 +29,9 @@ _LARGEST_SCALARS, _LARGEST_STATE = 32, 256
 class ImplicitSweeps(Backend):
     """Sweeps of implicit methods, on programs of scalars or on compiled graphs."""
 
-    implicit = True
+    implicit: bool | None = True
+    #: Kinds of methods.
+    kinds: tuple[str, ...] = ("implicit",)
 
     def refuses(self, wanted: Wanted) -> str | None:
         """Return why there are no such sweeps for a solve, whatever the field."""
@@ -45,7 +47,7 @@ class ImplicitSweeps(Backend):
                 f"the form {settings.form!r} is not compiled: only y' = f(t, y) is, and of BDF and "
                 "fully implicit methods M y' = f(t, y)"
             )
-        if method.kind != "implicit":
+        if method.kind not in self.kinds:
             return f"method={method.name!r} is not compiled so far"
         if settings.adaptive and not own and scheme_of(method).b_embedded is None:
             return f"method={method.name!r} is compiled for fixed steps only: give step_size"
@@ -73,7 +75,7 @@ class ImplicitSweeps(Backend):
         rosenbrock = method.linearly_implicit
         steps = (
             "bdf" if method.multistep else "coupled" if method.coupled
-            else "rosenbrock" if rosenbrock else "dirk"
+            else "rosenbrock" if rosenbrock else "dirk" if method.implicit else "explicit"
         )  # fmt: skip
         key = (ImplicitSweeps, steps)
         if key not in trace.codes:
@@ -124,12 +126,12 @@ def _check(program: Program, part: VectorField, y0: torch.Tensor, rosenbrock: bo
     f, back, mu = program.products(direction * s, y, w)
     expected = here.vjp(w)
     pairs = [(f * direction, here.flat_value()), (back * direction, expected.state)]
-    pairs += _matched(program, mu * direction, expected.parameters)
+    pairs += matched(program, mu * direction, expected.parameters)
     if rosenbrock:
         _, back, mu = program.products(direction * s, y, w, v * direction)
         second = here.second_vjp(w[None], v[None], torch.ones(1, dtype=REAL))
         pairs.append((back, second.state))
-        pairs += _matched(program, mu, second.parameters)
+        pairs += matched(program, mu, second.parameters)
     if not all(agree(a, b) for a, b in pairs):
         raise Untraceable(
             "its derivatives are not those of its scalar operations: does it define some of its "
@@ -137,7 +139,7 @@ def _check(program: Program, part: VectorField, y0: torch.Tensor, rosenbrock: bo
         )
 
 
-def _matched(
+def matched(
     program: Program, mu: torch.Tensor, expected: Sequence[torch.Tensor | None]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return the gradients in pairs; what is None is zero."""

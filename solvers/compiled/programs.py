@@ -17,7 +17,7 @@ from torch._utils import _unflatten_dense_tensors
 
 from pnode.base.vectors import REAL
 from pnode.solvers.compiled.backend import Code
-from pnode.solvers.compiled.driver import Kernel, pointers, source
+from pnode.solvers.compiled.driver import Kernel, at, pointers, source
 from pnode.solvers.compiled.inductor import compile_source
 from pnode.solvers.compiled.operations import Operations, decomposed
 from pnode.solvers.compiled.scalars import Scalars, Symbols
@@ -59,7 +59,7 @@ class ImplicitProgram(Kernel, Code):
         The field.
     field : str
         Its program, with what comes before it.
-    steps : {"dirk", "bdf", "coupled", "rosenbrock"}
+    steps : {"explicit", "dirk", "bdf", "coupled", "rosenbrock"}
         The methods.
     flags : sequence of str
         More options of the compiler.
@@ -108,7 +108,7 @@ class ImplicitProgram(Kernel, Code):
         state = y0.detach().contiguous()
         matrix = None if mass is None else mass.contiguous()  # kept alive until it is copied
         handle: int = self.library.pnode_implicit_steps(
-            ctypes.byref(settings), _at(state), None if matrix is None else _at(matrix)
+            ctypes.byref(settings), at(state), None if matrix is None else at(matrix)
         )
         return handle
 
@@ -122,7 +122,7 @@ class Program(ImplicitProgram):
         The field.
     parameters : sequence of Tensor
         Those that gradients are wanted for.
-    steps : {"dirk", "bdf", "coupled", "rosenbrock"}
+    steps : {"explicit", "dirk", "bdf", "coupled", "rosenbrock"}
         The methods; Rosenbrock's differentiate twice.
     """
 
@@ -130,7 +130,7 @@ class Program(ImplicitProgram):
         for tensor in traced.captured:
             if tensor.dtype in (torch.float32, torch.complex128) or tensor.device.type != "cpu":
                 raise Untraceable(f"it reads a tensor of type {tensor.dtype} on {tensor.device}")
-        field = _Writer(traced, parameters).text(steps == "rosenbrock")
+        field = _Writer(traced, parameters).text(steps)
         super().__init__(traced, field, steps)
 
     def inputs(self) -> list[torch.Tensor]:
@@ -143,7 +143,7 @@ class Program(ImplicitProgram):
     def at(self, t: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor]:
         """Return f(t, y), flat."""
         f, y, read = torch.empty(self.size, dtype=REAL), y.contiguous(), self.inputs()
-        self.library.pnode_value(pointers(read), ctypes.c_double(t.item()), _at(y), _at(f))
+        self.library.pnode_value(pointers(read), ctypes.c_double(t.item()), at(y), at(f))
         return (f,)
 
     def products(
@@ -153,14 +153,26 @@ class Program(ImplicitProgram):
         f, back, mu = (torch.zeros(n, dtype=REAL) for n in (self.size, self.size, self.entries))
         read, time = self.inputs(), ctypes.c_double(t)
         if v is None:
-            self.library.pnode_products(pointers(read), time, *map(_at, (y, w, f, back, mu)))
+            self.library.pnode_products(pointers(read), time, *map(at, (y, w, f, back, mu)))
         else:
-            self.library.pnode_second(pointers(read), time, *map(_at, (y, w, v, back, mu)))
+            self.library.pnode_second(pointers(read), time, *map(at, (y, w, v, back, mu)))
         return f, back, mu
 
-
-def _at(tensor: torch.Tensor) -> Any:
-    return ctypes.c_void_p(tensor.data_ptr())
+    def row_products(
+        self, t: torch.Tensor, y: torch.Tensor, w: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Return f and w^T df/dy of independent samples, and w^T df/dp, which is added up."""
+        given = [x.contiguous() for x in (t, y, w)]
+        f, back, mu = (
+            torch.empty(y.shape, dtype=REAL),
+            torch.empty(y.shape, dtype=REAL),
+            self.sums()[0],
+        )
+        read = pointers(self.inputs())
+        self.library.pnode_row_products(
+            read, *map(at, given), ctypes.c_int64(len(y)), *map(at, (f, back, mu))
+        )
+        return f, back, mu
 
 
 class _Writer:
@@ -208,7 +220,7 @@ class _Writer:
             self._product, w, self._t, self._y, *self._read, *self._saved
         )
 
-    def text(self, rosenbrock: bool) -> str:
+    def text(self, steps: str) -> str:
         """Return the program; for Rosenbrock methods with second derivatives."""
         jacobian = [*_targets("f[{}] =", self._f), *_targets("J[{}] =", self._jacobian)]
         sums = _targets("mu[{}] +=", self._gradient())
@@ -217,7 +229,10 @@ class _Writer:
             ("jacobian", "double* f, double* J", jacobian),
             ("parameters", "const double* w, Captured c, double* mu", sums),
         ]
-        if rosenbrock:
+        if steps in ("rosenbrock", "explicit"):
+            back = _targets("l[{}] =", self._pulled[0].flat())
+            functions.append(("pull_back", "const double* w, Captured c, double* l", back))
+        if steps == "rosenbrock":
             functions += self._second(jacobian)
         timed = self._scalars.depends([*self._f, *self._jacobian], self._t.flat()[0])
         parts = [
@@ -244,7 +259,7 @@ class _Writer:
         return mu
 
     def _second(self, jacobian: list[tuple[str, int]]) -> list[tuple[str, str, Any]]:
-        """Return df/dt, J^T w, and the derivatives of sum_kl S_kl J_kl + w^T df/dt."""
+        """Return df/dt, and the derivatives of sum_kl S_kl J_kl + w^T df/dt."""
         scalars, size, w = self._scalars, len(self._f), self._w.flat()
         rates = scalars.directional(self._f, self._t.flat()[0])
         S = scalars.input("S", (size, size)).flat()
@@ -256,10 +271,9 @@ class _Writer:
             wanted += self._input_of(self._parameters[part.index]).flat()
         slopes = scalars.gradient(form, wanted)
         second = [*_targets("l[{}] +=", slopes[:size]), *_targets("mu[{}] +=", slopes[size:])]
-        times, back = _targets("ft[{}] =", rates), _targets("l[{}] =", self._pulled[0].flat())
+        times = _targets("ft[{}] =", rates)
         return [
             ("slopes", "double* f, double* J, double* ft", [*jacobian, *times]),
-            ("pull_back", "const double* w, Captured c, double* l", back),
             (
                 "second", "const double* S, const double* w, Captured c, double* l, double* mu",
                 second,

@@ -25,7 +25,12 @@ class Clock {
     // To be asked after each step.
     bool over() {
         if (++steps_ % every_) return false;
-        return std::chrono::steady_clock::now() >= end_;
+        return left() <= 0.0;
+    }
+
+    // Seconds.
+    double left() const {
+        return std::chrono::duration<double>(end_ - std::chrono::steady_clock::now()).count();
     }
 
   private:
@@ -224,7 +229,8 @@ class Sweep {
             return PAUSED;
         }
         ++rejected_;
-        if (wanted <= std::max(control_.min_step, least)) return TOO_SMALL;
+        if (wanted <= std::max(control_.min_step, least))
+            return attempt.status == NOT_FINITE ? NOT_FINITE : TOO_SMALL;
         natural_ =
             0.0 < proposed && proposed < length ? proposed : kernel_->failure_factor * length;
         return PAUSED;

@@ -1,0 +1,171 @@
+"""Independent samples in machine code: each row is what its solve alone is, on any number of
+threads."""
+
+import pytest
+import torch
+from test_samples import TIMES, Y0, Oscillator, gradients
+
+import pnode
+
+D = torch.float64
+
+
+def independent(f, **options):
+    return pnode.Solver(f, samples="independent", compile=True, **options)
+
+
+# Explicit: FSAL, idle stages, fixed steps; theta; coupled stages; several steps.
+CASES = [
+    ("dopri5", None), ("bosh3", 0.05), ("verner8", None), ("es325", None), ("rodaspr", None),
+    ("cn", 0.1), ("bdf", None), ("radau5", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "step"), CASES)
+def test_rows_are_those_of_solves_alone(method, step):
+    f = Oscillator()
+    y0, t = Y0.clone().requires_grad_(), TIMES.clone().requires_grad_()
+    options = {"method": method, "step_size": step, "rtol": 1e-5}
+    found = independent(f, **options)(y0, t)
+    same = {} if method in ("bdf", "radau5") else {"samples": "independent"}
+    # In torch; where that has no such rows, one after the other in machine code.
+    solver = pnode.Solver(f, compile=not same, **options, **same)
+    alone = [solver(y0, t)] if same else [solver(y0[row], t[row]) for row in range(3)]
+    ys = alone[0].ys if same else torch.stack([one.ys for one in alone], dim=1)
+    torch.testing.assert_close(found.ys, ys, rtol=1e-10, atol=1e-11)
+    assert found.stats.steps == sum(one.stats.steps for one in alone)
+    assert found.stats.rejected == sum(one.stats.rejected for one in alone)
+    for one, other in zip(gradients(found.ys, y0, t, f.scale), gradients(ys, y0, t, f.scale),
+                          strict=True):  # fmt: skip
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
+
+
+def test_threads_give_the_same_bits():
+    """150 rows in groups of three: sums over rows are in the same order whoever takes them."""
+    f = Oscillator()
+    y0 = Y0.repeat(50, 1) + torch.linspace(0.0, 0.5, 150, dtype=D)[:, None]
+    y0.requires_grad_()
+    solver, before, found = independent(f), torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            ys = solver(y0, [0.0, 0.5, 1.0]).ys
+            found.append((ys, *gradients(ys, y0, f.scale), *gradients(ys, y0, f.scale)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert torch.equal(found[0][1], found[0][3])  # a second backward sweep
+
+
+def square(t, y):
+    return y * y
+
+
+@pytest.mark.parametrize("method", ["dopri5", "bdf"])
+def test_a_row_that_fails(method):
+    y0 = torch.tensor([[0.5], [2.0], [-1.0]], dtype=D, requires_grad=True)
+    times = torch.tensor([0.0, 0.25, 1.0], dtype=D)
+    kept = independent(square, method=method, on_failure="nan")(y0, times).ys
+    assert bool(kept[2, 1].isnan().all())
+    torch.testing.assert_close(kept[1], 1 / (1 / y0.detach() - 0.25), rtol=1e-3, atol=0.0)
+    (found,) = torch.autograd.grad(kept[:, [0, 2]].sum() + kept[1].sum(), y0)
+    alone = independent(square, method=method)(y0[[0, 2]], times).ys
+    (expected,) = torch.autograd.grad(alone.sum() + alone[1].sum(), y0)
+    assert torch.equal(found[[0, 2]], expected[[0, 2]])
+    assert abs(float(found[1]) - 1 / (1 - 0.25 * 2.0) ** 2) < 1e-2
+    with pytest.raises(pnode.errors.StepSizeUnderflow, match="row 1 of y0") as error:
+        independent(square, method=method)(y0, times)
+    assert abs(error.value.time - 0.5) < 1e-2
+
+
+def test_errors_name_the_row_and_the_cause():
+    def f(t, y):
+        return torch.where(y > 1.2, torch.nan, y)
+
+    y0 = torch.tensor([[0.1], [1.0]], dtype=D)
+    for options in ({"method": "rk4", "step_size": 0.1}, {"method": "dopri5"}):
+        with pytest.raises(pnode.errors.NonFiniteVectorField, match="row 1 of y0"):
+            independent(f, **options)(y0, [0.0, 1.0])
+    with pytest.raises(pnode.errors.StepLimitReached, match="row 0 of y0"):
+        independent(f, max_steps=1)(0.1 * y0, [0.0, 1.0])
+    assert torch.equal(independent(f)(y0, [0.0]).ys[0], y0)  # no steps at all
+
+
+def test_tolerances_of_rows():
+    f, y0 = Oscillator(), Y0.clone().requires_grad_()
+    atol = torch.tensor([[1e-3], [1e-6], [1e-9]], dtype=D).expand(3, 3)
+    for method in ("dopri5", "bdf"):
+        found = independent(f, method=method, rtol=1e-9, atol=atol)(y0, [0.0, 1.0])
+        for row in range(3):
+            alone = pnode.Solver(
+                f, method=method, rtol=1e-9, atol=atol[row], compile=method == "bdf"
+            )
+            expected = alone(y0[row], [0.0, 1.0]).ys
+            torch.testing.assert_close(found.ys[:, row], expected, rtol=1e-12, atol=1e-12)
+
+
+def mixed(t, y):
+    return -y + 0.1 * y.mean(dim=0)
+
+
+def sliced(t, y):
+    return -torch.arange(1.0, 4.0, dtype=D)[: len(y), None] * y
+
+
+def own(t, y):
+    return -torch.arange(1.0, 4.0, dtype=D)[:, None] * y
+
+
+def looks(t, y):
+    return -y if float(y.sum()) > 0 else y
+
+
+@pytest.mark.parametrize("f", [mixed, sliced, own, looks])
+def test_fields_that_do_not_take_one_row(f):
+    """They are not compiled: the solve goes on in torch, or there is an error where it cannot."""
+    y0 = torch.ones(3, 2, dtype=D)
+    with pytest.warns(UserWarning, match="compile=True has no effect"):
+        found = independent(f)(y0, [0.0, 0.5])
+    expected = pnode.Solver(f, samples="independent")(y0, [0.0, 0.5])
+    assert torch.equal(found.ys, expected.ys)
+    if f in (own, looks):
+        with pytest.raises(pnode.ConfigurationError, match="method='bdf' with samples="):
+            independent(f, method="bdf")(y0, [0.0, 0.5])
+
+
+def test_what_is_not_compiled():
+    y0 = torch.ones(2, 2, dtype=D, requires_grad=True)
+    for options, state, text in (
+        ({"checkpointing": "1MiB"}, y0, "checkpointing"), ({}, y0.float(), "float64"),
+        ({}, y0 + 0j, "complex"), ({}, torch.ones(2, 40, dtype=D), "32 state entries"),
+    ):  # fmt: skip
+        with pytest.warns(UserWarning, match=text):
+            independent(lambda t, y: -y, **options)(state, [0.0, 0.5])
+    with pytest.raises(pnode.ConfigurationError, match="give compile=True"):
+        pnode.Solver(lambda t, y: -y, method="bdf", samples="independent")
+
+
+def test_numbers_that_change_and_undeclared_tensors():
+    factor = [1.0]
+    solver = independent(lambda t, y: -factor[0] * y)
+    y0 = Y0.clone().requires_grad_()
+    for factor[0] in (1.0, 2.0):
+        ys = solver(y0, [0.0, 1.0]).ys
+        torch.testing.assert_close(ys[-1], y0 * torch.tensor(-factor[0]).exp(), rtol=1e-4, atol=0)
+    factor[0] = 3.0  # too late for this solve, which is code
+    (found,) = torch.autograd.grad(ys[-1].sum(), y0)
+    torch.testing.assert_close(found, torch.full_like(y0, -2.0).exp(), rtol=1e-4, atol=0)
+    hidden = torch.tensor(1.0, dtype=D, requires_grad=True)
+    with pytest.raises(pnode.ConfigurationError):
+        independent(lambda t, y: -hidden * y)(y0, [0.0, 1.0])
+
+
+def test_shapes_and_inference_mode():
+    """Rows of one number each, and tensors that torch keeps no versions of."""
+    with torch.inference_mode():
+        y0 = torch.tensor([1.0, 2.0, -3.0], dtype=D)
+        exact = y0 * torch.tensor(-0.5, dtype=D).exp()
+        for options in ({"compile": True}, {"method": "es325"}):
+            solver = pnode.Solver(lambda t, y: -t * y, samples="independent", **options)
+            ys = solver(y0, [0.0, 1.0]).ys
+            torch.testing.assert_close(ys[-1], exact, rtol=1e-4, atol=0.0)
