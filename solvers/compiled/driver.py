@@ -46,6 +46,7 @@ def _structure(integers: str, numbers: str = "") -> type[ctypes.Structure]:
 
 
 _Counts: Any = _structure("steps rejected rhs vjp jacobians factorizations newton krylov bytes")
+_ADDED = tuple(name for name, _ in _Counts._fields_ if name != "bytes")
 _Control: Any = _structure(
     "keep adaptive max_steps", "direction order first_step min_step max_step longest"
 )
@@ -83,7 +84,7 @@ def library() -> ctypes.CDLL:
         "free_sweep": (None, [pointer]),
         "forward": (number, [pointer, pointer, pointer, real, pointer]),
         "repeat": (None, [pointer]),
-        "reverse": (number, [pointer, pointer, pointer, pointer, ctypes.c_char_p, real]),
+        "reverse": (number, [pointer, pointer, pointer, pointer, real]),
         "finish": (number, [pointer, pointer, pointer, pointer]),
         "recorded": (number, [pointer, pointer, pointer, pointer]),
         "whole": (number, [pointer]),
@@ -272,8 +273,7 @@ class CompiledSweep:
     ) -> tuple[torch.Tensor, list[torch.Tensor], Any]:
         counts, inputs, sums = _Counts(), self.kernel.inputs(), self.kernel.sums()
         state, places = torch.empty(self.kernel.size, dtype=REAL), pointers(sums)
-        nonzero = bytes(cotangents.ne(0).any(dim=1).tolist())
-        arguments = self._handle, pointers(inputs), places, cotangents.data_ptr(), nonzero
+        arguments = self._handle, pointers(inputs), places, cotangents.data_ptr()
         status = _PAUSED
         while status == _PAUSED:
             status = self._library.pnode_reverse(*arguments, _PATIENCE)
@@ -289,7 +289,8 @@ class CompiledSweep:
 
 
 def _add(counts: Any, ledger: Ledger) -> None:
-    for name, _ in _Counts._fields_:
-        if name != "bytes":
-            setattr(ledger, name, getattr(ledger, name) + getattr(counts, name))
+    for name in _ADDED:
+        more = getattr(counts, name)
+        if more:
+            setattr(ledger, name, getattr(ledger, name) + more)
     ledger.ram_bytes = max(ledger.ram_bytes, counts.bytes)

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch._utils import _unflatten_dense_tensors
 
 from pnode.base.vectors import REAL
 from pnode.solvers.compiled.backend import Code
@@ -65,9 +64,8 @@ class Program(Kernel, Code):
                 raise Untraceable(f"it reads a tensor of type {tensor.dtype} on {tensor.device}")
         self._traced = traced
         self.size = math.prod(traced.shape)
-        self._templates = [torch.empty(part.shape, device="meta") for part in traced.parameters]
         #: Entries of mu.
-        self.entries = sum(template.numel() for template in self._templates)
+        self.entries = sum(math.prod(part.shape) for part in traced.parameters)
         field = _Writer(traced, parameters).text(steps == "rosenbrock")
         implicit = source("implicit_steps.cpp", f"{steps}_steps.cpp")
         text = "\n".join((source("kernel.h"), field, implicit))
@@ -94,9 +92,9 @@ class Program(Kernel, Code):
 
     def gradients(self, sums: list[torch.Tensor]) -> list[tuple[int, torch.Tensor]]:
         """Return mu from its sums."""
-        parts = _unflatten_dense_tensors(sums[0], self._templates) if self._templates else ()
+        parts = sums[0].split([math.prod(part.shape) for part in self._traced.parameters])
         return [
-            (part.index, gradient)
+            (part.index, gradient.view(part.shape))
             for part, gradient in zip(self._traced.parameters, parts, strict=True)
         ]
 
