@@ -354,7 +354,8 @@ class Solver(torch.nn.Module):
             the user's functions get.
         """
         engine, functions, facts = self._engine, self._functions, None
-        if args is breakpoints is self.mass is self.event_fn is None and len(functions) == 1:
+        more = (args, breakpoints, self.mass, self.event_fn, *functions[1:])
+        if all(one is None for one in more):
             declared = collect_parameters(functions, self._params)
             facts = facts_of(y0, t, declared)
             known = engine.repeated.again(facts, functions[0], y0, declared, ranks)

@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_leaves
 from pnode.errors import BackwardError, ConfigurationError
 
 __all__ = [
-    "applied", "batch_is_innermost", "batch_level", "differentiable", "has_tangent", "in_forward_mode",
-    "is_legacy_batch", "is_wrapped", "legacy_batch", "lowered", "moves", "no_tangents",
-    "only_forward_mode", "outside", "outside_compiler", "outside_inference", "plain",
+    "applied", "batch_is_innermost", "batch_level", "differentiable", "has_tangent",
+    "in_forward_mode", "is_legacy_batch", "is_wrapped", "legacy_batch", "lowered", "moves",
+    "no_tangents", "only_forward_mode", "outside", "outside_compiler", "outside_inference", "plain",
     "recorded_by_autograd", "refuse_moving", "refuse_traced", "refuse_transforms", "signed",
     "stacked", "tensors_of", "transforms_active", "unbatched", "unmoved", "unwrapped",
 ]  # fmt: skip
@@ -366,7 +366,8 @@ def applied(function: type[torch.autograd.Function], *inputs: Any) -> Any:
     """Do as ``function.apply``, which looks for transforms and signatures besides."""
     if transforms_active() or any(is_wrapped(x) for x in inputs if isinstance(x, torch.Tensor)):
         return function.apply(*inputs)
-    return super(torch.autograd.Function, function).apply(*inputs)
+    below: Any = super(torch.autograd.Function, function)
+    return below.apply(*inputs)
 
 
 def is_wrapped(tensor: torch.Tensor) -> bool:

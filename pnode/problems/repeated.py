@@ -41,7 +41,6 @@ def facts_of(y0: Any, t: Any, declared: Sequence[torch.Tensor]) -> Hashable | No
         or any(map(is_wrapped, (y0, t, *declared)))
     ):  # fmt: skip
         return None
-    # A zero has its sign, which not even NaN is equal by.
     return y0.shape, y0.dtype, t.dtype, t.shape, repr(t.tolist()), torch.is_grad_enabled()
 
 

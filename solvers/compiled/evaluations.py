@@ -68,10 +68,10 @@ def agree(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.dim() == 1 and len(a) <= _FEW:
         given, expected = a.tolist(), b.tolist()
         bound = rtol * max(map(abs, expected))
-        if all(abs(x - y) <= bound for x, y in zip(given, expected, strict=True)):
+        if all(abs(x - y) <= bound < math.inf for x, y in zip(given, expected, strict=True)):
             return True
     a, b = a.detach().double(), b.detach().double()
-    if float((a - b).abs().max()) <= rtol * float(b.abs().max()):
+    if float((a - b).abs().max()) <= rtol * float(b.abs().max()) < math.inf:
         return True
     scale = float(b.abs().nan_to_num(0.0, 0.0, 0.0).max())
     return torch.allclose(a, b, rtol=rtol, atol=rtol * scale, equal_nan=True)

@@ -92,11 +92,11 @@ class Program(Kernel, Code):
 
     def gradients(self, sums: list[torch.Tensor]) -> list[tuple[int, torch.Tensor]]:
         """Return mu from its sums."""
-        parts = sums[0].split([math.prod(part.shape) for part in self._traced.parameters])
-        return [
-            (part.index, gradient.view(part.shape))
-            for part, gradient in zip(self._traced.parameters, parts, strict=True)
-        ]
+        found, end = [], 0
+        for part in self._traced.parameters:
+            start, end = end, end + math.prod(part.shape)
+            found.append((part.index, sums[0][start:end].view(part.shape)))
+        return found
 
     def at(self, t: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor]:
         """Return f(t, y), flat."""
