@@ -18,15 +18,28 @@ LONG_FILES: set[str] = set()
 LONG_FUNCTIONS: set[str] = set()
 
 
+def tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look for their annotations
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="module")
 def structure():
     """Return the tool that counts."""
-    spec = importlib.util.spec_from_file_location("structure", ROOT / "tools" / "structure.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["structure"] = module  # where dataclasses look for their annotations
-    spec.loader.exec_module(module)
-    return module
+    return tool("structure")
+
+
+@pytest.mark.parametrize("method", ["rk4", "cn", "es325", "rodaspr", "bdf", "radau5"])
+def test_f_is_reached_through_few_rooms(method):
+    """Values, and the way to an assembled Jacobian, which is the longest."""
+    found = tool("rooms").ways(method)
+    assert all(0 < len(way) <= 5 for way in found["forward"] if way), found
+    assert all(len(way) <= 6 for way in found["backward"]), found
+    assert any(found["forward"])
 
 
 def test_long_files(structure):
