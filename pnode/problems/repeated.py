@@ -53,12 +53,13 @@ class Repeated:
 
     def keep(self, facts: Hashable | None, problem: InitialValueProblem) -> None:
         """Keep a problem that has passed all checks, if it is y' = f(t, y) alone."""
-        alone = (
+        self._facts = self._problem = None
+        if facts is not None and (
             problem.form == "rhs" and not problem.layout.pairs and problem.norm is None
             and not problem.ranks.parallel and problem.exchange is None
-        )  # fmt: skip
-        self._facts = facts if alone else None
-        self._problem = problem.but(function=None, parameters=(), frozen=(), ranks=ALONE)
+        ):  # fmt: skip
+            self._facts = facts
+            self._problem = problem.but(function=None, parameters=(), frozen=(), ranks=ALONE)
 
     def again(
         self, facts: Hashable | None, function: Any, y0: torch.Tensor,
