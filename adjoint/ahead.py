@@ -14,9 +14,10 @@ import torch
 from pnode.base.ledger import Ledger
 from pnode.base.vectors import REAL
 from pnode.field.products import directional_derivatives, pull_back_rows
+from pnode.field.second_products import derivatives_along
 from pnode.field.vectorfield import VectorField
 
-__all__ = ["Ahead", "derivatives_ahead", "pays"]
+__all__ = ["Ahead", "curvatures_ahead", "derivatives_ahead", "pays"]
 
 # Entries of the Jacobians that are alive at once.
 _ENTRIES = 1 << 20
@@ -71,22 +72,13 @@ def derivatives_ahead(
     ledger : Ledger
         Counts.
     """
-    layout, direction = field.problem.layout, field.problem.direction
-    low, high = field.problem.window
-    size, number = layout.size, len(states)
-
-    def evaluate(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        value: torch.Tensor = layout.flatten(field.function(t, layout.unflatten(u)))
-        return value
-
-    at = torch.tensor(times, dtype=torch.float64, device=layout.device).clamp(low, high) * direction
-    u = torch.stack([state.to(layout.dtype) for state in states]).requires_grad_()
+    direction, size, number = field.problem.direction, field.problem.layout.size, len(states)
     try:
         with torch.enable_grad(), field.shared.hooks_away():
-            values = torch.func.vmap(evaluate)(at.to(layout.dtype), u)
+            _, u, values = _mapped(field, times, states)
             if values.shape != u.shape or not values.requires_grad:
                 return None
-            seeds = torch.eye(size, dtype=u.dtype, device=u.device)[:, None].expand(-1, number, -1)
+            seeds = _units(u)
             (rows,) = pull_back_rows(values, (u,), seeds)
             along = None
             if moving:
@@ -102,3 +94,64 @@ def derivatives_ahead(
         direction * values.detach(), direction * jacobians.movedim(0, 2).to(REAL),
         None if along is None else direction * along.movedim(0, 1).to(REAL),
     )  # fmt: skip
+
+
+def curvatures_ahead(
+    field: VectorField, times: Sequence[float], states: Sequence[torch.Tensor],
+    v: torch.Tensor, time: torch.Tensor, moving: Sequence[tuple[int, torch.Tensor]],
+    ledger: Ledger,
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:  # fmt: skip
+    """Return derivatives of several g_u v_i + tau_i g_s at K states; None if torch cannot map f.
+
+    Parameters
+    ----------
+    field, times, states, moving, ledger
+        As of :func:`derivatives_ahead`.
+    v, time : Tensor
+        The v_i and tau_i, shapes ``(n, K, size)`` and ``(n, K)``, the user's precision.
+
+    Returns
+    -------
+    by_state : Tensor
+        Shape ``(K, n, size, size)``, the state's entries first; PETSc's precision.
+    along : Tensor or None
+        Along the tangents of parameters, ``(K, n, m, size)``; None without such.
+    """
+    direction, size = field.problem.direction, field.problem.layout.size
+    tangents = [tangents for _, tangents in moving]
+    extra = len(tangents[0]) if moving else 0
+    try:
+        with torch.enable_grad(), field.shared.hooks_away():
+            at, u, values = _mapped(field, times, states)
+            rows = [torch.cat([_units(u), u.new_zeros(extra, *u.shape)])]
+            rows += [torch.cat([one.new_zeros(size, *one.shape[1:]), one]) for one in tangents]
+            inputs = (u, *(field.parameters[index] for index, _ in moving))
+            found = derivatives_along(values, (u, at), (v, direction * time), inputs, rows)
+    except Exception:  # whatever it is, the single stages will tell
+        return None
+    ledger.rhs += len(states)
+    ledger.jvp += found[..., 0].numel()
+    found = direction * found.permute(2, 1, 0, 3).to(REAL)
+    return found[:, :, :size], found[:, :, size:] if moving else None
+
+
+def _mapped(
+    field: VectorField, times: Sequence[float], states: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return user's times and states, which require grad, and f at all of them."""
+    layout, (low, high) = field.problem.layout, field.problem.window
+
+    def evaluate(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        value: torch.Tensor = layout.flatten(field.function(t, layout.unflatten(u)))
+        return value
+
+    at = torch.tensor(times, dtype=torch.float64, device=layout.device).clamp(low, high)
+    at = (at * field.problem.direction).to(layout.dtype).requires_grad_()
+    u = torch.stack([state.to(layout.dtype) for state in states]).requires_grad_()
+    return at, u, torch.func.vmap(evaluate)(at, u)
+
+
+def _units(u: torch.Tensor) -> torch.Tensor:
+    """Return the unit vectors of each of K states, shape ``(size, *u)``."""
+    number, size = u.shape
+    return torch.eye(size, dtype=u.dtype, device=u.device)[:, None].expand(-1, number, -1)

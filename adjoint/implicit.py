@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ from pnode.base.options import PETSc, SolverOptions, log_event
 from pnode.field.linearization import Linearization, Products
 from pnode.field.vectorfield import VectorField
 from pnode.solvers.checkpoint import Checkpoint
+from pnode.solvers.linear.block import BlockMatrix
 from pnode.solvers.petsc.bridge import Bridge
 from pnode.solvers.petsc.failures import linear_error, raise_stored
 from pnode.solvers.petsc.library import total_krylov_iterations
@@ -24,6 +25,21 @@ from pnode.solvers.petsc.ts import build_ts
 from pnode.solvers.stepping import Step
 
 __all__ = ["ImplicitAdjointStepper"]
+
+
+def _columns(rows: torch.Tensor) -> Any:
+    """Return rows as the columns of PETSc's matrix, which shares their memory."""
+    columns = rows.numpy().T
+    return PETSc.Mat().createDense(columns.shape, array=columns, comm=PETSc.COMM_SELF)
+
+
+def _failure(solve: Callable[..., None], *arguments: Any) -> PETSc.Error | None:
+    """Call PETSc, and return its error."""
+    try:
+        solve(*arguments)
+    except PETSc.Error as error:
+        return error
+    return None
 
 
 class ImplicitAdjointStepper(TorchAdjointStepper):
@@ -149,6 +165,20 @@ class ImplicitAdjointStepper(TorchAdjointStepper):
         """Solves where the matrix misses entries."""
         return ExactSolves(self.ts, self.bridge, self.settings)
 
+    @cached_property
+    def _solves_rows(self) -> bool:
+        """Whether PETSc solves with factors for several right-hand sides at once.
+
+        Only tangents ask: cotangents in a batch are those of single sweeps to the last bit.
+        """
+        matrix, pc = self._matrices[1], self._ksp.getPC().getType()
+        alone = self.settings.place.on_host and self.settings.comm.size == 1
+        if not alone or self._ksp.getType() != "preonly":
+            return False
+        if matrix.getType() == "python":
+            return pc == "python" and isinstance(matrix.getPythonContext(), BlockMatrix)
+        return pc == "lu" and matrix.getType() == "seqdense"
+
     def set_matrix(
         self, s: float, u: torch.Tensor, shift: float, step: Step,
         u_dot: torch.Tensor | None = None, exactly: bool = True,
@@ -174,15 +204,19 @@ class ImplicitAdjointStepper(TorchAdjointStepper):
 
         Several solves, and those of the rows of a batch, share the factors or the preconditioner.
         """
+        kind = "transposed" if transposed else "linear"
+        if b.dim() > 1 and not transposed and self._solves_rows:
+            b = b.detach().contiguous()
+            found = torch.empty_like(b)
+            failure = _failure(self._ksp.matSolve, _columns(b), _columns(found))
+            self._check(failure, step, kind)
+            ledger.krylov += len(b)
+            return found
         if b.dim() > 1:
             return torch.stack([self.solve(row, step, ledger, transposed) for row in b])
         vectors.copy_in(self._b, b)
-        failure: PETSc.Error | None = None
-        try:
-            (self._ksp.solveTranspose if transposed else self._ksp.solve)(self._b, self._x)
-        except PETSc.Error as error:
-            failure = error
-        self._check(failure, step, "transposed" if transposed else "linear")
+        solve = self._ksp.solveTranspose if transposed else self._ksp.solve
+        self._check(_failure(solve, self._b, self._x), step, kind)
         total = total_krylov_iterations(self._ksp)
         ledger.krylov += total - self._iterations
         self._iterations = total

@@ -29,6 +29,8 @@ class RosenbrockStage(NamedTuple):
 
     Attributes
     ----------
+    Z : Tensor
+        Z_i.
     graph : Linearization
         g at (t_i, Z_i).
     Y : Tensor
@@ -37,6 +39,7 @@ class RosenbrockStage(NamedTuple):
         What J multiplies: Y_i, or the sum of Corr_ij Y_j.
     """
 
+    Z: torch.Tensor
     graph: Linearization
     Y: torch.Tensor
     v: torch.Tensor
@@ -166,7 +169,7 @@ class RosenbrockAdjoint(ImplicitAdjointStepper):
             else:
                 self.use_matrix(i, step, again=i == 0)
                 v = Y = self.solve(b, step, ledger, transposed=False)
-            stages.append(RosenbrockStage(graph, Y, v))
+            stages.append(RosenbrockStage(Z, graph, Y, v))
         end = u + combine(bt, [stage.Y for stage in stages], zero)
         self.verify(end, 0, step.start, step, "the step's end, from its value")
         return stages, base

@@ -19,6 +19,7 @@ from pnode.adjoint.firk import CoupledAdjoint
 from pnode.adjoint.implicit import ImplicitAdjointStepper
 from pnode.adjoint.multistep import MultistepAdjoint
 from pnode.adjoint.rosenbrock import RosenbrockAdjoint
+from pnode.adjoint.rosenbrock_stages import KnownStages, RecordedStages
 from pnode.adjoint.stages import ExplicitAdjoint, StageAdjoint
 from pnode.adjoint.stepper import AdjointStepper
 from pnode.adjoint.symplectic import SymplecticAdjoint
@@ -37,6 +38,8 @@ __all__ = ["Moving", "TangentStepper", "create_tangents", "has_tangents"]
 
 #: For each parameter that moves its index and its tangents, shape ``(m, *parameter)``.
 Moving: TypeAlias = Sequence[tuple[int, torch.Tensor]]
+#: Steps with their checkpoints, and what was noted of f there.
+Known: TypeAlias = Sequence[tuple[Step, Checkpoint, Sequence[float]]]
 
 
 class TangentStepper(ABC):
@@ -73,7 +76,7 @@ class TangentStepper(ABC):
             Whatever the vector field raised.
         """
 
-    def look_ahead(self, steps: Sequence[tuple[Step, Checkpoint]], ledger: Ledger) -> None:
+    def look_ahead(self, steps: Known, ledger: Ledger) -> None:
         """Take what does not need tangents for all steps at once, where that pays."""
         return
 
@@ -95,12 +98,12 @@ class ExplicitTangents(TangentStepper):
         self._ahead: Ahead | None = None
         self._done = 0
 
-    def look_ahead(self, steps: Sequence[tuple[Step, Checkpoint]], ledger: Ledger) -> None:
+    def look_ahead(self, steps: Known, ledger: Ledger) -> None:
         """Differentiate f at all stages at once; see :class:`TangentStepper`."""
         field, live, c = self._adjoint.field, self._live, self._scheme.c
         if pays(field, len(steps) * len(live), len(self.tangents)):
-            times = [step.at(c[i]) for step, _ in steps for i in live]
-            states = [checkpoint.stages[i] for _, checkpoint in steps for i in live]
+            times = [step.at(c[i]) for step, _, _ in steps for i in live]
+            states = [checkpoint.stages[i] for _, checkpoint, _ in steps for i in live]
             self._ahead = derivatives_ahead(field, times, states, self._moving, ledger)
 
     def step(self, step: Step, ledger: Ledger) -> None:
@@ -287,30 +290,33 @@ class RosenbrockTangents(TangentStepper):
     def __init__(self, adjoint: RosenbrockAdjoint, start: torch.Tensor, moving: Moving) -> None:
         super().__init__(start, moving)
         self._adjoint = adjoint
+        self._known: KnownStages | None = None
+
+    def look_ahead(self, steps: Known, ledger: Ledger) -> None:
+        """Differentiate f at all stages at once; see :class:`TangentStepper`."""
+        number = len(self.tangents)
+        self._known = KnownStages.create(self._adjoint, steps, number, self._moving, ledger)
 
     def step(self, step: Step, ledger: Ledger) -> None:
         """Take a step; see :class:`TangentStepper`."""
         adjoint, h, zero = self._adjoint, step.length, torch.zeros_like(self.tangents)
         mass, (At, Ginv, corr, bt) = adjoint.field.mass, adjoint.coefficients
-        stages, base = adjoint.stages(step, ledger)
-        along = self.tangents.to(base.dtype), self._moving
-        changes = torch.cat([
-            base.second_along(*along, v, time).to(REAL)
-            for _, v, time in adjoint.through_jacobian(stages, step)
-        ])  # fmt: skip
+        stages: KnownStages | RecordedStages
+        if self._known is None:
+            stages = RecordedStages(adjoint, step, self.tangents, self._moving, ledger)
+        else:
+            stages = self._known.of(step.index, self.tangents)
         done: list[torch.Tensor] = []
-        for i, (stage, change) in enumerate(zip(stages, changes, strict=True)):
-            right = self._along(stage.graph, self.tangents + combine(At[i], done, zero))
+        for i, change in enumerate(stages.changes):
+            right = stages.along(i, self.tangents + combine(At[i], done, zero))
             driven = combine(Ginv[i], done, zero) / h
             right = right - (driven if mass is None else mass.apply(driven)) + change
             if adjoint.scheme.gamma_diagonal[i] == 0.0:
                 if i:
-                    v = combine(corr[i], done, zero).to(base.dtype)
-                    right = right + base.along(v, ()).to(REAL)
+                    right = right + stages.through(combine(corr[i], done, zero))
                 done.append(h * right)
             else:
-                adjoint.use_matrix(i, step)
-                done.append(adjoint.solve(right, step, ledger, transposed=False))
+                done.append(stages.solve(i, right))
         self.tangents = self.tangents + combine(bt, done, zero)
         ledger.steps += 1
 

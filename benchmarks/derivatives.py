@@ -1,7 +1,7 @@
 """What derivatives beyond the first gradient, and cost integrals, cost: ratios in one run.
 
 ``python benchmarks/derivatives.py [--quick]``. CPU time of this process; each line is the median of
-alternating runs of both.
+alternating runs of both. Peers are left out where they are not installed: ``peer_derivatives.py``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
+from peer_derivatives import diffrax_calls, stiff_sensitivities
 from torch.autograd import grad
 
 import pnode
@@ -96,7 +97,10 @@ def rows(
         solution = with_cost(leaf, t)
         return grad((solution.ys**2).sum() + solution.costs[-1], inputs)
 
-    if method == "rk4":  # the same steps, written out
+    if method == "rk4":  # the same steps, written out, and by others
+        for what, call in (diffrax_calls(f, y0, v, 20) or {}).items():
+            own = {"jvp": tangent, "Hessian product": hessian_product}[what]
+            yield f"{what} / diffrax, compiled", ratio(own, call, repeats)
 
         def loop(y: torch.Tensor) -> torch.Tensor:
             h, ys = 0.05, [y]
@@ -134,6 +138,27 @@ def rows(
     yield "gradient with a cost integral / without", ratio(cost_gradient, gradient, repeats)
 
 
+def cheap_cost(method: str, batch: int, repeats: int) -> float:
+    """Return what the integral of y . y adds to a gradient whose f is a wide network."""
+    f = Network(8, 512)
+    leaf = torch.randn(batch, 8, dtype=D).requires_grad_()
+    t, inputs = torch.linspace(0.0, 1.0, 3, dtype=D), [leaf, *f.parameters()]
+    options = {"method": method, "step_size": 0.05, "compile": False}
+    if method not in ("rk4", "dopri5"):
+        options["jacobian"] = "block"
+    plain = pnode.Solver(f, **options)
+    integral = pnode.Solver(f, cost=lambda t, y: (y * y).sum(), **options)
+
+    def without() -> object:
+        return grad(plain(leaf, t).ys.square().sum(), inputs)
+
+    def with_cost() -> object:
+        solution = integral(leaf, t)
+        return grad(solution.ys.square().sum() + solution.costs[-1], inputs)
+
+    return ratio(with_cost, without, repeats)
+
+
 class Rates(torch.nn.Module):
     """16 states with three parameters."""
 
@@ -166,8 +191,13 @@ def main() -> None:
     for method in ("rk4", "dopri5", "cn", "es325", "rodaspr", "bdf2"):
         for what, value in rows(method, batch, 8, 64, repeats):
             print(f"{method:8} {what:42} {value:6.2f}", flush=True)
+        value = cheap_cost(method, 4 * batch, repeats)
+        print(f"{method:8} {'as before, cheap beside f':42} {value:6.2f}", flush=True)
         value = output_jacobian(method, repeats)
         print(f"{method:8} {'Jacobian of 16 outputs by 3 / forward':42} {value:6.2f}", flush=True)
+    for name, value, own, other in stiff_sensitivities(ratio, repeats):
+        what = f"Robertson's sensitivities / {name}"
+        print(f"{'bdf':8} {what:42} {value:6.2f}  errors {own:.1e} {other:.1e}", flush=True)
 
 
 if __name__ == "__main__":

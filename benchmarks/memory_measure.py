@@ -66,6 +66,8 @@ class Series:
         Whether there is a disk beside it.
     store : str
         What pnode keeps of a step.
+    derivative : {"gradient", "tangent", "product"}
+        What is taken: one by y0, or a Hessian product, instead of the gradient.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Series:
     memory: int | None = None
     disk: bool = False
     store: str = "auto"
+    derivative: str = "gradient"
 
 
 CLASSICAL = "classical RK4"
@@ -88,6 +91,19 @@ SERIES = {
         Series("pnode-16MB", "pnode, 16 MB", "pnode", CLASSICAL, True, 16 * 10**6),
         Series(
             "pnode-16MB-disk", "pnode, 16 MB + disk", "pnode", CLASSICAL, True, 16 * 10**6, True
+        ),
+        *(
+            Series(
+                f"{name}-{limit // 10**6}MB",
+                f"{label}, {limit // 10**6} MB",
+                "pnode",
+                CLASSICAL,
+                True,
+                limit,
+                derivative=name,
+            )
+            for name, label in (("tangent", "tangent"), ("product", "Hessian product"))
+            for limit in (64 * 10**6, 16 * 10**6)
         ),
         Series("torchdiffeq", "torchdiffeq odeint", "torchdiffeq", "3/8 rule", False),
         Series("torchdiffeq-adjoint", "torchdiffeq adjoint", "torchdiffeq", "3/8 rule", True),
@@ -122,8 +138,9 @@ def network() -> tuple[list[np.ndarray], np.ndarray]:
 
 
 def torch_task(
-    solve: Callable[[Any, Any, float], Any], facts: Callable[[], dict[str, Any]], steps: int
-) -> Task:
+    solve: Callable[[Any, Any, float], Any], facts: Callable[[], dict[str, Any]], steps: int,
+    derivative: str = "gradient",
+) -> Task:  # fmt: skip
     """Return the task of a torch solver: ``solve(field, y0, end)`` is the final state."""
     import torch
 
@@ -151,8 +168,15 @@ def torch_task(
 
     def gradient(end: float = 1.0) -> float:
         calls[0] = 0
+        if derivative == "tangent":
+            with torch.no_grad():
+                ahead = torch.func.jvp(lambda y: solve(field, y, end), (y0,), (y0.sin(),))
+            return float(ahead[1].norm())
         loss = solve(field, y0, end).square().sum()
-        parts = torch.autograd.grad(loss, wanted)
+        parts = torch.autograd.grad(loss, wanted, create_graph=derivative == "product")
+        if derivative == "product":
+            along = [one.detach().sin() for one in wanted]
+            parts = torch.autograd.grad(parts, wanted, along)
         return float(sum(part.square().sum() for part in parts)) ** 0.5
 
     return Task(
@@ -188,6 +212,12 @@ def pnode_task(series: Series, steps: int) -> Task:
     def facts() -> dict[str, Any]:
         assert folder is None or folder.name
         stats = found["stats"]
+        if series.derivative != "gradient":  # solves of a pair, too, whose plan is their own
+            ledgers = (stats, stats.backward, stats.tangents)
+            most = max(one.ram_bytes for one in ledgers)
+            recomputed = sum(one.recomputed for one in ledgers)
+            within = series.memory is None or most <= series.memory
+            return {"recomputed": recomputed, "ram_bytes": most, "as_planned": within}
         plan = pnode.plan("rk4", steps, STATE_BYTES, **limits)
         ledger = {
             "recomputed": stats.backward.recomputed,
@@ -200,7 +230,7 @@ def pnode_task(series: Series, steps: int) -> Task:
             "as_planned": planned == ledger,
         }  # fmt: skip
 
-    return torch_task(solve, facts, steps)
+    return torch_task(solve, facts, steps, series.derivative)
 
 
 def torchdiffeq_task(series: Series, steps: int) -> Task:

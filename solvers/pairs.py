@@ -25,6 +25,7 @@ from pnode.base.devices import HOST, Place
 from pnode.base.options import PETSc
 from pnode.base.vectors import REAL, copy_in, copy_out, create, view
 from pnode.field.linearization import Linearization
+from pnode.field.pair_parts import PartLinearization, integrands_by_state
 from pnode.field.vectorfield import vector_field
 from pnode.layout.pair_layout import PairLayout
 from pnode.solvers.linear.assembly import Assembly
@@ -135,11 +136,16 @@ class PairMatrix:
         """Let go of the user's objects."""
         self._bridge: Linearizer | None = None
         self._linearization: Linearization | None = None
+        self._driven: torch.Tensor | None = None  # derivatives of few integrands by the state
 
-    def move_to(self, bridge: Linearizer, linearization: Linearization, shift: float) -> None:
-        """Stand at a point; exceptions go to ``bridge``."""
+    def move_to(
+        self, bridge: Linearizer, linearization: Linearization, driven: torch.Tensor | None,
+        shift: float,
+    ) -> None:  # fmt: skip
+        """Stand at a point, with derivatives of few integrands; exceptions go to ``bridge``."""
         self._bridge, self._linearization = bridge, linearization
         self._shift, self._factor = shift, 1.0
+        self._driven = driven
 
     def scale(self, mat: Any, factor: float) -> None:
         """A = factor A."""
@@ -188,6 +194,9 @@ class PairMatrix:
         zero = torch.zeros_like(first)
         if not transposed:
             state = self._solve(first, False)
+            if self._driven is not None:
+                integral = (integral + self._factor * (self._driven @ state)) / step
+                return self.layout.join([state, integral])
             nothing = torch.zeros_like(integral)
             product = self._product(self.layout.join([state, *(zero for _ in others), nothing]))
             pairs = zip(others, self.layout.parts(product)[1:], strict=True)
@@ -196,6 +205,9 @@ class PairMatrix:
             return self.layout.join([state, *found, integral])
         found = [self._solve(right, True) for right in others]
         integral = integral / step
+        if self._driven is not None:
+            right = first + self._factor * (integral @ self._driven)
+            return self.layout.join([self._solve(right, True), integral])
         moved = self._transposed(self.layout.join([zero, *found, integral]))
         first = first - self.layout.parts(moved)[0]
         return self.layout.join([self._solve(first, True), *found, integral])
@@ -353,19 +365,23 @@ class PairAssembly(Assembly):
         parts = self._options.layout.parts
         u_dot = None if point.u_dot is None else parts(point.u_dot)[0].clone()
         own = self._bridge.point_at(point.s, parts(point.u)[0].clone(), u_dot)
+        if own.linearization is None:
+            shared = self._bridge.field.shared
+            own.linearization = PartLinearization.of(pair, self._options.layout, shared)
         values = None if self._own is None else self._own.evaluate(self._bridge, own, check)
-        return bridge, pair, own, values
+        driven = integrands_by_state(pair, self._options.layout)
+        return bridge, pair, driven, own, values
 
     def form(self, matrix: Any, values: Any, shift: float) -> None:
         """Put what was evaluated into the matrices."""
         operator, preconditioner = self._matrices
         found = None
         if values is not None:  # of a field that has not failed
-            bridge, pair, own, found = values
+            bridge, pair, driven, own, found = values
             if self._shell is not None:
                 self._shell.move_to(own, shift, -1.0)
                 operator.assemble()
-            matrix.getPythonContext().move_to(bridge, pair, shift)
+            matrix.getPythonContext().move_to(bridge, pair, driven, shift)
         if self._own is not None:
             self._own.form(preconditioner, found, shift)
         self._context.ksp.setOperators(*self._matrices)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pnode.base import vectors
-from pnode.base.transforms import moves, plain
+from pnode.base.transforms import depends, plain
 from pnode.controllers import PID, Norm
 from pnode.errors import ConfigurationError, StepSizeUnderflow
 from pnode.field.vectorfield import VectorField
@@ -89,7 +89,7 @@ def as_grid(given: Any) -> tuple[float, ...] | None:
     if given is None:
         return None
     parts = given if isinstance(given, (list, tuple)) else [given]
-    if any(isinstance(part, torch.Tensor) and moves(part) for part in parts):
+    if any(isinstance(part, torch.Tensor) and depends(part) for part in parts):
         raise ConfigurationError(
             "steps requires grad, and the ends of steps count as constants: give steps.detach(), "
             "or breakpoints= for times that f jumps at"

@@ -1,9 +1,8 @@
 """The benchmarks of stiff solvers and of memory: counts, problems, comparison, curves."""
 
+import importlib
 import json
-import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -24,16 +23,29 @@ D = torch.float64
 EVERY = {**PROBLEMS, **{name: item.problem for name, item in SENSITIVITIES.items()}}
 
 
-def test_counts_are_those_of_the_ledger(tmp_path):
+@pytest.fixture
+def run(monkeypatch):
+    """Run a script of the benchmarks in this process."""
+    # What memory_measure.py would set.
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        return importlib.import_module(name).main()
+
+    return run
+
+
+def test_counts_are_those_of_the_ledger(tmp_path, run, capsys):
     path = tmp_path / "stiff.json"
-    command = [
-        sys.executable, str(FOLDER / "stiff.py"), "--quick", "--problems", "ROBER",
-        "--solvers", "es325", "no_such_method", "rk4", "--json", str(path),
-    ]  # fmt: skip
-    run = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert run.returncode == 0, run.stderr
+    solvers = ("es325", "no_such_method", "rk4")
+    assert (
+        run("stiff", "--quick", "--problems", "ROBER", "--json", path, "--solvers", *solvers) == 0
+    )
+    printed = capsys.readouterr().out
     for name in ("no_such_method", "rk4"):
-        assert f"{name}: left out, pnode has no adaptive method of this name\n" in run.stdout
+        assert f"{name}: left out, pnode has no adaptive method of this name\n" in printed
     report = json.loads(path.read_text())
     assert list(report["problems"]) == ["ROBER"]
     rows = report["problems"]["ROBER"]["rows"]
@@ -125,16 +137,13 @@ def test_failures_are_rows():
     assert all((row.seconds is None) == (row.solver == "bad") for row in rows)
 
 
-def test_memory_stays_within_the_budget(tmp_path):
+def test_memory_stays_within_the_budget(tmp_path, run, monkeypatch, capsys):
     path = tmp_path / "memory.json"
-    command = [
-        sys.executable, str(FOLDER / "memory.py"), "--steps", "60", "--repeats", "1",
-        "--json", str(path), "--series", "torchdiffeq", "pnode", "pnode-16MB", "pnode-16MB-disk",
-    ]  # fmt: skip
-    run = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert run.returncode == 0, run.stderr
-    left_out = "torchdiffeq: left out, torchdiffeq is not installed\n"
-    assert (left_out in run.stdout) == (find_spec("torchdiffeq") is None)
+    memory = importlib.import_module("memory")
+    monkeypatch.setattr(memory, "find_spec", lambda name: None if name == "torchdiffeq" else name)
+    series = ("torchdiffeq", "pnode", "pnode-16MB", "pnode-16MB-disk")
+    assert run("memory", "--steps", 60, "--repeats", 1, "--json", path, "--series", *series) == 0
+    assert "torchdiffeq: left out, torchdiffeq is not installed\n" in capsys.readouterr().out
     rows = {row["series"]: row for row in json.loads(path.read_text())["rows"]}
     free, steps = rows["pnode"], 60
     assert free["ram_bytes"] == steps * 4 * 64 * 256 * 8
@@ -152,17 +161,11 @@ def test_memory_stays_within_the_budget(tmp_path):
     assert rows["pnode-16MB-disk"]["disk_bytes"] > 0 == rows["pnode-16MB"]["disk_bytes"]
 
 
-def test_memory_series_end_at_the_limits():
-    command = [
-        sys.executable, str(FOLDER / "memory.py"), "--steps", "150", "200", "--repeats", "1",
-        "--series", "pnode",
-    ]  # fmt: skip
-    for limit, reason in ((["--limit", "40MB"], "over 40MB"), (["--seconds", "1"], "over 1 s")):
-        run = subprocess.run(
-            [*command, *limit], capture_output=True, text=True, timeout=120, check=False
-        )
-        assert run.returncode == 0, run.stderr
-        assert run.stdout.splitlines()[-1].split(maxsplit=5)[-1] == f"150 {reason}"
+def test_memory_series_end_at_the_limits(run, capsys):
+    for limit, reason in ((("--limit", "40MB"), "over 40MB"), (("--seconds", 1), "over 1 s")):
+        assert run("memory", "--steps", 150, 200, "--repeats", 1, "--series", "pnode", *limit) == 0
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last.split(maxsplit=5)[-1] == f"150 {reason}"
 
 
 def test_gpu_table_without_a_gpu(monkeypatch, capsys):
@@ -187,12 +190,10 @@ def test_gpu_table_without_a_gpu(monkeypatch, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpu_battery_says_that_there_is_no_gpu(tmp_path):
+def test_gpu_battery_says_that_there_is_no_gpu(tmp_path, run, capsys):
     path = tmp_path / "gpu.json"
-    command = [sys.executable, str(FOLDER / "gpu.py"), "--json", str(path)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert run.returncode == 2
-    assert "there is no GPU here" in run.stderr
+    assert run("gpu", "--json", path) == 2
+    assert "there is no GPU here" in capsys.readouterr().err
     assert not path.exists()
     # Its tests are skipped, for the same reason.
     result = gpu.run_tests(120.0)

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from representatives import representatives
 from torch._inductor import cpp_builder
 
 import pnode
@@ -17,10 +18,13 @@ from pnode.solvers.methods import METHODS
 TIMES = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
 THETA = ["beuler", "cn", "implicit_midpoint"]
 ROSW = [method.name for method in METHODS if method.ts_type == "rosw"]
-DIRK = [method.name for method in METHODS if method.ts_type == "dirk"]
-BDF = [method.name for method in METHODS if method.multistep]
-COUPLED = [method.name for method in METHODS if method.coupled]
-ADAPTIVE = [m.name for m in METHODS if m.adaptive and m.name in (*ROSW, *DIRK)]
+ADAPTIVE = [m.name for m in representatives() if m.adaptive and m.ts_type in ("rosw", "dirk")]
+# Beside one of each family: those that users take.
+OTHERS = ["es325", "esdirk6"]
+FIXED = [
+    m.name for m in representatives()
+    if m.ts_type in ("rosw", "dirk") or m.multistep or m.coupled
+]  # fmt: skip
 
 
 class Kinetics(torch.nn.Module):
@@ -76,7 +80,7 @@ def compare(eager, compiled, tolerance=1e-9):
     assert compiled[0].stats.rejected == eager[0].stats.rejected
 
 
-@pytest.mark.parametrize("method", [*THETA, *BDF, *COUPLED, *ROSW, *DIRK])
+@pytest.mark.parametrize("method", [*THETA, *FIXED, *OTHERS])
 def test_fixed_steps_are_the_eager_ones(method):
     kinetics = Kinetics()
     keywords = {"method": method, "step_size": 0.1, "jacobian_reuse": "iteration"}
@@ -87,7 +91,7 @@ def test_fixed_steps_are_the_eager_ones(method):
     assert compiled[0].stats.backward.steps == eager[0].stats.backward.steps
 
 
-@pytest.mark.parametrize("method", ADAPTIVE)
+@pytest.mark.parametrize("method", [*ADAPTIVE, *OTHERS])
 def test_adaptive_steps_are_the_eager_ones(method):
     kinetics, keywords = Kinetics(), {"rtol": 1e-4, "atol": 1e-6}
     eager, compiled = (solve(kinetics, c, method=method, **keywords) for c in (False, True))

@@ -209,6 +209,53 @@ def test_every_jacobian(method, jacobian):
     assert difference(*found) < 1e-9
 
 
+@pytest.mark.parametrize("kind", ["tensor", "pair", "view"])
+@pytest.mark.parametrize("method", ["cn", "es325", "rodaspr", "bdf2"])
+def test_integrands_cost_no_evaluation_of_f(method, kind):
+    """Their part of a graph is told from that of f: see pnode/field/pair_parts.py."""
+    evaluations = []
+
+    def f(t, y):
+        evaluations.append(torch.is_grad_enabled())
+        parts = y if kind == "pair" else (y[:1], y[1:])
+        found = (torch.cos(parts[1].sum() * t) * parts[0], torch.tanh(parts[1] * parts[0]))
+        return found if kind == "pair" else torch.cat(found)
+
+    def r(t, y):
+        y = torch.cat(y) if kind == "pair" else y
+        if kind == "view":
+            return y
+        return torch.stack([y.square().sum(), y[0] * t])
+
+    y0 = torch.tensor([0.6, -0.4, 0.2], dtype=D, requires_grad=True)
+    start = y0.split((1, 2)) if kind == "pair" else y0
+    counts, slopes = [], []
+    for cost in (None, r):
+        evaluations.clear()
+        solver = pnode.Solver(f, cost=cost, method=method, step_size=0.1, compile=False)
+        solution = solver(start, T)
+        ys = torch.cat(solution.ys, 1) if kind == "pair" else solution.ys
+        value = ys[-1].sin().sum() + (0.0 if cost is None else solution.costs[-1].cos().sum())
+        slopes.append(grad(value, y0)[0])
+        counts.append(len(evaluations))
+    if kind != "pair":  # of the parts of a tuple f is evaluated again
+        # At most one a step more: the integrals of a state that has converged are corrected.
+        assert counts[1] <= counts[0] + solution.stats.steps * (method != "rodaspr")
+
+    def augmented(t, x):
+        y = (x[:1], x[1:3]) if kind == "pair" else x[:3]
+        value = f(t, y)
+        return torch.cat([*(value if kind == "pair" else (value,)), r(t, y)])
+
+    replica = pnode.Solver(
+        augmented, method=method, step_size=0.1, compile=False, jacobian="dense",
+        petsc_options={"snes_rtol": 1e-13, "snes_stol": 1e-13},
+    )  # fmt: skip
+    x = replica(torch.cat([y0, y0.new_zeros(solution.costs.shape[1])]), T).ys[-1]
+    (expected,) = grad(x[:3].sin().sum() + x[3:].cos().sum(), y0)
+    assert torch.allclose(slopes[1], expected, rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("method", ["rk4", "cn", "bdf2"])
 def test_budgets_and_disks(method, tmp_path):
     f, r, y0 = Field(), Cost(), state()
@@ -305,6 +352,7 @@ def test_compile_leaves_them_uncompiled(method):
 BAD = {
     "a number": (lambda t, y: 1.0, pnode.VectorFieldError, "float"),
     "another dtype": (lambda t, y: y.float(), pnode.VectorFieldError, "float32"),
+    "complex": (lambda t, y: torch.complex(y, y), pnode.VectorFieldError, "are real"),
     "nothing": (lambda t, y: y[:0], pnode.ConfigurationError, "at least one"),
     "another shape": (
         lambda t, y: y if t < 0.2 else y[:1], pnode.VectorFieldError, "must not change",
@@ -318,6 +366,18 @@ def test_bad_costs(kind):
     solver = pnode.Solver(Field(), cost=cost, method="rk4", step_size=0.1)
     with pytest.raises(error, match=text):
         solver(state(), T)
+
+
+def test_costs_of_a_complex_state_are_real():
+    y0 = torch.tensor([1.0 + 2.0j, 0.5j], dtype=torch.complex128)
+
+    def costs(cost):
+        solver = pnode.Solver(lambda t, y: 1j * y, cost=cost, method="rk4", step_size=0.01)
+        return solver(y0, torch.tensor([0.0, 1.0])).costs[-1]
+
+    assert float(costs(lambda t, y: y.abs().square().sum())) == pytest.approx(5.25, rel=1e-9)
+    with pytest.raises(pnode.VectorFieldError, match=r"view_as_real"):
+        costs(lambda t, y: (y * y.conj()).sum())
 
 
 def test_what_is_refused():

@@ -9,10 +9,13 @@ import pytest
 import torch
 from replica import replica
 from small_net import SmallNet
+from test_compiled import interpreted
 from torch.autograd import forward_ad, grad, gradgradcheck
 from torch.func import functional_call, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import pnode
+
+__all__ = ["interpreted"]  # a fixture
 
 D = torch.float64
 T = torch.tensor([0.0, 0.3, 0.6], dtype=D)
@@ -355,7 +358,7 @@ def test_hooks_act_on_second_derivatives_as_elsewhere():
 
 
 @pytest.mark.parametrize("method", ["dopri5", "cn"])
-def test_second_derivatives_of_compiled_solves(method):
+def test_second_derivatives_of_compiled_solves(method, interpreted):
     f, y0 = Field(), state().requires_grad_()
     inputs = [y0, *f.parameters()]
     v = along(inputs)

@@ -10,10 +10,13 @@ import warnings
 import pytest
 import torch
 from replica import rk_step
+from test_compiled import interpreted
 
 import pnode
 from pnode import Event
 from pnode.solvers.methods import find_method
+
+__all__ = ["interpreted"]  # a fixture
 
 D = torch.float64
 METHODS = {
@@ -310,7 +313,7 @@ def test_budgets_disks_and_second_backwards(method, tmp_path):
     ("bosh3", {"rtol": 1e-6, "atol": 1e-6}), ("bosh3", {"step_size": 0.02}),
     ("cn", {"step_size": 0.02}), ("bdf", {}),
 ])  # fmt: skip
-def test_compiled_solves(method, options):
+def test_compiled_solves(method, options, interpreted):
     def found(compile):
         y0 = start()
         t = times(0.0, 1.0, 20.0)

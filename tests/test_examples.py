@@ -1,10 +1,10 @@
 """The examples: their numbers, their messages, their files."""
 
+import importlib
 import importlib.util
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from children import run_program
-from launch import mpiexec
 
 import pnode
 
@@ -349,35 +348,7 @@ def test_unusable_options_are_refused(capsys, argv):
     assert f"argument {argv[0]}" in capsys.readouterr().err
 
 
-# --------------------------------------------------------------------------- on several ranks
-
-
-def numbers_of(example: str, ranks: int, folder: Path, *argv: str) -> dict[str, object]:
-    """Run an example, on several ranks with mpiexec; return what its JSON file says."""
-    script, argv = SCRIPT.with_name(f"{example}.py"), ("--output", str(folder), *argv)
-    if ranks > 1:
-        run = subprocess.run(
-            [mpiexec(), "-n", str(ranks), sys.executable, str(script), *argv],
-            capture_output=True, text=True, timeout=240, env=os.environ | THREADS,
-        )  # fmt: skip
-    else:
-        run = run_program(script, argv, env=os.environ | THREADS, timeout=240.0)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("wrote ") == 1  # rank 0 alone
-    content = json.loads((folder / f"{example}.json").read_text())
-    assert content.pop("ranks") == ranks
-    return content
-
-
-@pytest.mark.parametrize(("example", "cells"), [("burgers", "16"), ("lorenz96", "8")])
-def test_training_on_two_ranks_gives_the_numbers_of_one(tmp_path, example, cells):
-    argv = ["--cells", cells, "--iterations", "2", "--no-plot"]
-    alone, shared = (numbers_of(example, n, tmp_path / str(n), *argv) for n in (1, 2))
-    assert not list(tmp_path.glob("*/*.png"))
-    assert shared.keys() == alone.keys()
-    for name, value in alone.items():
-        close = isinstance(value, (float, list))
-        assert shared[name] == (pytest.approx(value, rel=1e-10, abs=0) if close else value), name
+# ------------------------------------------------- the parallel ones; tests/mpi has several ranks
 
 
 @pytest.mark.parametrize(
@@ -387,8 +358,10 @@ def test_training_on_two_ranks_gives_the_numbers_of_one(tmp_path, example, cells
         ("lorenz96", ["--cells", "8", "--iterations", "20"]),
     ],
 )
-def test_training_learns(tmp_path, example, argv):
-    alone = numbers_of(example, 1, tmp_path, *argv)
+def test_training_learns(tmp_path, capsys, example, argv):
+    assert importlib.import_module(example).main([*argv, "--output", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("wrote ") == 1
+    alone = json.loads((tmp_path / f"{example}.json").read_text())
     png = tmp_path / f"{example}.png"
     assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 20_000
     if example == "burgers":
@@ -413,11 +386,19 @@ def test_training_learns(tmp_path, example, argv):
         ("lorenz96", ["--iterations", "0"], 2, "it must be positive"),
     ],
 )
-def test_the_other_examples_refuse_unusable_options(example, argv, code, message):
-    run = run_program(SCRIPT.with_name(f"{example}.py"), argv, env=os.environ | THREADS)
-    assert run.returncode == code
-    assert message in run.stderr
-    assert "Traceback" not in run.stderr
+def test_the_other_examples_refuse_unusable_options(capsys, example, argv, code, message):
+    try:
+        found = importlib.import_module(example).main(argv)
+    except SystemExit as stop:
+        found = stop.code
+    assert found == code
+    assert message in capsys.readouterr().err
+
+
+def test_exit_code_of_a_program():
+    run = run_program(SCRIPT.with_name("burgers.py"), ["--cells", "4"], env=os.environ | THREADS)
+    assert run.returncode == 2
+    assert "it must be at least 8" in run.stderr and "Traceback" not in run.stderr
 
 
 def test_compiled_training_is_the_same():

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launch import mpiexec
 
 import pnode
 
@@ -225,24 +224,11 @@ def test_digits(tmp_path):
     assert list(tmp_path.glob("*.pt")) == []
 
 
-def test_kuramoto_sivashinsky_on_one_rank_and_two(tmp_path):
-    losses = []
-    for ranks in (1, 2):
-        folder = tmp_path / str(ranks)
-        command = [mpiexec(), "-n", str(ranks), sys.executable]
-        command += [str(ROOT / "examples" / "kuramoto_sivashinsky.py"), "--quick", "--no-plot"]
-        command += ["--iterations", "2"]
-        run = subprocess.run(
-            [*command, "--output", str(folder)], capture_output=True, text=True, timeout=500,
-            check=False,
-        )  # fmt: skip
-        assert run.returncode == 0, run.stdout + run.stderr
-        numbers = json.loads((folder / "kuramoto_sivashinsky.json").read_text())
-        assert numbers["ranks"] == ranks
-        losses.append(numbers["losses"])
-        for row in numbers["rows"]:
-            assert row["Jacobians"] == row["factorizations"] == 2  # one in each direction
-        third, fourth = (row["error"] for row in numbers["rows"])
-        assert fourth < third / 10
-    assert losses[0] == pytest.approx(losses[1], rel=1e-10)
-    assert losses[0][-1] < losses[0][0]
+def test_kuramoto_sivashinsky(tmp_path):
+    """On several ranks: tests/mpi/test_mpi_examples.py."""
+    numbers = quick("kuramoto_sivashinsky", tmp_path, "--no-plot", "--iterations", "2")
+    for row in numbers["rows"]:
+        assert row["Jacobians"] == row["factorizations"] == 2  # one in each direction
+    third, fourth = (row["error"] for row in numbers["rows"])
+    assert fourth < third / 10
+    assert numbers["losses"][-1] < numbers["losses"][0]

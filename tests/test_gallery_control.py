@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from launch import mpiexec
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))  # where Python looks when it runs an example
@@ -27,8 +24,8 @@ def quick(name: str, folder: Path, *more: str) -> dict:
 
 
 def test_latent_ode_learns_series_with_times_of_their_own(tmp_path):
-    found = quick("latent_ode", tmp_path)
-    # 30 updates: hardly better than the mean, but the solves agree at the same tolerances.
+    found = quick("latent_ode", tmp_path, "--iterations", "15")
+    # 15 updates: hardly better than the mean, but the solves agree at the same tolerances.
     assert found["beyond"] < 1.5 * found["spread"]
     assert max(found["errors"]) < 0.05
     own = next(row for row in found["rows"] if row["name"] == "pnode, own times")
@@ -70,23 +67,6 @@ def test_reactors_find_their_energies(tmp_path):
     found = quick("reactors", tmp_path)
     assert found["final_loss"] < 0.05 * found["first_loss"]
     assert found["rows"][0]["error"] < 1e-3
-
-
-def test_reactors_on_two_ranks(tmp_path):
-    losses = []
-    for ranks in (1, 2):
-        folder = tmp_path / str(ranks)
-        command = [mpiexec(), "-n", str(ranks), sys.executable, str(ROOT / "examples/reactors.py")]
-        options = ["--quick", "--reactors", "4", "--no-plot", "--output", str(folder)]
-        threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        run = subprocess.run(
-            [*command, *options], env={**os.environ, **threads}, capture_output=True, text=True,
-            timeout=300,
-        )  # fmt: skip
-        assert run.returncode == 0, run.stderr
-        found = json.loads((folder / "reactors.json").read_text())
-        losses.append([found["first_loss"], *found["losses"]])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-10)
 
 
 def test_energy_balance_knows_its_uncertainty(tmp_path):

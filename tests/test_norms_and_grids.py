@@ -336,6 +336,34 @@ def many_of(field, grid, y):
     return pnode.Solver(field, method="rk4", steps=grid)(y, grid[[0, -1]]).ys[-1].square().sum()
 
 
+def inside(y, by=1.0):
+    """A grid that is made where the solve is, and may depend on something."""
+    return many_of(Field(), torch.linspace(0.0, 1.0, 5, dtype=D) * by, y)
+
+
+def of_itself(y):
+    return inside(y, y.sum() / y.sum().detach())
+
+
+def test_a_grid_made_inside_of_a_transform_is_a_constant():
+    grad, jvp, y = torch.func.grad, torch.func.jvp, torch.tensor([1.0, 0.5], dtype=D)
+    slope, hessian = grad(inside)(y), torch.func.hessian(inside)(y)
+    fixed = torch.linspace(0.0, 1.0, 5, dtype=D)
+    assert torch.equal(slope, grad(lambda y: many_of(Field(), fixed, y))(y))
+    assert torch.equal(hessian, torch.func.hessian(lambda y: many_of(Field(), fixed, y))(y))
+    for refused in (
+        lambda: grad(of_itself)(y),
+        lambda: jvp(of_itself, (y,), (y,)),
+        lambda: grad(lambda y: grad(lambda z: inside(z, y.sum()))(y).sum())(y),
+        lambda: jvp(lambda y: grad(lambda z: inside(z, y.sum()))(y).sum(), (y,), (y,)),
+        lambda: grad(lambda y: jvp(lambda z: inside(z, y.sum()), (y,), (y,))[1])(y),
+        lambda: jvp(lambda y: jvp(lambda z: inside(z, y.sum()), (y,), (y,))[1], (y,), (y,)),
+        lambda: torch.func.vmap(lambda by: inside(y, by))(y),
+    ):
+        with pytest.raises(pnode.ConfigurationError, match="steps requires grad"):
+            refused()
+
+
 def test_unusable_grids():
     for grid, text in (
         ([0.0, 0.0], r"steps\[1\]"), ([0.0, 1.0, 0.5], r"steps\[2\] = 0.5"), ([0.0], "two or more"),

@@ -100,9 +100,9 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", *FOLDERS):
         # cp -a keeps the links; a copy, since setuptools writes into the folder it builds in.
         subprocess.run(["cp", "-a", str(ROOT / name), str(copy)], check=True)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation"]
-    command += ["--no-deps", "--no-index", "--wheel-dir", str(folder), str(copy)]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    build = f"import setuptools.build_meta as build; build.build_wheel({str(folder)!r})"
+    command = [sys.executable, "-c", build]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=copy, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,15 +24,14 @@ from peer_threads import thread_settings  # noqa: E402
 from peer_training import create_training_task  # noqa: E402
 
 
-def test_quick_run_without_peers(tmp_path):
+def test_quick_run_without_peers(tmp_path, capsys):
     report, figure = tmp_path / "peers.json", tmp_path / "peers.png"
-    command = [
-        sys.executable, str(FOLDER / "peers.py"), "--quick", "--seconds", "0.1", "--workloads",
-        "2-50-2", "training", "--solvers", "bare", "--json", str(report), "--plot", str(figure),
-        "--profile", "--cpu-time",
+    arguments = [
+        "--quick", "--seconds", "0.1", "--workloads", "2-50-2", "training", "--solvers", "bare",
+        "--json", str(report), "--plot", str(figure), "--profile", "--cpu-time",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
+    assert peers.main(arguments) == 0
+    printed = capsys.readouterr().out
     figures = json.loads(report.read_text())
     fixed, adaptive, training = figures["workloads"].values()
     assert [row["solver"] for row in fixed] == ["pnode", "bare torch", "bare torch, tape"]
@@ -49,8 +47,8 @@ def test_quick_run_without_peers(tmp_path):
     (memory,) = figures["memory"]
     assert memory["bytes_per_step"] == memory["stages_times_state"] == 6 * 8 * math.prod(flow.shape)
     assert figure.stat().st_size > 0
-    assert "Profile of 2-50-2" in done.stdout and "Profile of training iteration" in done.stdout
-    assert "left out, the number of steps is everybody's own choice" in done.stdout
+    assert "Profile of 2-50-2" in printed and "Profile of training iteration" in printed
+    assert "left out, the number of steps is everybody's own choice" in printed
 
 
 def outcome(value=1.0, entries=(1.0, 2.0), accepted=4, rejected=0):

@@ -154,12 +154,47 @@ def test_parts_of_a_product():
     assert same([rows.reshape(6, 6)], [H.reshape(6, 6)])
 
 
+@pytest.mark.parametrize("method", ["cn", "rodaspr", "bdf2", "radau5"])
+def test_singular_masses(method):
+    """With a consistent start, against differences of gradients, whose error is of fourth order."""
+    mass, t = torch.diag(torch.tensor([1.0, 0.0], dtype=D)), torch.tensor([0.0, 0.5], dtype=D)
+    at = [torch.tensor([1.0, 0.7], dtype=D), torch.tensor([0.5, 1.3], dtype=D)]
+    v = [torch.tensor([0.3, 0.3], dtype=D), torch.tensor([0.2, -0.4], dtype=D)]
+    exact = {"snes_rtol": 1e-14, "snes_atol": 1e-15, "snes_stol": 1e-15}
+
+    def slopes(step, create_graph=False):
+        y0, k = ((x + step * d).requires_grad_() for x, d in zip(at, v, strict=True))
+        solver = pnode.Solver(
+            lambda t, y: torch.stack([-k[0] * y[0] * y[1], k[1] * y[0] - y[1] - y[1] ** 3]),
+            mass=mass, params=[k], method=method, step_size=0.1, consistent_start=True,
+            compile=False, petsc_options={} if method == "rodaspr" else exact,
+        )  # fmt: skip
+        return (y0, k), grad(solver(y0, t).ys[-1].pow(3).sum(), (y0, k), create_graph=create_graph)
+
+    near, back, far, behind = (slopes(1e-3 * n)[1] for n in (1, -1, 2, -2))
+    expected = [(8 * (a - b) - (c - d)) / 12e-3 for a, b, c, d in zip(near, back, far, behind,
+                                                                   strict=True)]  # fmt: skip
+    inputs, first = slopes(0.0, True)
+    found = grad(sum((g * d).sum() for g, d in zip(first, v, strict=True)), inputs)
+    assert same(found, expected, 1e-9)
+
+
+def normalized(kind: str, y: torch.Tensor) -> torch.Tensor:
+    functional, scale = torch.nn.functional, torch.tensor([1.1, 0.7, -0.4], dtype=D)
+    if kind == "layer_norm":
+        return functional.layer_norm(y, (3,), scale)
+    if kind == "layer_norm, torch's own":
+        return torch.layer_norm(y, (3,), scale)
+    return functional.batch_norm(y[None], -0.3 * scale, scale.square(), bias=scale)[0]
+
+
 @pytest.mark.parametrize("method", ["rk4", "es325", "rodaspr"])
-def test_layer_norm(method):
-    """Gradients and tangents are right; torch's third derivatives are wrong, and are refused."""
+@pytest.mark.parametrize("kind", ["layer_norm", "batch_norm", "layer_norm, torch's own"])
+def test_normalizations(method, kind):
+    """torch's third derivatives are wrong: written out, or refused where that is not to be had."""
     weight = torch.linspace(-1.0, 1.3, 9, dtype=D).reshape(3, 3)
     solver = pnode.Solver(
-        lambda t, y: torch.nn.functional.layer_norm(y @ weight, (3,)) * torch.sin(y),
+        lambda t, y: normalized(kind, y @ weight) * torch.sin(y),
         method=method, step_size=0.1, compile=False,
     )  # fmt: skip
     t, epsilon, v = torch.tensor([0.0, 0.5], dtype=D), 1e-5, torch.tensor([1.0, -0.5, 0.3], dtype=D)
@@ -167,11 +202,23 @@ def test_layer_norm(method):
     def last(y):
         return solver(y, t).ys[-1]
 
+    def slope(y, **keywords):
+        y = y.clone().requires_grad_()
+        return y, grad(last(y).pow(3).sum(), y, **keywords)[0]
+
     differences = (last(Y0[0] + epsilon * v) - last(Y0[0] - epsilon * v)) / (2.0 * epsilon)
     assert same([torch.func.jvp(last, (Y0[0],), (v,))[1]], [differences], 1e-8)
     y0 = Y0[0].clone().requires_grad_()
     rows = torch.stack([grad(one, y0, retain_graph=True)[0] for one in last(y0)])
     assert same([rows @ v], [differences], 1e-8)
-    (slope,) = grad(last(y0).square().sum(), y0, create_graph=True)
-    with pytest.raises(pnode.PnodeError, match="layer_norm: write"):
-        slope.sum().backward()
+    y0, first = slope(Y0[0], create_graph=True)
+    if "own" in kind:
+        with pytest.raises(pnode.PnodeError, match="layer_norm: write"):
+            first.sum().backward()
+        return
+    ahead, back = (slope(Y0[0] + sign * epsilon * v)[1] for sign in (1.0, -1.0))
+    (along,) = grad((first * v).sum(), y0)
+    assert same([along], [(ahead - back) / (2.0 * epsilon)], 1e-7)
+    H = torch.func.hessian(lambda y: last(y).pow(3).sum())(Y0[0])
+    assert same([H @ v], [along], 1e-9)
+    assert same([H], [H.T], 1e-9)

@@ -10,9 +10,12 @@ import weakref
 import pytest
 import torch
 from small_net import SmallNet
+from test_compiled import interpreted
 from torch.autograd import grad
 
 import pnode
+
+__all__ = ["interpreted"]  # a fixture
 
 D = torch.float64
 T = torch.tensor([0.1, 0.5, 1.2], dtype=D)
@@ -222,7 +225,7 @@ def test_memory_is_bounded_by_checkpointing():
 
 
 @pytest.mark.parametrize("method", ["heun2", "beuler"])
-def test_compiled_steps_are_taken_again_without(method):
+def test_compiled_steps_are_taken_again_without(method, interpreted):
     f = Field()
     solver = pnode.Solver(f, method=method, step_size=0.1, compile=True)
     solution = solver(start(), T)

@@ -13,12 +13,15 @@ import pytest
 import torch
 from replica import arkimex_step, arkimex_tableau, dirk_tableau, petsc_tableau, replica
 from small_net import SmallNet
+from test_compiled import interpreted
 
 import pnode
 from pnode.base.interpolation import polynomial
 from pnode.errors import BackwardError, ConfigurationError
 from pnode.solvers.methods import METHODS, find_method
 from pnode.solvers.order_conditions import defect, order_of, parts_of, trees
+
+__all__ = ["interpreted"]  # a fixture
 
 D = torch.float64
 T = torch.tensor([0.0, 0.3, 0.6], dtype=D)
@@ -155,7 +158,7 @@ def test_interpolant_of_tsit5_is_of_fourth_order():
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_dense_output_of_tsit5_is_its_interpolant(compile):
+def test_dense_output_of_tsit5_is_its_interpolant(compile, interpreted):
     """Against the stages of one step, written down; its error falls with h^4 and better."""
 
     def f(t, y):
@@ -328,7 +331,7 @@ def test_dense_output_and_events(name):
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_compiled_steps(name):
+def test_compiled_steps(name, interpreted):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="compile=True")
         for steps in ({"step_size": 0.1}, {"rtol": 1e-4, "atol": 1e-4}):

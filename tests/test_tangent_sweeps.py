@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from small_net import SmallNet
+from test_compiled import interpreted
 from torch.func import functional_call, jacfwd, jacrev, jvp
 
 import pnode
-from pnode.adjoint import tangents
+from pnode.adjoint import rosenbrock_stages, tangents
 from pnode.derivatives import stage_tangents, tangent_solves
 from pnode.errors import FieldChanged
+
+__all__ = ["interpreted"]  # a fixture
 
 D = torch.float64
 T = torch.tensor([0.0, 0.25, 1.0], dtype=D)
@@ -254,7 +257,7 @@ def test_limits_of_memory_take_the_pair(method, ways):
 
 
 @pytest.mark.parametrize("method", ["rk4", "es325", "bdf2"])
-def test_compiled_solves_take_their_steps_again(method, ways):
+def test_compiled_solves_take_their_steps_again(method, ways, interpreted):
     solve, parameters = function(solver_of("rhs", method=method))
     compiled = pnode.Solver(Field(), method=method, step_size=0.125, compile=True)
     one = jacfwd(solve)(Y0, parameters)
@@ -352,6 +355,46 @@ def test_many_stages_are_differentiated_at_once(method, branches, monkeypatch):
         assert torch.allclose(one["rate"][part], other["rate"][part], rtol=1e-12, atol=1e-14)
         for a, b in zip(one["y0"][part], other["y0"][part], strict=True):
             assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("method", "t"),
+    [("rodaspr", (0.0, 0.6)), ("rosw_ark3", (0.5, 0.0)), ("llssp3p4s2c", (0.0, 0.6))],
+)
+def test_rosenbrock_stages_are_differentiated_at_once(method, t, monkeypatch):
+    """With time in f, backward in time, an explicit stage, and several matrices."""
+    known = []
+    create = rosenbrock_stages.KnownStages.create
+    monkeypatch.setattr(
+        rosenbrock_stages.KnownStages, "create",
+        lambda *given: known.append(create(*given)) or known[-1],
+    )  # fmt: skip
+    y0 = (torch.tensor([0.4, -0.2], dtype=D), torch.tensor([1.3], dtype=D))
+    found = []
+    for branches in (False, True):
+        solver = pnode.Solver(Turn(branches), method=method, step_size=0.02, compile=False)
+        one = pnode.sensitivities(solver, y0, torch.tensor(t), wrt=("y0", "rate"), mode="forward")
+        found.append([*one["rate"], *one["y0"][0], *one["y0"][1]])
+    assert [one is not None for one in known] == [True, False]
+    for ours, expected in zip(*found, strict=True):
+        assert torch.allclose(ours, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("jacobian", ["dense", "block"])
+def test_several_right_hand_sides_are_solved_at_once(jacobian, monkeypatch):
+    """As one by one; and those of Krylov methods are taken one by one."""
+    f, along = Field(), torch.randn(3, *Y0.shape, dtype=D)
+    found = []
+    for options in ({}, {"ksp_type": "gmres", "ksp_rtol": 1e-13}):
+        solver = pnode.Solver(
+            f, method="cn", step_size=0.125, jacobian=jacobian, compile=False,
+            petsc_options=options,
+        )  # fmt: skip
+        tangent = lambda v, solver=solver: jvp(lambda y: solver(y, T).ys, (Y0,), (v,))[1]  # noqa: E731
+        together = torch.func.vmap(tangent)(along)
+        found.append(together)
+        assert torch.allclose(together, torch.stack([*map(tangent, along)]), rtol=1e-13, atol=1e-14)
+    assert torch.allclose(*found, rtol=1e-10, atol=1e-12)
 
 
 def test_a_change_of_the_field_is_found_at_once_too():

@@ -18,7 +18,7 @@ __all__ = ["graph_bytes"]
 NODE_BYTES = 1024
 
 
-def graph_bytes(result: torch.Tensor, known: Iterable[torch.Tensor] = ()) -> int:
+def graph_bytes(result: torch.Tensor, known: Iterable[torch.Tensor] = (), copy: int = 0) -> int:
     """Return how many bytes the graph of ``result`` keeps alive, ``NODE_BYTES`` a node included.
 
     Parameters
@@ -28,6 +28,8 @@ def graph_bytes(result: torch.Tensor, known: Iterable[torch.Tensor] = ()) -> int
     known : iterable of Tensor
         Tensors that live anyway: these, and the graphs behind those that are not leaves, do not
         count. Storages that are shared count once.
+    copy : int, optional
+        Address of a storage that does not count either: other graphs of this kind have none.
 
     Notes
     -----
@@ -35,7 +37,7 @@ def graph_bytes(result: torch.Tensor, known: Iterable[torch.Tensor] = ()) -> int
     is an attribute of its context.
     """
     found: dict[int, int] = {}
-    outside: set[int] = set()
+    outside = {copy}
     borders = set()
     for tensor in known:
         outside.update(pointer for pointer, _ in _storages(tensor))

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from pnode.errors import BackwardError, ConfigurationError
 
 __all__ = [
-    "applied", "batch_is_innermost", "batch_level", "differentiable", "has_tangent",
+    "applied", "batch_is_innermost", "batch_level", "depends", "differentiable", "has_tangent",
     "in_forward_mode", "is_legacy_batch", "is_wrapped", "legacy_batch", "lowered", "moves",
     "no_tangents", "only_forward_mode", "outside", "outside_compiler", "outside_inference", "plain",
     "recorded_by_autograd", "refuse_moving", "refuse_traced", "refuse_transforms", "signed",
@@ -32,7 +32,6 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _functorch = torch._C._functorch
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
-_compiling = torch._C._dynamo.eval_frame.get_eval_frame_callback
 _is_transformed = _functorch.is_functorch_wrapped_tensor
 _is_legacy_batch = _functorch.is_legacy_batchedtensor
 
@@ -320,7 +319,7 @@ def outside_compiler(function: _Function) -> _Function:
     @functools.wraps(function)
     def call(*arguments: Any, **keywords: Any) -> Any:
         nonlocal disabled
-        if _compiling() is None:  # it would make no difference
+        if torch._C._dynamo.eval_frame.get_eval_frame_callback() is None:  # no difference
             return function(*arguments, **keywords)
         if disabled is None:
             disabled = torch.compiler.disable(function)
@@ -366,8 +365,7 @@ def applied(function: type[torch.autograd.Function], *inputs: Any) -> Any:
     """Do as ``function.apply``, which looks for transforms and signatures besides."""
     if transforms_active() or any(is_wrapped(x) for x in inputs if isinstance(x, torch.Tensor)):
         return function.apply(*inputs)
-    below: Any = super(torch.autograd.Function, function)
-    return below.apply(*inputs)
+    return super(torch.autograd.Function, function).apply(*inputs)  # type: ignore[misc]
 
 
 def is_wrapped(tensor: torch.Tensor) -> bool:
@@ -378,6 +376,22 @@ def is_wrapped(tensor: torch.Tensor) -> bool:
 def moves(tensor: torch.Tensor) -> bool:
     """Whether something is to be differentiated by a tensor."""
     return tensor.requires_grad or is_wrapped(tensor) or has_tangent(tensor)
+
+
+def depends(tensor: torch.Tensor) -> bool:
+    """Whether a tensor depends on what is differentiated by, or is a batch of ``vmap``.
+
+    One that was only made inside of a transform of torch.func does not.
+    """
+    while is_wrapped(tensor):
+        if _is_legacy_batch(tensor) or _functorch.is_batchedtensor(tensor):
+            return True
+        with outside(_functorch.maybe_get_level(tensor) + 1):
+            if tensor.requires_grad or has_tangent(tensor):
+                return True
+        tensor = unwrapped(tensor)
+    with outside():
+        return tensor.requires_grad or has_tangent(tensor)
 
 
 def tensors_of(value: Any) -> tuple[torch.Tensor, ...]:

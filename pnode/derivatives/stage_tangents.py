@@ -158,8 +158,12 @@ def _tangents(
     with engine.adjoint(settings, bool(field.parameters)) as adjoint, torch.enable_grad():
         adjoint.begin(field)
         stepper = create_tangents(adjoint, start, moving)
-        known = [(step, trajectory.peek(step.index)) for step in trajectory.steps]
-        stepper.look_ahead([(step, one) for step, one in known if one is not None], ledger)
+        known = [
+            (step, one, trajectory.evidence[step.index])
+            for step in trajectory.steps
+            if (one := trajectory.peek(step.index)) is not None
+        ]
+        stepper.look_ahead(known, ledger)
         for node in range(len(trajectory.steps) + 1):
             for output in hits.get(node, ()):
                 found[output] = stepper.tangents.to(dtype)

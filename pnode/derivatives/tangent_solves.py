@@ -14,6 +14,7 @@ from pnode.base.transforms import (
     lowered,
     moves,
     only_forward_mode,
+    outside,
     recorded_by_autograd,
     transforms_active,
 )
@@ -126,12 +127,17 @@ def tangent(
         if known is not None and not recorded:
             return pair, x0, known, taken
         requests = replace(requests, known=known)
+        kept = recorded
+    else:
+        kept = reverse or recorded or transforms_active()
     with run.surroundings.restored():
-        if reverse or recorded or transforms_active():
+        if kept:
             xs = node.apply(engine, of_both, requests, taken, y0, t[:number], start, *inputs)
         else:
-            with torch.no_grad(), ordered(place_of(of_both.layout.device)) as leave:
-                xs, one = sweeps.forward(engine, of_both, x0.clone(), False, requests)
+            along = [[lowered(v) for v in one] for one in directions]
+            with outside(), torch.no_grad(), ordered(place_of(of_both.layout.device)) as leave:
+                pair, of_both, requests = with_tangents(engine, run, along, reverse, own)
+                xs, one = sweeps.forward(engine, of_both, lowered(x0).clone(), False, requests)
                 leave(xs)
             taken.append(one)
     for one in taken.all():

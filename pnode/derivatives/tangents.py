@@ -15,6 +15,7 @@ as this is a solve like others, it can be differentiated in turn.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 
 from pnode.base.hooks import hooks_of
 from pnode.base.transforms import is_wrapped, moves
+from pnode.derivatives.plain_norms import PlainNorms
 from pnode.errors import BackwardError
 from pnode.field.products import derivatives
 from pnode.field.rebinding import rebound
@@ -81,7 +83,7 @@ class PairFunction:
             i for i in range(len(self._parameters)) if any(one[i] is not None for one in directions)
         ]
         self._hooks = hooks_of(self._parameters)
-        self._looked = False
+        self._norms: AbstractContextManager[Any] | None = None  # not looked for yet
 
     def __call__(self, t: torch.Tensor, x: torch.Tensor, *rate: torch.Tensor) -> torch.Tensor:
         """Return both, in one flat tensor; with their graph if there is to be one."""
@@ -97,11 +99,13 @@ class PairFunction:
                 part[0] if part[0].requires_grad else part[0].detach().requires_grad_()
                 for part in given
             ]
-            result = self._function(t, *map(self._state, arguments))
-            value = self._layout.flatten(result)
-        if record and not self._looked:
-            _refuse_wrong(value)
-            self._looked = True
+            value = self._evaluated(t, arguments)
+            if record and self._norms is None:
+                self._norms = nullcontext()
+                if _wrong(value) is not None:
+                    self._norms = PlainNorms()
+                    value = self._evaluated(t, arguments)
+                    _refuse_wrong(value)
         inputs = (*arguments, *(self._parameters[i] for i in self._moving))
         tangents = [
             (*(part[k] for part in given), *(directions[i] for i in self._moving))
@@ -113,6 +117,10 @@ class PairFunction:
             with self._hooks.away():
                 found = derivatives(value, inputs, tangents, record)
         return self._pair.join([value if record else value.detach(), *found])
+
+    def _evaluated(self, t: torch.Tensor, arguments: Sequence[torch.Tensor]) -> torch.Tensor:
+        with self._norms or nullcontext():
+            return self._layout.flatten(self._function(t, *map(self._state, arguments)))
 
     def apart(self) -> PairFunction:
         """Return it with parameters that are in no state's graph, for states that have one.
@@ -182,6 +190,16 @@ def _refuse_wrong(value: torch.Tensor) -> None:
     BackwardError
         Naming the operation.
     """
+    wrong = _wrong(value)
+    if wrong is not None:
+        raise BackwardError(
+            "second derivatives of a solve take third ones of the vector field's operations, "
+            f"and torch's are wrong for {wrong}"
+        )
+
+
+def _wrong(value: torch.Tensor) -> str | None:
+    """Return what torch does not differentiate that often in a graph, and the remedy."""
     seen, pending = set(), [value.grad_fn]
     while pending:
         node = pending.pop()
@@ -190,11 +208,9 @@ def _refuse_wrong(value: torch.Tensor) -> None:
         seen.add(node)
         wrong = _WRONG.get(node.name())
         if wrong is not None:
-            raise BackwardError(
-                "second derivatives of a solve take third ones of the vector field's operations, "
-                f"and torch's are wrong for {wrong}"
-            )
+            return wrong
         pending.extend(following for following, _ in node.next_functions)
+    return None
 
 
 def pair_problem(

@@ -117,7 +117,8 @@ class Linearization:
         self._sign = sign
         self._rate_sign = rate_sign
         self._time = time
-        self._edge: Any = None
+        self._end: Any = value  # or the edge that it is at
+        self._recorded = value.requires_grad
         self._double_backward: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None
         self._jacobians: tuple[torch.Tensor, ...] | None = None
 
@@ -129,14 +130,14 @@ class Linearization:
     def drop_value(self) -> None:
         """Let go of f's value, which only the graph itself may still need: for VJPs alone."""
         if self._value.requires_grad and edges_work:
-            self._edge = torch.autograd.graph.get_gradient_edge(self._value)
+            self._end = torch.autograd.graph.get_gradient_edge(self._value)
             # Its shape and dtype, without its numbers.
             self._value = self._shared.like(self._value)
 
-    def kept_bytes(self) -> int:
-        """Return about how many bytes the graph keeps besides the state and the parameters."""
-        known = (*self._leaves, *self._shared.parameters)
-        return graph_bytes(self._value, [tensor for tensor in known if tensor is not self._value])
+    def kept_bytes(self, copy: int = 0) -> int:
+        """Return about how many bytes are kept besides the state, its ``copy`` and parameters."""
+        known = [*self._leaves, *self._shared.parameters]
+        return graph_bytes(self._value, [each for each in known if each is not self._value], copy)
 
     def adopt(self, shared: Shared) -> None:
         """Take products for another sweep of the same problem, and count them there."""
@@ -164,17 +165,16 @@ class Linearization:
         batch = _ONE if w.dim() == 1 else w.shape[:-1]
         self._shared.ledger.vjp += batch.numel()
         products: tuple[torch.Tensor | None, ...] = (None,) * len(inputs)
-        if self._edge is not None or self._value.requires_grad:
+        if self._recorded:
             cotangent = (w if self._sign > 0 else -w).view(batch + self._value.shape)
-            end = self._edge or self._value
             if batch:
                 with self._shared.hooks_away():
-                    products = pull_back_rows(end, inputs, cotangent)
+                    products = pull_back_rows(self._end, inputs, cotangent)
             elif self._shared.hooks is None:
-                products = pull_back(end, inputs, cotangent)
+                products = pull_back(self._end, inputs, cotangent)
             else:
                 with self._shared.hooks.away():
-                    products = pull_back(end, inputs, cotangent)
+                    products = pull_back(self._end, inputs, cotangent)
         state = self._flat(products[0], batch)
         if self._rate_sign is not None:
             rate = self._flat(products[1], batch)
@@ -220,11 +220,9 @@ class Linearization:
     def _record_vjp(self) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         cotangent = torch.zeros_like(self._value, requires_grad=True)
         products: tuple[torch.Tensor | None, ...] = (None,) * len(self._leaves)
-        if self._value.requires_grad:
+        if self._recorded:
             with torch.enable_grad():
-                products = torch.autograd.grad(
-                    self._value, self._leaves, cotangent, create_graph=True, allow_unused=True
-                )
+                products = gradients(self._end, self._leaves, cotangent, True)
         return cotangent, tuple(
             torch.zeros_like(leaf) if product is None else product
             for product, leaf in zip(products, self._leaves, strict=True)
@@ -258,10 +256,10 @@ class Linearization:
             inputs.append(self._time)
             rows.append(self._sign * time)
         number = len(rows[0] if time is None else time)
-        end, found = self._value if self._edge is None else self._edge, None
+        found = None
         if rows:
             with self._shared.hooks_away():
-                found = directional_derivatives(self._value, end, inputs, rows)
+                found = directional_derivatives(self._value, self._end, inputs, rows)
         self._shared.ledger.jvp += number * (states is not None or found is not None)
         if found is None:
             return self._value.new_zeros(number, self._value.numel())
@@ -368,19 +366,21 @@ class Linearization:
 
     def _rows(self, cotangents: torch.Tensor) -> list[torch.Tensor]:
         """Return the VJPs of the rows of ``cotangents``, shape ``(k, size)``, with each leaf."""
-        if not self._value.requires_grad:
+        if not self._recorded:
             return [cotangents.new_zeros(len(cotangents), leaf.numel()) for leaf in self._leaves]
         rows = cotangents.reshape(-1, *self._value.shape)
 
         def products(seed: torch.Tensor, batched: bool) -> tuple[torch.Tensor | None, ...]:
             return torch.autograd.grad(
-                self._value, self._leaves, seed, retain_graph=True, allow_unused=True,
+                self._end, self._leaves, seed, retain_graph=True, allow_unused=True,
                 is_grads_batched=batched,
             )  # fmt: skip
 
         try:
-            found = products(rows, True)
-        except RuntimeError:  # no batching rule for an operation of this field
+            found = products(rows, True) if len(rows) > 1 else ()
+        except RuntimeError:
+            found = ()
+        if not found:  # a single row, or no batching rule for an operation of this field
             one_by_one = [products(row, False) for row in rows]
             found = tuple(
                 None if parts[0] is None else torch.stack(parts)

@@ -14,11 +14,13 @@ from pnode.errors import BackwardError
 
 __all__ = [
     "accumulate",
+    "along_rows",
     "derivatives",
     "directional_derivative",
     "directional_derivatives",
     "edges_work",
     "gradients",
+    "joined_edges",
     "pull_back",
     "pull_back_rows",
     "refused",
@@ -90,6 +92,18 @@ def _find_edges_work() -> bool:
 edges_work = _find_edges_work()
 
 
+def joined_edges(end: Any) -> list[Any]:
+    """Return where the graphs of the parts end that a value was joined of, None without a graph.
+
+    ``end`` is the value, or the end of its graph; there are none where it was made otherwise.
+    """
+    node = end.grad_fn if isinstance(end, torch.Tensor) else end.node
+    if node is None or node.name() != "CatBackward0":
+        return []
+    make = torch.autograd.graph.GradientEdge
+    return [None if edge[0] is None else make(*edge) for edge in node.next_functions]
+
+
 def pull_back_rows(
     end: Any, inputs: tuple[torch.Tensor, ...], cotangents: torch.Tensor, record: bool = False
 ) -> tuple[torch.Tensor | None, ...]:
@@ -98,18 +112,47 @@ def pull_back_rows(
     ``end`` is a value with its graph, or the end of that; ``record`` is as in :func:`gradients`.
     """
     if 1 < len(cotangents) and cotangents[0].numel() <= _LARGE:
-        try:
-            return torch.autograd.grad(
-                (end,), inputs, (cotangents,), retain_graph=True, create_graph=record,
-                allow_unused=True, is_grads_batched=True,
-            )  # fmt: skip
-        except RuntimeError:  # no batching rule for an operation of this field
-            pass
-    found = zip(*(pull_back(end, inputs, row, record) for row in cotangents), strict=True)
+        found = _batched((end,), inputs, (cotangents,), record)
+        if found is not None:
+            return found
+    rows = zip(*(pull_back(end, inputs, row, record) for row in cotangents), strict=True)
     return tuple(
         None if parts[0] is None else torch.stack(parts)  # all of them are None, or none is
-        for parts in found
+        for parts in rows
     )
+
+
+def _batched(
+    ends: Sequence[Any], inputs: tuple[torch.Tensor, ...], rows: Sequence[torch.Tensor],
+    record: bool = False,
+) -> tuple[torch.Tensor | None, ...] | None:  # fmt: skip
+    """Return the VJPs of several values at once, or None if torch cannot batch them."""
+    try:
+        return torch.autograd.grad(
+            ends, inputs, rows, retain_graph=True, create_graph=record, allow_unused=True,
+            is_grads_batched=True,
+        )  # fmt: skip
+    except RuntimeError:  # no batching rule for an operation of this field
+        return None
+
+
+def along_rows(
+    ends: tuple[torch.Tensor, ...], rows: Sequence[torch.Tensor], seed: torch.Tensor
+) -> torch.Tensor | None:
+    """Return the VJPs of several values with one input, for rows of cotangents; keep the graph.
+
+    Shape ``(m, *seed)``, None being zero.
+    """
+    number = len(rows[0])
+    if 1 < number and seed.numel() <= _LARGE:
+        found = _batched(ends, (seed,), rows)
+        if found is not None:
+            return found[0]
+    single = [_backward(ends, tuple(row[k] for row in rows), seed) for k in range(number)]
+    known = [row for row in single if row is not None]  # all of them, or none
+    if not known:
+        return None
+    return known[0][None] if number == 1 else torch.stack(known)
 
 
 def transposed(linear: Callable[[torch.Tensor], torch.Tensor], v: torch.Tensor) -> torch.Tensor:
@@ -215,21 +258,8 @@ def directional_derivatives(
     ]
     if not chosen:
         return None
-    ends = tuple(product for product, _ in chosen)
-    if 1 < number and value.numel() <= _LARGE:
-        try:
-            (found,) = torch.autograd.grad(
-                ends, seed, [rows for _, rows in chosen], retain_graph=True,
-                allow_unused=True, is_grads_batched=True,
-            )  # fmt: skip
-            return nothing if found is None else found
-        except RuntimeError:  # no batching rule for an operation of this field
-            pass
-    rows = [_backward(ends, tuple(row[k] for _, row in chosen), seed) for k in range(number)]
-    known = [row for row in rows if row is not None]
-    if not known:
-        return nothing
-    return known[0][None] if number == 1 else torch.stack(known)
+    found = along_rows(tuple(end for end, _ in chosen), [rows for _, rows in chosen], seed)
+    return nothing if found is None else found
 
 
 def _backward(ends: Any, cotangents: Any, seed: torch.Tensor) -> torch.Tensor | None:

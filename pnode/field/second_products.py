@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pnode.field.products import gradients, pull_back_rows
+from pnode.field.products import along_rows, gradients, pull_back_rows
 
 __all__ = ["derivatives_along", "vjps_of_products"]
 
@@ -60,18 +60,17 @@ def derivatives_along(
     """
     number = len(tangents[0])
     seeds = value.new_zeros(len(directions[0]), *value.shape).requires_grad_()
-    found = seeds.new_zeros(number, *seeds.shape)
     ends, along = _products(value, leaves, directions, seeds)
-    if not ends:
-        return found
-    slopes = zip(gradients(ends, inputs, along, True), tangents, strict=True)
-    chosen = [(end, rows) for end, rows in slopes if end is not None and end.requires_grad]
-    for k in range(number if chosen else 0):
-        given = [rows[k].reshape(end.shape) for end, rows in chosen]
-        (one,) = gradients([end for end, _ in chosen], (seeds,), given)
-        if one is not None:
-            found[k] = one
-    return found
+    slopes = gradients(ends, inputs, along, True) if ends else ()
+    chosen = [
+        (end, rows.reshape(number, *end.shape))
+        for end, rows in zip(slopes, tangents, strict=False)
+        if end is not None and end.requires_grad
+    ]
+    found = None
+    if chosen:
+        found = along_rows(tuple(end for end, _ in chosen), [rows for _, rows in chosen], seeds)
+    return seeds.new_zeros(number, *seeds.shape) if found is None else found
 
 
 def _products(

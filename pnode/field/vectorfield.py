@@ -81,7 +81,7 @@ class VectorField:
         #: The state's, unless that is a tuple.
         self._shape = None if layout.is_tuple else layout.shapes[0]
         self._direction, self._window = problem.direction, problem.window
-        self._check_first = True
+        self._check_first, self._copied = True, 0
 
     def rhs(self, s: float, u: torch.Tensor) -> torch.Tensor:
         """Return g(s, u), flat, in the user's precision.
@@ -215,9 +215,9 @@ class VectorField:
 
         A solve inside f counts with its checkpoints.
         """
-        before = _kept_by_solves
+        before, self._copied = _kept_by_solves, 0
         made = self.linearize(s, u)
-        return made, made.kept_bytes() + _kept_by_solves - before
+        return made, made.kept_bytes(self._copied) + _kept_by_solves - before
 
     def linearize_gathered(self, s: float, u: torch.Tensor, ghosted: torch.Tensor) -> Linearization:
         """Do as :meth:`linearize`, with ``gather(u)`` at hand. Not collective."""
@@ -234,19 +234,19 @@ class VectorField:
 
     def _call_first(self, s: float, leaf: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         """Call f on a leaf, under grad, for the first time: look at what it uses."""
-        self._check_first = False
+        # torch has an error of its own for writing into a leaf, before _call can see it.
+        self._check_first, own = False, leaf.clone()
+        self._copied = own.data_ptr()
         if not self.problem.check_undeclared:
-            return self._call(s, leaf.clone(), time)
+            return self._call(s, own, time)
         device = self.problem.compute or self._layout.device
         before = checks.hidden_state(self.function, device)
-        # torch has an error of its own for writing into a leaf, before _call can see it.
-        value = self._call(s, leaf.clone(), time)
+        value = self._call(s, own, time)
         at = self._direction * s
         checks.refuse_hidden_state(before, checks.hidden_state(self.function, device), at)
         checks.find_parameters(value, self.parameters, self.used, (leaf, time))
         if self.recording and not value.requires_grad:
-            near = partial(self._call, s, time=self._time(s))
-            checks.refuse_unrecorded(near, leaf, value, at)
+            checks.refuse_unrecorded(partial(self._call, s, time=self._time(s)), leaf, value, at)
         return value
 
     def _call(self, s: float, own: torch.Tensor, time: torch.Tensor, *rate: Any) -> torch.Tensor:

@@ -119,10 +119,16 @@ def checked(value: Any, layout: StateLayout, shape: torch.Size | None = None) ->
     Raises
     ------
     VectorFieldError
-        If it is no tensor of the state's dtype and device, or of another shape than before.
+        If it is no tensor of the state's dtype and device, complex, or of another shape than
+        before.
     """
     if not isinstance(value, torch.Tensor):
         raise VectorFieldError(f"cost returned a {type(value).__name__}: return a tensor r(t, y)")
+    if value.is_complex():
+        raise VectorFieldError(
+            f"cost returned {value.dtype}, and cost integrals are real, of complex states too: "
+            "return r.real, r.abs() or, for both parts, torch.view_as_real(r)"
+        )
     if value.dtype is not layout.dtype or value.device != layout.device:
         raise VectorFieldError(
             f"cost returned {value.dtype} on {value.device}, and the state has {layout.dtype} on "

@@ -95,7 +95,9 @@ def build(
     ]
     with ThreadPoolExecutor(2) as pool:
         objects = [pool.submit(compiler.compile, *job) for job in jobs]
-        objects.append(pool.submit(compiler.interface, head, f"template class {_MODEL};\n"))
+        objects.append(
+            pool.submit(compiler.interface, includes, head, f"template class {_MODEL};\n")
+        )
         parts = [each.result() for each in objects]
     library = source.with_suffix(".so")
     compiler.link([*parts, *(file for file in files if file.suffix == ".o")], library)
@@ -151,14 +153,15 @@ class _Compiler:
         self._run(level, "-c", str(source), "-include", str(header), "-o", str(made))
         return made
 
-    def interface(self, head: str, instances: str) -> Path:
+    def interface(self, includes: str, head: str, instances: str) -> Path:
         """Return the object file of the interface."""
         path = self._kept / f"interface-{self._name(head, instances)}.o"
 
         def make(partial: Path) -> None:
             source = partial.with_suffix(".cpp")
             source.write_text(head + instances, encoding="utf-8")
-            self._run("-O1", "-c", str(source), "-o", str(partial))
+            header = self._header("-O1", includes)
+            self._run("-O1", "-c", str(source), "-include", str(header), "-o", str(partial))
             source.unlink()
 
         return self._once(path, make)

@@ -17,7 +17,8 @@ from pnode.solvers.linear.linearizer import Linearizer, Point
 from pnode.solvers.linear.shells import shell_matrix
 
 __all__ = [
-    "BLOCK_LU", "BlockAssembly", "BlockLU", "Factors", "couples", "sample_blocks", "sample_count",
+    "BLOCK_LU", "BlockAssembly", "BlockLU", "BlockMatrix", "Factors", "couples", "sample_blocks",
+    "sample_count",
 ]  # fmt: skip
 
 #: Options value of the preconditioner.
@@ -81,10 +82,14 @@ class Factors:
 
     def solve(self, b: torch.Tensor, transposed: bool = False) -> torch.Tensor:
         """Return the solutions for right-hand sides ``(B, m)``."""
+        return self.solve_columns(b[..., None], transposed)[..., 0]
+
+    def solve_columns(self, b: torch.Tensor, transposed: bool = False) -> torch.Tensor:
+        """Return the solutions for k right-hand sides of each, ``(B, m, k)``."""
         found: torch.Tensor = torch.linalg.lu_solve(
-            self._factors, self._pivots, b[..., None], adjoint=transposed
+            self._factors, self._pivots, b, adjoint=transposed
         )
-        return found[..., 0]
+        return found
 
 
 class BlockMatrix:
@@ -136,6 +141,16 @@ class BlockLU:
     def applyTranspose(self, pc: Any, x: Any, y: Any) -> None:
         """y = A^-T x."""
         self._solve(x, y, True)
+
+    def matApply(self, pc: Any, x: Any, y: Any) -> None:
+        """Y = A^-1 X."""
+        if self._singular:
+            x.copy(y)
+            return
+        rows, found = (torch.from_numpy(one.getDenseArray().T) for one in (x, y))
+        b = rows.view(len(rows), len(self._factors.singular), -1).permute(1, 2, 0)
+        columns = self._factors.solve_columns(b)
+        found.copy_(columns.permute(2, 0, 1).reshape(rows.shape))
 
     def _solve(self, x: Any, y: Any, transposed: bool) -> None:
         if self._singular:
