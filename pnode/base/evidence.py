@@ -9,11 +9,12 @@ values share with probability zero.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from array import array
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,6 +25,9 @@ __all__ = ["Evidence", "Note", "Reads", "differs", "notes", "project", "projecti
 #: Relative difference of two evaluations of one f, when their bits are not the same already: what
 #: another kernel or a repeated step's round-off may make of it.
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
+
+#: Of the tensors that graphs read: so many are kept as they were.
+_FEW_BYTES = 1 << 15
 
 
 @lru_cache(maxsize=8)
@@ -131,16 +135,29 @@ class Reads:
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         self._tensors = list(tensors)
-        self._looks = _looks(self._tensors)
+        self._few = sum(tensor.nbytes for tensor in self._tensors) <= _FEW_BYTES
+        self._before = self._look()
+
+    def _look(self) -> Sequence[Any]:
+        """Return all values of few numbers, sum and norm of many."""
+        if self._few:
+            return [_bytes(tensor) for tensor in self._tensors]
+        return list(map(repr, _looks(self._tensors)))  # NaN is as it was
 
     def changed(self) -> torch.Tensor | None:
         """Return one of them that has been written into since, if there is one."""
-        for tensor, before, now in zip(
-            self._tensors, self._looks, _looks(self._tensors), strict=True
-        ):
-            if repr(now) != repr(before):  # NaN is as it was
+        for tensor, before, now in zip(self._tensors, self._before, self._look(), strict=True):
+            if now != before:
                 return tensor
         return None
+
+
+def _bytes(tensor: torch.Tensor) -> bytes | None:
+    """Return the numbers of a tensor, in no operation of torch; None of one that has none here."""
+    if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+        return None
+    values = tensor if tensor.is_contiguous() else tensor.detach().contiguous()
+    return ctypes.string_at(values.data_ptr(), values.nbytes)
 
 
 def _looks(tensors: list[torch.Tensor]) -> list[list[float]]:

@@ -253,7 +253,7 @@ class Ranks:
     def rms(self, values: torch.Tensor) -> float:
         """Return the root mean square of the entries of a distributed vector."""
         if not self.parallel:
-            return float(values.square().mean().sqrt())
+            return math.sqrt(values.square().mean().item())
         local = torch.stack([
             values.square().sum(dtype=torch.float64).cpu(),
             torch.tensor(float(values.numel()), dtype=torch.float64, device="cpu"),

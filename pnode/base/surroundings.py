@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -46,9 +46,19 @@ class Surroundings:
                     if tensor is not None:
                         self._tensors.append((reference, name, tensor, _version(tensor)))
 
+    def restored(self) -> AbstractContextManager[None]:
+        """Return a context in which f sees what it saw when this was taken down."""
+        same = (
+            all(_autocast(kind) == found for kind, found in self._autocast.items())
+            and _default_device() == self._device
+            and torch.get_default_dtype() is self._dtype
+            and all((m := module()) is None or m.training == flag for module, flag in self._modules)
+            and not self._replaced()
+        )
+        return nullcontext() if same else self._restored()
+
     @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Let f see what it saw when this was taken down."""
+    def _restored(self) -> Iterator[None]:
         alive = [(module(), flag) for module, flag in self._modules]
         changed = [
             (module, flag) for module, flag in alive

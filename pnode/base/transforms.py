@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -22,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from pnode.errors import BackwardError, ConfigurationError
 
 __all__ = [
-    "batch_is_innermost", "batch_level", "depends", "differentiable", "has_tangent",
+    "applied", "batch_is_innermost", "batch_level", "depends", "differentiable", "has_tangent",
     "in_forward_mode", "is_legacy_batch", "is_wrapped", "legacy_batch", "lowered", "moves",
     "no_tangents", "only_forward_mode", "outside", "outside_compiler", "outside_inference",
     "plain", "recorded_by_autograd", "refuse_moving", "refuse_traced", "refuse_transforms",
@@ -320,7 +319,7 @@ def outside_compiler(function: _Function) -> _Function:
     @functools.wraps(function)
     def call(*arguments: Any, **keywords: Any) -> Any:
         nonlocal disabled
-        if "torch._dynamo" not in sys.modules:
+        if torch._C._dynamo.eval_frame.get_eval_frame_callback() is None:  # no difference
             return function(*arguments, **keywords)
         if disabled is None:
             disabled = torch.compiler.disable(function)
@@ -360,6 +359,13 @@ def signed(function: _Function) -> _Function:
     known: Any = function
     known.__signature__ = _Positional()
     return function
+
+
+def applied(function: type[torch.autograd.Function], *inputs: Any) -> Any:
+    """Do as ``function.apply``, which looks for transforms and signatures besides."""
+    if transforms_active() or any(is_wrapped(x) for x in inputs if isinstance(x, torch.Tensor)):
+        return function.apply(*inputs)
+    return super(torch.autograd.Function, function).apply(*inputs)  # type: ignore[misc]
 
 
 def is_wrapped(tensor: torch.Tensor) -> bool:

@@ -11,6 +11,7 @@ import torch
 
 from pnode.base.devices import ordered, place_of
 from pnode.base.transforms import (
+    applied,
     differentiable,
     is_legacy_batch,
     legacy_batch,
@@ -74,7 +75,9 @@ def solve(
         return continuous.solve(engine, problem, requests, y0, t)
     if trainable:
         runs = Runs()
-        ys = SolveFunction.apply(engine, problem, requests, runs, y0, t, None, *problem.parameters)
+        ys = applied(
+            SolveFunction, engine, problem, requests, runs, y0, t, None, *problem.parameters
+        )
         return ys, runs[0]
     own = ordered(place_of(problem.layout.device))
     with outside_inference(False), torch.no_grad(), own as leave:

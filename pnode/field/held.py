@@ -25,6 +25,7 @@ __all__ = ["Held", "held", "now"]
 
 # A Module's own book-keeping.
 _OWN = frozenset(vars(torch.nn.Module()))
+_TENSORS = frozenset(("_parameters", "_buffers", "_modules"))
 _PLAIN = frozenset((bool, int, float, str, type(None)))
 #: Containers with more entries are shared with the copy, not looked through.
 _MOST_ENTRIES = 1000
@@ -110,11 +111,11 @@ class _Copies:
         for module in modules:
             given, own = vars(module), vars(self.of(module))
             own.update(given)
-            for name in ("_parameters", "_buffers", "_modules"):
-                own[name] = {key: self._light(value) for key, value in given[name].items()}
-            for name in given.keys() - _OWN:
-                if type(given[name]) not in _PLAIN:
-                    own[name] = self._light(given[name])
+            for name, value in given.items():
+                if name in _TENSORS:
+                    own[name] = {key: self._light(each) for key, each in value.items()}
+                elif name not in _OWN and type(value) not in _PLAIN:
+                    own[name] = self._light(value)
 
     def of(self, module: torch.nn.Module) -> torch.nn.Module:
         """Return the copy of a Module."""

@@ -24,6 +24,7 @@ from pnode.layout.layouts import Layout
 from pnode.problems import tolerances
 from pnode.problems.checkpointing import Checkpointing
 from pnode.problems.problem import InitialValueProblem, StateLayout
+from pnode.problems.repeated import Repeated
 from pnode.solvers.compiled import new_compiler, new_row_compiler
 from pnode.solvers.compiled.account import Account
 from pnode.solvers.compiled.compiler import Compiler
@@ -141,6 +142,8 @@ class Engine:
         The same for rows of independent samples.
     account : Account
         What solves have cost without, and what became of them.
+    repeated : Repeated
+        The last problem.
     """
 
     method: Method
@@ -158,6 +161,7 @@ class Engine:
     compiler: Compiler = field(default_factory=new_compiler, init=False)
     row_compiler: Compiler = field(default_factory=new_row_compiler, init=False)
     account: Account = field(default_factory=Account, init=False)
+    repeated: Repeated = field(default_factory=Repeated, init=False)
     _known_settings: dict[Hashable, IntegratorSettings] = field(default_factory=dict, init=False)
     _options: dict[Hashable, SolverOptions] = field(default_factory=dict, init=False)
     _patterns: dict[Hashable, SparsityPattern] = field(default_factory=dict, init=False)

@@ -49,6 +49,7 @@ def _structure(integers: str, numbers: str = "") -> type[ctypes.Structure]:
 
 
 Counts: Any = _structure("steps rejected rhs vjp jacobians factorizations newton krylov bytes")
+_ADDED = tuple(name for name, _ in Counts._fields_ if name != "bytes")
 _Control: Any = _structure(
     "keep adaptive max_steps", "direction order first_step min_step max_step longest"
 )
@@ -91,7 +92,7 @@ def library() -> ctypes.CDLL:
         "free_sweep": (None, [pointer]),
         "forward": (number, [pointer, pointer, pointer, real, pointer]),
         "repeat": (None, [pointer]),
-        "reverse": (number, [pointer, pointer, pointer, pointer, ctypes.c_char_p, real]),
+        "reverse": (number, [pointer, pointer, pointer, pointer, real]),
         "finish": (number, [pointer, pointer, pointer, pointer]),
         "recorded": (number, [pointer, pointer, pointer, pointer]),
         "whole": (number, [pointer]),
@@ -297,8 +298,7 @@ class CompiledSweep:
     ) -> tuple[torch.Tensor, list[torch.Tensor], Any]:
         counts, inputs, sums = Counts(), self.kernel.inputs(), self.kernel.sums()
         state, places = torch.empty(self.kernel.size, dtype=REAL), pointers(sums)
-        nonzero = bytes(cotangents.ne(0).any(dim=1).tolist())
-        arguments = self._handle, pointers(inputs), places, cotangents.data_ptr(), nonzero
+        arguments = self._handle, pointers(inputs), places, cotangents.data_ptr()
         status = _PAUSED
         while status == _PAUSED:
             status = self._library.pnode_reverse(*arguments, PATIENCE)
@@ -315,7 +315,8 @@ class CompiledSweep:
 
 def add_counts(counts: Any, ledger: Ledger) -> None:
     """Add what was done to a ledger."""
-    for name, _ in Counts._fields_:
-        if name != "bytes":
-            setattr(ledger, name, getattr(ledger, name) + getattr(counts, name))
+    for name in _ADDED:
+        more = getattr(counts, name)
+        if more:
+            setattr(ledger, name, getattr(ledger, name) + more)
     ledger.ram_bytes = max(ledger.ram_bytes, counts.bytes)

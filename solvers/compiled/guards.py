@@ -83,10 +83,12 @@ class _Mode(TorchDispatchMode):
         facts.append(func)
         for item in args:
             ref = refs.get(id(item))
-            if ref is None:
-                self._add(item)
-            else:
+            if ref is not None:
                 facts.append(ref)
+            elif type(item) in _PLAIN:
+                facts.append(item)
+            else:
+                self._add(item)
         if kwargs:
             for name, item in kwargs.items():
                 facts.append(name)

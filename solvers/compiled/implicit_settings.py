@@ -85,7 +85,7 @@ def prepared(program: ImplicitProgram, wanted: Wanted) -> _Settings:
     """Return the settings, which stay the same from solve to solve."""
     settings = wanted.settings
     for known, struct, _ in program.prepared:
-        if known == settings:
+        if known is settings or known == settings:
             found: _Settings = struct
             return found
     arrays = _arrays(settings.method, settings.adaptive)

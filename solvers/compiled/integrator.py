@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 
+from pnode.base.devices import HOST
 from pnode.base.interpolation import polynomial
 from pnode.base.options import PETSc, SolverOptions
 from pnode.base.vectors import REAL
@@ -52,8 +54,13 @@ def step_tolerances(settings: IntegratorSettings) -> Tensors:
     """Return what the graph of an adaptive step takes for rtol and atol; nothing of a fixed one."""
     if not settings.adaptive:
         return ()
-    found = (tolerances.values(settings.rtol), tolerances.values(settings.atol))
-    return tuple(torch.as_tensor(value, dtype=REAL) for value in found)
+    return _tensors(settings.rtol, settings.atol)
+
+
+@lru_cache(maxsize=8)
+def _tensors(*given: tolerances.Resolved) -> Tensors:
+    found = map(tolerances.values, given)
+    return tuple(torch.as_tensor(value, dtype=REAL, device=HOST.device) for value in found)
 
 
 class CompiledIntegrator(TimeIntegrator):

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch._utils import _unflatten_dense_tensors
 
 from pnode.base.vectors import REAL
 from pnode.solvers.compiled.backend import Code
@@ -74,9 +73,8 @@ class ImplicitProgram(Kernel, Code):
     ) -> None:
         self._traced = traced
         self.size = math.prod(traced.shape)
-        self._templates = [torch.empty(part.shape, device="meta") for part in traced.parameters]
         #: Entries of mu.
-        self.entries = sum(template.numel() for template in self._templates)
+        self.entries = sum(math.prod(part.shape) for part in traced.parameters)
         implicit = source("implicit_steps.cpp", f"{steps}_steps.cpp")
         text = "\n".join((source("kernel.h"), INCLUDES, field, implicit))
         self.library = compile_source(text, (*_FLAGS, *flags))
@@ -95,11 +93,11 @@ class ImplicitProgram(Kernel, Code):
 
     def gradients(self, sums: list[torch.Tensor]) -> list[tuple[int, torch.Tensor]]:
         """Return mu from its sums."""
-        parts = _unflatten_dense_tensors(sums[0], self._templates) if self._templates else ()
-        return [
-            (part.index, gradient)
-            for part, gradient in zip(self._traced.parameters, parts, strict=True)
-        ]
+        found, end = [], 0
+        for part in self._traced.parameters:
+            start, end = end, end + math.prod(part.shape)
+            found.append((part.index, sums[0][start:end].view(part.shape)))
+        return found
 
     def stand_at(
         self, settings: ctypes.Structure, y0: torch.Tensor, mass: torch.Tensor | None = None

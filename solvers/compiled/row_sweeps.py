@@ -312,7 +312,6 @@ class RowSweep:
             One per parameter, the sums over the rows: the same bits on any number of threads.
         """
         seeds = cotangents.transpose(0, 1).contiguous()
-        nonzero = seeds.ne(0.0).any(dim=2)
         count, entries = len(seeds), self.program.entries
         group = -(-count // _MOST_GROUPS)
         sums = torch.zeros(-(-count // group), entries, dtype=REAL)
@@ -322,7 +321,7 @@ class RowSweep:
             while bool(statuses.eq(_PAUSED).any()) and bool(statuses.le(_PAUSED).all()):
                 self._library.pnode_rows_reverse(
                     self._handle, driver.pointers(read), sums.data_ptr(), entries, group,
-                    seeds.data_ptr(), nonzero.data_ptr(), states.data_ptr(),
+                    seeds.data_ptr(), states.data_ptr(),
                     torch.get_num_threads(), driver.PATIENCE, statuses.data_ptr(),
                 )  # fmt: skip
         if bool(statuses.gt(_PAUSED).any()):

@@ -58,8 +58,8 @@ class Rows {
     // The rows of a group add to its own part of `sums`, one after the other: the same sums on any
     // number of threads.
     void reverse(void* const* captured, double* sums, int64_t entries, int64_t group,
-                 const double* cotangents, const char* nonzero, double* states, int64_t threads,
-                 double seconds, int64_t* statuses) {
+                 const double* cotangents, double* states, int64_t threads, double seconds,
+                 int64_t* statuses) {
         const Clock clock(seconds, 1);
         const int64_t rows = sweeps_.size();
         on_threads(threads, (rows + group - 1) / group, [&](int64_t k) {
@@ -76,7 +76,7 @@ class Rows {
                     }
                     const Status found =
                         sweep.reverse(captured, &mu, cotangents + row * number_ * size_,
-                                      nonzero + row * number_, clock.left());
+                                      clock.left());
                     if (found == DONE) sweep.finish(state, &mu);
                     return found;
                 });
@@ -125,9 +125,9 @@ void pnode_rows_forward(void* rows, void* const* captured, double* outputs, int6
 }
 
 void pnode_rows_reverse(void* rows, void* const* captured, double* sums, int64_t entries,
-                        int64_t group, const double* cotangents, const char* nonzero,
+                        int64_t group, const double* cotangents,
                         double* states, int64_t threads, double seconds, int64_t* statuses) {
-    all(rows).reverse(captured, sums, entries, group, cotangents, nonzero, states, threads,
+    all(rows).reverse(captured, sums, entries, group, cotangents, states, threads,
                       seconds, statuses);
 }
 

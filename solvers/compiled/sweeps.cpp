@@ -79,7 +79,7 @@ class Sweep {
 
     // Take adjoints until they are done, or the time is over.
     Status reverse(void* const* captured, double* const* sums, const double* cotangents,
-                   const char* nonzero, double seconds) {
+                   double seconds) {
         kernel_->lend(captured);
         Clock clock(seconds, kernel_->steps_per_look);
         if (!backwards_) {
@@ -94,8 +94,10 @@ class Sweep {
         Status status = PAUSED;
         do {
             for (; waiting_ > 1 && outputs_at_[waiting_ - 1] == left_; --waiting_) {
-                if (!nonzero[waiting_ - 1]) continue;
-                kernel_->add(cotangents + (waiting_ - 1) * kernel_->size);
+                const double* row = cotangents + (waiting_ - 1) * kernel_->size;
+                if (std::all_of(row, row + kernel_->size, [](double x) { return x == 0.0; }))
+                    continue;
+                kernel_->add(row);
                 active_ = true;
             }
             --left_;
@@ -306,10 +308,8 @@ int64_t pnode_forward(void* sweep, void* const* captured, void* outputs, double 
 void pnode_repeat(void* sweep) { own(sweep).repeat(); }
 
 int64_t pnode_reverse(void* sweep, void* const* captured, double* const* sums,
-                      const double* cotangents, const char* nonzero, double seconds) {
-    return guarded([&] {
-        return own(sweep).reverse(captured, sums, cotangents, nonzero, seconds);
-    });
+                      const double* cotangents, double seconds) {
+    return guarded([&] { return own(sweep).reverse(captured, sums, cotangents, seconds); });
 }
 
 int64_t pnode_finish(void* sweep, double* state, double* const* sums, Counts* counts) {

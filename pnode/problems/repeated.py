@@ -1,0 +1,77 @@
+"""The problem of a solve that differs from an earlier one in numbers alone.
+
+What was validated depends on shapes, dtypes, output times and settings; a training loop comes with
+the same ones in every solve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+
+from pnode.base.ranks import ALONE, Ranks
+from pnode.base.transforms import in_forward_mode, is_wrapped, moves, transforms_active
+from pnode.base.vectors import is_finite
+from pnode.problems.problem import InitialValueProblem
+
+__all__ = ["Repeated", "facts_of"]
+
+_KINDS = (torch.Tensor, torch.nn.Parameter)
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
+
+
+def facts_of(y0: Any, t: Any, declared: Sequence[torch.Tensor]) -> Hashable | None:
+    """Return what tells solves from each other, but the numbers in y0; None where more may.
+
+    Parameters
+    ----------
+    y0, t : object
+        As the user gave them.
+    declared : sequence of Tensor
+        What else is to be differentiated by.
+    """
+    if (
+        type(y0) not in _KINDS or type(t) not in _KINDS or transforms_active()
+        or in_forward_mode() or torch.is_inference_mode_enabled() or torch.jit.is_tracing()
+        or torch._C._get_dispatch_mode(_PROXY) is not None
+        or y0.device.type != "cpu" or t.device.type != "cpu"
+        or y0.layout is not torch.strided or t.layout is not torch.strided
+        or any(map(is_wrapped, (y0, t, *declared)))
+    ):  # fmt: skip
+        return None
+    return y0.shape, y0.dtype, t.dtype, t.shape, repr(t.tolist()), torch.is_grad_enabled()
+
+
+class Repeated:
+    """The last problem, without what belongs to the user."""
+
+    def __init__(self) -> None:
+        self._facts: Hashable = None
+        self._problem: InitialValueProblem | None = None
+
+    def keep(self, facts: Hashable | None, problem: InitialValueProblem) -> None:
+        """Keep a problem that has passed all checks, if it is y' = f(t, y) alone."""
+        self._facts = self._problem = None
+        if facts is not None and (
+            problem.form == "rhs" and not problem.layout.pairs and problem.norm is None
+            and not problem.ranks.parallel and problem.exchange is None
+        ):  # fmt: skip
+            self._facts = facts
+            self._problem = problem.but(function=None, parameters=(), frozen=(), ranks=ALONE)
+
+    def again(
+        self, facts: Hashable | None, function: Any, y0: torch.Tensor,
+        declared: Sequence[torch.Tensor], ranks: Ranks,
+    ) -> InitialValueProblem | None:  # fmt: skip
+        """Return the problem for a new state and new tensors; None if it is to be looked at."""
+        if facts is None or facts != self._facts or not is_finite(y0.detach()):
+            return None
+        assert self._problem is not None
+        wanted = declared if torch.is_grad_enabled() else ()
+        return self._problem.but(
+            function=function, ranks=ranks,
+            parameters=tuple(tensor for tensor in wanted if moves(tensor)),
+            frozen=tuple(tensor for tensor in wanted if not moves(tensor)),
+        )  # fmt: skip
