@@ -103,7 +103,7 @@ def library() -> ctypes.CDLL:
         "rows_forward": (None, [pointer] * 3 + [number, real, pointer]),
         "rows_reverse": (
             None,
-            [pointer] * 3 + [number] * 2 + [pointer] * 3 + [number, real, pointer],
+            [pointer] * 3 + [number] * 2 + [pointer] * 2 + [number, real, pointer],
         ),
         "rows_counts": (None, [pointer, number, pointer]),
     }

@@ -32,6 +32,8 @@ class ImplicitSweeps(Backend):
     implicit: bool | None = True
     #: Kinds of methods.
     kinds: tuple[str, ...] = ("implicit",)
+    #: Whether graphs serve where scalars do not.
+    graphs = True
 
     def refuses(self, wanted: Wanted) -> str | None:
         """Return why there are no such sweeps for a solve, whatever the field."""
@@ -59,7 +61,8 @@ class ImplicitSweeps(Backend):
                 "implicit methods are compiled with jacobian='dense' and jacobian_reuse='auto' or "
                 "'iteration'"
             )
-        most = _LARGEST_SCALARS if method.linearly_implicit else _LARGEST_STATE
+        graphs = self.graphs and not method.linearly_implicit
+        most = _LARGEST_STATE if graphs else _LARGEST_SCALARS
         if settings.size > most:
             return f"method={method.name!r} is compiled for up to {most} state entries"
         if settings.dtype is not torch.float64:
@@ -81,11 +84,24 @@ class ImplicitSweeps(Backend):
         if key not in trace.codes:
             program: ImplicitProgram | None = None
             if len(y0) <= _LARGEST_SCALARS:
-                program = _scalars(trace, part, y0, steps)
+                program = self._scalars(trace, part, y0, steps)
             trace.codes[key] = program or GraphProgram(field_code(trace, part, wanted), steps)
         made: ImplicitProgram = trace.codes[key]
         prepared(made, wanted)
         return made
+
+    def _scalars(
+        self, trace: Trace, part: VectorField, y0: torch.Tensor, steps: str
+    ) -> Program | None:
+        """Return a program of scalars, or None where graphs can do what it cannot."""
+        try:
+            program = Program(trace.graph, part.problem.parameters, steps)
+            _check(program, part, y0, steps == "rosenbrock")
+        except Untraceable:
+            if steps == "rosenbrock" or not self.graphs:
+                raise
+            return None
+        return program
 
     def begin(
         self, checked: Sequence[Checked], field_: VectorField, y0: torch.Tensor, wanted: Wanted
@@ -101,18 +117,6 @@ class ImplicitSweeps(Backend):
             wanted.control.first_step or 0.0,
         )  # fmt: skip
         return Compilation(sweep, captured=tuple(program.captured))
-
-
-def _scalars(trace: Trace, part: VectorField, y0: torch.Tensor, steps: str) -> Program | None:
-    """Return a program of scalars, or None where graphs can do what it cannot."""
-    try:
-        program = Program(trace.graph, part.problem.parameters, steps)
-        _check(program, part, y0, steps == "rosenbrock")
-    except Untraceable:
-        if steps == "rosenbrock":
-            raise
-        return None
-    return program
 
 
 def _check(program: Program, part: VectorField, y0: torch.Tensor, rosenbrock: bool) -> None:

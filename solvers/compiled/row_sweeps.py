@@ -73,6 +73,7 @@ class RowSweeps(ImplicitSweeps):
 
     implicit = None
     kinds = ("implicit", "explicit")
+    graphs = False
 
     def refuses(self, wanted: Wanted) -> str | None:
         """Return why there are no such sweeps for a solve, whatever the field."""
