@@ -339,7 +339,7 @@ def run(options: argparse.Namespace) -> Outcome:
         "viscosity": viscosity, "viscosity_losses": training.losses, "without": errors[0],
         "with_closure": errors[1], "closure_losses": losses,
     }  # fmt: skip
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"what": "viscosity", "found": viscosity, "beside": VISCOUS, "which is": "the truth"},
         {
             "what": "error of other solutions", "found": errors[1], "beside": errors[0],

@@ -244,7 +244,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> Outcome:
     """Learn the closure. Collective."""
-    numbers, *shown = learn(options, MPI.COMM_WORLD)
+    numbers, x, effect, hybrid = learn(options, MPI.COMM_WORLD)
     rows: list[dict[str, Any]] = [
         {
             "what": f"error of other forecasts at time {numbers['times'][index]:.1f}",
@@ -257,7 +257,7 @@ def run(options: argparse.Namespace) -> Outcome:
         "what": "share of the effect's variance", "learned": numbers["explained"],
         "beside": numbers["explainable"], "which is": "the most that a function of X can explain",
     })  # fmt: skip
-    return Outcome(numbers, rows, lambda: draw(numbers, *shown))
+    return Outcome(numbers, rows, lambda: draw(numbers, x, effect, hybrid))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

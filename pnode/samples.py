@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pnode.adjoint.sample_adjoint import sample_adjoint
+from pnode.base.evidence import Reads
 from pnode.base.ledger import Stats
 from pnode.base.options import OWN_PREFIX, SolverOptions
 from pnode.base.ranks import ALONE
@@ -38,6 +39,7 @@ from pnode.solvers.sample_field import RowsField
 from pnode.solvers.sample_methods import create
 from pnode.solvers.sample_record import Passes
 from pnode.solvers.sample_steps import SampleSweep
+from pnode.sweeping.sweeps import refuse_written
 
 __all__ = ["solve"]
 
@@ -162,7 +164,7 @@ class _SolveFunction(torch.autograd.Function):
         tolerance = tolerances.resolve(control.rtol, control.atol, layout)
         flat = y0.detach().to(REAL).reshape(len(y0), -1)
         clock, skip = times.detach().to(layout.device, REAL), requests.independent == "nan"
-        ctx.passes, ctx.compiled, read = None, None, ()
+        ctx.method, ctx.passes, ctx.compiled, read = method.name, None, None, ()
         if engine.compile is True:
             rows = Rows(flat, clock, *tolerance, skip)
             ctx.compiled = compiled_rows(
@@ -170,6 +172,7 @@ class _SolveFunction(torch.autograd.Function):
             )
         if ctx.compiled is not None:
             found, read = ctx.compiled.forward(stats), ctx.compiled.captured
+            ctx.reads = Reads(read) if keep else None
         else:
             rows_method = create(method, control.step_size is None, layout.dtype)
             if keep:
@@ -205,6 +208,8 @@ class _SolveFunction(torch.autograd.Function):
         record_all(field)
         number, rows = times.shape
         seeds = cotangents.to(REAL).reshape(number, rows, -1)
+        if ctx.compiled is not None:
+            refuse_written(ctx.reads, ctx.surroundings, ctx.method)
         with ctx.surroundings.restored():
             if ctx.compiled is not None:
                 initial, found = ctx.compiled.reverse(seeds, own)

@@ -122,3 +122,17 @@ def test_larger_states_say_why_not(method, size, monkeypatch):
     )
     with pytest.warns(UserWarning, match=f"up to {size - 1} state entries"):
         solver(torch.ones(size, dtype=D), torch.tensor([0.0, 1.0]))
+
+
+def test_parameters_of_another_precision_are_the_field_s_alone():
+    """The sums of a sweep are float64."""
+    k = torch.nn.Parameter(torch.linspace(0.5, 1.5, 34, dtype=torch.float32))
+    found = []
+    for compile in (False, True):
+        solver = pnode.Solver(
+            lambda t, y: -k.double() * y, method="cn", step_size=0.25, compile=compile,
+            jacobian="dense", params=[k],
+        )  # fmt: skip
+        ys = solver(torch.ones(34, dtype=D), [0.0, 1.0]).ys
+        found += torch.autograd.grad(ys[-1].sum(), [k])
+    torch.testing.assert_close(found[1], found[0])

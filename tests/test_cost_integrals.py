@@ -413,3 +413,22 @@ def test_infinite_tolerances_neither_control_nor_count(method):
         pnode.Solver(f, method=method, rtol=entries)
     with pytest.raises(pnode.ConfigurationError, match="infinite"):
         pnode.Solver(f, atol=entries * math.inf, **options)(y0, T)
+
+
+@pytest.mark.parametrize("method", ["beuler", "bdf"])
+def test_integrals_beside_a_residual_backwards_in_time(method):
+    """The integral's equation has the sign of the state's."""
+    y0 = torch.tensor([0.5, -0.2], dtype=torch.float64)
+    forms = {
+        "residual": lambda t, y, y_dot: y_dot + (1.0 + t) * y.sin(),
+        "rhs": lambda t, y: -(1.0 + t) * y.sin(),
+    }
+    for times in ([0.0, 0.4, 0.8], [0.8, 0.4, 0.0]):
+        one, other = (
+            pnode.Solver(
+                **{name: f}, method=method, cost=lambda t, y: y.square().sum(), step_size=0.1,
+                compile=False,
+            )(y0, times).costs
+            for name, f in forms.items()
+        )  # fmt: skip
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-12)

@@ -272,7 +272,7 @@ def test_calls_do_not_grow_with_the_steps(steps: str, counted: Counted) -> None:
         numbers.append((forward, calls.number))
         assert {name: n for name, n in counted.calls.items() if "free" not in name} == {
             "pnode_graph_steps": 1, "pnode_sweep": 1, "pnode_forward": 1, "pnode_whole": 1,
-            "pnode_reverse": 1, "pnode_finish": 1,
+            "pnode_restart": 1, "pnode_reverse": 1, "pnode_finish": 1,
         }  # fmt: skip
     assert taken[1] > 2 * taken[0]
     assert numbers[0] == numbers[1]

@@ -595,3 +595,16 @@ def test_compiled_fields_behind_steps_of_python():
     ]
     assert difference([found[1][0].ys], [found[0][0].ys]) < 1e-13
     assert difference(found[1][1], found[0][1]) < 1e-11
+
+
+def test_gmres_has_the_same_bits_each_time():
+    """Wherever its tensors lie: a repeated step is the recorded one."""
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(9, 9, generator=generator, dtype=torch.float64) + 5.0 * torch.eye(9)
+    b = torch.randn(3, 3, generator=generator, dtype=torch.float64)
+    kept, found = [], []
+    for size in range(1, 60):
+        kept.append(torch.empty(size))
+        found.append(gmres(lambda v: (A @ v.flatten()).view(3, 3), b, ALONE, 1e-13)[0])
+    assert all(torch.equal(x, found[0]) for x in found)
+    torch.testing.assert_close((A @ found[0].flatten()).view(3, 3), b, rtol=1e-12, atol=1e-12)

@@ -381,8 +381,8 @@ def refusal(case: Case) -> str | None:
             and case.shape not in ROWS[case.form.startswith("imex") or case.span == "none"]
         ),
         "nothing to reuse": case.reuse != "iteration" and case.jacobian == "matrix-free",
-        "coupled stages take Jacobians when they have to, and none with colors": row.coupled
-        and (case.reuse not in ("auto", "iteration") or case.jacobian == "sparse"),
+        "coupled stages take Jacobians when they have to": row.coupled
+        and case.reuse not in ("auto", "iteration"),
         "graphs of explicit stages alone": case.store == "tape" and not row.keeps_graphs,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

@@ -169,3 +169,73 @@ def test_shapes_and_inference_mode():
             solver = pnode.Solver(lambda t, y: -t * y, samples="independent", **options)
             ys = solver(y0, [0.0, 1.0]).ys
             torch.testing.assert_close(ys[-1], exact, rtol=1e-4, atol=0.0)
+
+
+class Scaled(torch.nn.Module):
+    """y' = -n k y t, n a buffer of integers."""
+
+    def __init__(self):
+        super().__init__()
+        self.k = torch.nn.Parameter(torch.tensor([0.5, 1.5], dtype=D))
+        self.register_buffer("n", torch.tensor(1))
+
+    def forward(self, t, y):
+        return -self.n * self.k * y * t
+
+
+def test_numbers_that_are_written_into():
+    f = Scaled()
+    solver, y0 = independent(f), torch.tensor([[1.0, 2.0], [0.5, 0.1]], dtype=D)
+    for number in (1, 3):
+        f.n.fill_(number)  # part of the machine code's text
+        ys = solver(y0, [0.0, 1.0]).ys
+        expected = y0 * torch.exp(-0.5 * number * f.k)
+        torch.testing.assert_close(ys[-1], expected, rtol=1e-5, atol=1e-7)
+    f.k.data.mul_(3.0)
+    with pytest.raises(pnode.errors.FieldChanged, match="written into"):
+        ys.sum().backward()
+
+
+def test_a_backward_sweep_after_one_that_was_interrupted(monkeypatch):
+    """It begins anew: nothing of the first is left in its sums."""
+    f, y0 = Oscillator(), Y0.repeat(20, 1).requires_grad_()
+    ys = independent(f)(y0, [0.0, 1.0]).ys
+    expected = gradients(ys, y0, f.scale)
+    sweep = ys.grad_fn.compiled
+    library = sweep._library
+
+    class Interrupting:
+        def __getattr__(self, name):
+            return getattr(library, name)
+
+        def pnode_rows_reverse(self, *arguments):
+            library.pnode_rows_reverse(*arguments[:-2], 0.0, arguments[-1])
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "_library", Interrupting())
+    with pytest.raises(KeyboardInterrupt):
+        gradients(ys, y0, f.scale)
+    monkeypatch.undo()
+    for one, other in zip(gradients(ys, y0, f.scale), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_first_slope_that_is_not_finite():
+    """A row that fails before its first step, of a method that takes the slope there."""
+
+    def f(t, y):
+        return torch.where(y > 1.2, torch.full_like(y, torch.nan), y)
+
+    y0 = torch.tensor([[0.1], [2.0]], dtype=D)
+    with pytest.raises(pnode.NonFiniteVectorField, match="row 1"):
+        independent(f, method="radau5")(y0, [0.0, 1.0])
+
+
+def test_more_stages_than_there_is_room_for():
+    stages = 18
+    A = [[1.0 / (i + 1)] * i for i in range(stages)]
+    pnode.tableau("eighteen", A=A, b=[1.0 / stages] * stages, order=1)
+    y0 = torch.tensor([[1.0]], dtype=D)
+    with pytest.warns(UserWarning, match="more than 16 stages"):
+        found = independent(lambda t, y: -y, method="eighteen", step_size=0.1)(y0, [0.0, 1.0])
+    assert abs(found.ys[-1].item() - 0.37) < 0.1

@@ -222,3 +222,24 @@ def test_normalizations(method, kind):
     H = torch.func.hessian(lambda y: last(y).pow(3).sum())(Y0[0])
     assert same([H @ v], [along], 1e-9)
     assert same([H], [H.T], 1e-9)
+
+
+def test_normalizations_on_one_way_of_f_alone():
+    """What f does not do in its first evaluation, it may do in a later one."""
+    weight = torch.linspace(-1.0, 1.3, 9, dtype=D).reshape(3, 3)
+
+    def field(t, y):
+        inner = y @ weight
+        return torch.sin(y) * (normalized("layer_norm", inner) if float(t) > 0.2 else inner)
+
+    solver = pnode.Solver(field, method="rk4", step_size=0.1, compile=False)
+    epsilon, v = 1e-5, torch.tensor([1.0, -0.5, 0.3], dtype=D)
+
+    def slope(y, **keywords):
+        y = y.clone().requires_grad_()
+        return y, grad(solver(y, [0.0, 0.5]).ys[-1].pow(3).sum(), y, **keywords)[0]
+
+    y0, first = slope(Y0[0], create_graph=True)
+    (along,) = grad((first * v).sum(), y0)
+    ahead, back = (slope(Y0[0] + sign * epsilon * v)[1] for sign in (1.0, -1.0))
+    assert same([along], [(ahead - back) / (2.0 * epsilon)], 1e-7)

@@ -100,11 +100,11 @@ class PairFunction:
                 for part in given
             ]
             value = self._evaluated(t, arguments)
-            if record and self._norms is None:
-                self._norms = nullcontext()
-                if _wrong(value) is not None:
+            if record:  # f may take another way in each evaluation
+                if self._norms is None and _wrong(value) is not None:
                     self._norms = PlainNorms()
                     value = self._evaluated(t, arguments)
+                if self._norms is not None:
                     _refuse_wrong(value)
         inputs = (*arguments, *(self._parameters[i] for i in self._moving))
         tangents = [

@@ -48,29 +48,28 @@ class Repeated:
     """The last problem, without what belongs to the user."""
 
     def __init__(self) -> None:
-        self._facts: Hashable = None
-        self._problem: InitialValueProblem | None = None
+        # One after the other, for solves in several threads.
+        self._known: tuple[Hashable, InitialValueProblem] | None = None
 
     def keep(self, facts: Hashable | None, problem: InitialValueProblem) -> None:
         """Keep a problem that has passed all checks, if it is y' = f(t, y) alone."""
-        self._facts = self._problem = None
+        self._known = None
         if facts is not None and (
             problem.form == "rhs" and not problem.layout.pairs and problem.norm is None
             and not problem.ranks.parallel and problem.exchange is None
         ):  # fmt: skip
-            self._facts = facts
-            self._problem = problem.but(function=None, parameters=(), frozen=(), ranks=ALONE)
+            self._known = facts, problem.but(function=None, parameters=(), frozen=(), ranks=ALONE)
 
     def again(
         self, facts: Hashable | None, function: Any, y0: torch.Tensor,
         declared: Sequence[torch.Tensor], ranks: Ranks,
     ) -> InitialValueProblem | None:  # fmt: skip
         """Return the problem for a new state and new tensors; None if it is to be looked at."""
-        if facts is None or facts != self._facts or not is_finite(y0.detach()):
+        known = self._known
+        if known is None or facts is None or facts != known[0] or not is_finite(y0.detach()):
             return None
-        assert self._problem is not None
         wanted = declared if torch.is_grad_enabled() else ()
-        return self._problem.but(
+        return known[1].but(
             function=function, ranks=ranks,
             parameters=tuple(tensor for tensor in wanted if moves(tensor)),
             frozen=tuple(tensor for tensor in wanted if not moves(tensor)),

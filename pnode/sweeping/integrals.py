@@ -43,12 +43,16 @@ class Integrand(torch.nn.Module):
         Of y.
     shape : torch.Size
         Of r.
+    direction : float
+        Sign of the times' order: a residual's row for q is 1 in the slope that the integrator has.
     """
 
-    def __init__(self, function: Any, cost: Any, layout: StateLayout, shape: torch.Size) -> None:
+    def __init__(
+        self, function: Any, cost: Any, layout: StateLayout, shape: torch.Size, direction: float
+    ) -> None:
         super().__init__()
         self.function, self.cost = function, cost
-        self._layout, self._shape = layout, shape
+        self._layout, self._shape, self._direction = layout, shape, direction
 
     def forward(self, t: torch.Tensor, x: Any, *rate: Any) -> Any:
         """Return both, in one tuple."""
@@ -59,7 +63,9 @@ class Integrand(torch.nn.Module):
             change = torch.zeros_like(x[-1])
         else:
             change = checked(self.cost(t, y), self._layout, self._shape)
-        return (*parts, *((rate[0][-1] - change,) if rate else (change,)))
+        if rate:
+            change = self._direction * (rate[0][-1] - change)
+        return (*parts, change)
 
     def _own(self, x: Any) -> Any:
         return x[:-1] if self._layout.is_tuple else x[0]
@@ -162,7 +168,7 @@ def with_integral(
     whole: Callable[..., Any]
     if cells is None:
         both = StateLayout((*layout.shapes, shape), True, layout.dtype, layout.device)
-        whole = partial(Integrand, layout=layout, shape=shape)
+        whole = partial(Integrand, layout=layout, shape=shape, direction=problem.direction)
     else:
         cells = DrivenCells(cells, integral=shape)
         both = StateLayout((torch.Size(cells.shape),), False, layout.dtype, layout.device)

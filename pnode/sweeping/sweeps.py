@@ -126,6 +126,18 @@ def _forward(
     return outputs
 
 
+def refuse_written(reads: Reads, surroundings: Surroundings, method: str) -> None:
+    """Raise :class:`FieldChanged` if what machine code reads was written into. Not collective."""
+    changed = reads.changed()
+    if changed is not None:
+        raise FieldChanged(
+            f"a tensor of shape {tuple(changed.shape)} that the vector field uses was written "
+            f"into after the forward sweep{surroundings.differences()}: take the gradient "
+            "before it changes, or let the solve use a copy",
+            method=method,
+        )
+
+
 def backward(
     engine: Engine,
     run: Run,
@@ -149,14 +161,8 @@ def backward(
         Whether the derivatives with respect to interpolated outputs' times are wanted.
     """
     assert run.surroundings is not None
-    changed = None if run.reads is None else run.reads.changed()
-    if changed is not None:
-        raise FieldChanged(
-            f"a tensor of shape {tuple(changed.shape)} that the vector field uses was written "
-            f"into after the forward sweep{run.surroundings.differences()}: take the gradient "
-            "before it changes, or let the solve use a copy",
-            method=engine.method.name,
-        )
+    if run.reads is not None:
+        refuse_written(run.reads, run.surroundings, engine.method.name)
     assert run.sweep is not None
     ledger = run.stats.backward
     before, steps, repeated = calls(ledger), ledger.steps, ledger.recomputed

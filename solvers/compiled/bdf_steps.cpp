@@ -376,7 +376,7 @@ class Bdf : public ImplicitSteps {
     const bool first = m.adaptive && known == 1;
     if (first && !M) {  // else y' is not at hand
       if (!knows_slope) value(t, u, c, slope), counts.rhs++, knows_slope = true;
-      if (!(square(slope) < MODERATE)) return {FAILED, 0.0};
+      if (!(square(slope) < MODERATE)) return {HOPELESS, 0.0};
       for (int k = 0; k < N; k++) guess[k] += h * slope[k];
     }
     scale_by(u, scale);
@@ -399,7 +399,7 @@ class Bdf : public ImplicitSteps {
       return std::sqrt(sum / N);
     };
     const double error = error_constant(distances, taken) * size(taken + 1);
-    if (!std::isfinite(error)) return {FAILED, error};
+    if (!std::isfinite(error)) return {HOPELESS, error};
     if (error > 1.0) {
       const double proposed = control.reject(step_length, lengths, known, size, error);
       if (control.lost()) control.restart(), known = 1, knows_slope = false;

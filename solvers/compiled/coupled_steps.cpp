@@ -276,7 +276,7 @@ class Coupled : public ImplicitSteps {
   Attempt judge(double t, double h) {
     const double step = std::fabs(h);
     const double error = estimate(t, h);
-    if (!std::isfinite(error)) return {FAILED, error};
+    if (!std::isfinite(error)) return {HOPELESS, error};
     if (error > 1.0) {
       tried = true;
       return {DONE, error, control.reject(step, error, iterations)};

@@ -96,6 +96,8 @@ def library() -> ctypes.CDLL:
         "finish": (number, [pointer, pointer, pointer, pointer]),
         "recorded": (number, [pointer, pointer, pointer, pointer]),
         "whole": (number, [pointer]),
+        "restart": (None, [pointer]),
+        "rows_restart": (None, [pointer]),
         "owned": (number, []),
         "rows": (pointer, [pointer] * 5 + [number] * 2),
         "free_rows": (None, [pointer]),
@@ -299,6 +301,7 @@ class CompiledSweep:
         counts, inputs, sums = Counts(), self.kernel.inputs(), self.kernel.sums()
         state, places = torch.empty(self.kernel.size, dtype=REAL), pointers(sums)
         arguments = self._handle, pointers(inputs), places, cotangents.data_ptr()
+        self._library.pnode_restart(self._handle)
         status = _PAUSED
         while status == _PAUSED:
             status = self._library.pnode_reverse(*arguments, PATIENCE)

@@ -24,6 +24,7 @@ __all__ = ["ImplicitSweeps", "matched"]
 
 # Larger fields and matrices are torch's and LAPACK's, and those beyond that PETSc's.
 _LARGEST_SCALARS, _LARGEST_STATE = 32, 256
+_MOST_STAGES = 16  # of implicit_steps.cpp
 
 
 class ImplicitSweeps(Backend):
@@ -51,6 +52,8 @@ class ImplicitSweeps(Backend):
             )
         if method.kind not in self.kinds:
             return f"method={method.name!r} is not compiled so far"
+        if method.scheme is not None and method.scheme.stages > _MOST_STAGES:
+            return f"method={method.name!r} has more than {_MOST_STAGES} stages"
         if settings.adaptive and not own and scheme_of(method).b_embedded is None:
             return f"method={method.name!r} is compiled for fixed steps only: give step_size"
         if method.multistep and bool((tolerance(settings, "atol") == 0.0).any()):
@@ -85,6 +88,8 @@ class ImplicitSweeps(Backend):
             program: ImplicitProgram | None = None
             if len(y0) <= _LARGEST_SCALARS:
                 program = self._scalars(trace, part, y0, steps)
+            if program is None and any(x.dtype is not REAL for x in part.problem.parameters):
+                raise Untraceable("it is differentiated by tensors that are not float64")
             trace.codes[key] = program or GraphProgram(field_code(trace, part, wanted), steps)
         made: ImplicitProgram = trace.codes[key]
         prepared(made, wanted)

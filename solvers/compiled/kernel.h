@@ -10,7 +10,8 @@
 
 // Each but the first two: the solve is repeated step by step, which tells the error.
 enum Status : int64_t {
-    DONE, PAUSED, NOT_FINITE, NOT_CONVERGED, SINGULAR, STEP_LIMIT, TOO_SMALL, FAILED
+    DONE, PAUSED, NOT_FINITE, NOT_CONVERGED, SINGULAR, STEP_LIMIT, TOO_SMALL, FAILED,
+    HOPELESS  // not finite, which shorter steps would not mend
 };
 
 // Square of the largest norm that is not taken for an overflow: what an adaptive step may square

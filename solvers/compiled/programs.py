@@ -128,8 +128,13 @@ class Program(ImplicitProgram):
         for tensor in traced.captured:
             if tensor.dtype in (torch.float32, torch.complex128) or tensor.device.type != "cpu":
                 raise Untraceable(f"it reads a tensor of type {tensor.dtype} on {tensor.device}")
+        #: Integers, which are part of the text, and what they were.
+        self._written = [(x, x.clone()) for x in traced.captured if not x.is_floating_point()]
         field = _Writer(traced, parameters).text(steps)
         super().__init__(traced, field, steps)
+
+    def _is_out_of_date(self) -> bool:
+        return not all(torch.equal(x, before) for x, before in self._written)
 
     def inputs(self) -> list[torch.Tensor]:
         """Return what f reads as the program takes it."""
@@ -142,7 +147,7 @@ class Program(ImplicitProgram):
         """Return f(t, y), flat."""
         f, y, read = torch.empty(self.size, dtype=REAL), y.contiguous(), self.inputs()
         self.library.pnode_value(pointers(read), ctypes.c_double(t.item()), at(y), at(f))
-        return (f,)
+        return (f.fill_(math.nan) if self._is_out_of_date() else f,)
 
     def products(
         self, t: float, y: torch.Tensor, w: torch.Tensor, v: torch.Tensor | None = None
@@ -170,6 +175,8 @@ class Program(ImplicitProgram):
         self.library.pnode_row_products(
             read, *map(at, given), ctypes.c_int64(len(y)), *map(at, (f, back, mu))
         )
+        if self._is_out_of_date():
+            f.fill_(math.nan)
         return f, back, mu
 
 

@@ -39,11 +39,13 @@ __all__ = ["RowSweeps", "Rows", "compiled_rows"]
 
 # The rows of a group add to one sum of gradients; so many groups there are at most.
 _MOST_GROUPS = 64
+# Where a program is compared with f, as a part of the first row of times to the last.
+_LATER = 0.37
 # Status in kernel.h.
 _PAUSED = 1
 _ERRORS: dict[int, type[SolveError]] = {
     2: NonFiniteVectorField, 3: NonlinearSolveFailed, 4: LinearSolveFailed, 5: StepLimitReached,
-    6: StepSizeUnderflow,
+    6: StepSizeUnderflow, 8: NonFiniteVectorField,
 }  # fmt: skip
 
 
@@ -171,14 +173,17 @@ def _is_f(program: Program, field: RowsField, graph: Linearization, rows: Rows) 
     """Compare values and products of the program with those of f on all rows."""
     generator = torch.Generator().manual_seed(2)
     noise, w = torch.randn(2, *rows.y0.shape, generator=generator, dtype=REAL)
+    # Not at the start alone, where what couples rows may not act yet.
     t, near = rows.times[0], rows.y0 + 1e-3 * noise * (1.0 + rows.y0.abs())
+    t = t + _LATER * (rows.times[-1] - t)
     around = field.graph(t, near)
     if not bool(around.flat_value().isfinite().all()):
-        around, near = graph, rows.y0
+        around, t, near = graph, rows.times[0], rows.y0
     f, back, mu = program.row_products(t, near, w)
     expected = around.vjp(w.reshape(-1))
     pairs = matched(program, mu, expected.parameters)
-    pairs.append((program.row_products(t, rows.y0, w)[0], graph.flat_value().view_as(f)))
+    first = program.row_products(rows.times[0], rows.y0, w)[0]
+    pairs.append((first, graph.flat_value().view_as(f)))
     values = (f, around.flat_value().view_as(f)), (back, expected.state.view_as(f))
     return all(_same_rows(a, b) for a, b in values) and all(agree(a, b) for a, b in pairs)
 
@@ -318,6 +323,7 @@ class RowSweep:
         sums = torch.zeros(-(-count // group), entries, dtype=REAL)
         states, statuses = torch.empty(count, self.program.size, dtype=REAL), self._paused()
         read = self.program.inputs()
+        self._library.pnode_rows_restart(self._handle)
         with log_stage("pnode adjoint"):
             while bool(statuses.eq(_PAUSED).any()) and bool(statuses.le(_PAUSED).all()):
                 self._library.pnode_rows_reverse(

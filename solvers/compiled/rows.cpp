@@ -85,6 +85,10 @@ class Rows {
         });
     }
 
+    void restart() {
+        for (const auto& sweep : sweeps_) sweep->restart();
+    }
+
     Counts counts(bool backward) const {
         Counts all{};
         for (const auto& sweep : sweeps_) {
@@ -123,6 +127,8 @@ void pnode_rows_forward(void* rows, void* const* captured, double* outputs, int6
                         double seconds, int64_t* statuses) {
     all(rows).forward(captured, outputs, threads, seconds, statuses);
 }
+
+void pnode_rows_restart(void* rows) { all(rows).restart(); }
 
 void pnode_rows_reverse(void* rows, void* const* captured, double* sums, int64_t entries,
                         int64_t group, const double* cotangents,

@@ -77,6 +77,9 @@ class Sweep {
         begin();
     }
 
+    // Begin a backward sweep, whatever became of one before.
+    void restart() { backwards_ = false; }
+
     // Take adjoints until they are done, or the time is over.
     Status reverse(void* const* captured, double* const* sums, const double* cotangents,
                    double seconds) {
@@ -207,7 +210,7 @@ class Sweep {
         const double length = after - s_;
         const double t = control_.direction * s_, h = control_.direction * length;
         const Attempt attempt = kernel_->attempt(t, h);
-        if (attempt.status == SINGULAR || attempt.status == FAILED) return attempt.status;
+        if (attempt.status == SINGULAR || attempt.status >= FAILED) return attempt.status;
         const bool failed = attempt.status != DONE;
         bool accepted = false;
         double proposed = failed ? kernel_->failure_factor * length : length;
@@ -306,6 +309,8 @@ int64_t pnode_forward(void* sweep, void* const* captured, void* outputs, double 
 }
 
 void pnode_repeat(void* sweep) { own(sweep).repeat(); }
+
+void pnode_restart(void* sweep) { own(sweep).restart(); }
 
 int64_t pnode_reverse(void* sweep, void* const* captured, double* const* sums,
                       const double* cotangents, double seconds) {

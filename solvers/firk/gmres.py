@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -68,21 +69,40 @@ def _cycle(
     """Return what at most so many iterations add to x, and their number."""
     shape = residual.shape
     basis = [residual.reshape(-1) / norm]
-    H = torch.zeros(most + 1, most, dtype=torch.float64, device="cpu")
-    unit = torch.zeros(most + 1, dtype=torch.float64, device="cpu")
-    unit[0] = norm
+    # The least-squares problem by Givens rotations, in numbers: LAPACK's round-off depends on where
+    # its workspace lies, and a repeated step has to have the same bits.
+    R: list[list[float]] = []
+    rotations: list[tuple[float, float]] = []
+    rotated = [norm]
     for k in range(most):
         w = apply(basis[k].view(shape)).reshape(-1)
         V = torch.stack(basis)
         length = ranks.norm(w)
+        column = torch.zeros(k + 1, dtype=torch.float64, device=w.device)
         for _ in range(2):  # once more for what round-off has left
             part = ranks.sum(V @ w)
             w = w - part @ V
-            H[: k + 1, k] += part.cpu()
-        H[k + 1, k] = size = ranks.norm(w)
-        y = torch.linalg.lstsq(H[: k + 2, : k + 1], unit[: k + 2, None]).solution[:, 0]
-        left = float((unit[: k + 2] - H[: k + 2, : k + 1] @ y).norm())
+            column = column + part
+        size = ranks.norm(w)
+        entries = [*column.tolist(), size]
+        for i, (c, s) in enumerate(rotations):
+            entries[i : i + 2] = (
+                c * entries[i] + s * entries[i + 1], c * entries[i + 1] - s * entries[i]
+            )  # fmt: skip
+        last, below = entries[k:]
+        pivot = math.hypot(last, below)
+        if pivot == 0.0:  # A is singular on this space: x stays in the one before
+            break
+        rotations.append((last / pivot, below / pivot))
+        R.append([*entries[:k], pivot])
+        rotated[k:] = [rotated[k] * last / pivot, -rotated[k] * below / pivot]
+        left = abs(rotated[k + 1])
         if left <= target or not size > 1e-15 * length or k + 1 == most:
             break
         basis.append(w / size)
-    return (y.to(V) @ V).view(shape), k + 1
+    y = [0.0] * len(R)
+    for i in reversed(range(len(R))):
+        known = sum(R[j][i] * y[j] for j in range(i + 1, len(R)))
+        y[i] = (rotated[i] - known) / R[i][i]
+    weights = torch.tensor(y, dtype=V.dtype, device=V.device)
+    return (weights @ V[: len(R)]).view(shape), k + 1
