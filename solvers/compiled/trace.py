@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -75,6 +75,8 @@ class FieldGraph:
     saved_bytes: int
     parameters: tuple[ParameterPart, ...]
     code: str
+    #: Where ``captured`` were last, and views of them without a graph.
+    _places: list[Any] = field(default_factory=list, init=False)
 
     def fits(self) -> bool:
         """Whether ``captured`` have the shapes and dtypes that they had (``net.double()``...)."""
@@ -86,7 +88,12 @@ class FieldGraph:
 
         Compiled graphs rely on strides, which ``parameter.data = other`` can change.
         """
-        present = [tensor.detach() for tensor in self.captured]
+        places = [(tensor.data_ptr(), tensor.stride()) for tensor in self.captured]
+        if self._places and self._places[0] == places:  # those views keep that memory
+            present = list(self._places[1])
+        else:
+            present = [tensor.detach() for tensor in self.captured]
+            self._places[:] = places, tuple(present)
         for index, (tensor, (_, stride, _)) in enumerate(zip(present, self.layouts, strict=True)):
             if tensor.stride() != stride:
                 other = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype)
