@@ -6,6 +6,7 @@ Tensors are numbered as they come; those that f brings along are told by identit
 
 from __future__ import annotations
 
+import types
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -52,9 +53,10 @@ _END = _Ref()
 _PLAIN = frozenset((int, str, type(None), torch.dtype, torch.device, torch.layout,
                     torch.memory_format))  # fmt: skip
 # Functions of torch's that call nothing of the user's: built in, and those of these modules.
-_BUILT_IN = frozenset(map(type, (
-    torch.add, torch.Tensor.add, torch.Tensor.__getitem__, torch.Tensor.shape.__get__,
-)))  # fmt: skip
+_BUILT_IN = frozenset((
+    types.BuiltinFunctionType, types.MethodDescriptorType, types.MethodWrapperType,
+    types.WrapperDescriptorType,
+))  # fmt: skip
 _IN_PYTHON = frozenset(("torch._tensor", "torch.functional", "torch.nn.functional"))
 
 
@@ -86,7 +88,7 @@ class Taking:
             self._alive.append(tensor)
         self._count = len(given)
 
-    def take(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def take(self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Take down a call, and make it."""
         facts, refs = self.facts, self._refs
         facts.append(func)
@@ -191,14 +193,14 @@ class Functions(Taking, TorchFunctionMode):
     trusts_objects = False
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Take down a call, and make it."""
         if torch.is_autocast_enabled("cpu"):
             self.facts.append(torch.get_autocast_dtype("cpu"))
         if torch.get_default_dtype() is not self._dtype:  # f has set another one
             self.facts.append(torch.get_default_dtype())
-        return self.take(func, types, args, kwargs)
+        return self.take(func, kinds, args, kwargs)
 
 
 class Compared(Functions):
@@ -233,14 +235,14 @@ class Compared(Functions):
         self.complete &= self._is_complete()
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Take down a call, and make it."""
         self.complete &= self._is_complete() and (
             type(func) in _BUILT_IN
             or (getattr(func, "__module__", "") in _IN_PYTHON and func.__name__ != "backward")
         )
-        result = super().__torch_function__(func, types, args, kwargs)
+        result = super().__torch_function__(func, kinds, args, kwargs)
         self._told = len(self._operations.facts)
         for item in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(item, torch.Tensor):  # ``x.data`` is no operation

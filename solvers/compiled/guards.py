@@ -102,6 +102,7 @@ class Guard:
         if (
             first.kind.functions and second.kind.functions and first.facts == second.facts
             and first.mode.complete and first.mode.tells(seen.facts)
+            and len(second.brought) <= len(seen.brought)  # whose values are compared
         ):  # fmt: skip
             assert second.facts is not None
             self.mode, self._facts[second.kind] = Functions, second.facts
