@@ -99,7 +99,6 @@ def place_of(device: torch.device, vec_type: str | None = None) -> Place:
     ConfigurationError
         If this PETSc has no vectors there, or works on another device.
     """
-    refuse_unknown(device)
     if device.type == "cpu":
         if vec_type is not None:
             raise ConfigurationError(
@@ -107,6 +106,7 @@ def place_of(device: torch.device, vec_type: str | None = None) -> Place:
                 "the state is on the host: drop it"
             )
         return HOST
+    refuse_unknown(device)
     platform = "hip" if torch.version.hip else "cuda"
     built = [
         name

@@ -16,6 +16,8 @@ import torch
 
 __all__ = ["Surroundings", "modules_within", "owner", "parameters_of"]
 
+_CPU = torch.device("cpu")
+
 
 class Surroundings:
     """What f sees besides its arguments; taken down when made.
@@ -164,6 +166,8 @@ def _version(tensor: torch.Tensor) -> int:
 
 def _default_device() -> torch.device:
     """Return where tensors are made; ``torch.get_default_device`` takes ten times as long."""
+    if not torch._C._len_torch_function_stack() and torch._C._get_default_device() == "cpu":
+        return _CPU
     return torch.empty(0).device
 
 

@@ -229,4 +229,5 @@ def as_parameter(
     """Gradient in the parameter's dtype: zeros if it is used in vain, None if not at all."""
     if gradient is None:
         return torch.zeros_like(parameter) if used else None
-    return gradient.to(parameter)
+    same = gradient.dtype is parameter.dtype and gradient.device == parameter.device
+    return gradient if same else gradient.to(parameter)

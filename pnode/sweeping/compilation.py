@@ -6,6 +6,7 @@ See :mod:`pnode.solvers.compiled.account` for the rule of ``compile="auto"``.
 from __future__ import annotations
 
 import time
+import weakref
 from functools import partial
 from typing import Any
 
@@ -80,17 +81,28 @@ def begin(
         run.entry = entry  # counts what follows
         if entry.undecided:
             return None
-    wanted = Wanted(
-        run.settings, engine.solver_options(run.settings), engine.control, engine.checkpointing,
-        keep, requests.dense, watched, lambda settings: engine.integrator(settings, field, y0),
-        auto,
-    )  # fmt: skip
+    options, wanted = engine.solver_options(run.settings), entry.wanted
+    if wanted is None or not (
+        wanted.settings is run.settings and wanted.options is options
+        and wanted.dense == requests.dense
+    ):  # fmt: skip
+        entry.wanted = wanted = Wanted(
+            run.settings, options, engine.control, engine.checkpointing, keep, requests.dense,
+            watched, partial(_lent, weakref.ref(engine)), auto,
+        )  # fmt: skip
     if auto:
         if run.entry is not None:
             _decide(engine, entry, field, y0, wanted)
         if entry.hindrance or not entry.bought:
             return None
     return _compiled(engine, run, entry, field, y0, wanted)
+
+
+def _lent(engine: weakref.ref[Engine], *what: Any) -> Any:
+    """Lend an integrator of an engine that is there."""
+    there = engine()
+    assert there is not None
+    return there.integrator(*what)
 
 
 def _compiled(

@@ -82,6 +82,8 @@ class Entry:
         Why not more is.
     hindrance : str
         Why nothing is, for good.
+    wanted : Wanted or None
+        What the compiler was asked for last.
     """
 
     calls: int = 0
@@ -91,6 +93,7 @@ class Entry:
     made: str = ""
     left: str = ""
     hindrance: str = ""
+    wanted: Any = None
 
     def add(self, ledger: Ledger, before: int = 0) -> None:
         """Count what a sweep has done beyond ``before``, see :func:`calls`."""

@@ -75,9 +75,9 @@ class Checked(NamedTuple):
     found: Sequence[torch.Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Wanted:
-    """A solve, as far as it decides what can be compiled.
+    """A solve, as far as it decides what can be compiled: one object for all that are the same.
 
     Attributes
     ----------
@@ -96,7 +96,8 @@ class Wanted:
     watched : bool
         Whether events or monitors look at single steps, or outputs are interpolated.
     lend : callable
-        Lends an integrator of given settings, whose TS has read the PETSc options.
+        Lends an integrator of given settings, for a field and an initial state, whose TS has read
+        the PETSc options.
     auto : bool
         Whether nobody asked for machine code: there are no warnings, and a field that has changed
         since it was compiled is not compiled again.
@@ -111,7 +112,7 @@ class Wanted:
     keep: bool
     dense: bool
     watched: bool
-    lend: Callable[[IntegratorSettings], AbstractContextManager[Any]]
+    lend: Callable[[IntegratorSettings, VectorField, torch.Tensor], AbstractContextManager[Any]]
     auto: bool = False
     needed: str = ""
 

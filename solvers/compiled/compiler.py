@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,8 @@ from pnode.errors import ConfigurationError
 from pnode.field.vectorfield import VectorField, vector_field
 from pnode.solvers.compiled.backend import Backend, Checked, Compilation, Reason, Trace, Wanted
 from pnode.solvers.compiled.evaluations import agree, is_recorded, trusted, value_of
-from pnode.solvers.compiled.guards import Followed, Guard, followed
+from pnode.solvers.compiled.following import Followed
+from pnode.solvers.compiled.guards import Guard, followed
 from pnode.solvers.compiled.trace import Untraceable, trace_field
 
 __all__ = ["Compiler", "bare", "outside"]
@@ -29,6 +31,10 @@ __all__ = ["Compiler", "bare", "outside"]
 _MOST_GRAPHS = 8
 # Traces kept, each with the tensors that it reads.
 _MOST_TRACES = 8
+
+
+def _nobody() -> None:
+    return None
 
 
 class Compiler:
@@ -51,6 +57,8 @@ class Compiler:
         # Why the field is not compiled, once that is certain, and by which backend.
         self._refused: dict[Backend, Reason] = {}
         self._warned = False
+        #: The backends for the last solve, and why not the others.
+        self._last: tuple[Any, list[Backend], list[str]] = _nobody, [], []
 
     def begin(self, field_: VectorField, y0: torch.Tensor, wanted: Wanted) -> Compilation:
         """Compile what can be of a solve from y0, or load it; one warning if that is nothing.
@@ -71,7 +79,7 @@ class Compiler:
             field_.ledger.rhs = evaluations
             if not isinstance(found, Reason):
                 made = backend.begin(found, field_, y0, wanted)
-                return replace(made, reasons=tuple(reasons))
+                return replace(made, reasons=tuple(reasons)) if reasons else made
             changed |= found.changed
             if not any(found.text in reason for reason in reasons):
                 reasons.append(found.text)
@@ -84,15 +92,18 @@ class Compiler:
         """Return the backends for a solve, whatever the field is, and why not the others."""
         if not wanted.settings.place.on_host or field_.problem.compute is not None:
             return [], ["y0 is on a device, for which nothing is compiled yet"]
-        found, reasons = [], []
-        for backend in self._backends:
-            if backend.implicit in (None, wanted.settings.method.implicit):
-                text = backend.refuses(wanted)
-                if text is None:
-                    found.append(backend)
-                else:
-                    reasons.append(text)
-        return found, reasons
+        known, found, reasons = self._last
+        if known() is not wanted:
+            found, reasons = [], []
+            for backend in self._backends:
+                if backend.implicit in (None, wanted.settings.method.implicit):
+                    text = backend.refuses(wanted)
+                    if text is None:
+                        found.append(backend)
+                    else:
+                        reasons.append(text)
+            self._last = weakref.ref(wanted), found, reasons
+        return list(found), list(reasons)
 
     def explain(self, wanted: Wanted, reasons: list[str]) -> None:
         """Warn once that nothing is compiled; raise ConfigurationError if there is no other way."""

@@ -8,6 +8,7 @@ compiled when it is first needed, and kept on disk.
 from __future__ import annotations
 
 import ctypes
+import struct
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -49,7 +50,8 @@ def _structure(integers: str, numbers: str = "") -> type[ctypes.Structure]:
 
 
 Counts: Any = _structure("steps rejected rhs vjp jacobians factorizations newton krylov bytes")
-_ADDED = tuple(name for name, _ in Counts._fields_ if name != "bytes")
+*_ADDED, _ = (name for name, _ in Counts._fields_)  # the last one is a peak
+_READ = struct.Struct(f"={len(Counts._fields_)}q").unpack
 _Control: Any = _structure(
     "keep adaptive max_steps", "direction order first_step min_step max_step longest"
 )
@@ -318,8 +320,8 @@ class CompiledSweep:
 
 def add_counts(counts: Any, ledger: Ledger) -> None:
     """Add what was done to a ledger."""
-    for name in _ADDED:
-        more = getattr(counts, name)
-        if more:
-            setattr(ledger, name, getattr(ledger, name) + more)
-    ledger.ram_bytes = max(ledger.ram_bytes, counts.bytes)
+    *more, size = _READ(counts)
+    for name, number in zip(_ADDED, more, strict=True):
+        if number:
+            setattr(ledger, name, getattr(ledger, name) + number)
+    ledger.ram_bytes = max(ledger.ram_bytes, size)

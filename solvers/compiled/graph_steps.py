@@ -177,7 +177,7 @@ class ExplicitSteps(Backend):
         graphs, slope, saved = found.code, found.found[0], tuple(found.found[1:])
         field_.ledger.rhs += graphs.fsal  # the check is the first slope
         start, sweep = Start(graphs, slope, saved), None
-        kernel = self._kernel(graphs, wanted) if _is_plain(wanted) else None
+        kernel = self._kernel(graphs, field_, y0, wanted) if _is_plain(wanted) else None
         if kernel is not None:
             problem, control, settings = field_.problem, wanted.control, wanted.settings
             first = control.first_step or 0.0
@@ -192,14 +192,16 @@ class ExplicitSteps(Backend):
             )
         return Compilation(sweep, start, captured=graphs.field_graph.captured)
 
-    def _kernel(self, graphs: StepGraphs, wanted: Wanted) -> GraphSteps | None:
+    def _kernel(
+        self, graphs: StepGraphs, field_: VectorField, y0: torch.Tensor, wanted: Wanted
+    ) -> GraphSteps | None:
         """Return the steps for the driver, or None, after one warning, if it cannot take them."""
         given = step_tolerances(wanted.settings)
         key = (tuple(tuple(x.shape) for x in given), wanted.keep)
         if key not in graphs.kernels:
             graphs.kernels[key] = None
             if isinstance(graphs.compile_step(given), CompiledGraph):
-                with wanted.lend(replace(wanted.settings, graphs=graphs)):
+                with wanted.lend(replace(wanted.settings, graphs=graphs), field_, y0):
                     pass  # PETSc has read its options
                 try:
                     graphs.kernels[key] = GraphSteps(graphs, given, wanted.keep)

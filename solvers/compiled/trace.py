@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -75,6 +75,8 @@ class FieldGraph:
     saved_bytes: int
     parameters: tuple[ParameterPart, ...]
     code: str
+    #: Where ``captured`` were last, views of them without a graph, and which have other strides.
+    _views: list[Any] = field(default_factory=list, init=False)
 
     def fits(self) -> bool:
         """Whether ``captured`` have the shapes and dtypes that they had (``net.double()``...)."""
@@ -86,11 +88,17 @@ class FieldGraph:
 
         Compiled graphs rely on strides, which ``parameter.data = other`` can change.
         """
-        present = [tensor.detach() for tensor in self.captured]
-        for index, (tensor, (_, stride, _)) in enumerate(zip(present, self.layouts, strict=True)):
-            if tensor.stride() != stride:
-                other = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype)
-                present[index] = other.copy_(tensor)
+        places = [(tensor.data_ptr(), tensor.stride()) for tensor in self.captured]
+        if not self._views or self._views[0] != places:  # else these views keep that memory
+            layouts = zip(places, self.layouts, strict=True)
+            others = [i for i, ((_, now), (_, stride, _)) in enumerate(layouts) if now != stride]
+            self._views[:] = places, tuple(tensor.detach() for tensor in self.captured), others
+        _, views, others = self._views
+        present = list(views)
+        for index in others:
+            shape, stride, dtype = self.layouts[index]
+            other = torch.empty_strided(shape, stride, dtype=dtype)
+            present[index] = other.copy_(present[index])
         return present + [present[index].t().contiguous() for index in self.transposed]
 
 

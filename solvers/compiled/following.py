@@ -1,0 +1,349 @@
+"""What f calls in an evaluation: torch's operations, or its functions.
+
+Tensors are numbered as they come; those that f brings along are told by identity or by value. See
+:mod:`pnode.solvers.compiled.guards`.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = [
+    "Compared",
+    "Facts",
+    "Followed",
+    "Functions",
+    "Kind",
+    "Operations",
+    "Taking",
+    "copies",
+]
+
+Facts: TypeAlias = list[Any]
+
+
+class Kind(NamedTuple):
+    """What decides about operations besides f: how torch splits some of them.
+
+    ``functions`` tells that torch's functions were followed, not operations.
+    """
+
+    grad: bool
+    leaf: bool
+    inference: bool
+    functions: bool = False
+
+
+class _Ref:
+    """A tensor of the sequence, by number."""
+
+    __slots__ = ()
+
+
+# The n-th tensor of any sequence; longer sequences make further ones.
+_REFS = [_Ref() for _ in range(256)]
+_END = _Ref()
+_PLAIN = frozenset((int, str, type(None), torch.dtype, torch.device, torch.layout,
+                    torch.memory_format))  # fmt: skip
+# Functions of torch's that call nothing of the user's: built in, and those of these modules.
+_BUILT_IN = frozenset((
+    types.BuiltinFunctionType, types.MethodDescriptorType, types.MethodWrapperType,
+    types.WrapperDescriptorType,
+))  # fmt: skip
+_IN_PYTHON = frozenset(("torch._tensor", "torch.functional", "torch.nn.functional"))
+
+
+class Taking:
+    """Takes down what is called in one evaluation.
+
+    Parameters
+    ----------
+    given : sequence of Tensor
+        The arguments of f.
+    known : dict
+        Tensors that f brings along and that are told by identity.
+    """
+
+    #: Whether arguments that are neither numbers nor tensors are told by identity: they may change.
+    trusts_objects = True
+
+    def __init__(self, given: Sequence[torch.Tensor], known: dict[int, torch.Tensor]) -> None:
+        super().__init__()
+        self._dtype = torch.get_default_dtype()  # that of tensors which f makes
+        self.facts: Facts = [self._dtype]
+        #: Tensors that f brings along besides those known.
+        self.brought: list[torch.Tensor] = []
+        # Nothing may go meanwhile: another object could get its identity.
+        self._alive: list[Any] = []
+        self._refs: dict[int, Any] = {each: -each for each in known}  # no number of f's
+        for tensor in given:
+            self._refs[id(tensor)] = _ref(len(self._alive))
+            self._alive.append(tensor)
+        self._count = len(given)
+
+    def take(self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """Take down a call, and make it."""
+        facts, refs = self.facts, self._refs
+        facts.append(func)
+        for item in args:
+            ref = refs.get(id(item))
+            if ref is not None:
+                facts.append(ref)
+            elif type(item) in _PLAIN:
+                facts.append(item)
+            else:
+                self._add(item)
+        if kwargs:
+            for name, item in kwargs.items():
+                facts.append(name)
+                self._add(item)
+            result = func(*args, **kwargs)
+        else:
+            result = func(*args)
+        self._alive.append(result)
+        if type(result) is torch.Tensor:
+            refs[id(result)] = _ref(self._count)
+            self._count += 1
+        elif result is not None:
+            for item in result if isinstance(result, (tuple, list)) else (result,):
+                if isinstance(item, torch.Tensor):
+                    self._number(item)
+        return result
+
+    def _number(self, tensor: torch.Tensor) -> None:
+        """Let a tensor be the next one."""
+        self._refs[id(tensor)] = _ref(self._count)
+        self._count += 1
+
+    def _add(self, item: Any) -> None:
+        """Take down an argument."""
+        kind = type(item)
+        if kind in _PLAIN:
+            self.facts.append(item)
+        elif kind is bool:  # equal to a number otherwise
+            self.facts.append("true" if item else "false")
+        elif isinstance(item, float):  # with the sign of zero; NaN is itself
+            self.facts.append(item.hex())
+        elif isinstance(item, complex):
+            self.facts.append((item.real.hex(), item.imag.hex()))
+        elif isinstance(item, torch.Tensor):
+            self._add_tensor(item)
+        elif isinstance(item, (tuple, list)):
+            for part in item:
+                self._add(part)
+            self.facts.append(_END)
+        elif kind is slice:
+            self._add((slice, item.start, item.stop, item.step))
+        elif item is ... or item is slice or self.trusts_objects:  # a generator...
+            self.facts.append(item)
+        elif kind is np.ndarray and item.dtype.kind in "biufc":
+            self.facts.append((item.dtype, item.shape, item.tobytes()))
+        else:
+            self.facts.append(object())  # which nothing equals
+
+    def _add_tensor(self, tensor: torch.Tensor) -> None:
+        ref = self._refs.get(id(tensor))
+        if ref is not None:
+            self.facts.append(ref)
+            return
+        self.brought.append(tensor)
+        self.facts.append(_content(tensor))
+        self._number(tensor)
+
+
+def _ref(number: int) -> _Ref:
+    """Return what stands for the tensor of that number."""
+    while number >= len(_REFS):
+        _REFS.append(_Ref())
+    return _REFS[number]
+
+
+def _content(tensor: torch.Tensor) -> Any:
+    """Return what tells a tensor from others by its values; nothing equals what has none."""
+    try:
+        values = tensor.detach().reshape(-1).contiguous()
+        data = bytes(values.view(torch.uint8).numpy())
+    except (RuntimeError, TypeError, NotImplementedError):
+        return object()
+    return tensor.dtype, tensor.device, tensor.shape, tensor.stride(), data
+
+
+class Operations(Taking, TorchDispatchMode):
+    """Follows the operations."""
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch would import its compiler here, which takes seconds
+
+    __torch_dispatch__ = Taking.take
+
+
+class Functions(Taking, TorchFunctionMode):
+    """Follows the calls of torch's functions, and what decides besides about their operations."""
+
+    trusts_objects = False
+
+    def __torch_function__(
+        self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Take down a call, and make it."""
+        if torch.is_autocast_enabled("cpu"):
+            self.facts.append(torch.get_autocast_dtype("cpu"))
+        if torch.get_default_dtype() is not self._dtype:  # f has set another one
+            self.facts.append(torch.get_default_dtype())
+        return self.take(func, kinds, args, kwargs)
+
+
+class Compared(Functions):
+    """Looks besides whether functions of torch's tell all operations and all tensors.
+
+    Attributes
+    ----------
+    complete : bool
+        Whether they do.
+    """
+
+    def __init__(self, given: Sequence[torch.Tensor], known: dict[int, torch.Tensor]) -> None:
+        super().__init__(given, known)
+        self._operations = Operations(given, known)
+        self.complete, self._told = True, len(self._operations.facts)
+
+    def _is_complete(self) -> bool:
+        """Whether there was no operation since the last function."""
+        return len(self._operations.facts) == self._told
+
+    def tells(self, facts: Facts) -> bool:
+        """Whether the operations are those of another evaluation."""
+        return facts[: self._told] == self._operations.facts
+
+    def __enter__(self) -> Any:
+        self._operations.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._operations.__exit__(*error)
+        self.complete &= self._is_complete()
+
+    def __torch_function__(
+        self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Take down a call, and make it."""
+        self.complete &= self._is_complete() and (
+            type(func) in _BUILT_IN
+            or (getattr(func, "__module__", "") in _IN_PYTHON and func.__name__ != "backward")
+        )
+        result = super().__torch_function__(func, kinds, args, kwargs)
+        self._told = len(self._operations.facts)
+        for item in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(item, torch.Tensor):  # ``x.data`` is no operation
+                self.complete &= id(item) in self._operations._refs
+        return result
+
+
+class Followed:
+    """Stands for f in one evaluation, and takes down what it calls in its first call.
+
+    Parameters
+    ----------
+    function : callable
+        f.
+    known : dict
+        Tensors to be told by identity.
+    mode : type
+        What follows: operations, or, where there is no graph, torch's functions.
+    """
+
+    def __init__(
+        self, function: Any, known: dict[int, torch.Tensor], mode: type[Taking] = Operations
+    ) -> None:
+        self.function, self._mode = function, mode
+        self._known = known
+        #: What has followed.
+        self.mode: Any = None
+        self.facts: Facts | None = None
+        self.kind = Kind(False, False, False)
+        self.given: tuple[Any, ...] = ()
+        self.result: Any = None
+        self.brought: list[torch.Tensor] = []
+
+    def __call__(self, *given: Any) -> Any:
+        """Call f."""
+        if self.facts is not None:
+            return self.function(*given)
+        tensors = _flat(given)
+        grad, leaf = torch.is_grad_enabled(), any(x.requires_grad for x in tensors)
+        inference = torch.is_inference_mode_enabled()
+        functions = self._mode is not Operations and not (
+            grad or leaf or inference
+            or torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack()
+        )  # fmt: skip
+        kind = Kind(grad, leaf, inference, functions)
+        mode: Any = (self._mode if functions else Operations)(tensors, self._known)
+        # Casts that autocast has kept of an earlier evaluation would be missing here.
+        cached = torch.is_autocast_enabled("cpu") and torch.is_autocast_cache_enabled()
+        if cached:
+            torch.set_autocast_cache_enabled(False)
+        try:
+            with mode:
+                result = self.function(*given)
+        finally:
+            if cached:
+                torch.set_autocast_cache_enabled(True)
+        self.kind, self.facts, self.given, self.brought = kind, mode.facts, given, mode.brought
+        self.result, self.mode = result, mode
+        for item in result if isinstance(result, (tuple, list)) else (result,):
+            mode._add(item)  # which of them it is
+        return result
+
+    @property
+    def has_own_derivatives(self) -> bool:
+        """Whether an autograd function of the user's is in the graph of the result."""
+        results = self.result if isinstance(self.result, (tuple, list)) else (self.result,)
+        pending, seen = [x.grad_fn for x in results], set()
+        while pending:
+            node = pending.pop()
+            if node is None or node in seen:
+                continue
+            if hasattr(node, "_forward_cls"):
+                return True
+            seen.add(node)
+            pending.extend(following for following, _ in node.next_functions)
+        return False
+
+    def repeated(self, kind: Kind, mode: type[Taking] = Operations) -> Followed:
+        """Call f once more at the same arguments, in another way."""
+        again = Followed(self.function, self._known, mode)
+        with torch.inference_mode(kind.inference), torch.set_grad_enabled(kind.grad):
+            again(*copies(self.given, kind))
+        return again
+
+
+def _flat(given: Sequence[Any]) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    for item in given:
+        found.extend((item,) if isinstance(item, torch.Tensor) else item)
+    return found
+
+
+def copies(given: Sequence[Any], kind: Kind) -> list[Any]:
+    """Return f's arguments anew."""
+
+    def copy(item: torch.Tensor) -> torch.Tensor:
+        made = item.detach().clone()
+        return made.requires_grad_().clone() if kind.leaf else made
+
+    time, *states = given
+    return [
+        time.detach().clone(),
+        *(copy(x) if isinstance(x, torch.Tensor) else tuple(map(copy, x)) for x in states),
+    ]
