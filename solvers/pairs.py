@@ -286,10 +286,14 @@ class PairConvergence:
         """Let the integrals be those of the state as it is now: their equations are linear."""
         if self._layout.integrals:
             matrix = snes.getJacobian()[1].getPythonContext()
-            u, residual = view(snes.getSolution()), view(snes.getFunction()[0])
-            u = self._layout.corrected(u, residual, matrix.step)
-            copy_in(snes.getSolution(), u)
-            matrix.bridge.note_again(u)
+            solution, residual = snes.getSolution(), snes.getFunction()[0]
+            u = self._layout.corrected(view(solution), view(residual), matrix.step)
+            copy_in(solution, u)
+            bridge = matrix.bridge
+            if bridge.noted is not None and not bridge.field.has_rhs:  # F has another value there
+                snes.computeFunction(solution, residual)
+            else:
+                bridge.note_again(u)
 
     def norms(self, owner: Any, vector: Any) -> list[float]:
         """Return the norm of each part, over all ranks. Collective."""

@@ -7,17 +7,18 @@ from typing import Any
 import torch
 
 from pnode.base.devices import HOST, Place
+from pnode.base.evidence import projection_weights
 from pnode.base.options import PETSc, log_event
 from pnode.base.vectors import REAL, copy_in, view
 from pnode.errors import ConfigurationError
 from pnode.field.linearization import Linearization
 from pnode.problems.problem import StateLayout
-from pnode.solvers.linear.assembly import Assembly, differ, probe
+from pnode.solvers.linear.assembly import Assembly, differ
 from pnode.solvers.linear.linearizer import Linearizer, Point
 from pnode.solvers.linear.shells import shell_matrix
 
 __all__ = [
-    "BLOCK_LU", "BlockAssembly", "BlockLU", "BlockMatrix", "Factors", "couples", "sample_blocks",
+    "BLOCK_LU", "BlockAssembly", "BlockLU", "BlockMatrix", "Factors", "sample_blocks",
     "sample_count",
 ]  # fmt: skip
 
@@ -43,28 +44,35 @@ def sample_count(layout: StateLayout) -> int:
     return layout.shapes[0][0]
 
 
-def sample_blocks(linearization: Linearization, samples: int) -> list[torch.Tensor]:
-    """Return the diagonal blocks of dg/du (and dF/du_dot, for a residual), (B, m, m) each."""
+def sample_blocks(
+    linearization: Linearization, samples: int, check: bool
+) -> tuple[list[torch.Tensor], bool]:
+    """Return the diagonal blocks of dg/du (and dF/du_dot, for a residual), (B, m, m) each.
+
+    With ``check`` also whether there is more than these, by one product more among them.
+    """
     like = linearization.flat_value()
     width = like.numel() // samples
     # Row j of every sample's Jacobian at once: no entry of the state has two of them.
     units = torch.eye(width, dtype=like.dtype, device=like.device)
-    units = units[:, None, :].expand(width, samples, width)
-    found = linearization.assemble(units.reshape(width, -1))
-    return [rows.view(width, samples, width).transpose(0, 1).contiguous() for rows in found]
-
-
-def couples(linearization: Linearization, blocks: list[torch.Tensor]) -> bool:
-    """Whether a product with the Jacobian is not that with its diagonal blocks."""
-    w, exact = probe(linearization)
-    rows = w.view(len(blocks[0]), 1, -1)
-    return any(
+    units = units[:, None, :].expand(width, samples, width).reshape(width, -1)
+    if check:
+        units = torch.cat([units, (w := projection_weights(like))[None]])
+    found = linearization.assemble(units)
+    blocks = [
+        rows[:width].view(width, samples, width).transpose(0, 1).contiguous() for rows in found
+    ]
+    if not check:
+        return blocks, False
+    rows = w.view(samples, 1, -1)
+    coupled = any(
         differ(
-            product, torch.bmm(rows, block).reshape(-1),
+            product[-1], torch.bmm(rows, block).reshape(-1),
             torch.bmm(rows.abs(), block.abs()).reshape(-1),
         )
-        for block, product in zip(blocks, exact, strict=True)
+        for block, product in zip(blocks, found, strict=True)
     )  # fmt: skip
+    return blocks, coupled
 
 
 class Factors:
@@ -163,11 +171,20 @@ class BlockLU:
 
 
 class BlockAssembly(Assembly):
-    """Samples that do not know of one another: B blocks from m products for all at once."""
+    """Samples that do not know of one another: B blocks from m products for all at once.
 
-    def __init__(self, samples: int, place: Place = HOST) -> None:
+    Parameters
+    ----------
+    samples : int
+        B.
+    place, exact
+        As for :class:`~pnode.solvers.linear.sparse.SparseAssembly`.
+    """
+
+    def __init__(self, samples: int, place: Place = HOST, exact: bool = False) -> None:
         super().__init__(place)
         self._samples = samples
+        self._exact = exact
         self._width = 0
 
     def create(self, size: int, comm: Any) -> Any:
@@ -182,8 +199,8 @@ class BlockAssembly(Assembly):
         """Return the blocks of dg/du and dF/du_dot (None for the identity), (B, m, m) each."""
         linearization = linearizer.linearize(point)
         batch = self._samples
-        blocks = sample_blocks(linearization, batch)
-        if check and couples(linearization, blocks):
+        blocks, coupled = sample_blocks(linearization, batch, check or self._exact)
+        if coupled:
             raise ConfigurationError(
                 "jacobian='block' (or preconditioner='block') needs a vector field that acts on "
                 f"each of the {batch} rows of the batch by itself, and this one couples them: use "
