@@ -10,6 +10,7 @@ import torch
 from mpi4py import MPI
 
 from pnode import samples
+from pnode.assignment import Configured
 from pnode.base.ledger import Stats
 from pnode.base.options import PETSc, check_petsc_options, next_prefix
 from pnode.base.ranks import Ranks
@@ -56,7 +57,7 @@ from pnode.sweeping.monitor import at_home, progress_bar
 __all__ = ["Solver"]
 
 
-class Solver(torch.nn.Module):
+class Solver(Configured):
     """A reusable solver with exact discrete gradients.
 
     It solves one of y' = f(t, y) (``rhs``), y' = f_I(t, y) + f_E(t, y) (``implicit`` and
@@ -192,7 +193,6 @@ class Solver(torch.nn.Module):
         check_form(form, chosen := find_method(method))
         self.rhs, self.residual, self.implicit, self.explicit = rhs, residual, implicit, explicit
         self.mass, self.event_fn = mass, output.event_fn
-        self._event_modules = Events.modules(output.event_fn)
         self._form, self._requests = form, requested(
             gradient, form, chosen, steps, linear_algebra, output, checkpointing, cost, layout,
             compile)  # fmt: skip
