@@ -98,7 +98,7 @@ class Solver(Configured):
     cost : callable, optional
         ``r(t, y)``, a tensor of any fixed shape: ``solution.costs`` is its integral from ``t[0]``
         to each output time, with gradients like the state's. It changes neither steps nor states.
-        Parameters of a Module get gradients. Not for symplectic methods and ``layout=``.
+        Parameters of a Module get gradients.
     checkpointing : Checkpointing, int or str, optional
         A limit for the memory of checkpoints, :class:`pnode.Checkpointing` or its ``memory``
         alone: ``"256MiB"``. Steps are repeated in the backward sweep where it is too little for
@@ -198,7 +198,7 @@ class Solver(Configured):
             compile)  # fmt: skip
         self._params, limits = arguments.parameters(params), as_checkpointing(checkpointing)
         comm, exchange = arguments.communicator(comm, layout, form, limits.resume, self.event_fn)
-        self.cost = check_cost(cost, chosen)
+        self.cost = check_cost(cost)
         collect_parameters(self._functions, self._params)
         self._progress = output.progress and comm.rank == 0
         alone = arguments.alone(comm, exchange, consistent_start, compile)
@@ -395,6 +395,6 @@ class Solver(Configured):
             flat = consistent(problem, flat, self._consistent_start, start, times[0])
             if self.cost is not None:
                 cost = call.observer(watched(self.cost, declared))
-                problem, flat = with_integral(problem, cost, flat)
+                problem, flat = with_integral(problem, cost, flat, engine.method)
         engine.repeated.keep(facts, problem)
         return problem, flat, times, start, call

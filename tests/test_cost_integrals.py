@@ -386,8 +386,6 @@ def test_costs_of_a_complex_state_are_real():
 def test_what_is_refused():
     with pytest.raises(pnode.ConfigurationError, match="callable"):
         pnode.Solver(Field(), cost=3.0)
-    with pytest.raises(pnode.ConfigurationError, match="quadrature"):
-        pnode.Solver(lambda t, y: y, cost=lambda t, y: y[0], method="ruth3", step_size=0.1)
     undeclared = torch.ones((), dtype=D, requires_grad=True)
     solver = pnode.Solver(Field(), cost=lambda t, y: undeclared * y, method="rk4", step_size=0.1)
     with pytest.raises(pnode.ConfigurationError, match="params"):
