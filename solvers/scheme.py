@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -331,12 +331,9 @@ class HalfUpdate:
     weight: float
     offset: float
 
-    def within(self, flow: Any, h: float) -> AbstractContextManager[Any]:
+    def within(self, flow: Any, h: float) -> Any:
         """Return a context for evaluations of f in a step of length h; see MomentumFlow."""
-        if flow is None:
-            return nullcontext()
-        found: AbstractContextManager[Any] = flow.over(self.weight * h if self.part else None)
-        return found
+        return nullcontext() if flow is None else flow.over(self.weight * h if self.part else None)
 
 
 @dataclass(frozen=True)

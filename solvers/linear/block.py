@@ -18,7 +18,7 @@ from pnode.solvers.linear.linearizer import Linearizer, Point
 from pnode.solvers.linear.shells import shell_matrix
 
 __all__ = [
-    "BLOCK_LU", "BlockAssembly", "BlockLU", "BlockMatrix", "Factors", "sample_blocks",
+    "BLOCK_LU", "BlockAssembly", "BlockLU", "BlockMatrix", "Factors", "block_lu", "sample_blocks",
     "sample_count",
 ]  # fmt: skip
 
@@ -152,6 +152,13 @@ class BlockLU:
         """y = A^-T x."""
         self._solve(x, y, True)
 
+    def solve(self, b: torch.Tensor, transposed: bool) -> torch.Tensor | None:
+        """Return A^-1 b, or A^-T b, of the blocks last set up; None if one is singular."""
+        if self._singular:
+            return None
+        rows = b.view(len(self._factors.singular), -1)
+        return self._factors.solve(rows, transposed).reshape(-1)
+
     def matApply(self, pc: Any, x: Any, y: Any) -> None:
         """Y = A^-1 X."""
         if self._singular:
@@ -163,11 +170,18 @@ class BlockLU:
         found.copy_(columns.permute(2, 0, 1).reshape(rows.shape))
 
     def _solve(self, x: Any, y: Any, transposed: bool) -> None:
-        if self._singular:
+        found = self.solve(view(x), transposed)
+        if found is None:
             x.copy(y)
-            return
-        b = view(x).view(len(self._factors.singular), -1)
-        copy_in(y, self._factors.solve(b, transposed).reshape(-1))
+        else:
+            copy_in(y, found)
+
+
+def block_lu(ksp: Any) -> BlockLU | None:
+    """Return the preconditioner of a KSP that does nothing but apply it; None for another."""
+    pc = ksp.getPC()
+    context = pc.getPythonContext() if pc.getType() == "python" else None
+    return context if ksp.getType() == "preonly" and isinstance(context, BlockLU) else None
 
 
 class BlockAssembly(Assembly):
