@@ -27,6 +27,7 @@ from pnode.base.evidence import notes
 from pnode.base.ledger import Ledger
 from pnode.base.vectors import REAL
 from pnode.field.linearization import Linearization
+from pnode.field.one_pass import jacobian_along
 from pnode.field.vectorfield import VectorField
 from pnode.solvers.bdf import start_weights
 from pnode.solvers.checkpoint import Checkpoint
@@ -131,18 +132,28 @@ class _ImplicitTangents(TangentStepper):
         super().__init__(start, moving)
         self._adjoint = adjoint
         self._mass = adjoint.field.mass
+        settings = adjoint.settings
+        #: Whether each matrix is made of all products with unit vectors.
+        self._assembles = (
+            settings.jacobian == "dense" and settings.jacobian_options.reuse != "constant"
+            and settings.comm.size == 1 and settings.form != "residual"
+        )  # fmt: skip
 
     def _solve(
         self, s: float, u: torch.Tensor, shift: float, driven: torch.Tensor, step: Step,
         ledger: Ledger,
     ) -> torch.Tensor:  # fmt: skip
         """Return the solutions of (shift M - g_u) x_k = M driven_k + g_p v_k at (s, u)."""
-        adjoint = self._adjoint
+        adjoint, along = self._adjoint, None
+        if self._moving and self._assembles:
+            along = jacobian_along(adjoint.graph_at(s, u), self._moving)
         adjoint.set_matrix(s, u, shift, step)
         right = driven
         if self._mass is not None:
             right = self._mass.apply(driven)
-        if self._moving:
+        if along is not None:
+            right = right + along.to(REAL)
+        elif self._moving:
             right = right + self._along(adjoint.graph_at(s, u), None)
         return adjoint.solve(right, step, ledger, transposed=False)
 

@@ -312,9 +312,20 @@ def train(
         updates.state.clear()
         for group in updates.param_groups:
             group["lr"] *= 0.5
-        if "schedule" in parts:
-            parts["schedule"].base_lrs = [0.5 * base for base in parts["schedule"].base_lrs]
         return math.nan
+
+    def reschedule(value: float) -> None:
+        """Move on in the schedule, which sees its own rates: without what recoveries have halved.
+
+        Powers of two: the rates have the same bits again.
+        """
+        halved = 0.5**training.recoveries
+        for group in updates.param_groups:
+            group["lr"] /= halved
+        schedule, plateau = parts["schedule"], torch.optim.lr_scheduler.ReduceLROnPlateau
+        schedule.step(*([value] if isinstance(schedule, plateau) else []))
+        for group in updates.param_groups:
+            group["lr"] *= halved
 
     norms: list[float] = []
     clock = Clock(training)
@@ -329,7 +340,7 @@ def train(
             training.losses.append(value)
             training.norms += norms
             if "schedule" in parts:
-                parts["schedule"].step()
+                reschedule(value)
             done = len(training.losses)
             log("loss", value, done)
             if validate is not None and (done % every == 0 or done == iterations):

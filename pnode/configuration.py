@@ -201,7 +201,7 @@ class LinearAlgebra:
     jacobian_pattern : Tensor, array or sparse matrix of SciPy, optional
         Shape ``(size, size)`` for the flattened state: where the Jacobian may be non-zero, for
         "sparse". Detected from Jacobians at three states if None, which can miss entries that
-        vanish there; the first assembly of each sweep is compared with a product.
+        vanish there; each assembly is compared with a product, and misses none.
     jacobian_reuse : {"auto", "iteration", "step", "solve", "constant"}
         Evaluate the Jacobian at each Newton iterate; once a step, or once a solve, and wherever
         an iteration leaves more than a tenth of the residual; or once, for an implicit part that

@@ -10,6 +10,7 @@ import torch
 from mpi4py import MPI
 
 from pnode import samples
+from pnode.assignment import Configured
 from pnode.base.ledger import Stats
 from pnode.base.options import PETSc, check_petsc_options, next_prefix
 from pnode.base.ranks import Ranks
@@ -56,7 +57,7 @@ from pnode.sweeping.monitor import at_home, progress_bar
 __all__ = ["Solver"]
 
 
-class Solver(torch.nn.Module):
+class Solver(Configured):
     """A reusable solver with exact discrete gradients.
 
     It solves one of y' = f(t, y) (``rhs``), y' = f_I(t, y) + f_E(t, y) (``implicit`` and
@@ -97,7 +98,7 @@ class Solver(torch.nn.Module):
     cost : callable, optional
         ``r(t, y)``, a tensor of any fixed shape: ``solution.costs`` is its integral from ``t[0]``
         to each output time, with gradients like the state's. It changes neither steps nor states.
-        Parameters of a Module get gradients. Not for symplectic methods and ``layout=``.
+        Parameters of a Module get gradients.
     checkpointing : Checkpointing, int or str, optional
         A limit for the memory of checkpoints, :class:`pnode.Checkpointing` or its ``memory``
         alone: ``"256MiB"``. Steps are repeated in the backward sweep where it is too little for
@@ -192,13 +193,12 @@ class Solver(torch.nn.Module):
         check_form(form, chosen := find_method(method))
         self.rhs, self.residual, self.implicit, self.explicit = rhs, residual, implicit, explicit
         self.mass, self.event_fn = mass, output.event_fn
-        self._event_modules = Events.modules(output.event_fn)
         self._form, self._requests = form, requested(
             gradient, form, chosen, steps, linear_algebra, output, checkpointing, cost, layout,
             compile)  # fmt: skip
         self._params, limits = arguments.parameters(params), as_checkpointing(checkpointing)
         comm, exchange = arguments.communicator(comm, layout, form, limits.resume, self.event_fn)
-        self.cost = check_cost(cost, chosen)
+        self.cost = check_cost(cost)
         collect_parameters(self._functions, self._params)
         self._progress = output.progress and comm.rank == 0
         alone = arguments.alone(comm, exchange, consistent_start, compile)
@@ -395,6 +395,6 @@ class Solver(torch.nn.Module):
             flat = consistent(problem, flat, self._consistent_start, start, times[0])
             if self.cost is not None:
                 cost = call.observer(watched(self.cost, declared))
-                problem, flat = with_integral(problem, cost, flat)
+                problem, flat = with_integral(problem, cost, flat, engine.method)
         engine.repeated.keep(facts, problem)
         return problem, flat, times, start, call

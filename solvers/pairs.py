@@ -13,7 +13,6 @@ sparse, blocks, or products alone with a preconditioner. Integrals
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +28,7 @@ from pnode.field.pair_parts import PartLinearization, integrands_by_state
 from pnode.field.vectorfield import vector_field
 from pnode.layout.pair_layout import PairLayout
 from pnode.solvers.linear.assembly import Assembly
+from pnode.solvers.linear.block import block_lu
 from pnode.solvers.linear.given_solves import GivenSolve
 from pnode.solvers.linear.linearizer import Linearizer, Point
 from pnode.solvers.linear.shells import JacobianShell, shell_matrix
@@ -119,6 +119,7 @@ class PairMatrix:
         self._own = own
         self._b, self._x = vectors
         self._shift, self._factor = 0.0, 1.0
+        self._direct, self._converged = block_lu(ksp), True
         self.forget()
 
     @property
@@ -161,12 +162,10 @@ class PairMatrix:
 
     def solved(self, x: Any, y: Any, transposed: bool) -> bool:
         """y = A^-1 x, or A^-T x; False if a solve failed."""
-
-        def solve(b: torch.Tensor) -> torch.Tensor:
-            return self.solve(b, transposed)
-
-        self._guarded("vjp" if transposed else "jvp", solve, x, y)
-        return bool(self.ksp.getConvergedReason() >= 0)
+        self._converged = True
+        event = "vjp" if transposed else "jvp"
+        self._guarded(event, lambda b: self.solve(b, transposed), x, y)
+        return self._converged
 
     def _guarded(self, event: str, function: Any, x: Any, y: Any) -> None:
         """y = function(x), or x once something has failed: filler until the step is over."""
@@ -191,12 +190,13 @@ class PairMatrix:
         """Return the solution of a system with the matrix, or its transpose."""
         first, *others = self.layout.parts(b)
         integral, step = self.layout.integral(b), self.step
+        if self._driven is not None and not transposed:
+            state = self._solve(first, False)
+            moved = torch.mv(self._driven, state)
+            return torch.cat([state, integral.add(moved, alpha=self._factor).div_(step)])
         zero = torch.zeros_like(first)
         if not transposed:
             state = self._solve(first, False)
-            if self._driven is not None:
-                integral = (integral + self._factor * (self._driven @ state)) / step
-                return self.layout.join([state, integral])
             nothing = torch.zeros_like(integral)
             product = self._product(self.layout.join([state, *(zero for _ in others), nothing]))
             pairs = zip(others, self.layout.parts(product)[1:], strict=True)
@@ -213,12 +213,19 @@ class PairMatrix:
         return self.layout.join([self._solve(first, True), *found, integral])
 
     def _solve(self, right: torch.Tensor, transposed: bool) -> torch.Tensor:
-        copy_in(self._b, right)
-        (self.ksp.solveTranspose if transposed else self.ksp.solve)(self._b, self._x)
-        error = self._own.take_exception()
-        if error is not None:
-            raise error
-        return copy_out(self._x) / self._factor
+        found = None
+        if self._direct is not None:
+            self.ksp.setUp()
+            found = self._direct.solve(right, transposed)
+        if found is None:
+            copy_in(self._b, right)
+            (self.ksp.solveTranspose if transposed else self.ksp.solve)(self._b, self._x)
+            error = self._own.take_exception()
+            if error is not None:
+                raise error
+            self._converged = self._converged and self.ksp.getConvergedReason() >= 0
+            found = copy_out(self._x)
+        return found if self._factor == 1.0 else found / self._factor
 
 
 class PairSolve:
@@ -268,15 +275,16 @@ class PairConvergence:
             self._first = residuals
             # Integrals of a state at rest have changed all the same.
             return reasons.CONVERGED_FNORM_ABS if norms[2] <= atol else None
-        sizes = self.norms(snes, snes.getSolution())
-        updates = self.norms(snes, snes.getSolutionUpdate())
-        converged = all(
-            residual <= max(atol, rtol * first) or update < stol * size
-            for residual, first, update, size in zip(
-                residuals, self._first, updates, sizes, strict=True
-            )
-        )
-        if converged:
+        limits = [max(atol, rtol * first) for first in self._first]
+        small = [residual <= limit for residual, limit in zip(residuals, limits, strict=True)]
+        if not all(small):
+            sizes = self.norms(snes, snes.getSolution())
+            updates = self.norms(snes, snes.getSolutionUpdate())
+            small = [
+                known or update < stol * size
+                for known, update, size in zip(small, updates, sizes, strict=True)
+            ]
+        if all(small):
             self._correct(snes)
             return reasons.CONVERGED_SNORM_RELATIVE
         diverged = sum(residuals) > _DIVERGED * sum(self._first)
@@ -286,18 +294,21 @@ class PairConvergence:
         """Let the integrals be those of the state as it is now: their equations are linear."""
         if self._layout.integrals:
             matrix = snes.getJacobian()[1].getPythonContext()
-            u, residual = view(snes.getSolution()), view(snes.getFunction()[0])
-            u = self._layout.corrected(u, residual, matrix.step)
-            copy_in(snes.getSolution(), u)
-            matrix.bridge.note_again(u)
+            solution, residual = snes.getSolution(), snes.getFunction()[0]
+            u = self._layout.corrected(view(solution), view(residual), matrix.step)
+            copy_in(solution, u)
+            bridge = matrix.bridge
+            if bridge.noted is not None and not bridge.field.has_rhs:  # F has another value there
+                snes.computeFunction(solution, residual)
+            else:
+                bridge.note_again(u)
 
     def norms(self, owner: Any, vector: Any) -> list[float]:
         """Return the norm of each part, over all ranks. Collective."""
-        squares = [float(part.square().sum()) for part in self._layout.parts(view(vector))]
-        comm = owner.comm.tompi4py()
-        if comm.size > 1:
-            squares = comm.allreduce(np.array(squares)).tolist()
-        return [math.sqrt(square) for square in squares]
+        found = [float(torch.linalg.vector_norm(part)) for part in self._layout.parts(view(vector))]
+        if owner.comm.size > 1:
+            found = np.sqrt(owner.comm.tompi4py().allreduce(np.square(found))).tolist()
+        return found
 
 
 class PairAssembly(Assembly):
@@ -369,7 +380,7 @@ class PairAssembly(Assembly):
             shared = self._bridge.field.shared
             own.linearization = PartLinearization.of(pair, self._options.layout, shared)
         values = None if self._own is None else self._own.evaluate(self._bridge, own, check)
-        driven = integrands_by_state(pair, self._options.layout)
+        driven = integrands_by_state(pair, self._options.layout, own.linearization)
         return bridge, pair, driven, own, values
 
     def form(self, matrix: Any, values: Any, shift: float) -> None:

@@ -12,7 +12,7 @@ from pnode.errors import ConfigurationError
 from pnode.field.linearization import Linearization
 from pnode.field.vectorfield import VectorField
 from pnode.problems.problem import InitialValueProblem, StateLayout
-from pnode.solvers.linear.block import couples, sample_blocks
+from pnode.solvers.linear.block import sample_blocks
 
 __all__ = ["RowsField"]
 
@@ -53,15 +53,14 @@ class RowsField(VectorField):
             If a row depends on others: the first of a sweep are compared with a product.
         """
         rows = self._layout.shapes[0][0]
-        found = sample_blocks(graph, rows)
-        if not self._checked:
-            self._checked = True
-            if couples(graph, found):
-                raise ConfigurationError(
-                    "samples='independent' needs a vector field that acts on each of the "
-                    f"{rows} rows of y0 by itself, and this one couples them: take "
-                    "samples='joint', or put each system of coupled samples into one row"
-                )
+        found, coupled = sample_blocks(graph, rows, not self._checked)
+        self._checked = True
+        if coupled:
+            raise ConfigurationError(
+                "samples='independent' needs a vector field that acts on each of the "
+                f"{rows} rows of y0 by itself, and this one couples them: take "
+                "samples='joint', or put each system of coupled samples into one row"
+            )
         return found[0].to(REAL)
 
     def layout_of(self, number: int) -> StateLayout:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -329,6 +330,10 @@ class HalfUpdate:
     part: int
     weight: float
     offset: float
+
+    def within(self, flow: Any, h: float) -> Any:
+        """Return a context for evaluations of f in a step of length h; see MomentumFlow."""
+        return nullcontext() if flow is None else flow.over(self.weight * h if self.part else None)
 
 
 @dataclass(frozen=True)

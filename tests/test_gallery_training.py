@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import pnode
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))  # where Python looks when it runs an example
@@ -71,3 +74,54 @@ def test_second_order_training_uses_the_solves_own_derivatives(tmp_path):
     for name in ("Gauss-Newton", "Kronecker factors"):
         losses = found["losses"][name]
         assert losses == sorted(losses, reverse=True), name  # a step that is no better is undone
+
+
+@pytest.mark.parametrize("kind", ["cosine", "one cycle", "sequence", "plateau", "steps", "chain"])
+def test_recoveries_halve_the_rate_of_every_schedule(kind, tmp_path):
+    """The rates are those of a training without failures, by a power of two."""
+    training = importlib.import_module("training")
+    schedules = torch.optim.lr_scheduler
+
+    def schedule(updates):
+        steps = schedules.StepLR(updates, 2, 0.7)
+        return {
+            "cosine": lambda: schedules.CosineAnnealingLR(updates, 12, eta_min=1e-3),
+            "one cycle": lambda: schedules.OneCycleLR(updates, 0.1, total_steps=13),
+            "sequence": lambda: schedules.SequentialLR(
+                updates, [schedules.LinearLR(updates, 0.5), steps], [3]
+            ),
+            "plateau": lambda: schedules.ReduceLROnPlateau(updates, patience=0, threshold=0.5),
+            "steps": lambda: steps,
+            "chain": lambda: schedules.ChainedScheduler(
+                [steps, schedules.ExponentialLR(updates, 0.9)], optimizer=updates
+            ),
+        }[kind]()  # fmt: skip
+
+    def rates(failures):
+        weight, calls, found = torch.nn.Parameter(torch.ones(2)), [], []
+
+        def loss():
+            calls.append(None)
+            found.append(made[0].param_groups[0]["lr"])
+            if len(calls) in failures:
+                raise pnode.errors.SolveError("no convergence")
+            return (weight * 0.0).sum() + 1.0
+
+        def optimizer(tensors):
+            made[:] = [torch.optim.SGD(tensors, lr=0.1)]
+            return made[0]
+
+        made: list[torch.optim.Optimizer] = []
+        options = argparse.Namespace(
+            name="toy", output=tmp_path, resume=False, tensorboard=False, iterations=10, settings={}
+        )
+        found_training = training.train(
+            [weight], loss, options, schedule=schedule, optimizer=optimizer, recover=5
+        )
+        assert found_training.recoveries == len(failures)
+        return found
+
+    expected, found = rates(()), rates((4, 7))
+    factors = [1.0] * 4 + [0.5] * 3 + [0.25] * 3
+    # A loss that is not there is a bad one to ReduceLROnPlateau, as each after the first is here.
+    assert found == [factor * rate for factor, rate in zip(factors, expected, strict=True)]

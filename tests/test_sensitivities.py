@@ -116,6 +116,51 @@ def test_tuple_states(mode):
     assert difference(found, whole) < 1e-13
 
 
+class Algebraic(torch.nn.Module):
+    """A differential equation and an algebraic one."""
+
+    def __init__(self):
+        super().__init__()
+        self.rates = torch.nn.Parameter(torch.tensor([0.7, 1.3], dtype=D))
+
+    def forward(self, t, y):
+        a, b = self.rates
+        return torch.stack([-a * y[0] - 0.1 * y[1], b * y[0] ** 2 - y[1]])
+
+
+class Implicit(Algebraic):
+    def forward(self, t, y, rate):
+        return torch.stack([rate[0], torch.zeros_like(rate[1])]) - super().forward(t, y)
+
+
+@pytest.mark.parametrize("consistent", [False, True])
+@pytest.mark.parametrize(
+    ("method", "form"),
+    [("beuler", "mass"), ("radau5", "mass"), ("ra34pw2", "mass"), ("bdf2", "residual")],
+)
+def test_algebraic_equations(method, form, consistent):
+    """By parameters of equations that y0 is checked with, or moved to, before the solve."""
+    problem = {"residual": Implicit()}
+    if form == "mass":
+        problem = {"rhs": Algebraic(), "mass": torch.tensor([1.0, 0.0], dtype=D)}
+    solver = pnode.Solver(
+        **problem, method=method, step_size=0.1, consistent_start=consistent,
+        petsc_options={"snes_rtol": 1e-14, "snes_stol": 1e-14},
+    )  # fmt: skip
+    y0 = torch.tensor([1.0, 1.0 if consistent else 1.3], dtype=D, requires_grad=True)
+    (rates,) = solver.parameters()
+    ys = solver(y0, T).ys
+    expected = [
+        torch.stack([torch.autograd.grad(y, x, retain_graph=True)[0] for y in ys.reshape(-1)])
+        for x in (y0, rates)
+    ]
+    assert bool(expected[1].view(3, 2, 2)[0].any()) == consistent
+    for mode in ("forward", "adjoint"):
+        found = pnode.sensitivities(solver, y0, T, wrt=("y0", "rates"), mode=mode)
+        for name, one in zip(("y0", "rates"), expected, strict=True):
+            assert difference(found[name].reshape(one.shape), one) < 1e-9
+
+
 def test_gradients_around_it_are_left_alone():
     solver = solver_of("rk4")
     found = pnode.sensitivities(solver, start().requires_grad_(), T, wrt=("y0", "rates"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import math
 import pickle
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import pnode
+from pnode.configuration import PlainOptions
 
 D = torch.float64
 CHEAP = {"method": "rk4", "step_size": 0.1}
@@ -1001,3 +1003,57 @@ def test_progress_bar(capsys, t):
     assert len(seen) == solution.stats.steps
     assert ("100%" in capsys.readouterr().err) == (len(t) > 1)
     assert torch.equal(solution.ys, pnode.Solver(decay, **CHEAP)(state(), times(*t)).ys)
+
+
+# ------------------------------------------------------------------------------------ assignments
+
+
+def test_options_assigned_later_are_refused():
+    """All of them: assigned to, they would be without effect."""
+    solver = pnode.Solver(lambda t, y: -y, method="rk4", step_size=0.1)
+    names = {*inspect.signature(pnode.Solver).parameters, *PlainOptions.__annotations__}
+    replaced = {"rhs", "implicit", "explicit", "residual", "mass", "cost", "event_fn"}
+    for name in names - replaced - {"plain"}:
+        with pytest.raises(pnode.ConfigurationError, match=rf"solver\.{name} = 0\.05.*{name}="):
+            setattr(solver, name, 0.05)
+    for name in replaced - {"rhs"}:
+        with pytest.raises(pnode.ConfigurationError, match=rf"{name} = .*made without {name}="):
+            setattr(solver, name, lambda t, y: y[0])
+        setattr(solver, name, None)
+    with pytest.raises(pnode.ConfigurationError, match=r"rhs = None: .*made with rhs="):
+        solver.rhs = None
+    with pytest.raises(pnode.ConfigurationError, match=r"rhs = 3: give a callable"):
+        solver.rhs = 3
+    solver.of_the_users_own = 3
+
+
+def test_functions_replaced_later_are_taken():
+    """By others of the same form: the solves are those of a new solver, gradients too."""
+    y0, t = torch.tensor([0.5, 1.0], dtype=D, requires_grad=True), torch.tensor([0.0, 1.0])
+    k = torch.tensor(2.0, dtype=D, requires_grad=True)
+    given = {
+        "implicit": lambda t, y: -y, "explicit": lambda t, y: y.sin(),
+        "mass": torch.tensor([1.0, 2.0], dtype=D), "cost": lambda t, y: y.sum(),
+        "event_fn": lambda t, y: y[0] - 0.3,
+    }  # fmt: skip
+    other = {
+        "implicit": lambda t, y: -k * y, "explicit": lambda t, y: -y.cos(),
+        "mass": torch.tensor([3.0, 1.0], dtype=D), "cost": lambda t, y: k * y.square(),
+        "event_fn": lambda t, y: y[0] - 0.4 * k / 2.0,
+    }  # fmt: skip
+    options = {"params": [k], "method": "ark3", "step_size": 0.1}
+    solver = pnode.Solver(**given, **options)
+    solver(y0, t)
+    for name in given:
+        setattr(solver, name, other[name])
+        given[name] = other[name]
+        found = []
+        for one in (solver, pnode.Solver(**given, **options)):
+            solution = one(y0, t)
+            loss = solution.ys[-1].sum() + solution.costs[-1].sum() + solution.ts[-1]
+            found.append((loss, *torch.autograd.grad(loss, [y0, k])))
+        assert all(map(torch.equal, *found))
+    for name in ("cost", "event_fn"):
+        setattr(solver, name, None)
+    solution = solver(y0, t)
+    assert solution.costs is None and solution.reason == "t_end"

@@ -30,10 +30,13 @@ class Ledger:
     recomputed : int
         Steps repeated because no checkpoint of them was kept.
     ram_bytes, disk_bytes, device_bytes : int
-        Peak size of the checkpoints in memory, on disk, and on the device where that is a level of
-        its own (``Checkpointing(device_memory=...)``).
+        Most bytes of checkpoints at one instant of the sweep: in memory, on disk, and on the device
+        where that is a level of its own (``Checkpointing(device_memory=...)``). Each tensor counts
+        once, however many checkpoints hold it; graphs do not count.
     tape_bytes : int
-        Peak size of the graphs of f that are kept besides, within the same limit of memory.
+        Most bytes of graphs of f, besides the states at which they begin, at one instant. It is
+        another instant: graphs are let go while checkpoints grow, so that the two together never
+        exceed ``Checkpointing(memory=...)``, which the sum of both peaks may.
     copies, copied_bytes : int
         Copies between f's device and a state that is kept on the host
         (``Solver(device_state="host")``), and their bytes.

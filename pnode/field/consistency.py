@@ -20,6 +20,7 @@ from pnode.base.transforms import outside, plain
 from pnode.base.vectors import REAL
 from pnode.errors import ConfigurationError, NonFiniteVectorField, NonlinearSolveFailed
 from pnode.field.linearization import Linearization
+from pnode.field.rebinding import below
 from pnode.field.vectorfield import VectorField, vector_field
 from pnode.problems.mass import Solve
 from pnode.problems.nullspaces import (
@@ -72,7 +73,7 @@ def check_consistency(problem: InitialValueProblem, u: torch.Tensor, ledger: Led
     RuntimeWarning
         Where neither can be told.
     """
-    field = vector_field(replace(problem, check_undeclared=False), ledger)
+    field = vector_field(replace(below(problem), check_undeclared=False), ledger)
     with torch.inference_mode(False):
         start = _Start(field, u := u.clone())
         if not start.count:
@@ -151,7 +152,7 @@ def _solved(
     problem: InitialValueProblem, u: torch.Tensor, ledger: Ledger
 ) -> tuple[_Start, torch.Tensor, _Algebraic] | None:
     """Return the nearest consistent state, and the equations next to it; None without any."""
-    start = _Start(vector_field(replace(problem, check_undeclared=False), ledger), u.clone())
+    start = _Start(vector_field(replace(below(problem), check_undeclared=False), ledger), u.clone())
     if not start.count:
         return None
     solution, small = u, 1e-13 if u.dtype is torch.float64 else 1e-5

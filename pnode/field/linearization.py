@@ -13,6 +13,7 @@ from pnode.base.graphs import graph_bytes
 from pnode.base.hooks import ParameterHooks
 from pnode.base.ledger import Ledger
 from pnode.field.products import (
+    batched,
     directional_derivatives,
     edges_work,
     gradients,
@@ -369,19 +370,9 @@ class Linearization:
         if not self._recorded:
             return [cotangents.new_zeros(len(cotangents), leaf.numel()) for leaf in self._leaves]
         rows = cotangents.reshape(-1, *self._value.shape)
-
-        def products(seed: torch.Tensor, batched: bool) -> tuple[torch.Tensor | None, ...]:
-            return torch.autograd.grad(
-                self._end, self._leaves, seed, retain_graph=True, allow_unused=True,
-                is_grads_batched=batched,
-            )  # fmt: skip
-
-        try:
-            found = products(rows, True) if len(rows) > 1 else ()
-        except RuntimeError:
-            found = ()
-        if not found:  # a single row, or no batching rule for an operation of this field
-            one_by_one = [products(row, False) for row in rows]
+        found = batched((self._end,), self._leaves, (rows,)) if len(rows) > 1 else None
+        if found is None:  # a single row, or no batching rule for an operation of this field
+            one_by_one = [gradients(self._end, self._leaves, row) for row in rows]
             found = tuple(
                 None if parts[0] is None else torch.stack(parts)
                 for parts in zip(*one_by_one, strict=True)

@@ -15,6 +15,7 @@ from pnode.errors import BackwardError
 __all__ = [
     "accumulate",
     "along_rows",
+    "batched",
     "derivatives",
     "directional_derivative",
     "directional_derivatives",
@@ -112,7 +113,7 @@ def pull_back_rows(
     ``end`` is a value with its graph, or the end of that; ``record`` is as in :func:`gradients`.
     """
     if 1 < len(cotangents) and cotangents[0].numel() <= _LARGE:
-        found = _batched((end,), inputs, (cotangents,), record)
+        found = batched((end,), inputs, (cotangents,), record)
         if found is not None:
             return found
     rows = zip(*(pull_back(end, inputs, row, record) for row in cotangents), strict=True)
@@ -122,7 +123,7 @@ def pull_back_rows(
     )
 
 
-def _batched(
+def batched(
     ends: Sequence[Any], inputs: tuple[torch.Tensor, ...], rows: Sequence[torch.Tensor],
     record: bool = False,
 ) -> tuple[torch.Tensor | None, ...] | None:  # fmt: skip
@@ -145,7 +146,7 @@ def along_rows(
     """
     number = len(rows[0])
     if 1 < number and seed.numel() <= _LARGE:
-        found = _batched(ends, (seed,), rows)
+        found = batched(ends, (seed,), rows)
         if found is not None:
             return found[0]
     single = [_backward(ends, tuple(row[k] for row in rows), seed) for k in range(number)]

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from pnode.base.surroundings import modules_within, owner
-from pnode.base.transforms import has_tangent, is_wrapped, unwrapped
+from pnode.base.transforms import has_tangent, is_wrapped, plain, unwrapped
 from pnode.errors import ConfigurationError
 from pnode.field.held import now
 from pnode.problems.problem import InitialValueProblem
 
-__all__ = ["Rebound", "bound", "rebound"]
+__all__ = ["Rebound", "below", "bound", "rebound"]
 
 
 class Rebound:
@@ -121,6 +121,13 @@ def bound(
             "them: write it as a torch.nn.Module, and use torch.func.functional_call"
         )
     return result
+
+
+def below(problem: InitialValueProblem) -> InitialValueProblem:
+    """Return a problem with the numbers of its parameters, below all transforms of torch.func."""
+    if not any(map(is_wrapped, problem.parameters)):
+        return problem
+    return bound(problem, [plain(tensor) for tensor in problem.parameters])
 
 
 def _with(

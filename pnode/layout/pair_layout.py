@@ -51,6 +51,8 @@ class PairLayout:
     def parts(self, pair: torch.Tensor) -> list[torch.Tensor]:
         """Return the state and its tangents, each of shape ``(..., size)``, without integrals."""
         number = self.tangents + 1
+        if not (self.split or self.tangents):
+            return [pair.narrow(-1, 0, self.size)]
         if not self.split:
             return [pair.narrow(-1, k * self.size, self.size) for k in range(number)]
         rest, offset = self.size - self.split, number * self.split

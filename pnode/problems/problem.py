@@ -228,6 +228,8 @@ class InitialValueProblem:
         Of a state and what it drives, tangents or integrals: that of the state.
     integrals : int
         Entries of integrals, the last part of the state.
+    flow : MomentumFlow or None
+        Of integrals beside a symplectic method.
     breaks : Breaks or None
         Where f is not smooth in t: see :mod:`pnode.breakpoints`.
     window : tuple of float
@@ -255,6 +257,7 @@ class InitialValueProblem:
     resolution: float = _DOUBLE
     base: InitialValueProblem | None = None
     integrals: int = 0
+    flow: Any = None
     breaks: Any = None
     window: tuple[float, float] = (-math.inf, math.inf)
     norm: Callable[[torch.Tensor], float] | None = None

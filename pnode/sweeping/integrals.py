@@ -20,6 +20,7 @@ from pnode.errors import ConfigurationError, VectorFieldError
 from pnode.field.field_checks import wrong_result
 from pnode.layout.ghost_cells import DrivenCells
 from pnode.layout.pair_layout import PairLayout
+from pnode.problems.momentum_flow import MomentumFlow
 from pnode.problems.problem import InitialValueProblem, StateLayout
 from pnode.problems.tolerances import EntrywiseTolerance, Resolved, values
 from pnode.solvers.linear.jacobians import JacobianOptions
@@ -45,14 +46,18 @@ class Integrand(torch.nn.Module):
         Of r.
     direction : float
         Sign of the times' order: a residual's row for q is 1 in the slope that the integrator has.
+    flow : MomentumFlow or None
+        Of a symplectic method.
     """
 
     def __init__(
-        self, function: Any, cost: Any, layout: StateLayout, shape: torch.Size, direction: float
-    ) -> None:
+        self, function: Any, cost: Any, layout: StateLayout, shape: torch.Size, direction: float,
+        flow: MomentumFlow | None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.function, self.cost = function, cost
         self._layout, self._shape, self._direction = layout, shape, direction
+        self._flow = flow
 
     def forward(self, t: torch.Tensor, x: Any, *rate: Any) -> Any:
         """Return both, in one tuple."""
@@ -61,11 +66,18 @@ class Integrand(torch.nn.Module):
         parts = result if self._layout.is_tuple and isinstance(result, (tuple, list)) else (result,)
         if self.cost is None:
             change = torch.zeros_like(x[-1])
+        elif self._flow is not None:
+            change = self._flow.average(
+                lambda p: self._integrand(t, (y[0], p)), y[1], self._direction * parts[1], x[-1]
+            )
         else:
-            change = checked(self.cost(t, y), self._layout, self._shape)
+            change = self._integrand(t, y)
         if rate:
             change = self._direction * (rate[0][-1] - change)
         return (*parts, change)
+
+    def _integrand(self, t: torch.Tensor, y: Any) -> torch.Tensor:
+        return checked(self.cost(t, y), self._layout, self._shape)
 
     def _own(self, x: Any) -> Any:
         return x[:-1] if self._layout.is_tuple else x[0]
@@ -103,20 +115,13 @@ class IntegrandOfCells(torch.nn.Module):
         return torch.cat([value.reshape(-1), change.reshape(-1)])
 
 
-def check_cost(value: Any, method: Method) -> Any:
-    """Return ``cost``, which is None or a callable that the method can integrate."""
-    if value is None:
-        return None
-    if not callable(value):
-        raise ConfigurationError(
-            f"cost is {value!r}: give a callable r(t, y) (or a torch Module) that returns a tensor"
-        )
-    if "separable" in method.forms:
-        raise ConfigurationError(
-            f"cost given with method={method.name!r}, which has no quadrature of its own: take "
-            "another method, or integrate the solution's outputs"
-        )
-    return value
+def check_cost(value: Any) -> Any:
+    """Return ``cost``, which is None or a callable."""
+    if value is None or callable(value):
+        return value
+    raise ConfigurationError(
+        f"cost is {value!r}: give a callable r(t, y) (or a torch Module) that returns a tensor"
+    )
 
 
 def checked(value: Any, layout: StateLayout, shape: torch.Size | None = None) -> torch.Tensor:
@@ -149,7 +154,7 @@ def checked(value: Any, layout: StateLayout, shape: torch.Size | None = None) ->
 
 
 def with_integral(
-    problem: InitialValueProblem, cost: Callable[..., Any], y0: torch.Tensor
+    problem: InitialValueProblem, cost: Callable[..., Any], y0: torch.Tensor, method: Method
 ) -> tuple[InitialValueProblem, torch.Tensor]:
     """Return the problem of a state and its integral, and where both start.
 
@@ -161,14 +166,19 @@ def with_integral(
         ``r(t, y)``, of any fixed shape.
     y0 : Tensor
         Flat initial state.
+    method : Method
+        What integrates both.
     """
     layout = problem.layout
+    flow = MomentumFlow(method.order) if method.symplectic else None
     shape = _shape(problem, cost, y0)
     size, cells = math.prod(shape), problem.exchange
     whole: Callable[..., Any]
     if cells is None:
         both = StateLayout((*layout.shapes, shape), True, layout.dtype, layout.device)
-        whole = partial(Integrand, layout=layout, shape=shape, direction=problem.direction)
+        whole = partial(
+            Integrand, layout=layout, shape=shape, direction=problem.direction, flow=flow
+        )
     else:
         cells = DrivenCells(cells, integral=shape)
         both = StateLayout((torch.Size(cells.shape),), False, layout.dtype, layout.device)
@@ -179,7 +189,7 @@ def with_integral(
         explicit=whole(problem.explicit, cost) if split else None,
         layout=both, largest=both.size, exchange=cells,
         mass=None if problem.mass is None else problem.mass.with_identity(both),
-        base=replace(problem, check_undeclared=False), integrals=size,
+        base=replace(problem, check_undeclared=False), integrals=size, flow=flow,
     )  # fmt: skip
     return problem, torch.cat([y0, y0.new_zeros(size)])
 

@@ -7,17 +7,18 @@ from typing import Any
 import torch
 
 from pnode.base.devices import HOST, Place
+from pnode.base.evidence import projection_weights
 from pnode.base.options import PETSc, log_event
 from pnode.base.vectors import REAL, copy_in, view
 from pnode.errors import ConfigurationError
 from pnode.field.linearization import Linearization
 from pnode.problems.problem import StateLayout
-from pnode.solvers.linear.assembly import Assembly, differ, probe
+from pnode.solvers.linear.assembly import Assembly, differ
 from pnode.solvers.linear.linearizer import Linearizer, Point
 from pnode.solvers.linear.shells import shell_matrix
 
 __all__ = [
-    "BLOCK_LU", "BlockAssembly", "BlockLU", "BlockMatrix", "Factors", "couples", "sample_blocks",
+    "BLOCK_LU", "BlockAssembly", "BlockLU", "BlockMatrix", "Factors", "block_lu", "sample_blocks",
     "sample_count",
 ]  # fmt: skip
 
@@ -43,28 +44,35 @@ def sample_count(layout: StateLayout) -> int:
     return layout.shapes[0][0]
 
 
-def sample_blocks(linearization: Linearization, samples: int) -> list[torch.Tensor]:
-    """Return the diagonal blocks of dg/du (and dF/du_dot, for a residual), (B, m, m) each."""
+def sample_blocks(
+    linearization: Linearization, samples: int, check: bool
+) -> tuple[list[torch.Tensor], bool]:
+    """Return the diagonal blocks of dg/du (and dF/du_dot, for a residual), (B, m, m) each.
+
+    With ``check`` also whether there is more than these, by one product more among them.
+    """
     like = linearization.flat_value()
     width = like.numel() // samples
     # Row j of every sample's Jacobian at once: no entry of the state has two of them.
     units = torch.eye(width, dtype=like.dtype, device=like.device)
-    units = units[:, None, :].expand(width, samples, width)
-    found = linearization.assemble(units.reshape(width, -1))
-    return [rows.view(width, samples, width).transpose(0, 1).contiguous() for rows in found]
-
-
-def couples(linearization: Linearization, blocks: list[torch.Tensor]) -> bool:
-    """Whether a product with the Jacobian is not that with its diagonal blocks."""
-    w, exact = probe(linearization)
-    rows = w.view(len(blocks[0]), 1, -1)
-    return any(
+    units = units[:, None, :].expand(width, samples, width).reshape(width, -1)
+    if check:
+        units = torch.cat([units, (w := projection_weights(like))[None]])
+    found = linearization.assemble(units)
+    blocks = [
+        rows[:width].view(width, samples, width).transpose(0, 1).contiguous() for rows in found
+    ]
+    if not check:
+        return blocks, False
+    rows = w.view(samples, 1, -1)
+    coupled = any(
         differ(
-            product, torch.bmm(rows, block).reshape(-1),
+            product[-1], torch.bmm(rows, block).reshape(-1),
             torch.bmm(rows.abs(), block.abs()).reshape(-1),
         )
-        for block, product in zip(blocks, exact, strict=True)
+        for block, product in zip(blocks, found, strict=True)
     )  # fmt: skip
+    return blocks, coupled
 
 
 class Factors:
@@ -144,6 +152,13 @@ class BlockLU:
         """y = A^-T x."""
         self._solve(x, y, True)
 
+    def solve(self, b: torch.Tensor, transposed: bool) -> torch.Tensor | None:
+        """Return A^-1 b, or A^-T b, of the blocks last set up; None if one is singular."""
+        if self._singular:
+            return None
+        rows = b.view(len(self._factors.singular), -1)
+        return self._factors.solve(rows, transposed).reshape(-1)
+
     def matApply(self, pc: Any, x: Any, y: Any) -> None:
         """Y = A^-1 X."""
         if self._singular:
@@ -155,19 +170,35 @@ class BlockLU:
         found.copy_(columns.permute(2, 0, 1).reshape(rows.shape))
 
     def _solve(self, x: Any, y: Any, transposed: bool) -> None:
-        if self._singular:
+        found = self.solve(view(x), transposed)
+        if found is None:
             x.copy(y)
-            return
-        b = view(x).view(len(self._factors.singular), -1)
-        copy_in(y, self._factors.solve(b, transposed).reshape(-1))
+        else:
+            copy_in(y, found)
+
+
+def block_lu(ksp: Any) -> BlockLU | None:
+    """Return the preconditioner of a KSP that does nothing but apply it; None for another."""
+    pc = ksp.getPC()
+    context = pc.getPythonContext() if pc.getType() == "python" else None
+    return context if ksp.getType() == "preonly" and isinstance(context, BlockLU) else None
 
 
 class BlockAssembly(Assembly):
-    """Samples that do not know of one another: B blocks from m products for all at once."""
+    """Samples that do not know of one another: B blocks from m products for all at once.
 
-    def __init__(self, samples: int, place: Place = HOST) -> None:
+    Parameters
+    ----------
+    samples : int
+        B.
+    place, exact
+        As for :class:`~pnode.solvers.linear.sparse.SparseAssembly`.
+    """
+
+    def __init__(self, samples: int, place: Place = HOST, exact: bool = False) -> None:
         super().__init__(place)
         self._samples = samples
+        self._exact = exact
         self._width = 0
 
     def create(self, size: int, comm: Any) -> Any:
@@ -182,8 +213,8 @@ class BlockAssembly(Assembly):
         """Return the blocks of dg/du and dF/du_dot (None for the identity), (B, m, m) each."""
         linearization = linearizer.linearize(point)
         batch = self._samples
-        blocks = sample_blocks(linearization, batch)
-        if check and couples(linearization, blocks):
+        blocks, coupled = sample_blocks(linearization, batch, check or self._exact)
+        if coupled:
             raise ConfigurationError(
                 "jacobian='block' (or preconditioner='block') needs a vector field that acts on "
                 f"each of the {batch} rows of the batch by itself, and this one couples them: use "

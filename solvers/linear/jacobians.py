@@ -344,18 +344,17 @@ class JacobianOptions:
         return replace(self, pattern=pattern, exchange=exchange)
 
 
-def create_assembly(
-    jacobian: str, options: JacobianOptions, place: Place = HOST
-) -> Assembly | None:
-    """Return what is assembled at ``place``, if anything."""
+def create_assembly(jacobian: str, options: JacobianOptions, place: Place = HOST) -> Any:
+    """Return the Assembly of what is assembled at ``place``, or None."""
     kind = options.assembled(jacobian)
+    exact = kind == jacobian and not options.found
     if kind == "dense":
         return DenseAssembly(place)
     if kind == "block":
-        return BlockAssembly(options.samples, place)
+        return BlockAssembly(options.samples, place, exact)
     if kind == "sparse":
         assert options.pattern is not None
-        return SparseAssembly(options.pattern, place)
+        return SparseAssembly(options.pattern, place, exact)
     if kind == "pair":
         pair = options.pair
         return PairAssembly(pair, create_assembly(pair.jacobian, pair.options, place), place)

@@ -9,12 +9,13 @@ import torch
 
 from pnode.base.communicators import as_communicator
 from pnode.base.devices import HOST, Place
+from pnode.base.evidence import projection_weights
 from pnode.base.noise import noise
 from pnode.base.options import PETSc
 from pnode.base.vectors import REAL
 from pnode.errors import ConfigurationError
 from pnode.field.linearization import Linearization
-from pnode.solvers.linear.assembly import Assembly, differ, probe
+from pnode.solvers.linear.assembly import Assembly, differ
 from pnode.solvers.linear.linearizer import Linearizer, Point
 from pnode.solvers.petsc.library import color_columns, set_values_coo
 
@@ -221,27 +222,40 @@ class EntryAssembly(Assembly):
 
 
 class SparseAssembly(EntryAssembly):
-    """A sparse matrix from one product per color of its pattern."""
+    """A sparse matrix from one product per color of its pattern.
 
-    def __init__(self, pattern: SparsityPattern, place: Place = HOST) -> None:
+    Parameters
+    ----------
+    pattern : SparsityPattern
+        Where entries may be.
+    place : Place
+        Where the matrix lives.
+    exact : bool
+        Whether what is solved with it is not corrected later: then every evaluation is compared
+        with a product, not only those that ask for it.
+    """
+
+    def __init__(self, pattern: SparsityPattern, place: Place = HOST, exact: bool = False) -> None:
         super().__init__(place)
         self._pattern = pattern
+        self._exact = exact
 
     def evaluate(self, linearizer: Linearizer, point: Point, check: bool) -> Any:
         """Return the entries of dg/du and of dF/du_dot."""
         pattern, linearization = self._pattern, linearizer.linearize(point)
+        check = check or self._exact
         if not pattern.known:
             pattern.detect(point, linearization)
         pattern.bring_to(self._place.device)
-        parts = self._parts(linearization)
-        if check and self._wrong(linearization, parts):
-            # Entries may have vanished when it was detected. Among several ranks the structure
+        parts, complete = self._parts(linearization, check)
+        if not complete:
+            # Entries may have vanished where it was detected. Among several ranks the structure
             # stays.
             if pattern.detected and not self._parallel:
                 pattern.detect(point, linearization)
                 pattern.bring_to(self._place.device)
-                parts = self._parts(linearization)
-            if self._wrong(linearization, parts):
+                parts, complete = self._parts(linearization, check)
+            if not complete:
                 raise ConfigurationError(
                     "the sparsity pattern of jacobian='sparse' (or preconditioner='sparse') misses "
                     "entries: a product with the Jacobian differs from one with the assembled "
@@ -260,24 +274,28 @@ class SparseAssembly(EntryAssembly):
         kept = inner >= 0
         return self._entries(pattern.rows[kept] + first, inner[kept], fixed[kept], own[kept], mass)
 
-    def _parts(self, linearization: Linearization) -> list[torch.Tensor]:
-        """Return the values of the entries of dg/du (and dF/du_dot), from compressed products."""
-        pattern = self._pattern
-        dtype, device = linearization.flat_value().dtype, self._place.device
-        seeds = torch.zeros(pattern.color_count, pattern.size, dtype=dtype, device=device)
-        seeds[pattern.colors, torch.arange(pattern.size, device=device)] = 1.0
-        chosen = (pattern.colors[pattern.rows], pattern.columns)
-        return [part[chosen] for part in linearization.assemble(seeds)]
+    def _parts(self, linearization: Linearization, check: bool) -> tuple[list[torch.Tensor], bool]:
+        """Return the values of the entries of dg/du (and dF/du_dot), from compressed products.
 
-    def _wrong(self, linearization: Linearization, parts: list[torch.Tensor]) -> bool:
+        With ``check`` also whether there are no others, by one product more among them.
+        """
         pattern = self._pattern
-        w, exact = probe(linearization)
-        for part, product in zip(parts, exact, strict=True):
+        like = linearization.flat_value()
+        units = torch.arange(pattern.size, device=self._place.device)
+        seeds = like.new_zeros(pattern.color_count + check, pattern.size)
+        seeds[pattern.colors, units] = 1.0
+        if check:
+            seeds[-1] = w = projection_weights(like)
+        products = linearization.assemble(seeds)
+        parts = [part[pattern.colors[pattern.rows], pattern.columns] for part in products]
+        if not check:
+            return parts, True
+        for part, product in zip(parts, products, strict=True):
             terms = part * w[pattern.rows]
             found, scale = (
-                torch.zeros_like(product).index_add_(0, pattern.columns, addends)
+                torch.zeros_like(product[-1]).index_add_(0, pattern.columns, addends)
                 for addends in (terms, terms.abs())
             )
-            if differ(product, found, scale):
-                return True
-        return False
+            if differ(product[-1], found, scale):
+                return parts, False
+        return parts, True

@@ -321,6 +321,13 @@ class Bridge(Linearizer):
             self._note(Note(0, s, project(own), project(value)))
         return value
 
+    def note_again(self, u: torch.Tensor) -> None:
+        """Let the last note, and the last value, be of this state too."""
+        super().note_again(u)
+        if self._last is not None:  # where the next step begins
+            s, own, value = self._last
+            self._last = s, u.to(own.dtype, copy=True), value
+
     def _note(self, note: Note) -> None:
         """Take down an evaluation, instead of the last one if that was of the same solve."""
         assert self.noted is not None

@@ -94,9 +94,11 @@ class SplitBridge(Bridge):
         self._half(p_dot, slice(self._split, None))
 
     def _half(self, f: Any, part: slice) -> None:
-        s = self.stage_time(self._time + self._updates[self._next].offset * self._step)
+        update = self._updates[self._next]
+        s = self.stage_time(self._time + update.offset * self._step)
         self._next += 1
-        value = self.guarded("rhs", self._evaluate_state, s)
+        with update.within(self.field.problem.flow, self._step):
+            value = self.guarded("rhs", self._evaluate_state, s)
         if value is None:
             fill(f, 0.0)
         else:
@@ -115,7 +117,8 @@ class SplitBridge(Bridge):
             return self.field.rhs(s, own)
         linearization, known = self.field.linearize(s, own), True
         generator = torch.Generator(HOST.device).manual_seed(0)
-        for name, part in (("q", slice(None, self._split)), ("p", slice(self._split, None))):
+        momenta = slice(self._split, len(own) - self.field.problem.integrals)
+        for name, part in (("q", slice(None, self._split)), ("p", momenta)):
             w = torch.zeros_like(own)
             noise = torch.rand(
                 w[part].shape, generator=generator, dtype=torch.float64, device=HOST.device
