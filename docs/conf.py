@@ -31,7 +31,7 @@ html_theme = "alabaster"
 html_theme_options = {
     "description": "PETSc's time integrators with exact discrete gradients, for torch",
     "fixed_sidebar": True,
-    "page_width": "1100px",
+    "page_width": "1240px",  # code has lines of 100 characters
 }
 html_show_sourcelink = False
 html_copy_source = False
