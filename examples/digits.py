@@ -11,11 +11,12 @@ Run it (about three minutes on one core)::
 
     python examples/digits.py
 
-Measured with pnode 0.2.0 on 2026-11-29, seed 0 (111 s of CPU in all): one gradient with rk4, 8 and 32
-steps a block. MiB is the peak of what malloc had handed out (of pnode's, 5 MiB are work vectors
-that a solver keeps from call to call), f how often the two fields are evaluated; each gradient also
-takes 64 or 256 products. "Error" is the relative difference from backpropagation's gradient. CPU
-times are of single calls, on a busy computer: a tenth apart means nothing.
+Measured with pnode 0.2.0 on 2026-11-29, seed 0 (111 s of CPU in all): one gradient with rk4, 8 and
+32 steps a block. MiB is the peak of what malloc had handed out in a first call (of pnode's, 5 MiB
+are work vectors that a solver keeps from call to call), f how often the two fields are evaluated;
+each gradient also takes 64 or 256 products. "Error" is the relative difference from
+backpropagation's gradient. CPU times are of single calls, on a busy computer: a tenth apart means
+nothing.
 
 ============================  =====  ====  =====  ======  ====  ======  =====
 gradient by                   MiB 8  f 8   CPU 8  MiB 32  f 32  CPU 32  error
@@ -43,8 +44,10 @@ with the starts of all steps (``store="solutions"``) it evaluates f as often as 
 that has no room for graphs evaluates f once to repeat a step and once more for each product, 744
 times where 512 are enough. Segments that torch keeps the starts of, each solved by pnode with all
 its graphs, need no more evaluations either and a third of the memory of stages. But 5 MiB of it all
-are pnode's work vectors, so that this peer stays below in memory at equal evaluations. Beyond 32
-steps its memory grows on, and that of pnode's budgets does not. Without a limit pnode takes the
+are work vectors, nine of PETSc's TS and the adjoint's for each block, so that this peer stays below
+in memory at equal evaluations. (Above what is there before it, a second call takes 13.2 MiB with
+the starts of 32 steps, and 13.6 by the peer.) Beyond 32 steps the peer's memory grows on, and that
+of pnode's budgets does not. Without a limit pnode takes the
 memory and the time of backpropagation. (torch's checkpoints stop a repeated evaluation once they
 have all they need, which for the last stage is before its second convolution.)
 """
