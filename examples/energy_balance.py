@@ -45,13 +45,13 @@ kinks unknown                            187    175       2350  4.6e-6
 What did not work: ellipsoids. Of 300 further records 88 % have the truth in the ellipsoid that
 should hold 95 %, though its matrix is right (two ways to the Jacobian agree to 2e-14). Two things
 are behind it: the prior's center is half a deviation off the truth, in the direction of which a
-record says next to nothing (with the prior around the truth 93 % were inside); and the rest is that
-the misfit is no quadratic so far out, gamma being known to a factor of two. (Steps of a quarter give
-85 %.) The region that takes the misfit as it is, all parameters whose misfit exceeds the least
-by less than 9.5, held the truth in 97 %. Use that one; the ellipsoid is a scale. Without a prior
-Gauss-Newton loses the deep ocean (C_deep goes to zero), of which a surface record of 170 years says
-next to nothing. The network learns the surface's parameters as well, in three times the time; its
-deep ocean is off by a factor of four, and nothing says so.
+record says next to nothing (with the prior around the truth 93 % were inside); and the rest is
+that the misfit is no quadratic so far out, gamma being known to a factor of two. (Steps of a
+quarter give 85 %.) The region that takes the misfit as it is, all parameters whose misfit exceeds
+the least by less than 9.5, held the truth in 97 %. Use that one; the ellipsoid is a scale. Without
+a prior Gauss-Newton loses the deep ocean (C_deep goes to zero), of which a surface record of 170
+years says next to nothing. The network learns the surface's parameters as well, in three times the
+time; its deep ocean is off by a factor of four, and nothing says so.
 """
 
 from __future__ import annotations
