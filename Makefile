@@ -72,6 +72,7 @@ docs: setup ## build the documentation site, docs/_build/html/index.html
 	$(RUN) $(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 
 docs-browser: docs ## look at the site with Chromium: start page, search, a figure
+	@sh tools/system_packages.sh browser $(BIN)/python
 	$(BIN)/python tools/check_site.py
 
 bench: setup ## run the benchmarks, beside the other solvers that can be installed

@@ -31,7 +31,10 @@ html_theme = "alabaster"
 html_theme_options = {
     "description": "PETSc's time integrators with exact discrete gradients, for torch",
     "fixed_sidebar": True,
-    "page_width": "1100px",
+    # Programs have lines of 100 characters.
+    "page_width": "1200px",
+    "body_max_width": "920px",
+    "code_font_size": "0.82em",
 }
 html_show_sourcelink = False
 html_copy_source = False

@@ -38,7 +38,8 @@ def split(path: Path) -> tuple[str, str, str]:
 def page(path: Path, figure: str | None) -> str:
     """Return the page of one program as reStructuredText."""
     title, rest, code = split(path)
-    parts = [f".. _system-{path.stem}:", f"{title}\n{'=' * len(title)}"]
+    label = f".. highlight:: none\n\n.. _system-{path.stem}:"  # equations are no Python
+    parts = [label, f"{title}\n{'=' * len(title)}"]
     if figure:
         parts.append(f".. image:: {figure}\n   :alt: {title}\n   :width: 100%")
     heading = f"The program, ``examples/{path.name}``"

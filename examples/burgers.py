@@ -22,6 +22,9 @@ What is learned from is the solution on 8 or 16 times as many cells, averaged to
 The first learns from 8 solutions until t = 0.25. The second does too, and is then to predict 8
 others until t = 0.5, with and without closure.
 
+Measured with pnode 0.2.0 on 2026-11-29, seed 0 (43 s of CPU in all): the viscosity found is 0.0203,
+where the truth is 0.02; the error of the other solutions is 0.017 with the closure, 0.056 without.
+
 **IMEX.** Diffusion is linear and stiff on fine grids (its rates grow like 1 / dx^2): it is treated
 implicitly, with one matrix for the whole solve (``jacobian_reuse="constant"``). Transport and the
 network are treated explicitly: no step solves an equation with the network in it.

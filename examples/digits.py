@@ -11,34 +11,32 @@ Run it (about three minutes on one core)::
 
     python examples/digits.py
 
-Measured with pnode 0.2.0 on 2026-11-29: one gradient with rk4, 8 and 32 steps a block. MiB is the
-peak of what malloc had handed out (of pnode's, 5 MiB are work vectors that a solver keeps from call
-to call), f how often the two fields are evaluated; each gradient also takes 64 or 256 products.
-"Error" is the relative difference from backpropagation's gradient. CPU times are of single calls,
-on a busy computer.
+Measured with pnode 0.2.0 on 2026-11-29, seed 0 (111 s of CPU in all): one gradient with rk4, 8 and
+32 steps a block. MiB is the peak of what malloc had handed out in a first call (of pnode's, 5 MiB
+are work vectors that a solver keeps from call to call), f how often the two fields are evaluated;
+each gradient also takes 64 or 256 products. "Error" is the relative difference from
+backpropagation's gradient. CPU times are of single calls, on a busy computer: a tenth apart means
+nothing.
 
 ============================  =====  ====  =====  ======  ====  ======  =====
 gradient by                   MiB 8  f 8   CPU 8  MiB 32  f 32  CPU 32  error
 ============================  =====  ====  =====  ======  ====  ======  =====
-backpropagation               21.1   64    0.54   83.9    256   1.7     0
-checkpoint per block (ANODE)  18.9   128   0.67   68.6    512   2.3     0
-checkpoint per step (ACA)     6.4    128   0.69   13.6    512   2.1     0
-NODE-continuous               17.3   128   0.72   17.3    512   3.0     6e-9
-pnode, tape                   25.9   64    0.42   87.0    256   1.6     2e-16
-pnode, stages                 16.3   128   0.54   45.5    512   2.9     2e-16
-pnode, segments of two steps  13.1   128   0.35*  16.2    512   1.5*    7e-16
-pnode, starts of steps        12.6   128   0.38+  18.9    512   1.5+    4e-16
-pnode, 20 states              13.3   152   0.62   13.6    744   4.1     2e-16
-pnode, 9 states               10.8   184   0.59   10.8    960   3.8     2e-16
+backpropagation               21.1   64    0.35   83.8    256   1.54    0
+checkpoint per block (ANODE)  18.9   128   0.33   68.6    512   1.31    0
+checkpoint per step (ACA)     6.4    128   0.31   13.7    512   1.17    0
+NODE-continuous               17.3   128   0.29   17.3    512   1.11    1e-8
+pnode, tape                   25.8   64    0.21   86.8    256   0.95    7e-16
+pnode, stages                 16.4   128   0.29   45.5    512   1.41    7e-16
+pnode, segments of two steps  13.1   128   0.35   16.2    512   1.22    7e-16
+pnode, starts of steps        12.6   128   0.31   18.6    512   1.14    7e-16
+pnode, 20 states              14.4   144   0.33   15.1    744   1.26    7e-16
+pnode, 9 states               11.6   184   0.41   11.6    960   1.58    7e-16
 ============================  =====  ====  =====  ======  ====  ======  =====
 
-(* in another run, in which ACA took 0.30 s and 1.2 s; + in yet another, ACA's 8 steps in 0.34 s.)
-
-The continuous adjoint's gradient is off by 1.3 % with Euler's method and 8 steps. After
+The continuous adjoint's gradient is off by 1.2 % with Euler's method and 8 steps. After
 80 updates, 95.0 % of the 360 digits that were not learned from are classified correctly, trained by
 pnode or by the continuous adjoint alike, and with other methods in place of the four steps of rk4
 that were trained with: 94.7 % by cn in 4 steps, 93.9 % by Euler's in 2, 95.0 % by dopri5 in 2 or 8.
-(The accuracy is that of this network; the table was taken with a head of 1,200 fewer weights.)
 
 What did not work: to be below all others everywhere. A checkpoint before each step, written out in
 torch, repeats a step with all its graphs. pnode does so too where its budget has room for them:
@@ -46,8 +44,10 @@ with the starts of all steps (``store="solutions"``) it evaluates f as often as 
 that has no room for graphs evaluates f once to repeat a step and once more for each product, 744
 times where 512 are enough. Segments that torch keeps the starts of, each solved by pnode with all
 its graphs, need no more evaluations either and a third of the memory of stages. But 5 MiB of it all
-are pnode's work vectors, so that this peer stays below in memory at equal evaluations. Beyond 32
-steps its memory grows on, and that of pnode's budgets does not. Without a limit pnode takes the
+are work vectors, nine of PETSc's TS and the adjoint's for each block, so that this peer stays below
+in memory at equal evaluations. (Above what is there before it, a second call takes 13.2 MiB with
+the starts of 32 steps, and 13.6 by the peer.) Beyond 32 steps the peer's memory grows on, and that
+of pnode's budgets does not. Without a limit pnode takes the
 memory and the time of backpropagation. (torch's checkpoints stop a repeated evaluation once they
 have all they need, which for the last stage is before its second convolution.)
 """

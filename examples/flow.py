@@ -29,16 +29,21 @@ Run it (about three minutes on one core)::
 
     python examples/flow.py
 
-Measured with pnode 0.2.0 on 2026-11-29, seed 0, 300 updates with 256 samples each, these three
-densities one by one; NLL of 2000 samples that were not learned from, and what dopri5 takes:
+Measured with pnode 0.2.0 on 2026-11-29, seed 0, 300 updates with 256 samples each (201 s of CPU in
+all); NLL of 2000 samples that were not learned from, and what dopri5 takes:
 
-=============  =====  =====  =======  ========  ==  ===============
-density        NLL    least  kinetic  Jacobian  f   training, CPU s
-=============  =====  =====  =======  ========  ==  ===============
-ring           2.172  2.127  0.79     2.13      79  22
-moons          1.699  1.547  1.31     6.19      51  28
-mixture in 43  34.87  32.56  33.8     22.1      73  24
-=============  =====  =====  =======  ========  ==  ===============
+=====================  =====  =====  =======  ========  ==  ===============
+density                NLL    least  kinetic  Jacobian  f   training, CPU s
+=====================  =====  =====  =======  ========  ==  ===============
+ring                   2.191  2.152  0.79     2.20      73  28
+ring, not regularised  2.176  2.128  0.86     2.41      73  30
+moons                  1.690  1.525  1.33     6.14      58  30
+mixture in 16          13.74  13.28  13.7     8.89      73  25
+mixture in 43          35.13  32.87  33.9     22.2      73  30
+=====================  =====  =====  =======  ========  ==  ===============
+
+The density of the ring, summed over a square, is 1 to 7e-7. Hutchinson's estimate of the NLL in 16
+dimensions, 20 times 50 samples, is 0.077 off, with a deviation of 0.048.
 
 One gradient of the exact NLL with ``--quick``, 64 samples, beside torchdiffeq 0.2.5, which has the
 trace in the state and in its error norm; errors are those against rtol 1e-10:

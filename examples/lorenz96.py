@@ -21,6 +21,18 @@ It is then to forecast, over one time unit, from states that it has not learned 
 X_k can be exact, as equal X_k meet different fast variables: the figure shows them, their mean,
 and what was learned.
 
+Measured with pnode 0.2.0 on 2026-11-29, seed 0, 150 updates (39 s of CPU in all):
+
+====================================  ============  ===============
+what                                  with closure  without closure
+====================================  ============  ===============
+error of other forecasts at time 0.3  0.226         1.07
+error of other forecasts at time 1    2.16          8.14
+====================================  ============  ===============
+
+The closure explains 82.3 % of the variance of the missing term; no function of X_k can explain more
+than 83.4 %.
+
 **Ranks.** Each has its part of the ring, of all forecasts; pnode brings the two neighbours on each
 side that the slow equation looks at. The loss is summed over the ranks by ``pnode.parallel.total``;
 parameters and their gradients are the same on all ranks, and so each makes the same updates. The

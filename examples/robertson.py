@@ -8,7 +8,7 @@ Three species react, one slowly, one very fast and one fast::
 
 and are observed at 40 times, evenly spaced in log(t) between 1e-5 and 100. A network f with 5
 neurons a layer is to stand for the right-hand side: y' = f(y), starting from y(0) = (1, 0, 0),
-shall pass through the observations. Run it (about a minute) with::
+shall pass through the observations. Run it (about a minute and a half) with::
 
     python examples/robertson.py
 
@@ -37,6 +37,23 @@ gradient of the numbers that the solver returned.
    do the gradients. With arbitrary weights they grow exponentially over 100 s.
 3. *A warm-up of the learning rate.* Without it AdamW's first updates, whose sizes do not depend
    on the gradient's, can destroy that property at once.
+
+Measured with pnode 0.2.0 on 2026-11-29, seed 0, 400 updates (78 s of CPU in all); per sweep of 40
+steps:
+
+==============================  =======  ========
+what                            forward  backward
+==============================  =======  ========
+evaluations of f                270      41
+products with a Jacobian        0        80
+Jacobians assembled             54       40
+Newton iterations               215      0
+scaled mean error at the end    2.3e-3
+the same in 1/8 of the steps    2.5e-3
+==============================  =======  ========
+
+What did not work: the last observations of A are missed by one hundredth, where the loss no longer
+falls.
 
 **Your own data.** ``--data file.csv`` reads a time column, strictly increasing, and one column
 for each observed quantity, with or without a header; the first row is the initial state.

@@ -25,21 +25,21 @@ Run it::
 
     python examples/robertson_unknown.py
 
-Measured with pnode 0.2.0 and diffrax 0.7.2 on 2026-11-29, seed 0, one thread (30 s of CPU): orders
-0.005 in A, 1.85 in B and -0.10 in C, with spreads of 0.07, 0.01 and 0.05, which round to 0, 2 and
-0; the rate constant is then 3.08e7. dopri5 would take 69,000 steps, the solver takes 161. One
-gradient of all five solves, on a busy computer:
+Measured with pnode 0.2.0 on 2026-11-29, seed 0, one thread (16 s of CPU): orders -0.02 in A, 1.86
+in B and -0.11 in C, with spreads of 0.07, 0.01 and 0.05, which round to 0, 2 and 0; the rate
+constant is then 3.08e7. dopri5 would take 69,000 steps, the solver takes 160. One gradient of all
+five solves, on a busy computer (diffrax 0.7.2 in an earlier run):
 
 ===================  ======  ======  =============
 gradient by          error   CPU ms  first call, s
 ===================  ======  ======  =============
-pnode, compiled      3.2e-7  9       0.15 (cached)
-pnode, not compiled  3.2e-7  4367    4.4
+pnode, compiled      3.2e-7  11      0.16 (cached)
+pnode, not compiled  3.2e-7  5991    6.0
 diffrax              2.8e-7  507     19
 ===================  ======  ======  =============
 
 What did not work: after Adam alone the network is no power law at all (orders 2.4, 1.3 and 0). B
-follows A and C closely along these paths, and tells the orders apart only slowly: its 1.85 is off
+follows A and C closely along these paths, and tells the orders apart only slowly: its 1.86 is off
 by far more than its spread, which is that along the learned paths.
 """
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -25,6 +26,7 @@ __all__ = ["Merged", "answer", "diagnose", "examine", "merge", "report", "superv
 STATUSES = ("ok", "note", "warning", "error")
 _TIME_LIMIT = 300
 _ANSWER = "pnode doctor answers "
+_FRAME = re.compile(r"\[0x[0-9a-f]+\]\s*$")
 _MARKS = {"ok": "ok", "note": "note", "warning": "WARNING", "error": "ERROR"}
 
 
@@ -185,7 +187,9 @@ def supervise(scratch: str | None = None, as_json: bool = False) -> tuple[str, i
             text, status = json.loads(last.removeprefix(_ANSWER))
             return str(text), int(status)
         by = f"signal {-run.returncode}" if run.returncode < 0 else f"status {run.returncode}"
-        words = " ".join(run.stderr.split())
+        # Without the frames of a stack, as Open MPI prints them.
+        said = [line for line in run.stderr.splitlines() if not _FRAME.search(line)]
+        words = " ".join(" ".join(said).split())
         end = f"the process that imports MPI, PETSc and torch ended with {by}"
         crash = f"{end}: ...{words[-500:]}" if len(words) > 500 else f"{end}: {words}"
     except subprocess.TimeoutExpired:

@@ -516,10 +516,15 @@ def test_it_runs_where_petsc4py_does_not_import_and_finds_a_second_mpi(tmp_path)
 
 
 def test_it_survives_an_import_that_ends_the_process(tmp_path):
-    outcome = doctor("--json", PYTHONPATH=broken(tmp_path, "import os\nos.abort()\n"))
+    frames = (
+        "[node:7] Signal: Aborted (6)\n" + "[node:7] [18] libc.so.6(+0x85)[0x7fc123a45305]\n" * 20
+    )
+    code = f"import os, sys\nsys.stderr.write({frames!r})\nsys.stderr.flush()\nos.abort()\n"
+    outcome = doctor("--json", PYTHONPATH=broken(tmp_path, code))
     assert outcome.returncode == 1, outcome.stderr
     content = json.loads(outcome.stdout)
-    assert "signal 6" in entitled(content, "packages")["found"]
+    found = entitled(content, "packages")["found"]
+    assert "signal 6: [node:7] Signal: Aborted (6)" in found and "0x7fc" not in found
     assert {finding["title"] for finding in content["findings"]} == {
         "packages", "launcher", "scratch", "threads",
     }  # fmt: skip

@@ -2,14 +2,18 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+import pnode
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"pnode": "pnode", "solvers": "pnode.solvers", "adjoint": "pnode.adjoint"}
@@ -282,3 +286,29 @@ def test_both_conda_environments_have_the_same_packages():
     assert cuda - plain == {
         "cuda-version>=12,<13", "openmpi", "petsc=*=cuda12_real*", "pytorch-gpu>=2.4",
     }  # fmt: skip
+
+
+def test_all_recipes_ask_for_what_the_package_does():
+    """The same packages with the same lowest versions, by the names that each knows them by."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    needed = {
+        name.lower().replace("_", "-"): lowest
+        for each in [*project["dependencies"], *extras["plot"], *extras["io"]]
+        for name, _, lowest in [each.partition(">=")]
+    }
+
+    def asked(path: str, pattern: str) -> dict[str, str]:
+        found = re.findall(pattern, (ROOT / path).read_text("utf-8"), re.MULTILINE)
+        rename = {"pytorch": "torch", "matplotlib-base": "matplotlib"}
+        names = {name.lower().replace("_", "-"): lowest for name, lowest in found}
+        return {rename.get(name, name): lowest for name, lowest in names.items()}
+
+    conda = asked("packaging/conda-forge/recipe.yaml", r"^ +- ([\w-]+)(?: >=([\d.]+))?$")
+    spack = asked("packaging/spack/package.py", r'depends_on\("py-([\w-]+)(?:@([\d.]+):)?"')
+    environment = asked("environment.yml", r"^ +- ([\w-]+)(?:>=([\d.]+))?$")
+    for found in (conda, spack, environment):
+        assert {name: found.get(name) for name in needed} == needed
+    recipe = (ROOT / "packaging/conda-forge/recipe.yaml").read_text("utf-8")
+    assert f"\n  version: {pnode.__version__}\n" in recipe
+    assert f'version("{pnode.__version__}")' in (ROOT / "packaging/spack/package.py").read_text()

@@ -108,6 +108,16 @@ def test_gallery_search_and_errors(site: Path) -> None:
     assert "robertson.png" in (site / "index.html").read_text()
 
 
+def test_a_browser_shows_the_start_page_the_search_and_a_figure(site: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "check_site.py"), str(site)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if run.returncode == 2:
+        pytest.skip(run.stdout.strip())
+    assert run.returncode == 0 and run.stdout.count("ok\n") == 3, run.stdout + run.stderr
+
+
 def test_nothing_is_left_of_links_to_files(site: Path) -> None:
     """Files of the repository that have no page are plain text."""
     for path in site.glob("*.html"):

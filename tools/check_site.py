@@ -68,6 +68,7 @@ def page(program: str, address: str) -> str:
     with tempfile.TemporaryDirectory() as profile:
         command = [
             program, "--headless", "--disable-gpu", "--no-sandbox", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
             f"--user-data-dir={profile}", "--virtual-time-budget=20000", "--dump-dom", address,
         ]  # fmt: skip
         run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

@@ -1,11 +1,12 @@
 #!/bin/sh
 # Make sure that what Python packages cannot bring is on this machine.
 #
-# usage: system_packages.sh (venv | runtime | build) PYTHON
+# usage: system_packages.sh (venv | runtime | build | browser) PYTHON
 #
 #   venv     the parts of Python that make virtual environments
 #   runtime  the OpenBLAS library that PETSc is linked to
 #   build    C compiler, make, Python's headers and OpenBLAS to link against
+#   browser  Chromium, or what CHROMIUM names, for tools/check_site.py
 #
 # What is missing is installed where this is root on a machine with apt-get. Anywhere else the
 # script stops and prints the command to run.
@@ -30,6 +31,8 @@ have_headers() {
     "$python" -c 'import os, sys, sysconfig
 sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))'
 }
+have_browser() { "$python" -c 'import sys; sys.path.insert(0, sys.argv[1])
+import check_site; sys.exit(check_site.browser() is None)' "$(dirname "$0")"; }
 
 check() {
     debian=''
@@ -51,6 +54,9 @@ check() {
         fi
         command -v make >/dev/null || need make make
         have_headers || need python3-dev python3-devel
+        ;;
+    browser)
+        have_browser || need chromium chromium
         ;;
     *)
         echo "system_packages.sh: unknown mode $mode" >&2

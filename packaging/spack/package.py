@@ -23,7 +23,7 @@ class PyPnode(PythonPackage):
     depends_on("py-numpy@1.26:", type=("build", "run"))
     depends_on("py-scipy", type=("build", "run"))
     depends_on("py-tqdm", type=("build", "run"))
-    depends_on("py-typing-extensions", type=("build", "run"))
+    depends_on("py-typing-extensions@4.10:", type=("build", "run"))
     # Not in spack's own repository when this was written.
     depends_on("py-petsctools@2025.3:", type=("build", "run"))
     depends_on("py-matplotlib@3.8:", type=("build", "run"), when="+plot")

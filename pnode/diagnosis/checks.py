@@ -35,9 +35,10 @@ def check_packages(facts: Facts) -> Finding:
             "packages", "error", facts.crash,
             "try it without the launcher: if that is well, see below"
             if claims(facts.environment)
-            else "mpi4py and petsc4py are probably linked to different MPIs: build both from "
-            "source with one mpicc, `MPICC=$(which mpicc) pip install --no-cache-dir --no-binary "
-            "mpi4py mpi4py`, then petsc4py (docs/hpc.md)",
+            else "mpi4py and petsc4py probably load different MPIs: name petsc4py's to PyPI's "
+            "mpi4py, `export MPI4PY_LIBMPI=/path/to/libmpi.so.12`, or build both from source with "
+            "one mpicc, `MPICC=$(which mpicc) pip install --no-cache-dir --no-binary mpi4py "
+            "mpi4py`, then petsc4py (docs/hpc.md)",
         )  # fmt: skip
     if broken:
         return Finding("packages", "error", "; ".join(broken), _import_remedy(" ".join(broken)))
