@@ -13,8 +13,9 @@ import torch
 from pnode.adjoint.sample_adjoint import sample_adjoint
 from pnode.base.evidence import Reads
 from pnode.base.ledger import Stats
-from pnode.base.options import OWN_PREFIX, SolverOptions
-from pnode.base.ranks import ALONE
+from pnode.base.options import OWN_PREFIX, SolverOptions, log_stage
+from pnode.base.rank_sums import of_all_ranks
+from pnode.base.ranks import Ranks
 from pnode.base.surroundings import Surroundings
 from pnode.base.transforms import (
     differentiable,
@@ -30,6 +31,7 @@ from pnode.field.vectorfield import record_all
 from pnode.field.watching import watched
 from pnode.problems import arguments, tolerances
 from pnode.problems.calls import Call
+from pnode.problems.compared import agreed
 from pnode.problems.problem import InitialValueProblem, StateLayout, as_times, collect_parameters
 from pnode.solutions.solution import Solution
 from pnode.solvers.compiled.backend import Wanted
@@ -45,18 +47,40 @@ __all__ = ["solve"]
 
 
 def solve(solver: Any, y0: Any, t: Any, args: Any) -> Solution:
-    """Solve each row of y0 by itself; see :meth:`Solver.forward`. Not collective.
+    """Solve each row of y0 by itself; see :meth:`Solver.forward`. Collective.
 
     Raises
     ------
     ConfigurationError
         For unusable arguments, and for what independent samples do not go with.
     SolveError
-        Naming the row that failed.
+        Naming the row that failed, and its rank.
     """
-    engine = solver._engine
     _refuse_unsupported(solver)
-    call = Call.of(y0, args, ALONE, None, None, engine.jacobian_options)
+    engine, differentiate = solver._engine, torch.is_grad_enabled()
+    ranks, stats = Ranks(engine.comm), Stats()
+    prepared = ranks.attempt(_prepare, solver, y0, t, args, ranks, differentiate)
+    if ranks.parallel:
+        prepared = agreed(ranks, solver._shared, prepared, differentiate)
+    problem, y0, times, call = prepared
+    with outside_inference(differentiate), ranks.together():
+        y0, times = (x.clone() if x.is_inference() else x for x in (y0, times))
+        alike, parameters = bool(problem.times), problem.parameters
+        own, common = ((y0,), (times,)) if alike else ((y0, times), ())
+        y0, times, *wanted = of_all_ranks(ranks, own, (*common, *parameters))
+        times = times.expand(-1, len(y0))
+        ys = ranks.attempt(
+            _SolveFunction.apply, engine, problem, solver._requests, stats, y0, times, *wanted
+        )
+    return Solution(times, call.restored(ys), stats)
+
+
+def _prepare(
+    solver: Any, y0: Any, t: Any, args: Any, ranks: Ranks, differentiate: bool
+) -> tuple[InitialValueProblem, torch.Tensor, torch.Tensor, Call]:
+    """Return the problem, y0, t of shape ``(T, B)`` or ``(T, 1)``, the call. Not collective."""
+    engine = solver._engine
+    call = Call.of(y0, args, ranks, None, None, engine.jacobian_options)
     declared = collect_parameters(solver._functions, (*(solver._params or ()), *call.tensors))
     named = [("y0", y0), ("t", t), *(("a parameter", one) for one in declared)]
     refuse_transforms(named[:2], declared)
@@ -79,29 +103,19 @@ def solve(solver: Any, y0: Any, t: Any, args: Any) -> Solution:
         raise ConfigurationError(
             "device_state='host' with samples='independent' is not supported: drop it"
         )
-    times, resolution = _times(t, len(y0))
-    differentiate = torch.is_grad_enabled()
-    wanted = tuple(one for one in declared if differentiate and one.requires_grad)
+    times, resolution, alike = _times(t, len(y0))
     problem = InitialValueProblem(
-        call.function(watched(solver.rhs, declared)), layout, (0.0, 1.0), 1.0, wanted,
+        call.function(watched(solver.rhs, declared)), layout, alike, 1.0,
+        tuple(one for one in declared if differentiate and one.requires_grad),
         tuple(one for one in declared if not one.requires_grad), differentiate,
-        resolution=resolution,
+        ranks=ranks, resolution=resolution,
     )  # fmt: skip
-    stats = Stats()
     arguments.refuse_inference(declared, engine.method)
-    with outside_inference(differentiate):
-        y0, times = (x.clone() if x.is_inference() else x for x in (y0, times))
-        ys = _SolveFunction.apply(engine, problem, solver._requests, stats, y0, times, *wanted)
-    return Solution(times, call.restored(ys), stats)
+    return problem, y0, times, call
 
 
 def _refuse_unsupported(solver: Any) -> None:
     engine = solver._engine
-    if engine.comm.size > 1:
-        raise ConfigurationError(
-            f"comm has {engine.comm.size} ranks: with samples='independent' samples share nothing; "
-            "give each rank a solver of its own without comm="
-        )
     if engine.setup is not None:
         raise ConfigurationError(
             "petsc_setup= with samples='independent' has no effect, its steps are not PETSc's: "
@@ -119,8 +133,11 @@ def _refuse_unsupported(solver: Any) -> None:
         )
 
 
-def _times(t: Any, rows: int) -> tuple[torch.Tensor, float]:
-    """Return output times, shape ``(T, B)``, and the relative spacing of their numbers."""
+def _times(t: Any, rows: int) -> tuple[torch.Tensor, float, tuple[float, ...]]:
+    """Return output times, shape ``(T, B)`` or ``(T, 1)``, and what is to be known of them.
+
+    The relative spacing of their numbers; those that all rows share, none where each has its own.
+    """
     if not isinstance(t, torch.Tensor):
         try:
             t = torch.as_tensor(t, dtype=torch.float64)
@@ -133,7 +150,7 @@ def _times(t: Any, rows: int) -> tuple[torch.Tensor, float]:
         )
     as_times(t.reshape(-1))
     resolution = torch.finfo(t.dtype if t.is_floating_point() else torch.float64).eps
-    times = t.t() if t.dim() == 2 else t[:, None].expand(-1, rows)
+    times = t.t() if t.dim() == 2 else t[:, None]
     ahead = times.detach().to(REAL).diff(dim=0)
     wrong = (ahead.sign() != ahead[:1].sign()) | (ahead.abs() < 1e-200) | ~ahead.isfinite()
     if bool(wrong.any()):
@@ -143,7 +160,7 @@ def _times(t: Any, rows: int) -> tuple[torch.Tensor, float]:
             f"{float(times[index, row])!r} in row {row}: output times must strictly increase or "
             "strictly decrease"
         )
-    return times, resolution
+    return times, resolution, tuple(times[:, 0].tolist()) if t.dim() == 1 else ()
 
 
 class _SolveFunction(torch.autograd.Function):
@@ -179,10 +196,12 @@ class _SolveFunction(torch.autograd.Function):
                 own = engine.checkpointing
                 limit, whole = own.bytes or math.inf, own.store != "solutions"
                 ctx.passes = Passes(rows_method, limit, whole, stats)
-            found = SampleSweep(
+            sweep = SampleSweep(
                 method, rows_method, control, field, clock, problem.resolution,
                 _by_rows(tolerance[0], flat), _by_rows(tolerance[1], flat), ctx.passes, skip, stats,
-            ).run(flat.clone())  # fmt: skip
+            )  # fmt: skip
+            with log_stage("pnode forward"):
+                found = sweep.run(flat.clone())
         ys = found.to(layout.dtype).reshape(len(times), *y0.shape)
         ctx.problem, ctx.used, ctx.stats = problem, field.used, stats
         ctx.save_for_backward(y0, times, ys, *parameters, *problem.frozen, *read)
@@ -201,30 +220,41 @@ class _SolveFunction(torch.autograd.Function):
                 "second derivatives of a solve with samples='independent' are not supported: take "
                 "samples='joint' for them"
             )
-        _, times, ys, *_ = ctx.saved_tensors
-        own = ctx.stats.backward
-        field = RowsField(ctx.problem, own)
-        field.trust(list(ctx.used))
-        record_all(field)
-        number, rows = times.shape
-        seeds = cotangents.to(REAL).reshape(number, rows, -1)
+        ranks = ctx.problem.ranks
+        ranks.begin()
+        found = ranks.attempt(_reverse, ctx, cotangents)
+        if found is None:  # the sums over the ranks, which follow, tell all of it
+            found = [None] * (len(ctx.needs_input_grad) - 4)
+        return None, None, None, None, *found
+
+
+def _reverse(ctx: Any, cotangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Return the gradients by y0, the times and the parameters."""
+    _, times, ys, *_ = ctx.saved_tensors
+    own = ctx.stats.backward
+    field = RowsField(ctx.problem, own)
+    field.trust(list(ctx.used))
+    record_all(field)
+    number, rows = times.shape
+    seeds = cotangents.to(REAL).reshape(number, rows, -1)
+    if ctx.compiled is not None:
+        refuse_written(ctx.reads, ctx.surroundings, ctx.method)
+    with ctx.surroundings.restored():
         if ctx.compiled is not None:
-            refuse_written(ctx.reads, ctx.surroundings, ctx.method)
-        with ctx.surroundings.restored():
-            if ctx.compiled is not None:
-                initial, found = ctx.compiled.reverse(seeds, own)
-            else:
+            initial, found = ctx.compiled.reverse(seeds, own)
+        else:
+            with log_stage("pnode adjoint"):
                 initial, found = sample_adjoint(field, ctx.passes, seeds, own)
-            by_times = None
-            if ctx.needs_input_grad[5]:
-                rate = field.rate if ctx.compiled is None else ctx.compiled.rates
-                by_times = _by_times(rate, times, ys.reshape(number, rows, -1), seeds, initial)
-        gradients = [
-            as_parameter(one, parameter, used)
-            for one, parameter, used in zip(found, field.parameters, field.used, strict=True)
-        ]
-        state = (initial + seeds[0]).view(ys.shape[1:]).to(ys.dtype)
-        return None, None, None, None, state, by_times, *gradients
+        by_times = None
+        if ctx.needs_input_grad[5]:
+            rate = field.rate if ctx.compiled is None else ctx.compiled.rates
+            by_times = _by_times(rate, times, ys.reshape(number, rows, -1), seeds, initial)
+    gradients = [
+        as_parameter(one, parameter, used)
+        for one, parameter, used in zip(found, field.parameters, field.used, strict=True)
+    ]
+    state = (initial + seeds[0]).view(ys.shape[1:]).to(ys.dtype)
+    return state, by_times, *gradients
 
 
 @cache
