@@ -137,7 +137,7 @@ def _independent(
             )
         return None
     wrong: dict[str, Any] = {
-        "cost": cost, "layout": layout,
+        "layout": layout,
         "sensitivity_control": steps.sensitivity_control, "event_fn": output.event_fn,
         "monitor": output.monitor, "dense": output.dense or None,
         "progress": output.progress or None,

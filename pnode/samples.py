@@ -41,6 +41,7 @@ from pnode.solvers.sample_field import RowsField
 from pnode.solvers.sample_methods import create
 from pnode.solvers.sample_record import Passes
 from pnode.solvers.sample_steps import SampleSweep
+from pnode.sweeping.integrals import with_row_integrals
 from pnode.sweeping.sweeps import refuse_written
 
 __all__ = ["solve"]
@@ -62,7 +63,7 @@ def solve(solver: Any, y0: Any, t: Any, args: Any) -> Solution:
     prepared = ranks.attempt(_prepare, solver, y0, t, args, ranks, differentiate)
     if ranks.parallel:
         prepared = agreed(ranks, solver._shared, prepared, differentiate)
-    problem, y0, times, call = prepared
+    problem, y0, times, call, costs = prepared
     with outside_inference(differentiate), ranks.together():
         y0, times = (x.clone() if x.is_inference() else x for x in (y0, times))
         alike, parameters = bool(problem.times), problem.parameters
@@ -72,13 +73,23 @@ def solve(solver: Any, y0: Any, t: Any, args: Any) -> Solution:
         ys = ranks.attempt(
             _SolveFunction.apply, engine, problem, solver._requests, stats, y0, times, *wanted
         )
-    return Solution(times, call.restored(ys), stats)
+    states, integrals = ys, None
+    if costs is not None:
+        number, own = costs.numel(), problem.base.layout.shapes[0][1:]
+        parts = ys.split((ys.shape[-1] - number, number), dim=-1)
+        states, integrals = (
+            part.reshape(*ys.shape[:2], *one) for part, one in zip(parts, (own, costs), strict=True)
+        )
+    return Solution(times, call.restored(states), stats, costs=integrals)
 
 
 def _prepare(
     solver: Any, y0: Any, t: Any, args: Any, ranks: Ranks, differentiate: bool
-) -> tuple[InitialValueProblem, torch.Tensor, torch.Tensor, Call]:
-    """Return the problem, y0, t of shape ``(T, B)`` or ``(T, 1)``, the call. Not collective."""
+) -> tuple[InitialValueProblem, torch.Tensor, torch.Tensor, Call, torch.Size | None]:
+    """Return the problem, where it starts, and what else is to be known of it. Not collective.
+
+    The times, shape ``(T, B)`` or ``(T, 1)``, the call, and the shape of a row's integrals.
+    """
     engine = solver._engine
     call = Call.of(y0, args, ranks, None, None, engine.jacobian_options)
     declared = collect_parameters(solver._functions, (*(solver._params or ()), *call.tensors))
@@ -111,7 +122,11 @@ def _prepare(
         ranks=ranks, resolution=resolution,
     )  # fmt: skip
     arguments.refuse_inference(declared, engine.method)
-    return problem, y0, times, call
+    if solver.cost is None:
+        return problem, y0, times, call, None
+    cost, first = call.observer(watched(solver.cost, declared)), times[0].expand(len(y0))
+    problem, y0, shape = with_row_integrals(problem, cost, y0, first)
+    return problem, y0, times, call, shape
 
 
 def _refuse_unsupported(solver: Any) -> None:
@@ -178,27 +193,30 @@ class _SolveFunction(torch.autograd.Function):
         if keep:
             record_all(field)
             ctx.surroundings = Surroundings([problem.function], layout.device)
-        tolerance = tolerances.resolve(control.rtol, control.atol, layout)
+        own = layout if problem.base is None else problem.base.layout
+        tolerance = tolerances.resolve(control.rtol, control.atol, own)
         flat = y0.detach().to(REAL).reshape(len(y0), -1)
         clock, skip = times.detach().to(layout.device, REAL), requests.independent == "nan"
         ctx.method, ctx.passes, ctx.compiled, read = method.name, None, None, ()
         if engine.compile is True:
-            rows = Rows(flat, clock, *tolerance, skip)
-            ctx.compiled = compiled_rows(
-                engine.row_compiler, field, rows, _wanted(engine, problem, flat, keep)
-            )
+            rows, wanted = Rows(flat, clock, *tolerance, skip), _wanted(engine, problem, flat, keep)
+            if problem.integrals:
+                engine.row_compiler.explain(wanted, ["cost= of independent samples is given"])
+            else:
+                ctx.compiled = compiled_rows(engine.row_compiler, field, rows, wanted)
         if ctx.compiled is not None:
             found, read = ctx.compiled.forward(stats), ctx.compiled.captured
             ctx.reads = Reads(read) if keep else None
         else:
             rows_method = create(method, control.step_size is None, layout.dtype)
             if keep:
-                own = engine.checkpointing
-                limit, whole = own.bytes or math.inf, own.store != "solutions"
+                kept = engine.checkpointing
+                limit, whole = kept.bytes or math.inf, kept.store != "solutions"
                 ctx.passes = Passes(rows_method, limit, whole, stats)
             sweep = SampleSweep(
                 method, rows_method, control, field, clock, problem.resolution,
-                _by_rows(tolerance[0], flat), _by_rows(tolerance[1], flat), ctx.passes, skip, stats,
+                *(_by_rows(one, len(flat), layout.device) for one in tolerance), ctx.passes, skip,
+                stats,
             )  # fmt: skip
             with log_stage("pnode forward"):
                 found = sweep.run(flat.clone())
@@ -282,9 +300,11 @@ def _wanted(engine: Any, problem: InitialValueProblem, flat: torch.Tensor, keep:
     )  # fmt: skip
 
 
-def _by_rows(tolerance: tolerances.Resolved, flat: torch.Tensor) -> float | torch.Tensor:
-    value = tolerances.values(tolerance, flat.device)
-    return value if isinstance(value, float) else value.view_as(flat)
+def _by_rows(
+    tolerance: tolerances.Resolved, rows: int, device: torch.device
+) -> float | torch.Tensor:
+    value = tolerances.values(tolerance, device)
+    return value if isinstance(value, float) else value.view(rows, -1)
 
 
 def _by_times(

@@ -23,6 +23,8 @@ class RowsField(VectorField):
     def __init__(self, problem: InitialValueProblem, ledger: Ledger) -> None:
         super().__init__(problem, ledger)
         self._parts: dict[int, RowsField] = {}
+        #: Entries of a row that are its state's: errors and residuals of integrals do not count.
+        self.width = self._layout.size // self._layout.shapes[0][0] - problem.integrals
         self._checked = False
 
     def _time(self, s: Any) -> torch.Tensor:

@@ -124,7 +124,7 @@ class RungeKuttaRows:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
         """Solve y = z + h f(t, y); return y, the slopes, f at the last iterate and the failures."""
         moving = h[:, 0] != 0.0
-        shift = 1.0 / torch.where(h == 0.0, 1.0, h)
+        shift, own = 1.0 / torch.where(h == 0.0, 1.0, h), slice(field.width)
         y, wanted = torch.where(moving[:, None], guess, z), moving.clone()
         failed = torch.zeros_like(moving)
         before, update = torch.zeros_like(shift[:, 0]), torch.zeros_like(y)
@@ -132,10 +132,11 @@ class RungeKuttaRows:
             graph = field.graph(t, y)
             value = graph.flat_value().to(REAL).view_as(y)
             residual = shift * (y - z) - value
-            norm = residual.norm(dim=1)
+            norm = residual[:, own].norm(dim=1)
             done = norm < _LEAST_NORM
             if iteration:
-                small = update.norm(dim=1) < self._stol * y.norm(dim=1)
+                size = y[:, own].norm(dim=1)
+                small = update[:, own].norm(dim=1) < self._stol * size
                 done |= (norm <= self._rtol * before) | small
             else:
                 before = norm
@@ -154,6 +155,8 @@ class RungeKuttaRows:
             wanted &= ~singular
             y = torch.where(wanted[:, None], y - update, y)
             field.ledger.newton += 1
+        # Integrals are what their rate is at the solution, not what the last iteration made of it.
+        y[:, field.width :] = (z + h * value)[:, field.width :]
         return y, shift * (y - z), value, failed
 
 

@@ -225,14 +225,15 @@ class SampleSweep:
         if given is not None and not self.method.implicit:
             return torch.full_like(s, given)
         f0 = self.slope = self.field.rate(self._user_time(), y0)
-        scale = self.atol + self.rtol * y0.abs()
-        d0, d1 = _rms(y0 / scale), _rms(f0 / scale)
+        own = slice(self.field.width)
+        scale = self.atol + self.rtol * y0[:, own].abs()
+        d0, d1 = _rms(y0[:, own] / scale), _rms(f0[:, own] / scale)
         moves = (d0 >= 1e-5) & (d1 >= 1e-5) & d1.isfinite()
         guess = torch.where(moves, 0.01 * d0 / d1, 1e-6)
         guess = torch.minimum(guess, end - s)
         h = self.direction * guess
         moved = self.field.rate(self.direction * (s + guess), y0 + h[:, None] * f0)
-        d2 = _rms((moved - f0) / scale) / guess
+        d2 = _rms((moved - f0)[:, own] / scale) / guess
         steepest = torch.maximum(d1, d2)
         better = (0.01 / steepest).pow(1.0 / (self.method.order + 1))
         better = torch.where(steepest <= 1e-15, (1e-3 * guess).clamp(min=1e-6), better)
@@ -250,8 +251,9 @@ class SampleSweep:
         self.slope = found.first
         if found.other is None:
             return found, torch.zeros_like(length)
-        scale = self.atol + self.rtol * torch.maximum(found.state.abs(), found.other.abs())
-        return found, _rms((found.other - found.state) / scale)
+        state, other = (y[:, : self.field.width] for y in (found.state, found.other))
+        scale = self.atol + self.rtol * torch.maximum(state.abs(), other.abs())
+        return found, _rms((other - state) / scale)
 
     def _advance(
         self, accepted: torch.Tensor, length: torch.Tensor, end: torch.Tensor,
