@@ -139,7 +139,7 @@ def _independent(
     wrong: dict[str, Any] = {
         "layout": layout,
         "sensitivity_control": steps.sensitivity_control, "event_fn": output.event_fn,
-        "monitor": output.monitor, "dense": output.dense or None,
+        "monitor": output.monitor,
         "progress": output.progress or None,
         "gradient": None if gradient == "discrete" else gradient,
         "grid": steps.grid, "norm": None if steps.norm == "rms" else steps.norm,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from pnode.problems import arguments, tolerances
 from pnode.problems.calls import Call
 from pnode.problems.compared import agreed
 from pnode.problems.problem import InitialValueProblem, StateLayout, as_times, collect_parameters
+from pnode.sample_path import SamplePath
 from pnode.solutions.solution import Solution
 from pnode.solvers.compiled.backend import Wanted
 from pnode.solvers.compiled.row_sweeps import Rows, compiled_rows
@@ -42,12 +43,13 @@ from pnode.solvers.sample_methods import create
 from pnode.solvers.sample_record import Passes
 from pnode.solvers.sample_steps import SampleSweep
 from pnode.sweeping.integrals import with_row_integrals
+from pnode.sweeping.run import Requests
 from pnode.sweeping.sweeps import refuse_written
 
 __all__ = ["solve"]
 
 
-def solve(solver: Any, y0: Any, t: Any, args: Any) -> Solution:
+def solve(solver: Any, y0: Any, t: Any, args: Any, at: str) -> Solution:
     """Solve each row of y0 by itself; see :meth:`Solver.forward`. Collective.
 
     Raises
@@ -64,23 +66,53 @@ def solve(solver: Any, y0: Any, t: Any, args: Any) -> Solution:
     if ranks.parallel:
         prepared = agreed(ranks, solver._shared, prepared, differentiate)
     problem, y0, times, call, costs = prepared
+    requests, restored = solver._requests, partial(_restored, problem, call, costs)
+    if requests.dense or at == "steps":
+        requests = replace(requests, steps=True)
     with outside_inference(differentiate), ranks.together():
-        y0, times = (x.clone() if x.is_inference() else x for x in (y0, times))
-        alike, parameters = bool(problem.times), problem.parameters
-        own, common = ((y0,), (times,)) if alike else ((y0, times), ())
-        y0, times, *wanted = of_all_ranks(ranks, own, (*common, *parameters))
-        times = times.expand(-1, len(y0))
-        ys = ranks.attempt(
-            _SolveFunction.apply, engine, problem, solver._requests, stats, y0, times, *wanted
-        )
-    states, integrals = ys, None
-    if costs is not None:
-        number, own = costs.numel(), problem.base.layout.shapes[0][1:]
-        parts = ys.split((ys.shape[-1] - number, number), dim=-1)
-        states, integrals = (
-            part.reshape(*ys.shape[:2], *one) for part, one in zip(parts, (own, costs), strict=True)
-        )
-    return Solution(times, call.restored(states), stats, costs=integrals)
+        solved = ranks.attempt(_solve, engine, problem, requests, stats, y0, times, restored, at)
+    ts, ys, path = solved
+    states, integrals = restored(ys)
+    return Solution(ts, states, stats, costs=integrals, path=path if requests.dense else None)
+
+
+def _solve(
+    engine: Any, problem: InitialValueProblem, requests: Requests, stats: Stats, y0: torch.Tensor,
+    times: torch.Tensor, restored: Callable[[torch.Tensor], tuple[Any, Any]], at: str,
+) -> tuple[torch.Tensor, torch.Tensor, SamplePath | None]:  # fmt: skip
+    """Return output times, states inside, and what may be asked for more. Not collective."""
+    y0, times = (x.clone() if x.is_inference() else x for x in (y0, times))
+    own, common = ((y0,), (times,)) if problem.times else ((y0, times), ())
+    y0, times, *parameters = of_all_ranks(problem.ranks, own, (*common, *problem.parameters))
+    times = times.expand(-1, len(y0))
+    hit = times[[0, -1]] if requests.dense and len(times) > 1 else times
+    ys, ends = _SolveFunction.apply(engine, problem, requests, stats, y0, hit, *parameters)
+    if not requests.steps:
+        return times, ys, None
+    path = SamplePath(
+        problem, engine.method, stats, times, ends, ys, y0, parameters, lambda y: restored(y)[0]
+    )
+    if at == "steps":
+        return *path.at_steps(), path
+    return times, path.outputs(), path
+
+
+def _restored(
+    problem: InitialValueProblem, call: Call, costs: torch.Size | None, ys: torch.Tensor
+) -> tuple[Any, torch.Tensor | None]:
+    """Return the user's states and integrals of states inside, shape ``(..., B, ...)``."""
+    if costs is None:
+        shape = problem.layout.shapes[0]
+        if ys.shape[-len(shape) :] != shape:
+            ys = ys.reshape(*ys.shape[:-2], *shape)
+        return call.restored(ys), None
+    assert problem.base is not None
+    parts = ys.split((ys.shape[-1] - costs.numel(), costs.numel()), dim=-1)
+    states, integrals = (
+        part.reshape(*ys.shape[:-1], *one)
+        for part, one in zip(parts, (problem.base.layout.shapes[0][1:], costs), strict=True)
+    )
+    return call.restored(states), integrals
 
 
 def _prepare(
@@ -179,13 +211,17 @@ def _times(t: Any, rows: int) -> tuple[torch.Tensor, float, tuple[float, ...]]:
 
 
 class _SolveFunction(torch.autograd.Function):
-    """The solve as one node of the graph: (y0, times, *parameters) -> ys."""
+    """The solve as one node of the graph: (y0, times, *parameters) -> ys.
+
+    If the steps are wanted: the states at the ends of all, shape ``(K + 1, B, n)``, double
+    precision, and these, ``(K + 1, B)``; derivatives by times are those by the first then.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, engine: Any, problem: InitialValueProblem, requests: Any, stats: Stats,
         y0: torch.Tensor, times: torch.Tensor, *parameters: torch.Tensor,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """Solve."""
         control, method, layout = engine.control, engine.method, problem.layout
         keep = problem.check_undeclared and any(ctx.needs_input_grad)
@@ -200,8 +236,10 @@ class _SolveFunction(torch.autograd.Function):
         ctx.method, ctx.passes, ctx.compiled, read = method.name, None, None, ()
         if engine.compile is True:
             rows, wanted = Rows(flat, clock, *tolerance, skip), _wanted(engine, problem, flat, keep)
-            if problem.integrals:
-                engine.row_compiler.explain(wanted, ["cost= of independent samples is given"])
+            more = "cost=" if problem.integrals else requests.steps and "dense=True or at='steps'"
+            if more:
+                reason = f"{more} of independent samples is given"
+                engine.row_compiler.explain(wanted, [reason])
             else:
                 ctx.compiled = compiled_rows(engine.row_compiler, field, rows, wanted)
         if ctx.compiled is not None:
@@ -213,20 +251,25 @@ class _SolveFunction(torch.autograd.Function):
                 kept = engine.checkpointing
                 limit, whole = kept.bytes or math.inf, kept.store != "solutions"
                 ctx.passes = Passes(rows_method, limit, whole, stats)
+            rtol, atol = (_by_rows(one, len(flat), layout.device) for one in tolerance)
             sweep = SampleSweep(
                 method, rows_method, control, field, clock, problem.resolution,
-                *(_by_rows(one, len(flat), layout.device) for one in tolerance), ctx.passes, skip,
-                stats,
+                rtol, atol, ctx.passes, skip,
+                stats, requests.steps,
             )  # fmt: skip
             with log_stage("pnode forward"):
                 found = sweep.run(flat.clone())
-        ys = found.to(layout.dtype).reshape(len(times), *y0.shape)
-        ctx.problem, ctx.used, ctx.stats = problem, field.used, stats
+        if requests.steps:
+            ys, ends = found, sweep.ends.clone()
+            ctx.mark_non_differentiable(ends)
+        else:
+            ys, ends = found.to(layout.dtype).reshape(len(times), *y0.shape), None
+        ctx.problem, ctx.used, ctx.stats, ctx.steps = problem, field.used, stats, requests.steps
         ctx.save_for_backward(y0, times, ys, *parameters, *problem.frozen, *read)
-        return ys
+        return ys, ends
 
     @staticmethod
-    def backward(ctx: Any, cotangents: torch.Tensor) -> Any:
+    def backward(ctx: Any, cotangents: torch.Tensor, _: Any) -> Any:
         """Take the discrete adjoint of each row's steps."""
         if is_legacy_batch(cotangents):
             raise BackwardError(
@@ -238,9 +281,7 @@ class _SolveFunction(torch.autograd.Function):
                 "second derivatives of a solve with samples='independent' are not supported: take "
                 "samples='joint' for them"
             )
-        ranks = ctx.problem.ranks
-        ranks.begin()
-        found = ranks.attempt(_reverse, ctx, cotangents)
+        found = ctx.problem.ranks.attempt(_reverse, ctx, cotangents)
         if found is None:  # the sums over the ranks, which follow, tell all of it
             found = [None] * (len(ctx.needs_input_grad) - 4)
         return None, None, None, None, *found
@@ -248,12 +289,12 @@ class _SolveFunction(torch.autograd.Function):
 
 def _reverse(ctx: Any, cotangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """Return the gradients by y0, the times and the parameters."""
-    _, times, ys, *_ = ctx.saved_tensors
+    y0, times, ys, *_ = ctx.saved_tensors
     own = ctx.stats.backward
     field = RowsField(ctx.problem, own)
     field.trust(list(ctx.used))
     record_all(field)
-    number, rows = times.shape
+    number, rows = len(ys), len(y0)
     seeds = cotangents.to(REAL).reshape(number, rows, -1)
     if ctx.compiled is not None:
         refuse_written(ctx.reads, ctx.surroundings, ctx.method)
@@ -266,12 +307,16 @@ def _reverse(ctx: Any, cotangents: torch.Tensor) -> tuple[torch.Tensor | None, .
         by_times = None
         if ctx.needs_input_grad[5]:
             rate = field.rate if ctx.compiled is None else ctx.compiled.rates
-            by_times = _by_times(rate, times, ys.reshape(number, rows, -1), seeds, initial)
+            used = 1 if ctx.steps else number
+            values = ys[:used].reshape(used, rows, -1)
+            by_times = torch.zeros_like(times)
+            through = initial + seeds[0] if ctx.steps else initial
+            by_times[:used] = _by_times(rate, times[:used], values, seeds, through)
     gradients = [
         as_parameter(one, parameter, used)
         for one, parameter, used in zip(found, field.parameters, field.used, strict=True)
     ]
-    state = (initial + seeds[0]).view(ys.shape[1:]).to(ys.dtype)
+    state = (initial + seeds[0]).view(y0.shape).to(y0.dtype)
     return state, by_times, *gradients
 
 

@@ -201,8 +201,7 @@ class Solver(torch.nn.Module):
         self.cost = check_cost(cost, chosen)
         collect_parameters(self._functions, self._params)
         self._progress = output.progress and comm.rank == 0
-        shares = steps.samples == "joint"
-        alone = arguments.alone(comm, exchange, consistent_start, compile if shares else None)
+        alone = arguments.alone(comm, exchange, consistent_start, compile, steps.samples)
         setup = arguments.setup(petsc_setup, chosen, compile)
         options = linear_algebra.petsc_options() | check_petsc_options(petsc_options)
         # Last: arguments that are refused use up no number.
@@ -301,7 +300,7 @@ class Solver(torch.nn.Module):
         check_at(at, self._engine, self._requests)
         if self._requests.independent is not None:
             check_breaks(self._engine, self._requests, breakpoints)
-            return samples.solve(self, y0, t, args)
+            return samples.solve(self, y0, t, args, at)
         ranks = Ranks(self._engine.comm)
         differentiate = torch.is_grad_enabled()
         prepared = ranks.attempt(self._prepare, y0, t, args, breakpoints, ranks, differentiate)

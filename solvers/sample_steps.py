@@ -67,6 +67,10 @@ class SampleSweep:
         Where steps are recorded.
     skip_failed : bool
         Whether a row that fails becomes NaN from there on, instead of ending the solve.
+    every : bool
+        Whether the ends of all steps are outputs, instead of the output times.
+    ends : Tensor
+        After :meth:`run`, where these are: shape ``(K + 1, B)``, NaN behind the last of a row.
     """
 
     method: Method
@@ -80,16 +84,20 @@ class SampleSweep:
     passes: Passes | None
     skip_failed: bool
     ledger: Ledger
+    every: bool = False
 
     def run(self, u: torch.Tensor) -> torch.Tensor:
-        """Integrate from states ``(B, n)``, double precision; return ``(T, B, n)``."""
+        """Integrate from states ``(B, n)``, double precision; return ``(T, B, n)``.
+
+        ``(K + 1, B, n)`` of the ends of all steps.
+        """
         self._begin(u)
         attempt = self._adapt if self.control.step_size is None else self._fixed
         while live := int(self.active.sum()):
             if self._gathers and 2 * live < len(self.active) >= _FEWEST_ROWS:
                 self._gather()
             attempt()
-        return self.outputs
+        return self.outputs if not self.every else self.outputs[: len(self.ends)]
 
     # ------------------------------------------------------------------------------- state
 
@@ -103,6 +111,7 @@ class SampleSweep:
         self.target = u.new_ones(rows, dtype=torch.long)
         self.outputs = u.new_full((number, *u.shape), math.nan)
         self.outputs[0] = u
+        self.ends = self.times[:1]
         self.active = torch.full((rows,), number > 1, device=u.device)
         self.taken = u.new_zeros(rows, dtype=torch.long)
         self.slope: torch.Tensor | None = None
@@ -263,6 +272,7 @@ class SampleSweep:
         if not bool(accepted.any()):
             return
         own, mark = accepted[:, None], torch.where(accepted, mark, -1)
+        reached = torch.where(accepted, self.taken + 1, -1) if self.every else mark
         if self.passes is not None:
             h = torch.where(accepted, self.direction * length, 0.0)
             note = project(torch.where(own, found.value, 0.0).reshape(-1))
@@ -270,7 +280,7 @@ class SampleSweep:
                 self.u if stage is self.u else torch.where(own, stage, self.u.to(stage.dtype))
                 for stage in found.kept
             )
-            self.passes.add(Pass(self._user_time(), h, mark, note, self.rows, kept, self.u))
+            self.passes.add(Pass(self._user_time(), h, reached, note, self.rows, kept, self.u))
         self.u = torch.where(own, found.state, self.u)
         if found.last is None:
             self.slope = None
@@ -280,10 +290,21 @@ class SampleSweep:
         self.s = torch.where(accepted, end, self.s)
         self.taken += accepted
         self.ledger.steps += int(accepted.sum())
-        rows = mark.ge(0).nonzero()[:, 0]
-        self.outputs[mark[rows], rows if self.rows is None else self.rows[rows]] = self.u[rows]
-        self.target[rows] += 1
+        rows = reached.ge(0).nonzero()[:, 0]
+        at = reached[rows], rows if self.rows is None else self.rows[rows]
+        if self.every and int(reached.max()) == len(self.ends):
+            self._grow()
+        if self.every:
+            self.ends[at] = self._user_time()[rows]
+        self.outputs[at] = self.u[rows]
+        self.target += mark.ge(0)
         self.active &= self.target < self.number
+
+    def _grow(self) -> None:
+        """Make room for one step more of some row."""
+        self.ends = torch.cat([self.ends, torch.full_like(self.ends[:1], math.nan)])
+        if len(self.ends) > len(self.outputs):
+            self.outputs = torch.cat([self.outputs, torch.full_like(self.outputs, math.nan)])
 
     def _limit(self) -> None:
         most = self.control.max_steps

@@ -100,7 +100,7 @@ REFUSED = [
     ({"method": "bdf"}, "method='bdf'"),
     ({"checkpointing": pnode.Checkpointing(store="tape")}, "checkpointing: store='tape'"),
     ({"checkpointing": pnode.Checkpointing(memory=99, disk="/tmp")}, "checkpointing: disk="),
-    ({"dense": True}, "dense="), ({"method": "es325", "jacobian": "dense"}, "jacobian='dense'"),
+    ({"method": "es325", "jacobian": "dense"}, "jacobian='dense'"),
     ({"event_fn": lambda t, y: y}, "event_fn="), ({"controller": "pi"}, "controller="),
     ({"gradient": "continuous"}, "gradient="), ({"monitor": print}, "monitor="),
     ({"petsc_options": {"ts_monitor": None}}, "petsc_options"),

@@ -77,7 +77,7 @@ class Integrand(torch.nn.Module):
 class IntegrandOfRows(Integrand):
     """(f, r) of independent samples, rows of one tensor: ``layout`` is that of y's rows."""
 
-    def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Return both, shape ``(k, n + m)``, of any k rows."""
         shape, number = self._layout.shapes[0], len(x)
         of_row = shape[1:]
