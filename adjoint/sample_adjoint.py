@@ -68,18 +68,27 @@ def _runge_kutta(
     method: RungeKuttaRows, field: RowsField, one: Pass, kept: tuple[torch.Tensor, ...],
     end: torch.Tensor, gradients: Gradients,
 ) -> torch.Tensor:  # fmt: skip
-    """Return lambda at the start of steps; ``StageAdjoint`` has the equations, with M = I."""
+    """Return lambda at the start of steps; ``StageAdjoint`` has the equations, with M = I.
+
+    Of an IMEX method tau are the cotangents of the explicit part's slopes.
+    """
     scheme, moving = method.scheme, one.length != 0.0
     own = moving[:, None]
     h = torch.where(own, one.length[:, None], 1.0)
-    live = sorted(scheme.live_stages(), reverse=True)
+    split, b_explicit = scheme.A_explicit, scheme.b_explicit
+    stages = scheme.live_stages() if split is None else range(scheme.stages)
+    live = sorted(stages, reverse=True)
     through_stage = scheme.stiffly_accurate and not scheme.explicit
     total, zeta = end, torch.zeros_like(end)
     sigma = {i: h * scheme.b[i] * end for i in live}
     if through_stage:
         total, zeta, sigma = torch.zeros_like(end), end, {i: torch.zeros_like(end) for i in live}
+    tau = {i: h * b * end for i, b in enumerate(b_explicit or ())}
     for i in live:
         a = scheme.A[i][i]
+        if field.explicit is not None:
+            part = field.explicit.graph(one.start + scheme.c_explicit[i] * one.length, kept[i])
+            zeta = zeta + _pull_back(part, torch.where(own, tau[i], 0.0), gradients)
         graph = field.graph(one.start + scheme.c[i] * one.length, kept[i])
         if i == 0:
             _compare(field, graph, one)
@@ -97,6 +106,8 @@ def _runge_kutta(
         for j in live:
             if j < i and scheme.A[i][j]:
                 sigma[j] = sigma[j] + h * scheme.A[i][j] * z
+            if split is not None and j < i and split[i][j]:
+                tau[j] = tau[j] + h * split[i][j] * z
     return total
 
 

@@ -109,7 +109,7 @@ class SamplePath:
             for number in range(1, len(times)):
                 at, rows = index[number], hit[number].nonzero()[:, 0]
                 state = _at(self.states, at[None])[0]
-                slopes[at[rows], rows] = self.rates.field.rate(numbers[number], state)[rows]
+                slopes[at[rows], rows] = self.rates.field.total_rate(numbers[number], state)[rows]
         return self.ends + change, nodes + change[..., None] * slopes
 
     def outputs(self) -> torch.Tensor:

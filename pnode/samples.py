@@ -148,9 +148,10 @@ def _prepare(
         )
     times, resolution, alike = _times(t, len(y0))
     problem = InitialValueProblem(
-        call.function(watched(solver.rhs, declared)), layout, alike, 1.0,
+        call.function(watched(solver._functions[0], declared)), layout, alike, 1.0,
         tuple(one for one in declared if differentiate and one.requires_grad),
         tuple(one for one in declared if not one.requires_grad), differentiate,
+        explicit=call.function(watched(solver.explicit, declared)), form=solver._form,
         ranks=ranks, resolution=resolution,
     )  # fmt: skip
     arguments.refuse_inference(declared, engine.method)
@@ -228,7 +229,8 @@ class _SolveFunction(torch.autograd.Function):
         field = RowsField(problem, stats)
         if keep:
             record_all(field)
-            ctx.surroundings = Surroundings([problem.function], layout.device)
+            functions = [problem.function, problem.explicit]
+            ctx.surroundings = Surroundings(functions, layout.device)
         own = layout if problem.base is None else problem.base.layout
         tolerance = tolerances.resolve(control.rtol, control.atol, own)
         flat = y0.detach().to(REAL).reshape(len(y0), -1)
@@ -236,10 +238,15 @@ class _SolveFunction(torch.autograd.Function):
         ctx.method, ctx.passes, ctx.compiled, read = method.name, None, None, ()
         if engine.compile is True:
             rows, wanted = Rows(flat, clock, *tolerance, skip), _wanted(engine, problem, flat, keep)
-            more = "cost=" if problem.integrals else requests.steps and "dense=True or at='steps'"
-            if more:
-                reason = f"{more} of independent samples is given"
-                engine.row_compiler.explain(wanted, [reason])
+            given = {
+                "cost=": problem.integrals, "dense=True or at='steps'": requests.steps,
+                "a split right-hand side": problem.explicit is not None,
+            }  # fmt: skip
+            reasons = [
+                f"{name} of independent samples is given" for name, on in given.items() if on
+            ]
+            if reasons:
+                engine.row_compiler.explain(wanted, reasons)
             else:
                 ctx.compiled = compiled_rows(engine.row_compiler, field, rows, wanted)
         if ctx.compiled is not None:
@@ -306,7 +313,7 @@ def _reverse(ctx: Any, cotangents: torch.Tensor) -> tuple[torch.Tensor | None, .
                 initial, found = sample_adjoint(field, ctx.passes, seeds, own)
         by_times = None
         if ctx.needs_input_grad[5]:
-            rate = field.rate if ctx.compiled is None else ctx.compiled.rates
+            rate = field.total_rate if ctx.compiled is None else ctx.compiled.rates
             used = 1 if ctx.steps else number
             values = ys[:used].reshape(used, rows, -1)
             by_times = torch.zeros_like(times)

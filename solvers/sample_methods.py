@@ -56,7 +56,7 @@ class Attempt:
 
 
 class RungeKuttaRows:
-    """Explicit and diagonally implicit Runge-Kutta methods; systems by Newton's method.
+    """Explicit, diagonally implicit and IMEX Runge-Kutta methods; systems by Newton's method.
 
     What is kept of a step are its stages.
 
@@ -78,7 +78,8 @@ class RungeKuttaRows:
     def __init__(self, method: Method, adaptive: bool, dtype: torch.dtype) -> None:
         scheme = method.scheme
         assert scheme is not None
-        self.scheme = scheme if adaptive else scheme.without_idle_stages(scheme.fsal)
+        whole = adaptive or scheme.A_explicit is not None
+        self.scheme = scheme if whole else scheme.without_idle_stages(scheme.fsal)
         self._adaptive, self._dtype = adaptive, dtype
         self._carries = self.scheme.explicit_first and method.carries_slope
         if method.implicit:
@@ -94,10 +95,13 @@ class RungeKuttaRows:
         nonfinite, failed = torch.zeros_like(moving), torch.zeros_like(moving)
         kept: list[torch.Tensor] = []
         slopes: list[torch.Tensor] = []
+        others: list[torch.Tensor] = []  # of the explicit part
         value, guess = u, u
         for i in range(scheme.stages):
             s = t + scheme.c[i] * length
             Y = _moved(u, h, scheme.A[i][:i], slopes) if i else u
+            if scheme.A_explicit is not None:
+                Y = _moved(Y, h, scheme.A_explicit[i][:i], others)
             if scheme.A[i][i]:
                 Y, K, value_here, own = self._solve(field, s, Y, guess, h * scheme.A[i][i])
                 failed |= own
@@ -108,8 +112,13 @@ class RungeKuttaRows:
             value = value_here if i == 0 else value
             kept.append(Y.to(self._dtype))
             slopes.append(K)
+            if field.explicit is not None:
+                others.append(field.explicit.rate(t + scheme.c_explicit[i] * length, Y))
+                nonfinite |= moving & ~_finite(others[-1])
             guess = Y
         state = _moved(u, h, scheme.b, slopes)
+        if scheme.b_explicit is not None:
+            state = _moved(state, h, scheme.b_explicit, others)
         if scheme.stiffly_accurate and not scheme.explicit:
             state = torch.where(moving[:, None], guess, u)
         other = _moved(u, h, scheme.b_embedded or (), slopes) if self._adaptive else None

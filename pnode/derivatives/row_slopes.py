@@ -37,7 +37,9 @@ class RowSlopes:
         self, problem: InitialValueProblem, stats: Stats, parameters: Sequence[torch.Tensor]
     ) -> None:
         self.problem, self.stats, self.parameters = problem, stats, parameters
-        self.surroundings = Surroundings([problem.function], problem.layout.device)
+        self.surroundings = Surroundings(
+            [problem.function, problem.explicit], problem.layout.device
+        )
         self.field = RowsField(problem, stats)
         if torch.is_grad_enabled():
             record_all(self.field)
@@ -57,7 +59,7 @@ class _Slopes(torch.autograd.Function):
         ctx: Any, own: RowSlopes, t: torch.Tensor, states: torch.Tensor, *parameters: torch.Tensor
     ) -> torch.Tensor:
         """Evaluate."""
-        found = [own.field.rate(*one) for one in zip(t, states, strict=True)]
+        found = [own.field.total_rate(*one) for one in zip(t, states, strict=True)]
         ctx.own, ctx.t = own, t
         ctx.noted = [project(one.reshape(-1)) for one in found]
         ctx.save_for_backward(states, *parameters, *own.problem.frozen)
@@ -85,13 +87,16 @@ def _pulled_back(ctx: Any, cotangents: torch.Tensor) -> list[torch.Tensor | None
             w = cotangents[index]
             if not bool(w.ne(0.0).any()):
                 continue
-            graph = field.graph(ctx.t[index], states[index])
-            by = differs(graph.flat_value(), ctx.noted[index])
+            parts = [one for one in (field, field.explicit) if one is not None]
+            graphs = [one.graph(ctx.t[index], states[index]) for one in parts]
+            value = sum(one.flat_value().to(REAL) for one in graphs)
+            by = differs(value, ctx.noted[index])
             if by:
                 raise field.changed(float(ctx.t[index, 0]), by)
-            products = graph.vjp(w.reshape(-1).to(graph.dtype))
-            accumulate(gradients, products.parameters)
-            result[index] = products.state.to(REAL).view_as(w)
+            for one in graphs:
+                products = one.vjp(w.reshape(-1).to(one.dtype))
+                accumulate(gradients, products.parameters)
+                result[index] += products.state.to(REAL).view_as(w)
     return [
         result,
         *(

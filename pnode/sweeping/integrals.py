@@ -87,7 +87,10 @@ class IntegrandOfRows(Integrand):
         value = self.function(t, y)
         if wrong := wrong_result(layout, (value,)):
             raise VectorFieldError(f"the vector field {wrong}")
-        change = checked(self.cost(t, y), layout, torch.Size((number, *self._shape)))
+        if self.cost is None:
+            change = value.new_zeros(number, self._shape.numel())
+        else:
+            change = checked(self.cost(t, y), layout, torch.Size((number, *self._shape)))
         return torch.cat([value.reshape(number, -1), change.reshape(number, -1)], dim=1)
 
 
@@ -239,11 +242,13 @@ def with_row_integrals(
             f"of shape ({rows}, ...), something for each"
         )
     size = shape[1:].numel()
-    function = IntegrandOfRows(problem.function, cost, layout, shape[1:], problem.direction)
+    whole = partial(IntegrandOfRows, layout=layout, shape=shape[1:], direction=problem.direction)
+    split = problem.explicit is not None
     flat = y0.reshape(rows, -1)
     both = StateLayout((torch.Size((rows, flat.shape[1] + size)),), False, y0.dtype, y0.device)
     problem = replace(
-        problem, function=function, layout=both, integrals=size,
+        problem, function=whole(problem.function, None if split else cost),
+        explicit=whole(problem.explicit, cost) if split else None, layout=both, integrals=size,
         base=replace(problem, check_undeclared=False),
     )  # fmt: skip
     return problem, torch.cat([flat, flat.new_zeros(rows, size)], dim=1), shape[1:]
