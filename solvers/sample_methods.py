@@ -80,7 +80,7 @@ class RungeKuttaRows:
         assert scheme is not None
         whole = adaptive or scheme.A_explicit is not None
         self.scheme = scheme if whole else scheme.without_idle_stages(scheme.fsal)
-        self._adaptive, self._dtype = adaptive, dtype
+        self._adaptive, self._dtype = adaptive and not method.extrapolates, dtype
         self._carries = self.scheme.explicit_first and method.carries_slope
         if method.implicit:
             options = default_options(method, adaptive, "block", dtype)

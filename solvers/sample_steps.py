@@ -118,6 +118,11 @@ class SampleSweep:
         self.rows: torch.Tensor | None = None
         self._gathers = True
         self.natural: torch.Tensor | None = None
+        # Where the step before began, and its length, 0 of none; for methods that extrapolate.
+        self.before: torch.Tensor | None = None
+        self.before_length: torch.Tensor | None = None
+        if self.control.step_size is None and self.method.extrapolates:
+            self.before, self.before_length = u, torch.zeros_like(self.s)
         self.grid: tuple[torch.Tensor, ...] | None = None
 
     def _gather(self) -> None:
@@ -133,7 +138,10 @@ class SampleSweep:
         if not alike:
             return
         self.field, self.rows = part, keep if self.rows is None else self.rows[keep]
-        for name in ("u", "s", "direction", "target", "active", "taken", "slope", "natural"):
+        for name in (
+            "u", "s", "direction", "target", "active", "taken", "slope", "natural", "before",
+            "before_length",
+        ):  # fmt: skip
             value = getattr(self, name)
             setattr(self, name, None if value is None else value[keep])
         for name in ("rtol", "atol"):
@@ -209,7 +217,10 @@ class SampleSweep:
         found, error = self._step(length)
         failed = ~found.state.isfinite().all(dim=1) | found.nonfinite | found.failed
         failed |= ~error.isfinite()
-        factor = (_SAFETY * error.pow(-1.0 / self.method.order)).clamp(*_CLIP)
+        order = 2 if self.method.extrapolates else self.method.order
+        factor = (_SAFETY * error.pow(-1.0 / order)).clamp(*_CLIP)
+        if self.before_length is not None:  # a first step is accepted unseen, and the next as long
+            factor = torch.where(self.before_length == 0.0, 1.0, factor)
         proposed = (length * factor).clamp(max=min(control.max_step, _LONGEST))
         accepted = self.active & ~failed & (error <= 1.0)
         rejected = self.active & ~accepted
@@ -258,9 +269,15 @@ class SampleSweep:
             self.field, self._user_time(), self.u, self.direction * length, self.slope
         )
         self.slope = found.first
-        if found.other is None:
+        reached = found.other
+        if self.before is not None and self.before_length is not None:
+            known = (self.before_length != 0.0) & (length != 0.0)
+            a = torch.where(known, 1.0 + self.before_length / length, 2.0)[:, None]
+            change = -found.state / a + self.u / (a - 1.0) - self.before / (a * (a - 1.0))
+            reached = found.state + torch.where(known[:, None], change, 0.0)
+        if reached is None:
             return found, torch.zeros_like(length)
-        state, other = (y[:, : self.field.width] for y in (found.state, found.other))
+        state, other = (y[:, : self.field.width] for y in (found.state, reached))
         scale = self.atol + self.rtol * torch.maximum(state.abs(), other.abs())
         return found, _rms((other - state) / scale)
 
@@ -281,6 +298,9 @@ class SampleSweep:
                 for stage in found.kept
             )
             self.passes.add(Pass(self._user_time(), h, reached, note, self.rows, kept, self.u))
+        if self.before is not None and self.before_length is not None:
+            self.before = torch.where(own, self.u, self.before)
+            self.before_length = torch.where(accepted, length, self.before_length)
         self.u = torch.where(own, found.state, self.u)
         if found.last is None:
             self.slope = None

@@ -96,7 +96,7 @@ def test_nonfinite_row_is_named():
 
 
 REFUSED = [
-    ({"method": "cn"}, "method='cn'"), ({"method": "radau5"}, "method='radau5'"),
+    ({"method": "ra3pw"}, "method='ra3pw'"), ({"method": "radau5"}, "method='radau5'"),
     ({"method": "bdf"}, "method='bdf'"),
     ({"checkpointing": pnode.Checkpointing(store="tape")}, "checkpointing: store='tape'"),
     ({"checkpointing": pnode.Checkpointing(memory=99, disk="/tmp")}, "checkpointing: disk="),

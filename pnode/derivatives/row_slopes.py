@@ -89,7 +89,7 @@ def _pulled_back(ctx: Any, cotangents: torch.Tensor) -> list[torch.Tensor | None
                 continue
             parts = [one for one in (field, field.explicit) if one is not None]
             graphs = [one.graph(ctx.t[index], states[index]) for one in parts]
-            value = sum(one.flat_value().to(REAL) for one in graphs)
+            value = torch.stack([one.flat_value().to(REAL) for one in graphs]).sum(dim=0)
             by = differs(value, ctx.noted[index])
             if by:
                 raise field.changed(float(ctx.t[index, 0]), by)
