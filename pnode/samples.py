@@ -18,15 +18,14 @@ from pnode.base.rank_sums import of_all_ranks
 from pnode.base.ranks import Ranks
 from pnode.base.surroundings import Surroundings
 from pnode.base.transforms import (
-    differentiable,
-    is_legacy_batch,
     outside_inference,
     refuse_moving,
     refuse_transforms,
 )
 from pnode.base.vectors import REAL
 from pnode.derivatives.batches import as_parameter
-from pnode.errors import BackwardError, ConfigurationError
+from pnode.derivatives.row_slopes import refuse_further
+from pnode.errors import ConfigurationError
 from pnode.field.vectorfield import record_all
 from pnode.field.watching import watched
 from pnode.problems import arguments, tolerances
@@ -278,16 +277,7 @@ class _SolveFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangents: torch.Tensor, _: Any) -> Any:
         """Take the discrete adjoint of each row's steps."""
-        if is_legacy_batch(cotangents):
-            raise BackwardError(
-                "a batch of cotangents (vectorize=True, is_grads_batched) cannot pass through a "
-                "solve with samples='independent': take a loop"
-            )
-        if differentiable():
-            raise BackwardError(
-                "second derivatives of a solve with samples='independent' are not supported: take "
-                "samples='joint' for them"
-            )
+        refuse_further(cotangents)
         found = ctx.problem.ranks.attempt(_reverse, ctx, cotangents)
         if found is None:  # the sums over the ranks, which follow, tell all of it
             found = [None] * (len(ctx.needs_input_grad) - 4)

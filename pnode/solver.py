@@ -278,7 +278,7 @@ class Solver(torch.nn.Module):
             own; a callable is given ``t[0]`` and ``t[-1]``. See docs/problems.md.
         at : {"times", "steps"}
             "steps": ``ts`` (float64) and ``ys`` are those of the ends of all steps, from ``t[0]``
-            on. The steps are taken twice.
+            on. The steps are taken twice, but for independent samples.
 
         Returns
         -------

@@ -183,6 +183,12 @@ def test_a_changed_field_is_noticed(method):
 
 
 def test_what_is_refused():
+    y0 = Y0.clone().requires_grad_()
+    for method in ("dopri5", "rodas3"):
+        solver = pnode.Solver(lambda t, y: -y, samples="independent", dense=True, method=method)
+        found = solver(y0, [0.0, 1.0])(0.4)
+        with pytest.raises(pnode.BackwardError, match="second derivatives"):
+            torch.autograd.grad(found.sum(), y0, create_graph=True)
     options = {"samples": "independent", "dense": True, "compile": True}
     with pytest.warns(UserWarning, match="dense=True"):
         pnode.Solver(lambda t, y: -y, **options)(Y0, [0.0, 1.0])

@@ -10,14 +10,30 @@ import torch
 from pnode.base.evidence import differs, project
 from pnode.base.ledger import Stats
 from pnode.base.surroundings import Surroundings
+from pnode.base.transforms import differentiable, is_legacy_batch
 from pnode.base.vectors import REAL
 from pnode.derivatives.batches import as_parameter
+from pnode.errors import BackwardError
 from pnode.field.products import accumulate
 from pnode.field.vectorfield import record_all
 from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.sample_field import RowsField
 
-__all__ = ["RowSlopes"]
+__all__ = ["RowSlopes", "refuse_further"]
+
+
+def refuse_further(cotangents: torch.Tensor) -> None:
+    """Refuse batches of cotangents, and derivatives of the backward sweep of samples."""
+    if is_legacy_batch(cotangents):
+        raise BackwardError(
+            "a batch of cotangents (vectorize=True, is_grads_batched) cannot pass through a "
+            "solve with samples='independent': take a loop"
+        )
+    if differentiable():
+        raise BackwardError(
+            "second derivatives of a solve with samples='independent' are not supported: take "
+            "samples='joint' for them"
+        )
 
 
 class RowSlopes:
@@ -68,6 +84,7 @@ class _Slopes(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangents: torch.Tensor) -> Any:
         """Take the products, from the last to the first."""
+        refuse_further(cotangents)
         found = ctx.own.problem.ranks.attempt(_pulled_back, ctx, cotangents)
         if found is None:  # the sums over the ranks, which follow, tell all of it
             found = [None] * (len(ctx.needs_input_grad) - 2)
