@@ -68,35 +68,46 @@ def _runge_kutta(
     method: RungeKuttaRows, field: RowsField, one: Pass, kept: tuple[torch.Tensor, ...],
     end: torch.Tensor, gradients: Gradients,
 ) -> torch.Tensor:  # fmt: skip
-    """Return lambda at the start of steps; ``StageAdjoint`` has the equations, with M = I."""
+    """Return lambda at the start of steps; ``StageAdjoint`` has the equations, with M = I.
+
+    Of an IMEX method tau are the cotangents of the explicit part's slopes.
+    """
     scheme, moving = method.scheme, one.length != 0.0
-    own = moving[:, None]
-    h = torch.where(own, one.length[:, None], 1.0)
-    live = sorted(scheme.live_stages(), reverse=True)
-    through_stage = scheme.stiffly_accurate and not scheme.explicit
-    total, zeta = end, torch.zeros_like(end)
-    sigma = {i: h * scheme.b[i] * end for i in live}
-    if through_stage:
-        total, zeta, sigma = torch.zeros_like(end), end, {i: torch.zeros_like(end) for i in live}
+    length, zero = one.length[:, None], torch.zeros_like(end)
+    split, through_stage = scheme.A_explicit, scheme.stiffly_accurate and not scheme.explicit
+    stages = scheme.live_stages() if split is None else range(scheme.stages)
+    live = sorted(stages, reverse=True)
+    # Cotangents of slopes are zero, exactly, where rows do not step.
+    scaled = length * end
+    total, zeta = (zero, end) if through_stage else (end, zero)
+    sigma = {i: zero if through_stage else scheme.b[i] * scaled for i in live}
+    tau = {i: b * scaled for i, b in enumerate(scheme.b_explicit or ())}
     for i in live:
         a = scheme.A[i][i]
+        if field.explicit is not None:
+            part = field.explicit.graph(one.start + scheme.c_explicit[i] * one.length, kept[i])
+            zeta = zeta + _pull_back(part, tau[i], gradients)
         graph = field.graph(one.start + scheme.c[i] * one.length, kept[i])
         if i == 0:
             _compare(field, graph, one)
         if a == 0.0:
-            z = zeta + _pull_back(graph, torch.where(own, sigma[i], 0.0), gradients)
+            z = _pull_back(graph, sigma[i], gradients)
+            z = z if zeta is zero else zeta + z
         else:
-            shift = 1.0 / (h * a)
+            shift = 1.0 / (torch.where(moving[:, None], length, 1.0) * a)
             factors = factored(field, shift, field.blocks(graph), moving)
-            w = factors.solve(torch.where(own, zeta + shift * sigma[i], 0.0), transposed=True)
+            right = torch.where(moving[:, None], zeta + shift * sigma[i], 0.0)
+            w = factors.solve(right, transposed=True)
             z = shift * (w - sigma[i])
             if gradients:
                 _pull_back(graph, w, gradients)
-        zeta = torch.zeros_like(end)
-        total = total + z
-        for j in live:
-            if j < i and scheme.A[i][j]:
-                sigma[j] = sigma[j] + h * scheme.A[i][j] * z
+        zeta = zero
+        total, scaled = total + z, length * z
+        for j in (j for j in live if j < i):
+            if scheme.A[i][j]:
+                sigma[j] = torch.add(sigma[j], scaled, alpha=scheme.A[i][j])
+            if split is not None and split[i][j]:
+                tau[j] = torch.add(tau[j], scaled, alpha=split[i][j])
     return total
 
 

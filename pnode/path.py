@@ -59,8 +59,6 @@ def check_at(at: str, engine: Engine, requests: Requests) -> None:
         return
     resume = engine.checkpointing.resume
     for text, refused in (
-        ("samples='independent', whose rows have steps of their own: solve one by one",
-         requests.independent),
         ("gradient='continuous': take gradient='discrete'", requests.continuous),
         (f"resume={resume!r}: take it without at=, or drop resume=", resume),
     ):  # fmt: skip

@@ -137,9 +137,9 @@ def _independent(
             )
         return None
     wrong: dict[str, Any] = {
-        "cost": cost, "layout": layout,
+        "layout": layout,
         "sensitivity_control": steps.sensitivity_control, "event_fn": output.event_fn,
-        "monitor": output.monitor, "dense": output.dense or None,
+        "monitor": output.monitor,
         "progress": output.progress or None,
         "gradient": None if gradient == "discrete" else gradient,
         "grid": steps.grid, "norm": None if steps.norm == "rms" else steps.norm,
@@ -162,18 +162,20 @@ def _independent(
             )
     scheme = method.scheme
     own = method.multistep or method.coupled  # in machine code alone
-    if form != "rhs" or (not own and (scheme is None or scheme.A_explicit is not None)):
+    split = scheme is not None and scheme.A_explicit is not None
+    if form != ("imex" if split else "rhs") or (not own and scheme is None):
         raise ConfigurationError(
             f"method={method.name!r} of a problem given as {form}= with samples='independent' is "
             "not supported, only explicit and implicit Runge-Kutta, Rosenbrock and BDF methods and "
-            f"rhs=: {_JOINT}"
+            f"rhs=, and IMEX methods and implicit=, explicit=: {_JOINT}"
         )
     if own and not compiled:
         raise ConfigurationError(
             f"method={method.name!r} with samples='independent' is machine code alone: give "
             "compile=True, or take a method such as 'rodaspr' or 'es325'"
         )
-    if steps.step_size is None and not own and scheme.b_embedded is None:
+    estimated = own or method.extrapolates or (scheme.b_embedded is not None and not split)
+    if steps.step_size is None and not estimated:
         raise ConfigurationError(
             f"method={method.name!r} with samples='independent' has no error estimate of a step by "
             "itself: give step_size=h, or take a method such as 'rodaspr' or 'es325'"

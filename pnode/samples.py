@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -13,24 +13,26 @@ import torch
 from pnode.adjoint.sample_adjoint import sample_adjoint
 from pnode.base.evidence import Reads
 from pnode.base.ledger import Stats
-from pnode.base.options import OWN_PREFIX, SolverOptions
-from pnode.base.ranks import ALONE
+from pnode.base.options import OWN_PREFIX, SolverOptions, log_stage
+from pnode.base.rank_sums import of_all_ranks
+from pnode.base.ranks import Ranks
 from pnode.base.surroundings import Surroundings
 from pnode.base.transforms import (
-    differentiable,
-    is_legacy_batch,
     outside_inference,
     refuse_moving,
     refuse_transforms,
 )
 from pnode.base.vectors import REAL
 from pnode.derivatives.batches import as_parameter
-from pnode.errors import BackwardError, ConfigurationError
+from pnode.derivatives.row_slopes import refuse_further
+from pnode.errors import ConfigurationError
 from pnode.field.vectorfield import record_all
 from pnode.field.watching import watched
 from pnode.problems import arguments, tolerances
 from pnode.problems.calls import Call
+from pnode.problems.compared import agreed
 from pnode.problems.problem import InitialValueProblem, StateLayout, as_times, collect_parameters
+from pnode.sample_path import SamplePath
 from pnode.solutions.solution import Solution
 from pnode.solvers.compiled.backend import Wanted
 from pnode.solvers.compiled.row_sweeps import Rows, compiled_rows
@@ -39,24 +41,88 @@ from pnode.solvers.sample_field import RowsField
 from pnode.solvers.sample_methods import create
 from pnode.solvers.sample_record import Passes
 from pnode.solvers.sample_steps import SampleSweep
+from pnode.sweeping.integrals import with_row_integrals
+from pnode.sweeping.run import Requests
 from pnode.sweeping.sweeps import refuse_written
 
 __all__ = ["solve"]
 
 
-def solve(solver: Any, y0: Any, t: Any, args: Any) -> Solution:
-    """Solve each row of y0 by itself; see :meth:`Solver.forward`. Not collective.
+def solve(solver: Any, y0: Any, t: Any, args: Any, at: str) -> Solution:
+    """Solve each row of y0 by itself; see :meth:`Solver.forward`. Collective.
 
     Raises
     ------
     ConfigurationError
         For unusable arguments, and for what independent samples do not go with.
     SolveError
-        Naming the row that failed.
+        Naming the row that failed, and its rank.
+    """
+    _refuse_unsupported(solver)
+    engine, differentiate = solver._engine, torch.is_grad_enabled()
+    ranks, stats = Ranks(engine.comm), Stats()
+    prepared = ranks.attempt(_prepare, solver, y0, t, args, ranks, differentiate)
+    if ranks.parallel:
+        prepared = agreed(ranks, solver._shared, prepared, differentiate)
+    problem, y0, times, call, costs = prepared
+    requests, restored = solver._requests, partial(_restored, problem, call, costs)
+    if requests.dense or at == "steps":
+        requests = replace(requests, steps=True)
+    with outside_inference(differentiate), ranks.together():
+        solved = ranks.attempt(_solve, engine, problem, requests, stats, y0, times, restored, at)
+    ts, ys, path = solved
+    states, integrals = restored(ys)
+    return Solution(ts, states, stats, costs=integrals, path=path if requests.dense else None)
+
+
+def _solve(
+    engine: Any, problem: InitialValueProblem, requests: Requests, stats: Stats, y0: torch.Tensor,
+    times: torch.Tensor, restored: Callable[[torch.Tensor], tuple[Any, Any]], at: str,
+) -> tuple[torch.Tensor, torch.Tensor, SamplePath | None]:  # fmt: skip
+    """Return output times, states inside, and what may be asked for more. Not collective."""
+    y0, times = (x.clone() if x.is_inference() else x for x in (y0, times))
+    own, common = ((y0,), (times,)) if problem.times else ((y0, times), ())
+    y0, times, *parameters = of_all_ranks(problem.ranks, own, (*common, *problem.parameters))
+    times = times.expand(-1, len(y0))
+    hit = times[[0, -1]] if requests.dense and len(times) > 1 else times
+    ys, ends = _SolveFunction.apply(engine, problem, requests, stats, y0, hit, *parameters)
+    if not requests.steps:
+        return times, ys, None
+    path = SamplePath(
+        problem, engine.method, stats, times, ends, ys, y0, parameters, lambda y: restored(y)[0]
+    )
+    if at == "steps":
+        return *path.at_steps(), path
+    return times, path.outputs(), path
+
+
+def _restored(
+    problem: InitialValueProblem, call: Call, costs: torch.Size | None, ys: torch.Tensor
+) -> tuple[Any, torch.Tensor | None]:
+    """Return the user's states and integrals of states inside, shape ``(..., B, ...)``."""
+    if costs is None:
+        shape = problem.layout.shapes[0]
+        if ys.shape[-len(shape) :] != shape:
+            ys = ys.reshape(*ys.shape[:-2], *shape)
+        return call.restored(ys), None
+    assert problem.base is not None
+    parts = ys.split((ys.shape[-1] - costs.numel(), costs.numel()), dim=-1)
+    states, integrals = (
+        part.reshape(*ys.shape[:-1], *one)
+        for part, one in zip(parts, (problem.base.layout.shapes[0][1:], costs), strict=True)
+    )
+    return call.restored(states), integrals
+
+
+def _prepare(
+    solver: Any, y0: Any, t: Any, args: Any, ranks: Ranks, differentiate: bool
+) -> tuple[InitialValueProblem, torch.Tensor, torch.Tensor, Call, torch.Size | None]:
+    """Return the problem, where it starts, and what else is to be known of it. Not collective.
+
+    The times, shape ``(T, B)`` or ``(T, 1)``, the call, and the shape of a row's integrals.
     """
     engine = solver._engine
-    _refuse_unsupported(solver)
-    call = Call.of(y0, args, ALONE, None, None, engine.jacobian_options)
+    call = Call.of(y0, args, ranks, None, None, engine.jacobian_options)
     declared = collect_parameters(solver._functions, (*(solver._params or ()), *call.tensors))
     named = [("y0", y0), ("t", t), *(("a parameter", one) for one in declared)]
     refuse_transforms(named[:2], declared)
@@ -79,29 +145,24 @@ def solve(solver: Any, y0: Any, t: Any, args: Any) -> Solution:
         raise ConfigurationError(
             "device_state='host' with samples='independent' is not supported: drop it"
         )
-    times, resolution = _times(t, len(y0))
-    differentiate = torch.is_grad_enabled()
-    wanted = tuple(one for one in declared if differentiate and one.requires_grad)
+    times, resolution, alike = _times(t, len(y0))
     problem = InitialValueProblem(
-        call.function(watched(solver.rhs, declared)), layout, (0.0, 1.0), 1.0, wanted,
+        call.function(watched(solver._functions[0], declared)), layout, alike, 1.0,
+        tuple(one for one in declared if differentiate and one.requires_grad),
         tuple(one for one in declared if not one.requires_grad), differentiate,
-        resolution=resolution,
+        explicit=call.function(watched(solver.explicit, declared)), form=solver._form,
+        ranks=ranks, resolution=resolution,
     )  # fmt: skip
-    stats = Stats()
     arguments.refuse_inference(declared, engine.method)
-    with outside_inference(differentiate):
-        y0, times = (x.clone() if x.is_inference() else x for x in (y0, times))
-        ys = _SolveFunction.apply(engine, problem, solver._requests, stats, y0, times, *wanted)
-    return Solution(times, call.restored(ys), stats)
+    if solver.cost is None:
+        return problem, y0, times, call, None
+    cost, first = call.observer(watched(solver.cost, declared)), times[0].expand(len(y0))
+    problem, y0, shape = with_row_integrals(problem, cost, y0, first)
+    return problem, y0, times, call, shape
 
 
 def _refuse_unsupported(solver: Any) -> None:
     engine = solver._engine
-    if engine.comm.size > 1:
-        raise ConfigurationError(
-            f"comm has {engine.comm.size} ranks: with samples='independent' samples share nothing; "
-            "give each rank a solver of its own without comm="
-        )
     if engine.setup is not None:
         raise ConfigurationError(
             "petsc_setup= with samples='independent' has no effect, its steps are not PETSc's: "
@@ -119,8 +180,11 @@ def _refuse_unsupported(solver: Any) -> None:
         )
 
 
-def _times(t: Any, rows: int) -> tuple[torch.Tensor, float]:
-    """Return output times, shape ``(T, B)``, and the relative spacing of their numbers."""
+def _times(t: Any, rows: int) -> tuple[torch.Tensor, float, tuple[float, ...]]:
+    """Return output times, shape ``(T, B)`` or ``(T, 1)``, and what is to be known of them.
+
+    The relative spacing of their numbers; those that all rows share, none where each has its own.
+    """
     if not isinstance(t, torch.Tensor):
         try:
             t = torch.as_tensor(t, dtype=torch.float64)
@@ -133,7 +197,7 @@ def _times(t: Any, rows: int) -> tuple[torch.Tensor, float]:
         )
     as_times(t.reshape(-1))
     resolution = torch.finfo(t.dtype if t.is_floating_point() else torch.float64).eps
-    times = t.t() if t.dim() == 2 else t[:, None].expand(-1, rows)
+    times = t.t() if t.dim() == 2 else t[:, None]
     ahead = times.detach().to(REAL).diff(dim=0)
     wrong = (ahead.sign() != ahead[:1].sign()) | (ahead.abs() < 1e-200) | ~ahead.isfinite()
     if bool(wrong.any()):
@@ -143,88 +207,114 @@ def _times(t: Any, rows: int) -> tuple[torch.Tensor, float]:
             f"{float(times[index, row])!r} in row {row}: output times must strictly increase or "
             "strictly decrease"
         )
-    return times, resolution
+    return times, resolution, tuple(times[:, 0].tolist()) if t.dim() == 1 else ()
 
 
 class _SolveFunction(torch.autograd.Function):
-    """The solve as one node of the graph: (y0, times, *parameters) -> ys."""
+    """The solve as one node of the graph: (y0, times, *parameters) -> ys.
+
+    If the steps are wanted: the states at the ends of all, shape ``(K + 1, B, n)``, double
+    precision, and these, ``(K + 1, B)``; derivatives by times are those by the first then.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, engine: Any, problem: InitialValueProblem, requests: Any, stats: Stats,
         y0: torch.Tensor, times: torch.Tensor, *parameters: torch.Tensor,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """Solve."""
         control, method, layout = engine.control, engine.method, problem.layout
         keep = problem.check_undeclared and any(ctx.needs_input_grad)
         field = RowsField(problem, stats)
         if keep:
             record_all(field)
-            ctx.surroundings = Surroundings([problem.function], layout.device)
-        tolerance = tolerances.resolve(control.rtol, control.atol, layout)
+            functions = [problem.function, problem.explicit]
+            ctx.surroundings = Surroundings(functions, layout.device)
+        own = layout if problem.base is None else problem.base.layout
+        tolerance = tolerances.resolve(control.rtol, control.atol, own)
         flat = y0.detach().to(REAL).reshape(len(y0), -1)
         clock, skip = times.detach().to(layout.device, REAL), requests.independent == "nan"
         ctx.method, ctx.passes, ctx.compiled, read = method.name, None, None, ()
         if engine.compile is True:
-            rows = Rows(flat, clock, *tolerance, skip)
-            ctx.compiled = compiled_rows(
-                engine.row_compiler, field, rows, _wanted(engine, problem, flat, keep)
-            )
+            rows, wanted = Rows(flat, clock, *tolerance, skip), _wanted(engine, problem, flat, keep)
+            given = {
+                "cost=": problem.integrals, "dense=True or at='steps'": requests.steps,
+                "a split right-hand side": problem.explicit is not None,
+            }  # fmt: skip
+            reasons = [
+                f"{name} of independent samples is given" for name, on in given.items() if on
+            ]
+            if reasons:
+                engine.row_compiler.explain(wanted, reasons)
+            else:
+                ctx.compiled = compiled_rows(engine.row_compiler, field, rows, wanted)
         if ctx.compiled is not None:
             found, read = ctx.compiled.forward(stats), ctx.compiled.captured
             ctx.reads = Reads(read) if keep else None
         else:
             rows_method = create(method, control.step_size is None, layout.dtype)
             if keep:
-                own = engine.checkpointing
-                limit, whole = own.bytes or math.inf, own.store != "solutions"
+                kept = engine.checkpointing
+                limit, whole = kept.bytes or math.inf, kept.store != "solutions"
                 ctx.passes = Passes(rows_method, limit, whole, stats)
-            found = SampleSweep(
+            rtol, atol = (_by_rows(one, len(flat), layout.device) for one in tolerance)
+            sweep = SampleSweep(
                 method, rows_method, control, field, clock, problem.resolution,
-                _by_rows(tolerance[0], flat), _by_rows(tolerance[1], flat), ctx.passes, skip, stats,
-            ).run(flat.clone())  # fmt: skip
-        ys = found.to(layout.dtype).reshape(len(times), *y0.shape)
-        ctx.problem, ctx.used, ctx.stats = problem, field.used, stats
+                rtol, atol, ctx.passes, skip,
+                stats, requests.steps,
+            )  # fmt: skip
+            with log_stage("pnode forward"):
+                found = sweep.run(flat.clone())
+        if requests.steps:
+            ys, ends = found, sweep.ends.clone()
+            ctx.mark_non_differentiable(ends)
+        else:
+            ys, ends = found.to(layout.dtype).reshape(len(times), *y0.shape), None
+        ctx.problem, ctx.used, ctx.stats, ctx.steps = problem, field.used, stats, requests.steps
         ctx.save_for_backward(y0, times, ys, *parameters, *problem.frozen, *read)
-        return ys
+        return ys, ends
 
     @staticmethod
-    def backward(ctx: Any, cotangents: torch.Tensor) -> Any:
+    def backward(ctx: Any, cotangents: torch.Tensor, _: Any) -> Any:
         """Take the discrete adjoint of each row's steps."""
-        if is_legacy_batch(cotangents):
-            raise BackwardError(
-                "a batch of cotangents (vectorize=True, is_grads_batched) cannot pass through a "
-                "solve with samples='independent': take a loop"
-            )
-        if differentiable():
-            raise BackwardError(
-                "second derivatives of a solve with samples='independent' are not supported: take "
-                "samples='joint' for them"
-            )
-        _, times, ys, *_ = ctx.saved_tensors
-        own = ctx.stats.backward
-        field = RowsField(ctx.problem, own)
-        field.trust(list(ctx.used))
-        record_all(field)
-        number, rows = times.shape
-        seeds = cotangents.to(REAL).reshape(number, rows, -1)
+        refuse_further(cotangents)
+        found = ctx.problem.ranks.attempt(_reverse, ctx, cotangents)
+        if found is None:  # the sums over the ranks, which follow, tell all of it
+            found = [None] * (len(ctx.needs_input_grad) - 4)
+        return None, None, None, None, *found
+
+
+def _reverse(ctx: Any, cotangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Return the gradients by y0, the times and the parameters."""
+    y0, times, ys, *_ = ctx.saved_tensors
+    own = ctx.stats.backward
+    field = RowsField(ctx.problem, own)
+    field.trust(list(ctx.used))
+    record_all(field)
+    number, rows = len(ys), len(y0)
+    seeds = cotangents.to(REAL).reshape(number, rows, -1)
+    if ctx.compiled is not None:
+        refuse_written(ctx.reads, ctx.surroundings, ctx.method)
+    with ctx.surroundings.restored():
         if ctx.compiled is not None:
-            refuse_written(ctx.reads, ctx.surroundings, ctx.method)
-        with ctx.surroundings.restored():
-            if ctx.compiled is not None:
-                initial, found = ctx.compiled.reverse(seeds, own)
-            else:
+            initial, found = ctx.compiled.reverse(seeds, own)
+        else:
+            with log_stage("pnode adjoint"):
                 initial, found = sample_adjoint(field, ctx.passes, seeds, own)
-            by_times = None
-            if ctx.needs_input_grad[5]:
-                rate = field.rate if ctx.compiled is None else ctx.compiled.rates
-                by_times = _by_times(rate, times, ys.reshape(number, rows, -1), seeds, initial)
-        gradients = [
-            as_parameter(one, parameter, used)
-            for one, parameter, used in zip(found, field.parameters, field.used, strict=True)
-        ]
-        state = (initial + seeds[0]).view(ys.shape[1:]).to(ys.dtype)
-        return None, None, None, None, state, by_times, *gradients
+        by_times = None
+        if ctx.needs_input_grad[5]:
+            rate = field.total_rate if ctx.compiled is None else ctx.compiled.rates
+            used = 1 if ctx.steps else number
+            values = ys[:used].reshape(used, rows, -1)
+            by_times = torch.zeros_like(times)
+            through = initial + seeds[0] if ctx.steps else initial
+            by_times[:used] = _by_times(rate, times[:used], values, seeds, through)
+    gradients = [
+        as_parameter(one, parameter, used)
+        for one, parameter, used in zip(found, field.parameters, field.used, strict=True)
+    ]
+    state = (initial + seeds[0]).view(y0.shape).to(y0.dtype)
+    return state, by_times, *gradients
 
 
 @cache
@@ -252,9 +342,11 @@ def _wanted(engine: Any, problem: InitialValueProblem, flat: torch.Tensor, keep:
     )  # fmt: skip
 
 
-def _by_rows(tolerance: tolerances.Resolved, flat: torch.Tensor) -> float | torch.Tensor:
-    value = tolerances.values(tolerance, flat.device)
-    return value if isinstance(value, float) else value.view_as(flat)
+def _by_rows(
+    tolerance: tolerances.Resolved, rows: int, device: torch.device
+) -> float | torch.Tensor:
+    value = tolerances.values(tolerance, device)
+    return value if isinstance(value, float) else value.view(rows, -1)
 
 
 def _by_times(

@@ -201,7 +201,7 @@ class Solver(Configured):
         self.cost = check_cost(cost)
         collect_parameters(self._functions, self._params)
         self._progress = output.progress and comm.rank == 0
-        alone = arguments.alone(comm, exchange, consistent_start, compile)
+        alone = arguments.alone(comm, exchange, consistent_start, compile, steps.samples)
         setup = arguments.setup(petsc_setup, chosen, compile)
         options = linear_algebra.petsc_options() | check_petsc_options(petsc_options)
         # Last: arguments that are refused use up no number.
@@ -278,7 +278,7 @@ class Solver(Configured):
             own; a callable is given ``t[0]`` and ``t[-1]``. See docs/problems.md.
         at : {"times", "steps"}
             "steps": ``ts`` (float64) and ``ys`` are those of the ends of all steps, from ``t[0]``
-            on. The steps are taken twice.
+            on. The steps are taken twice, but for independent samples.
 
         Returns
         -------
@@ -300,7 +300,7 @@ class Solver(Configured):
         check_at(at, self._engine, self._requests)
         if self._requests.independent is not None:
             check_breaks(self._engine, self._requests, breakpoints)
-            return samples.solve(self, y0, t, args)
+            return samples.solve(self, y0, t, args, at)
         ranks = Ranks(self._engine.comm)
         differentiate = torch.is_grad_enabled()
         prepared = ranks.attempt(self._prepare, y0, t, args, breakpoints, ranks, differentiate)

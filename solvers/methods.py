@@ -114,6 +114,11 @@ class Method:
         """Whether a stage is one linear solve, with the Jacobian at the start of the step."""
         return self.ts_type == "rosw"
 
+    @property
+    def extrapolates(self) -> bool:
+        """Whether errors are differences to what the steps before extrapolate to: of order 2."""
+        return self.ts_type in ("beuler", "cn", "theta")
+
     @cached_property
     def carries_slope(self) -> bool:
         """Whether a step begins with the slope that ended the last; the first one solves for it."""

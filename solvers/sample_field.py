@@ -20,9 +20,16 @@ __all__ = ["RowsField"]
 class RowsField(VectorField):
     """f on all rows, at a time for each: a tensor of shape ``(B,)`` in place of a number."""
 
-    def __init__(self, problem: InitialValueProblem, ledger: Ledger) -> None:
-        super().__init__(problem, ledger)
+    explicit: RowsField | None
+
+    def __init__(self, problem: InitialValueProblem, ledger: Ledger, function: Any = None) -> None:
+        super().__init__(problem, ledger, function)
+        if problem.explicit is not None and function is None:
+            self.explicit = RowsField(problem, ledger, problem.explicit)
+            self.explicit.used = self.used
         self._parts: dict[int, RowsField] = {}
+        #: Entries of a row that are its state's: errors and residuals of integrals do not count.
+        self.width = self._layout.size // self._layout.shapes[0][0] - problem.integrals
         self._checked = False
 
     def _time(self, s: Any) -> torch.Tensor:
@@ -38,6 +45,11 @@ class RowsField(VectorField):
         """Return f at times ``(B,)`` and states ``(B, n)``, in double precision."""
         own = u.to(self.dtype, copy=True).reshape(-1)
         return self.rhs(t, own).to(REAL).view_as(u)  # type: ignore[arg-type]
+
+    def total_rate(self, t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """Return dy/dt: the sum of both parts of a split field."""
+        own = self.rate(t, u)
+        return own if self.explicit is None else own + self.explicit.rate(t, u)
 
     def graph(self, t: torch.Tensor, u: torch.Tensor, by_time: bool = False) -> Linearization:
         """Return f with its graph there; ``by_time`` for derivatives by the times too."""
@@ -73,7 +85,9 @@ class RowsField(VectorField):
         """Return the field of so many rows alone."""
         if number not in self._parts:
             part = RowsField(self.problem.but(layout=self.layout_of(number)), self.ledger)
-            part.recording, part._check_first, part._checked = self.recording, False, True
-            part.used = self.used
+            for one in (part, part.explicit):
+                if one is not None:
+                    one.recording, one._check_first, one._checked = self.recording, False, True
+                    one.used = self.used
             self._parts[number] = part
         return self._parts[number]

@@ -56,7 +56,7 @@ class Attempt:
 
 
 class RungeKuttaRows:
-    """Explicit and diagonally implicit Runge-Kutta methods; systems by Newton's method.
+    """Explicit, diagonally implicit and IMEX Runge-Kutta methods; systems by Newton's method.
 
     What is kept of a step are its stages.
 
@@ -78,8 +78,9 @@ class RungeKuttaRows:
     def __init__(self, method: Method, adaptive: bool, dtype: torch.dtype) -> None:
         scheme = method.scheme
         assert scheme is not None
-        self.scheme = scheme if adaptive else scheme.without_idle_stages(scheme.fsal)
-        self._adaptive, self._dtype = adaptive, dtype
+        whole = adaptive or scheme.A_explicit is not None
+        self.scheme = scheme if whole else scheme.without_idle_stages(scheme.fsal)
+        self._adaptive, self._dtype = adaptive and not method.extrapolates, dtype
         self._carries = self.scheme.explicit_first and method.carries_slope
         if method.implicit:
             options = default_options(method, adaptive, "block", dtype)
@@ -94,10 +95,13 @@ class RungeKuttaRows:
         nonfinite, failed = torch.zeros_like(moving), torch.zeros_like(moving)
         kept: list[torch.Tensor] = []
         slopes: list[torch.Tensor] = []
+        others: list[torch.Tensor] = []  # of the explicit part
         value, guess = u, u
         for i in range(scheme.stages):
             s = t + scheme.c[i] * length
             Y = _moved(u, h, scheme.A[i][:i], slopes) if i else u
+            if scheme.A_explicit is not None:
+                Y = _moved(Y, h, scheme.A_explicit[i][:i], others)
             if scheme.A[i][i]:
                 Y, K, value_here, own = self._solve(field, s, Y, guess, h * scheme.A[i][i])
                 failed |= own
@@ -108,8 +112,13 @@ class RungeKuttaRows:
             value = value_here if i == 0 else value
             kept.append(Y.to(self._dtype))
             slopes.append(K)
+            if field.explicit is not None:
+                others.append(field.explicit.rate(t + scheme.c_explicit[i] * length, Y))
+                nonfinite |= moving & ~_finite(others[-1])
             guess = Y
         state = _moved(u, h, scheme.b, slopes)
+        if scheme.b_explicit is not None:
+            state = _moved(state, h, scheme.b_explicit, others)
         if scheme.stiffly_accurate and not scheme.explicit:
             state = torch.where(moving[:, None], guess, u)
         other = _moved(u, h, scheme.b_embedded or (), slopes) if self._adaptive else None
@@ -124,7 +133,7 @@ class RungeKuttaRows:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
         """Solve y = z + h f(t, y); return y, the slopes, f at the last iterate and the failures."""
         moving = h[:, 0] != 0.0
-        shift = 1.0 / torch.where(h == 0.0, 1.0, h)
+        shift, own = 1.0 / torch.where(h == 0.0, 1.0, h), slice(field.width)
         y, wanted = torch.where(moving[:, None], guess, z), moving.clone()
         failed = torch.zeros_like(moving)
         before, update = torch.zeros_like(shift[:, 0]), torch.zeros_like(y)
@@ -132,10 +141,11 @@ class RungeKuttaRows:
             graph = field.graph(t, y)
             value = graph.flat_value().to(REAL).view_as(y)
             residual = shift * (y - z) - value
-            norm = residual.norm(dim=1)
+            norm = residual[:, own].norm(dim=1)
             done = norm < _LEAST_NORM
             if iteration:
-                small = update.norm(dim=1) < self._stol * y.norm(dim=1)
+                size = y[:, own].norm(dim=1)
+                small = update[:, own].norm(dim=1) < self._stol * size
                 done |= (norm <= self._rtol * before) | small
             else:
                 before = norm
@@ -154,6 +164,8 @@ class RungeKuttaRows:
             wanted &= ~singular
             y = torch.where(wanted[:, None], y - update, y)
             field.ledger.newton += 1
+        # Integrals are what their rate is at the solution, not what the last iteration made of it.
+        y[:, field.width :] = (z + h * value)[:, field.width :]
         return y, shift * (y - z), value, failed
 
 

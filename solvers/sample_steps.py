@@ -67,6 +67,10 @@ class SampleSweep:
         Where steps are recorded.
     skip_failed : bool
         Whether a row that fails becomes NaN from there on, instead of ending the solve.
+    every : bool
+        Whether the ends of all steps are outputs, instead of the output times.
+    ends : Tensor
+        After :meth:`run`, where these are: shape ``(K + 1, B)``, NaN behind the last of a row.
     """
 
     method: Method
@@ -80,16 +84,20 @@ class SampleSweep:
     passes: Passes | None
     skip_failed: bool
     ledger: Ledger
+    every: bool = False
 
     def run(self, u: torch.Tensor) -> torch.Tensor:
-        """Integrate from states ``(B, n)``, double precision; return ``(T, B, n)``."""
+        """Integrate from states ``(B, n)``, double precision; return ``(T, B, n)``.
+
+        ``(K + 1, B, n)`` of the ends of all steps.
+        """
         self._begin(u)
         attempt = self._adapt if self.control.step_size is None else self._fixed
         while live := int(self.active.sum()):
             if self._gathers and 2 * live < len(self.active) >= _FEWEST_ROWS:
                 self._gather()
             attempt()
-        return self.outputs
+        return self.outputs if not self.every else self.outputs[: len(self.ends)]
 
     # ------------------------------------------------------------------------------- state
 
@@ -103,12 +111,18 @@ class SampleSweep:
         self.target = u.new_ones(rows, dtype=torch.long)
         self.outputs = u.new_full((number, *u.shape), math.nan)
         self.outputs[0] = u
+        self.ends = self.times[:1]
         self.active = torch.full((rows,), number > 1, device=u.device)
         self.taken = u.new_zeros(rows, dtype=torch.long)
         self.slope: torch.Tensor | None = None
         self.rows: torch.Tensor | None = None
         self._gathers = True
         self.natural: torch.Tensor | None = None
+        # Where the step before began, and its length, 0 of none; for methods that extrapolate.
+        self.before: torch.Tensor | None = None
+        self.before_length: torch.Tensor | None = None
+        if self.control.step_size is None and self.method.extrapolates:
+            self.before, self.before_length = u, torch.zeros_like(self.s)
         self.grid: tuple[torch.Tensor, ...] | None = None
 
     def _gather(self) -> None:
@@ -124,7 +138,10 @@ class SampleSweep:
         if not alike:
             return
         self.field, self.rows = part, keep if self.rows is None else self.rows[keep]
-        for name in ("u", "s", "direction", "target", "active", "taken", "slope", "natural"):
+        for name in (
+            "u", "s", "direction", "target", "active", "taken", "slope", "natural", "before",
+            "before_length",
+        ):  # fmt: skip
             value = getattr(self, name)
             setattr(self, name, None if value is None else value[keep])
         for name in ("rtol", "atol"):
@@ -200,7 +217,10 @@ class SampleSweep:
         found, error = self._step(length)
         failed = ~found.state.isfinite().all(dim=1) | found.nonfinite | found.failed
         failed |= ~error.isfinite()
-        factor = (_SAFETY * error.pow(-1.0 / self.method.order)).clamp(*_CLIP)
+        order = 2 if self.method.extrapolates else self.method.order
+        factor = (_SAFETY * error.pow(-1.0 / order)).clamp(*_CLIP)
+        if self.before_length is not None:  # a first step is accepted unseen, and the next as long
+            factor = torch.where(self.before_length == 0.0, 1.0, factor)
         proposed = (length * factor).clamp(max=min(control.max_step, _LONGEST))
         accepted = self.active & ~failed & (error <= 1.0)
         rejected = self.active & ~accepted
@@ -225,14 +245,15 @@ class SampleSweep:
         if given is not None and not self.method.implicit:
             return torch.full_like(s, given)
         f0 = self.slope = self.field.rate(self._user_time(), y0)
-        scale = self.atol + self.rtol * y0.abs()
-        d0, d1 = _rms(y0 / scale), _rms(f0 / scale)
+        own = slice(self.field.width)
+        scale = self.atol + self.rtol * y0[:, own].abs()
+        d0, d1 = _rms(y0[:, own] / scale), _rms(f0[:, own] / scale)
         moves = (d0 >= 1e-5) & (d1 >= 1e-5) & d1.isfinite()
         guess = torch.where(moves, 0.01 * d0 / d1, 1e-6)
         guess = torch.minimum(guess, end - s)
         h = self.direction * guess
         moved = self.field.rate(self.direction * (s + guess), y0 + h[:, None] * f0)
-        d2 = _rms((moved - f0) / scale) / guess
+        d2 = _rms((moved - f0)[:, own] / scale) / guess
         steepest = torch.maximum(d1, d2)
         better = (0.01 / steepest).pow(1.0 / (self.method.order + 1))
         better = torch.where(steepest <= 1e-15, (1e-3 * guess).clamp(min=1e-6), better)
@@ -248,10 +269,17 @@ class SampleSweep:
             self.field, self._user_time(), self.u, self.direction * length, self.slope
         )
         self.slope = found.first
-        if found.other is None:
+        reached = found.other
+        if self.before is not None and self.before_length is not None:
+            known = (self.before_length != 0.0) & (length != 0.0)
+            a = torch.where(known, 1.0 + self.before_length / length, 2.0)[:, None]
+            change = -found.state / a + self.u / (a - 1.0) - self.before / (a * (a - 1.0))
+            reached = found.state + torch.where(known[:, None], change, 0.0)
+        if reached is None:
             return found, torch.zeros_like(length)
-        scale = self.atol + self.rtol * torch.maximum(found.state.abs(), found.other.abs())
-        return found, _rms((found.other - found.state) / scale)
+        state, other = (y[:, : self.field.width] for y in (found.state, reached))
+        scale = self.atol + self.rtol * torch.maximum(state.abs(), other.abs())
+        return found, _rms((other - state) / scale)
 
     def _advance(
         self, accepted: torch.Tensor, length: torch.Tensor, end: torch.Tensor,
@@ -261,6 +289,7 @@ class SampleSweep:
         if not bool(accepted.any()):
             return
         own, mark = accepted[:, None], torch.where(accepted, mark, -1)
+        reached = torch.where(accepted, self.taken + 1, -1) if self.every else mark
         if self.passes is not None:
             h = torch.where(accepted, self.direction * length, 0.0)
             note = project(torch.where(own, found.value, 0.0).reshape(-1))
@@ -268,7 +297,10 @@ class SampleSweep:
                 self.u if stage is self.u else torch.where(own, stage, self.u.to(stage.dtype))
                 for stage in found.kept
             )
-            self.passes.add(Pass(self._user_time(), h, mark, note, self.rows, kept, self.u))
+            self.passes.add(Pass(self._user_time(), h, reached, note, self.rows, kept, self.u))
+        if self.before is not None and self.before_length is not None:
+            self.before = torch.where(own, self.u, self.before)
+            self.before_length = torch.where(accepted, length, self.before_length)
         self.u = torch.where(own, found.state, self.u)
         if found.last is None:
             self.slope = None
@@ -278,10 +310,21 @@ class SampleSweep:
         self.s = torch.where(accepted, end, self.s)
         self.taken += accepted
         self.ledger.steps += int(accepted.sum())
-        rows = mark.ge(0).nonzero()[:, 0]
-        self.outputs[mark[rows], rows if self.rows is None else self.rows[rows]] = self.u[rows]
-        self.target[rows] += 1
+        rows = reached.ge(0).nonzero()[:, 0]
+        at = reached[rows], rows if self.rows is None else self.rows[rows]
+        if self.every and int(reached.max()) == len(self.ends):
+            self._grow()
+        if self.every:
+            self.ends[at] = self._user_time()[rows]
+        self.outputs[at] = self.u[rows]
+        self.target += mark.ge(0)
         self.active &= self.target < self.number
+
+    def _grow(self) -> None:
+        """Make room for one step more of some row."""
+        self.ends = torch.cat([self.ends, torch.full_like(self.ends[:1], math.nan)])
+        if len(self.ends) > len(self.outputs):
+            self.outputs = torch.cat([self.outputs, torch.full_like(self.outputs, math.nan)])
 
     def _limit(self) -> None:
         most = self.control.max_steps

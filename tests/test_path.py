@@ -469,7 +469,6 @@ def test_refusals(tmp_path):
 def test_what_the_ends_of_steps_do_not_go_with(tmp_path):
     y0 = torch.ones(1, dtype=D)
     for options, text in (
-        ({"samples": "independent"}, "samples='independent'"),
         ({"gradient": "continuous"}, "gradient='continuous'"),
         (
             {"checkpointing": pnode.Checkpointing(memory="1MiB", disk=tmp_path, resume="a")},

@@ -13,7 +13,8 @@ D = torch.float64
 CASES = [
     ("rodaspr", None), ("ra34pw2", 0.1), ("lassp3p4s2c", 0.03), ("rosw_ark3", None),
     ("es325", None), ("sdirk2", 0.1), ("dirk657a", 0.2), ("cn", 0.1),
-    ("beuler", 0.1), ("implicit_midpoint", 0.1),
+    ("beuler", 0.1), ("implicit_midpoint", 0.1), ("cn", None), ("beuler", None),
+    ("implicit_midpoint", None),
 ]  # fmt: skip
 
 

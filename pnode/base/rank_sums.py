@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
+from pnode.base.ranks import Ranks
 from pnode.base.reals import as_reals, count_reals, from_reals
 
-__all__ = ["Replicate", "Total", "replicated"]
+__all__ = ["Replicate", "Total", "of_all_ranks", "replicated"]
 
 
 def _total_of_numbers(comm: Any, value: torch.Tensor) -> torch.Tensor:
@@ -99,3 +100,44 @@ def replicated(comm: Any, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor
         return tuple(tensors)
     found: tuple[torch.Tensor, ...] = Replicate.apply(comm, *tensors)
     return found
+
+
+def of_all_ranks(
+    ranks: Ranks, own: Sequence[torch.Tensor], common: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """Return tensors for a solve of each rank's own: those of the rank, and replicated ones.
+
+    Gradients of ``common`` become sums over the ranks, by one reduction, which comes after all else
+    of a backward sweep and tells whether a rank has failed. Not collective; its backward is.
+    """
+    if not ranks.parallel:
+        return *own, *common
+    found: tuple[torch.Tensor, ...] = _OfAllRanks.apply(ranks, len(own), *own, *common)
+    return found
+
+
+class _OfAllRanks(torch.autograd.Function):
+    """Copies of (ranks, own, *tensors), the first ``own`` of which no other rank has."""
+
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, own: int, *tensors: torch.Tensor) -> Any:
+        """Pass everything on."""
+        ctx.ranks, ctx.own = ranks, own
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors[own:])
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> Any:
+        """Add up what all have. Collective."""
+        like, own = ctx.saved_tensors, cotangents[: ctx.own]
+        sums = ctx.ranks.sum_gradients(cotangents[ctx.own :], like)
+        return (
+            None,
+            None,
+            *own,
+            *(
+                None if total is None else total.to(one)
+                for total, one in zip(sums, like, strict=True)
+            ),
+        )

@@ -113,13 +113,16 @@ def communicator(
     return chosen, layout
 
 
-def alone(comm: Any, exchange: Layout | None, consistent_start: bool, compiled: Any) -> bool:
+def alone(
+    comm: Any, exchange: Layout | None, consistent_start: bool, compiled: Any, samples: str
+) -> bool:
     """Return whether nobody shares the state; refuse, or warn of, what is not for shared ones."""
     if consistent_start and exchange is not None:
         raise ConfigurationError(
             "consistent_start=True is not supported with layout=: give a consistent y0"
         )
-    if compiled is True and (comm.size > 1 or exchange is not None):
+    shared = comm.size > 1 or exchange is not None
+    if compiled is True and shared and samples == "joint":
         warnings.warn(
             "compile=True is not for states that several ranks share: solving without",
             RuntimeWarning, stacklevel=3,

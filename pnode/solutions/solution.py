@@ -122,13 +122,15 @@ class Solution(Presentation, Generic[State]):
         ----------
         t : Tensor, sequence of float, or float
             Times between the first and the last of the solve, or that of the event which has ended
-            it; real, any shape, in any order.
+            it; real, any shape, in any order. Of independent samples: one time, shape ``(T,)``, or
+            ``(B, T)`` for each row's own.
 
         Returns
         -------
         Tensor, or tuple, dict... of Tensor
             Shape ``(*t.shape, *y0.shape)``, dtype and device of y0, like it; at output times the
-            bits of ``ys``. Differentiable like ``ys``, and with respect to t.
+            bits of ``ys``. Of independent samples ``(T, *y0.shape)``. Differentiable like ``ys``,
+            and with respect to t.
 
         Raises
         ------

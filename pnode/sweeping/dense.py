@@ -24,13 +24,15 @@ from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.scheme import Scheme
 from pnode.solvers.stepping import Observer, Step
 
-__all__ = ["DenseOutput", "Inside", "Window", "coefficients", "own_weights"]
+__all__ = [
+    "LONGEST", "DenseOutput", "Inside", "Window", "coefficients", "own_interpolant", "own_weights",
+]  # fmt: skip
 
 # A method's own interpolant is used if it is of higher degree than the Hermite cubic.
 _OWN_DEGREE = 4
-# An end of a step is no node for another step, of a length beyond that of the one next to it: the
-# weights, and with them errors of the state, would be large.
-_LONGEST = 8.0
+#: An end of a step is no node for another step, of a length beyond that of the one next to it: the
+#: weights, and with them errors of the state, would be large.
+LONGEST = 8.0
 
 
 @dataclass(frozen=True)
@@ -142,12 +144,10 @@ class DenseOutput(Observer):
         self.states: dict[int, torch.Tensor] = {}
         self.interpolated: set[int] = set()
         method = integrator.settings.method
-        scheme = method.scheme
-        own = scheme is not None and scheme.interpolation_degree >= _OWN_DEGREE
-        self.scheme: Scheme | None = scheme if own else None
+        self.scheme = own_interpolant(method)
         self.width = coefficients(method)
         # Nodes besides the ends of the step, on either side.
-        self._more = 0 if own else self.width // 2 - 2
+        self._more = 0 if self.scheme is not None else self.width // 2 - 2
         start = _Node(0, times[0], vectors.copy_out(integrator.solution))
         self._nodes = deque([start], maxlen=2 * self._more + 2)
         self._waiting: deque[Step | _Node] = deque()  # and ends of steps that are outputs
@@ -238,10 +238,10 @@ class DenseOutput(Observer):
         high, middle = low + 1, step.start + 0.5 * step.length
         for _ in range(self._more):
             before = after = math.inf
-            if low and _LONGEST * (known[low].s - known[low - 1].s) > step.length:
+            if low and LONGEST * (known[low].s - known[low - 1].s) > step.length:
                 before = middle - known[low - 1].s
             if high + 1 < len(known) and (
-                _LONGEST * (known[high + 1].s - known[high].s) > step.length
+                LONGEST * (known[high + 1].s - known[high].s) > step.length
             ):
                 after = known[high + 1].s - middle
             if before <= 1.001 * after < math.inf or before < after:
@@ -269,9 +269,15 @@ class DenseOutput(Observer):
             self._emit(row, None)
 
 
+def own_interpolant(method: Method) -> Scheme | None:
+    """Return the scheme of a method that is interpolated by its stages, None of others."""
+    scheme = method.scheme
+    return scheme if scheme is not None and scheme.interpolation_degree >= _OWN_DEGREE else None
+
+
 def coefficients(method: Method) -> int:
     """Return how many coefficients a method's interpolants have: two for each node, or its own."""
-    scheme = method.scheme
-    if scheme is not None and scheme.interpolation_degree >= _OWN_DEGREE:
+    scheme = own_interpolant(method)
+    if scheme is not None:
         return 1 + scheme.interpolation_degree
     return 4 if method.order <= 4 else 6 if method.order <= 6 else 8

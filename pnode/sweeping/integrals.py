@@ -28,7 +28,10 @@ from pnode.solvers.methods import Method
 from pnode.solvers.pairs import PairOptions
 from pnode.solvers.petsc.integrator import IntegratorSettings
 
-__all__ = ["Integrand", "check_cost", "integral_settings", "of_state", "parted", "with_integral"]
+__all__ = [
+    "Integrand", "check_cost", "integral_settings", "of_state", "parted", "with_integral",
+    "with_row_integrals",
+]  # fmt: skip
 
 
 class Integrand(torch.nn.Module):
@@ -81,6 +84,26 @@ class Integrand(torch.nn.Module):
 
     def _own(self, x: Any) -> Any:
         return x[:-1] if self._layout.is_tuple else x[0]
+
+
+class IntegrandOfRows(Integrand):
+    """(f, r) of independent samples, rows of one tensor: ``layout`` is that of y's rows."""
+
+    def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Return both, shape ``(k, n + m)``, of any k rows."""
+        shape, number = self._layout.shapes[0], len(x)
+        of_row = shape[1:]
+        y = x[:, : of_row.numel()].reshape(number, *of_row)
+        t = t.view(-1, *[1] * (len(of_row) - any(self._layout.pairs)))
+        layout = StateLayout((y.shape,), False, y.dtype, y.device)
+        value = self.function(t, y)
+        if wrong := wrong_result(layout, (value,)):
+            raise VectorFieldError(f"the vector field {wrong}")
+        if self.cost is None:
+            change = value.new_zeros(number, self._shape.numel())
+        else:
+            change = checked(self.cost(t, y), layout, torch.Size((number, *self._shape)))
+        return torch.cat([value.reshape(number, -1), change.reshape(number, -1)], dim=1)
 
 
 class IntegrandOfCells(torch.nn.Module):
@@ -192,6 +215,53 @@ def with_integral(
         base=replace(problem, check_undeclared=False), integrals=size, flow=flow,
     )  # fmt: skip
     return problem, torch.cat([y0, y0.new_zeros(size)])
+
+
+def with_row_integrals(
+    problem: InitialValueProblem, cost: Callable[..., Any], y0: torch.Tensor, t: torch.Tensor
+) -> tuple[InitialValueProblem, torch.Tensor, torch.Size]:
+    """Return the problem of independent samples and their integrals, and where it starts.
+
+    Parameters
+    ----------
+    problem : InitialValueProblem
+        Of the samples.
+    cost : callable
+        ``r(t, y)`` of all rows, shape ``(B, ...)``.
+    y0 : Tensor
+        Shape ``(B, ...)``.
+    t : Tensor
+        First time of each row, shape ``(B,)``.
+
+    Returns
+    -------
+    problem : InitialValueProblem
+        Each of whose rows is a row of y0, and its integrals.
+    start : Tensor
+        Shape ``(B, n + m)``.
+    shape : torch.Size
+        Of the integrals of a row.
+    """
+    layout, rows = problem.layout, len(y0)
+    first = t.to(layout.dtype).view(-1, *[1] * (y0.dim() - 1 - any(layout.pairs)))
+    with torch.no_grad():
+        shape = checked(cost(first, y0.detach().clone()), layout).shape
+    if shape[:1] != (rows,) or not shape.numel():
+        raise ConfigurationError(
+            f"cost returned shape {tuple(shape)}, of {rows} independent samples: return a tensor "
+            f"of shape ({rows}, ...), something for each"
+        )
+    size = shape[1:].numel()
+    whole = partial(IntegrandOfRows, layout=layout, shape=shape[1:], direction=problem.direction)
+    split = problem.explicit is not None
+    flat = y0.reshape(rows, -1)
+    both = StateLayout((torch.Size((rows, flat.shape[1] + size)),), False, y0.dtype, y0.device)
+    problem = replace(
+        problem, function=whole(problem.function, None if split else cost),
+        explicit=whole(problem.explicit, cost) if split else None, layout=both, integrals=size,
+        base=replace(problem, check_undeclared=False),
+    )  # fmt: skip
+    return problem, torch.cat([flat, flat.new_zeros(rows, size)], dim=1), shape[1:]
 
 
 def _shape(problem: InitialValueProblem, cost: Callable[..., Any], y0: torch.Tensor) -> torch.Size:

@@ -55,7 +55,7 @@ class Judge:
                     "factormin=..., factormax=...) instead"
                 )
         method, rule, device = settings.method, settings.controller, settings.place.device
-        self._embedded = method.ts_type not in ("beuler", "cn", "theta")
+        self._embedded = not method.extrapolates
         # PETSc takes its extrapolated Euler method for one of order 2.
         extrapolated = not self._embedded or method.subtype == "1bee"
         self._order = 2 if extrapolated else method.order

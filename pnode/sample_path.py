@@ -1,0 +1,332 @@
+"""Independent samples between the ends of their steps: each row on the interpolants of its own.
+
+The ends of all steps are outputs of the sweep. What is made of them and of slopes of f is plain
+torch: the interpolants are those of :mod:`pnode.sweeping.dense`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from pnode.base.ledger import Stats
+from pnode.base.rank_sums import replicated
+from pnode.base.transforms import moves
+from pnode.base.vectors import REAL
+from pnode.derivatives.row_slopes import RowSlopes
+from pnode.derivatives.stages import written
+from pnode.errors import ConfigurationError, FieldChanged
+from pnode.problems.arguments import choice
+from pnode.problems.problem import InitialValueProblem
+from pnode.solvers.methods import Method
+from pnode.solvers.scheme import Scheme, combine
+from pnode.sweeping.dense import LONGEST, coefficients, own_interpolant
+
+__all__ = ["SamplePath"]
+
+# How far a step taken again may be off, relative to the state.
+_OFF = 1e-6
+# How far beyond an end a time may be that is meant to be it, in spacings of its numbers.
+_SPACINGS = 4.0
+
+
+@dataclass(eq=False)
+class SamplePath:
+    """The steps of each row; see :meth:`pnode.Solution.__call__`.
+
+    Attributes
+    ----------
+    problem : InitialValueProblem
+        Of all rows.
+    method : Method
+        What has solved it.
+    stats : Stats
+        Counts.
+    times : Tensor
+        What steps have hit, shape ``(T, B)``; the derivatives by them pass.
+    ends : Tensor
+        Where steps end, shape ``(K + 1, B)``, NaN behind the last of a row.
+    nodes : Tensor
+        The states there, shape ``(K + 1, B, n)``, double precision.
+    start : Tensor
+        y0.
+    parameters : sequence of Tensor
+        Those of the problem, in the graph.
+    restored : callable
+        From states inside, shape ``(..., B, n)``, to the user's.
+    """
+
+    problem: InitialValueProblem
+    method: Method
+    stats: Stats
+    times: torch.Tensor
+    ends: torch.Tensor
+    nodes: torch.Tensor
+    start: torch.Tensor
+    parameters: Sequence[torch.Tensor]
+    restored: Any
+
+    def __post_init__(self) -> None:
+        """Find out how many steps each row has, and which way it goes."""
+        known = self.ends.isfinite()
+        self.count = known.sum(dim=0) - 1
+        given = self.times.detach().to(self.ends)
+        self.direction = torch.where(given[-1] >= given[0], 1.0, -1.0).to(REAL)
+        self.s = torch.where(known, self.direction * self.ends, torch.inf)
+        number = torch.arange(len(self.ends), device=self.ends.device)[:, None]
+        #: Those of the last node for what is behind it.
+        self.safe = torch.minimum(number, self.count)
+        self.states = _at(self.nodes, self.safe)
+        self.versions = written(self.problem, self.start)
+        self.rates = RowSlopes(self.problem, self.stats, self.parameters)
+
+    def __reduce__(self) -> Any:
+        """Copies and pickles of a solution have numbers alone."""
+        return _nothing, ()
+
+    # ------------------------------------------------------------------------ ends of steps
+
+    def at_steps(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the ends of all steps and the states there, which move where ``times`` do."""
+        times, numbers = self.times.to(REAL), self.times.detach().to(REAL)
+        # The first is y0, which does not move by t[0]; what is interpolated from it does.
+        first = self.start.reshape(1, *self.nodes.shape[1:]).to(REAL)
+        nodes = torch.cat([first, self.nodes[1:]])
+        if not moves(self.times):
+            return self.ends.clone(), nodes
+        index = torch.searchsorted(self.s.t().contiguous(), (self.direction * numbers).t()
+                                   .contiguous()).t().clamp(max=len(self.s) - 1)  # fmt: skip
+        hit = _at(self.ends, index) == numbers
+        change = torch.zeros_like(self.ends).scatter_add(
+            0, index, torch.where(hit, times - numbers, 0.0)
+        )
+        slopes = torch.zeros_like(self.nodes.detach())
+        with torch.no_grad(), self.rates.surroundings.restored():
+            for number in range(1, len(times)):
+                at, rows = index[number], hit[number].nonzero()[:, 0]
+                state = _at(self.states, at[None])[0]
+                slopes[at[rows], rows] = self.rates.field.total_rate(numbers[number], state)[rows]
+        return self.ends + change, nodes + change[..., None] * slopes
+
+    def outputs(self) -> torch.Tensor:
+        """Return the states at ``times``, shape ``(T, B, n)``, the inner ones interpolated."""
+        _, ends = self.at_steps()
+        arrived = _at(self.ends, self.count[None])[0] == self.times[-1].detach().to(REAL)
+        last = torch.where(arrived[:, None], _at(ends, self.count[None])[0], torch.nan)
+        inside = self._between(self.direction * self.times[1:-1].to(REAL), 0, True)
+        return torch.cat([ends[:1], inside, last[None]])[: len(self.times)]
+
+    # ----------------------------------------------------------------------- at other times
+
+    def at(self, t: Any, order: int, side: str = "after") -> Any:
+        """Return the states, or their derivatives, at any times: shape ``(T, B, ...)``."""
+        choice("side", side, ("after", "before"))
+        if written(self.problem, self.start) != self.versions:
+            raise FieldChanged(
+                "y0 or a parameter was written into since the solve: ask for the solution before "
+                "that, or solve again",
+                method=self.method.name,
+            )
+        t = self._asked(t)
+        if self.problem.ranks.parallel and t.dim() < 2 and moves(t):
+            (t,) = replicated(self.problem.ranks.comm, (t,))
+        rows = len(self.count)
+        given = t.t() if t.dim() == 2 else t.reshape(-1, 1).expand(-1, rows)
+        s = self.direction * given.to(REAL)
+        low, high = self.s[0], self.direction * self.times[-1].detach().to(REAL)
+        s = s + (torch.maximum(torch.minimum(s.detach(), high), low) - s.detach())
+        found = self._between(s, order, side == "after")
+        return self.restored(found if t.dim() else found[0])
+
+    def _asked(self, t: Any) -> torch.Tensor:
+        """Check times."""
+        t = t if isinstance(t, torch.Tensor) else torch.as_tensor(t, dtype=torch.float64)
+        rows, numbers = len(self.count), self.times.detach().to(REAL)
+        if t.is_complex() or t.dtype is torch.bool or t.layout is not torch.strided:
+            raise ConfigurationError(
+                f"t has dtype {t.dtype} and layout {t.layout}: times are real numbers, densely"
+            )
+        if t.dim() > 2 or (t.dim() == 2 and len(t) != rows):
+            raise ConfigurationError(
+                f"t has shape {tuple(t.shape)}: give times of shape (T,), or (B, T) = ({rows}, T) "
+                "for times of each row's own"
+            )
+        t = t.to(self.ends.device)
+        s = self.direction[:, None] * t.detach().to(REAL).reshape(*t.shape[: t.dim() - 1], -1)
+        low, high = (self.direction * numbers[end] for end in (0, -1))
+        eps = torch.finfo(t.dtype if t.is_floating_point() else torch.float64).eps
+        slack = _SPACINGS * eps * torch.maximum(low.abs(), high.abs())
+        outside = ~((s >= (low - slack)[:, None]) & (s <= (high + slack)[:, None]))  # NaN too
+        if bool(outside.any()):
+            row, index = outside.nonzero()[0].tolist()
+            raise ConfigurationError(
+                f"t = {float(self.direction[row] * s[row, index])!r} is not in the interval of row "
+                f"{row}, from {float(numbers[0, row])!r} to {float(numbers[-1, row])!r}: solve "
+                "further, or ask within it"
+            )
+        return t
+
+    def _between(self, s: torch.Tensor, order: int, after: bool) -> torch.Tensor:
+        """Return states, or derivatives by t, at times ``(Q, B)`` of the rows' clocks."""
+        numbers, columns = s.detach(), self.s.t().contiguous()
+        k = torch.searchsorted(columns, numbers.t().contiguous(), right=after).t() - 1
+        k = torch.minimum(k, self.count - 1).clamp(min=0)
+        first, last = (_at(self.s, torch.minimum(k + i, self.count)) for i in (0, 1))
+        h = torch.where(self.count > 0, last - first, 1.0)
+        theta = (s - first) / h
+        at_end = (numbers == last) & (self.count > 0)
+        theta = theta + (torch.where(at_end, 1.0, theta.detach()) - theta.detach())
+        scheme = own_interpolant(self.method)
+        found = (
+            self._hermite(k, first, h, theta, order) if scheme is None
+            else self._own(scheme, k, h, theta, order)
+        )  # fmt: skip
+        # A row that has failed is not known beyond its last step.
+        known = (numbers <= last)[..., None]
+        return torch.where(known, found, torch.nan).to(self.problem.layout.dtype)
+
+    @cached_property
+    def slopes(self) -> torch.Tensor:
+        """f at all nodes."""
+        return self.rates(self.direction * _at(self.s, self.safe), self.states)
+
+    def _hermite(
+        self, k: torch.Tensor, first: torch.Tensor, h: torch.Tensor, theta: torch.Tensor, order: int
+    ) -> torch.Tensor:
+        """Interpolate between states and slopes at the nodes around steps ``k``."""
+        low, high = self._windows(k, first, h)
+        most = int((high - low).max()) + 1 if k.numel() else 2
+        index = low[..., None] + torch.arange(most, device=k.device)
+        valid, index = index <= high[..., None], torch.minimum(index, high[..., None])
+        x = (torch.stack([_at(self.s, index[..., j]) for j in range(most)], -1) - first[..., None]
+             ) / h[..., None]  # fmt: skip
+        x = torch.where(index == (k + 1)[..., None], 1.0, x)  # to the last bit
+        weights = _hermite_weights(theta, x, valid, order)
+        result = torch.zeros_like(_at(self.states, k))
+        user = self.direction * h
+        for j in range(most):
+            of_state, of_slope = (weight[..., j, None] for weight in weights)
+            result = result + of_state * _at(self.states, index[..., j])
+            result = result + of_slope * user[..., None] * _at(self.slopes, index[..., j])
+        return result / user[..., None] if order else result
+
+    def _windows(
+        self, k: torch.Tensor, first: torch.Tensor, h: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the first and the last node of each interpolant; see ``DenseOutput._around``."""
+        low, high, middle = k, torch.minimum(k + 1, self.count), first + 0.5 * h
+        for _ in range(coefficients(self.method) // 2 - 2):
+            below, above = (low - 1).clamp(min=0), torch.minimum(high + 1, self.count)
+            left, right = _at(self.s, below), _at(self.s, above)
+            usable = (below < low) & (LONGEST * (_at(self.s, low) - left) > h)
+            before = torch.where(usable, middle - left, torch.inf)
+            usable = (above > high) & (LONGEST * (right - _at(self.s, high)) > h)
+            after = torch.where(usable, right - middle, torch.inf)
+            back = ((before <= 1.001 * after) & after.isfinite()) | (before < after)
+            low = torch.where(back, below, low)
+            high = torch.where(~back & after.isfinite(), above, high)
+        return low, high
+
+    def _own(
+        self, scheme: Scheme, k: torch.Tensor, h: torch.Tensor, theta: torch.Tensor, order: int
+    ) -> torch.Tensor:
+        """Interpolate between the stages' slopes, which are computed again, once for a step."""
+        assert scheme.interpolation is not None
+        steps, slot = _distinct(k)
+        u, s = _at(self.states, steps), _at(self.s, steps)
+        end = torch.minimum(steps + 1, self.count)
+        length = self.direction * (_at(self.s, end) - s)
+        slopes: list[torch.Tensor] = []
+        Y = u
+        for i, c in enumerate(scheme.c):
+            Y = u + length[..., None] * combine(scheme.A[i][:i], slopes, u) if i else u
+            slopes.append(self.rates(self.direction * s + c * length, Y))
+        self._compare(Y, _at(self.states, end), s)
+        result, user = torch.zeros_like(_at(u, slot)), (self.direction * h)[..., None]
+        for row, slope in zip(scheme.interpolation, slopes, strict=True):
+            weight = torch.zeros_like(theta)
+            for power in reversed(range(len(row))):
+                factor = row[power] * (power + 1 if order else 1)
+                weight = weight * theta + factor
+            result = result + (weight if order else weight * theta)[..., None] * _at(slope, slot)
+        if order:
+            return result
+        found = _at(u, slot) + user * result
+        last = _at(self.states, torch.minimum(k + 1, self.count))  # to the last bit
+        return found + torch.where(theta[..., None] == 1.0, last - found, 0.0).detach()
+
+    def _compare(self, found: torch.Tensor, expected: torch.Tensor, s: torch.Tensor) -> None:
+        """See to it that steps taken again, whose last stage is their end, end where they did."""
+        off = (found - expected).detach().abs().amax(dim=2)
+        wrong = (off > _OFF * expected.detach().abs().sum(dim=2)) & (self.count > 0)
+        if bool(wrong.any()):
+            at, row = wrong.nonzero()[0].tolist()
+            raise FieldChanged(
+                "the vector field is not the one that was solved with, as the steps taken again "
+                f"lead elsewhere in row {row}{self.rates.surroundings.differences()}: ask for the "
+                "solution before it changes, or solve again",
+                time=float(self.direction[row] * s[at, row]), method=self.method.name,
+            )  # fmt: skip
+
+
+def _at(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Return entries ``index``, shape ``(Q, B)``, of ``(K, B)`` or ``(K, B, n)``, of each row."""
+    if rows.dim() == 2:
+        return rows.gather(0, index)
+    return rows.gather(0, index[..., None].expand(-1, -1, rows.shape[2]))
+
+
+def _distinct(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the distinct entries of each column, filled up with its last, and where each is."""
+    if not len(k):
+        return k, k
+    ordered, order = k.sort(dim=0)
+    slot = torch.cat([torch.zeros_like(k[:1]), ordered.diff(dim=0).ne(0).cumsum(dim=0)])
+    steps = ordered[-1:].repeat(int(slot.max()) + 1, 1).scatter(0, slot, ordered)
+    return steps, torch.empty_like(slot).scatter(0, order, slot)
+
+
+def _hermite_weights(
+    theta: torch.Tensor, x: torch.Tensor, valid: torch.Tensor, order: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the weights of states and slopes at nodes ``x``, or their derivatives by theta.
+
+    As :func:`pnode.base.interpolation.hermite`, for many interpolants of up to m nodes: ``x`` and
+    ``valid`` have shape ``(..., m)``.
+    """
+    number = x.shape[-1]
+    to = theta[..., None] - x
+    unit = torch.eye(number, dtype=torch.bool, device=x.device)
+    other = valid[..., None, :] & ~unit
+    apart = torch.where(other, x[..., :, None] - x[..., None, :], 1.0)
+    factors = torch.where(other, to[..., None, :] / apart, 1.0)
+    inverse = torch.where(other, 1.0 / apart, 0.0)
+    rate, bump = inverse.sum(dim=-1), _product(factors)
+    square = bump * bump
+    if not order:
+        found = (1.0 - 2.0 * rate * to) * square, to * square
+    else:
+        slope = sum(
+            inverse[..., j] * _product(torch.where(unit[j], 1.0, factors)) for j in range(number)
+        )
+        both = 2.0 * bump * slope
+        found = (
+            -2.0 * rate * square + (1.0 - 2.0 * rate * to) * both, square + to * both
+        )  # fmt: skip
+    of_state, of_slope = (torch.where(valid, weight, 0.0) for weight in found)
+    return of_state, of_slope
+
+
+def _product(factors: torch.Tensor) -> torch.Tensor:
+    result = factors[..., 0]
+    for j in range(1, factors.shape[-1]):
+        result = result * factors[..., j]
+    return result
+
+
+def _nothing() -> None:
+    return None
