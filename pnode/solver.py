@@ -212,10 +212,10 @@ class Solver(torch.nn.Module):
         )  # fmt: skip
         #: What all ranks must have been given.
         self._shared = {} if alone else {
-            "method": chosen.own or chosen.name, "layout": type(exchange).__name__,
-            "device_state": device_state, "the problem's form": form, "gradient": gradient,
-            "consistent_start": consistent_start, **shared(steps, linear_algebra, output),
-            "petsc_options": sorted(options.items()), "petsc_setup": petsc_setup is not None,
+            "method": chosen.own or chosen.name, "the problem's form": form, "gradient": gradient,
+            "layout": type(exchange).__name__, "device_state": device_state, "compile": compile,
+            "consistent_start": consistent_start, "petsc_setup": petsc_setup is not None,
+            "petsc_options": sorted(options.items()), **shared(steps, linear_algebra, output),
             "checkpointing": vars(limits) | {"disk": limits.disk is None, "resume": None},
         }  # fmt: skip
 

@@ -119,9 +119,9 @@ def alone(comm: Any, exchange: Layout | None, consistent_start: bool, compiled: 
         raise ConfigurationError(
             "consistent_start=True is not supported with layout=: give a consistent y0"
         )
-    if compiled is True and (comm.size > 1 or exchange is not None):
+    if compiled is True and exchange is not None:
         warnings.warn(
-            "compile=True is not for states that several ranks share: solving without",
+            "compile=True is not for states with ghost cells (layout=): solving without",
             RuntimeWarning, stacklevel=3,
         )  # fmt: skip
     return bool(comm.size == 1)
