@@ -86,7 +86,8 @@ class Compiler:
         }  # fmt: skip
         found = ranks.attempt(self._prepared, field_, y0, wanted)
         backend, checked, reasons, changed = found or _Prepared(None, [], [], False)
-        looked_at = wanted.watched and not wanted.dense  # perhaps on this rank alone
+        # Perhaps it is on this rank alone that someone looks at steps.
+        looked_at = ranks.parallel and wanted.watched and not wanted.dense
         mark = _MADE if backend else _PASSING if looked_at else _CHANGED if changed else _NEVER
         agreed = ranks.least(mark)
         if agreed == _MADE:
@@ -126,7 +127,7 @@ class Compiler:
                 text = text or backend.refuses(wanted)
                 if text is None:
                     found.append(backend)
-                else:
+                elif text not in reasons:
                     reasons.append(text)
         return found, reasons
 
