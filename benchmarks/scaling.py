@@ -49,7 +49,13 @@ MODES: dict[str, tuple[str, dict[str, Any]]] = {
     "grid, rk4 fixed": ("grid", {"method": "rk4"}),
     "grid, dopri5 adaptive": ("grid", {"method": "dopri5", "rtol": 1e-6}),
     "grid, cn GMRES": ("grid", {"method": "cn", "jacobian": "matrix-free"}),
-    "batch, rk4 fixed": ("batch", {"method": "rk4"}),
+    "batch, rk4 fixed": ("batch", {"method": "rk4", "compile": False}),
+    "batch, rk4 compiled": ("batch", {"method": "rk4", "compile": True}),
+    "batch, dopri5 adaptive": ("batch", {"method": "dopri5", "rtol": 1e-6, "compile": False}),
+    "batch, dopri5 adaptive, compiled": (
+        "batch",
+        {"method": "dopri5", "rtol": 1e-6, "compile": True},
+    ),
 }
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 10000)
 
@@ -182,7 +188,8 @@ def measure(
         times.append(time.perf_counter() - start)
     attempts = solution.stats.steps + solution.stats.rejected
     once = 4.0 * (comm.size > 1)  # see tests/mpi/test_mpi_counts.py
-    once += 2.0 * (comm.size > 1 and adaptive) + 1.0 * (comm.size > 1 and adaptive)
+    once += 3.0 * (comm.size > 1 and adaptive)
+    once += 2.0 * (comm.size > 1 and options.get("compile", False))
     return {
         "seconds": min(times) / attempts, "steps": attempts,
         "sends": counts.sends / attempts, "sent": counts.sent / attempts,
@@ -219,13 +226,15 @@ def measure_machine(comm: Any, repeats: int) -> Machine:
 # ---------------------------------------------------------------------------------- the driver
 
 
-def launch(ranks: int, shapes: list[tuple[int, int]], steps: int, repeats: int) -> dict[str, Any]:
+def launch(
+    modes: list[str], ranks: int, shapes: list[tuple[int, int]], steps: int, repeats: int
+) -> dict[str, Any]:
     """Run :func:`work` on some ranks."""
     with tempfile.TemporaryDirectory() as folder:
         run = subprocess.run(
             [
                 beside_python("mpiexec"), "-n", str(ranks), sys.executable, "-m", "mpi4py",
-                __file__, "--work", json.dumps([list(MODES), shapes, steps, repeats]),
+                __file__, "--work", json.dumps([modes, shapes, steps, repeats]),
             ],
             env=counting_environment(Path(folder)), stdout=subprocess.PIPE, text=True, check=True,
             timeout=600,
@@ -277,7 +286,9 @@ def plot(path: Path, results: dict[str, Any], side: int) -> None:
 def main() -> None:
     """Measure, fit, predict, and print tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a small grid, few steps")
+    parser.add_argument(
+        "--quick", action="store_true", help="a small grid, few steps, nothing compiled"
+    )
     parser.add_argument("--side", type=int, default=64, help="cells of a rank's side")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--latency", type=float, default=2e-6, help="cluster: seconds a message")
@@ -291,22 +302,23 @@ def main() -> None:
         modes, shapes, steps, repeats = json.loads(arguments.work)
         work(modes, [tuple(shape) for shape in shapes], steps, repeats)
         return
-    side, steps, repeats = arguments.side, 20, arguments.repeats
+    side, steps, repeats, modes = arguments.side, 20, arguments.repeats, list(MODES)
     if arguments.quick:
         side, steps, repeats = 16, 10, 2
-    alone = launch(1, [(side // 4, side), (side, side)], steps, repeats)
-    both = launch(2, [(side, side), (2 * side, side)], steps, repeats)
+        modes = [mode for mode in MODES if "compiled" not in mode]
+    alone = launch(modes, 1, [(side // 4, side), (side, side)], steps, repeats)
+    both = launch(modes, 2, [(side, side), (2 * side, side)], steps, repeats)
     here = Machine(**both["machine"])
     cluster = Machine(arguments.latency, arguments.bandwidth, arguments.reduction)
     print(f"this machine: {here}\ncluster, assumed: {cluster}\n")
     print("per step with its adjoint, on a rank of two; efficiency measured (and by the model)")
     print(
-        f"{'mode':>22} {'messages':>9} {'bytes':>9} {'reductions':>11} {'ms':>8} "
+        f"{'mode':>32} {'messages':>9} {'bytes':>9} {'reductions':>11} {'ms':>8} "
         f"{'strong, 2 ranks':>16} {'weak, 2 ranks':>14}"
     )
     results: dict[str, Any] = {}
     total = 2048 * 2048
-    for mode in MODES:
+    for mode in modes:
         model, measured = fit(mode, side, alone["rows"], both["rows"])
         counts = measured["per_step"]
         predicted = (model.strong(here, 2, side * side), model.weak(here, 2, side * side))
@@ -320,21 +332,21 @@ def main() -> None:
             },
         }  # fmt: skip
         print(
-            f"{mode:>22} {counts['sends']:>9.1f} {counts['sent']:>9.0f} "
+            f"{mode:>32} {counts['sends']:>9.1f} {counts['sent']:>9.0f} "
             f"{counts['reductions']:>11.2f} {1e3 * measured['seconds_one_rank']:>8.2f} "
             f"{measured['strong_efficiency_2']:>7.2f} ({predicted[0]:.2f}) "
             f"{measured['weak_efficiency_2']:>8.2f} ({predicted[1]:.2f})"
         )
     print(f"\npredicted on the cluster: weak with {side}x{side} cells a rank / strong, 2048x2048")
     shown = [ranks for ranks in RANKS if ranks in (2, 16, 128, 1024, 10000)]
-    print(f"{'mode':>22} " + " ".join(f"{ranks:>12}" for ranks in shown))
+    print(f"{'mode':>32} " + " ".join(f"{ranks:>12}" for ranks in shown))
     for mode, result in results.items():
         found = dict(
             zip(RANKS, zip(*(result["cluster"][k] for k in ("weak", "strong")), strict=True),
                 strict=True)
         )  # fmt: skip
         cells = (f"{found[ranks][0]:.2f} / {found[ranks][1]:.2f}" for ranks in shown)
-        print(f"{mode:>22} " + " ".join(f"{cell:>12}" for cell in cells))
+        print(f"{mode:>32} " + " ".join(f"{cell:>12}" for cell in cells))
     if arguments.json:
         report = {
             "side": side, "machine": asdict(here), "assumed": asdict(cluster), "modes": results,

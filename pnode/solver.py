@@ -201,7 +201,7 @@ class Solver(Configured):
         self.cost = check_cost(cost)
         collect_parameters(self._functions, self._params)
         self._progress = output.progress and comm.rank == 0
-        alone = arguments.alone(comm, exchange, consistent_start, compile, steps.samples)
+        alone = arguments.alone(comm, exchange, consistent_start, compile)
         setup = arguments.setup(petsc_setup, chosen, compile)
         options = linear_algebra.petsc_options() | check_petsc_options(petsc_options)
         # Last: arguments that are refused use up no number.
@@ -212,10 +212,10 @@ class Solver(Configured):
         )  # fmt: skip
         #: What all ranks must have been given.
         self._shared = {} if alone else {
-            "method": chosen.own or chosen.name, "layout": type(exchange).__name__,
-            "device_state": device_state, "the problem's form": form, "gradient": gradient,
-            "consistent_start": consistent_start, **shared(steps, linear_algebra, output),
-            "petsc_options": sorted(options.items()), "petsc_setup": petsc_setup is not None,
+            "method": chosen.own or chosen.name, "the problem's form": form, "gradient": gradient,
+            "layout": type(exchange).__name__, "device_state": device_state, "compile": compile,
+            "consistent_start": consistent_start, "petsc_setup": petsc_setup is not None,
+            "petsc_options": sorted(options.items()), **shared(steps, linear_algebra, output),
             "checkpointing": vars(limits) | {"disk": limits.disk is None, "resume": None},
         }  # fmt: skip
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+from functools import cache
 from typing import Any
 
 from mpi4py import MPI
@@ -9,7 +11,7 @@ from mpi4py import MPI
 from pnode.base.options import PETSc
 from pnode.errors import ConfigurationError
 
-__all__ = ["as_communicator", "clean_up", "own_communicator"]
+__all__ = ["Reduction", "allreduce", "as_communicator", "clean_up", "own_communicator"]
 
 _keepers: dict[int, Any] = {}
 
@@ -44,6 +46,33 @@ def own_communicator(comm: Any) -> Any:
         keeper = PETSc.Vec().createMPI((0, PETSc.DETERMINE), comm=comm)
         _keepers[key] = keeper
     return _keepers[key].getComm().tompi4py()
+
+
+class Reduction(ctypes.Structure):
+    """Sums of float64 numbers over the ranks of a communicator, for machine code; see ``ranks.h``.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Intracomm
+        The communicator, which must outlive it.
+    """
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("function", "size", "type", "sum", "comm")]
+
+    def __init__(self, comm: Any) -> None:
+        handles = map(MPI._handleof, (MPI.DOUBLE, MPI.SUM, comm))
+        super().__init__(allreduce(), MPI._sizeof(MPI.Comm), *handles)
+
+
+@cache
+def allreduce() -> int | None:
+    """Return the address of MPI_Allreduce, the one that mpi4py calls; None if it is not found."""
+    for name in (None, MPI.__file__):  # what is preloaded goes first, as for the linker
+        try:
+            return ctypes.cast(ctypes.CDLL(name).MPI_Allreduce, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None
 
 
 def clean_up(comm: Any) -> None:

@@ -158,6 +158,24 @@ class Ranks:
             return place + _SECONDARY
         return place + (0 if _interrupts(own) else _ORDINARY)
 
+    def least(self, mark: int) -> int:
+        """Return the least of the ranks' marks, which are not negative.
+
+        Raises
+        ------
+        PnodeError
+            If a rank has failed since the sweep began; within :meth:`together`, which stops it.
+        """
+        if not self.parallel:
+            return mark
+        own = np.array([-1 if self.failed else mark], np.int64)
+        self.comm.Allreduce(MPI.IN_PLACE, own, MPI.MIN)
+        if own[0] < 0:
+            found = self.settle()
+            assert found is not None
+            raise found from found.__cause__
+        return int(own[0])
+
     @staticmethod
     def stop(found: PnodeError) -> NoReturn:
         """Raise what :meth:`settle` has found. Not collective.

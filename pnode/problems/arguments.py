@@ -113,18 +113,15 @@ def communicator(
     return chosen, layout
 
 
-def alone(
-    comm: Any, exchange: Layout | None, consistent_start: bool, compiled: Any, samples: str
-) -> bool:
+def alone(comm: Any, exchange: Layout | None, consistent_start: bool, compiled: Any) -> bool:
     """Return whether nobody shares the state; refuse, or warn of, what is not for shared ones."""
     if consistent_start and exchange is not None:
         raise ConfigurationError(
             "consistent_start=True is not supported with layout=: give a consistent y0"
         )
-    shared = comm.size > 1 or exchange is not None
-    if compiled is True and shared and samples == "joint":
+    if compiled is True and exchange is not None:
         warnings.warn(
-            "compile=True is not for states that several ranks share: solving without",
+            "compile=True is not for states with ghost cells (layout=): solving without",
             RuntimeWarning, stacklevel=3,
         )  # fmt: skip
     return bool(comm.size == 1)

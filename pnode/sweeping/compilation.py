@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 import weakref
+from dataclasses import astuple
 from functools import partial
 from typing import Any
 
@@ -35,7 +36,9 @@ _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 def begin(
     engine: Engine, run: Run, field: VectorField, y0: torch.Tensor, keep: bool, requests: Requests
 ) -> Compilation | None:
-    """Return what of a solve is compiled; None for nothing. Not collective.
+    """Return what of a solve is compiled; None for nothing. Collective.
+
+    What it depends on is the same on all ranks, or agreed upon.
 
     Parameters
     ----------
@@ -52,7 +55,8 @@ def begin(
     requests : Requests
         What else the sweep is to do.
     """
-    problem = run.problem
+    problem, ranks, auto = run.problem, run.problem.ranks, engine.compile == "auto"
+    anew = auto and brings_tensors(problem.function)
     controlled = requests.sensitivity_control is not None
     if engine.compile is False or requests.plain or (requests.recorded and not controlled):
         return None
@@ -61,17 +65,19 @@ def begin(
     looks = (requests.events, requests.monitor, requests.callbacks)
     watched = requests.dense or any(one is not None for one in looks)
     part = requests.steps_before is not None
-    kind = (problem.layout, keep, watched, problem.integrals > 0, part)
+    kind: Any = (problem.layout, keep, watched, problem.integrals > 0, part)
+    if ranks.parallel:  # whose parts differ, and of which one may be watched
+        kind = (problem.distribution, keep, requests.dense, problem.integrals > 0, part)
+        watched = watched or anew
     account = engine.account
     entry = account.entries.get(kind) or account.entry(kind)
-    auto = engine.compile == "auto"
     for given, text in (
         (problem.integrals > 0, "cost= is given"),
         (part, "breakpoints= are given"),
         (controlled, "sensitivity_control= is given"),
         (engine.setup is not None, "petsc_setup= is given"),
-        (auto and brings_tensors(problem.function), "args= has tensors: others are traced anew"),
-        (problem.ranks.parallel or engine.exchange is not None, "ranks share the state"),
+        (anew and not ranks.parallel, "args= has tensors: others are traced anew"),
+        (engine.exchange is not None, "layout= has ghost cells"),
         (engine.control.uncompiled, engine.control.uncompiled),
     ):
         if given:
@@ -84,7 +90,8 @@ def begin(
     options, wanted = engine.solver_options(run.settings), entry.wanted
     if wanted is None or not (
         wanted.settings is run.settings and wanted.options is options
-        and wanted.dense == requests.dense
+        and wanted.control is engine.control and wanted.checkpointing is engine.checkpointing
+        and (wanted.dense, wanted.watched) == (requests.dense, watched)
     ):  # fmt: skip
         entry.wanted = wanted = Wanted(
             run.settings, options, engine.control, engine.checkpointing, keep, requests.dense,
@@ -92,7 +99,8 @@ def begin(
         )  # fmt: skip
     if auto:
         if run.entry is not None:
-            _decide(engine, entry, field, y0, wanted)
+            decide = _decide_together if ranks.parallel else _decide
+            decide(engine, entry, field, y0, wanted)
         if entry.hindrance or not entry.bought:
             return None
     return _compiled(engine, run, entry, field, y0, wanted)
@@ -125,7 +133,7 @@ def _compiled(
     if wanted.auto and found.changed:
         entry.changed(reasons)
         run.entry = entry
-    else:
+    elif not found.passing:
         entry.made, entry.left, entry.hindrance = "", "", reasons
     return None
 
@@ -141,6 +149,21 @@ def _decide(
         _look(entry, field, y0, wanted.keep)
     if not entry.hindrance:
         entry.decide(candidates[0].share)
+
+
+def _decide_together(
+    engine: Engine, entry: Entry, field: VectorField, y0: torch.Tensor, wanted: Wanted
+) -> None:
+    """Decide by the largest part that a rank has of a state, the same on all. Collective."""
+    ranks = field.problem.ranks
+    if entry.to_be_looked_at:
+        ranks.attempt(_look, entry, field, y0, wanted.keep)
+        seen = ranks.comm.allgather((entry.hindrance, entry.work and astuple(entry.work)))
+        entry.hindrance = next((text for text, _ in seen if text), "")
+        works = [work for _, work in seen]
+        entry.work = None if None in works else Work(*map(max, zip(*works, strict=True)))
+    if not entry.hindrance:
+        entry.decide(1.0)
 
 
 def _flops(packet: Any, args: tuple[Any, ...], result: Any) -> int:

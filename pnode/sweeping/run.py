@@ -235,6 +235,17 @@ class Run:
     entry: Entry | None = None
     ys: torch.Tensor | None = None
 
+    def count(self, ledger: Ledger, before: int = 0) -> None:
+        """Count what a sweep has done beyond ``before``, if that may pay for a compilation."""
+        entry = self.entry
+        if entry is None:
+            return
+        if self.problem.ranks.parallel:  # as on all ranks, whose own counts differ after failures
+            attempts = self.stats.steps + self.stats.rejected
+            entry.calls += attempts * self.settings.method.stages
+        else:
+            entry.add(ledger, before)
+
     def let_go(self) -> None:
         """Keep f for backward sweeps, but not what owns it: see :mod:`pnode.field.held`."""
         own = self.problem

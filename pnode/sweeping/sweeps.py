@@ -84,8 +84,7 @@ def forward(
         hint(engine, run)
     run.ys = outputs.detach() if keep and isinstance(run.sweep, SteppedSweep) else None
     note_kept(run.stats.ram_bytes + run.stats.tape_bytes)
-    if run.entry is not None:
-        run.entry.add(run.stats)
+    run.count(run.stats)
     LOG.debug(
         "%s: forward sweep of %d steps (%d rejected), %d evaluations, %d bytes of checkpoints",
         engine.method.name, stats.steps, stats.rejected, stats.rhs, stats.ram_bytes,
@@ -112,7 +111,10 @@ def _forward(
                     engine.solver_options(run.settings).warn_unused()
                 run.sweep, run.used = WholeSweep(found.sweep), field.used
                 return outputs
+            problem.ranks.least(0)  # which tells of an interrupt
         start, run.codes = found.start, found.codes
+        if problem.ranks.parallel and not run.codes:
+            start = run.reads = None
         if start is not None:
             run.settings = replace(run.settings, graphs=start.graphs)
         if run.codes:
@@ -161,15 +163,14 @@ def backward(
         Whether the derivatives with respect to interpolated outputs' times are wanted.
     """
     assert run.surroundings is not None
-    if run.reads is not None:
+    if run.reads is not None and not run.problem.ranks.parallel:
         refuse_written(run.reads, run.surroundings, engine.method.name)
     assert run.sweep is not None
     ledger = run.stats.backward
     before, steps, repeated = calls(ledger), ledger.steps, ledger.recomputed
     with run.surroundings.restored():
         found = run.sweep.reverse(run, y0, cotangents, wants_times)
-    if run.entry is not None:
-        run.entry.add(ledger, before)
+    run.count(ledger, before)
     LOG.debug(
         "%s: backward sweep of %d steps (%d repeated)",
         engine.method.name, ledger.steps - steps, ledger.recomputed - repeated,
@@ -202,5 +203,21 @@ class WholeSweep(Sweep):
     def reverse(
         self, run: Run, y0: torch.Tensor, cotangents: torch.Tensor, wants_times: bool
     ) -> CostGradients:
-        """Take the discrete adjoint; see :class:`Sweep`."""
+        """Take the discrete adjoint; see :class:`Sweep`. Collective."""
+        ranks, parameters = run.problem.ranks, run.problem.parameters
+        if not ranks.parallel:
+            return self._reverse(run, cotangents)
+        with ranks.together(agree=False):
+            found = ranks.attempt(self._checked_reverse, run, cotangents)
+        unknown = [None] * len(parameters)  # of a rank that has failed, which this tells
+        summed = ranks.sum_gradients(unknown if found is None else found.parameters, parameters)
+        return CostGradients(found.state, summed, found.initial)
+
+    def _reverse(self, run: Run, cotangents: torch.Tensor) -> CostGradients:
         return CostGradients(*self._compiled.reverse(cotangents, run.stats.backward))
+
+    def _checked_reverse(self, run: Run, cotangents: torch.Tensor) -> CostGradients:
+        """Do as alone, with the check of :func:`backward`, whose failure all ranks are to know."""
+        assert run.reads is not None and run.surroundings is not None
+        refuse_written(run.reads, run.surroundings, run.settings.method.name)
+        return self._reverse(run, cotangents)

@@ -135,6 +135,8 @@ class Compilation:
         Why there is none, or not more.
     changed : bool
         Whether that is a field that is another one than when it was compiled.
+    passing : bool
+        Whether that is for this solve alone.
     """
 
     sweep: CompiledSweep | None = None
@@ -143,6 +145,7 @@ class Compilation:
     captured: tuple[torch.Tensor, ...] = ()
     reasons: tuple[str, ...] = ()
     changed: bool = False
+    passing: bool = False
 
     @property
     def what(self) -> str:
@@ -163,12 +166,15 @@ class Backend(ABC):
         Whether it is for implicit methods or for explicit ones; None: for all.
     final : bool
         Whether no other one is left where it fails.
+    shared : bool
+        Whether it is for states that several ranks share, too.
     share : float
         About how much it saves of the time that torch's and PETSc's calls take on small problems.
     """
 
     implicit: bool | None = None
     final = False
+    shared = False
     share = 1.0
 
     @abstractmethod

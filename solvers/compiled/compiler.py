@@ -11,11 +11,12 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from pnode.base.ledger import Ledger
+from pnode.base.ranks import ALONE
 from pnode.base.vectors import REAL
 from pnode.errors import ConfigurationError
 from pnode.field.vectorfield import VectorField, vector_field
@@ -31,6 +32,18 @@ __all__ = ["Compiler", "bare", "outside"]
 _MOST_GRAPHS = 8
 # Traces kept, each with the tensors that it reads.
 _MOST_TRACES = 8
+# What becomes of a solve on one rank; of a solve of several the least of them.
+_NEVER, _CHANGED, _PASSING, _MADE = range(4)
+_UNSHARED = "of states that ranks share whole sweeps of explicit methods are compiled alone"
+
+
+class _Prepared(NamedTuple):
+    """A backend that compiles a solve, or none, its code, and why not others."""
+
+    backend: Backend | None
+    checked: Sequence[Checked]
+    reasons: list[str]
+    changed: bool
 
 
 def _nobody() -> None:
@@ -63,6 +76,8 @@ class Compiler:
     def begin(self, field_: VectorField, y0: torch.Tensor, wanted: Wanted) -> Compilation:
         """Compile what can be of a solve from y0, or load it; one warning if that is nothing.
 
+        Collective: of a state that ranks share all of them compile it, or none.
+
         Parameters
         ----------
         field_ : VectorField
@@ -72,21 +87,43 @@ class Compiler:
         wanted : Wanted
             The solve.
         """
+        ranks = field_.problem.ranks
+        ranks.where = {
+            "time": field_.problem.direction * field_.problem.times[0], "step": 0,
+            "method": wanted.settings.method.name,
+        }  # fmt: skip
+        found = ranks.attempt(self._prepared, field_, y0, wanted)
+        backend, checked, reasons, changed = found or _Prepared(None, [], [], False)
+        # Perhaps it is on this rank alone that someone looks at steps.
+        looked_at = ranks.parallel and wanted.watched and not wanted.dense
+        mark = _MADE if backend else _PASSING if looked_at else _CHANGED if changed else _NEVER
+        agreed = ranks.least(mark)
+        if agreed == _MADE:
+            assert backend is not None
+            made = backend.begin(checked, field_, y0, wanted)
+            return replace(made, reasons=tuple(reasons)) if reasons else made
+        if mark == _MADE:
+            reasons.append("another rank does not compile its part of the state")
+        self.explain(wanted, reasons)
+        return Compilation(
+            reasons=tuple(reasons), changed=agreed == _CHANGED, passing=agreed == _PASSING
+        )
+
+    def _prepared(self, field_: VectorField, y0: torch.Tensor, wanted: Wanted) -> _Prepared:
+        """Return the first backend that compiles a solve, and its code; not collective."""
         candidates, reasons = self.candidates(field_, wanted)
         evaluations, changed = field_.ledger.rhs, False
         for backend in candidates:
             found = self._checked(backend, field_, y0, wanted)
             field_.ledger.rhs = evaluations
             if not isinstance(found, Reason):
-                made = backend.begin(found, field_, y0, wanted)
-                return replace(made, reasons=tuple(reasons)) if reasons else made
+                return _Prepared(backend, found, reasons, changed)
             changed |= found.changed
             if not any(found.text in reason for reason in reasons):
                 reasons.append(found.text)
             if found.final:
                 break
-        self.explain(wanted, reasons)
-        return Compilation(reasons=tuple(reasons), changed=changed)
+        return _Prepared(None, [], reasons, changed)
 
     def candidates(self, field_: VectorField, wanted: Wanted) -> tuple[list[Backend], list[str]]:
         """Return the backends for a solve, whatever the field is, and why not the others."""
@@ -97,10 +134,11 @@ class Compiler:
             found, reasons = [], []
             for backend in self._backends:
                 if backend.implicit in (None, wanted.settings.method.implicit):
-                    text = backend.refuses(wanted)
+                    text = None if backend.shared or not wanted.settings.parallel else _UNSHARED
+                    text = text or backend.refuses(wanted)
                     if text is None:
                         found.append(backend)
-                    else:
+                    elif text not in reasons:
                         reasons.append(text)
             self._last = weakref.ref(wanted), found, reasons
         return list(found), list(reasons)
@@ -231,8 +269,9 @@ class Compiler:
 def bare(part: VectorField) -> VectorField:
     """Return a part of a field by itself, without checks and counts."""
     problem = replace(
-        part.problem, function=part.function, explicit=None, form="rhs", check_undeclared=False
-    )
+        part.problem, function=part.function, explicit=None, form="rhs", check_undeclared=False,
+        ranks=ALONE,
+    )  # fmt: skip
     return vector_field(problem, Ledger())
 
 

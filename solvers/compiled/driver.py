@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from pnode.base.communicators import Reduction
 from pnode.base.ledger import Ledger
 from pnode.base.options import log_stage
 from pnode.base.vectors import REAL
@@ -82,7 +83,7 @@ def library() -> ctypes.CDLL:
     CompilationFailed
         If it cannot be compiled.
     """
-    text = source("kernel.h", "sweeps.cpp", "rows.cpp", "graphs.h", "graph_steps.cpp")
+    text = source("kernel.h", "ranks.h", "sweeps.cpp", "rows.cpp", "graphs.h", "graph_steps.cpp")
     made = compile_source(text, _FLAGS, "driver-")
     pointer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
     functions: dict[str, tuple[Any, list[Any]]] = {
@@ -92,6 +93,8 @@ def library() -> ctypes.CDLL:
         "graph_steps": (pointer, [pointer] * 5),
         "sweep": (pointer, [pointer, pointer, pointer, pointer, number]),
         "free_sweep": (None, [pointer]),
+        "share": (None, [pointer, pointer]),
+        "leave": (number, [pointer]),
         "forward": (number, [pointer, pointer, pointer, real, pointer]),
         "repeat": (None, [pointer]),
         "reverse": (number, [pointer, pointer, pointer, pointer, real]),
@@ -201,6 +204,10 @@ class CompiledSweep:
         if not self._handle:
             raise MemoryError("there is no memory for a compiled sweep")
         weakref.finalize(self, self._library.pnode_free_sweep, self._handle).atexit = False
+        self._ranks = problem.ranks
+        if problem.ranks.parallel:
+            reduction = Reduction(problem.ranks.comm)
+            self._library.pnode_share(self._handle, ctypes.byref(reduction))
         self._outputs, self._direction, self._end = number, problem.direction, times[-1]
         self._parameters = len(problem.parameters)
         self._method = settings.method
@@ -208,7 +215,7 @@ class CompiledSweep:
         self._judged = settings.adaptive and own
 
     def forward(self, ledger: Ledger) -> torch.Tensor | None:
-        """Take all steps.
+        """Take all steps. Collective: if one rank fails all do.
 
         Parameters
         ----------
@@ -222,21 +229,27 @@ class CompiledSweep:
             failed for good: the error is to be had from taking them one by one.
         """
         with log_stage("pnode forward"):
-            outputs, counts = self._take_steps()
-        if outputs is not None:
-            add_counts(counts, ledger)
+            outputs, counts = self._empty(), Counts()
+            done = self._ranks.attempt(self._take_steps, outputs, counts)
+            if done is None:  # interrupted, and the others are to hear of it
+                done = self._library.pnode_leave(self._handle) == _DONE
+        if not done:
+            return None
+        add_counts(counts, ledger)
         return outputs
 
-    def _take_steps(self) -> tuple[torch.Tensor | None, Any]:
-        counts, inputs = Counts(), self.kernel.inputs()
-        outputs = torch.empty((self._outputs, self.kernel.size), dtype=self.kernel.dtype)
+    def _empty(self) -> torch.Tensor:
+        return torch.empty((self._outputs, self.kernel.size), dtype=self.kernel.dtype)
+
+    def _take_steps(self, outputs: torch.Tensor, counts: Any) -> bool:
+        inputs = self.kernel.inputs()
         read = pointers(inputs)
         status = _PAUSED
         while status == _PAUSED:  # in between, Python notices interrupts
             status = self._library.pnode_forward(
                 self._handle, read, outputs.data_ptr(), PATIENCE, ctypes.byref(counts)
             )
-        return outputs if status == _DONE else None, counts
+        return bool(status == _DONE)
 
     def reverse(
         self, cotangents: torch.Tensor, ledger: Ledger
@@ -267,8 +280,8 @@ class CompiledSweep:
         with log_stage("pnode adjoint"):
             if not self._library.pnode_whole(self._handle):  # freed by a backward sweep before
                 self._library.pnode_repeat(self._handle)
-                outputs, counts = self._take_steps()
-                if outputs is None:
+                counts = Counts()
+                if not self._take_steps(self._empty(), counts):
                     raise RuntimeError("compiled steps that succeeded once failed when repeated")
                 ledger.recomputed += counts.steps
                 ledger.rhs += counts.rhs

@@ -34,7 +34,10 @@ def value_of(part: VectorField, y0: torch.Tensor, method: str) -> torch.Tensor:
     problem = part.problem
     s = problem.times[0]
     try:
-        return part.rhs(s, y0.detach().to(part.dtype, copy=True))
+        value = part.rhs(s, y0.detach().to(part.dtype, copy=True))
+        if problem.ranks.failed:
+            raise SolveError("the vector field failed, which its ranks know")
+        return value
     except SolveError as error:
         at = problem.direction * s
         raise error.located(time=at, step=0, method=method) from error.__cause__

@@ -6,12 +6,12 @@ import ctypes
 import warnings
 import weakref
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import torch
 
+from pnode.base.communicators import allreduce
 from pnode.base.vectors import REAL
 from pnode.field.vectorfield import VectorField
 from pnode.solvers.compiled import driver
@@ -20,6 +20,7 @@ from pnode.solvers.compiled.graph_calls import Graph, described, dtype_code, len
 from pnode.solvers.compiled.inductor import CompilationFailed, CompiledGraph
 from pnode.solvers.compiled.integrator import Start, step_tolerances
 from pnode.solvers.compiled.steps import StepGraphs, Tensors
+from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.step_control import automatic_step
 
 __all__ = ["ExplicitSteps", "GraphSteps"]
@@ -123,10 +124,17 @@ class GraphSteps(driver.Kernel):
 
 
 class ExplicitSteps(Backend):
-    """Steps of explicit methods, taken by the driver or one by one."""
+    """Steps of explicit methods, taken by the driver or one by one.
+
+    Of a state that ranks share by the driver alone, on all of them at once.
+    """
 
     implicit = False
+    shared = True
     final = True  # what inductor cannot compile here it cannot compile elsewhere
+
+    def __init__(self) -> None:
+        self._known: set[IntegratorSettings] = set()
 
     def refuses(self, wanted: Wanted) -> str | None:
         """Return why there are no compiled steps for a solve, whatever the field."""
@@ -145,7 +153,12 @@ class ExplicitSteps(Backend):
                 ours = value in (settings.controller, "none")
             if not ours:
                 return f"the PETSc option {name!r} is for PETSc's own steps: drop it"
-        return None
+        if not settings.parallel or (_is_plain(wanted) and allreduce() is not None):
+            return None
+        return (
+            "of states that ranks share whole sweeps are compiled alone, where nobody looks at "
+            "single steps or decides on their checkpoints"
+        )
 
     def _compile(
         self, trace: Trace, part: VectorField, y0: torch.Tensor, wanted: Wanted
@@ -167,6 +180,8 @@ class ExplicitSteps(Backend):
         graphs.compile_step(step_tolerances(settings))
         if saved:
             graphs.adjoint  # noqa: B018
+        if settings.parallel and self._kernel(graphs, wanted) is None:
+            raise CompilationFailed("the driver cannot take these steps")
         return graphs
 
     def begin(
@@ -177,8 +192,9 @@ class ExplicitSteps(Backend):
         graphs, slope, saved = found.code, found.found[0], tuple(found.found[1:])
         field_.ledger.rhs += graphs.fsal  # the check is the first slope
         start, sweep = Start(graphs, slope, saved), None
-        kernel = self._kernel(graphs, field_, y0, wanted) if _is_plain(wanted) else None
+        kernel = self._kernel(graphs, wanted) if _is_plain(wanted) else None
         if kernel is not None:
+            self._read_options(field_, y0, wanted)
             problem, control, settings = field_.problem, wanted.control, wanted.settings
             first = control.first_step or 0.0
             if settings.adaptive and not first:
@@ -192,21 +208,24 @@ class ExplicitSteps(Backend):
             )
         return Compilation(sweep, start, captured=graphs.field_graph.captured)
 
-    def _kernel(
-        self, graphs: StepGraphs, field_: VectorField, y0: torch.Tensor, wanted: Wanted
-    ) -> GraphSteps | None:
+    def _read_options(self, field_: VectorField, y0: torch.Tensor, wanted: Wanted) -> None:
+        """Let PETSc read its options, once for solves of a kind. Collective."""
+        if wanted.settings not in self._known:
+            self._known.add(wanted.settings)
+            with wanted.lend(wanted.settings, field_, y0):
+                pass
+
+    def _kernel(self, graphs: StepGraphs, wanted: Wanted) -> GraphSteps | None:
         """Return the steps for the driver, or None, after one warning, if it cannot take them."""
         given = step_tolerances(wanted.settings)
         key = (tuple(tuple(x.shape) for x in given), wanted.keep)
         if key not in graphs.kernels:
             graphs.kernels[key] = None
             if isinstance(graphs.compile_step(given), CompiledGraph):
-                with wanted.lend(replace(wanted.settings, graphs=graphs), field_, y0):
-                    pass  # PETSc has read its options
                 try:
                     graphs.kernels[key] = GraphSteps(graphs, given, wanted.keep)
                 except CompilationFailed as error:
-                    if not wanted.auto:
+                    if not (wanted.auto or wanted.settings.parallel):
                         _warn_once(str(error))
         found: GraphSteps | None = graphs.kernels[key]
         return found

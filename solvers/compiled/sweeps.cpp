@@ -1,5 +1,5 @@
 // Whole sweeps, forwards and backwards: what solvers/stepping.py and adjoint steps do one by one,
-// with the same numbers. Above this stands kernel.h.
+// with the same numbers. Above this stand kernel.h and ranks.h.
 
 #include <algorithm>
 #include <chrono>
@@ -53,25 +53,35 @@ class Sweep {
         begin();
     }
 
-    // Take steps until they are done, or the time is over.
-    Status forward(void* const* captured, void* outputs, double seconds) {
-        kernel_->lend(captured);
-        outputs_ = outputs;
-        Clock clock(seconds, kernel_->steps_per_look);
-        Status status = PAUSED;
-        if (!interval_) output();
-        do {
-            if (interval_ == times_.size()) {
-                status = DONE;
-                break;
-            }
-            status = again_ ? repeated() : control_.adaptive ? adapt() : fixed();
-        } while (status == PAUSED && !clock.over());
-        kernel_->lend(nullptr);
-        return status;
+    // Not alone: the first pass over the steps is collective.
+    void share(const Ranks& ranks) {
+        reduction_.begin(ranks);
+        open_ = true;
     }
 
-    // Begin once more with the steps that were taken.
+    // Take steps until they are done, or the time is over. Among ranks that share the state the
+    // sweep ends with one reduction, and as well or badly on all of them.
+    Status forward(void* const* captured, void* outputs, double seconds) {
+        Status status = FAILED;
+        try {
+            status = take(captured, outputs, seconds);
+        } catch (...) {
+        }
+        return status == PAUSED ? status : close(status);
+    }
+
+    // End the sweep, which may be under way; DONE if it has ended well. A rank that gives up takes
+    // part in the reduction that the others come to next, an attempt's or the last one.
+    Status close(Status status) {
+        if (!open_) return reduction_.shared() && !again_ ? ended_ : status;
+        open_ = false;
+        double found[3];
+        const bool heard = reduction_.sum({0.0, 0.0, status == DONE ? 0.0 : GONE}, found);
+        if (status == DONE && !(heard && found[2] == 0.0)) status = FAILED;
+        return ended_ = status;
+    }
+
+    // Begin once more with the steps that were taken, which is not collective.
     void repeat() {
         again_ = true;
         begin();
@@ -143,6 +153,47 @@ class Sweep {
     bool whole() const { return kernel_->kept() == static_cast<int64_t>(record_.size()); }
 
   private:
+    Status take(void* const* captured, void* outputs, double seconds) {
+        kernel_->lend(captured);
+        outputs_ = outputs;
+        Clock clock(seconds, kernel_->steps_per_look);
+        Status status = PAUSED;
+        if (!interval_) output();
+        do {
+            if (interval_ == times_.size()) {
+                status = DONE;
+                break;
+            }
+            status = again_ ? repeated() : control_.adaptive ? adapt() : fixed();
+        } while (status == PAUSED && !clock.over());
+        kernel_->lend(nullptr);
+        return status;
+    }
+
+    // An adaptive attempt, with the same verdict on all ranks: a failure of one is one of all, and
+    // the error is the root mean square over the entries of all.
+    Attempt attempt(double t, double h) {
+        if (!open_) return kernel_->attempt(t, h);
+        Attempt own{FAILED, 0.0};
+        try {
+            own = kernel_->attempt(t, h);
+        } catch (...) {
+        }
+        const double entries = static_cast<double>(kernel_->size);
+        const bool usable = own.status == DONE;
+        double found[3];
+        const bool heard = reduction_.sum(
+            {usable ? own.error * own.error * entries : 0.0, entries,
+             usable ? 0.0 : own.status == NOT_FINITE ? 1.0 : GONE}, found);
+        if (!heard || found[2] >= GONE) {
+            open_ = false;
+            ended_ = FAILED;
+            return {FAILED, 0.0};
+        }
+        if (found[2] > 0.0) return {NOT_FINITE, 0.0};
+        return {DONE, std::sqrt(found[0] / found[1])};
+    }
+
     void begin() {
         kernel_->counts = {};
         kernel_->begin();
@@ -209,7 +260,7 @@ class Sweep {
         if (!reached && after - s_ > wanted) after = std::nextafter(after, s_);
         const double length = after - s_;
         const double t = control_.direction * s_, h = control_.direction * length;
-        const Attempt attempt = kernel_->attempt(t, h);
+        const Attempt attempt = this->attempt(t, h);
         if (attempt.status == SINGULAR || attempt.status >= FAILED) return attempt.status;
         const bool failed = attempt.status != DONE;
         bool accepted = false;
@@ -258,6 +309,9 @@ class Sweep {
     const std::vector<double> times_;
     const std::vector<int64_t> counts_;  // of fixed steps between them
     void* outputs_ = nullptr;
+    Reduction reduction_;
+    bool open_ = false;  // whether reductions are to come
+    Status ended_ = FAILED;
     // Where the sweep stands.
     size_t interval_;
     int64_t index_, position_, rejected_;
@@ -298,6 +352,12 @@ void* pnode_sweep(void* kernel, const Control* control, const double* times, con
 }
 
 void pnode_free_sweep(void* sweep) { delete static_cast<Sweep*>(sweep); }
+
+// Let the sweep be that of all ranks, which follows as a collective call.
+void pnode_share(void* sweep, const Ranks* ranks) { own(sweep).share(*ranks); }
+
+// Give a shared sweep up, unless it has ended; DONE if it has ended well.
+int64_t pnode_leave(void* sweep) { return own(sweep).close(FAILED); }
 
 int64_t pnode_forward(void* sweep, void* const* captured, void* outputs, double seconds,
                       Counts* counts) {

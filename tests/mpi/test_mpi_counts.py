@@ -139,6 +139,21 @@ def test_adaptive_steps() -> None:
             report(mode, options, forward, backward)
 
 
+@pytest.mark.parametrize("options", [{"method": "rk4", "step_size": 0.1},
+                                     {"method": "dopri5", "rtol": 1e-6}])  # fmt: skip
+def test_compiled_sweeps(options: dict[str, Any]) -> None:
+    """As many as step by step, and two a sweep: whether all compile, and come to the end."""
+    several, adaptive = comm.size > 1, "rtol" in options
+    for end in (1.0, 2.0):
+        stats, forward, backward = measure("batch", end, compile=True, **options)
+        attempts = stats.steps + stats.rejected
+        # Of arguments (2) and failures (1); for the first adaptive step (3).
+        once = 5 + 3 * adaptive
+        checks.true(forward.reductions == (once + adaptive * attempts) * several, options, forward)
+        checks.true(backward.reductions == 1 * several, options, backward)
+    report("batch", options, forward.per(attempts), backward.per(attempts))
+
+
 def test_implicit_steps() -> None:
     """GMRES takes two reductions per iteration and one per solve; Newton two per iterate and one.
 

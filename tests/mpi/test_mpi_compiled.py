@@ -1,0 +1,238 @@
+"""Whole sweeps of machine code, of a batch that the ranks share."""
+
+from __future__ import annotations
+
+import signal
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from distributed import SELF, difference, results
+from ranks import checks, comm
+
+import pnode
+from pnode import errors
+from pnode.parallel import total
+from pnode.solvers.compiled import account
+
+pytestmark = pytest.mark.mpi
+D = torch.float64
+BAD = comm.size - 1
+EXACT = 1e-13  # sums over entries in another order
+FIXED: dict[str, Any] = {"method": "rk4", "step_size": 0.03}
+ADAPTIVE: dict[str, Any] = {"method": "dopri5", "rtol": 1e-7}
+
+
+class Field(torch.nn.Module):
+    """Samples that move on their own; those below zero leave the domain of f."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor([0.8, 1.1], dtype=D))
+        self.fault: BaseException | None = None
+        self.factor, self.scale = 1.0, torch.ones((), dtype=D)
+
+    def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Fall, slower the lower."""
+        if self.fault is not None:
+            raise self.fault
+        return -self.factor * self.scale * self.w[0] * torch.sqrt(y) - 0.1 * torch.sin(
+            self.w[1] * y
+        )
+
+
+class Trial:
+    """A solver of a batch that the ranks share, and what it gives if nothing fails."""
+
+    def __init__(self, **options: Any) -> None:
+        self.field = Field()
+        self.solver = pnode.Solver(self.field, comm=comm, compile=True, **options)
+        self.good = self.gradient()
+        checks.true("'whole sweeps'" in repr(self.solver), self.solver)
+
+    def solve(self, lowest: float = 1.0, end: float = 0.5) -> pnode.Solution:
+        """Solve; the lowest sample is on the last rank."""
+        y0 = torch.linspace(2.0, 3.0, 2 + comm.rank, dtype=D)
+        if comm.rank == BAD:
+            y0[0] = lowest
+        return self.solver(y0, torch.tensor([0.0, 0.5 * end, end], dtype=D))
+
+    def gradient(self, **options: Any) -> torch.Tensor:
+        """The derivative of a loss of all samples."""
+        loss = total(self.solve(**options).ys[-1].square().sum(), comm)
+        (gradient,) = torch.autograd.grad(loss, self.field.w)
+        return gradient
+
+    def expect(self, kind: type, text: str, found: BaseException | None, *what: Any) -> None:
+        """Check an error, and that the solver works as before."""
+        checks.true(type(found) is kind and text in str(found), *what, repr(found))
+        checks.true(len(set(comm.allgather(self.solver.method))) == 1, *what)
+        checks.true(torch.equal(self.gradient(), self.good), *what, "works again")
+
+
+def caught(function: Any, *arguments: Any, **options: Any) -> BaseException | None:
+    """What a call raises."""
+    try:
+        function(*arguments, **options)
+    except BaseException as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("options", [FIXED, ADAPTIVE])
+def test_ranks_against_one(options: dict[str, Any]) -> None:
+    """Outputs, steps and gradients are those of one rank, and of steps taken from Python."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found, stats = results("batch", comm, compile=True, **options)
+    for other, compiled in ((SELF, False), (comm, False)):
+        expected, steps = results("batch", other if other is comm else None, compile=compiled,
+                                  **options)  # fmt: skip
+        off, what = difference(found, expected)
+        checks.below(off, EXACT, options, what)
+        checks.true((stats.steps, stats.rejected) == (steps.steps, steps.rejected), stats, steps)
+
+
+@pytest.mark.parametrize("options", [FIXED, ADAPTIVE | {"first_step": 1.0}])
+def test_sweeps_again(options: dict[str, Any]) -> None:
+    """Attempts that leave the domain on one rank, second sweeps, and losses of some ranks alone."""
+    trial = Trial(**options)
+    plain = pnode.Solver(trial.field, comm=comm, compile=False, **options)
+    y0 = torch.linspace(2.0, 3.0, 2 + comm.rank, dtype=D)
+    if comm.rank == BAD and "rtol" in options:
+        y0[0] = 0.01  # gone at 0.25, and in the first attempt
+    y0.requires_grad_()
+    found = []
+    for solver in (trial.solver, plain):
+        solution = solver(y0, torch.tensor([0.0, 0.2], dtype=D))
+        loss = total(solution.ys[-1].square().sum() * (comm.rank == BAD), comm)
+        inputs = (trial.field.w, y0)
+        first = torch.autograd.grad(loss, inputs, retain_graph=True)
+        second = torch.autograd.grad(loss, inputs)
+        checks.true(all(map(torch.equal, first, second)), options, first, second)
+        found.append((solution, *first))
+    (one, *gradients), (other, *expected) = found
+    counts = [(s.stats.steps, s.stats.rejected) for s in (one, other)]
+    checks.true(counts[0] == counts[1], options, *counts)
+    checks.true("rtol" not in options or counts[0][1] > 0, options, *counts)
+    for a, b in zip((one.ys, *gradients), (other.ys, *expected), strict=True):
+        # The root at 0.01 and below makes round-off in y a hundred times as large in f.
+        checks.true(torch.allclose(a, b, rtol=1e-11, atol=1e-13), options, a, b)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("options", [FIXED, ADAPTIVE])
+def test_failures(options: dict[str, Any]) -> None:
+    """What fails on one rank, before, in and after the sweep, is the same error on all."""
+    trial = Trial(**options)
+    where = f"rank {BAD}"
+
+    error = caught(trial.solve, end=4.0)
+    trial.expect(errors.NonFiniteVectorField, where, error, options, "in the sweep")
+    if comm.rank == BAD:
+        trial.field.fault = ValueError("boom")
+    error = caught(trial.solve)
+    trial.field.fault = None
+    trial.expect(errors.RankError, "boom", error, options, "before it")
+    if comm.rank == BAD:
+        trial.field.fault = KeyboardInterrupt()
+    error = caught(trial.solve)
+    trial.field.fault = None
+    kind = KeyboardInterrupt if comm.rank == BAD else errors.RankError
+    trial.expect(kind, "", error, options, "interrupted before it")
+
+    loss = total(trial.solve().ys[-1].square().sum(), comm)
+    if comm.rank == BAD:
+        trial.field.scale += 1.0
+    error = caught(torch.autograd.grad, loss, trial.field.w)
+    trial.field.scale = torch.ones((), dtype=D)
+    trial.expect(errors.FieldChanged, where, error, options, "after it")
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("options", [{"method": "rk4", "step_size": 2e-6},
+                                     {"method": "dopri5", "max_step": 2e-6}])  # fmt: skip
+@pytest.mark.parametrize("everybody", [False, True])
+def test_interrupts(options: dict[str, Any], everybody: bool) -> None:
+    """A signal on one rank ends the sweep of all, and so does one on each of them."""
+    field = Field()
+    solver = pnode.Solver(field, comm=comm, compile=True, **options)
+    y0, here = torch.ones(2, dtype=D), everybody or comm.rank == BAD
+
+    def solve(end: float) -> pnode.Solution:
+        with torch.no_grad():
+            return solver(y0, torch.tensor([0.0, end], dtype=D))
+
+    good = solve(1e-4).ys
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    if here:
+        signal.setitimer(signal.ITIMER_REAL, 0.5 + 0.2 * comm.rank)
+    try:
+        error = caught(solve, 1.9)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+    kinds = (KeyboardInterrupt,) if here else (errors.RankError,)
+    if everybody:  # who hears of it before its own signal does not get it any more
+        kinds = (KeyboardInterrupt, errors.RankError)
+    checks.true(isinstance(error, kinds), options, everybody, repr(error))
+    checks.true(torch.equal(solve(1e-4).ys, good), options, "works again")
+
+
+@pytest.mark.mpi(min_size=2)
+def test_what_stays_uncompiled() -> None:
+    """A monitor of one rank, limits, implicit methods: without, on all ranks, and right."""
+    trial = Trial(**FIXED)
+    seen: list[int] = []
+    others = {
+        "monitor": {
+            "monitor": (lambda step, t, y: seen.append(step)) if comm.rank == BAD else None
+        },
+        "limit": {"checkpointing": pnode.Checkpointing(memory=4000)},
+    }
+    for what, more in others.items():
+        solver = pnode.Solver(trial.field, comm=comm, compile=True, **FIXED, **more)
+        given, trial.solver = trial.solver, solver
+        with warnings.catch_warnings(record=True) as caught_:
+            warnings.simplefilter("always")
+            gradient = trial.gradient()
+        trial.solver = given
+        told = [str(one.message) for one in caught_ if "compile=True" in str(one.message)]
+        checks.true(len(told) == 1, what, *told)
+        checks.true("whole sweeps'" not in repr(solver), what, solver)
+        off = float((gradient - trial.good).norm() / trial.good.norm())
+        checks.below(off, EXACT, what)
+    checks.true(bool(seen) == (comm.rank == BAD), "monitor", seen)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_field_that_changes_on_one_rank() -> None:
+    """A number that differs is traced anew where it does, and the others go on."""
+    trial = Trial(**FIXED)
+    trial.field.factor = 1.5 if comm.rank == BAD else 1.0
+    found = trial.gradient()
+    plain = pnode.Solver(trial.field, comm=comm, compile=False, **FIXED)
+    trial.solver, given = plain, trial.solver
+    expected = trial.gradient()
+    trial.solver, trial.field.factor = given, 1.0
+    checks.below(float((found - expected).norm() / expected.norm()), EXACT)
+    checks.true(torch.equal(trial.gradient(), trial.good), "as before")
+
+
+@pytest.mark.mpi(min_size=2)
+def test_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks compile in the same solve, whatever their parts, products and failures."""
+    monkeypatch.setattr(account, "_LOOK", 100)
+    monkeypatch.setattr(account, "_PRICE", 4000)
+    field = Field()
+    solver = pnode.Solver(field, comm=comm, **FIXED)
+    made = []
+    for number in range(12):
+        y0 = torch.linspace(2.0, 3.0, 2 + comm.rank, dtype=D)
+        ys = solver(y0, torch.tensor([0.0, 0.3], dtype=D)).ys[-1]
+        loss = total(ys.square().sum() * (comm.rank == number % comm.size), comm)
+        torch.autograd.grad(loss, field.w)
+        made.append("'whole sweeps'" in repr(solver))
+    checks.true(not made[1] and made[-1], made)
+    checks.true(len(set(comm.allgather(made.index(True)))) == 1, made)
