@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -108,9 +107,7 @@ class SolveFunction(torch.autograd.Function):
         """Solve; the sweep is left in ``runs``."""
         if start is not None:
             y0 = tangent_solves.joined(requests, y0, start)
-        own = bound(problem, parameters)
-        if own is not problem:
-            problem, requests = own, replace(requests, plain=True)
+        problem = bound(problem, parameters)
         if requests.known is None:
             with ordered(place_of(problem.layout.device)) as leave:
                 ys, run = sensitivity_control.forward(engine, problem, y0, True, requests)

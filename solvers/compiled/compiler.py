@@ -17,6 +17,7 @@ import torch
 from pnode.base.ledger import Ledger
 from pnode.base.vectors import REAL
 from pnode.errors import ConfigurationError
+from pnode.field.rebinding import Rebound
 from pnode.field.vectorfield import VectorField, vector_field
 from pnode.solvers.compiled.backend import Backend, Checked, Compilation, Reason, Trace, Wanted
 from pnode.solvers.compiled.evaluations import agree, is_recorded, trusted, value_of
@@ -128,6 +129,9 @@ class Compiler:
         known, name = self._traces.get(key), wanted.settings.method.name
         if known is not None and not known.graph.fits():
             known = None
+        lent = known is None and isinstance(problem.function, Rebound)
+        if lent:
+            known = self._bound(key, problem.parameters)
         if known is not None and known.used is not None:
             with trusted(part, known.used), followed(part, known.guard) as seen:
                 value = value_of(part, y0, name)
@@ -142,6 +146,11 @@ class Compiler:
         found = None
         if known is not None and _still_holds(known, part, seen, y0, wanted):
             found = self._compare(backend, known, part, value, y0, wanted)
+        if found is None and known is not None and lent:
+            return Reason(
+                "the vector field has got other tensors from torch.func, and is not what it was "
+                "with those before"
+            )
         if found is None and known is not None and wanted.auto:
             del self._traces[key]
             return Reason(
@@ -158,6 +167,15 @@ class Compiler:
             "the vector field's value is not that of its graph: does it compute with something "
             "else than torch?"
         )
+
+    def _bound(self, key: Any, parameters: Sequence[torch.Tensor]) -> Trace | None:
+        """Return a trace of the same field with other parameters, for these."""
+        for (layout, number, _), trace in reversed(self._traces.items()):
+            if (layout, number) == key[:2]:
+                made = trace.bound(parameters)
+                if made is not None and made.graph.fits():
+                    return made
+        return None
 
     def _compare(
         self, backend: Backend, trace: Trace, part: VectorField, value: torch.Tensor,
@@ -211,7 +229,8 @@ class Compiler:
             )
         if not guard.holds(seen):
             return self._refuse("the vector field calls other operations in each evaluation")
-        made = self._traces[key] = Trace(graph, guard, seen.has_own_derivatives)
+        own = part.problem.parameters
+        made = self._traces[key] = Trace(graph, guard, seen.has_own_derivatives, tuple(own))
         while len(self._traces) > _MOST_TRACES:  # parameters that are new in each solve
             del self._traces[next(iter(self._traces))]
         return made

@@ -67,9 +67,20 @@ class GraphProgram(ImplicitProgram):
         settings = _FieldGraphs(traced.saved, len(traced.parameters), *calls)
         self.library.pnode_field(ctypes.byref(settings), described(library, self.inputs()))
 
+    def bound(self, graph: FieldGraph) -> GraphProgram:
+        """Return it for a graph that differs in the tensors that it reads alone."""
+        made = super().bound(graph)
+        if made is not self:
+            made._code = self._code.bound(graph)
+        return made
+
+    def takes_tangents(self, of_parameters: bool) -> bool:
+        """Whether there is code for tangents; those of parameters would take N products each."""
+        return not of_parameters
+
     def inputs(self) -> list[torch.Tensor]:
         """Return what f reads as the program takes it."""
-        return [self._units, self._units[0], *self._traced.inputs()]
+        return [self._units, self._units[0], *self.traced.inputs()]
 
     def at(self, t: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
         """Return f(t, y), flat, and what is saved of it."""

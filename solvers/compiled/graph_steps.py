@@ -6,6 +6,7 @@ import ctypes
 import warnings
 import weakref
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -44,6 +45,14 @@ def _warn_once(reason: str) -> None:
     )  # fmt: skip
 
 
+class _Plan:
+    """What C++ knows of the graphs."""
+
+    def __init__(self, library: ctypes.CDLL, settings: _Settings, text: Any) -> None:
+        self.handle = library.pnode_plan(ctypes.byref(settings), text)
+        weakref.finalize(self, library.pnode_free_plan, self.handle).atexit = False
+
+
 class GraphSteps(driver.Kernel):
     """One kind of compiled step, for the driver.
 
@@ -80,8 +89,15 @@ class GraphSteps(driver.Kernel):
             graphs.checkpoint_bytes, step, adjoint,
         )  # fmt: skip
         text = described(library, self._tolerances, self._saved, self.inputs(), self.sums())
-        self._plan = self._library.pnode_plan(ctypes.byref(settings), text)
-        weakref.finalize(self, self._library.pnode_free_plan, self._plan).atexit = False
+        self._plan = _Plan(self._library, settings, text)
+
+    def bound(self, graphs: StepGraphs) -> GraphSteps:
+        """Return it for graphs that differ in the tensors that they read alone."""
+        if graphs is self.graphs:
+            return self
+        made = copy(self)
+        made.graphs = graphs
+        return made
 
     def stand_at(self, state: torch.Tensor, slope: torch.Tensor, saved: Tensors) -> tuple[int, Any]:
         """Return a kernel at a state, which is taken over, and what it reads.
@@ -99,7 +115,7 @@ class GraphSteps(driver.Kernel):
         )
         alive = (state.contiguous(), slope.contiguous(), saved)
         handle = self._library.pnode_graph_steps(
-            self._plan, driver.pointers(self._tolerances), alive[0].data_ptr(),
+            self._plan.handle, driver.pointers(self._tolerances), alive[0].data_ptr(),
             alive[1].data_ptr(), driver.pointers(saved),
         )  # fmt: skip
         return handle, alive
@@ -107,11 +123,11 @@ class GraphSteps(driver.Kernel):
     @property
     def captured(self) -> Sequence[torch.Tensor]:
         """What f reads besides t and y."""
-        return self.graphs.field_graph.captured
+        return self.graphs.traced.captured
 
     def inputs(self) -> list[torch.Tensor]:
         """Return it as the graphs take it."""
-        return self.graphs.field_graph.inputs()
+        return self.graphs.traced.inputs()
 
     def sums(self) -> list[torch.Tensor]:
         """Return zeros for mu."""
@@ -190,7 +206,7 @@ class ExplicitSteps(Backend):
             sweep = driver.CompiledSweep(
                 kernel, handle, alive, problem, settings, control, wanted.keep, first
             )
-        return Compilation(sweep, start, captured=graphs.field_graph.captured)
+        return Compilation(sweep, start, captured=graphs.traced.captured)
 
     def _kernel(self, graphs: StepGraphs, wanted: Wanted) -> GraphSteps | None:
         """Return the steps for the driver, or None, after one warning, if it cannot take them."""
@@ -207,7 +223,7 @@ class ExplicitSteps(Backend):
                     if not wanted.auto:
                         _warn_once(str(error))
         found: GraphSteps | None = graphs.kernels[key]
-        return found
+        return None if found is None else found.bound(graphs)
 
 
 def _keeps_all(wanted: Wanted) -> bool:

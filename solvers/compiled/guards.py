@@ -10,7 +10,7 @@ read their values anew; those that f makes in each evaluation (``torch.tensor(se
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
@@ -22,6 +22,8 @@ from pnode.field.vectorfield import VectorField
 __all__ = ["Followed", "Guard", "followed"]
 
 _Facts: TypeAlias = list[Any]
+#: By identity, tensors that f brings along, and what stands for them.
+_Known: TypeAlias = "dict[int, tuple[torch.Tensor, _Ref]]"
 
 
 class _Kind(NamedTuple):
@@ -58,14 +60,14 @@ class _Mode(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, given: Sequence[torch.Tensor], known: dict[int, torch.Tensor]) -> None:
+    def __init__(self, given: Sequence[torch.Tensor], known: _Known) -> None:
         super().__init__()
         self.facts: _Facts = []
         #: Tensors that f brings along besides those known.
         self.brought: list[torch.Tensor] = []
         # Nothing may go meanwhile: another object could get its identity.
         self._alive: list[Any] = []
-        self._refs: dict[int, Any] = {each: -each for each in known}  # no number of f's
+        self._refs: dict[int, _Ref] = {each: ref for each, (_, ref) in known.items()}
         for tensor in given:
             self._refs[id(tensor)] = _ref(len(self._alive))
             self._alive.append(tensor)
@@ -169,7 +171,7 @@ class Followed:
         Tensors to be told by identity.
     """
 
-    def __init__(self, function: Any, known: dict[int, torch.Tensor]) -> None:
+    def __init__(self, function: Any, known: _Known) -> None:
         self.function = function
         self._known = known
         self.facts: _Facts | None = None
@@ -265,23 +267,33 @@ class Guard:
     Attributes
     ----------
     known : dict
-        Tensors that f brings along and that are the same ones each time, by their identity.
+        Tensors that f brings along and that are the same ones each time, by their identity, and
+        what stands for them.
     """
 
     def __init__(self) -> None:
-        self.known: dict[int, torch.Tensor] = {}
+        self.known: _Known = {}
         self._facts: dict[_Kind, _Facts] = {}
 
     def learn(self, first: Followed) -> None:
         """Take down what f does, from a first evaluation and one more."""
-        self.known = {id(tensor): tensor for tensor in first.brought}
+        self.known = {id(tensor): (tensor, _Ref()) for tensor in first.brought}
         second = Followed(first.function, self.known)
         with torch.inference_mode(first.kind.inference), torch.set_grad_enabled(first.kind.grad):
             second(*_copies(first.given, first.kind))
         assert second.facts is not None
-        used = {each for each in second.facts if type(each) is int}
-        self.known = {each: x for each, x in self.known.items() if -each in used}
+        used = {id(each) for each in second.facts}
+        self.known = {each: one for each, one in self.known.items() if id(one[1]) in used}
         self._facts[first.kind] = second.facts
+
+    def bound(self, new: Mapping[int, torch.Tensor]) -> Guard:
+        """Return it for f with other tensors, given by the identity of those in whose place."""
+        made = Guard()
+        for each, (tensor, ref) in self.known.items():
+            other = new.get(each, tensor)
+            made.known[id(other)] = other, ref
+        made._facts = self._facts
+        return made
 
     def holds(self, seen: Followed) -> bool:
         """Whether f does what it did."""
