@@ -324,15 +324,15 @@ class Bdf : public ImplicitSteps {
   Status tangent(int64_t index, double t, double h) override {
     const auto [k, first] = kept[index];
     const double* from = values.data() + first;
-    Rows x(Z.size());
-    before.push_front(Z);
+    Rows x(du.size());
+    before.push_front(du);
     if (k < 0) {
       if (!tangents_of_start(-k, t, h, from, x)) return SINGULAR;
     } else {
       for (int j = 0; j < k; j++) plus(x, -from[j + 1], before[j]);
       if (!solve_tangents(t + h, from + k + 1, from[0], J, factors, x)) return SINGULAR;
     }
-    Z = x;
+    du = x;
     if (before.size() == MOST_STATES) before.pop_back();
     return DONE;
   }
@@ -466,7 +466,7 @@ class Bdf : public ImplicitSteps {
   bool tangents_of_start(int p, double t, double length, const double* from, Rows& total) {
     for (int number = 1; number <= p; number++) {
       const double h = length / number;
-      Rows x(Z);
+      Rows x(du);
       for (int i = 1; i <= number; i++, from += N) {
         for (double& entry : x) entry /= h;
         if (!solve_tangents(t + i * h, from, 1.0 / h, J, factors, x)) return false;

@@ -98,23 +98,23 @@ class Coupled : public ImplicitSteps {
   Status tangent(int64_t index, double t, double h) override {
     const double* Y = values.data() + index * s * N;
     if (!couple(t, h, Y)) return SINGULAR;
-    Rows right[MOST_COUPLED], driven(Z);
+    Rows right[MOST_COUPLED], driven(du);
     if (M)
-      for (size_t k = 0; k < Z.size(); k += N) multiply(M, &Z[k], &driven[k]);
+      for (size_t k = 0; k < du.size(); k += N) multiply(M, &du[k], &driven[k]);
     for (int i = 0; i < s; i++) {
-      right[i].assign(Z.size(), 0.0);
+      right[i].assign(du.size(), 0.0);
       plus(right[i], from_start(i) / h, driven);
       add_along(t + m.alpha[i] * h, Y + i * N, right[i]);
     }
     const double weight = start_weight();
     double x[MOST_COUPLED * N];
-    for (size_t k = 0; k < Z.size(); k += N) {
+    for (size_t k = 0; k < du.size(); k += N) {
       for (int i = 0; i < s; i++) std::memcpy(x + i * N, &right[i][k], sizeof(f));
       coupled->solve(x, s * N);
       counts.krylov++;
       for (int j = 0; j < N; j++) {
-        Z[k + j] *= weight;
-        for (int i = 0; i < s; i++) Z[k + j] += m.b[i] * x[i * N + j];
+        du[k + j] *= weight;
+        for (int i = 0; i < s; i++) du[k + j] += m.b[i] * x[i * N + j];
       }
     }
     return DONE;

@@ -79,26 +79,26 @@ class Dirk : public ImplicitSteps {
     Rows slope[MOST_STAGES], driven, x;
     for (int i = 0; i < s; i++) {
       const double *y = Y + i * N, *A = m.A + i * s, time = t + m.alpha[i] * h;
-      driven = Z;
+      driven = du;
       for (int j = 0; j < i; j++) plus(driven, h * A[j], slope[j]);
       if (i == 0 && m.explicit_first) {
         jacobian(time, y, c, f, J_end), counts.jacobians++, counts.rhs++;
-        slope[0].resize(Z.size());
-        for (size_t k = 0; k < Z.size(); k += N) multiply(J_end, &Z[k], &slope[0][k]);
+        slope[0].resize(du.size());
+        for (size_t k = 0; k < du.size(); k += N) multiply(J_end, &du[k], &slope[0][k]);
         add_along(time, y, slope[0]);
         continue;
       }
       const double shift = 1.0 / (h * A[i]);
-      x.assign(Z.size(), 0.0);
+      x.assign(du.size(), 0.0);
       plus(x, shift, driven);
       if (!solve_tangents(time, y, shift, J_end, factors, x)) return SINGULAR;
-      slope[i].assign(Z.size(), 0.0);
+      slope[i].assign(du.size(), 0.0);
       plus(slope[i], shift, x), plus(slope[i], -shift, driven);
     }
     if (m.stiffly_accurate)
-      Z = x;
+      du = x;
     else
-      for (int i = 0; i < s; i++) plus(Z, h * m.b[i], slope[i]);
+      for (int i = 0; i < s; i++) plus(du, h * m.b[i], slope[i]);
     return DONE;
   }
 

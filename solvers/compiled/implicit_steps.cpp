@@ -211,11 +211,11 @@ class ImplicitSteps : public Kernel {
   }
 
   void begin_tangents(int64_t number, const double* first, const double* along) override {
-    Z.assign(first, first + number * N);
+    du.assign(first, first + number * N);
     directions.assign(along, along + (along ? number * m.wanted : 0));
   }
 
-  void tangents(double* rows) const override { std::copy(Z.begin(), Z.end(), rows); }
+  void tangents(double* rows) const override { std::copy(du.begin(), du.end(), rows); }
 
   // step_control.first_step.
   double first_step(const Control& control, double s, double stop) override {
@@ -306,7 +306,7 @@ class ImplicitSteps : public Kernel {
   Captured c = nullptr;
   double u[N], end[N], defect[N], stages[MOST_STAGES][N];
   double lambda[N], *mu = nullptr;
-  Rows Z, directions;  // tangents of the state and of the parameters, one after the other
+  Rows du, directions;  // tangents of the state and of the parameters, one after the other
   std::vector<double> values;  // kept
   int64_t kept_steps = 0;
 

@@ -71,11 +71,11 @@ class Rosenbrock : public ImplicitSteps {
     for (int i = 0; i < s; i++) {
       const double *A = m.A + i * s, *inverse = m.inverse + i * s, *corr = m.correction + i * s;
       const double time = t + m.alpha[i] * h;
-      dZ = Z;
+      dZ = du;
       for (int j = 0; j < i; j++) plus(dZ, A[j], dY[j]);
       if (i) jacobian(time, at[i], c, f, own), counts.jacobians++, counts.rhs++;
-      dY[i].resize(Z.size());
-      for (size_t k = 0; k < Z.size(); k += N) multiply(i ? own : J, &dZ[k], &dY[i][k]);
+      dY[i].resize(du.size());
+      for (size_t k = 0; k < du.size(); k += N) multiply(i ? own : J, &dZ[k], &dY[i][k]);
       add_along(time, at[i], dY[i]);
       for (int j = 0; j < i; j++) plus(dY[i], -inverse[j] / h, dY[j]);
       add_second(t, u, V[i], m.time_slope ? m.gamma[i] * h : 0.0, dY[i]);
@@ -84,7 +84,7 @@ class Rosenbrock : public ImplicitSteps {
         if (!factors.factor(1.0 / (h * m.diagonal[i]), J)) return SINGULAR;
         counts.factorizations++;
       }
-      for (size_t k = 0; k < Z.size(); k += N) {
+      for (size_t k = 0; k < du.size(); k += N) {
         double* y = &dY[i][k];
         if (!is_explicit) {
           factors.solve(y), counts.krylov++;
@@ -98,7 +98,7 @@ class Rosenbrock : public ImplicitSteps {
         for (int l = 0; l < N; l++) y[l] = h * (y[l] + through[l]);
       }
     }
-    for (int i = 0; i < s; i++) plus(Z, m.b[i], dY[i]);
+    for (int i = 0; i < s; i++) plus(du, m.b[i], dY[i]);
     return DONE;
   }
 
@@ -135,7 +135,7 @@ class Rosenbrock : public ImplicitSteps {
       std::memset(S + i * N, 0, sizeof(l));
       w[i] = 0.0;
       for (size_t k = 0; k < x.size(); k += N)
-        for (int j = 0; j < N; j++) x[k + i] += l[j] * Z[k + j];
+        for (int j = 0; j < N; j++) x[k + i] += l[j] * du[k + j];
       if (directions.empty()) continue;
       for (size_t k = 0; k < x.size() / N; k++)
         for (int64_t j = 0; j < m.wanted; j++)
