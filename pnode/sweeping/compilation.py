@@ -113,7 +113,7 @@ def _compiled(
     if wanted.auto and found.changed:
         entry.changed(reasons)
         run.entry = entry
-    else:
+    elif not (wanted.auto and found.lent):
         entry.made, entry.left, entry.hindrance = "", "", reasons
     return None
 

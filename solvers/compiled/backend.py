@@ -53,12 +53,14 @@ class Code(ABC):
 class Reason(NamedTuple):
     """Why a backend compiles nothing.
 
-    ``final``: nor does any other; ``changed``: the field is another one than when it was compiled.
+    ``final``: nor does any other; ``changed``: the field is another one than when it was compiled;
+    ``lent``: so it is with the tensors that torch.func has lent it, which says nothing of others.
     """
 
     text: str
     final: bool = False
     changed: bool = False
+    lent: bool = False
 
 
 @dataclass(eq=False)
@@ -74,6 +76,8 @@ class Trace:
     codes: dict[Any, Any] = field(default_factory=dict)
     #: Which parameters f uses, once that has been looked at.
     used: list[bool] | None = None
+    #: Whether it is :meth:`bound`, and shares its codes.
+    lent: bool = False
 
     def bound(self, parameters: Sequence[torch.Tensor]) -> Trace | None:
         """Return it for a field with other parameters, None if those are not like its own."""
@@ -161,8 +165,9 @@ class Compilation:
         What the machine code reads.
     reasons : tuple of str
         Why there is none, or not more.
-    changed : bool
-        Whether that is a field that is another one than when it was compiled.
+    changed, lent : bool
+        Whether that is a field that is another one than when it was compiled, or is so for the
+        tensors that torch.func has lent it.
     """
 
     sweep: CompiledSweep | None = None
@@ -171,6 +176,7 @@ class Compilation:
     captured: tuple[torch.Tensor, ...] = ()
     reasons: tuple[str, ...] = ()
     changed: bool = False
+    lent: bool = False
 
     @property
     def what(self) -> str:
@@ -208,7 +214,11 @@ class Backend(ABC):
     ) -> Code | Reason:
         """Return the code of a field or of one of its parts, made or kept in ``trace``."""
         try:
-            return self._compile(trace, part, y0, wanted).bound(trace.graph)
+            code = self._compile(trace, part, y0, wanted)
+            made = code.bound(trace.graph)
+            if not trace.lent:
+                trace.codes.update({key: made for key, one in trace.codes.items() if one is code})
+            return made
         except (Untraceable, CompilationFailed) as error:
             return Reason(str(error), self.final)
 

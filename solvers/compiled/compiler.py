@@ -66,20 +66,20 @@ class Compiler:
             The solve.
         """
         candidates, reasons = self.candidates(field_, wanted)
-        evaluations, changed = field_.ledger.rhs, False
+        evaluations, changed, lent = field_.ledger.rhs, False, False
         for backend in candidates:
             found = self._checked(backend, field_, y0, wanted)
             field_.ledger.rhs = evaluations
             if not isinstance(found, Reason):
                 made = backend.begin(found, field_, y0, wanted)
                 return replace(made, reasons=tuple(reasons))
-            changed |= found.changed
+            changed, lent = changed or found.changed, lent or found.lent
             if not any(found.text in reason for reason in reasons):
                 reasons.append(found.text)
             if found.final:
                 break
         self.explain(wanted, reasons)
-        return Compilation(reasons=tuple(reasons), changed=changed)
+        return Compilation(reasons=tuple(reasons), changed=changed, lent=lent)
 
     def candidates(self, field_: VectorField, wanted: Wanted) -> tuple[list[Backend], list[str]]:
         """Return the backends for a solve, whatever the field is, and why not the others."""
@@ -149,8 +149,8 @@ class Compiler:
         if found is None and known is not None and lent:
             return Reason(
                 "the vector field has got other tensors from torch.func, and is not what it was "
-                "with those before"
-            )
+                "with those before", final=True, lent=True,
+            )  # fmt: skip
         if found is None and known is not None and wanted.auto:
             del self._traces[key]
             return Reason(

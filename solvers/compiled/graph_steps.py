@@ -6,7 +6,6 @@ import ctypes
 import warnings
 import weakref
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -45,14 +44,6 @@ def _warn_once(reason: str) -> None:
     )  # fmt: skip
 
 
-class _Plan:
-    """What C++ knows of the graphs."""
-
-    def __init__(self, library: ctypes.CDLL, settings: _Settings, text: Any) -> None:
-        self.handle = library.pnode_plan(ctypes.byref(settings), text)
-        weakref.finalize(self, library.pnode_free_plan, self.handle).atexit = False
-
-
 class GraphSteps(driver.Kernel):
     """One kind of compiled step, for the driver.
 
@@ -89,15 +80,8 @@ class GraphSteps(driver.Kernel):
             graphs.checkpoint_bytes, step, adjoint,
         )  # fmt: skip
         text = described(library, self._tolerances, self._saved, self.inputs(), self.sums())
-        self._plan = _Plan(self._library, settings, text)
-
-    def bound(self, graphs: StepGraphs) -> GraphSteps:
-        """Return it for graphs that differ in the tensors that they read alone."""
-        if graphs is self.graphs:
-            return self
-        made = copy(self)
-        made.graphs = graphs
-        return made
+        self._plan = self._library.pnode_plan(ctypes.byref(settings), text)
+        weakref.finalize(self, self._library.pnode_free_plan, self._plan).atexit = False
 
     def stand_at(self, state: torch.Tensor, slope: torch.Tensor, saved: Tensors) -> tuple[int, Any]:
         """Return a kernel at a state, which is taken over, and what it reads.
@@ -115,7 +99,7 @@ class GraphSteps(driver.Kernel):
         )
         alive = (state.contiguous(), slope.contiguous(), saved)
         handle = self._library.pnode_graph_steps(
-            self._plan.handle, driver.pointers(self._tolerances), alive[0].data_ptr(),
+            self._plan, driver.pointers(self._tolerances), alive[0].data_ptr(),
             alive[1].data_ptr(), driver.pointers(saved),
         )  # fmt: skip
         return handle, alive
@@ -223,7 +207,7 @@ class ExplicitSteps(Backend):
                     if not wanted.auto:
                         _warn_once(str(error))
         found: GraphSteps | None = graphs.kernels[key]
-        return None if found is None else found.bound(graphs)
+        return found
 
 
 def _keeps_all(wanted: Wanted) -> bool:
