@@ -23,6 +23,8 @@ from pnode.solvers.compiled.trace import FieldGraph
 __all__ = ["GraphProgram"]
 
 _FLAGS = ("-O3",)
+# Of a stage, which take less time than to take the step again from Python.
+_MOST_PRODUCTS = 128
 
 
 class _FieldGraphs(ctypes.Structure):
@@ -75,8 +77,8 @@ class GraphProgram(ImplicitProgram):
         return made
 
     def takes_tangents(self, of_parameters: bool) -> bool:
-        """Whether there is code for tangents; those of parameters would take N products each."""
-        return not of_parameters
+        """Whether there is code for tangents: those of parameters take a product for each entry."""
+        return not of_parameters or self.size <= _MOST_PRODUCTS
 
     def inputs(self) -> list[torch.Tensor]:
         """Return what f reads as the program takes it."""
