@@ -10,6 +10,7 @@ from torch.func import functional_call, jacfwd, jacrev, jvp
 import pnode
 from pnode.derivatives import stage_tangents
 from pnode.errors import FieldChanged
+from pnode.solvers.compiled import account
 from pnode.solvers.compiled.compiler import Compiler
 from pnode.solvers.methods import METHODS
 
@@ -241,3 +242,51 @@ def test_sensitivities_choose_and_agree(compiled_alone):
     ]
     for name in ("y0", "weight"):
         assert difference(found[0][name], found[1][name]) < 1e-12
+
+
+@pytest.fixture
+def cheap(monkeypatch):
+    """Compilations that are paid for by a few solves; f is looked at after one."""
+    monkeypatch.setattr(account, "_PRICE", 1500)
+    monkeypatch.setattr(account, "_LOOK", 10)
+
+
+class Counting(Kinetics):
+    """Kinetics that count their evaluations."""
+
+    calls = 0
+
+    def forward(self, t, y):
+        self.calls += 1
+        return super().forward(t, y)
+
+
+@pytest.mark.parametrize("kind", [Kinetics, Counting])
+def test_auto_counts_solves_with_lent_parameters(kind, cheap, traces):
+    """They pay for machine code, unless f would do something else besides."""
+    solver, outputs, parameters = function(kind(), "auto", method="cn", step_size=0.1)
+    with torch.no_grad():
+        found = [jacfwd(outputs)(START, parameters) for _ in range(6)]
+    compiled = kind is Kinetics
+    assert ("compiled='whole sweeps'" in repr(solver)) == compiled
+    assert len(traces) == compiled
+    assert ("changes" in repr(solver)) != compiled
+    assert torch.equal(found[0], found[1])
+    # Newton's method ends at 1e-8 of the first residual.
+    assert max(difference(one, found[0]) for one in found) < 1e-7
+
+
+def test_auto_compiles_others_after_lent_parameters_that_do_not_fit(cheap):
+    kinetics = Switched()
+    solver, outputs, parameters = function(kinetics, "auto", method="cn", step_size=0.1)
+    y0 = START.clone().requires_grad_()
+    for _ in range(8):
+        solver(y0, TIMES)
+    assert "compiled='whole sweeps'" in repr(solver)
+    kinetics.factor = 0.5
+    lent = jacfwd(outputs)(START, parameters)
+    expected = jacfwd(function(kinetics, False, method="cn", step_size=0.1)[1])(START, parameters)
+    assert difference(lent, expected) < 1e-12
+    kinetics.factor = 1.0
+    again = solver(y0, TIMES)
+    assert type(again.stage_sweep.solved()[1].sweep).__name__ == "WholeSweep"

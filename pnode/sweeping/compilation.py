@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pnode.adjoint.identity import describe
 from pnode.base.notices import LOG
 from pnode.base.surroundings import modules_within, owner
+from pnode.field.rebinding import Rebound
 from pnode.field.vectorfield import VectorField
 from pnode.problems.calls import brings_tensors
 from pnode.solvers.compiled.account import Entry, Work
@@ -210,6 +211,7 @@ def _look(entry: Entry, field: VectorField, y0: torch.Tensor, keep: bool) -> Non
                 alone.rhs(part.problem.times[0], point)
 
     functions = [part.function for part in parts]
+    functions = [owner(one) if isinstance(one, Rebound) else one for one in functions]
     try:
         evaluate()
     except Exception:  # which the solve itself will meet, and tell better
