@@ -271,7 +271,6 @@ def test_auto_counts_solves_with_lent_parameters(kind, cheap, traces):
     assert ("compiled='whole sweeps'" in repr(solver)) == compiled
     assert len(traces) == compiled
     assert ("changes" in repr(solver)) != compiled
-    assert torch.equal(found[0], found[1])
     # Newton's method ends at 1e-8 of the first residual.
     assert max(difference(one, found[0]) for one in found) < 1e-7
 
