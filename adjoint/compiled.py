@@ -37,7 +37,7 @@ class CompiledAdjoint(TorchAdjointStepper):
     def begin(self, field: VectorField, batch: Sequence[int] = ()) -> None:
         """Begin a sweep with zero cost gradients. Collective."""
         super().begin(field, batch)
-        self._inputs = self._graphs.field_graph.inputs()
+        self._inputs = self._graphs.traced.inputs()
         self._sums = self._graphs.zeros()
         self._stepped = False
 

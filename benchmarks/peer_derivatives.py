@@ -103,10 +103,12 @@ def stiff_sensitivities(
         J = k[:, None] * np.array([[1.0, 0.0, 0.0], [0.0, 2.0 * b, 0.0], [0.0, c, b]])
         return np.concatenate([net @ rates, (net @ (J @ S + np.diag(rates))).ravel()])
 
-    def ours(tolerance: float, method: str = "bdf") -> np.ndarray:
-        solver = pnode.Solver(
-            Robertson(), method=method, rtol=tolerance, atol=1e-4 * tolerance, compile=False
+    def solver_of(tolerance: float, method: str = "bdf", compile: bool = False) -> pnode.Solver:
+        return pnode.Solver(
+            Robertson(), method=method, rtol=tolerance, atol=1e-4 * tolerance, compile=compile
         )
+
+    def ours(solver: pnode.Solver) -> np.ndarray:
         found = pnode.sensitivities(solver, y0, t, wrt=["logs"], mode="forward")
         return found["logs"].numpy()
 
@@ -127,11 +129,15 @@ def stiff_sensitivities(
         solver = CVODE(right, rtol=rtol, atol=1e-4 * rtol, max_num_steps=100_000)
         return solver.solve(times, x0).y[:, 3:].reshape(-1, 3, 3)
 
-    exact = ours(1e-11, "radau5")
+    exact = ours(solver_of(1e-11, "radau5"))
 
     def error(found: np.ndarray) -> float:
         return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
 
+    solvers = {"": solver_of(rtol), ", compiled": solver_of(rtol, compile=True)}
     for name, package, call in (("SciPy", "scipy", scipy), ("CVODE", "sksundae", cvode)):
-        if find_spec(package) is not None:
-            yield name, ratio(lambda: ours(rtol), call, repeats), error(ours(rtol)), error(call())
+        if find_spec(package) is None:
+            continue
+        for how, solver in solvers.items():
+            value = ratio(lambda solver=solver: ours(solver), call, repeats)
+            yield name + how, value, error(ours(solver)), error(call())

@@ -125,8 +125,10 @@ def sensitivities(
 
     def outputs(moving: dict[str, Any]) -> Any:
         own = {full: moving[name] for name, full in zip(wrt, names, strict=True) if name != _Y0}
+        if mode == "adjoint":  # of these alone
+            own = {**known, **own}
         return torch.func.functional_call(
-            solver, {**known, **own}, (moving.get(_Y0, initial), t), {"breakpoints": breakpoints}
+            solver, own, (moving.get(_Y0, initial), t), {"breakpoints": breakpoints}
         ).ys
 
     way = torch.func.jacfwd if mode == "forward" else torch.func.jacrev

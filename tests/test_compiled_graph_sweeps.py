@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import pnode
-from pnode.solvers.compiled import inductor
+from pnode.derivatives import stage_tangents
+from pnode.solvers.compiled import graph_programs, inductor
 from pnode.solvers.compiled.graph_programs import GraphProgram
 
 D = torch.float64
@@ -76,6 +77,47 @@ MASS = torch.eye(34, dtype=D) + 0.1 * torch.ones(34, 34, dtype=D).tril(-1)
 def test_sweeps_are_the_eager_ones(keywords, within, counts):
     """Steps, orders and iterations alike; a DIRK's vary with what Newton's method leaves."""
     compare(keywords, within, counts)
+
+
+@pytest.mark.parametrize("keywords", [
+    {"method": "cn", "step_size": 0.1}, {"method": "bdf", "rtol": 1e-5, "atol": 1e-8, "mass": MASS},
+    {"method": "radau5", "rtol": 1e-5, "atol": 1e-8},
+])  # fmt: skip
+def test_tangents_are_transposes_of_the_adjoint(keywords, monkeypatch):
+    """Of y0 and of the parameters together; beyond a size those of y0 alone."""
+    field = Reaction()
+    solver = pnode.Solver(field, jacobian="dense", compile=True, **keywords)
+    y0 = torch.linspace(0.5, 3.0, 34, dtype=D).view(2, 17)
+    parameters = {f"rhs.{name}": p.detach() for name, p in field.named_parameters()}
+
+    def outputs(y0, parameters):
+        return torch.func.functional_call(solver, parameters, (y0, [0.0, 0.3, 1.0])).ys
+
+    again = []
+    uncompiled = stage_tangents.uncompiled
+    monkeypatch.setattr(
+        stage_tangents, "uncompiled", lambda *given: again.append(1) or uncompiled(*given)
+    )
+    along = torch.randn_like(y0), {n: torch.randn_like(p) for n, p in parameters.items()}
+    with torch.no_grad():
+        ys, Z = torch.func.jvp(outputs, (y0, parameters), along)
+        _, from_y0 = torch.func.jvp(lambda y0: outputs(y0, parameters), (y0,), along[:1])
+    assert not again
+    w = torch.randn_like(ys)
+    _, pulled = torch.func.vjp(outputs, y0, parameters)
+    by_y0, by_parameters = pulled(w)
+    part = float((by_y0 * along[0]).sum())
+    total = part + sum(float((by_parameters[n] * v).sum()) for n, v in along[1].items())
+    scale = float(w.norm() * Z.norm())
+    assert abs(float((w * Z).sum()) - total) < 1e-12 * scale
+    assert abs(float((w * from_y0).sum()) - part) < 1e-12 * scale
+    monkeypatch.setattr(graph_programs, "_MOST_PRODUCTS", 33)
+    with torch.no_grad():
+        _, other = torch.func.jvp(outputs, (y0, parameters), along)
+        torch.func.jvp(lambda y0: outputs(y0, parameters), (y0,), along[:1])
+    assert len(again) == 1
+    # The steps that were taken again end Newton's method elsewhere.
+    assert float((other - Z).norm() / Z.norm()) < 1e-4
 
 
 def test_more_operations_than_a_program_of_scalars_takes():

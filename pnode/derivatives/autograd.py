@@ -108,9 +108,9 @@ class SolveFunction(torch.autograd.Function):
         """Solve; the sweep is left in ``runs``."""
         if start is not None:
             y0 = tangent_solves.joined(requests, y0, start)
-        own = bound(problem, parameters)
-        if own is not problem:
-            problem, requests = own, replace(requests, plain=True)
+        own, problem = problem, bound(problem, parameters)
+        if own is not problem and not engine.method.implicit:  # tangents take such steps again
+            requests = replace(requests, plain=True)
         if requests.known is None:
             with ordered(place_of(problem.layout.device)) as leave:
                 ys, run = sensitivity_control.forward(engine, problem, y0, True, requests)

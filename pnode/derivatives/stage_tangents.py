@@ -118,6 +118,11 @@ def _of_stages(
 ) -> torch.Tensor | None:  # fmt: skip
     """Do as :func:`of_stages`, outside of transforms. Collective."""
     problem, ledger = run.problem, run.stats.tangents
+    moving = _moving(problem, directions)
+    compiled = sweeps.compiled_tangents(engine, run, start, moving)
+    if compiled is not None:
+        assert run.ys is not None
+        return pair.join([run.ys, *compiled.unbind(1)])
     taken = run
     if not isinstance(run.sweep, SteppedSweep) or run.settings.graphs is not None:
         if engine.checkpointing.bytes is not None:
@@ -136,7 +141,7 @@ def _of_stages(
     assert run.surroundings is not None
     place = ordered(place_of(problem.layout.device))
     with run.surroundings.restored(), problem.ranks.together(), place as leave:
-        found = _tangents(engine, taken, sweep, start, _moving(problem, directions), ledger)
+        found = _tangents(engine, taken, sweep, start, moving, ledger)
         leave(found)
     assert taken.ys is not None
     return pair.join([taken.ys, *found.unbind(1)])

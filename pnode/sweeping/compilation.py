@@ -18,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pnode.adjoint.identity import describe
 from pnode.base.notices import LOG
 from pnode.base.surroundings import modules_within, owner
+from pnode.field.rebinding import Rebound
 from pnode.field.vectorfield import VectorField
+from pnode.field.watching import unwatched
 from pnode.problems.calls import brings_tensors
 from pnode.solvers.compiled.account import Entry, Work
 from pnode.solvers.compiled.backend import Compilation, Wanted
@@ -133,7 +135,7 @@ def _compiled(
     if wanted.auto and found.changed:
         entry.changed(reasons)
         run.entry = entry
-    elif not found.passing:
+    elif not (found.passing or (wanted.auto and found.lent)):
         entry.made, entry.left, entry.hindrance = "", "", reasons
     return None
 
@@ -244,7 +246,8 @@ def _look(entry: Entry, field: VectorField, y0: torch.Tensor, keep: bool) -> Non
             else:
                 alone.rhs(part.problem.times[0], point)
 
-    functions = [part.function for part in parts]
+    given = [part.function for part in parts]
+    functions = [unwatched(owner(one) if isinstance(one, Rebound) else one) for one in given]
     try:
         evaluate()
     except Exception:  # which the solve itself will meet, and tell better

@@ -217,7 +217,7 @@ class Run:
     entry : Entry or None
         Where its evaluations are counted, if they may pay for a compilation.
     ys : Tensor or None
-        Its outputs, shape ``(T, size)``, without their graph; not of a sweep of machine code.
+        Its outputs, shape ``(T, size)``, without their graph.
     """
 
     problem: InitialValueProblem

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from pnode.adjoint.gradients import CostGradients
+from pnode.adjoint.tangents import Moving
 from pnode.base.evidence import Reads
 from pnode.base.ledger import Stats
 from pnode.base.notices import LOG
@@ -31,7 +32,7 @@ from pnode.sweeping.output_times import refuse_cuts
 from pnode.sweeping.run import Requests, Run, Sweep
 from pnode.sweeping.stepped_sweep import SteppedSweep
 
-__all__ = ["WholeSweep", "backward", "forward"]
+__all__ = ["WholeSweep", "backward", "compiled_tangents", "forward"]
 
 
 def forward(
@@ -82,7 +83,7 @@ def forward(
     if recorded is None:
         engine.note_products(settings, problem.layout, stats)
         hint(engine, run)
-    run.ys = outputs.detach() if keep and isinstance(run.sweep, SteppedSweep) else None
+    run.ys = outputs.detach() if keep else None
     note_kept(run.stats.ram_bytes + run.stats.tape_bytes)
     run.count(run.stats)
     LOG.debug(
@@ -178,6 +179,20 @@ def backward(
     return found
 
 
+def compiled_tangents(
+    engine: Engine, run: Run, start: torch.Tensor, moving: Moving
+) -> torch.Tensor | None:
+    """Return the tangents of a sweep of machine code's outputs, or None if that has none.
+
+    See :meth:`CompiledSweep.tangents`. Not collective.
+    """
+    if not isinstance(run.sweep, WholeSweep):
+        return None
+    assert run.surroundings is not None and run.reads is not None
+    refuse_written(run.reads, run.surroundings, engine.method.name)
+    return run.sweep.tangents(run, start, moving)
+
+
 class WholeSweep(Sweep):
     """A sweep of machine code, from the first step to the last.
 
@@ -221,3 +236,7 @@ class WholeSweep(Sweep):
         assert run.reads is not None and run.surroundings is not None
         refuse_written(run.reads, run.surroundings, run.settings.method.name)
         return self._reverse(run, cotangents)
+
+    def tangents(self, run: Run, start: torch.Tensor, moving: Moving) -> torch.Tensor | None:
+        """Take the steps' tangents; see :meth:`CompiledSweep.tangents`."""
+        return self._compiled.tangents(start, moving, run.stats.tangents)

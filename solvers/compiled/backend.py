@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from copy import copy
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -26,22 +27,40 @@ __all__ = [
 
 
 class Code(ABC):
-    """Machine code of a field, or of steps of it."""
+    """Machine code of a field, or of steps of it.
+
+    Attributes
+    ----------
+    traced : FieldGraph
+        The field.
+    """
+
+    traced: FieldGraph
 
     @abstractmethod
     def at(self, t: torch.Tensor, y: torch.Tensor) -> Sequence[torch.Tensor]:
         """Return f(t, y) by this code, flat, and what is saved of it; y is flat, t the user's."""
 
+    def bound(self, graph: FieldGraph) -> Self:
+        """Return it for a graph that differs in the tensors that it reads alone."""
+        if graph is self.traced:
+            return self
+        made = copy(self)
+        made.traced = graph
+        return made
+
 
 class Reason(NamedTuple):
     """Why a backend compiles nothing.
 
-    ``final``: nor does any other; ``changed``: the field is another one than when it was compiled.
+    ``final``: nor does any other; ``changed``: the field is another one than when it was compiled;
+    ``lent``: so it is with the tensors that torch.func has lent it, which says nothing of others.
     """
 
     text: str
     final: bool = False
     changed: bool = False
+    lent: bool = False
 
 
 @dataclass(eq=False)
@@ -52,9 +71,23 @@ class Trace:
     guard: Guard
     #: Whether f has derivatives of its own, which its operations do not tell.
     own_derivatives: bool
+    #: The parameters that it was made for.
+    parameters: tuple[torch.Tensor, ...]
     codes: dict[Any, Any] = field(default_factory=dict)
     #: Which parameters f uses, once that has been looked at.
     used: list[bool] | None = None
+    #: Whether it is :meth:`bound`, and shares its codes.
+    lent: bool = False
+
+    def bound(self, parameters: Sequence[torch.Tensor]) -> Trace | None:
+        """Return it for a field with other parameters, None if those are not like its own."""
+        kinds = [[(x.shape, x.dtype, x.device) for x in p] for p in (parameters, self.parameters)]
+        if kinds[0] != kinds[1]:
+            return None
+        new = dict(zip(map(id, self.parameters), parameters, strict=True))
+        captured = tuple(new.get(id(x), x) for x in self.graph.captured)
+        graph = replace(self.graph, captured=captured)
+        return replace(self, graph=graph, guard=self.guard.bound(new), parameters=tuple(parameters))
 
 
 class Checked(NamedTuple):
@@ -133,8 +166,9 @@ class Compilation:
         What the machine code reads.
     reasons : tuple of str
         Why there is none, or not more.
-    changed : bool
-        Whether that is a field that is another one than when it was compiled.
+    changed, lent : bool
+        Whether that is a field that is another one than when it was compiled, or is so for the
+        tensors that torch.func has lent it.
     passing : bool
         Whether that is for this solve alone.
     """
@@ -145,6 +179,7 @@ class Compilation:
     captured: tuple[torch.Tensor, ...] = ()
     reasons: tuple[str, ...] = ()
     changed: bool = False
+    lent: bool = False
     passing: bool = False
 
     @property
@@ -186,7 +221,11 @@ class Backend(ABC):
     ) -> Code | Reason:
         """Return the code of a field or of one of its parts, made or kept in ``trace``."""
         try:
-            return self._compile(trace, part, y0, wanted)
+            code = self._compile(trace, part, y0, wanted)
+            made = code.bound(trace.graph)
+            if not trace.lent:
+                trace.codes.update({key: made for key, one in trace.codes.items() if one is code})
+            return made
         except (Untraceable, CompilationFailed) as error:
             return Reason(str(error), self.final)
 

@@ -315,6 +315,28 @@ class Bdf : public ImplicitSteps {
     return DONE;
   }
 
+  void begin_tangents(int64_t number, const double* first, const double* along) override {
+    ImplicitSteps::begin_tangents(number, first, along);
+    before.clear();
+  }
+
+  // MultistepTangents has the equations.
+  Status tangent(int64_t index, double t, double h) override {
+    const auto [k, first] = kept[index];
+    const double* from = values.data() + first;
+    Rows x(du.size());
+    before.push_front(du);
+    if (k < 0) {
+      if (!tangents_of_start(-k, t, h, from, x)) return SINGULAR;
+    } else {
+      for (int j = 0; j < k; j++) plus(x, -from[j + 1], before[j]);
+      if (!solve_tangents(t + h, from + k + 1, from[0], J, factors, x)) return SINGULAR;
+    }
+    du = x;
+    if (before.size() == MOST_STATES) before.pop_back();
+    return DONE;
+  }
+
  protected:
   void keep_step() override {
     kept.emplace_back(taken, values.size());
@@ -441,6 +463,19 @@ class Bdf : public ImplicitSteps {
     return true;
   }
 
+  bool tangents_of_start(int p, double t, double length, const double* from, Rows& total) {
+    for (int number = 1; number <= p; number++) {
+      const double h = length / number;
+      Rows x(du);
+      for (int i = 1; i <= number; i++, from += N) {
+        for (double& entry : x) entry /= h;
+        if (!solve_tangents(t + i * h, from, 1.0 / h, J, factors, x)) return false;
+      }
+      plus(total, start_weight(number, p), x);
+    }
+    return true;
+  }
+
   Newton newton;
   OrderControl control;
   // States before the new one, newest first, and the lengths of the steps between them.
@@ -451,6 +486,7 @@ class Bdf : public ImplicitSteps {
   std::vector<double> record;  // what the last step's adjoint takes
   std::vector<std::pair<int, size_t>> kept;
   double waiting[MOST_STATES][N];
+  std::deque<Rows> before;  // tangents of the states so far, newest first
   double J[N * N];  // of the adjoint
   Factors factors;
 };

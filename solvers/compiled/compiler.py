@@ -19,6 +19,7 @@ from pnode.base.ledger import Ledger
 from pnode.base.ranks import ALONE
 from pnode.base.vectors import REAL
 from pnode.errors import ConfigurationError
+from pnode.field.rebinding import Rebound
 from pnode.field.vectorfield import VectorField, vector_field
 from pnode.solvers.compiled.backend import Backend, Checked, Compilation, Reason, Trace, Wanted
 from pnode.solvers.compiled.evaluations import agree, is_recorded, trusted, value_of
@@ -44,6 +45,7 @@ class _Prepared(NamedTuple):
     checked: Sequence[Checked]
     reasons: list[str]
     changed: bool
+    lent: bool
 
 
 def _nobody() -> None:
@@ -93,7 +95,7 @@ class Compiler:
             "method": wanted.settings.method.name,
         }  # fmt: skip
         found = ranks.attempt(self._prepared, field_, y0, wanted)
-        backend, checked, reasons, changed = found or _Prepared(None, [], [], False)
+        backend, checked, reasons, changed, lent = found or _Prepared(None, [], [], False, False)
         # Perhaps it is on this rank alone that someone looks at steps.
         looked_at = ranks.parallel and wanted.watched and not wanted.dense
         mark = _MADE if backend else _PASSING if looked_at else _CHANGED if changed else _NEVER
@@ -106,24 +108,25 @@ class Compiler:
             reasons.append("another rank does not compile its part of the state")
         self.explain(wanted, reasons)
         return Compilation(
-            reasons=tuple(reasons), changed=agreed == _CHANGED, passing=agreed == _PASSING
-        )
+            reasons=tuple(reasons), changed=agreed == _CHANGED, lent=lent,
+            passing=agreed == _PASSING,
+        )  # fmt: skip
 
     def _prepared(self, field_: VectorField, y0: torch.Tensor, wanted: Wanted) -> _Prepared:
         """Return the first backend that compiles a solve, and its code; not collective."""
         candidates, reasons = self.candidates(field_, wanted)
-        evaluations, changed = field_.ledger.rhs, False
+        evaluations, changed, lent = field_.ledger.rhs, False, False
         for backend in candidates:
             found = self._checked(backend, field_, y0, wanted)
             field_.ledger.rhs = evaluations
             if not isinstance(found, Reason):
-                return _Prepared(backend, found, reasons, changed)
-            changed |= found.changed
+                return _Prepared(backend, found, reasons, changed, lent)
+            changed, lent = changed or found.changed, lent or found.lent
             if not any(found.text in reason for reason in reasons):
                 reasons.append(found.text)
             if found.final:
                 break
-        return _Prepared(None, [], reasons, changed)
+        return _Prepared(None, [], reasons, changed, lent)
 
     def candidates(self, field_: VectorField, wanted: Wanted) -> tuple[list[Backend], list[str]]:
         """Return the backends for a solve, whatever the field is, and why not the others."""
@@ -177,6 +180,9 @@ class Compiler:
         known, name = self._traces.get(key), wanted.settings.method.name
         if known is not None and not known.graph.fits():
             known = None
+        lent = known is None and isinstance(problem.function, Rebound)
+        if lent:
+            known = self._bound(key, problem.parameters)
         if known is not None and known.used is not None:
             with trusted(part, known.used), followed(part, known.guard) as seen:
                 value = value_of(part, y0, name)
@@ -191,6 +197,11 @@ class Compiler:
         found = None
         if known is not None and _still_holds(known, part, seen, y0, wanted):
             found = self._compare(backend, known, part, value, y0, wanted)
+        if found is None and known is not None and lent:
+            return Reason(
+                "the vector field has got other tensors from torch.func, and is not what it was "
+                "with those before", final=True, lent=True,
+            )  # fmt: skip
         if found is None and known is not None and wanted.auto:
             del self._traces[key]
             return Reason(
@@ -207,6 +218,15 @@ class Compiler:
             "the vector field's value is not that of its graph: does it compute with something "
             "else than torch?"
         )
+
+    def _bound(self, key: Any, parameters: Sequence[torch.Tensor]) -> Trace | None:
+        """Return a trace of the same field with other parameters, for these."""
+        for (layout, number, _), trace in reversed(self._traces.items()):
+            if (layout, number) == key[:2]:
+                made = trace.bound(parameters)
+                if made is not None and made.graph.fits():
+                    return made
+        return None
 
     def _compare(
         self, backend: Backend, trace: Trace, part: VectorField, value: torch.Tensor,
@@ -260,7 +280,8 @@ class Compiler:
             )
         if not guard.holds(seen):
             return self._refuse("the vector field calls other operations in each evaluation")
-        made = self._traces[key] = Trace(graph, guard, seen.has_own_derivatives)
+        own = part.problem.parameters
+        made = self._traces[key] = Trace(graph, guard, seen.has_own_derivatives, tuple(own))
         while len(self._traces) > _MOST_TRACES:  # parameters that are new in each solve
             del self._traces[next(iter(self._traces))]
         return made

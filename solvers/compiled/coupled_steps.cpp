@@ -75,35 +75,48 @@ class Coupled : public ImplicitSteps {
   // K_Y^T w = d x lambda for the stages together.
   Status adjoint(int64_t index, double t, double h) override {
     const double* Y = values.data() + index * s * N;
-    auto& lu = coupled->lu;
-    for (int i = 0; i < s; i++) {
-      jacobian(t + m.alpha[i] * h, Y + i * N, c, f, J);
-      counts.jacobians++, counts.rhs++;
-      for (int j = 0; j < s; j++)
-        for (int k = 0; k < N; k++)
-          for (int l = 0; l < N; l++)
-            lu[i * N + k][j * N + l] =
-                m.inverse[i * s + j] / h * entry(k, l) - (i == j ? J[k * N + l] : 0.0);
-    }
-    if (!coupled->factor(s * N)) return SINGULAR;
-    double w[MOST_COUPLED * N], driven[N] = {}, weight = 1.0;
-    for (int i = 0; i < s; i++) {
-      weight -= m.b[i];
+    if (!couple(t, h, Y)) return SINGULAR;
+    double w[MOST_COUPLED * N], driven[N] = {};
+    for (int i = 0; i < s; i++)
       for (int k = 0; k < N; k++) w[i * N + k] = m.b[i] * lambda[k];
-    }
     coupled->solve_transposed(w, s * N);
     for (int i = 0; i < s; i++) {
-      double from_start = 0.0;
-      for (int j = 0; j < s; j++) from_start += m.inverse[i * s + j];
-      for (int k = 0; k < N; k++) driven[k] += from_start / h * w[i * N + k];
+      const double start = from_start(i);
+      for (int k = 0; k < N; k++) driven[k] += start / h * w[i * N + k];
       add_parameters(t + m.alpha[i] * h, Y + i * N, w + i * N);
     }
     if (M) {
       std::memcpy(f, driven, sizeof(f));
       multiply_transposed(M, f, driven);
     }
-    if (std::fabs(weight) <= 1e-12) weight = 0.0;
+    const double weight = start_weight();
     for (int k = 0; k < N; k++) lambda[k] = weight * lambda[k] + driven[k];
+    return DONE;
+  }
+
+  // CoupledTangents has the equations.
+  Status tangent(int64_t index, double t, double h) override {
+    const double* Y = values.data() + index * s * N;
+    if (!couple(t, h, Y)) return SINGULAR;
+    Rows right[MOST_COUPLED], driven(du);
+    if (M)
+      for (size_t k = 0; k < du.size(); k += N) multiply(M, &du[k], &driven[k]);
+    for (int i = 0; i < s; i++) {
+      right[i].assign(du.size(), 0.0);
+      plus(right[i], from_start(i) / h, driven);
+      add_along(t + m.alpha[i] * h, Y + i * N, right[i]);
+    }
+    const double weight = start_weight();
+    double x[MOST_COUPLED * N];
+    for (size_t k = 0; k < du.size(); k += N) {
+      for (int i = 0; i < s; i++) std::memcpy(x + i * N, &right[i][k], sizeof(f));
+      coupled->solve(x, s * N);
+      counts.krylov++;
+      for (int j = 0; j < N; j++) {
+        du[k + j] *= weight;
+        for (int i = 0; i < s; i++) du[k + j] += m.b[i] * x[i * N + j];
+      }
+    }
     return DONE;
   }
 
@@ -126,6 +139,34 @@ class Coupled : public ImplicitSteps {
         sum += ratio * ratio;
       }
     return std::sqrt(sum / (number * N));
+  }
+
+  // Factor the matrix of a step's stages together, each with the Jacobian there.
+  bool couple(double t, double h, const double* Y) {
+    auto& lu = coupled->lu;
+    for (int i = 0; i < s; i++) {
+      jacobian(t + m.alpha[i] * h, Y + i * N, c, f, J);
+      counts.jacobians++, counts.rhs++;
+      for (int j = 0; j < s; j++)
+        for (int k = 0; k < N; k++)
+          for (int l = 0; l < N; l++)
+            lu[i * N + k][j * N + l] =
+                m.inverse[i * s + j] / h * entry(k, l) - (i == j ? J[k * N + l] : 0.0);
+    }
+    return coupled->factor(s * N);
+  }
+
+  // What a step's start is multiplied with in the equation of stage i, and in the step's end.
+  double from_start(int i) const {
+    double sum = 0.0;
+    for (int j = 0; j < s; j++) sum += m.inverse[i * s + j];
+    return sum;
+  }
+
+  double start_weight() const {
+    double weight = 1.0;
+    for (int i = 0; i < s; i++) weight -= m.b[i];
+    return std::fabs(weight) <= 1e-12 ? 0.0 : weight;
   }
 
   double entry(int k, int l) const { return M ? M[k * N + l] : k == l; }

@@ -72,6 +72,36 @@ class Dirk : public ImplicitSteps {
     return DONE;
   }
 
+  // StageTangents has the equations.
+  Status tangent(int64_t index, double t, double h) override {
+    const int s = int(m.stages);
+    const double* Y = values.data() + index * N * (s - m.explicit_first);
+    Rows slope[MOST_STAGES], driven, x;
+    for (int i = 0; i < s; i++) {
+      const double *y = Y + i * N, *A = m.A + i * s, time = t + m.alpha[i] * h;
+      driven = du;
+      for (int j = 0; j < i; j++) plus(driven, h * A[j], slope[j]);
+      if (i == 0 && m.explicit_first) {
+        jacobian(time, y, c, f, J_end), counts.jacobians++, counts.rhs++;
+        slope[0].resize(du.size());
+        for (size_t k = 0; k < du.size(); k += N) multiply(J_end, &du[k], &slope[0][k]);
+        add_along(time, y, slope[0]);
+        continue;
+      }
+      const double shift = 1.0 / (h * A[i]);
+      x.assign(du.size(), 0.0);
+      plus(x, shift, driven);
+      if (!solve_tangents(time, y, shift, J_end, factors, x)) return SINGULAR;
+      slope[i].assign(du.size(), 0.0);
+      plus(slope[i], shift, x), plus(slope[i], -shift, driven);
+    }
+    if (m.stiffly_accurate)
+      du = x;
+    else
+      for (int i = 0; i < s; i++) plus(du, h * m.b[i], slope[i]);
+    return DONE;
+  }
+
  protected:
   void keep_step() override {
     if (!kept_steps && m.explicit_first) keep_values(u, N);

@@ -99,6 +99,7 @@ def library() -> ctypes.CDLL:
         "repeat": (None, [pointer]),
         "reverse": (number, [pointer, pointer, pointer, pointer, real]),
         "finish": (number, [pointer, pointer, pointer, pointer]),
+        "tangents": (number, [pointer, pointer, number] + [pointer] * 3 + [real, pointer]),
         "recorded": (number, [pointer, pointer, pointer, pointer]),
         "whole": (number, [pointer]),
         "restart": (None, [pointer]),
@@ -146,6 +147,14 @@ class Kernel(ABC):
     @abstractmethod
     def sums(self) -> list[torch.Tensor]:
         """Return zeros for mu."""
+
+    def takes_tangents(self, of_parameters: bool) -> bool:
+        """Whether there is code for tangents of y0, or ``of_parameters`` too."""
+        return False
+
+    def directions(self, moving: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor:
+        """Return tangents of the parameters as the code takes them."""
+        raise NotImplementedError
 
     @abstractmethod
     def gradients(self, sums: list[torch.Tensor]) -> list[tuple[int, torch.Tensor]]:
@@ -278,13 +287,7 @@ class CompiledSweep:
             If a matrix is singular.
         """
         with log_stage("pnode adjoint"):
-            if not self._library.pnode_whole(self._handle):  # freed by a backward sweep before
-                self._library.pnode_repeat(self._handle)
-                counts = Counts()
-                if not self._take_steps(self._empty(), counts):
-                    raise RuntimeError("compiled steps that succeeded once failed when repeated")
-                ledger.recomputed += counts.steps
-                ledger.rhs += counts.rhs
+            self._complete(ledger)
             initial, sums, counts = self._take_adjoints(cotangents.to(REAL).contiguous())
         add_counts(counts, ledger)
         parameters: list[torch.Tensor | None] = [None] * self._parameters
@@ -292,6 +295,66 @@ class CompiledSweep:
             for index, gradient in self.kernel.gradients(sums):
                 parameters[index] = gradient
         return initial + cotangents[0], parameters, initial
+
+    def tangents(
+        self, start: torch.Tensor, moving: Sequence[tuple[int, torch.Tensor]], ledger: Ledger
+    ) -> torch.Tensor | None:
+        """Take tangents over all steps.
+
+        Parameters
+        ----------
+        start : Tensor
+            Tangents of the initial state, shape ``(m, size)``.
+        moving : sequence of (int, Tensor)
+            Those of parameters: which one, and its tangents, shape ``(m, *parameter)``.
+        ledger : Ledger
+            Counts.
+
+        Returns
+        -------
+        Tensor or None
+            Of the outputs, shape ``(T, m, size)``, the user's precision; None if there is no code
+            for them.
+
+        Raises
+        ------
+        LinearSolveFailed
+            If a matrix is singular.
+        """
+        kernel = self.kernel
+        if not kernel.takes_tangents(bool(moving)):
+            return None
+        start = start.detach().to(REAL).contiguous()
+        along = kernel.directions(moving) if moving else None
+        outputs = torch.empty((self._outputs, *start.shape), dtype=REAL)
+        counts, inputs = Counts(), kernel.inputs()
+        read, status, first = pointers(inputs), _PAUSED, at(start)
+        self._complete(ledger)
+        while status == _PAUSED:
+            status = self._library.pnode_tangents(
+                self._handle, read, len(start), first, None if along is None else at(along),
+                at(outputs), PATIENCE, ctypes.byref(counts),
+            )  # fmt: skip
+            first = None
+        if status == _SINGULAR:
+            raise LinearSolveFailed(
+                "a solve for the tangents failed", reason="zero pivot in LU factorization"
+            )
+        if status != _DONE:
+            raise RuntimeError("the compiled tangent of a step failed: is there enough memory?")
+        add_counts(counts, ledger)
+        return outputs.to(kernel.dtype)
+
+    def _complete(self, ledger: Ledger) -> None:
+        """Repeat the steps if a backward sweep has freed their checkpoints."""
+        if self._library.pnode_whole(self._handle):
+            return
+        self._library.pnode_repeat(self._handle)
+        counts = Counts()
+        if not self._take_steps(self._empty(), counts):
+            raise RuntimeError("compiled steps that succeeded once failed when repeated")
+        ledger.recomputed += counts.steps
+        ledger.rhs += counts.rhs
 
     def recorded(self) -> tuple[list[Step], tuple[int, ...]]:
         """Return the steps that were taken, and how many come before each output."""

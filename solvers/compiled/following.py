@@ -21,12 +21,16 @@ __all__ = [
     "Followed",
     "Functions",
     "Kind",
+    "Known",
     "Operations",
+    "Ref",
     "Taking",
     "copies",
 ]
 
 Facts: TypeAlias = list[Any]
+#: By identity, tensors that f brings along, and what stands for them.
+Known: TypeAlias = "dict[int, tuple[torch.Tensor, Ref]]"
 
 
 class Kind(NamedTuple):
@@ -41,15 +45,15 @@ class Kind(NamedTuple):
     functions: bool = False
 
 
-class _Ref:
+class Ref:
     """A tensor of the sequence, by number."""
 
     __slots__ = ()
 
 
 # The n-th tensor of any sequence; longer sequences make further ones.
-_REFS = [_Ref() for _ in range(256)]
-_END = _Ref()
+_REFS = [Ref() for _ in range(256)]
+_END = Ref()
 _PLAIN = frozenset((int, str, type(None), torch.dtype, torch.device, torch.layout,
                     torch.memory_format))  # fmt: skip
 # Functions of torch's that call nothing of the user's: built in, and those of these modules.
@@ -74,7 +78,7 @@ class Taking:
     #: Whether arguments that are neither numbers nor tensors are told by identity: they may change.
     trusts_objects = True
 
-    def __init__(self, given: Sequence[torch.Tensor], known: dict[int, torch.Tensor]) -> None:
+    def __init__(self, given: Sequence[torch.Tensor], known: Known) -> None:
         super().__init__()
         self._dtype = torch.get_default_dtype()  # that of tensors which f makes
         self.facts: Facts = [self._dtype]
@@ -82,7 +86,7 @@ class Taking:
         self.brought: list[torch.Tensor] = []
         # Nothing may go meanwhile: another object could get its identity.
         self._alive: list[Any] = []
-        self._refs: dict[int, Any] = {each: -each for each in known}  # no number of f's
+        self._refs: dict[int, Ref] = {each: ref for each, (_, ref) in known.items()}
         for tensor in given:
             self._refs[id(tensor)] = _ref(len(self._alive))
             self._alive.append(tensor)
@@ -158,10 +162,10 @@ class Taking:
         self._number(tensor)
 
 
-def _ref(number: int) -> _Ref:
+def _ref(number: int) -> Ref:
     """Return what stands for the tensor of that number."""
     while number >= len(_REFS):
-        _REFS.append(_Ref())
+        _REFS.append(Ref())
     return _REFS[number]
 
 
@@ -212,7 +216,7 @@ class Compared(Functions):
         Whether they do.
     """
 
-    def __init__(self, given: Sequence[torch.Tensor], known: dict[int, torch.Tensor]) -> None:
+    def __init__(self, given: Sequence[torch.Tensor], known: Known) -> None:
         super().__init__(given, known)
         self._operations = Operations(given, known)
         self.complete, self._told = True, len(self._operations.facts)
@@ -264,7 +268,7 @@ class Followed:
     """
 
     def __init__(
-        self, function: Any, known: dict[int, torch.Tensor], mode: type[Taking] = Operations
+        self, function: Any, known: Known, mode: type[Taking] = Operations
     ) -> None:
         self.function, self._mode = function, mode
         self._known = known

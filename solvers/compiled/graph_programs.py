@@ -23,6 +23,8 @@ from pnode.solvers.compiled.trace import FieldGraph
 __all__ = ["GraphProgram"]
 
 _FLAGS = ("-O3",)
+# Of a stage, which take less time than to take the step again from Python.
+_MOST_PRODUCTS = 128
 
 
 class _FieldGraphs(ctypes.Structure):
@@ -67,9 +69,20 @@ class GraphProgram(ImplicitProgram):
         settings = _FieldGraphs(traced.saved, len(traced.parameters), *calls)
         self.library.pnode_field(ctypes.byref(settings), described(library, self.inputs()))
 
+    def bound(self, graph: FieldGraph) -> GraphProgram:
+        """Return it for a graph that differs in the tensors that it reads alone."""
+        made = super().bound(graph)
+        if made is not self:
+            made._code = self._code.bound(graph)
+        return made
+
+    def takes_tangents(self, of_parameters: bool) -> bool:
+        """Whether there is code for tangents: those of parameters take a product for each entry."""
+        return not of_parameters or self.size <= _MOST_PRODUCTS
+
     def inputs(self) -> list[torch.Tensor]:
         """Return what f reads as the program takes it."""
-        return [self._units, self._units[0], *self._traced.inputs()]
+        return [self._units, self._units[0], *self.traced.inputs()]
 
     def at(self, t: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
         """Return f(t, y), flat, and what is saved of it."""

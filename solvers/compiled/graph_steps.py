@@ -108,11 +108,11 @@ class GraphSteps(driver.Kernel):
     @property
     def captured(self) -> Sequence[torch.Tensor]:
         """What f reads besides t and y."""
-        return self.graphs.field_graph.captured
+        return self.graphs.traced.captured
 
     def inputs(self) -> list[torch.Tensor]:
         """Return it as the graphs take it."""
-        return self.graphs.field_graph.inputs()
+        return self.graphs.traced.inputs()
 
     def sums(self) -> list[torch.Tensor]:
         """Return zeros for mu."""
@@ -206,7 +206,7 @@ class ExplicitSteps(Backend):
             sweep = driver.CompiledSweep(
                 kernel, handle, alive, problem, settings, control, wanted.keep, first
             )
-        return Compilation(sweep, start, captured=graphs.field_graph.captured)
+        return Compilation(sweep, start, captured=graphs.traced.captured)
 
     def _read_options(self, field_: VectorField, y0: torch.Tensor, wanted: Wanted) -> None:
         """Let PETSc read its options, once for solves of a kind. Collective."""

@@ -14,7 +14,7 @@ less than half of that time. Where the functions differ, the operations are look
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -26,7 +26,9 @@ from pnode.solvers.compiled.following import (
     Followed,
     Functions,
     Kind,
+    Known,
     Operations,
+    Ref,
     Taking,
     copies,
 )
@@ -51,26 +53,36 @@ class Guard:
     Attributes
     ----------
     known : dict
-        Tensors that f brings along and that are the same ones each time, by their identity.
+        Tensors that f brings along and that are the same ones each time, by their identity, and
+        what stands for them.
     mode : type
         What follows an evaluation.
     """
 
     def __init__(self) -> None:
-        self.known: dict[int, torch.Tensor] = {}
+        self.known: Known = {}
         self.mode: type[Taking] = Operations
         self._facts: dict[Kind, Facts] = {}
 
     def learn(self, first: Followed) -> None:
         """Take down what f does, from a first evaluation and one more."""
-        self.known = {id(tensor): tensor for tensor in first.brought}
+        self.known = {id(tensor): (tensor, Ref()) for tensor in first.brought}
         second = Followed(first.function, self.known)
         with torch.inference_mode(first.kind.inference), torch.set_grad_enabled(first.kind.grad):
             second(*copies(first.given, first.kind))
         assert second.facts is not None
-        used = {each for each in second.facts if type(each) is int}
-        self.known = {each: x for each, x in self.known.items() if -each in used}
+        used = {id(each) for each in second.facts}
+        self.known = {each: one for each, one in self.known.items() if id(one[1]) in used}
         self._facts[first.kind] = second.facts
+
+    def bound(self, new: Mapping[int, torch.Tensor]) -> Guard:
+        """Return it for f with other tensors, given by the identity of those in whose place."""
+        made = Guard()
+        for each, (tensor, ref) in self.known.items():
+            other = new.get(each, tensor)
+            made.known[id(other)] = other, ref
+        made._facts = self._facts
+        return made
 
     def holds(self, seen: Followed) -> bool:
         """Whether f does what it did."""

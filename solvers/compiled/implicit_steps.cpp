@@ -23,6 +23,7 @@ namespace {
 constexpr int MOST_STAGES = 16;
 
 struct Settings {  // of programs.py
+  // `wanted`: entries of mu.
   int64_t stages, adaptive, max_newton, wanted;
   // Rosenbrock: one matrix for all stages; f_t is needed. DIRK, explicit: u' is the last stage; DIRK: the first
   // stage is u; its slope is the last stage's of the step before, as that was solved for.
@@ -38,6 +39,8 @@ struct Settings {  // of programs.py
   const double *eigenvalues, *vectors, *covectors;
   const double *rtol, *atol;
 };
+
+typedef std::vector<double> Rows;
 
 double square(const double* x) {
   double sum = 0.0;
@@ -142,6 +145,12 @@ void multiply(const double* M, const double* x, double* y) {
   }
 }
 
+// x += factor y.
+void plus(Rows& x, double factor, const Rows& y) {
+  if (factor != 0.0)
+    for (size_t k = 0; k < x.size(); k++) x[k] += factor * y[k];
+}
+
 void multiply_transposed(const double* J, const double* w, double* l) {
   for (int j = 0; j < N; j++) l[j] = 0.0;
   for (int i = 0; i < N; i++)
@@ -201,6 +210,13 @@ class ImplicitSteps : public Kernel {
     std::memcpy(state, lambda, sizeof(lambda));
   }
 
+  void begin_tangents(int64_t number, const double* first, const double* along) override {
+    du.assign(first, first + number * N);
+    directions.assign(along, along + (along ? number * m.wanted : 0));
+  }
+
+  void tangents(double* rows) const override { std::copy(du.begin(), du.end(), rows); }
+
   // step_control.first_step.
   double first_step(const Control& control, double s, double stop) override {
     const double step = M ? std::min(1e-6 * (stop - s), control.max_step)
@@ -249,6 +265,39 @@ class ImplicitSteps : public Kernel {
     counts.vjp++;
   }
 
+  // x_k += f_p v_k for each tangent.
+  void add_along(double t, const double* y, Rows& x) {
+    if (directions.empty()) return;
+    Rows slopes(m.wanted);
+    double unit[N] = {};
+    for (int i = 0; i < N; i++) {
+      std::fill(slopes.begin(), slopes.end(), 0.0);
+      unit[i] = 1.0;
+      parameters(t, y, unit, c, slopes.data());
+      unit[i] = 0.0;
+      const double* v = directions.data();
+      for (size_t k = i; k < x.size(); k += N, v += m.wanted)
+        for (int64_t j = 0; j < m.wanted; j++) x[k] += slopes[j] * v[j];
+    }
+    counts.vjp += N;
+  }
+
+  // f_y, to J, and x_k from (shift M - f_y) x_k = M x_k + f_p v_k.
+  bool solve_tangents(double t, const double* y, double shift, double* J, Factors& factors, Rows& x) {
+    double f[N];
+    jacobian(t, y, c, f, J);
+    counts.jacobians++, counts.rhs++, counts.factorizations++;
+    if (!factors.factor(shift, J, M)) return false;
+    if (M)
+      for (size_t k = 0; k < x.size(); k += N) {
+        std::memcpy(f, &x[k], sizeof(f));
+        multiply(M, f, &x[k]);
+      }
+    add_along(t, y, x);
+    for (size_t k = 0; k < x.size(); k += N) factors.solve(&x[k]), counts.krylov++;
+    return true;
+  }
+
   const Settings m;
   const std::vector<double> matrix;
   const double* const M;      // null: the identity
@@ -257,6 +306,7 @@ class ImplicitSteps : public Kernel {
   Captured c = nullptr;
   double u[N], end[N], defect[N], stages[MOST_STAGES][N];
   double lambda[N], *mu = nullptr;
+  Rows du, directions;  // tangents of the state and of the parameters, one after the other
   std::vector<double> values;  // kept
   int64_t kept_steps = 0;
 

@@ -97,7 +97,7 @@ class CompiledIntegrator(TimeIntegrator):
         """Begin a sweep, or go on, from state ``u`` at time ``s``. Collective."""
         super().begin(field, u, s, step_index)
         self._field = field
-        self._inputs = self._graphs.field_graph.inputs()
+        self._inputs = self._graphs.traced.inputs()
         self._stand_at(u.detach().to(REAL, copy=True))
 
     def end(self) -> None:

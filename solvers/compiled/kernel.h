@@ -1,4 +1,4 @@
-// What takes single steps, and their adjoints, for the loop of sweeps.cpp.
+// What takes single steps, their adjoints and their tangents, for the loop of sweeps.cpp.
 //
 // A kernel holds the state that a sweep has reached, what a step carries over to the next, the
 // checkpoints, and in a backward sweep lambda and mu. There are two kinds: compiled graphs of explicit
@@ -64,6 +64,14 @@ class Kernel {
     virtual void forget() = 0;
     // Write lambda and mu.
     virtual void end_adjoint(double* state, double* const* sums) = 0;
+
+    // Begin with so many tangents of the state, rows of `start`, and as many of what mu is the
+    // gradient by, rows of `along`, null where it does not move.
+    virtual void begin_tangents(int64_t, const double*, const double*) {}
+    // Take them over step `index`, whose checkpoint is kept.
+    virtual Status tangent(int64_t, double, double) { return FAILED; }
+    // Write them.
+    virtual void tangents(double*) const {}
 
     const int64_t size;  // of the state
     // Whether it chooses the lengths of adaptive steps, instead of the loop, and whether those are

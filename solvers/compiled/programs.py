@@ -31,6 +31,7 @@ INCLUDES = """\
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <limits>
 #include <memory>
 #include <vector>
@@ -71,7 +72,7 @@ class ImplicitProgram(Kernel, Code):
     def __init__(
         self, traced: FieldGraph, field: str, steps: str, flags: Sequence[str] = ()
     ) -> None:
-        self._traced = traced
+        self.traced = traced
         self.size = math.prod(traced.shape)
         #: Entries of mu.
         self.entries = sum(math.prod(part.shape) for part in traced.parameters)
@@ -85,7 +86,7 @@ class ImplicitProgram(Kernel, Code):
     @property
     def captured(self) -> Sequence[torch.Tensor]:
         """What f reads besides t and y."""
-        return self._traced.captured
+        return self.traced.captured
 
     def sums(self) -> list[torch.Tensor]:
         """Return zeros for mu, all parameters one after the other."""
@@ -94,10 +95,25 @@ class ImplicitProgram(Kernel, Code):
     def gradients(self, sums: list[torch.Tensor]) -> list[tuple[int, torch.Tensor]]:
         """Return mu from its sums."""
         found, end = [], 0
-        for part in self._traced.parameters:
+        for part in self.traced.parameters:
             start, end = end, end + math.prod(part.shape)
             found.append((part.index, sums[0][start:end].view(part.shape)))
         return found
+
+    def takes_tangents(self, of_parameters: bool) -> bool:
+        """Whether there is code for tangents of y0, or ``of_parameters`` too."""
+        return True
+
+    def directions(self, moving: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor:
+        """Return tangents of the parameters, all one after the other, shape ``(m, entries)``."""
+        known, number = dict(moving), len(moving[0][1])
+        rows = torch.zeros(number, self.entries, dtype=REAL)
+        end = 0
+        for part in self.traced.parameters:
+            start, end = end, end + math.prod(part.shape)
+            if part.index in known:
+                rows[:, start:end] = known[part.index].reshape(number, -1)
+        return rows
 
     def stand_at(
         self, settings: ctypes.Structure, y0: torch.Tensor, mass: torch.Tensor | None = None
@@ -140,7 +156,7 @@ class Program(ImplicitProgram):
         """Return what f reads as the program takes it."""
         return [
             x if x.dtype is REAL and x.is_contiguous() else x.detach().to(REAL).contiguous()
-            for x in self._traced.captured
+            for x in self.traced.captured
         ]
 
     def at(self, t: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor]:

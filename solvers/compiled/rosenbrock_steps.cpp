@@ -58,6 +58,50 @@ class Rosenbrock : public ImplicitSteps {
     return DONE;
   }
 
+  // RosenbrockTangents has the equations.
+  Status tangent(int64_t index, double t, double h) override {
+    const int s = int(m.stages);
+    double Y[MOST_STAGES][N], at[MOST_STAGES][N], V[MOST_STAGES][N];
+    double J[N * N], own[N * N], f[N], moved[N], through[N];
+    Factors factors;
+    const double* u = values.data() + index * N;
+    const Status status = solve_stages(t, h, u, Y, at, V, J, factors, false);
+    if (status != DONE) return status;
+    Rows dY[MOST_STAGES], dZ;
+    for (int i = 0; i < s; i++) {
+      const double *A = m.A + i * s, *inverse = m.inverse + i * s, *corr = m.correction + i * s;
+      const double time = t + m.alpha[i] * h;
+      dZ = du;
+      for (int j = 0; j < i; j++) plus(dZ, A[j], dY[j]);
+      if (i) jacobian(time, at[i], c, f, own), counts.jacobians++, counts.rhs++;
+      dY[i].resize(du.size());
+      for (size_t k = 0; k < du.size(); k += N) multiply(i ? own : J, &dZ[k], &dY[i][k]);
+      add_along(time, at[i], dY[i]);
+      for (int j = 0; j < i; j++) plus(dY[i], -inverse[j] / h, dY[j]);
+      add_second(t, u, V[i], m.time_slope ? m.gamma[i] * h : 0.0, dY[i]);
+      const bool is_explicit = m.diagonal[i] == 0.0;
+      if (!is_explicit && !m.one_matrix) {
+        if (!factors.factor(1.0 / (h * m.diagonal[i]), J)) return SINGULAR;
+        counts.factorizations++;
+      }
+      for (size_t k = 0; k < du.size(); k += N) {
+        double* y = &dY[i][k];
+        if (!is_explicit) {
+          factors.solve(y), counts.krylov++;
+          continue;
+        }
+        for (int l = 0; l < N; l++) {
+          moved[l] = 0.0;
+          for (int j = 0; j < i; j++) moved[l] += corr[j] * dY[j][k + l];
+        }
+        multiply(J, moved, through);
+        for (int l = 0; l < N; l++) y[l] = h * (y[l] + through[l]);
+      }
+    }
+    for (int i = 0; i < s; i++) plus(du, m.b[i], dY[i]);
+    return DONE;
+  }
+
  protected:
   void keep_step() override { keep_values(u, N); }
 
@@ -78,6 +122,28 @@ class Rosenbrock : public ImplicitSteps {
   }
 
  private:
+  // x_k += the derivative of J v + weight df/dt, at a step's start, along tangent k there.
+  void add_second(double t, const double* u, const double* v, double weight, Rows& x) {
+    double S[N * N] = {}, w[N] = {}, l[N];
+    Rows slopes(m.wanted);
+    for (int i = 0; i < N; i++) {
+      std::memset(l, 0, sizeof(l));
+      std::fill(slopes.begin(), slopes.end(), 0.0);
+      std::memcpy(S + i * N, v, sizeof(l));
+      w[i] = weight;
+      second(t, u, S, w, c, l, slopes.data());
+      std::memset(S + i * N, 0, sizeof(l));
+      w[i] = 0.0;
+      for (size_t k = 0; k < x.size(); k += N)
+        for (int j = 0; j < N; j++) x[k + i] += l[j] * du[k + j];
+      if (directions.empty()) continue;
+      for (size_t k = 0; k < x.size() / N; k++)
+        for (int64_t j = 0; j < m.wanted; j++)
+          x[k * N + i] += slopes[j] * directions[k * m.wanted + j];
+    }
+    counts.vjp += N;
+  }
+
   // The stages Y of RosenbrockTableau.transformed, the states Z they are at, and what J multiplies.
   Status solve_stages(double t, double h, const double* u, double (*Y)[N], double (*Z)[N],
                       double (*V)[N], double* J, Factors& factors, bool forwards) {

@@ -59,7 +59,7 @@ class StepGraphs(Code):
 
     Parameters
     ----------
-    field_graph : FieldGraph
+    traced : FieldGraph
         The field, in the user's time: h is negative where that runs backwards.
     scheme : Scheme
         A, b and c.
@@ -75,7 +75,7 @@ class StepGraphs(Code):
         Whether steps keep what the products need, so that the adjoint evaluates nothing again.
     """
 
-    field_graph: FieldGraph
+    traced: FieldGraph
     scheme: Scheme
     b_embedded: tuple[float, ...] | None
     fsal: bool
@@ -95,7 +95,7 @@ class StepGraphs(Code):
     @property
     def saved(self) -> int:
         """How many tensors a stage adds to a checkpoint."""
-        return self.field_graph.saved if self.keeps_saved else 0
+        return self.traced.saved if self.keeps_saved else 0
 
     @cached_property
     def products(self) -> int:
@@ -114,7 +114,7 @@ class StepGraphs(Code):
 
     def start(self, t: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
         """Return k_1, PETSc's precision, and what is saved of it."""
-        read = self.field_graph.inputs()
+        read = self.traced.inputs()
         if self._quick is not None:
             # A step of length 0 evaluates f at u, in less time than torch takes for a small f.
             run, tolerances = self._quick
@@ -123,14 +123,14 @@ class StepGraphs(Code):
             results = run([t, zero, state, *tolerances, slope, *read])
             if math.isfinite(float(results[2].sum())):
                 return results[2], tuple(results[self.layout.last :])
-        point = u.to(self.dtype).view(self.field_graph.shape)
-        value, *saved = self.field_graph.value(t.to(self.dtype), point, *read)
+        point = u.to(self.dtype).view(self.traced.shape)
+        value, *saved = self.traced.value(t.to(self.dtype), point, *read)
         return value.to(REAL).reshape(-1), tuple(saved[: self.saved])
 
     # ---------------------------------------------------------------------------------- the graphs
 
     def _evaluate(self, t: torch.Tensor, u: torch.Tensor, captured: Tensors) -> Any:
-        value, *saved = self.field_graph.value(t.to(self.dtype), u, *captured)
+        value, *saved = self.traced.value(t.to(self.dtype), u, *captured)
         return value.to(REAL), tuple(saved[: self.saved])
 
     def _step(self, error: bool, *inputs: torch.Tensor) -> Tensors:
@@ -143,7 +143,7 @@ class StepGraphs(Code):
         stage's apart.
         """
         t, h, u, *rest = inputs
-        shape = self.field_graph.shape
+        shape = self.traced.shape
         u = u.view(shape)
         A, b, c = self.scheme.A, self.scheme.b, self.scheme.c
         rtol, atol = (
@@ -193,8 +193,8 @@ class StepGraphs(Code):
         """
         t, h, state, *rest = inputs
         A, b, c = self.scheme.A, self.scheme.b, self.scheme.c
-        state = state.view(self.field_graph.shape)
-        points = [rest.pop(0).view(self.field_graph.shape)]
+        state = state.view(self.traced.shape)
+        points = [rest.pop(0).view(self.traced.shape)]
         kept: list[list[torch.Tensor]] = [[] for _ in range(self.stages)]
         if self.keeps_saved:
             if self.stages > 1:
@@ -207,8 +207,8 @@ class StepGraphs(Code):
                 for row, tensors in zip(_rows(rest.pop(0)), kept[first:], strict=True):
                     tensors.append(row)
         else:
-            points += [rest.pop(0).view(self.field_graph.shape) for _ in range(self.stages - 1)]
-        sums = [rest.pop(0) for _ in self.field_graph.parameters]
+            points += [rest.pop(0).view(self.traced.shape) for _ in range(self.stages - 1)]
+        sums = [rest.pop(0) for _ in self.traced.parameters]
         captured = tuple(rest)
         below: list[torch.Tensor | None] = [None] * self.stages
         parts: list[Tensors] = []
@@ -221,12 +221,12 @@ class StepGraphs(Code):
             time = (t + c[i] * h).to(self.dtype)
             saved = kept[i]
             if not self.keeps_saved:
-                _, *saved = self.field_graph.value(time, points[i], *captured)
-            product, *results = self.field_graph.product(w, time, points[i], *captured, *saved)
+                _, *saved = self.traced.value(time, points[i], *captured)
+            product, *results = self.traced.product(w, time, points[i], *captured, *saved)
             below[i] = product.to(REAL)
             parts.append(tuple(results))
         state = sum((product for product in below if product is not None), start=state)
-        for index, part in enumerate(self.field_graph.parameters):
+        for index, part in enumerate(self.traced.parameters):
             if part.factors:
                 pairs = [results[part.first : part.first + 2] for results in reversed(parts)]
                 for total in _products(pairs):
@@ -262,14 +262,14 @@ class StepGraphs(Code):
     @property
     def checkpoint_bytes(self) -> int:
         """Size of a checkpoint."""
-        kept = self.field_graph.saved_bytes if self.keeps_saved else 0
+        kept = self.traced.saved_bytes if self.keeps_saved else 0
         return self.stages * (self.size * self.dtype.itemsize + kept)
 
     # -------------------------------------------------------------------------------- the compiler
 
     def _key(self, kind: str, *more: object) -> str:
         facts = (self.scheme, self.b_embedded, self.fsal, self.size, self.dtype, self.keeps_saved)
-        return f"{kind}-{fingerprint(self.field_graph.code, repr(facts), repr(more), _SOURCE)}"
+        return f"{kind}-{fingerprint(self.traced.code, repr(facts), repr(more), _SOURCE)}"
 
     def compile_step(self, given: Sequence[torch.Tensor]) -> Compiled:
         """Return the graph of a step; adaptive if tolerances are given."""
@@ -277,7 +277,7 @@ class StepGraphs(Code):
         if shapes not in self._steps:
             self._steps[shapes] = self._compile_step(given, shapes)
         run = self._steps[shapes]
-        evaluated = self.size * REAL.itemsize + self.field_graph.saved_bytes
+        evaluated = self.size * REAL.itemsize + self.traced.saved_bytes
         if self.fsal and evaluated <= _SMALL and isinstance(run, CompiledGraph):
             self._quick = run, given
         return run
@@ -286,7 +286,7 @@ class StepGraphs(Code):
         number = torch.zeros((), dtype=REAL)
         state = torch.zeros(self.size, dtype=REAL)
         first = [state.clone()] if self.fsal else []
-        examples = [number, number.clone(), state, *given, *first, *self.field_graph.inputs()]
+        examples = [number, number.clone(), state, *given, *first, *self.traced.inputs()]
         return inductor.compile_graph(
             self._key("step", shapes), lambda *inputs: self._step(bool(given), *inputs),
             _detached(examples),
@@ -301,14 +301,14 @@ class StepGraphs(Code):
         _, saved = self.start(number, state)
         stacked = self.stages - self.fsal
         if self.keeps_saved:
-            others = [point.view(self.field_graph.shape)] * (self.stages - 1)
+            others = [point.view(self.traced.shape)] * (self.stages - 1)
             kept = [torch.stack(others)] if others else []
             kept += [x.clone() for x in saved] if self.fsal else []
             kept += [torch.stack([x] * stacked) for x in saved if stacked]
         else:
             kept = [point.clone() for _ in range(self.stages - 1)]
         examples = [
-            number, number.clone(), state, point, *kept, *self.zeros(), *self.field_graph.inputs()
+            number, number.clone(), state, point, *kept, *self.zeros(), *self.traced.inputs()
         ]  # fmt: skip
         return inductor.compile_graph(
             self._key("adjoint"), lambda *inputs: self._adjoint(*inputs), _detached(examples)
@@ -318,14 +318,14 @@ class StepGraphs(Code):
         """Return zero sums for mu, one per parameter that f uses."""
         return [
             torch.zeros(part.shape[::-1] if _is_transposed(part) else part.shape, dtype=REAL)
-            for part in self.field_graph.parameters
+            for part in self.traced.parameters
         ]
 
     def gradients(self, sums: Sequence[torch.Tensor]) -> list[tuple[int, torch.Tensor]]:
         """Return mu from its sums: the index of each parameter that f uses, and its gradient."""
         return [
             (part.index, total.t().contiguous() if _is_transposed(part) else total)
-            for part, total in zip(self.field_graph.parameters, sums, strict=True)
+            for part, total in zip(self.traced.parameters, sums, strict=True)
         ]
 
 

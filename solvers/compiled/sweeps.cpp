@@ -133,6 +133,32 @@ class Sweep {
 
     void finish(double* state, double* const* sums) { kernel_->end_adjoint(state, sums); }
 
+    // Take tangents over the steps that were taken until they are done, or the time is over, from
+    // the first one where `start` is given; they are written to each output, one after the other.
+    Status tangents(void* const* captured, int64_t number, const double* start, const double* along,
+                    double* outputs, double seconds) {
+        kernel_->lend(captured);
+        Clock clock(seconds, kernel_->steps_per_look);
+        if (start) {
+            taken_ = 0;
+            waiting_ = 0;
+            kernel_->counts = {};
+            kernel_->begin_tangents(number, start, along);
+        }
+        Status status = PAUSED;
+        for (;;) {
+            for (; waiting_ < outputs_at_.size() && outputs_at_[waiting_] == taken_; ++waiting_)
+                kernel_->tangents(outputs + waiting_ * number * kernel_->size);
+            if (taken_ == static_cast<int64_t>(record_.size())) status = DONE;
+            if (status != PAUSED || clock.over()) break;
+            const Status found = kernel_->tangent(taken_, record_[taken_].t, record_[taken_].h);
+            if (found != DONE) status = found;
+            ++taken_;
+        }
+        kernel_->lend(nullptr);
+        return status;
+    }
+
     Counts counts(bool backward) const {
         Counts counts = kernel_->counts;
         counts.steps = backward ? taken_ : static_cast<int64_t>(record_.size());
@@ -320,7 +346,7 @@ class Sweep {
     // What it has done.
     std::vector<Taken> record_;
     std::vector<int64_t> outputs_at_, reached_;
-    // Its adjoint.
+    // Its adjoint, or its tangents.
     bool backwards_ = false, active_ = false;
     size_t waiting_ = 0;
     int64_t left_ = 0, taken_ = 0;
@@ -375,6 +401,16 @@ void pnode_restart(void* sweep) { own(sweep).restart(); }
 int64_t pnode_reverse(void* sweep, void* const* captured, double* const* sums,
                       const double* cotangents, double seconds) {
     return guarded([&] { return own(sweep).reverse(captured, sums, cotangents, seconds); });
+}
+
+int64_t pnode_tangents(void* sweep, void* const* captured, int64_t number, const double* start,
+                       const double* along, double* outputs, double seconds, Counts* counts) {
+    return guarded([&] {
+        const Status status =
+            own(sweep).tangents(captured, number, start, along, outputs, seconds);
+        *counts = own(sweep).counts(true);
+        return status;
+    });
 }
 
 int64_t pnode_finish(void* sweep, double* state, double* const* sums, Counts* counts) {
