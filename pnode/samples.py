@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from threading import RLock
 from typing import Any
 
 import torch
@@ -25,12 +26,13 @@ from pnode.base.transforms import (
 )
 from pnode.base.vectors import REAL
 from pnode.derivatives.batches import as_parameter
-from pnode.errors import BackwardError, ConfigurationError
+from pnode.errors import BackwardError, CheckpointError, ConfigurationError
 from pnode.field.vectorfield import record_all
 from pnode.field.watching import watched
 from pnode.problems import arguments, tolerances
 from pnode.problems.calls import Call
 from pnode.problems.problem import InitialValueProblem, StateLayout, as_times, collect_parameters
+from pnode.problems.user_state import RowParts
 from pnode.solutions.solution import Solution
 from pnode.solvers.compiled.backend import Wanted
 from pnode.solvers.compiled.row_sweeps import Rows, compiled_rows
@@ -61,20 +63,11 @@ def solve(solver: Any, y0: Any, t: Any, args: Any) -> Solution:
     named = [("y0", y0), ("t", t), *(("a parameter", one) for one in declared)]
     refuse_transforms(named[:2], declared)
     refuse_moving(named, "and samples='independent' has derivatives in reverse mode alone")
-    if not isinstance(y0, (torch.Tensor, tuple, list)) and call.structure is not None:
-        raise ConfigurationError(
-            f"y0 is a {type(y0).__name__}: with samples='independent' give one tensor of shape "
-            "(B, ...), whose rows are the samples"
-        )
-    rows = y0.dim() if isinstance(y0, torch.Tensor) else 0
+    inside = call.state(y0)
+    whole = StateLayout.of(inside, call.pairs)  # looks at each tensor
+    call = call.by_rows(inside)
     y0 = call.state(y0)
     layout = StateLayout.of(y0, call.pairs)
-    if layout.is_tuple or not rows:
-        given = "a tuple" if layout.is_tuple else "no dimensions"
-        raise ConfigurationError(
-            f"y0 has {given}: with samples='independent' give one tensor of shape (B, ...), whose "
-            "rows are the samples"
-        )
     if y0.device.type != "cpu" and solver._device_state == "host":
         raise ConfigurationError(
             "device_state='host' with samples='independent' is not supported: drop it"
@@ -91,7 +84,10 @@ def solve(solver: Any, y0: Any, t: Any, args: Any) -> Solution:
     arguments.refuse_inference(declared, engine.method)
     with outside_inference(differentiate):
         y0, times = (x.clone() if x.is_inference() else x for x in (y0, times))
-        ys = _SolveFunction.apply(engine, problem, solver._requests, stats, y0, times, *wanted)
+        ys = _SolveFunction.apply(
+            engine, problem, solver._requests, stats, _tolerance(engine.control, whole, call), y0,
+            times, *wanted,
+        )  # fmt: skip
     return Solution(times, call.restored(ys), stats)
 
 
@@ -117,6 +113,20 @@ def _refuse_unsupported(solver: Any) -> None:
             "atol has infinite entries, which samples='independent' does not support: give finite "
             "ones"
         )
+
+
+def _tolerance(control: Any, layout: StateLayout, call: Call) -> tuple[tolerances.Resolved, ...]:
+    """Return rtol and atol of the entries inside, for those of the tensors that make up y0."""
+    found = tolerances.resolve(control.rtol, control.atol, layout)
+    if not layout.is_tuple:
+        return found
+    assert isinstance(call.structure, RowParts)
+    join = replace(call.structure, inner=None).lower
+    return tuple(
+        one if isinstance(one, float)
+        else tolerances.EntrywiseTolerance.of(join(layout.unflatten(one.tensor())).reshape(-1))
+        for one in found
+    )  # fmt: skip
 
 
 def _times(t: Any, rows: int) -> tuple[torch.Tensor, float]:
@@ -152,7 +162,8 @@ class _SolveFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, engine: Any, problem: InitialValueProblem, requests: Any, stats: Stats,
-        y0: torch.Tensor, times: torch.Tensor, *parameters: torch.Tensor,
+        tolerance: tuple[tolerances.Resolved, ...], y0: torch.Tensor, times: torch.Tensor,
+        *parameters: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         """Solve."""
         control, method, layout = engine.control, engine.method, problem.layout
@@ -161,19 +172,20 @@ class _SolveFunction(torch.autograd.Function):
         if keep:
             record_all(field)
             ctx.surroundings = Surroundings([problem.function], layout.device)
-        tolerance = tolerances.resolve(control.rtol, control.atol, layout)
         flat = y0.detach().to(REAL).reshape(len(y0), -1)
         clock, skip = times.detach().to(layout.device, REAL), requests.independent == "nan"
         ctx.method, ctx.passes, ctx.compiled, read = method.name, None, None, ()
         if engine.compile is True:
-            rows = Rows(flat, clock, *tolerance, skip)
-            ctx.compiled = compiled_rows(
-                engine.row_compiler, field, rows, _wanted(engine, problem, flat, keep)
-            )
+            rows, wanted = Rows(flat, clock, *tolerance, skip), _wanted(engine, problem, flat, keep)
+            ctx.compiled = compiled_rows(engine.row_compiler, field, rows, wanted)
+        found = None
         if ctx.compiled is not None:
             found, read = ctx.compiled.forward(stats), ctx.compiled.captured
             ctx.reads = Reads(read) if keep else None
-        else:
+        if found is None:
+            if ctx.compiled is not None:
+                _explain_no_room(engine, wanted)
+                ctx.compiled, read = None, ()
             rows_method = create(method, control.step_size is None, layout.dtype)
             if keep:
                 own = engine.checkpointing
@@ -184,7 +196,7 @@ class _SolveFunction(torch.autograd.Function):
                 _by_rows(tolerance[0], flat), _by_rows(tolerance[1], flat), ctx.passes, skip, stats,
             ).run(flat.clone())  # fmt: skip
         ys = found.to(layout.dtype).reshape(len(times), *y0.shape)
-        ctx.problem, ctx.used, ctx.stats = problem, field.used, stats
+        ctx.problem, ctx.used, ctx.stats, ctx.lock = problem, field.used, stats, RLock()
         ctx.save_for_backward(y0, times, ys, *parameters, *problem.frozen, *read)
         return ys
 
@@ -202,29 +214,52 @@ class _SolveFunction(torch.autograd.Function):
                 "samples='joint' for them"
             )
         _, times, ys, *_ = ctx.saved_tensors
-        own = ctx.stats.backward
-        field = RowsField(ctx.problem, own)
-        field.trust(list(ctx.used))
-        record_all(field)
-        number, rows = times.shape
-        seeds = cotangents.to(REAL).reshape(number, rows, -1)
+        with ctx.lock:  # sweeps of several threads would share cotangents
+            return _backward(ctx, times, ys, cotangents)
+
+
+def _backward(ctx: Any, times: torch.Tensor, ys: torch.Tensor, cotangents: torch.Tensor) -> Any:
+    own = ctx.stats.backward
+    field = RowsField(ctx.problem, own)
+    field.trust(list(ctx.used))
+    record_all(field)
+    number, rows = times.shape
+    seeds = cotangents.to(REAL).reshape(number, rows, -1)
+    if ctx.compiled is not None:
+        refuse_written(ctx.reads, ctx.surroundings, ctx.method)
+    with ctx.surroundings.restored():
         if ctx.compiled is not None:
-            refuse_written(ctx.reads, ctx.surroundings, ctx.method)
-        with ctx.surroundings.restored():
-            if ctx.compiled is not None:
-                initial, found = ctx.compiled.reverse(seeds, own)
-            else:
-                initial, found = sample_adjoint(field, ctx.passes, seeds, own)
-            by_times = None
-            if ctx.needs_input_grad[5]:
-                rate = field.rate if ctx.compiled is None else ctx.compiled.rates
-                by_times = _by_times(rate, times, ys.reshape(number, rows, -1), seeds, initial)
-        gradients = [
-            as_parameter(one, parameter, used)
-            for one, parameter, used in zip(found, field.parameters, field.used, strict=True)
-        ]
-        state = (initial + seeds[0]).view(ys.shape[1:]).to(ys.dtype)
-        return None, None, None, None, state, by_times, *gradients
+            initial, found = ctx.compiled.reverse(seeds, own)
+        else:
+            initial, found = sample_adjoint(field, ctx.passes, seeds, own)
+        by_times = None
+        if ctx.needs_input_grad[6]:
+            rate = field.rate if ctx.compiled is None else ctx.compiled.rates
+            by_times = _by_times(rate, times, ys.reshape(number, rows, -1), seeds, initial)
+    gradients = [
+        as_parameter(one, parameter, used)
+        for one, parameter, used in zip(found, field.parameters, field.used, strict=True)
+    ]
+    state = (initial + seeds[0]).view(ys.shape[1:]).to(ys.dtype)
+    return None, None, None, None, None, state, by_times, *gradients
+
+
+def _explain_no_room(engine: Any, wanted: Wanted) -> None:
+    """Warn, once, that the steps are taken once more, within a limit of memory.
+
+    Raises
+    ------
+    CheckpointError
+        If there are no other steps.
+    """
+    method, limit = engine.method, engine.checkpointing.bytes
+    text = f"the limit of {limit} bytes does not hold the steps of all samples"
+    if wanted.needed:
+        raise CheckpointError(
+            f"checkpointing=: {text}, and method={method.name!r} with samples='independent' "
+            "repeats none: raise memory, or solve fewer samples at once"
+        )
+    engine.row_compiler.explain(wanted, [f"checkpointing=: {text}, and machine code repeats none"])
 
 
 @cache

@@ -21,17 +21,17 @@ from pnode.errors import (
     StepLimitReached,
     StepSizeUnderflow,
 )
-from pnode.field.linearization import Linearization
 from pnode.field.vectorfield import VectorField, record_all
+from pnode.problems.checkpointing import Checkpointing
 from pnode.problems.problem import InitialValueProblem
 from pnode.problems.tolerances import EntrywiseTolerance, Resolved
 from pnode.solvers.compiled import driver
 from pnode.solvers.compiled.backend import Checked, Compilation, Wanted
 from pnode.solvers.compiled.compiler import Compiler
-from pnode.solvers.compiled.evaluations import agree
 from pnode.solvers.compiled.implicit_settings import prepared
-from pnode.solvers.compiled.implicit_sweeps import ImplicitSweeps, matched
-from pnode.solvers.compiled.programs import Program
+from pnode.solvers.compiled.implicit_sweeps import ImplicitSweeps
+from pnode.solvers.compiled.row_programs import RowProgram
+from pnode.solvers.compiled.trace import FieldGraph, Untraceable
 from pnode.solvers.sample_failures import WHY, row_grids
 from pnode.solvers.sample_field import RowsField
 
@@ -39,35 +39,26 @@ __all__ = ["RowSweeps", "Rows", "compiled_rows"]
 
 # The rows of a group add to one sum of gradients; so many groups there are at most.
 _MOST_GROUPS = 64
-# Where a program is compared with f, as a part of the first row of times to the last.
-_LATER = 0.37
+# Fields whose program changes more often than this are not compiled any more.
+_MOST_PROGRAMS = 8
 # Status in kernel.h.
-_PAUSED = 1
+_PAUSED, _NO_ROOM = 1, 9
 _ERRORS: dict[int, type[SolveError]] = {
     2: NonFiniteVectorField, 3: NonlinearSolveFailed, 4: LinearSolveFailed, 5: StepLimitReached,
     6: StepSizeUnderflow, 8: NonFiniteVectorField,
 }  # fmt: skip
 
 
-class _NotAlone(Exception):
-    """Why f does not take a row alone."""
-
-
 @dataclass(frozen=True)
-class _OneRow:
-    """f on a batch of one row."""
+class _AllRows:
+    """f on all rows, at a time and the differences of a clock."""
 
     function: Callable[..., Any]
+    clock: torch.Tensor
     times_of: Callable[[torch.Tensor], torch.Tensor]
 
     def __call__(self, t: torch.Tensor, y: torch.Tensor) -> Any:
-        try:
-            value = self.function(self.times_of(t), y)
-        except Exception as error:
-            raise _NotAlone(f"{type(error).__name__}: {str(error)[:100]}") from error
-        if getattr(value, "shape", None) != y.shape:
-            raise _NotAlone(f"it returns the shape {tuple(getattr(value, 'shape', ()))}")
-        return value
+        return self.function(self.times_of(t + self.clock), y)
 
 
 class RowSweeps(ImplicitSweeps):
@@ -77,16 +68,34 @@ class RowSweeps(ImplicitSweeps):
     kinds = ("implicit", "explicit")
     graphs = False
 
+    def __init__(self) -> None:
+        self._texts: set[int] = set()
+        #: For each number of rows, what is added to t for the times of rows.
+        self.clocks: dict[int, torch.Tensor] = {}
+
     def refuses(self, wanted: Wanted) -> str | None:
         """Return why there are no such sweeps for a solve, whatever the field."""
+        limits = wanted.checkpointing
+        if limits == Checkpointing(memory=limits.memory, reproducible=limits.reproducible):
+            wanted = replace(wanted, checkpointing=Checkpointing())  # forward() keeps to it
         text = super().refuses(wanted)
         return text and text.replace("implicit methods", "independent samples")
+
+    def _program(self, graph: FieldGraph, part: VectorField, steps: str) -> RowProgram:
+        made = RowProgram(graph, part.problem.parameters, steps, part.problem.function.clock)
+        self._texts.add(made.fingerprint)
+        if len(self._texts) > _MOST_PROGRAMS:
+            raise Untraceable(
+                f"the vector field was compiled {_MOST_PROGRAMS} times and is different again: let "
+                "numbers that change be tensors, such as buffers"
+            )
+        return made
 
     def begin(
         self, checked: Sequence[Checked], field_: VectorField, y0: torch.Tensor, wanted: Wanted
     ) -> Compilation:
         """Return the program."""
-        program: Program = checked[0].code
+        program: RowProgram = checked[0].code
         return Compilation(codes=(program,), captured=tuple(program.captured))
 
 
@@ -134,31 +143,22 @@ def compiled_rows(
         return None
     first = tuple(_of_row(one, n) for one in (rows.rtol, rows.atol))
     wanted = replace(wanted, settings=replace(wanted.settings, rtol=first[0], atol=first[1]))
-    direction = float(rows.directions[0])
+    (backend,) = compiler.backends
+    direction, times = float(rows.directions[0]), rows.times
+    clock = backend.clocks.setdefault(len(rows.y0), torch.zeros_like(times[0]))
+    clock.copy_(times[0] - times[0, 0])
     one = problem.but(
-        function=_OneRow(problem.function, field.times_of), layout=field.layout_of(1),
-        times=tuple((direction * rows.times[:, 0]).tolist()), direction=direction,
+        function=_AllRows(problem.function, clock, field.times_of),
+        times=tuple((direction * times[:, 0]).tolist()), direction=direction,
     )  # fmt: skip
     part = VectorField(one, Ledger())
     if field.recording:
         record_all(part)
-    ledger, before = field.ledger, (field.ledger.rhs, field.ledger.vjp)
-    graph = field.graph(rows.times[0], rows.y0)
-    try:
-        found = compiler.begin(part, rows.y0[0].to(problem.layout.dtype), wanted)
-    except _NotAlone as error:
-        compiler.explain(wanted, [f"the vector field does not take one row alone: {error}"])
-        return None
+    found = compiler.begin(part, rows.y0.reshape(-1).to(problem.layout.dtype), wanted)
     if not found.codes:
         return None
-    program: Program = found.codes[0]
-    same = _is_f(program, field, graph, rows)
-    ledger.rhs, ledger.vjp = before
-    if not same:
-        text = "the vector field gives a row other values alone than among the others"
-        compiler.explain(wanted, [text])
-        return None
-    return RowSweep(program, rows, problem, wanted, found.captured)
+    field.trust(list(part.used))
+    return RowSweep(found.codes[0], rows, problem, wanted, found.captured)
 
 
 def _of_row(tolerance: Resolved, n: int) -> Resolved:
@@ -169,39 +169,12 @@ def _of_row(tolerance: Resolved, n: int) -> Resolved:
     return EntrywiseTolerance.of(table.amin(dim=0))
 
 
-def _is_f(program: Program, field: RowsField, graph: Linearization, rows: Rows) -> bool:
-    """Compare values and products of the program with those of f on all rows."""
-    generator = torch.Generator().manual_seed(2)
-    noise, w = torch.randn(2, *rows.y0.shape, generator=generator, dtype=REAL)
-    # Not at the start alone, where what couples rows may not act yet.
-    t, near = rows.times[0], rows.y0 + 1e-3 * noise * (1.0 + rows.y0.abs())
-    t = t + _LATER * (rows.times[-1] - t)
-    around = field.graph(t, near)
-    if not bool(around.flat_value().isfinite().all()):
-        around, t, near = graph, rows.times[0], rows.y0
-    f, back, mu = program.row_products(t, near, w)
-    expected = around.vjp(w.reshape(-1))
-    pairs = matched(program, mu, expected.parameters)
-    first = program.row_products(rows.times[0], rows.y0, w)[0]
-    pairs.append((first, graph.flat_value().view_as(f)))
-    values = (f, around.flat_value().view_as(f)), (back, expected.state.view_as(f))
-    return all(_same_rows(a, b) for a, b in values) and all(agree(a, b) for a, b in pairs)
-
-
-def _same_rows(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether each row is the same but for round-off: rows may be of different sizes."""
-    same = a.eq(b) | (a.isnan() & b.isnan())
-    off = torch.where(same, 0.0, (a - b).abs()).amax(dim=1)
-    size = b.abs().nan_to_num(0.0, 0.0, 0.0).amax(dim=1)
-    return bool((off <= 1e-7 * size + 1e-13 * size.max()).all())
-
-
 class RowSweep:
     """The forward sweep of all rows in machine code, with its checkpoints.
 
     Parameters
     ----------
-    program : Program
+    program : RowProgram
         f on one row.
     rows : Rows
         Where they begin.
@@ -214,7 +187,7 @@ class RowSweep:
     """
 
     def __init__(
-        self, program: Program, rows: Rows, problem: InitialValueProblem, wanted: Wanted,
+        self, program: RowProgram, rows: Rows, problem: InitialValueProblem, wanted: Wanted,
         captured: tuple[torch.Tensor, ...],
     ) -> None:  # fmt: skip
         self.program, self.captured, self._wanted, self._rows = program, captured, wanted, rows
@@ -234,12 +207,14 @@ class RowSweep:
             ctypes.byref(settings), driver.at(state), ctypes.c_int64(count),
             ctypes.c_int64(apart), kernels,
         )  # fmt: skip
+        limit = wanted.checkpointing.bytes
         chosen = driver.new_control(
             wanted.settings, control, wanted.keep, 1.0, control.first_step or 0.0
         )
         self._handle = self._library.pnode_rows(
             kernels, ctypes.byref(chosen), *map(driver.at, (directions, clock, counts)), count,
-            number,
+            number, (ctypes.c_int64 * len(program.apart))(*program.apart), len(program.apart),
+            -1 if limit is None or not wanted.keep else limit,
         )  # fmt: skip
         if not self._handle:
             raise MemoryError("there is no memory for a compiled sweep")
@@ -258,8 +233,10 @@ class RowSweep:
         own.rtol, own.atol = (x.data_ptr() for x in self._tolerances)
         return own, n
 
-    def forward(self, ledger: Ledger) -> torch.Tensor:
+    def forward(self, ledger: Ledger) -> torch.Tensor | None:
         """Take all steps; return the states, shape ``(T, B, n)``, double precision.
+
+        None where checkpoints would take more than they may.
 
         Raises
         ------
@@ -269,13 +246,16 @@ class RowSweep:
         number, count = self._rows.times.shape
         outputs = torch.full((count, number, self.program.size), torch.nan, dtype=REAL)
         statuses = self._paused()
-        read = self.program.inputs()
+        read = [*self.program.inputs(), outputs]  # the last one is not for here
         with log_stage("pnode forward"):
-            while bool(statuses.eq(_PAUSED).any()):  # in between, Python notices interrupts
+            # In between, Python notices interrupts.
+            while bool(statuses.eq(_PAUSED).any() & statuses.ne(_NO_ROOM).all()):
                 self._library.pnode_rows_forward(
                     self._handle, driver.pointers(read), outputs.data_ptr(),
                     torch.get_num_threads(), driver.PATIENCE, statuses.data_ptr(),
                 )  # fmt: skip
+        if bool(statuses.eq(_NO_ROOM).any()):
+            return None
         failed = statuses.ne(0).nonzero()[:, 0].tolist()
         for row in failed:
             status = int(statuses[row])
@@ -322,7 +302,8 @@ class RowSweep:
         group = -(-count // _MOST_GROUPS)
         sums = torch.zeros(-(-count // group), entries, dtype=REAL)
         states, statuses = torch.empty(count, self.program.size, dtype=REAL), self._paused()
-        read = self.program.inputs()
+        own = self.program.row_sums()
+        read = [*self.program.inputs(), own]
         self._library.pnode_rows_restart(self._handle)
         with log_stage("pnode adjoint"):
             while bool(statuses.eq(_PAUSED).any()) and bool(statuses.le(_PAUSED).all()):
@@ -339,7 +320,7 @@ class RowSweep:
             )
         self._count(ledger, True)
         parameters: list[torch.Tensor | None] = [None] * self._parameters
-        for index, gradient in self.program.gradients([sums.sum(dim=0)]):
+        for index, gradient in self.program.gradients([sums.sum(dim=0), own]):
             parameters[index] = gradient
         return states, parameters
 

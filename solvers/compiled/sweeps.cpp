@@ -2,6 +2,7 @@
 // with the same numbers. Above this stands kernel.h.
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <limits>
@@ -70,6 +71,9 @@ class Sweep {
         kernel_->lend(nullptr);
         return status;
     }
+
+    // Take checkpoints out of so many bytes, which other sweeps share.
+    void share(std::atomic<int64_t>* room) { room_ = room; }
 
     // Begin once more with the steps that were taken.
     void repeat() {
@@ -170,8 +174,8 @@ class Sweep {
     Status repeated() {
         const Taken step = record_[index_];
         const Status status = kernel_->attempt(step.t, step.h).status;
-        if (status == DONE) accept(step.t, step.h, index_ + 1 == reached_[interval_]);
-        return status == DONE ? PAUSED : status;
+        if (status != DONE) return status;
+        return accept(step.t, step.h, index_ + 1 == reached_[interval_]);
     }
 
     // A step of the length that divides the interval: FixedGrid of clock.py.
@@ -183,8 +187,7 @@ class Sweep {
         const double start = position_ ? begin + static_cast<double>(position_) * length : begin;
         const double t = control_.direction * start, h = control_.direction * length;
         const Status status = kernel_->attempt(t, h).status;
-        if (status == DONE) accept(t, h, ++position_ == number);
-        return status == DONE ? PAUSED : status;
+        return status == DONE ? accept(t, h, ++position_ == number) : status;
     }
 
     // One attempt of an adaptive step: _Sweep.adapt of stepping.py, and TSADAPTBASIC's choice.
@@ -230,8 +233,7 @@ class Sweep {
                 !kernel_->absolute && wanted < natural && proposed >= length;
             natural_ = shortened ? std::max(proposed, natural) : proposed;
             s_ = after;
-            accept(t, h, reached);
-            return PAUSED;
+            return accept(t, h, reached);
         }
         ++rejected_;
         if (wanted <= std::max(control_.min_step, least))
@@ -241,16 +243,20 @@ class Sweep {
         return PAUSED;
     }
 
-    void accept(double t, double h, bool reached) {
+    Status accept(double t, double h, bool reached) {
+        const int64_t before = kernel_->counts.bytes;
         kernel_->accept(control_.keep);
+        if (room_ && (*room_ -= kernel_->counts.bytes - before) < 0) return NO_ROOM;
         if (!again_) record_.push_back({t, h, kernel_->order()});
         ++index_;
-        if (!reached) return;
-        if (!again_) {
-            reached_.resize(times_.size());
-            reached_[interval_] = index_;
+        if (reached) {
+            if (!again_) {
+                reached_.resize(times_.size());
+                reached_[interval_] = index_;
+            }
+            output();
         }
-        output();
+        return PAUSED;
     }
 
     const std::unique_ptr<Kernel> kernel_;
@@ -258,6 +264,7 @@ class Sweep {
     const std::vector<double> times_;
     const std::vector<int64_t> counts_;  // of fixed steps between them
     void* outputs_ = nullptr;
+    std::atomic<int64_t>* room_ = nullptr;  // for checkpoints; null: any number
     // Where the sweep stands.
     size_t interval_;
     int64_t index_, position_, rejected_;
