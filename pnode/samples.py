@@ -85,7 +85,7 @@ def solve(solver: Any, y0: Any, t: Any, args: Any) -> Solution:
     with outside_inference(differentiate):
         y0, times = (x.clone() if x.is_inference() else x for x in (y0, times))
         ys = _SolveFunction.apply(
-            engine, problem, solver._requests, stats, _tolerance(engine.control, whole, call), y0,
+            solver, problem, solver._requests, stats, _tolerance(engine.control, whole, call), y0,
             times, *wanted,
         )  # fmt: skip
     return Solution(times, call.restored(ys), stats)
@@ -115,18 +115,22 @@ def _refuse_unsupported(solver: Any) -> None:
         )
 
 
-def _tolerance(control: Any, layout: StateLayout, call: Call) -> tuple[tolerances.Resolved, ...]:
+def _tolerance(
+    control: Any, layout: StateLayout, call: Call
+) -> tuple[tolerances.Resolved, tolerances.Resolved]:
     """Return rtol and atol of the entries inside, for those of the tensors that make up y0."""
     found = tolerances.resolve(control.rtol, control.atol, layout)
     if not layout.is_tuple:
         return found
     assert isinstance(call.structure, RowParts)
     join = replace(call.structure, inner=None).lower
-    return tuple(
-        one if isinstance(one, float)
-        else tolerances.EntrywiseTolerance.of(join(layout.unflatten(one.tensor())).reshape(-1))
-        for one in found
-    )  # fmt: skip
+
+    def joined(one: tolerances.Resolved) -> tolerances.Resolved:
+        if isinstance(one, float):
+            return one
+        return tolerances.EntrywiseTolerance.of(join(layout.unflatten(one.tensor())).reshape(-1))
+
+    return joined(found[0]), joined(found[1])
 
 
 def _times(t: Any, rows: int) -> tuple[torch.Tensor, float]:
@@ -161,11 +165,13 @@ class _SolveFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, engine: Any, problem: InitialValueProblem, requests: Any, stats: Stats,
-        tolerance: tuple[tolerances.Resolved, ...], y0: torch.Tensor, times: torch.Tensor,
+        ctx: Any, solver: Any, problem: InitialValueProblem, requests: Any, stats: Stats,
+        tolerance: tuple[tolerances.Resolved, tolerances.Resolved], y0: torch.Tensor,
+        times: torch.Tensor,
         *parameters: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         """Solve."""
+        engine = solver._engine
         control, method, layout = engine.control, engine.method, problem.layout
         keep = problem.check_undeclared and any(ctx.needs_input_grad)
         field = RowsField(problem, stats)
@@ -177,7 +183,8 @@ class _SolveFunction(torch.autograd.Function):
         ctx.method, ctx.passes, ctx.compiled, read = method.name, None, None, ()
         if engine.compile is True:
             rows, wanted = Rows(flat, clock, *tolerance, skip), _wanted(engine, problem, flat, keep)
-            ctx.compiled = compiled_rows(engine.row_compiler, field, rows, wanted)
+            own = collect_parameters(solver._functions, solver._params)
+            ctx.compiled = compiled_rows(engine.row_compiler, field, rows, wanted, own)
         found = None
         if ctx.compiled is not None:
             found, read = ctx.compiled.forward(stats), ctx.compiled.captured

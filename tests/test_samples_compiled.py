@@ -214,7 +214,7 @@ def test_tensors_of_rows_in_args():
         return -args["k"] * y + args["n"] * t
 
     solver = independent(f, method="heun2", step_size=0.05)
-    for rows in (2, 5, 6):
+    for rows in (2, 5, 5, 6):
         y0 = torch.ones(rows, 2, dtype=D)
         k = torch.linspace(0.5, 2.0, rows, dtype=D).view(rows, 1).requires_grad_()
         ys = solver(y0, [0.0, 1.0], {"k": k, "n": 0.5}).ys
@@ -222,8 +222,23 @@ def test_tensors_of_rows_in_args():
         expected = plain(y0, [0.0, 1.0], {"k": k, "n": 0.5}).ys
         torch.testing.assert_close(ys, expected, rtol=1e-13, atol=1e-13)
         torch.testing.assert_close(*(gradients(one, k)[0] for one in (ys, expected)))
-    (backend,) = solver._engine.row_compiler.backends
-    assert len(backend._texts) == 1
+    compiler = solver._engine.row_compiler
+    assert len(compiler._traces) == 3
+    assert len(compiler.backends[0]._texts) == 1
+    before = ys
+    k.data.mul_(2.0)  # what is written into after the solve is noticed, in its own tensor
+    with pytest.raises(pnode.errors.FieldChanged, match="written into"):
+        before.sum().backward()
+
+
+def test_tensors_that_f_has_besides_args():
+    k = torch.tensor([[1.0], [2.0]], dtype=D, requires_grad=True)
+    y0 = torch.ones(2, 1, dtype=D)
+    solver = independent(lambda t, y, args: -k * args * y, method="heun2", step_size=0.05)
+    found = solver(y0, [0.0, 1.0], k).ys
+    plain = pnode.Solver(solver.rhs, method="heun2", step_size=0.05, samples="independent")
+    (one,), (other,) = (gradients(ys, k) for ys in (found, plain(y0, [0.0, 1.0], k).ys))
+    torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 def test_tuples():

@@ -5,6 +5,7 @@ The user's functions get both; everything else of a solve knows neither.
 
 from __future__ import annotations
 
+import copy
 import numbers
 import types
 from collections.abc import Callable
@@ -50,6 +51,20 @@ class UserFunction(torch.nn.Module):
         self._places = [index for index, leaf in enumerate(call.leaves) if _is_tensor(leaf)]
         for index in self._places:
             setattr(self, f"args_{index}", call.leaves[index])
+
+    @property
+    def tensors(self) -> dict[int, torch.Tensor]:
+        """Those of ``args``, by their places."""
+        return {index: getattr(self, f"args_{index}") for index in self._places}
+
+    def with_tensors(self, tensors: dict[int, torch.Tensor]) -> UserFunction:
+        """Return the function with other tensors in some places of ``args``."""
+        made = copy.copy(self)
+        made._parameters, made._buffers = dict(self._parameters), dict(self._buffers)
+        for index, tensor in tensors.items():
+            delattr(made, f"args_{index}")
+            setattr(made, f"args_{index}", tensor)
+        return made
 
     def forward(self, t: torch.Tensor, y: Any, *rates: Any) -> Any:
         """Call the function with the user's state and ``args``."""

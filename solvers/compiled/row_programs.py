@@ -50,8 +50,6 @@ class RowProgram(Program):
         self._clock, self.rows = clock, len(clock)
         super().__init__(traced, parameters, steps)
         self.size //= self.rows
-        #: For each gradient of a parameter the axis along which it has rows; None: it has none.
-        self._gradient_axes = self._writer.gradient_axes
         sizes = [math.prod(part.shape) for part in traced.parameters]
         own = [axis is not None for axis in self._gradient_axes]
         self.entries = sum(itertools.compress(sizes, (not one for one in own)))
@@ -59,13 +57,14 @@ class RowProgram(Program):
         #: How far apart the rows are in each of :meth:`inputs`, and in what comes behind them.
         self.apart = [
             0 if axis is None else x.numel() // self.rows
-            for x, axis in zip(traced.captured, self._writer.axes, strict=True)
+            for x, axis in zip(traced.captured, self._axes, strict=True)
         ] + [self.row_entries]
 
     def _written_field(
         self, traced: FieldGraph, parameters: Sequence[torch.Tensor], steps: str
     ) -> str:
-        self._writer, text = _written(traced, parameters, steps, self._clock)
+        writer, text = _written(traced, parameters, steps, self._clock)
+        self._axes, self._gradient_axes = writer.axes, tuple(writer.gradient_axes)
         #: Tells programs apart.
         self.fingerprint = hash(text)
         return text
@@ -75,11 +74,16 @@ class RowProgram(Program):
         """What f reads besides t and y."""
         return [x for x in self._traced.captured if x is not self._clock]
 
-    def inputs(self) -> list[torch.Tensor]:
-        """Return what f reads as the program takes it: rows, of what has them, come first."""
+    def inputs(self, actual: dict[int, torch.Tensor] | None = None) -> list[torch.Tensor]:
+        """Return what f reads as the program takes it: rows, of what has them, come first.
+
+        ``actual``: tensors that are to be read instead of others, by the identity of these.
+        """
+        present = [(actual or {}).get(id(x), x) for x in self._traced.captured]
+        read = (x.detach().to(REAL) for x in present)
         return [
-            x if axis is None else x.movedim(axis, 0).contiguous()
-            for x, axis in zip(super().inputs(), self._writer.axes, strict=True)
+            (x if axis is None else x.movedim(axis, 0)).contiguous()
+            for x, axis in zip(read, self._axes, strict=True)
         ]
 
     def row_sums(self) -> torch.Tensor:
@@ -112,13 +116,15 @@ class RowProgram(Program):
         self, t: float, y: torch.Tensor, w: torch.Tensor, v: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ...]:
         """Return f, w^T df/dy and the sums of w^T df/dp of all rows; see :class:`Program`."""
-        rows = (None if x is None else x.view(self.rows, -1) for x in (y, w, v))
-        f, back, *sums = self.row_products(t + self._clock, *rows)
+        y, w = y.view(self.rows, -1), w.view(self.rows, -1)
+        rows = None if v is None else v.view(self.rows, -1)
+        f, back, *sums = self.row_products(t + self._clock, y, w, rows)
         return f.reshape(-1), back.reshape(-1), *sums
 
     def row_products(
-        self, t: torch.Tensor, y: torch.Tensor, w: torch.Tensor, v: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, t: torch.Tensor, y: torch.Tensor, w: torch.Tensor, v: torch.Tensor | None = None,
+        actual: dict[int, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
         """Return f, w^T df/dy and the sums and rows of w^T df/dp, at times of rows.
 
         With v the derivatives of w^T (df/dy v + df/dt).
@@ -127,7 +133,7 @@ class RowProgram(Program):
         t, y, w, v = (x.contiguous() for x in (t, y, w, w if v is None else v))
         f, back = torch.zeros(2, *y.shape, dtype=REAL)
         mu, own = torch.zeros(self.entries, dtype=REAL), self.row_sums()
-        read = [*self.inputs(), own]
+        read = [*self.inputs(actual), own]
         getattr(self.library, function)(
             pointers(read), (ctypes.c_int64 * len(read))(*self.apart), ctypes.c_int64(len(read)),
             *map(at, (t, y, w, v)), ctypes.c_int64(len(y)), *map(at, (f, back, mu)),

@@ -14,6 +14,7 @@ from pnode.base.ledger import Ledger
 from pnode.base.options import log_stage
 from pnode.base.vectors import REAL
 from pnode.errors import (
+    ConfigurationError,
     LinearSolveFailed,
     NonFiniteVectorField,
     NonlinearSolveFailed,
@@ -22,6 +23,7 @@ from pnode.errors import (
     StepSizeUnderflow,
 )
 from pnode.field.vectorfield import VectorField, record_all
+from pnode.problems.calls import UserFunction
 from pnode.problems.checkpointing import Checkpointing
 from pnode.problems.problem import InitialValueProblem
 from pnode.problems.tolerances import EntrywiseTolerance, Resolved
@@ -41,6 +43,7 @@ __all__ = ["RowSweeps", "Rows", "compiled_rows"]
 _MOST_GROUPS = 64
 # Fields whose program changes more often than this are not compiled any more.
 _MOST_PROGRAMS = 8
+_MOST_STAND_INS = 64
 # Status in kernel.h.
 _PAUSED, _NO_ROOM = 1, 9
 _ERRORS: dict[int, type[SolveError]] = {
@@ -72,6 +75,7 @@ class RowSweeps(ImplicitSweeps):
         self._texts: set[int] = set()
         #: For each number of rows, what is added to t for the times of rows.
         self.clocks: dict[int, torch.Tensor] = {}
+        self._stand_ins: dict[Any, torch.Tensor] = {}
 
     def refuses(self, wanted: Wanted) -> str | None:
         """Return why there are no such sweeps for a solve, whatever the field."""
@@ -81,8 +85,30 @@ class RowSweeps(ImplicitSweeps):
         text = super().refuses(wanted)
         return text and text.replace("implicit methods", "independent samples")
 
+    def stand_ins(self, tensors: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """Return tensors with the values of those of a call, the same ones in each call.
+
+        Traces of f with them serve all calls.
+        """
+        made = {}
+        for place, tensor in tensors.items():
+            if tensor.dtype is not REAL or tensor.device.type != "cpu":
+                continue
+            key = place, tensor.shape, tensor.requires_grad
+            own = self._stand_ins.get(key)
+            if own is None:
+                own = torch.empty(tensor.shape, dtype=REAL, requires_grad=tensor.requires_grad)
+                while len(self._stand_ins) >= _MOST_STAND_INS:
+                    del self._stand_ins[next(iter(self._stand_ins))]
+                self._stand_ins[key] = own
+            own.detach().copy_(tensor.detach())
+            made[place] = own
+        return made
+
     def _program(self, graph: FieldGraph, part: VectorField, steps: str) -> RowProgram:
-        made = RowProgram(graph, part.problem.parameters, steps, part.problem.function.clock)
+        function = part.problem.function
+        assert isinstance(function, _AllRows)
+        made = RowProgram(graph, part.problem.parameters, steps, function.clock)
         self._texts.add(made.fingerprint)
         if len(self._texts) > _MOST_PROGRAMS:
             raise Untraceable(
@@ -128,9 +154,12 @@ class Rows:
 
 
 def compiled_rows(
-    compiler: Compiler, field: RowsField, rows: Rows, wanted: Wanted
-) -> RowSweep | None:
+    compiler: Compiler, field: RowsField, rows: Rows, wanted: Wanted,
+    declared: Sequence[torch.Tensor] = (),
+) -> RowSweep | None:  # fmt: skip
     """Return the sweep of all rows, or None, after one warning, if it is not compiled.
+
+    ``declared``: tensors that f has besides what the call brings along.
 
     Raises
     ------
@@ -144,6 +173,7 @@ def compiled_rows(
     first = tuple(_of_row(one, n) for one in (rows.rtol, rows.atol))
     wanted = replace(wanted, settings=replace(wanted.settings, rtol=first[0], atol=first[1]))
     (backend,) = compiler.backends
+    assert isinstance(backend, RowSweeps)
     direction, times = float(rows.directions[0]), rows.times
     clock = backend.clocks.setdefault(len(rows.y0), torch.zeros_like(times[0]))
     clock.copy_(times[0] - times[0, 0])
@@ -151,14 +181,51 @@ def compiled_rows(
         function=_AllRows(problem.function, clock, field.times_of),
         times=tuple((direction * times[:, 0]).tolist()), direction=direction,
     )  # fmt: skip
-    part = VectorField(one, Ledger())
-    if field.recording:
-        record_all(part)
-    found = compiler.begin(part, rows.y0.reshape(-1).to(problem.layout.dtype), wanted)
+    y0 = rows.y0.reshape(-1).to(problem.layout.dtype)
+    stand_in, actual = _of_all_calls(one, declared, backend)
+    try:
+        part, found = _begun(compiler, stand_in, field, y0, wanted)
+    except ConfigurationError:
+        if not actual:
+            raise
+        actual = {}  # f has got them in another way, too
+        part, found = _begun(compiler, one, field, y0, wanted)
     if not found.codes:
         return None
     field.trust(list(part.used))
-    return RowSweep(found.codes[0], rows, problem, wanted, found.captured)
+    return RowSweep(found.codes[0], rows, problem, wanted, found.captured, actual)
+
+
+def _begun(
+    compiler: Compiler, problem: InitialValueProblem, field: RowsField, y0: torch.Tensor,
+    wanted: Wanted,
+) -> tuple[VectorField, Compilation]:  # fmt: skip
+    part = VectorField(problem, Ledger())
+    if field.recording:
+        record_all(part)
+    return part, compiler.begin(part, y0, wanted)
+
+
+def _of_all_calls(
+    problem: InitialValueProblem, declared: Sequence[torch.Tensor], backend: RowSweeps
+) -> tuple[InitialValueProblem, dict[int, torch.Tensor]]:
+    """Return the problem with stand-ins for what a call brings along, and what they stand for."""
+    rows = problem.function
+    if not isinstance(rows.function, UserFunction):
+        return problem, {}
+    known = set(map(id, declared))
+    own = {k: x for k, x in rows.function.tensors.items() if id(x) not in known}
+    if not own or len(set(map(id, own.values()))) < len(own):
+        return problem, {}
+    made = backend.stand_ins(own)
+    other = {id(own[place]): tensor for place, tensor in made.items()}
+    function = replace(rows, function=rows.function.with_tensors(made))
+    parameters, frozen = (
+        tuple(other.get(id(x), x) for x in tensors)
+        for tensors in (problem.parameters, problem.frozen)
+    )
+    actual = {id(tensor): own[place] for place, tensor in made.items()}
+    return problem.but(function=function, parameters=parameters, frozen=frozen), actual
 
 
 def _of_row(tolerance: Resolved, n: int) -> Resolved:
@@ -183,14 +250,17 @@ class RowSweep:
     wanted : Wanted
         Of one row.
     captured : tuple of Tensor
-        What the code reads.
+        What the code was made to read.
+    actual : dict of Tensor
+        What it reads instead of some of that, by its identity.
     """
 
     def __init__(
         self, program: RowProgram, rows: Rows, problem: InitialValueProblem, wanted: Wanted,
-        captured: tuple[torch.Tensor, ...],
+        captured: tuple[torch.Tensor, ...], actual: dict[int, torch.Tensor],
     ) -> None:  # fmt: skip
-        self.program, self.captured, self._wanted, self._rows = program, captured, wanted, rows
+        self.program, self._wanted, self._rows, self._actual = program, wanted, rows, actual
+        self.captured = tuple(actual.get(id(x), x) for x in captured)
         self._library = driver.library()
         control, method, directions = wanted.control, wanted.settings.method, rows.directions
         self._parameters = len(problem.parameters)
@@ -246,7 +316,7 @@ class RowSweep:
         number, count = self._rows.times.shape
         outputs = torch.full((count, number, self.program.size), torch.nan, dtype=REAL)
         statuses = self._paused()
-        read = [*self.program.inputs(), outputs]  # the last one is not for here
+        read = [*self.program.inputs(self._actual), outputs]  # the last one is not for here
         with log_stage("pnode forward"):
             # In between, Python notices interrupts.
             while bool(statuses.eq(_PAUSED).any() & statuses.ne(_NO_ROOM).all()):
@@ -303,7 +373,7 @@ class RowSweep:
         sums = torch.zeros(-(-count // group), entries, dtype=REAL)
         states, statuses = torch.empty(count, self.program.size, dtype=REAL), self._paused()
         own = self.program.row_sums()
-        read = [*self.program.inputs(), own]
+        read = [*self.program.inputs(self._actual), own]
         self._library.pnode_rows_restart(self._handle)
         with log_stage("pnode adjoint"):
             while bool(statuses.eq(_PAUSED).any()) and bool(statuses.le(_PAUSED).all()):
@@ -326,7 +396,8 @@ class RowSweep:
 
     def rates(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Return f of all rows at times ``(B,)`` and states ``(B, n)``."""
-        return self.program.row_products(t, y, torch.zeros_like(y))[0]
+        zero = torch.zeros_like(y)
+        return self.program.row_products(t, y, zero, actual=self._actual)[0]
 
     def _paused(self) -> torch.Tensor:
         return torch.full((self._rows.times.shape[1],), _PAUSED, dtype=torch.int64)
