@@ -35,7 +35,8 @@ from pnode.problems.problem import InitialValueProblem, StateLayout, as_times, c
 from pnode.problems.user_state import RowParts
 from pnode.solutions.solution import Solution
 from pnode.solvers.compiled.backend import Wanted
-from pnode.solvers.compiled.row_sweeps import Rows, compiled_rows
+from pnode.solvers.compiled.row_driver import Rows
+from pnode.solvers.compiled.row_sweeps import compiled_rows
 from pnode.solvers.petsc.settings import IntegratorSettings, default_options
 from pnode.solvers.sample_field import RowsField
 from pnode.solvers.sample_methods import create
