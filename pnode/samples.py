@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
-from typing import Any
+from functools import partial
+from threading import RLock
+from typing import Any, TypeAlias
 
 import torch
 
 from pnode.adjoint.sample_adjoint import sample_adjoint
 from pnode.base.evidence import Reads
 from pnode.base.ledger import Stats
-from pnode.base.options import OWN_PREFIX, SolverOptions, log_stage
+from pnode.base.options import log_stage
 from pnode.base.rank_sums import of_all_ranks
 from pnode.base.ranks import Ranks
 from pnode.base.surroundings import Surroundings
@@ -32,20 +33,23 @@ from pnode.problems import arguments, tolerances
 from pnode.problems.calls import Call
 from pnode.problems.compared import agreed
 from pnode.problems.problem import InitialValueProblem, StateLayout, as_times, collect_parameters
+from pnode.problems.user_state import RowParts
 from pnode.sample_path import SamplePath
 from pnode.solutions.solution import Solution
-from pnode.solvers.compiled.backend import Wanted
-from pnode.solvers.compiled.row_sweeps import Rows, compiled_rows
-from pnode.solvers.petsc.settings import IntegratorSettings, default_options
+from pnode.solvers.compiled.row_driver import Rows
 from pnode.solvers.sample_field import RowsField
 from pnode.solvers.sample_methods import create
 from pnode.solvers.sample_record import Passes
 from pnode.solvers.sample_steps import SampleSweep
+from pnode.sweeping import row_compilation
 from pnode.sweeping.integrals import with_row_integrals
 from pnode.sweeping.run import Requests
 from pnode.sweeping.sweeps import refuse_written
 
 __all__ = ["solve"]
+
+#: rtol and atol of the entries inside.
+_Tolerance: TypeAlias = tuple[tolerances.Resolved, tolerances.Resolved]
 
 
 def solve(solver: Any, y0: Any, t: Any, args: Any, at: str) -> Solution:
@@ -64,20 +68,23 @@ def solve(solver: Any, y0: Any, t: Any, args: Any, at: str) -> Solution:
     prepared = ranks.attempt(_prepare, solver, y0, t, args, ranks, differentiate)
     if ranks.parallel:
         prepared = agreed(ranks, solver._shared, prepared, differentiate)
-    problem, y0, times, call, costs = prepared
+    problem, y0, times, call, costs, tolerance = prepared
     requests, restored = solver._requests, partial(_restored, problem, call, costs)
     if requests.dense or at == "steps":
         requests = replace(requests, steps=True)
     with outside_inference(differentiate), ranks.together():
-        solved = ranks.attempt(_solve, engine, problem, requests, stats, y0, times, restored, at)
+        solved = ranks.attempt(
+            _solve, solver, problem, requests, stats, tolerance, y0, times, restored, at
+        )
     ts, ys, path = solved
     states, integrals = restored(ys)
     return Solution(ts, states, stats, costs=integrals, path=path if requests.dense else None)
 
 
 def _solve(
-    engine: Any, problem: InitialValueProblem, requests: Requests, stats: Stats, y0: torch.Tensor,
-    times: torch.Tensor, restored: Callable[[torch.Tensor], tuple[Any, Any]], at: str,
+    solver: Any, problem: InitialValueProblem, requests: Requests, stats: Stats,
+    tolerance: _Tolerance, y0: torch.Tensor, times: torch.Tensor,
+    restored: Callable[[torch.Tensor], tuple[Any, Any]], at: str,
 ) -> tuple[torch.Tensor, torch.Tensor, SamplePath | None]:  # fmt: skip
     """Return output times, states inside, and what may be asked for more. Not collective."""
     y0, times = (x.clone() if x.is_inference() else x for x in (y0, times))
@@ -85,12 +92,15 @@ def _solve(
     y0, times, *parameters = of_all_ranks(problem.ranks, own, (*common, *problem.parameters))
     times = times.expand(-1, len(y0))
     hit = times[[0, -1]] if requests.dense and len(times) > 1 else times
-    ys, ends = _SolveFunction.apply(engine, problem, requests, stats, y0, hit, *parameters)
+    ys, ends = _SolveFunction.apply(
+        solver, problem, requests, stats, tolerance, y0, hit, *parameters
+    )
     if not requests.steps:
         return times, ys, None
     path = SamplePath(
-        problem, engine.method, stats, times, ends, ys, y0, parameters, lambda y: restored(y)[0]
-    )
+        problem, solver._engine.method, stats, times, ends, ys, y0, parameters,
+        lambda y: restored(y)[0],
+    )  # fmt: skip
     if at == "steps":
         return *path.at_steps(), path
     return times, path.outputs(), path
@@ -116,10 +126,11 @@ def _restored(
 
 def _prepare(
     solver: Any, y0: Any, t: Any, args: Any, ranks: Ranks, differentiate: bool
-) -> tuple[InitialValueProblem, torch.Tensor, torch.Tensor, Call, torch.Size | None]:
+) -> tuple[InitialValueProblem, torch.Tensor, torch.Tensor, Call, torch.Size | None, _Tolerance]:
     """Return the problem, where it starts, and what else is to be known of it. Not collective.
 
-    The times, shape ``(T, B)`` or ``(T, 1)``, the call, and the shape of a row's integrals.
+    The times, shape ``(T, B)`` or ``(T, 1)``, the call, the shape of a row's integrals, rtol and
+    atol.
     """
     engine = solver._engine
     call = Call.of(y0, args, ranks, None, None, engine.jacobian_options)
@@ -127,20 +138,12 @@ def _prepare(
     named = [("y0", y0), ("t", t), *(("a parameter", one) for one in declared)]
     refuse_transforms(named[:2], declared)
     refuse_moving(named, "and samples='independent' has derivatives in reverse mode alone")
-    if not isinstance(y0, (torch.Tensor, tuple, list)) and call.structure is not None:
-        raise ConfigurationError(
-            f"y0 is a {type(y0).__name__}: with samples='independent' give one tensor of shape "
-            "(B, ...), whose rows are the samples"
-        )
-    rows = y0.dim() if isinstance(y0, torch.Tensor) else 0
+    inside = call.state(y0)
+    whole = StateLayout.of(inside, call.pairs)  # looks at each tensor
+    call = call.by_rows(inside)
     y0 = call.state(y0)
     layout = StateLayout.of(y0, call.pairs)
-    if layout.is_tuple or not rows:
-        given = "a tuple" if layout.is_tuple else "no dimensions"
-        raise ConfigurationError(
-            f"y0 has {given}: with samples='independent' give one tensor of shape (B, ...), whose "
-            "rows are the samples"
-        )
+    tolerance = _tolerance(engine.control, whole, call)
     if y0.device.type != "cpu" and solver._device_state == "host":
         raise ConfigurationError(
             "device_state='host' with samples='independent' is not supported: drop it"
@@ -155,10 +158,10 @@ def _prepare(
     )  # fmt: skip
     arguments.refuse_inference(declared, engine.method)
     if solver.cost is None:
-        return problem, y0, times, call, None
+        return problem, y0, times, call, None, tolerance
     cost, first = call.observer(watched(solver.cost, declared)), times[0].expand(len(y0))
     problem, y0, shape = with_row_integrals(problem, cost, y0, first)
-    return problem, y0, times, call, shape
+    return problem, y0, times, call, shape, tolerance
 
 
 def _refuse_unsupported(solver: Any) -> None:
@@ -178,6 +181,22 @@ def _refuse_unsupported(solver: Any) -> None:
             "atol has infinite entries, which samples='independent' does not support: give finite "
             "ones"
         )
+
+
+def _tolerance(control: Any, layout: StateLayout, call: Call) -> _Tolerance:
+    """Return rtol and atol of the entries inside, for those of the tensors that make up y0."""
+    found = tolerances.resolve(control.rtol, control.atol, layout)
+    if not layout.is_tuple:
+        return found
+    assert isinstance(call.structure, RowParts)
+    join = replace(call.structure, inner=None).lower
+
+    def joined(one: tolerances.Resolved) -> tolerances.Resolved:
+        if isinstance(one, float):
+            return one
+        return tolerances.EntrywiseTolerance.of(join(layout.unflatten(one.tensor())).reshape(-1))
+
+    return joined(found[0]), joined(found[1])
 
 
 def _times(t: Any, rows: int) -> tuple[torch.Tensor, float, tuple[float, ...]]:
@@ -219,10 +238,11 @@ class _SolveFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, engine: Any, problem: InitialValueProblem, requests: Any, stats: Stats,
-        y0: torch.Tensor, times: torch.Tensor, *parameters: torch.Tensor,
+        ctx: Any, solver: Any, problem: InitialValueProblem, requests: Any, stats: Stats,
+        tolerance: _Tolerance, y0: torch.Tensor, times: torch.Tensor, *parameters: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """Solve."""
+        engine = solver._engine
         control, method, layout = engine.control, engine.method, problem.layout
         keep = problem.check_undeclared and any(ctx.needs_input_grad)
         field = RowsField(problem, stats)
@@ -230,28 +250,20 @@ class _SolveFunction(torch.autograd.Function):
             record_all(field)
             functions = [problem.function, problem.explicit]
             ctx.surroundings = Surroundings(functions, layout.device)
-        own = layout if problem.base is None else problem.base.layout
-        tolerance = tolerances.resolve(control.rtol, control.atol, own)
         flat = y0.detach().to(REAL).reshape(len(y0), -1)
         clock, skip = times.detach().to(layout.device, REAL), requests.independent == "nan"
-        ctx.method, ctx.passes, ctx.compiled, read = method.name, None, None, ()
-        if engine.compile is True:
-            rows, wanted = Rows(flat, clock, *tolerance, skip), _wanted(engine, problem, flat, keep)
-            given = {
-                "cost=": problem.integrals, "dense=True or at='steps'": requests.steps,
-                "a split right-hand side": problem.explicit is not None,
-            }  # fmt: skip
-            reasons = [
-                f"{name} of independent samples is given" for name, on in given.items() if on
-            ]
-            if reasons:
-                engine.row_compiler.explain(wanted, reasons)
-            else:
-                ctx.compiled = compiled_rows(engine.row_compiler, field, rows, wanted)
+        ctx.method, ctx.passes, read = method.name, None, ()
+        ctx.compiled = row_compilation.begin(
+            solver, field, Rows(flat, clock, *tolerance, skip), requests, keep
+        )
+        found = None
         if ctx.compiled is not None:
             found, read = ctx.compiled.forward(stats), ctx.compiled.captured
+            if found is None:
+                row_compilation.explain_no_room(engine, problem, flat, keep)
+                ctx.compiled, read = None, ()
             ctx.reads = Reads(read) if keep else None
-        else:
+        if found is None:
             rows_method = create(method, control.step_size is None, layout.dtype)
             if keep:
                 kept = engine.checkpointing
@@ -271,6 +283,7 @@ class _SolveFunction(torch.autograd.Function):
         else:
             ys, ends = found.to(layout.dtype).reshape(len(times), *y0.shape), None
         ctx.problem, ctx.used, ctx.stats, ctx.steps = problem, field.used, stats, requests.steps
+        ctx.lock = RLock()  # sweeps of several threads would share cotangents
         ctx.save_for_backward(y0, times, ys, *parameters, *problem.frozen, *read)
         return ys, ends
 
@@ -278,10 +291,11 @@ class _SolveFunction(torch.autograd.Function):
     def backward(ctx: Any, cotangents: torch.Tensor, _: Any) -> Any:
         """Take the discrete adjoint of each row's steps."""
         refuse_further(cotangents)
-        found = ctx.problem.ranks.attempt(_reverse, ctx, cotangents)
+        with ctx.lock:
+            found = ctx.problem.ranks.attempt(_reverse, ctx, cotangents)
         if found is None:  # the sums over the ranks, which follow, tell all of it
-            found = [None] * (len(ctx.needs_input_grad) - 4)
-        return None, None, None, None, *found
+            found = [None] * (len(ctx.needs_input_grad) - 5)
+        return None, None, None, None, None, *found
 
 
 def _reverse(ctx: Any, cotangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -302,7 +316,7 @@ def _reverse(ctx: Any, cotangents: torch.Tensor) -> tuple[torch.Tensor | None, .
             with log_stage("pnode adjoint"):
                 initial, found = sample_adjoint(field, ctx.passes, seeds, own)
         by_times = None
-        if ctx.needs_input_grad[5]:
+        if ctx.needs_input_grad[6]:
             rate = field.total_rate if ctx.compiled is None else ctx.compiled.rates
             used = 1 if ctx.steps else number
             values = ys[:used].reshape(used, rows, -1)
@@ -315,31 +329,6 @@ def _reverse(ctx: Any, cotangents: torch.Tensor) -> tuple[torch.Tensor | None, .
     ]
     state = (initial + seeds[0]).view(y0.shape).to(y0.dtype)
     return state, by_times, *gradients
-
-
-@cache
-def _options(settings: IntegratorSettings) -> SolverOptions:
-    """Return pnode's own options: nobody else's reach steps that are not PETSc's."""
-    defaults = default_options(
-        settings.method, settings.adaptive, settings.jacobian, settings.dtype, False,
-        settings.controller,
-    )  # fmt: skip
-    return SolverOptions(OWN_PREFIX, None, defaults)
-
-
-def _wanted(engine: Any, problem: InitialValueProblem, flat: torch.Tensor, keep: bool) -> Wanted:
-    """Return the solve of one row, for the compiler."""
-    control, method = engine.control, engine.method
-    settings = IntegratorSettings(
-        method, flat.shape[1], problem.layout.dtype, adaptive=control.step_size is None,
-        max_step=control.max_step, controller=control.controller,
-    )  # fmt: skip
-    needed = f"method={method.name!r} with samples='independent' is machine code alone, and f"
-    return Wanted(
-        settings, _options(replace(settings, size=1, max_step=math.inf)), control,
-        engine.checkpointing, keep, False, False, engine.integrator,
-        needed=needed if method.multistep or method.coupled else "",
-    )  # fmt: skip
 
 
 def _by_rows(

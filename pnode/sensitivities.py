@@ -98,6 +98,12 @@ def sensitivities(
             "solver has event_fn, and how many outputs there are depends on the event's time: take "
             "torch.func.jacfwd or jacrev of what you need of the solution"
         )
+    if solver._requests.independent is not None:
+        raise ConfigurationError(
+            "solver has samples='independent', whose Jacobians are blocks, one for each row: take "
+            "torch.autograd.grad(ys[i, :, j].sum(), y0, retain_graph=True), which is row j of all "
+            "blocks at once"
+        )
     arguments.choice("mode", mode, ("auto", "forward", "adjoint"))
     names = _names(solver, wrt)
     known = {name: tensor.detach() for name, tensor in solver.named_parameters()}

@@ -108,35 +108,193 @@ def mixed(t, y):
     return -y + 0.1 * y.mean(dim=0)
 
 
+def mixed_later(t, y):
+    """Nothing of it is to be seen at the start, and at most times."""
+    return torch.where((t > 0.45) & (t < 0.46), y.flip(0), -y)
+
+
+def mixed_times(t, y):
+    return -y * t.reshape(-1).flip(0)[:, None]
+
+
 def sliced(t, y):
     return -torch.arange(1.0, 4.0, dtype=D)[: len(y), None] * y
 
 
-def own(t, y):
-    return -torch.arange(1.0, 4.0, dtype=D)[:, None] * y
+def other_row(t, y):
+    return torch.cat([-y[:1], -2.0 * y[1:]])
 
 
 def looks(t, y):
     return -y if float(y.sum()) > 0 else y
 
 
-@pytest.mark.parametrize("f", [mixed, sliced, own, looks])
-def test_fields_that_do_not_take_one_row(f):
+FIELDS = [
+    (mixed, "mixes rows"), (mixed_later, "mixes rows"),
+    (mixed_times, "depends on others|mixes rows"),
+    (sliced, "different things"), (other_row, "different things"), (looks, "depends on values"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("f", "reason"), FIELDS)
+def test_fields_that_are_no_rows(f, reason):
     """They are not compiled: the solve goes on in torch, or there is an error where it cannot."""
-    y0 = torch.ones(3, 2, dtype=D)
-    with pytest.warns(UserWarning, match="compile=True has no effect"):
-        found = independent(f)(y0, [0.0, 0.5])
-    expected = pnode.Solver(f, samples="independent")(y0, [0.0, 0.5])
-    assert torch.equal(found.ys, expected.ys)
-    if f in (own, looks):
-        with pytest.raises(pnode.ConfigurationError, match="method='bdf' with samples="):
-            independent(f, method="bdf")(y0, [0.0, 0.5])
+    y0 = torch.tensor([[1.0, 2.0], [0.5, 3.0], [0.1, 0.2]], dtype=D)
+    with pytest.warns(UserWarning, match="compile=True has no effect.*" + reason):
+        found = independent(f, step_size=0.1, method="rk4")(y0, [0.0, 0.5])
+    expected = pnode.Solver(f, step_size=0.1, method="rk4", samples="independent")
+    assert torch.equal(found.ys, expected(y0, [0.0, 0.5]).ys)
+    with pytest.raises(pnode.ConfigurationError, match="method='bdf' with samples=.*" + reason):
+        independent(f, method="bdf")(y0, [0.0, 0.5])
+
+
+class Reactors(torch.nn.Module):
+    """What belongs to rows (first, last, several dimensions) beside what they share."""
+
+    def __init__(self, rows):
+        super().__init__()
+        noise = torch.linspace(0.1, 1.0, 40, dtype=D)
+        self.rates = torch.nn.Parameter(noise[:rows].clone())
+        self.couplings = torch.nn.Parameter(0.3 * noise[: 9 * rows].sin().view(rows, 3, 3))
+        self.columns = torch.nn.Parameter(noise[: 3 * rows].cos().view(3, rows))
+        self.shared = torch.nn.Parameter(torch.eye(3, dtype=D) + 0.1)
+        self.bias = torch.nn.Parameter(torch.tensor([0.1, 0.2, -0.3], dtype=D))
+        self.inner = torch.nn.Linear(3, 4, dtype=D)
+        self.outer = torch.nn.Linear(4, 3, dtype=D)
+        with torch.no_grad():
+            for number, one in enumerate((*self.inner.parameters(), *self.outer.parameters())):
+                one.copy_(0.1 * torch.arange(one.numel()).add(number).cos().view(one.shape))
+        self.register_buffer("heat", 1.0 + noise[:rows, None])
+
+    def forward(self, t, y):
+        own = torch.bmm(self.couplings, y[..., None])[..., 0] + self.columns.t() * t
+        net = self.outer(torch.tanh(self.inner(y)))
+        return own - self.rates[:, None] * y @ self.shared + self.bias * self.heat + 0.1 * net
+
+    def of(self, row):
+        """Return the field of one row alone."""
+
+        def field(t, y):
+            own = self.couplings[row] @ y + self.columns[:, row] * t
+            net = self.outer(torch.tanh(self.inner(y)))
+            return own - self.rates[row] * y @ self.shared + self.bias * self.heat[row] + 0.1 * net
+
+        return field
+
+
+@pytest.mark.parametrize("rows", [4, 3])  # three rows of three entries: any axis may be theirs
+@pytest.mark.parametrize(
+    ("method", "step"), [("bosh3", None), ("cn", 0.2), ("rodaspr", None), ("bdf", None)]
+)
+def test_tensors_of_rows(method, step, rows):
+    """Values and gradients are those of each row's solve alone, by what is its own and shared."""
+    f, options = Reactors(rows), {"method": method, "step_size": step, "rtol": 1e-6}
+    y0 = torch.linspace(-1.0, 1.0, 3 * rows, dtype=D).view(rows, 3).requires_grad_()
+    times = torch.stack([torch.tensor([0.0, 0.3, 1.0 - 0.1 * k], dtype=D) for k in range(rows)])
+    found = independent(f, **options)(y0, times).ys
+    alone = [
+        pnode.Solver(f.of(row), params=f.parameters(), compile=method == "bdf", **options)
+        for row in range(rows)
+    ]
+    ys = torch.stack([one(y0[k], times[k]).ys for k, one in enumerate(alone)], dim=1)
+    torch.testing.assert_close(found, ys, rtol=1e-9, atol=1e-10)
+    inputs = (y0, *f.parameters())
+    for one, other in zip(gradients(found, *inputs), gradients(ys, *inputs), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
+    with torch.no_grad():  # values are read anew in each solve
+        f.heat.mul_(2.0)
+        again = independent(f, **options)(y0, times).ys
+        assert float((again - found).abs().max()) > 0.01
+
+
+def test_tensors_of_rows_in_args():
+    """New ones in each call, and any number of rows: one program."""
+
+    def f(t, y, args):
+        return -args["k"] * y + args["n"] * t
+
+    solver = independent(f, method="heun2", step_size=0.05)
+    for rows in (2, 5, 5, 6):
+        y0 = torch.ones(rows, 2, dtype=D)
+        k = torch.linspace(0.5, 2.0, rows, dtype=D).view(rows, 1).requires_grad_()
+        ys = solver(y0, [0.0, 1.0], {"k": k, "n": 0.5}).ys
+        plain = pnode.Solver(f, method="heun2", step_size=0.05, samples="independent")
+        expected = plain(y0, [0.0, 1.0], {"k": k, "n": 0.5}).ys
+        torch.testing.assert_close(ys, expected, rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(*(gradients(one, k)[0] for one in (ys, expected)))
+    compiler = solver._engine.row_compiler
+    assert len(compiler._traces) == 3
+    assert len(compiler.backends[0]._texts) == 1
+    before = ys
+    k.data.mul_(2.0)  # what is written into after the solve is noticed, in its own tensor
+    with pytest.raises(pnode.errors.FieldChanged, match="written into"):
+        before.sum().backward()
+
+
+def test_tensors_that_f_has_besides_args():
+    k = torch.tensor([[1.0], [2.0]], dtype=D, requires_grad=True)
+    y0 = torch.ones(2, 1, dtype=D)
+    solver = independent(lambda t, y, args: -k * args * y, method="heun2", step_size=0.05)
+    found = solver(y0, [0.0, 1.0], k).ys
+    plain = pnode.Solver(solver.rhs, method="heun2", step_size=0.05, samples="independent")
+    (one,), (other,) = (gradients(ys, k) for ys in (found, plain(y0, [0.0, 1.0], k).ys))
+    torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_tuples():
+    """A tuple of tensors of rows is the program of its entries."""
+
+    def f(t, y):
+        x, v = y
+        return v[:, 0], torch.stack([-x + 0.1 * t[:, 0], -v[:, 1] * x], dim=1)
+
+    def joined(t, y):
+        x, v, w = y.unbind(-1)
+        return torch.stack([v, -x + 0.1 * t.reshape(v.shape), -w * x], dim=-1)
+
+    y0 = Y0.clone().requires_grad_()
+    atol = torch.tensor([1e-4, 1e-6, 1e-8], dtype=D)
+    solver = independent(f, atol=(torch.full((3,), 1e-4, dtype=D), atol[1:].expand(3, 2)))
+    x, v = solver((y0[:, 0], y0[:, 1:]), TIMES).ys
+    found = torch.cat([x[..., None], v], dim=2)
+    expected = independent(joined, atol=atol.expand(3, 3))(y0, TIMES).ys
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        gradients(found, y0), gradients(expected, y0), rtol=1e-10, atol=1e-11
+    )
+
+
+def test_a_limit_of_memory():
+    """What is enough is kept to; less is kept to in torch, with one reason, or refused."""
+    f, y0 = Oscillator(), Y0.clone().requires_grad_()
+    free = independent(f)(y0, TIMES)
+    most = free.stats.ram_bytes
+    assert most == 8 * 3 * 6 * free.stats.steps
+    for limit in (most, most - 1):
+        solver = independent(f, checkpointing=limit)
+        if limit == most:
+            found = solver(y0, TIMES)
+            assert torch.equal(found.ys, free.ys)
+        else:
+            with pytest.warns(UserWarning, match="does not hold the steps of all samples") as seen:
+                found = solver(y0, TIMES)
+                solver(y0, TIMES)
+            assert len(seen) == 1
+        for one, other in zip(gradients(found.ys, y0, f.scale),
+                              gradients(free.ys, y0, f.scale), strict=True):  # fmt: skip
+            torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
+        assert max(found.stats.ram_bytes, found.stats.backward.ram_bytes) <= limit
+    with pytest.raises(pnode.errors.CheckpointError, match="raise memory"):
+        independent(f, method="bdf", checkpointing=1000)(y0, TIMES)
+    with torch.no_grad():  # nothing is kept
+        independent(f, method="bdf", checkpointing=1000)(y0, TIMES)
 
 
 def test_what_is_not_compiled():
     y0 = torch.ones(2, 2, dtype=D, requires_grad=True)
     for options, state, text in (
-        ({"checkpointing": "1MiB"}, y0, "checkpointing"), ({}, y0.float(), "float64"),
+        ({"checkpointing": pnode.Checkpointing(store="solutions")}, y0, "checkpointing"),
+        ({}, y0.float(), "float64"),
         ({}, y0 + 0j, "complex"), ({}, torch.ones(2, 40, dtype=D), "32 state entries"),
     ):  # fmt: skip
         with pytest.warns(UserWarning, match=text):

@@ -5,10 +5,11 @@ The user's functions get both; everything else of a solve knows neither.
 
 from __future__ import annotations
 
+import copy
 import numbers
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils import _pytree as pytree
 from pnode.base.ranks import Ranks
 from pnode.base.transforms import moves, refuse_moving
 from pnode.errors import ConfigurationError, VectorFieldError
-from pnode.problems.user_state import Structure
+from pnode.problems.user_state import RowParts, Structure
 
 __all__ = ["Call", "UserFunction", "brings_tensors"]
 
@@ -51,11 +52,29 @@ class UserFunction(torch.nn.Module):
         for index in self._places:
             setattr(self, f"args_{index}", call.leaves[index])
 
+    @property
+    def tensors(self) -> dict[int, torch.Tensor]:
+        """Those of ``args``, by their places."""
+        return {index: getattr(self, f"args_{index}") for index in self._places}
+
+    def with_tensors(self, tensors: dict[int, torch.Tensor]) -> UserFunction:
+        """Return the function with other tensors in some places of ``args``."""
+        made = copy.copy(self)
+        made._parameters, made._buffers = dict(self._parameters), dict(self._buffers)
+        for index, tensor in tensors.items():
+            delattr(made, f"args_{index}")
+            setattr(made, f"args_{index}", tensor)
+        return made
+
     def forward(self, t: torch.Tensor, y: Any, *rates: Any) -> Any:
         """Call the function with the user's state and ``args``."""
         structure = self._structure
         if structure is not None:
-            y, rates = structure.restore(y), tuple(map(structure.restore, rates))
+            t, y, rates = (
+                structure.time(t),
+                structure.restore(y),
+                tuple(map(structure.restore, rates)),
+            )
         if self._spec is not None:
             leaves = list(self._constants)
             for index in self._places:
@@ -73,15 +92,15 @@ class Call:
 
     Attributes
     ----------
-    structure : Structure or None
-        Of a state that is no real tensor or tuple of such.
+    structure : Structure, RowParts or None
+        Of a state that is no real tensor or tuple of such; of a tuple of independent samples.
     spec : TreeSpec or None
         Structure of ``args``; None without.
     leaves : tuple
         Their tensors and numbers.
     """
 
-    structure: Structure | None = None
+    structure: Structure | RowParts | None = None
     spec: Any = None
     leaves: tuple[Any, ...] = ()
 
@@ -131,6 +150,36 @@ class Call:
                     "declare it there"
                 )
         return cls(structure, spec, tuple(leaf for _, leaf in found))
+
+    def by_rows(self, y0: Any) -> Call:
+        """Return the call whose state inside, of independent samples, is one tensor.
+
+        Parameters
+        ----------
+        y0 : Tensor or tuple of Tensor
+            The state inside so far.
+
+        Raises
+        ------
+        ConfigurationError
+            If its tensors do not have as many rows.
+        """
+        parts = tuple(y0) if isinstance(y0, (tuple, list)) else (y0,)
+        lengths = [part.shape[:1] for part in parts]
+        own = [
+            part.dim() > pair
+            for part, pair in zip(parts, self.pairs or [0] * len(parts), strict=True)
+        ]
+        if not all(own) or lengths != lengths[:1] * len(parts):
+            raise ConfigurationError(
+                f"y0 has the shapes {[tuple(part.shape) for part in parts]}: with "
+                "samples='independent' give tensors of shape (B, ...), whose rows are the samples"
+            )
+        if isinstance(y0, torch.Tensor):
+            return self
+        shapes = tuple(part.shape[1:] for part in parts)
+        assert not isinstance(self.structure, RowParts)
+        return replace(self, structure=RowParts(self.structure, shapes))
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:

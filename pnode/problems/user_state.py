@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from pnode.errors import ConfigurationError
 
-__all__ = ["Structure"]
+__all__ = ["RowParts", "Structure"]
 
 _COMPLEX = (torch.complex128, torch.complex64)
 
@@ -81,6 +81,10 @@ class Structure:
         """Return the tensor or tuple inside of such a state; differentiable."""
         return self._inside(pytree.tree_leaves(state))
 
+    def time(self, t: torch.Tensor) -> torch.Tensor:
+        """Return the time as the user's functions get it."""
+        return t
+
     def restore(self, inside: Any) -> Any:
         """Return the user's state of tensors inside, whose leading dimensions stay."""
         parts = (inside,) if self.spec.is_leaf() else inside
@@ -135,6 +139,68 @@ class Structure:
         if self.spec.is_leaf():
             return "tensor"
         return f"{self.spec.type.__name__} of {', '.join(self.names)}"
+
+
+@dataclass(frozen=True)
+class RowParts:
+    """How a tuple of tensors of shape ``(B, ...)`` maps to one of shape ``(B, n)``.
+
+    Attributes
+    ----------
+    inner : Structure or None
+        How the user's state maps to that tuple; None where it is one.
+    shapes : tuple of torch.Size
+        The tensors' shapes of one row.
+    """
+
+    inner: Structure | None
+    shapes: tuple[torch.Size, ...]
+    pairs: tuple[bool, ...] = ()
+    is_complex: bool = False
+
+    @property
+    def dimensions(self) -> int:
+        """How many dimensions a row of the user's largest part has."""
+        pairs = self.inner.pairs if self.inner is not None else [False] * len(self.shapes)
+        return max(len(shape) - pair for shape, pair in zip(self.shapes, pairs, strict=True))
+
+    def time(self, t: torch.Tensor) -> torch.Tensor:
+        """Return times, ``(B, 1)``, with as many dimensions as the largest part."""
+        return t.reshape(t.shape[:1] + (1,) * self.dimensions)
+
+    def lower(self, state: Any) -> torch.Tensor:
+        """Return the tensor inside of such a state; differentiable."""
+        parts = state if self.inner is None else self.inner.lower(state)
+        return torch.cat([part.reshape(len(part), -1) for part in parts], dim=1)
+
+    def restore(self, inside: torch.Tensor) -> Any:
+        """Return the user's state of a tensor inside, whose leading dimensions stay."""
+        parts, offset = [], 0
+        for shape in self.shapes:
+            part = inside.narrow(-1, offset, shape.numel())
+            parts.append(part.reshape(inside.shape[:-1] + shape))
+            offset += shape.numel()
+        return tuple(parts) if self.inner is None else self.inner.restore(tuple(parts))
+
+    def lower_like(self, value: Any, error: type[Exception], what: str) -> torch.Tensor:
+        """Return the inside of what someone else has made in this structure.
+
+        Raises
+        ------
+        error
+            If ``value``, called ``what``, has another structure, or other shapes.
+        """
+        if self.inner is not None:
+            value = self.inner.lower_like(value, error, what)
+        parts = value if type(value) in (tuple, list) else ()
+        found = [tuple(getattr(part, "shape", ())) for part in parts]
+        rows = found[0][:1] if found else ()
+        if not rows or found != [rows + shape for shape in self.shapes]:
+            raise error(
+                f"{what} is a {_described(value)} of shapes {found}, and the rows of the state "
+                f"have {[tuple(shape) for shape in self.shapes]}: return the same"
+            )
+        return torch.cat([part.reshape(len(part), -1) for part in value], dim=1)
 
 
 def _is_complex(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
@@ -218,6 +219,8 @@ class Run:
         Where its evaluations are counted, if they may pay for a compilation.
     ys : Tensor or None
         Its outputs, shape ``(T, size)``, without their graph.
+    lock : RLock
+        Held by a backward sweep: those of several threads would share checkpoints and cotangents.
     """
 
     problem: InitialValueProblem
@@ -234,6 +237,7 @@ class Run:
     look: Callable[..., None] | None = None
     entry: Entry | None = None
     ys: torch.Tensor | None = None
+    lock: Any = field(default_factory=threading.RLock, init=False, repr=False, compare=False)
 
     def count(self, ledger: Ledger, before: int = 0) -> None:
         """Count what a sweep has done beyond ``before``, if that may pay for a compilation."""

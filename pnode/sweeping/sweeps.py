@@ -163,6 +163,13 @@ def backward(
     wants_times : bool
         Whether the derivatives with respect to interpolated outputs' times are wanted.
     """
+    with run.lock:
+        return _backward(engine, run, y0, cotangents, wants_times)
+
+
+def _backward(
+    engine: Engine, run: Run, y0: torch.Tensor, cotangents: torch.Tensor, wants_times: bool
+) -> CostGradients:
     assert run.surroundings is not None
     if run.reads is not None and not run.problem.ranks.parallel:
         refuse_written(run.reads, run.surroundings, engine.method.name)

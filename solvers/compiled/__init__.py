@@ -1,10 +1,14 @@
 """Fields, steps and whole sweeps as machine code."""
 
+import math
+from functools import partial
+
 from pnode.solvers.compiled.compiler import Compiler
 from pnode.solvers.compiled.fields import Fields
 from pnode.solvers.compiled.graph_steps import ExplicitSteps
 from pnode.solvers.compiled.implicit_sweeps import ImplicitSweeps
 from pnode.solvers.compiled.row_sweeps import RowSweeps
+from pnode.solvers.compiled.trace import trace_field
 
 __all__ = ["new_compiler", "new_row_compiler"]
 
@@ -16,4 +20,5 @@ def new_compiler() -> Compiler:
 
 def new_row_compiler() -> Compiler:
     """Return one for independent samples."""
-    return Compiler((RowSweeps(),))
+    # Any number of rows has a graph of its own, and all the same program.
+    return Compiler((RowSweeps(),), partial(trace_field, arranged=False), math.inf)

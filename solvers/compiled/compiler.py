@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -25,11 +25,10 @@ from pnode.solvers.compiled.backend import Backend, Checked, Compilation, Reason
 from pnode.solvers.compiled.evaluations import agree, is_recorded, trusted, value_of
 from pnode.solvers.compiled.following import Followed
 from pnode.solvers.compiled.guards import Guard, followed
-from pnode.solvers.compiled.trace import Untraceable, trace_field
+from pnode.solvers.compiled.trace import FieldGraph, Untraceable, trace_field
 
 __all__ = ["Compiler", "bare", "outside"]
 
-# Fields whose graph changes more often than this are not compiled any more.
 _MOST_GRAPHS = 8
 # Traces kept, each with the tensors that it reads.
 _MOST_TRACES = 8
@@ -63,10 +62,17 @@ class Compiler:
     ----------
     backends : sequence of Backend
         Those to be tried, best first.
+    trace : callable
+        Traces a field.
+    most_graphs : float
+        Fields whose graph changes more often than this are not compiled any more.
     """
 
-    def __init__(self, backends: Sequence[Backend]) -> None:
-        self._backends = backends
+    def __init__(
+        self, backends: Sequence[Backend], trace: Callable[[VectorField], FieldGraph] = trace_field,
+        most_graphs: float = _MOST_GRAPHS,
+    ) -> None:  # fmt: skip
+        self.backends, self._trace_field, self._most_graphs = backends, trace, most_graphs
         self._traces: dict[Any, Trace] = {}
         self._codes: set[str] = set()
         # Why the field is not compiled, once that is certain, and by which backend.
@@ -135,7 +141,7 @@ class Compiler:
         known, found, reasons = self._last
         if known() is not wanted:
             found, reasons = [], []
-            for backend in self._backends:
+            for backend in self.backends:
                 if backend.implicit in (None, wanted.settings.method.implicit):
                     text = None if backend.shared or not wanted.settings.parallel else _UNSHARED
                     text = text or backend.refuses(wanted)
@@ -250,24 +256,25 @@ class Compiler:
     def _refuse(self, text: str) -> Reason:
         """Compile this field no more."""
         reason = Reason(text, final=True)
-        self._refused = dict.fromkeys(self._backends, reason)
+        self._refused = dict.fromkeys(self.backends, reason)
         return reason
 
     def _trace(
         self, key: Any, part: VectorField, y0: torch.Tensor, seen: Followed
     ) -> Trace | Reason:
         """Trace a part of a field, whose evaluation has been followed, and keep that."""
-        if len(self._codes) == _MOST_GRAPHS:  # for this solve: others may go on with what there is
+        most = self._most_graphs
+        if len(self._codes) == most:  # for this solve: others may go on with what there is
             return Reason(
-                f"the vector field was compiled {_MOST_GRAPHS} times and is different again: let "
-                "numbers that change be tensors, such as buffers, and keep to few shapes of y0",
+                f"the vector field was compiled {most} times and is different again: let numbers "
+                "that change be tensors, such as buffers, and keep to few shapes of y0",
                 final=True,
             )
         field_ = bare(part)
         guard = Guard()
         guard.learn(seen)
         try:
-            graph = trace_field(field_)
+            graph = self._trace_field(field_)
         except Untraceable as error:
             return self._refuse(str(error))
         self._codes.add(graph.code)

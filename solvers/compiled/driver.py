@@ -105,7 +105,7 @@ def library() -> ctypes.CDLL:
         "restart": (None, [pointer]),
         "rows_restart": (None, [pointer]),
         "owned": (number, []),
-        "rows": (pointer, [pointer] * 5 + [number] * 2),
+        "rows": (pointer, [pointer] * 5 + [number] * 2 + [pointer, number, number]),
         "free_rows": (None, [pointer]),
         "row": (pointer, [pointer, number]),
         "rows_forward": (None, [pointer] * 3 + [number, real, pointer]),

@@ -267,9 +267,7 @@ class Followed:
         What follows: operations, or, where there is no graph, torch's functions.
     """
 
-    def __init__(
-        self, function: Any, known: Known, mode: type[Taking] = Operations
-    ) -> None:
+    def __init__(self, function: Any, known: Known, mode: type[Taking] = Operations) -> None:
         self.function, self._mode = function, mode
         self._known = known
         #: What has followed.

@@ -94,7 +94,8 @@ def prepared(program: ImplicitProgram, wanted: Wanted) -> _Settings:
         arrays[name] = np.ascontiguousarray(values.numpy())
     keeps = program.keeps_jacobian and settings.jacobian_options.reuse == "auto"
     struct = _Settings(
-        adaptive=settings.adaptive, wanted=program.entries, keeps_jacobian=keeps,
+        adaptive=settings.adaptive, wanted=program.entries + program.row_entries,
+        keeps_jacobian=keeps,
         **_newton(wanted, keeps),
         **_structure(settings.method, arrays),
         **{name: array.ctypes.data for name, array in arrays.items()},

@@ -347,10 +347,14 @@ void pnode_products(Captured c, double t, const double* y, const double* w, doub
 void pnode_lapack(const Lapack* functions) { lapack = *functions; }
 
 // The same of independent samples, whose mu is added up.
-void pnode_row_products(Captured c, const double* t, const double* y, const double* w, int64_t rows,
-                        double* f, double* l, double* mu) {
-  for (int64_t row = 0; row < rows; row++, y += N, w += N, f += N, l += N)
-    pnode_products(c, t[row], y, w, f, l, mu);
+void pnode_row_products(void* const* read, const int64_t* apart, int64_t count, const double* t,
+                        const double* y, const double* w, const double*, int64_t rows, double* f,
+                        double* l, double* mu) {
+  Field field;
+  for (int64_t row = 0; row < rows; row++, y += N, w += N, f += N, l += N) {
+    const std::vector<void*> own = of_row(read, apart, count, row);
+    pnode_products(field.lend(own.data()), t[row], y, w, f, l, mu);
+  }
 }
 
 void* pnode_implicit_steps(const Settings* settings, const double* y0, const double* mass);

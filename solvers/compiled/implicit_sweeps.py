@@ -18,9 +18,10 @@ from pnode.solvers.compiled.fields import field_code
 from pnode.solvers.compiled.graph_programs import GraphProgram
 from pnode.solvers.compiled.implicit_settings import prepared, scheme_of, tolerance
 from pnode.solvers.compiled.programs import ImplicitProgram, Program
-from pnode.solvers.compiled.trace import Untraceable
+from pnode.solvers.compiled.trace import FieldGraph, Untraceable
+from pnode.solvers.methods import Method
 
-__all__ = ["ImplicitSweeps", "matched"]
+__all__ = ["ImplicitSweeps"]
 
 # Larger fields and matrices are torch's and LAPACK's, and those beyond that PETSc's.
 _LARGEST_SCALARS, _LARGEST_STATE = 32, 256
@@ -77,16 +78,11 @@ class ImplicitSweeps(Backend):
     def _compile(
         self, trace: Trace, part: VectorField, y0: torch.Tensor, wanted: Wanted
     ) -> ImplicitProgram:
-        method = wanted.settings.method
-        rosenbrock = method.linearly_implicit
-        steps = (
-            "bdf" if method.multistep else "coupled" if method.coupled
-            else "rosenbrock" if rosenbrock else "dirk" if method.implicit else "explicit"
-        )  # fmt: skip
+        steps = kind_of(wanted.settings.method)
         key = (ImplicitSweeps, steps)
         if key not in trace.codes:
             program: ImplicitProgram | None = None
-            if len(y0) <= _LARGEST_SCALARS:
+            if wanted.settings.size <= _LARGEST_SCALARS:
                 program = self._scalars(trace, part, y0, steps)
             if program is None and any(x.dtype is not REAL for x in part.problem.parameters):
                 raise Untraceable("it is differentiated by tensors that are not float64")
@@ -100,13 +96,16 @@ class ImplicitSweeps(Backend):
     ) -> Program | None:
         """Return a program of scalars, or None where graphs can do what it cannot."""
         try:
-            program = Program(trace.graph, part.problem.parameters, steps)
+            program = self._program(trace.graph, part, steps)
             _check(program, part, y0, steps == "rosenbrock")
         except Untraceable:
             if steps == "rosenbrock" or not self.graphs:
                 raise
             return None
         return program
+
+    def _program(self, graph: FieldGraph, part: VectorField, steps: str) -> Program:
+        return Program(graph, part.problem.parameters, steps)
 
     def begin(
         self, checked: Sequence[Checked], field_: VectorField, y0: torch.Tensor, wanted: Wanted
@@ -124,6 +123,15 @@ class ImplicitSweeps(Backend):
         return Compilation(sweep, captured=tuple(program.captured))
 
 
+def kind_of(method: Method) -> str:
+    """Return which file has a method's steps."""
+    if method.multistep or method.coupled:
+        return "bdf" if method.multistep else "coupled"
+    if method.linearly_implicit:
+        return "rosenbrock"
+    return "dirk" if method.implicit else "explicit"
+
+
 def _check(program: Program, part: VectorField, y0: torch.Tensor, rosenbrock: bool) -> None:
     """Compare the derivatives with the field's own near y0."""
     problem = replace(part.problem, check_undeclared=False)
@@ -132,15 +140,15 @@ def _check(program: Program, part: VectorField, y0: torch.Tensor, rosenbrock: bo
     y = y0.detach() + 1e-2 * noise * (1.0 + y0.detach().abs())
     s, direction = problem.times[0] + 0.1, problem.direction
     here = vector_field(problem, Ledger()).linearize(s, y.clone(), differentiate_time=rosenbrock)
-    f, back, mu = program.products(direction * s, y, w)
+    f, back, *sums = program.products(direction * s, y, w)
     expected = here.vjp(w)
     pairs = [(f * direction, here.flat_value()), (back * direction, expected.state)]
-    pairs += matched(program, mu * direction, expected.parameters)
+    pairs += _matched(program, [mu * direction for mu in sums], expected.parameters)
     if rosenbrock:
-        _, back, mu = program.products(direction * s, y, w, v * direction)
+        _, back, *sums = program.products(direction * s, y, w, v * direction)
         second = here.second_vjp(w[None], v[None], torch.ones(1, dtype=REAL))
         pairs.append((back, second.state))
-        pairs += matched(program, mu, second.parameters)
+        pairs += _matched(program, sums, second.parameters)
     if not all(agree(a, b) for a, b in pairs):
         raise Untraceable(
             "its derivatives are not those of its scalar operations: does it define some of its "
@@ -148,11 +156,11 @@ def _check(program: Program, part: VectorField, y0: torch.Tensor, rosenbrock: bo
         )
 
 
-def matched(
-    program: Program, mu: torch.Tensor, expected: Sequence[torch.Tensor | None]
+def _matched(
+    program: Program, sums: list[torch.Tensor], expected: Sequence[torch.Tensor | None]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return the gradients in pairs; what is None is zero."""
-    found = dict(program.gradients([mu]))
+    found = dict(program.gradients(sums))
     pairs = []
     for index, b in enumerate(expected):
         a = found.get(index)

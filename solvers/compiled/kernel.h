@@ -7,11 +7,13 @@
 // Times and steps are the user's: h is negative where time runs backwards.
 
 #include <cstdint>
+#include <vector>
 
 // Each but the first two: the solve is repeated step by step, which tells the error.
 enum Status : int64_t {
     DONE, PAUSED, NOT_FINITE, NOT_CONVERGED, SINGULAR, STEP_LIMIT, TOO_SMALL, FAILED,
-    HOPELESS  // not finite, which shorter steps would not mend
+    HOPELESS,  // not finite, which shorter steps would not mend
+    NO_ROOM  // for more checkpoints
 };
 
 // Square of the largest norm that is not taken for an overflow: what an adaptive step may square
@@ -83,3 +85,11 @@ class Kernel {
     int64_t steps_per_look = 1;
     Counts counts{};     // but steps, which the loop counts
 };
+
+// What one of several rows reads: tensors of all, or of each, so many numbers apart.
+inline std::vector<void*> of_row(void* const* read, const int64_t* apart, int64_t count,
+                                 int64_t row) {
+    std::vector<void*> own(read, read + count);
+    for (int64_t k = 0; k < count; k++) own[k] = static_cast<double*>(own[k]) + row * apart[k];
+    return own;
+}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, TypeAlias
 
 import torch
@@ -86,7 +87,16 @@ class Operations:
             return value
         if not isinstance(value, torch.Tensor):
             value = torch.tensor(value, dtype=torch.float64)
-        return self._scalars.constants(value)
+        return self._constants(value)
+
+    def _constants(self, values: torch.Tensor) -> Symbols:
+        return self._scalars.constants(values)
+
+    def _each(
+        self, combine: Callable[[list[int]], int], rows: torch.Tensor, name: str
+    ) -> torch.Tensor:
+        """Return what an operation makes of the numbers in each row."""
+        return torch.tensor([combine(row) for row in rows.tolist()], dtype=torch.int64)
 
     def _call(self, node: _Node, arguments: Any, keywords: dict[str, Any]) -> Any:
         flat = torch.utils._pytree.tree_leaves((arguments, keywords))
@@ -123,16 +133,16 @@ class Operations:
         if isinstance(value, Symbols):
             return value.ids
         if isinstance(value, float):  # what constant_pad_nd fills with
-            return self._scalars.constant(value)
+            return self._symbols(value).ids.item()
         if isinstance(value, torch.Tensor) and value.dtype is torch.float64:
-            return self._scalars.constants(value).ids
+            return self._constants(value).ids
         return value
 
     def _pointwise(self, name: str, *arguments: Any) -> Symbols:
         ids = torch.broadcast_tensors(*(self._symbols(value).ids for value in arguments))
-        rows = zip(*(part.reshape(-1).tolist() for part in ids), strict=True)
-        done = [self._scalars.apply(name, *row) for row in rows]
-        return Symbols(torch.tensor(done, dtype=torch.int64).reshape(ids[0].shape))
+        rows = torch.stack([part.reshape(-1) for part in ids], dim=1)
+        done = self._each(lambda row: self._scalars.apply(name, *row), rows, name)
+        return Symbols(done.reshape(ids[0].shape))
 
     def _do_view(self, a: Symbols, shape: Sequence[int], *_: Any) -> Symbols:
         return Symbols(a.ids.reshape(tuple(shape)))
@@ -180,7 +190,7 @@ class Operations:
         return self._do_clamp(a, None, largest)
 
     def _do_full_like(self, a: Symbols, value: float, **_: Any) -> Symbols:
-        return self._scalars.constants(torch.full(a.ids.shape, value, dtype=torch.float64))
+        return self._constants(torch.full(a.ids.shape, value, dtype=torch.float64))
 
     def _do_zeros_like(self, a: Symbols, **_: Any) -> Symbols:
         return self._do_full_like(a, 0.0)
@@ -189,16 +199,16 @@ class Operations:
         return self._do_full_like(a, 1.0)
 
     def _do_new_zeros(self, a: Symbols, size: Sequence[int], **_: Any) -> Symbols:
-        return self._scalars.constants(torch.zeros(*size, dtype=torch.float64))
+        return self._constants(torch.zeros(*size, dtype=torch.float64))
 
     def _do_new_ones(self, a: Symbols, size: Sequence[int], **_: Any) -> Symbols:
-        return self._scalars.constants(torch.ones(*size, dtype=torch.float64))
+        return self._constants(torch.ones(*size, dtype=torch.float64))
 
     def _do_new_full(self, a: Symbols, size: Sequence[int], value: float, **_: Any) -> Symbols:
-        return self._scalars.constants(torch.full(tuple(size), value, dtype=torch.float64))
+        return self._constants(torch.full(tuple(size), value, dtype=torch.float64))
 
     def _reduce(
-        self, combine: Callable[[list[int]], int], a: Symbols, axes: Any, keep: bool
+        self, name: str, combine: Callable[[list[int]], int], a: Symbols, axes: Any, keep: bool
     ) -> Symbols:
         number = a.ids.dim()
         axes = [axes] if isinstance(axes, int) else list(axes or range(number))
@@ -209,14 +219,13 @@ class Operations:
             shape = [a.ids.shape[axis] for axis in kept]
         order = [*kept, *(axes if number else [])]
         moved = a.ids.permute(order).reshape(math.prod(a.ids.shape[axis] for axis in kept), -1)
-        done = [combine(row) for row in moved.tolist()]
-        return Symbols(torch.tensor(done, dtype=torch.int64).reshape(shape))
+        return Symbols(self._each(combine, moved, name).reshape(shape))
 
     def _do_sum(self, a: Symbols, axes: Any = None, keep: bool = False, **_: Any) -> Symbols:
-        return self._reduce(self._scalars.total, a, axes, keep)
+        return self._reduce("sum", self._scalars.total, a, axes, keep)
 
     def _do_mean(self, a: Symbols, axes: Any = None, keep: bool = False, **_: Any) -> Symbols:
-        total = self._reduce(self._scalars.total, a, axes, keep)
+        total = self._reduce("sum", self._scalars.total, a, axes, keep)
         return self._pointwise("div", total, a.ids.numel() / max(total.ids.numel(), 1))
 
     def _do_var(
@@ -232,19 +241,19 @@ class Operations:
         return self._do_var(a, axes, **how), self._do_mean(a, axes, how.get("keepdim", False))
 
     def _do_amax(self, a: Symbols, axes: Any = (), keep: bool = False) -> Symbols:
-        return self._reduce(lambda row: self._chain("maximum", row), a, axes, keep)
+        return self._chain("maximum", a, axes, keep)
 
     def _do_amin(self, a: Symbols, axes: Any = (), keep: bool = False) -> Symbols:
-        return self._reduce(lambda row: self._chain("minimum", row), a, axes, keep)
+        return self._chain("minimum", a, axes, keep)
 
     def _do_prod(self, a: Symbols, axes: Any = None, keep: bool = False, **_: Any) -> Symbols:
-        return self._reduce(lambda row: self._chain("mul", row), a, axes, keep)
+        return self._chain("mul", a, axes, keep)
 
-    def _chain(self, name: str, row: list[int]) -> int:
-        result = row[0]
-        for number in row[1:]:
-            result = self._scalars.apply(name, result, number)
-        return result
+    def _chain(self, name: str, a: Symbols, axes: Any, keep: bool) -> Symbols:
+        def combine(row: list[int]) -> int:
+            return reduce(lambda x, y: self._scalars.apply(name, x, y), row)
+
+        return self._reduce(name, combine, a, axes, keep)
 
     def matrix_product(self, a: Any, b: Any) -> Symbols:
         """Return the product of two matrices."""
@@ -307,11 +316,18 @@ class Operations:
         """Write values, or add them, at the places that are chosen of all."""
         ids = self._symbols(a).ids
         places = choose(torch.arange(ids.numel()).reshape(ids.shape))
-        entries = self._symbols(values).ids.expand(places.shape).reshape(-1).tolist()
-        flat = ids.reshape(-1).tolist()
-        for place, entry in zip(places.reshape(-1).tolist(), entries, strict=True):
-            flat[place] = self._scalars.apply("add", flat[place], entry) if accumulate else entry
-        return Symbols(torch.tensor(flat, dtype=torch.int64).reshape(ids.shape))
+        entries = self._symbols(values).ids.expand(places.shape).reshape(-1)
+        flat, places = ids.reshape(-1).clone(), places.reshape(-1)
+        if accumulate and len(places.unique()) == len(places):
+            entries, accumulate = (
+                self._pointwise("add", *map(Symbols, (flat[places], entries))).ids,
+                False,
+            )
+        for place, entry in zip(places.tolist(), entries, strict=True):
+            if accumulate:
+                entry = self._pointwise("add", *map(Symbols, (flat[place], entry))).ids
+            flat[place] = entry
+        return Symbols(flat.reshape(ids.shape))
 
 
 def decomposed(

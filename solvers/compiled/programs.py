@@ -20,9 +20,9 @@ from pnode.solvers.compiled.driver import Kernel, at, pointers, source
 from pnode.solvers.compiled.inductor import compile_source
 from pnode.solvers.compiled.operations import Operations, decomposed
 from pnode.solvers.compiled.scalars import Scalars, Symbols
-from pnode.solvers.compiled.trace import FieldGraph, Untraceable
+from pnode.solvers.compiled.trace import FieldGraph, ParameterPart, Untraceable
 
-__all__ = ["INCLUDES", "ImplicitProgram", "Program"]
+__all__ = ["INCLUDES", "ImplicitProgram", "Program", "Writer"]
 
 _FLAGS = ("-std=c++17", "-O2", "-march=native", "-fno-math-errno", "-fPIC", "-shared")
 #: What comes before each program's field.
@@ -68,6 +68,8 @@ class ImplicitProgram(Kernel, Code):
     dtype = REAL
     #: Whether a DIRK's Newton method is to do with few Jacobians.
     keeps_jacobian = False
+    #: Entries of the part of mu that each of independent samples has.
+    row_entries = 0
 
     def __init__(
         self, traced: FieldGraph, field: str, steps: str, flags: Sequence[str] = ()
@@ -146,8 +148,12 @@ class Program(ImplicitProgram):
                 raise Untraceable(f"it reads a tensor of type {tensor.dtype} on {tensor.device}")
         #: Integers, which are part of the text, and what they were.
         self._written = [(x, x.clone()) for x in traced.captured if not x.is_floating_point()]
-        field = _Writer(traced, parameters).text(steps)
-        super().__init__(traced, field, steps)
+        super().__init__(traced, self._written_field(traced, parameters, steps), steps)
+
+    def _written_field(
+        self, traced: FieldGraph, parameters: Sequence[torch.Tensor], steps: str
+    ) -> str:
+        return Writer(traced, parameters).text(steps)
 
     def _is_out_of_date(self) -> bool:
         return not all(torch.equal(x, before) for x, before in self._written)
@@ -177,26 +183,8 @@ class Program(ImplicitProgram):
             self.library.pnode_second(pointers(read), time, *map(at, (y, w, v, back, mu)))
         return f, back, mu
 
-    def row_products(
-        self, t: torch.Tensor, y: torch.Tensor, w: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        """Return f and w^T df/dy of independent samples, and w^T df/dp, which is added up."""
-        given = [x.contiguous() for x in (t, y, w)]
-        f, back, mu = (
-            torch.empty(y.shape, dtype=REAL),
-            torch.empty(y.shape, dtype=REAL),
-            self.sums()[0],
-        )
-        read = pointers(self.inputs())
-        self.library.pnode_row_products(
-            read, *map(at, given), ctypes.c_int64(len(y)), *map(at, (f, back, mu))
-        )
-        if self._is_out_of_date():
-            f.fill_(math.nan)
-        return f, back, mu
 
-
-class _Writer:
+class Writer:
     """Writes a field and its derivatives in C++: the functions that ``implicit_steps.cpp`` lists.
 
     Parameters
@@ -209,53 +197,68 @@ class _Writer:
 
     def __init__(self, traced: FieldGraph, parameters: Sequence[torch.Tensor]) -> None:
         self._traced, self._parameters = traced, parameters
-        self._scalars = scalars = Scalars()
-        self._operations = Operations(scalars)
+        self._scalars = Scalars()
+        self._operations = self._new_operations()
         like, state = torch.zeros((), dtype=REAL), torch.zeros(traced.shape, dtype=REAL)
         inputs = traced.inputs()
         with torch.no_grad():
             _, *values = traced.value(like, state, *inputs)
         value = decomposed(traced.value, (like, state, *inputs))
-        self._product = decomposed(traced.product, (state.clone(), like, state, *inputs, *values))
-        self._t, self._y = scalars.variable("t"), scalars.input("y", traced.shape)
+        product = decomposed(traced.product, (state.clone(), like, state, *inputs, *values))
+        self._t, self._y, self._w = self._variables()
         # Integers are constants of a program, as Python's numbers are.
         self._captured = [
-            scalars.input(f"c[{i}]", x.shape)
-            if x.dtype in (REAL, torch.bool)
-            else x.detach().clone()
+            self._input(i, x) if x.dtype in (REAL, torch.bool) else x.detach().clone()
             for i, x in enumerate(traced.captured)
         ]
-        self._read = [
-            *self._captured, *(_transposed(self._captured[i]) for i in traced.transposed)
-        ]  # fmt: skip
-        f, *self._saved = self._operations.evaluate(value, self._t, self._y, *self._read)
-        self._f = f.flat()
-        self._w = scalars.input("w", traced.shape)
-        self._pulled = self._pull_back(self._w)
-        units = torch.eye(math.prod(traced.shape), dtype=REAL)
-        rows = [self._pull_back(scalars.constants(row.view(traced.shape)))[0] for row in units]
-        self._jacobian = [number for row in rows for number in row.flat()]
-
-    def _pull_back(self, w: Symbols) -> list[Symbols]:
-        return self._operations.evaluate(
-            self._product, w, self._t, self._y, *self._read, *self._saved
+        read = [*self._captured, *(_transposed(self._captured[i]) for i in traced.transposed)]
+        f, *saved = self._operations.evaluate(value, self._t, self._y, *read)
+        self._f = self._of_state(f)
+        pulled, *self._parts = self._operations.evaluate(
+            product, self._w, self._t, self._y, *read, *saved
         )
+        self._pulled, w = self._of_state(pulled), self._of_state(self._w)
+        units = torch.eye(len(w), dtype=REAL).tolist()
+        self._jacobian = [
+            number
+            for row in units
+            for number in self._scalars.substituted(
+                self._pulled, dict(zip(w, map(self._scalars.constant, row), strict=True))
+            )
+        ]
+
+    def _new_operations(self) -> Operations:
+        return Operations(self._scalars)
+
+    def _variables(self) -> tuple[Symbols, Symbols, Symbols]:
+        """Return t, y and the cotangent w, as the graphs get them."""
+        shape, scalars = self._traced.shape, self._scalars
+        return scalars.variable("t"), scalars.input("y", shape), scalars.input("w", shape)
+
+    def _input(self, index: int, tensor: torch.Tensor) -> Symbols:
+        """Return what f reads besides."""
+        return self._scalars.input(f"c[{index}]", tensor.shape)
+
+    def _of_state(self, values: Symbols) -> list[int]:
+        """Return the expressions of the state's entries."""
+        return values.flat()
 
     def text(self, steps: str) -> str:
         """Return the program; for Rosenbrock methods with second derivatives."""
         jacobian = [*_targets("f[{}] =", self._f), *_targets("J[{}] =", self._jacobian)]
-        sums = _targets("mu[{}] +=", self._gradient())
+        sums = self._sums(self._gradient())
         functions = [
             ("value", "double* f", _targets("f[{}] =", self._f)),
             ("jacobian", "double* f, double* J", jacobian),
             ("parameters", "const double* w, Captured c, double* mu", sums),
         ]
         if steps in ("rosenbrock", "explicit"):
-            back = _targets("l[{}] =", self._pulled[0].flat())
+            back = _targets("l[{}] =", self._pulled)
             functions.append(("pull_back", "const double* w, Captured c, double* l", back))
         if steps == "rosenbrock":
             functions += self._second(jacobian)
-        timed = self._scalars.depends([*self._f, *self._jacobian], self._t.flat()[0])
+        time = self._scalars.variable("t").flat()[0]
+        timed = self._scalars.depends([*self._f, *self._jacobian], time)
         parts = [
             _PRELUDE, f"constexpr int N = {len(self._f)};",
             f"constexpr bool AUTONOMOUS = {str(not timed).lower()};",
@@ -268,30 +271,43 @@ class _Writer:
 
     def _gradient(self) -> list[int]:
         """Return (df/dp)^T w, all parameters one after the other."""
-        _, *parts = self._pulled
         mu: list[int] = []
         for part in self._traced.parameters:
-            result = parts[part.first]
-            if part.factors:
-                left, right = parts[part.first : part.first + 2]
-                result = self._operations.matrix_product(_transposed(left), right)
-                result = _transposed(result) if part.transposed else result
-            mu += result.flat()
+            mu += self._of_parameter(part, self._gradient_of(part))
         return mu
+
+    def _gradient_of(self, part: ParameterPart) -> Symbols:
+        if not part.factors:
+            return self._parts[part.first]
+        left, right = self._parts[part.first : part.first + 2]
+        result = self._product_of_factors(left, right)
+        return _transposed(result) if part.transposed else result
+
+    def _product_of_factors(self, left: Symbols, right: Symbols) -> Symbols:
+        return self._operations.matrix_product(_transposed(left), right)
+
+    def _of_parameter(self, part: ParameterPart, values: Symbols) -> list[int]:
+        """Return the expressions of a gradient's entries."""
+        return values.flat()
+
+    def _sums(self, gradient: Sequence[int]) -> list[tuple[str, int]]:
+        """Return where the gradient's entries are added."""
+        return _targets("mu[{}] +=", gradient)
 
     def _second(self, jacobian: list[tuple[str, int]]) -> list[tuple[str, str, Any]]:
         """Return df/dt, and the derivatives of sum_kl S_kl J_kl + w^T df/dt."""
-        scalars, size, w = self._scalars, len(self._f), self._w.flat()
-        rates = scalars.directional(self._f, self._t.flat()[0])
+        scalars, size = self._scalars, len(self._f)
+        y, w = self._of_state(self._y), self._of_state(self._w)
+        rates = scalars.directional(self._f, scalars.variable("t").flat()[0])
         S = scalars.input("S", (size, size)).flat()
         form = scalars.total(
             [scalars.product_sum(S, self._jacobian), scalars.product_sum(w, rates)]
         )
-        wanted = self._y.flat()
+        wanted = y
         for part in self._traced.parameters:
-            wanted += self._input_of(self._parameters[part.index]).flat()
+            wanted = [*wanted, *self._input_of(self._parameters[part.index])]
         slopes = scalars.gradient(form, wanted)
-        second = [*_targets("l[{}] +=", slopes[:size]), *_targets("mu[{}] +=", slopes[size:])]
+        second = [*_targets("l[{}] +=", slopes[:size]), *self._sums(slopes[size:])]
         times = _targets("ft[{}] =", rates)
         return [
             ("slopes", "double* f, double* J, double* ft", [*jacobian, *times]),
@@ -301,13 +317,17 @@ class _Writer:
             ),
         ]  # fmt: skip
 
-    def _input_of(self, parameter: torch.Tensor) -> Symbols:
-        """Return the symbols of a parameter."""
-        for tensor, symbols in zip(self._traced.captured, self._captured, strict=True):
+    def _input_of(self, parameter: torch.Tensor) -> list[int]:
+        """Return the expressions of a parameter's entries."""
+        for index, tensor in enumerate(self._traced.captured):
             if tensor is parameter:
-                assert isinstance(symbols, Symbols)
-                return symbols
+                return self._entries(index)
         raise Untraceable(f"it reads a parameter of shape {tuple(parameter.shape)} in disguise")
+
+    def _entries(self, index: int) -> list[int]:
+        symbols = self._captured[index]
+        assert isinstance(symbols, Symbols)
+        return symbols.flat()
 
 
 def _targets(target: str, numbers: Sequence[int]) -> list[tuple[str, int]]:

@@ -207,4 +207,15 @@ void pnode_second(Captured c, double t, const double* y, const double* w, const 
     for (int j = 0; j < N; j++) S[i * N + j] = w[i] * v[j];
   second(t, y, S, w, c, l, mu);
 }
+
+// The same of independent samples, whose mu is added up; of one shape with pnode_row_products.
+void pnode_row_seconds(void* const* read, const int64_t* apart, int64_t count, const double* t,
+                       const double* y, const double* w, const double* v, int64_t rows, double*,
+                       double* l, double* mu) {
+  Field field;
+  for (int64_t row = 0; row < rows; row++, y += N, w += N, v += N, l += N) {
+    const std::vector<void*> own = of_row(read, apart, count, row);
+    pnode_second(field.lend(own.data()), t[row], y, w, v, l, mu);
+  }
+}
 }

@@ -1,6 +1,5 @@
 // Sweeps of independent samples, on several threads. Above this stands sweeps.cpp.
 
-#include <atomic>
 #include <thread>
 
 namespace {
@@ -24,10 +23,13 @@ void on_threads(int64_t threads, int64_t count, Task task) {
 
 class Rows {
   public:
-    // Takes over the kernels. `times` and `counts` are those of one row after the other.
+    // Takes over the kernels. `times` and `counts` are those of one row after the other, `apart` is
+    // how far apart rows are in each of `read` tensors, `bytes` what checkpoints may take; -1: any.
     Rows(void* const* kernels, const Control& control, const double* directions,
-         const double* times, const int64_t* counts, int64_t rows, int64_t number)
-        : number_(number) {
+         const double* times, const int64_t* counts, int64_t rows, int64_t number,
+         const int64_t* apart, int64_t read, int64_t bytes)
+        : number_(number), apart_(apart, apart + read), limited_(bytes >= 0),
+          room_(bytes) {
         std::vector<std::unique_ptr<Kernel>> own;
         for (int64_t row = 0; row < rows; ++row)
             own.emplace_back(static_cast<Kernel*>(kernels[row]));
@@ -37,6 +39,7 @@ class Rows {
             chosen.direction = directions[row];
             sweeps_.push_back(std::make_unique<Sweep>(
                 own[row].release(), chosen, times + row * number, counts + row * number, number));
+            if (limited_) sweeps_.back()->share(&room_);
         }
     }
 
@@ -47,10 +50,10 @@ class Rows {
                  int64_t* statuses) {
         const Clock clock(seconds, 1);
         on_threads(threads, sweeps_.size(), [&](int64_t row) {
-            if (statuses[row] != PAUSED || clock.left() <= 0.0) return;
+            if (statuses[row] != PAUSED || clock.left() <= 0.0 || full()) return;
             statuses[row] = guarded([&] {
-                return sweeps_[row]->forward(captured, outputs + row * number_ * size_,
-                                             clock.left());
+                return sweeps_[row]->forward(own(captured, row).data(),
+                                             outputs + row * number_ * size_, clock.left());
             });
         });
     }
@@ -75,8 +78,8 @@ class Rows {
                         return DONE;
                     }
                     const Status found =
-                        sweep.reverse(captured, &mu, cotangents + row * number_ * size_,
-                                      clock.left());
+                        sweep.reverse(own(captured, row).data(), &mu,
+                                      cotangents + row * number_ * size_, clock.left());
                     if (found == DONE) sweep.finish(state, &mu);
                     return found;
                 });
@@ -100,7 +103,16 @@ class Rows {
     }
 
   private:
+    std::vector<void*> own(void* const* captured, int64_t row) const {
+        return of_row(captured, apart_.data(), apart_.size(), row);
+    }
+
+    bool full() const { return limited_ && room_ < 0; }
+
     int64_t number_, size_;
+    const std::vector<int64_t> apart_;
+    const bool limited_;
+    std::atomic<int64_t> room_;
     std::vector<std::unique_ptr<Sweep>> sweeps_;
 };
 
@@ -111,9 +123,11 @@ Rows& all(void* rows) { return *static_cast<Rows*>(rows); }
 extern "C" {
 
 void* pnode_rows(void* const* kernels, const Control* control, const double* directions,
-                 const double* times, const int64_t* counts, int64_t rows, int64_t number) {
+                 const double* times, const int64_t* counts, int64_t rows, int64_t number,
+                 const int64_t* apart, int64_t read, int64_t bytes) {
     try {
-        return new Rows(kernels, *control, directions, times, counts, rows, number);
+        return new Rows(kernels, *control, directions, times, counts, rows, number, apart,
+                        read, bytes);
     } catch (...) {
         return nullptr;
     }

@@ -213,6 +213,16 @@ class Scalars:
                 slopes[number] = self.total(self.apply("mul", s, p) for s, p in pairs if s)
         return [slopes.get(number, 0) for number in results]
 
+    def substituted(self, results: Sequence[int], values: dict[int, int]) -> list[int]:
+        """Return expressions with others in place of some of their inputs."""
+        made = dict(values)
+        for number in self._needed(results):
+            name, *arguments = self._nodes[number]
+            if number not in made:
+                leaf = name in ("constant", "input")
+                made[number] = number if leaf else self.apply(name, *(made[a] for a in arguments))
+        return [made[number] for number in results]
+
     def depends(self, results: Iterable[int], argument: int) -> bool:
         """Whether one of the results depends on another expression."""
         return argument in self._needed(results)

@@ -2,6 +2,7 @@
 // with the same numbers. Above this stand kernel.h and ranks.h.
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <limits>
@@ -58,6 +59,9 @@ class Sweep {
         reduction_.begin(ranks);
         open_ = true;
     }
+
+    // Take checkpoints out of so many bytes, which other sweeps share.
+    void share(std::atomic<int64_t>* room) { room_ = room; }
 
     // Take steps until they are done, or the time is over. Among ranks that share the state the
     // sweep ends with one reduction, and as well or badly on all of them.
@@ -247,8 +251,8 @@ class Sweep {
     Status repeated() {
         const Taken step = record_[index_];
         const Status status = kernel_->attempt(step.t, step.h).status;
-        if (status == DONE) accept(step.t, step.h, index_ + 1 == reached_[interval_]);
-        return status == DONE ? PAUSED : status;
+        if (status != DONE) return status;
+        return accept(step.t, step.h, index_ + 1 == reached_[interval_]);
     }
 
     // A step of the length that divides the interval: FixedGrid of clock.py.
@@ -260,8 +264,7 @@ class Sweep {
         const double start = position_ ? begin + static_cast<double>(position_) * length : begin;
         const double t = control_.direction * start, h = control_.direction * length;
         const Status status = kernel_->attempt(t, h).status;
-        if (status == DONE) accept(t, h, ++position_ == number);
-        return status == DONE ? PAUSED : status;
+        return status == DONE ? accept(t, h, ++position_ == number) : status;
     }
 
     // One attempt of an adaptive step: _Sweep.adapt of stepping.py, and TSADAPTBASIC's choice.
@@ -307,8 +310,7 @@ class Sweep {
                 !kernel_->absolute && wanted < natural && proposed >= length;
             natural_ = shortened ? std::max(proposed, natural) : proposed;
             s_ = after;
-            accept(t, h, reached);
-            return PAUSED;
+            return accept(t, h, reached);
         }
         ++rejected_;
         if (wanted <= std::max(control_.min_step, least))
@@ -318,16 +320,20 @@ class Sweep {
         return PAUSED;
     }
 
-    void accept(double t, double h, bool reached) {
+    Status accept(double t, double h, bool reached) {
+        const int64_t before = kernel_->counts.bytes;
         kernel_->accept(control_.keep);
+        if (room_ && (*room_ -= kernel_->counts.bytes - before) < 0) return NO_ROOM;
         if (!again_) record_.push_back({t, h, kernel_->order()});
         ++index_;
-        if (!reached) return;
-        if (!again_) {
-            reached_.resize(times_.size());
-            reached_[interval_] = index_;
+        if (reached) {
+            if (!again_) {
+                reached_.resize(times_.size());
+                reached_[interval_] = index_;
+            }
+            output();
         }
-        output();
+        return PAUSED;
     }
 
     const std::unique_ptr<Kernel> kernel_;
@@ -338,6 +344,7 @@ class Sweep {
     Reduction reduction_;
     bool open_ = false;  // whether reductions are to come
     Status ended_ = FAILED;
+    std::atomic<int64_t>* room_ = nullptr;  // for checkpoints; null: any number
     // Where the sweep stands.
     size_t interval_;
     int64_t index_, position_, rejected_;

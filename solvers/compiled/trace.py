@@ -128,8 +128,10 @@ class ParameterPart:
     transposed: bool = False
 
 
-def trace_field(field: VectorField) -> FieldGraph:
+def trace_field(field: VectorField, arranged: bool = True) -> FieldGraph:
     """Trace a field and its vector-Jacobian product.
+
+    ``arranged``: let :mod:`pnode.solvers.compiled.products` write matrix products in other forms.
 
     Raises
     ------
@@ -155,7 +157,7 @@ def trace_field(field: VectorField) -> FieldGraph:
         values = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
         graph = compose(torch.func.functionalize(graph), [torch.empty_like(x) for x in values])
         graph.graph.eliminate_dead_code()
-    transposed = arrange_products(graph, captured)
+    transposed = arrange_products(graph, captured) if arranged else ()
     return _split(graph, captured, transposed, used)
 
 
