@@ -213,9 +213,9 @@ class Scalars:
                 slopes[number] = self.total(self.apply("mul", s, p) for s, p in pairs if s)
         return [slopes.get(number, 0) for number in results]
 
-    def depends(self, results: Iterable[int], argument: int) -> bool:
-        """Whether one of the results depends on another expression."""
-        return argument in self._needed(results)
+    def depends(self, results: Iterable[int], arguments: Iterable[int]) -> bool:
+        """Whether one of the results depends on one of other expressions."""
+        return not set(arguments).isdisjoint(self._needed(results))
 
     def _needed(self, results: Iterable[int]) -> list[int]:
         """Return the numbers of all expressions that these depend on, in order."""
