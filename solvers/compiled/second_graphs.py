@@ -80,10 +80,8 @@ class SecondGraphs:
         leaf, value = field.recorded(time, y)
         here = Linearization(field.shared, (leaf,), value, 1.0, time)
         found = here.second_vjp(w.reshape(1, -1), v.reshape(1, -1), tau.reshape(1))
-        parameters = [
-            torch.zeros_like(field.parameters[k]) if found.parameters[k] is None
-            else found.parameters[k] for k in self._indices
-        ]  # fmt: skip
+        parts = [(field.parameters[k], found.parameters[k]) for k in self._indices]
+        parameters = [torch.zeros_like(p) if slope is None else slope for p, slope in parts]
         rate = here.time_derivative().view(self._shape)
         return [rate, found.state.view(self._shape), *parameters]
 
