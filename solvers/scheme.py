@@ -64,6 +64,8 @@ class Scheme:
         Of a Rosenbrock method, lower triangular.
     interpolation : tuple of tuple of float or None
         Coefficients of theta, ..., theta^p in each stage's weight inside a step.
+    b_explicit_embedded : tuple of float or None
+        Embedded weights of the explicit part, where they are not those of the implicit one.
     """
 
     A: Rows
@@ -74,6 +76,7 @@ class Scheme:
     b_explicit: Row | None = None
     Gamma: Rows | None = None
     interpolation: Rows | None = None
+    b_explicit_embedded: Row | None = None
 
     @property
     def stages(self) -> int:

@@ -172,12 +172,17 @@ def test_without_a_change_nothing_is_traced_again(course, interpreted):
     assert known[0] == known[1] == known[2] == known[3]
 
 
-def test_both_parts_of_a_split_field(interpreted):
+@pytest.mark.parametrize("jacobian", ["dense", "sparse"])
+def test_both_parts_of_a_split_field(jacobian, interpreted):
+    """In whole sweeps, and by themselves."""
     parts = Field("numbers"), Field("branches_of_where")
     eager, solver = (
-        pnode.Solver(implicit=parts[0], explicit=parts[1], method="ark3", step_size=0.1, compile=c)
+        pnode.Solver(
+            implicit=parts[0], explicit=parts[1], method="ark3", step_size=0.1, compile=c,
+            jacobian=jacobian,
+        )
         for c in (False, True)
-    )
+    )  # fmt: skip
 
     def run(each):
         y0 = torch.zeros(2, dtype=D, requires_grad=True)
@@ -189,7 +194,7 @@ def test_both_parts_of_a_split_field(interpreted):
         expected = run(eager)
         assert_same(run(solver), expected)
         assert_same(run(solver), expected)
-    assert interpreted
+    assert bool(interpreted) == (jacobian == "sparse")
 
 
 def test_states_of_two_tensors(interpreted):

@@ -73,8 +73,9 @@ def test_split_right_hand_side():
     for compiled in (False, True):
         y0 = start(4, 3).requires_grad_()
         solver = pnode.Solver(
-            implicit=parts[0], explicit=parts[1], method="ark3", step_size=0.1, compile=compiled
-        )
+            implicit=parts[0], explicit=parts[1], method="ark3", step_size=0.1, jacobian="block",
+            compile=compiled,
+        )  # fmt: skip
         solution = solver(y0, torch.tensor([0.0, 1.0]))
         tensors = [y0, *parts[0].parameters(), *parts[1].parameters()]
         found.append(

@@ -73,6 +73,10 @@ MASS = torch.eye(34, dtype=D) + 0.1 * torch.ones(34, 34, dtype=D).tril(-1)
     ({"method": "bdf3", "step_size": 0.01, "times": (1.0, 0.97, 0.94)}, 1e-10, COUNTS),
     ({"method": "bdf", "rtol": 1e-5, "atol": 1e-8, "mass": MASS}, 1e-10, COUNTS[1:]),
     ({"method": "radau5", "rtol": 1e-5, "atol": 1e-8}, 1e-10, COUNTS),
+    # With df/dt and error estimates; two matrices a step; an explicit stage.
+    ({"method": "rodaspr", "rtol": 1e-4, "atol": 1e-6}, 2e-12, COUNTS),
+    ({"method": "lassp3p4s2c", "step_size": 0.1}, 2e-12, COUNTS),
+    ({"method": "assp3p3s1c", "step_size": 0.01, "times": (1.0, 0.97, 0.94)}, 2e-12, COUNTS),
 ])  # fmt: skip
 def test_sweeps_are_the_eager_ones(keywords, within, counts):
     """Steps, orders and iterations alike; a DIRK's vary with what Newton's method leaves."""
@@ -153,7 +157,7 @@ def test_a_step_that_fails_is_told_as_without():
     assert errors[0] == errors[1]
 
 
-@pytest.mark.parametrize(("method", "size"), [("bdf", 257), ("radau5", 257), ("rodaspr", 33)])
+@pytest.mark.parametrize(("method", "size"), [("bdf", 257), ("radau5", 257), ("rodaspr", 257)])
 def test_larger_states_say_why_not(method, size, monkeypatch):
     def fail(name, function, examples):
         raise inductor.CompilationFailed("no compiler today")
@@ -164,6 +168,34 @@ def test_larger_states_say_why_not(method, size, monkeypatch):
     )
     with pytest.warns(UserWarning, match=f"up to {size - 1} state entries"):
         solver(torch.ones(size, dtype=D), torch.tensor([0.0, 1.0]))
+
+
+class Odd(torch.nn.Module):
+    """What a graph of products does not tell of their derivatives, or torch has wrong."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(34, dtype=D)
+        self.gain = torch.nn.Parameter(torch.linspace(-0.3, 0.7, 34, dtype=D))
+
+    def forward(self, t, y):
+        out = torch.exp(-y.detach()) * torch.tanh(self.gain * y) * torch.tensor(0.7, dtype=D)
+        out[..., 3:5] += torch.sin(t * y[..., 3:5])
+        return out - y + 0.1 * self.norm(y) * torch.where(y > 1.0, y.square(), 1.0)
+
+
+def test_second_derivatives_are_those_of_f():
+    """A Rosenbrock step differentiates its Jacobian."""
+    field, found = Odd(), []
+    for compile in (False, True):
+        solver = pnode.Solver(field, method="rodas3", step_size=0.1, compile=compile)
+        y0 = torch.linspace(-0.9, 1.4, 34, dtype=D, requires_grad=True)
+        ys = solver(y0, torch.tensor([0.0, 0.4])).ys
+        assert ("compiled='whole sweeps'" in repr(solver)) == compile
+        leaves = (y0, *field.parameters())
+        found.append([ys.detach(), *torch.autograd.grad(ys[-1].square().sum(), leaves)])
+    for a, b in zip(*found, strict=True):
+        assert float((a - b).norm() / b.norm()) < 2e-12
 
 
 def test_parameters_of_another_precision_are_the_field_s_alone():

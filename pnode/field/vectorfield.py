@@ -7,7 +7,7 @@ outside, the user's precision inside.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -127,31 +127,15 @@ class VectorField:
         """Return the state as f gets it."""
         return self._layout.unflatten(u) if self._shape is None else u.view(self._shape)
 
-    def products(
-        self, time: torch.Tensor, u: torch.Tensor, w: torch.Tensor
-    ) -> list[torch.Tensor | None]:
-        """Return f at the user's time, w^T df/dy and w^T df/dp for each parameter, to be traced.
+    def recorded(self, time: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return u as a leaf, and f there at the user's time with its graph, to be traced.
 
-        u, w, f and w^T df/dy have y's shape (flat for a tuple). Without direction, and not counted;
-        None for parameters that are not used.
+        u and f have y's shape (flat for a tuple). Without direction, and not counted.
         """
         leaf = u.detach().requires_grad_(True)
         with torch.enable_grad():
             # A copy, so that writing into y is reported by _call and not by torch.
-            value = self._call(float("nan"), leaf.clone(), time.detach())
-            inputs = (leaf, *self.parameters)
-            found: Sequence[torch.Tensor | None] = (None,) * len(inputs)
-            if value.requires_grad:
-                with self.shared.hooks_away():
-                    # Part of the graph may be the user's, of parameters made of others.
-                    found = torch.autograd.grad(
-                        value, inputs, w, retain_graph=True, allow_unused=True
-                    )
-        return [
-            value.detach(),
-            torch.zeros_like(leaf) if found[0] is None else found[0],
-            *found[1:],
-        ]
+            return leaf, self._call(float("nan"), leaf.clone(), time)
 
     def changed(self, s: float, by: float, what: str = "its value") -> FieldChanged:
         """Return the error for an f of which something at s differs, relative to its norm."""

@@ -1,12 +1,26 @@
-// Theta and diagonally implicit Runge-Kutta steps, and their adjoints. Above this stands
+// Theta, diagonally implicit and IMEX Runge-Kutta steps, and their adjoints. Above this stands
 // implicit_steps.cpp.
 
 namespace {
 
-// All stages are kept; an explicit first stage is the step before's last.
+// All stages are kept; an explicit first stage is the step before's last, but of an IMEX method.
 class Dirk : public ImplicitSteps {
  public:
   using ImplicitSteps::ImplicitSteps;
+  ~Dirk() override {
+    if (other) part->destroy(other);
+  }
+
+  // From now on y' is a sum; the part's captured tensors are those from `first`.
+  void split(const Part* explicit_part, int64_t first) {
+    part = explicit_part, other = part->create(), part_first = first;
+  }
+
+  void lend(void* const* captured) override {
+    ImplicitSteps::lend(captured);
+    knows_constant = false;
+    if (part) part->lend(other, captured ? captured + part_first : nullptr);
+  }
 
   void begin() override {
     ImplicitSteps::begin();
@@ -16,56 +30,68 @@ class Dirk : public ImplicitSteps {
 
   void accept(bool keep) override {
     ImplicitSteps::accept(keep);
-    if (m.explicit_first) std::memcpy(first_slope, last_slope, sizeof(first_slope));
-    knows_slope = m.explicit_first;
+    if (chained()) std::memcpy(first_slope, last_slope, sizeof(first_slope));
+    knows_slope = chained();
   }
 
   void begin_adjoint(double* const* sums) override {
     ImplicitSteps::begin_adjoint(sums);
+    mu_explicit = part ? sums[1] : nullptr;  // null where none are wanted
     pending = false;
   }
 
   // The cotangent of u' in, that of u out. Of stage i: zeta of Y_i itself (the last stage's, if it
   // is u'), rho of its slope, from what comes after. The stage's equation adds
   //   kappa = rho + h a_ii x,  x = zeta + J^T kappa,
-  // the whole cotangents of slope and stage.
+  // the whole cotangents of slope and stage. tau is that of the explicit slope, whose J_e^T tau is
+  // part of zeta.
   Status adjoint(int64_t index, double t, double h) override {
     const int s = int(m.stages);
-    const double* Y = values.data() + index * N * (s - m.explicit_first);
-    double rho[MOST_STAGES][N], kappa[N], x[N], l[N], f[N];
+    const double* Y = values.data() + index * N * (s - chained());
+    double rho[MOST_STAGES][N], tau[MOST_STAGES][N], zeta[N], kappa[N], x[N], l[N];
     for (int i = 0; i < s; i++)
-      for (int k = 0; k < N; k++) rho[i][k] = m.stiffly_accurate ? 0.0 : h * m.b[i] * lambda[k];
+      for (int k = 0; k < N; k++) {
+        rho[i][k] = m.stiffly_accurate ? 0.0 : h * m.b[i] * lambda[k];
+        if (part) tau[i][k] = h * m.b_explicit[i] * lambda[k];
+      }
     for (int k = 0; k < N; k++) l[k] = m.stiffly_accurate ? 0.0 : lambda[k];
     for (int i = s - 1; i >= (m.explicit_first ? 1 : 0); i--) {
       const bool is_end = m.stiffly_accurate && i == s - 1;
       const double *y = Y + i * N, *A = m.A + i * s, time = t + m.alpha[i] * h;
       const bool known = is_end && pending;
-      if (!known) jacobian(time, y, c, f, J_end), counts.jacobians++, counts.rhs++;
+      if (!known) linearize(time, y);
       const double shift = 1.0 / (h * A[i]);
-      if (!factors.factor(shift, J_end)) return SINGULAR;
-      counts.factorizations++, counts.krylov++;
+      if (!factor(shift, J_end)) return SINGULAR;
+      counts.krylov++;
+      pull_back_explicit(i, t, h, y, tau[i], zeta);
       if (is_end) {
         for (int k = 0; k < N; k++) x[k] = shift * lambda[k];
         factors.solve_transposed(x);
         for (int k = 0; k < N; k++) kappa[k] = h * A[i] * x[k];
       } else {
-        for (int k = 0; k < N; k++) kappa[k] = shift * rho[i][k];
+        for (int k = 0; k < N; k++) kappa[k] = shift * rho[i][k] + zeta[k];
         factors.solve_transposed(kappa);
         multiply_transposed(J_end, kappa, x);
+        for (int k = 0; k < N; k++) x[k] += zeta[k];
       }
       for (int k = 0; k < N; k++) l[k] += x[k];
       for (int j = 0; j < i; j++)
-        for (int k = 0; k < N; k++) rho[j][k] += h * A[j] * x[k];
+        for (int k = 0; k < N; k++) {
+          rho[j][k] += h * A[j] * x[k];
+          if (part) tau[j][k] += h * m.A_explicit[i * s + j] * x[k];
+        }
       if (known)
         for (int k = 0; k < N; k++) kappa[k] += cotangent[k];
       add_parameters(time, y, kappa);
     }
     if (m.explicit_first) {
-      jacobian(t, Y, c, f, J_end), counts.jacobians++, counts.rhs++;
+      linearize(t, Y);
       multiply_transposed(J_end, rho[0], x);
-      for (int k = 0; k < N; k++) l[k] += x[k];
+      pull_back_explicit(0, t, h, Y, tau[0], zeta);
+      for (int k = 0; k < N; k++) l[k] += x[k] + zeta[k];
       std::memcpy(cotangent, rho[0], sizeof(cotangent));
-      pending = true;
+      pending = chained();
+      if (!pending) add_parameters(t, Y, cotangent);
     }
     std::memcpy(lambda, l, sizeof(lambda));
     if (index == 0 && pending) add_parameters(t, Y, cotangent);
@@ -104,8 +130,17 @@ class Dirk : public ImplicitSteps {
 
  protected:
   void keep_step() override {
-    if (!kept_steps && m.explicit_first) keep_values(u, N);
-    keep_values(stages[m.explicit_first], N * (m.stages - m.explicit_first));
+    if (!kept_steps && chained()) keep_values(u, N);
+    keep_values(stages[chained()], N * (m.stages - chained()));
+  }
+
+  void slope_at(double t, const double* y, double* f) override {
+    ImplicitSteps::slope_at(t, y, f);
+    if (!part) return;
+    double more[N];
+    part->value(other, t, y, more);
+    counts.rhs++;
+    for (int k = 0; k < N; k++) f[k] += more[k];
   }
 
   Status step(double t, double h) override {
@@ -117,12 +152,22 @@ class Dirk : public ImplicitSteps {
   }
 
  private:
+  // Whether an explicit first stage, and its slope, is the last one of the step before.
+  bool chained() const { return m.explicit_first && !part; }
+
   Status solve_stages(double t, double h) {
     const int s = int(m.stages);
     knows_jacobian = false;
-    double slope[MOST_STAGES][N], z[N];
+    double slope[MOST_STAGES][N], more[MOST_STAGES][N], z[N];
+    // The slopes with weights: of the table's rows from `row`, and of an explicit part.
+    const auto sum_of = [&](const double* A, const double* A_explicit, int row, int count, int k) {
+      double sum = 0.0;
+      for (int j = 0; j < count; j++) sum += A[row * s + j] * slope[j][k];
+      if (part)
+        for (int j = 0; j < count; j++) sum += A_explicit[row * s + j] * more[j][k];
+      return sum;
+    };
     for (int i = 0; i < s; i++) {
-      const double *A = m.A + i * s, diagonal = A[i];
       double* y = stages[i];
       if (i == 0 && m.explicit_first) {
         std::memcpy(y, u, sizeof(z));
@@ -133,27 +178,23 @@ class Dirk : public ImplicitSteps {
           knows_slope = true;
         }
         std::memcpy(slope[0], first_slope, sizeof(z));
-        continue;
+      } else {
+        for (int k = 0; k < N; k++) z[k] = u[k] + h * sum_of(m.A, m.A_explicit, i, i, k);
+        std::memcpy(y, i ? stages[i - 1] : u, sizeof(z));
+        const double shift = 1.0 / (h * m.A[i * s + i]);
+        const Status status = newton(t + m.alpha[i] * h, shift, z, y);
+        if (status != DONE) return status;
+        for (int k = 0; k < N; k++) slope[i][k] = shift * (y[k] - z[k]);
       }
-      for (int k = 0; k < N; k++) {
-        double sum = 0.0;
-        for (int j = 0; j < i; j++) sum += A[j] * slope[j][k];
-        z[k] = u[k] + h * sum;
-      }
-      std::memcpy(y, i ? stages[i - 1] : u, sizeof(z));
-      const double shift = 1.0 / (h * diagonal);
-      const Status status = newton(t + m.alpha[i] * h, shift, z, y);
-      if (status != DONE) return status;
-      for (int k = 0; k < N; k++) slope[i][k] = shift * (y[k] - z[k]);
+      if (!part) continue;
+      part->value(other, t + m.alpha_explicit[i] * h, y, more[i]);
+      counts.rhs++;
+      if (!(square(more[i]) < MODERATE)) return NOT_FINITE;
     }
     for (int k = 0; k < N; k++) {
-      double sum = 0.0, difference = 0.0;
-      for (int i = 0; i < s; i++) {
-        sum += m.b[i] * slope[i][k];
-        if (m.adaptive) difference += m.defect[i] * slope[i][k];
-      }
-      end[k] = m.stiffly_accurate ? stages[s - 1][k] : u[k] + h * sum;
-      defect[k] = h * difference;
+      const double moved = h * sum_of(m.b, m.b_explicit, 0, s, k);
+      end[k] = m.stiffly_accurate ? stages[s - 1][k] : u[k] + moved;
+      defect[k] = m.adaptive ? h * sum_of(m.defect, m.defect_explicit, 0, s, k) : 0.0;
     }
     std::memcpy(last_slope, m.carries_slope ? slope[s - 1] : f, sizeof(z));
     return std::isfinite(square(end)) ? DONE : NOT_FINITE;
@@ -163,13 +204,41 @@ class Dirk : public ImplicitSteps {
   void evaluate(double t, const double* y) {
     const bool there = std::memcmp(y, last_iterate, sizeof(last_iterate)) == 0;
     if (there && (t == last_time || (AUTONOMOUS && !std::isnan(last_time)))) return;
-    if (Field::CHEAP)
+    if (Field::CHEAP && !CONSTANT)
       jacobian(t, y, c, f, J);
     else
       value(t, y, c, f);
     counts.rhs++;
     last_time = t;
     std::memcpy(last_iterate, y, sizeof(last_iterate));
+  }
+
+  // Evaluate J_end, for an adjoint.
+  void linearize(double t, const double* y) {
+    double f[N];
+    if (CONSTANT && knows_constant) return;
+    jacobian(t, y, c, f, J_end), counts.jacobians++, counts.rhs++;
+    knows_constant = CONSTANT, factored = 0.0;
+  }
+
+  bool factor(double shift, const double* J) {
+    if (CONSTANT && factored == shift) return true;
+    counts.factorizations++, factored = 0.0;
+    if (!factors.factor(shift, J)) return false;
+    factored = shift;
+    return true;
+  }
+
+  // zeta = J^T tau of the explicit part; zero without one, or where nothing depends on its slope.
+  void pull_back_explicit(int i, double t, double h, const double* y, const double* tau,
+                          double* zeta) {
+    std::memset(zeta, 0, sizeof(u));
+    if (!part) return;
+    bool used = m.b_explicit[i] != 0.0;
+    for (int j = i + 1; j < m.stages; j++) used |= m.A_explicit[j * m.stages + i] != 0.0;
+    if (!used) return;
+    part->pull_back(other, t + m.alpha_explicit[i] * h, y, tau, zeta, mu_explicit);
+    counts.vjp++;
   }
 
   // Solve (y - z) / (h a) = f(t, y) for y, from a first guess, by Newton's method as SNES does.
@@ -179,15 +248,12 @@ class Dirk : public ImplicitSteps {
       double step = 0.0, size = 0.0;
       if (iteration) {
         const bool slow = iteration > 1 && !(norm <= SLOW * before);
-        if (!keeps || !knows_jacobian || slow) {
-          if (!Field::CHEAP) jacobian(t, y, c, f, J);
-          knows_jacobian = true, factored = 0.0;
+        if (CONSTANT ? !knows_constant : !keeps || !knows_jacobian || slow) {
+          if (CONSTANT || !Field::CHEAP) jacobian(t, y, c, f, J);
+          knows_jacobian = true, knows_constant = CONSTANT, factored = 0.0;
           counts.jacobians++;
         }
-        if (factored != shift) {
-          if (!factors.factor(shift, J)) return SINGULAR;
-          counts.factorizations++, factored = shift;
-        }
+        if (factored != shift && !factor(shift, J)) return SINGULAR;
         factors.solve(residual);
         counts.newton++, counts.krylov++;
         before = norm;
@@ -201,25 +267,31 @@ class Dirk : public ImplicitSteps {
       if (iteration == 0) first = norm;
       if (norm < m.newton_atol) return DONE;
       if (iteration) {
-        if (norm <= m.newton_rtol * first || step < m.newton_stol * size) return DONE;
+        if (norm <= (CONSTANT ? LINEAR : 1.0) * m.newton_rtol * first || step < m.newton_stol * size) return DONE;
         if (norm > m.newton_divtol * first) return NOT_CONVERGED;
       }
       if (iteration >= m.max_newton) return NOT_CONVERGED;
     }
   }
 
-  static constexpr double SLOW = 0.1;  // of jacobians.py
+  static constexpr double SLOW = 0.1;      // of jacobians.py
+  static constexpr double LINEAR = 100.0;  // of guesses.py
 
   double first_slope[N], last_slope[N];
   bool knows_slope = false;
   // Newton's last iterate, f (and J) there: a first guess is a stage already solved for.
   double last_time = NAN, last_iterate[N] = {}, f[N], J[N * N];
-  bool keeps = false, knows_jacobian = false;
+  bool keeps = false, knows_jacobian = false, knows_constant = false;
   Factors factors;
   double factored = 0.0;  // for this shift
   // Of the adjoint: an explicit first stage is the last one of the step before.
   bool pending = false;
   double cotangent[N], J_end[N * N];
+  // Of an IMEX method.
+  const Part* part = nullptr;
+  void* other = nullptr;
+  int64_t part_first = 0;
+  double* mu_explicit = nullptr;
 };
 
 }  // namespace
@@ -229,5 +301,9 @@ extern "C" {
 // To be freed by the sweep that takes it over.
 void* pnode_implicit_steps(const Settings* settings, const double* y0, const double*) {
   return static_cast<Kernel*>(new Dirk(*settings, y0));
+}
+
+void pnode_split(void* kernel, const Part* part, int64_t first) {
+  static_cast<Dirk*>(static_cast<Kernel*>(kernel))->split(part, first);
 }
 }

@@ -91,9 +91,31 @@ class Explicit : public ImplicitSteps {
   bool knows_slope = false, live[MOST_STAGES] = {};
 };
 
+struct LentField {
+  Field field;
+  Captured c = nullptr;
+};
+
+LentField& lent(void* part) { return *static_cast<LentField*>(part); }
+
 }  // namespace
 
 extern "C" {
+
+// For the steps of another program, of which this is the explicit part.
+const Part* pnode_part() {
+  static const Part part = {
+      [] { return static_cast<void*>(new LentField); },
+      [](void* own) { delete &lent(own); },
+      [](void* own, void* const* captured) { lent(own).c = lent(own).field.lend(captured); },
+      [](void* own, double t, const double* y, double* f) { value(t, y, lent(own).c, f); },
+      [](void* own, double t, const double* y, const double* w, double* l, double* mu) {
+        pull_back(t, y, w, lent(own).c, l);
+        if (mu) parameters(t, y, w, lent(own).c, mu);
+      },
+  };
+  return &part;
+}
 
 // To be freed by the sweep that takes it over.
 void* pnode_implicit_steps(const Settings* settings, const double* y0, const double*) {

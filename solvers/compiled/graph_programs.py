@@ -17,8 +17,9 @@ from pnode.base.vectors import REAL
 from pnode.solvers.compiled.driver import source
 from pnode.solvers.compiled.fields import FieldCode
 from pnode.solvers.compiled.graph_calls import Graph, described, lend_torch, opened
-from pnode.solvers.compiled.programs import ImplicitProgram
-from pnode.solvers.compiled.trace import FieldGraph
+from pnode.solvers.compiled.programs import MOST_STAGES, ImplicitProgram
+from pnode.solvers.compiled.second_graphs import SecondGraphs
+from pnode.solvers.compiled.trace import FieldGraph, dependent
 
 __all__ = ["GraphProgram"]
 
@@ -30,19 +31,21 @@ _MOST_PRODUCTS = 128
 class _FieldGraphs(ctypes.Structure):
     _fields_ = [
         ("saved", ctypes.c_int64), ("parameters", ctypes.c_int64),
-        ("value", Graph), ("rows", Graph), ("product", Graph),
+        ("value", Graph), ("rows", Graph), ("product", Graph), ("rate", Graph), ("second", Graph),
     ]  # fmt: skip
 
 
 class GraphProgram(ImplicitProgram):
-    """The machine code for one field and one kind of methods but Rosenbrock's.
+    """The machine code for one field and one kind of methods.
 
     Parameters
     ----------
     code : FieldCode
         The field.
-    steps : {"dirk", "bdf", "coupled"}
+    steps : {"dirk", "bdf", "coupled", "rosenbrock", "explicit"}
         The methods.
+    second : SecondGraphs or None
+        What Rosenbrock methods want besides.
 
     Raises
     ------
@@ -52,28 +55,36 @@ class GraphProgram(ImplicitProgram):
 
     keeps_jacobian = True
 
-    def __init__(self, code: FieldCode, steps: str) -> None:
-        self._code, traced = code, code.traced
+    def __init__(self, code: FieldCode, steps: str, second: SecondGraphs | None = None) -> None:
+        self._code, self._second, traced = code, second, code.traced
         size = math.prod(traced.shape)
-        graphs = (code.value, code.rows(size, at_once=True), code.product)
+        # Nobody asks for the Jacobian of an explicit part.
+        rows = code.product if steps == "explicit" else code.rows(size, at_once=True)
+        graphs = [code.value, rows, code.product]
+        graphs += [] if second is None else [second.rate, second.second]
         (library, *_), calls = zip(*map(opened, graphs), strict=True)
         self._units = torch.eye(size, dtype=REAL).view(size, *traced.shape)
-        autonomous = str(not _reads_time(traced)).lower()
+        facts = {"AUTONOMOUS": not _reads_time(traced), "CONSTANT": _is_linear(traced)}
         field = (
-            f"constexpr int N = {size};\nconstexpr bool AUTONOMOUS = {autonomous};",
+            f"constexpr int N = {size};",
+            *(f"constexpr bool {name} = {str(fact).lower()};" for name, fact in facts.items()),
+            f"constexpr int POINTS = {1 if second is None else MOST_STAGES};",
             source("graphs.h", "graph_field.cpp"),
         )
         super().__init__(traced, "\n".join(field), steps, _FLAGS)
         lend_torch(library, self.library)
         self.library.pnode_lapack(_lapack())
         settings = _FieldGraphs(traced.saved, len(traced.parameters), *calls)
-        self.library.pnode_field(ctypes.byref(settings), described(library, self.inputs()))
+        text = described(library, self._read(), self._read_twice())
+        self.library.pnode_field(ctypes.byref(settings), text)
 
     def bound(self, graph: FieldGraph) -> GraphProgram:
         """Return it for a graph that differs in the tensors that it reads alone."""
         made = super().bound(graph)
         if made is not self:
             made._code = self._code.bound(graph)
+            if self._second is not None:
+                made._second = self._second.bound(self.traced, graph)
         return made
 
     def takes_tangents(self, of_parameters: bool) -> bool:
@@ -82,7 +93,13 @@ class GraphProgram(ImplicitProgram):
 
     def inputs(self) -> list[torch.Tensor]:
         """Return what f reads as the program takes it."""
+        return [*self._read(), *self._read_twice()]
+
+    def _read(self) -> list[torch.Tensor]:
         return [self._units, self._units[0], *self.traced.inputs()]
+
+    def _read_twice(self) -> list[torch.Tensor]:
+        return [] if self._second is None else self._second.inputs()
 
     def at(self, t: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
         """Return f(t, y), flat, and what is saved of it."""
@@ -95,6 +112,15 @@ def _reads_time(traced: FieldGraph) -> bool:
         if given[place].users:
             return True
     return False
+
+
+def _is_linear(traced: FieldGraph) -> bool:
+    """Whether w^T df/dy depends on w alone."""
+    nodes = list(traced.product.graph.nodes)
+    _, t, y, *rest = (node for node in nodes if node.op == "placeholder")
+    output: Any = traced.product.graph.output_node()
+    given = (t, y, *rest[len(rest) - traced.saved :])
+    return not any(output.args[0][0] in dependent(nodes, node) for node in given)
 
 
 @cache

@@ -38,8 +38,9 @@ _INTEGERS = (
 )  # fmt: skip
 _NUMBERS = ("newton_rtol", "newton_stol", "newton_atol", "newton_divtol", "newton_kappa")
 _ARRAYS = (
-    "A", "inverse", "correction", "b", "defect", "alpha", "gamma", "diagonal", "eigenvalues",
-    "vectors", "covectors", "rtol", "atol",
+    "A", "inverse", "correction", "b", "defect", "alpha", "gamma", "diagonal",
+    "A_explicit", "b_explicit", "defect_explicit", "alpha_explicit",
+    "eigenvalues", "vectors", "covectors", "rtol", "atol",
 )  # fmt: skip
 
 
@@ -72,12 +73,21 @@ def _arrays(method: Method, adaptive: bool) -> dict[str, np.ndarray]:
         }  # fmt: skip
     else:
         # Backward Euler does without the start; an embedded solution may need every stage.
-        if scheme.b_embedded is None or (scheme.explicit and not adaptive):
+        split = scheme.A_explicit is not None
+        if not split and (scheme.b_embedded is None or (scheme.explicit and not adaptive)):
             scheme = scheme.without_idle_stages(scheme.explicit and scheme.fsal)
         arrays = {"A": scheme.A, "b": scheme.b, "alpha": scheme.c}
+        if split:
+            arrays |= {
+                "A_explicit": scheme.A_explicit, "b_explicit": scheme.b_explicit,
+                "alpha_explicit": scheme.c_explicit,
+            }  # fmt: skip
     if scheme.b_embedded is not None:
         defect = np.subtract(scheme.b_embedded, scheme.b)
         arrays["defect"] = defect @ arrays["inverse"] if method.linearly_implicit else defect
+    if scheme.b_explicit is not None and scheme.b_embedded is not None:
+        embedded = scheme.b_explicit_embedded or scheme.b_embedded
+        arrays["defect_explicit"] = np.subtract(embedded, scheme.b_explicit)
     return {name: np.ascontiguousarray(array, dtype=float) for name, array in arrays.items()}
 
 
@@ -118,7 +128,8 @@ def _structure(method: Method, arrays: dict[str, np.ndarray]) -> dict[str, int]:
         return {"stages": method.stages, "stiffly_accurate": scheme_of(method).stiffly_accurate}
     found = {
         "stages": len(arrays["b"]), "carries_slope": method.carries_slope,
-        "stiffly_accurate": bool((arrays["A"][-1] == arrays["b"]).all()),
+        "stiffly_accurate": "A_explicit" not in arrays
+        and bool((arrays["A"][-1] == arrays["b"]).all()),
     }  # fmt: skip
     if method.linearly_implicit:
         scheme = scheme_of(method)

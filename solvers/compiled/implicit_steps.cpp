@@ -6,6 +6,7 @@
 //
 //   N                                    size of y
 //   AUTONOMOUS                           whether f does not depend on t
+//   CONSTANT                             whether its Jacobian depends on neither t nor y
 //   Field                                lends Captured, what f reads besides t and y; CHEAP: J costs
 //                                        little where f is evaluated, and a step a microsecond or so
 //   value(t, y, c, f)                    f
@@ -13,7 +14,7 @@
 //   slopes(t, y, c, f, J, ft)            and df/dt (Rosenbrock methods)
 //   pull_back(t, y, w, c, l)             l = J^T w (Rosenbrock and explicit methods)
 //   parameters(t, y, w, c, mu)           mu += (df/dp)^T w
-//   second(t, y, S, w, c, l, mu)         l, mu += d/d(y, p) (sum_kl S_kl J_kl + w^T df/dt)
+//   second(t, y, n, w, v, r, c, l, mu)   l, mu += d/d(y, p) sum_i w_i^T (J v_i + r_i df/dt), i < n
 
 #include <complex>  // before Lu, whose std::abs is looked up where it stands
 #include <type_traits>
@@ -35,12 +36,24 @@ struct Settings {  // of programs.py
   int64_t lowest, highest, by_residual, by_norm;
   double newton_rtol, newton_stol, newton_atol, newton_divtol, newton_kappa;
   const double *A, *inverse, *correction, *b, *defect, *alpha, *gamma, *diagonal;
+  // Of the explicit part of an IMEX method.
+  const double *A_explicit, *b_explicit, *defect_explicit, *alpha_explicit;
   // Coupled stages: of A^-1, complex numbers.
   const double *eigenvalues, *vectors, *covectors;
   const double *rtol, *atol;
 };
 
 typedef std::vector<double> Rows;
+
+// The explicit part of a split field, in a program of its own. Each is lent its captured tensors.
+struct Part {
+  void* (*create)();
+  void (*destroy)(void*);
+  void (*lend)(void*, void* const*);
+  void (*value)(void*, double, const double*, double*);
+  // l = J^T w and, but for null, mu += (df/dp)^T w.
+  void (*pull_back)(void*, double, const double*, const double*, double*, double*);
+};
 
 double square(const double* x) {
   double sum = 0.0;
@@ -228,15 +241,14 @@ class ImplicitSteps : public Kernel {
   double automatic_step(const Control& control, double s, double stop) {
     double f0[N], f1[N], y[N], scale[N];
     const double direction = control.direction;
-    value(direction * s, u, c, f0);
+    slope_at(direction * s, u, f0);
     for (int k = 0; k < N; k++) scale[k] = m.atol[k] + m.rtol[k] * std::fabs(u[k]);
     const double d0 = scaled(u, scale), d1 = scaled(f0, scale);
     const bool moves = d0 >= 1e-5 && d1 >= 1e-5 && d1 < INFINITY;
     double guess = moves ? 0.01 * d0 / d1 : 1e-6;
     guess = std::min(guess, stop - s);
     for (int k = 0; k < N; k++) y[k] = u[k] + guess * direction * f0[k];
-    value(direction * (s + guess), y, c, f1);
-    counts.rhs += 2;
+    slope_at(direction * (s + guess), y, f1);
     for (int k = 0; k < N; k++) f1[k] -= f0[k];
     const double d2 = scaled(f1, scale) / guess, steepest = std::max(d1, d2);
     double step;
@@ -249,6 +261,12 @@ class ImplicitSteps : public Kernel {
     if (std::isfinite(d1) && std::isfinite(d2))
       step = std::min(std::min(100.0 * guess, step), control.max_step);
     return step;
+  }
+
+  // y', for the first step.
+  virtual void slope_at(double t, const double* y, double* f) {
+    value(t, y, c, f);
+    counts.rhs++;
   }
 
   // From u: `end`, and with error control `defect`.

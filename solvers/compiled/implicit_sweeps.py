@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from typing import Any
 
 import torch
 
-from pnode.base.ledger import Ledger
 from pnode.base.vectors import REAL
-from pnode.field.vectorfield import VectorField, vector_field
+from pnode.field.vectorfield import VectorField
 from pnode.problems.checkpointing import Checkpointing
 from pnode.solvers.compiled.backend import Backend, Checked, Compilation, Trace, Wanted
+from pnode.solvers.compiled.compiler import bare
 from pnode.solvers.compiled.driver import CompiledSweep
 from pnode.solvers.compiled.evaluations import agree
 from pnode.solvers.compiled.fields import field_code
 from pnode.solvers.compiled.graph_programs import GraphProgram
 from pnode.solvers.compiled.implicit_settings import prepared, scheme_of, tolerance
-from pnode.solvers.compiled.programs import ImplicitProgram, Program
+from pnode.solvers.compiled.programs import MOST_STAGES, ImplicitProgram, Program, SplitProgram
+from pnode.solvers.compiled.second_graphs import SecondGraphs
 from pnode.solvers.compiled.trace import FieldGraph, Untraceable
 from pnode.solvers.methods import Method
 
@@ -25,7 +26,6 @@ __all__ = ["ImplicitSweeps"]
 
 # Larger fields and matrices are torch's and LAPACK's, and those beyond that PETSc's.
 _LARGEST_SCALARS, _LARGEST_STATE = 32, 256
-_MOST_STAGES = 16  # of implicit_steps.cpp
 
 
 class ImplicitSweeps(Backend):
@@ -33,7 +33,7 @@ class ImplicitSweeps(Backend):
 
     implicit: bool | None = True
     #: Kinds of methods.
-    kinds: tuple[str, ...] = ("implicit",)
+    kinds: tuple[str, ...] = ("implicit", "imex")
     #: Whether graphs serve where scalars do not.
     graphs = True
 
@@ -46,15 +46,15 @@ class ImplicitSweeps(Backend):
             return "of implicit methods all steps are kept: drop checkpointing"
         # They have Newton's methods and error estimates of their own.
         own = method.multistep or method.coupled
-        if settings.form != "rhs" and not (settings.form == "mass" and own):
+        if settings.form not in ("rhs", "imex") and not (settings.form == "mass" and own):
             return (
-                f"the form {settings.form!r} is not compiled: only y' = f(t, y) is, and of BDF and "
-                "fully implicit methods M y' = f(t, y)"
+                f"the form {settings.form!r} is not compiled: only y' = f(t, y) is, in two parts "
+                "too, and of BDF and fully implicit methods M y' = f(t, y)"
             )
         if method.kind not in self.kinds:
             return f"method={method.name!r} is not compiled so far"
-        if method.scheme is not None and method.scheme.stages > _MOST_STAGES:
-            return f"method={method.name!r} has more than {_MOST_STAGES} stages"
+        if method.scheme is not None and method.scheme.stages > MOST_STAGES:
+            return f"method={method.name!r} has more than {MOST_STAGES} stages"
         if settings.adaptive and not own and scheme_of(method).b_embedded is None:
             return f"method={method.name!r} is compiled for fixed steps only: give step_size"
         if method.multistep and bool((tolerance(settings, "atol") == 0.0).any()):
@@ -65,8 +65,7 @@ class ImplicitSweeps(Backend):
                 "implicit methods are compiled with jacobian='dense' and jacobian_reuse='auto' or "
                 "'iteration'"
             )
-        graphs = self.graphs and not method.linearly_implicit
-        most = _LARGEST_STATE if graphs else _LARGEST_SCALARS
+        most = _LARGEST_STATE if self.graphs else _LARGEST_SCALARS
         if settings.size > most:
             return f"method={method.name!r} is compiled for up to {most} state entries"
         if settings.dtype is not torch.float64:
@@ -78,7 +77,10 @@ class ImplicitSweeps(Backend):
     def _compile(
         self, trace: Trace, part: VectorField, y0: torch.Tensor, wanted: Wanted
     ) -> ImplicitProgram:
-        steps = kind_of(wanted.settings.method)
+        method = wanted.settings.method
+        steps = kind_of(method)
+        if method.kind == "imex" and part.explicit is None:
+            steps = "explicit"  # the part without a Jacobian
         key = (ImplicitSweeps, steps)
         if key not in trace.codes:
             program: ImplicitProgram | None = None
@@ -86,9 +88,14 @@ class ImplicitSweeps(Backend):
                 program = self._scalars(trace, part, y0, steps)
             if program is None and any(x.dtype is not REAL for x in part.problem.parameters):
                 raise Untraceable("it is differentiated by tensors that are not float64")
-            trace.codes[key] = program or GraphProgram(field_code(trace, part, wanted), steps)
+            if program is None:
+                code = field_code(trace, part, wanted)
+                second = SecondGraphs(part, trace.graph, y0) if steps == "rosenbrock" else None
+                program = GraphProgram(code, steps, second)
+            trace.codes[key] = program
         made: ImplicitProgram = trace.codes[key]
-        prepared(made, wanted)
+        if steps != "explicit":
+            prepared(made, wanted)
         return made
 
     def _scalars(
@@ -99,7 +106,7 @@ class ImplicitSweeps(Backend):
             program = self._program(trace.graph, part, steps)
             _check(program, part, y0, steps == "rosenbrock")
         except Untraceable:
-            if steps == "rosenbrock" or not self.graphs:
+            if not self.graphs:
                 raise
             return None
         return program
@@ -111,11 +118,13 @@ class ImplicitSweeps(Backend):
         self, checked: Sequence[Checked], field_: VectorField, y0: torch.Tensor, wanted: Wanted
     ) -> Compilation:
         """Return the sweep."""
-        program: ImplicitProgram = checked[0].code
-        mass = field_.problem.mass
-        handle = program.stand_at(
-            prepared(program, wanted), y0, None if mass is None else mass.dense()
-        )
+        program: Any = checked[0].code
+        settings, mass = prepared(program, wanted), field_.problem.mass
+        if len(checked) > 1:
+            program = SplitProgram(program, checked[1].code)
+            handle = program.stand_at(settings, y0)
+        else:
+            handle = program.stand_at(settings, y0, None if mass is None else mass.dense())
         sweep = CompiledSweep(
             program, handle, None, field_.problem, wanted.settings, wanted.control, wanted.keep,
             wanted.control.first_step or 0.0,
@@ -134,12 +143,12 @@ def kind_of(method: Method) -> str:
 
 def _check(program: Program, part: VectorField, y0: torch.Tensor, rosenbrock: bool) -> None:
     """Compare the derivatives with the field's own near y0."""
-    problem = replace(part.problem, check_undeclared=False)
+    problem, field = part.problem, bare(part)
     generator = torch.Generator().manual_seed(1)
     noise, w, v = torch.randn(3, len(y0), generator=generator, dtype=REAL)
     y = y0.detach() + 1e-2 * noise * (1.0 + y0.detach().abs())
     s, direction = problem.times[0] + 0.1, problem.direction
-    here = vector_field(problem, Ledger()).linearize(s, y.clone(), differentiate_time=rosenbrock)
+    here = field.linearize(s, y.clone(), differentiate_time=rosenbrock)
     f, back, *sums = program.products(direction * s, y, w)
     expected = here.vjp(w)
     pairs = [(f * direction, here.flat_value()), (back * direction, expected.state)]

@@ -22,7 +22,10 @@ from pnode.solvers.compiled.operations import Operations, decomposed
 from pnode.solvers.compiled.scalars import Scalars, Symbols
 from pnode.solvers.compiled.trace import FieldGraph, ParameterPart, Untraceable
 
-__all__ = ["INCLUDES", "ImplicitProgram", "Program", "Writer"]
+__all__ = ["INCLUDES", "MOST_STAGES", "ImplicitProgram", "Program", "SplitProgram", "Writer"]
+
+#: Of implicit_steps.cpp.
+MOST_STAGES = 16
 
 _FLAGS = ("-std=c++17", "-O2", "-march=native", "-fno-math-errno", "-fPIC", "-shared")
 #: What comes before each program's field.
@@ -48,6 +51,18 @@ struct Field {
   Captured lend(void* const* captured) { return reinterpret_cast<Captured>(captured); }
 };
 """
+# As implicit_steps.cpp has it; of the sums over i there are derivatives.
+_SECOND = """\
+void second(double t, const double* y, int count, const double (*w)[N], const double (*v)[N],
+            const double* rates, Captured c, double* l, double* mu) {
+  double S[N * N] = {}, weights[N] = {};
+  for (int i = count - 1; i >= 0; i--)
+    for (int k = 0; k < N; k++) {
+      weights[k] += rates[i] * w[i][k];
+      for (int j = 0; j < N; j++) S[k * N + j] += w[i][k] * v[i][j];
+    }
+  second_of_sums(t, y, S, weights, c, l, mu);
+}"""
 
 
 class ImplicitProgram(Kernel, Code):
@@ -125,6 +140,54 @@ class ImplicitProgram(Kernel, Code):
         matrix = None if mass is None else mass.contiguous()  # kept alive until it is copied
         handle: int = self.library.pnode_implicit_steps(
             ctypes.byref(settings), at(state), None if matrix is None else at(matrix)
+        )
+        return handle
+
+
+class SplitProgram(Kernel):
+    """The steps of an IMEX method, on a program for each part of the field.
+
+    Parameters
+    ----------
+    implicit, explicit : ImplicitProgram
+        With steps of "dirk", and of "explicit".
+    """
+
+    dtype = REAL
+
+    def __init__(self, implicit: ImplicitProgram, explicit: ImplicitProgram) -> None:
+        self._parts = (implicit, explicit)
+        self.size = implicit.size
+        explicit.library.pnode_part.restype = ctypes.c_void_p
+
+    @property
+    def captured(self) -> Sequence[torch.Tensor]:
+        """What both parts read besides t and y."""
+        return [tensor for part in self._parts for tensor in part.captured]
+
+    def inputs(self) -> list[torch.Tensor]:
+        """Return it as the programs take it."""
+        return [tensor for part in self._parts for tensor in part.inputs()]
+
+    def sums(self) -> list[torch.Tensor]:
+        """Return zeros for the mu of each part."""
+        return [zeros for part in self._parts for zeros in part.sums()]
+
+    def gradients(self, sums: list[torch.Tensor]) -> list[tuple[int, torch.Tensor]]:
+        """Return their sum."""
+        found: dict[int, torch.Tensor] = {}
+        for part, own in zip(self._parts, sums, strict=True):
+            for index, gradient in part.gradients([own]):
+                found[index] = gradient if index not in found else found[index] + gradient
+        return list(found.items())
+
+    def stand_at(self, settings: ctypes.Structure, y0: torch.Tensor) -> int:
+        """Return a kernel at a state, for settings in C."""
+        implicit, explicit = self._parts
+        handle = implicit.stand_at(settings, y0)
+        part, first = explicit.library.pnode_part(), len(implicit.inputs())
+        implicit.library.pnode_split(
+            ctypes.c_void_p(handle), ctypes.c_void_p(part), ctypes.c_int64(first)
         )
         return handle
 
@@ -257,16 +320,20 @@ class Writer:
             functions.append(("pull_back", "const double* w, Captured c, double* l", back))
         if steps == "rosenbrock":
             functions += self._second(jacobian)
-        time = self._scalars.variable("t").flat()[0]
-        timed = self._scalars.depends([*self._f, *self._jacobian], time)
+        state = (self._scalars.variable("t").flat()[0], *self._of_state(self._y))
+        timed = self._scalars.depends([*self._f, *self._jacobian], state[:1])
+        linear = not self._scalars.depends(self._jacobian, state)
         parts = [
             _PRELUDE, f"constexpr int N = {len(self._f)};",
             f"constexpr bool AUTONOMOUS = {str(not timed).lower()};",
+            f"constexpr bool CONSTANT = {str(linear).lower()};",
         ]  # fmt: skip
         for name, arguments, results in functions:
             given = arguments if "Captured" in arguments else f"Captured c, {arguments}"
             code = self._scalars.code(results)
             parts.append(f"void {name}(double t, const double* y, {given}) {{\n{code}\n}}")
+        if steps == "rosenbrock":
+            parts.append(_SECOND)
         return "\n".join([*parts, "}  // namespace"])
 
     def _gradient(self) -> list[int]:
@@ -312,8 +379,8 @@ class Writer:
         return [
             ("slopes", "double* f, double* J, double* ft", [*jacobian, *times]),
             (
-                "second", "const double* S, const double* w, Captured c, double* l, double* mu",
-                second,
+                "second_of_sums",
+                "const double* S, const double* w, Captured c, double* l, double* mu", second,
             ),
         ]  # fmt: skip
 

@@ -11,7 +11,7 @@ class Rosenbrock : public ImplicitSteps {
   Status adjoint(int64_t index, double t, double h) override {
     const int s = int(m.stages);
     double Y[MOST_STAGES][N], Z[MOST_STAGES][N], V[MOST_STAGES][N], bar[MOST_STAGES][N];
-    double J[N * N], S[N * N] = {}, weight[N] = {}, w[N], l[N], through[N], after[N];
+    double W[MOST_STAGES][N], rates[MOST_STAGES], J[N * N], l[N], through[N], after[N];
     Factors factors;
     const double* u = values.data() + index * N;
     const Status status = solve_stages(t, h, u, Y, Z, V, J, factors, false);
@@ -22,7 +22,9 @@ class Rosenbrock : public ImplicitSteps {
     for (int i = s - 1; i >= 0; i--) {
       const double *A = m.A + i * s, *inverse = m.inverse + i * s, *corr = m.correction + i * s;
       const bool is_explicit = m.diagonal[i] == 0.0;
-      std::memcpy(w, bar[i], sizeof(w));
+      double* w = W[i];
+      std::memcpy(w, bar[i], sizeof(W[i]));
+      rates[i] = m.time_slope ? m.gamma[i] * h : 0.0;
       if (is_explicit) {
         for (int k = 0; k < N; k++) w[k] *= h;
         multiply_transposed(J, w, through);
@@ -43,16 +45,13 @@ class Rosenbrock : public ImplicitSteps {
       if (m.wanted) parameters(time, Z[i], w, c, mu);
       for (int k = 0; k < N; k++) {
         after[k] += l[k];
-        weight[k] += m.gamma[i] * h * w[k];
-        for (int j = 0; j < N; j++) S[k * N + j] += w[k] * V[i][j];
         for (int j = 0; j < i; j++) {
           bar[j][k] += A[j] * l[k] - inverse[j] / h * w[k];
           if (is_explicit) bar[j][k] += corr[j] * through[k];
         }
       }
     }
-    if (!m.time_slope) std::memset(weight, 0, sizeof(weight));
-    second(t, u, S, weight, c, after, mu);
+    second(t, u, s, W, V, rates, c, after, mu);
     counts.vjp++;
     std::memcpy(lambda, after, sizeof(lambda));
     return DONE;
@@ -156,10 +155,13 @@ class Rosenbrock : public ImplicitSteps {
         for (int j = 0; j < i; j++) Z[i][k] += A[j] * Y[j][k];
       }
       if (i == 0)
-        slopes(t, u, c, f, J, ft), counts.jacobians++;
+        if (m.time_slope)
+          slopes(t, u, c, f, J, ft);
+        else
+          jacobian(t, u, c, f, J);
       else
         value(t + m.alpha[i] * h, Z[i], c, f);
-      counts.rhs++;
+      counts.rhs++, counts.jacobians += i == 0;
       if (!(square(f) < MODERATE)) return NOT_FINITE;
       double* y = Y[i];
       for (int k = 0; k < N; k++) {
@@ -202,10 +204,9 @@ void* pnode_implicit_steps(const Settings* settings, const double* y0, const dou
 // The derivatives of w^T J v + w^T df/dt. l and mu come as zeros.
 void pnode_second(Captured c, double t, const double* y, const double* w, const double* v,
                   double* l, double* mu) {
-  double S[N * N];
-  for (int i = 0; i < N; i++)
-    for (int j = 0; j < N; j++) S[i * N + j] = w[i] * v[j];
-  second(t, y, S, w, c, l, mu);
+  const double rate = 1.0;
+  second(t, y, 1, reinterpret_cast<const double(*)[N]>(w), reinterpret_cast<const double(*)[N]>(v), &rate,
+         c, l, mu);
 }
 
 // The same of independent samples, whose mu is added up; of one shape with pnode_row_products.

@@ -223,9 +223,9 @@ class Scalars:
                 made[number] = number if leaf else self.apply(name, *(made[a] for a in arguments))
         return [made[number] for number in results]
 
-    def depends(self, results: Iterable[int], argument: int) -> bool:
-        """Whether one of the results depends on another expression."""
-        return argument in self._needed(results)
+    def depends(self, results: Iterable[int], arguments: Iterable[int]) -> bool:
+        """Whether one of the results depends on one of other expressions."""
+        return not set(arguments).isdisjoint(self._needed(results))
 
     def _needed(self, results: Iterable[int]) -> list[int]:
         """Return the numbers of all expressions that these depend on, in order."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -19,7 +20,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from pnode.field.vectorfield import VectorField
 from pnode.solvers.compiled.products import arrange_products, packet
 
-__all__ = ["FieldGraph", "ParameterPart", "Untraceable", "compose", "trace_field"]
+__all__ = [
+    "FieldGraph", "ParameterPart", "Untraceable", "compose", "dependent", "lifted", "trace_field",
+]  # fmt: skip
 
 _aten = torch.ops.aten
 _Node: TypeAlias = Any  # torch.fx.Node, whose arguments are typed as a union of everything
@@ -147,18 +150,39 @@ def trace_field(field: VectorField, arranged: bool = True) -> FieldGraph:
     like = torch.empty(0, dtype=layout.dtype, device=layout.device)
     example = (like.new_zeros(()), like.new_zeros(shape))
     try:
-        graph = compose(lambda t, y, w: field.products(t, y, w), (*example, example[1].clone()))
+        graph = compose(partial(_products, field), (*example, example[1].clone()))
     except Exception as error:
         raise Untraceable(_reason(error)) from error
     used = _tidy(graph)
+    graph, captured = lifted(graph)
+    transposed = arrange_products(graph, captured) if arranged else ()
+    return _split(graph, captured, transposed, used)
+
+
+def _products(
+    field: VectorField, time: torch.Tensor, u: torch.Tensor, w: torch.Tensor
+) -> list[torch.Tensor | None]:
+    """Return f, w^T df/dy and w^T df/dp for each parameter, None for those that are not used."""
+    leaf, value = field.recorded(time.detach(), u)
+    inputs = (leaf, *field.parameters)
+    found: Sequence[torch.Tensor | None] = (None,) * len(inputs)
+    if value.requires_grad:
+        with torch.enable_grad(), field.shared.hooks_away():
+            # Part of the graph may be the user's, of parameters made of others.
+            found = torch.autograd.grad(value, inputs, w, retain_graph=True, allow_unused=True)
+    state = torch.zeros_like(leaf) if found[0] is None else found[0]
+    return [value.detach(), state, *found[1:]]
+
+
+def lifted(graph: torch.fx.GraphModule) -> tuple[torch.fx.GraphModule, tuple[torch.Tensor, ...]]:
+    """Return a graph that takes what it holds, and that; Untraceable if it has effects."""
     captured = _lift_captured(graph)
     _refuse_effects(graph)
     if any(_is_mutation(node) for node in graph.graph.nodes):
         values = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
         graph = compose(torch.func.functionalize(graph), [torch.empty_like(x) for x in values])
         graph.graph.eliminate_dead_code()
-    transposed = arrange_products(graph, captured) if arranged else ()
-    return _split(graph, captured, transposed, used)
+    return graph, captured
 
 
 def _reason(error: Exception) -> str:
@@ -270,7 +294,7 @@ def _split(
     t, y, w, *inputs = [node for node in nodes if node.op == "placeholder"]
     output: _Node = graph.graph.output_node()
     value, state, *products = output.args[0]
-    late = _dependent(nodes, w)
+    late = dependent(nodes, w)
     early = [node for node in nodes if node.op == "call_function" and node not in late]
     saved = _saved(nodes, late, (t, y, *inputs), [x for x in (state, *products) if x not in late])
     first = _extract(nodes, (t, y, *inputs), (value, *saved), set(early))
@@ -285,7 +309,7 @@ def _split(
     )  # fmt: skip
 
 
-def _dependent(nodes: list[_Node], on: _Node) -> set[_Node]:
+def dependent(nodes: list[_Node], on: _Node) -> set[_Node]:
     """Return a node, and all that depend on it."""
     found = {on}
     for node in nodes:
@@ -299,7 +323,7 @@ def _saved(
 ) -> list[_Node]:
     """Return what ``late`` and ``wanted`` need and is neither given nor cheap to repeat."""
     time, y, *_ = given
-    moving, timed = _dependent(nodes, y), _dependent(nodes, time)
+    moving, timed = dependent(nodes, y), dependent(nodes, time)
     at_hand: set[_Node] = set(given)
 
     def repeatable(node: _Node) -> bool:

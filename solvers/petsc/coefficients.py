@@ -59,7 +59,8 @@ def find_scheme(ts_type: str, subtype: str, stages: int, order: int, adaptive: b
             return rk_scheme(ts)
         finally:
             ts.destroy()
-    embedded = order - 1 if adaptive and ts_type != "arkimex" else None
+    # PETSc takes 1bee for a method of higher order, in its controller too.
+    embedded = order - 1 if adaptive and subtype != "1bee" else None
     if ts_type == "rosw":
         scheme = ROSENBROCK[subtype]
         if embedded is None:
@@ -72,8 +73,9 @@ def find_scheme(ts_type: str, subtype: str, stages: int, order: int, adaptive: b
         return Scheme(rows(A), _row(b), reference, weights)
     implicit, explicit = slice(None, stages), slice(stages, None)
     return Scheme(
-        rows(A[:, implicit]), _row(b[implicit]), reference, A_explicit=rows(A[:, explicit]),
-        b_explicit=_row(b[explicit]),
+        rows(A[:, implicit]), _row(b[implicit]), reference,
+        None if e is None else _row(e[implicit]), rows(A[:, explicit]), _row(b[explicit]),
+        b_explicit_embedded=None if e is None else _row(e[explicit]),
     )  # fmt: skip
 
 
