@@ -55,7 +55,7 @@ class Integrand(torch.nn.Module):
 
     def __init__(
         self, function: Any, cost: Any, layout: StateLayout, shape: torch.Size, direction: float,
-        flow: MomentumFlow | None,
+        flow: MomentumFlow | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.function, self.cost = function, cost

@@ -123,16 +123,15 @@ class Rosenbrock : public ImplicitSteps {
  private:
   // x_k += the derivative of J v + weight df/dt, at a step's start, along tangent k there.
   void add_second(double t, const double* u, const double* v, double weight, Rows& x) {
-    double S[N * N] = {}, w[N] = {}, l[N];
+    double w[1][N] = {}, along[1][N], l[N];
+    std::memcpy(along[0], v, sizeof(l));
     Rows slopes(m.wanted);
     for (int i = 0; i < N; i++) {
       std::memset(l, 0, sizeof(l));
       std::fill(slopes.begin(), slopes.end(), 0.0);
-      std::memcpy(S + i * N, v, sizeof(l));
-      w[i] = weight;
-      second(t, u, S, w, c, l, slopes.data());
-      std::memset(S + i * N, 0, sizeof(l));
-      w[i] = 0.0;
+      w[0][i] = 1.0;
+      second(t, u, 1, w, along, &weight, c, l, slopes.data());
+      w[0][i] = 0.0;
       for (size_t k = 0; k < x.size(); k += N)
         for (int j = 0; j < N; j++) x[k + i] += l[j] * du[k + j];
       if (directions.empty()) continue;

@@ -72,14 +72,14 @@ class RowProgram(Program):
     @property
     def captured(self) -> Sequence[torch.Tensor]:
         """What f reads besides t and y."""
-        return [x for x in self._traced.captured if x is not self._clock]
+        return [x for x in self.traced.captured if x is not self._clock]
 
     def inputs(self, actual: dict[int, torch.Tensor] | None = None) -> list[torch.Tensor]:
         """Return what f reads as the program takes it: rows, of what has them, come first.
 
         ``actual``: tensors that are to be read instead of others, by the identity of these.
         """
-        present = [(actual or {}).get(id(x), x) for x in self._traced.captured]
+        present = [(actual or {}).get(id(x), x) for x in self.traced.captured]
         read = (x.detach().to(REAL) for x in present)
         return [
             (x if axis is None else x.movedim(axis, 0)).contiguous()
@@ -94,7 +94,7 @@ class RowProgram(Program):
         """Return mu from its sums, and the parts of rows."""
         shared, own = sums
         found, ends = [], [0, 0]
-        for part, axis in zip(self._traced.parameters, self._gradient_axes, strict=True):
+        for part, axis in zip(self.traced.parameters, self._gradient_axes, strict=True):
             size, shape = math.prod(part.shape), list(part.shape)
             start = ends[axis is not None]
             if axis is None:
@@ -219,9 +219,9 @@ class _Writer(Writer):
         return self._operations
 
     def _variables(self) -> tuple[Symbols, Symbols, Symbols]:
-        size = math.prod(self._traced.shape) // self.rows
+        size = math.prod(self.traced.shape) // self.rows
         y, w = (self._by_rows.of_rows(self._scalars.input(name, (size,)), 0).ids for name in "yw")
-        shape = self._traced.shape
+        shape = self.traced.shape
         zero = Symbols(torch.zeros((), dtype=torch.int64))  # times are those of the clock
         return zero, Symbols(y.reshape(shape)), Symbols(w.reshape(shape))
 
@@ -268,13 +268,13 @@ class _Writer(Writer):
     def _own_axis(self, part: ParameterPart) -> int | None:
         """Return the axis of rows of a parameter that f reads."""
         parameter = self._parameters[part.index]
-        pairs = zip(self.axes, self._traced.captured, strict=True)
+        pairs = zip(self.axes, self.traced.captured, strict=True)
         return next((axis for axis, x in pairs if x is parameter), None)
 
     def _sums(self, gradient: Sequence[int]) -> list[tuple[str, int]]:
         names = ("mu", f"const_cast<double*>(c[{len(self._captured)}])")
         ends, targets = [0, 0], []
-        for part, axis in zip(self._traced.parameters, self.gradient_axes, strict=True):
+        for part, axis in zip(self.traced.parameters, self.gradient_axes, strict=True):
             own = axis is not None
             size = math.prod(part.shape) // (self.rows if own else 1)
             targets += [f"{names[own]}[{ends[own] + k}] +=" for k in range(size)]
