@@ -9,8 +9,8 @@ import torch
 from pnode.adjoint.stepper import TorchAdjointStepper
 from pnode.base.ledger import Ledger
 from pnode.field.linearization import Linearization
-from pnode.solvers.scheme import HalfUpdate
 from pnode.solvers.stepping import Step
+from pnode.solvers.symplectic_schemes import HalfUpdate
 
 __all__ = ["SymplecticAdjoint"]
 

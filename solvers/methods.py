@@ -18,7 +18,8 @@ from pnode.solvers.firk.tableaus import GAUSS4, GAUSS6, RADAU3, RADAU5
 from pnode.solvers.own_tableaus import BPR3, DOPRI8, FEHLBERG2, HEUN3, TSIT5
 from pnode.solvers.petsc.coefficients import find_scheme
 from pnode.solvers.rosenbrock_tableaus import ROSENBROCK
-from pnode.solvers.scheme import SYMPLECTIC, HalfUpdate, Scheme
+from pnode.solvers.scheme import Scheme
+from pnode.solvers.symplectic_schemes import SYMPLECTIC, HalfUpdate
 
 __all__ = [
     "LEFT_OUT",

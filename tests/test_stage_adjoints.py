@@ -23,6 +23,7 @@ from pnode.field.vectorfield import vector_field
 from pnode.problems.mass import MassMatrix
 from pnode.problems.problem import InitialValueProblem, StateLayout
 from pnode.solvers import scheme as schemes
+from pnode.solvers import symplectic_schemes
 from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.methods import METHODS, find_method
 from pnode.solvers.petsc.settings import IntegratorSettings, default_options
@@ -99,7 +100,7 @@ def test_ssp_coefficient(name, coefficient):
 
 
 def test_symplectic_weights_add_up_to_a_step():
-    for scheme in schemes.SYMPLECTIC.values():
+    for scheme in symplectic_schemes.SYMPLECTIC.values():
         assert sum(scheme.c) == pytest.approx(1.0, abs=1e-15)
         assert sum(scheme.d) == pytest.approx(1.0, abs=1e-15)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import struct
 import weakref
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -25,13 +24,14 @@ from pnode.base.vectors import REAL
 from pnode.errors import LinearSolveFailed
 from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.compiled.inductor import compile_source
+from pnode.solvers.compiled.kernel import Kernel
 from pnode.solvers.multistep import TakenOrder
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.step_control import StepControl, fixed_grid
 from pnode.solvers.stepping import Step
 
 __all__ = [
-    "PATIENCE", "CompiledSweep", "Counts", "Kernel", "add_counts", "at", "library", "new_control",
+    "PATIENCE", "CompiledSweep", "Counts", "add_counts", "at", "library", "new_control",
     "pointers", "source",
 ]  # fmt: skip
 
@@ -119,46 +119,6 @@ def library() -> ctypes.CDLL:
         function = getattr(made, f"pnode_{name}")
         function.restype, function.argtypes = result, arguments
     return made
-
-
-class Kernel(ABC):
-    """Steps in machine code, of one field and kind of state; see ``kernel.h``.
-
-    Attributes
-    ----------
-    size : int
-        Entries of the state.
-    dtype : torch.dtype
-        The user's precision.
-    """
-
-    size: int
-    dtype: torch.dtype
-
-    @property
-    @abstractmethod
-    def captured(self) -> Sequence[torch.Tensor]:
-        """What f reads besides t and y."""
-
-    @abstractmethod
-    def inputs(self) -> list[torch.Tensor]:
-        """Return it as the code takes it."""
-
-    @abstractmethod
-    def sums(self) -> list[torch.Tensor]:
-        """Return zeros for mu."""
-
-    def takes_tangents(self, of_parameters: bool) -> bool:
-        """Whether there is code for tangents of y0, or ``of_parameters`` too."""
-        return False
-
-    def directions(self, moving: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor:
-        """Return tangents of the parameters as the code takes them."""
-        raise NotImplementedError
-
-    @abstractmethod
-    def gradients(self, sums: list[torch.Tensor]) -> list[tuple[int, torch.Tensor]]:
-        """Return mu from its sums: the index of each parameter that f uses, and its gradient."""
 
 
 def new_control(

@@ -19,6 +19,7 @@ from pnode.solvers.compiled.backend import Backend, Checked, Compilation, Trace,
 from pnode.solvers.compiled.graph_calls import Graph, described, dtype_code, lend_torch, opened
 from pnode.solvers.compiled.inductor import CompilationFailed, CompiledGraph
 from pnode.solvers.compiled.integrator import Start, step_tolerances
+from pnode.solvers.compiled.kernel import Kernel
 from pnode.solvers.compiled.steps import StepGraphs, Tensors
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.step_control import automatic_step
@@ -45,7 +46,7 @@ def _warn_once(reason: str) -> None:
     )  # fmt: skip
 
 
-class GraphSteps(driver.Kernel):
+class GraphSteps(Kernel):
     """One kind of compiled step, for the driver.
 
     Parameters

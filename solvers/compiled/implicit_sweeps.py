@@ -17,8 +17,9 @@ from pnode.solvers.compiled.evaluations import agree
 from pnode.solvers.compiled.fields import field_code
 from pnode.solvers.compiled.graph_programs import GraphProgram
 from pnode.solvers.compiled.implicit_settings import prepared, scheme_of, tolerance
-from pnode.solvers.compiled.programs import MOST_STAGES, ImplicitProgram, Program, SplitProgram
+from pnode.solvers.compiled.programs import MOST_STAGES, ImplicitProgram, Program
 from pnode.solvers.compiled.second_graphs import SecondGraphs
+from pnode.solvers.compiled.split_programs import SplitProgram
 from pnode.solvers.compiled.trace import FieldGraph, Untraceable
 from pnode.solvers.methods import Method
 

@@ -219,9 +219,9 @@ class _Writer(Writer):
         return self._operations
 
     def _variables(self) -> tuple[Symbols, Symbols, Symbols]:
-        size = math.prod(self.traced.shape) // self.rows
+        size = math.prod(self._traced.shape) // self.rows
         y, w = (self._by_rows.of_rows(self._scalars.input(name, (size,)), 0).ids for name in "yw")
-        shape = self.traced.shape
+        shape = self._traced.shape
         zero = Symbols(torch.zeros((), dtype=torch.int64))  # times are those of the clock
         return zero, Symbols(y.reshape(shape)), Symbols(w.reshape(shape))
 
@@ -268,13 +268,13 @@ class _Writer(Writer):
     def _own_axis(self, part: ParameterPart) -> int | None:
         """Return the axis of rows of a parameter that f reads."""
         parameter = self._parameters[part.index]
-        pairs = zip(self.axes, self.traced.captured, strict=True)
+        pairs = zip(self.axes, self._traced.captured, strict=True)
         return next((axis for axis, x in pairs if x is parameter), None)
 
     def _sums(self, gradient: Sequence[int]) -> list[tuple[str, int]]:
         names = ("mu", f"const_cast<double*>(c[{len(self._captured)}])")
         ends, targets = [0, 0], []
-        for part, axis in zip(self.traced.parameters, self.gradient_axes, strict=True):
+        for part, axis in zip(self._traced.parameters, self.gradient_axes, strict=True):
             own = axis is not None
             size = math.prod(part.shape) // (self.rows if own else 1)
             targets += [f"{names[own]}[{ends[own] + k}] +=" for k in range(size)]

@@ -8,7 +8,6 @@ effect. Python numbers and the course of Python's control flow are constants of 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +17,13 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pnode.field.vectorfield import VectorField
+from pnode.solvers.compiled.lifting import (
+    Untraceable,
+    is_mutation,
+    is_view,
+    lift_captured,
+    refuse_effects,
+)
 from pnode.solvers.compiled.products import arrange_products, packet
 
 __all__ = [
@@ -32,12 +38,6 @@ _CHEAP = {
     _aten.clamp, _aten.clamp_min, _aten.clamp_max, _aten.maximum, _aten.minimum, _aten.where,
     _aten.ge, _aten.gt, _aten.le, _aten.lt, _aten.eq, _aten.ne, _aten.sign, _aten._to_copy,
 }  # fmt: skip
-# Copies are views too where nothing is written in place.
-_VIEWS = {_aten.detach, _aten.lift_fresh_copy, _aten.alias, _aten.clone}
-
-
-class Untraceable(Exception):
-    """Why there are no graphs of a field."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,9 +176,9 @@ def _products(
 
 def lifted(graph: torch.fx.GraphModule) -> tuple[torch.fx.GraphModule, tuple[torch.Tensor, ...]]:
     """Return a graph that takes what it holds, and that; Untraceable if it has effects."""
-    captured = _lift_captured(graph)
-    _refuse_effects(graph)
-    if any(_is_mutation(node) for node in graph.graph.nodes):
+    captured = lift_captured(graph)
+    refuse_effects(graph)
+    if any(is_mutation(node) for node in graph.graph.nodes):
         values = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
         graph = compose(torch.func.functionalize(graph), [torch.empty_like(x) for x in values])
         graph.graph.eliminate_dead_code()
@@ -204,74 +204,6 @@ def _tidy(graph: torch.fx.GraphModule) -> list[int]:
     output.args = ((value, state, *(products[index] for index in used)),)
     graph.graph.eliminate_dead_code()
     return used
-
-
-def _lift_captured(graph: torch.fx.GraphModule) -> tuple[torch.Tensor, ...]:
-    """Make inputs of the tensors that the graph holds, each once."""
-    nodes = graph.graph
-    captured: list[torch.Tensor] = []
-    inputs: dict[int, _Node] = {}
-    last = [node for node in nodes.nodes if node.op == "placeholder"][-1]
-    for node in list(nodes.nodes):
-        if node.op != "get_attr":
-            continue
-        tensor = operator.attrgetter(node.target)(graph)
-        if id(tensor) not in inputs:
-            with nodes.inserting_after(last):
-                last = nodes.placeholder(f"captured_{len(captured)}")
-            last.meta["val"] = tensor
-            inputs[id(tensor)] = last
-            captured.append(tensor)
-        node.replace_all_uses_with(inputs[id(tensor)])
-        nodes.erase_node(node)
-    graph.recompile()
-    return tuple(captured)
-
-
-def _refuse_effects(graph: torch.fx.GraphModule) -> None:
-    """Refuse what has effects besides its result."""
-    given = {node for node in graph.graph.nodes if node.op == "placeholder"}
-    for node in graph.graph.nodes:
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        if torch.Tag.nondeterministic_seeded in node.target.tags and not _without_dropout(node):
-            raise Untraceable(f"the vector field draws random numbers ({node.target})")
-        for argument, declared in zip(node.args, node.target._schema.arguments, strict=False):
-            info = declared.alias_info
-            if info is not None and info.is_write and _base(argument) in given:
-                raise Untraceable(
-                    f"the vector field writes into a tensor that it was given ({node.target})"
-                )
-
-
-def _without_dropout(node: _Node) -> bool:
-    """Whether an operation that may draw random numbers, such as fused attention, draws none."""
-    arguments = node.target._schema.arguments
-    given = dict(zip((argument.name for argument in arguments), node.args, strict=False))
-    given |= node.kwargs
-    chances = [
-        given.get(argument.name, argument.default_value)
-        for argument in arguments
-        if argument.name in ("dropout_p", "dropout")
-    ]
-    return bool(chances) and not any(chances)
-
-
-def _is_mutation(node: _Node) -> bool:
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
-
-
-def _is_view(node: _Node) -> bool:
-    return node.op == "call_function" and (
-        packet(node) in _VIEWS or bool(getattr(node.target, "is_view", False))
-    )
-
-
-def _base(node: Any) -> Any:
-    while isinstance(node, torch.fx.Node) and _is_view(node):
-        node = node.args[0]
-    return node
 
 
 def _size(node: _Node) -> int:
@@ -332,7 +264,7 @@ def _saved(
         if node not in moving and (node not in timed or _size(node) <= 1):
             return True
         power = packet(node) is _aten.pow and isinstance(node.args[1], (int, float))
-        cheap = power or _is_view(node) or packet(node) in _CHEAP
+        cheap = power or is_view(node) or packet(node) in _CHEAP
         return cheap and all(map(repeatable, node.all_input_nodes))
 
     saved: list[_Node] = []
@@ -340,7 +272,7 @@ def _saved(
     def need(node: _Node) -> None:
         if repeatable(node):
             return
-        if _is_view(node):
+        if is_view(node):
             need(node.args[0])
         else:
             saved.append(node)

@@ -16,7 +16,7 @@ from pnode.problems.problem import StateLayout
 from pnode.solvers.methods import Method
 from pnode.solvers.petsc.bridge import Bridge
 from pnode.solvers.petsc.integrator import TimeIntegrator
-from pnode.solvers.scheme import HalfUpdate
+from pnode.solvers.symplectic_schemes import HalfUpdate
 
 __all__ = ["SplitBridge", "SymplecticIntegrator", "split_size"]
 

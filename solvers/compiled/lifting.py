@@ -1,0 +1,91 @@
+"""What a traced graph holds becomes its input; what has effects is refused."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, TypeAlias
+
+import torch
+
+from pnode.solvers.compiled.products import packet
+
+__all__ = ["Untraceable", "is_mutation", "is_view", "lift_captured", "refuse_effects"]
+
+_aten = torch.ops.aten
+_Node: TypeAlias = Any  # torch.fx.Node, whose arguments are typed as a union of everything
+# Copies are views too where nothing is written in place.
+_VIEWS = {_aten.detach, _aten.lift_fresh_copy, _aten.alias, _aten.clone}
+
+
+class Untraceable(Exception):
+    """Why there are no graphs of a field."""
+
+
+def lift_captured(graph: torch.fx.GraphModule) -> tuple[torch.Tensor, ...]:
+    """Make inputs of the tensors that the graph holds, each once."""
+    nodes = graph.graph
+    captured: list[torch.Tensor] = []
+    inputs: dict[int, _Node] = {}
+    last = [node for node in nodes.nodes if node.op == "placeholder"][-1]
+    for node in list(nodes.nodes):
+        if node.op != "get_attr":
+            continue
+        tensor = operator.attrgetter(node.target)(graph)
+        if id(tensor) not in inputs:
+            with nodes.inserting_after(last):
+                last = nodes.placeholder(f"captured_{len(captured)}")
+            last.meta["val"] = tensor
+            inputs[id(tensor)] = last
+            captured.append(tensor)
+        node.replace_all_uses_with(inputs[id(tensor)])
+        nodes.erase_node(node)
+    graph.recompile()
+    return tuple(captured)
+
+
+def refuse_effects(graph: torch.fx.GraphModule) -> None:
+    """Refuse what has effects besides its result."""
+    given = {node for node in graph.graph.nodes if node.op == "placeholder"}
+    for node in graph.graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if torch.Tag.nondeterministic_seeded in node.target.tags and not _without_dropout(node):
+            raise Untraceable(f"the vector field draws random numbers ({node.target})")
+        for argument, declared in zip(node.args, node.target._schema.arguments, strict=False):
+            info = declared.alias_info
+            if info is not None and info.is_write and _base(argument) in given:
+                raise Untraceable(
+                    f"the vector field writes into a tensor that it was given ({node.target})"
+                )
+
+
+def _without_dropout(node: _Node) -> bool:
+    """Whether an operation that may draw random numbers, such as fused attention, draws none."""
+    arguments = node.target._schema.arguments
+    given = dict(zip((argument.name for argument in arguments), node.args, strict=False))
+    given |= node.kwargs
+    chances = [
+        given.get(argument.name, argument.default_value)
+        for argument in arguments
+        if argument.name in ("dropout_p", "dropout")
+    ]
+    return bool(chances) and not any(chances)
+
+
+def is_mutation(node: _Node) -> bool:
+    """Whether an operation writes into an operand."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def is_view(node: _Node) -> bool:
+    """Whether a result shares its operand's memory, or may as nothing is written in place."""
+    return node.op == "call_function" and (
+        packet(node) in _VIEWS or bool(getattr(node.target, "is_view", False))
+    )
+
+
+def _base(node: Any) -> Any:
+    while isinstance(node, torch.fx.Node) and is_view(node):
+        node = node.args[0]
+    return node
