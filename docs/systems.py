@@ -42,6 +42,7 @@ def page(path: Path, figure: str | None) -> str:
     parts = [label, f"{title}\n{'=' * len(title)}"]
     if figure:
         parts.append(f".. image:: {figure}\n   :alt: {title}\n   :width: 100%")
+        parts.append("..")  # what may follow is indented, and no part of the image
     heading = f"The program, ``examples/{path.name}``"
     parts += [rest, f"{heading}\n{'-' * len(heading)}"]
     indented = "\n".join(f"   {line}".rstrip() for line in code.split("\n"))

@@ -41,6 +41,8 @@ class Configured(torch.nn.Module):
         if name in _REPLACED:
             if "_engine" in vars(self):
                 self._check_replaced(name, value)
+            if not isinstance(value, torch.nn.Module):
+                self._modules.pop(name, None)
             if name == "event_fn":
                 self._event_modules = Events.modules(value)
         super().__setattr__(name, value)

@@ -88,6 +88,11 @@ class SamplePath:
         """Copies and pickles of a solution have numbers alone."""
         return _nothing, ()
 
+    def keep(self) -> None:
+        """Evaluate f where interpolants ask for it, in the solve's graph, as it is now."""
+        if own_interpolant(self.method) is None:
+            _ = self.slopes
+
     # ------------------------------------------------------------------------ ends of steps
 
     def at_steps(self) -> tuple[torch.Tensor, torch.Tensor]:

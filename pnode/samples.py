@@ -96,14 +96,15 @@ def _solve(
         solver, problem, requests, stats, tolerance, y0, hit, *parameters
     )
     if not requests.steps:
-        return times, ys, None
+        return times, ys.reshape(len(times), len(y0), -1), None
     path = SamplePath(
         problem, solver._engine.method, stats, times, ends, ys, y0, parameters,
         lambda y: restored(y)[0],
     )  # fmt: skip
-    if at == "steps":
-        return *path.at_steps(), path
-    return times, path.outputs(), path
+    if requests.dense:
+        path.keep()
+    ts, found = path.at_steps() if at == "steps" else (times, path.outputs())
+    return ts, found.to(problem.layout.dtype), path
 
 
 def _restored(
@@ -111,10 +112,7 @@ def _restored(
 ) -> tuple[Any, torch.Tensor | None]:
     """Return the user's states and integrals of states inside, shape ``(..., B, ...)``."""
     if costs is None:
-        shape = problem.layout.shapes[0]
-        if ys.shape[-len(shape) :] != shape:
-            ys = ys.reshape(*ys.shape[:-2], *shape)
-        return call.restored(ys), None
+        return call.restored(ys.reshape(*ys.shape[:-2], *problem.layout.shapes[0])), None
     assert problem.base is not None
     parts = ys.split((ys.shape[-1] - costs.numel(), costs.numel()), dim=-1)
     states, integrals = (

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from test_compiled_stiff import ADAPTIVE, FIXED, START, THETA, TIMES, Kinetics, difference
@@ -292,3 +295,28 @@ def test_auto_compiles_others_after_lent_parameters_that_do_not_fit(cheap):
     kinetics.factor = 1.0
     again = solver(y0, TIMES)
     assert type(again.stage_sweep.solved()[1].sweep).__name__ == "WholeSweep"
+
+
+@pytest.mark.parametrize("method", ["cn", "rodaspr", "bdf3"])
+def test_parameters_lent_without_a_transform_use_the_code_that_there_is(method, traces):
+    """As networks that other networks make; nothing keeps the tensors afterwards."""
+    kinetics = Kinetics()
+    keywords = {"method": method, "step_size": 0.1, "jacobian": "dense"}
+    compiled, eager = (pnode.Solver(kinetics, compile=c, **keywords) for c in (True, False))
+    compiled(START, TIMES).ys.sum().backward()
+    alive = []
+    for factor in (1.1, 0.9, 1.3):
+        lent = {
+            name: (factor * p.detach()).requires_grad_() for name, p in eager.named_parameters()
+        }
+        found = []
+        for solver in (compiled, eager):
+            ys = functional_call(solver, lent, (START, TIMES)).ys
+            slopes = torch.autograd.grad(ys.sum(), list(lent.values()), allow_unused=True)
+            found.append((ys, *(slope for slope in slopes if slope is not None)))
+        for one, other in zip(*found, strict=True):
+            assert difference(one, other) < 1e-9
+        alive += [weakref.ref(tensor) for tensor in lent.values()]
+        del lent, ys, slopes, found, one, other
+    gc.collect()
+    assert len(traces) == 1 and not any(one() is not None for one in alive)

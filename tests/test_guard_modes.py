@@ -140,15 +140,31 @@ def test_changes_are_noticed(name: str) -> None:
         torch.set_default_dtype(before)
 
 
-def test_operations_decide_where_functions_differ() -> None:
-    """The same operations, called in another way, are the same field."""
-    guarded = Guarded(
-        lambda own, t, y: torch.mul(y, 2.0) if own.k else y.mul(2.0), k=True
-    )  # fmt: skip
+def without_graph(own: Any, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    with torch.set_grad_enabled(own.k):
+        z = y.sin()
+    return z * y
+
+
+def written_by_a_script(own: Any, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    z = y * t
+    if not own.k:
+        tripled(z)
+    return z.cos()
+
+
+@torch.jit.script
+def tripled(z: torch.Tensor) -> torch.Tensor:
+    return z.mul_(3.0)
+
+
+@pytest.mark.parametrize("f", [without_graph, written_by_a_script])
+def test_what_no_function_and_no_operation_without_a_graph_tells(f: Any) -> None:
+    """Blocks of no_grad, and what torch's scripts write in place."""
+    guarded = Guarded(f, k=True)
     assert guarded.holds() and guarded.holds() and guarded.guard.mode is Functions
     guarded.own.k = False
-    assert guarded.holds() and guarded.guard.mode is Operations
-    assert guarded.holds()
+    assert not guarded.holds()
 
 
 def test_modes_around_a_solve() -> None:

@@ -13,6 +13,7 @@ import torch
 import pnode
 from pnode.base.options import PETSc, log_stage
 from pnode.errors import ConfigurationError, LinearSolveFailed, NonFiniteVectorField
+from pnode.field import linearization
 from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.petsc.library import color_columns
 
@@ -231,14 +232,13 @@ def test_field_that_torch_cannot_batch():
 def count_backward_seeds(monkeypatch):
     """Collect how many rows each batch of products has."""
     rows = []
-    original = torch.autograd.grad
+    original = linearization.batched
 
-    def grad(*arguments, is_grads_batched=False, **keywords):
-        if is_grads_batched:
-            rows.append(len(arguments[2]))
-        return original(*arguments, is_grads_batched=is_grads_batched, **keywords)
+    def batched(ends, inputs, seeds):
+        rows.append(len(seeds[0]))
+        return original(ends, inputs, seeds)
 
-    monkeypatch.setattr(torch.autograd, "grad", grad)
+    monkeypatch.setattr(linearization, "batched", batched)
     return rows
 
 

@@ -213,6 +213,7 @@ DEFINES_FUNCTION = {
     "pnode.derivatives.stages", "pnode.base.rank_sums", "pnode.field.consistency",
     "pnode.events.event_derivatives", "pnode.samples", "pnode.layout.ghost_cells",
     "pnode.field.time_terms", "pnode.problems.mass", "pnode.field.rates",
+    "pnode.derivatives.row_slopes",
 }  # fmt: skip
 
 

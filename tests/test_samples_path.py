@@ -194,3 +194,45 @@ def test_what_is_refused():
         pnode.Solver(lambda t, y: -y, **options)(Y0, [0.0, 1.0])
     with pytest.raises(pnode.ConfigurationError, match="dense=True"):
         pnode.Solver(lambda t, y: -y, method="bdf", **options)(Y0, [0.0, 1.0])
+
+
+@pytest.mark.parametrize("method", ["rk4", "rodas3", "dopri5"])
+def test_what_was_asked_without_a_graph_is_asked_again_with_one(method: str) -> None:
+    p, steps = torch.tensor(1.0, dtype=D, requires_grad=True), {"step_size": 0.25}
+    found = []
+    for first in (True, False):
+        y0 = torch.ones(2, 1, dtype=D, requires_grad=True)
+        solver = pnode.Solver(
+            lambda t, y: -p * y, params=[p], method=method, samples="independent", dense=True,
+            **steps if method == "rk4" else {},
+        )  # fmt: skip
+        solution = solver(y0, torch.tensor([0.0, 1.0], dtype=D), at="steps")
+        if first:
+            with torch.no_grad():
+                solution(0.4)
+        found.append(torch.autograd.grad(solution.derivative(0.4).sum(), (p, y0)))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("method", ["rk4", "es325"])
+def test_interpolants_are_those_of_the_field_that_was_solved(method: str) -> None:
+    factor, steps = [1.0], {"step_size": 0.05} if method == "rk4" else {"rtol": 1e-9}
+    solver = pnode.Solver(
+        lambda t, y: -factor[0] * y, method=method, samples="independent", dense=True, **steps
+    )
+    with torch.no_grad():
+        solution = solver(torch.ones(2, 1, dtype=D), [0.0, 1.0], at="steps")
+        factor[0] = 3.0
+        assert torch.allclose(solution(0.4), torch.tensor(0.4, dtype=D).neg().exp(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (1, 1, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, D])
+def test_shapes_and_types_of_what_is_asked(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    for at in ("times", "steps"):
+        solver = pnode.Solver(lambda t, y: -y, samples="independent", dense=True)
+        solution = solver(torch.ones(shape, dtype=dtype), torch.tensor([0.0, 0.5, 1.0]), at=at)
+        assert solution.ys.dtype is dtype and solution.ys.shape[1:] == shape
+        assert solution(0.4).shape == shape and solution([0.4]).shape == (1, *shape)
+        assert solution([0.4, 0.5]).shape == (2, *shape) and solution(0.4).dtype is dtype

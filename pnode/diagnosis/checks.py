@@ -15,7 +15,7 @@ __all__ = ["CHECKS", "MINIMUM", "check_threads", "plural"]
 #: Oldest versions that pnode works with, as in pyproject.toml.
 MINIMUM = {
     "petsc4py": "3.22", "mpi4py": "4", "torch": "2.4", "numpy": "1.26", "scipy": "0",
-    "petsctools": "2025.3", "tqdm": "0",
+    "petsctools": "2025.3", "tqdm": "0", "typing_extensions": "4.10",
 }  # fmt: skip
 _FREE_SPACE = 2**30
 _SHARED = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "cifs", "ceph", "fuse.sshfs")

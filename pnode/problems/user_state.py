@@ -200,6 +200,9 @@ class RowParts:
                 f"{what} is a {_described(value)} of shapes {found}, and the rows of the state "
                 f"have {[tuple(shape) for shape in self.shapes]}: return the same"
             )
+        kinds = [part.dtype for part in value]
+        if len(set(kinds)) > 1:  # one would take on the precision of another
+            raise error(f"{what} has parts of types {kinds}: return that of the state in all")
         return torch.cat([part.reshape(len(part), -1) for part in value], dim=1)
 
 

@@ -193,7 +193,7 @@ def compiled_tangents(
 
     See :meth:`CompiledSweep.tangents`. Not collective.
     """
-    if not isinstance(run.sweep, WholeSweep):
+    if not isinstance(run.sweep, WholeSweep) or run.problem.ranks.parallel:
         return None
     assert run.surroundings is not None and run.reads is not None
     refuse_written(run.reads, run.surroundings, engine.method.name)

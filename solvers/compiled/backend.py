@@ -87,7 +87,9 @@ class Trace:
         new = dict(zip(map(id, self.parameters), parameters, strict=True))
         captured = tuple(new.get(id(x), x) for x in self.graph.captured)
         graph = replace(self.graph, captured=captured)
-        return replace(self, graph=graph, guard=self.guard.bound(new), parameters=tuple(parameters))
+        return replace(
+            self, graph=graph, guard=self.guard.bound(new), parameters=tuple(parameters), lent=True
+        )
 
 
 class Checked(NamedTuple):

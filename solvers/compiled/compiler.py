@@ -187,8 +187,9 @@ class Compiler:
         if known is not None and not known.graph.fits():
             known = None
         lent = known is None and isinstance(problem.function, Rebound)
-        if lent:
-            known = self._bound(key, problem.parameters)
+        bound = None
+        if known is None and (lent or backend.implicit):
+            bound = known = self._bound(key, problem.parameters)
         if known is not None and known.used is not None:
             with trusted(part, known.used), followed(part, known.guard) as seen:
                 value = value_of(part, y0, name)
@@ -203,6 +204,8 @@ class Compiler:
         found = None
         if known is not None and _still_holds(known, part, seen, y0, wanted):
             found = self._compare(backend, known, part, value, y0, wanted)
+        if found is None and bound is not None and not lent:
+            known = None
         if found is None and known is not None and lent:
             return Reason(
                 "the vector field has got other tensors from torch.func, and is not what it was "

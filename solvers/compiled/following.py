@@ -169,6 +169,10 @@ def _ref(number: int) -> Ref:
     return _REFS[number]
 
 
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def _content(tensor: torch.Tensor) -> Any:
     """Return what tells a tensor from others by its values; nothing equals what has none."""
     try:
@@ -196,6 +200,10 @@ class Functions(Taking, TorchFunctionMode):
 
     trusts_objects = False
 
+    def __init__(self, given: Sequence[torch.Tensor], known: Known) -> None:
+        super().__init__(given, known)
+        self._versions = {id(tensor): _version(tensor) for tensor in given}
+
     def __torch_function__(
         self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -204,7 +212,25 @@ class Functions(Taking, TorchFunctionMode):
             self.facts.append(torch.get_autocast_dtype("cpu"))
         if torch.get_default_dtype() is not self._dtype:  # f has set another one
             self.facts.append(torch.get_default_dtype())
-        return self.take(func, kinds, args, kwargs)
+        for item in args:
+            self._note_written(item)
+        result = self.take(func, kinds, args, kwargs)
+        if type(result) is torch.Tensor:
+            self._versions[id(result)] = _version(result)
+        return result
+
+    def _add(self, item: Any) -> None:
+        self._note_written(item)
+        super()._add(item)
+
+    def _note_written(self, item: Any) -> None:
+        """Take down that a tensor was written into by what is no function of torch's."""
+        if isinstance(item, torch.Tensor):
+            version = _version(item)
+            since = version - self._versions.setdefault(id(item), version)
+            if since:
+                self.facts.append(("written", since))
+                self._versions[id(item)] = version
 
 
 class Compared(Functions):
