@@ -24,7 +24,17 @@ from pnode.diagnosis.facts import Facts, MPIFacts, PETScFacts, ScratchFacts, Tor
 __all__ = ["PACKAGES", "blas_threads", "cpu_quota", "gather", "mpi_libraries", "scratch_facts"]
 
 #: Packages whose versions are reported.
-PACKAGES = ("mpi4py", "petsc", "petsc4py", "petsctools", "torch", "numpy", "scipy", "tqdm")
+PACKAGES = (
+    "mpi4py",
+    "petsc",
+    "petsc4py",
+    "petsctools",
+    "torch",
+    "numpy",
+    "scipy",
+    "tqdm",
+    "typing_extensions",
+)
 _VARIABLES = (
     "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "PETSC_DIR", "PETSC_ARCH",
     "TORCHELASTIC_RUN_ID", "WORLD_SIZE", "RANK",
