@@ -136,7 +136,7 @@ def _rosenbrock(
         for j in range(i):
             Y[j] = Y[j] + method.At[i, j] * Z - method.Ginv[i, j] / h * w
         if explicit and i:
-            through = torch.bmm(found.jacobian.mT, w[..., None])[..., 0]
+            through = torch.where(own, torch.bmm(found.jacobian.mT, w[..., None])[..., 0], 0.0)
             for j in range(i):
                 Y[j] = Y[j] + method.corr[i, j] * through
         solved.insert(0, w)

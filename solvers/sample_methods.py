@@ -208,7 +208,7 @@ class RosenbrockRows:
     ) -> RosenbrockStages:  # fmt: skip
         """Compute the stages; with ``graphs``, those of f there come with them."""
         scheme, moving = self.scheme, length != 0.0
-        h = torch.where(moving, length, 1.0)[:, None]
+        h, own = torch.where(moving, length, 1.0)[:, None], moving[:, None]
         base = field.graph(t, u, by_time=scheme.needs_time_slope)
         J, by_time = field.blocks(base), None
         if scheme.needs_time_slope:
@@ -217,7 +217,9 @@ class RosenbrockRows:
         found = RosenbrockStages(base, J, [], [], torch.zeros_like(moving), h, [])
         for i, alpha in enumerate(scheme.c):
             Y = [stage for _, stage, _ in found.stages]
-            Z, s, point = u + combine(self.At[i], Y, u), t + alpha * length, base
+            # Rows that do not step have stages of zeros: others could leave f's domain.
+            Z = torch.where(own, u + combine(self.At[i], Y, u), u)
+            s, point = t + alpha * length, base
             if i == 0:
                 value = base.flat_value().to(REAL).view_as(u)
             elif graphs:
@@ -228,9 +230,10 @@ class RosenbrockRows:
             b = value - combine(self.Ginv[i], Y, u) / h
             if by_time is not None:
                 b = b + scheme.gamma[i] * h * by_time
+            b = torch.where(own, b, 0.0)
             if scheme.gamma_diagonal[i] == 0.0:
                 v = combine(self.corr[i], Y, u)
-                stage = h * (b + torch.bmm(J, v[..., None])[..., 0])
+                stage = torch.where(own, h * (b + torch.bmm(J, v[..., None])[..., 0]), 0.0)
             else:
                 if i == 0 or not scheme.one_matrix:
                     shift = 1.0 / (h * scheme.gamma_diagonal[i])

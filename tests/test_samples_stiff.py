@@ -201,3 +201,19 @@ def test_a_changed_field_is_noticed():
         factor[0] = 2.0
         with pytest.raises(pnode.errors.FieldChanged):
             ys.sum().backward()
+
+
+@pytest.mark.parametrize("method", ["rodaspr", "rodas3", "es325"])
+def test_a_row_that_is_done_takes_no_step_out_of_the_domain(method):
+    """Others go on; a step of any length from where it ends would give NaN."""
+    p = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    y0 = torch.tensor([[0.5], [2.0], [-1.0]], dtype=torch.float64, requires_grad=True)
+    t = torch.tensor([[0.0, 0.6], [0.0, 0.04], [0.0, 0.6]], dtype=torch.float64)
+    solver = pnode.Solver(
+        lambda t, y: torch.where(y > 2.2, torch.nan, p * y * y), params=[p], method=method,
+        step_size=0.1, samples="independent",
+    )  # fmt: skip
+    together = torch.autograd.grad(solver(y0, t).ys[-1].sum(), (p, y0))
+    rows = [solver(y0[i : i + 1], t[i : i + 1]).ys[-1].sum() for i in range(3)]
+    for one, other in zip(together, torch.autograd.grad(sum(rows), (p, y0)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=0.0)

@@ -91,7 +91,9 @@ class ImplicitSweeps(Backend):
                 raise Untraceable("it is differentiated by tensors that are not float64")
             if program is None:
                 code = field_code(trace, part, wanted)
-                second = SecondGraphs(part, trace.graph, y0) if steps == "rosenbrock" else None
+                second = None
+                if steps == "rosenbrock":  # read what the other graphs read
+                    second = SecondGraphs(part, trace.graph, y0).bound(trace.graph, code.traced)
                 program = GraphProgram(code, steps, second)
             trace.codes[key] = program
         made: ImplicitProgram = trace.codes[key]
