@@ -96,23 +96,24 @@ def _solve(
         solver, problem, requests, stats, tolerance, y0, hit, *parameters
     )
     if not requests.steps:
-        return times, ys.reshape(len(times), len(y0), -1), None
+        return times, ys, None
+    shape = problem.layout.shapes[0]
     path = SamplePath(
         problem, solver._engine.method, stats, times, ends, ys, y0, parameters,
-        lambda y: restored(y)[0],
+        lambda y: restored(y.reshape(*y.shape[:-2], *shape))[0],
     )  # fmt: skip
     if requests.dense:
         path.keep()
     ts, found = path.at_steps() if at == "steps" else (times, path.outputs())
-    return ts, found.to(problem.layout.dtype), path
+    return ts, found.to(problem.layout.dtype).reshape(len(found), *shape), path
 
 
 def _restored(
     problem: InitialValueProblem, call: Call, costs: torch.Size | None, ys: torch.Tensor
 ) -> tuple[Any, torch.Tensor | None]:
-    """Return the user's states and integrals of states inside, shape ``(..., B, ...)``."""
+    """Return the user's states and integrals of states inside, shaped ``(..., *layout)``."""
     if costs is None:
-        return call.restored(ys.reshape(*ys.shape[:-2], *problem.layout.shapes[0])), None
+        return call.restored(ys), None
     assert problem.base is not None
     parts = ys.split((ys.shape[-1] - costs.numel(), costs.numel()), dim=-1)
     states, integrals = (
