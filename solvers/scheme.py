@@ -309,9 +309,6 @@ def ssp_scheme(subtype: str, stages: int) -> Scheme:
     )
 
 
-# --------------------------------------------------------------------------- symplectic methods
-
-
 def combine(
     row: Iterable[Any], tensors: Iterable[torch.Tensor], like: torch.Tensor
 ) -> torch.Tensor:
