@@ -43,7 +43,10 @@ def test_f_is_reached_through_few_rooms(method):
 
 
 def test_long_files(structure):
-    assert {path for path, _ in structure.long_files(structure.sources(ROOT))} == LONG_FILES
+    native = structure.native_files(ROOT)
+    assert {path.rpartition(".")[2] for path in native} == {"cpp", "h"}
+    found = structure.long_files(structure.sources(ROOT), native)
+    assert {path for path, _ in found} == LONG_FILES
 
 
 def test_long_functions(structure):
@@ -101,4 +104,6 @@ def test_lengths_are_found(structure, tmp_path):
     (tmp_path / "solvers" / "a.py").write_text(text + 300 * "\n")
     files = structure.sources(tmp_path)
     assert list(structure.long_functions(files)) == [("solvers/a.py:g", 61)]
-    assert list(structure.long_files(files)) == [("solvers/a.py", files[0].lines)]
+    (tmp_path / "solvers" / "b.h").write_text(401 * "\n")
+    found = list(structure.long_files(files, structure.native_files(tmp_path)))
+    assert found == [("solvers/a.py", files[0].lines), ("solvers/b.h", 401)]

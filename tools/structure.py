@@ -55,11 +55,21 @@ def sources(top: Path) -> list[Source]:
     return found
 
 
-def long_files(files: list[Source]) -> Iterator[tuple[str, int]]:
+def native_files(top: Path) -> dict[str, int]:
+    """Return the C++ files of the product by their paths below the top, and their lines."""
+    return {
+        str(path.relative_to(top)): path.read_text(encoding="utf-8").count("\n")
+        for folder in FOLDERS
+        for path in sorted((top / folder).rglob("*"))
+        if path.suffix in (".cpp", ".h") and not any(place.is_symlink() for place in path.parents)
+    }
+
+
+def long_files(files: list[Source], native: dict[str, int]) -> Iterator[tuple[str, int]]:
     """Yield the path and length of files over the limit, those that hold data left out."""
-    for file in files:
-        if file.lines > FILE_LINES and not _DATA.search(file.path):
-            yield file.path, file.lines
+    for path, lines in ({file.path: file.lines for file in files} | native).items():
+        if lines > FILE_LINES and not _DATA.search(path):
+            yield path, lines
 
 
 def long_functions(files: list[Source]) -> Iterator[tuple[str, int]]:
@@ -147,7 +157,8 @@ def main() -> int:
     """Print the figures."""
     top = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent.parent
     files = sources(top)
-    over = [f"{path}: {n} lines" for path, n in long_files(files)]
+    native = native_files(top)
+    over = [f"{path}: {n} lines" for path, n in long_files(files, native)]
     over += [f"{name}: {n} lines" for name, n in long_functions(files)]
     over += [f"{path}: {n} comparisons of ts_type" for path, n in switches(files).items()]
     found = circle(files)
@@ -156,15 +167,9 @@ def main() -> int:
     over += [f"folders in a circle: {' imports '.join(reversed(found))}"] if found else []
     upward = len(upward_imports(files))
     over += [f"{upward} imports of files in pnode/ from below"] if upward else []
-    native = [
-        path
-        for folder in FOLDERS
-        for path in (top / folder).rglob("*.cpp")
-        if not any(place.is_symlink() for place in path.parents)
-    ]
-    count = sum(path.read_text(encoding="utf-8").count("\n") for path in native)
     print(*over, sep="\n")
-    print(f"{sum(file.lines for file in files)} lines of Python, {count} of C++")
+    total = sum(file.lines for file in files)
+    print(f"{total} lines of Python, {sum(native.values())} of C++")
     return bool(over)
 
 

@@ -83,7 +83,10 @@ def library() -> ctypes.CDLL:
     CompilationFailed
         If it cannot be compiled.
     """
-    text = source("kernel.h", "ranks.h", "sweeps.cpp", "rows.cpp", "graphs.h", "graph_steps.cpp")
+    text = source(
+        "kernel.h", "ranks.h", "sweeps.cpp", "sweep_calls.cpp", "rows.cpp", "graphs.h",
+        "graph_steps.cpp",
+    )  # fmt: skip
     made = compile_source(text, _FLAGS, "driver-")
     pointer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
     functions: dict[str, tuple[Any, list[Any]]] = {

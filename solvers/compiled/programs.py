@@ -28,6 +28,8 @@ __all__ = ["INCLUDES", "MOST_STAGES", "ImplicitProgram", "Program", "Writer"]
 #: Of implicit_steps.cpp.
 MOST_STAGES = 16
 
+#: Between implicit_steps.cpp and the steps.
+_ABOVE = {"bdf": ("bdf_control.h", "modified_newton.h")}
 _FLAGS = ("-std=c++17", "-O2", "-march=native", "-fno-math-errno", "-fPIC", "-shared")
 #: What comes before each program's field.
 INCLUDES = """\
@@ -94,7 +96,7 @@ class ImplicitProgram(Kernel, Code):
         self.size = math.prod(traced.shape)
         #: Entries of mu.
         self.entries = sum(math.prod(part.shape) for part in traced.parameters)
-        implicit = source("implicit_steps.cpp", f"{steps}_steps.cpp")
+        implicit = source("implicit_steps.cpp", *_ABOVE.get(steps, ()), f"{steps}_steps.cpp")
         text = "\n".join((source("kernel.h"), INCLUDES, field, implicit))
         self.library = compile_source(text, (*_FLAGS, *flags))
         self.library.pnode_implicit_steps.restype = ctypes.c_void_p

@@ -1,0 +1,128 @@
+// Newton's method that keeps its Jacobian over many steps: what ModifiedNewton of
+// solvers/newton.py does, which has the reasons. Above this stands implicit_steps.cpp.
+
+namespace {
+
+constexpr double EPS = std::numeric_limits<double>::epsilon();
+
+class Newton {
+ public:
+  Newton(const Settings& settings, const double* mass, Counts& counts)
+      : m(settings), mass(mass), counts(counts) {
+    forget();
+  }
+
+  void forget() {
+    refresh = true;
+    kept_shift = 0.0;
+    rate = 1.0;
+  }
+
+  // Solve M (shift u + psi) = f(t, u); `scale`: what is small in u.
+  Status solve(Captured c, double t, const double* guess, double shift, const double* psi,
+               const double* scale, double* u) {
+    const bool stale = !refresh;
+    Status status = iterate(c, t, guess, shift, psi, scale, u);
+    if (stale && status != DONE && !bad_guess) {
+      refresh = true;
+      status = iterate(c, t, guess, shift, psi, scale, u);
+    }
+    if (status != DONE) refresh = true;
+    return status;
+  }
+
+ private:
+  static constexpr double KAPPA = 0.05, SLOW = 0.1, MEMORY = 0.2, DOUBT = 1.5, LEAST = 0.02;
+  static constexpr double SHIFT_CHANGE = 0.1, LARGEST = 1e300;
+
+  static double weighted(const double* v, const double* scale) {
+    double sum = 0.0;
+    for (int k = 0; k < N; k++) sum += (v[k] / scale[k]) * (v[k] / scale[k]);
+    return std::sqrt(sum / N);
+  }
+
+  Status iterate(Captured c, double t, const double* guess, double shift, const double* psi,
+                 const double* scale, double* u) {
+    double f[N], rate_of_u[N], update[N], norm = 0.0, first = 0.0;
+    bool fresh = refresh;
+    std::memcpy(u, guess, sizeof(f));
+    for (int iteration = 0; iteration < m.max_newton; iteration++) {
+      bad_guess = iteration == 0;
+      // As in Python, J is not kept for another shift where there is a mass matrix.
+      const bool evaluates = refresh || (mass && outdated(shift));
+      if (evaluates)
+        jacobian(t, u, c, f, J);
+      else
+        value(t, u, c, f);
+      counts.rhs++;
+      for (int k = 0; k < N; k++) rate_of_u[k] = shift * u[k] + psi[k];
+      if (mass)
+        multiply(mass, rate_of_u, update);
+      else
+        std::memcpy(update, rate_of_u, sizeof(update));
+      for (int k = 0; k < N; k++) update[k] -= f[k];
+      const double residual = std::sqrt(square(update));
+      if (!(square(f) < MODERATE && residual < LARGEST)) return NOT_FINITE;
+      if (first == 0.0) first = residual;
+      if (m.by_residual) {
+        if (iteration && residual <= m.newton_rtol * first) return DONE;
+        if (residual <= m.newton_atol) return DONE;
+      }
+      if (!correct(shift, update, evaluates)) return bad_guess = false, NOT_CONVERGED;
+      for (int k = 0; k < N; k++) u[k] -= update[k];
+      const double before = norm, length = std::sqrt(square(u));
+      const double absolute = std::sqrt(square(update)), noise = EPS * length;
+      norm = m.by_norm ? absolute : weighted(update, scale);
+      const double tolerance = m.by_norm ? std::max(m.newton_stol * length, 2.0 * noise)
+                                         : std::max(KAPPA, 4.0 * EPS * weighted(u, scale));
+      if (!(norm < LARGEST)) return NOT_FINITE;
+      bad_guess = false;
+      if (iteration) {
+        const double observed = norm / before;
+        if (observed >= 1.0 && absolute <= 1e3 * noise) return DONE;
+        if (observed >= 2.0 || (observed >= 1.0 && iteration > 1)) return NOT_CONVERGED;
+        rate = fresh ? observed : std::max(MEMORY * rate, observed);
+        fresh = false;
+      }
+      double expected = std::min(rate, 0.999);
+      if (!iteration) expected = m.by_norm ? 0.5 : std::max(expected, LEAST);
+      if (norm == 0.0 || expected / (1.0 - expected) * norm <= tolerance) {
+        refresh = rate > SLOW && iteration > 0;
+        if (!iteration) rate = std::min(1.0, DOUBT * rate);
+        return DONE;
+      }
+    }
+    return NOT_CONVERGED;
+  }
+
+  bool outdated(double shift) const {
+    return !(std::fabs(shift / kept_shift - 1.0) <= SHIFT_CHANGE);
+  }
+
+  // From the residual to the update, with the Jacobian evaluated there or kept.
+  bool correct(double shift, double* update, bool evaluated) {
+    if (refresh || outdated(shift)) {
+      counts.jacobians += evaluated;
+      if (refresh) rate = 1.0;
+      refresh = false;
+      kept_shift = shift;
+      counts.factorizations++;
+      regular = factors.factor(shift, J, mass);
+    }
+    if (!regular) return false;
+    factors.solve(update);
+    counts.newton++, counts.krylov++;
+    if (shift != kept_shift)
+      for (int k = 0; k < N; k++) update[k] *= 2.0 / (1.0 + shift / kept_shift);
+    return true;
+  }
+
+  const Settings& m;
+  const double* mass;  // null: the identity
+  Counts& counts;
+  bool refresh, regular = false, bad_guess = false;
+  double kept_shift, rate, J[N * N];
+  Factors factors;
+};
+
+}  // namespace

@@ -1,0 +1,80 @@
+// The sweeps of sweeps.cpp, which stands above this, as functions in C for driver.py.
+
+namespace {
+
+template <typename Function>
+int64_t guarded(Function function) {
+    try {
+        return function();
+    } catch (...) {
+        return FAILED;
+    }
+}
+
+Sweep& own(void* sweep) { return *static_cast<Sweep*>(sweep); }
+
+}  // namespace
+
+extern "C" {
+
+// Takes over the kernel.
+void* pnode_sweep(void* kernel, const Control* control, const double* times, const int64_t* counts,
+                  int64_t number) {
+    try {
+        return new Sweep(static_cast<Kernel*>(kernel), *control, times, counts, number);
+    } catch (...) {
+        return nullptr;
+    }
+}
+
+void pnode_free_sweep(void* sweep) { delete static_cast<Sweep*>(sweep); }
+
+// Let the sweep be that of all ranks, which follows as a collective call.
+void pnode_share(void* sweep, const Ranks* ranks) { own(sweep).share(*ranks); }
+
+// Give a shared sweep up, unless it has ended; DONE if it has ended well.
+int64_t pnode_leave(void* sweep) { return own(sweep).close(FAILED); }
+
+int64_t pnode_forward(void* sweep, void* const* captured, void* outputs, double seconds,
+                      Counts* counts) {
+    return guarded([&] {
+        const Status status = own(sweep).forward(captured, outputs, seconds);
+        *counts = own(sweep).counts(false);
+        return status;
+    });
+}
+
+void pnode_repeat(void* sweep) { own(sweep).repeat(); }
+
+void pnode_restart(void* sweep) { own(sweep).restart(); }
+
+int64_t pnode_reverse(void* sweep, void* const* captured, double* const* sums,
+                      const double* cotangents, double seconds) {
+    return guarded([&] { return own(sweep).reverse(captured, sums, cotangents, seconds); });
+}
+
+int64_t pnode_tangents(void* sweep, void* const* captured, int64_t number, const double* start,
+                       const double* along, double* outputs, double seconds, Counts* counts) {
+    return guarded([&] {
+        const Status status =
+            own(sweep).tangents(captured, number, start, along, outputs, seconds);
+        *counts = own(sweep).counts(true);
+        return status;
+    });
+}
+
+int64_t pnode_finish(void* sweep, double* state, double* const* sums, Counts* counts) {
+    return guarded([&] {
+        own(sweep).finish(state, sums);
+        *counts = own(sweep).counts(true);
+        return DONE;
+    });
+}
+
+int64_t pnode_recorded(void* sweep, double* steps, int64_t* orders, int64_t* outputs) {
+    return own(sweep).recorded(steps, orders, outputs);
+}
+
+// Whether all checkpoints are there.
+int64_t pnode_whole(void* sweep) { return own(sweep).whole(); }
+}
