@@ -16,7 +16,6 @@
 //   parameters(t, y, w, c, mu)           mu += (df/dp)^T w
 //   second(t, y, n, w, v, r, c, l, mu)   l, mu += d/d(y, p) sum_i w_i^T (J v_i + r_i df/dt), i < n
 
-#include <complex>  // before Lu, whose std::abs is looked up where it stands
 #include <type_traits>
 
 namespace {

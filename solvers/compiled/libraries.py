@@ -37,6 +37,28 @@ _OPTIONS = {
 }  # fmt: skip
 _KERNELS = "#include <torch/csrc/inductor/cpp_prefix.h>\n"
 _MODEL = "torch::aot_inductor::AOTInductorModelBase<torch::aot_inductor::AOTInductorModel>"
+# What the calls need of the model stands in the interface, which has all of it: here the compiler
+# would read it anew for each graph, and the regular expression that names a device with it.
+_ELSEWHERE = """\
+#ifdef __GLIBCXX__
+namespace std::__detail {
+using Text = std::string::const_iterator;
+using Matches = std::allocator<std::sub_match<Text>>;
+extern template class _Scanner<char>;
+extern template class _Compiler<std::regex_traits<char>>;
+extern template class _Executor<Text, Matches, std::regex_traits<char>, true>;
+extern template class _Executor<Text, Matches, std::regex_traits<char>, false>;
+}
+#endif
+namespace torch::aot_inductor {
+using Model = AOTInductorModelBase<AOTInductorModel>;
+template <> Model::AOTInductorModelBase(
+    size_t, size_t, size_t, const std::string&, std::optional<std::string>, bool);
+template <> Model::~AOTInductorModelBase();
+template <> void Model::update_constants_map(std::shared_ptr<ConstantMap>, bool);
+template <> void Model::update_constants_array(std::shared_ptr<std::vector<ConstantHandle>>);
+}
+"""
 # Checks of arguments that an environment variable would ask for: half of the calls' text.
 _CHECKS = re.compile(
     r"^AOTI_NOINLINE static void check_input_\d+\(.*?^}\n|^ *check_input_\d+\(input_handles\);\n",
@@ -86,18 +108,18 @@ def build(
     files = [Path(file) for file in made]
     (source,) = (file for file in files if file.name.endswith(".wrapper.cpp"))
     (flags,) = (file for file in files if file.name.endswith("_compile_flags.json"))
-    head, calls, kernels = _parts(source.read_text(encoding="utf-8"))
+    headers, interface, calls, kernels = _parts(source.read_text(encoding="utf-8"))
     compiler = _Compiler(json.loads(flags.read_text(encoding="utf-8")), kept, fingerprint)
-    includes = "".join(line for line in head.splitlines(True) if line.startswith("#include <torch"))
+    lines = headers.splitlines(True)
+    includes = "".join(line for line in lines if line.startswith("#include <torch"))
     jobs = [
-        (package.with_name("calls"), "-O1", includes, f"extern template class {_MODEL};\n{calls}"),
+        (package.with_name("calls"), "-O1", includes, _ELSEWHERE + calls),
         (package.with_name("kernels"), "-O3", _KERNELS, kernels),
     ]
     with ThreadPoolExecutor(2) as pool:
         objects = [pool.submit(compiler.compile, *job) for job in jobs]
-        objects.append(
-            pool.submit(compiler.interface, includes, head, f"template class {_MODEL};\n")
-        )
+        text = f"{headers}{interface}\ntemplate class {_MODEL};\n"
+        objects.append(pool.submit(compiler.interface, includes, text))
         parts = [each.result() for each in objects]
     library = source.with_suffix(".so")
     compiler.link([*parts, *(file for file in files if file.suffix == ".o")], library)
@@ -106,8 +128,8 @@ def build(
     packages.package_aoti(str(package), [str(file) for file in (library, source, *notes)])
 
 
-def _parts(source: str) -> tuple[str, str, str]:
-    """Return the interface, with the headers before it; what calls the kernels; the kernels."""
+def _parts(source: str) -> tuple[str, str, str, str]:
+    """Return the headers, the interface, what calls the kernels, and the kernels."""
     codegen = importlib.import_module("torch._inductor.codegen")
     file = Path(codegen.__path__[0], "aoti_runtime", "interface.cpp")
     interface = file.read_text(encoding="utf-8").strip()
@@ -115,7 +137,7 @@ def _parts(source: str) -> tuple[str, str, str]:
     calls, kernels_begin, kernels = rest.partition(_KERNELS)
     if not found:
         raise ValueError("inductor writes its interface in another way")
-    return before + found + "\n", _CHECKS.sub("", calls), kernels_begin + kernels
+    return before, found, _CHECKS.sub("", calls), kernels_begin + kernels
 
 
 class _Compiler:
@@ -153,13 +175,13 @@ class _Compiler:
         self._run(level, "-c", str(source), "-include", str(header), "-o", str(made))
         return made
 
-    def interface(self, includes: str, head: str, instances: str) -> Path:
-        """Return the object file of the interface."""
-        path = self._kept / f"interface-{self._name(head, instances)}.o"
+    def interface(self, includes: str, text: str) -> Path:
+        """Return the object file of the interface, whose text begins with ``includes``."""
+        path = self._kept / f"interface-{self._name(text)}.o"
 
         def make(partial: Path) -> None:
             source = partial.with_suffix(".cpp")
-            source.write_text(head + instances, encoding="utf-8")
+            source.write_text(text, encoding="utf-8")
             header = self._header("-O1", includes)
             self._run("-O1", "-c", str(source), "-include", str(header), "-o", str(partial))
             source.unlink()
@@ -187,11 +209,11 @@ class _Compiler:
         return path
 
     def link(self, objects: Sequence[Path], library: Path) -> None:
-        """Make a library."""
+        """Make a library that lacks nothing."""
         torch_libraries = Path(torch.__file__).parent / "lib"
         self._run(
-            "-O3", "-shared", *map(str, objects), "-o", str(library), f"-L{torch_libraries}",
-            "-ltorch", "-ltorch_cpu", "-lgomp",
+            "-O3", "-shared", "-Wl,--no-undefined", *map(str, objects), "-o", str(library),
+            f"-L{torch_libraries}", "-ltorch", "-ltorch_cpu", "-lc10", "-lgomp",
         )  # fmt: skip
 
     def _run(self, *arguments: str) -> None:

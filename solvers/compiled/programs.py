@@ -97,7 +97,8 @@ class ImplicitProgram(Kernel, Code):
         #: Entries of mu.
         self.entries = sum(math.prod(part.shape) for part in traced.parameters)
         implicit = source("implicit_steps.cpp", *_ABOVE.get(steps, ()), f"{steps}_steps.cpp")
-        text = "\n".join((source("kernel.h"), INCLUDES, field, implicit))
+        complex_numbers = "#include <complex>\n" if steps == "coupled" else ""
+        text = "\n".join((source("kernel.h"), INCLUDES + complex_numbers, field, implicit))
         self.library = compile_source(text, (*_FLAGS, *flags))
         self.library.pnode_implicit_steps.restype = ctypes.c_void_p
         #: Settings in C by those in Python, and the arrays that they point to.
