@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import torch
+
 from pnode.solvers.compiled import inductor
 
 
@@ -10,6 +12,8 @@ def share_headers(folder: Path) -> None:
     """Spare a new folder the precompiled headers that this session has, 15 s of compilation."""
     kept, own = inductor.cache_folder() / ".inductor", folder / ".inductor"
     own.mkdir(mode=0o700)
+    if not any(kept.glob("interface-*.o")):  # nobody has compiled anything yet
+        inductor.compile_graph("headers", lambda x: (x + 1.0,), [torch.zeros(1)])
     for path in [*kept.glob("headers-*.h"), *kept.glob("headers-*.gch"), *kept.glob("*.o")]:
         try:
             os.link(path, own / path.name)
