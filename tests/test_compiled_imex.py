@@ -8,11 +8,14 @@ import pytest
 import torch
 from replica import arkimex_step, arkimex_tableau
 from representatives import representatives
+from test_compiled import interpreted
 
 import pnode
 from pnode.solvers.compiled.graph_programs import GraphProgram
 from pnode.solvers.compiled.programs import Program
 from pnode.solvers.methods import find_method
+
+__all__ = ["interpreted"]  # a fixture
 
 D = torch.float64
 METHODS = [m for m in representatives() if m.kind == "imex"]
@@ -181,7 +184,7 @@ def test_second_derivatives_and_tangents():
     y0, times, found = torch.linspace(-1.0, 1.5, 3, dtype=D), torch.tensor([0.0, 0.5]), []
     for compile in (False, True):
         solver = pnode.Solver(
-            implicit=decay, explicit=net, method="ark3", rtol=1e-5, atol=1e-7, compile=compile
+            implicit=decay, explicit=net, method="ark3", rtol=1e-3, atol=1e-5, compile=compile
         )
 
         def loss(y0, solver=solver):
@@ -202,7 +205,7 @@ def test_what_ends_early_is_told_as_without():
     assert errors[0] == errors[1]
 
 
-def test_imexbe_is_compiled_in_fixed_steps_alone():
+def test_imexbe_is_compiled_in_fixed_steps_alone(interpreted):
     """PETSc's controller takes it for a method of another order."""
     decay, net = both(4, False)
     solver = pnode.Solver(implicit=decay, explicit=net, method="imexbe", rtol=1e-2, compile=True)
@@ -210,7 +213,7 @@ def test_imexbe_is_compiled_in_fixed_steps_alone():
     assert "compiled='the vector field'" in repr(solver)
 
 
-def test_with_a_mass_matrix_the_parts_alone_are_compiled():
+def test_with_a_mass_matrix_the_parts_alone_are_compiled(interpreted):
     decay, net = both(4, False)
     solver = pnode.Solver(
         implicit=decay, explicit=net, mass=2.0 * torch.eye(4, dtype=D), method="ark3",

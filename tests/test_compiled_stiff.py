@@ -8,12 +8,15 @@ import warnings
 import pytest
 import torch
 from representatives import representatives
+from test_compiled import interpreted
 from torch._inductor import cpp_builder
 
 import pnode
 from pnode.solvers.compiled import inductor, programs
 from pnode.solvers.compiled.fields import Fields
 from pnode.solvers.methods import METHODS
+
+__all__ = ["interpreted"]  # a fixture
 
 TIMES = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
 THETA = ["beuler", "cn", "implicit_midpoint"]
@@ -469,7 +472,9 @@ def test_one_warning_says_why_a_solve_is_not_compiled(keywords, reason):
     assert torch.equal(ys, expected)
 
 
-def test_a_compiler_that_fails_is_told_though_the_field_can_be_compiled(monkeypatch, caplog):
+def test_a_compiler_that_fails_is_told_though_the_field_can_be_compiled(
+    monkeypatch, caplog, interpreted
+):
     monkeypatch.setattr(programs, "source", lambda *names: "#error no steps today")
     monkeypatch.setattr(logging.getLogger("pnode"), "propagate", True)
     solver = pnode.Solver(Kinetics(), method="cn", step_size=0.1, compile=True)
@@ -491,7 +496,7 @@ def test_a_compiler_that_fails_is_told_though_the_field_can_be_compiled(monkeypa
         {"method": "cn", "step_size": 0.1, "petsc_options": {"pc_factor_shift_type": "none"}},
     ],
 )
-def test_what_has_no_compiled_sweep_has_a_compiled_field(keywords):
+def test_what_has_no_compiled_sweep_has_a_compiled_field(keywords, interpreted):
     """Without a warning; see test_compiled_fields.py."""
     field = Kinetics()
     solver = pnode.Solver(field, compile=True, **keywords)
@@ -557,11 +562,13 @@ def test_fields_that_have_no_program(function, reason):
 
 
 @pytest.mark.parametrize(
-    ("function", "tolerance"),
+    ("method", "function", "tolerance"),
     [
-        (lambda t, y: -torch.special.bessel_j0(y), 1e-12),
-        (lambda t, y: (-y.float()).double(), 1e-6),  # of single precision's round-off
+        ("rosw_theta2", lambda t, y: -torch.special.bessel_j0(y), 1e-12),
+        # Of single precision's round-off.
+        ("beuler", lambda t, y: (-y.float()).double(), 1e-6),
         (
+            "beuler",
             lambda t, y: (
                 -y.detach()
                 + torch.zeros(40_000).sum()
@@ -575,8 +582,9 @@ def test_fields_that_have_no_program(function, reason):
         ),
     ],
 )
-def test_fields_that_are_no_programs_of_scalars_are_graphs(function, tolerance):
-    keywords = {"method": "rosw_theta2", "step_size": 0.5}
+def test_fields_that_are_no_programs_of_scalars_are_graphs(method, function, tolerance):
+    """A Rosenbrock method takes two graphs more than another."""
+    keywords = {"method": method, "step_size": 0.5}
     solver = pnode.Solver(function, **keywords, compile=True)
     with torch.no_grad():
         ys = solver(START, TIMES).ys

@@ -393,10 +393,13 @@ def test_second_backward_repeats_adaptive_steps_bit_by_bit():
     assert solution.stats.backward.recomputed == solution.stats.steps
 
 
-@pytest.mark.parametrize(
-    "keywords", [{"method": "gauss4", "step_size": 0.1}, {"method": "radau5", "rtol": 1e-6}]
-)
+@pytest.mark.parametrize("keywords", [
+    {"method": "gauss4", "step_size": 0.1}, {"method": "radau5", "rtol": 1e-6},
+    {"method": "gauss4", "step_size": 0.1, "jacobian": "matrix-free"},
+    {"method": "gauss4", "step_size": 0.1, "mass": torch.tensor([[1.0, 0.3], [0.0, 2.0]], dtype=D)},
+])  # fmt: skip
 def test_derivatives_of_second_order_and_tangents(keywords):
+    """Of systems that are solved directly, and by products."""
     field, y0, t = VanDerPol(2.0), start(1.0, 0.5), times(0.0, 1.0)
     solver = pnode.Solver(field, petsc_options=TIGHT, **keywords)
     gradient = grad(solver(y0, t).ys[-1][0], y0, create_graph=True)[0]

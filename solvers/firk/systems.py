@@ -29,6 +29,10 @@ from pnode.solvers.petsc.settings import IntegratorSettings
 __all__ = ["AnyJacobian", "Blocks", "CoupledSystem", "Krylov", "SimplifiedSystem"]
 
 
+# A state with its tangents or integrals has a dense Jacobian up to this size, where the state's is
+# dense: GMRES takes ten products and more for each system.
+_SMALL_PAIR = 64
+
 # Blocks, entries, or what has products.
 AnyJacobian = torch.Tensor | Entries | Linearization
 
@@ -72,7 +76,7 @@ class Blocks:
     """
 
     def __init__(self, settings: IntegratorSettings) -> None:
-        self.assembles = settings.jacobian in ("dense", "block", "sparse")
+        self.assembles = settings.jacobian in ("dense", "block", "sparse") or _is_small(settings)
         self._size = settings.size
         self._place: Place = settings.place
         self.samples = settings.jacobian_options.samples if settings.jacobian == "block" else 1
@@ -275,6 +279,15 @@ class CoupledSystem:
             return inverse @ _times(self._mass, Z, transposed) - torch.stack(own)
 
         return self._krylov.solve(apply, b, self._ranks)
+
+
+def _is_small(settings: IntegratorSettings) -> bool:
+    """Whether it is a small pair, or pair of pairs, of a state with a dense Jacobian."""
+    jacobian, options = settings.jacobian, settings.jacobian_options
+    while options.pair is not None:
+        jacobian, options = options.pair.jacobian, options.pair.options
+    small = not settings.parallel and settings.size <= _SMALL_PAIR
+    return small and jacobian == "dense"
 
 
 def _times(mass: MassMatrix | None, v: torch.Tensor, transposed: bool = False) -> torch.Tensor:
