@@ -237,7 +237,7 @@ class Bdf : public ImplicitSteps {
   std::vector<std::pair<int, size_t>> kept;
   double waiting[MOST_STATES][N];
   std::deque<Rows> before;  // tangents of the states so far, newest first
-  double J[N * N];  // of the adjoint
+  double J[ENTRIES];  // of the adjoint
   Factors factors;
 };
 

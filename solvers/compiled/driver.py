@@ -39,7 +39,7 @@ __all__ = [
 _FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
 #: How long a call may keep Python from noticing an interrupt, in seconds.
 PATIENCE = 0.1
-_DONE, _PAUSED, _SINGULAR = 0, 1, 4  # Status in kernel.h
+_DONE, _PAUSED, _SINGULAR, _MISSING = 0, 1, 4, 100  # Status in kernel.h
 # PETSc's largest step (TSAdaptSetStepLimits).
 _LONGEST = 1e20
 

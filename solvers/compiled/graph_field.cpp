@@ -1,10 +1,14 @@
 // A field y' = f(t, y, p) as compiled graphs: the functions that implicit_steps.cpp lists. Above this
-// stand kernel.h, graphs.h, N, AUTONOMOUS, and POINTS, at how many points its value is kept.
+// stand kernel.h, graphs.h, N, AUTONOMOUS, and POINTS, at how many points its value is kept; or
+// sparse Jacobians ENTRIES, and COLORS, products that tell them.
 
 namespace {
 
+constexpr double SQRT_EPS = 1.0 / (1 << 26);
+
 struct FieldGraphs {  // of graph_programs.py
     int64_t saved, parameters;
+    const int64_t *rows_of, *columns_of, *colors;  // of the entries, and of each row; see sparse.py
     Graph value, rows, product;
     Graph rate, second;  // of second_graphs.py, for Rosenbrock methods
 };
@@ -33,7 +37,11 @@ class Field {
 
     void jacobian(double t, const double* y, double* f, double* J) {
         value(t, y, f);
-        copy_out(derivative(plan.rows, evaluated(t, y), read_[0].share(), 1)[0], J);
+        const Tensors products = derivative(plan.rows, evaluated(t, y), read_[0].share(), 1);
+        if (COLORS)
+            take_entries(products[0], J);
+        else
+            copy_out(products[0], J);
     }
 
     void slopes(double t, const double* y, double* f, double* J, double* ft) {
@@ -86,6 +94,24 @@ class Field {
         copy_out(point.saved[0], point.value);
         point.known = true;
         return point;
+    }
+
+    // Of a Jacobian from one product for each color, and one more, which shows that there are no others.
+    void take_entries(const Tensor& products, double* J) {
+        products_.resize((COLORS + 1) * N), sums_.assign(2 * N, 0.0);
+        copy_out(products, products_.data());
+        const double *w = read_[0].data<double>() + COLORS * N, *exact = &products_[COLORS * N];
+        double *found = &sums_[0], *scale = &sums_[N];
+        for (int k = 0; k < ENTRIES; k++) {
+            const int64_t row = plan.rows_of[k], column = plan.columns_of[k];
+            J[k] = products_[plan.colors[row] * N + column];
+            found[column] += J[k] * w[row];
+            scale[column] += std::fabs(J[k] * w[row]);
+        }
+        for (int k = 0; k < N; k++) {
+            const double most = SQRT_EPS * (scale[k] + std::fabs(exact[k]));
+            if (std::fabs(exact[k] - found[k]) > most) throw MISSING;
+        }
     }
 
     // Those of w, if they were not taken last.
@@ -145,7 +171,7 @@ class Field {
     Tensors read_, more_, found_;
     const Point* found_at_ = nullptr;
     double cotangent_[N];
-    std::vector<double> sum_;
+    std::vector<double> sum_, products_, sums_;
 };
 
 typedef Field* Captured;

@@ -121,7 +121,7 @@ class Newton {
   const double* mass;  // null: the identity
   Counts& counts;
   bool refresh, regular = false, bad_guess = false;
-  double kept_shift, rate, J[N * N];
+  double kept_shift, rate, J[ENTRIES];
   Factors factors;
 };
 

@@ -81,6 +81,8 @@ class ImplicitProgram(Kernel, Code):
         The methods.
     flags : sequence of str
         More options of the compiler.
+    systems : str
+        The file that has the linear systems.
     """
 
     dtype = REAL
@@ -90,14 +92,15 @@ class ImplicitProgram(Kernel, Code):
     row_entries = 0
 
     def __init__(
-        self, traced: FieldGraph, field: str, steps: str, flags: Sequence[str] = ()
-    ) -> None:
+        self, traced: FieldGraph, field: str, steps: str, flags: Sequence[str] = (),
+        systems: str = "dense_systems.h",
+    ) -> None:  # fmt: skip
         self.traced = traced
         self.size = math.prod(traced.shape)
         #: Entries of mu.
         self.entries = sum(math.prod(part.shape) for part in traced.parameters)
-        implicit = source("implicit_steps.cpp", *_ABOVE.get(steps, ()), f"{steps}_steps.cpp")
-        text = "\n".join((source("kernel.h"), INCLUDES, field, implicit))
+        implicit = source(systems, "implicit_steps.cpp", *_ABOVE.get(steps, ()), f"{steps}_steps.cpp")
+        text = "\n".join((source("kernel.h"), INCLUDES, field, source("lu.h"), implicit))
         self.library = compile_source(text, (*_FLAGS, *flags))
         self.library.pnode_implicit_steps.restype = ctypes.c_void_p
         #: Settings in C by those in Python, and the arrays that they point to.
@@ -279,7 +282,7 @@ class Writer:
         timed = self._scalars.depends([*self._f, *self._jacobian], state[:1])
         linear = not self._scalars.depends(self._jacobian, state)
         parts = [
-            _PRELUDE, f"constexpr int N = {len(self._f)};",
+            _PRELUDE, f"constexpr int N = {len(self._f)}, ENTRIES = N * N;",
             f"constexpr bool AUTONOMOUS = {str(not timed).lower()};",
             f"constexpr bool CONSTANT = {str(linear).lower()};",
         ]  # fmt: skip
