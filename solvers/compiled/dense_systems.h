@@ -19,4 +19,26 @@ void apply(const double* J, const double* x, double* y) { multiply(J, x, y); }
 
 void apply_transposed(const double* J, const double* w, double* l) { multiply_transposed(J, w, l); }
 
+// Of (shift M - J)^T, J at one point of the path after the other; null stands for the identity.
+class TransposedSolves {
+ public:
+  explicit TransposedSolves(Counts& counts) : counts(counts) {}
+
+  void forget() {}
+
+  Status solve(Captured c, double t, const double* y, double shift, const double* M, double* w) {
+    double f[N];
+    jacobian(t, y, c, f, J);
+    counts.jacobians++, counts.factorizations++, counts.krylov++;
+    if (!factors.factor(shift, J, M)) return SINGULAR;
+    factors.solve_transposed(w);
+    return DONE;
+  }
+
+ private:
+  Counts& counts;
+  Factors factors;
+  double J[ENTRIES];
+};
+
 }  // namespace

@@ -24,7 +24,8 @@ from pnode.solvers.compiled.trace import FieldGraph, dependent
 
 __all__ = ["GraphProgram"]
 
-_FLAGS = ("-O3",)
+_DENSE, _SPARSE = ("dense_systems.h",), ("sparse_systems.h", "kept_solves.h")
+_FLAGS = ("-O3", "-fopenmp-simd")
 # Of a stage, which take less time than to take the step again from Python.
 _MOST_PRODUCTS = 128
 
@@ -82,7 +83,7 @@ class GraphProgram(ImplicitProgram):
             *_entries(colored),
             source("graphs.h", "graph_field.cpp"),
         )
-        systems = "dense_systems.h" if colored is None else "sparse_systems.h"
+        systems = _DENSE if colored is None else _SPARSE
         super().__init__(traced, "\n".join(field), steps, _FLAGS, systems)
         lend_torch(library, self.library)
         self.library.pnode_lapack(_lapack())

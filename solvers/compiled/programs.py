@@ -81,8 +81,8 @@ class ImplicitProgram(Kernel, Code):
         The methods.
     flags : sequence of str
         More options of the compiler.
-    systems : str
-        The file that has the linear systems.
+    systems : sequence of str
+        The files that have the linear systems.
     """
 
     dtype = REAL
@@ -93,14 +93,17 @@ class ImplicitProgram(Kernel, Code):
 
     def __init__(
         self, traced: FieldGraph, field: str, steps: str, flags: Sequence[str] = (),
-        systems: str = "dense_systems.h",
+        systems: Sequence[str] = ("dense_systems.h",),
     ) -> None:  # fmt: skip
         self.traced = traced
         self.size = math.prod(traced.shape)
         #: Entries of mu.
         self.entries = sum(math.prod(part.shape) for part in traced.parameters)
-        implicit = source(systems, "implicit_steps.cpp", *_ABOVE.get(steps, ()), f"{steps}_steps.cpp")
-        text = "\n".join((source("kernel.h"), INCLUDES, field, source("lu.h"), implicit))
+        own = (*_ABOVE.get(steps, ()), f"{steps}_steps.cpp")
+        text = "\n".join((
+            source("kernel.h"), INCLUDES, field,
+            source("lu.h", *systems, "implicit_steps.cpp", *own),
+        ))  # fmt: skip
         self.library = compile_source(text, (*_FLAGS, *flags))
         self.library.pnode_implicit_steps.restype = ctypes.c_void_p
         #: Settings in C by those in Python, and the arrays that they point to.
