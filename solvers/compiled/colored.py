@@ -26,6 +26,8 @@ class Colored:
     ----------
     pattern : SparsityPattern
         Where entries may be.
+    blocks : bool
+        Whether those are blocks of independent samples.
 
     Attributes
     ----------
@@ -38,7 +40,8 @@ class Colored:
         Tells it from others.
     """
 
-    def __init__(self, pattern: SparsityPattern) -> None:
+    def __init__(self, pattern: SparsityPattern, blocks: bool = False) -> None:
+        self.blocks = blocks
         self.rows, self.columns, self.colors = (
             x.contiguous() for x in (pattern.rows, pattern.columns, pattern.colors)
         )
@@ -88,7 +91,7 @@ def colored(
         if jacobian == "block":
             pattern = _of_blocks(options.samples, size)
         assert pattern is not None
-        codes[key] = Colored(pattern)
+        codes[key] = Colored(pattern, jacobian == "block")
     found: Colored = codes[key]
     return found
 

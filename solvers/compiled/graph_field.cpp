@@ -1,6 +1,6 @@
 // A field y' = f(t, y, p) as compiled graphs: the functions that implicit_steps.cpp lists. Above this
-// stand kernel.h, graphs.h, N, AUTONOMOUS, and POINTS, at how many points its value is kept; or
-// sparse Jacobians ENTRIES, and COLORS, products that tell them.
+// stand kernel.h, graphs.h, N, AUTONOMOUS, and POINTS, at how many points its value is kept; ENTRIES of a
+// Jacobian, and COLORS, the products that tell them if it is sparse, else 0.
 
 namespace {
 
@@ -8,7 +8,6 @@ constexpr double SQRT_EPS = 1.0 / (1 << 26);
 
 struct FieldGraphs {  // of graph_programs.py
     int64_t saved, parameters;
-    const int64_t *rows_of, *columns_of, *colors;  // of the entries, and of each row; see sparse.py
     Graph value, rows, product;
     Graph rate, second;  // of second_graphs.py, for Rosenbrock methods
 };
@@ -16,6 +15,7 @@ struct FieldGraphs {  // of graph_programs.py
 struct Plan : FieldGraphs {
     std::vector<Form> read;  // unit vectors, y, and what f reads besides
     std::vector<Form> more;  // what rate and second read
+    std::vector<int64_t> rows_of, columns_of, colors;  // of the entries; of each row; see colored.py
 } plan;                      // the same in all sweeps: a library is for one field
 
 // f, and what its derivatives need of an evaluation, where it was evaluated last.
@@ -38,7 +38,7 @@ class Field {
     void jacobian(double t, const double* y, double* f, double* J) {
         value(t, y, f);
         const Tensors products = derivative(plan.rows, evaluated(t, y), read_[0].share(), 1);
-        if (COLORS)
+        if (COLORS > 0)
             take_entries(products[0], J);
         else
             copy_out(products[0], J);
@@ -201,8 +201,14 @@ void second(double t, const double* y, int count, const double (*w)[N], const do
 
 }  // namespace
 
-extern "C" void pnode_field(const FieldGraphs* graphs, const int64_t* text) {
+// The last three: null where Jacobians are dense.
+extern "C" void pnode_field(const FieldGraphs* graphs, const int64_t* text, const int64_t* rows_of,
+                            const int64_t* columns_of, const int64_t* colors) {
     static_cast<FieldGraphs&>(plan) = *graphs;
     plan.read = forms(text);
     plan.more = forms(text);
+    if (!COLORS || !plan.colors.empty()) return;
+    plan.rows_of.assign(rows_of, rows_of + ENTRIES);
+    plan.columns_of.assign(columns_of, columns_of + ENTRIES);
+    plan.colors.assign(colors, colors + N);
 }

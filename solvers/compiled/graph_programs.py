@@ -33,7 +33,6 @@ _MOST_PRODUCTS = 128
 class _FieldGraphs(ctypes.Structure):
     _fields_ = [
         ("saved", ctypes.c_int64), ("parameters", ctypes.c_int64),
-        ("rows_of", ctypes.c_void_p), ("columns_of", ctypes.c_void_p), ("colors", ctypes.c_void_p),
         ("value", Graph), ("rows", Graph), ("product", Graph), ("rate", Graph), ("second", Graph),
     ]  # fmt: skip
 
@@ -89,12 +88,11 @@ class GraphProgram(ImplicitProgram):
         self.library.pnode_lapack(_lapack())
         places: list[Any] = [None] * 3
         if colored is not None:
-            self._colored = colored  # kept alive
             places = [at(x) for x in (colored.rows, colored.columns, colored.colors)]
             self.library.pnode_structure(*places[:2], at(colored.order))
-        settings = _FieldGraphs(traced.saved, len(traced.parameters), *places, *calls)
+        settings = _FieldGraphs(traced.saved, len(traced.parameters), *calls)
         text = described(library, self._read(), self._read_twice())
-        self.library.pnode_field(ctypes.byref(settings), text)
+        self.library.pnode_field(ctypes.byref(settings), text, *places)
 
     def bound(self, graph: FieldGraph) -> GraphProgram:
         """Return it for a graph that differs in the tensors that it reads alone."""
@@ -129,7 +127,10 @@ def _entries(colored: Colored | None) -> list[str]:
     if colored is None:
         return ["constexpr int COLORS = 0, ENTRIES = N * N;"]
     colors, entries = len(colored.seeds) - 1, len(colored.rows)
-    return [f"constexpr int COLORS = {colors}, ENTRIES = {entries};  // {colored.name}"]
+    return [
+        f"constexpr int COLORS = {colors}, ENTRIES = {entries};  // {colored.name}",
+        f"constexpr bool BLOCKS = {str(colored.blocks).lower()};",
+    ]
 
 
 def _reads_time(traced: FieldGraph) -> bool:

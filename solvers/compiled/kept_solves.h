@@ -34,7 +34,7 @@ class TransposedSolves {
 
  private:
   // Iterations, and cycles of them; how many a factorization is about worth; what is left of b.
-  static constexpr int MOST = 30, CYCLES = 4, WORTH = 10;
+  static constexpr int MOST = 30, CYCLES = 4, WORTH = 20;
   static constexpr double LEFT = 50.0 * std::numeric_limits<double>::epsilon();
 
   void factor(Captured c, double t, const double* y, double shift) {
@@ -46,13 +46,6 @@ class TransposedSolves {
     known = true, excess = least = 0;
   }
 
-  static double dot(const double* a, const double* b) {
-    double sum = 0.0;
-#pragma omp simd reduction(+ : sum)
-    for (int k = 0; k < N; k++) sum += a[k] * b[k];
-    return sum;
-  }
-
   // v = (shift - f_y)^T x.
   static void multiply_with(Captured c, double t, const double* y, double shift, const double* x,
                             double* v) {
@@ -62,15 +55,16 @@ class TransposedSolves {
 
   bool approach(Captured c, double t, const double* y, double shift, const Vector& b, double* w,
                 int& taken) {
-    const double goal = LEFT * std::sqrt(dot(b.data(), b.data()));
+    const double goal = LEFT * std::sqrt(dot(b.data(), b.data(), N));
     Vector left(b);
     std::fill(w, w + N, 0.0);
     for (int cycle = 0;; cycle++) {
-      const double norm = std::sqrt(dot(left.data(), left.data()));
+      const double norm = std::sqrt(dot(left.data(), left.data(), N));
       if (norm <= goal) return true;
       // Twice as much: what a cycle takes for done is not in the last bits.
       if (cycle && norm <= 2.0 * goal) return true;
-      if (cycle == CYCLES || !std::isfinite(norm)) return false;
+      if (!std::isfinite(norm)) return std::fill(w, w + N, norm), true;
+      if (cycle == CYCLES) return false;
       taken += improve(c, t, y, shift, left, norm, goal, w);
       multiply_with(c, t, y, shift, w, left.data());
       for (int k = 0; k < N; k++) left[k] = b[k] - left[k];
@@ -92,10 +86,10 @@ class TransposedSolves {
       multiply_with(c, t, y, shift, z, v);
       for (int i = 0; i <= j; i++) {
         const double* other = &V[size_t(i) * N];
-        const double h = H[i][j] = dot(v, other);
+        const double h = H[i][j] = dot(v, other, N);
         for (int k = 0; k < N; k++) v[k] -= h * other[k];
       }
-      const double length = std::sqrt(dot(v, v));
+      const double length = std::sqrt(dot(v, v, N));
       for (int i = 0; i < j; i++) {
         const double one = H[i][j], two = H[i + 1][j];
         H[i][j] = cosine[i] * one + sine[i] * two, H[i + 1][j] = cosine[i] * two - sine[i] * one;

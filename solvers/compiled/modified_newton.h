@@ -48,8 +48,8 @@ class Newton {
     std::memcpy(u, guess, sizeof(f));
     for (int iteration = 0; iteration < m.max_newton; iteration++) {
       bad_guess = iteration == 0;
-      // As in Python, J is not kept for another shift where there is a mass matrix.
-      const bool evaluates = refresh || (mass && outdated(shift));
+      // As in Python, J is not kept for another shift where there is a mass matrix, or are blocks.
+      const bool evaluates = refresh || ((mass || RENEWS) && outdated(shift));
       if (evaluates)
         jacobian(t, u, c, f, J);
       else

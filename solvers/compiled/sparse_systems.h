@@ -1,10 +1,12 @@
-// Sparse Jacobians, and what is solved with them: LU by fronts. Above this stand N, ENTRIES and lu.h.
+// Sparse Jacobians, and what is solved with them: LU by fronts. Above this stand N, ENTRIES, lu.h and BLOCKS.
 //
 // Duff & Reid, ACM Trans. Math. Softw. 9 (1983) 302: columns whose entries lie in the same rows are
 // eliminated together, in a dense matrix of these rows and columns, a front. What is left of it is added
 // to the front that comes next of those with these rows. Pivots are chosen within the columns of a front.
 
 namespace {
+
+constexpr bool RENEWS = BLOCKS;  // J for another shift, as Python does
 
 typedef std::vector<int> Numbers;
 
@@ -14,7 +16,7 @@ struct Front {
   double used;        // entries that are not zero
   int parent = -1;    // the front that comes next
   Numbers into;       // where its rows are there
-  size_t lower, right;  // where its part of L and U is, and what of U is right of that
+  size_t lower, right;  // where its part of L and U is, and what of U is right of that, by rows
   std::vector<std::pair<int, size_t>> entries;  // of the Jacobian, and where they are
   int size() const { return width + int(rows.size()); }
   // Where a row or column is.
@@ -165,6 +167,13 @@ class Structure {
   }
 } structure;
 
+double dot(const double* a, const double* b, int count) {
+  double sum = 0.0;
+#pragma omp simd reduction(+ : sum)
+  for (int k = 0; k < count; k++) sum += a[k] * b[k];
+  return sum;
+}
+
 // Of shift - J.
 class Factors {
  public:
@@ -234,7 +243,7 @@ class Factors {
     std::memcpy(values.data() + f.lower, all, sizeof(double) * size * width);
     for (int j = 0; j < count; j++) {
       const double* column = right + size_t(size) * j;
-      std::memcpy(values.data() + f.right + size_t(width) * j, column, sizeof(double) * width);
+      for (int k = 0; k < width; k++) values[f.right + size_t(count) * k + j] = column[k];
       std::memcpy(left.data() + used + size_t(count) * j, column + width, sizeof(double) * count);
     }
     return true;
@@ -255,12 +264,10 @@ class Factors {
     if (transposed) {
       for (int k = 0; k < width; k++) {
         const double* column = lower + size_t(size) * k;
-        double sum = own[k];
-        for (int i = 0; i < k; i++) sum -= column[i] * own[i];
-        own[k] = sum / column[k];
+        own[k] = (own[k] - dot(column, own, k)) / column[k];
       }
-      for (int i = 0; i < count; i++)
-        for (int k = 0; k < width; k++) sums[i] += right[k + size_t(width) * i] * own[k];
+      for (int k = 0; k < width; k++)
+        for (int i = 0; i < count; i++) sums[i] += right[size_t(count) * k + i] * own[k];
     } else {
       for (int k = 0; k < width; k++) std::swap(own[k], own[pivots[f.first + k] - 1]);
       for (int k = 0; k < width; k++) {
@@ -281,15 +288,12 @@ class Factors {
     if (transposed) {
       for (int k = width - 1; k >= 0; k--) {
         const double* column = lower + size_t(size) * k;
-        double sum = own[k];
-        for (int i = 0; i < count; i++) sum -= column[width + i] * after[i];
-        for (int i = k + 1; i < width; i++) sum -= column[i] * own[i];
-        own[k] = sum;
+        own[k] -= dot(column + width, after, count) +
+                  dot(column + k + 1, own + k + 1, width - k - 1);
       }
       for (int k = width - 1; k >= 0; k--) std::swap(own[k], own[pivots[f.first + k] - 1]);
     } else {
-      for (int i = 0; i < count; i++)
-        for (int k = 0; k < width; k++) own[k] -= right[k + size_t(width) * i] * after[i];
+      for (int k = 0; k < width; k++) own[k] -= dot(right + size_t(count) * k, after, count);
       for (int k = width - 1; k >= 0; k--) {
         const double *column = lower + size_t(size) * k, value = own[k] /= column[k];
         for (int i = 0; i < k; i++) own[i] -= column[i] * value;
@@ -318,5 +322,5 @@ void apply_transposed(const double* J, const double* w, double* l) {
 
 // Of one field and pattern, as a library is.
 extern "C" void pnode_structure(const int64_t* rows, const int64_t* columns, const int64_t* order) {
-  structure.find(rows, columns, order);
+  if (structure.fronts.empty()) structure.find(rows, columns, order);
 }
