@@ -42,6 +42,7 @@ class Bdf : public ImplicitSteps {
 
   void begin_adjoint(double* const* sums) override {
     ImplicitSteps::begin_adjoint(sums);
+    solves.forget();
     std::memset(waiting, 0, sizeof(waiting));
   }
 
@@ -50,14 +51,11 @@ class Bdf : public ImplicitSteps {
     const auto [k, first] = kept[index];
     const double* from = values.data() + first;
     double parts[MOST_STATES][N] = {};
-    if (k < 0) {
-      if (!adjoint_of_start(-k, t, h, from, parts[0])) return SINGULAR;
-    } else {
-      const double* y = from + k + 1;
-      if (!transposed(t + h, y, from[0], lambda)) return SINGULAR;
-      for (int j = 0; j < k; j++)
-        for (int i = 0; i < N; i++) parts[j][i] = -from[j + 1] * lambda[i];
-    }
+    const Status status = k < 0 ? adjoint_of_start(-k, t, h, from, parts[0])
+                                : transposed(t + h, from + k + 1, from[0], lambda);
+    if (status != DONE) return status;
+    for (int j = 0; j < k; j++)
+      for (int i = 0; i < N; i++) parts[j][i] = -from[j + 1] * lambda[i];
     for (int i = 0; i < N; i++) lambda[i] = parts[0][i] + waiting[0][i];
     for (int j = 1; j < MOST_STATES; j++)
       for (int i = 0; i < N; i++)
@@ -183,34 +181,34 @@ class Bdf : public ImplicitSteps {
   }
 
   // From a cotangent of y to M^T w of (shift M - J)^T w = cotangent, with the part of mu.
-  bool transposed(double t, const double* y, double shift, double* w) {
-    double f[N];
-    jacobian(t, y, c, f, J);
-    counts.jacobians++, counts.rhs++, counts.factorizations++;
-    if (!factors.factor(shift, J, M)) return false;
-    factors.solve_transposed(w);
-    counts.krylov++;
+  Status transposed(double t, const double* y, double shift, double* w) {
+    counts.rhs++;
+    const Status status = solves.solve(c, t, y, shift, M, w);
+    if (status != DONE) return status;
     add_parameters(t, y, w);
     if (M) {
-      std::memcpy(f, w, sizeof(f));
-      multiply_transposed(M, f, w);
+      double rate[N];
+      multiply_transposed(M, w, rate);
+      std::memcpy(w, rate, sizeof(rate));
     }
-    return true;
+    return DONE;
   }
 
-  bool adjoint_of_start(int p, double t, double length, const double* from, double* total) {
+  Status adjoint_of_start(int p, double t, double length, const double* from, double* total) {
     for (int number = 1; number <= p; number++) {
       const double h = length / number, weight = start_weight(number, p);
       double w[N];
       for (int k = 0; k < N; k++) w[k] = weight * lambda[k];
       from += number * N;
       for (int i = number; i > 0; i--) {
-        if (!transposed(t + i * h, from - (number - i + 1) * N, 1.0 / h, w)) return false;
+        const double* y = from - (number - i + 1) * N;
+        const Status status = transposed(t + i * h, y, 1.0 / h, w);
+        if (status != DONE) return status;
         for (int k = 0; k < N; k++) w[k] /= h;
       }
       for (int k = 0; k < N; k++) total[k] += w[k];
     }
-    return true;
+    return DONE;
   }
 
   bool tangents_of_start(int p, double t, double length, const double* from, Rows& total) {
@@ -237,7 +235,8 @@ class Bdf : public ImplicitSteps {
   std::vector<std::pair<int, size_t>> kept;
   double waiting[MOST_STATES][N];
   std::deque<Rows> before;  // tangents of the states so far, newest first
-  double J[N * N];  // of the adjoint
+  TransposedSolves solves{counts};
+  double J[ENTRIES];  // of tangents
   Factors factors;
 };
 

@@ -71,7 +71,7 @@ class Dirk : public ImplicitSteps {
       } else {
         for (int k = 0; k < N; k++) kappa[k] = shift * rho[i][k] + zeta[k];
         factors.solve_transposed(kappa);
-        multiply_transposed(J_end, kappa, x);
+        apply_transposed(J_end, kappa, x);
         for (int k = 0; k < N; k++) x[k] += zeta[k];
       }
       for (int k = 0; k < N; k++) l[k] += x[k];
@@ -86,7 +86,7 @@ class Dirk : public ImplicitSteps {
     }
     if (m.explicit_first) {
       linearize(t, Y);
-      multiply_transposed(J_end, rho[0], x);
+      apply_transposed(J_end, rho[0], x);
       pull_back_explicit(0, t, h, Y, tau[0], zeta);
       for (int k = 0; k < N; k++) l[k] += x[k] + zeta[k];
       std::memcpy(cotangent, rho[0], sizeof(cotangent));
@@ -110,7 +110,7 @@ class Dirk : public ImplicitSteps {
       if (i == 0 && m.explicit_first) {
         jacobian(time, y, c, f, J_end), counts.jacobians++, counts.rhs++;
         slope[0].resize(du.size());
-        for (size_t k = 0; k < du.size(); k += N) multiply(J_end, &du[k], &slope[0][k]);
+        for (size_t k = 0; k < du.size(); k += N) apply(J_end, &du[k], &slope[0][k]);
         add_along(time, y, slope[0]);
         continue;
       }
@@ -280,13 +280,13 @@ class Dirk : public ImplicitSteps {
   double first_slope[N], last_slope[N];
   bool knows_slope = false;
   // Newton's last iterate, f (and J) there: a first guess is a stage already solved for.
-  double last_time = NAN, last_iterate[N] = {}, f[N], J[N * N];
+  double last_time = NAN, last_iterate[N] = {}, f[N], J[ENTRIES];
   bool keeps = false, knows_jacobian = false, knows_constant = false;
   Factors factors;
   double factored = 0.0;  // for this shift
   // Of the adjoint: an explicit first stage is the last one of the step before.
   bool pending = false;
-  double cotangent[N], J_end[N * N];
+  double cotangent[N], J_end[ENTRIES];
   // Of an IMEX method.
   const Part* part = nullptr;
   void* other = nullptr;

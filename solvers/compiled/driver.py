@@ -21,7 +21,7 @@ from pnode.base.communicators import Reduction
 from pnode.base.ledger import Ledger
 from pnode.base.options import log_stage
 from pnode.base.vectors import REAL
-from pnode.errors import LinearSolveFailed
+from pnode.errors import ConfigurationError, LinearSolveFailed
 from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.compiled.inductor import compile_source
 from pnode.solvers.compiled.kernel import Kernel
@@ -39,7 +39,7 @@ __all__ = [
 _FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
 #: How long a call may keep Python from noticing an interrupt, in seconds.
 PATIENCE = 0.1
-_DONE, _PAUSED, _SINGULAR = 0, 1, 4  # Status in kernel.h
+_DONE, _PAUSED, _SINGULAR, _MISSING = 0, 1, 4, 100  # Status in kernel.h
 # PETSc's largest step (TSAdaptSetStepLimits).
 _LONGEST = 1e20
 
@@ -299,12 +299,8 @@ class CompiledSweep:
                 at(outputs), PATIENCE, ctypes.byref(counts),
             )  # fmt: skip
             first = None
-        if status == _SINGULAR:
-            raise LinearSolveFailed(
-                "a solve for the tangents failed", reason="zero pivot in LU factorization"
-            )
         if status != _DONE:
-            raise RuntimeError("the compiled tangent of a step failed: is there enough memory?")
+            raise _failure("tangent", status)
         add_counts(counts, ledger)
         return outputs.to(kernel.dtype)
 
@@ -346,15 +342,27 @@ class CompiledSweep:
         status = _PAUSED
         while status == _PAUSED:
             status = self._library.pnode_reverse(*arguments, PATIENCE)
-        if status == _SINGULAR:
-            raise LinearSolveFailed(
-                "a transposed solve of the adjoint failed", reason="zero pivot in LU factorization"
-            )
-        if status != _DONE or self._library.pnode_finish(
-            self._handle, state.data_ptr(), places, ctypes.byref(counts)
-        ):
-            raise RuntimeError("the compiled adjoint of a step failed: is there enough memory?")
+        if status == _DONE:
+            finish = self._library.pnode_finish
+            status = finish(self._handle, state.data_ptr(), places, ctypes.byref(counts))
+        if status != _DONE:
+            raise _failure("adjoint", status)
         return state, sums, counts
+
+
+def _failure(what: str, status: int) -> Exception:
+    """Return the error of an adjoint or a tangent that ended with a status."""
+    if status == _SINGULAR:
+        return LinearSolveFailed(
+            f"a solve of the {what} failed", reason="zero pivot in LU factorization"
+        )
+    if status == _MISSING:
+        return ConfigurationError(
+            f"the {what} met entries of a Jacobian that its sparsity pattern, or its blocks of "
+            "independent samples, do not have: give every entry that can be non-zero in "
+            "jacobian_pattern=, or use jacobian='matrix-free' or compile=False"
+        )
+    return RuntimeError(f"the compiled {what} of a step failed: is there enough memory?")
 
 
 def add_counts(counts: Any, ledger: Ledger) -> None:

@@ -1,7 +1,10 @@
 // A field y' = f(t, y, p) as compiled graphs: the functions that implicit_steps.cpp lists. Above this
-// stand kernel.h, graphs.h, N, AUTONOMOUS, and POINTS, at how many points its value is kept.
+// stand kernel.h, graphs.h, N, AUTONOMOUS, and POINTS, at how many points its value is kept; ENTRIES of a
+// Jacobian, and COLORS, the products that tell them if it is sparse, else 0.
 
 namespace {
+
+constexpr double SQRT_EPS = 1.0 / (1 << 26);
 
 struct FieldGraphs {  // of graph_programs.py
     int64_t saved, parameters;
@@ -12,6 +15,7 @@ struct FieldGraphs {  // of graph_programs.py
 struct Plan : FieldGraphs {
     std::vector<Form> read;  // unit vectors, y, and what f reads besides
     std::vector<Form> more;  // what rate and second read
+    std::vector<int64_t> rows_of, columns_of, colors;  // of the entries; of each row; see colored.py
 } plan;                      // the same in all sweeps: a library is for one field
 
 // f, and what its derivatives need of an evaluation, where it was evaluated last.
@@ -33,7 +37,11 @@ class Field {
 
     void jacobian(double t, const double* y, double* f, double* J) {
         value(t, y, f);
-        copy_out(derivative(plan.rows, evaluated(t, y), read_[0].share(), 1)[0], J);
+        const Tensors products = derivative(plan.rows, evaluated(t, y), read_[0].share(), 1);
+        if (COLORS > 0)
+            take_entries(products[0], J);
+        else
+            copy_out(products[0], J);
     }
 
     void slopes(double t, const double* y, double* f, double* J, double* ft) {
@@ -86,6 +94,24 @@ class Field {
         copy_out(point.saved[0], point.value);
         point.known = true;
         return point;
+    }
+
+    // Of a Jacobian from one product for each color, and one more, which shows that there are no others.
+    void take_entries(const Tensor& products, double* J) {
+        products_.resize((COLORS + 1) * N), sums_.assign(2 * N, 0.0);
+        copy_out(products, products_.data());
+        const double *w = read_[0].data<double>() + COLORS * N, *exact = &products_[COLORS * N];
+        double *found = &sums_[0], *scale = &sums_[N];
+        for (int k = 0; k < ENTRIES; k++) {
+            const int64_t row = plan.rows_of[k], column = plan.columns_of[k];
+            J[k] = products_[plan.colors[row] * N + column];
+            found[column] += J[k] * w[row];
+            scale[column] += std::fabs(J[k] * w[row]);
+        }
+        for (int k = 0; k < N; k++) {
+            const double most = SQRT_EPS * (scale[k] + std::fabs(exact[k]));
+            if (std::fabs(exact[k] - found[k]) > most) throw MISSING;
+        }
     }
 
     // Those of w, if they were not taken last.
@@ -145,7 +171,7 @@ class Field {
     Tensors read_, more_, found_;
     const Point* found_at_ = nullptr;
     double cotangent_[N];
-    std::vector<double> sum_;
+    std::vector<double> sum_, products_, sums_;
 };
 
 typedef Field* Captured;
@@ -175,8 +201,14 @@ void second(double t, const double* y, int count, const double (*w)[N], const do
 
 }  // namespace
 
-extern "C" void pnode_field(const FieldGraphs* graphs, const int64_t* text) {
+// The last three: null where Jacobians are dense.
+extern "C" void pnode_field(const FieldGraphs* graphs, const int64_t* text, const int64_t* rows_of,
+                            const int64_t* columns_of, const int64_t* colors) {
     static_cast<FieldGraphs&>(plan) = *graphs;
     plan.read = forms(text);
     plan.more = forms(text);
+    if (!COLORS || !plan.colors.empty()) return;
+    plan.rows_of.assign(rows_of, rows_of + ENTRIES);
+    plan.columns_of.assign(columns_of, columns_of + ENTRIES);
+    plan.colors.assign(colors, colors + N);
 }

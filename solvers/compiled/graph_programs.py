@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from pnode.base.vectors import REAL
-from pnode.solvers.compiled.driver import source
+from pnode.solvers.compiled.colored import Colored
+from pnode.solvers.compiled.driver import at, source
 from pnode.solvers.compiled.fields import FieldCode
 from pnode.solvers.compiled.graph_calls import Graph, described, lend_torch, opened
 from pnode.solvers.compiled.programs import MOST_STAGES, ImplicitProgram
@@ -23,7 +24,8 @@ from pnode.solvers.compiled.trace import FieldGraph, dependent
 
 __all__ = ["GraphProgram"]
 
-_FLAGS = ("-O3",)
+_DENSE, _SPARSE = ("dense_systems.h",), ("sparse_systems.h", "kept_solves.h")
+_FLAGS = ("-O3", "-fopenmp-simd")
 # Of a stage, which take less time than to take the step again from Python.
 _MOST_PRODUCTS = 128
 
@@ -46,6 +48,8 @@ class GraphProgram(ImplicitProgram):
         The methods.
     second : SecondGraphs or None
         What Rosenbrock methods want besides.
+    colored : Colored or None
+        Of a sparse Jacobian.
 
     Raises
     ------
@@ -55,28 +59,40 @@ class GraphProgram(ImplicitProgram):
 
     keeps_jacobian = True
 
-    def __init__(self, code: FieldCode, steps: str, second: SecondGraphs | None = None) -> None:
+    def __init__(
+        self, code: FieldCode, steps: str, second: SecondGraphs | None = None,
+        colored: Colored | None = None,
+    ) -> None:  # fmt: skip
         self._code, self._second, traced = code, second, code.traced
         size = math.prod(traced.shape)
-        # Nobody asks for the Jacobian of an explicit part.
-        rows = code.product if steps == "explicit" else code.rows(size, at_once=True)
+        explicit = steps == "explicit"  # nobody asks for the Jacobian of an explicit part
+        seeds = torch.eye(1 if explicit else size, size, dtype=REAL)
+        if colored is not None:
+            seeds = colored.seeds
+        rows = code.product if explicit else code.rows(len(seeds), at_once=True)
         graphs = [code.value, rows, code.product]
         graphs += [] if second is None else [second.rate, second.second]
         (library, *_), calls = zip(*map(opened, graphs), strict=True)
-        self._units = torch.eye(size, dtype=REAL).view(size, *traced.shape)
+        self._units = seeds.view(len(seeds), *traced.shape)
         facts = {"AUTONOMOUS": not _reads_time(traced), "CONSTANT": _is_linear(traced)}
         field = (
             f"constexpr int N = {size};",
             *(f"constexpr bool {name} = {str(fact).lower()};" for name, fact in facts.items()),
             f"constexpr int POINTS = {1 if second is None else MOST_STAGES};",
+            *_entries(colored),
             source("graphs.h", "graph_field.cpp"),
         )
-        super().__init__(traced, "\n".join(field), steps, _FLAGS)
+        systems = _DENSE if colored is None else _SPARSE
+        super().__init__(traced, "\n".join(field), steps, _FLAGS, systems)
         lend_torch(library, self.library)
         self.library.pnode_lapack(_lapack())
+        places: list[Any] = [None] * 3
+        if colored is not None:
+            places = [at(x) for x in (colored.rows, colored.columns, colored.colors)]
+            self.library.pnode_structure(*places[:2], at(colored.order))
         settings = _FieldGraphs(traced.saved, len(traced.parameters), *calls)
         text = described(library, self._read(), self._read_twice())
-        self.library.pnode_field(ctypes.byref(settings), text)
+        self.library.pnode_field(ctypes.byref(settings), text, *places)
 
     def bound(self, graph: FieldGraph) -> GraphProgram:
         """Return it for a graph that differs in the tensors that it reads alone."""
@@ -106,6 +122,17 @@ class GraphProgram(ImplicitProgram):
         return self._code.at(t, y)
 
 
+def _entries(colored: Colored | None) -> list[str]:
+    """Return what graph_field.cpp is told of a sparse Jacobian; a library is for one pattern."""
+    if colored is None:
+        return ["constexpr int COLORS = 0, ENTRIES = N * N;"]
+    colors, entries = len(colored.seeds) - 1, len(colored.rows)
+    return [
+        f"constexpr int COLORS = {colors}, ENTRIES = {entries};  // {colored.name}",
+        f"constexpr bool BLOCKS = {str(colored.blocks).lower()};",
+    ]
+
+
 def _reads_time(traced: FieldGraph) -> bool:
     for graph, place in ((traced.value, 0), (traced.product, 1)):
         given = [node for node in graph.graph.nodes if node.op == "placeholder"]
@@ -125,12 +152,14 @@ def _is_linear(traced: FieldGraph) -> bool:
 
 @cache
 def _lapack() -> Any:
-    """Return the addresses of LAPACK's functions, in the order of ``implicit_steps.cpp``."""
-    from scipy.linalg import cython_lapack  # takes a tenth of a second
+    """Return the addresses of LAPACK's functions, in the order of ``lu.h``."""
+    from scipy.linalg import cython_blas, cython_lapack  # takes a tenth of a second
 
     get = ctypes.pythonapi.PyCapsule_GetPointer
     name = ctypes.pythonapi.PyCapsule_GetName
     get.restype, get.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
     name.restype, name.argtypes = ctypes.c_char_p, [ctypes.py_object]
-    found = [cython_lapack.__pyx_capi__[each] for each in ("dgetrf", "zgetrf", "dgetrs", "zgetrs")]
+    names = ("dgetrf", "zgetrf", "dgetrs", "zgetrs")
+    found = [cython_lapack.__pyx_capi__[each] for each in names]
+    found += [cython_blas.__pyx_capi__[each] for each in ("dtrsm", "dgemm")]
     return (ctypes.c_void_p * len(found))(*(get(each, name(each)) for each in found))

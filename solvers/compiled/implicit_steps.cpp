@@ -1,8 +1,8 @@
 // Steps on a small system, implicit ones with a dense Jacobian: what dirk_steps.cpp, bdf_steps.cpp,
 // coupled_steps.cpp, rosenbrock_steps.cpp and explicit_steps.cpp have in common.
 //
-// What stands above this file when it is compiled (see programs.py): kernel.h, and, as scalars or
-// by graph_field.cpp, of y' = f(t, y, p)
+// What stands above this file when it is compiled (see programs.py): kernel.h, dense_systems.h or
+// sparse_systems.h, and, as scalars or by graph_field.cpp, of y' = f(t, y, p)
 //
 //   N                                    size of y
 //   AUTONOMOUS                           whether f does not depend on t
@@ -10,13 +10,11 @@
 //   Field                                lends Captured, what f reads besides t and y; CHEAP: J costs
 //                                        little where f is evaluated, and a step a microsecond or so
 //   value(t, y, c, f)                    f
-//   jacobian(t, y, c, f, J)              f and J = df/dy, by rows
+//   jacobian(t, y, c, f, J)              f and J = df/dy, its ENTRIES
 //   slopes(t, y, c, f, J, ft)            and df/dt (Rosenbrock methods)
 //   pull_back(t, y, w, c, l)             l = J^T w (Rosenbrock and explicit methods)
 //   parameters(t, y, w, c, mu)           mu += (df/dp)^T w
 //   second(t, y, n, w, v, r, c, l, mu)   l, mu += d/d(y, p) sum_i w_i^T (J v_i + r_i df/dt), i < n
-
-#include <type_traits>
 
 namespace {
 
@@ -60,113 +58,10 @@ double square(const double* x) {
   return sum;
 }
 
-// LU with partial pivoting of the first n rows and columns of `lu`.
-template <typename T, int MOST>
-struct Lu {
-  T lu[MOST][MOST];
-  int pivots[MOST];
-
-  bool factor(int n = MOST) {
-    for (int k = 0; k < n; k++) {
-      int best = k;
-      for (int i = k + 1; i < n; i++)
-        if (std::abs(lu[i][k]) > std::abs(lu[best][k])) best = i;
-      pivots[k] = best;
-      if (best != k)
-        for (int j = 0; j < n; j++) std::swap(lu[k][j], lu[best][j]);
-      if (lu[k][k] == T(0.0)) return false;
-      const T reciprocal = T(1.0) / lu[k][k];
-      for (int i = k + 1; i < n; i++) {
-        const T l = lu[i][k] *= reciprocal;
-        for (int j = k + 1; j < n; j++) lu[i][j] -= l * lu[k][j];
-      }
-    }
-    return true;
-  }
-
-  void solve(T* x, int n = MOST) const {
-    for (int k = 0; k < n; k++) std::swap(x[k], x[pivots[k]]);
-    for (int i = 0; i < n; i++)
-      for (int j = 0; j < i; j++) x[i] -= lu[i][j] * x[j];
-    for (int i = n - 1; i >= 0; i--) {
-      for (int j = i + 1; j < n; j++) x[i] -= lu[i][j] * x[j];
-      x[i] /= lu[i][i];
-    }
-  }
-
-  void solve_transposed(T* x, int n = MOST) const {
-    for (int i = 0; i < n; i++) {
-      for (int j = 0; j < i; j++) x[i] -= lu[j][i] * x[j];
-      x[i] /= lu[i][i];
-    }
-    for (int i = n - 1; i >= 0; i--)
-      for (int j = i + 1; j < n; j++) x[i] -= lu[j][i] * x[j];
-    for (int k = n - 1; k >= 0; k--) std::swap(x[k], x[pivots[k]]);
-  }
-};
-
-struct Lapack {  // getrf and getrs, of double and of complex numbers
-  void (*factor[2])(int*, int*, void*, int*, int*, int*);
-  void (*solve[2])(char*, int*, int*, const void*, int*, const int*, void*, int*, int*);
-} lapack;
-
-// The same by LAPACK, to which the rows are columns.
-template <typename T, int MOST>
-struct LargeLu {
-  const std::unique_ptr<T[][MOST]> lu{new T[MOST][MOST]};
-  int pivots[MOST];
-
-  bool factor(int n = MOST) {
-    int most = MOST, info = 0;
-    lapack.factor[KIND](&n, &n, lu.get(), &most, pivots, &info);
-    return info == 0;
-  }
-
-  void solve(T* x, int n = MOST) const { apply('T', x, n); }
-  void solve_transposed(T* x, int n = MOST) const { apply('N', x, n); }
-
- private:
-  static constexpr int KIND = !std::is_same<T, double>::value;
-
-  void apply(char form, T* x, int n) const {
-    int most = MOST, one = 1, info = 0;
-    lapack.solve[KIND](&form, &n, &one, lu.get(), &most, pivots, x, &n, &info);
-  }
-};
-
-template <typename T, int MOST>
-using AnyLu = std::conditional_t<(N > 32), LargeLu<T, MOST>, Lu<T, MOST>>;
-
-// Of shift M - J; without a mass matrix M = I.
-struct Factors : AnyLu<double, N> {
-  bool factor(double shift, const double* J, const double* mass = nullptr) {
-    for (int i = 0; i < N; i++)
-      for (int j = 0; j < N; j++) {
-        const double entry = mass ? mass[i * N + j] : i == j;
-        lu[i][j] = shift * entry - J[i * N + j];
-      }
-    return AnyLu<double, N>::factor();
-  }
-};
-
-// y = M x.
-void multiply(const double* M, const double* x, double* y) {
-  for (int i = 0; i < N; i++) {
-    y[i] = 0.0;
-    for (int j = 0; j < N; j++) y[i] += M[i * N + j] * x[j];
-  }
-}
-
 // x += factor y.
 void plus(Rows& x, double factor, const Rows& y) {
   if (factor != 0.0)
     for (size_t k = 0; k < x.size(); k++) x[k] += factor * y[k];
-}
-
-void multiply_transposed(const double* J, const double* w, double* l) {
-  for (int j = 0; j < N; j++) l[j] = 0.0;
-  for (int i = 0; i < N; i++)
-    for (int j = 0; j < N; j++) l[j] += J[i * N + j] * w[i];
 }
 
 class ImplicitSteps : public Kernel {
@@ -355,9 +250,9 @@ extern "C" {
 // f, and the products of w, to compare with the vector field itself. mu comes as zeros.
 void pnode_products(Captured c, double t, const double* y, const double* w, double* f, double* l,
                     double* mu) {
-  double J[N * N];
-  jacobian(t, y, c, f, J);
-  multiply_transposed(J, w, l);
+  Rows J(ENTRIES);
+  jacobian(t, y, c, f, J.data());
+  apply_transposed(J.data(), w, l);
   parameters(t, y, w, c, mu);
 }
 

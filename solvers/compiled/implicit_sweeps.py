@@ -11,6 +11,7 @@ from pnode.base.vectors import REAL
 from pnode.field.vectorfield import VectorField
 from pnode.problems.checkpointing import Checkpointing
 from pnode.solvers.compiled.backend import Backend, Checked, Compilation, Trace, Wanted
+from pnode.solvers.compiled.colored import colored
 from pnode.solvers.compiled.compiler import bare
 from pnode.solvers.compiled.driver import CompiledSweep
 from pnode.solvers.compiled.evaluations import agree
@@ -27,6 +28,8 @@ __all__ = ["ImplicitSweeps"]
 
 # Larger fields and matrices are torch's and LAPACK's, and those beyond that PETSc's.
 _LARGEST_SCALARS, _LARGEST_STATE = 32, 256
+# States are on the stack, a few of each stage.
+_LARGEST_SPARSE = 1 << 14
 
 
 class ImplicitSweeps(Backend):
@@ -60,13 +63,15 @@ class ImplicitSweeps(Backend):
             return f"method={method.name!r} is compiled for fixed steps only: give step_size"
         if method.multistep and bool((tolerance(settings, "atol") == 0.0).any()):
             return "BDF is compiled for atol without zeros"
-        reuse = settings.jacobian_options.reuse
-        if settings.jacobian != "dense" or reuse not in ("auto", "iteration"):
+        more, dense = settings.jacobian_options, settings.jacobian == "dense"
+        if not (dense or self._takes_entries(wanted)) or more.reuse not in ("auto", "iteration"):
             return (
-                "implicit methods are compiled with jacobian='dense' and jacobian_reuse='auto' or "
+                "implicit methods are compiled with jacobian='dense', 'sparse' or 'block', fully "
+                "implicit ones and M y' = f(t, y) with 'dense' alone, and jacobian_reuse='auto' or "
                 "'iteration'"
             )
-        most = _LARGEST_STATE if self.graphs else _LARGEST_SCALARS
+        most = _LARGEST_SPARSE if not dense else _LARGEST_STATE
+        most = most if self.graphs else _LARGEST_SCALARS
         if settings.size > most:
             return f"method={method.name!r} is compiled for up to {most} state entries"
         if settings.dtype is not torch.float64:
@@ -75,6 +80,14 @@ class ImplicitSweeps(Backend):
             return f"controller={settings.controller!r} is PETSc's alone: use controller='basic'"
         return None
 
+    def _takes_entries(self, wanted: Wanted) -> bool:
+        """Whether a solve's Jacobian is one of few colors, which there are sweeps for."""
+        settings = wanted.settings
+        more, method = settings.jacobian_options, settings.method
+        if settings.jacobian not in ("sparse", "block") or more.exchange is not None:
+            return False
+        return self.graphs and not (method.coupled or settings.form == "mass" or more.found)
+
     def _compile(
         self, trace: Trace, part: VectorField, y0: torch.Tensor, wanted: Wanted
     ) -> ImplicitProgram:
@@ -82,10 +95,15 @@ class ImplicitSweeps(Backend):
         steps = kind_of(method)
         if method.kind == "imex" and part.explicit is None:
             steps = "explicit"  # the part without a Jacobian
-        key = (ImplicitSweeps, steps)
+        known = None
+        if steps != "explicit":
+            settings = wanted.settings
+            options = settings.jacobian_options
+            known = colored(trace.codes, settings.jacobian, options, part, y0)
+        key = (ImplicitSweeps, steps, known)
         if key not in trace.codes:
             program: ImplicitProgram | None = None
-            if wanted.settings.size <= _LARGEST_SCALARS:
+            if known is None and wanted.settings.size <= _LARGEST_SCALARS:
                 program = self._scalars(trace, part, y0, steps)
             if program is None and any(x.dtype is not REAL for x in part.problem.parameters):
                 raise Untraceable("it is differentiated by tensors that are not float64")
@@ -94,7 +112,7 @@ class ImplicitSweeps(Backend):
                 second = None
                 if steps == "rosenbrock":  # read what the other graphs read
                     second = SecondGraphs(part, trace.graph, y0).bound(trace.graph, code.traced)
-                program = GraphProgram(code, steps, second)
+                program = GraphProgram(code, steps, second, known)
             trace.codes[key] = program
         made: ImplicitProgram = trace.codes[key]
         if steps != "explicit":

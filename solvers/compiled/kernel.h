@@ -11,7 +11,8 @@
 
 // Each but the first two: the solve is repeated step by step, which tells the error.
 enum Status : int64_t {
-    DONE, PAUSED, NOT_FINITE, NOT_CONVERGED, SINGULAR, STEP_LIMIT, TOO_SMALL, FAILED,
+    MISSING = 100,  // entries of a Jacobian, in the pattern that it is said to have
+    DONE = 0, PAUSED, NOT_FINITE, NOT_CONVERGED, SINGULAR, STEP_LIMIT, TOO_SMALL, FAILED,
     HOPELESS,  // not finite, which shorter steps would not mend
     NO_ROOM  // for more checkpoints
 };

@@ -48,8 +48,8 @@ class Newton {
     std::memcpy(u, guess, sizeof(f));
     for (int iteration = 0; iteration < m.max_newton; iteration++) {
       bad_guess = iteration == 0;
-      // As in Python, J is not kept for another shift where there is a mass matrix.
-      const bool evaluates = refresh || (mass && outdated(shift));
+      // As in Python, J is not kept for another shift where there is a mass matrix, or are blocks.
+      const bool evaluates = refresh || ((mass || RENEWS) && outdated(shift));
       if (evaluates)
         jacobian(t, u, c, f, J);
       else
@@ -121,7 +121,7 @@ class Newton {
   const double* mass;  // null: the identity
   Counts& counts;
   bool refresh, regular = false, bad_guess = false;
-  double kept_shift, rate, J[N * N];
+  double kept_shift, rate, J[ENTRIES];
   Factors factors;
 };
 

@@ -81,6 +81,8 @@ class ImplicitProgram(Kernel, Code):
         The methods.
     flags : sequence of str
         More options of the compiler.
+    systems : sequence of str
+        The files that have the linear systems.
     """
 
     dtype = REAL
@@ -90,15 +92,19 @@ class ImplicitProgram(Kernel, Code):
     row_entries = 0
 
     def __init__(
-        self, traced: FieldGraph, field: str, steps: str, flags: Sequence[str] = ()
-    ) -> None:
+        self, traced: FieldGraph, field: str, steps: str, flags: Sequence[str] = (),
+        systems: Sequence[str] = ("dense_systems.h",),
+    ) -> None:  # fmt: skip
         self.traced = traced
         self.size = math.prod(traced.shape)
         #: Entries of mu.
         self.entries = sum(math.prod(part.shape) for part in traced.parameters)
-        implicit = source("implicit_steps.cpp", *_ABOVE.get(steps, ()), f"{steps}_steps.cpp")
+        own = (*_ABOVE.get(steps, ()), f"{steps}_steps.cpp")
         complex_numbers = "#include <complex>\n" if steps == "coupled" else ""
-        text = "\n".join((source("kernel.h"), INCLUDES + complex_numbers, field, implicit))
+        text = "\n".join((
+            source("kernel.h"), INCLUDES + complex_numbers, field,
+            source("lu.h", *systems, "implicit_steps.cpp", *own),
+        ))  # fmt: skip
         self.library = compile_source(text, (*_FLAGS, *flags))
         self.library.pnode_implicit_steps.restype = ctypes.c_void_p
         #: Settings in C by those in Python, and the arrays that they point to.
@@ -280,7 +286,7 @@ class Writer:
         timed = self._scalars.depends([*self._f, *self._jacobian], state[:1])
         linear = not self._scalars.depends(self._jacobian, state)
         parts = [
-            _PRELUDE, f"constexpr int N = {len(self._f)};",
+            _PRELUDE, f"constexpr int N = {len(self._f)}, ENTRIES = N * N;",
             f"constexpr bool AUTONOMOUS = {str(not timed).lower()};",
             f"constexpr bool CONSTANT = {str(linear).lower()};",
         ]  # fmt: skip

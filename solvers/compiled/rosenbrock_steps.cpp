@@ -11,7 +11,7 @@ class Rosenbrock : public ImplicitSteps {
   Status adjoint(int64_t index, double t, double h) override {
     const int s = int(m.stages);
     double Y[MOST_STAGES][N], Z[MOST_STAGES][N], V[MOST_STAGES][N], bar[MOST_STAGES][N];
-    double W[MOST_STAGES][N], rates[MOST_STAGES], J[N * N], l[N], through[N], after[N];
+    double W[MOST_STAGES][N], rates[MOST_STAGES], J[ENTRIES], l[N], through[N], after[N];
     Factors factors;
     const double* u = values.data() + index * N;
     const Status status = solve_stages(t, h, u, Y, Z, V, J, factors, false);
@@ -27,7 +27,7 @@ class Rosenbrock : public ImplicitSteps {
       rates[i] = m.time_slope ? m.gamma[i] * h : 0.0;
       if (is_explicit) {
         for (int k = 0; k < N; k++) w[k] *= h;
-        multiply_transposed(J, w, through);
+        apply_transposed(J, w, through);
       } else {
         if (!m.one_matrix) {
           if (!factors.factor(1.0 / (h * m.diagonal[i]), J)) return SINGULAR;
@@ -38,7 +38,7 @@ class Rosenbrock : public ImplicitSteps {
       }
       const double time = t + m.alpha[i] * h;
       if (i == 0)
-        multiply_transposed(J, w, l);
+        apply_transposed(J, w, l);
       else
         pull_back(time, Z[i], w, c, l);
       counts.vjp++;
@@ -61,7 +61,7 @@ class Rosenbrock : public ImplicitSteps {
   Status tangent(int64_t index, double t, double h) override {
     const int s = int(m.stages);
     double Y[MOST_STAGES][N], at[MOST_STAGES][N], V[MOST_STAGES][N];
-    double J[N * N], own[N * N], f[N], moved[N], through[N];
+    double J[ENTRIES], own[ENTRIES], f[N], moved[N], through[N];
     Factors factors;
     const double* u = values.data() + index * N;
     const Status status = solve_stages(t, h, u, Y, at, V, J, factors, false);
@@ -74,7 +74,7 @@ class Rosenbrock : public ImplicitSteps {
       for (int j = 0; j < i; j++) plus(dZ, A[j], dY[j]);
       if (i) jacobian(time, at[i], c, f, own), counts.jacobians++, counts.rhs++;
       dY[i].resize(du.size());
-      for (size_t k = 0; k < du.size(); k += N) multiply(i ? own : J, &dZ[k], &dY[i][k]);
+      for (size_t k = 0; k < du.size(); k += N) apply(i ? own : J, &dZ[k], &dY[i][k]);
       add_along(time, at[i], dY[i]);
       for (int j = 0; j < i; j++) plus(dY[i], -inverse[j] / h, dY[j]);
       add_second(t, u, V[i], m.time_slope ? m.gamma[i] * h : 0.0, dY[i]);
@@ -93,7 +93,7 @@ class Rosenbrock : public ImplicitSteps {
           moved[l] = 0.0;
           for (int j = 0; j < i; j++) moved[l] += corr[j] * dY[j][k + l];
         }
-        multiply(J, moved, through);
+        apply(J, moved, through);
         for (int l = 0; l < N; l++) y[l] = h * (y[l] + through[l]);
       }
     }
@@ -105,7 +105,7 @@ class Rosenbrock : public ImplicitSteps {
   void keep_step() override { keep_values(u, N); }
 
   Status step(double t, double h) override {
-    double Z[MOST_STAGES][N], V[MOST_STAGES][N], J[N * N];
+    double Z[MOST_STAGES][N], V[MOST_STAGES][N], J[ENTRIES];
     Factors factors;
     const Status status = solve_stages(t, h, u, stages, Z, V, J, factors, true);
     if (status != DONE) return status;
@@ -146,7 +146,7 @@ class Rosenbrock : public ImplicitSteps {
   Status solve_stages(double t, double h, const double* u, double (*Y)[N], double (*Z)[N],
                       double (*V)[N], double* J, Factors& factors, bool forwards) {
     const int s = int(m.stages);
-    double f[N], ft[N];
+    double f[N], ft[N], through[N];
     for (int i = 0; i < s; i++) {
       const double *A = m.A + i * s, *inverse = m.inverse + i * s, *corr = m.correction + i * s;
       for (int k = 0; k < N; k++) {
@@ -173,10 +173,8 @@ class Rosenbrock : public ImplicitSteps {
       if (m.diagonal[i] == 0.0) {
         for (int k = 0; k < N; k++)
           for (int j = 0; j < i; j++) V[i][k] += corr[j] * Y[j][k];
-        for (int k = 0; k < N; k++) {
-          for (int l = 0; l < N; l++) y[k] += J[k * N + l] * V[i][l];
-          y[k] *= h;
-        }
+        apply(J, V[i], through);
+        for (int k = 0; k < N; k++) y[k] = h * (y[k] + through[k]);
         continue;
       }
       if (i == 0 || !m.one_matrix) {

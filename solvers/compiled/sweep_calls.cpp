@@ -6,6 +6,8 @@ template <typename Function>
 int64_t guarded(Function function) {
     try {
         return function();
+    } catch (Status status) {
+        return status;
     } catch (...) {
         return FAILED;
     }
