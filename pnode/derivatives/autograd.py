@@ -162,7 +162,8 @@ class SolveFunction(torch.autograd.Function):
         engine, runs, problem = ctx.engine, ctx.runs, ctx.runs[0].problem
         parameters = others[: len(problem.parameters)]
         wants_times = ctx.needs_input_grad[5]
-        cotangents, ys = cotangents.reshape(len(ys), -1), ys.reshape(len(ys), -1)
+        rows = ys.shape[0]
+        cotangents, ys = cotangents.reshape(rows, -1), ys.reshape(rows, -1)
         again = differentiable()
         times = Times()
         adjoint: Any = AdjointFunction.apply if again else AdjointFunction.forward
@@ -275,12 +276,7 @@ class AdjointFunction(torch.autograd.Function):
         return (
             found.state.to(y0.dtype),
             found.initial.to(y0.dtype),
-            *(
-                as_parameter(gradient, parameter, used)
-                for gradient, parameter, used in zip(
-                    found.parameters, parameters, run.used, strict=True
-                )
-            ),
+            *map(as_parameter, found.parameters, parameters, run.used),
         )
 
     @staticmethod
