@@ -327,11 +327,12 @@ class Solver(Configured):
         compute = problem.compute
         events, differentiable = adapted(self.event_fn, problem, compute, start, call.observer)
         wanted = self._requests
-        monitor, callbacks = (
-            at_home(of_state(problem, call.monitor(function)), compute, start)
-            for function in (wanted.monitor, wanted.callbacks)
-        )
-        if monitor is not None or callbacks is not None or events is not None:
+        given = wanted.monitor, wanted.callbacks
+        if events is not None or any(one is not None for one in given):
+            monitor, callbacks = (
+                at_home(of_state(problem, call.monitor(function)), compute, start)
+                for function in given
+            )
             wanted = replace(wanted, monitor=monitor, callbacks=callbacks, events=events)
         if wanted.dense or at == "steps":
             wanted = replace(wanted, steps=True, plain=at == "steps")

@@ -13,6 +13,7 @@ from pnode.base.devices import ordered, place_of
 from pnode.base.transforms import (
     applied,
     differentiable,
+    in_forward_mode,
     is_legacy_batch,
     legacy_batch,
     moves,
@@ -131,7 +132,8 @@ class SolveFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # Saved for torch's check that nobody has modified them since, besides their values.
         ctx.save_for_backward(y0, t, start, output, *parameters, *problem.frozen)
-        ctx.save_for_forward(y0, t, start, *parameters)
+        if in_forward_mode():
+            ctx.save_for_forward(y0, t, start, *parameters)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:

@@ -231,8 +231,8 @@ class Functions(Taking, TorchFunctionMode):
 
     def __init__(self, given: Sequence[torch.Tensor], known: Known) -> None:
         super().__init__(given, known)
-        for tensor, _ in known.values():
-            self._watch(tensor)
+        own = [tensor for tensor, _ in known.values() if not tensor.is_inference()]
+        self._versions.update([(id(tensor), tensor._version) for tensor in own])
 
     __torch_function__ = Taking.take
 
