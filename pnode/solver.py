@@ -329,11 +329,8 @@ class Solver(Configured):
         wanted = self._requests
         given = wanted.monitor, wanted.callbacks
         if events is not None or any(one is not None for one in given):
-            monitor, callbacks = (
-                at_home(of_state(problem, call.monitor(function)), compute, start)
-                for function in given
-            )
-            wanted = replace(wanted, monitor=monitor, callbacks=callbacks, events=events)
+            own = [at_home(of_state(problem, call.monitor(one)), compute, start) for one in given]
+            wanted = replace(wanted, monitor=own[0], callbacks=own[1], events=events)
         if wanted.dense or at == "steps":
             wanted = replace(wanted, steps=True, plain=at == "steps")
         with progress_bar(problem, wanted, self._progress) as requests:

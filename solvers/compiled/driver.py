@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import sys
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from pathlib import Path
@@ -194,8 +195,8 @@ class CompiledSweep:
         self._judged = settings.adaptive and own
 
     def __del__(self) -> None:
-        """Free the checkpoints."""
-        if self._handle:
+        """Free the checkpoints, but not when Python ends."""
+        if self._handle and not sys.is_finalizing():
             self._library.pnode_free_sweep(self._handle)
 
     def forward(self, ledger: Ledger) -> torch.Tensor | None:
