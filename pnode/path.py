@@ -45,6 +45,7 @@ _OFF, _OFF_IMPLICIT = 1e-6, 1e-3
 
 
 At: TypeAlias = Literal["times", "steps"]
+_USUAL = "times"  # the same object wherever it is written
 
 
 def check_at(at: str, engine: Engine, requests: Requests) -> None:
@@ -55,7 +56,7 @@ def check_at(at: str, engine: Engine, requests: Requests) -> None:
     ConfigurationError
         Naming what ``at="steps"`` does not go with.
     """
-    if choice("at", at, get_args(At)) == "times":
+    if at is _USUAL or choice("at", at, get_args(At)) == _USUAL:
         return
     resume = engine.checkpointing.resume
     for text, refused in (

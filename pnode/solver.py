@@ -320,17 +320,17 @@ class Solver(Configured):
     ) -> Solution:
         """Solve what has been prepared, and make up the result. Collective."""
         cuts = () if problem.breaks is None else (problem.breaks.times,)
-        moving = [one for one in (flat, times, *cuts, *problem.parameters) if moves(one)]
-        trainable = any(differentiate or not tensor.requires_grad for tensor in moving)
+        trainable = any(
+            differentiate if one.requires_grad else moves(one)
+            for one in (*problem.parameters, flat, times, *cuts)
+        )
         compute = problem.compute
         events, differentiable = adapted(self.event_fn, problem, compute, start, call.observer)
         wanted = self._requests
-        monitor, callbacks = (
-            at_home(of_state(problem, call.monitor(function)), compute, start)
-            for function in (wanted.monitor, wanted.callbacks)
-        )
-        if monitor is not None or callbacks is not None or events is not None:
-            wanted = replace(wanted, monitor=monitor, callbacks=callbacks, events=events)
+        given = wanted.monitor, wanted.callbacks
+        if events is not None or any(one is not None for one in given):
+            own = [at_home(of_state(problem, call.monitor(one)), compute, start) for one in given]
+            wanted = replace(wanted, monitor=own[0], callbacks=own[1], events=events)
         if wanted.dense or at == "steps":
             wanted = replace(wanted, steps=True, plain=at == "steps")
         with progress_bar(problem, wanted, self._progress) as requests:
@@ -354,13 +354,12 @@ class Solver(Configured):
             the user's functions get.
         """
         engine, functions, facts = self._engine, self._functions, None
-        more = (args, breakpoints, self.mass, self.event_fn, *functions[1:])
-        if all(one is None for one in more):
+        alone = len(functions) == 1 and self.mass is None and self.event_fn is None
+        if alone and args is None and breakpoints is None:
             declared = collect_parameters(functions, self._params)
             facts = facts_of(y0, t, declared)
             known = engine.repeated.again(facts, functions[0], y0, declared, ranks)
             if known is not None:
-                arguments.refuse_inference(declared, engine.method)
                 return known, known.layout.flatten(y0), t, Stats(), Call()
         y0 = as_state(y0, engine.comm, engine.exchange)
         call = Call.of(y0, args, ranks, self.mass, engine.exchange, engine.jacobian_options)

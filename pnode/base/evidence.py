@@ -20,7 +20,16 @@ import torch
 
 from pnode.base.noise import drawing
 
-__all__ = ["Evidence", "Note", "Reads", "differs", "notes", "project", "projection_weights"]
+__all__ = [
+    "Evidence",
+    "Note",
+    "Reads",
+    "differs",
+    "notes",
+    "numbers_of",
+    "project",
+    "projection_weights",
+]
 
 #: Relative difference of two evaluations of one f, when their bits are not the same already: what
 #: another kernel or a repeated step's round-off may make of it.
@@ -138,23 +147,25 @@ class Reads:
         self._few = sum(tensor.nbytes for tensor in self._tensors) <= _FEW_BYTES
         self._before = self._look()
 
-    def _look(self) -> Sequence[Any]:
+    def _look(self) -> list[Any]:
         """Return all values of few numbers, sum and norm of many."""
         if self._few:
-            return [_bytes(tensor) for tensor in self._tensors]
+            return [numbers_of(tensor) for tensor in self._tensors]
         return list(map(repr, _looks(self._tensors)))  # NaN is as it was
 
     def changed(self) -> torch.Tensor | None:
         """Return one of them that has been written into since, if there is one."""
-        for tensor, before, now in zip(self._tensors, self._before, self._look(), strict=True):
-            if now != before:
-                return tensor
+        looks = self._look()
+        if looks != self._before:
+            for tensor, before, now in zip(self._tensors, self._before, looks, strict=True):
+                if now != before:
+                    return tensor
         return None
 
 
-def _bytes(tensor: torch.Tensor) -> bytes | None:
+def numbers_of(tensor: torch.Tensor) -> bytes | None:
     """Return the numbers of a tensor, in no operation of torch; None of one that has none here."""
-    if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+    if not tensor.is_cpu or tensor.layout is not torch.strided:
         return None
     values = tensor if tensor.is_contiguous() else tensor.detach().contiguous()
     return ctypes.string_at(values.data_ptr(), values.nbytes)

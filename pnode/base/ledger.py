@@ -61,11 +61,10 @@ class Ledger:
 
     def add(self, other: Ledger) -> None:
         """Add the counts of another sweep; of the peaks the larger one stays."""
+        own, more = vars(self), vars(other)
         for name in _COUNTS:
-            theirs = getattr(other, name)
-            if theirs:
-                mine = getattr(self, name)
-                setattr(self, name, max(mine, theirs) if name in _PEAKS else mine + theirs)
+            if theirs := more[name]:
+                own[name] = max(own[name], theirs) if name in _PEAKS else own[name] + theirs
 
 
 _COUNTS = tuple(item.name for item in fields(Ledger))

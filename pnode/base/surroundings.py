@@ -33,8 +33,8 @@ class Surroundings:
     """
 
     def __init__(self, functions: Iterable[Any], device: torch.device) -> None:
-        self._kinds = tuple(dict.fromkeys(("cpu", device.type)))
-        self._autocast = {kind: _autocast(kind) for kind in self._kinds}
+        kinds = {"cpu", device.type}
+        self._autocast = {kind: _autocast(kind) for kind in kinds}
         self._dtype = torch.get_default_dtype()
         self._device = _default_device()
         # Weakly: see pnode.field.held.
@@ -44,20 +44,30 @@ class Surroundings:
             reference = weakref.ref(module)
             self._modules.append((reference, module.training))
             for found in (module._parameters, module._buffers):
-                for name, tensor in found.items():
-                    if tensor is not None:
-                        self._tensors.append((reference, name, tensor, _version(tensor)))
+                if found:
+                    self._tensors += [
+                        (reference, name, tensor, _version(tensor))
+                        for name, tensor in found.items() if tensor is not None
+                    ]  # fmt: skip
 
     def restored(self) -> AbstractContextManager[None]:
         """Return a context in which f sees what it saw when this was taken down."""
-        same = (
-            all(_autocast(kind) == found for kind, found in self._autocast.items())
-            and _default_device() == self._device
+        return nullcontext() if self._is_same() else self._restored()
+
+    def _is_same(self) -> bool:
+        """Whether f sees now what it saw then."""
+        for kind, found in self._autocast.items():
+            if _autocast(kind) != found:
+                return False
+        for reference, flag in self._modules:
+            module = reference()
+            if module is not None and module.training != flag:
+                return False
+        return (
+            _default_device() == self._device
             and torch.get_default_dtype() is self._dtype
-            and all((m := module()) is None or m.training == flag for module, flag in self._modules)
-            and not self._replaced()
+            and not (self._tensors and self._replaced())
         )
-        return nullcontext() if same else self._restored()
 
     @contextmanager
     def _restored(self) -> Iterator[None]:
@@ -102,6 +112,8 @@ class Surroundings:
         for reference, name, tensor, _ in self._tensors:
             module = reference()
             if module is None:
+                continue
+            if module._parameters.get(name) is tensor:
                 continue
             for place in (module._parameters, module._buffers):
                 if name in place and place[name] is not tensor:

@@ -363,7 +363,7 @@ def signed(function: _Function) -> _Function:
 
 def applied(function: type[torch.autograd.Function], *inputs: Any) -> Any:
     """Do as ``function.apply``, which looks for transforms and signatures besides."""
-    if transforms_active() or any(is_wrapped(x) for x in inputs if isinstance(x, torch.Tensor)):
+    if transforms_active() or any([is_wrapped(x) for x in inputs if isinstance(x, torch.Tensor)]):
         return function.apply(*inputs)
     return super(torch.autograd.Function, function).apply(*inputs)  # type: ignore[misc]
 

@@ -13,6 +13,7 @@ from pnode.base.devices import ordered, place_of
 from pnode.base.transforms import (
     applied,
     differentiable,
+    in_forward_mode,
     is_legacy_batch,
     legacy_batch,
     moves,
@@ -131,7 +132,8 @@ class SolveFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # Saved for torch's check that nobody has modified them since, besides their values.
         ctx.save_for_backward(y0, t, start, output, *parameters, *problem.frozen)
-        ctx.save_for_forward(y0, t, start, *parameters)
+        if in_forward_mode():
+            ctx.save_for_forward(y0, t, start, *parameters)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
@@ -162,7 +164,8 @@ class SolveFunction(torch.autograd.Function):
         engine, runs, problem = ctx.engine, ctx.runs, ctx.runs[0].problem
         parameters = others[: len(problem.parameters)]
         wants_times = ctx.needs_input_grad[5]
-        cotangents, ys = cotangents.reshape(len(ys), -1), ys.reshape(len(ys), -1)
+        rows = ys.shape[0]
+        cotangents, ys = cotangents.reshape(rows, -1), ys.reshape(rows, -1)
         again = differentiable()
         times = Times()
         adjoint: Any = AdjointFunction.apply if again else AdjointFunction.forward
@@ -275,12 +278,7 @@ class AdjointFunction(torch.autograd.Function):
         return (
             found.state.to(y0.dtype),
             found.initial.to(y0.dtype),
-            *(
-                as_parameter(gradient, parameter, used)
-                for gradient, parameter, used in zip(
-                    found.parameters, parameters, run.used, strict=True
-                )
-            ),
+            *map(as_parameter, found.parameters, parameters, run.used),
         )
 
     @staticmethod

@@ -111,10 +111,10 @@ class _Copies:
         for module in modules:
             given, own = vars(module), vars(self.of(module))
             own.update(given)
-            for name, value in given.items():
-                if name in _TENSORS:
-                    own[name] = {key: self._light(each) for key, each in value.items()}
-                elif name not in _OWN and type(value) not in _PLAIN:
+            for name in _TENSORS:
+                own[name] = {key: self._light(each) for key, each in given[name].items()}
+            for name in given.keys() - _OWN:
+                if type(value := given[name]) not in _PLAIN:
                     own[name] = self._light(value)
 
     def of(self, module: torch.nn.Module) -> torch.nn.Module:
@@ -124,7 +124,7 @@ class _Copies:
     def _light(self, value: Any, level: int = 0) -> Any:
         """Return a value without graphs, in containers of its own."""
         kind = type(value)
-        if isinstance(value, torch.Tensor):
+        if kind is torch.nn.Parameter or isinstance(value, torch.Tensor):
             plain = value.grad_fn is None or id(value) in self._declared
             return value if plain else value.detach()
         if isinstance(value, torch.nn.Module):

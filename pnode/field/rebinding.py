@@ -109,7 +109,7 @@ def bound(
     new = {
         id(old): tensor.detach().requires_grad_() if leaves else tensor
         for old, tensor in zip(problem.parameters, parameters, strict=True)
-        if not _same(old, tensor)
+        if not (old is tensor and old.requires_grad) and not _same(old, tensor)
     }
     if not new:
         return problem
@@ -149,7 +149,7 @@ def _with(
 
 def _same(old: torch.Tensor, new: torch.Tensor) -> bool:
     """Whether f may go on with the old tensor where the new one is meant."""
-    if old is new and not is_wrapped(new):
+    if old is new and (old.requires_grad or not is_wrapped(new)):
         return old.requires_grad
     while is_wrapped(new) and not new.requires_grad and not has_tangent(new):
         new = unwrapped(new)  # a constant at this level

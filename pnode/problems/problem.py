@@ -54,6 +54,13 @@ class StateLayout:
     device: torch.device
     pairs: tuple[bool, ...] = ()
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.shapes, self.is_tuple, self.pairs))  # the same in every process
+
     @classmethod
     def of(cls, y0: Any, pairs: tuple[bool, ...] = ()) -> StateLayout:
         """Validate ``y0`` and return its layout.

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from pnode.base.evidence import numbers_of
 from pnode.base.ranks import ALONE, Ranks
-from pnode.base.transforms import in_forward_mode, is_wrapped, moves, transforms_active
+from pnode.base.transforms import in_forward_mode, is_wrapped, transforms_active
 from pnode.base.vectors import is_finite
 from pnode.problems.problem import InitialValueProblem
 
@@ -36,12 +37,15 @@ def facts_of(y0: Any, t: Any, declared: Sequence[torch.Tensor]) -> Hashable | No
         type(y0) not in _KINDS or type(t) not in _KINDS or transforms_active()
         or in_forward_mode() or torch.is_inference_mode_enabled() or torch.jit.is_tracing()
         or torch._C._get_dispatch_mode(_PROXY) is not None
-        or y0.device.type != "cpu" or t.device.type != "cpu"
+        or not (y0.is_cpu and t.is_cpu) or t.is_neg()
         or y0.layout is not torch.strided or t.layout is not torch.strided
-        or any(map(is_wrapped, (y0, t, *declared)))
+        or is_wrapped(y0) or is_wrapped(t)
     ):  # fmt: skip
         return None
-    return y0.shape, y0.dtype, t.dtype, t.shape, repr(t.tolist()), torch.is_grad_enabled()
+    for tensor in declared:
+        if is_wrapped(tensor) or tensor.is_inference():
+            return None
+    return y0.shape, y0.dtype, t.dtype, t.shape, numbers_of(t), torch.is_grad_enabled()
 
 
 class Repeated:
@@ -71,6 +75,6 @@ class Repeated:
         wanted = declared if torch.is_grad_enabled() else ()
         return known[1].but(
             function=function, ranks=ranks,
-            parameters=tuple(tensor for tensor in wanted if moves(tensor)),
-            frozen=tuple(tensor for tensor in wanted if not moves(tensor)),
+            parameters=tuple([tensor for tensor in wanted if tensor.requires_grad]),
+            frozen=tuple([tensor for tensor in wanted if not tensor.requires_grad]),
         )  # fmt: skip

@@ -152,7 +152,7 @@ class Wanted:
     needed: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Compilation:
     """What of a solve is compiled: at most one of these.
 
@@ -225,7 +225,7 @@ class Backend(ABC):
         try:
             code = self._compile(trace, part, y0, wanted)
             made = code.bound(trace.graph)
-            if not trace.lent:
+            if made is not code and not trace.lent:
                 trace.codes.update({key: made for key, one in trace.codes.items() if one is code})
             return made
         except (Untraceable, CompilationFailed) as error:

@@ -109,7 +109,8 @@ class Compiler:
         if agreed == _MADE:
             assert backend is not None
             made = backend.begin(checked, field_, y0, wanted)
-            return replace(made, reasons=tuple(reasons)) if reasons else made
+            made.reasons = tuple(reasons)
+            return made
         if mark == _MADE:
             reasons.append("another rank does not compile its part of the state")
         self.explain(wanted, reasons)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import struct
-import weakref
+import sys
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,16 @@ def at(tensor: torch.Tensor) -> Any:
 def pointers(tensors: Sequence[torch.Tensor]) -> Any:
     """Return an array of the tensors' addresses."""
     return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+
+
+@lru_cache(maxsize=64)
+def _numbers(values: tuple[float, ...]) -> Any:
+    return (ctypes.c_double * len(values))(*values)
+
+
+@lru_cache(maxsize=64)
+def _integers(values: tuple[int, ...], length: int) -> Any:
+    return (ctypes.c_int64 * length)(*values)
 
 
 @cache
@@ -159,6 +169,8 @@ class CompiledSweep:
         The first adaptive step; 0 where the kernel chooses it.
     """
 
+    _handle: Any = None
+
     def __init__(
         self, kernel: Kernel, handle: int, alive: Any, problem: InitialValueProblem,
         settings: IntegratorSettings, control: StepControl, keep: bool, first_step: float,
@@ -170,12 +182,11 @@ class CompiledSweep:
         grid = fixed_grid(times, control, problem.resolution)
         chosen = new_control(settings, control, keep, problem.direction, first_step)
         self._handle = self._library.pnode_sweep(
-            handle, ctypes.byref(chosen), (ctypes.c_double * number)(*times),
-            (ctypes.c_int64 * number)(*(() if grid is None else grid.counts)), number,
+            handle, ctypes.byref(chosen), _numbers(times),
+            _integers(() if grid is None else grid.counts, number), number,
         )  # fmt: skip
         if not self._handle:
             raise MemoryError("there is no memory for a compiled sweep")
-        weakref.finalize(self, self._library.pnode_free_sweep, self._handle).atexit = False
         self._ranks = problem.ranks
         if problem.ranks.parallel:
             reduction = Reduction(problem.ranks.comm)
@@ -185,6 +196,11 @@ class CompiledSweep:
         self._method = settings.method
         own = self._method.multistep or self._method.coupled
         self._judged = settings.adaptive and own
+
+    def __del__(self) -> None:
+        """Free the checkpoints, but not when Python ends."""
+        if self._handle and not sys.is_finalizing():
+            self._library.pnode_free_sweep(self._handle)
 
     def forward(self, ledger: Ledger) -> torch.Tensor | None:
         """Take all steps. Collective: if one rank fails all do.
@@ -368,7 +384,8 @@ def _failure(what: str, status: int) -> Exception:
 def add_counts(counts: Any, ledger: Ledger) -> None:
     """Add what was done to a ledger."""
     *more, size = _READ(counts)
+    own = vars(ledger)
     for name, number in zip(_ADDED, more, strict=True):
-        if number:
-            setattr(ledger, name, getattr(ledger, name) + number)
-    ledger.ram_bytes = max(ledger.ram_bytes, size)
+        own[name] += number
+    if size > ledger.ram_bytes:
+        ledger.ram_bytes = size

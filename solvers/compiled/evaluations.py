@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -18,15 +16,18 @@ __all__ = ["agree", "is_recorded", "trusted", "value_of"]
 _FEW = 50
 
 
-@contextmanager
-def trusted(part: VectorField, used: list[bool]) -> Iterator[None]:
+class trusted:
     """Evaluate a field without its checks and without a graph, for a first look at it."""
-    recording, part.recording = part.recording, False
-    part.trust(used)
-    try:
-        yield
-    finally:
-        part.recording = recording
+
+    def __init__(self, part: VectorField, used: list[bool]) -> None:
+        self._part, self._used = part, used
+
+    def __enter__(self) -> None:
+        self._recording, self._part.recording = self._part.recording, False
+        self._part.trust(self._used)
+
+    def __exit__(self, *error: object) -> None:
+        self._part.recording = self._recording
 
 
 def value_of(part: VectorField, y0: torch.Tensor, method: str) -> torch.Tensor:
@@ -70,7 +71,7 @@ def agree(a: torch.Tensor, b: torch.Tensor) -> bool:
     if not b.numel():
         return True
     rtol = 1e-9 if b.dtype is torch.float64 else 1e-4
-    if a.dim() == 1 and len(a) <= _FEW:
+    if a.dim() == 1 and a.numel() <= _FEW:
         given, expected = a.tolist(), b.tolist()
         # Of all entries together, which is NaN if one is.
         if math.dist(given, expected) <= rtol * max(map(abs, expected)) < math.inf:

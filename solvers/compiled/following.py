@@ -53,6 +53,7 @@ class Ref:
 
 # The n-th tensor of any sequence; longer sequences make further ones.
 _REFS = [Ref() for _ in range(256)]
+_MADE = len(_REFS)
 _END = Ref()
 _PLAIN = frozenset((int, str, type(None), torch.dtype, torch.device, torch.layout,
                     torch.memory_format))  # fmt: skip
@@ -77,6 +78,9 @@ class Taking:
 
     #: Whether arguments that are neither numbers nor tensors are told by identity: they may change.
     trusts_objects = True
+    #: Whether that is followed which decides besides about the operations of torch's functions:
+    #: autocast, the default dtype, and that tensors were written into by what is none of them.
+    watches = False
 
     def __init__(self, given: Sequence[torch.Tensor], known: Known) -> None:
         super().__init__()
@@ -85,21 +89,31 @@ class Taking:
         #: Tensors that f brings along besides those known.
         self.brought: list[torch.Tensor] = []
         # Nothing may go meanwhile: another object could get its identity.
-        self._alive: list[Any] = []
+        self._alive: list[Any] = list(given)
         self._refs: dict[int, Ref] = {each: ref for each, (_, ref) in known.items()}
+        # How often tensors were written into, where that is to be followed.
+        self._versions: dict[int, int] = {}
+        self._count = 0
         for tensor in given:
-            self._refs[id(tensor)] = _ref(len(self._alive))
-            self._alive.append(tensor)
-        self._count = len(given)
+            self._number(tensor)
 
     def take(self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Take down a call, and make it."""
-        facts, refs = self.facts, self._refs
+        facts, refs, versions, watches = self.facts, self._refs, self._versions, self.watches
+        if watches:
+            if torch.is_autocast_enabled("cpu"):
+                facts.append(torch.get_autocast_dtype("cpu"))
+            if torch.get_default_dtype() is not self._dtype:  # f has set another one
+                facts.append(torch.get_default_dtype())
         facts.append(func)
         for item in args:
-            ref = refs.get(id(item))
+            key = id(item)
+            ref = refs.get(key)
             if ref is not None:
                 facts.append(ref)
+                before = versions.get(key)
+                if before is not None and before != item._version:
+                    self._note_written(item)
             elif type(item) in _PLAIN:
                 facts.append(item)
             else:
@@ -112,9 +126,12 @@ class Taking:
         else:
             result = func(*args)
         self._alive.append(result)
-        if type(result) is torch.Tensor:
-            refs[id(result)] = _ref(self._count)
-            self._count += 1
+        if type(result) is torch.Tensor:  # as _number does, in less time
+            key, number = id(result), self._count
+            refs[key] = _REFS[number] if number < _MADE else _ref(number)
+            self._count = number + 1
+            if watches and not result.is_inference():
+                versions[key] = result._version
         elif result is not None:
             for item in result if isinstance(result, (tuple, list)) else (result,):
                 if isinstance(item, torch.Tensor):
@@ -125,24 +142,30 @@ class Taking:
         """Let a tensor be the next one."""
         self._refs[id(tensor)] = _ref(self._count)
         self._count += 1
+        self._watch(tensor)
+
+    def _watch(self, tensor: torch.Tensor) -> None:
+        """Follow whether a tensor is written into."""
+        if self.watches and not tensor.is_inference():  # those do not count
+            self._versions[id(tensor)] = tensor._version
 
     def _add(self, item: Any) -> None:
         """Take down an argument."""
         kind = type(item)
         if kind in _PLAIN:
             self.facts.append(item)
-        elif kind is bool:  # equal to a number otherwise
-            self.facts.append("true" if item else "false")
-        elif isinstance(item, float):  # with the sign of zero; NaN is itself
-            self.facts.append(item.hex())
-        elif isinstance(item, complex):
-            self.facts.append((item.real.hex(), item.imag.hex()))
         elif isinstance(item, torch.Tensor):
             self._add_tensor(item)
         elif isinstance(item, (tuple, list)):
             for part in item:
                 self._add(part)
             self.facts.append(_END)
+        elif kind is bool:  # equal to a number otherwise
+            self.facts.append("true" if item else "false")
+        elif isinstance(item, float):  # with the sign of zero; NaN is itself
+            self.facts.append(item.hex())
+        elif isinstance(item, complex):
+            self.facts.append((item.real.hex(), item.imag.hex()))
         elif kind is slice:
             self._add((slice, item.start, item.stop, item.step))
         elif item is ... or item is slice or self.trusts_objects:  # a generator...
@@ -153,13 +176,23 @@ class Taking:
             self.facts.append(object())  # which nothing equals
 
     def _add_tensor(self, tensor: torch.Tensor) -> None:
-        ref = self._refs.get(id(tensor))
+        key = id(tensor)
+        ref = self._refs.get(key)
         if ref is not None:
             self.facts.append(ref)
+            before = self._versions.get(key)
+            if before is not None and before != tensor._version:
+                self._note_written(tensor)
             return
         self.brought.append(tensor)
         self.facts.append(_content(tensor))
         self._number(tensor)
+
+    def _note_written(self, tensor: torch.Tensor) -> None:
+        """Take down that a tensor was written into by what was not followed."""
+        version = tensor._version
+        self.facts.append(("written", version - self._versions[id(tensor)]))
+        self._versions[id(tensor)] = version
 
 
 def _ref(number: int) -> Ref:
@@ -167,10 +200,6 @@ def _ref(number: int) -> Ref:
     while number >= len(_REFS):
         _REFS.append(Ref())
     return _REFS[number]
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _content(tensor: torch.Tensor) -> Any:
@@ -196,41 +225,16 @@ class Operations(Taking, TorchDispatchMode):
 
 
 class Functions(Taking, TorchFunctionMode):
-    """Follows the calls of torch's functions, and what decides besides about their operations."""
+    """Follows the calls of torch's functions."""
 
-    trusts_objects = False
+    trusts_objects, watches = False, True
 
     def __init__(self, given: Sequence[torch.Tensor], known: Known) -> None:
         super().__init__(given, known)
-        self._versions = {id(tensor): _version(tensor) for tensor in given}
+        own = [tensor for tensor, _ in known.values() if not tensor.is_inference()]
+        self._versions.update([(id(tensor), tensor._version) for tensor in own])
 
-    def __torch_function__(
-        self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Take down a call, and make it."""
-        if torch.is_autocast_enabled("cpu"):
-            self.facts.append(torch.get_autocast_dtype("cpu"))
-        if torch.get_default_dtype() is not self._dtype:  # f has set another one
-            self.facts.append(torch.get_default_dtype())
-        for item in args:
-            self._note_written(item)
-        result = self.take(func, kinds, args, kwargs)
-        if type(result) is torch.Tensor:
-            self._versions[id(result)] = _version(result)
-        return result
-
-    def _add(self, item: Any) -> None:
-        self._note_written(item)
-        super()._add(item)
-
-    def _note_written(self, item: Any) -> None:
-        """Take down that a tensor was written into by what is no function of torch's."""
-        if isinstance(item, torch.Tensor):
-            version = _version(item)
-            since = version - self._versions.setdefault(id(item), version)
-            if since:
-                self.facts.append(("written", since))
-                self._versions[id(item)] = version
+    __torch_function__ = Taking.take
 
 
 class Compared(Functions):

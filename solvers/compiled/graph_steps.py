@@ -16,6 +16,7 @@ from pnode.base.vectors import REAL
 from pnode.field.vectorfield import VectorField
 from pnode.solvers.compiled import driver
 from pnode.solvers.compiled.backend import Backend, Checked, Compilation, Trace, Wanted
+from pnode.solvers.compiled.evaluations import trusted
 from pnode.solvers.compiled.graph_calls import Graph, described, dtype_code, lend_torch, opened
 from pnode.solvers.compiled.inductor import CompilationFailed, CompiledGraph
 from pnode.solvers.compiled.integrator import Start, step_tolerances
@@ -136,6 +137,7 @@ class ExplicitSteps(Backend):
 
     def __init__(self) -> None:
         self._known: set[IntegratorSettings] = set()
+        self._last: IntegratorSettings | None = None  # to be hashed takes time
 
     def refuses(self, wanted: Wanted) -> str | None:
         """Return why there are no compiled steps for a solve, whatever the field."""
@@ -200,9 +202,10 @@ class ExplicitSteps(Backend):
             first = control.first_step or 0.0
             if settings.adaptive and not first:
                 (begin, end), order = problem.times[:2], settings.method.order
-                first = automatic_step(
-                    field_, y0.detach(), settings, order, begin, end, control, found.value
-                )
+                with trusted(field_, field_.used):
+                    first = automatic_step(
+                        field_, y0.detach(), settings, order, begin, end, control, found.value
+                    )
             handle, alive = kernel.stand_at(y0.detach().to(REAL, copy=True), slope, saved)
             sweep = driver.CompiledSweep(
                 kernel, handle, alive, problem, settings, control, wanted.keep, first
@@ -211,10 +214,11 @@ class ExplicitSteps(Backend):
 
     def _read_options(self, field_: VectorField, y0: torch.Tensor, wanted: Wanted) -> None:
         """Let PETSc read its options, once for solves of a kind. Collective."""
-        if wanted.settings not in self._known:
+        if wanted.settings is not self._last and wanted.settings not in self._known:
             self._known.add(wanted.settings)
             with wanted.lend(wanted.settings, field_, y0):
                 pass
+        self._last = wanted.settings
 
     def _kernel(self, graphs: StepGraphs, wanted: Wanted) -> GraphSteps | None:
         """Return the steps for the driver, or None, after one warning, if it cannot take them."""

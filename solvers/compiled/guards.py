@@ -14,8 +14,7 @@ alone, these and their arguments decide about the operations, and a function mod
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 
@@ -36,15 +35,19 @@ from pnode.solvers.compiled.following import (
 __all__ = ["Guard", "followed"]
 
 
-@contextmanager
-def followed(part: VectorField, guard: Guard) -> Iterator[Followed]:
+class followed:
     """Follow the next evaluation of a field."""
-    original = part.callee
-    part.callee = seen = Followed(original, guard.known, guard.mode)
-    try:
-        yield seen
-    finally:
-        part.callee = original
+
+    def __init__(self, part: VectorField, guard: Guard) -> None:
+        self._part, self._guard = part, guard
+
+    def __enter__(self) -> Followed:
+        self._original = self._part.callee
+        self._part.callee = seen = Followed(self._original, self._guard.known, self._guard.mode)
+        return seen
+
+    def __exit__(self, *error: object) -> None:
+        self._part.callee = self._original
 
 
 class Guard:

@@ -1,6 +1,5 @@
 // Products with dense matrices, LU of small ones, and LAPACK's of larger ones. Above this stands N.
 
-#include <complex>  // before Lu, whose std::abs is looked up where it stands
 #include <type_traits>
 
 namespace {

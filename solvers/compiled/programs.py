@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch._utils import _unflatten_dense_tensors
 
 from pnode.base.vectors import REAL
 from pnode.solvers.compiled.backend import Code
@@ -99,6 +100,9 @@ class ImplicitProgram(Kernel, Code):
         self.size = math.prod(traced.shape)
         #: Entries of mu.
         self.entries = sum(math.prod(part.shape) for part in traced.parameters)
+        self._indices = [part.index for part in traced.parameters]
+        nothing = torch.zeros((), dtype=REAL)
+        self._shapes = [nothing.expand(part.shape) for part in traced.parameters]
         own = (*_ABOVE.get(steps, ()), f"{steps}_steps.cpp")
         complex_numbers = "#include <complex>\n" if steps == "coupled" else ""
         text = "\n".join((
@@ -121,11 +125,8 @@ class ImplicitProgram(Kernel, Code):
 
     def gradients(self, sums: list[torch.Tensor]) -> list[tuple[int, torch.Tensor]]:
         """Return mu from its sums."""
-        found, end = [], 0
-        for part in self.traced.parameters:
-            start, end = end, end + math.prod(part.shape)
-            found.append((part.index, sums[0][start:end].view(part.shape)))
-        return found
+        parts = _unflatten_dense_tensors(sums[0], self._shapes)
+        return list(zip(self._indices, parts, strict=True))
 
     def takes_tangents(self, of_parameters: bool) -> bool:
         """Whether there is code for tangents of y0, or ``of_parameters`` too."""
