@@ -46,18 +46,29 @@ class Ahead(NamedTuple):
             return states @ self.jacobians[k]
         return torch.addmm(self.along[k], states, self.jacobians[k])
 
+    def factors(self, shifts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the LU factors of the K matrices shift I - g_u; None if one is singular."""
+        unit = torch.eye(self.values.shape[1], dtype=REAL, device=self.values.device)
+        matrices = shifts.to(unit.device)[:, None, None] * unit - self.jacobians.mT
+        lu, pivots, singular = torch.linalg.lu_factor_ex(matrices)
+        return None if singular.any() else (lu, pivots)
 
-def pays(field: VectorField, stages: int, tangents: int) -> bool:
-    """Whether derivatives of that many stages are to be taken at once."""
+
+def pays(field: VectorField, stages: int, tangents: int, assembled: bool = False) -> bool:
+    """Whether derivatives of that many stages are to be taken at once.
+
+    ``assembled``: single stages would take the whole Jacobian too.
+    """
     problem, size = field.problem, field.problem.layout.size
     alone = not problem.ranks.parallel and problem.exchange is None and problem.compute is None
-    few = 2 * (size + 2 * tangents) <= stages and stages * size * size <= _ENTRIES
-    return tangents > 1 and alone and few and problem.form == "rhs"
+    few = tangents > 1 and 2 * (size + 2 * tangents) <= stages
+    small = stages * size * size <= _ENTRIES
+    return alone and small and (few or assembled) and problem.form == "rhs"
 
 
 def derivatives_ahead(
     field: VectorField, times: Sequence[float], states: Sequence[torch.Tensor],
-    moving: Sequence[tuple[int, torch.Tensor]], ledger: Ledger,
+    moving: Sequence[tuple[int, torch.Tensor]], ledger: Ledger, assembled: bool = False,
 ) -> Ahead | None:  # fmt: skip
     """Return g with its derivatives at stages; None for a function that torch cannot map.
 
@@ -71,6 +82,8 @@ def derivatives_ahead(
         For each parameter that moves its index and its tangents, shape ``(m, *parameter)``.
     ledger : Ledger
         Counts.
+    assembled : bool
+        Whether Jacobians are counted as such, and not as products.
     """
     direction, size, number = field.problem.direction, field.problem.layout.size, len(states)
     try:
@@ -88,7 +101,8 @@ def derivatives_ahead(
     except Exception:  # whatever it is, the single stages will tell
         return None
     ledger.rhs += number
-    ledger.jvp += number * (size if not moving else size + len(moving[0][1]))
+    ledger.jacobians += number * assembled
+    ledger.jvp += number * (size * (not assembled) + (len(moving[0][1]) if moving else 0))
     jacobians = torch.zeros_like(seeds) if rows is None else rows
     return Ahead(
         direction * values.detach(), direction * jacobians.movedim(0, 2).to(REAL),

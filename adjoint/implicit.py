@@ -166,7 +166,7 @@ class ImplicitAdjointStepper(TorchAdjointStepper):
         return ExactSolves(self.ts, self.bridge, self.settings)
 
     @cached_property
-    def _solves_rows(self) -> bool:
+    def solves_rows(self) -> bool:
         """Whether PETSc solves with factors for several right-hand sides at once.
 
         Only tangents ask: cotangents in a batch are those of single sweeps to the last bit.
@@ -205,7 +205,7 @@ class ImplicitAdjointStepper(TorchAdjointStepper):
         Several solves, and those of the rows of a batch, share the factors or the preconditioner.
         """
         kind = "transposed" if transposed else "linear"
-        if b.dim() > 1 and not transposed and self._solves_rows:
+        if b.dim() > 1 and not transposed and self.solves_rows:
             b = b.detach().contiguous()
             found = torch.empty_like(b)
             failure = _failure(self._ksp.matSolve, _columns(b), _columns(found))

@@ -109,13 +109,11 @@ class KnownStages:
         if second is None or others is None:
             return None
         factors, lengths = {}, torch.tensor([step.length for step, _, _ in steps], dtype=REAL)
-        unit = torch.eye(v.shape[-1], dtype=REAL, device=v.device)
         for gamma in set(scheme.gamma_diagonal) - {0.0}:
-            shifts = (1.0 / (lengths * gamma)).to(v.device)[:, None, None]
-            lu, pivots, singular = torch.linalg.lu_factor_ex(shifts * unit - base.jacobians.mT)
-            if singular.any():
+            found = base.factors(1.0 / (lengths * gamma))
+            if found is None:
                 return None  # single steps will tell where
-            factors[gamma] = lu, pivots
+            factors[gamma] = found
         ledger.factorizations += len(factors) * len(steps)
         return cls(base, others, second, factors, scheme.gamma_diagonal)
 

@@ -8,26 +8,22 @@ itself would not evaluate there.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Iterator
 
 import torch
 
 from pnode.adjoint.ahead import Ahead, derivatives_ahead, pays
 from pnode.adjoint.firk import CoupledAdjoint
-from pnode.adjoint.implicit import ImplicitAdjointStepper
 from pnode.adjoint.multistep import MultistepAdjoint
 from pnode.adjoint.rosenbrock import RosenbrockAdjoint
 from pnode.adjoint.rosenbrock_stages import KnownStages, RecordedStages
 from pnode.adjoint.stages import ExplicitAdjoint, StageAdjoint
 from pnode.adjoint.stepper import AdjointStepper
 from pnode.adjoint.symplectic import SymplecticAdjoint
+from pnode.adjoint.tangent_stepper import ImplicitTangents, Known, Moving, TangentStepper, plus
 from pnode.base.evidence import notes
 from pnode.base.ledger import Ledger
 from pnode.base.vectors import REAL
-from pnode.field.linearization import Linearization
-from pnode.field.one_pass import jacobian_along
 from pnode.field.vectorfield import VectorField
 from pnode.solvers.bdf import start_weights
 from pnode.solvers.checkpoint import Checkpoint
@@ -35,56 +31,7 @@ from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.scheme import Row, Rows, combine
 from pnode.solvers.stepping import Step
 
-__all__ = ["Moving", "TangentStepper", "create_tangents", "has_tangents"]
-
-#: For each parameter that moves its index and its tangents, shape ``(m, *parameter)``.
-Moving: TypeAlias = Sequence[tuple[int, torch.Tensor]]
-#: Steps with their checkpoints, and what was noted of f there.
-Known: TypeAlias = Sequence[tuple[Step, Checkpoint, Sequence[float]]]
-
-
-class TangentStepper(ABC):
-    """Takes tangents of the state forwards, step by step.
-
-    Parameters
-    ----------
-    adjoint : AdjointStepper
-        Of the same method, has begun; each step's checkpoint is to be loaded into it.
-    start : Tensor
-        Tangents of the initial state, shape ``(m, size)``.
-    moving : sequence
-        Those of the parameters.
-
-    Attributes
-    ----------
-    tangents : Tensor
-        Of the state after the steps so far, shape ``(m, size)``, PETSc's precision.
-    """
-
-    def __init__(self, start: torch.Tensor, moving: Moving) -> None:
-        self.tangents = start.to(REAL)
-        self._moving = moving
-
-    @abstractmethod
-    def step(self, step: Step, ledger: Ledger) -> None:
-        """Take a step, whose checkpoint has been loaded. Collective.
-
-        Raises
-        ------
-        LinearSolveFailed
-            If a linear solve did not converge.
-        BaseException
-            Whatever the vector field raised.
-        """
-
-    def look_ahead(self, steps: Known, ledger: Ledger) -> None:
-        """Take what does not need tangents for all steps at once, where that pays."""
-        return
-
-    def _along(self, graph: Linearization, states: torch.Tensor | None) -> torch.Tensor:
-        """Return g_y Z_k + g_p v_k, without the Z_k if there are none."""
-        given = None if states is None else states.to(graph.dtype)
-        return graph.along(given, self._moving).to(REAL)
+__all__ = ["create_tangents", "has_tangents"]
 
 
 class ExplicitTangents(TangentStepper):
@@ -112,53 +59,18 @@ class ExplicitTangents(TangentStepper):
         scheme, h, ahead = self._scheme, step.length, self._ahead
         slopes: dict[int, torch.Tensor] = {}
         for i in self._live:
-            w = _plus(self.tangents, [(h * scheme.A[i][j], slopes[j]) for j in slopes])
+            w = plus(self.tangents, [(h * scheme.A[i][j], slopes[j]) for j in slopes])
             if ahead is None:
                 slopes[i] = self._along(self._adjoint.graph(i, step), w)
             else:
                 k, self._done = self._done, self._done + 1
                 self._adjoint.verify(ahead.values[k], i, step.at(scheme.c[i]), step)
                 slopes[i] = ahead.product(k, w)
-        self.tangents = _plus(self.tangents, [(h * scheme.b[j], slopes[j]) for j in slopes])
+        self.tangents = plus(self.tangents, [(h * scheme.b[j], slopes[j]) for j in slopes])
         ledger.steps += 1
 
 
-class _ImplicitTangents(TangentStepper):
-    """What those of methods that solve systems share."""
-
-    def __init__(
-        self, adjoint: ImplicitAdjointStepper, start: torch.Tensor, moving: Moving
-    ) -> None:
-        super().__init__(start, moving)
-        self._adjoint = adjoint
-        self._mass = adjoint.field.mass
-        settings = adjoint.settings
-        #: Whether each matrix is made of all products with unit vectors.
-        self._assembles = (
-            settings.jacobian == "dense" and settings.jacobian_options.reuse != "constant"
-            and settings.comm.size == 1 and settings.form != "residual"
-        )  # fmt: skip
-
-    def _solve(
-        self, s: float, u: torch.Tensor, shift: float, driven: torch.Tensor, step: Step,
-        ledger: Ledger,
-    ) -> torch.Tensor:  # fmt: skip
-        """Return the solutions of (shift M - g_u) x_k = M driven_k + g_p v_k at (s, u)."""
-        adjoint, along = self._adjoint, None
-        if self._moving and self._assembles:
-            along = jacobian_along(adjoint.graph_at(s, u), self._moving)
-        adjoint.set_matrix(s, u, shift, step)
-        right = driven
-        if self._mass is not None:
-            right = self._mass.apply(driven)
-        if along is not None:
-            right = right + along.to(REAL)
-        elif self._moving:
-            right = right + self._along(adjoint.graph_at(s, u), None)
-        return adjoint.solve(right, step, ledger, transposed=False)
-
-
-class StageTangents(_ImplicitTangents):
+class StageTangents(ImplicitTangents):
     """Of a diagonally implicit or IMEX step; see :class:`StageAdjoint` for the equations.
 
     Implicit stages have (M / (h a_ii) - g_Y) dY_i = M dZ_i / (h a_ii) + g_p v and
@@ -185,7 +97,7 @@ class StageTangents(_ImplicitTangents):
         A_explicit, b_explicit = scheme.A_explicit or (), scheme.b_explicit or ()
         state = self.tangents
         for i, a in enumerate(row[i] for i, row in enumerate(scheme.A)):
-            driven = _plus(self.tangents, [
+            driven = plus(self.tangents, [
                 *((h * scheme.A[i][j], slopes[j]) for j in slopes),
                 *((h * A_explicit[i][j], explicit[j]) for j in explicit),
             ])  # fmt: skip
@@ -205,7 +117,7 @@ class StageTangents(_ImplicitTangents):
         if scheme.stiffly_accurate:
             self.tangents = state
         else:
-            self.tangents = _plus(self.tangents, [
+            self.tangents = plus(self.tangents, [
                 *((h * scheme.b[j], slopes[j]) for j in slopes),
                 *((h * b_explicit[j], explicit[j]) for j in explicit),
             ])  # fmt: skip
@@ -217,12 +129,30 @@ class StageTangents(_ImplicitTangents):
         return self._along(self._adjoint.graph_at(s, u, None, part), states)
 
 
-class MultistepTangents(_ImplicitTangents):
+class MultistepTangents(ImplicitTangents):
     """Of BDF and its start; see :class:`MultistepAdjoint` for the equations."""
 
     def __init__(self, adjoint: MultistepAdjoint, start: torch.Tensor, moving: Moving) -> None:
         super().__init__(adjoint, start, moving)
         self._history: list[torch.Tensor] = []  # of the steps before, newest first
+        self._ahead: Ahead | None = None
+        self._factors: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._done = 0
+
+    def look_ahead(self, steps: Known, ledger: Ledger) -> None:
+        """Differentiate f at all points at once, and factor; see :class:`TangentStepper`."""
+        adjoint, number = self._adjoint, len(self.tangents)
+        systems = [one for step, checkpoint, _ in steps for one in _systems(step, checkpoint)]
+        if not (self._assembles and adjoint.solves_rows and systems):
+            return
+        if pays(adjoint.field, len(systems), number, assembled=True):
+            times, states, shifts = zip(*systems, strict=True)
+            ahead = derivatives_ahead(adjoint.field, times, states, self._moving, ledger, True)
+            self._factors = ahead and ahead.factors(torch.tensor(shifts, dtype=REAL))
+            if self._factors is not None:
+                self._ahead = ahead
+                ledger.factorizations += len(systems)
+                ledger.krylov += len(systems) * number
 
     def step(self, step: Step, ledger: Ledger) -> None:
         """Take a step; see :class:`TangentStepper`."""
@@ -234,7 +164,7 @@ class MultistepTangents(_ImplicitTangents):
             assert d is not None
             first, *others = d.tolist()
             terms = zip(others, before, strict=False)
-            driven = _plus(torch.zeros_like(self.tangents), [(-d, Z) for d, Z in terms])
+            driven = plus(torch.zeros_like(self.tangents), [(-d, Z) for d, Z in terms])
             self.tangents = self._system(0, step.end, u, first, driven, step, ledger)
         self._history = before[: self._adjoint.settings.method.order]
         ledger.steps += 1
@@ -257,11 +187,30 @@ class MultistepTangents(_ImplicitTangents):
         step: Step, ledger: Ledger,
     ) -> torch.Tensor:  # fmt: skip
         """Solve one of a step's systems, and compare f there with what was noted."""
-        adjoint = self._adjoint
-        found = self._solve(s, u, shift, driven, step, ledger)
+        adjoint, ahead, k = self._adjoint, self._ahead, self._done
+        if ahead is None or self._factors is None:
+            found = self._solve(s, u, shift, driven, step, ledger)
+            value = adjoint.value(s, u)
+        else:
+            right = driven if ahead.along is None else driven + ahead.along[k]
+            lu, pivots = self._factors
+            found, value = torch.linalg.lu_solve(lu[k], pivots[k], right.mT).mT, ahead.values[k]
+            self._done += 1
         doubt = adjoint.evidence[2 * system + 1] if adjoint.evidence else 0.0
-        adjoint.verify(adjoint.value(s, u), 2 * system, s, step, slack=doubt)
+        adjoint.verify(value, 2 * system, s, step, slack=doubt)
         return found
+
+
+def _systems(step: Step, checkpoint: Checkpoint) -> Iterator[tuple[float, torch.Tensor, float]]:
+    """Yield times, states and shifts of the systems that a step of BDF solves, in order."""
+    if step.order >= 0:
+        assert checkpoint.weights is not None
+        yield step.end, checkpoint.stages[0], float(checkpoint.weights[0])
+        return
+    states = iter(checkpoint.stages[0])
+    for number in range(1, len(start_weights(-step.order)) + 1):
+        h = step.length / number
+        yield from ((step.start + i * h, next(states), 1.0 / h) for i in range(1, number + 1))
 
 
 class CoupledTangents(TangentStepper):
@@ -386,11 +335,3 @@ def create_tangents(adjoint: AdjointStepper, start: torch.Tensor, moving: Moving
         return SymplecticTangents(adjoint, start, moving)
     assert isinstance(adjoint, StageAdjoint)
     return StageTangents(adjoint, start, moving)
-
-
-def _plus(total: torch.Tensor, terms: Sequence[tuple[float, torch.Tensor]]) -> torch.Tensor:
-    """Return a tensor and a sum of others, each with its factor."""
-    for factor, term in terms:
-        if factor:
-            total = torch.add(total, term, alpha=factor)
-    return total

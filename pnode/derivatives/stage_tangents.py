@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 
 from pnode.adjoint.gradients import CostGradients
-from pnode.adjoint.tangents import Moving, create_tangents, has_tangents
+from pnode.adjoint.tangent_stepper import Moving
+from pnode.adjoint.tangents import create_tangents, has_tangents
 from pnode.base.devices import ordered, place_of
 from pnode.base.ledger import Ledger, Stats
 from pnode.base.transforms import lowered, outside

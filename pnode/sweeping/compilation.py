@@ -22,6 +22,7 @@ from pnode.field.rebinding import Rebound
 from pnode.field.vectorfield import VectorField
 from pnode.field.watching import unwatched
 from pnode.problems.calls import brings_tensors
+from pnode.problems.checkpointing import Checkpointing
 from pnode.solvers.compiled.account import Entry, Work
 from pnode.solvers.compiled.backend import Compilation, Wanted
 from pnode.solvers.compiled.compiler import bare
@@ -60,12 +61,14 @@ def begin(
     problem, ranks, auto = run.problem, run.problem.ranks, engine.compile == "auto"
     anew = auto and brings_tensors(problem.function)
     controlled = requests.sensitivity_control is not None
-    if engine.compile is False or requests.plain or (requests.recorded and not controlled):
-        return None
-    if len(problem.times) < 2:
+    if engine.compile is False or (requests.recorded and not controlled):
         return None
     looks = (requests.events, requests.monitor, requests.callbacks)
     watched = requests.dense or any(one is not None for one in looks)
+    if requests.plain and (watched or engine.checkpointing != Checkpointing()):
+        return None
+    if len(problem.times) < 2:
+        return None
     part = requests.steps_before is not None
     kind: Any = (problem.layout, keep, watched, problem.integrals > 0, part)
     if ranks.parallel:  # whose parts differ, and of which one may be watched

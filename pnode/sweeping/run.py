@@ -101,7 +101,7 @@ class Requests:
     recorded : Recorded or None
         Steps to be taken.
     plain : bool
-        Whether nothing is to be compiled.
+        Whether nothing is to be compiled but whole sweeps, which have tangents.
     continuous : bool
         Whether gradients are those of the continuous adjoint.
     known : Tensor or None

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from pnode.adjoint.gradients import CostGradients
-from pnode.adjoint.tangents import Moving
+from pnode.adjoint.tangent_stepper import Moving
 from pnode.base.evidence import Reads
 from pnode.base.ledger import Stats
 from pnode.base.notices import LOG

@@ -13,7 +13,7 @@ from typing import Any
 
 from pnode.base.ledger import Ledger
 
-__all__ = ["Account", "Entry", "Work"]
+__all__ = ["Account", "Entry", "Work", "paid"]
 
 # In operations of torch on few numbers, some 10 microseconds each with autograd.
 # A compilation takes 10 to 20 seconds.
@@ -125,6 +125,11 @@ class Entry:
 def calls(ledger: Ledger) -> int:
     """Return how often f or its derivatives were called."""
     return ledger.rhs + ledger.jvp + ledger.vjp + ledger.jacobians
+
+
+def paid(number: int, operations: int) -> bool:
+    """Whether so many evaluations of so many operations have taken as long as a compilation."""
+    return number * (operations + _BESIDES) >= _PRICE
 
 
 @dataclass

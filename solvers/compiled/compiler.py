@@ -189,8 +189,7 @@ class Compiler:
             known = None
         lent = known is None and isinstance(problem.function, Rebound)
         bound = None
-        # Explicit steps keep what they make for the first tensors.
-        if known is None and (backend.implicit or (lent and backend.implicit is None)):
+        if known is None and (lent or backend.implicit is not None):
             bound = known = self._bound(key, problem.parameters)
         if known is not None and known.used is not None:
             with trusted(part, known.used), followed(part, known.guard) as seen:

@@ -50,7 +50,7 @@ def _structure(integers: str, numbers: str = "") -> type[ctypes.Structure]:
     return type("Structure", (ctypes.Structure,), {"_fields_": fields})
 
 
-Counts: Any = _structure("steps rejected rhs vjp jacobians factorizations newton krylov bytes")
+Counts: Any = _structure("steps rejected rhs vjp jvp jacobians factorizations newton krylov bytes")
 *_ADDED, _ = (name for name, _ in Counts._fields_)  # the last one is a peak
 _READ = struct.Struct(f"={len(Counts._fields_)}q").unpack
 _Control: Any = _structure(
@@ -103,6 +103,7 @@ def library() -> ctypes.CDLL:
         "torch": (None, [pointer]),
         "plan": (pointer, [pointer, pointer]),
         "free_plan": (None, [pointer]),
+        "plan_tangents": (None, [pointer, number, pointer, number]),
         "graph_steps": (pointer, [pointer] * 5),
         "sweep": (pointer, [pointer, pointer, pointer, pointer, number]),
         "free_sweep": (None, [pointer]),
@@ -301,7 +302,8 @@ class CompiledSweep:
             If a matrix is singular.
         """
         kernel = self.kernel
-        if not kernel.takes_tangents(bool(moving)):
+        steps = self._library.pnode_recorded(self._handle, None, None, None)
+        if not kernel.takes_tangents(len(start), bool(moving), steps):
             return None
         start = start.detach().to(REAL).contiguous()
         along = kernel.directions(moving) if moving else None

@@ -103,7 +103,7 @@ class GraphProgram(ImplicitProgram):
                 made._second = self._second.bound(self.traced, graph)
         return made
 
-    def takes_tangents(self, of_parameters: bool) -> bool:
+    def takes_tangents(self, number: int, of_parameters: bool, steps: int) -> bool:
         """Whether there is code for tangents: those of parameters take a product for each entry."""
         return not of_parameters or self.size <= _MOST_PRODUCTS
 

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 #include <deque>
+#include <functional>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -15,8 +17,14 @@ struct Settings {  // of graph_steps.py
     Graph step, adjoint;
 };
 
+struct Tangents {
+    int64_t number;  // at once
+    Graph graph;
+};
+
 struct Plan : Settings {
     std::vector<Form> tolerances, carried, captured, sums;
+    Tangents tangents[4];  // one and several; of the state alone, and of parameters too
 };
 
 class GraphSteps : public Kernel {
@@ -131,6 +139,49 @@ class GraphSteps : public Kernel {
         sums_.clear();
     }
 
+    void begin_tangents(int64_t number, const double* first, const double* along) override {
+        number_ = number;
+        const Tangents& code = tangents_ = plan_.tangents[2 * (number > 1) + (along != nullptr)];
+        int64_t entries = 0;
+        for (const Form& form : plan_.sums)
+            entries += std::accumulate(form.sizes.begin(), form.sizes.end(), int64_t(1),
+                                       std::multiplies<int64_t>());
+        const int64_t groups = (number + code.number - 1) / code.number;
+        du_.clear(), along_.clear();
+        first_.assign(groups * code.number * size, 0.0);
+        std::copy_n(first, number * size, first_.begin());
+        directions_.assign(along ? groups * code.number * entries : 0, 0.0);
+        if (along) std::copy_n(along, number * entries, directions_.begin());
+        for (int64_t k = 0; k < groups; ++k) {
+            const Form rows{DOUBLE, {code.number * size}, {1}};
+            du_.push_back(rows.view(first_.data() + k * code.number * size));
+            const Form all{DOUBLE, {code.number, entries}, {entries, 1}};
+            if (along) along_.push_back(all.view(directions_.data() + k * code.number * entries));
+        }
+    }
+
+    Status tangent(int64_t index, double t, double h) override {
+        for (size_t k = 0; k < du_.size(); ++k) {
+            std::vector<Handle> inputs{number(t).take(), number(h).take(), du_[k].take()};
+            if (!along_.empty()) inputs.push_back(along_[k].share());
+            for (const Tensor& tensor : checkpoints_[index]) inputs.push_back(tensor.share());
+            for (const Tensor& tensor : captured_) inputs.push_back(tensor.share());
+            du_[k] = std::move(tangents_.graph(inputs, 1)[0]);
+            counts.rhs += plan_.again;
+        }
+        counts.jvp += number_ * plan_.products;
+        return DONE;
+    }
+
+    void tangents(double* rows) const override {
+        int64_t left = number_ * size;
+        for (const Tensor& group : du_) {
+            const int64_t count = std::min(left, tangents_.number * size);
+            rows = std::copy_n(group.data<double>(), count, rows);
+            left -= count;
+        }
+    }
+
   private:
     Tensor in_users_precision() const {
         if (plan_.dtype == DOUBLE) return Tensor(u_.share());
@@ -146,6 +197,11 @@ class GraphSteps : public Kernel {
     Tensor u_, slope_, state_;
     Tensors carried_, tolerances_, captured_, results_, sums_;
     std::deque<Tensors> checkpoints_;
+    // Of tangents: how many there are, the code, and in groups those of the state and parameters.
+    int64_t number_ = 0;
+    Tangents tangents_{};
+    Tensors du_, along_;
+    std::vector<double> first_, directions_;
 };
 
 }  // namespace
@@ -155,10 +211,15 @@ extern "C" {
 // `text`: the forms of the tolerances, of what a step passes on to the next, of what f reads, and
 // of the sums of mu.
 void* pnode_plan(const Settings* settings, const int64_t* text) {
-    Plan* plan = new Plan{*settings, {}, {}, {}, {}};
+    Plan* plan = new Plan{*settings, {}, {}, {}, {}, {}};
     for (auto* part : {&plan->tolerances, &plan->carried, &plan->captured, &plan->sums})
         *part = forms(text);
     return plan;
+}
+
+// A graph of tangents, and how many it takes at once.
+void pnode_plan_tangents(void* plan, int64_t place, const Graph* graph, int64_t number) {
+    static_cast<Plan*>(plan)->tangents[place] = {number, *graph};
 }
 
 void pnode_free_plan(void* plan) { delete static_cast<Plan*>(plan); }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import warnings
 import weakref
 from collections.abc import Sequence
+from copy import copy
 from functools import cache
 from typing import Any
 
@@ -15,13 +17,16 @@ from pnode.base.communicators import allreduce
 from pnode.base.vectors import REAL
 from pnode.field.vectorfield import VectorField
 from pnode.solvers.compiled import driver
+from pnode.solvers.compiled.account import paid
 from pnode.solvers.compiled.backend import Backend, Checked, Compilation, Trace, Wanted
 from pnode.solvers.compiled.evaluations import trusted
 from pnode.solvers.compiled.graph_calls import Graph, described, dtype_code, lend_torch, opened
 from pnode.solvers.compiled.inductor import CompilationFailed, CompiledGraph
 from pnode.solvers.compiled.integrator import Start, step_tolerances
 from pnode.solvers.compiled.kernel import Kernel
+from pnode.solvers.compiled.step_tangents import StepTangents
 from pnode.solvers.compiled.steps import StepGraphs, Tensors
+from pnode.solvers.compiled.trace import FieldGraph
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.step_control import automatic_step
 
@@ -39,10 +44,14 @@ class _Settings(ctypes.Structure):
     ]  # fmt: skip
 
 
+# How many tangents a graph takes: one, or several.
+_AT_ONCE = 1, 8
+
+
 @cache
-def _warn_once(reason: str) -> None:
+def _warn_once(what: str, reason: str) -> None:
     warnings.warn(
-        f"compiled steps are called one by one from Python, which takes longer: {reason}",
+        f"{what} from Python, which takes longer: {reason}",
         RuntimeWarning, stacklevel=6,
     )  # fmt: skip
 
@@ -58,6 +67,10 @@ class GraphSteps(Kernel):
         Those of adaptive steps.
     keep : bool
         Whether the driver is to take adjoints too.
+    t, y : float, Tensor
+        Near which the field may be evaluated.
+    auto : bool
+        Whether code for tangents is made only once they have come to pay for it.
 
     Raises
     ------
@@ -65,9 +78,13 @@ class GraphSteps(Kernel):
         If the driver could not be compiled, or the graphs need torch's help.
     """
 
-    def __init__(self, graphs: StepGraphs, tolerances: Sequence[torch.Tensor], keep: bool) -> None:
+    def __init__(
+        self, graphs: StepGraphs, tolerances: Sequence[torch.Tensor], keep: bool, t: float,
+        y: torch.Tensor, auto: bool,
+    ) -> None:  # fmt: skip
         self._library = driver.library()
         self.graphs = graphs
+        self._tangents = _Tangents(graphs, t, y.detach().clone(), auto)
         self.size, self.dtype = graphs.size, graphs.dtype
         self._tolerances = tuple(tolerances)
         library, step = opened(graphs.compile_step(tolerances))
@@ -107,14 +124,36 @@ class GraphSteps(Kernel):
         )  # fmt: skip
         return handle, alive
 
+    def bound(self, graphs: StepGraphs) -> GraphSteps:
+        """Return them for graphs that differ in the tensors that they read alone."""
+        made = copy(self)
+        made.graphs = graphs
+        made._owner = self  # of the plan
+        return made
+
+    @property
+    def traced(self) -> FieldGraph:  # type: ignore[override]
+        """The field."""
+        return self.graphs.traced
+
+    def takes_tangents(self, number: int, of_parameters: bool, steps: int) -> bool:
+        """Whether there is code for tangents; see :class:`Kernel`."""
+        some = any(math.prod(part.shape) for part in self.traced.parameters)
+        place, at_once = 2 * (number > 1) + (of_parameters and some), _AT_ONCE[number > 1]
+        code = self._tangents.code(at_once, bool(place % 2), steps)
+        if code is None:
+            return False
+        self._library.pnode_plan_tangents(self._plan, place, ctypes.byref(code), at_once)
+        return True
+
     @property
     def captured(self) -> Sequence[torch.Tensor]:
         """What f reads besides t and y."""
-        return self.graphs.traced.captured
+        return self.traced.captured
 
     def inputs(self) -> list[torch.Tensor]:
         """Return it as the graphs take it."""
-        return self.graphs.traced.inputs()
+        return self.traced.inputs()
 
     def sums(self) -> list[torch.Tensor]:
         """Return zeros for mu."""
@@ -123,6 +162,40 @@ class GraphSteps(Kernel):
     def gradients(self, sums: list[torch.Tensor]) -> list[tuple[int, torch.Tensor]]:
         """Return mu from its sums."""
         return self.graphs.gradients(sums)
+
+
+class _Tangents:
+    """The code for tangents of a kind of steps, made when it is wanted.
+
+    Parameters
+    ----------
+    graphs, t, y, auto : StepGraphs, float, Tensor, bool
+        As for :class:`GraphSteps`.
+    """
+
+    def __init__(self, graphs: StepGraphs, t: float, y: torch.Tensor, auto: bool) -> None:
+        self._graphs, self._near, self._auto = graphs, (t, y), auto
+        self._steps: StepTangents | None = None
+        self._made: dict[Any, Graph | None] = {}
+        self._evaluations = 0  # what tangents and steps without code have taken
+
+    def code(self, at_once: int, of_parameters: bool, steps: int) -> Graph | None:
+        """Return that for so many at once, of so many steps; None if there is none."""
+        key = at_once, of_parameters
+        if key not in self._made:
+            self._evaluations += 2 * steps * self._graphs.products
+            operations = len(self._graphs.traced.value.graph.nodes)
+            if self._auto and not paid(self._evaluations, operations):
+                return None
+            self._made[key] = None
+            try:
+                if self._steps is None:
+                    self._steps = StepTangents(self._graphs, *self._near)
+                self._made[key] = opened(self._steps.compiled(*key))[1]
+            except CompilationFailed as error:
+                if not self._auto:
+                    _warn_once("tangents of compiled steps are taken", str(error))
+        return self._made[key]
 
 
 class ExplicitSteps(Backend):
@@ -183,7 +256,10 @@ class ExplicitSteps(Backend):
         graphs.compile_step(step_tolerances(settings))
         if saved:
             graphs.adjoint  # noqa: B018
-        if settings.parallel and self._kernel(graphs, wanted) is None:
+        kernel = None
+        if _is_plain(wanted):
+            kernel = self._kernel(graphs, wanted, part, y0)
+        if settings.parallel and kernel is None:
             raise CompilationFailed("the driver cannot take these steps")
         return graphs
 
@@ -195,7 +271,7 @@ class ExplicitSteps(Backend):
         graphs, slope, saved = found.code, found.found[0], tuple(found.found[1:])
         field_.ledger.rhs += graphs.fsal  # the check is the first slope
         start, sweep = Start(graphs, slope, saved), None
-        kernel = self._kernel(graphs, wanted) if _is_plain(wanted) else None
+        kernel = self._kernel(graphs, wanted, field_, y0) if _is_plain(wanted) else None
         if kernel is not None:
             self._read_options(field_, y0, wanted)
             problem, control, settings = field_.problem, wanted.control, wanted.settings
@@ -220,7 +296,9 @@ class ExplicitSteps(Backend):
                 pass
         self._last = wanted.settings
 
-    def _kernel(self, graphs: StepGraphs, wanted: Wanted) -> GraphSteps | None:
+    def _kernel(
+        self, graphs: StepGraphs, wanted: Wanted, part: VectorField, y0: torch.Tensor
+    ) -> GraphSteps | None:
         """Return the steps for the driver, or None, after one warning, if it cannot take them."""
         given = step_tolerances(wanted.settings)
         key = (tuple(tuple(x.shape) for x in given), wanted.keep)
@@ -228,10 +306,12 @@ class ExplicitSteps(Backend):
             graphs.kernels[key] = None
             if isinstance(graphs.compile_step(given), CompiledGraph):
                 try:
-                    graphs.kernels[key] = GraphSteps(graphs, given, wanted.keep)
+                    problem = part.problem
+                    t = problem.direction * problem.times[0]
+                    graphs.kernels[key] = GraphSteps(graphs, given, wanted.keep, t, y0, wanted.auto)
                 except CompilationFailed as error:
                     if not (wanted.auto or wanted.settings.parallel):
-                        _warn_once(str(error))
+                        _warn_once("compiled steps are called one by one", str(error))
         found: GraphSteps | None = graphs.kernels[key]
         return found
 

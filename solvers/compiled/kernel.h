@@ -22,7 +22,7 @@ enum Status : int64_t {
 constexpr double MODERATE = 1e200;
 
 struct Counts {  // of driver.py
-    int64_t steps, rejected, rhs, vjp, jacobians, factorizations, newton, krylov, bytes;
+    int64_t steps, rejected, rhs, vjp, jvp, jacobians, factorizations, newton, krylov, bytes;
 };
 
 struct Control {  // of driver.py

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
+from pnode.base.vectors import REAL
+from pnode.solvers.compiled.trace import FieldGraph
+
 __all__ = ["Kernel"]
 
 
@@ -19,10 +22,13 @@ class Kernel(ABC):
         Entries of the state.
     dtype : torch.dtype
         The user's precision.
+    traced : FieldGraph
+        The field, where there are tangents.
     """
 
     size: int
     dtype: torch.dtype
+    traced: FieldGraph
 
     @property
     @abstractmethod
@@ -37,13 +43,19 @@ class Kernel(ABC):
     def sums(self) -> list[torch.Tensor]:
         """Return zeros for mu."""
 
-    def takes_tangents(self, of_parameters: bool) -> bool:
-        """Whether there is code for tangents of y0, or ``of_parameters`` too."""
+    def takes_tangents(self, number: int, of_parameters: bool, steps: int) -> bool:
+        """Whether there is code for so many tangents, ``of_parameters`` too, of so many steps."""
         return False
 
     def directions(self, moving: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor:
-        """Return tangents of the parameters as the code takes them."""
-        raise NotImplementedError
+        """Return tangents of the parameters, all one after the other, shape ``(m, entries)``."""
+        known, number = dict(moving), len(moving[0][1])
+        columns = [torch.zeros(number, 0, dtype=REAL)]
+        for part in self.traced.parameters:
+            shape = (number, *part.shape)
+            rows = known[part.index] if part.index in known else torch.zeros(shape, dtype=REAL)
+            columns.append(rows.reshape(number, -1).to(REAL))
+        return torch.cat(columns, 1)
 
     @abstractmethod
     def gradients(self, sums: list[torch.Tensor]) -> list[tuple[int, torch.Tensor]]:

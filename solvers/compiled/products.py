@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-__all__ = ["SMALL_PRODUCT", "VECTOR", "arrange_products", "packet"]
+__all__ = ["SMALL_PRODUCT", "VECTOR", "arrange_products", "packet", "sums_of_products"]
 
 _aten = torch.ops.aten
 _Node: TypeAlias = Any  # torch.fx.Node, whose arguments are typed as a union of everything
@@ -15,6 +15,8 @@ _Node: TypeAlias = Any  # torch.fx.Node, whose arguments are typed as a union of
 SMALL_PRODUCT = 20_000
 #: Entries that such a loop takes at once, in any case.
 VECTOR = 8
+# Entries of a factor that are worth another matrix product to leave where they are.
+_LARGE = 32_768
 # Into so many sums the entries along a row are added up first.
 _LANES = 16
 
@@ -127,3 +129,25 @@ def _sum_in_lanes(call: Any, a: _Node, base: _Node, inner: int) -> _Node:
         pairs = zip(terms[0::2], terms[1::2], strict=False)
         terms = [call(_aten.add.Tensor, pair) for pair in pairs] + last
     return terms[0]
+
+
+def sums_of_products(pairs: list[tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
+    """Return terms whose sum is the sum of a^T b over pairs (a, b), or its transpose if wider."""
+    # One product for all stages, but: b is what f evaluates, and the first stage's does not lie
+    # next to those of the others; a lies where it was computed.
+    (computed, evaluated), result = pairs[0], pairs[0][0].shape[1] * pairs[0][1].shape[1]
+    groups = [pairs]
+    if computed.numel() > max(_LARGE, 2 * result):
+        groups = [[pair] for pair in pairs]
+    elif evaluated.numel() > _LARGE:
+        groups = [pairs[:1], pairs[1:]]
+    if computed.shape[1] > evaluated.shape[1]:
+        groups = [[(b, a) for a, b in group] for group in groups]
+    columns = max(computed.shape[1], evaluated.shape[1])
+    if sum(len(a) for a, _ in pairs) * result <= SMALL_PRODUCT and columns >= VECTOR:
+        return [(a.unsqueeze(2) * b.unsqueeze(1)).sum(0) for group in groups for a, b in group]
+    return [
+        torch.cat([a for a, _ in group]).t() @ torch.cat([b for _, b in group])
+        for group in groups
+        if group
+    ]

@@ -128,20 +128,9 @@ class ImplicitProgram(Kernel, Code):
         parts = _unflatten_dense_tensors(sums[0], self._shapes)
         return list(zip(self._indices, parts, strict=True))
 
-    def takes_tangents(self, of_parameters: bool) -> bool:
-        """Whether there is code for tangents of y0, or ``of_parameters`` too."""
+    def takes_tangents(self, number: int, of_parameters: bool, steps: int) -> bool:
+        """Whether there is code for tangents; see :class:`Kernel`."""
         return True
-
-    def directions(self, moving: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor:
-        """Return tangents of the parameters, all one after the other, shape ``(m, entries)``."""
-        known, number = dict(moving), len(moving[0][1])
-        rows = torch.zeros(number, self.entries, dtype=REAL)
-        end = 0
-        for part in self.traced.parameters:
-            start, end = end, end + math.prod(part.shape)
-            if part.index in known:
-                rows[:, start:end] = known[part.index].reshape(number, -1)
-        return rows
 
     def stand_at(
         self, settings: ctypes.Structure, y0: torch.Tensor, mass: torch.Tensor | None = None

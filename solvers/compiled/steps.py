@@ -15,11 +15,11 @@ from pnode.base.vectors import REAL
 from pnode.solvers.compiled import inductor
 from pnode.solvers.compiled.backend import Code
 from pnode.solvers.compiled.inductor import Compiled, CompiledGraph, fingerprint
-from pnode.solvers.compiled.products import SMALL_PRODUCT, VECTOR
+from pnode.solvers.compiled.products import sums_of_products
 from pnode.solvers.compiled.trace import FieldGraph, ParameterPart
 from pnode.solvers.scheme import Scheme
 
-__all__ = ["StepGraphs"]
+__all__ = ["StepGraphs", "combined"]
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -44,8 +44,6 @@ class Layout(NamedTuple):
     last: int
 
 
-# Entries of a factor that are worth another matrix product to leave where they are.
-_LARGE = 32_768
 # Bytes of a state and of what f evaluates, up to which torch's calls take longer than a step.
 _SMALL = 65_536
 _SOURCE = Path(__file__).read_text(encoding="utf-8")
@@ -87,6 +85,13 @@ class StepGraphs(Code):
     #: What the driver takes, see :class:`pnode.solvers.compiled.graph_steps.GraphSteps`.
     kernels: dict[Any, Any] = field(default_factory=dict, init=False)
 
+    def bound(self, graph: FieldGraph) -> StepGraphs:
+        """Return them for a graph that differs in the tensors that it reads alone."""
+        made = super().bound(graph)
+        if made is not self:
+            made.kernels = {key: one and one.bound(made) for key, one in self.kernels.items()}
+        return made
+
     @property
     def stages(self) -> int:
         """How many stages a checkpoint holds, and evaluations of f a step takes."""
@@ -100,12 +105,7 @@ class StepGraphs(Code):
     @cached_property
     def products(self) -> int:
         """How many vector-Jacobian products the adjoint of a step takes."""
-        A, b = self.scheme.A, self.scheme.b
-        needed: set[int] = set()
-        for i in reversed(range(self.stages)):
-            if b[i] or any(A[j][i] for j in needed):
-                needed.add(i)
-        return len(needed)
+        return len(self.scheme.live_stages())
 
     def at(self, t: torch.Tensor, y: torch.Tensor) -> Tensors:
         """Return f(t, y), PETSc's precision, and what is saved of it."""
@@ -153,12 +153,12 @@ class StepGraphs(Code):
         captured = tuple(rest)
         points, saved = [], []
         for i in range(len(slopes), len(c) - self.fsal):
-            point = (_combine(u, h, A[i], slopes) if i else u).to(self.dtype)
+            point = (combined(u, h, A[i], slopes) if i else u).to(self.dtype)
             slope, kept = self._evaluate(t + c[i] * h, point, captured)
             points.append(point)
             slopes.append(slope)
             saved.append(kept)
-        end = _combine(u, h, b, slopes)
+        end = combined(u, h, b, slopes)
         looks = [end.square().sum()]
         carried: list[torch.Tensor] = []
         if self.fsal:
@@ -171,7 +171,7 @@ class StepGraphs(Code):
             differences = [
                 e - w for e, w in zip(self.b_embedded, (*b, *[0.0] * len(c)), strict=False)
             ]
-            defect = _combine(None, h, differences, slopes)
+            defect = combined(None, h, differences, slopes)
             # VecErrorWeightedNorms: the embedded solution is end + defect.
             scale = atol + rtol * torch.maximum(end.abs(), (end + defect).abs())
             looks.append((defect / scale).square().mean().sqrt())
@@ -194,20 +194,7 @@ class StepGraphs(Code):
         t, h, state, *rest = inputs
         A, b, c = self.scheme.A, self.scheme.b, self.scheme.c
         state = state.view(self.traced.shape)
-        points = [rest.pop(0).view(self.traced.shape)]
-        kept: list[list[torch.Tensor]] = [[] for _ in range(self.stages)]
-        if self.keeps_saved:
-            if self.stages > 1:
-                points += _rows(rest.pop(0))
-            first = 0
-            if self.fsal:
-                kept[0] = [rest.pop(0) for _ in range(self.saved)]
-                first = 1
-            for _ in range(self.saved if self.stages > first else 0):
-                for row, tensors in zip(_rows(rest.pop(0)), kept[first:], strict=True):
-                    tensors.append(row)
-        else:
-            points += [rest.pop(0).view(self.traced.shape) for _ in range(self.stages - 1)]
+        points, kept = self.stages_of(rest)
         sums = [rest.pop(0) for _ in self.traced.parameters]
         captured = tuple(rest)
         below: list[torch.Tensor | None] = [None] * self.stages
@@ -229,12 +216,35 @@ class StepGraphs(Code):
         for index, part in enumerate(self.traced.parameters):
             if part.factors:
                 pairs = [results[part.first : part.first + 2] for results in reversed(parts)]
-                for total in _products(pairs):
+                for total in sums_of_products(pairs):
                     sums[index] = sums[index] + total
             else:
                 for results in parts:
                     sums[index] = sums[index] + results[part.first]
         return (state.reshape(-1), *sums)
+
+    def stages_of(
+        self, rest: list[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
+        """Return the stages and what was saved of each, of a checkpoint that begins ``rest``.
+
+        It is taken out of there.
+        """
+        points = [rest.pop(0).view(self.traced.shape)]
+        kept: list[list[torch.Tensor]] = [[] for _ in range(self.stages)]
+        if not self.keeps_saved:
+            points += [rest.pop(0).view(self.traced.shape) for _ in range(self.stages - 1)]
+            return points, kept
+        if self.stages > 1:
+            points += _rows(rest.pop(0))
+        first = 0
+        if self.fsal:
+            kept[0] = [rest.pop(0) for _ in range(self.saved)]
+            first = 1
+        for _ in range(self.saved if self.stages > first else 0):
+            for row, tensors in zip(_rows(rest.pop(0)), kept[first:], strict=True):
+                tensors.append(row)
+        return points, kept
 
     def checkpoint(self, u: torch.Tensor, saved: Tensors, results: list[torch.Tensor]) -> Tensors:
         """Return what the adjoint of a step takes, from the step's start and results.
@@ -295,10 +305,17 @@ class StepGraphs(Code):
     @cached_property
     def adjoint(self) -> Compiled:
         """The graph of the adjoint of a step."""
-        number = torch.zeros((), dtype=REAL)
         state = torch.zeros(self.size, dtype=REAL)
+        return self.compile("adjoint", self._adjoint, [state], self.zeros())
+
+    def compile(
+        self, kind: str, function: Any, first: list[torch.Tensor],
+        then: Sequence[torch.Tensor] = (), *more: object,
+    ) -> Compiled:  # fmt: skip
+        """Return the graph of ``[t, h, *first, *checkpoint, *then, *inputs] -> function``."""
+        number = torch.zeros((), dtype=REAL)
         point = torch.zeros(self.size, dtype=self.dtype)
-        _, saved = self.start(number, state)
+        _, saved = self.start(number, torch.zeros(self.size, dtype=REAL))
         stacked = self.stages - self.fsal
         if self.keeps_saved:
             others = [point.view(self.traced.shape)] * (self.stages - 1)
@@ -307,11 +324,9 @@ class StepGraphs(Code):
             kept += [torch.stack([x] * stacked) for x in saved if stacked]
         else:
             kept = [point.clone() for _ in range(self.stages - 1)]
-        examples = [
-            number, number.clone(), state, point, *kept, *self.zeros(), *self.traced.inputs()
-        ]  # fmt: skip
+        examples = [number, number.clone(), *first, point, *kept, *then, *self.traced.inputs()]
         return inductor.compile_graph(
-            self._key("adjoint"), lambda *inputs: self._adjoint(*inputs), _detached(examples)
+            self._key(kind, *more), lambda *inputs: function(*inputs), _detached(examples)
         )
 
     def zeros(self) -> list[torch.Tensor]:
@@ -337,33 +352,11 @@ def _is_transposed(part: ParameterPart) -> bool:
     return rows > columns if rows != columns else part.transposed
 
 
-def _products(pairs: list[Tensors]) -> list[torch.Tensor]:
-    """Return terms whose sum is the sum of a^T b over pairs (a, b), or its transpose if wider."""
-    # One product for all stages, but: b is what f evaluates, and the first stage's does not lie
-    # next to those of the others; a lies where it was computed.
-    (computed, evaluated), result = pairs[0], pairs[0][0].shape[1] * pairs[0][1].shape[1]
-    groups = [pairs]
-    if computed.numel() > max(_LARGE, 2 * result):
-        groups = [[pair] for pair in pairs]
-    elif evaluated.numel() > _LARGE:
-        groups = [pairs[:1], pairs[1:]]
-    if computed.shape[1] > evaluated.shape[1]:
-        groups = [[(b, a) for a, b in group] for group in groups]
-    columns = max(computed.shape[1], evaluated.shape[1])
-    if sum(len(a) for a, _ in pairs) * result <= SMALL_PRODUCT and columns >= VECTOR:
-        return [(a.unsqueeze(2) * b.unsqueeze(1)).sum(0) for group in groups for a, b in group]
-    return [
-        torch.cat([a for a, _ in group]).t() @ torch.cat([b for _, b in group])
-        for group in groups
-        if group
-    ]
-
-
 def _rows(stack: torch.Tensor) -> list[torch.Tensor]:
     return [stack.select(0, index) for index in range(len(stack))]
 
 
-def _combine(
+def combined(
     u: torch.Tensor | None, h: torch.Tensor, weights: Sequence[float], slopes: list[torch.Tensor]
 ) -> torch.Tensor:
     """Return u + h sum_j weights_j slopes_j."""
