@@ -144,10 +144,11 @@ class Dirk : public ImplicitSteps {
   }
 
   Status step(double t, double h) override {
-    keeps = m.keeps_jacobian;
+    keeps = m.keeps_jacobian, guesses = m.guess && !CONSTANT;
     const Status status = solve_stages(t, h);
-    if (!keeps || status != NOT_CONVERGED) return status;
-    keeps = false;  // once more with a new Jacobian at each iterate
+    const bool again = status == NOT_CONVERGED ? keeps || guesses : guesses && status == NOT_FINITE;
+    if (!again) return status;
+    keeps = guesses = false;  // once more with a new Jacobian at each iterate, and without guesses
     return solve_stages(t, h);
   }
 
@@ -180,7 +181,7 @@ class Dirk : public ImplicitSteps {
         std::memcpy(slope[0], first_slope, sizeof(z));
       } else {
         for (int k = 0; k < N; k++) z[k] = u[k] + h * sum_of(m.A, m.A_explicit, i, i, k);
-        std::memcpy(y, i ? stages[i - 1] : u, sizeof(z));
+        guess(i, y);
         const double shift = 1.0 / (h * m.A[i * s + i]);
         const Status status = newton(t + m.alpha[i] * h, shift, z, y);
         if (status != DONE) return status;
@@ -198,6 +199,21 @@ class Dirk : public ImplicitSteps {
     }
     std::memcpy(last_slope, m.carries_slope ? slope[s - 1] : f, sizeof(z));
     return std::isfinite(square(end)) ? DONE : NOT_FINITE;
+  }
+
+  // Scheme.stage_guesses.
+  void guess(int i, double* y) const {
+    const double* row = m.guess + i * (m.stages + 1);
+    bool used = false;
+    for (int j = 0; guesses && j <= i; j++) used |= row[j] != 0.0;
+    if (!used) {
+      std::memcpy(y, i ? stages[i - 1] : u, sizeof(u));
+      return;
+    }
+    std::memset(y, 0, sizeof(u));
+    for (int j = 0; j <= i; j++)
+      if (row[j] != 0.0)
+        for (int k = 0; k < N; k++) y[k] += row[j] * (j ? stages[j - 1] : u)[k];
   }
 
   // Evaluate f, and J if that is cheap, unless that was done last.
@@ -281,7 +297,7 @@ class Dirk : public ImplicitSteps {
   bool knows_slope = false;
   // Newton's last iterate, f (and J) there: a first guess is a stage already solved for.
   double last_time = NAN, last_iterate[N] = {}, f[N], J[N * N];
-  bool keeps = false, knows_jacobian = false, knows_constant = false;
+  bool keeps = false, guesses = false, knows_jacobian = false, knows_constant = false;
   Factors factors;
   double factored = 0.0;  // for this shift
   // Of the adjoint: an explicit first stage is the last one of the step before.

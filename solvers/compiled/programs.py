@@ -84,6 +84,8 @@ class ImplicitProgram(Kernel, Code):
     dtype = REAL
     #: Whether a DIRK's Newton method is to do with few Jacobians.
     keeps_jacobian = False
+    #: Whether its stages begin with guesses.
+    guesses_stages = True
     #: Entries of the part of mu that each of independent samples has.
     row_entries = 0
 
