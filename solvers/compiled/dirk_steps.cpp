@@ -31,7 +31,7 @@ class Dirk : public ImplicitSteps {
   void accept(bool keep) override {
     ImplicitSteps::accept(keep);
     if (chained()) std::memcpy(first_slope, last_slope, sizeof(first_slope));
-    knows_slope = chained();
+    knows_slope = chained() && (m.carries_slope || evaluated(end));
   }
 
   void begin_adjoint(double* const* sums) override {
@@ -146,7 +146,8 @@ class Dirk : public ImplicitSteps {
   Status step(double t, double h) override {
     keeps = m.keeps_jacobian, guesses = m.guess && !CONSTANT;
     const Status status = solve_stages(t, h);
-    const bool again = status == NOT_CONVERGED ? keeps || guesses : guesses && status == NOT_FINITE;
+    const bool again = status == NOT_CONVERGED ? keeps || (guesses && !m.adaptive)
+                                               : guesses && status == NOT_FINITE;
     if (!again) return status;
     keeps = guesses = false;  // once more with a new Jacobian at each iterate, and without guesses
     return solve_stages(t, h);
@@ -216,11 +217,28 @@ class Dirk : public ImplicitSteps {
         for (int k = 0; k < N; k++) y[k] += row[j] * (j ? stages[j - 1] : u)[k];
   }
 
-  // Evaluate f, and J if that is cheap, unless that was done last.
+  // Contraction: whether an update is the last one; f is not evaluated any more then.
+  bool leaves_little(const double* update, double step, double last, double size) const {
+    const double rate = std::max(step / last, LEAST_RATE), left = rate / (1.0 - rate);
+    if (!(rate < 1.0 && left * step <= m.newton_left * size)) return false;
+    if (!m.adaptive) return true;
+    double moved = 0.0, round_off = 0.0;
+    for (int k = 0; k < N; k++) {
+      const double scale = m.atol[k] + m.rtol[k] * std::fabs(u[k]);
+      moved += (update[k] / scale) * (update[k] / scale);
+      round_off += (u[k] / scale) * (u[k] / scale);
+    }
+    return left * std::sqrt(moved / N) <= std::max(PART, ROUND_OFF * std::sqrt(round_off / N));
+  }
+
+  bool evaluated(const double* y) const {
+    return std::memcmp(y, last_iterate, sizeof(last_iterate)) == 0;
+  }
+
+  // Evaluate f, and J if it is wanted at each iterate and cheap, unless that was done last.
   void evaluate(double t, const double* y) {
-    const bool there = std::memcmp(y, last_iterate, sizeof(last_iterate)) == 0;
-    if (there && (t == last_time || (AUTONOMOUS && !std::isnan(last_time)))) return;
-    if (Field::CHEAP && !CONSTANT)
+    if (evaluated(y) && (t == last_time || (AUTONOMOUS && !std::isnan(last_time)))) return;
+    if (Field::CHEAP && !CONSTANT && !keeps)
       jacobian(t, y, c, f, J);
     else
       value(t, y, c, f);
@@ -259,13 +277,13 @@ class Dirk : public ImplicitSteps {
 
   // Solve (y - z) / (h a) = f(t, y) for y, from a first guess, by Newton's method as SNES does.
   Status newton(double t, double shift, const double* z, double* y) {
-    double residual[N], first = 0.0, norm = 0.0, before = 0.0;
+    double residual[N], first = 0.0, norm = 0.0, before = 0.0, last = 0.0;
     for (int iteration = 0;; iteration++) {
       double step = 0.0, size = 0.0;
       if (iteration) {
         const bool slow = iteration > 1 && !(norm <= SLOW * before);
         if (CONSTANT ? !knows_constant : !keeps || !knows_jacobian || slow) {
-          if (CONSTANT || !Field::CHEAP) jacobian(t, y, c, f, J);
+          if (CONSTANT || keeps || !Field::CHEAP) jacobian(t, y, c, f, J);
           knows_jacobian = true, knows_constant = CONSTANT, factored = 0.0;
           counts.jacobians++;
         }
@@ -275,6 +293,8 @@ class Dirk : public ImplicitSteps {
         before = norm;
         for (int k = 0; k < N; k++) y[k] -= residual[k];
         step = std::sqrt(square(residual)), size = std::sqrt(square(y));
+        if (iteration > 1 && leaves_little(residual, step, last, size)) return DONE;
+        last = step;
       }
       evaluate(t, y);
       for (int k = 0; k < N; k++) residual[k] = shift * (y[k] - z[k]) - f[k];
@@ -292,6 +312,9 @@ class Dirk : public ImplicitSteps {
 
   static constexpr double SLOW = 0.1;      // of jacobians.py
   static constexpr double LINEAR = 100.0;  // of guesses.py
+  // Of contraction.py.
+  static constexpr double LEAST_RATE = 1e-3, PART = 1e-2;
+  static constexpr double ROUND_OFF = 4.0 * std::numeric_limits<double>::epsilon();
 
   double first_slope[N], last_slope[N];
   bool knows_slope = false;

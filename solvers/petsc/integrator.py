@@ -182,6 +182,7 @@ class TimeIntegrator:
         self.ranks.where = where
         self._forget_notes(s)
         self._guesses.begin(order)
+        self._first_guesses.stand(self.ranks)
         self._step(where)
         if self._guesses.mistaken:
             self._step_without_guess(s, step, index, where)
@@ -190,12 +191,11 @@ class TimeIntegrator:
             error = self._settle(error)
         if error is not None and bridge.jacobian is not None:
             bridge.jacobian.renew()
-            again = bridge.jacobian.reused or self._first_guesses.wanted
-            if again and self._may_repeat(error):
+            if self._may_repeat(error, bridge.jacobian.reused):
                 error = self._try_newton(s, step, where)
         if self._backtracks and isinstance(error, NonlinearSolveFailed):
             again = partial(self._repeat, s, step, where)
-            error = with_backtracking(ts.getSNES(), again)
+            error = self._first_guesses.without(partial(with_backtracking, ts.getSNES(), again))
             if self.ranks.parallel and error is not None:
                 error = self._settle(error)
         if error is None and ts.getConvergedReason() >= 0:
@@ -250,21 +250,23 @@ class TimeIntegrator:
         if self.bridge.noted:
             self.bridge.noted = [note for note in self.bridge.noted if note.s == s]
 
-    def _may_repeat(self, error: SolveError) -> bool:
-        """Whether a step that has failed may be tried again with new Jacobians."""
+    def _may_repeat(self, error: SolveError, reused: bool) -> bool:
+        """Whether a step that has failed may be tried again, with new Jacobians, without guesses.
+
+        A stage may be guessed to be where f has no value.
+        """
+        stopped, guessed = self.ts.getConvergedReason() < 0, self._first_guesses.wanted
         if self._start is None:
-            return bool(self.ts.getConvergedReason() < 0)
+            return bool(stopped and (reused or guessed))
         if self.ranks.parallel:  # whether to shorten it is agreed on by all ranks
             return False
-        # A guess may be where f has no value.
-        unsolved = self._first_guesses.wanted and self.ts.getConvergedReason() < 0
-        return unsolved or isinstance(error, NonlinearSolveFailed)
+        return reused if isinstance(error, NonlinearSolveFailed) else bool(stopped and guessed)
 
     def _try_newton(self, s: float, step: float, where: dict[str, Any]) -> SolveError | None:
         """Repeat a failed step without guesses, and with a new Jacobian at each iterate."""
         jacobian, again = self.bridge.jacobian, partial(self._repeat, s, step, where)
         assert jacobian is not None
-        self.bridge.nonfinite_time = None
+        self.bridge.nonfinite_time = None  # of the attempt before
         if jacobian.reused:
             again = partial(with_new_jacobians, self.ts.getSNES(), jacobian, self.options, again)
         return self._first_guesses.without(again)
