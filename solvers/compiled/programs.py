@@ -28,6 +28,8 @@ __all__ = ["INCLUDES", "MOST_STAGES", "ImplicitProgram", "Program", "Writer"]
 #: Of implicit_steps.cpp.
 MOST_STAGES = 16
 
+# Entries of a state from which factors cost more than the evaluations that new ones save.
+_WORTH_KEEPING = 8
 _FLAGS = ("-std=c++17", "-O2", "-march=native", "-fno-math-errno", "-fPIC", "-shared")
 #: What comes before each program's field.
 INCLUDES = """\
@@ -167,6 +169,7 @@ class Program(ImplicitProgram):
         #: Integers, which are part of the text, and what they were.
         self._written = [(x, x.clone()) for x in traced.captured if not x.is_floating_point()]
         super().__init__(traced, self._written_field(traced, parameters, steps), steps)
+        self.keeps_jacobian = self.guesses_stages and self.size >= _WORTH_KEEPING
 
     def _written_field(
         self, traced: FieldGraph, parameters: Sequence[torch.Tensor], steps: str

@@ -18,14 +18,15 @@ __all__ = ["Contraction", "may_be_left"]
 def may_be_left(settings: IntegratorSettings, options: SolverOptions) -> float:
     """Return what may be left of a stage, relative to its norm; 0 where only residuals tell.
 
-    That is where someone has chosen how SNES iterates or what it goes by, where equations are
-    linear, of theta methods, which solve F = b, and beside tangents, whose part of a system is
-    solved after the state's.
+    That is where someone has chosen how SNES iterates or what it goes by, or has a hand in it,
+    where equations are linear, of theta methods, which solve F = b, and beside tangents, whose
+    part of a system is solved after the state's.
     """
     method, given, values = settings.method, options.given, options.values
     full = values.get("snes_linesearch_type") == "basic"
     newton = full and values.get("snes_type", "newtonls") == "newtonls"
     chosen = any(name in given for name in ("snes_type", "snes_rtol", "snes_atol"))
+    chosen = chosen or options.setup is not None
     stages = method.ts_type in ("dirk", "arkimex")
     if not (newton and stages) or chosen or settings.jacobian_options.pair is not None:
         return 0.0
