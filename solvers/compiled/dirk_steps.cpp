@@ -31,7 +31,7 @@ class Dirk : public ImplicitSteps {
   void accept(bool keep) override {
     ImplicitSteps::accept(keep);
     if (chained()) std::memcpy(first_slope, last_slope, sizeof(first_slope));
-    knows_slope = chained();
+    knows_slope = chained() && (m.carries_slope || evaluated(end));
   }
 
   void begin_adjoint(double* const* sums) override {
@@ -144,10 +144,12 @@ class Dirk : public ImplicitSteps {
   }
 
   Status step(double t, double h) override {
-    keeps = m.keeps_jacobian;
+    keeps = m.keeps_jacobian, guesses = m.guess && !CONSTANT;
     const Status status = solve_stages(t, h);
-    if (!keeps || status != NOT_CONVERGED) return status;
-    keeps = false;  // once more with a new Jacobian at each iterate
+    const bool again = status == NOT_CONVERGED ? keeps || (guesses && !m.adaptive)
+                                               : guesses && status == NOT_FINITE;
+    if (!again) return status;
+    keeps = guesses = false;  // once more with a new Jacobian at each iterate, and without guesses
     return solve_stages(t, h);
   }
 
@@ -180,7 +182,7 @@ class Dirk : public ImplicitSteps {
         std::memcpy(slope[0], first_slope, sizeof(z));
       } else {
         for (int k = 0; k < N; k++) z[k] = u[k] + h * sum_of(m.A, m.A_explicit, i, i, k);
-        std::memcpy(y, i ? stages[i - 1] : u, sizeof(z));
+        guess(i, y);
         const double shift = 1.0 / (h * m.A[i * s + i]);
         const Status status = newton(t + m.alpha[i] * h, shift, z, y);
         if (status != DONE) return status;
@@ -200,11 +202,43 @@ class Dirk : public ImplicitSteps {
     return std::isfinite(square(end)) ? DONE : NOT_FINITE;
   }
 
-  // Evaluate f, and J if that is cheap, unless that was done last.
+  // Scheme.stage_guesses.
+  void guess(int i, double* y) const {
+    const double* row = m.guess + i * (m.stages + 1);
+    bool used = false;
+    for (int j = 0; guesses && j <= i; j++) used |= row[j] != 0.0;
+    if (!used) {
+      std::memcpy(y, i ? stages[i - 1] : u, sizeof(u));
+      return;
+    }
+    std::memset(y, 0, sizeof(u));
+    for (int j = 0; j <= i; j++)
+      if (row[j] != 0.0)
+        for (int k = 0; k < N; k++) y[k] += row[j] * (j ? stages[j - 1] : u)[k];
+  }
+
+  // Contraction: whether an update is the last one; f is not evaluated any more then.
+  bool leaves_little(const double* update, double step, double last, double size) const {
+    const double rate = std::max(step / last, LEAST_RATE), left = rate / (1.0 - rate);
+    if (!(rate < 1.0 && left * step <= m.newton_left * size)) return false;
+    if (!m.adaptive) return true;
+    double moved = 0.0, round_off = 0.0;
+    for (int k = 0; k < N; k++) {
+      const double scale = m.atol[k] + m.rtol[k] * std::fabs(u[k]);
+      moved += (update[k] / scale) * (update[k] / scale);
+      round_off += (u[k] / scale) * (u[k] / scale);
+    }
+    return left * std::sqrt(moved / N) <= std::max(PART, ROUND_OFF * std::sqrt(round_off / N));
+  }
+
+  bool evaluated(const double* y) const {
+    return std::memcmp(y, last_iterate, sizeof(last_iterate)) == 0;
+  }
+
+  // Evaluate f, and J if it is wanted at each iterate and cheap, unless that was done last.
   void evaluate(double t, const double* y) {
-    const bool there = std::memcmp(y, last_iterate, sizeof(last_iterate)) == 0;
-    if (there && (t == last_time || (AUTONOMOUS && !std::isnan(last_time)))) return;
-    if (Field::CHEAP && !CONSTANT)
+    if (evaluated(y) && (t == last_time || (AUTONOMOUS && !std::isnan(last_time)))) return;
+    if (Field::CHEAP && !CONSTANT && !keeps)
       jacobian(t, y, c, f, J);
     else
       value(t, y, c, f);
@@ -243,13 +277,13 @@ class Dirk : public ImplicitSteps {
 
   // Solve (y - z) / (h a) = f(t, y) for y, from a first guess, by Newton's method as SNES does.
   Status newton(double t, double shift, const double* z, double* y) {
-    double residual[N], first = 0.0, norm = 0.0, before = 0.0;
+    double residual[N], first = 0.0, norm = 0.0, before = 0.0, last = 0.0;
     for (int iteration = 0;; iteration++) {
       double step = 0.0, size = 0.0;
       if (iteration) {
         const bool slow = iteration > 1 && !(norm <= SLOW * before);
         if (CONSTANT ? !knows_constant : !keeps || !knows_jacobian || slow) {
-          if (CONSTANT || !Field::CHEAP) jacobian(t, y, c, f, J);
+          if (CONSTANT || keeps || !Field::CHEAP) jacobian(t, y, c, f, J);
           knows_jacobian = true, knows_constant = CONSTANT, factored = 0.0;
           counts.jacobians++;
         }
@@ -259,6 +293,8 @@ class Dirk : public ImplicitSteps {
         before = norm;
         for (int k = 0; k < N; k++) y[k] -= residual[k];
         step = std::sqrt(square(residual)), size = std::sqrt(square(y));
+        if (iteration > 1 && leaves_little(residual, step, last, size)) return DONE;
+        last = step;
       }
       evaluate(t, y);
       for (int k = 0; k < N; k++) residual[k] = shift * (y[k] - z[k]) - f[k];
@@ -276,12 +312,15 @@ class Dirk : public ImplicitSteps {
 
   static constexpr double SLOW = 0.1;      // of jacobians.py
   static constexpr double LINEAR = 100.0;  // of guesses.py
+  // Of contraction.py.
+  static constexpr double LEAST_RATE = 1e-3, PART = 1e-2;
+  static constexpr double ROUND_OFF = 4.0 * std::numeric_limits<double>::epsilon();
 
   double first_slope[N], last_slope[N];
   bool knows_slope = false;
   // Newton's last iterate, f (and J) there: a first guess is a stage already solved for.
   double last_time = NAN, last_iterate[N] = {}, f[N], J[ENTRIES];
-  bool keeps = false, knows_jacobian = false, knows_constant = false;
+  bool keeps = false, guesses = false, knows_jacobian = false, knows_constant = false;
   Factors factors;
   double factored = 0.0;  // for this shift
   // Of the adjoint: an explicit first stage is the last one of the step before.

@@ -20,6 +20,7 @@ from pnode.solvers.firk.tableaus import transformation
 from pnode.solvers.linear.jacobians import JacobianOptions
 from pnode.solvers.methods import Method
 from pnode.solvers.newton import ModifiedNewton
+from pnode.solvers.petsc.contraction import may_be_left
 from pnode.solvers.petsc.settings import IntegratorSettings, default_options
 from pnode.solvers.scheme import Scheme
 
@@ -36,10 +37,17 @@ _INTEGERS = (
     "explicit_first", "carries_slope", "keeps_jacobian", "lowest", "highest", "by_residual",
     "by_norm",
 )  # fmt: skip
-_NUMBERS = ("newton_rtol", "newton_stol", "newton_atol", "newton_divtol", "newton_kappa")
+_NUMBERS = (
+    "newton_rtol",
+    "newton_stol",
+    "newton_atol",
+    "newton_divtol",
+    "newton_kappa",
+    "newton_left",
+)
 _ARRAYS = (
     "A", "inverse", "correction", "b", "defect", "alpha", "gamma", "diagonal",
-    "A_explicit", "b_explicit", "defect_explicit", "alpha_explicit",
+    "A_explicit", "b_explicit", "defect_explicit", "alpha_explicit", "guess",
     "eigenvalues", "vectors", "covectors", "rtol", "atol",
 )  # fmt: skip
 
@@ -77,6 +85,9 @@ def _arrays(method: Method, adaptive: bool) -> dict[str, np.ndarray]:
         if not split and (scheme.b_embedded is None or (scheme.explicit and not adaptive)):
             scheme = scheme.without_idle_stages(scheme.explicit and scheme.fsal)
         arrays = {"A": scheme.A, "b": scheme.b, "alpha": scheme.c}
+        rows = scheme.stage_guesses
+        if any(rows):
+            arrays["guess"] = [(*row, *[0.0] * (len(rows) + 1 - len(row))) for row in rows]
         if split:
             arrays |= {
                 "A_explicit": scheme.A_explicit, "b_explicit": scheme.b_explicit,
@@ -106,9 +117,12 @@ def prepared(program: ImplicitProgram, wanted: Wanted) -> _Settings:
     struct = _Settings(
         adaptive=settings.adaptive, wanted=program.entries + program.row_entries,
         keeps_jacobian=keeps,
-        **_newton(wanted, keeps),
+        **_newton(wanted, keeps, program.guesses_stages),
         **_structure(settings.method, arrays),
-        **{name: array.ctypes.data for name, array in arrays.items()},
+        **{
+            name: array.ctypes.data for name, array in arrays.items()
+            if name != "guess" or program.guesses_stages
+        },
     )  # fmt: skip
     program.prepared.append((settings, struct, list(arrays.values())))
     return struct
@@ -143,7 +157,7 @@ def scheme_of(method: Method) -> Scheme:
     return method.scheme
 
 
-def _newton(wanted: Wanted, keeps_jacobian: bool) -> dict[str, float]:
+def _newton(wanted: Wanted, keeps_jacobian: bool, foresees: bool) -> dict[str, float]:
     """Return when Newton's method is content, for the fields of the structure."""
     settings, method = wanted.settings, wanted.settings.method
     values = _newton_options(wanted, keeps_jacobian)
@@ -151,7 +165,7 @@ def _newton(wanted: Wanted, keeps_jacobian: bool) -> dict[str, float]:
         field: type(usual)(values.get(name, usual)) for name, (usual, field) in _NEWTON.items()
     }
     if not method.multistep and not method.coupled:
-        return found
+        return found | {"newton_left": may_be_left(settings, wanted.options) * foresees}
     # ModifiedNewton and StageNewton hear only what is given.
     found |= {field: 0.0 for name, (_, field) in _NEWTON.items() if name not in values} | {
         "by_residual": "snes_rtol" in values or "snes_atol" in values,

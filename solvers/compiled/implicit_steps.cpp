@@ -31,10 +31,13 @@ struct Settings {  // of programs.py
   // BDF: lowest and highest order; whether Newton's method looks at the residual, and at the update
   // in relation to u instead of to the tolerances.
   int64_t lowest, highest, by_residual, by_norm;
-  double newton_rtol, newton_stol, newton_atol, newton_divtol, newton_kappa;
+  double newton_rtol, newton_stol, newton_atol, newton_divtol, newton_kappa, newton_left;
   const double *A, *inverse, *correction, *b, *defect, *alpha, *gamma, *diagonal;
   // Of the explicit part of an IMEX method.
   const double *A_explicit, *b_explicit, *defect_explicit, *alpha_explicit;
+  // DIRK: first guesses of stages, as weights of u and the stages before; null, or a row of zeros,
+  // where a stage begins where the one before has ended.
+  const double* guess;
   // Coupled stages: of A^-1, complex numbers.
   const double *eigenvalues, *vectors, *covectors;
   const double *rtol, *atol;

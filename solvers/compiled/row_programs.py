@@ -43,6 +43,8 @@ class RowProgram(Program):
         If rows depend on one another, or compute different things.
     """
 
+    guesses_stages = False  # as BatchedSteps
+
     def __init__(
         self, traced: FieldGraph, parameters: Sequence[torch.Tensor], steps: str,
         clock: torch.Tensor,

@@ -1,0 +1,129 @@
+"""How Newton's method begins and ends the stages of DIRK and IMEX steps."""
+
+import math
+
+import pytest
+import torch
+
+import pnode
+from pnode.solvers.methods import find_method
+from pnode.solvers.petsc.contraction import Contraction
+from pnode.solvers.scheme import Scheme
+
+D = torch.float64
+#: SNES alone decides, by residuals of round-off.
+BY_RESIDUAL = {"snes_rtol": 1e-15, "snes_stol": 1e-15, "snes_atol": 1e-14}
+
+
+def kinetics(rate):
+    """Robertson's, from whose start all is scaled to about 1."""
+
+    def f(t, y):
+        a, b, c = y.unbind()
+        ab, bc, ba = rate * a, 3e3 * b * b, 1e4 * b * c
+        return torch.stack([ba - ab, ab - ba - bc, bc])
+
+    return f, torch.tensor([1.0, 1e-3, 0.1], dtype=D)
+
+
+def solve(method, reuse="auto", times=(0.0, 2.0), **more):
+    """Return the end, the gradient of a norm of it, and the counts."""
+    rate = torch.tensor(0.4, dtype=D, requires_grad=True)
+    f, y0 = kinetics(rate)
+    y0.requires_grad_()
+    more.setdefault("compile", False)
+    solver = pnode.Solver(f, method=method, params=[rate], jacobian_reuse=reuse, **more)
+    solution = solver(y0, torch.tensor(times, dtype=D))
+    grads = torch.autograd.grad(solution.ys[-1].square().sum(), [y0, rate])
+    return solution.ys[-1].detach(), torch.cat([g.reshape(-1) for g in grads]), solution.stats
+
+
+def apart(one, other):
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.parametrize("method", ["trbdf2", "es325", "esdirk6", "sdirk2", "dirk658a", "ark4"])
+def test_guesses_are_polynomials_through_stages(method):
+    """Quadratic in c where three nodes are known, linear where two are; weights of no more."""
+    scheme = find_method(method).scheme
+    nodes = (0.0, *scheme.c)
+    for i, row in enumerate(scheme.stage_guesses):
+        if not row:
+            continue
+        assert len(row) == i + 1 and sum(w != 0.0 for w in row) <= 3
+        known = len({round(node, 12) for node in nodes[: i + 1]})
+        for power in range(min(known, 3)):
+            found = math.fsum(w * node**power for w, node in zip(row, nodes, strict=False))
+            assert abs(found - scheme.c[i] ** power) < 1e-11  # nodes are rounded to 12 digits
+
+
+@pytest.mark.parametrize("reuse", ["auto", "iteration"])
+@pytest.mark.parametrize("method", ["trbdf2", "es325", "esdirk6", "sdirk2"])
+def test_solved_as_by_residuals_with_fewer_evaluations(method, reuse):
+    """Gradients are those of stages solved to round-off; 1e-10 is what 1e-12 of a stage leaves."""
+    steps = {"step_size": 0.1}
+    y, gradient, stats = solve(method, reuse, **steps)
+    exact, right, more = solve(method, reuse, petsc_options=BY_RESIDUAL, **steps)
+    assert apart(y, exact) < 1e-11
+    assert apart(gradient, right) < 1e-10
+    assert stats.rhs < more.rhs
+
+
+@pytest.mark.parametrize("how", [{"step_size": 0.05}, {"rtol": 1e-6, "atol": 1e-9}])
+def test_evaluations_a_stage(how):
+    """Two updates tell a rate; Newton's method with a tenth of a decade less needs more."""
+    _, _, stats = solve("esdirk6", **how)
+    assert stats.rhs <= 3.2 * 7 * (stats.steps + stats.rejected)
+
+
+@pytest.mark.parametrize("how", [{"step_size": 0.05}, {"rtol": 1e-6, "atol": 1e-9}])
+def test_a_guess_where_f_has_no_value(monkeypatch, how):
+    """The step is solved without guesses: the same states, for more evaluations."""
+
+    def run():
+        solver = pnode.Solver(
+            lambda t, y: -50.0 * (y.sqrt() - torch.cos(t)), method="es325", compile=False, **how
+        )
+        with torch.no_grad():
+            return solver(torch.ones(2, dtype=D), torch.tensor([0.0, 1.0], dtype=D))
+
+    def rows(weight):
+        return property(lambda self: ((), *((weight,) + (0.0,) * i for i in range(1, 5))))
+
+    right = run()
+    monkeypatch.setattr(Scheme, "stage_guesses", rows(-1.0))
+    found = run()
+    assert found.stats.steps == right.stats.steps and found.stats.rejected == right.stats.rejected
+    assert apart(found.ys[-1], right.ys[-1]) < 1e-10
+
+
+def test_newton_does_not_disturb_the_error_estimate():
+    """Near round-off, too, steps are those of stages solved by their residuals."""
+    tolerances = {"rtol": 1e-9, "atol": 1e-12}
+    _, _, stats = solve("esdirk6", **tolerances)
+    _, _, right = solve("esdirk6", petsc_options=BY_RESIDUAL, **tolerances)
+    assert stats.steps <= 1.05 * right.steps
+
+
+@pytest.mark.parametrize("options", [BY_RESIDUAL, {"snes_linesearch_type": "bt"}])
+def test_what_someone_chose_decides(monkeypatch, options):
+    monkeypatch.setattr(Contraction, "ends", lambda *_: pytest.fail("asked"))
+    solve("es325", step_size=0.2, petsc_options=options)
+    pnode.Solver(
+        kinetics(0.4)[0], method="es325", step_size=0.2, petsc_setup=lambda ts: None
+    )(kinetics(0.4)[1], torch.tensor([0.0, 1.0], dtype=D))  # fmt: skip
+
+
+def test_a_changed_field_is_noticed():
+    """What a stage was not evaluated at is known but for what Newton's method may have left."""
+    scale = [1.0]
+    rate = torch.tensor(0.4, dtype=D, requires_grad=True)
+    f, y0 = kinetics(rate)
+    solver = pnode.Solver(
+        lambda t, y: scale[0] * f(t, y), params=[rate], method="esdirk6", step_size=0.1,
+        compile=False,
+    )  # fmt: skip
+    end = solver(y0, torch.tensor([0.0, 1.0], dtype=D)).ys[-1]
+    scale[0] = 1.0 + 1e-4
+    with pytest.raises(pnode.PnodeError):
+        end.sum().backward()
