@@ -147,8 +147,9 @@ def _prepare(
             "device_state='host' with samples='independent' is not supported: drop it"
         )
     times, resolution, shared = _times(t, len(y0))
+    alike = tuple(plain(times)[:, 0].tolist()) if shared else ()
     problem = InitialValueProblem(
-        call.function(watched(solver._functions[0], declared)), layout, (), 1.0,
+        call.function(watched(solver._functions[0], declared)), layout, alike, 1.0,
         tuple(one for one in declared if moves(one) and (differentiate or not one.requires_grad)),
         tuple(one for one in declared if not moves(one)), differentiate,
         explicit=call.function(watched(solver.explicit, declared)), form=solver._form,

@@ -259,7 +259,7 @@ class Engine:
             return
         if (
             problem.largest <= DENSE_LIMIT or problem.ranks.parallel or problem.base is not None
-            or method.linearly_implicit or method.coupled
+            or method.linearly_implicit
             or problem.form == "residual" or self.exchange is not None
             or more.preconditioner is not None or more.pattern is not None
             or layout.device != HOST.device
