@@ -95,7 +95,7 @@ def _runge_kutta(
             z = z if zeta is zero else zeta + z
         else:
             shift = 1.0 / (torch.where(moving[:, None], length, 1.0) * a)
-            factors = factored(field, shift, field.blocks(graph), moving)
+            factors = factored(field, shift, field.blocks(graph), moving, graph)
             right = torch.where(moving[:, None], zeta + shift * sigma[i], 0.0)
             w = factors.solve(right, transposed=True)
             z = shift * (w - sigma[i])
@@ -136,7 +136,7 @@ def _rosenbrock(
         for j in range(i):
             Y[j] = Y[j] + method.At[i, j] * Z - method.Ginv[i, j] / h * w
         if explicit and i:
-            through = torch.where(own, torch.bmm(found.jacobian.mT, w[..., None])[..., 0], 0.0)
+            through = torch.where(own, field.product(base, found.jacobian, w, True), 0.0)
             for j in range(i):
                 Y[j] = Y[j] + method.corr[i, j] * through
         solved.insert(0, w)
@@ -164,6 +164,7 @@ def _compare(field: RowsField, graph: Linearization, one: Pass) -> None:
     moving = one.length[:, None] != 0.0
     # In f's precision: a slope that a step carries on is f's value but for what Newton leaves.
     value = graph.flat_value().view(len(moving), -1)
+    assert one.noted is not None
     by = differs(torch.where(moving, value, 0.0).reshape(-1), one.noted)
     if by:
         raise field.changed(float(one.start[0]), by)

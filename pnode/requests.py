@@ -174,7 +174,7 @@ def _independent(
             f"method={method.name!r} with samples='independent' is machine code alone: give "
             "compile=True, or take a method such as 'rodaspr' or 'es325'"
         )
-    estimated = own or method.extrapolates or (scheme.b_embedded is not None and not split)
+    estimated = own or method.extrapolates or scheme.b_embedded is not None
     if steps.step_size is None and not estimated:
         raise ConfigurationError(
             f"method={method.name!r} with samples='independent' has no error estimate of a step by "

@@ -6,13 +6,16 @@ from typing import Any
 
 import torch
 
+from pnode.base.devices import HOST
 from pnode.base.ledger import Ledger
+from pnode.base.noise import noise
 from pnode.base.vectors import REAL
 from pnode.errors import ConfigurationError
 from pnode.field.linearization import Linearization
 from pnode.field.vectorfield import VectorField
 from pnode.problems.problem import InitialValueProblem, StateLayout
 from pnode.solvers.linear.block import sample_blocks
+from pnode.solvers.linear.structure import halves_of
 
 __all__ = ["RowsField"]
 
@@ -28,9 +31,15 @@ class RowsField(VectorField):
             self.explicit = RowsField(problem, ledger, problem.explicit)
             self.explicit.used = self.used
         self._parts: dict[int, RowsField] = {}
-        #: Entries of a row that are its state's: errors and residuals of integrals do not count.
-        self.width = self._layout.size // self._layout.shapes[0][0] - problem.integrals
-        self._checked = False
+        tangents = problem.base is not None and not problem.integrals
+        base = problem.base if problem.base is not None and tangents else problem
+        #: Entries of a row, and those before its tangents.
+        self.whole, self.own = (
+            one.layout.size // one.layout.shapes[0][0] for one in (problem, base)
+        )
+        #: Those of its state: errors and residuals of integrals do not count.
+        self.width = self.own - base.integrals
+        self._checked = tangents
 
     def _time(self, s: Any) -> torch.Tensor:
         shape = self._layout.shapes[0]
@@ -57,7 +66,7 @@ class RowsField(VectorField):
         return self.linearize(t, own, differentiate_time=by_time)  # type: ignore[arg-type]
 
     def blocks(self, graph: Linearization) -> torch.Tensor:
-        """Return the Jacobian of each row, shape ``(B, n, n)``, double precision.
+        """Return the Jacobian of each row, shape ``(B, n, n)``, double precision; of no tangents.
 
         Raises
         ------
@@ -65,15 +74,77 @@ class RowsField(VectorField):
             If a row depends on others: the first of a sweep are compared with a product.
         """
         rows = self._layout.shapes[0][0]
-        found, coupled = sample_blocks(graph, rows, not self._checked)
+        found, coupled = sample_blocks(graph, rows, not self._checked, self.own)
         self._checked = True
         if coupled:
-            raise ConfigurationError(
-                "samples='independent' needs a vector field that acts on each of the "
-                f"{rows} rows of y0 by itself, and this one couples them: take "
-                "samples='joint', or put each system of coupled samples into one row"
-            )
+            raise self._coupled()
         return found[0].to(REAL)
+
+    def product(
+        self, graph: Linearization, blocks: torch.Tensor | None, v: torch.Tensor,
+        transposed: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
+        """Return the Jacobian, or its transpose, times v of each row, ``(B, n)``.
+
+        By ``blocks`` where these are all of it.
+        """
+        if blocks is not None and self.own == self.whole:
+            return torch.bmm(blocks.mT if transposed else blocks, v[..., None])[..., 0]
+        flat = v.reshape(-1).to(graph.dtype)
+        found = graph.vjps(flat[None])[0] if transposed else graph.jvp(flat)
+        return found.to(REAL).view_as(v)
+
+    def _coupled(self, what: str = "") -> ConfigurationError:
+        return ConfigurationError(
+            "samples='independent' needs a vector field that acts on each of the "
+            f"{self._layout.shapes[0][0]} rows of y0 by itself, and this one couples them{what}: "
+            "take samples='joint', put each system of coupled samples into one row, or a Module "
+            "that normalizes over the batch into eval()"
+        )
+
+    def refuse_coupled(
+        self, t: torch.Tensor, u: torch.Tensor, value: torch.Tensor, thorough: bool
+    ) -> None:
+        """Move some rows, and see to it that f of the others does not.
+
+        A field that takes another value at the same point, or none at the moved one, is left to
+        the checks that follow.
+
+        Parameters
+        ----------
+        t, u, value : Tensor
+            Times, states and f there.
+        thorough : bool
+            Whether any two rows are told apart, by 2 log2(B) evaluations instead of one: which
+            finds what couples all rows, as normalization over a batch does.
+
+        Raises
+        ------
+        ConfigurationError
+            If f of a row depends on others.
+        """
+        halves = halves_of(len(u), u.device)[: None if thorough else 1]
+        scale = torch.maximum(u.abs(), u.abs().mean())
+        by = 1.0 + 0.5 * noise(u.shape, torch.Generator(HOST.device).manual_seed(5)).to(u).tanh()
+        moved = u + 0.1 * torch.where(scale > 0.0, scale, 1.0) * by
+        for half in halves:
+            try:
+                found = self.rate(t, torch.where(half[:, None], moved, u))
+            except Exception:  # outside of its domain
+                return
+            if self._alike(found[~half], value[~half]):
+                continue
+            if self._alike(self.rate(t, u), value):
+                rows = (found != value).any(dim=1) & ~half
+                raise self._coupled(f" (row {int(rows.nonzero()[0])} moves with others)")
+            return
+
+    def _alike(self, found: torch.Tensor, value: torch.Tensor) -> bool:
+        """Whether values are the same but for round-off, that of sums included."""
+        tolerance = 1e-10 if self.dtype is torch.float64 else 1e-4
+        finite = torch.where(value.isfinite(), value.abs(), 0.0)
+        largest = float(finite.amax()) if value.numel() else 0.0
+        return torch.allclose(found, value, rtol=0.0, atol=tolerance * largest, equal_nan=True)
 
     def layout_of(self, number: int) -> StateLayout:
         """Return the layout of so many rows alone."""

@@ -122,6 +122,8 @@ class RungeKuttaRows:
         if scheme.stiffly_accurate and not scheme.explicit:
             state = torch.where(moving[:, None], guess, u)
         other = _moved(u, h, scheme.b_embedded or (), slopes) if self._adaptive else None
+        if other is not None and others:
+            other = _moved(other, h, scheme.b_explicit_embedded or scheme.b_embedded or (), others)
         last = slopes[-1] if scheme.fsal or self._carries else None
         stages = tuple(kept[: scheme.stages - scheme.fsal])
         first = slopes[0] if scheme.explicit_first else None
@@ -134,9 +136,10 @@ class RungeKuttaRows:
         """Solve y = z + h f(t, y); return y, the slopes, f at the last iterate and the failures."""
         moving = h[:, 0] != 0.0
         shift, own = 1.0 / torch.where(h == 0.0, 1.0, h), slice(field.width)
+        first = slice(field.own)  # tangents follow once the state is known
         y, wanted = torch.where(moving[:, None], guess, z), moving.clone()
         failed = torch.zeros_like(moving)
-        before, update = torch.zeros_like(shift[:, 0]), torch.zeros_like(y)
+        before, update = torch.zeros_like(shift[:, 0]), torch.zeros_like(y[:, first])
         for iteration in range(_MOST_ITERATIONS + 1):
             graph = field.graph(t, y)
             value = graph.flat_value().to(REAL).view_as(y)
@@ -158,14 +161,20 @@ class RungeKuttaRows:
                 failed |= wanted
                 break
             factors = factored(field, shift, field.blocks(graph), wanted)
-            update = factors.solve(residual)
+            update = factors.solve(residual[:, first])
             singular = wanted & factors.singular
             failed |= singular
             wanted &= ~singular
-            y = torch.where(wanted[:, None], y - update, y)
+            y[:, first] = torch.where(wanted[:, None], y[:, first] - update, y[:, first])
             field.ledger.newton += 1
         # Integrals are what their rate is at the solution, not what the last iteration made of it.
-        y[:, field.width :] = (z + h * value)[:, field.width :]
+        driven = slice(field.width, field.own)
+        y[:, driven] = (z + h * value)[:, driven]
+        if field.own < field.whole:
+            factors = factored(field, shift, field.blocks(graph), moving, graph)
+            residual[:, first] = 0.0
+            y = torch.where(moving[:, None], y - factors.solve(residual), y)
+            value[:, field.own :] = (shift * (y - z))[:, field.own :]
         return y, shift * (y - z), value, failed
 
 
@@ -233,11 +242,11 @@ class RosenbrockRows:
             b = torch.where(own, b, 0.0)
             if scheme.gamma_diagonal[i] == 0.0:
                 v = combine(self.corr[i], Y, u)
-                stage = torch.where(own, h * (b + torch.bmm(J, v[..., None])[..., 0]), 0.0)
+                stage = torch.where(own, h * (b + field.product(base, J, v)), 0.0)
             else:
                 if i == 0 or not scheme.one_matrix:
                     shift = 1.0 / (h * scheme.gamma_diagonal[i])
-                    found.factors.append(factored(field, shift, J, moving))
+                    found.factors.append(factored(field, shift, J, moving, base))
                     found.singular |= found.factors[-1].singular
                 v = stage = found.factors[-1].solve(b)
             found.stages.append((point, stage, v))
@@ -272,7 +281,7 @@ class RosenbrockStages:
     values: list[torch.Tensor]
     singular: torch.Tensor
     length: torch.Tensor
-    factors: list[Factors]
+    factors: list[Any]
 
 
 RowMethod: TypeAlias = RungeKuttaRows | RosenbrockRows
@@ -286,13 +295,51 @@ def create(method: Method, adaptive: bool, dtype: torch.dtype) -> RowMethod:
 
 
 def factored(
-    field: RowsField, shift: torch.Tensor, blocks: torch.Tensor, wanted: torch.Tensor
-) -> Factors:
-    """Factor ``shift I - J`` of the rows that are wanted; of others the identity."""
+    field: RowsField, shift: torch.Tensor, blocks: torch.Tensor, wanted: torch.Tensor,
+    graph: Linearization | None = None,
+) -> Any:  # fmt: skip
+    """Factor ``shift I - J`` of the rows that are wanted; of others the identity.
+
+    Of states with tangents the whole systems, if ``graph`` is given.
+    """
     unit = torch.eye(blocks.shape[1], dtype=REAL, device=blocks.device)
     matrices = torch.where(wanted[:, None, None], shift[..., None] * unit - blocks, unit)
     field.ledger.factorizations += 1
-    return Factors(matrices)
+    made = Factors(matrices)
+    return made if graph is None or field.own == field.whole else _PairFactors(
+        made, field, graph, wanted
+    )  # fmt: skip
+
+
+class _PairFactors:
+    """Systems of states and tangents: ``A`` for each, and what tangents have of the state.
+
+    A (y, Z) = b is A_0 y = b_y and A_0 Z_k = b_k + K_k y, K_k being the derivative of f_y Z_k by y.
+    """
+
+    def __init__(
+        self, factors: Factors, field: RowsField, graph: Linearization, wanted: torch.Tensor
+    ) -> None:
+        self._factors, self._field, self._graph = factors, field, graph
+        self._wanted, self.singular = wanted[:, None], factors.singular
+
+    def solve(self, b: torch.Tensor, transposed: bool = False) -> torch.Tensor:
+        """Return the solutions for right-hand sides ``(B, n)``."""
+        own, base = self._field.own, self._factors
+        y, Z = b[:, :own], b[:, own:]
+        if not transposed:
+            y = base.solve(y)
+            Z = Z + self._coupling(torch.cat([y, torch.zeros_like(Z)], dim=1), False)[:, own:]
+        columns = Z.reshape(len(b), -1, own).mT
+        Z = base.solve_columns(columns.contiguous(), transposed).mT.reshape(Z.shape)
+        if transposed:
+            through = self._coupling(torch.cat([torch.zeros_like(y), Z], dim=1), True)
+            y = base.solve(y + through[:, :own], True)
+        return torch.cat([y, Z], dim=1)
+
+    def _coupling(self, v: torch.Tensor, transposed: bool) -> torch.Tensor:
+        found = self._field.product(self._graph, None, v, transposed)
+        return torch.where(self._wanted, found, 0.0)
 
 
 def _moved(

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from pnode.base.evidence import differs, project
 from pnode.base.ledger import Ledger
 from pnode.errors import CheckpointError
 from pnode.solvers.sample_field import RowsField
 from pnode.solvers.sample_methods import RowMethod
 
-__all__ = ["Pass", "Passes"]
+__all__ = ["Pass", "Passes", "taken_again"]
 
 
 @dataclass(eq=False)
@@ -26,8 +27,8 @@ class Pass:
         Shape ``(k,)``, the user's time; the length is 0 for rows that did not step.
     reached : Tensor
         Shape ``(k,)``, the index of the output time at which the step ends, -1 for none.
-    noted : float
-        Projection of the value of f at the first stage, where rows stepped.
+    noted : float or None
+        Projection of the value of f at the first stage, where rows stepped; None if not known.
     rows : Tensor or None
         Which ones of y0 they are, None for all.
     kept : tuple of Tensor or None
@@ -39,7 +40,7 @@ class Pass:
     start: torch.Tensor
     length: torch.Tensor
     reached: torch.Tensor
-    noted: float
+    noted: float | None
     rows: torch.Tensor | None
     kept: tuple[torch.Tensor, ...] | None
     state: torch.Tensor | None
@@ -191,3 +192,50 @@ class Passes:
     @staticmethod
     def _field(one: Pass, whole: RowsField) -> RowsField:
         return whole if one.rows is None else whole.of_rows(len(one.rows))
+
+
+def taken_again(
+    steps: Sequence[Pass], method: RowMethod, whole: RowsField, state: torch.Tensor,
+    outputs: torch.Tensor, passes: Passes | None,
+) -> None:  # fmt: skip
+    """Take the steps of passes once more, of states with their tangents.
+
+    Parameters
+    ----------
+    steps : sequence of Pass
+        Those of the states alone.
+    method, whole, state : RowMethod, RowsField, Tensor
+        How, of which f, and from where, shape ``(B, n)``.
+    outputs : Tensor
+        Where the states at output times are put, ``(T, B, n)``.
+    passes : Passes or None
+        Where the steps are recorded.
+
+    Raises
+    ------
+    FieldChanged
+        If f is not that of the steps any more.
+    """
+    for one in steps:
+        rows = slice(None) if one.rows is None else one.rows
+        part, own = Passes._field(one, whole), state[rows]
+        found = method.attempt(part, one.start, own, one.length)
+        moving = one.length.ne(0.0)[:, None]
+        value = torch.where(moving, found.value, 0.0)
+        by = 0.0 if one.noted is None else differs(value[:, : part.own].reshape(-1), one.noted)
+        if by:
+            raise whole.changed(float(one.start[0]), by)
+        if bool((moving[:, 0] & (found.nonfinite | found.failed)).any()):
+            at = float(one.start[found.nonfinite | found.failed][0])
+            raise whole.changed(at, math.inf)
+        if passes is not None:
+            kept = tuple(
+                own if stage is own else torch.where(moving, stage, own.to(stage.dtype))
+                for stage in found.kept
+            )
+            passes.add(replace(one, noted=project(value.reshape(-1)), kept=kept, state=own))
+        after = torch.where(moving, found.state, own)
+        state = after if one.rows is None else state.index_copy(0, one.rows, after)
+        whole.ledger.steps += int(moving.sum())
+        marks = one.reached.ge(0).nonzero()[:, 0]
+        outputs[one.reached[marks], marks if one.rows is None else one.rows[marks]] = after[marks]

@@ -69,6 +69,8 @@ class SampleSweep:
         Whether a row that fails becomes NaN from there on, instead of ending the solve.
     every : bool
         Whether the ends of all steps are outputs, instead of the output times.
+    thorough : bool
+        Whether rows are looked at closely for coupling: see :meth:`RowsField.refuse_coupled`.
     ends : Tensor
         After :meth:`run`, where these are: shape ``(K + 1, B)``, NaN behind the last of a row.
     """
@@ -85,6 +87,7 @@ class SampleSweep:
     skip_failed: bool
     ledger: Ledger
     every: bool = False
+    thorough: bool = True
 
     def run(self, u: torch.Tensor) -> torch.Tensor:
         """Integrate from states ``(B, n)``, double precision; return ``(T, B, n)``.
@@ -115,6 +118,8 @@ class SampleSweep:
         self.active = torch.full((rows,), number > 1, device=u.device)
         self.taken = u.new_zeros(rows, dtype=torch.long)
         self.slope: torch.Tensor | None = None
+        if number > 1 and rows > 1:
+            self._look_at_rows(u)
         self.rows: torch.Tensor | None = None
         self._gathers = True
         self.natural: torch.Tensor | None = None
@@ -124,6 +129,14 @@ class SampleSweep:
         if self.control.step_size is None and self.method.extrapolates:
             self.before, self.before_length = u, torch.zeros_like(self.s)
         self.grid: tuple[torch.Tensor, ...] | None = None
+
+    def _look_at_rows(self, u: torch.Tensor) -> None:
+        """See to it that no part of f couples rows; its value is the first step's first slope."""
+        for part in (self.field, self.field.explicit):
+            if part is not None:
+                value = part.rate(self.times[0], u)
+                self.slope = value if part is self.field else self.slope
+                part.refuse_coupled(self.times[0], u, value, self.thorough)
 
     def _gather(self) -> None:
         """Leave out the rows that do not step any more, unless f wants all of them."""
@@ -244,7 +257,11 @@ class SampleSweep:
         given = control.first_step
         if given is not None and not self.method.implicit:
             return torch.full_like(s, given)
-        f0 = self.slope = self.field.rate(self._user_time(), y0)
+        if self.slope is None:
+            self.slope = self.field.rate(self._user_time(), y0)
+        f0, explicit = self.slope, self.field.explicit
+        if explicit is not None:
+            f0 = f0 + explicit.rate(self._user_time(), y0)
         own = slice(self.field.width)
         scale = self.atol + self.rtol * y0[:, own].abs()
         d0, d1 = _rms(y0[:, own] / scale), _rms(f0[:, own] / scale)
@@ -252,7 +269,7 @@ class SampleSweep:
         guess = torch.where(moves, 0.01 * d0 / d1, 1e-6)
         guess = torch.minimum(guess, end - s)
         h = self.direction * guess
-        moved = self.field.rate(self.direction * (s + guess), y0 + h[:, None] * f0)
+        moved = self.field.total_rate(self.direction * (s + guess), y0 + h[:, None] * f0)
         d2 = _rms((moved - f0)[:, own] / scale) / guess
         steepest = torch.maximum(d1, d2)
         better = (0.01 / steepest).pow(1.0 / (self.method.order + 1))

@@ -128,18 +128,51 @@ def test_bad_input():
         pnode.Solver(lambda t, y: -y, samples="all")
 
 
-def test_second_derivatives_are_refused():
-    y0 = Y0.clone().requires_grad_()
-    ys = pnode.Solver(Oscillator(), samples="independent")(y0, [0.0, 1.0]).ys
-    with pytest.raises(pnode.BackwardError, match="second derivatives"):
-        torch.autograd.grad(ys.sum(), y0, create_graph=True)
-    ys = pnode.Solver(Oscillator(), samples="independent")(y0, [0.0, 1.0]).ys
-    with pytest.raises(pnode.BackwardError, match="a batch of cotangents"):
-        torch.autograd.grad(ys, y0, torch.stack([ys, ys]).detach(), is_grads_batched=True)
-    with pytest.raises(pnode.ConfigurationError, match="reverse mode"):
-        torch.func.jacrev(
-            lambda y: pnode.Solver(Oscillator(), samples="independent")(y, [0.0, 1.0]).ys
-        )(Y0)
+def normalized(t, y):
+    return (y - y.mean(0)) / y.std(0)
+
+
+def neighbour(t, y):
+    return -y + 1e-3 * torch.cat([y[4:5], torch.zeros_like(y[1:])])
+
+
+def softmax(t, y):
+    return torch.softmax(y, 0)
+
+
+def to_the_mean(t, y):
+    return y.detach().mean() - y
+
+
+@pytest.mark.parametrize("f", [normalized, neighbour, softmax, to_the_mean])
+@pytest.mark.parametrize("differentiate", [True, False])
+def test_rows_that_depend_on_others_are_refused(f, differentiate):
+    y0 = torch.linspace(-1.0, 2.0, 18, dtype=D).view(6, 3).requires_grad_(differentiate)
+    for step in (0.1, None):
+        solver = pnode.Solver(f, samples="independent", step_size=step)
+        with pytest.raises(pnode.ConfigurationError, match=r"couples them \(row \d moves"):
+            solver(y0, [0.0, 1.0])
+
+
+def test_rows_that_come_to_depend_on_others_are_refused():
+    norm = torch.nn.BatchNorm1d(3, dtype=D, track_running_stats=True).eval()
+    solver = pnode.Solver(lambda t, y: norm(y), samples="independent", params=norm.parameters())
+    y0 = torch.linspace(-1.0, 2.0, 18, dtype=D).view(6, 3)
+    solver(y0, [0.0, 1.0])
+    norm.train()
+    with pytest.raises(pnode.ConfigurationError, match="couples them"):
+        solver(y0, [0.0, 1.0])
+
+
+def test_a_field_with_a_domain_is_looked_at_within_it():
+    def root(t, y):
+        if bool((y > 1.0).any()):
+            raise ValueError("outside")
+        return -torch.sqrt(y)
+
+    y0 = torch.ones(4, 1, dtype=D)
+    ys = pnode.Solver(root, samples="independent")(y0, [0.0, 1.0]).ys
+    torch.testing.assert_close(ys[-1], 0.25 * y0, rtol=1e-5, atol=0.0)
 
 
 def test_a_changed_field_is_noticed():

@@ -58,6 +58,25 @@ def test_rows_are_those_of_solves_alone(method):
     assert found.stats.steps == sum(one.stats.steps for one in alone)
 
 
+def test_adaptive_steps():
+    f, g = Stiff(), Rest()
+    y0, t = Y0.clone().requires_grad_(), TIMES.clone().requires_grad_()
+    options = {"implicit": f, "explicit": g, "method": "ark4", "cost": cost}
+    found = pnode.Solver(samples="independent", **options)(y0, t)
+    solver = pnode.Solver(compile=False, jacobian_reuse="iteration", **options)
+    alone = [solver(y0[row], t[row]) for row in range(3)]
+    assert found.stats.steps == sum(one.stats.steps for one in alone)
+    assert found.stats.rejected == sum(one.stats.rejected for one in alone)
+    inputs = [y0, t, f.rate, g.weight]
+    for name in ("ys", "costs"):
+        expected = torch.stack([getattr(one, name) for one in alone], dim=1)
+        # Step sizes follow from states that Newton's method leaves 1e-8 of a small residual in.
+        torch.testing.assert_close(getattr(found, name), expected, rtol=1e-9, atol=1e-10)
+        for one, other in zip(gradients(getattr(found, name), *inputs),
+                              gradients(expected, *inputs), strict=True):  # fmt: skip
+            torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
+
+
 def test_rows_of_other_lengths_inside_of_steps():
     """Rows that are done are left out; the interpolants of both parts; a limit of memory."""
     rows = 12
@@ -83,7 +102,7 @@ def test_rows_of_other_lengths_inside_of_steps():
 def test_what_is_refused():
     split = {"implicit": lambda t, y: -y, "explicit": lambda t, y: y, "samples": "independent"}
     with pytest.raises(pnode.ConfigurationError, match="no error estimate of a step by itself"):
-        pnode.Solver(method="ark4", **split)
+        pnode.Solver(method="ars443", **split)
     with pytest.raises(pnode.ConfigurationError, match=r"only explicit and implicit"):
         pnode.Solver(method="ark4", step_size=0.1, mass=torch.eye(3), **split)
     with pytest.warns(UserWarning, match="a split right-hand side"):

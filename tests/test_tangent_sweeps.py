@@ -405,3 +405,10 @@ def test_a_change_of_the_field_is_found_at_once_too():
     )  # fmt: skip
     with pytest.raises(FieldChanged, match="its value"):
         jacfwd(lambda y0: solver(y0, T).ys)(Y0)
+
+
+def test_tangents_by_decreasing_output_times():
+    solver = pnode.Solver(lambda t, y: -y * t, method="rk4", step_size=0.1, compile=False)
+    y0, t = torch.ones(1, dtype=torch.float64), torch.tensor([1.0, 0.6, -0.3], dtype=torch.float64)
+    by_tangents = torch.func.jacfwd(lambda t: solver(y0, t).ys)(t)
+    torch.testing.assert_close(by_tangents, torch.func.jacrev(lambda t: solver(y0, t).ys)(t))

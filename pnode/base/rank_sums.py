@@ -15,6 +15,8 @@ from mpi4py import MPI
 
 from pnode.base.ranks import Ranks
 from pnode.base.reals import as_reals, count_reals, from_reals
+from pnode.base.transforms import differentiable
+from pnode.errors import BackwardError
 
 __all__ = ["Replicate", "Total", "of_all_ranks", "replicated"]
 
@@ -129,7 +131,18 @@ class _OfAllRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> Any:
-        """Add up what all have. Collective."""
+        """Add up what all have. Collective.
+
+        Raises
+        ------
+        BackwardError
+            If derivatives of the sums are wanted.
+        """
+        if differentiable():
+            raise BackwardError(
+                "second derivatives of a solve with samples='independent' on several ranks are not "
+                "supported: take them in one process"
+            )
         like, own = ctx.saved_tensors, cotangents[: ctx.own]
         sums = ctx.ranks.sum_gradients(cotangents[ctx.own :], like)
         return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -50,13 +51,9 @@ __all__ = ["AdjointFunction", "SolveFunction", "solve"]
 
 
 def solve(
-    engine: Engine,
-    problem: InitialValueProblem,
-    requests: Requests,
-    y0: torch.Tensor,
-    t: torch.Tensor,
-    trainable: bool,
-) -> tuple[torch.Tensor, Run]:
+    engine: Engine, problem: InitialValueProblem, requests: Requests, y0: torch.Tensor,
+    t: torch.Tensor, trainable: bool, parameters: Sequence[torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, Run]:  # fmt: skip
     """Run a forward sweep, as a node of the graph if its result may be differentiated. Collective.
 
     Parameters
@@ -71,14 +68,15 @@ def solve(
         Flat initial state, and output times.
     trainable : bool
         Whether anything requires grad.
+    parameters : sequence of Tensor, optional
+        The problem's, as inputs of the node.
     """
     if trainable and requests.continuous:
         return continuous.solve(engine, problem, requests, y0, t)
     if trainable:
         runs = Runs()
-        ys = applied(
-            SolveFunction, engine, problem, requests, runs, y0, t, None, *problem.parameters
-        )
+        inputs = problem.parameters if parameters is None else parameters
+        ys = applied(SolveFunction, engine, problem, requests, runs, y0, t, None, *inputs)
         return ys, runs[0]
     own = ordered(place_of(problem.layout.device))
     with outside_inference(False), torch.no_grad(), own as leave:

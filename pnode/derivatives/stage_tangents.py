@@ -22,6 +22,7 @@ from pnode.solvers.petsc.settings import without_structure
 from pnode.solvers.stepping import Step
 from pnode.sweeping import sweeps
 from pnode.sweeping.engine import Engine
+from pnode.sweeping.row_sweep import PassSweep
 from pnode.sweeping.run import Directions, Requests, Run, Sweep
 from pnode.sweeping.stepped_sweep import SteppedSweep
 
@@ -119,6 +120,8 @@ def _of_stages(
 ) -> torch.Tensor | None:  # fmt: skip
     """Do as :func:`of_stages`, outside of transforms. Collective."""
     problem, ledger = run.problem, run.stats.tangents
+    if isinstance(run.sweep, PassSweep):
+        return None
     moving = _moving(problem, directions)
     compiled = sweeps.compiled_tangents(engine, run, start, moving)
     if compiled is not None:

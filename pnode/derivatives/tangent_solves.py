@@ -21,11 +21,12 @@ from pnode.base.transforms import (
 from pnode.derivatives.batches import Runs
 from pnode.derivatives.stage_tangents import of_stages
 from pnode.derivatives.tangents import pair_problem, pair_settings, unique
-from pnode.layout.pair_layout import PairLayout
+from pnode.layout.pair_layout import PairLayout, RowPairs
 from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.petsc.settings import without_structure
 from pnode.sweeping import sweeps
 from pnode.sweeping.engine import Engine
+from pnode.sweeping.row_sweep import PassSweep
 from pnode.sweeping.run import Directions, Recorded, Requests, Run, Tangents
 
 __all__ = [
@@ -58,18 +59,25 @@ def with_tangents(
     """
     problem, sweep = run.problem, run.sweep
     assert sweep is not None and run.surroundings is not None
-    pair = PairLayout(problem.layout.size, len(directions), split=run.settings.split)
+    pair, settings, samples = PairLayout(
+        problem.layout.size, len(directions), split=run.settings.split
+    ), run.settings, None  # fmt: skip
     steps, outputs = sweep.recorded()
-    options = {}
-    if engine.method.implicit:
-        options = engine.solver_options(without_structure(run.settings), adjoint=True).values
+    if isinstance(sweep, PassSweep):
+        samples, rows = sweep.samples, problem.layout.shapes[0][0]
+        pair = RowPairs(problem.layout.size // rows, len(directions), rows=rows)
+    else:
+        options = {}
+        if engine.method.implicit:
+            options = engine.solver_options(without_structure(settings), adjoint=True).values
+        settings = pair_settings(settings, pair, options)
     moving = tuple(filter(moves, unique([v for one in directions for v in one])))
     mergeable = not reverse and batch_is_innermost(own)
     recorded = Recorded(
-        steps, outputs, pair_settings(run.settings, pair, options), run.surroundings,
+        steps, outputs, settings, run.surroundings,
         Tangents(pair, run, directions, moving, mergeable), sweep.pieces,
     )  # fmt: skip
-    requests = Requests(dense=bool(sweep.interpolated), recorded=recorded)
+    requests = Requests(dense=bool(sweep.interpolated), recorded=recorded, samples=samples)
     return pair, pair_problem(problem, pair, directions), requests
 
 

@@ -28,7 +28,7 @@ from pnode.errors import BackwardError
 from pnode.field.products import derivatives
 from pnode.field.rebinding import rebound
 from pnode.layout.ghost_cells import DrivenCells
-from pnode.layout.pair_layout import PairLayout
+from pnode.layout.pair_layout import PairLayout, RowPairs
 from pnode.problems.problem import InitialValueProblem, StateLayout
 from pnode.problems.tolerances import EntrywiseTolerance, Resolved
 from pnode.solvers.linear.jacobians import JacobianOptions
@@ -120,7 +120,13 @@ class PairFunction:
 
     def _evaluated(self, t: torch.Tensor, arguments: Sequence[torch.Tensor]) -> torch.Tensor:
         with self._norms or nullcontext():
-            return self._layout.flatten(self._function(t, *map(self._state, arguments)))
+            return self._applied(self._function, t, arguments)
+
+    def _applied(
+        self, function: Callable[..., Any], t: torch.Tensor, arguments: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """Return what the user's function makes of y, and of y', flat."""
+        return self._layout.flatten(function(t, *map(self._state, arguments)))
 
     def apart(self) -> PairFunction:
         """Return it with parameters that are in no state's graph, for states that have one.
@@ -154,7 +160,7 @@ class PairFunction:
             arguments, parameters = inputs[: len(given)], inputs[len(given) :]
             new = {id(old): one for old, one in zip(self._parameters, parameters, strict=True)}
             function = rebound(self._function, new)[0]
-            return self._layout.flatten(function(t, *map(self._state, arguments)))
+            return self._applied(function, t, arguments)
 
         inputs = (*(part[0] for part in given), *self._parameters)
         found: list[torch.Tensor] = []
@@ -178,8 +184,20 @@ class PairFunction:
 
         parameters = [new(parameter) for parameter in self._parameters]
         directions = [[new(v) for v in one] for one in self._directions]
-        made = PairFunction(function, self._layout, self._pair, parameters, directions, self._cells)
+        made = type(self)(function, self._layout, self._pair, parameters, directions, self._cells)
         return made, found | moved
+
+
+class RowPairFunction(PairFunction):
+    """The same of independent samples, of any number of rows ``(k, n)``."""
+
+    def _applied(
+        self, function: Callable[..., Any], t: torch.Tensor, arguments: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        shape, pairs = self._layout.shapes[0], self._layout.pairs
+        t = t.reshape(-1, *[1] * (len(shape) - 1 - any(pairs)))
+        found = function(t, *(part.reshape(len(part), *shape[1:]) for part in arguments))
+        return found.reshape(len(found), -1)
 
 
 def _refuse_wrong(value: torch.Tensor) -> None:
@@ -231,12 +249,16 @@ def pair_problem(
     """
     layout = problem.layout
     number = pair.tangents + 1
-    both = StateLayout((torch.Size((layout.size * number,)),), False, layout.dtype, layout.device)
+    shape = (pair.rows, pair.total) if isinstance(pair, RowPairs) else (layout.size * number,)
+    both = StateLayout((torch.Size(shape),), False, layout.dtype, layout.device)
 
     exchange = problem.exchange
     cells = None if exchange is None else DrivenCells(exchange, pair.tangents)
 
     def of(function: Any) -> PairFunction:
+        if isinstance(pair, RowPairs):
+            own = layout, pair.of_row, problem.parameters, directions
+            return RowPairFunction(function, *own)
         return PairFunction(function, layout, pair, problem.parameters, directions, cells)
 
     moving = unique([v for one in directions for v in one])

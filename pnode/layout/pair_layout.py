@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["PairLayout"]
+__all__ = ["PairLayout", "RowPairs"]
 
 
 @dataclass(frozen=True)
@@ -72,3 +72,30 @@ class PairLayout:
         """Return a pair whose integrals satisfy their equations, linear with slope ``step``."""
         own = pair.narrow(-1, 0, self.total - self.integrals)
         return torch.cat([own, self.integral(pair) - self.integral(residual) / step], dim=-1)
+
+
+@dataclass(frozen=True)
+class RowPairs(PairLayout):
+    """Of independent samples: each row of a state, of ``size`` entries, with its tangents.
+
+    Attributes
+    ----------
+    rows : int
+        How many there are in a flat state.
+    """
+
+    rows: int = 1
+
+    @property
+    def of_row(self) -> PairLayout:
+        """That of one."""
+        return PairLayout(self.size, self.tangents)
+
+    def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the pair of a state and its tangents, each of shape ``(..., rows * size)``."""
+        return super().join([part.unflatten(-1, (self.rows, -1)) for part in parts]).flatten(-2)
+
+    def parts(self, pair: torch.Tensor) -> list[torch.Tensor]:
+        """Return the state and its tangents, each of shape ``(..., rows * size)``."""
+        parts = super().parts(pair.unflatten(-1, (self.rows, -1)))
+        return [part.flatten(-2) for part in parts]

@@ -167,6 +167,8 @@ class Engine:
     _patterns: dict[Hashable, SparsityPattern] = field(default_factory=dict, init=False)
     #: What "auto" has found for large states: "block", a pattern, or None.
     _structures: dict[StateLayout, Any] = field(default_factory=dict, init=False)
+    #: Of independent samples: those whose rows were looked at closely for coupling.
+    samples_seen: set[StateLayout] = field(default_factory=set, init=False)
     #: Shapes whose structure is to be looked for, and those for which that was done.
     _hard: set[StateLayout] = field(default_factory=set, init=False)
     _tried: set[StateLayout] = field(default_factory=set, init=False)
@@ -257,7 +259,7 @@ class Engine:
             return
         if (
             problem.largest <= DENSE_LIMIT or problem.ranks.parallel or problem.base is not None
-            or method.linearly_implicit or method.coupled
+            or method.linearly_implicit
             or problem.form == "residual" or self.exchange is not None
             or more.preconditioner is not None or more.pattern is not None
             or layout.device != HOST.device

@@ -9,15 +9,18 @@ import torch
 from pnode.base.evidence import differs
 from pnode.base.ledger import Ledger, Stats
 from pnode.base.transforms import moves, no_tangents, transforms_active
+from pnode.base.vectors import REAL
 from pnode.errors import BackwardError
 from pnode.field.held import now
 from pnode.field.rates import Rates, as_function
+from pnode.field.rebinding import bound
 from pnode.field.time_terms import TermsOfRanks
 from pnode.field.vectorfield import VectorField, vector_field
 from pnode.layout.ghost_cells import ghosted
 from pnode.problems.mass import Solve
 from pnode.problems.problem import InitialValueProblem
 from pnode.problems.transfers import remote
+from pnode.sweeping.row_sweep import PassSweep
 from pnode.sweeping.run import Run
 
 __all__ = [
@@ -46,6 +49,8 @@ def time_gradient(
     Those of interpolated outputs are in ``found`` already, and the times of events, which come
     last among the problem's, are constants here. ``again`` tells whether derivatives of it follow.
     """
+    if isinstance(run.sweep, PassSweep):
+        return _row_time_gradient(run, run.sweep, y0, ys, cotangents, initial, t, parameters, again)
     problem, direction = run.problem, run.problem.direction
     interpolated: Set[int] = frozenset() if run.sweep is None else run.sweep.interpolated
     if again and interpolated:
@@ -76,6 +81,47 @@ def time_gradient(
     return (problem.ranks.sum(rows) if ours is None else ours.total(rows)).to(t)
 
 
+def _row_time_gradient(
+    run: Run, sweep: PassSweep, y0: torch.Tensor, ys: torch.Tensor, cotangents: torch.Tensor,
+    initial: torch.Tensor, t: torch.Tensor, parameters: Sequence[torch.Tensor], again: bool,
+) -> torch.Tensor:  # fmt: skip
+    """Do as :func:`time_gradient` of times ``(T, B)`` of independent samples.
+
+    Where the ends of all steps are outputs, by the first time alone.
+    """
+    rows = t.shape[1]
+    assert run.surroundings is not None
+
+    def terms() -> torch.Tensor:
+        rate = None if again else sweep.rates(run)
+        problem = bound(run.problem, parameters, leaves=False) if again else run.problem
+        found = [torch.zeros_like(t[0], dtype=torch.float64)] * len(t)
+        for index in range(1 if sweep.every else len(t)):
+            reached = ~ys[index].view(rows, -1).isnan().any(dim=1, keepdim=True)
+            seed = cotangents[index] if index else -initial
+            seed = seed - cotangents[0] if sweep.every else seed
+            if rate is None:
+                y = y0 if index == 0 else ys[index]
+                slope = flow_slope(problem, _of_rows(problem, t[index]), y, vanishing=False)
+            else:
+                y = torch.where(reached, ys[index].view(rows, -1), ys[0].view(rows, -1))
+                slope = rate(t[index].detach().to(y.device, REAL), y.detach().to(REAL))
+            product = seed.double().view(rows, -1) * slope.double().view(rows, -1)
+            found[index] = torch.where(reached, product, 0.0).sum(dim=1).to(t.device)
+        return torch.stack(found).to(t)
+
+    with run.surroundings.restored():
+        known = run.problem.ranks.attempt(terms)
+    return torch.zeros_like(t) if known is None else known
+
+
+def _of_rows(problem: InitialValueProblem, t: torch.Tensor) -> torch.Tensor:
+    """Return a time for each row as f gets it; differentiable."""
+    layout = problem.layout
+    shape = layout.shapes[0]
+    return t.to(layout.device, layout.dtype).view(-1, *[1] * (len(shape) - 1 - any(layout.pairs)))
+
+
 def _refuse_interpolated_times() -> None:
     """Refuse what would need derivatives of an interpolant by time, and theirs."""
     raise BackwardError(
@@ -97,6 +143,8 @@ def slope_at(terms: TermsOfRanks, index: int, y: torch.Tensor) -> torch.Tensor:
     """Return dy/ds at an output, flat, as a differentiable function of everything."""
     problem, layout = terms.problem, terms.problem.layout
     time = terms.t[index].to(layout.device, layout.dtype)
+    if time.dim():
+        time = _of_rows(problem, time)
     return problem.direction * flow_slope(problem, time, y, vanishing=False)
 
 
@@ -148,7 +196,8 @@ def start_moved_by_time(
     if run.sweep.interpolated:
         _refuse_interpolated_times()
     terms = TermsOfRanks(run.problem, t, parameters)
-    return tangent - terms.known(along_t[0].to(y0) * slope_at(terms, 0, y0))
+    along = run.problem.direction * along_t[0].to(y0)
+    return tangent - terms.known(_times(along, slope_at(terms, 0, y0)))
 
 
 def moved_by_times(
@@ -160,9 +209,17 @@ def moved_by_times(
     The first one's is in the flow; events, which come last, are at times of their own.
     """
     moved, terms = list(tangents), TermsOfRanks(run.problem, t, parameters)
+    along = run.problem.direction * along_t.to(ys)
     for i in range(1, len(run.problem.times) - len(run.roots)):
-        moved[i] = moved[i] + terms.known(along_t[i].to(ys) * slope_at(terms, i, ys[i]))
+        moved[i] = moved[i] + terms.known(_times(along[i], slope_at(terms, i, ys[i])))
     return torch.stack(moved)
+
+
+def _times(number: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    """Return a slope times a number, or of each row times its own."""
+    if not number.dim():
+        return number * slope
+    return (number[:, None] * slope.view(len(number), -1)).reshape(-1)
 
 
 def _verify_slope(run: Run, field: VectorField, index: int, slope: torch.Tensor) -> None:

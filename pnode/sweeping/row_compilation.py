@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from pnode.base.options import OWN_PREFIX, SolverOptions
 from pnode.errors import CheckpointError
-from pnode.problems.problem import InitialValueProblem, collect_parameters
+from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.compiled.backend import Wanted
 from pnode.solvers.compiled.row_driver import Rows, RowSweep
 from pnode.solvers.compiled.row_sweeps import compiled_rows
@@ -23,14 +24,21 @@ __all__ = ["begin", "explain_no_room"]
 
 
 def begin(
-    solver: Any, field: RowsField, rows: Rows, requests: Requests, keep: bool
+    engine: Any,
+    declared: Sequence[torch.Tensor],
+    field: RowsField,
+    rows: Rows,
+    requests: Requests,
+    keep: bool,
 ) -> RowSweep | None:
     """Return the compiled solve, or None, after one warning if ``compile=True`` was given.
 
     Parameters
     ----------
-    solver : Solver
+    engine : Engine
         Has the compiler of independent samples.
+    declared : sequence of Tensor
+        What f has besides what the call brings along.
     field : RowsField
         The vector field.
     rows : Rows
@@ -45,7 +53,7 @@ def begin(
     ConfigurationError
         If nothing is, and the method has no other steps.
     """
-    engine, problem = solver._engine, field.problem
+    problem = field.problem
     if engine.compile is not True:
         return None
     wanted = _wanted(engine, problem, rows.y0, keep)
@@ -57,8 +65,7 @@ def begin(
     if reasons:
         engine.row_compiler.explain(wanted, reasons)
         return None
-    own = collect_parameters(solver._functions, solver._params)
-    return compiled_rows(engine.row_compiler, field, rows, wanted, own)
+    return compiled_rows(engine.row_compiler, field, rows, wanted, declared)
 
 
 def explain_no_room(

@@ -110,6 +110,8 @@ class Requests:
         Tangents that steps are chosen by, too; see ``pnode.Steps``.
     independent : str or None
         Of independent samples: what becomes of one that fails; None of one state.
+    samples : Samples or None
+        Of these: what is to be known of them.
     callbacks : callable or None
         ``callbacks((name, dt), t, y)`` where a step begins, before it is tried and when it is
         accepted or rejected; the names are torchdiffeq's.
@@ -135,6 +137,7 @@ class Requests:
     known: torch.Tensor | None = None
     sensitivity_control: str | torch.Tensor | None = None
     independent: str | None = None
+    samples: Any = None
     callbacks: Callable[[Any, float, Any], None] | None = None
     progress: bool = False
     steps_before: int | None = None

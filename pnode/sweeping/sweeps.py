@@ -25,6 +25,7 @@ from pnode.solvers.compiled.driver import CompiledSweep
 from pnode.solvers.compiled.fields import compiled_field
 from pnode.solvers.compiled.integrator import Start
 from pnode.solvers.stepping import Step
+from pnode.sweeping import row_sweep
 from pnode.sweeping.compilation import begin
 from pnode.sweeping.engine import Engine
 from pnode.sweeping.hints import hint
@@ -60,6 +61,8 @@ def forward(
     run : Run
         For the backward sweep.
     """
+    if requests.samples is not None:
+        return row_sweep.forward(engine, problem, y0, keep, requests)
     recorded, stats = requests.recorded, Stats()
     if recorded is None:
         engine.look_at_structure(problem, y0, stats)

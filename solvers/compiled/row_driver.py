@@ -11,8 +11,10 @@ import torch
 
 from pnode.base.ledger import Ledger
 from pnode.base.options import log_stage
+from pnode.base.transforms import outside
 from pnode.base.vectors import REAL
 from pnode.errors import (
+    BackwardError,
     LinearSolveFailed,
     NonFiniteVectorField,
     NonlinearSolveFailed,
@@ -27,6 +29,7 @@ from pnode.solvers.compiled.backend import Wanted
 from pnode.solvers.compiled.implicit_settings import prepared
 from pnode.solvers.compiled.row_programs import RowProgram
 from pnode.solvers.sample_failures import WHY, row_grids
+from pnode.solvers.sample_record import Pass
 
 __all__ = ["RowSweep", "Rows"]
 
@@ -225,6 +228,43 @@ class RowSweep:
         for index, gradient in self.program.gradients([sums.sum(dim=0), own]):
             parameters[index] = gradient
         return states, parameters
+
+    @outside()
+    def passes(self) -> list[Pass]:
+        """Return the steps, one of each row at a time, to be taken again outside of machine code.
+
+        Raises
+        ------
+        BackwardError
+            Of methods that have no other steps.
+        """
+        method, (number, count) = self._wanted.settings.method, self._rows.times.shape
+        if method.multistep or method.coupled:
+            raise BackwardError(
+                f"second derivatives and tangents of method={method.name!r} with "
+                "samples='independent' are not supported: take samples='joint', or a method such "
+                "as 'rodaspr' or 'es325'"
+            )
+        columns, reached = [], []
+        for row in range(count):
+            handle = self._library.pnode_row(self._handle, row)
+            taken = self._library.pnode_recorded(handle, None, None, None)
+            steps, marks = torch.zeros(taken, 2, dtype=REAL), (ctypes.c_int64 * number)()
+            orders = (ctypes.c_int64 * taken)()
+            own = ctypes.cast(steps.data_ptr(), ctypes.POINTER(ctypes.c_double))
+            self._library.pnode_recorded(handle, own, orders, marks)
+            ends = torch.full((taken,), -1)
+            for output, before in enumerate(marks):
+                if before:
+                    ends[before - 1] = output
+            columns.append(steps)
+            reached.append(ends)
+        steps = torch.nn.utils.rnn.pad_sequence(columns)
+        ends = torch.nn.utils.rnn.pad_sequence(reached, padding_value=-1)
+        return [
+            Pass(one[:, 0].contiguous(), one[:, 1].contiguous(), marks, None, None, None, None)
+            for one, marks in zip(steps, ends, strict=True)
+        ]
 
     def rates(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Return f of all rows at times ``(B,)`` and states ``(B, n)``."""

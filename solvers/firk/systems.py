@@ -81,9 +81,8 @@ class Blocks:
         self._place: Place = settings.place
         self.samples = settings.jacobian_options.samples if settings.jacobian == "block" else 1
         self._assembly: BlockAssembly | SparseAssembly | None = None
-        exact = not settings.jacobian_options.found
         if settings.jacobian == "block":
-            self._assembly = BlockAssembly(self.samples, settings.place, exact)
+            self._assembly = BlockAssembly(self.samples, settings.place, exact=True)
             self._assembly.create(settings.size, settings.comm).destroy()
         elif settings.jacobian == "sparse":
             pattern = settings.jacobian_options.pattern
@@ -94,7 +93,7 @@ class Blocks:
                     "systems are factored on each rank by itself: use jacobian='matrix-free', or "
                     "another method such as 'bdf' or 'es325'"
                 )
-            self._assembly = SparseAssembly(pattern, settings.place, exact)
+            self._assembly = SparseAssembly(pattern, settings.place, exact=True)
         self._check = True
 
     def begin(self) -> None:

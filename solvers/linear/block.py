@@ -45,22 +45,25 @@ def sample_count(layout: StateLayout) -> int:
 
 
 def sample_blocks(
-    linearization: Linearization, samples: int, check: bool
+    linearization: Linearization, samples: int, check: bool, own: int | None = None
 ) -> tuple[list[torch.Tensor], bool]:
     """Return the diagonal blocks of dg/du (and dF/du_dot, for a residual), (B, m, m) each.
 
-    With ``check`` also whether there is more than these, by one product more among them.
+    With ``check`` also whether there is more than these, by one product more among them; ``own``:
+    those of the first entries of each sample alone, which depend on no others.
     """
     like = linearization.flat_value()
-    width = like.numel() // samples
+    whole = like.numel() // samples
+    width = whole if own is None else own
     # Row j of every sample's Jacobian at once: no entry of the state has two of them.
-    units = torch.eye(width, dtype=like.dtype, device=like.device)
-    units = units[:, None, :].expand(width, samples, width).reshape(width, -1)
+    units = torch.eye(width, whole, dtype=like.dtype, device=like.device)
+    units = units[:, None, :].expand(width, samples, whole).reshape(width, -1)
     if check:
         units = torch.cat([units, (w := projection_weights(like))[None]])
     found = linearization.assemble(units)
     blocks = [
-        rows[:width].view(width, samples, width).transpose(0, 1).contiguous() for rows in found
+        rows[:width].view(width, samples, whole)[..., :width].transpose(0, 1).contiguous()
+        for rows in found
     ]
     if not check:
         return blocks, False

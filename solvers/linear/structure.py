@@ -13,7 +13,7 @@ from pnode.field.linearization import Linearization
 from pnode.problems.problem import StateLayout
 from pnode.solvers.linear.sparse import SparsityPattern, color_rows
 
-__all__ = ["find_structure", "seems_constant"]
+__all__ = ["find_structure", "halves_of", "seems_constant"]
 
 # States at which a Jacobian is looked at.
 _PROBES = 3
@@ -32,19 +32,27 @@ def nearby(u: torch.Tensor) -> Iterator[torch.Tensor]:
         yield u + (scale * noise(u.shape, generator).to(u) if index else 0.0)
 
 
+def halves_of(rows: int, device: torch.device) -> torch.Tensor:
+    """Return masks of rows: any two are apart in one of them, in both ways; ``(2 log2 B, B)``.
+
+    Two rows have numbers that differ in some bit: for each bit there are those that have it, and
+    the others.
+    """
+    number = torch.arange(rows, device=device)
+    return torch.stack([
+        number.bitwise_and(1 << bit).ne(0) == side
+        for bit in range((rows - 1).bit_length())
+        for side in (True, False)
+    ])  # fmt: skip
+
+
 def is_batch(layout: StateLayout, batch: int, points: list[Linearization]) -> bool:
     """Whether no row of a state of shape (batch, ...) looks at another one at these points.
 
-    Two rows have numbers that differ in some bit. So for each bit there are two products: with the
-    rows of a random vector whose number has it, and with the others. Either vanishes on the rows of
-    the other half if no row of one depends on one of the other.
+    The product with half the rows of a random vector vanishes on the rows of the other half if no
+    row of one depends on one of the other.
     """
-    rows = torch.arange(batch, device=layout.device)
-    halves = torch.stack([
-        rows.bitwise_and(1 << bit).ne(0) == side
-        for bit in range((batch - 1).bit_length())
-        for side in (True, False)
-    ])  # fmt: skip
+    halves = halves_of(batch, layout.device)
     w = noise(
         torch.Size((batch, layout.size // batch)), torch.Generator(HOST.device).manual_seed(2)
     )
