@@ -360,6 +360,7 @@ class Reverse:
         if self._check and not adjoint.is_finite():
             states = self._stages(index).stages
             self._attempt(refuse_state, self._field(Ledger()), step, states, ranks.where)
+        adjoint.load(Checkpoint(()))  # the step before may be repeated first, in this memory
 
     def _stages(self, index: int) -> Checkpoint:
         trajectory = self._trajectory

@@ -25,6 +25,7 @@ from pnode.solvers.stepping import Step
 
 __all__ = ["ExplicitAdjoint", "StageAdjoint", "StageCotangents"]
 
+_LARGE = 2**17  # bytes; below, to allocate takes longer than what it saves is worth
 Cotangent: TypeAlias = torch.Tensor | None
 Cotangents: TypeAlias = list[Cotangent]
 
@@ -95,7 +96,6 @@ class ExplicitAdjoint(TorchAdjointStepper):
         self._nodes, self._b = scheme.c, scheme.b
         device = settings.place.device
         stages = range(scheme.stages)
-        self._allocate(torch.Size([settings.size]))
         weights = [
             [scheme.b[i], *(scheme.A[j][i] for j in reversed(stages[i + 1 :]))]
             for i in reversed(stages)
@@ -108,25 +108,29 @@ class ExplicitAdjoint(TorchAdjointStepper):
         self._random = self._ones
         self._scaled: tuple[torch.Tensor, ...] = ()
         self._none: Cotangents = [None] * len(stages)
-        # The rows of stages that u' does not depend on stay zero.
         self._needed = scheme.live_stages()
+        self._rows: list[torch.Tensor] = []
 
     def _allocate(self, shape: torch.Size) -> None:
         """Make room for lambda' and the l_i, last stage first: w_i weights the rows before it."""
         number, device = len(self._nodes) + 1, self.settings.place.device
-        self._products = torch.zeros((number, shape.numel()), dtype=REAL, device=device)
-        self._rows = list(self._products.view(number, *shape))
-        self._columns = [self._products[: i + 1].t() for i in range(number)]
+        products = torch.empty((number, shape.numel()), dtype=REAL, device=device)
+        self._rows = list(products.view(number, *shape))
+        self._columns = [products[: i + 1].t() for i in range(number)]
+
+    def _leave_room(self) -> None:
+        """Let go of many bytes, which a step that is repeated has a use for."""
+        if self._rows and len(self._rows) * self._rows[0].nbytes > _LARGE:
+            self._rows, self._columns = [], []
 
     def begin(self, field: VectorField, batch: Sequence[int] = ()) -> None:
         """Begin a sweep with zero cost gradients. Collective."""
         super().begin(field, batch)
-        if self.state.shape != self._rows[0].shape:
-            self._allocate(self.state.shape)
+        if self._rows and self.state.shape != self._rows[0].shape:
+            self._rows = []
         if self.settings.place.on_host:  # elsewhere nothing was noted
             one = self.state[0] if batch else self.state
             self._random = projection_weights(one.to(field.dtype))
-        self._products.zero_()
         self._graphs: Sequence[Linearization] | None = None
 
     def load(
@@ -142,7 +146,7 @@ class ExplicitAdjoint(TorchAdjointStepper):
         self._graphs = None
         if self.state.dim() > 1:
             self.state = self.state[0].clone()
-            self._allocate(self.state.shape)
+            self._rows = []
 
     def step(self, step: Step, ledger: Ledger, inside: StageCotangents = NOTHING) -> None:
         """Take the adjoint of one step, whose checkpoint has been loaded.
@@ -172,10 +176,14 @@ class ExplicitAdjoint(TorchAdjointStepper):
             needed = frozenset(range(len(self.checkpoint.stages)))
             states, slopes = inside.of(stages)
         expected, random = self.evidence, self._random
+        if not self._rows:
+            self._allocate(self.state.shape)
         self._rows[0].copy_(self.state)
+        self.state = self._rows[0]
         for row, weights in enumerate(self._scaled):
             i = stages - 1 - row
             if i not in needed:
+                self._rows[row + 1].zero_()
                 continue
             w = torch.mv(self._columns[row], weights)
             if batched:
@@ -206,8 +214,7 @@ class ExplicitAdjoint(TorchAdjointStepper):
                 self._rows[row + 1].add_(own)
             del graph, products  # before the next graph is built, so that memory is reused
         self.state = torch.mv(self._columns[-1], self._ones).view(self.state.shape)
-        if inside is not NOTHING:
-            self._products.zero_()
+        self._leave_room()
         ledger.steps += 1
 
     def graph(self, i: int, step: Step) -> Linearization:

@@ -11,27 +11,27 @@ the semi-implicit neural ODE (H. Zhang, Y. Liu & R. Maulik, "Semi-implicit neura
 differential equations", SINODE, 2024): the linear part is integrated implicitly, with one constant
 matrix, factorized once, and the network explicitly, without any Jacobian.
 
-Run it (a minute and a half on one core), on any number of ranks, which share the cells::
+Run it (a minute on one core), on any number of ranks, which share the cells::
 
     python examples/kuramoto_sivashinsky.py
     mpirun -n 2 python examples/kuramoto_sivashinsky.py
 
-Measured with pnode 0.2.0 on 2026-11-29: one gradient of 16 trajectories over one time unit, after
-the training. The error is that of the final states, from those of ark4 in steps of 0.01 with the
-same network; "f" counts evaluations of both parts and both sweeps. CPU times and resident memory
-are of single calls, on a busy computer:
+Measured with pnode 0.2.0 on 2026-11-30, seed 0 (42 s of CPU in all): one gradient of 16
+trajectories over one time unit, after the training. The error is that of the final states, from
+those of ark4 in steps of 0.01 with the same network; "f" counts evaluations of both parts and both
+sweeps. CPU times and resident memory are of single calls, relative to ark3's 0.12 s and 15 MiB:
 
 =======  ======  =====  =====  ==========  ==============  ========  ======  =====
-method   step    steps  f      Jacobians   factorizations  error     CPU s   MiB
+method   step    steps  f      Jacobians   factorizations  error     CPU     MiB
 =======  ======  =====  =====  ==========  ==============  ========  ======  =====
-ark3     0.2     5      82     2           2               7.2e-4    0.19    15
-ark4     0.2     5      122    2           2               3.9e-5    0.25    16
-cn       0.2     5      43     10          10              3.6e-4    0.92    100
-rk4      0.002   500    4000   0           0               1.0e-8    7.2     31
+ark3     0.2     5      82     2           2               7.2e-4    1       1
+ark4     0.2     5      122    2           2               3.9e-5    1.2     1.0
+cn       0.2     5      43     10          10              3.6e-4    3.0     5.9
+rk4      0.002   500    4000   0           0               1.0e-8    44      7.0
 rk4      0.005                                             blows up
 =======  ======  =====  =====  ==========  ==============  ========  ======  =====
 
-So 37 times less CPU time than the explicit method near its limit of stability, and 5 times less
+So 44 times less CPU time than the explicit method near its limit of stability, and 3 times less
 than the fully implicit one, whose Jacobian has the network's in it. There is one factorization in
 each direction. From 8 states that were not learned from, forecasts stay within half the size of u
 until t = 12.1 on average (5.6 to 19.0), about half a Lyapunov time. On 1 and 2 ranks the losses

@@ -10,7 +10,10 @@ import torch
 from diffusing import SIZE, D, close, gradients, ripple, solver
 
 import pnode
+from pnode.adjoint.stages import ExplicitAdjoint
 from pnode.base.options import PETSc
+from pnode.solvers.petsc import integrator as integrators
+from pnode.solvers.petsc.library import stage_vectors
 
 METHODS = ["cn", "bdf2", "es325", "rodaspr", "ark4"]
 
@@ -277,3 +280,58 @@ def test_vectors_that_do_not_fit_are_refused():
         ).vec()
     with pytest.raises(pnode.ConfigurationError, match="y0"):
         pnode.Solver(lambda t, y: -y, samples="independent")(vector(ripple()), [0.0, 1.0])
+
+
+# Work vectors.
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+def test_stages_of_an_explicit_method_are_one_vector_unless_a_callback_may_look(
+    method, monkeypatch
+):
+    made = []
+    build = integrators.build_ts
+    monkeypatch.setattr(
+        integrators, "build_ts", lambda *given: made.append(build(*given)) or made[-1]
+    )
+    found = []
+    for setup in (None, lambda ts: None):
+        # A large step is rejected: what a TS goes back to is no stage.
+        steps = {"first_step": 0.5} if method == "dopri5" else {"step_size": 0.01}
+        solve = pnode.Solver(
+            lambda t, y: -50 * (y - torch.cos(t)), method=method, petsc_setup=setup, compile=False,
+            **steps,
+        )  # fmt: skip
+        y0 = torch.linspace(0, 1, 5, dtype=torch.float64, requires_grad=True)
+        solution = solve(y0, [0.0, 0.3, 0.5])
+        assert method == "rk4" or solution.stats.rejected
+        found.append((solution.ys.detach(), *torch.autograd.grad(solution.ys.sum(), y0)))
+        (ts,) = made
+        stages = {vector.handle for vector in stage_vectors(ts)}
+        assert len(stages) == (1 if setup is None else {"rk4": 4, "dopri5": 7}[method])
+        made.clear()
+    assert all(map(torch.equal, *found))
+
+
+def test_a_step_is_repeated_without_what_the_adjoint_of_the_next_one_needed(monkeypatch):
+    step, attempt = ExplicitAdjoint.step, integrators.TimeIntegrator.attempt
+    known, seen = [], []
+
+    def noted(self, *given):
+        known[:] = [self]
+        step(self, *given)
+
+    def looked(self, *given, **more):
+        seen.extend(len(one.checkpoint.stages) + len(one._graphs or ()) for one in known)
+        return attempt(self, *given, **more)
+
+    monkeypatch.setattr(ExplicitAdjoint, "step", noted)
+    monkeypatch.setattr(integrators.TimeIntegrator, "attempt", looked)
+    y0 = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    solve = pnode.Solver(
+        lambda t, y: -y, method="rk4", step_size=0.1, compile=False,
+        checkpointing=pnode.Checkpointing(24 * y0.nbytes, store="solutions"),
+    )  # fmt: skip
+    solve(y0, [0.0, 1.0]).ys[-1].sum().backward()
+    assert seen and not any(seen)
+    assert torch.allclose(y0.grad, solve(y0, [0.0, 1.0]).ys[-1], rtol=1e-13)

@@ -161,9 +161,9 @@ class Bridge(Linearizer):
         self.start_time = None
         self._solve_begins = self._stage_is_explicit = True
 
-    def set_rhs_function(self, ts: Any, work: Any) -> None:
-        """Make this the right-hand side of an explicit TS. Not collective."""
-        ts.setRHSFunction(self.rhs_function, work)
+    def set_rhs_function(self, ts: Any, solution: Any) -> None:
+        """Make this the right-hand side of an explicit TS, for states as this. Not collective."""
+        ts.setRHSFunction(self.rhs_function)
 
     def rhs_function(self, ts: Any, s: float, u: Any, f: Any) -> None:
         """f = g(s, u) (PETSc's RHSFunction)."""

@@ -26,6 +26,7 @@ __all__ = [
     "set_recompute_jacobian",
     "set_subtype",
     "set_values_coo",
+    "share_stage_vector",
     "ssp_stages",
     "stage_vectors",
     "subtype",
@@ -58,13 +59,33 @@ def _check(error: int, name: str) -> None:
 
 def stage_vectors(ts: Any) -> list[Any]:
     """Return the stage vectors of a set-up TS, PETSc's own (``TSGetStages``). Not collective."""
+    number, array = _stages(ts)
+    return [_wrap_vector(array[index]) for index in range(number)]
+
+
+def share_stage_vector(ts: Any) -> None:
+    """Let all stages of a set-up TSRK be one vector: it looks at the last alone. Collective.
+
+    A new one, as the others may lie in memory that belongs to the first. A TS destroys its stages
+    one by one, and PETSc counts references.
+    """
+    number, array = _stages(ts)
+    shared = ts.getSolution().duplicate()
+    for index in reversed(range(number)):
+        _check(_library.PetscObjectReference(ctypes.c_void_p(shared.handle)), "reference")
+        old, array[index] = ctypes.c_void_p(array[index]), shared.handle
+        _check(_library.VecDestroy(ctypes.byref(old)), "VecDestroy")
+
+
+def _stages(ts: Any) -> tuple[int, Any]:
+    """Return the number of stages of a TS, and its own array of their vectors."""
     number = _Int()
     array = ctypes.POINTER(ctypes.c_void_p)()
     _check(
         _library.TSGetStages(ctypes.c_void_p(ts.handle), ctypes.byref(number), ctypes.byref(array)),
         "TSGetStages",
     )
-    return [_wrap_vector(array[index]) for index in range(number.value)]
+    return number.value, array
 
 
 #: Functions that petsc4py does not wrap, by TS type.

@@ -73,14 +73,14 @@ class SplitBridge(Bridge):
         """Say from where the next half-updates go."""
         self._state, self._time, self._step, self._next = state, time, step, 0
 
-    def set_rhs_function(self, ts: Any, work: Any) -> None:
+    def set_rhs_function(self, ts: Any, solution: Any) -> None:
         """Make the halves of the field the right-hand sides of the parts of a TS."""
-        size, comm = work.getLocalSize(), work.getComm()
+        size, comm = solution.getLocalSize(), solution.getComm()
         parts = {
             "position": (self._split, 0, self._position_function),
             "momentum": (size - self._split, self._split, self._momentum_function),
         }
-        start = work.getOwnershipRange()[0]
+        start = solution.getOwnershipRange()[0]
         for name, (entries, first, function) in parts.items():
             ts.setRHSSplitIS(name, PETSc.IS().createStride(entries, start + first, 1, comm=comm))
             ts.setRHSSplitRHSFunction(name, function)

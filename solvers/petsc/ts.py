@@ -13,7 +13,13 @@ from pnode.solvers.linear.shells import JacobianShell
 from pnode.solvers.methods import Method
 from pnode.solvers.pairs import PairConvergence, create_matrices
 from pnode.solvers.petsc.bridge import Bridge
-from pnode.solvers.petsc.library import register, set_subtype, ssp_stages, subtype
+from pnode.solvers.petsc.library import (
+    register,
+    set_subtype,
+    share_stage_vector,
+    ssp_stages,
+    subtype,
+)
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.petsc.tolerances import tolerance
 from pnode.solvers.petsc.user_setup import call_user
@@ -69,7 +75,7 @@ def build_ts(
         ts.setIFunction(bridge.implicit_function, work)
         _set_jacobian(ts, settings, bridge, shell)
     if not method.implicit or settings.form.startswith("imex"):
-        bridge.set_rhs_function(ts, work.duplicate())
+        bridge.set_rhs_function(ts, work)
     ts.setExactFinalTime(PETSc.TS.ExactFinalTime.STEPOVER)
     ts.setMaxTime(_FOREVER)
     ts.setTolerances(
@@ -94,6 +100,8 @@ def build_ts(
         ts.setStepLimits(1e-290, min(settings.max_step, ts.getStepLimits()[1]))
     ts.removeTrajectory()
     options.set_up(ts)
+    if method.ts_type == "rk" and options.setup is None:  # whose callbacks may look at all
+        share_stage_vector(ts)
     return ts
 
 
