@@ -562,13 +562,11 @@ def test_fields_that_have_no_program(function, reason):
 
 
 @pytest.mark.parametrize(
-    ("method", "function", "tolerance"),
+    ("function", "tolerance"),
     [
-        ("rosw_theta2", lambda t, y: -torch.special.bessel_j0(y), 1e-12),
-        # Of single precision's round-off.
-        ("beuler", lambda t, y: (-y.float()).double(), 1e-6),
+        (lambda t, y: -torch.special.bessel_j0(y), 1e-12),
+        (lambda t, y: (-y.float()).double(), 1e-6),  # of single precision's round-off
         (
-            "beuler",
             lambda t, y: (
                 -y.detach()
                 + torch.zeros(40_000).sum()
@@ -582,9 +580,8 @@ def test_fields_that_have_no_program(function, reason):
         ),
     ],
 )
-def test_fields_that_are_no_programs_of_scalars_are_graphs(method, function, tolerance):
-    """A Rosenbrock method takes two graphs more than another."""
-    keywords = {"method": method, "step_size": 0.5}
+def test_fields_that_are_no_programs_of_scalars_are_graphs(function, tolerance):
+    keywords = {"method": "rosw_theta2", "step_size": 0.5}
     solver = pnode.Solver(function, **keywords, compile=True)
     with torch.no_grad():
         ys = solver(START, TIMES).ys
