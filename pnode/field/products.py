@@ -162,7 +162,7 @@ def transposed(linear: Callable[[torch.Tensor], Any], *v: torch.Tensor) -> torch
     The map takes a tensor like the first v and returns one like each of them, in any precision: a
     tensor, or a tuple.
     """
-    found, pull_back = torch.func.vjp(linear, v[0])
+    found, pull_back = torch.func.vjp(linear, v[0])[:2]
     several = isinstance(found, tuple)
     like = [x.to(y.dtype) for x, y in zip(v, found if several else (found,), strict=True)]
     result: torch.Tensor = pull_back(tuple(like) if several else like[0])[0]
