@@ -22,9 +22,9 @@ LONG = {
     f"test_{name}.py"
     for name in (
         "benchmarks", "checkpointing", "clock", "compiled", "compiled_fields", "compiled_stiff",
-        "cotangent_batches", "driver", "event_lists", "examples", "fast_tanh", "field_changed",
-        "gallery", "gallery_control", "gallery_physics", "memory", "odd_fields", "samples_compiled",
-        "scaling", "sdist", "site", "stiff", "tableaus", "threads", "types",
+        "cotangent_batches", "driver", "event_lists", "examples", "explicit_tangents", "fast_tanh",
+        "field_changed", "gallery", "gallery_control", "gallery_physics", "memory", "odd_fields",
+        "samples_compiled", "scaling", "sdist", "site", "stiff", "tableaus", "threads", "types",
     )
 }  # fmt: skip
 

@@ -156,24 +156,29 @@ def test_whole_sweeps(keywords, times, compiled_alone):  # noqa: F811
         else:
             assert difference(one, eager[name]) < 1e-12
             assert difference(one, transposed[1][name]) < 1e-12
-    # One tangent, of both and after a backward sweep, is their sum.
+
+
+def test_one_tangent_and_several(compiled_alone):  # noqa: F811
+    """One of both is their sum; ten are two groups; after a backward sweep steps are repeated."""
+    solver, outputs, parameters = function(Flow(), True, method="heun2", step_size=0.1)
+    with torch.no_grad():
+        by_y0, by_parameters = jacfwd(outputs, (0, 1))(START, parameters)
     torch.manual_seed(0)
     along = torch.randn_like(START), {n: torch.randn_like(p) for n, p in parameters.items()}
     with torch.no_grad():
         ys, one = jvp(outputs, (START, parameters), along)
-        assert torch.equal(ys, solver(START, times).ys)
+        assert torch.equal(ys, solver(START, TIMES).ys)
     of_start = _contracted(by_y0, along[0])
     total = of_start + sum(_contracted(by_parameters[n], v) for n, v in along[1].items())
     assert difference(one, total) < 1e-13
-    leaf = START.clone().requires_grad_()
-    solution = solver(leaf, times)
-    solution.ys.sum().backward(retain_graph=True)
-    _, of_y0 = torch.func.linearize(lambda y0: solver(y0, times).ys, START)
+    _, of_y0 = torch.func.linearize(lambda y0: solver(y0, TIMES).ys, START)
     assert difference(of_y0(along[0]), of_start) < 1e-13
-    # Ten tangents are two groups.
+    _, pull_back = torch.func.vjp(of_y0, along[0])
+    assert difference(pull_back(ys)[0], torch.einsum("tbcij,tbc->ij", by_y0, ys)) < 1e-13
+    assert difference(of_y0(along[0]), of_start) < 1e-13
     several = torch.randn(10, *START.shape, dtype=D)
     with torch.no_grad():
-        rows = vmap(lambda v: jvp(lambda y: solver(y, times).ys, (START,), (v,))[1])(several)
+        rows = vmap(lambda v: jvp(lambda y: solver(y, TIMES).ys, (START,), (v,))[1])(several)
     expected = torch.einsum("tbcij,kij->ktbc", by_y0, several)
     assert difference(rows, expected) < 1e-13
 

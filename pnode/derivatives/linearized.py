@@ -115,8 +115,8 @@ class _Solved:
         Knows the solve, and whether what it depends on has been written into.
     t : Tensor
         Its output times.
-    places : tuple of (int, int)
-        Where each tangent of a part of y0 begins in it, and how many entries it has.
+    places : tuple of (int, Size)
+        Where each tangent of a part of y0 begins in it, and its shape.
     parameters : tuple of int
         Which parameter each of the other tangents is one of.
     keys : tuple
@@ -126,7 +126,7 @@ class _Solved:
 
     sweep: StageSweep
     t: torch.Tensor
-    places: tuple[tuple[int, int], ...]
+    places: tuple[tuple[int, torch.Size], ...]
     parameters: tuple[int, ...]
     keys: tuple[Any, Any]
 
@@ -137,8 +137,8 @@ class _Solved:
         starts = y0.new_zeros(len(rows), len(y0))
         directions: list[list[torch.Tensor | None]] = [[None] * len(own) for _ in rows]
         for k, row in enumerate(rows):
-            for (first, number), one in zip(self.places, row, strict=False):
-                starts[k, first : first + number] = one.reshape(-1)
+            for (first, shape), one in zip(self.places, row, strict=False):
+                starts[k, first : first + shape.numel()] = one.reshape(-1)
             for index, one in zip(self.parameters, row[len(self.places) :], strict=True):
                 directions[k][index] = one
         with torch._C._ForceDispatchKeyGuard(*self.keys), torch.no_grad():
@@ -162,7 +162,10 @@ class _Solved:
             ]
             state, _, *gradients = map(stacked, zip(*found, strict=True))
         assert state is not None
-        parts = [state[:, first : first + number] for first, number in self.places]
+        parts = [
+            state[:, first : first + shape.numel()].reshape(len(rows), *shape)
+            for first, shape in self.places
+        ]
         for index in self.parameters:
             one = gradients[index]
             parts.append(own[index].new_zeros(len(rows), *own[index].shape) if one is None else one)
@@ -193,8 +196,8 @@ def _linearized(function: Callable[..., Any], solver: Any, y0: Any, t: Any, args
         run = sweep.solved()[1]
     numbers = [leaf.numel() for leaf in leaves]
     starts = itertools.accumulate(numbers, initial=0)
-    places = [(first, number, one)
-              for first, number, one in zip(starts, numbers, tangents, strict=False)
+    places = [(first, leaf.shape, one)
+              for first, leaf, one in zip(starts, leaves, tangents, strict=False)
               if one is not None]  # fmt: skip
     known = {id(one): index for index, one in enumerate(run.problem.parameters)}
     moving = [(known[id(new)], old) for new, old in moved if id(new) in known]

@@ -156,10 +156,16 @@ def along_rows(
     return known[0][None] if number == 1 else torch.stack(known)
 
 
-def transposed(linear: Callable[[torch.Tensor], torch.Tensor], v: torch.Tensor) -> torch.Tensor:
-    """Apply the transpose of a linear map between equal spaces to v; may be traced."""
-    pull_back = torch.func.vjp(linear, v)[1]
-    result: torch.Tensor = pull_back(v)[0]
+def transposed(linear: Callable[[torch.Tensor], Any], *v: torch.Tensor) -> torch.Tensor:
+    """Apply the transpose of a linear map to v; may be traced.
+
+    The map takes a tensor like the first v and returns one like each of them, in any precision: a
+    tensor, or a tuple.
+    """
+    found, pull_back = torch.func.vjp(linear, v[0])[:2]
+    several = isinstance(found, tuple)
+    like = [x.to(y.dtype) for x, y in zip(v, found if several else (found,), strict=True)]
+    result: torch.Tensor = pull_back(tuple(like) if several else like[0])[0]
     return result
 
 

@@ -85,6 +85,7 @@ class GraphSteps(Kernel):
         self._library = driver.library()
         self.graphs = graphs
         self._tangents = _Tangents(graphs, t, y.detach().clone(), auto)
+        self._owner: GraphSteps | None = None  # of the plan, if that is another
         self.size, self.dtype = graphs.size, graphs.dtype
         self._tolerances = tuple(tolerances)
         library, step = opened(graphs.compile_step(tolerances))
@@ -127,8 +128,7 @@ class GraphSteps(Kernel):
     def bound(self, graphs: StepGraphs) -> GraphSteps:
         """Return them for graphs that differ in the tensors that they read alone."""
         made = copy(self)
-        made.graphs = graphs
-        made._owner = self  # of the plan
+        made.graphs, made._owner = graphs, self._owner or self
         return made
 
     @property

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pnode.base.vectors import REAL
+from pnode.field.products import transposed
 from pnode.solvers.compiled.inductor import CompilationFailed, Compiled
 from pnode.solvers.compiled.products import packet
 from pnode.solvers.compiled.steps import StepGraphs, combined
@@ -94,15 +95,10 @@ class StepTangents:
             state, *parts = self._product(w, *here)
             return (state, *(_gradients(parts, self._steps.traced) if directions else ()))
 
-        def transposed(*cotangents: torch.Tensor) -> torch.Tensor:
-            found, pull_back = torch.func.vjp(products, torch.zeros_like(cotangents[0]))
-            like = [x.to(y.dtype) for x, y in zip(cotangents, found, strict=True)]
-            result: torch.Tensor = pull_back(tuple(like))[0]
-            return result
-
         if len(states) == 1:
-            return transposed(states[0], *(rows[0] for rows in directions))[None]
-        return torch.func.vmap(transposed)(states, *directions)
+            return transposed(products, states[0], *(rows[0] for rows in directions))[None]
+        result: torch.Tensor = torch.vmap(partial(transposed, products))(states, *directions)
+        return result
 
     def _check(self, t: float, y: torch.Tensor) -> None:
         """Compare the transpose with the products themselves, near (t, y)."""
