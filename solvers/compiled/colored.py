@@ -75,7 +75,7 @@ def colored(
 ) -> Colored | None:  # fmt: skip
     """Return what there is to know of a field's Jacobian; None of a dense one.
 
-    Kept among the field's codes. A pattern that nobody gave is looked for, as the first Jacobian does.
+    Kept among the field's codes. A pattern that nobody gave is looked for, as eagerly.
     """
     if jacobian == "dense":
         return None
