@@ -79,13 +79,15 @@ def colored(
     """
     if jacobian == "dense":
         return None
-    size, pattern, key = len(y0), options.pattern, (Colored, options.samples)
+    size, pattern = len(y0), options.pattern
+    key: Any = (Colored, options.samples)
     if jacobian == "sparse":
         assert pattern is not None
         if not pattern.known:
             field, s = bare(part), part.problem.times[0]
             u = y0.detach().clone()
-            pattern.detect(Point(s, u, (), field), field.linearize(s, u))
+            pattern.detect(Point(s, u, (0, 0), field), field.linearize(s, u))
+            part.ledger.rhs += field.ledger.rhs - 1  # at u it would have been looked at anyway
         key = (pattern, len(pattern.rows))
     if key not in codes:
         if jacobian == "block":
