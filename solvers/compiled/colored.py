@@ -75,25 +75,29 @@ def colored(
 ) -> Colored | None:  # fmt: skip
     """Return what there is to know of a field's Jacobian; None of a dense one.
 
-    Kept among the field's codes. A pattern that nobody gave is looked for, as the first Jacobian does.
+    Kept among the field's codes. A pattern that nobody gave is looked for, as eagerly.
     """
     if jacobian == "dense":
         return None
-    size, pattern, key = len(y0), options.pattern, (Colored, options.samples)
+    pattern = options.pattern
+    key: Any = (Colored, options.samples)
     if jacobian == "sparse":
         assert pattern is not None
-        if not pattern.known:
-            field, s = bare(part), part.problem.times[0]
-            u = y0.detach().clone()
-            pattern.detect(Point(s, u, (), field), field.linearize(s, u))
         key = (pattern, len(pattern.rows))
     if key not in codes:
         if jacobian == "block":
-            pattern = _of_blocks(options.samples, size)
+            pattern = _of_blocks(options.samples, len(y0))
         assert pattern is not None
-        codes[key] = Colored(pattern, jacobian == "block")
+        codes[key] = Colored(pattern if pattern.known else _detected(part, y0), jacobian == "block")
     found: Colored = codes[key]
     return found
+
+
+def _detected(part: VectorField, y0: torch.Tensor) -> SparsityPattern:
+    """Return a pattern of its own: single steps look where they are."""
+    field, s, u, pattern = bare(part), part.problem.times[0], y0.detach().clone(), SparsityPattern()
+    pattern.detect(Point(s, u, (0, 0), field), field.linearize(s, u))
+    return pattern
 
 
 def _of_blocks(samples: int, size: int) -> SparsityPattern:
