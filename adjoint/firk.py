@@ -54,7 +54,6 @@ class CoupledAdjoint(TorchAdjointStepper):
         """Begin a sweep with zero cost gradients. Collective."""
         super().begin(field, batch)
         self.bridge.attach(field)
-        self._blocks.begin()
         self._mass = self._blocks.mass(field.mass) if self._blocks.assembles else None
 
     def end(self) -> None:

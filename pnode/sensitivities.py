@@ -55,10 +55,11 @@ def sensitivities(
     y0 : Tensor or tuple of Tensor
         Initial state. Its own graph is not gone through.
     t : Tensor
-        Output times, shape ``(T,)``.
+        Output times, shape ``(T,)``; of independent samples also ``(B, T)``.
     wrt : sequence of str
-        "y0", and names of parameters: as in ``solver.named_parameters()``, or without the first
-        part of that ("rhs.", "implicit."...) where that is clear.
+        "y0", but not of independent samples, and names of parameters: as in
+        ``solver.named_parameters()``, or without the first part of that ("rhs.", "implicit."...)
+        where that is clear.
     mode : {"auto", "forward", "adjoint"}
         "forward": one solve of the state with all tangents together, one for each entry of what is
         in ``wrt``; the linear systems of implicit methods share their factors. "adjoint": one
@@ -98,11 +99,11 @@ def sensitivities(
             "solver has event_fn, and how many outputs there are depends on the event's time: take "
             "torch.func.jacfwd or jacrev of what you need of the solution"
         )
-    if solver._requests.independent is not None:
+    if solver._requests.independent is not None and _Y0 in wrt:
         raise ConfigurationError(
-            "solver has samples='independent', whose Jacobians are blocks, one for each row: take "
-            "torch.autograd.grad(ys[i, :, j].sum(), y0, retain_graph=True), which is row j of all "
-            "blocks at once"
+            f"wrt={tuple(wrt)!r} has 'y0', and solver samples='independent', whose Jacobians by y0 "
+            "are blocks, one for each row: take torch.autograd.grad(ys[i, :, j].sum(), y0, "
+            "retain_graph=True), which is row j of all blocks at once"
         )
     arguments.choice("mode", mode, ("auto", "forward", "adjoint"))
     names = _names(solver, wrt)
@@ -125,7 +126,7 @@ def sensitivities(
     }
     size = sum(part.numel() for part in parts)
     tangents = sum(size if name == _Y0 else tensor.numel() for name, tensor in given.items())
-    cotangents = len(t) * size
+    cotangents = (t.shape[-1] if isinstance(t, torch.Tensor) else len(t)) * size
     if mode == "auto":
         mode = "forward" if tangents <= cotangents else "adjoint"
 

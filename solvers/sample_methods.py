@@ -174,7 +174,7 @@ class RungeKuttaRows:
             factors = factored(field, shift, field.blocks(graph), moving, graph)
             residual[:, first] = 0.0
             y = torch.where(moving[:, None], y - factors.solve(residual), y)
-            value[:, field.own :] = (shift * (y - z))[:, field.own :]
+            value = torch.cat([value[:, first], (shift * (y - z))[:, field.own :]], dim=1)
         return y, shift * (y - z), value, failed
 
 

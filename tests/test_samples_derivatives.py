@@ -161,6 +161,15 @@ def test_machine_code_is_taken_again_in_torch():
     close(second(together, f), second(loop, f))
 
 
+def test_sensitivities():
+    solver = pnode.Solver(Oscillator(), method="heun2", step_size=0.5, samples="independent")
+    found = [pnode.sensitivities(solver, Y, TIMES, ("scale",), way) for way in ("auto", "adjoint")]
+    assert found[0].mode == "forward" and found[0]["scale"].shape == (3, 3, 3)
+    close(found[0]["scale"], found[1]["scale"])
+    with pytest.raises(pnode.ConfigurationError, match=r"wrt=\('y0',\) has 'y0'"):
+        pnode.sensitivities(solver, Y, TIMES)
+
+
 def test_what_is_refused():
     f = Oscillator()
     ys = pnode.Solver(f, method="bdf", samples="independent", compile=True)(Y, TIMES).ys

@@ -118,7 +118,6 @@ class StageNewton:
     def begin(self) -> None:
         """Begin a sweep."""
         self.iterations = self.krylov.iterations = 0
-        self._blocks.begin()
         self._mass = None
 
     def jacobian(self, point: Point, graph: Linearization) -> AnyJacobian:

@@ -82,7 +82,7 @@ class Blocks:
         self.samples = settings.jacobian_options.samples if settings.jacobian == "block" else 1
         self._assembly: BlockAssembly | SparseAssembly | None = None
         if settings.jacobian == "block":
-            self._assembly = BlockAssembly(self.samples, settings.place, exact=True)
+            self._assembly = BlockAssembly(self.samples, settings.place)
             self._assembly.create(settings.size, settings.comm).destroy()
         elif settings.jacobian == "sparse":
             pattern = settings.jacobian_options.pattern
@@ -93,19 +93,13 @@ class Blocks:
                     "systems are factored on each rank by itself: use jacobian='matrix-free', or "
                     "another method such as 'bdf' or 'es325'"
                 )
-            self._assembly = SparseAssembly(pattern, settings.place, exact=True)
-        self._check = True
-
-    def begin(self) -> None:
-        """Begin a sweep, whose first blocks are to be compared with a product."""
-        self._check = True
+            self._assembly = SparseAssembly(pattern, settings.place)
 
     def jacobian(self, linearizer: Linearizer, point: Point) -> torch.Tensor | Entries:
         """Return dg/du at a point, PETSc's precision: blocks, or entries with M's beside them."""
         if self._assembly is None:
             return linearizer.linearize(point).jacobian().to(REAL)[None]
-        found: Any = self._assembly.evaluate(linearizer, point, self._check)
-        self._check = False
+        found: Any = self._assembly.evaluate(linearizer, point, check=True)
         return found if isinstance(found, Entries) else found[0]
 
     def mass(self, mass: MassMatrix | None) -> torch.Tensor | None:
