@@ -69,7 +69,8 @@ END = 0.25  # of what is learned from
 OUTPUTS = 5  # until then
 VISCOUS, THIN = 0.02, 8e-4  # the two viscosities
 RESOLVED = 64  # cells that are enough for the first, at most
-FINER = {VISCOUS: 8, THIN: 4}  # fine cells in a coarse one
+FINER = {VISCOUS: 8, THIN: 4}  # fine cells in a coarse one, at least
+FINEST = 1024  # cells that the second needs for itself
 FIRST_GUESS = 2.0 * VISCOUS
 COURANT = 0.8  # step / dx
 # The implicit systems are solved to round-off, for numbers that do not depend on the ranks.
@@ -172,7 +173,7 @@ def reference(
     cells: int, viscosity: float, end: float, generator: torch.Generator, comm: MPI.Intracomm
 ) -> Reference:
     """Solve on the fine grid, by rk4 in steps that are stable for both parts."""
-    finer = FINER[viscosity]
+    finer = fine_cells(viscosity, cells)
     grid = Grid((finer * cells,), fields=2 * SOLUTIONS, width=WIDTH, comm=comm)
     dx = 1.0 / (finer * cells)
     transport, diffusion = Transport(dx), Diffusion(dx, viscosity)
@@ -190,6 +191,11 @@ def reference(
     missing = total_flux(fine, viscosity, dx)[..., finer - 1 :: finer]
     missing = missing - total_flux(averages, viscosity, finer * dx)
     return Reference(times, averages, missing)
+
+
+def fine_cells(viscosity: float, cells: int) -> int:
+    """Return how many fine cells there are in a coarse one."""
+    return max(FINER[viscosity], -(-FINEST // cells) if viscosity == THIN else 1)
 
 
 def total_flux(u: torch.Tensor, viscosity: float, dx: float) -> torch.Tensor:
@@ -328,15 +334,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         )
 
     quick = {"cells": 64, "iterations": 12}
-    return arguments("burgers", __doc__, argv, iterations=30, quick=quick, add=add)
+    return arguments("burgers", __doc__, argv, iterations=12, quick=quick, add=add)
 
 
 def run(options: argparse.Namespace) -> Outcome:
     """Learn both. Collective."""
     comm, generator = MPI.COMM_WORLD, torch.Generator().manual_seed(options.seed)
+    cells: int = options.cells
     say(comm, f"viscosity {VISCOUS}")
     viscosity, training = learn_viscosity(options, generator, comm)
-    say(comm, f"closure, from {FINER[THIN] * options.cells} cells on {options.cells}")
+    say(comm, f"closure, from {fine_cells(THIN, cells) * cells} cells on {cells}")
     truth, predictions, closure, losses = learn_closure(options, generator, comm)
     unseen = truth.averages[1:, SOLUTIONS:]
     errors = [(states[1:] - unseen).square().mean().sqrt().item() for states in predictions]
