@@ -375,7 +375,7 @@ def test_unusable_options_are_refused(capsys, argv):
 @pytest.mark.parametrize(
     ("example", "argv"),
     [
-        ("burgers", ["--quick"]),
+        ("burgers", ["--cells", "32", "--iterations", "12"]),
         ("lorenz96", ["--cells", "8", "--iterations", "20"]),
     ],
 )
