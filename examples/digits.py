@@ -11,9 +11,9 @@ Run it (about three minutes on one core)::
 
     python examples/digits.py
 
-Measured with pnode 0.2.0 on 2026-11-29, seed 0 (111 s of CPU in all): one gradient with rk4, 8 and
-32 steps a block. MiB is the peak of what malloc had handed out in a first call (of pnode's, 5 MiB
-are work vectors that a solver keeps from call to call), f how often the two fields are evaluated;
+Measured with pnode 0.2.0 on 2026-11-30, seed 0, one gradient with rk4, 8 and 32 steps a block (the
+trainings below on 2026-11-29; 111 s of CPU in all). MiB is the peak of what malloc had handed out
+in a first call (up to 4 MiB of pnode's are work vectors), f how often the two fields are evaluated;
 each gradient also takes 64 or 256 products. "Error" is the relative difference from
 backpropagation's gradient. CPU times are of single calls, on a busy computer: a tenth apart means
 nothing.
@@ -21,16 +21,16 @@ nothing.
 ============================  =====  ====  =====  ======  ====  ======  =====
 gradient by                   MiB 8  f 8   CPU 8  MiB 32  f 32  CPU 32  error
 ============================  =====  ====  =====  ======  ====  ======  =====
-backpropagation               21.1   64    0.35   83.8    256   1.54    0
-checkpoint per block (ANODE)  18.9   128   0.33   68.6    512   1.31    0
-checkpoint per step (ACA)     6.4    128   0.31   13.7    512   1.17    0
-NODE-continuous               17.3   128   0.29   17.3    512   1.11    1e-8
-pnode, tape                   25.8   64    0.21   86.8    256   0.95    7e-16
-pnode, stages                 16.4   128   0.29   45.5    512   1.41    7e-16
-pnode, segments of two steps  13.1   128   0.35   16.2    512   1.22    7e-16
-pnode, starts of steps        12.6   128   0.31   18.6    512   1.14    7e-16
-pnode, 20 states              14.4   144   0.33   15.1    744   1.26    7e-16
-pnode, 9 states               11.6   184   0.41   11.6    960   1.58    7e-16
+backpropagation               21.5   64    0.22   83.8    256   0.93    0
+checkpoint per block (ANODE)  19.0   128   0.35   69.1    512   1.38    0
+checkpoint per step (ACA)     6.5    128   0.39   13.7    512   1.27    0
+NODE-continuous               13.5   128   0.31   13.5    512   1.16    1e-8
+pnode, tape                   24.6   64    0.26   85.5    256   0.85    7e-16
+pnode, stages                 14.5   128   0.37   44.2    512   1.18    7e-16
+pnode, segments of two steps  11.2   128   0.36   14.4    512   1.25    7e-16
+pnode, starts of steps        9.5    128   0.32   15.6    512   1.16    7e-16
+pnode, 20 states              11.5   144   0.35   12.6    744   1.41    7e-16
+pnode, 9 states               8.8    184   0.42   8.8     960   1.63    7e-16
 ============================  =====  ====  =====  ======  ====  ======  =====
 
 The continuous adjoint's gradient is off by 1.2 % with Euler's method and 8 steps. After
@@ -43,13 +43,12 @@ torch, repeats a step with all its graphs. pnode does so too where its budget ha
 with the starts of all steps (``store="solutions"``) it evaluates f as often as this peer. A budget
 that has no room for graphs evaluates f once to repeat a step and once more for each product, 744
 times where 512 are enough. Segments that torch keeps the starts of, each solved by pnode with all
-its graphs, need no more evaluations either and a third of the memory of stages. But 5 MiB of it all
-are work vectors, nine of PETSc's TS and the adjoint's for each block, so that this peer stays below
-in memory at equal evaluations. (Above what is there before it, a second call takes 13.2 MiB with
-the starts of 32 steps, and 13.6 by the peer.) Beyond 32 steps the peer's memory grows on, and that
-of pnode's budgets does not. Without a limit pnode takes the
-memory and the time of backpropagation. (torch's checkpoints stop a repeated evaluation once they
-have all they need, which for the last stage is before its second convolution.)
+its graphs, need no more evaluations either and a third of the memory of stages. But up to 4 MiB of
+it all are work vectors: PETSc's TS has three and one for each slope, the adjoint of a step one for
+each stage and one more. So this peer stays below in memory at equal evaluations. Beyond 32 steps
+its memory grows on, and that of pnode's budgets does not. Without a limit pnode takes the memory
+and the time of backpropagation. (torch's checkpoints stop a repeated evaluation once they have all
+they need, which for the last stage is before its second convolution.)
 """
 
 from __future__ import annotations

@@ -18,25 +18,26 @@ of A and C. The slopes of log r along the learned paths are the orders of the re
 are integers within their spread, the rate constant is what remains.
 
 The equations are stiff: the solver is an ESDIRK method of order 3, adaptive, whole solves compiled
-(``compile=True``; without a compiler it takes a hundred times as long). Beside it: diffrax with
+(``compile=True``; without a compiler it takes five hundred times as long). Beside it: diffrax with
 Kvaerno's method of order 3, jitted. Explicit methods are hopeless, which is measured too.
 
 Run it::
 
     python examples/robertson_unknown.py
 
-Measured with pnode 0.2.0 on 2026-11-29, seed 0, one thread (16 s of CPU): orders -0.02 in A, 1.86
-in B and -0.11 in C, with spreads of 0.07, 0.01 and 0.05, which round to 0, 2 and 0; the rate
-constant is then 3.08e7. dopri5 would take 69,000 steps, the solver takes 160. One gradient of all
-five solves, on a busy computer (diffrax 0.7.2 in an earlier run):
+Measured with pnode 0.2.0 and diffrax 0.7.2 on 2026-11-30, seed 0, one thread (44 s of CPU, most of
+it for what pnode without compiling and diffrax take): orders -0.01 in A, 1.86 in B and -0.10 in C,
+with spreads of 0.07, 0.01 and 0.05, which round to 0, 2 and 0; the rate constant is then 3.08e7.
+dopri5 would take 69,000 steps, the solver takes 160. One gradient of all five solves, CPU time and
+memory relative to the first line's 12 ms and 0.05 MiB:
 
-===================  ======  ======  =============
-gradient by          error   CPU ms  first call, s
-===================  ======  ======  =============
-pnode, compiled      3.2e-7  11      0.16 (cached)
-pnode, not compiled  3.2e-7  5991    6.0
-diffrax              2.8e-7  507     19
-===================  ======  ======  =============
+===================  ======  ====  ====  =============
+gradient by          error   CPU   MiB   first call, s
+===================  ======  ====  ====  =============
+pnode, compiled      3.2e-7  1     1     0.21
+pnode, not compiled  3.2e-7  529   43    6.6
+diffrax              2.8e-7  27    4.6   25
+===================  ======  ====  ====  =============
 
 What did not work: after Adam alone the network is no power law at all (orders 2.4, 1.3 and 0). B
 follows A and C closely along these paths, and tells the orders apart only slowly: its 1.86 is off
