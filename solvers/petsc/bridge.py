@@ -254,10 +254,10 @@ class Bridge(Linearizer):
             return False
         self._last = None
         if self.noted is not None and self._notes_stages:
-            value, mass = copy_out(u_dot), self.field.mass
-            value = value if mass is None else mass.apply(value)
-            value = value if self.field.has_rhs else torch.zeros_like(value)
-            state, value = (project(x.to(self.field.dtype)) for x in (copy_out(u), value))
+            slope, mass = copy_out(u_dot), self.field.mass
+            slope = slope if mass is None else mass.apply(slope)
+            slope = slope if self.field.has_rhs else torch.zeros_like(slope)
+            state, value = (project(x.to(self.field.dtype)) for x in (copy_out(u), slope))
             self._note(Note(0, s, state, value, 4.0 * float(torch.linalg.vector_norm(view(f)))))
         return True
 

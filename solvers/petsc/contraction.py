@@ -54,7 +54,7 @@ class Contraction:
     # A rate that two updates tell is no better than this one.
     LEAST_RATE = 1e-3
     # What may be left in units of the tolerances, and of round-off there.
-    PART, ROUND_OFF = 1e-2, 4.0 * float(torch.finfo(torch.float64).eps)
+    PART, ROUND_OFF = 1e-3, 4.0 * float(torch.finfo(torch.float64).eps)
 
     def __init__(self, settings: IntegratorSettings, left: float) -> None:
         self._left, self._adaptive = left, settings.adaptive
