@@ -44,7 +44,7 @@ from pnode.solvers.sample_steps import SampleSweep
 from pnode.sweeping import row_compilation
 from pnode.sweeping.integrals import with_row_integrals
 from pnode.sweeping.run import Requests
-from pnode.sweeping.sweeps import refuse_written
+from pnode.sweeping.whole_sweep import refuse_written
 
 __all__ = ["solve"]
 

@@ -6,7 +6,12 @@ namespace {
 // All stages are kept; an explicit first stage is the step before's last, but of an IMEX method.
 class Dirk : public ImplicitSteps {
  public:
-  using ImplicitSteps::ImplicitSteps;
+  // `mass`: behind M, where the first stage is explicit, what gives its slope for f, and the transpose
+  // of M times that where M is singular, else of the identity.
+  Dirk(const Settings& settings, const double* y0, const double* mass)
+      : ImplicitSteps(settings, y0, mass) {
+    if (M && m.explicit_first) slopes.assign(mass + N * N, mass + 3 * N * N);
+  }
   ~Dirk() override {
     if (other) part->destroy(other);
   }
@@ -18,7 +23,7 @@ class Dirk : public ImplicitSteps {
 
   void lend(void* const* captured) override {
     ImplicitSteps::lend(captured);
-    knows_constant = false;
+    knows_constant = knows_constant_end = false;
     if (part) part->lend(other, captured ? captured + part_first : nullptr);
   }
 
@@ -34,6 +39,12 @@ class Dirk : public ImplicitSteps {
     knows_slope = chained();
   }
 
+  void restart_step() override { knows_slope = false; }
+
+  void live(std::vector<double>& found) const override {
+    found.assign(stages[0], stages[0] + N * m.stages);
+  }
+
   void begin_adjoint(double* const* sums) override {
     ImplicitSteps::begin_adjoint(sums);
     mu_explicit = part ? sums[1] : nullptr;  // null where none are wanted
@@ -44,11 +55,11 @@ class Dirk : public ImplicitSteps {
   // is u'), rho of its slope, from what comes after. The stage's equation adds
   //   kappa = rho + h a_ii x,  x = zeta + J^T kappa,
   // the whole cotangents of slope and stage. tau is that of the explicit slope, whose J_e^T tau is
-  // part of zeta.
+  // part of zeta. With a mass matrix rho is that of M times the slope where the last stage is u'.
   Status adjoint(int64_t index, double t, double h) override {
     const int s = int(m.stages);
-    const double* Y = values.data() + index * N * (s - chained());
-    double rho[MOST_STAGES][N], tau[MOST_STAGES][N], zeta[N], kappa[N], x[N], l[N];
+    const double* Y = kept_of(index, N * (s - chained()));
+    double rho[MOST_STAGES][N], tau[MOST_STAGES][N], zeta[N], kappa[N], x[N], own[N], l[N];
     for (int i = 0; i < s; i++)
       for (int k = 0; k < N; k++) {
         rho[i][k] = m.stiffly_accurate ? 0.0 : h * m.b[i] * lambda[k];
@@ -64,7 +75,11 @@ class Dirk : public ImplicitSteps {
       if (!factor(shift, J_end)) return SINGULAR;
       counts.krylov++;
       pull_back_explicit(i, t, h, y, tau[i], zeta);
-      if (is_end) {
+      double* passed = x;
+      if (M) {
+        pass_back(shift, is_end ? lambda : zeta, rho[i], kappa, x, own);
+        if (m.stiffly_accurate) passed = own;
+      } else if (is_end) {
         for (int k = 0; k < N; k++) x[k] = shift * lambda[k];
         factors.solve_transposed(x);
         for (int k = 0; k < N; k++) kappa[k] = h * A[i] * x[k];
@@ -77,7 +92,7 @@ class Dirk : public ImplicitSteps {
       for (int k = 0; k < N; k++) l[k] += x[k];
       for (int j = 0; j < i; j++)
         for (int k = 0; k < N; k++) {
-          rho[j][k] += h * A[j] * x[k];
+          rho[j][k] += h * A[j] * passed[k];
           if (part) tau[j][k] += h * m.A_explicit[i * s + j] * x[k];
         }
       if (known)
@@ -86,6 +101,10 @@ class Dirk : public ImplicitSteps {
     }
     if (m.explicit_first) {
       linearize(t, Y);
+      if (M && (m.carries_slope || !m.stiffly_accurate)) {
+        std::memcpy(own, rho[0], sizeof(own));
+        multiply_transposed(slopes.data() + (m.stiffly_accurate ? N * N : 0), own, rho[0]);
+      }
       multiply_transposed(J_end, rho[0], x);
       pull_back_explicit(0, t, h, Y, tau[0], zeta);
       for (int k = 0; k < N; k++) l[k] += x[k] + zeta[k];
@@ -101,23 +120,32 @@ class Dirk : public ImplicitSteps {
   // StageTangents has the equations.
   Status tangent(int64_t index, double t, double h) override {
     const int s = int(m.stages);
-    const double* Y = values.data() + index * N * (s - m.explicit_first);
-    Rows slope[MOST_STAGES], driven, x;
+    const double* Y = kept_of(index, N * (s - chained()));
+    Rows slope[MOST_STAGES], driven, x, more;
     for (int i = 0; i < s; i++) {
       const double *y = Y + i * N, *A = m.A + i * s, time = t + m.alpha[i] * h;
       driven = du;
-      for (int j = 0; j < i; j++) plus(driven, h * A[j], slope[j]);
+      for (int j = known_products(); j < i; j++) plus(driven, h * A[j], slope[j]);
       if (i == 0 && m.explicit_first) {
         jacobian(time, y, c, f, J_end), counts.jacobians++, counts.rhs++;
         slope[0].resize(du.size());
         for (size_t k = 0; k < du.size(); k += N) multiply(J_end, &du[k], &slope[0][k]);
         add_along(time, y, slope[0]);
+        if (M && m.carries_slope)
+          for (size_t k = 0; k < du.size(); k += N) {
+            std::memcpy(f, &slope[0][k], sizeof(f));
+            multiply(slopes.data(), f, &slope[0][k]);
+          }
         continue;
       }
       const double shift = 1.0 / (h * A[i]);
       x.assign(du.size(), 0.0);
       plus(x, shift, driven);
-      if (!solve_tangents(time, y, shift, J_end, factors, x)) return SINGULAR;
+      if (known_products()) {
+        more = slope[0];
+        for (double& entry : more) entry *= shift * h * A[0];
+      }
+      if (!solve_tangents(time, y, shift, J_end, factors, x, more)) return SINGULAR;
       slope[i].assign(du.size(), 0.0);
       plus(slope[i], shift, x), plus(slope[i], -shift, driven);
     }
@@ -155,14 +183,33 @@ class Dirk : public ImplicitSteps {
   // Whether an explicit first stage, and its slope, is the last one of the step before.
   bool chained() const { return m.explicit_first && !part; }
 
+  // How many slopes, of the first stage, are not solved for, but their products with M are known.
+  int known_products() const { return M && m.explicit_first && !m.carries_slope; }
+
+  // From the cotangents of a stage and its slope to kappa, that of its start, z = M^T own.
+  void pass_back(double shift, const double* zeta, const double* rho, double* kappa, double* z,
+                 double* own) {
+    multiply_transposed(M, rho, z);
+    const double* moved = m.stiffly_accurate ? z : rho;
+    for (int k = 0; k < N; k++) kappa[k] = zeta[k] + shift * moved[k];
+    factors.solve_transposed(kappa);
+    if (m.stiffly_accurate) {
+      for (int k = 0; k < N; k++) own[k] = shift * (kappa[k] - rho[k]);
+      multiply_transposed(M, own, z);
+    } else {
+      multiply_transposed(M, kappa, z);
+      for (int k = 0; k < N; k++) z[k] = shift * (z[k] - rho[k]);
+    }
+  }
+
   Status solve_stages(double t, double h) {
     const int s = int(m.stages);
     knows_jacobian = false;
-    double slope[MOST_STAGES][N], more[MOST_STAGES][N], z[N];
+    double slope[MOST_STAGES][N], more[MOST_STAGES][N], z[N], known[N] = {};
     // The slopes with weights: of the table's rows from `row`, and of an explicit part.
     const auto sum_of = [&](const double* A, const double* A_explicit, int row, int count, int k) {
       double sum = 0.0;
-      for (int j = 0; j < count; j++) sum += A[row * s + j] * slope[j][k];
+      for (int j = known_products(); j < count; j++) sum += A[row * s + j] * slope[j][k];
       if (part)
         for (int j = 0; j < count; j++) sum += A_explicit[row * s + j] * more[j][k];
       return sum;
@@ -172,17 +219,28 @@ class Dirk : public ImplicitSteps {
       if (i == 0 && m.explicit_first) {
         std::memcpy(y, u, sizeof(z));
         if (!knows_slope) {
-          value(t, u, c, first_slope);
-          counts.rhs++;
+          if (chained() && !m.carries_slope && !std::isnan(last_end)) {  // with the bits it had there
+            evaluate(last_end, u);
+            std::memcpy(first_slope, f, sizeof(f));
+          } else {
+            value(t, u, c, first_slope);
+            counts.rhs++;
+          }
           if (!(square(first_slope) < MODERATE)) return NOT_FINITE;
           knows_slope = true;
+          if (M && m.carries_slope) {
+            std::memcpy(z, first_slope, sizeof(z));
+            multiply(slopes.data(), z, first_slope);
+          }
         }
         std::memcpy(slope[0], first_slope, sizeof(z));
       } else {
         for (int k = 0; k < N; k++) z[k] = u[k] + h * sum_of(m.A, m.A_explicit, i, i, k);
         std::memcpy(y, i ? stages[i - 1] : u, sizeof(z));
         const double shift = 1.0 / (h * m.A[i * s + i]);
-        const Status status = newton(t + m.alpha[i] * h, shift, z, y);
+        if (known_products())
+          for (int k = 0; k < N; k++) known[k] = shift * h * m.A[i * s] * slope[0][k];
+        const Status status = newton(t + m.alpha[i] * h, shift, z, known, y);
         if (status != DONE) return status;
         for (int k = 0; k < N; k++) slope[i][k] = shift * (y[k] - z[k]);
       }
@@ -216,15 +274,15 @@ class Dirk : public ImplicitSteps {
   // Evaluate J_end, for an adjoint.
   void linearize(double t, const double* y) {
     double f[N];
-    if (CONSTANT && knows_constant) return;
+    if (CONSTANT && knows_constant_end) return;
     jacobian(t, y, c, f, J_end), counts.jacobians++, counts.rhs++;
-    knows_constant = CONSTANT, factored = 0.0;
+    knows_constant_end = CONSTANT, factored = 0.0;
   }
 
   bool factor(double shift, const double* J) {
     if (CONSTANT && factored == shift) return true;
     counts.factorizations++, factored = 0.0;
-    if (!factors.factor(shift, J)) return false;
+    if (!factors.factor(shift, J, M)) return false;
     factored = shift;
     return true;
   }
@@ -241,9 +299,9 @@ class Dirk : public ImplicitSteps {
     counts.vjp++;
   }
 
-  // Solve (y - z) / (h a) = f(t, y) for y, from a first guess, by Newton's method as SNES does.
-  Status newton(double t, double shift, const double* z, double* y) {
-    double residual[N], first = 0.0, norm = 0.0, before = 0.0;
+  // Solve M (y - z) / (h a) = f(t, y) + known for y, from a first guess, by Newton's method as SNES does.
+  Status newton(double t, double shift, const double* z, const double* known, double* y) {
+    double residual[N], moved[N], first = 0.0, norm = 0.0, before = 0.0;
     for (int iteration = 0;; iteration++) {
       double step = 0.0, size = 0.0;
       if (iteration) {
@@ -261,7 +319,13 @@ class Dirk : public ImplicitSteps {
         step = std::sqrt(square(residual)), size = std::sqrt(square(y));
       }
       evaluate(t, y);
-      for (int k = 0; k < N; k++) residual[k] = shift * (y[k] - z[k]) - f[k];
+      for (int k = 0; k < N; k++) residual[k] = shift * (y[k] - z[k]);
+      if (M) {
+        std::memcpy(moved, residual, sizeof(moved));
+        multiply(M, moved, residual);
+        for (int k = 0; k < N; k++) residual[k] -= known[k];
+      }
+      for (int k = 0; k < N; k++) residual[k] -= f[k];
       norm = std::sqrt(square(residual));
       if (!(norm * norm < MODERATE)) return NOT_FINITE;
       if (iteration == 0) first = norm;
@@ -277,11 +341,12 @@ class Dirk : public ImplicitSteps {
   static constexpr double SLOW = 0.1;      // of jacobians.py
   static constexpr double LINEAR = 100.0;  // of guesses.py
 
+  Rows slopes;  // see the constructor
   double first_slope[N], last_slope[N];
   bool knows_slope = false;
   // Newton's last iterate, f (and J) there: a first guess is a stage already solved for.
   double last_time = NAN, last_iterate[N] = {}, f[N], J[N * N];
-  bool keeps = false, knows_jacobian = false, knows_constant = false;
+  bool keeps = false, knows_jacobian = false, knows_constant = false, knows_constant_end = false;
   Factors factors;
   double factored = 0.0;  // for this shift
   // Of the adjoint: an explicit first stage is the last one of the step before.
@@ -299,8 +364,8 @@ class Dirk : public ImplicitSteps {
 extern "C" {
 
 // To be freed by the sweep that takes it over.
-void* pnode_implicit_steps(const Settings* settings, const double* y0, const double*) {
-  return static_cast<Kernel*>(new Dirk(*settings, y0));
+void* pnode_implicit_steps(const Settings* settings, const double* y0, const double* mass) {
+  return static_cast<Kernel*>(new Dirk(*settings, y0, mass));
 }
 
 void pnode_split(void* kernel, const Part* part, int64_t first) {

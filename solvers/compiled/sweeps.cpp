@@ -1,5 +1,5 @@
 // Whole sweeps, forwards and backwards: what solvers/stepping.py and adjoint steps do one by one,
-// with the same numbers. Above this stand kernel.h and ranks.h.
+// with the same numbers. Above this stand kernel.h, checkpoints.h and ranks.h.
 
 #include <algorithm>
 #include <atomic>
@@ -63,6 +63,18 @@ class Sweep {
     // Take checkpoints out of so many bytes, which other sweeps share.
     void share(std::atomic<int64_t>* room) { room_ = room; }
 
+    // Take them out of so many bytes.
+    void limit(int64_t bytes) {
+        most_ = bytes;
+        begin();
+    }
+
+    // Keep what orders say, which are waited for.
+    void schedule(const Order* orders, int64_t count) {
+        if (!budget_) budget_ = std::make_unique<Checkpoints>(kernel_.get());
+        budget_->give(orders, count);
+    }
+
     // Take steps until they are done, or the time is over. Among ranks that share the state the
     // sweep ends with one reduction, and as well or badly on all of them.
     Status forward(void* const* captured, void* outputs, double seconds) {
@@ -85,6 +97,18 @@ class Sweep {
         return ended_ = status;
     }
 
+    // Keep the state at the end of each step of the first pass, until they are asked for.
+    void keep_ends() { keeps_ends_ = true; }
+
+    void ends(double* states) {
+        std::copy(ends_.begin(), ends_.end(), states);
+        std::vector<double>().swap(ends_);
+        keeps_ends_ = false;
+    }
+
+    // Cotangents are of the states after so many steps each, the first after none, not of outputs.
+    void nodes(const int64_t* first, int64_t count) { nodes_.assign(first, first + count); }
+
     // Begin once more with the steps that were taken, which is not collective.
     void repeat() {
         again_ = true;
@@ -99,18 +123,35 @@ class Sweep {
                    double seconds) {
         kernel_->lend(captured);
         Clock clock(seconds, kernel_->steps_per_look);
+        const std::vector<int64_t>& at = nodes_.empty() ? outputs_at_ : nodes_;
         if (!backwards_) {
             backwards_ = true;
             active_ = false;
             left_ = record_.size();
-            waiting_ = outputs_at_.size();
+            waiting_ = at.size();
             taken_ = 0;
             kernel_->counts = {};
             kernel_->begin_adjoint(sums);
+            if (budget_) budget_->drop_orders();
+            complete_ = false;
         }
         Status status = PAUSED;
         do {
-            for (; waiting_ > 1 && outputs_at_[waiting_ - 1] == left_; --waiting_) {
+            if (budget_) {
+                const Order* order = budget_->next();
+                if (!order) {
+                    status = WAITING;
+                    break;
+                }
+                const Order found = *order;
+                budget_->pop();
+                if (found.act == ADVANCE) {
+                    status = advance(found.step);
+                    continue;
+                }
+                kernel_->load(budget_->hold().data());
+            }
+            for (; waiting_ > 1 && at[waiting_ - 1] == left_; --waiting_) {
                 const double* row = cotangents + (waiting_ - 1) * kernel_->size;
                 if (std::all_of(row, row + kernel_->size, [](double x) { return x == 0.0; }))
                     continue;
@@ -131,7 +172,9 @@ class Sweep {
             if (!left_) status = DONE;
         } while (status == PAUSED && !clock.over());
         kernel_->lend(nullptr);
-        backwards_ = status == PAUSED;
+        kernel_->load(nullptr);
+        backwards_ = status == PAUSED || status == WAITING;
+        if (budget_ && status == DONE) budget_->clear();
         return status;
     }
 
@@ -148,18 +191,31 @@ class Sweep {
             waiting_ = 0;
             kernel_->counts = {};
             kernel_->begin_tangents(number, start, along);
+            if (budget_) kernel_->stand(nullptr);
+            was_complete_ = complete_;
+            complete_ = complete_ && !budget_;  // the last step's are not at hand meanwhile
         }
         Status status = PAUSED;
         for (;;) {
             for (; waiting_ < outputs_at_.size() && outputs_at_[waiting_] == taken_; ++waiting_)
                 kernel_->tangents(outputs + waiting_ * number * kernel_->size);
-            if (taken_ == static_cast<int64_t>(record_.size())) status = DONE;
+            if (taken_ == static_cast<int64_t>(record_.size())) {
+                complete_ = was_complete_;
+                status = DONE;
+            }
             if (status != PAUSED || clock.over()) break;
+            if (budget_) {
+                status = advance(taken_);
+                if (status != PAUSED) break;
+                kernel_->live(live_);
+                kernel_->load(live_.data());
+            }
             const Status found = kernel_->tangent(taken_, record_[taken_].t, record_[taken_].h);
             if (found != DONE) status = found;
             ++taken_;
         }
         kernel_->lend(nullptr);
+        kernel_->load(nullptr);
         return status;
     }
 
@@ -167,6 +223,7 @@ class Sweep {
         Counts counts = kernel_->counts;
         counts.steps = backward ? taken_ : static_cast<int64_t>(record_.size());
         counts.rejected = backward ? 0 : rejected_;
+        if (budget_) counts.bytes = budget_->peak;
         return counts;
     }
 
@@ -180,7 +237,9 @@ class Sweep {
         return static_cast<int64_t>(record_.size());
     }
 
-    bool whole() const { return kernel_->kept() == static_cast<int64_t>(record_.size()); }
+    bool whole() const {
+        return budget_ ? complete_ : kernel_->kept() == static_cast<int64_t>(record_.size());
+    }
 
   private:
     Status take(void* const* captured, void* outputs, double seconds) {
@@ -191,8 +250,18 @@ class Sweep {
         if (!interval_) output();
         do {
             if (interval_ == times_.size()) {
+                if (budget_) budget_->hold();
+                complete_ = true;
                 status = DONE;
                 break;
+            }
+            if (budget_ && !budget_->next()) {
+                status = WAITING;
+                break;
+            }
+            if (control_.fresh && begun_ != index_) {
+                begun_ = index_;
+                kernel_->restart_step();
             }
             status = again_ ? repeated() : control_.adaptive ? adapt() : fixed();
         } while (status == PAUSED && !clock.over());
@@ -227,6 +296,12 @@ class Sweep {
     void begin() {
         kernel_->counts = {};
         kernel_->begin();
+        if (budget_) budget_->clear();
+        own_room_ = most_;
+        if (most_ >= 0) room_ = &own_room_;
+        complete_ = false;
+        kernel_->last_end = std::nan("");
+        begun_ = -1;
         outputs_at_.clear();
         if (!again_) record_.clear();
         index_ = position_ = 0;
@@ -320,11 +395,31 @@ class Sweep {
         return PAUSED;
     }
 
+    // Take a step once more that was taken before, for its checkpoint.
+    Status advance(int64_t step) {
+        const Taken& taken = record_[step];
+        if (control_.fresh) kernel_->restart_step();
+        kernel_->last_end = step ? record_[step - 1].t + record_[step - 1].h : std::nan("");
+        const Status status = kernel_->attempt(taken.t, taken.h).status;
+        if (status != DONE) return status;
+        kernel_->accept(false);
+        ++kernel_->counts.recomputed;
+        budget_->advanced(step);
+        return PAUSED;
+    }
+
     Status accept(double t, double h, bool reached) {
         const int64_t before = kernel_->counts.bytes;
-        kernel_->accept(control_.keep);
+        kernel_->accept(control_.keep && !budget_);
+        if (budget_) {  // what there is to do up to ACCEPTED
+            budget_->pop();
+            budget_->advanced(index_);
+            if (!budget_->next()) return FAILED;
+            budget_->pop();
+        }
         if (room_ && (*room_ -= kernel_->counts.bytes - before) < 0) return NO_ROOM;
         if (!again_) record_.push_back({t, h, kernel_->order()});
+        if (keeps_ends_) ends_.insert(ends_.end(), kernel_->state(), kernel_->state() + kernel_->size);
         ++index_;
         if (reached) {
             if (!again_) {
@@ -345,6 +440,12 @@ class Sweep {
     bool open_ = false;  // whether reductions are to come
     Status ended_ = FAILED;
     std::atomic<int64_t>* room_ = nullptr;  // for checkpoints; null: any number
+    int64_t most_ = -1;
+    std::atomic<int64_t> own_room_{0};
+    std::unique_ptr<Checkpoints> budget_;  // null: the kernel keeps those of all steps
+    std::vector<double> live_;
+    bool complete_ = false, was_complete_ = false;  // whether a backward sweep can begin
+    int64_t begun_ = -1;
     // Where the sweep stands.
     size_t interval_;
     int64_t index_, position_, rejected_;
@@ -352,7 +453,9 @@ class Sweep {
     bool again_ = false;
     // What it has done.
     std::vector<Taken> record_;
-    std::vector<int64_t> outputs_at_, reached_;
+    std::vector<int64_t> outputs_at_, reached_, nodes_;
+    bool keeps_ends_ = false;
+    std::vector<double> ends_;
     // Its adjoint, or its tangents.
     bool backwards_ = false, active_ = false;
     size_t waiting_ = 0;
@@ -401,7 +504,28 @@ int64_t pnode_forward(void* sweep, void* const* captured, void* outputs, double 
     });
 }
 
+void pnode_keep_ends(void* sweep) { own(sweep).keep_ends(); }
+
+void pnode_ends(void* sweep, double* states) { own(sweep).ends(states); }
+
+int64_t pnode_nodes(void* sweep, const int64_t* first, int64_t count) {
+    return guarded([&] {
+        own(sweep).nodes(first, count);
+        return DONE;
+    });
+}
+
 void pnode_repeat(void* sweep) { own(sweep).repeat(); }
+
+void pnode_limit(void* sweep, int64_t bytes) { own(sweep).limit(bytes); }
+
+// Orders of checkpoints.h, two numbers each, behind those before.
+int64_t pnode_schedule(void* sweep, const int64_t* orders, int64_t count) {
+    return guarded([&] {
+        own(sweep).schedule(reinterpret_cast<const Order*>(orders), count);
+        return DONE;
+    });
+}
 
 void pnode_restart(void* sweep) { own(sweep).restart(); }
 
