@@ -175,7 +175,7 @@ def test_second_backward():
     ({"residual": lambda t, y, yp: yp + y, "method": "bdf"}, "nor is a residual"),
     ({"rhs": lambda t, y: -y if float(t) < 2 else y, "method": "bdf"}, "torch.where"),
     (
-        {"rhs": lambda t, y: -y, "method": "rodaspr", "dense": True},
+        {"rhs": lambda t, y: -y, "method": "rodaspr", "monitor": lambda step, t, y: None},
         "single steps.*differentiate it twice",
     ),
 ])  # fmt: skip
