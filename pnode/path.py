@@ -92,7 +92,7 @@ class _Part:
         """Return that of a sweep, without its checkpoints."""
         own, run, flat, times = taken
         sweep = run.sweep
-        assert isinstance(sweep, SteppedSweep) and sweep.noted_steps is not None
+        assert sweep is not None and sweep.noted_steps is not None
         declared = (*own.parameters, *own.frozen)
         problem = own.but(
             function=held(own.function, declared), explicit=held(own.explicit, declared),

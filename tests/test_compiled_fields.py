@@ -38,8 +38,18 @@ METHODS = {
     "cn, sparse": {"method": "cn", "step_size": 0.1, "jacobian": "sparse"},
     "cn, matrix-free": {"method": "cn", "step_size": 0.1, "jacobian": "matrix-free"},
     "beuler, reuse": {"method": "beuler", "step_size": 0.1, "jacobian_reuse": "step"},
-    "es325, dense output": {"method": "es325", "step_size": 0.2, "dense": True},
-    "esdirk6, limit": {"method": "esdirk6", "step_size": 0.1, "checkpointing": "8KiB"},
+    "es325, dense output": {
+        "method": "es325",
+        "step_size": 0.2,
+        "dense": True,
+        "jacobian": "block",
+    },
+    "esdirk6, limit": {
+        "method": "esdirk6",
+        "step_size": 0.1,
+        "checkpointing": "8KiB",
+        "jacobian": "block",
+    },
     "dopri5, pi": {"method": "dopri5", "rtol": 1e-6, "controller": "pi"},
 }
 
@@ -84,14 +94,15 @@ def test_split_right_hand_side():
     assert_same(found[1], found[0], 1e-10)
 
 
-@pytest.mark.parametrize("jacobian", ["dense", "matrix-free"])
-def test_mass_matrix(jacobian):
+@pytest.mark.parametrize(("jacobian", "reuse"), [("dense", "step"), ("matrix-free", "auto")])
+def test_mass_matrix(jacobian, reuse):
     mass = torch.linspace(1.0, 2.0, 12, dtype=torch.float64)
     found, net = [], Net()
     for compiled in (False, True):
         solver = pnode.Solver(
-            net, mass=mass, method="cn", step_size=0.1, jacobian=jacobian, compile=compiled
-        )
+            net, mass=mass, method="cn", step_size=0.1, jacobian=jacobian, jacobian_reuse=reuse,
+            compile=compiled,
+        )  # fmt: skip
         y0 = start(4, 3).requires_grad_()
         ys = solver(y0, [0.0, 1.0]).ys
         tensors = [y0, *net.first.parameters(), *net.second.parameters()]
@@ -164,7 +175,7 @@ def test_second_backward():
     ({"residual": lambda t, y, yp: yp + y, "method": "bdf"}, "nor is a residual"),
     ({"rhs": lambda t, y: -y if float(t) < 2 else y, "method": "bdf"}, "torch.where"),
     (
-        {"rhs": lambda t, y: -y, "method": "rodaspr", "dense": True},
+        {"rhs": lambda t, y: -y, "method": "rodaspr", "monitor": lambda step, t, y: None},
         "single steps.*differentiate it twice",
     ),
 ])  # fmt: skip

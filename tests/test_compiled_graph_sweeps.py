@@ -72,6 +72,9 @@ MASS = torch.eye(34, dtype=D) + 0.1 * torch.ones(34, 34, dtype=D).tril(-1)
     ({"method": "bdf", "rtol": 1e-5, "atol": 1e-8}, 1e-10, COUNTS),
     ({"method": "bdf3", "step_size": 0.01, "times": (1.0, 0.97, 0.94)}, 1e-10, COUNTS),
     ({"method": "bdf", "rtol": 1e-5, "atol": 1e-8, "mass": MASS}, 1e-10, COUNTS[1:]),
+    ({"method": "es325", "rtol": 1e-4, "atol": 1e-6, "mass": MASS}, 1e-8, ("ram_bytes",)),
+    ({"method": "cn", "step_size": 0.1, "mass": MASS}, 1e-10, ("newton", "ram_bytes")),
+    ({"method": "rodaspr", "rtol": 1e-4, "atol": 1e-6, "mass": MASS}, 2e-12, COUNTS),
     ({"method": "radau5", "rtol": 1e-5, "atol": 1e-8}, 1e-10, COUNTS),
     # With df/dt and error estimates; two matrices a step; an explicit stage.
     ({"method": "rodaspr", "rtol": 1e-4, "atol": 1e-6}, 2e-12, COUNTS),
@@ -86,6 +89,7 @@ def test_sweeps_are_the_eager_ones(keywords, within, counts):
 @pytest.mark.parametrize("keywords", [
     {"method": "cn", "step_size": 0.1}, {"method": "bdf", "rtol": 1e-5, "atol": 1e-8, "mass": MASS},
     {"method": "radau5", "rtol": 1e-5, "atol": 1e-8},
+    {"method": "implicit_midpoint", "step_size": 0.1, "mass": MASS},
 ])  # fmt: skip
 def test_tangents_are_transposes_of_the_adjoint(keywords, monkeypatch):
     """Of y0 and of the parameters together; beyond a size those of y0 alone."""

@@ -7,7 +7,16 @@ import weakref
 
 import pytest
 import torch
-from test_compiled_stiff import ADAPTIVE, FIXED, START, THETA, TIMES, Kinetics, difference
+from test_compiled_stiff import (
+    ADAPTIVE,
+    FIXED,
+    START,
+    THETA,
+    TIMES,
+    Constrained,
+    Kinetics,
+    difference,
+)
 from torch.func import functional_call, jacfwd, jacrev, jvp
 
 import pnode
@@ -101,11 +110,32 @@ def test_decreasing_times(method, compiled_alone):
     compare(times, start=start, method=method, step_size=0.01, **newton(method))
 
 
-@pytest.mark.parametrize("method", ["bdf3", "bdf", "radau5", "gauss6"])
+@pytest.mark.parametrize("method", [
+    "bdf3", "bdf", "radau5", "gauss6", "beuler", "cn", "implicit_midpoint", "es325", "dirk657a",
+    "rodaspr", "sandu3",
+])  # fmt: skip
 def test_mass_matrices(method, compiled_alone):
     mass = torch.tensor([[2.0, 0.5, 0.0], [0.3, 1.0, 0.0], [0.0, 0.2, 1.5]], dtype=D)
     steps = {"step_size": 0.1} if method != "bdf" else {"rtol": 1e-5, "atol": 1e-7}
     compare(method=method, mass=mass, **steps, **newton(method))
+
+
+@pytest.mark.parametrize("method", ["cn", "es325", "rodaspr", "bdf3"])
+def test_a_singular_mass_matrix(method, compiled_alone):
+    """Along starts that keep the algebraic equation; the transpose is the adjoint's, along any."""
+    mass = torch.tensor([[2.0, 1.0, 0.0], [1.0, 3.0, 0.0], [0.0, 0.0, 0.0]], dtype=D)
+    keywords = {"method": method, "step_size": 0.05, "mass": mass, **newton(method)}
+    start, along = torch.tensor([1.0, 0.0, 0.0], dtype=D), torch.tensor([0.3, 0.5, -0.8], dtype=D)
+    found = []
+    for compile in (False, True):
+        _, outputs, parameters = function(Constrained(), compile, **keywords)
+        directions = {name: torch.ones_like(p) for name, p in parameters.items()}
+        with torch.no_grad():
+            found.append(jvp(outputs, (start, parameters), (along, directions))[1])
+    assert difference(found[1], found[0]) < 1e-9
+    by_y0, by_parameters = jacrev(outputs, (0, 1))(start, parameters)
+    total = by_y0 @ along + by_parameters["rhs.rates"].sum(-1)
+    assert difference(found[1], total) < 1e-11
 
 
 @pytest.mark.parametrize("method", ["es325", "rodaspr", "bdf", "radau5"])

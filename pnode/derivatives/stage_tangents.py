@@ -120,7 +120,7 @@ def _of_stages(
 ) -> torch.Tensor | None:  # fmt: skip
     """Do as :func:`of_stages`, outside of transforms. Collective."""
     problem, ledger = run.problem, run.stats.tangents
-    if isinstance(run.sweep, PassSweep):
+    if isinstance(run.sweep, PassSweep) or (run.sweep is not None and run.sweep.dense is not None):
         return None
     moving = _moving(problem, directions)
     compiled = sweeps.compiled_tangents(engine, run, start, moving)
@@ -138,7 +138,7 @@ def _of_stages(
     sweep = taken.sweep
     assert isinstance(sweep, SteppedSweep) and sweep.trajectory is not None
     has = has_tangents(taken.settings, problem.mass is not None)
-    if not (has and sweep.trajectory.at_hand) or sweep.dense is not None:
+    if not (has and sweep.trajectory.at_hand):
         return None
     function, explicit = unwatched(problem.function), unwatched(problem.explicit)
     taken = replace(taken, problem=replace(problem, function=function, explicit=explicit), codes=())

@@ -100,7 +100,7 @@ class StageSweep:
         run, method = self._run, self._engine.method
         problem, sweep = run.problem, run.sweep
         assert sweep is not None
-        dense = isinstance(sweep, sweeps.SteppedSweep) and sweep.dense is not None
+        dense = sweep.dense is not None
         reasons = {
             f"method={method.name!r}, whose steps use derivatives of the Jacobian: take a DIRK "
             "method such as 'es325'": method.linearly_implicit,

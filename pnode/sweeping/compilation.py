@@ -28,6 +28,7 @@ from pnode.solvers.compiled.backend import Compilation, Wanted
 from pnode.solvers.compiled.compiler import bare
 from pnode.solvers.compiled.inductor import cache_folder
 from pnode.sweeping.engine import Engine
+from pnode.sweeping.recording import new_budget
 from pnode.sweeping.run import Requests, Run
 
 __all__ = ["begin"]
@@ -64,15 +65,15 @@ def begin(
     if engine.compile is False or (requests.recorded and not controlled):
         return None
     looks = (requests.events, requests.monitor, requests.callbacks)
-    watched = requests.dense or any(one is not None for one in looks)
-    if requests.plain and (watched or engine.checkpointing != Checkpointing()):
+    watched = any(one is not None for one in looks)
+    if requests.plain and (requests.dense or watched or engine.checkpointing != Checkpointing()):
         return None
     if len(problem.times) < 2:
         return None
     part = requests.steps_before is not None
-    kind: Any = (problem.layout, keep, watched, problem.integrals > 0, part)
+    kind: Any = (problem.layout, keep, watched, requests.dense, problem.integrals > 0, part)
     if ranks.parallel:  # whose parts differ, and of which one may be watched
-        kind = (problem.distribution, keep, requests.dense, problem.integrals > 0, part)
+        kind = (problem.distribution, keep, False, requests.dense, problem.integrals > 0, part)
         watched = watched or anew
     account = engine.account
     entry = account.entries.get(kind) or account.entry(kind)
@@ -101,6 +102,7 @@ def begin(
         entry.wanted = wanted = Wanted(
             run.settings, options, engine.control, engine.checkpointing, keep, requests.dense,
             watched, partial(_lent, weakref.ref(engine)), auto,
+            new_budget(engine, requests.dense),
         )  # fmt: skip
     if auto:
         if run.entry is not None:

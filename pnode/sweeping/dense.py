@@ -96,8 +96,10 @@ class DenseOutput(Observer):
     ----------
     times : tuple of float
         Output times; the first is the start, the last is hit by a step.
-    integrator : TimeIntegrator
-        Stands at the start.
+    method : Method
+        That of the steps.
+    start : Tensor
+        The state there, flat, PETSc's precision.
     field : VectorField
         For the slopes of Hermite interpolants: one evaluation at each end of a step that one
         needs, shared between neighbours.
@@ -127,7 +129,8 @@ class DenseOutput(Observer):
     def __init__(
         self,
         times: tuple[float, ...],
-        integrator: TimeIntegrator,
+        method: Method,
+        start: torch.Tensor,
         field: VectorField,
         emit: Callable[[torch.Tensor, int | None], None],
         keep: bool,
@@ -143,19 +146,24 @@ class DenseOutput(Observer):
         self.windows: dict[int, Window] = {}
         self.states: dict[int, torch.Tensor] = {}
         self.interpolated: set[int] = set()
-        method = integrator.settings.method
         self.scheme = own_interpolant(method)
         self.width = coefficients(method)
         # Nodes besides the ends of the step, on either side.
         self._more = 0 if self.scheme is not None else self.width // 2 - 2
-        start = _Node(0, times[0], vectors.copy_out(integrator.solution))
-        self._nodes = deque([start], maxlen=2 * self._more + 2)
+        self._nodes = deque([_Node(0, times[0], start)], maxlen=2 * self._more + 2)
         self._waiting: deque[Step | _Node] = deque()  # and ends of steps that are outputs
 
     def after_step(self, step: Step, integrator: TimeIntegrator, last: bool) -> None:
         """Emit the outputs in a step; the last one of a sweep that ends here has its own."""
+        self.take(step, vectors.copy_out(integrator.solution), last, integrator)
+
+    def take(
+        self, step: Step, state: torch.Tensor, last: bool = False,
+        integrator: TimeIntegrator | None = None,
+    ) -> None:  # fmt: skip
+        """Emit the outputs in a step to a state; a method's own interpolant is the integrator's."""
         start = self._nodes[-1]
-        end = _Node(step.index + 1, step.end, vectors.copy_out(integrator.solution))
+        end = _Node(step.index + 1, step.end, state)
         self._nodes.append(end)
         found = self._in_step(step)
         if found:
@@ -164,6 +172,7 @@ class DenseOutput(Observer):
             if self.scheme is None:
                 self._waiting.append(step)
             else:
+                assert integrator is not None
                 self._note([start, end])
                 self._interpolate(step, found, start.state, integrator)
         hit = self.pieces is None and self._next < len(self._times) - 1

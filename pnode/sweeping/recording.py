@@ -13,21 +13,27 @@ import torch
 from pnode.adjoint.choose import choose_schedule, memory_limit
 from pnode.adjoint.disk import DiskFolder
 from pnode.adjoint.identity import fingerprint
+from pnode.adjoint.numbered import NumberedSchedule
 from pnode.adjoint.offload import DeviceLevel, Offload
 from pnode.adjoint.resume import Progress
+from pnode.adjoint.schedule import StoreEverything
 from pnode.adjoint.steps import Steps
 from pnode.adjoint.store import CheckpointStore
 from pnode.adjoint.trajectory import Trajectory
 from pnode.base import vectors
 from pnode.base.vectors import REAL
 from pnode.errors import ConfigurationError
+from pnode.problems.checkpointing import Checkpointing
+from pnode.problems.problem import InitialValueProblem
+from pnode.solvers.compiled.budgets import Budget
+from pnode.solvers.methods import Method
 from pnode.solvers.petsc.integrator import TimeIntegrator
-from pnode.solvers.step_control import fixed_grid
+from pnode.solvers.step_control import StepControl, fixed_grid
 from pnode.solvers.stepping import Observer, Step
 from pnode.sweeping.engine import Engine
 from pnode.sweeping.run import Requests, Run
 
-__all__ = ["Noted", "Outputs", "Recorder", "new_trajectory"]
+__all__ = ["Noted", "Outputs", "Recorder", "new_budget", "new_trajectory"]
 
 
 def _itself(folder: DiskFolder) -> DiskFolder:
@@ -84,6 +90,34 @@ def new_trajectory(engine: Engine, run: Run, requests: Requests, y0: torch.Tenso
         schedule, store, progress, graphs_limit > 0, steps, engine.method.multistep,
         only_repeated=chosen.store == "solutions",
     )  # fmt: skip
+
+
+def new_budget(
+    engine: Engine, dense: bool
+) -> Callable[[InitialValueProblem], Budget] | None:  # fmt: skip
+    """Return what tells the budget of a problem's compiled sweep; None where there is no limit."""
+    chosen = engine.checkpointing
+    if chosen == Checkpointing():
+        return None
+    return partial(_budget, engine.method, engine.control, chosen, dense)
+
+
+def _budget(
+    method: Method, control: StepControl, chosen: Checkpointing, dense: bool,
+    problem: InitialValueProblem,
+) -> Budget:  # fmt: skip
+    times = problem.times[:: len(problem.times) - 1] if dense else problem.times
+    grid = fixed_grid(times, control, problem.resolution)
+    state_bytes = problem.largest * REAL.itemsize
+    schedule = choose_schedule(
+        method, None if grid is None else grid.total, state_bytes,
+        memory_limit(chosen, method, state_bytes), chosen.store, False,
+    )  # fmt: skip
+    limited = method.coupled and chosen.may_repeat
+    fresh = (chosen.reproducible or limited) and method.restarts and not method.same_bits
+    if isinstance(schedule, StoreEverything):
+        return Budget(None, chosen.bytes, fresh)
+    return Budget(NumberedSchedule(schedule), None, fresh)
 
 
 def _graphs_limit(engine: Engine) -> float:
@@ -188,8 +222,12 @@ class Noted(Observer):
 
     def after_step(self, step: Step, integrator: TimeIntegrator, last: bool) -> None:
         """Note a step."""
+        self.take(step, vectors.view(integrator.solution))
+
+    def take(self, step: Step, state: torch.Tensor) -> None:
+        """Note a step to a state."""
         self.steps.append(step)
-        self.sums.append(float(vectors.view(integrator.solution).sum()))
+        self.sums.append(float(state.sum()))
 
     def output(self, index: int, integrator: TimeIntegrator) -> None:
         """Note an output."""

@@ -151,6 +151,9 @@ class Sweep(ABC):
 
     #: Steps whose interpolants' coefficients are outputs.
     pieces: tuple[int, ...] | None = None
+    #: Outputs inside of steps, a ``DenseOutput``; the steps if they were to be known, ``Noted``.
+    dense: Any = None
+    noted_steps: Any = None
 
     @property
     @abstractmethod

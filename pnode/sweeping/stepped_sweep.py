@@ -12,6 +12,7 @@ from pnode.adjoint.gradients import CostGradients
 from pnode.adjoint.nonfinite import check_parameters
 from pnode.adjoint.reverse import Repeated, Reverse, store_again, take_again
 from pnode.adjoint.trajectory import Trajectory
+from pnode.base import vectors
 from pnode.field.products import accumulate
 from pnode.field.vectorfield import VectorField
 from pnode.solvers.compiled.integrator import CompiledIntegrator, Start
@@ -171,7 +172,10 @@ class SteppedSweep(Sweep):
         if requests.dense:
             pieces = None if requests.recorded is None else requests.recorded.pieces
             self.pieces = pieces
-            self.dense = DenseOutput(times, integrator, field, outputs.add, keep, pieces)
+            begun = vectors.copy_out(integrator.solution)
+            self.dense = DenseOutput(
+                times, run.settings.method, begun, field, outputs.add, keep, pieces
+            )  # fmt: skip
             observers.append(self.dense)
             integrator.whole_graphs = self.dense.scheme is not None
             times = (times[0], *times[1:][-1:])  # those that steps are to hit

@@ -6,7 +6,6 @@ several forwards may be alive at once: what belongs to one forward lives in its 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -17,23 +16,22 @@ from pnode.base.evidence import Reads
 from pnode.base.ledger import Stats
 from pnode.base.notices import LOG
 from pnode.base.surroundings import Surroundings
-from pnode.errors import ConfigurationError, FieldChanged, NonlinearSolveFailed
+from pnode.errors import ConfigurationError, NonlinearSolveFailed
 from pnode.field.vectorfield import note_kept, record_all, vector_field
 from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.compiled.account import calls
-from pnode.solvers.compiled.driver import CompiledSweep
 from pnode.solvers.compiled.fields import compiled_field
 from pnode.solvers.compiled.integrator import Start
-from pnode.solvers.stepping import Step
 from pnode.sweeping import row_sweep
 from pnode.sweeping.compilation import begin
 from pnode.sweeping.engine import Engine
 from pnode.sweeping.hints import hint
 from pnode.sweeping.output_times import refuse_cuts
-from pnode.sweeping.run import Requests, Run, Sweep
+from pnode.sweeping.run import Requests, Run
 from pnode.sweeping.stepped_sweep import SteppedSweep
+from pnode.sweeping.whole_sweep import WholeSweep, refuse_written
 
-__all__ = ["WholeSweep", "backward", "compiled_tangents", "forward"]
+__all__ = ["backward", "compiled_tangents", "forward"]
 
 
 def forward(
@@ -113,8 +111,9 @@ def _forward(
             if outputs is not None:
                 if found.start is not None:
                     engine.solver_options(run.settings).warn_unused()
-                run.sweep, run.used = WholeSweep(found.sweep), field.used
-                return outputs
+                sweep = WholeSweep(found.sweep)
+                run.sweep, run.used = sweep, field.used
+                return sweep.interpolated_outputs(run, field, y0, outputs, keep, requests)
             problem.ranks.least(0)  # which tells of an interrupt
         start, run.codes = found.start, found.codes
         if problem.ranks.parallel and not run.codes:
@@ -126,22 +125,10 @@ def _forward(
             field.used[:] = used
             if keep:
                 record_all(field)
-    sweep = SteppedSweep(engine)
-    outputs = sweep.forward(run, field, y0, keep, requests, start)
-    run.sweep = sweep
+    stepped = SteppedSweep(engine)
+    outputs = stepped.forward(run, field, y0, keep, requests, start)
+    run.sweep = stepped
     return outputs
-
-
-def refuse_written(reads: Reads, surroundings: Surroundings, method: str) -> None:
-    """Raise :class:`FieldChanged` if what machine code reads was written into. Not collective."""
-    changed = reads.changed()
-    if changed is not None:
-        raise FieldChanged(
-            f"a tensor of shape {tuple(changed.shape)} that the vector field uses was written "
-            f"into after the forward sweep{surroundings.differences()}: take the gradient "
-            "before it changes, or let the solve use a copy",
-            method=method,
-        )
 
 
 def backward(
@@ -201,52 +188,3 @@ def compiled_tangents(
     assert run.surroundings is not None and run.reads is not None
     refuse_written(run.reads, run.surroundings, engine.method.name)
     return run.sweep.tangents(run, start, moving)
-
-
-class WholeSweep(Sweep):
-    """A sweep of machine code, from the first step to the last.
-
-    Parameters
-    ----------
-    compiled : CompiledSweep
-        Has been taken.
-    """
-
-    interpolated: frozenset[int] = frozenset()
-
-    def __init__(self, compiled: CompiledSweep) -> None:
-        self._compiled = compiled
-
-    def recorded(self) -> tuple[Sequence[Step], tuple[int, ...]]:
-        """Return the steps, and how many come before each output."""
-        return self._compiled.recorded()
-
-    def noted(self, output: int) -> Sequence[float]:
-        """Return nothing: the graph that is differentiated is the one that was evaluated."""
-        return ()
-
-    def reverse(
-        self, run: Run, y0: torch.Tensor, cotangents: torch.Tensor, wants_times: bool
-    ) -> CostGradients:
-        """Take the discrete adjoint; see :class:`Sweep`. Collective."""
-        ranks, parameters = run.problem.ranks, run.problem.parameters
-        if not ranks.parallel:
-            return self._reverse(run, cotangents)
-        with ranks.together(agree=False):
-            found = ranks.attempt(self._checked_reverse, run, cotangents)
-        unknown = [None] * len(parameters)  # of a rank that has failed, which this tells
-        summed = ranks.sum_gradients(unknown if found is None else found.parameters, parameters)
-        return CostGradients(found.state, summed, found.initial)
-
-    def _reverse(self, run: Run, cotangents: torch.Tensor) -> CostGradients:
-        return CostGradients(*self._compiled.reverse(cotangents, run.stats.backward))
-
-    def _checked_reverse(self, run: Run, cotangents: torch.Tensor) -> CostGradients:
-        """Do as alone, with the check of :func:`backward`, whose failure all ranks are to know."""
-        assert run.reads is not None and run.surroundings is not None
-        refuse_written(run.reads, run.surroundings, run.settings.method.name)
-        return self._reverse(run, cotangents)
-
-    def tangents(self, run: Run, start: torch.Tensor, moving: Moving) -> torch.Tensor | None:
-        """Take the steps' tangents; see :meth:`CompiledSweep.tangents`."""
-        return self._compiled.tangents(start, moving, run.stats.tangents)

@@ -14,6 +14,8 @@ import torch
 from pnode.base.options import SolverOptions
 from pnode.field.vectorfield import VectorField
 from pnode.problems.checkpointing import Checkpointing
+from pnode.problems.problem import InitialValueProblem
+from pnode.solvers.compiled.budgets import Budget
 from pnode.solvers.compiled.driver import CompiledSweep
 from pnode.solvers.compiled.guards import Guard
 from pnode.solvers.compiled.inductor import CompilationFailed
@@ -129,13 +131,15 @@ class Wanted:
     dense : bool
         Whether outputs are interpolated.
     watched : bool
-        Whether events or monitors look at single steps, or outputs are interpolated.
+        Whether events or monitors look at single steps.
     lend : callable
         Lends an integrator of given settings, for a field and an initial state, whose TS has read
         the PETSc options.
     auto : bool
         Whether nobody asked for machine code: there are no warnings, and a field that has changed
         since it was compiled is not compiled again.
+    budget : callable or None
+        Returns what checkpoints of a problem may take; None: any number.
     needed : str
         What needs machine code, for an error without it; empty if there is another way.
     """
@@ -149,6 +153,7 @@ class Wanted:
     watched: bool
     lend: Callable[[IntegratorSettings, VectorField, torch.Tensor], AbstractContextManager[Any]]
     auto: bool = False
+    budget: Callable[[InitialValueProblem], Budget] | None = None
     needed: str = ""
 
 

@@ -72,9 +72,13 @@ class Coupled : public ImplicitSteps {
     tried = false;
   }
 
+  void restart_step() override { forget_last(); }
+
+  void live(std::vector<double>& found) const override { found.assign(Y, Y + s * N); }
+
   // K_Y^T w = d x lambda for the stages together.
   Status adjoint(int64_t index, double t, double h) override {
-    const double* Y = values.data() + index * s * N;
+    const double* Y = kept_of(index, s * N);
     if (!couple(t, h, Y)) return SINGULAR;
     double w[MOST_COUPLED * N], driven[N] = {};
     for (int i = 0; i < s; i++)
@@ -96,7 +100,7 @@ class Coupled : public ImplicitSteps {
 
   // CoupledTangents has the equations.
   Status tangent(int64_t index, double t, double h) override {
-    const double* Y = values.data() + index * s * N;
+    const double* Y = kept_of(index, s * N);
     if (!couple(t, h, Y)) return SINGULAR;
     Rows right[MOST_COUPLED], driven(du);
     if (M)

@@ -1,12 +1,17 @@
 // Theta, diagonally implicit and IMEX Runge-Kutta steps, and their adjoints. Above this stands
-// implicit_steps.cpp.
+// implicit_steps.cpp, below it dirk_derivatives.cpp.
 
 namespace {
 
 // All stages are kept; an explicit first stage is the step before's last, but of an IMEX method.
 class Dirk : public ImplicitSteps {
  public:
-  using ImplicitSteps::ImplicitSteps;
+  // `mass`: behind M, where the first stage is explicit, what gives its slope for f, and the transpose
+  // of M times that where M is singular, else of the identity.
+  Dirk(const Settings& settings, const double* y0, const double* mass)
+      : ImplicitSteps(settings, y0, mass) {
+    if (M && m.explicit_first) slopes.assign(mass + N * N, mass + 3 * N * N);
+  }
   ~Dirk() override {
     if (other) part->destroy(other);
   }
@@ -18,7 +23,7 @@ class Dirk : public ImplicitSteps {
 
   void lend(void* const* captured) override {
     ImplicitSteps::lend(captured);
-    knows_constant = false;
+    knows_constant = knows_constant_end = false;
     if (part) part->lend(other, captured ? captured + part_first : nullptr);
   }
 
@@ -34,99 +39,21 @@ class Dirk : public ImplicitSteps {
     knows_slope = chained() && (m.carries_slope || evaluated(end));
   }
 
+  void restart_step() override { knows_slope = false; }
+
+  void live(std::vector<double>& found) const override {
+    found.assign(stages[0], stages[0] + N * m.stages);
+  }
+
   void begin_adjoint(double* const* sums) override {
     ImplicitSteps::begin_adjoint(sums);
     mu_explicit = part ? sums[1] : nullptr;  // null where none are wanted
     pending = false;
   }
 
-  // The cotangent of u' in, that of u out. Of stage i: zeta of Y_i itself (the last stage's, if it
-  // is u'), rho of its slope, from what comes after. The stage's equation adds
-  //   kappa = rho + h a_ii x,  x = zeta + J^T kappa,
-  // the whole cotangents of slope and stage. tau is that of the explicit slope, whose J_e^T tau is
-  // part of zeta.
-  Status adjoint(int64_t index, double t, double h) override {
-    const int s = int(m.stages);
-    const double* Y = values.data() + index * N * (s - chained());
-    double rho[MOST_STAGES][N], tau[MOST_STAGES][N], zeta[N], kappa[N], x[N], l[N];
-    for (int i = 0; i < s; i++)
-      for (int k = 0; k < N; k++) {
-        rho[i][k] = m.stiffly_accurate ? 0.0 : h * m.b[i] * lambda[k];
-        if (part) tau[i][k] = h * m.b_explicit[i] * lambda[k];
-      }
-    for (int k = 0; k < N; k++) l[k] = m.stiffly_accurate ? 0.0 : lambda[k];
-    for (int i = s - 1; i >= (m.explicit_first ? 1 : 0); i--) {
-      const bool is_end = m.stiffly_accurate && i == s - 1;
-      const double *y = Y + i * N, *A = m.A + i * s, time = t + m.alpha[i] * h;
-      const bool known = is_end && pending;
-      if (!known) linearize(time, y);
-      const double shift = 1.0 / (h * A[i]);
-      if (!factor(shift, J_end)) return SINGULAR;
-      counts.krylov++;
-      pull_back_explicit(i, t, h, y, tau[i], zeta);
-      if (is_end) {
-        for (int k = 0; k < N; k++) x[k] = shift * lambda[k];
-        factors.solve_transposed(x);
-        for (int k = 0; k < N; k++) kappa[k] = h * A[i] * x[k];
-      } else {
-        for (int k = 0; k < N; k++) kappa[k] = shift * rho[i][k] + zeta[k];
-        factors.solve_transposed(kappa);
-        apply_transposed(J_end, kappa, x);
-        for (int k = 0; k < N; k++) x[k] += zeta[k];
-      }
-      for (int k = 0; k < N; k++) l[k] += x[k];
-      for (int j = 0; j < i; j++)
-        for (int k = 0; k < N; k++) {
-          rho[j][k] += h * A[j] * x[k];
-          if (part) tau[j][k] += h * m.A_explicit[i * s + j] * x[k];
-        }
-      if (known)
-        for (int k = 0; k < N; k++) kappa[k] += cotangent[k];
-      add_parameters(time, y, kappa);
-    }
-    if (m.explicit_first) {
-      linearize(t, Y);
-      apply_transposed(J_end, rho[0], x);
-      pull_back_explicit(0, t, h, Y, tau[0], zeta);
-      for (int k = 0; k < N; k++) l[k] += x[k] + zeta[k];
-      std::memcpy(cotangent, rho[0], sizeof(cotangent));
-      pending = chained();
-      if (!pending) add_parameters(t, Y, cotangent);
-    }
-    std::memcpy(lambda, l, sizeof(lambda));
-    if (index == 0 && pending) add_parameters(t, Y, cotangent);
-    return DONE;
-  }
-
-  // StageTangents has the equations.
-  Status tangent(int64_t index, double t, double h) override {
-    const int s = int(m.stages);
-    const double* Y = values.data() + index * N * (s - m.explicit_first);
-    Rows slope[MOST_STAGES], driven, x;
-    for (int i = 0; i < s; i++) {
-      const double *y = Y + i * N, *A = m.A + i * s, time = t + m.alpha[i] * h;
-      driven = du;
-      for (int j = 0; j < i; j++) plus(driven, h * A[j], slope[j]);
-      if (i == 0 && m.explicit_first) {
-        jacobian(time, y, c, f, J_end), counts.jacobians++, counts.rhs++;
-        slope[0].resize(du.size());
-        for (size_t k = 0; k < du.size(); k += N) apply(J_end, &du[k], &slope[0][k]);
-        add_along(time, y, slope[0]);
-        continue;
-      }
-      const double shift = 1.0 / (h * A[i]);
-      x.assign(du.size(), 0.0);
-      plus(x, shift, driven);
-      if (!solve_tangents(time, y, shift, J_end, factors, x)) return SINGULAR;
-      slope[i].assign(du.size(), 0.0);
-      plus(slope[i], shift, x), plus(slope[i], -shift, driven);
-    }
-    if (m.stiffly_accurate)
-      du = x;
-    else
-      for (int i = 0; i < s; i++) plus(du, h * m.b[i], slope[i]);
-    return DONE;
-  }
+  // Of dirk_derivatives.cpp.
+  Status adjoint(int64_t index, double t, double h) override;
+  Status tangent(int64_t index, double t, double h) override;
 
  protected:
   void keep_step() override {
@@ -157,14 +84,20 @@ class Dirk : public ImplicitSteps {
   // Whether an explicit first stage, and its slope, is the last one of the step before.
   bool chained() const { return m.explicit_first && !part; }
 
+  // How many slopes, of the first stage, are not solved for, but their products with M are known.
+  int known_products() const { return M && m.explicit_first && !m.carries_slope; }
+
+  void pass_back(double shift, const double* zeta, const double* rho, double* kappa, double* z,
+                 double* own);
+
   Status solve_stages(double t, double h) {
     const int s = int(m.stages);
     knows_jacobian = false;
-    double slope[MOST_STAGES][N], more[MOST_STAGES][N], z[N];
+    double slope[MOST_STAGES][N], more[MOST_STAGES][N], z[N], known[N] = {};
     // The slopes with weights: of the table's rows from `row`, and of an explicit part.
     const auto sum_of = [&](const double* A, const double* A_explicit, int row, int count, int k) {
       double sum = 0.0;
-      for (int j = 0; j < count; j++) sum += A[row * s + j] * slope[j][k];
+      for (int j = known_products(); j < count; j++) sum += A[row * s + j] * slope[j][k];
       if (part)
         for (int j = 0; j < count; j++) sum += A_explicit[row * s + j] * more[j][k];
       return sum;
@@ -174,17 +107,28 @@ class Dirk : public ImplicitSteps {
       if (i == 0 && m.explicit_first) {
         std::memcpy(y, u, sizeof(z));
         if (!knows_slope) {
-          value(t, u, c, first_slope);
-          counts.rhs++;
+          if (chained() && !m.carries_slope && !std::isnan(last_end)) {  // with the bits it had there
+            evaluate(last_end, u);
+            std::memcpy(first_slope, f, sizeof(f));
+          } else {
+            value(t, u, c, first_slope);
+            counts.rhs++;
+          }
           if (!(square(first_slope) < MODERATE)) return NOT_FINITE;
           knows_slope = true;
+          if (M && m.carries_slope) {
+            std::memcpy(z, first_slope, sizeof(z));
+            multiply(slopes.data(), z, first_slope);
+          }
         }
         std::memcpy(slope[0], first_slope, sizeof(z));
       } else {
         for (int k = 0; k < N; k++) z[k] = u[k] + h * sum_of(m.A, m.A_explicit, i, i, k);
         guess(i, y);
         const double shift = 1.0 / (h * m.A[i * s + i]);
-        const Status status = newton(t + m.alpha[i] * h, shift, z, y);
+        if (known_products())
+          for (int k = 0; k < N; k++) known[k] = shift * h * m.A[i * s] * slope[0][k];
+        const Status status = newton(t + m.alpha[i] * h, shift, z, known, y);
         if (status != DONE) return status;
         for (int k = 0; k < N; k++) slope[i][k] = shift * (y[k] - z[k]);
       }
@@ -250,15 +194,15 @@ class Dirk : public ImplicitSteps {
   // Evaluate J_end, for an adjoint.
   void linearize(double t, const double* y) {
     double f[N];
-    if (CONSTANT && knows_constant) return;
+    if (CONSTANT && knows_constant_end) return;
     jacobian(t, y, c, f, J_end), counts.jacobians++, counts.rhs++;
-    knows_constant = CONSTANT, factored = 0.0;
+    knows_constant_end = CONSTANT, factored = 0.0;
   }
 
   bool factor(double shift, const double* J) {
     if (CONSTANT && factored == shift) return true;
     counts.factorizations++, factored = 0.0;
-    if (!factors.factor(shift, J)) return false;
+    if (!factors.factor(shift, J, M)) return false;
     factored = shift;
     return true;
   }
@@ -275,9 +219,9 @@ class Dirk : public ImplicitSteps {
     counts.vjp++;
   }
 
-  // Solve (y - z) / (h a) = f(t, y) for y, from a first guess, by Newton's method as SNES does.
-  Status newton(double t, double shift, const double* z, double* y) {
-    double residual[N], first = 0.0, norm = 0.0, before = 0.0, last = 0.0;
+  // Solve M (y - z) / (h a) = f(t, y) + known for y, from a first guess, by Newton's method as SNES does.
+  Status newton(double t, double shift, const double* z, const double* known, double* y) {
+    double residual[N], moved[N], first = 0.0, norm = 0.0, before = 0.0, last = 0.0;
     for (int iteration = 0;; iteration++) {
       double step = 0.0, size = 0.0;
       if (iteration) {
@@ -297,7 +241,13 @@ class Dirk : public ImplicitSteps {
         last = step;
       }
       evaluate(t, y);
-      for (int k = 0; k < N; k++) residual[k] = shift * (y[k] - z[k]) - f[k];
+      for (int k = 0; k < N; k++) residual[k] = shift * (y[k] - z[k]);
+      if (M) {
+        std::memcpy(moved, residual, sizeof(moved));
+        multiply(M, moved, residual);
+        for (int k = 0; k < N; k++) residual[k] -= known[k];
+      }
+      for (int k = 0; k < N; k++) residual[k] -= f[k];
       norm = std::sqrt(square(residual));
       if (!(norm * norm < MODERATE)) return NOT_FINITE;
       if (iteration == 0) first = norm;
@@ -316,11 +266,13 @@ class Dirk : public ImplicitSteps {
   static constexpr double LEAST_RATE = 1e-3, PART = 1e-3;
   static constexpr double ROUND_OFF = 4.0 * std::numeric_limits<double>::epsilon();
 
+  Rows slopes;  // see the constructor
   double first_slope[N], last_slope[N];
   bool knows_slope = false;
   // Newton's last iterate, f (and J) there: a first guess is a stage already solved for.
   double last_time = NAN, last_iterate[N] = {}, f[N], J[ENTRIES];
-  bool keeps = false, guesses = false, knows_jacobian = false, knows_constant = false;
+  bool keeps = false, guesses = false, knows_jacobian = false;
+  bool knows_constant = false, knows_constant_end = false;
   Factors factors;
   double factored = 0.0;  // for this shift
   // Of the adjoint: an explicit first stage is the last one of the step before.
@@ -338,8 +290,8 @@ class Dirk : public ImplicitSteps {
 extern "C" {
 
 // To be freed by the sweep that takes it over.
-void* pnode_implicit_steps(const Settings* settings, const double* y0, const double*) {
-  return static_cast<Kernel*>(new Dirk(*settings, y0));
+void* pnode_implicit_steps(const Settings* settings, const double* y0, const double* mass) {
+  return static_cast<Kernel*>(new Dirk(*settings, y0, mass));
 }
 
 void pnode_split(void* kernel, const Part* part, int64_t first) {

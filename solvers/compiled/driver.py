@@ -8,10 +8,10 @@ compiled when it is first needed, and kept on disk.
 from __future__ import annotations
 
 import ctypes
-import struct
 import sys
-from collections.abc import Sequence
-from functools import cache, lru_cache
+from array import array
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from pnode.base.options import log_stage
 from pnode.base.vectors import REAL
 from pnode.errors import ConfigurationError, LinearSolveFailed
 from pnode.problems.problem import InitialValueProblem
+from pnode.solvers.compiled.budgets import Budget
 from pnode.solvers.compiled.inductor import compile_source
 from pnode.solvers.compiled.kernel import Kernel
+from pnode.solvers.compiled.records import Counts, add_counts, integers, new_control, numbers
 from pnode.solvers.multistep import TakenOrder
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.step_control import StepControl, fixed_grid
@@ -39,23 +41,7 @@ __all__ = [
 _FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
 #: How long a call may keep Python from noticing an interrupt, in seconds.
 PATIENCE = 0.1
-_DONE, _PAUSED, _SINGULAR, _MISSING = 0, 1, 4, 100  # Status in kernel.h
-# PETSc's largest step (TSAdaptSetStepLimits).
-_LONGEST = 1e20
-
-
-def _structure(integers: str, numbers: str = "") -> type[ctypes.Structure]:
-    fields: list[Any] = [(name, ctypes.c_int64) for name in integers.split()]
-    fields += [(name, ctypes.c_double) for name in numbers.split()]
-    return type("Structure", (ctypes.Structure,), {"_fields_": fields})
-
-
-Counts: Any = _structure("steps rejected rhs vjp jvp jacobians factorizations newton krylov bytes")
-*_ADDED, _ = (name for name, _ in Counts._fields_)  # the last one is a peak
-_READ = struct.Struct(f"={len(Counts._fields_)}q").unpack
-_Control: Any = _structure(
-    "keep adaptive max_steps", "direction order first_step min_step max_step longest"
-)
+_DONE, _PAUSED, _SINGULAR, _WAITING, _MISSING = 0, 1, 4, 10, 100  # Status in kernel.h
 
 
 def source(*names: str) -> str:
@@ -74,16 +60,6 @@ def pointers(tensors: Sequence[torch.Tensor]) -> Any:
     return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
 
 
-@lru_cache(maxsize=64)
-def _numbers(values: tuple[float, ...]) -> Any:
-    return (ctypes.c_double * len(values))(*values)
-
-
-@lru_cache(maxsize=64)
-def _integers(values: tuple[int, ...], length: int) -> Any:
-    return (ctypes.c_int64 * length)(*values)
-
-
 @cache
 def library() -> ctypes.CDLL:
     """Return the driver.
@@ -94,8 +70,8 @@ def library() -> ctypes.CDLL:
         If it cannot be compiled.
     """
     text = source(
-        "kernel.h", "ranks.h", "sweeps.cpp", "sweep_calls.cpp", "rows.cpp", "graphs.h",
-        "graph_steps.cpp",
+        "kernel.h", "checkpoints.h", "ranks.h", "sweeps.cpp", "sweep_derivatives.cpp",
+        "sweep_calls.cpp", "rows.cpp", "graphs.h", "graph_steps.cpp",
     )  # fmt: skip
     made = compile_source(text, _FLAGS, "driver-")
     pointer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
@@ -110,6 +86,11 @@ def library() -> ctypes.CDLL:
         "share": (None, [pointer, pointer]),
         "leave": (number, [pointer]),
         "forward": (number, [pointer, pointer, pointer, real, pointer]),
+        "limit": (None, [pointer, number]),
+        "schedule": (number, [pointer, pointer, number]),
+        "keep_ends": (None, [pointer]),
+        "ends": (None, [pointer, pointer]),
+        "nodes": (number, [pointer, pointer, number]),
         "repeat": (None, [pointer]),
         "reverse": (number, [pointer, pointer, pointer, pointer, real]),
         "finish": (number, [pointer, pointer, pointer, pointer]),
@@ -135,18 +116,6 @@ def library() -> ctypes.CDLL:
     return made
 
 
-def new_control(
-    settings: IntegratorSettings, control: StepControl, keep: bool, direction: float,
-    first_step: float,
-) -> Any:  # fmt: skip
-    """Return how steps are chosen, in C."""
-    return _Control(
-        keep, settings.adaptive, -1 if control.max_steps is None else control.max_steps,
-        direction, settings.method.order, first_step, control.min_step,
-        control.max_step, min(control.max_step, _LONGEST),
-    )  # fmt: skip
-
-
 class CompiledSweep:
     """A forward sweep in machine code, with its checkpoints.
 
@@ -168,6 +137,11 @@ class CompiledSweep:
         Whether it is to take adjoints too.
     first_step : float
         The first adaptive step; 0 where the kernel chooses it.
+    budget : Budget
+        What its checkpoints may take.
+    dense : bool
+        Whether steps pass over the output times but the last: what is returned of outputs are those
+        at the first and the last, and :meth:`ends` has the rest.
     """
 
     _handle: Any = None
@@ -175,19 +149,30 @@ class CompiledSweep:
     def __init__(
         self, kernel: Kernel, handle: int, alive: Any, problem: InitialValueProblem,
         settings: IntegratorSettings, control: StepControl, keep: bool, first_step: float,
+        budget: Budget = Budget(), dense: bool = False,  # noqa: B008
     ) -> None:  # fmt: skip
         self.kernel = kernel
         self._alive = alive
         self._library = library()
-        times, number = problem.times, len(problem.times)
+        times = problem.times[:: len(problem.times) - 1] if dense else problem.times
+        number = len(times)
         grid = fixed_grid(times, control, problem.resolution)
-        chosen = new_control(settings, control, keep, problem.direction, first_step)
+        chosen = new_control(settings, control, keep, problem.direction, first_step, budget.fresh)
         self._handle = self._library.pnode_sweep(
-            handle, ctypes.byref(chosen), _numbers(times),
-            _integers(() if grid is None else grid.counts, number), number,
+            handle, ctypes.byref(chosen), numbers(times),
+            integers(() if grid is None else grid.counts, number), number,
         )  # fmt: skip
         if not self._handle:
             raise MemoryError("there is no memory for a compiled sweep")
+        if dense:
+            self._library.pnode_keep_ends(self._handle)
+        self._orders = budget.orders
+        self._waiting: Iterator[array[int]] = iter(())
+        self._stats = Ledger()  # of the forward sweep
+        if budget.orders is not None:
+            self._library.pnode_schedule(self._handle, None, 0)
+        elif budget.limit is not None:
+            self._library.pnode_limit(self._handle, budget.limit)
         self._ranks = problem.ranks
         if problem.ranks.parallel:
             reduction = Reduction(problem.ranks.comm)
@@ -218,6 +203,7 @@ class CompiledSweep:
             failed for good: the error is to be had from taking them one by one.
         """
         with log_stage("pnode forward"):
+            self._stats = ledger
             outputs, counts = self._empty(), Counts()
             done = self._ranks.attempt(self._take_steps, outputs, counts)
             if done is None:  # interrupted, and the others are to hear of it
@@ -233,15 +219,32 @@ class CompiledSweep:
     def _take_steps(self, outputs: torch.Tensor, counts: Any) -> bool:
         inputs = self.kernel.inputs()
         read = pointers(inputs)
+        if self._orders is not None:
+            self._waiting = self._orders.forward()
         status = _PAUSED
-        while status == _PAUSED:  # in between, Python notices interrupts
+        while self._goes_on(status):  # in between, Python notices interrupts
             status = self._library.pnode_forward(
                 self._handle, read, outputs.data_ptr(), PATIENCE, ctypes.byref(counts)
             )
         return bool(status == _DONE)
 
+    def _goes_on(self, status: int) -> bool:
+        """Whether a sweep goes on, with more orders if it waits for these."""
+        if status == _WAITING:
+            more = next(self._waiting)
+            address = more.buffer_info()[0]
+            return self._library.pnode_schedule(self._handle, address, len(more) // 2) == _DONE
+        return status == _PAUSED
+
+    def ends(self) -> torch.Tensor:
+        """Return the states at the ends of all steps, once, shape ``(N, size)``."""
+        number = self._library.pnode_recorded(self._handle, None, None, None)
+        states = torch.empty((number, self.kernel.size), dtype=REAL)
+        self._library.pnode_ends(self._handle, at(states))
+        return states
+
     def reverse(
-        self, cotangents: torch.Tensor, ledger: Ledger
+        self, cotangents: torch.Tensor, ledger: Ledger, nodes: Sequence[int] | None = None
     ) -> tuple[torch.Tensor, list[torch.Tensor | None], torch.Tensor]:
         """Take the adjoints of all steps.
 
@@ -251,6 +254,9 @@ class CompiledSweep:
             Derivatives of the loss with respect to the outputs, shape ``(T, size)``.
         ledger : Ledger
             Counts.
+        nodes : sequence of int, optional
+            How many steps come before each of them, ascending from 0, where they are of other
+            states than the outputs.
 
         Returns
         -------
@@ -268,7 +274,13 @@ class CompiledSweep:
         """
         with log_stage("pnode adjoint"):
             self._complete(ledger)
+            if nodes is not None:
+                places = array("q", nodes)
+                address = places.buffer_info()[0]
+                self._library.pnode_nodes(self._handle, address, len(places))
             initial, sums, counts = self._take_adjoints(cotangents.to(REAL).contiguous())
+        self._stats.ram_bytes = max(self._stats.ram_bytes, counts.bytes)
+        counts.bytes = 0
         add_counts(counts, ledger)
         parameters: list[torch.Tensor | None] = [None] * self._parameters
         if counts.steps:  # else lambda vanished throughout
@@ -310,7 +322,8 @@ class CompiledSweep:
         outputs = torch.empty((self._outputs, *start.shape), dtype=REAL)
         counts, inputs = Counts(), kernel.inputs()
         read, status, first = pointers(inputs), _PAUSED, at(start)
-        self._complete(ledger)
+        if self._orders is None:  # else the steps are taken once more beside their tangents
+            self._complete(ledger)
         while status == _PAUSED:
             status = self._library.pnode_tangents(
                 self._handle, read, len(start), first, None if along is None else at(along),
@@ -319,6 +332,7 @@ class CompiledSweep:
             first = None
         if status != _DONE:
             raise _failure("tangent", status)
+        counts.bytes = 0
         add_counts(counts, ledger)
         return outputs.to(kernel.dtype)
 
@@ -357,8 +371,11 @@ class CompiledSweep:
         state, places = torch.empty(self.kernel.size, dtype=REAL), pointers(sums)
         arguments = self._handle, pointers(inputs), places, cotangents.data_ptr()
         self._library.pnode_restart(self._handle)
+        if self._orders is not None:
+            steps = self._library.pnode_recorded(self._handle, None, None, None)
+            self._waiting = self._orders.reverse(steps)
         status = _PAUSED
-        while status == _PAUSED:
+        while self._goes_on(status):
             status = self._library.pnode_reverse(*arguments, PATIENCE)
         if status == _DONE:
             finish = self._library.pnode_finish
@@ -381,13 +398,3 @@ def _failure(what: str, status: int) -> Exception:
             "jacobian_pattern=, or use jacobian='matrix-free' or compile=False"
         )
     return RuntimeError(f"the compiled {what} of a step failed: is there enough memory?")
-
-
-def add_counts(counts: Any, ledger: Ledger) -> None:
-    """Add what was done to a ledger."""
-    *more, size = _READ(counts)
-    own = vars(ledger)
-    for name, number in zip(_ADDED, more, strict=True):
-        own[name] += number
-    if size > ledger.ram_bytes:
-        ledger.ram_bytes = size

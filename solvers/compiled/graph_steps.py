@@ -326,7 +326,11 @@ def _keeps_all(wanted: Wanted) -> bool:
 def _is_plain(wanted: Wanted) -> bool:
     """Whether nobody looks at single steps or decides on their checkpoints."""
     chosen = wanted.checkpointing
-    if wanted.watched or any(name.startswith("ts_monitor") for name in wanted.options.values):
+    if (
+        wanted.watched
+        or wanted.dense
+        or any(name.startswith("ts_monitor") for name in wanted.options.values)
+    ):
         return False
     limited = chosen.bytes is not None or chosen.disk is not None or chosen.store == "solutions"
     return not (wanted.keep and (limited or chosen.resume or chosen.reproducible))

@@ -116,6 +116,14 @@ class ImplicitSteps : public Kernel {
 
   void forget() override {}  // a second backward sweep takes the same
 
+  const double* state() const override { return u; }
+  void load(const double* checkpoint) override { loaded = checkpoint; }
+
+  void stand(const double* from) override {
+    std::memcpy(u, from ? from : start, sizeof(u));
+    restart_step();
+  }
+
   void end_adjoint(double* state, double* const*) override {
     std::memcpy(state, lambda, sizeof(lambda));
   }
@@ -170,6 +178,11 @@ class ImplicitSteps : public Kernel {
   virtual Status step(double, double) { return FAILED; }  // of those that leave `attempt` alone
   virtual void keep_step() = 0;
 
+  // The checkpoint of a step, of so many numbers.
+  const double* kept_of(int64_t index, int64_t count) const {
+    return loaded ? loaded : values.data() + index * count;
+  }
+
   void keep_values(const double* first, int64_t count) {
     values.insert(values.end(), first, first + count);
   }
@@ -197,8 +210,9 @@ class ImplicitSteps : public Kernel {
     counts.vjp += N;
   }
 
-  // f_y, to J, and x_k from (shift M - f_y) x_k = M x_k + f_p v_k.
-  bool solve_tangents(double t, const double* y, double shift, double* J, Factors& factors, Rows& x) {
+  // f_y, to J, and x_k from (shift M - f_y) x_k = M x_k + more_k + f_p v_k.
+  bool solve_tangents(double t, const double* y, double shift, double* J, Factors& factors, Rows& x,
+                      const Rows& more = {}) {
     double f[N];
     jacobian(t, y, c, f, J);
     counts.jacobians++, counts.rhs++, counts.factorizations++;
@@ -208,6 +222,7 @@ class ImplicitSteps : public Kernel {
         std::memcpy(f, &x[k], sizeof(f));
         multiply(M, f, &x[k]);
       }
+    if (!more.empty()) plus(x, 1.0, more);
     add_along(t, y, x);
     for (size_t k = 0; k < x.size(); k += N) factors.solve(&x[k]), counts.krylov++;
     return true;
@@ -223,6 +238,7 @@ class ImplicitSteps : public Kernel {
   double lambda[N], *mu = nullptr;
   Rows du, directions;  // tangents of the state and of the parameters, one after the other
   std::vector<double> values;  // kept
+  const double* loaded = nullptr;  // instead of these
   int64_t kept_steps = 0;
 
  private:

@@ -10,7 +10,9 @@ import torch
 from pnode.base.vectors import REAL
 from pnode.field.vectorfield import VectorField
 from pnode.problems.checkpointing import Checkpointing
+from pnode.problems.mass import MassMatrix
 from pnode.solvers.compiled.backend import Backend, Checked, Compilation, Trace, Wanted
+from pnode.solvers.compiled.budgets import Budget
 from pnode.solvers.compiled.colored import colored
 from pnode.solvers.compiled.compiler import bare
 from pnode.solvers.compiled.driver import CompiledSweep
@@ -45,15 +47,18 @@ class ImplicitSweeps(Backend):
         """Return why there are no such sweeps for a solve, whatever the field."""
         settings, method = wanted.settings, wanted.settings.method
         if wanted.watched:
-            return "dense=True, events and monitors look at single steps of implicit methods"
-        if wanted.keep and wanted.checkpointing != Checkpointing():
-            return "of implicit methods all steps are kept: drop checkpointing"
+            return "events and monitors look at single steps of implicit methods"
+        if wanted.keep and not self._keeps(wanted.checkpointing):
+            return (
+                "of implicit methods checkpoints are kept in memory alone: drop disk=, resume= "
+                "and device_memory="
+            )
         # They have Newton's methods and error estimates of their own.
         own = method.multistep or method.coupled
-        if settings.form not in ("rhs", "imex") and not (settings.form == "mass" and own):
+        if settings.form not in ("rhs", "imex", "mass"):
             return (
                 f"the form {settings.form!r} is not compiled: only y' = f(t, y) is, in two parts "
-                "too, and of BDF and fully implicit methods M y' = f(t, y)"
+                "too, and M y' = f(t, y)"
             )
         if method.kind not in self.kinds:
             return f"method={method.name!r} is not compiled so far"
@@ -87,6 +92,10 @@ class ImplicitSweeps(Backend):
         if settings.jacobian not in ("sparse", "block") or more.exchange is not None:
             return False
         return self.graphs and not (method.coupled or settings.form == "mass" or more.found)
+
+    def _keeps(self, chosen: Checkpointing) -> bool:
+        """Whether checkpoints are kept as is asked for."""
+        return chosen.disk is None and chosen.device_memory is None
 
     def _compile(
         self, trace: Trace, part: VectorField, y0: torch.Tensor, wanted: Wanted
@@ -145,12 +154,36 @@ class ImplicitSweeps(Backend):
             program = SplitProgram(program, checked[1].code)
             handle = program.stand_at(settings, y0)
         else:
-            handle = program.stand_at(settings, y0, None if mass is None else mass.dense())
+            if mass is not None:
+                settings = _with_mass(settings, mass, wanted.settings.method)
+            handle = program.stand_at(settings, y0, _matrices(settings, mass))
+        budget = Budget()
+        if wanted.keep and wanted.budget is not None:
+            budget = wanted.budget(field_.problem)
         sweep = CompiledSweep(
             program, handle, None, field_.problem, wanted.settings, wanted.control, wanted.keep,
-            wanted.control.first_step or 0.0,
+            wanted.control.first_step or 0.0, budget, wanted.dense,
         )  # fmt: skip
         return Compilation(sweep, captured=tuple(program.captured))
+
+
+def _with_mass(settings: Any, mass: MassMatrix, method: Method) -> Any:
+    """Return settings in C for a mass matrix: a singular one leaves equations in t."""
+    if not method.linearly_implicit:
+        return settings
+    own = type(settings).from_buffer_copy(settings)
+    own.time_slope = scheme_of(method).needs_slope_of(mass)
+    return own
+
+
+def _matrices(settings: Any, mass: MassMatrix | None) -> torch.Tensor | None:
+    """Return a mass matrix as ``stand_at`` takes it: see ``dirk_steps.cpp``."""
+    if mass is None or not settings.explicit_first:
+        return None if mass is None else mass.dense()
+    unit = torch.eye(mass.size, dtype=REAL)
+    inverse = mass.solve(unit).T
+    reached = mass.dense() @ inverse if mass.singular else unit
+    return torch.stack([mass.dense(), inverse, reached])
 
 
 def kind_of(method: Method) -> str:

@@ -7,6 +7,7 @@
 // Times and steps are the user's: h is negative where time runs backwards.
 
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 // Each but the first two: the solve is repeated step by step, which tells the error.
@@ -14,7 +15,8 @@ enum Status : int64_t {
     MISSING = 100,  // entries of a Jacobian, in the pattern that it is said to have
     DONE = 0, PAUSED, NOT_FINITE, NOT_CONVERGED, SINGULAR, STEP_LIMIT, TOO_SMALL, FAILED,
     HOPELESS,  // not finite, which shorter steps would not mend
-    NO_ROOM  // for more checkpoints
+    NO_ROOM,  // for more checkpoints
+    WAITING  // for orders, of checkpoints.h
 };
 
 // Square of the largest norm that is not taken for an overflow: what an adaptive step may square
@@ -22,11 +24,12 @@ enum Status : int64_t {
 constexpr double MODERATE = 1e200;
 
 struct Counts {  // of driver.py
-    int64_t steps, rejected, rhs, vjp, jvp, jacobians, factorizations, newton, krylov, bytes;
+    int64_t steps, rejected, recomputed, rhs, vjp, jvp, jacobians, factorizations, newton, krylov;
+    int64_t bytes;
 };
 
 struct Control {  // of driver.py
-    int64_t keep, adaptive, max_steps;
+    int64_t keep, fresh, adaptive, max_steps;
     double direction, order, first_step, min_step, max_step, longest;
 };
 
@@ -68,6 +71,16 @@ class Kernel {
     // Write lambda and mu.
     virtual void end_adjoint(double* state, double* const* sums) = 0;
 
+    // Of checkpoints.h, where single steps are kept: the state; what the adjoint of the last step
+    // needs, which ends with that step's end if the method holds it; the same for adjoints and
+    // tangents that follow; go on from a state, from the first one for null.
+    virtual const double* state() const { return nullptr; }
+    virtual void live(std::vector<double>&) const {}
+    virtual void load(const double*) {}
+    virtual void stand(const double*) {}
+    // Let the next step begin without what the last one has left.
+    virtual void restart_step() {}
+
     // Begin with so many tangents of the state, rows of `start`, and as many of what mu is the
     // gradient by, rows of `along`, null where it does not move.
     virtual void begin_tangents(int64_t, const double*, const double*) {}
@@ -80,6 +93,8 @@ class Kernel {
     // Whether it chooses the lengths of adaptive steps, instead of the loop, and whether those are
     // what it wants even where the last step was shortened to meet an output time.
     bool chooses = false, absolute = false;
+    // Where the step before the next one ended, if that was not taken just now; else NaN.
+    double last_end = std::numeric_limits<double>::quiet_NaN();
     // A step that failed is tried again with this share of its length.
     double failure_factor = 0.25;
     // After so many steps the loop looks at the clock.

@@ -29,8 +29,11 @@ __all__ = ["INCLUDES", "MOST_STAGES", "ImplicitProgram", "Program", "Writer"]
 #: Of implicit_steps.cpp.
 MOST_STAGES = 16
 
-#: Between implicit_steps.cpp and the steps.
-_ABOVE = {"bdf": ("bdf_control.h", "modified_newton.h")}
+# Of steps that are more than one file.
+_FILES = {
+    "bdf": ("bdf_control.h", "modified_newton.h", "bdf_steps.cpp"),
+    "dirk": ("dirk_steps.cpp", "dirk_derivatives.cpp"),
+}
 # Entries of a state from which factors cost more than the evaluations that new ones save.
 _WORTH_KEEPING = 8
 _FLAGS = ("-std=c++17", "-O2", "-march=native", "-fno-math-errno", "-fPIC", "-shared")
@@ -107,7 +110,7 @@ class ImplicitProgram(Kernel, Code):
         self._indices = [part.index for part in traced.parameters]
         nothing = torch.zeros((), dtype=REAL)
         self._shapes = [nothing.expand(part.shape) for part in traced.parameters]
-        own = (*_ABOVE.get(steps, ()), f"{steps}_steps.cpp")
+        own = _FILES.get(steps, (f"{steps}_steps.cpp",))
         complex_numbers = "#include <complex>\n" if steps == "coupled" else ""
         text = "\n".join((
             source("kernel.h"), INCLUDES + complex_numbers, field,

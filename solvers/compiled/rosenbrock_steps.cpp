@@ -7,13 +7,20 @@ class Rosenbrock : public ImplicitSteps {
  public:
   using ImplicitSteps::ImplicitSteps;
 
+  void accept(bool keep) override {
+    std::memcpy(begun, u, sizeof(begun));
+    ImplicitSteps::accept(keep);
+  }
+
+  void live(std::vector<double>& found) const override { found.assign(begun, begun + N); }
+
   // RosenbrockAdjoint has the equations.
   Status adjoint(int64_t index, double t, double h) override {
     const int s = int(m.stages);
     double Y[MOST_STAGES][N], Z[MOST_STAGES][N], V[MOST_STAGES][N], bar[MOST_STAGES][N];
-    double W[MOST_STAGES][N], rates[MOST_STAGES], J[ENTRIES], l[N], through[N], after[N];
+    double W[MOST_STAGES][N], rates[MOST_STAGES], J[ENTRIES], l[N], through[N], moved[N], after[N];
     Factors factors;
-    const double* u = values.data() + index * N;
+    const double* u = kept_of(index, N);
     const Status status = solve_stages(t, h, u, Y, Z, V, J, factors, false);
     if (status != DONE) return status;
     for (int i = 0; i < s; i++)
@@ -30,7 +37,7 @@ class Rosenbrock : public ImplicitSteps {
         apply_transposed(J, w, through);
       } else {
         if (!m.one_matrix) {
-          if (!factors.factor(1.0 / (h * m.diagonal[i]), J)) return SINGULAR;
+          if (!factors.factor(1.0 / (h * m.diagonal[i]), J, M)) return SINGULAR;
           counts.factorizations++;
         }
         factors.solve_transposed(w);
@@ -43,10 +50,11 @@ class Rosenbrock : public ImplicitSteps {
         pull_back(time, Z[i], w, c, l);
       counts.vjp++;
       if (m.wanted) parameters(time, Z[i], w, c, mu);
+      if (M) multiply_transposed(M, w, moved);
       for (int k = 0; k < N; k++) {
         after[k] += l[k];
         for (int j = 0; j < i; j++) {
-          bar[j][k] += A[j] * l[k] - inverse[j] / h * w[k];
+          bar[j][k] += A[j] * l[k] - inverse[j] / h * (M ? moved : w)[k];
           if (is_explicit) bar[j][k] += corr[j] * through[k];
         }
       }
@@ -63,7 +71,7 @@ class Rosenbrock : public ImplicitSteps {
     double Y[MOST_STAGES][N], at[MOST_STAGES][N], V[MOST_STAGES][N];
     double J[ENTRIES], own[ENTRIES], f[N], moved[N], through[N];
     Factors factors;
-    const double* u = values.data() + index * N;
+    const double* u = kept_of(index, N);
     const Status status = solve_stages(t, h, u, Y, at, V, J, factors, false);
     if (status != DONE) return status;
     Rows dY[MOST_STAGES], dZ;
@@ -76,11 +84,16 @@ class Rosenbrock : public ImplicitSteps {
       dY[i].resize(du.size());
       for (size_t k = 0; k < du.size(); k += N) apply(i ? own : J, &dZ[k], &dY[i][k]);
       add_along(time, at[i], dY[i]);
-      for (int j = 0; j < i; j++) plus(dY[i], -inverse[j] / h, dY[j]);
+      Rows driven(M ? du.size() : 0);
+      for (int j = 0; j < i; j++) plus(M ? driven : dY[i], -inverse[j] / h, dY[j]);
+      for (size_t k = 0; k < driven.size(); k += N) {
+        multiply(M, &driven[k], moved);
+        for (int l = 0; l < N; l++) dY[i][k + l] += moved[l];
+      }
       add_second(t, u, V[i], m.time_slope ? m.gamma[i] * h : 0.0, dY[i]);
       const bool is_explicit = m.diagonal[i] == 0.0;
       if (!is_explicit && !m.one_matrix) {
-        if (!factors.factor(1.0 / (h * m.diagonal[i]), J)) return SINGULAR;
+        if (!factors.factor(1.0 / (h * m.diagonal[i]), J, M)) return SINGULAR;
         counts.factorizations++;
       }
       for (size_t k = 0; k < du.size(); k += N) {
@@ -121,6 +134,8 @@ class Rosenbrock : public ImplicitSteps {
   }
 
  private:
+  double begun[N];  // where the last step began
+
   // x_k += the derivative of J v + weight df/dt, at a step's start, along tangent k there.
   void add_second(double t, const double* u, const double* v, double weight, Rows& x) {
     double w[1][N] = {}, along[1][N], l[N];
@@ -162,11 +177,14 @@ class Rosenbrock : public ImplicitSteps {
         value(t + m.alpha[i] * h, Z[i], c, f);
       counts.rhs++, counts.jacobians += i == 0;
       if (!(square(f) < MODERATE)) return NOT_FINITE;
-      double* y = Y[i];
+      double *y = Y[i], sum[N], moved[N];
       for (int k = 0; k < N; k++) {
-        double sum = 0.0;
-        for (int j = 0; j < i; j++) sum += inverse[j] * Y[j][k];
-        y[k] = f[k] - sum / h;
+        sum[k] = 0.0;
+        for (int j = 0; j < i; j++) sum[k] += inverse[j] * Y[j][k];
+      }
+      if (M) multiply(M, sum, moved);
+      for (int k = 0; k < N; k++) {
+        y[k] = f[k] - (M ? moved : sum)[k] / h;
         if (m.time_slope) y[k] += m.gamma[i] * h * ft[k];
         V[i][k] = 0.0;
       }
@@ -178,7 +196,7 @@ class Rosenbrock : public ImplicitSteps {
         continue;
       }
       if (i == 0 || !m.one_matrix) {
-        if (!factors.factor(1.0 / (h * m.diagonal[i]), J)) return SINGULAR;
+        if (!factors.factor(1.0 / (h * m.diagonal[i]), J, M)) return SINGULAR;
         counts.factorizations++;
       }
       factors.solve(y);
@@ -194,8 +212,8 @@ class Rosenbrock : public ImplicitSteps {
 extern "C" {
 
 // To be freed by the sweep that takes it over.
-void* pnode_implicit_steps(const Settings* settings, const double* y0, const double*) {
-  return static_cast<Kernel*>(new Rosenbrock(*settings, y0));
+void* pnode_implicit_steps(const Settings* settings, const double* y0, const double* mass) {
+  return static_cast<Kernel*>(new Rosenbrock(*settings, y0, mass));
 }
 
 // The derivatives of w^T J v + w^T df/dt. l and mu come as zeros.

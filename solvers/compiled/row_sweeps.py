@@ -57,11 +57,11 @@ class RowSweeps(ImplicitSweeps):
         self.clocks: dict[int, torch.Tensor] = {}
         self._stand_ins: dict[Any, torch.Tensor] = {}
 
+    def _keeps(self, chosen: Checkpointing) -> bool:
+        return chosen == Checkpointing(memory=chosen.memory, reproducible=chosen.reproducible)
+
     def refuses(self, wanted: Wanted) -> str | None:
         """Return why there are no such sweeps for a solve, whatever the field."""
-        limits = wanted.checkpointing
-        if limits == Checkpointing(memory=limits.memory, reproducible=limits.reproducible):
-            wanted = replace(wanted, checkpointing=Checkpointing())  # forward() keeps to it
         text = super().refuses(wanted)
         return text and text.replace("implicit methods", "independent samples")
 

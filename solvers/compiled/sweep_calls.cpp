@@ -46,7 +46,28 @@ int64_t pnode_forward(void* sweep, void* const* captured, void* outputs, double 
     });
 }
 
+void pnode_keep_ends(void* sweep) { own(sweep).keep_ends(); }
+
+void pnode_ends(void* sweep, double* states) { own(sweep).ends(states); }
+
+int64_t pnode_nodes(void* sweep, const int64_t* first, int64_t count) {
+    return guarded([&] {
+        own(sweep).nodes(first, count);
+        return DONE;
+    });
+}
+
 void pnode_repeat(void* sweep) { own(sweep).repeat(); }
+
+void pnode_limit(void* sweep, int64_t bytes) { own(sweep).limit(bytes); }
+
+// Orders of checkpoints.h, two numbers each, behind those before.
+int64_t pnode_schedule(void* sweep, const int64_t* orders, int64_t count) {
+    return guarded([&] {
+        own(sweep).schedule(reinterpret_cast<const Order*>(orders), count);
+        return DONE;
+    });
+}
 
 void pnode_restart(void* sweep) { own(sweep).restart(); }
 

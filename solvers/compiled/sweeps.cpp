@@ -1,5 +1,6 @@
 // Whole sweeps, forwards and backwards: what solvers/stepping.py and adjoint steps do one by one,
-// with the same numbers. Above this stand kernel.h and ranks.h, below it sweep_calls.cpp.
+// with the same numbers. Above this stand kernel.h, checkpoints.h and ranks.h, below it
+// sweep_derivatives.cpp and sweep_calls.cpp.
 
 #include <algorithm>
 #include <atomic>
@@ -63,6 +64,18 @@ class Sweep {
     // Take checkpoints out of so many bytes, which other sweeps share.
     void share(std::atomic<int64_t>* room) { room_ = room; }
 
+    // Take them out of so many bytes.
+    void limit(int64_t bytes) {
+        most_ = bytes;
+        begin();
+    }
+
+    // Keep what orders say, which are waited for.
+    void schedule(const Order* orders, int64_t count) {
+        if (!budget_) budget_ = std::make_unique<Checkpoints>(kernel_.get());
+        budget_->give(orders, count);
+    }
+
     // Take steps until they are done, or the time is over. Among ranks that share the state the
     // sweep ends with one reduction, and as well or badly on all of them.
     Status forward(void* const* captured, void* outputs, double seconds) {
@@ -85,6 +98,18 @@ class Sweep {
         return ended_ = status;
     }
 
+    // Keep the state at the end of each step of the first pass, until they are asked for.
+    void keep_ends() { keeps_ends_ = true; }
+
+    void ends(double* states) {
+        std::copy(ends_.begin(), ends_.end(), states);
+        std::vector<double>().swap(ends_);
+        keeps_ends_ = false;
+    }
+
+    // Cotangents are of the states after so many steps each, the first after none, not of outputs.
+    void nodes(const int64_t* first, int64_t count) { nodes_.assign(first, first + count); }
+
     // Begin once more with the steps that were taken, which is not collective.
     void repeat() {
         again_ = true;
@@ -94,79 +119,20 @@ class Sweep {
     // Begin a backward sweep, whatever became of one before.
     void restart() { backwards_ = false; }
 
-    // Take adjoints until they are done, or the time is over.
+    // Of sweep_derivatives.cpp.
     Status reverse(void* const* captured, double* const* sums, const double* cotangents,
-                   double seconds) {
-        kernel_->lend(captured);
-        Clock clock(seconds, kernel_->steps_per_look);
-        if (!backwards_) {
-            backwards_ = true;
-            active_ = false;
-            left_ = record_.size();
-            waiting_ = outputs_at_.size();
-            taken_ = 0;
-            kernel_->counts = {};
-            kernel_->begin_adjoint(sums);
-        }
-        Status status = PAUSED;
-        do {
-            for (; waiting_ > 1 && outputs_at_[waiting_ - 1] == left_; --waiting_) {
-                const double* row = cotangents + (waiting_ - 1) * kernel_->size;
-                if (std::all_of(row, row + kernel_->size, [](double x) { return x == 0.0; }))
-                    continue;
-                kernel_->add(row);
-                active_ = true;
-            }
-            --left_;
-            if (active_) {
-                const Taken& step = record_[left_];
-                const Status found = kernel_->adjoint(left_, step.t, step.h);
-                if (found != DONE) {
-                    status = found;
-                    break;
-                }
-                ++taken_;
-            }
-            kernel_->forget();
-            if (!left_) status = DONE;
-        } while (status == PAUSED && !clock.over());
-        kernel_->lend(nullptr);
-        backwards_ = status == PAUSED;
-        return status;
-    }
+                   double seconds);
 
     void finish(double* state, double* const* sums) { kernel_->end_adjoint(state, sums); }
 
-    // Take tangents over the steps that were taken until they are done, or the time is over, from
-    // the first one where `start` is given; they are written to each output, one after the other.
     Status tangents(void* const* captured, int64_t number, const double* start, const double* along,
-                    double* outputs, double seconds) {
-        kernel_->lend(captured);
-        Clock clock(seconds, kernel_->steps_per_look);
-        if (start) {
-            taken_ = 0;
-            waiting_ = 0;
-            kernel_->counts = {};
-            kernel_->begin_tangents(number, start, along);
-        }
-        Status status = PAUSED;
-        for (;;) {
-            for (; waiting_ < outputs_at_.size() && outputs_at_[waiting_] == taken_; ++waiting_)
-                kernel_->tangents(outputs + waiting_ * number * kernel_->size);
-            if (taken_ == static_cast<int64_t>(record_.size())) status = DONE;
-            if (status != PAUSED || clock.over()) break;
-            const Status found = kernel_->tangent(taken_, record_[taken_].t, record_[taken_].h);
-            if (found != DONE) status = found;
-            ++taken_;
-        }
-        kernel_->lend(nullptr);
-        return status;
-    }
+                    double* outputs, double seconds);
 
     Counts counts(bool backward) const {
         Counts counts = kernel_->counts;
         counts.steps = backward ? taken_ : static_cast<int64_t>(record_.size());
         counts.rejected = backward ? 0 : rejected_;
+        if (budget_) counts.bytes = budget_->peak;
         return counts;
     }
 
@@ -180,7 +146,9 @@ class Sweep {
         return static_cast<int64_t>(record_.size());
     }
 
-    bool whole() const { return kernel_->kept() == static_cast<int64_t>(record_.size()); }
+    bool whole() const {
+        return budget_ ? complete_ : kernel_->kept() == static_cast<int64_t>(record_.size());
+    }
 
   private:
     Status take(void* const* captured, void* outputs, double seconds) {
@@ -191,8 +159,18 @@ class Sweep {
         if (!interval_) output();
         do {
             if (interval_ == times_.size()) {
+                if (budget_) budget_->hold();
+                complete_ = true;
                 status = DONE;
                 break;
+            }
+            if (budget_ && !budget_->next()) {
+                status = WAITING;
+                break;
+            }
+            if (control_.fresh && begun_ != index_) {
+                begun_ = index_;
+                kernel_->restart_step();
             }
             status = again_ ? repeated() : control_.adaptive ? adapt() : fixed();
         } while (status == PAUSED && !clock.over());
@@ -227,6 +205,12 @@ class Sweep {
     void begin() {
         kernel_->counts = {};
         kernel_->begin();
+        if (budget_) budget_->clear();
+        own_room_ = most_;
+        if (most_ >= 0) room_ = &own_room_;
+        complete_ = false;
+        kernel_->last_end = std::nan("");
+        begun_ = -1;
         outputs_at_.clear();
         if (!again_) record_.clear();
         index_ = position_ = 0;
@@ -320,11 +304,31 @@ class Sweep {
         return PAUSED;
     }
 
+    // Take a step once more that was taken before, for its checkpoint.
+    Status advance(int64_t step) {
+        const Taken& taken = record_[step];
+        if (control_.fresh) kernel_->restart_step();
+        kernel_->last_end = step ? record_[step - 1].t + record_[step - 1].h : std::nan("");
+        const Status status = kernel_->attempt(taken.t, taken.h).status;
+        if (status != DONE) return status;
+        kernel_->accept(false);
+        ++kernel_->counts.recomputed;
+        budget_->advanced(step);
+        return PAUSED;
+    }
+
     Status accept(double t, double h, bool reached) {
         const int64_t before = kernel_->counts.bytes;
-        kernel_->accept(control_.keep);
+        kernel_->accept(control_.keep && !budget_);
+        if (budget_) {  // what there is to do up to ACCEPTED
+            budget_->pop();
+            budget_->advanced(index_);
+            if (!budget_->next()) return FAILED;
+            budget_->pop();
+        }
         if (room_ && (*room_ -= kernel_->counts.bytes - before) < 0) return NO_ROOM;
         if (!again_) record_.push_back({t, h, kernel_->order()});
+        if (keeps_ends_) ends_.insert(ends_.end(), kernel_->state(), kernel_->state() + kernel_->size);
         ++index_;
         if (reached) {
             if (!again_) {
@@ -345,6 +349,12 @@ class Sweep {
     bool open_ = false;  // whether reductions are to come
     Status ended_ = FAILED;
     std::atomic<int64_t>* room_ = nullptr;  // for checkpoints; null: any number
+    int64_t most_ = -1;
+    std::atomic<int64_t> own_room_{0};
+    std::unique_ptr<Checkpoints> budget_;  // null: the kernel keeps those of all steps
+    std::vector<double> live_;
+    bool complete_ = false, was_complete_ = false;  // whether a backward sweep can begin
+    int64_t begun_ = -1;
     // Where the sweep stands.
     size_t interval_;
     int64_t index_, position_, rejected_;
@@ -352,7 +362,9 @@ class Sweep {
     bool again_ = false;
     // What it has done.
     std::vector<Taken> record_;
-    std::vector<int64_t> outputs_at_, reached_;
+    std::vector<int64_t> outputs_at_, reached_, nodes_;
+    bool keeps_ends_ = false;
+    std::vector<double> ends_;
     // Its adjoint, or its tangents.
     bool backwards_ = false, active_ = false;
     size_t waiting_ = 0;

@@ -1,0 +1,151 @@
+"""A sweep that machine code takes, from the first step to the last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from typing import Any
+
+import torch
+
+from pnode.adjoint.gradients import CostGradients
+from pnode.adjoint.tangents import Moving
+from pnode.base.evidence import Reads
+from pnode.base.surroundings import Surroundings
+from pnode.base.vectors import REAL
+from pnode.errors import FieldChanged
+from pnode.field.products import accumulate
+from pnode.field.vectorfield import VectorField
+from pnode.solvers.compiled.driver import CompiledSweep
+from pnode.solvers.stepping import Step
+from pnode.sweeping.dense import DenseOutput
+from pnode.sweeping.dense_adjoint import DenseAdjoint
+from pnode.sweeping.recording import Noted
+from pnode.sweeping.run import Requests, Run, Sweep
+
+__all__ = ["WholeSweep", "refuse_written"]
+
+
+def refuse_written(reads: Reads, surroundings: Surroundings, method: str) -> None:
+    """Raise :class:`FieldChanged` if what machine code reads was written into. Not collective."""
+    changed = reads.changed()
+    if changed is not None:
+        raise FieldChanged(
+            f"a tensor of shape {tuple(changed.shape)} that the vector field uses was written "
+            f"into after the forward sweep{surroundings.differences()}: take the gradient "
+            "before it changes, or let the solve use a copy",
+            method=method,
+        )
+
+
+class WholeSweep(Sweep):
+    """A sweep of machine code, from the first step to the last.
+
+    Parameters
+    ----------
+    compiled : CompiledSweep
+        Has been taken.
+    """
+
+    def __init__(self, compiled: CompiledSweep) -> None:
+        self._compiled = compiled
+        self._nodes: list[int] = []  # of outputs, -1 where they are interpolated
+
+    @property
+    def interpolated(self) -> Set[int]:
+        """Indices of the outputs that are interpolated."""
+        return frozenset() if self.dense is None else self.dense.interpolated
+
+    def interpolated_outputs(
+        self, run: Run, field: VectorField, y0: torch.Tensor, outputs: torch.Tensor, keep: bool,
+        requests: Requests,
+    ) -> torch.Tensor:  # fmt: skip
+        """Return all outputs, from those that steps have hit; see :class:`DenseOutput`."""
+        if not requests.dense:
+            return outputs
+        rows, nodes = [outputs[0]], [0]
+
+        def emit(state: torch.Tensor, after: int | None) -> None:
+            rows.append(state.to(outputs.dtype))
+            nodes.append(-1 if after is None else after)
+
+        start = y0.detach().to(REAL, copy=True)
+        dense = DenseOutput(
+            run.problem.times, run.settings.method, start, field, emit, keep
+        )  # fmt: skip
+        self.dense, noted = dense, Noted()
+        steps, ends = self._compiled.recorded()[0], self._compiled.ends()
+        for step, state in zip(steps, ends, strict=True):
+            dense.take(step, state)
+            noted.take(step, state)
+        dense.end()
+        noted.outputs = [0, len(steps)]
+        self.noted_steps = noted
+        self._nodes = [*nodes, len(steps)]
+        return torch.stack([*rows, outputs[-1]])
+
+    def recorded(self) -> tuple[Sequence[Step], tuple[int, ...]]:
+        """Return the steps, and how many come before each output."""
+        return self._compiled.recorded()
+
+    def noted(self, output: int) -> Sequence[float]:
+        """Return nothing: the graph that is differentiated is the one that was evaluated."""
+        return ()
+
+    def reverse(
+        self, run: Run, y0: torch.Tensor, cotangents: torch.Tensor, wants_times: bool
+    ) -> CostGradients:
+        """Take the discrete adjoint; see :class:`Sweep`. Collective."""
+        ranks, parameters = run.problem.ranks, run.problem.parameters
+        if self.dense is not None:
+            return self._through_interpolants(run, cotangents, wants_times)
+        if not ranks.parallel:
+            return self._reverse(run, cotangents)
+        with ranks.together(agree=False):
+            found = ranks.attempt(self._checked_reverse, run, cotangents)
+        unknown = [None] * len(parameters)  # of a rank that has failed, which this tells
+        summed = ranks.sum_gradients(unknown if found is None else found.parameters, parameters)
+        return CostGradients(found.state, summed, found.initial)
+
+    def _reverse(self, run: Run, cotangents: torch.Tensor) -> CostGradients:
+        return CostGradients(*self._compiled.reverse(cotangents, run.stats.backward))
+
+    def _through_interpolants(
+        self, run: Run, cotangents: torch.Tensor, wants_times: bool
+    ) -> CostGradients:
+        """Do as :meth:`_reverse`, with the cotangents of the states that outputs are made of."""
+        steps, field = self._compiled.recorded()[0], run.field(run.stats.backward)
+        rows: dict[int, torch.Tensor] = {}
+        with torch.enable_grad():
+            inside = DenseAdjoint(self.dense, steps, field, cotangents, wants_times)
+            for node in range(len(steps), -1, -1):
+                found = inside.at(node, _no_checkpoint, _no_graphs)
+                if found is not None:
+                    rows[node] = found
+        for node, row in zip(self._nodes[1:], cotangents[1:].to(REAL), strict=True):
+            if node >= 0:
+                rows[node] = rows[node] + row if node in rows else row
+        first = rows.pop(0, torch.zeros(self._compiled.kernel.size, dtype=REAL))
+        places = sorted(rows)
+        given = torch.stack([torch.zeros_like(first), *(rows[node] for node in places)])
+        _, parameters, initial = self._compiled.reverse(given, run.stats.backward, [0, *places])
+        accumulate(parameters, tuple(inside.parameters))
+        initial = initial + first
+        return CostGradients(initial + cotangents[0], parameters, initial, inside.times)
+
+    def _checked_reverse(self, run: Run, cotangents: torch.Tensor) -> CostGradients:
+        """Do as alone, with the check of :func:`backward`, whose failure all ranks are to know."""
+        assert run.reads is not None and run.surroundings is not None
+        refuse_written(run.reads, run.surroundings, run.settings.method.name)
+        return self._reverse(run, cotangents)
+
+    def tangents(self, run: Run, start: torch.Tensor, moving: Moving) -> torch.Tensor | None:
+        """Take the steps' tangents; see :meth:`CompiledSweep.tangents`."""
+        return self._compiled.tangents(start, moving, run.stats.tangents)
+
+
+def _no_checkpoint(step: int) -> Any:
+    raise AssertionError("interpolants of states alone want no stages")
+
+
+def _no_graphs(step: int) -> None:
+    return None

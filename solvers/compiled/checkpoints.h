@@ -1,0 +1,123 @@
+// What a sweep keeps within a budget, by the actions of adjoint/schedule.py, which come as numbers.
+// Above this stands kernel.h.
+
+#include <algorithm>
+#include <cstdint>
+#include <deque>
+#include <unordered_map>
+#include <vector>
+
+enum Act : int64_t {  // of adjoint/script.py
+    ADVANCE, ADJOINT, ACCEPTED, STORE_SOLUTION, RESTORE_SOLUTION, DISCARD_SOLUTION,
+    STORE_STAGES, RESTORE_STAGES, DISCARD_STAGES, RESTORE_END, KEEP_END
+};
+
+struct Order {
+    int64_t act, step;
+};
+
+class Checkpoints {
+  public:
+    explicit Checkpoints(Kernel* kernel) : kernel_(kernel) {}
+
+    void clear() {
+        orders_.clear();
+        solutions_.clear();
+        stages_.clear();
+        live_.clear();
+        stored_ = 0;
+        live_step_ = -1;
+    }
+
+    void give(const Order* orders, int64_t count) {
+        orders_.insert(orders_.end(), orders, orders + count);
+    }
+
+    // Let go of orders for steps that the sweep did not take.
+    void drop_orders() { orders_.clear(); }
+
+    // Follow orders up to the next one for the sweep: ADVANCE, ADJOINT or ACCEPTED; null if there is
+    // none so far.
+    const Order* next() {
+        for (; !orders_.empty(); orders_.pop_front()) {
+            if (orders_.front().act <= ACCEPTED) return &orders_.front();
+            follow(orders_.front());
+        }
+        return nullptr;
+    }
+
+    void pop() { orders_.pop_front(); }
+
+    // The kernel has taken a step, whose state it is at.
+    void advanced(int64_t step) {
+        live_step_ = step;
+        live_.clear();
+    }
+
+    // What the adjoint of the step that is live needs, which counts from now on.
+    const std::vector<double>& hold() {
+        const std::vector<double>& found = live();
+        count(stages_.count(live_step_) ? 0 : found.size());
+        return found;
+    }
+
+    int64_t peak = 0;  // bytes
+
+  private:
+    typedef std::unordered_map<int64_t, std::vector<double>> Kept;
+
+    const std::vector<double>& live() {
+        if (live_.empty()) kernel_->live(live_);
+        return live_;
+    }
+
+    void follow(const Order& order) {
+        const int64_t step = order.step;
+        switch (order.act) {
+            case STORE_SOLUTION: return put(solutions_[step], kernel_->state(), kernel_->size);
+            case RESTORE_SOLUTION:
+                return kernel_->stand(step ? solutions_.at(step).data() : nullptr);
+            case DISCARD_SOLUTION: return drop(solutions_, step);
+            case STORE_STAGES: return put(stages_[step], live().data(), live().size());
+            case RESTORE_STAGES:
+                live_ = stages_.at(step);
+                live_step_ = step;
+                return;
+            case DISCARD_STAGES: return drop(stages_, step);
+            case RESTORE_END: return kernel_->stand(end(step));
+            case KEEP_END: {
+                const double* from = end(step);
+                const std::vector<double> own(from, from + kernel_->size);
+                drop(stages_, step);
+                return put(solutions_[step + 1], own.data(), own.size());
+            }
+        }
+    }
+
+    const double* end(int64_t step) const {
+        const std::vector<double>& found = stages_.at(step);
+        return found.data() + found.size() - kernel_->size;
+    }
+
+    void put(std::vector<double>& place, const double* from, size_t number) {
+        place.assign(from, from + number);
+        stored_ += number;
+        count(0);
+    }
+
+    void drop(Kept& kept, int64_t step) {
+        stored_ -= kept.at(step).size();
+        kept.erase(step);
+    }
+
+    void count(size_t more) {
+        peak = std::max(peak, int64_t((stored_ + more) * sizeof(double)));
+    }
+
+    Kernel* const kernel_;
+    std::deque<Order> orders_;
+    Kept solutions_, stages_;  // by step: the state at its start, what its adjoint needs
+    std::vector<double> live_;
+    int64_t live_step_ = -1;
+    size_t stored_ = 0;
+};

@@ -1,0 +1,67 @@
+"""What the driver of compiled sweeps shares with C++: how steps are chosen, and what was done."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from functools import lru_cache
+from typing import Any
+
+from pnode.base.ledger import Ledger
+from pnode.solvers.petsc.settings import IntegratorSettings
+from pnode.solvers.step_control import StepControl
+
+__all__ = ["Counts", "add_counts", "integers", "new_control", "numbers"]
+
+# PETSc's largest step (TSAdaptSetStepLimits).
+_LONGEST = 1e20
+
+
+def _structure(integers: str, numbers: str = "") -> type[ctypes.Structure]:
+    fields: list[Any] = [(name, ctypes.c_int64) for name in integers.split()]
+    fields += [(name, ctypes.c_double) for name in numbers.split()]
+    return type("Structure", (ctypes.Structure,), {"_fields_": fields})
+
+
+Counts: Any = _structure(
+    "steps rejected recomputed rhs vjp jvp jacobians factorizations newton krylov bytes"
+)
+*_ADDED, _ = (name for name, _ in Counts._fields_)  # the last one is a peak
+_READ = struct.Struct(f"={len(Counts._fields_)}q").unpack
+_Control: Any = _structure(
+    "keep fresh adaptive max_steps", "direction order first_step min_step max_step longest"
+)
+
+
+@lru_cache(maxsize=64)
+def numbers(values: tuple[float, ...]) -> Any:
+    """Return an array in C."""
+    return (ctypes.c_double * len(values))(*values)
+
+
+@lru_cache(maxsize=64)
+def integers(values: tuple[int, ...], length: int) -> Any:
+    """Return an array in C of a length, with zeros behind the values."""
+    return (ctypes.c_int64 * length)(*values)
+
+
+def new_control(
+    settings: IntegratorSettings, control: StepControl, keep: bool, direction: float,
+    first_step: float, fresh: bool = False,
+) -> Any:  # fmt: skip
+    """Return how steps are chosen, in C; ``fresh``: each begins without what the last has left."""
+    return _Control(
+        keep, fresh, settings.adaptive, -1 if control.max_steps is None else control.max_steps,
+        direction, settings.method.order, first_step, control.min_step,
+        control.max_step, min(control.max_step, _LONGEST),
+    )  # fmt: skip
+
+
+def add_counts(counts: Any, ledger: Ledger) -> None:
+    """Add what was done to a ledger."""
+    *more, size = _READ(counts)
+    own = vars(ledger)
+    for name, number in zip(_ADDED, more, strict=True):
+        own[name] += number
+    if size > ledger.ram_bytes:
+        ledger.ram_bytes = size

@@ -1,0 +1,156 @@
+"""Whole compiled sweeps of implicit methods within a budget: the numbers of those without one."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from test_compiled_stiff import START, TIMES, Kinetics
+from torch.func import jvp
+
+import pnode
+from pnode.derivatives import stage_tangents
+
+D = torch.float64
+STATE = 24  # bytes
+
+
+def solve(limits, compile=True, backward=1, parts=None, **keywords):
+    """Return the statistics, and solution and gradients; of all backward sweeps the same ones."""
+    field = Kinetics()
+    own = {"rhs": field} if parts is None else parts(field)
+    solver = pnode.Solver(
+        jacobian="dense", compile=compile, checkpointing=pnode.Checkpointing(**limits), **own,
+        **keywords,
+    )  # fmt: skip
+    y0, times = START.clone().requires_grad_(), TIMES.clone().requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solution = solver(y0, times)
+    assert ("compiled='whole sweeps'" in repr(solver)) == compile
+    weights = torch.linspace(-1.0, 2.0, solution.ys.numel(), dtype=D).view(solution.ys.shape)
+    loss, tensors = (solution.ys * weights).sum(), [y0, times, field.weight, field.bias]
+    found = [torch.autograd.grad(loss, tensors, retain_graph=True) for _ in range(backward)]
+    assert all(map(torch.equal, sum(found, ()), found[0] * backward))
+    return solution.stats, [solution.ys.detach(), *found[0]]
+
+
+FIXED, ADAPTIVE = {"step_size": 0.02}, {"rtol": 1e-6, "atol": 1e-8}
+
+
+@pytest.mark.parametrize("units", [7, 13, 40])
+@pytest.mark.parametrize("keywords", [
+    {"method": "cn", **FIXED}, {"method": "implicit_midpoint", **FIXED},
+    {"method": "es325", **FIXED}, {"method": "es325", **ADAPTIVE},
+    {"method": "sdirk2", "rtol": 1e-4, "atol": 1e-6}, {"method": "rodas3", **FIXED},
+    {"method": "rodaspr", **ADAPTIVE}, {"method": "gauss4", **FIXED},
+    {"method": "radau5", **ADAPTIVE},
+])  # fmt: skip
+def test_gradients_are_those_without_a_limit(keywords, units):
+    """In every bit if steps begin afresh; as many steps are repeated as without machine code."""
+    limits = {"memory": STATE * units, "reproducible": True}
+    _, expected = solve({"reproducible": True}, **keywords)
+    stats, found = solve(limits, backward=2, **keywords)
+    assert all(map(torch.equal, found, expected))
+    assert 0 < stats.ram_bytes <= limits["memory"]
+    eager, gradients = solve(limits, compile=False, **keywords)
+    repeated = eager.backward.recomputed
+    assert (stats.steps, stats.rejected) == (eager.steps, eager.rejected)
+    assert stats.backward.recomputed == 2 * repeated + stats.steps
+    for a, b in zip(found, gradients, strict=True):
+        # What Newton's method leaves.
+        assert float((a - b).norm() / b.norm()) < 1e-9
+
+
+@pytest.mark.parametrize("method", ["beuler", "es325", "dirk657a", "radau3"])
+def test_what_a_plan_says_is_repeated(method):
+    """Also if only starts of steps are kept, or only stages."""
+    for store in ("auto", "solutions", "stages"):
+        limits = {"memory": STATE * 60, "store": store}
+        planned = pnode.plan(method, 50, STATE, limits["memory"], store=store)
+        (stats, found), (_, expected) = (
+            solve(chosen, method=method, **FIXED) for chosen in (limits, {})
+        )
+        assert stats.backward.recomputed == planned.recomputed
+        assert stats.ram_bytes <= limits["memory"]
+        for a, b in zip(found, expected, strict=True):
+            # A DIRK's first slope is evaluated where a step is repeated from.
+            assert float((a - b).norm() / b.norm()) < 1e-13
+
+
+def test_both_parts_of_an_imex_method():
+    def parts(field):
+        return {
+            "implicit": lambda t, y: -field.rate * (y - y.roll(1) ** 2),
+            "explicit": lambda t, y: torch.tanh(y @ field.weight + field.bias) * (1.0 + t),
+            "params": (field.weight, field.bias),
+        }
+
+    keywords = {"method": "ark3", "parts": parts, **FIXED}
+    stats, found = solve({"memory": STATE * 9}, backward=2, **keywords)
+    assert stats.backward.recomputed > 50
+    assert all(map(torch.equal, found, solve({}, **keywords)[1]))
+
+
+@pytest.mark.parametrize("size", [3, 34])
+@pytest.mark.parametrize("method", ["cn", "es325"])
+def test_a_constant_jacobian_serves_steps_and_adjoints(method, size):
+    """Of few entries, which are scalars, and of more, which are a graph."""
+    torch.manual_seed(1)
+    matrix = torch.nn.Parameter(torch.randn(size, size, dtype=D) - 8.0 * torch.eye(size, dtype=D))
+    found = []
+    for limits in ({"reproducible": True}, {"memory": 8 * size * 9, "reproducible": True}):
+        solver = pnode.Solver(
+            lambda t, y: y @ matrix + torch.sin(t), params=[matrix], method=method, step_size=0.05,
+            compile=True, checkpointing=pnode.Checkpointing(**limits),
+        )  # fmt: skip
+        y0 = torch.linspace(0.5, 1.0, size, dtype=D, requires_grad=True)
+        solution = solver(y0, TIMES)
+        assert "compiled='whole sweeps'" in repr(solver)
+        found.append(torch.autograd.grad(solution.ys.square().sum(), [y0, matrix]))
+    assert solution.stats.backward.recomputed > 10
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("keywords", [
+    {"method": "cn", **FIXED}, {"method": "rodaspr", **ADAPTIVE}, {"method": "bdf", **ADAPTIVE},
+])  # fmt: skip
+def test_tangents_are_those_without_a_limit(keywords, monkeypatch):
+    """The steps are taken once more beside them; the adjoint is there afterwards."""
+    monkeypatch.setattr(stage_tangents, "uncompiled", None)
+    found, along = [], torch.tensor([0.3, -1.0, 2.0], dtype=D)
+    for limits in ({}, {"memory": 10**6 if keywords["method"] == "bdf" else STATE * 9}):
+        solver = pnode.Solver(
+            Kinetics(), jacobian="dense", compile=True, **keywords,
+            checkpointing=pnode.Checkpointing(**limits),
+        )  # fmt: skip
+        with torch.no_grad():
+            found.append(jvp(lambda y0, s=solver: s(y0, TIMES).ys, (START,), (along,)))
+        assert "compiled='whole sweeps'" in repr(solver)
+    assert all(map(torch.equal, *found))
+    y0 = START.clone().requires_grad_()
+    ys = solver(y0, TIMES).ys
+    seeds = torch.ones_like(ys)
+    (gradient,) = torch.autograd.grad(ys, y0, seeds)
+    torch.testing.assert_close((seeds * found[0][1]).sum(), gradient @ along, rtol=1e-11, atol=0)
+
+
+def test_bdf_keeps_every_step_or_says_how_much_that_takes():
+    keywords = {"method": "bdf", **ADAPTIVE}
+    stats, expected = solve({}, **keywords)
+    within, found = solve({"memory": stats.ram_bytes}, **keywords)
+    assert within.ram_bytes == stats.ram_bytes
+    assert all(map(torch.equal, found, expected))
+    with pytest.raises(pnode.CheckpointError, match="raise it to"):
+        solve({"memory": stats.ram_bytes - 1}, **keywords)
+
+
+@pytest.mark.parametrize(("limits", "message"), [
+    ({"memory": STATE}, "memory=24 is too little"),
+    ({"store": "tape"}, "store='tape' keeps the graphs"),
+    ({"store": "solutions"}, "needs memory="),
+])  # fmt: skip
+def test_what_no_schedule_does_is_told_as_ever(limits, message):
+    with pytest.raises(pnode.ConfigurationError, match=message):
+        solve(limits, method="es325", **FIXED)

@@ -1,0 +1,98 @@
+"""Outputs inside the steps of whole compiled sweeps: those of the steps taken one by one."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from test_compiled_stiff import START, Constrained, Kinetics, difference
+from torch.func import jvp
+
+import pnode
+
+D = torch.float64
+# In one step, at the end of one, and elsewhere.
+TIMES = torch.tensor([0.0, 0.011, 0.012, 0.2, 0.47, 0.5, 1.0], dtype=D)
+CONVERGED = {"petsc_options": {"snes_rtol": 1e-13, "snes_stol": 1e-14}}
+OWN_CONVERGED = {"petsc_options": {"snes_stol": 1e-14}}
+
+
+def solve(compile, field=Kinetics, y0=START, times=TIMES, **keywords):
+    """Return the solver's run, and outputs with gradients by y0, times and parameters."""
+    own = field()
+    solver = pnode.Solver(own, jacobian="dense", dense=True, compile=compile, **keywords)
+    y0, times = y0.clone().requires_grad_(), times.clone().requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solution = solver(y0, times)
+    assert ("compiled='whole sweeps'" in repr(solver)) == compile
+    weights = torch.linspace(-1.0, 2.0, solution.ys.numel(), dtype=D).view(solution.ys.shape)
+    parameters = [p for name, p in own.named_parameters() if name != "unused"]
+    loss, tensors = (solution.ys * weights).sum(), [y0, times, *parameters]
+    found = torch.autograd.grad(loss, tensors, retain_graph=True)
+    again = torch.autograd.grad(loss, tensors, retain_graph=True)
+    assert all(map(torch.equal, found, again))
+    return solution, [solution.ys.detach(), *found]
+
+
+def compare(within, **keywords):
+    (eager, expected), (compiled, found) = (solve(c, **keywords) for c in (False, True))
+    assert eager.stats.steps == compiled.stats.steps > 3
+    assert eager.stats.rejected == compiled.stats.rejected
+    for a, b in zip(found, expected, strict=True):
+        assert difference(a, b) < within
+    # A solution that is called takes the steps again, one by one.
+    at = torch.tensor([0.013, 0.2, 0.4567], dtype=D) * keywords.get("times", TIMES)[-1]
+    assert difference(compiled(at), eager(at)) < within
+
+
+@pytest.mark.parametrize("keywords", [
+    {"method": "cn", "step_size": 0.1, **CONVERGED},
+    {"method": "es325", "rtol": 1e-5, "atol": 1e-7, **CONVERGED},
+    {"method": "rodaspr", "rtol": 1e-5, "atol": 1e-7},
+    {"method": "bdf", "rtol": 1e-5, "atol": 1e-7, **OWN_CONVERGED},
+    {"method": "bdf3", "step_size": 0.02, **OWN_CONVERGED},
+    {"method": "radau5", "rtol": 1e-5, "atol": 1e-7, **OWN_CONVERGED},
+    {"method": "gauss6", "step_size": 0.1, **OWN_CONVERGED},
+    {"method": "rodaspr", "step_size": 0.01, "times": -0.1 * TIMES, "y0": 0.1 * START},
+])  # fmt: skip
+def test_outputs_inside_steps(keywords):
+    compare(1e-9, **keywords)
+
+
+@pytest.mark.parametrize("method", ["es325", "bdf", "rodaspr"])
+def test_a_singular_mass_matrix(method):
+    """Whose slopes between the steps are those that solve the algebraic equations' derivative."""
+    mass = torch.tensor([[2.0, 1.0, 0.0], [1.0, 3.0, 0.0], [0.0, 0.0, 0.0]], dtype=D)
+    options = {"es325": CONVERGED, "bdf": OWN_CONVERGED, "rodaspr": {}}[method]
+    compare(
+        1e-8, field=Constrained, y0=torch.tensor([1.0, 0.0, 0.0], dtype=D), mass=mass,
+        method=method, rtol=1e-5, atol=1e-8, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("keywords", [
+    {"method": "es325", "step_size": 0.02}, {"method": "rodaspr", "rtol": 1e-6, "atol": 1e-8},
+])  # fmt: skip
+def test_within_a_budget_the_bits_are_the_same(keywords):
+    (_, expected), (solution, found) = (
+        solve(True, checkpointing=pnode.Checkpointing(memory, reproducible=True), **keywords)
+        for memory in (None, 24 * 9)
+    )
+    assert solution.stats.backward.recomputed > 50
+    assert all(map(torch.equal, found, expected))
+
+
+def test_tangents_and_no_gradients():
+    along, found = torch.tensor([0.3, -1.0, 2.0], dtype=D), []
+    for compile in (False, True):
+        solver = pnode.Solver(
+            Kinetics(), method="rodaspr", rtol=1e-5, atol=1e-7, jacobian="dense", dense=True,
+            compile=compile,
+        )  # fmt: skip
+        with torch.no_grad():
+            ys, Z = jvp(lambda y0, s=solver: s(y0, TIMES).ys, (START,), (along,))
+            assert torch.equal(solver(START, TIMES).ys, ys)
+        found.append(torch.stack([ys, Z]))
+    assert difference(found[1], found[0]) < 1e-10
