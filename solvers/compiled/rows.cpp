@@ -96,7 +96,7 @@ class Rows {
         Counts all{};
         for (const auto& sweep : sweeps_) {
             const Counts own = sweep->counts(backward);
-            for (int k = 0; k < 9; ++k)
+            for (size_t k = 0; k < sizeof(Counts) / sizeof(int64_t); ++k)
                 reinterpret_cast<int64_t*>(&all)[k] += reinterpret_cast<const int64_t*>(&own)[k];
         }
         return all;
