@@ -85,7 +85,8 @@ def _solve(
     declared = collect_parameters(solver._functions, solver._params)
     requests = replace(requests, samples=Samples(clock, *tolerance, tuple(declared)))
     problem = problem.but(times=tuple(clock[:, 0].tolist()))
-    trainable = any(map(moves, (y0, hit, *parameters)))
+    moving = [one for one in (y0, hit, *parameters) if moves(one)]
+    trainable = any(problem.check_undeclared or not one.requires_grad for one in moving)
     ys, run = node(solver._engine, problem, requests, y0.reshape(-1), hit, trainable, parameters)
     if not requests.steps:
         return times, ys.reshape(len(times), *layout.shapes[0]), None, run.stats

@@ -363,7 +363,10 @@ def test_a_backward_sweep_after_one_that_was_interrupted(monkeypatch):
     f, y0 = Oscillator(), Y0.repeat(20, 1).requires_grad_()
     ys = independent(f)(y0, [0.0, 1.0]).ys
     expected = gradients(ys, y0, f.scale)
-    sweep = ys.grad_fn.compiled
+    node = ys.grad_fn
+    while not hasattr(node, "runs"):
+        node = node.next_functions[0][0]
+    sweep = node.runs[0].sweep._compiled
     library = sweep._library
 
     class Interrupting:
