@@ -60,7 +60,7 @@ def test_guesses_are_polynomials_through_stages(method):
 @pytest.mark.parametrize("reuse", ["auto", "iteration"])
 @pytest.mark.parametrize("method", ["trbdf2", "es325", "esdirk6", "sdirk2"])
 def test_solved_as_by_residuals_with_fewer_evaluations(method, reuse):
-    """Gradients are those of stages solved to round-off; 1e-10 is what 1e-12 of a stage leaves."""
+    """Gradients are those of stages solved to round-off; 1e-14 of a stage may be left."""
     steps = {"step_size": 0.1}
     y, gradient, stats = solve(method, reuse, **steps)
     exact, right, more = solve(method, reuse, petsc_options=BY_RESIDUAL, **steps)

@@ -263,7 +263,7 @@ class Dirk : public ImplicitSteps {
   static constexpr double SLOW = 0.1;      // of jacobians.py
   static constexpr double LINEAR = 100.0;  // of guesses.py
   // Of contraction.py.
-  static constexpr double LEAST_RATE = 1e-3, PART = 1e-3;
+  static constexpr double LEAST_RATE = 1e-3, PART = 1e-5;
   static constexpr double ROUND_OFF = 4.0 * std::numeric_limits<double>::epsilon();
 
   Rows slopes;  // see the constructor

@@ -165,6 +165,8 @@ def _newton(wanted: Wanted, keeps_jacobian: bool, foresees: bool) -> dict[str, f
         field: type(usual)(values.get(name, usual)) for name, (usual, field) in _NEWTON.items()
     }
     if not method.multistep and not method.coupled:
+        if not foresees and "snes_max_it" not in wanted.options.given:  # as of sample_methods.py
+            found["max_newton"] = _NEWTON["snes_max_it"][0]
         return found | {"newton_left": may_be_left(settings, wanted.options) * foresees}
     # ModifiedNewton and StageNewton hear only what is given.
     found |= {field: 0.0 for name, (_, field) in _NEWTON.items() if name not in values} | {

@@ -32,7 +32,7 @@ def may_be_left(settings: IntegratorSettings, options: SolverOptions) -> float:
         return 0.0
     if "snes_stol" in given:
         return float(values["snes_stol"])
-    return 1e-12 if settings.dtype is torch.float64 else 1e-6
+    return 1e-14 if settings.dtype is torch.float64 else 1e-6
 
 
 class Contraction:
@@ -54,7 +54,7 @@ class Contraction:
     # A rate that two updates tell is no better than this one.
     LEAST_RATE = 1e-3
     # What may be left in units of the tolerances, and of round-off there.
-    PART, ROUND_OFF = 1e-3, 4.0 * float(torch.finfo(torch.float64).eps)
+    PART, ROUND_OFF = 1e-5, 4.0 * float(torch.finfo(torch.float64).eps)
 
     def __init__(self, settings: IntegratorSettings, left: float) -> None:
         self._left, self._adaptive = left, settings.adaptive
