@@ -30,8 +30,8 @@ __all__ = ["ImplicitSweeps"]
 
 # Larger fields and matrices are torch's and LAPACK's, and those beyond that PETSc's.
 _LARGEST_SCALARS, _LARGEST_STATE = 32, 256
-# States are on the stack, a few of each stage.
-_LARGEST_SPARSE = 1 << 14
+# States are on the stack, two of each stage, of Rosenbrock methods five.
+_LARGEST_SPARSE, _LARGEST_SPARSE_ROSENBROCK = 1 << 14, 1 << 12
 
 
 class ImplicitSweeps(Backend):
@@ -75,7 +75,8 @@ class ImplicitSweeps(Backend):
                 "implicit ones and M y' = f(t, y) with 'dense' alone, and jacobian_reuse='auto' or "
                 "'iteration'"
             )
-        most = _LARGEST_SPARSE if not dense else _LARGEST_STATE
+        most = _LARGEST_SPARSE_ROSENBROCK if method.linearly_implicit else _LARGEST_SPARSE
+        most = _LARGEST_STATE if dense else most
         most = most if self.graphs else _LARGEST_SCALARS
         if settings.size > most:
             return f"method={method.name!r} is compiled for up to {most} state entries"
