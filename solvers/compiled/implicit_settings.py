@@ -121,7 +121,7 @@ def prepared(program: ImplicitProgram, wanted: Wanted) -> _Settings:
         **_structure(settings.method, arrays),
         **{
             name: array.ctypes.data for name, array in arrays.items()
-            if name != "guess" or program.guesses_stages
+            if name != "guess" or (settings.adaptive and program.guesses_stages)
         },
     )  # fmt: skip
     program.prepared.append((settings, struct, list(arrays.values())))

@@ -52,6 +52,7 @@ class StageGuesses:
         # What several ranks would have to agree on is whether f has a value there.
         own = "ts_arkimex_initial_guess_extrapolate" not in options.given
         by_stages = method.ts_type in ("dirk", "arkimex")
+        own = own and settings.adaptive  # a large step may have other solutions nearby
         if by_stages and len(stages) == method.stages and own and not settings.parallel:
             assert method.scheme is not None
             self._rows = method.scheme.stage_guesses
