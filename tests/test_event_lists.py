@@ -116,7 +116,9 @@ def test_the_first_event_is_that_which_ends_a_solve(method):
 
     (time, state, slope), (other, others, slopes) = found(True), found(False)
     if method == "es325":  # whose steps start afresh where events may cut them
-        assert [time, *state] == pytest.approx([other, *others], rel=1e-12)
+        # Newton's method stops at an update of 1e-12 of a stage, which is what two solves of the same
+  XX
+        assert [time, *state] == pytest.approx([other, *others], rel=1e-11)
         torch.testing.assert_close(slope, slopes, rtol=1e-9, atol=0)
     else:
         assert (time, state) == (other, others)

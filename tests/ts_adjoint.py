@@ -5,6 +5,7 @@ For explicit Runge-Kutta, theta, DIRK and IMEX methods, on one process.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -93,7 +94,8 @@ class TSAdjoint(AdjointStepper):
 
     def __init__(self, settings: Any, options: Any, parameters: bool) -> None:
         super().__init__(settings, parameters)
-        self.options = options
+        self.options = options = copy(options)
+        options.setup = lambda ts: None  # so that each stage has a vector of its own
         method, comm, size = settings.method, settings.comm, settings.size
         self.bridge = OracleBridge(points=4)
         # TSAdjoint wants the Jacobian at each stage.

@@ -96,20 +96,17 @@ class Note(NamedTuple):
         Stage time.
     state, value : float
         The projections.
-    slack : float
-        By how much that of the value may be another one.
     """
 
     part: int
     s: float
     state: float
     value: float
-    slack: float = 0.0
 
 
 def notes(numbers: Sequence[float]) -> list[Note]:
     """Return the notes of an implicit step from its evidence."""
-    return [Note(int(numbers[i]), *numbers[i + 1 : i + 5]) for i in range(0, len(numbers), 5)]
+    return [Note(int(numbers[i]), *numbers[i + 1 : i + 4]) for i in range(0, len(numbers), 4)]
 
 
 class Evidence:

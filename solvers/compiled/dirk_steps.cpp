@@ -36,7 +36,7 @@ class Dirk : public ImplicitSteps {
   void accept(bool keep) override {
     ImplicitSteps::accept(keep);
     if (chained()) std::memcpy(first_slope, last_slope, sizeof(first_slope));
-    knows_slope = chained() && (m.carries_slope || evaluated(end));
+    knows_slope = chained();
   }
 
   void restart_step() override { knows_slope = false; }
@@ -161,20 +161,6 @@ class Dirk : public ImplicitSteps {
         for (int k = 0; k < N; k++) y[k] += row[j] * (j ? stages[j - 1] : u)[k];
   }
 
-  // Contraction: whether an update is the last one; f is not evaluated any more then.
-  bool leaves_little(const double* update, double step, double last, double size) const {
-    const double rate = std::max(step / last, LEAST_RATE), left = rate / (1.0 - rate);
-    if (!(rate < 1.0 && left * step <= m.newton_left * size)) return false;
-    if (!m.adaptive) return true;
-    double moved = 0.0, round_off = 0.0;
-    for (int k = 0; k < N; k++) {
-      const double scale = m.atol[k] + m.rtol[k] * std::fabs(u[k]);
-      moved += (update[k] / scale) * (update[k] / scale);
-      round_off += (u[k] / scale) * (u[k] / scale);
-    }
-    return left * std::sqrt(moved / N) <= std::max(PART, ROUND_OFF * std::sqrt(round_off / N));
-  }
-
   bool evaluated(const double* y) const {
     return std::memcmp(y, last_iterate, sizeof(last_iterate)) == 0;
   }
@@ -221,7 +207,7 @@ class Dirk : public ImplicitSteps {
 
   // Solve M (y - z) / (h a) = f(t, y) + known for y, from a first guess, by Newton's method as SNES does.
   Status newton(double t, double shift, const double* z, const double* known, double* y) {
-    double residual[N], moved[N], first = 0.0, norm = 0.0, before = 0.0, last = 0.0;
+    double residual[N], moved[N], first = 0.0, norm = 0.0, before = 0.0;
     for (int iteration = 0;; iteration++) {
       double step = 0.0, size = 0.0;
       if (iteration) {
@@ -237,8 +223,6 @@ class Dirk : public ImplicitSteps {
         before = norm;
         for (int k = 0; k < N; k++) y[k] -= residual[k];
         step = std::sqrt(square(residual)), size = std::sqrt(square(y));
-        if (iteration > 1 && leaves_little(residual, step, last, size)) return DONE;
-        last = step;
       }
       evaluate(t, y);
       for (int k = 0; k < N; k++) residual[k] = shift * (y[k] - z[k]);
@@ -262,9 +246,6 @@ class Dirk : public ImplicitSteps {
 
   static constexpr double SLOW = 0.1;      // of jacobians.py
   static constexpr double LINEAR = 100.0;  // of guesses.py
-  // Of contraction.py.
-  static constexpr double LEAST_RATE = 1e-3, PART = 1e-5;
-  static constexpr double ROUND_OFF = 4.0 * std::numeric_limits<double>::epsilon();
 
   Rows slopes;  // see the constructor
   double first_slope[N], last_slope[N];

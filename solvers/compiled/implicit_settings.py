@@ -20,7 +20,6 @@ from pnode.solvers.firk.tableaus import transformation
 from pnode.solvers.linear.jacobians import JacobianOptions
 from pnode.solvers.methods import Method
 from pnode.solvers.newton import ModifiedNewton
-from pnode.solvers.petsc.contraction import may_be_left
 from pnode.solvers.petsc.settings import IntegratorSettings, default_options
 from pnode.solvers.scheme import Scheme
 
@@ -37,14 +36,7 @@ _INTEGERS = (
     "explicit_first", "carries_slope", "keeps_jacobian", "lowest", "highest", "by_residual",
     "by_norm",
 )  # fmt: skip
-_NUMBERS = (
-    "newton_rtol",
-    "newton_stol",
-    "newton_atol",
-    "newton_divtol",
-    "newton_kappa",
-    "newton_left",
-)
+_NUMBERS = ("newton_rtol", "newton_stol", "newton_atol", "newton_divtol", "newton_kappa")
 _ARRAYS = (
     "A", "inverse", "correction", "b", "defect", "alpha", "gamma", "diagonal",
     "A_explicit", "b_explicit", "defect_explicit", "alpha_explicit", "guess",
@@ -167,7 +159,7 @@ def _newton(wanted: Wanted, keeps_jacobian: bool, foresees: bool) -> dict[str, f
     if not method.multistep and not method.coupled:
         if not foresees and "snes_max_it" not in wanted.options.given:  # as of sample_methods.py
             found["max_newton"] = _NEWTON["snes_max_it"][0]
-        return found | {"newton_left": may_be_left(settings, wanted.options) * foresees}
+        return found
     # ModifiedNewton and StageNewton hear only what is given.
     found |= {field: 0.0 for name, (_, field) in _NEWTON.items() if name not in values} | {
         "by_residual": "snes_rtol" in values or "snes_atol" in values,

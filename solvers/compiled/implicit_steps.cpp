@@ -31,7 +31,7 @@ struct Settings {  // of programs.py
   // BDF: lowest and highest order; whether Newton's method looks at the residual, and at the update
   // in relation to u instead of to the tolerances.
   int64_t lowest, highest, by_residual, by_norm;
-  double newton_rtol, newton_stol, newton_atol, newton_divtol, newton_kappa, newton_left;
+  double newton_rtol, newton_stol, newton_atol, newton_divtol, newton_kappa;
   const double *A, *inverse, *correction, *b, *defect, *alpha, *gamma, *diagonal;
   // Of the explicit part of an IMEX method.
   const double *A_explicit, *b_explicit, *defect_explicit, *alpha_explicit;

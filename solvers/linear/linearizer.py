@@ -279,7 +279,7 @@ class Linearizer:
         if state != note.state:
             by, what = differs(point.u, note.state), "a repeated step's state"
         else:
-            by, what = differs(value, note.value, note.slack), "its value"
+            by, what = differs(value, note.value), "its value"
         if by:
             self.ranks.refuse(point.field.changed(point.s, by, what))
 

@@ -27,7 +27,6 @@ from pnode.field.linearization import Linearization
 from pnode.field.vectorfield import VectorField
 from pnode.solvers.linear.jacobians import Jacobian
 from pnode.solvers.linear.linearizer import Linearizer
-from pnode.solvers.petsc.contraction import Contraction
 from pnode.solvers.petsc.library import forget_step_norm
 
 __all__ = ["Bridge"]
@@ -90,8 +89,6 @@ class Bridge(Linearizer):
         self._first_slope: torch.Tensor | None = None
         #: Of an IMEX method with one: whether no solve has begun in the stage under way.
         self._stage_is_explicit = False
-        #: Says when Newton's iterates are good enough without another evaluation.
-        self.contraction: Contraction | None = None
         #: Whether residuals keep their graph for a Jacobian that is asked for next.
         self.records = True
 
@@ -232,9 +229,6 @@ class Bridge(Linearizer):
             copy_in(f, torch.zeros_like(view(u)) if slope is None else -slope)
             return
         s = self.stage_time(s if self.start_time is None else self.start_time)
-        if self.start_time is None and self._contracted(s, u, u_dot, f):
-            fill(f, 0.0)
-            return
         value = self.guarded("rhs", self._implicit_value, s, u, u_dot)
         if value is None:
             if self.ranks.parallel:  # stops the iteration on all ranks
@@ -247,19 +241,6 @@ class Bridge(Linearizer):
             copy_in(f, value)
             if self.field.mass is None and self.field.has_rhs:
                 f.axpy(1.0, u_dot)
-
-    def _contracted(self, s: float, u: Any, u_dot: Any, f: Any) -> bool:
-        """Whether F is zero at an iterate but for next to nothing; f is F at the one before."""
-        if self.contraction is None or not self.contraction.ends(u, self.ranks):
-            return False
-        self._last = None
-        if self.noted is not None and self._notes_stages:
-            slope, mass = copy_out(u_dot), self.field.mass
-            slope = slope if mass is None else mass.apply(slope)
-            slope = slope if self.field.has_rhs else torch.zeros_like(slope)
-            state, value = (project(x.to(self.field.dtype)) for x in (copy_out(u), slope))
-            self._note(Note(0, s, state, value, 4.0 * float(torch.linalg.vector_norm(view(f)))))
-        return True
 
     def implicit_jacobian(
         self, ts: Any, s: float, u: Any, u_dot: Any, shift: float, a: Any, p: Any

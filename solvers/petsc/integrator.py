@@ -182,7 +182,6 @@ class TimeIntegrator:
         self.ranks.where = where
         self._forget_notes(s)
         self._guesses.begin(order)
-        self._first_guesses.stand(self.ranks)
         self._step(where)
         if self._guesses.mistaken:
             self._step_without_guess(s, step, index, where)

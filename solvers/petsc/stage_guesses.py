@@ -6,10 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pnode.base.options import SolverOptions
-from pnode.base.ranks import Ranks
-from pnode.base.vectors import view
 from pnode.solvers.petsc.bridge import Bridge
-from pnode.solvers.petsc.contraction import Contraction, may_be_left
 from pnode.solvers.petsc.library import before_each_stage
 from pnode.solvers.petsc.settings import IntegratorSettings
 
@@ -30,7 +27,7 @@ class StageGuesses:
     options : SolverOptions
         PETSc options; its own extrapolation is left alone.
     bridge : Bridge
-        Guesses slopes, is told of stages, and gets the Contraction that ends their solves.
+        Guesses slopes, and is told of stages.
     stages : sequence of Vec
         Those of the TS, none where they are not known.
 
@@ -44,8 +41,7 @@ class StageGuesses:
         self, ts: Any, settings: IntegratorSettings, options: SolverOptions, bridge: Bridge,
         stages: Sequence[Any],
     ) -> None:  # fmt: skip
-        method, left = settings.method, may_be_left(settings, options)
-        bridge.contraction = Contraction(settings, left) if left else None
+        method = settings.method
         self._bridge, self._stage = bridge, -1
         self._states = [ts.getSolution(), *stages]
         self._rows: tuple[tuple[float, ...], ...] = ()
@@ -58,44 +54,29 @@ class StageGuesses:
             self._rows = method.scheme.stage_guesses
         self._slopes = method.carries_slope or settings.form == "imex_mass"
         self.wanted = any(self._rows)
-        if self._slopes or self.wanted or bridge.contraction is not None:
+        if self._slopes or self.wanted:
             # PETSc solves for DIRK's initial slope from whatever slope it had last.
             ts.getSNES().setInitialGuess(self._fill)
         self._callback = before_each_stage(ts, self._next) if by_stages else None
 
-    def stand(self, ranks: Ranks) -> None:
-        """Begin a step at the solution. Collective."""
-        if self._bridge.contraction is not None:
-            self._bridge.contraction.stand(view(self._states[0]), ranks)
-
     def begin(self) -> None:
         """Begin an attempt of a step."""
         self._stage = -1
-        self._rest()
 
     def without(self, repeat: Callable[[], Any]) -> Any:
-        """Repeat a step whose stages are not guessed, and whose residuals are all evaluated."""
+        """Repeat a step whose stages are not guessed."""
         wanted, self.wanted = self.wanted, False
-        watch = self._bridge.contraction
-        self._bridge.contraction = None
         try:
             return repeat()
         finally:
-            self.wanted, self._bridge.contraction = wanted, watch
-
-    def _rest(self) -> None:
-        if self._bridge.contraction is not None:
-            self._bridge.contraction.rest()
+            self.wanted = wanted
 
     def _next(self) -> None:
         self._stage += 1
-        self._rest()
         self._bridge.stage_begins()
 
     def _fill(self, snes: Any, guess: Any) -> None:
         """Fill in the guess of the solve that begins: of a slope, which PETSc takes for a stage."""
-        if self._bridge.contraction is not None:
-            self._bridge.contraction.begin()
         if self._slopes:
             self._bridge.guess_slope(self._states[0], guess)
         jacobian = self._bridge.jacobian
