@@ -32,6 +32,8 @@ from pnode.solvers.stepping import Observer, Step
 
 __all__ = ["NodeCotangents", "Repeated", "Reverse", "store_again", "take_again"]
 
+_NOTHING = Checkpoint(())
+
 
 class NodeCotangents(ABC):
     """Cotangents of the states at the ends of steps that do not come from outputs there."""
@@ -360,7 +362,7 @@ class Reverse:
         if self._check and not adjoint.is_finite():
             states = self._stages(index).stages
             self._attempt(refuse_state, self._field(Ledger()), step, states, ranks.where)
-        adjoint.load(Checkpoint(()))  # the step before may be repeated first, in this memory
+        adjoint.checkpoint = _NOTHING  # the step before may be repeated first, in this memory
 
     def _stages(self, index: int) -> Checkpoint:
         trajectory = self._trajectory

@@ -118,11 +118,6 @@ class ExplicitAdjoint(TorchAdjointStepper):
         self._rows = list(products.view(number, *shape))
         self._columns = [products[: i + 1].t() for i in range(number)]
 
-    def _leave_room(self) -> None:
-        """Let go of many bytes, which a step that is repeated has a use for."""
-        if self._rows and len(self._rows) * self._rows[0].nbytes > _LARGE:
-            self._rows, self._columns = [], []
-
     def begin(self, field: VectorField, batch: Sequence[int] = ()) -> None:
         """Begin a sweep with zero cost gradients. Collective."""
         super().begin(field, batch)
@@ -214,7 +209,9 @@ class ExplicitAdjoint(TorchAdjointStepper):
                 self._rows[row + 1].add_(own)
             del graph, products  # before the next graph is built, so that memory is reused
         self.state = torch.mv(self._columns[-1], self._ones).view(self.state.shape)
-        self._leave_room()
+        self._graphs = None
+        if len(self._rows) * self._rows[0].nbytes > _LARGE:  # a step that is repeated has a use for
+            self._rows, self._columns = [], []
         ledger.steps += 1
 
     def graph(self, i: int, step: Step) -> Linearization:

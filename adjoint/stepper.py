@@ -36,10 +36,16 @@ class AdjointStepper(ABC):
         Those of the forward integrator.
     parameters : bool
         Whether gradients with respect to parameters are wanted.
+
+    Attributes
+    ----------
+    checkpoint : Checkpoint
+        That of the step to come, once it is loaded.
     """
 
     def __init__(self, settings: IntegratorSettings, parameters: bool) -> None:
         self.settings = settings
+        self.checkpoint = Checkpoint(())
         self.wants_parameters = parameters
         self._direction = 1.0
 

@@ -103,7 +103,7 @@ class RowsField(VectorField):
         )
 
     def refuse_coupled(
-        self, t: torch.Tensor, u: torch.Tensor, value: torch.Tensor, thorough: bool
+        self, t: torch.Tensor, u: torch.Tensor, value: torch.Tensor, solves: int
     ) -> None:
         """Move some rows, and see to it that f of the others does not.
 
@@ -114,16 +114,19 @@ class RowsField(VectorField):
         ----------
         t, u, value : Tensor
             Times, states and f there.
-        thorough : bool
-            Whether any two rows are told apart, by 2 log2(B) evaluations instead of one: which
-            finds what couples all rows, as normalization over a batch does.
+        solves : int
+            How many solves there were. In the first any two rows are told apart, by 2 log2(B)
+            evaluations. Others take one of these, in turn: which finds at once what couples all
+            rows, as normalization over a batch does.
 
         Raises
         ------
         ConfigurationError
             If f of a row depends on others.
         """
-        halves = halves_of(len(u), u.device)[: None if thorough else 1]
+        halves = halves_of(len(u), u.device)
+        if solves and len(halves):
+            halves = halves[[solves % len(halves)]]
         scale = torch.maximum(u.abs(), u.abs().mean())
         by = 1.0 + 0.5 * noise(u.shape, torch.Generator(HOST.device).manual_seed(5)).to(u).tanh()
         moved = u + 0.1 * torch.where(scale > 0.0, scale, 1.0) * by

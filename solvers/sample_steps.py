@@ -69,8 +69,8 @@ class SampleSweep:
         Whether a row that fails becomes NaN from there on, instead of ending the solve.
     every : bool
         Whether the ends of all steps are outputs, instead of the output times.
-    thorough : bool
-        Whether rows are looked at closely for coupling: see :meth:`RowsField.refuse_coupled`.
+    solves : int
+        How many such solves there were: see :meth:`RowsField.refuse_coupled`.
     ends : Tensor
         After :meth:`run`, where these are: shape ``(K + 1, B)``, NaN behind the last of a row.
     """
@@ -87,7 +87,7 @@ class SampleSweep:
     skip_failed: bool
     ledger: Ledger
     every: bool = False
-    thorough: bool = True
+    solves: int = 0
 
     def run(self, u: torch.Tensor) -> torch.Tensor:
         """Integrate from states ``(B, n)``, double precision; return ``(T, B, n)``.
@@ -136,7 +136,7 @@ class SampleSweep:
             if part is not None:
                 value = part.rate(self.times[0], u)
                 self.slope = value if part is self.field else self.slope
-                part.refuse_coupled(self.times[0], u, value, self.thorough)
+                part.refuse_coupled(self.times[0], u, value, self.solves)
 
     def _gather(self) -> None:
         """Leave out the rows that do not step any more, unless f wants all of them."""

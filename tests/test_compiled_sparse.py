@@ -163,3 +163,53 @@ def test_cotangents_that_are_not_finite_give_such_gradients():
     solver = pnode.Solver(Ring(), jacobian="sparse", compile=True, **BDF)
     solver(y0, TIMES).ys[-1].mul(torch.nan).sum().backward()
     assert bool(y0.grad.isnan().all())
+
+
+class Heat(torch.nn.Module):
+    """Heat, much stiffer than the ring, and a sink."""
+
+    def __init__(self, diffusivity, cells):
+        super().__init__()
+        self.rate = torch.nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+        self.factor = diffusivity * cells**2
+
+    def forward(self, t, y):
+        inside = torch.nn.functional.pad(y, (1, 1))
+        laplacian = inside[2:] + inside[:-2] - 2.0 * y
+        return self.factor * laplacian - self.rate * y**3
+
+
+@pytest.mark.parametrize(("cells", "diffusivity"), [(300, 1.0), (48, 1e6)])
+def test_adjoint_of_stiff_equations(cells, diffusivity):
+    """Round-off of the solution leaves more of a residual than that of the right-hand side."""
+    y0 = 1.0 + torch.sin(9.0 * torch.linspace(0, 1, cells, dtype=torch.float64))
+    keywords = {"method": "bdf", "jacobian": "sparse", "rtol": 1e-6, "atol": 1e-8}
+    field, w = Heat(diffusivity, cells), torch.linspace(1.0, 2.0, cells, dtype=torch.float64)
+    solver = pnode.Solver(field, compile=True, **keywords)
+    start = y0.clone().requires_grad_()
+    end = solver(start, TIMES).ys[-1]
+    of_y0, of_rate = torch.autograd.grad((end * w).sum(), [start, field.rate])
+    v = torch.cos(3.0 * y0)
+    _, tangent = torch.func.jvp(lambda y: solver(y, TIMES).ys[-1], (y0,), (v,))
+    products = float((tangent.detach() * w).sum()), float((of_y0 * v).sum())
+    assert products[0] == pytest.approx(products[1], rel=1e-8, abs=1e-12)
+    eager = pnode.Solver(field, compile=False, **keywords)
+    right = torch.autograd.grad((eager(start, TIMES).ys[-1] * w).sum(), field.rate)[0]
+    assert float(of_rate) == pytest.approx(float(right), rel=1e-4, abs=1e-9)  # other steps
+
+
+def test_many_entries_of_a_rosenbrock_method():
+    """A million entries of J are not on the stack."""
+
+    class Mixed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.k = torch.nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+
+        def forward(self, t, y):
+            return -self.k * y * y.mean(-1, keepdim=True)
+
+    generator = torch.Generator().manual_seed(0)
+    y0 = torch.rand(16, 256, dtype=torch.float64, generator=generator)
+    keywords = {"method": "ra34pw2", "jacobian": "block", "step_size": 0.15}
+    compare(solve(Mixed(), y0, True, **keywords), solve(Mixed(), y0, False, **keywords), 1e-10)

@@ -395,7 +395,11 @@ def test_tangents_and_adjoints_agree(method, tolerance):
     assert math.isclose(float((tangent * w).sum().detach()), expected, rel_tol=tolerance)
     with forward_ad.dual_level():
         dual = solve(forward_ad.make_dual(y0, v))
-        assert torch.equal(forward_ad.unpack_dual(dual).tangent, tangent)
+        other = forward_ad.unpack_dual(dual).tangent
+    if method.startswith("bdf"):  # where f is differentiated at all points at once, sums are others
+        torch.testing.assert_close(other, tangent, rtol=1e-13, atol=1e-14)
+    else:
+        assert torch.equal(other, tangent)
 
 
 def test_tangents_under_no_grad():

@@ -384,7 +384,7 @@ def test_log_view_names_the_stages_and_events():
         """,
         "-log_view",
     )
-    rows = run('solve(pnode.Solver(field, samples="independent"))', "-log_view")
+    rows = run('solve(pnode.Solver(lambda t, y: -(y**3), samples="independent"))', "-log_view")
     assert "pnode forward" in rows.stdout and "pnode adjoint" in rows.stdout
     for name in ("pnode forward", "pnode adjoint", "pnode rhs", "pnode vjp", "pnode jvp"):
         assert name in done.stdout

@@ -123,3 +123,32 @@ def test_a_changed_field_is_noticed():
     scale[0] = 1.0 + 1e-4
     with pytest.raises(pnode.PnodeError):
         end.sum().backward()
+
+
+def test_a_guess_where_f_raises():
+    """The step is solved without guesses, as where f has no value."""
+
+    def f(t, y):
+        if bool((y < 0.0).any()):
+            raise ValueError("negative state")
+        return -200.0 * (y - 1e-3) * (1.0 + y**2)
+
+    def run():
+        solver = pnode.Solver(f, method="es325", rtol=1e-2, atol=1e-3, compile=False)
+        return solver(torch.tensor([1.0, 0.5], dtype=D), torch.tensor([0.0, 1.0], dtype=D))
+
+    solution = run()
+    assert solution.stats.steps == 9 and bool((solution.ys > 0.0).all())
+
+
+def test_a_jump_of_an_algebraic_variable_takes_many_iterations():
+    """0 = z^3 - u(t), u from 1 to 1e-6: no step is short enough for few."""
+
+    def f(t, y):
+        u = 1.0 if t < 0.5 else 1e-6
+        return torch.stack([y[1] - y[0], y[1] ** 3 - u])
+
+    mass = torch.diag(torch.tensor([1.0, 0.0], dtype=D))
+    solver = pnode.Solver(f, method="es325", mass=mass, rtol=1e-4, compile=False)
+    end = solver(torch.tensor([0.0, 1.0], dtype=D), torch.tensor([0.0, 1.0], dtype=D)).ys[-1]
+    assert abs(end[1] - 1e-2) < 1e-6

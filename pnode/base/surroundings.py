@@ -113,7 +113,8 @@ class Surroundings:
             module = reference()
             if module is None:
                 continue
-            if module._parameters.get(name) is tensor:
+            own = module._parameters  # of scripted Modules not a dict
+            if name in own and own[name] is tensor:
                 continue
             for place in (module._parameters, module._buffers):
                 if name in place and place[name] is not tensor:

@@ -77,7 +77,7 @@ def with_tangents(
         steps, outputs, settings, run.surroundings,
         Tangents(pair, run, directions, moving, mergeable), sweep.pieces,
     )  # fmt: skip
-    requests = Requests(dense=bool(sweep.interpolated), recorded=recorded, samples=samples)
+    requests = Requests(dense=sweep.dense is not None, recorded=recorded, samples=samples)
     return pair, pair_problem(problem, pair, directions), requests
 
 

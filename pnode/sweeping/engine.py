@@ -167,8 +167,8 @@ class Engine:
     _patterns: dict[Hashable, SparsityPattern] = field(default_factory=dict, init=False)
     #: What "auto" has found for large states: "block", a pattern, or None.
     _structures: dict[StateLayout, Any] = field(default_factory=dict, init=False)
-    #: Of independent samples: those whose rows were looked at closely for coupling.
-    samples_seen: set[StateLayout] = field(default_factory=set, init=False)
+    #: Of independent samples: how many solves have looked at the rows for coupling.
+    samples_seen: dict[StateLayout, int] = field(default_factory=dict, init=False)
     #: Shapes whose structure is to be looked for, and those for which that was done.
     _hard: set[StateLayout] = field(default_factory=set, init=False)
     _tried: set[StateLayout] = field(default_factory=set, init=False)

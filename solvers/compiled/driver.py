@@ -41,7 +41,7 @@ __all__ = [
 _FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
 #: How long a call may keep Python from noticing an interrupt, in seconds.
 PATIENCE = 0.1
-_DONE, _PAUSED, _SINGULAR, _WAITING, _MISSING = 0, 1, 4, 10, 100  # Status in kernel.h
+_DONE, _PAUSED, _UNSOLVED, _SINGULAR, _WAITING, _MISSING = 0, 1, 3, 4, 10, 100  # Status in kernel.h
 
 
 def source(*names: str) -> str:
@@ -387,10 +387,10 @@ class CompiledSweep:
 
 def _failure(what: str, status: int) -> Exception:
     """Return the error of an adjoint or a tangent that ended with a status."""
-    if status == _SINGULAR:
-        return LinearSolveFailed(
-            f"a solve of the {what} failed", reason="zero pivot in LU factorization"
-        )
+    if status in (_SINGULAR, _UNSOLVED):
+        pivot = "zero pivot in LU factorization"
+        reason = pivot if status == _SINGULAR else "GMRES has not converged with LU's factors"
+        return LinearSolveFailed(f"a solve of the {what} failed", reason=reason)
     if status == _MISSING:
         return ConfigurationError(
             f"the {what} met entries of a Jacobian that its sparsity pattern, or its blocks of "

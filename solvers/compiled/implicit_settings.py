@@ -109,7 +109,7 @@ def prepared(program: ImplicitProgram, wanted: Wanted) -> _Settings:
     struct = _Settings(
         adaptive=settings.adaptive, wanted=program.entries + program.row_entries,
         keeps_jacobian=keeps,
-        **_newton(wanted, keeps, program.guesses_stages),
+        **_newton(wanted, keeps),
         **_structure(settings.method, arrays),
         **{
             name: array.ctypes.data for name, array in arrays.items()
@@ -149,7 +149,7 @@ def scheme_of(method: Method) -> Scheme:
     return method.scheme
 
 
-def _newton(wanted: Wanted, keeps_jacobian: bool, foresees: bool) -> dict[str, float]:
+def _newton(wanted: Wanted, keeps_jacobian: bool) -> dict[str, float]:
     """Return when Newton's method is content, for the fields of the structure."""
     settings, method = wanted.settings, wanted.settings.method
     values = _newton_options(wanted, keeps_jacobian)
@@ -157,8 +157,6 @@ def _newton(wanted: Wanted, keeps_jacobian: bool, foresees: bool) -> dict[str, f
         field: type(usual)(values.get(name, usual)) for name, (usual, field) in _NEWTON.items()
     }
     if not method.multistep and not method.coupled:
-        if not foresees and "snes_max_it" not in wanted.options.given:  # as of sample_methods.py
-            found["max_newton"] = _NEWTON["snes_max_it"][0]
         return found
     # ModifiedNewton and StageNewton hear only what is given.
     found |= {field: 0.0 for name, (_, field) in _NEWTON.items() if name not in values} | {

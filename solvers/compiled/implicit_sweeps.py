@@ -50,8 +50,8 @@ class ImplicitSweeps(Backend):
             return "events and monitors look at single steps of implicit methods"
         if wanted.keep and not self._keeps(wanted.checkpointing):
             return (
-                "of implicit methods checkpoints are kept in memory alone: drop disk=, resume= "
-                "and device_memory="
+                "of implicit methods checkpoints are kept in memory alone: of checkpointing= drop "
+                "disk=, resume= and device_memory="
             )
         # They have Newton's methods and error estimates of their own.
         own = method.multistep or method.coupled

@@ -26,7 +26,7 @@ class TransposedSolves {
       if (!regular) return SINGULAR;
       done = approach(c, t, y, shift, b, w, taken = 0);
     }
-    if (!done) return MISSING;
+    if (!done) return NOT_CONVERGED;
     least = least ? std::min(least, taken) : taken;
     excess += taken - least;
     return DONE;
@@ -43,6 +43,10 @@ class TransposedSolves {
     jacobian(t, y, c, f, J.data());
     counts.jacobians++, counts.factorizations++;
     regular = factors.factor(shift, J.data());
+    Vector sums(N);
+    size = 0.0;
+    for (int e = 0; e < ENTRIES; e++) sums[structure.rows[e]] += std::fabs(J[e]);
+    for (const double sum : sums) size = std::max(size, std::fabs(shift) + sum);
     known = true, excess = least = 0;
   }
 
@@ -55,11 +59,12 @@ class TransposedSolves {
 
   bool approach(Captured c, double t, const double* y, double shift, const Vector& b, double* w,
                 int& taken) {
-    const double goal = LEFT * std::sqrt(dot(b.data(), b.data(), N));
+    const double of_b = std::sqrt(dot(b.data(), b.data(), N));
     Vector left(b);
     std::fill(w, w + N, 0.0);
     for (int cycle = 0;; cycle++) {
       const double norm = std::sqrt(dot(left.data(), left.data(), N));
+      const double goal = LEFT * (of_b + cycle * size * std::sqrt(dot(w, w, N)));
       if (norm <= goal) return true;
       // Twice as much: what a cycle takes for done is not in the last bits.
       if (cycle && norm <= 2.0 * goal) return true;
@@ -119,6 +124,7 @@ class TransposedSolves {
   Factors factors;
   Vector J, V, Z;
   bool known = false, regular = false;
+  double size = 0.0;  // of the matrix
   int excess = 0, least = 0;  // iterations more than the fewest with these factors
 };
 

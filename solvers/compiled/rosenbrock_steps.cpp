@@ -18,7 +18,7 @@ class Rosenbrock : public ImplicitSteps {
   Status adjoint(int64_t index, double t, double h) override {
     const int s = int(m.stages);
     double Y[MOST_STAGES][N], Z[MOST_STAGES][N], V[MOST_STAGES][N], bar[MOST_STAGES][N];
-    double W[MOST_STAGES][N], rates[MOST_STAGES], J[ENTRIES], l[N], through[N], moved[N], after[N];
+    double W[MOST_STAGES][N], rates[MOST_STAGES], l[N], through[N], moved[N], after[N];
     Factors factors;
     const double* u = kept_of(index, N);
     const Status status = solve_stages(t, h, u, Y, Z, V, J, factors, false);
@@ -69,7 +69,7 @@ class Rosenbrock : public ImplicitSteps {
   Status tangent(int64_t index, double t, double h) override {
     const int s = int(m.stages);
     double Y[MOST_STAGES][N], at[MOST_STAGES][N], V[MOST_STAGES][N];
-    double J[ENTRIES], own[ENTRIES], f[N], moved[N], through[N];
+    double f[N], moved[N], through[N];
     Factors factors;
     const double* u = kept_of(index, N);
     const Status status = solve_stages(t, h, u, Y, at, V, J, factors, false);
@@ -118,7 +118,7 @@ class Rosenbrock : public ImplicitSteps {
   void keep_step() override { keep_values(u, N); }
 
   Status step(double t, double h) override {
-    double Z[MOST_STAGES][N], V[MOST_STAGES][N], J[ENTRIES];
+    double Z[MOST_STAGES][N], V[MOST_STAGES][N];
     Factors factors;
     const Status status = solve_stages(t, h, u, stages, Z, V, J, factors, true);
     if (status != DONE) return status;
@@ -205,6 +205,8 @@ class Rosenbrock : public ImplicitSteps {
     }
     return DONE;
   }
+
+  double J[ENTRIES], own[ENTRIES];
 };
 
 }  // namespace

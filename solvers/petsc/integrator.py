@@ -277,7 +277,7 @@ class TimeIntegrator:
         return self._failure(where)
 
     def _step(self, where: dict[str, Any]) -> None:
-        self._first_guesses.begin()
+        self._first_guesses.stage = -1
         if self._starts:
             self.bridge.start_time = self.ts.getTime()
         failure: PETSc.Error | None = None
@@ -285,6 +285,7 @@ class TimeIntegrator:
             self.ts.step()
         except PETSc.Error as error:
             failure = error
+        self.bridge.forgiving = False
         failures.raise_stored(self.bridge, failure, where)
         if failure is not None:
             raise failures.step_error(failure, where, self.bridge) from failure

@@ -64,14 +64,16 @@ def stage_vectors(ts: Any) -> list[Any]:
 
 
 def share_stage_vector(ts: Any) -> None:
-    """Let all stages of a set-up TSRK be one vector: it looks at the last alone. Collective.
+    """Let all stages of a set-up TSRK but the first be one vector. Collective.
+
+    It looks at the last alone, and where it interpolates at the first.
 
     A new one, as the others may lie in memory that belongs to the first. A TS destroys its stages
     one by one, and PETSc counts references.
     """
     number, array = _stages(ts)
     shared = ts.getSolution().duplicate()
-    for index in reversed(range(number)):
+    for index in reversed(range(1, number)):
         _check(_library.PetscObjectReference(ctypes.c_void_p(shared.handle)), "reference")
         old, array[index] = ctypes.c_void_p(array[index]), shared.handle
         _check(_library.VecDestroy(ctypes.byref(old)), "VecDestroy")

@@ -23,8 +23,6 @@ __all__ = ["DENSE_LIMIT", "IntegratorSettings", "default_options", "without_stru
 # Above this size "auto" stops assembling Jacobians: n batched backward passes and an n^3 / 3
 # factorization then cost more than a few tens of Krylov iterations.
 DENSE_LIMIT = 256
-# Newton iterations for a stage of an adaptive step, which can be made shorter.
-_MOST_ITERATIONS = 12
 
 
 @dataclass(frozen=True)
@@ -149,8 +147,6 @@ def default_options(
             rtol, stol = 1e-7 if old else 1e-6, 1e-6 if old or guesses else 1e-5
         if not (method.solves_to_tolerance and adaptive):  # see ModifiedNewton
             options |= {"snes_rtol": rtol, "snes_stol": stol}
-            if adaptive:
-                options["snes_max_it"] = _MOST_ITERATIONS
     if not method.linearly_implicit:
         options["snes_linesearch_type"] = "basic"
     if constant:

@@ -33,6 +33,8 @@ class StageGuesses:
 
     Attributes
     ----------
+    stage : int
+        The stage under way; to be set to -1 before a step.
     wanted : bool
         Whether stages are guessed; else they begin where the stage before has ended.
     """
@@ -42,7 +44,7 @@ class StageGuesses:
         stages: Sequence[Any],
     ) -> None:  # fmt: skip
         method = settings.method
-        self._bridge, self._stage = bridge, -1
+        self._bridge, self.stage = bridge, -1
         self._states = [ts.getSolution(), *stages]
         self._rows: tuple[tuple[float, ...], ...] = ()
         # What several ranks would have to agree on is whether f has a value there.
@@ -59,10 +61,6 @@ class StageGuesses:
             ts.getSNES().setInitialGuess(self._fill)
         self._callback = before_each_stage(ts, self._next) if by_stages else None
 
-    def begin(self) -> None:
-        """Begin an attempt of a step."""
-        self._stage = -1
-
     def without(self, repeat: Callable[[], Any]) -> Any:
         """Repeat a step whose stages are not guessed."""
         wanted, self.wanted = self.wanted, False
@@ -72,7 +70,8 @@ class StageGuesses:
             self.wanted = wanted
 
     def _next(self) -> None:
-        self._stage += 1
+        self.stage += 1
+        self._bridge.forgiving = False
         self._bridge.stage_begins()
 
     def _fill(self, snes: Any, guess: Any) -> None:
@@ -82,9 +81,10 @@ class StageGuesses:
         jacobian = self._bridge.jacobian
         # One iteration solves linear equations, from wherever f has a value already.
         linear = jacobian is not None and (jacobian.constant or jacobian.guessing)
-        if self._bridge.start_time is None and self.wanted and self._stage >= 0 and not linear:
-            row = self._rows[self._stage]
+        if self._bridge.start_time is None and self.wanted and self.stage >= 0 and not linear:
+            row = self._rows[self.stage]
             used = [(w, state) for w, state in zip(row, self._states, strict=False) if w]
             if used:
+                self._bridge.forgiving = True
                 guess.set(0.0)
                 guess.maxpy(*zip(*used, strict=True))

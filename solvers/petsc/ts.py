@@ -101,9 +101,7 @@ def build_ts(
     ts.removeTrajectory()
     options.set_up(ts)
     if method.ts_type == "rk" and options.setup is None:  # whose callbacks may look at all
-        scheme = method.scheme
-        if scheme is None or scheme.interpolation is None:  # TSInterpolate begins at the first
-            share_stage_vector(ts)
+        share_stage_vector(ts)
     return ts
 
 
