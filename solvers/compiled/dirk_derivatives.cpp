@@ -89,19 +89,21 @@ Status Dirk::tangent(int64_t index, double t, double h) {
   const int s = int(m.stages);
   const double* Y = kept_of(index, N * (s - chained()));
   Rows slope[MOST_STAGES], driven, x, more;
+  double value[N];
+  factored = 0.0;
   for (int i = 0; i < s; i++) {
     const double *y = Y + i * N, *A = m.A + i * s, time = t + m.alpha[i] * h;
     driven = du;
     for (int j = known_products(); j < i; j++) plus(driven, h * A[j], slope[j]);
     if (i == 0 && m.explicit_first) {
-      jacobian(time, y, c, f, J_end), counts.jacobians++, counts.rhs++;
+      jacobian(time, y, c, value, J_end), counts.jacobians++, counts.rhs++;
       slope[0].resize(du.size());
       for (size_t k = 0; k < du.size(); k += N) apply(J_end, &du[k], &slope[0][k]);
       add_along(time, y, slope[0]);
       if (M && m.carries_slope)
         for (size_t k = 0; k < du.size(); k += N) {
-          std::memcpy(f, &slope[0][k], sizeof(f));
-          multiply(slopes.data(), f, &slope[0][k]);
+          std::memcpy(value, &slope[0][k], sizeof(value));
+          multiply(slopes.data(), value, &slope[0][k]);
         }
       continue;
     }
