@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -125,25 +124,6 @@ class Scheme:
     def interpolation_degree(self) -> int:
         """Degree of the method's own interpolant; 0 without one."""
         return len(self.interpolation[0]) if self.interpolation else 0
-
-    @cached_property
-    def stage_guesses(self) -> tuple[Row, ...]:
-        """First guesses of diagonally implicit stages, as weights of those before in the same step.
-
-        Row i has the weights of the state at the start and of the stages before stage i, whose
-        polynomial through the three nearest nodes is taken on to c_i; it is empty where that would
-        be a state there is already.
-        """
-        found: list[Row] = []
-        for i, c in enumerate(self.c):
-            nodes = {0.0: 0} | {round(node, 12): j + 1 for j, node in enumerate(self.c[:i])}
-            near = sorted(nodes, key=lambda node: abs(node - c))[:3]
-            weights = [0.0] * (i + 1)
-            for own in near:
-                others = (node for node in near if node != own)
-                weights[nodes[own]] = math.prod((c - node) / (own - node) for node in others)
-            found.append(tuple(weights) if len(near) > 1 else ())
-        return tuple(found)
 
     def live_stages(self, fsal: bool = False) -> frozenset[int]:
         """Return the stages that the solution depends on.

@@ -116,9 +116,7 @@ def test_the_first_event_is_that_which_ends_a_solve(method):
 
     (time, state, slope), (other, others, slopes) = found(True), found(False)
     if method == "es325":  # whose steps start afresh where events may cut them
-        # Newton's method stops at an update of 1e-12 of a stage, by which two solves of the
-        # same stages may differ, in each step.
-        assert [time, *state] == pytest.approx([other, *others], rel=1e-11)
+        assert [time, *state] == pytest.approx([other, *others], rel=1e-12)
         torch.testing.assert_close(slope, slopes, rtol=1e-9, atol=0)
     else:
         assert (time, state) == (other, others)

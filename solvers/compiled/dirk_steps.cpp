@@ -71,12 +71,10 @@ class Dirk : public ImplicitSteps {
   }
 
   Status step(double t, double h) override {
-    keeps = m.keeps_jacobian, guesses = m.guess && !CONSTANT;
+    keeps = m.keeps_jacobian;
     const Status status = solve_stages(t, h);
-    const bool again = status == NOT_CONVERGED ? keeps || (guesses && !m.adaptive)
-                                               : guesses && status == NOT_FINITE;
-    if (!again) return status;
-    keeps = guesses = false;  // once more with a new Jacobian at each iterate, and without guesses
+    if (!keeps || status != NOT_CONVERGED) return status;
+    keeps = false;  // once more with a new Jacobian at each iterate
     return solve_stages(t, h);
   }
 
@@ -124,7 +122,7 @@ class Dirk : public ImplicitSteps {
         std::memcpy(slope[0], first_slope, sizeof(z));
       } else {
         for (int k = 0; k < N; k++) z[k] = u[k] + h * sum_of(m.A, m.A_explicit, i, i, k);
-        guess(i, y);
+        std::memcpy(y, i ? stages[i - 1] : u, sizeof(z));
         const double shift = 1.0 / (h * m.A[i * s + i]);
         if (known_products())
           for (int k = 0; k < N; k++) known[k] = shift * h * m.A[i * s] * slope[0][k];
@@ -146,29 +144,11 @@ class Dirk : public ImplicitSteps {
     return std::isfinite(square(end)) ? DONE : NOT_FINITE;
   }
 
-  // Scheme.stage_guesses.
-  void guess(int i, double* y) const {
-    const double* row = m.guess + i * (m.stages + 1);
-    bool used = false;
-    for (int j = 0; guesses && j <= i; j++) used |= row[j] != 0.0;
-    if (!used) {
-      std::memcpy(y, i ? stages[i - 1] : u, sizeof(u));
-      return;
-    }
-    std::memset(y, 0, sizeof(u));
-    for (int j = 0; j <= i; j++)
-      if (row[j] != 0.0)
-        for (int k = 0; k < N; k++) y[k] += row[j] * (j ? stages[j - 1] : u)[k];
-  }
-
-  bool evaluated(const double* y) const {
-    return std::memcmp(y, last_iterate, sizeof(last_iterate)) == 0;
-  }
-
-  // Evaluate f, and J if it is wanted at each iterate and cheap, unless that was done last.
+  // Evaluate f, and J if that is cheap, unless that was done last.
   void evaluate(double t, const double* y) {
-    if (evaluated(y) && (t == last_time || (AUTONOMOUS && !std::isnan(last_time)))) return;
-    if (Field::CHEAP && !CONSTANT && !keeps)
+    const bool there = std::memcmp(y, last_iterate, sizeof(last_iterate)) == 0;
+    if (there && (t == last_time || (AUTONOMOUS && !std::isnan(last_time)))) return;
+    if (Field::CHEAP && !CONSTANT)
       jacobian(t, y, c, f, J);
     else
       value(t, y, c, f);
@@ -213,7 +193,7 @@ class Dirk : public ImplicitSteps {
       if (iteration) {
         const bool slow = iteration > 1 && !(norm <= SLOW * before);
         if (CONSTANT ? !knows_constant : !keeps || !knows_jacobian || slow) {
-          if (CONSTANT || keeps || !Field::CHEAP) jacobian(t, y, c, f, J);
+          if (CONSTANT || !Field::CHEAP) jacobian(t, y, c, f, J);
           knows_jacobian = true, knows_constant = CONSTANT, factored = 0.0;
           counts.jacobians++;
         }
@@ -252,7 +232,7 @@ class Dirk : public ImplicitSteps {
   bool knows_slope = false;
   // Newton's last iterate, f (and J) there: a first guess is a stage already solved for.
   double last_time = NAN, last_iterate[N] = {}, f[N], J[ENTRIES];
-  bool keeps = false, guesses = false, knows_jacobian = false;
+  bool keeps = false, knows_jacobian = false;
   bool knows_constant = false, knows_constant_end = false;
   Factors factors;
   double factored = 0.0;  // for this shift

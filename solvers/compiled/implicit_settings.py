@@ -39,7 +39,7 @@ _INTEGERS = (
 _NUMBERS = ("newton_rtol", "newton_stol", "newton_atol", "newton_divtol", "newton_kappa")
 _ARRAYS = (
     "A", "inverse", "correction", "b", "defect", "alpha", "gamma", "diagonal",
-    "A_explicit", "b_explicit", "defect_explicit", "alpha_explicit", "guess",
+    "A_explicit", "b_explicit", "defect_explicit", "alpha_explicit",
     "eigenvalues", "vectors", "covectors", "rtol", "atol",
 )  # fmt: skip
 
@@ -77,9 +77,6 @@ def _arrays(method: Method, adaptive: bool) -> dict[str, np.ndarray]:
         if not split and (scheme.b_embedded is None or (scheme.explicit and not adaptive)):
             scheme = scheme.without_idle_stages(scheme.explicit and scheme.fsal)
         arrays = {"A": scheme.A, "b": scheme.b, "alpha": scheme.c}
-        rows = scheme.stage_guesses
-        if any(rows):
-            arrays["guess"] = [(*row, *[0.0] * (len(rows) + 1 - len(row))) for row in rows]
         if split:
             arrays |= {
                 "A_explicit": scheme.A_explicit, "b_explicit": scheme.b_explicit,
@@ -111,10 +108,7 @@ def prepared(program: ImplicitProgram, wanted: Wanted) -> _Settings:
         keeps_jacobian=keeps,
         **_newton(wanted, keeps),
         **_structure(settings.method, arrays),
-        **{
-            name: array.ctypes.data for name, array in arrays.items()
-            if name != "guess" or (settings.adaptive and program.guesses_stages)
-        },
+        **{name: array.ctypes.data for name, array in arrays.items()},
     )  # fmt: skip
     program.prepared.append((settings, struct, list(arrays.values())))
     return struct

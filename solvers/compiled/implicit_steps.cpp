@@ -35,9 +35,6 @@ struct Settings {  // of programs.py
   const double *A, *inverse, *correction, *b, *defect, *alpha, *gamma, *diagonal;
   // Of the explicit part of an IMEX method.
   const double *A_explicit, *b_explicit, *defect_explicit, *alpha_explicit;
-  // DIRK: first guesses of stages, as weights of u and the stages before; null, or a row of zeros,
-  // where a stage begins where the one before has ended.
-  const double* guess;
   // Coupled stages: of A^-1, complex numbers.
   const double *eigenvalues, *vectors, *covectors;
   const double *rtol, *atol;

@@ -34,8 +34,6 @@ _FILES = {
     "bdf": ("bdf_control.h", "modified_newton.h", "bdf_steps.cpp"),
     "dirk": ("dirk_steps.cpp", "dirk_derivatives.cpp"),
 }
-# Entries of a state from which factors cost more than the evaluations that new ones save.
-_WORTH_KEEPING = 8
 _FLAGS = ("-std=c++17", "-O2", "-march=native", "-fno-math-errno", "-fPIC", "-shared")
 #: What comes before each program's field.
 INCLUDES = """\
@@ -94,8 +92,6 @@ class ImplicitProgram(Kernel, Code):
     dtype = REAL
     #: Whether a DIRK's Newton method is to do with few Jacobians.
     keeps_jacobian = False
-    #: Whether its stages begin with guesses.
-    guesses_stages = True
     #: Entries of the part of mu that each of independent samples has.
     row_entries = 0
 
@@ -171,7 +167,6 @@ class Program(ImplicitProgram):
         #: Integers, which are part of the text, and what they were.
         self._written = [(x, x.clone()) for x in traced.captured if not x.is_floating_point()]
         super().__init__(traced, self._written_field(traced, parameters, steps), steps)
-        self.keeps_jacobian = self.guesses_stages and self.size >= _WORTH_KEEPING
 
     def _written_field(
         self, traced: FieldGraph, parameters: Sequence[torch.Tensor], steps: str

@@ -43,8 +43,6 @@ class RowProgram(Program):
         If rows depend on one another, or compute different things.
     """
 
-    guesses_stages = False  # as of sample_methods.py
-
     def __init__(
         self, traced: FieldGraph, parameters: Sequence[torch.Tensor], steps: str,
         clock: torch.Tensor,

@@ -90,16 +90,11 @@ class Linearizer:
         way; see :mod:`pnode.base.evidence`.
     expected : list of Note or None
         What a backward sweep should find.
-    forgiving : bool
-        Whether what f raises is no more than no value: where a stage was guessed, and is solved
-        again without a guess.
     infinite_at : float or None
         Where an assembled Jacobian of the step under way was not finite.
     shells : set
         What stands at a point and has to leave it when the sweep ends.
     """
-
-    forgiving = False
 
     def __init__(self, points: int = 1) -> None:
         self._attached: VectorField | None = None
@@ -151,7 +146,7 @@ class Linearizer:
         except BaseException as exception:
             if self.ranks.parallel:  # the others must not be left alone in what follows
                 self.ranks.fail(exception)
-            elif not (self.forgiving and isinstance(exception, Exception)):
+            else:
                 self.exception = exception
             return None
         finally:

@@ -231,9 +231,7 @@ class Bridge(Linearizer):
         s = self.stage_time(s if self.start_time is None else self.start_time)
         value = self.guarded("rhs", self._implicit_value, s, u, u_dot)
         if value is None:
-            if self.forgiving:
-                self.nonfinite_time = s
-            if self.ranks.parallel or self.forgiving:  # stops the iteration, on all ranks
+            if self.ranks.parallel:  # stops the iteration on all ranks
                 fill(f, torch.nan)
             else:
                 u_dot.copy(f)

@@ -21,11 +21,10 @@ from pnode.solvers.petsc import failures
 from pnode.solvers.petsc.bridge import Bridge
 from pnode.solvers.petsc.guesses import GuessedSteps
 from pnode.solvers.petsc.judgement import Judge
-from pnode.solvers.petsc.library import stage_vectors
+from pnode.solvers.petsc.library import before_each_stage, stage_vectors
 from pnode.solvers.petsc.outcomes import StepOutcome
 from pnode.solvers.petsc.second_attempts import backtracks, with_backtracking, with_new_jacobians
 from pnode.solvers.petsc.settings import IntegratorSettings
-from pnode.solvers.petsc.stage_guesses import StageGuesses
 from pnode.solvers.petsc.tolerances import Rejection
 from pnode.solvers.petsc.ts import build_ts
 
@@ -75,7 +74,14 @@ class TimeIntegrator:
         self._verdict = Judge.of(self.ts, settings, options, self.bridge)
         self._rolled_back = False
         self._starts = method.carries_slope
-        self._first_guesses = StageGuesses(self.ts, settings, options, self.bridge, self._kept)
+        self._stage_callback = (
+            before_each_stage(self.ts, self.bridge.stage_begins)
+            if method.ts_type in ("dirk", "arkimex")
+            else None
+        )
+        if self._starts or settings.form == "imex_mass":
+            # PETSc solves for DIRK's initial slope from whatever slope it had last.
+            self.ts.getSNES().setInitialGuess(self._guess_slope)
         self._backtracks = backtracks(settings, options)
         #: Where stages are between the ends of a step, in units of its length.
         scheme = method.scheme
@@ -145,6 +151,10 @@ class TimeIntegrator:
         self.bridge.detach()
         log_stage("pnode forward").pop()
 
+    def _guess_slope(self, snes: Any, guess: Any) -> None:
+        """Begin the solve for the initial slope, which PETSc takes for one of a stage."""
+        self.bridge.guess_slope(self.solution, guess)
+
     def iterations(self) -> tuple[int, int]:
         """Newton and Krylov iterations since :meth:`begin`."""
         newton, krylov = self._iterations
@@ -190,11 +200,11 @@ class TimeIntegrator:
             error = self._settle(error)
         if error is not None and bridge.jacobian is not None:
             bridge.jacobian.renew()
-            if self._may_repeat(error, bridge.jacobian.reused):
+            if bridge.jacobian.reused and self._may_repeat(error):
                 error = self._try_newton(s, step, where)
         if self._backtracks and isinstance(error, NonlinearSolveFailed):
             again = partial(self._repeat, s, step, where)
-            error = self._first_guesses.without(partial(with_backtracking, ts.getSNES(), again))
+            error = with_backtracking(ts.getSNES(), again)
             if self.ranks.parallel and error is not None:
                 error = self._settle(error)
         if error is None and ts.getConvergedReason() >= 0:
@@ -249,26 +259,18 @@ class TimeIntegrator:
         if self.bridge.noted:
             self.bridge.noted = [note for note in self.bridge.noted if note.s == s]
 
-    def _may_repeat(self, error: SolveError, reused: bool) -> bool:
-        """Whether a step that has failed may be tried again, with new Jacobians, without guesses.
-
-        A stage may be guessed to be where f has no value.
-        """
-        stopped, guessed = self.ts.getConvergedReason() < 0, self._first_guesses.wanted
+    def _may_repeat(self, error: SolveError) -> bool:
+        """Whether a step that has failed may be tried again with new Jacobians."""
         if self._start is None:
-            return bool(stopped and (reused or guessed))
-        if self.ranks.parallel:  # whether to shorten it is agreed on by all ranks
-            return False
-        return reused if isinstance(error, NonlinearSolveFailed) else bool(stopped and guessed)
+            return bool(self.ts.getConvergedReason() < 0)
+        # Whether to shorten it is agreed on by all ranks.
+        return isinstance(error, NonlinearSolveFailed) and not self.ranks.parallel
 
     def _try_newton(self, s: float, step: float, where: dict[str, Any]) -> SolveError | None:
-        """Repeat a failed step without guesses, and with a new Jacobian at each iterate."""
+        """Repeat a failed step with a new Jacobian at each iterate."""
         jacobian, again = self.bridge.jacobian, partial(self._repeat, s, step, where)
         assert jacobian is not None
-        self.bridge.nonfinite_time = None  # of the attempt before
-        if jacobian.reused:
-            again = partial(with_new_jacobians, self.ts.getSNES(), jacobian, self.options, again)
-        return self._first_guesses.without(again)
+        return with_new_jacobians(self.ts.getSNES(), jacobian, self.options, again)
 
     def _repeat(self, s: float, step: float, where: dict[str, Any]) -> SolveError | None:
         self.ts.setTime(s)
@@ -277,7 +279,6 @@ class TimeIntegrator:
         return self._failure(where)
 
     def _step(self, where: dict[str, Any]) -> None:
-        self._first_guesses.stage = -1
         if self._starts:
             self.bridge.start_time = self.ts.getTime()
         failure: PETSc.Error | None = None
@@ -285,7 +286,6 @@ class TimeIntegrator:
             self.ts.step()
         except PETSc.Error as error:
             failure = error
-        self.bridge.forgiving = False
         failures.raise_stored(self.bridge, failure, where)
         if failure is not None:
             raise failures.step_error(failure, where, self.bridge) from failure

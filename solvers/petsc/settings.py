@@ -138,13 +138,11 @@ def default_options(
     linear = method.linearly_implicit or constant
     # With an old Jacobian a step test leaves a tenth of the step, not its square.
     old = (more.reuse in ("auto", "step", "solve") and jacobian != "matrix-free") or method.coupled
-    # A good guess makes the first step short, which then says nothing about its square.
-    guesses = method.ts_type in ("dirk", "arkimex")
     if not linear:
         if double:
-            rtol, stol = 1e-13 if old else 1e-11, 1e-12 if old or guesses else 1e-10
+            rtol, stol = 1e-13 if old else 1e-11, 1e-12 if old else 1e-10
         else:
-            rtol, stol = 1e-7 if old else 1e-6, 1e-6 if old or guesses else 1e-5
+            rtol, stol = 1e-7 if old else 1e-6, 1e-6 if old else 1e-5
         if not (method.solves_to_tolerance and adaptive):  # see ModifiedNewton
             options |= {"snes_rtol": rtol, "snes_stol": stol}
     if not method.linearly_implicit:
