@@ -286,9 +286,7 @@ def test_vectors_that_do_not_fit_are_refused():
 
 
 @pytest.mark.parametrize("method", ["rk4", "dopri5"])
-def test_stages_but_the_first_are_one_vector_unless_a_callback_may_look(
-    method, monkeypatch
-):
+def test_stages_but_the_first_are_one_vector_unless_a_callback_may_look(method, monkeypatch):
     made = []
     build = integrators.build_ts
     monkeypatch.setattr(

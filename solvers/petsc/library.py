@@ -66,9 +66,9 @@ def stage_vectors(ts: Any) -> list[Any]:
 def share_stage_vector(ts: Any) -> None:
     """Let all stages of a set-up TSRK but the first be one vector. Collective.
 
-    A TSRK looks at its last stage alone, and at the first where it interpolates. The vector is a new
-    one, as the others may lie in memory that belongs to the first. A TS destroys its stages one by
-    one, and PETSc counts references.
+    A TSRK looks at its last stage alone, and at the first where it interpolates. The vector is a
+    new one, as the others may lie in memory that belongs to the first. A TS destroys its stages one
+    by one, and PETSc counts references.
     """
     number, array = _stages(ts)
     shared = ts.getSolution().duplicate()
