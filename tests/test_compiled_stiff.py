@@ -172,8 +172,8 @@ def test_a_mass_matrix_of_other_strides():
 
 
 @pytest.mark.parametrize("keywords", [
-    {"method": "bdf3", "step_size": 0.1}, {"method": "bdf", "rtol": 1e-9, "atol": 1e-11},
-    {"method": "radau5", "rtol": 1e-6, "atol": 1e-8},
+    {"method": "bdf3", "step_size": 0.1}, {"method": "bdf", "rtol": 1e-6, "atol": 1e-8},
+    {"method": "radau5", "rtol": 1e-4, "atol": 1e-6},
 ])  # fmt: skip
 def test_second_derivatives_and_tangents_of_compiled_solves(keywords):
     """They take the recorded steps one by one, with the orders that these had."""

@@ -21,12 +21,12 @@ __all__ = ["interpreted"]  # a fixture
 D = torch.float64
 METHODS = {
     "dopri5": {"rtol": 1e-9, "atol": 1e-9}, "tsit5": {"rtol": 1e-9, "atol": 1e-9},
-    "rk4": {"step_size": 0.01}, "ssprk104": {"step_size": 0.05}, "cn": {"step_size": 0.01},
+    "rk4": {"step_size": 0.03}, "ssprk104": {"step_size": 0.05}, "cn": {"step_size": 0.02},
     "es325": {"rtol": 1e-6, "atol": 1e-6}, "rodaspr": {"rtol": 1e-8, "atol": 1e-8},
-    "bdf": {"rtol": 1e-9, "atol": 1e-9}, "bdf2": {"step_size": 0.01},
+    "bdf": {"rtol": 1e-9, "atol": 1e-9}, "bdf2": {"step_size": 0.02},
 }  # fmt: skip
 # What the method's error makes of the time: h^2 t / 12, h^2 t / 3, and some tolerances.
-EXACT = {"cn": 1e-4, "bdf2": 4e-4, "es325": 1e-4}
+EXACT = {"cn": 4e-4, "bdf2": 1.6e-3, "es325": 1e-4}
 
 
 def turn(t, y):

@@ -123,7 +123,7 @@ def test_adaptive_steps(method):
         if method == "ark4":
             problem = {"implicit": field, "explicit": lambda t, y: -torch.sin(y) * t}
         return gradients(
-            problem, y0, list(field.parameters()), method=method, rtol=1e-7, atol=1e-9,
+            problem, y0, list(field.parameters()), method=method, rtol=1e-5, atol=1e-7,
             jacobian_reuse=reuse,
         )  # fmt: skip
 
@@ -381,7 +381,7 @@ def test_adaptive_wrong_guess_is_undone(undone):
         field, gain = switching()
         y0 = torch.tensor([1.0, -2.0], dtype=D, requires_grad=True)
         return gradients(
-            {"rhs": field, "params": [gain]}, y0, [gain], method="es325", rtol=1e-6, atol=1e-8,
+            {"rhs": field, "params": [gain]}, y0, [gain], method="es325", rtol=1e-4, atol=1e-6,
             jacobian_reuse=reuse,
         )  # fmt: skip
 

@@ -192,7 +192,7 @@ class Reactors(torch.nn.Module):
 )
 def test_tensors_of_rows(method, step, rows):
     """Values and gradients are those of each row's solve alone, by what is its own and shared."""
-    f, options = Reactors(rows), {"method": method, "step_size": step, "rtol": 1e-6}
+    f, options = Reactors(rows), {"method": method, "step_size": step, "rtol": 1e-4}
     y0 = torch.linspace(-1.0, 1.0, 3 * rows, dtype=D).view(rows, 3).requires_grad_()
     times = torch.stack([torch.tensor([0.0, 0.3, 1.0 - 0.1 * k], dtype=D) for k in range(rows)])
     found = independent(f, **options)(y0, times).ys

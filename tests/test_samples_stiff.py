@@ -22,7 +22,9 @@ CASES = [
 def test_rows_are_those_of_solves_alone(method, step):
     f = Oscillator()
     y0, t = Y0.clone().requires_grad_(), TIMES.clone().requires_grad_()
-    options = {"method": method, "step_size": step, "compile": False, "rtol": 1e-4}
+    # Of low order, whose steps are many.
+    rtol = 1e-3 if method in ("beuler", "cn", "implicit_midpoint") else 1e-4
+    options = {"method": method, "step_size": step, "compile": False, "rtol": rtol}
     found = pnode.Solver(f, samples="independent", **options)(y0, t)
     # With the Newton iterates of rows; both leave what Newton's tolerance does.
     tight = {} if find_method(method).linearly_implicit else {"jacobian_reuse": "iteration"}
@@ -129,7 +131,7 @@ def test_a_row_that_fails():
     y0 = torch.tensor([[0.5], [2.0], [-1.0]], dtype=D, requires_grad=True)
     times = torch.tensor([0.0, 0.25, 1.0], dtype=D)
     for method in ("rodaspr", "es325"):
-        options = {"samples": "independent", "method": method}
+        options = {"samples": "independent", "method": method, "rtol": 1e-5}
         kept = pnode.Solver(square, on_failure="nan", **options)(y0, times)
         assert bool(kept.ys[2, 1].isnan().all())
         with pytest.raises(pnode.SolveError, match="row 1 of y0"):
@@ -175,7 +177,7 @@ def test_hidden_time_is_told():
         return torch.sin(5.0 * t.detach()) - y
 
     with pytest.warns(RuntimeWarning, match="depends on t"):
-        pnode.Solver(f, method="rodaspr", samples="independent")(Y0, [0.0, 1.0])
+        pnode.Solver(f, method="rodaspr", samples="independent", rtol=1e-3)(Y0, [0.0, 0.3])
 
 
 def test_single_precision():

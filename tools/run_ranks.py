@@ -2,9 +2,11 @@
 
 Usage: ``run_ranks.py [pytest's arguments]``, by the environment's Python. Each run is
 ``mpiexec -n N python -m pytest --with-mpi tests/mpi``, with the counters of
-``benchmarks/counting.py`` and under a hard limit.
+``benchmarks/counting.py`` and under a hard limit. Where there are more ranks than cores, those that
+wait sleep (``patient_yield.c``).
 """
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -59,6 +61,16 @@ def run(size: int, report: Path, environment: dict[str, str]) -> int:
             return 124
 
 
+def patient(environment: dict[str, str], folder: Path) -> dict[str, str]:
+    """Return the environment of ranks that leave their core to others while they wait."""
+    library = folder / "patient_yield.so"
+    source = Path(__file__).with_name("patient_yield.c")
+    command = [beside_python("mpicc"), "-shared", "-fPIC", "-O1", str(source), "-o", str(library)]
+    subprocess.run(command, check=True)
+    preloaded = f"{environment['LD_PRELOAD']} {library}"
+    return environment | {"LD_PRELOAD": preloaded, "MPIR_CVAR_POLLS_BEFORE_YIELD": "100"}
+
+
 def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -66,7 +78,10 @@ def main() -> int:
         cache = {"PNODE_CACHE_DIR": str(folder / "compiled")}
         environment = cache | counting_environment(folder)
         reports = [folder / f"{size}.xml" for size in SIZES]
+        cores = len(os.sched_getaffinity(0))
         for size, report in zip(SIZES, reports, strict=True):
+            if size > cores:
+                environment = patient(environment, folder)
             status = run(size, report, environment)
             if status:
                 return status
