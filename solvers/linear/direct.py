@@ -31,10 +31,10 @@ class DirectSolves:
 
     def __init__(self) -> None:
         self._seen: tuple[int, int] = (0, -1)
-        self._matrix: Any = None  # its values, as SciPy has them, and their absolute values
-        self._sizes: Any = None
+        #: The matrix as SciPy has it, and its transpose.
+        self._forms: list[Any] = []
+        self._diagonal: Any = None
         self._factors: Any = None
-        self._finite = True
 
     def mend(self, ksp: Any, b: Any, x: Any, transposed: bool, ranks: Ranks) -> bool:
         """Mend the solution x of ``A x = b`` or ``A^T x = b``; False if A is singular.
@@ -45,13 +45,12 @@ class DirectSolves:
         if matrix is None or ksp.getConvergedReason() < 0:
             return True
         self._read(matrix)
-        right, own = b.getArray(readonly=True), x.getArray(readonly=True).copy()
-        if not (self._finite and np.isfinite(right).all()):
-            return True  # the fault of no solve
+        right, own = b.getArray(readonly=True), x.getArray(readonly=True)
         with np.errstate(invalid="ignore", over="ignore"):
             left = self._left(right, own, transposed)
-            if left is None:
-                return True
+            if left is None or not (np.isfinite(right).all() and self._is_finite()):
+                return True  # or the fault of no solve
+            own = own.copy()
             good = self._mended(right, own, left, transposed, ksp if b.comm.size == 1 else None)
         if good:
             x.setArray(own)
@@ -67,16 +66,20 @@ class DirectSolves:
         if seen != self._seen:
             rows, columns, values = matrix.getValuesCSR()
             sparse = scipy.sparse.csr_matrix((values, columns, rows), matrix.getSize())
-            self._matrix, self._sizes, self._factors = sparse, abs(sparse), None
-            self._seen, self._finite = seen, bool(np.isfinite(values).all())
+            self._forms, self._diagonal = [sparse, sparse.T], sparse.diagonal()
+            self._seen, self._factors = seen, None
+
+    def _is_finite(self) -> bool:
+        return bool(np.isfinite(self._forms[0].data).all())
 
     def _left(self, b: Any, x: Any, transposed: bool) -> Any:
         """Return what x leaves of b, None if that is small."""
-        matrix, sizes = self._matrix, self._sizes
-        if transposed:
-            matrix, sizes = matrix.T, sizes.T
+        matrix = self._forms[transposed]
         left = b - matrix @ x
-        terms = np.abs(b) + sizes @ np.abs(x) + _SMALLEST
+        terms = np.abs(b) + np.abs(self._diagonal * x) + _SMALLEST
+        if bool((np.abs(left) <= _PART * terms).all()):
+            return None
+        terms = np.abs(b) + abs(matrix) @ np.abs(x) + _SMALLEST  # all of them
         return None if bool((np.abs(left) <= _PART * terms).all()) else left
 
     def _mended(self, b: Any, x: Any, left: Any, transposed: bool, ksp: Any) -> bool:
@@ -95,7 +98,7 @@ class DirectSolves:
             from scipy.sparse.linalg import splu
 
             try:
-                self._factors = splu(self._matrix.tocsc())
+                self._factors = splu(self._forms[0].tocsc())
             except RuntimeError as error:
                 if "singular" not in str(error):
                     raise
