@@ -17,6 +17,7 @@ from pnode.field.linearization import Linearization, Products
 from pnode.field.vectorfield import VectorField
 from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.linear.block import BlockMatrix
+from pnode.solvers.linear.direct import DirectSolves
 from pnode.solvers.petsc.bridge import Bridge
 from pnode.solvers.petsc.failures import linear_error, raise_stored
 from pnode.solvers.petsc.library import total_krylov_iterations
@@ -61,7 +62,7 @@ class ImplicitAdjointStepper(TorchAdjointStepper):
         self._b, self._x = (
             vectors.create(settings.comm, settings.size, settings.place) for _ in range(2)
         )
-        self._iterations = 0
+        self._direct, self._iterations = DirectSolves(), 0
         self._known: tuple[torch.Tensor, torch.Tensor, Products] | None = None
 
     def begin(self, field: VectorField, batch: Sequence[int] = ()) -> None:
@@ -217,6 +218,9 @@ class ImplicitAdjointStepper(TorchAdjointStepper):
         vectors.copy_in(self._b, b)
         solve = self._ksp.solveTranspose if transposed else self._ksp.solve
         self._check(_failure(solve, self._b, self._x), step, kind)
+        ranks = self.bridge.ranks
+        if not self._direct.mend(self._ksp, self._b, self._x, transposed, ranks):
+            raise linear_error(self._ksp, "zero pivot in LU factorization", self._where(step), kind)
         total = total_krylov_iterations(self._ksp)
         ledger.krylov += total - self._iterations
         self._iterations = total

@@ -29,20 +29,15 @@ from pnode.field.vectorfield import vector_field
 from pnode.layout.pair_layout import PairLayout
 from pnode.solvers.linear.assembly import Assembly
 from pnode.solvers.linear.block import block_lu
+from pnode.solvers.linear.direct import DirectSolves
 from pnode.solvers.linear.given_solves import GivenSolve
 from pnode.solvers.linear.linearizer import Linearizer, Point
 from pnode.solvers.linear.shells import JacobianShell, shell_matrix
 
 __all__ = [
-    "LINEAR",
-    "PAIR_SOLVE",
-    "PairAssembly",
-    "PairConvergence",
-    "PairMatrix",
-    "PairOptions",
-    "PairSolve",
-    "create_matrices",
-]
+    "LINEAR", "PAIR_SOLVE", "PairAssembly", "PairConvergence", "PairMatrix", "PairOptions",
+    "PairSolve", "create_matrices",
+]  # fmt: skip
 
 PAIR_SOLVE = f"{__name__}.PairSolve"
 _PREFIX = "pnode_tangent_solve_"
@@ -119,7 +114,7 @@ class PairMatrix:
         self._own = own
         self._b, self._x = vectors
         self._shift, self._factor = 0.0, 1.0
-        self._direct, self._converged = block_lu(ksp), True
+        self._direct, self._converged, self._judge = block_lu(ksp), True, DirectSolves()
         self.forget()
 
     @property
@@ -223,7 +218,8 @@ class PairMatrix:
             error = self._own.take_exception()
             if error is not None:
                 raise error
-            self._converged = self._converged and self.ksp.getConvergedReason() >= 0
+            good = self._judge.mend(self.ksp, self._b, self._x, transposed, self._own.ranks)
+            self._converged = self._converged and good and self.ksp.getConvergedReason() >= 0
             found = copy_out(self._x)
         return found if self._factor == 1.0 else found / self._factor
 

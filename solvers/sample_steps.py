@@ -141,10 +141,10 @@ class SampleSweep:
     def _gather(self) -> None:
         """Leave out the rows that do not step any more, unless f wants all of them."""
         keep, t = self.active.nonzero()[:, 0], self._user_time()
-        whole = self.field.rate(t, self.u)[keep]
+        whole = self.field.glance(t, self.u)[keep]
         try:
             part = self.field.of_rows(len(keep))
-            alike = _alike(part.rate(t[keep], self.u[keep]), whole, part.dtype)
+            alike = _alike(part.glance(t[keep], self.u[keep]), whole, part.dtype)
         except Exception:  # it has something of its own for each row
             alike = False
         self._gathers = alike

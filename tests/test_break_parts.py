@@ -9,6 +9,7 @@ import torch
 
 import pnode
 from pnode import controls
+from pnode.solvers.methods import METHODS
 
 D = torch.float64
 BREAKS = torch.tensor([0.4, 0.8], dtype=D)
@@ -272,6 +273,21 @@ def test_algebraic_unknowns_jump_with_f():
     )
     with pytest.raises(pnode.ConfigurationError, match=r"break at t = 0\.4.*consistent_start=True"):
         pnode.Solver(f, **given)(vector(0.0, 1.0), vector(0.0, 1.2), breakpoints=BREAKS)
+
+
+def test_which_error_estimates_come_over_a_jump_of_an_algebraic_unknown():
+    """Where it jumps by 1 behind a step's start, h K_i = A^-1 1 for stages that are solved for."""
+    found = set()
+    for method in METHODS:
+        scheme = method.scheme
+        if method.ts_type == "dirk" and scheme.b_embedded is not None:
+            first = int(scheme.A[0][0] == 0.0)
+            A = torch.tensor(scheme.A, dtype=D)[first:, first:]
+            slopes = torch.linalg.solve(A, torch.ones(len(A), dtype=D))
+            defect = torch.tensor(scheme.b_embedded, dtype=D) - torch.tensor(scheme.b, dtype=D)
+            if abs(float(defect[first:] @ slopes)) < 1e-12:
+                found.add(method.name)
+    assert found == {"esdirk3", "es325"}  # as docs/problems.md has it
 
 
 def test_imex_residual_and_symplectic():

@@ -12,8 +12,14 @@ import torch
 
 import pnode
 from pnode.base.options import PETSc, log_stage
+from pnode.base.ranks import ALONE
 from pnode.errors import ConfigurationError, LinearSolveFailed, NonFiniteVectorField
 from pnode.field import linearization
+from pnode.solvers.linear.dense import DenseAssembly
+from pnode.solvers.linear.direct import DirectSolves
+from pnode.solvers.linear.jacobians import Jacobian
+from pnode.solvers.linear.linearizer import Linearizer, Point
+from pnode.solvers.methods import METHODS
 from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.petsc.library import color_columns
 
@@ -377,6 +383,91 @@ def test_singular_matrix(kind):
     # Adaptive steps go on with another length.
     solver = pnode.Solver(lambda t, y: rates * y, method="cn", first_step=0.1, **keywords)
     assert solver(torch.ones(3, 1, dtype=D), [0.0, 0.2]).ys.isfinite().all()
+
+
+def alternating(pivot, size=50):
+    """A matrix of condition 30 whose rows in turn have this pivot."""
+    diagonal = np.where(np.arange(size) % 2, 3.0, pivot)
+    return scipy.sparse.diags_array([1.0, diagonal, -1.5], offsets=[-1, 0, 1], shape=(size, size))
+
+
+@pytest.mark.parametrize("pivot", [1e-13, 3e-16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_bad_pivots_of_sparse_lu(pivot, transposed):
+    """PETSc takes pivots as they come: refinement mends the first, SuperLU the second."""
+    dense = alternating(pivot).toarray()
+    csr = alternating(pivot).tocsr()
+    matrix = PETSc.Mat().createAIJ(csr.shape, csr=(csr.indptr, csr.indices, csr.data))
+    ksp = PETSc.KSP().create(PETSc.COMM_SELF)
+    ksp.setOperators(matrix)
+    ksp.setType("preonly")
+    ksp.getPC().setType("lu")
+    ksp.getPC().setFactorPivot(0.0)
+    ksp.setFromOptions()
+    b, x = matrix.createVecs()
+    b.setArray(np.linspace(1.0, 2.0, 50))
+    solve = ksp.solveTranspose if transposed else ksp.solve
+    solve(b, x)
+    exact = np.linalg.solve(dense.T if transposed else dense, b.getArray())
+    assert np.abs(x.getArray() - exact).max() > 1e-9 * np.abs(exact).max()
+    solves = DirectSolves()
+    assert solves.mend(ksp, b, x, transposed, ALONE)
+    assert np.abs(x.getArray() - exact).max() <= 1e-13 * np.abs(exact).max()
+    before = x.getArray().copy()
+    assert solves.mend(ksp, b, x, transposed, ALONE)
+    assert np.array_equal(before, x.getArray())
+
+
+class Chain(torch.nn.Module):
+    """Cells in a row; of every second one the diagonal of shift - J cancels."""
+
+    def __init__(self, shift):
+        super().__init__()
+        self.p = torch.nn.Parameter(torch.tensor([1.0, 0.3], dtype=D))
+        self.own = shift - torch.tensor([3e-13, 3.0], dtype=D).repeat(20)
+
+    def forward(self, t, y):
+        p, q = self.p
+        flow = p * (y + 0.1 * torch.atan(y))
+        pad = torch.nn.functional.pad
+        return self.own * y - pad(flow[:-1], (1, 0)) - pad(flow[1:], (0, 1)) + q * torch.cos(t)
+
+
+@pytest.mark.parametrize("method", ["es325", "ra34pw2"])
+def test_steps_with_bad_pivots(method):
+    """Nothing corrects solves of Rosenbrock stages and of adjoints: up to 4e-10 was lost."""
+    scheme = {one.name: one for one in METHODS}[method].scheme
+    gamma = scheme.gamma_diagonal[0] if scheme.gamma_diagonal else scheme.A[-1][-1]
+    field, y0 = Chain(2.0 / gamma), torch.linspace(0.5, 1.5, 40, dtype=D).requires_grad_()
+    found = []
+    for jacobian in ("sparse", "dense"):
+        solver = pnode.Solver(field, method=method, step_size=0.5, jacobian=jacobian, compile=False)
+        end = solver(y0, [0.0, 1.5]).ys[-1]
+        gradients = torch.autograd.grad(end @ torch.linspace(1, 2, 40, dtype=D), [y0, field.p])
+        found.append([end.detach(), *gradients])
+    for one, two in zip(*found, strict=True):
+        assert torch.linalg.norm(one - two) <= 3e-12 * torch.linalg.norm(two)
+
+
+def test_check_that_did_not_pass_is_made_again():
+    """Not of a value that raises, nor of one that is not finite, which differs from none."""
+    values = iter([ValueError("not here"), torch.tensor([torch.nan]), torch.ones(1), torch.ones(1)])
+    checks = []
+
+    class Assembled(DenseAssembly):
+        def evaluate(self, linearizer, point, check):
+            checks.append(check)
+            found = next(values)
+            if isinstance(found, Exception):
+                raise found
+            return found, None
+
+    jacobian, linearizer = Jacobian(Assembled(), "iteration"), Linearizer()
+    point = Point(0.0, torch.ones(1), (0, 0), None)
+    for _ in range(4):
+        jacobian._fill(linearizer, point)
+        linearizer.take_exception()
+    assert checks == [True, True, True, False]
 
 
 @pytest.mark.parametrize("kind", ["block", "sparse", "dense"])

@@ -160,8 +160,42 @@ def test_rows_that_come_to_depend_on_others_are_refused():
     y0 = torch.linspace(-1.0, 2.0, 18, dtype=D).view(6, 3)
     solver(y0, [0.0, 1.0])
     norm.train()
+    before = {name: each.clone() for name, each in norm.named_buffers()}
     with pytest.raises(pnode.ConfigurationError, match="couples them"):
         solver(y0, [0.0, 1.0])
+    assert int(norm.num_batches_tracked) == 1  # of the solve's own evaluation
+    assert torch.allclose(norm.running_mean, 0.9 * before["running_mean"] + 0.1 * y0.mean(0))
+
+
+class Counting(torch.nn.Module):
+    """Counts its calls, and draws a number in each."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, t, y):
+        self.calls += 1
+        self.drawn = torch.rand(1)
+        return -y
+
+
+@pytest.mark.parametrize("keywords", [
+    {"samples": "independent", "compile": False}, {"method": "rk4", "compile": True}
+])  # fmt: skip
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.filterwarnings("ignore:compile=True has no effect")
+def test_looks_at_f_leave_buffers_and_random_numbers(keywords, wrapped):
+    """Both are then what the steps' own evaluations have made of them."""
+    counting = Counting()
+    f = (lambda t, y: counting(t, y)) if wrapped else counting
+    torch.manual_seed(0)
+    with torch.no_grad():
+        pnode.Solver(f, step_size=0.25, **keywords)(Y0, [0.0, 1.0])
+    last, calls = counting.drawn, int(counting.calls)
+    torch.manual_seed(0)
+    assert calls == 4 * {"rk4": 4}.get(keywords.get("method"), 6) + (calls % 4 == 1)
+    assert torch.equal(torch.rand(calls)[-1:], last)
 
 
 def test_a_field_with_a_domain_is_looked_at_within_it():

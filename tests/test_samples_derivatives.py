@@ -198,3 +198,33 @@ def test_a_changed_field_is_noticed():
         factor[0] = 2.0
         with pytest.raises(pnode.errors.FieldChanged):
             found.sum().backward()
+
+
+def test_second_derivatives_by_times_beside_a_row_that_failed():
+    """Those of the other rows and of the parameter; NaN times zero was the latter's."""
+    scale = torch.nn.Parameter(ONE.clone())
+
+    def square(t, y):
+        return scale * y * y * (1.0 + 0.1 * t)
+
+    start = torch.tensor([[0.3, 0.2], [4.0, 1.0], [-0.5, 0.1]], dtype=D)
+    clock = torch.tensor([[0.0, 0.4, 1.0], [0.0, 0.5, 1.2], [0.0, 0.6, 0.8]], dtype=D)
+    solver = pnode.Solver(
+        square, samples="independent", on_failure="nan", params=[scale], compile=False
+    )
+    found = []
+    for rows in ([0, 1, 2], [0, 2]):
+        t, y0 = clock[rows].requires_grad_(), start[rows].requires_grad_()
+        ys = solver(y0, t).ys
+        failed = ys.isnan().any(dim=0).any(dim=1)
+        loss = torch.where(ys.isnan(), 0.0, ys).pow(3).sum()
+        (by_time,) = torch.autograd.grad(loss, t, create_graph=True)
+        second = torch.autograd.grad((by_time * V[rows]).sum(), [t, y0, scale])
+        _, along = torch.func.jvp(lambda t, y0=y0: solver(y0, t).ys, (t.detach(),), (V[rows],))
+        good = ~failed
+        assert len(rows) - int(good.sum()) == len(rows) - 2
+        kept = [second[0][good], second[1][good], second[2], along[:, good]]
+        found.append([by_time[good].detach(), *(one.detach() for one in kept)])
+    for one, other in zip(*found, strict=True):
+        assert one.isfinite().all()
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)

@@ -231,3 +231,10 @@ def random_states(device: torch.device) -> list[torch.Tensor]:
     if device.type == "cuda" and _cuda.is_available():
         states.append(_cuda.get_rng_state(device))
     return states
+
+
+def set_random_states(states: list[torch.Tensor], device: torch.device) -> None:
+    """Put the generators of :func:`random_states` back."""
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        _cuda.set_rng_state(states[1], device)

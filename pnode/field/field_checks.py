@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
 
-from pnode.base.devices import random_states
-from pnode.base.surroundings import modules_within
+from pnode.base.devices import random_states, set_random_states
+from pnode.base.surroundings import modules_within, owner
 from pnode.errors import ConfigurationError, FieldChanged, VectorFieldError
 from pnode.problems.problem import StateLayout
 
 __all__ = [
     "changed", "find_parameters", "hidden_state", "hides_time", "refuse_hidden_state",
-    "refuse_unrecorded", "wrong_result", "wrote_into_input",
+    "refuse_unrecorded", "undisturbed", "wrong_result", "wrote_into_input",
 ]  # fmt: skip
 
+# Of functions in functions.
+_MOST_LEVELS = 3
 _HiddenState = tuple[list[torch.Tensor], list[int]]
 
 
@@ -102,7 +107,8 @@ def hides_time(
     small = (1e-4 if double else 1e-2) * (span if math.isfinite(span) else 1.0)
     evaluations = field.ledger.rhs
     try:
-        value = evaluate(s + max(small, 64.0 * resolution))
+        with undisturbed(field.function, field.problem.compute or field.problem.layout.device):
+            value = evaluate(s + max(small, 64.0 * resolution))
     except Exception:  # it is not defined there, which is nothing to complain of
         return False
     finally:
@@ -120,6 +126,59 @@ def hidden_state(function: Any, device: torch.device) -> _HiddenState:
         if buffer is not None and buffer.is_floating_point()
     ]
     return random_states(device), versions
+
+
+def _modules_of(item: Any, levels: int) -> list[torch.nn.Module]:
+    """Return the Modules that a function is, belongs to, encloses, holds or names."""
+    item = owner(item)
+    if isinstance(item, torch.nn.Module):
+        return [item]
+    parts: list[Any] = []
+    if isinstance(item, FunctionType):
+        cells = [cell for cell in item.__closure__ or () if cell != CellType()]
+        parts += [cell.cell_contents for cell in cells]
+        parts += [item.__globals__.get(name) for name in item.__code__.co_names]
+    elif isinstance(item, partial):
+        parts += [item.func, *item.args, *item.keywords.values()]
+    elif not isinstance(item, type):
+        parts += getattr(item, "__dict__", {}).values()
+    inner = (part for part in parts if callable(part)) if levels else ()
+    return [module for part in inner for module in _modules_of(part, levels - 1)]
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether values are; versions do not tell of what normalization over a batch writes."""
+    if one.layout is not torch.strided:
+        return all(map(_same, _stored(one), _stored(other)))
+    return torch.equal(one, other) or torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def _stored(tensor: torch.Tensor) -> list[torch.Tensor]:
+    compressed = tensor.layout is not torch.sparse_coo
+    return [tensor.values()] if compressed else [tensor._indices(), tensor._values()]
+
+
+@contextmanager
+def undisturbed(function: Any, device: torch.device) -> Iterator[None]:
+    """Undo what evaluations of f that only look at it write into buffers, and draw at random."""
+    states = random_states(device)
+    kept = [
+        (module._buffers, name, buffer, buffer.detach().clone())
+        for module in modules_within(_modules_of(function, _MOST_LEVELS))
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for place, name, buffer, before in kept:
+            if not _same(buffer, before):
+                with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+                    buffer.copy_(before)
+            if place[name] is not buffer:
+                place[name] = buffer
+        if not all(map(torch.equal, states, random_states(device))):
+            set_random_states(states, device)
 
 
 def refuse_hidden_state(before: _HiddenState, now: _HiddenState, time: float) -> None:

@@ -19,6 +19,7 @@ from pnode.base.communicators import clean_up
 from pnode.base.devices import HOST, place_of
 from pnode.base.options import SolverOptions, next_prefix
 from pnode.errors import ConfigurationError
+from pnode.field.field_checks import undisturbed
 from pnode.field.vectorfield import VectorField, vector_field
 from pnode.layout.layouts import Layout
 from pnode.problems import tolerances
@@ -269,13 +270,14 @@ class Engine:
         part = vector_field(replace(problem, check_undeclared=False), ledger)
         linearize = partial(part.linearize, problem.times[0])
         try:
-            hard = layout in self._hard or (
-                problem.explicit is not None and seems_constant(y0.detach(), linearize)
-            )
-            found = find_structure(
-                layout, y0.detach(), linearize,
-                DENSE_LIMIT if hard else _SHORT_SAMPLE, _LARGEST_SPARSE if hard else 0,
-            )  # fmt: skip
+            with undisturbed(part.function, layout.device):
+                hard = layout in self._hard or (
+                    problem.explicit is not None and seems_constant(y0.detach(), linearize)
+                )
+                found = find_structure(
+                    layout, y0.detach(), linearize,
+                    DENSE_LIMIT if hard else _SHORT_SAMPLE, _LARGEST_SPARSE if hard else 0,
+                )  # fmt: skip
         except Exception:  # whatever f raises near y0
             found = None
         self._structures[layout] = found

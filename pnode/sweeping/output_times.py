@@ -97,22 +97,31 @@ def _row_time_gradient(
         problem = bound(run.problem, parameters, leaves=False) if again else run.problem
         found = [torch.zeros_like(t[0], dtype=torch.float64)] * len(t)
         for index in range(1 if sweep.every else len(t)):
-            reached = ~ys[index].view(rows, -1).isnan().any(dim=1, keepdim=True)
+            y, reached = _reached(ys[index] if index else y0, ys[0], rows)
             seed = cotangents[index] if index else -initial
             seed = seed - cotangents[0] if sweep.every else seed
             if rate is None:
-                y = y0 if index == 0 else ys[index]
-                slope = flow_slope(problem, _of_rows(problem, t[index]), y, vanishing=False)
+                slope = flow_slope(
+                    problem, _of_rows(problem, t[index]), y.reshape(-1), vanishing=False
+                )
             else:
-                y = torch.where(reached, ys[index].view(rows, -1), ys[0].view(rows, -1))
                 slope = rate(t[index].detach().to(y.device, REAL), y.detach().to(REAL))
-            product = seed.double().view(rows, -1) * slope.double().view(rows, -1)
-            found[index] = torch.where(reached, product, 0.0).sum(dim=1).to(t.device)
+            # No factor is NaN, which its product with zero would be in derivatives.
+            seed = torch.where(reached, seed.double().view(rows, -1), 0.0)
+            product = seed * slope.double().view(rows, -1)
+            found[index] = product.sum(dim=1).to(t.device)
         return torch.stack(found).to(t)
 
     with run.surroundings.restored():
         known = run.problem.ranks.attempt(terms)
     return torch.zeros_like(t) if known is None else known
+
+
+def _reached(y: torch.Tensor, start: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return states of rows, where those have failed that at the start, and which have not."""
+    y = y.view(rows, -1)
+    reached = ~y.isnan().any(dim=1, keepdim=True)
+    return torch.where(reached, y, start.view(rows, -1)), reached
 
 
 def _of_rows(problem: InitialValueProblem, t: torch.Tensor) -> torch.Tensor:
@@ -211,7 +220,8 @@ def moved_by_times(
     moved, terms = list(tangents), TermsOfRanks(run.problem, t, parameters)
     along = run.problem.direction * along_t.to(ys)
     for i in range(1, len(run.problem.times) - len(run.roots)):
-        moved[i] = moved[i] + terms.known(_times(along[i], slope_at(terms, i, ys[i])))
+        y = _reached(ys[i], ys[0], len(t[i]))[0].reshape(-1) if t[i].dim() else ys[i]
+        moved[i] = moved[i] + terms.known(_times(along[i], slope_at(terms, i, y)))
     return torch.stack(moved)
 
 

@@ -74,12 +74,14 @@ class Bdf : public ImplicitSteps {
     const double* from = values.data() + first;
     Rows x(du.size());
     before.push_front(du);
+    Status status;
     if (k < 0) {
-      if (!tangents_of_start(-k, t, h, from, x)) return SINGULAR;
+      status = tangents_of_start(-k, t, h, from, x);
     } else {
       for (int j = 0; j < k; j++) plus(x, -from[j + 1], before[j]);
-      if (!solve_tangents(t + h, from + k + 1, from[0], J, factors, x)) return SINGULAR;
+      status = solve_tangents(t + h, from + k + 1, from[0], J, factors, x);
     }
+    if (status != DONE) return status;
     du = x;
     if (before.size() == MOST_STATES) before.pop_back();
     return DONE;
@@ -211,17 +213,18 @@ class Bdf : public ImplicitSteps {
     return DONE;
   }
 
-  bool tangents_of_start(int p, double t, double length, const double* from, Rows& total) {
+  Status tangents_of_start(int p, double t, double length, const double* from, Rows& total) {
     for (int number = 1; number <= p; number++) {
       const double h = length / number;
       Rows x(du);
       for (int i = 1; i <= number; i++, from += N) {
         for (double& entry : x) entry /= h;
-        if (!solve_tangents(t + i * h, from, 1.0 / h, J, factors, x)) return false;
+        const Status status = solve_tangents(t + i * h, from, 1.0 / h, J, factors, x);
+        if (status != DONE) return status;
       }
       plus(total, start_weight(number, p), x);
     }
-    return true;
+    return DONE;
   }
 
   Newton newton;

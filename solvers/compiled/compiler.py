@@ -19,6 +19,7 @@ from pnode.base.ledger import Ledger
 from pnode.base.ranks import ALONE
 from pnode.base.vectors import REAL
 from pnode.errors import ConfigurationError
+from pnode.field.field_checks import undisturbed
 from pnode.field.rebinding import Rebound
 from pnode.field.vectorfield import VectorField, vector_field
 from pnode.solvers.compiled.backend import Backend, Checked, Compilation, Reason, Trace, Wanted
@@ -200,6 +201,14 @@ class Compiler:
                     return found
             part.trust(None)
         # The first time, or something has changed: with all checks.
+        with undisturbed(part.function, problem.layout.device):
+            return self._part_anew(backend, part, y0, wanted, key, known, lent, bound)
+
+    def _part_anew(
+        self, backend: Backend, part: VectorField, y0: torch.Tensor, wanted: Wanted, key: Any,
+        known: Trace | None, lent: bool, bound: Trace | None,
+    ) -> Checked | Reason:  # fmt: skip
+        name = wanted.settings.method.name
         with followed(part, Guard() if known is None else known.guard) as seen:
             value = value_of(part, y0, name)
         found = None

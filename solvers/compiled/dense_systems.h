@@ -15,6 +15,12 @@ struct Factors : AnyLu<double, N> {
       }
     return AnyLu<double, N>::factor();
   }
+
+  // As sparse_systems.h has it; here pivots come from all rows.
+  bool solve_exactly(double* x, bool transposed = false) const {
+    transposed ? this->solve_transposed(x) : this->solve(x);
+    return true;
+  }
 };
 
 void apply(const double* J, const double* x, double* y) { multiply(J, x, y); }

@@ -2,7 +2,8 @@
 
 namespace {
 
-// From the cotangents of a stage and its slope to kappa, that of its start, z = M^T own.
+// From the cotangents of a stage and its slope to kappa, that of its start, z = M^T own. Matrices with a
+// mass are dense.
 void Dirk::pass_back(double shift, const double* zeta, const double* rho, double* kappa,
                      double* z, double* own) {
   multiply_transposed(M, rho, z);
@@ -48,11 +49,11 @@ Status Dirk::adjoint(int64_t index, double t, double h) {
       if (m.stiffly_accurate) passed = own;
     } else if (is_end) {
       for (int k = 0; k < N; k++) x[k] = shift * lambda[k];
-      factors.solve_transposed(x);
+      if (!factors.solve_exactly(x, true)) return NOT_CONVERGED;
       for (int k = 0; k < N; k++) kappa[k] = h * A[i] * x[k];
     } else {
       for (int k = 0; k < N; k++) kappa[k] = shift * rho[i][k] + zeta[k];
-      factors.solve_transposed(kappa);
+      if (!factors.solve_exactly(kappa, true)) return NOT_CONVERGED;
       apply_transposed(J_end, kappa, x);
       for (int k = 0; k < N; k++) x[k] += zeta[k];
     }
@@ -114,7 +115,8 @@ Status Dirk::tangent(int64_t index, double t, double h) {
       more = slope[0];
       for (double& entry : more) entry *= shift * h * A[0];
     }
-    if (!solve_tangents(time, y, shift, J_end, factors, x, more)) return SINGULAR;
+    const Status status = solve_tangents(time, y, shift, J_end, factors, x, more);
+    if (status != DONE) return status;
     slope[i].assign(du.size(), 0.0);
     plus(slope[i], shift, x), plus(slope[i], -shift, driven);
   }

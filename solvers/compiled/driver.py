@@ -388,9 +388,9 @@ class CompiledSweep:
 def _failure(what: str, status: int) -> Exception:
     """Return the error of an adjoint or a tangent that ended with a status."""
     if status in (_SINGULAR, _UNSOLVED):
-        pivot = "zero pivot in LU factorization"
-        reason = pivot if status == _SINGULAR else "GMRES has not converged with LU's factors"
-        return LinearSolveFailed(f"a solve of the {what} failed", reason=reason)
+        reason = "zero pivot" if status == _SINGULAR else "bad pivots, and no refinement helped"
+        text = f"a solve of the {what} failed: use jacobian='dense', or compile=False"
+        return LinearSolveFailed(text, reason=reason)
     if status == _MISSING:
         return ConfigurationError(
             f"the {what} met entries of a Jacobian that its sparsity pattern, or its blocks of "

@@ -208,12 +208,12 @@ class ImplicitSteps : public Kernel {
   }
 
   // f_y, to J, and x_k from (shift M - f_y) x_k = M x_k + more_k + f_p v_k.
-  bool solve_tangents(double t, const double* y, double shift, double* J, Factors& factors, Rows& x,
-                      const Rows& more = {}) {
+  Status solve_tangents(double t, const double* y, double shift, double* J, Factors& factors,
+                        Rows& x, const Rows& more = {}) {
     double f[N];
     jacobian(t, y, c, f, J);
     counts.jacobians++, counts.rhs++, counts.factorizations++;
-    if (!factors.factor(shift, J, M)) return false;
+    if (!factors.factor(shift, J, M)) return SINGULAR;
     if (M)
       for (size_t k = 0; k < x.size(); k += N) {
         std::memcpy(f, &x[k], sizeof(f));
@@ -221,8 +221,9 @@ class ImplicitSteps : public Kernel {
       }
     if (!more.empty()) plus(x, 1.0, more);
     add_along(t, y, x);
-    for (size_t k = 0; k < x.size(); k += N) factors.solve(&x[k]), counts.krylov++;
-    return true;
+    for (size_t k = 0; k < x.size(); k += N, counts.krylov++)
+      if (!factors.solve_exactly(&x[k])) return NOT_CONVERGED;
+    return DONE;
   }
 
   const Settings m;

@@ -40,7 +40,7 @@ class Rosenbrock : public ImplicitSteps {
           if (!factors.factor(1.0 / (h * m.diagonal[i]), J, M)) return SINGULAR;
           counts.factorizations++;
         }
-        factors.solve_transposed(w);
+        if (!factors.solve_exactly(w, true)) return NOT_CONVERGED;
         counts.krylov++;
       }
       const double time = t + m.alpha[i] * h;
@@ -99,7 +99,8 @@ class Rosenbrock : public ImplicitSteps {
       for (size_t k = 0; k < du.size(); k += N) {
         double* y = &dY[i][k];
         if (!is_explicit) {
-          factors.solve(y), counts.krylov++;
+          if (!factors.solve_exactly(y)) return NOT_CONVERGED;
+          counts.krylov++;
           continue;
         }
         for (int l = 0; l < N; l++) {
@@ -199,7 +200,7 @@ class Rosenbrock : public ImplicitSteps {
         if (!factors.factor(1.0 / (h * m.diagonal[i]), J, M)) return SINGULAR;
         counts.factorizations++;
       }
-      factors.solve(y);
+      if (!factors.solve_exactly(y)) return NOT_CONVERGED;
       counts.newton += forwards, counts.krylov++;
       std::memcpy(V[i], y, sizeof(V[i]));
     }

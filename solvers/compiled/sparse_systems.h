@@ -174,11 +174,12 @@ double dot(const double* a, const double* b, int count) {
   return sum;
 }
 
-// Of shift - J.
+// Of shift - J; J stays where it is as long as there are solves.
 class Factors {
  public:
-  bool factor(double shift, const double* J, const double* = nullptr) {
+  bool factor(double shift_, const double* J_, const double* = nullptr) {
     const size_t most = structure.largest;
+    shift = shift_, J = J_, pivoted = false;
     values.resize(structure.room), left.resize(structure.pending), front.resize(most * most);
     pivots.resize(N);
     waiting.clear();
@@ -210,7 +211,69 @@ class Factors {
     for (int k = 0; k < N; k++) b[k] = x[structure.position[k]];
   }
 
+  // The same where nothing corrects a solution later: pivots are not chosen between fronts. False if
+  // neither refinement nor dense factors with pivots from all rows do.
+  bool solve_exactly(double* b, bool transposed = false) {
+    const std::vector<double> right(b, b + N);
+    for (;;) {
+      rest = right;
+      std::fill(b, b + N, 0.0);
+      for (int turn = 0; turn < REFINED; turn++) {
+        solve_any(rest.data(), transposed);
+        for (int k = 0; k < N; k++) b[k] += rest[k];
+        if (leaves_little(right.data(), b, transposed)) return true;
+      }
+      if (pivoted || !are_finite(right)) return true;  // nothing does better
+      if (N > MOST_PIVOTED || !factor_pivoted()) return false;
+    }
+  }
+
  private:
+  static constexpr int REFINED = 4, MOST_PIVOTED = 1024;
+  static constexpr double PART = 1e-12;  // of the terms of an equation
+
+  bool factor_pivoted() {
+    int n = N, info = 0;
+    all.assign(size_t(N) * N, 0.0), rows.resize(N);
+    for (int e = 0; e < ENTRIES; e++)
+      all[structure.rows[e] + size_t(N) * structure.columns[e]] = -J[e];
+    for (int k = 0; k < N; k++) all[k + size_t(N) * k] += shift;
+    lapack.factor[0](&n, &n, all.data(), &n, rows.data(), &info);
+    return pivoted = info == 0;
+  }
+
+  void solve_any(double* b, bool transposed) {
+    if (!pivoted) return transposed ? solve_transposed(b) : solve(b);
+    int n = N, one = 1, info = 0;
+    char form = transposed ? 'T' : 'N';
+    lapack.solve[0](&form, &n, &one, all.data(), &n, rows.data(), b, &n, &info);
+  }
+
+  static bool are_finite(const std::vector<double>& right) {
+    double sum = 0.0;
+    for (const double x : right) sum += x - x;
+    return sum == 0.0;
+  }
+
+  // What a solution leaves of each equation, to `rest`, and whether that is small beside its terms,
+  // whatever the units of states (Oettli & Prager, Numer. Math. 6 (1964) 405).
+  bool leaves_little(const double* right, const double* b, bool transposed) {
+    const int* into = (transposed ? structure.columns : structure.rows).data();
+    const int* from = (transposed ? structure.rows : structure.columns).data();
+    terms.resize(N);
+    for (int k = 0; k < N; k++) {
+      rest[k] = right[k] - shift * b[k];
+      terms[k] = std::fabs(right[k]) + std::fabs(shift * b[k]) + std::numeric_limits<double>::min();
+    }
+    for (int e = 0; e < ENTRIES; e++) {
+      const double product = J[e] * b[from[e]];
+      rest[into[e]] += product, terms[into[e]] += std::fabs(product);
+    }
+    bool little = true;
+    for (int k = 0; k < N; k++) little &= std::fabs(rest[k]) <= PART * terms[k];
+    return little;
+  }
+
   // Add what is left of a child.
   size_t take(const Front& child, size_t used, int size) {
     const int count = int(child.rows.size());
@@ -304,6 +367,11 @@ class Factors {
   std::vector<double> values, left, front, x, gathered;
   std::vector<const Front*> waiting;  // whose rest the next ones take
   Numbers pivots;
+  double shift = 0.0;
+  const double* J = nullptr;
+  std::vector<double> rest, terms, all;  // all entries, where fronts do not do
+  Numbers rows;                          // their pivots
+  bool pivoted = false;
 };
 
 // y = J x.

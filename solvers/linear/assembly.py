@@ -16,10 +16,11 @@ import torch
 
 from pnode.base.devices import HOST, Place
 from pnode.base.noise import noise
+from pnode.base.vectors import is_finite
 from pnode.field.linearization import Linearization
 from pnode.solvers.linear.linearizer import Linearizer, Point
 
-__all__ = ["Assembly", "differ", "probe"]
+__all__ = ["Assembly", "differ", "finite", "probe"]
 
 
 class Assembly(ABC):
@@ -62,3 +63,10 @@ def differ(exact: torch.Tensor, found: torch.Tensor, scale: torch.Tensor) -> boo
     """Whether two products differ by more than round-off of ``scale``, their absolute sum."""
     tolerance = math.sqrt(torch.finfo(exact.dtype).eps)
     return bool(((exact - found).abs() > tolerance * (scale + exact.abs())).any())
+
+
+def finite(values: Any) -> bool:
+    """Whether the tensors of an evaluation, in tuples, are."""
+    if isinstance(values, torch.Tensor):
+        return is_finite(values)
+    return not isinstance(values, tuple) or all(map(finite, values))

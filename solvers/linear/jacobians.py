@@ -19,7 +19,7 @@ from pnode.base.vectors import is_finite
 from pnode.errors import ConfigurationError
 from pnode.layout.layouts import Layout
 from pnode.problems.problem import StateLayout
-from pnode.solvers.linear.assembly import Assembly, differ, probe
+from pnode.solvers.linear.assembly import Assembly, differ, finite, probe
 from pnode.solvers.linear.block import BlockAssembly, sample_count
 from pnode.solvers.linear.constancy import Constancy, rounded
 from pnode.solvers.linear.dense import DenseAssembly
@@ -225,8 +225,9 @@ class Jacobian:
 
     def _evaluate(self, linearizer: Linearizer, point: Point) -> Any:
         assert self._assembly is not None
-        check, self._checked = not self._checked, True
-        return self._assembly.evaluate(linearizer, point, check)
+        values = self._assembly.evaluate(linearizer, point, not self._checked)
+        self._checked = self._checked or finite(values)  # what is not says nothing
+        return values
 
     def _stay(self, linearizer: Linearizer, s: float, u: Any, u_dot: Any) -> Point:
         """Return the first point of the sweep; at others, test the promise."""

@@ -65,7 +65,7 @@ class TimeIntegrator:
         self.options = options
         method = settings.method
         self.bridge = self._create_bridge()
-        self.ts = build_ts(settings, options, self.bridge)
+        self.ts = build_ts(settings, options, self.bridge, forward=True)
         self.solution = self.ts.getSolution()
         kept = method.implicit and method.keeps_stages and not method.coupled
         self._kept = stage_vectors(self.ts) if kept else []

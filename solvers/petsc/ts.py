@@ -7,6 +7,7 @@ from typing import Any
 from pnode.base import vectors
 from pnode.base.options import PETSc, SolverOptions
 from pnode.errors import ConfigurationError
+from pnode.solvers.linear.direct import judge
 from pnode.solvers.linear.given_solves import GivenSolve
 from pnode.solvers.linear.jacobians import Jacobian, create_assembly
 from pnode.solvers.linear.shells import JacobianShell
@@ -36,6 +37,7 @@ def build_ts(
     options: SolverOptions,
     bridge: Bridge,
     shell: type[JacobianShell] = JacobianShell,
+    forward: bool = False,
 ) -> Any:
     """Create and configure a TS. Collective on ``settings.comm``.
 
@@ -49,9 +51,10 @@ def build_ts(
         Its callbacks.
     shell : type
         Of products with the Jacobian, without a matrix.
+    forward : bool
+        Whether it steps; else its KSP solves for an adjoint.
     """
-    method, size, comm = settings.method, settings.size, settings.comm
-    place = settings.place
+    method, size, comm, place = settings.method, settings.size, settings.comm, settings.place
     if method.own is not None and not method.coupled:
         register(method.subtype, method.order, method.own)
     ts = PETSc.TS().create(comm=comm)
@@ -67,8 +70,7 @@ def build_ts(
     elif method.subtype:
         set_subtype(ts, method.ts_type, method.subtype, method.stages)
     ts.setProblemType(PETSc.TS.ProblemType.NONLINEAR)
-    kinds = PETSc.TS.EquationType
-    stated = settings.form in ("mass", "residual")
+    kinds, stated = PETSc.TS.EquationType, settings.form in ("mass", "residual")
     ts.setEquationType(kinds.IMPLICIT if stated else kinds.ODE_EXPLICIT)
     work = vectors.create(comm, size, place)
     if method.implicit:
@@ -100,6 +102,8 @@ def build_ts(
         ts.setStepLimits(1e-290, min(settings.max_step, ts.getStepLimits()[1]))
     ts.removeTrajectory()
     options.set_up(ts)
+    if forward and method.implicit and ts.getSNES().getType() == "ksponly":
+        judge(ts, bridge)
     if method.ts_type == "rk" and options.setup is None:  # whose callbacks may look at all
         share_stage_vector(ts)
     return ts
