@@ -82,6 +82,22 @@ def test_integrals_are_those_of_the_augmented_state(method):
         assert torch.equal(solution.costs, costs)
 
 
+@pytest.mark.parametrize("method", ["cn", "es325", "bdf3"])
+def test_integrals_from_stages_are_those_beside_the_state(method):
+    """With a monitor both are integrated; backwards in time, and by the times, too."""
+    f, r, y0 = Field(), Cost(), state()
+    t = T.flip(0).clone().requires_grad_()
+    found = []
+    for monitor in (None, lambda *seen: None):
+        solution = pnode.Solver(
+            f, cost=r, method=method, step_size=0.1, monitor=monitor, compile=False,
+            petsc_options={"snes_rtol": 1e-14, "snes_stol": 1e-14},
+        )(y0, t)  # fmt: skip
+        values = [solution.ys, solution.costs]
+        found.append([*values, *grad(loss_of(*values), [y0, t, *f.parameters(), r.weight])])
+    assert max(difference([one], [other]) for one, other in zip(*found, strict=True)) < 1e-12
+
+
 @methods
 def test_integrals_change_nothing(method):
     """Not by a bit, however large they are."""
