@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 
 from pnode.adjoint.implicit import ImplicitAdjointStepper
+from pnode.adjoint.stepper import NOTHING, StageCotangents
 from pnode.base.devices import HOST
 from pnode.base.ledger import Ledger
 from pnode.base.vectors import REAL
@@ -52,8 +53,17 @@ class MultistepAdjoint(ImplicitAdjointStepper):
         d = torch.full((step.order + 1,), 1.0 / step.length, dtype=REAL, device=HOST.device)
         return Checkpoint((state,), d)
 
-    def step(self, step: Step, ledger: Ledger) -> None:
+    def step(self, step: Step, ledger: Ledger, inside: StageCotangents = NOTHING) -> None:
         """Take the adjoint of one step, whose checkpoint has been loaded. Collective.
+
+        Parameters
+        ----------
+        step : Step
+            The step.
+        ledger : Ledger
+            Counts it.
+        inside : StageCotangents
+            Further cotangents, of the states of the checkpoint.
 
         Raises
         ------
@@ -63,12 +73,14 @@ class MultistepAdjoint(ImplicitAdjointStepper):
             Whatever the vector field raised.
         """
         if step.order < 0:
-            parts = [self._extrapolated(step, -step.order, ledger)]
+            parts = [self._extrapolated(step, -step.order, ledger, inside.states)]
         else:
             checkpoint = self.checkpoint
             (u,), weights = checkpoint.stages, checkpoint.weights
             assert weights is not None
             first, *others = weights.tolist()
+            for own in inside.states:
+                self.state = self.state if own is None else self.state + own
             rate = self._solve(
                 step.end, u, checkpoint.rate, shift=first, b=self.state, step=step, ledger=ledger,
                 weight=step.length,
@@ -82,7 +94,9 @@ class MultistepAdjoint(ImplicitAdjointStepper):
         self.state, *self._waiting = parts
         ledger.steps += 1
 
-    def _extrapolated(self, step: Step, order: int, ledger: Ledger) -> torch.Tensor:
+    def _extrapolated(
+        self, step: Step, order: int, ledger: Ledger, inside: Sequence[torch.Tensor | None]
+    ) -> torch.Tensor:
         """Adjoint of extrapolated implicit Euler: of each chain of substeps, weighted."""
         (states,) = self.checkpoint.stages
         residual = self.settings.form == "residual"
@@ -93,7 +107,8 @@ class MultistepAdjoint(ImplicitAdjointStepper):
             gradient = self.state * weight
             for i in range(number, 0, -1):
                 index = end - number + i - 1
-                u, u_dot = states[index], None
+                u, u_dot, own = states[index], None, inside[index] if inside else None
+                gradient = gradient if own is None else gradient + own
                 if residual:
                     u_dot = (u - states[index - 1 if i > 1 else 0]) / h
                 gradient = self._solve(

@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 
+from pnode.adjoint.multistep import MultistepAdjoint
 from pnode.adjoint.nonfinite import refuse_state
 from pnode.adjoint.schedule import Adjoint, Advance, RestoreEnd, RestoreSolution, StoreStages
-from pnode.adjoint.stepper import AdjointStepper
+from pnode.adjoint.stages import ExplicitAdjoint, StageAdjoint
+from pnode.adjoint.stepper import AdjointStepper, StageCotangents
 from pnode.adjoint.trajectory import Trajectory
 from pnode.base.ledger import Ledger
 from pnode.base.vectors import REAL
@@ -58,6 +60,13 @@ class NodeCotangents(ABC):
         graphs : callable
             Returns the graphs at its stages, if they are kept.
         """
+
+    def within(self, step: Step, checkpoint: Checkpoint) -> StageCotangents | None:
+        """Return further cotangents of a step's stages, None if there are none.
+
+        Called before the step's adjoint is taken, which those of others are added to.
+        """
+        return None
 
 
 class Repeated:
@@ -358,7 +367,12 @@ class Reverse:
             "step": index, "method": self._settings.method.name,
         }  # fmt: skip
         adjoint.load(self._stages(index), trajectory.graphs(index), trajectory.evidence[index])
-        adjoint.step(step, self._ledger)
+        inside = None if self._inside is None else self._inside.within(step, adjoint.checkpoint)
+        if inside is None:
+            adjoint.step(step, self._ledger)
+        else:
+            assert isinstance(adjoint, (ExplicitAdjoint, StageAdjoint, MultistepAdjoint))
+            adjoint.step(step, self._ledger, inside)
         if self._check and not adjoint.is_finite():
             states = self._stages(index).stages
             self._attempt(refuse_state, self._field(Ledger()), step, states, ranks.where)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
 
 from pnode.adjoint.implicit import ImplicitAdjointStepper
-from pnode.adjoint.stepper import TorchAdjointStepper
+from pnode.adjoint.stepper import NOTHING, StageCotangents, TorchAdjointStepper
 from pnode.base.evidence import notes, projection_weights
 from pnode.base.ledger import Ledger
 from pnode.base.options import SolverOptions, log_event
@@ -23,7 +22,7 @@ from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.stepping import Step
 
-__all__ = ["ExplicitAdjoint", "StageAdjoint", "StageCotangents"]
+__all__ = ["ExplicitAdjoint", "StageAdjoint"]
 
 _LARGE = 2**17  # bytes; below, to allocate takes longer than what it saves is worth
 Cotangent: TypeAlias = torch.Tensor | None
@@ -37,33 +36,6 @@ def _plus(total: Cotangent, term: Cotangent, factor: float = 1.0) -> Cotangent:
     if total is None:
         return term if factor == 1.0 else factor * term
     return torch.add(total, term, alpha=factor)
-
-
-@dataclass(frozen=True, eq=False)
-class StageCotangents:
-    """Derivatives of the loss with respect to stages of one step, besides those through its end.
-
-    Attributes
-    ----------
-    states, slopes : sequence of (Tensor or None)
-        With respect to each Y_i and K_i, shape ``(size,)``, PETSc's precision, None being zero;
-        empty if all of them are.
-    look : callable or None
-        Called with the index and the value of each K_i of an explicit method, from the last to the
-        first, which is then evaluated again even if its graph was kept.
-    """
-
-    states: Sequence[torch.Tensor | None] = ()
-    slopes: Sequence[torch.Tensor | None] = ()
-    look: Callable[[int, torch.Tensor], None] | None = None
-
-    def of(self, stages: int) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
-        """Return both as new lists of one entry per stage."""
-        nothing = [None] * stages
-        return list(self.states or nothing), list(self.slopes or nothing)
-
-
-NOTHING = StageCotangents()
 
 
 class ExplicitAdjoint(TorchAdjointStepper):

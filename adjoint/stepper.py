@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,34 @@ from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.stepping import Step
 
-__all__ = ["AdjointStepper", "TorchAdjointStepper"]
+__all__ = ["NOTHING", "AdjointStepper", "StageCotangents", "TorchAdjointStepper"]
+
+
+@dataclass(frozen=True, eq=False)
+class StageCotangents:
+    """Derivatives of the loss with respect to stages of one step, besides those through its end.
+
+    Attributes
+    ----------
+    states, slopes : sequence of (Tensor or None)
+        With respect to each Y_i and K_i, shape ``(size,)``, PETSc's precision, None being zero;
+        empty if all of them are.
+    look : callable or None
+        Called with the index and the value of each K_i of an explicit method, from the last to the
+        first, which is then evaluated again even if its graph was kept.
+    """
+
+    states: Sequence[torch.Tensor | None] = ()
+    slopes: Sequence[torch.Tensor | None] = ()
+    look: Callable[[int, torch.Tensor], None] | None = None
+
+    def of(self, stages: int) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
+        """Return both as new lists of one entry per stage."""
+        nothing = [None] * stages
+        return list(self.states or nothing), list(self.slopes or nothing)
+
+
+NOTHING = StageCotangents()
 
 
 class AdjointStepper(ABC):

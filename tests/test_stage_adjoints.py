@@ -16,7 +16,7 @@ import pnode
 import pnode.sweeping.engine
 from pnode import ConfigurationError, NonFiniteVectorField
 from pnode.adjoint.create import create_adjoint
-from pnode.adjoint.stages import StageCotangents
+from pnode.adjoint.stepper import StageCotangents
 from pnode.base.ledger import Ledger
 from pnode.base.options import SolverOptions, next_prefix
 from pnode.field.vectorfield import vector_field

@@ -78,8 +78,9 @@ class VectorField:
         #: Whether the first evaluation (of one part or the other) used each parameter.
         self.used = [False] * len(problem.parameters)
         self._layout = layout = problem.layout
-        #: The state's, unless that is a tuple.
+        #: The state's, unless that is a tuple, and that of what f returns.
         self._shape = None if layout.is_tuple else layout.shapes[0]
+        self._returned = self._shape
         self._direction, self._window = problem.direction, problem.window
         self._check_first, self._copied = True, 0
 
@@ -258,17 +259,22 @@ class VectorField:
             raise checks.wrote_into_input(self._direction * s)
         if (
             type(result) is torch.Tensor
-            and result.shape == self._shape
+            and result.shape == self._returned
             and result.dtype is layout.dtype
             and result.device == layout.device
             and result.layout is torch.strided
         ):
             return result
+        return self._accepted(result, self._direction * s)
+
+    def _accepted(self, result: Any, time: float) -> torch.Tensor:
+        """Return what is no plain tensor of the right kind, flat, or refuse it."""
+        layout = self._layout
         is_tuple = layout.is_tuple and isinstance(result, (tuple, list))
         parts = tuple(result) if is_tuple else (result,)
         wrong = checks.wrong_result(layout, parts)
         if wrong:
-            raise VectorFieldError(f"the vector field {wrong}", time=self._direction * s)
+            raise VectorFieldError(f"the vector field {wrong}", time=time)
         return torch.cat([part.reshape(-1) for part in parts]) if layout.is_tuple else result
 
 

@@ -59,7 +59,7 @@ class Integrand(torch.nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.function, self.cost = function, cost
-        self._layout, self._shape, self._direction = layout, shape, direction
+        self._layout, self.shape, self._direction = layout, shape, direction
         self._flow = flow
 
     def forward(self, t: torch.Tensor, x: Any, *rate: Any) -> Any:
@@ -80,7 +80,7 @@ class Integrand(torch.nn.Module):
         return (*parts, change)
 
     def _integrand(self, t: torch.Tensor, y: Any) -> torch.Tensor:
-        return checked(self.cost(t, y), self._layout, self._shape)
+        return checked(self.cost(t, y), self._layout, self.shape)
 
     def _own(self, x: Any) -> Any:
         return x[:-1] if self._layout.is_tuple else x[0]
@@ -100,9 +100,9 @@ class IntegrandOfRows(Integrand):
         if wrong := wrong_result(layout, (value,)):
             raise VectorFieldError(f"the vector field {wrong}")
         if self.cost is None:
-            change = value.new_zeros(number, self._shape.numel())
+            change = value.new_zeros(number, self.shape.numel())
         else:
-            change = checked(self.cost(t, y), layout, torch.Size((number, *self._shape)))
+            change = checked(self.cost(t, y), layout, torch.Size((number, *self.shape)))
         return torch.cat([value.reshape(number, -1), change.reshape(number, -1)], dim=1)
 
 

@@ -23,6 +23,7 @@ from pnode.sweeping.dense_adjoint import DenseAdjoint
 from pnode.sweeping.engine import Engine
 from pnode.sweeping.event_locator import EventLocator
 from pnode.sweeping.monitor import backward_bar, onlookers
+from pnode.sweeping.quadrature import DrivenCotangents, Quadrature
 from pnode.sweeping.recording import Noted, Outputs, Recorder, new_trajectory
 from pnode.sweeping.run import Requests, Run, Sweep
 
@@ -45,6 +46,10 @@ class SteppedSweep(Sweep):
         Outputs inside of steps.
     noted_steps : Noted or None
         The steps, if they were to be known.
+    quadrature : Quadrature or None
+        Of integrals that the state drives.
+    driven : DrivenCotangents or None
+        Theirs, in a backward sweep.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -53,6 +58,8 @@ class SteppedSweep(Sweep):
         self.trajectory: Trajectory | None = None
         self.dense: DenseOutput | None = None
         self.noted_steps: Noted | None = None
+        self.quadrature: Quadrature | None = None
+        self.driven: DrivenCotangents | None = None
 
     @property
     def interpolated(self) -> Set[int]:
@@ -161,11 +168,11 @@ class SteppedSweep(Sweep):
         trajectory = self.trajectory
         problem, times = run.problem, run.problem.times
         outputs = Outputs(run, trajectory)
-        observers: list[Observer] = []
-        if locator is not None:
-            observers.append(locator)
+        observers: list[Observer] = [] if locator is None else [locator]
         if trajectory is not None:
             observers.append(Recorder(trajectory, problem.ranks.attempt, self._reproducible))
+        if self.quadrature is not None:
+            observers.append(self.quadrature.beside(trajectory))
         if requests.steps:
             self.noted_steps = Noted()
             observers.append(self.noted_steps)
@@ -248,11 +255,12 @@ class SteppedSweep(Sweep):
                 ledger, told,
             )  # fmt: skip
             with torch.enable_grad():  # here once, instead of at each stage
-                initial = reverse.run(cotangents, dense, self.interpolated)
+                initial = reverse.run(cotangents, dense or self.driven, self.interpolated)
             state = adjoint.state_gradient()
             parameters = adjoint.parameter_gradients(len(field.parameters))
-            if dense is not None:
-                accumulate(parameters, tuple(dense.parameters))
+            inside = dense or self.driven
+            if inside is not None:
+                accumulate(parameters, tuple(inside.parameters))
             if run.settings.place.on_host and reverse.finite:
                 first = trajectory.steps[:1] or [Step(0, problem.times[0], 0.0, problem.times[0])]
                 name = engine.method.name

@@ -26,6 +26,7 @@ from pnode.sweeping import row_sweep
 from pnode.sweeping.compilation import begin
 from pnode.sweeping.engine import Engine
 from pnode.sweeping.hints import hint
+from pnode.sweeping.integral_sweep import IntegralSweep, solves_alone
 from pnode.sweeping.output_times import refuse_cuts
 from pnode.sweeping.run import Requests, Run
 from pnode.sweeping.stepped_sweep import SteppedSweep
@@ -125,6 +126,11 @@ def _forward(
             field.used[:] = used
             if keep:
                 record_all(field)
+    if found is None and solves_alone(engine, run, requests):
+        alone = IntegralSweep(engine)
+        outputs = alone.forward(run, y0, keep, requests)
+        run.sweep = alone
+        return outputs
     stepped = SteppedSweep(engine)
     outputs = stepped.forward(run, field, y0, keep, requests, start)
     run.sweep = stepped
