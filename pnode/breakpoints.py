@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from pnode.base.real_times import real_times
 from pnode.base.transforms import moves, plain
 from pnode.base.vectors import is_finite
 from pnode.controls import Control
@@ -207,47 +207,15 @@ def _tensor(given: Any, start: float, end: float) -> torch.Tensor | None:
         return knots[(knots >= low) & (knots <= high)]
     if callable(given):
         given = given(start, end)
-        several = isinstance(given, (list, tuple))
-    if isinstance(given, torch.Tensor):
-        return _checked(given)
-    if several:
-        _check_entries(given)
-    try:
-        dtype = None if hasattr(given, "dtype") else torch.float64  # of an array, its own
-        return _checked(torch.as_tensor(given, dtype=dtype))
-    except (TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, ConfigurationError):
-            raise
+    times = real_times(
+        "breakpoints", given,
+        "give times, as a sequence of numbers or a 1-D tensor, or a control of pnode.controls",
+    )  # fmt: skip
+    if times.dim() != 1:
         raise ConfigurationError(
-            f"breakpoints={given!r}: give times, as a sequence of numbers or a 1-D tensor, or a "
-            "control of pnode.controls"
-        ) from error
-
-
-def _check_entries(given: Sequence[Any]) -> None:
-    for index, one in enumerate(given):
-        if isinstance(one, torch.Tensor) and moves(one):
-            raise ConfigurationError(
-                f"breakpoints[{index}] requires grad, whose gradient would be lost: give one "
-                "tensor, torch.stack([...])"
-            )
-        if isinstance(one, bool):
-            raise ConfigurationError(f"breakpoints[{index}]={one!r}: give times, which are numbers")
-
-
-def _checked(given: torch.Tensor) -> torch.Tensor:
-    """Return a tensor as float64."""
-    if given.dim() != 1:
-        raise ConfigurationError(
-            f"breakpoints has shape {tuple(given.shape)}: give a 1-D tensor of times"
+            f"breakpoints has shape {tuple(times.shape)}: give a 1-D tensor of times"
         )
-    if given.layout is not torch.strided or given.device.type == "meta":
-        raise ConfigurationError(
-            f"breakpoints has layout {given.layout} on {given.device}: give values, densely"
-        )
-    if given.is_complex() or given.dtype is torch.bool:
-        raise ConfigurationError(f"breakpoints has dtype {given.dtype}: times are real numbers")
-    return given.to(torch.float64)
+    return times.to(torch.float64)
 
 
 def _short(numbers: torch.Tensor) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from pnode.base.real_times import real_times
 from pnode.base.vectors import is_finite
 from pnode.errors import ConfigurationError
 
@@ -30,9 +31,13 @@ class Control(torch.nn.Module):
         the control itself, ``solver(y0, t, breakpoints=control)``.
     """
 
+    _least = 2
+
     def __init__(self, times: Sequence[float] | torch.Tensor, values: torch.Tensor) -> None:
         super().__init__()
         self.times, self.values = _samples(times, values)
+        if len(self.times) < self._least:
+            raise ConfigurationError("times has 1 entry: give two at least, or use hold")
 
     @property
     def breakpoints(self) -> torch.Tensor:
@@ -42,7 +47,7 @@ class Control(torch.nn.Module):
     def _between(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the index of the interval of a time, its length, and where in it, in [0, 1]."""
         times = self.times
-        t = torch.as_tensor(t).to(times)
+        t = real_times("t", t, "give a time").to(times)
         last = len(times) - 2
         i = (torch.searchsorted(times.detach(), t.detach(), right=True) - 1).clamp(0, last)
         length = times[i + 1] - times[i]
@@ -50,6 +55,8 @@ class Control(torch.nn.Module):
 
 
 class _Hold(Control):
+    _least = 1
+
     @property
     def breakpoints(self) -> torch.Tensor:
         """All times but the first, before which the function is the same."""
@@ -57,7 +64,7 @@ class _Hold(Control):
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         """Return the value at the last sample that is not after t."""
-        t = torch.as_tensor(t).to(self.times)
+        t = real_times("t", t, "give a time").to(self.times)
         i = (torch.searchsorted(self.times, t.detach(), right=True) - 1).clamp(min=0)
         return self.values[i]
 
@@ -127,7 +134,7 @@ def linear(times: Sequence[float] | torch.Tensor, values: torch.Tensor) -> Contr
     ConfigurationError
         For unusable samples.
     """
-    return _several(_Linear(times, values), "linear")
+    return _Linear(times, values)
 
 
 def cubic(times: Sequence[float] | torch.Tensor, values: torch.Tensor) -> Control:
@@ -145,26 +152,14 @@ def cubic(times: Sequence[float] | torch.Tensor, values: torch.Tensor) -> Contro
     ConfigurationError
         For unusable samples.
     """
-    if len(times) < 2:
-        raise ConfigurationError(f"times has {len(times)} entries: cubic needs two at least")
     return _Cubic(times, values)
-
-
-def _several(control: Control, name: str) -> Control:
-    if len(control.times) < 2:
-        raise ConfigurationError(f"times has {len(control.times)} entry: {name} needs two at least")
-    return control
 
 
 def _samples(times: object, values: object) -> tuple[torch.Tensor, torch.Tensor]:
     """Validate samples."""
     if not isinstance(values, torch.Tensor) or not values.is_floating_point() or not values.dim():
         raise ConfigurationError(f"values={values!r}: give a real tensor of shape (T, ...)")
-    try:
-        dtype = None if hasattr(times, "dtype") else torch.float64  # of an array, its own
-        knots = torch.as_tensor(times, dtype=dtype, device=values.device).to(torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigurationError(f"times={times!r}: give increasing numbers") from error
+    knots = real_times("times", times, "give increasing numbers").to(values.device, torch.float64)
     if knots.dim() != 1 or not len(knots) or len(knots) != len(values):
         raise ConfigurationError(
             f"times has shape {tuple(knots.shape)} and values {tuple(values.shape)}: give one time "

@@ -17,6 +17,7 @@ import torch
 from pnode.adjoint.steps import Steps
 from pnode.base.ledger import Stats
 from pnode.base.rank_sums import replicated
+from pnode.base.real_times import real_times
 from pnode.base.transforms import moves, outside_compiler, plain, refuse_transforms
 from pnode.derivatives import autograd
 from pnode.derivatives.stages import refuse_written, written
@@ -236,17 +237,7 @@ class Path:
         """Check times; return them, and the integrator's."""
         choice("side", side, ("after", "before"))
         refuse_transforms([("t", t)])
-        if not isinstance(t, torch.Tensor):
-            try:
-                t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise ConfigurationError(
-                    f"t is a {type(t).__name__}: give a time, or a tensor of times of any shape"
-                ) from error
-        if t.is_complex() or t.dtype is torch.bool or t.layout is not torch.strided:
-            raise ConfigurationError(
-                f"t has dtype {t.dtype} and layout {t.layout}: times are real numbers, densely"
-            )
+        t = real_times("t", t, "give a time, or a tensor of times of any shape")
         d, (low, high) = self._problem.direction, self._ends
         numbers = d * plain(t).reshape(-1).to("cpu", torch.float64)
         eps = torch.finfo(t.dtype if t.is_floating_point() else torch.float64).eps

@@ -15,6 +15,7 @@ import torch
 
 from pnode.base.ledger import Stats
 from pnode.base.rank_sums import replicated
+from pnode.base.real_times import real_times
 from pnode.base.transforms import moves
 from pnode.base.vectors import REAL
 from pnode.derivatives.row_slopes import RowSlopes
@@ -149,12 +150,8 @@ class SamplePath:
 
     def _asked(self, t: Any) -> torch.Tensor:
         """Check times."""
-        t = t if isinstance(t, torch.Tensor) else torch.as_tensor(t, dtype=torch.float64)
+        t = real_times("t", t, "give times of shape (T,) or (B, T)")
         rows, numbers = len(self.count), self.times.detach().to(REAL)
-        if t.is_complex() or t.dtype is torch.bool or t.layout is not torch.strided:
-            raise ConfigurationError(
-                f"t has dtype {t.dtype} and layout {t.layout}: times are real numbers, densely"
-            )
         if t.dim() > 2 or (t.dim() == 2 and len(t) != rows):
             raise ConfigurationError(
                 f"t has shape {tuple(t.shape)}: give times of shape (T,), or (B, T) = ({rows}, T) "

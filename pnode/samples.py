@@ -12,6 +12,7 @@ import torch
 from pnode.base.ledger import Stats
 from pnode.base.rank_sums import of_all_ranks
 from pnode.base.ranks import Ranks
+from pnode.base.real_times import real_times
 from pnode.base.transforms import (
     moves,
     outside_inference,
@@ -204,11 +205,7 @@ def _times(t: Any, rows: int) -> tuple[torch.Tensor, float, bool]:
 
     The relative spacing of their numbers; whether all rows share them.
     """
-    if not isinstance(t, torch.Tensor):
-        try:
-            t = torch.as_tensor(t, dtype=torch.float64)
-        except (TypeError, ValueError, RuntimeError):
-            t = as_times(t)
+    t = real_times("t", t, "give output times of shape (T,) or (B, T)")
     if t.dim() not in (1, 2) or (t.dim() == 2 and len(t) != rows):
         raise ConfigurationError(
             f"t has shape {tuple(t.shape)}: with samples='independent' give output times of shape "

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pnode.base.real_times import real_times
 from pnode.base.transforms import moves, plain
 from pnode.controllers import PID
 from pnode.errors import ConfigurationError
@@ -171,15 +172,8 @@ def _refuse(name: str, value: Any) -> None:
 
 def _times(name: str, value: Any) -> torch.Tensor:
     """Return times in any order as float64."""
-    try:
-        dtype = None if isinstance(value, torch.Tensor) else torch.float64
-        times = torch.as_tensor(value, dtype=dtype)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigurationError(
-            f"options[{name!r}]={value!r}: give a 1-D tensor of times"
-        ) from error
-    usable = times.dim() == 1 and not times.is_complex() and times.dtype is not torch.bool
-    if not usable or bool(plain(times).isnan().any()):
+    times = real_times(f"options[{name!r}]", value, "give a 1-D tensor of times")
+    if times.dim() != 1 or bool(plain(times).isnan().any()):
         raise ConfigurationError(f"options[{name!r}]={value!r}: give a 1-D tensor of times")
     return times.to(torch.float64)
 

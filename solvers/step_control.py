@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pnode.base import vectors
+from pnode.base.real_times import real_times
 from pnode.base.transforms import depends, plain
 from pnode.controllers import PID, Norm
 from pnode.errors import ConfigurationError, StepSizeUnderflow
@@ -94,20 +95,10 @@ def as_grid(given: Any) -> tuple[float, ...] | None:
             "steps requires grad, and the ends of steps count as constants: give steps.detach(), "
             "or breakpoints= for times that f jumps at"
         )
-    try:
-        if any(isinstance(part, bool) for part in parts):
-            raise TypeError("truth values")
-        dtype = None if hasattr(given, "dtype") else torch.float64
-        times = plain(torch.as_tensor(given, dtype=dtype, device=getattr(given, "device", "cpu")))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigurationError(
-            f"steps={given!r}: give a grid of times, a 1-D tensor or a sequence of numbers"
-        ) from error
-    if times.dim() != 1 or len(times) < 2 or times.is_complex() or times.dtype is torch.bool:
-        raise ConfigurationError(
-            f"steps has shape {tuple(times.shape)} and dtype {times.dtype}: give a grid of two or "
-            "more times, a 1-D tensor of real numbers"
-        )
+    wanted = "give a grid of times, two or more, a 1-D tensor or a sequence of numbers"
+    times = plain(real_times("steps", given, wanted))
+    if times.dim() != 1 or len(times) < 2:
+        raise ConfigurationError(f"steps has shape {tuple(times.shape)}: {wanted}")
     numbers = tuple(times.to(torch.float64).tolist())
     if not all(map(math.isfinite, numbers)):
         raise ConfigurationError("steps contains NaN or infinity: give a grid of finite times")

@@ -79,11 +79,45 @@ def test_checkpointing_is_checked(keywords):
 def test_a_time_that_wants_a_gradient_is_not_dropped_from_a_list():
     end = torch.tensor(1.0, dtype=D, requires_grad=True)
     for t in ([0.0, end], (torch.tensor(0.0), end)):
-        with pytest.raises(pnode.ConfigurationError, match=r"t is a .*torch\.stack"):
+        with pytest.raises(pnode.ConfigurationError, match=r"t\[1\] requires grad.*torch\.stack"):
             pnode.odeint(decay, Y0, t)
     t = torch.stack([torch.zeros((), dtype=D), end])
     pnode.odeint(decay, Y0, t)[-1].backward()
     assert end.grad.item() == pytest.approx(-math.exp(-1.0), rel=1e-6)
+
+
+_NO_TIMES = {
+    "a word": "give", "True": "real numbers", "complex": "real numbers", "list": r"requires grad",
+    "meta": "give values", "sparse": "give values",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", list(_NO_TIMES))
+@pytest.mark.parametrize("rows", [False, True])
+def test_what_are_no_times_is_refused_wherever_times_are_given(kind, rows):
+    given = {
+        "a word": "a", "True": [0.0, True], "complex": torch.tensor([0.0, 1.0 + 0.0j]),
+        "list": [0.0, torch.tensor(1.0, requires_grad=True)],
+        "meta": torch.zeros(2, device="meta"), "sparse": torch.tensor([0.0, 1.0]).to_sparse(),
+    }[kind]  # fmt: skip
+    y0 = torch.ones(3, 2, dtype=D)
+    options = {"samples": "independent"} if rows else {}
+    solution = pnode.Solver(decay, dense=True, **options)(y0, [0.0, 1.0])
+    calls = [lambda: pnode.Solver(decay, **options)(y0, given), lambda: solution(given),
+             lambda: solution.derivative(given)]  # fmt: skip
+    if not rows:
+        values = torch.ones(2, dtype=D)
+        calls += [lambda: pnode.Solver(decay, grid=given),
+                  lambda: pnode.odeint(decay, y0, [0.0, 2.0], breakpoints=given),
+                  lambda: pnode.odeint(decay, y0, [0.0, 2.0], options={"jump_t": given}),
+                  ]  # fmt: skip
+        for control in (pnode.controls.hold, pnode.controls.linear, pnode.controls.cubic):
+            calls.append(lambda control=control: control(given, values))
+            if kind != "list":
+                calls.append(lambda control=control: control([0.0, 1.0], values)(given))
+    for call in calls:
+        with pytest.raises(pnode.ConfigurationError, match=_NO_TIMES[kind]):
+            call()
 
 
 def test_odeint_event_takes_a_direction():

@@ -368,7 +368,7 @@ def test_unusable_grids():
     for grid, text in (
         ([0.0, 0.0], r"steps\[1\]"), ([0.0, 1.0, 0.5], r"steps\[2\] = 0.5"), ([0.0], "two or more"),
         ([0.0, math.nan], "NaN"), ([0.0, math.inf], "infinity"), (torch.ones(2, 2), "1-D"),
-        ([True, False], "grid of times"), (torch.tensor([0j, 1.0]), "real"),
+        ([True, False], r"steps\[0\]=True"), (torch.tensor([0j, 1.0]), "real"),
         (["a", "b"], "grid of times"),
         (GRID.clone().requires_grad_(), r"requires grad.*steps\.detach"),
     ):  # fmt: skip

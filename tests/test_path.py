@@ -447,7 +447,7 @@ def test_refusals(tmp_path):
             solution(t)
     assert torch.equal(solution(torch.tensor(3.0000002)), solution.ys[-1])  # 3 in float32
     for t in (1j, "now", None, torch.tensor(True), torch.ones(2, dtype=torch.complex64)):
-        with pytest.raises(pnode.ConfigurationError, match=r"t (is|has)"):
+        with pytest.raises(pnode.ConfigurationError, match=r"t(=| has)"):
             solution(t)
     with pytest.raises(pnode.ConfigurationError, match="side='left'"):
         solution.derivative(2.0, "left")

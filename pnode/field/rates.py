@@ -155,8 +155,6 @@ class Rates:
         self._field = field
         self._guess: torch.Tensor | None = None
         self._looked = self._compared = False
-        problem = field.problem
-        self._alone = not problem.ranks.parallel and problem.exchange is None
 
     def value(self, s: float, u: torch.Tensor) -> torch.Tensor:
         """Return du/ds at (s, u), flat, PETSc's precision. Collective where f is."""
@@ -187,10 +185,10 @@ class Rates:
                     self._compare_spaces(s, u, found)
                 return found
             singular = mass is not None and mass.singular
-            if singular and not self._alone:
+            if singular and field.problem.exchange is not None:
                 raise ConfigurationError(
-                    "y' of a problem with a singular mass is not at hand where several ranks, or "
-                    "ghost cells, make up the state: let steps hit the output times (dense=False), "
+                    "y' of a problem with a singular mass is not at hand where ghost cells "
+                    "(layout=) make up the state: let steps hit the output times (dense=False), "
                     "and pass t.detach()"
                 )
             parts = [field.linearize(s, self._own(u), differentiate_time=singular)]
@@ -200,13 +198,23 @@ class Rates:
             value = value.detach().to(REAL)
             if mass is None:
                 return Rate(value, parts)
-            rate, constraints = mass.solve(value), None
-            if singular:
-                self._look_at_time(s, parts[0], lambda later: field.rhs(later, self._own(u)))
-                spaces = mass.null_spaces()
-                constraints = _Constraints(parts[0], *spaces, 1.0, self._where(s))
-                rate = constraints.complete(rate)
+            rate = mass.solve(value)
+            # A rank's own equations are all in its own part of the state.
+            constraints: _Constraints | None = None
+            if singular:  # a rank's equations are all in its own part of the state
+                found = field.problem.ranks.attempt(self._constrained, s, u, parts[0], rate)
+                rate, constraints = (rate, None) if found is None else found
             return Rate(rate, parts, mass, constraints)
+
+    def _constrained(
+        self, s: float, u: torch.Tensor, graph: Linearization, rate: torch.Tensor
+    ) -> tuple[torch.Tensor, _Constraints]:
+        """Return M y' = f's rate with its algebraic part, and the constraints of a singular M."""
+        mass = self._field.mass
+        assert mass is not None
+        self._look_at_time(s, graph, lambda later: self._field.rhs(later, self._own(u)))
+        constraints = _Constraints(graph, *mass.null_spaces(), 1.0, self._where(s))
+        return constraints.complete(rate), constraints
 
     def _own(self, u: torch.Tensor) -> torch.Tensor:
         return u.to(self._field.dtype, copy=True)

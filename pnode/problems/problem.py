@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from pnode.base.devices import HOST
 from pnode.base.ranks import ALONE, Ranks
+from pnode.base.real_times import real_times
 from pnode.base.surroundings import parameters_of
 from pnode.base.transforms import moves, plain
 from pnode.base.vectors import is_finite
@@ -345,27 +345,11 @@ def as_times(t: Any, endless: bool = False) -> torch.Tensor:
     endless : bool
         Whether the last one may be infinite.
     """
-    if not isinstance(t, torch.Tensor):
-        parts = t if isinstance(t, (tuple, list)) else ()
-        if any(isinstance(part, torch.Tensor) and part.requires_grad for part in parts):
-            raise ConfigurationError(
-                f"t is a {type(t).__name__} with a tensor that requires grad, whose gradient would "
-                "be lost: give one tensor, torch.stack([...])"
-            )
-        try:
-            t = torch.as_tensor(t, dtype=torch.float64, device=HOST.device)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ConfigurationError(
-                f"t is a {type(t).__name__}: give a 1-D tensor of output times"
-            ) from error
+    t = real_times("t", t, "give a 1-D tensor of output times")
     if t.dim() != 1 or t.numel() == 0:
         raise ConfigurationError(
             f"t has shape {tuple(t.shape)}: give a 1-D tensor of at least one output time"
         )
-    if t.layout is not torch.strided or t.device.type == "meta":
-        raise ConfigurationError(f"t has layout {t.layout} on {t.device}: give values, densely")
-    if t.is_complex() or t.dtype is torch.bool:
-        raise ConfigurationError(f"t has dtype {t.dtype}: times are real numbers")
     times = plain(t)
     if endless and len(t) > 1 and bool(torch.isinf(times[-1])):
         times = times[:-1]

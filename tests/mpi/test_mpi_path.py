@@ -63,6 +63,40 @@ def test_same_as_on_one_rank(method: str, layout: bool) -> None:
         checks.below(float((one - other).detach().norm() / other.detach().norm()), 1e-9)
 
 
+def algebraic(alone: bool, hides: bool = False) -> list[torch.Tensor]:
+    """Return outputs inside of steps, and gradients by y0, t and a parameter: of index 1."""
+    a = torch.tensor(1.5, dtype=D, requires_grad=True)
+    full = torch.linspace(0.5, 1.5, CELLS, dtype=D)
+    part = full if alone else full.chunk(comm.size)[comm.rank]
+    y0 = torch.stack([part, part**2 + 0.1], dim=1).requires_grad_()
+    t = torch.tensor([0.0, 0.3, 0.8, 1.0], dtype=D, requires_grad=True)
+
+    def f(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        t = t.detach() if hides else t
+        return torch.stack([torch.sin(t) - a * y[:, 0], y[:, 1] - y[:, 0] ** 2 - 0.1 * t.cos()], 1)
+
+    solver = pnode.Solver(
+        f, params=[a], mass=torch.tensor([1.0, 0.0], dtype=D).expand_as(y0), method="es325",
+        step_size=0.25, dense=True, compile=False, comm=None if alone else comm,
+    )  # fmt: skip
+    ys = solver(y0, t).ys
+    by_y0, by_t, by_a = torch.autograd.grad((ys**2).sum(), (y0, t, a))
+    shown = [ys.mT, by_y0.mT]
+    return [*(shown if alone else map(whole, shown)), by_t, by_a]
+
+
+@pytest.mark.mpi(min_size=2)
+def test_rates_of_algebraic_unknowns_are_those_on_one_rank() -> None:
+    ours, theirs = algebraic(False), algebraic(True)
+    inside = theirs[0].mT[1:3]
+    y, t = inside[..., 0], torch.tensor([[0.3], [0.8]], dtype=D)
+    checks.below(float((inside[..., 1] - y**2 - 0.1 * torch.cos(t)).abs().max()), 1e-3)
+    for one, other in zip(ours, theirs, strict=True):
+        checks.below(float((one - other).norm() / other.norm()), 1e-12)
+    with pytest.raises(pnode.ConfigurationError, match="depends on t through a number"):
+        algebraic(False, hides=comm.rank == 0)  # one rank's failure is that of all
+
+
 @pytest.mark.mpi(min_size=2)
 def test_all_ranks_ask_for_the_same() -> None:
     solver = pnode.Solver(lambda t, y: -y, comm=comm, dense=True, compile=False)
