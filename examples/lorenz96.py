@@ -50,6 +50,7 @@ from typing import Any
 import torch
 from common import network
 from gallery_common import LEARNED, Outcome, arguments, at_least, figure, launch, train
+from gallery_physics import compare_gradients
 from mpi4py import MPI
 
 import pnode
@@ -158,6 +159,32 @@ def forecast_errors(
     return total(squares, grid.comm) / data[0].numel()
 
 
+class Ring(torch.nn.Module):
+    """The hybrid model of a whole ring, for solvers that know no ghost cells."""
+
+    def __init__(self, hybrid: Hybrid) -> None:
+        super().__init__()
+        self.hybrid = hybrid
+
+    def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        ghosts = torch.cat([x[..., -WIDTH:], x, x[..., :WIDTH]], dim=-1)
+        result: torch.Tensor = self.hybrid(t, ghosts)
+        return result
+
+
+def beside(
+    options: argparse.Namespace, hybrid: Hybrid, times: torch.Tensor, data: torch.Tensor,
+    comm: MPI.Intracomm,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Measure one gradient of the training's loss, by pnode and by torchdiffeq, on one rank."""
+    if options.quick or comm.size > 1:
+        return []
+    return compare_gradients(
+        Ring(hybrid), lambda solve: (solve(data[0], times)[1:] - data[1:]).square().mean(),
+        list(hybrid.parameters()), method="rk4", step_size=STEP,
+    )  # fmt: skip
+
+
 def binned(x: torch.Tensor, values: torch.Tensor, bins: int = 40) -> torch.Tensor:
     """Group the values by x, equally many in each group; return means of both, shape (2, bins)."""
     order = x.argsort()
@@ -202,6 +229,7 @@ def learn(
             "explainable": explained(values, means[(x[:, None] - centers).abs().argmin(1)]),
             "losses": [*training.losses, loss().item()],
         }  # fmt: skip
+    numbers["gradients"] = beside(options, hybrid, times[known], seen[known], comm)
     return numbers, x, values, hybrid
 
 
@@ -269,6 +297,7 @@ def run(options: argparse.Namespace) -> Outcome:
         "what": "share of the effect's variance", "learned": numbers["explained"],
         "beside": numbers["explainable"], "which is": "the most that a function of X can explain",
     })  # fmt: skip
+    rows += numbers["gradients"]
     return Outcome(numbers, rows, lambda: draw(numbers, x, effect, hybrid))
 
 
