@@ -44,7 +44,7 @@ nu        method  step     steps  f     Jacobians  error       CPU   MiB
 
 What did not work: viscosity 8e-4, the one of the semi-implicit neural ODE's test (see
 ``kuramoto_sivashinsky.py``), on 512 cells. Its fastest rate is then 4 nu / dx^2 = 840, that of the
-transport |u| / dx up to 800: nothing is stiff, and rk4 takes the same steps for less. Nor is there
+transport max(u) / dx = 800: nothing is stiff, and rk4 takes the same steps for less. Nor is there
 anything to learn, as such cells resolve the shocks: without a closure the error at t = 0.5 is
 0.0014. So the closure is learned on few cells, and IMEX pays at the larger viscosity.
 
