@@ -21,16 +21,16 @@ nothing.
 ============================  =====  ====  =====  ======  ====  ======  =====
 gradient by                   MiB 8  f 8   CPU 8  MiB 32  f 32  CPU 32  error
 ============================  =====  ====  =====  ======  ====  ======  =====
-backpropagation               21.5   64    0.22   83.8    256   0.93    0
-checkpoint per block (ANODE)  19.0   128   0.35   69.1    512   1.38    0
-checkpoint per step (ACA)     6.5    128   0.39   13.7    512   1.27    0
-NODE-continuous               13.5   128   0.31   13.5    512   1.16    1e-8
-pnode, tape                   24.6   64    0.26   85.5    256   0.85    7e-16
-pnode, stages                 14.5   128   0.37   44.2    512   1.18    7e-16
-pnode, segments of two steps  11.2   128   0.36   14.4    512   1.25    7e-16
-pnode, starts of steps        9.5    128   0.32   15.6    512   1.16    7e-16
-pnode, 20 states              11.5   144   0.35   12.6    744   1.41    7e-16
-pnode, 9 states               8.8    184   0.42   8.8     960   1.63    7e-16
+backpropagation               21.5   64    0.22   83.3    256   0.89    0
+checkpoint per block (ANODE)  19.1   128   0.35   68.8    512   1.41    0
+checkpoint per step (ACA)     6.4    128   0.32   13.7    512   1.20    0
+NODE-continuous               14.5   128   0.31   14.4    512   1.24    1e-8
+pnode, tape                   24.8   64    0.22   85.8    256   0.92    7e-16
+pnode, stages                 14.8   128   0.29   44.5    512   1.21    7e-16
+pnode, segments               10.6   128   0.33   13.5    512   1.28    7e-16
+pnode, starts of steps        9.8    128   0.32   15.9    512   1.27    7e-16
+pnode, 20 states              11.8   144   0.34   12.9    744   1.48    7e-16
+pnode, 9 states               9.1    184   0.39   9.1     960   1.75    7e-16
 ============================  =====  ====  =====  ======  ====  ======  =====
 
 The continuous adjoint's gradient is off by 1.2 % with Euler's method and 8 steps. After
@@ -43,12 +43,13 @@ torch, repeats a step with all its graphs. pnode does so too where its budget ha
 with the starts of all steps (``store="solutions"``) it evaluates f as often as this peer. A budget
 that has no room for graphs evaluates f once to repeat a step and once more for each product, 744
 times where 512 are enough. Segments that torch keeps the starts of, each solved by pnode with all
-its graphs, need no more evaluations either and a third of the memory of stages. But up to 4 MiB of
-it all are work vectors: PETSc's TS has three and one for each slope, the adjoint of a step one for
-each stage and one more. So this peer stays below in memory at equal evaluations. Beyond 32 steps
-its memory grows on, and that of pnode's budgets does not. Without a limit pnode takes the memory
-and the time of backpropagation. (torch's checkpoints stop a repeated evaluation once they have all
-they need, which for the last stage is before its second convolution.)
+its graphs, need no more evaluations either; the earlier ones are longer, as fewer starts are kept
+while they are repeated. With 32 steps this takes less memory than a checkpoint per step. With 8
+it does not: up to 4 MiB of it all are work vectors, PETSc's solution, two stages and one for each
+slope, weights of what is noted of f's values, and in the adjoint of a step one for each stage and
+one more. Beyond 32 steps this peer's memory grows on, and that of pnode's budgets does not. Without
+a limit pnode takes the memory and the time of backpropagation. (torch's checkpoints stop a repeated
+evaluation once they have all they need, which for the last stage is before its second convolution.)
 """
 
 from __future__ import annotations
@@ -201,12 +202,12 @@ def by_pnode(
     return make
 
 
-def in_segments(method: str, steps: int, length: int = 2) -> Callable[[Field], Solve]:
-    """Return a solve by pnode in segments of so many steps, which are repeated with their graphs.
+def in_segments(method: str, steps: int) -> Callable[[Field], Solve]:
+    """Return a solve by pnode in segments, which are repeated with the graphs of all their steps.
 
     torch keeps the start of each, and f does not depend on the time.
     """
-    length = min(length, steps)
+    lengths = segments(steps, 2 * len(TABLEAUS[method][0]) + 1)  # f keeps two states
 
     def make(field: Field) -> Solve:
         solver = pnode.Solver(
@@ -214,18 +215,33 @@ def in_segments(method: str, steps: int, length: int = 2) -> Callable[[Field], S
             checkpointing=pnode.Checkpointing(store="tape"),
         )  # fmt: skip
 
-        def segment(y: torch.Tensor) -> torch.Tensor:
+        def segment(y: torch.Tensor, length: int) -> torch.Tensor:
             # A copy, as the output lies beside the start, which would be kept too.
             return solver(y, SPAN * (length / steps)).ys[-1].clone()
 
         def solve(_: torch.nn.Module, y: torch.Tensor) -> torch.Tensor:
-            for _segment in range(steps // length):
-                y = checkpoint(segment, y, use_reentrant=True)
+            for length in lengths:
+                y = checkpoint(segment, y, length, use_reentrant=True)
             return y
 
         return solve
 
     return make
+
+
+def segments(steps: int, graph: int) -> list[int]:
+    """Return lengths of segments for the least memory, a step's graphs taking so many states.
+
+    While one is repeated the starts of those before it are kept, so that it may be the longer the
+    earlier it is.
+    """
+    most = graph  # states
+    found: list[int] = []
+    while sum(found) < steps:
+        most, found = most + 1, []
+        while sum(found) < steps and (length := (most - 1 - len(found)) // graph):
+            found.append(min(length, steps - sum(found)))
+    return found
 
 
 # ---------------------------------------------------------------------------------- measurements
@@ -241,7 +257,7 @@ WAYS: dict[str, Callable[[str, int], Callable[[Field], Solve]]] = {
     "pnode, stages": lambda method, steps: by_pnode(
         method, steps, checkpointing=pnode.Checkpointing(store="stages")
     ),
-    "pnode, segments of two steps": in_segments,
+    "pnode, segments": in_segments,
     "pnode, starts of steps": lambda method, steps: by_pnode(
         method, steps, steps + 14, "solutions"
     ),

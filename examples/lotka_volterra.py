@@ -31,7 +31,7 @@ Run it::
 
     python examples/lotka_volterra.py
 
-Measured with pnode 0.2.0 on 2026-11-29, seed 0, one thread (33 s of CPU):
+Measured with pnode 0.2.0 and torchdiffeq 0.2.5 on 2026-11-30, seed 0, one thread (34 s of CPU):
 
 ==============================================  ======  =====
 what                                            error   BIC
@@ -51,6 +51,17 @@ formula, 3 further times as long    0.031
 hybrid, 3 further times as long     0.76
 plain net, 3 further times as long  0.11
 ==================================  =====
+
+One gradient of the loss of multiple shooting by dopri5, rtol = 1e-6, CPU time and memory relative
+to pnode's 32 ms and 0.8 MiB:
+
+==========================  ======  ===  ====  ====
+gradient by                 error   f    CPU   MiB
+==========================  ======  ===  ====  ====
+pnode, not compiled         3.5e-8  82   1     1
+torchdiffeq odeint          1.9e-7  62   0.94  1.11
+torchdiffeq odeint_adjoint  1.4e-7  186  3.7   0.21
+==========================  ======  ===  ====  ====
 
 The formula that is chosen is x' = 1.3 x - 0.892 x y, y' = 0.802 x y - 1.8 y.
 

@@ -63,10 +63,9 @@ from gallery_common import (
     launch,
     measure,
     mlp,
-    peer,
     train,
 )  # fmt: skip
-from gallery_physics import polish
+from gallery_physics import diffrax_gradient, polish
 
 import pnode
 
@@ -141,17 +140,13 @@ def mean_square(states: torch.Tensor, observed: torch.Tensor) -> torch.Tensor:
     return (((states - observed) / scale)[:, 1:]).square().mean()
 
 
-def diffrax_gradient(rate: Rate, observed: torch.Tensor) -> Callable[[], Any] | None:
+def by_diffrax(rate: Rate, observed: torch.Tensor) -> Callable[[], Any] | None:
     """Return a function that computes the loss's gradient by diffrax; None where it is missing."""
-    jax, diffrax = peer("jax"), peer("diffrax")
-    if jax is None or diffrax is None:
-        return None
-    jax.config.update("jax_enable_x64", True)
-    jnp, t, target = jax.numpy, jax.numpy.asarray(times().numpy()), observed.numpy()
-    weights = {name: jnp.asarray(p.detach().numpy()) for name, p in rate.named_parameters()}
-    scale, starts = target + 0.01 * target.max((0, 1)), jnp.asarray(STARTS.numpy())
+    target = observed.numpy()
+    scale = target + 0.01 * target.max((0, 1))
 
-    def field(t: Any, y: Any, w: Any) -> Any:
+    def field(jax: Any, y: Any, w: Any) -> Any:
+        jnp = jax.numpy
         logs = jnp.log(jnp.where(y < 0.0, 0.0, y) + FLOOR)  # NaN would end diffrax's Newton method
         hidden = jnp.tanh(w["net.0.weight"] @ (logs / 5.0) + w["net.0.bias"])
         net = (w["net.2.weight"] @ hidden + w["net.2.bias"])[0]
@@ -159,25 +154,10 @@ def diffrax_gradient(rate: Rate, observed: torch.Tensor) -> Callable[[], Any] | 
         slow, back = K1 * y[0], K3 * y[1] * y[2]
         return jnp.stack([back - slow, slow - back - unknown, unknown])
 
-    def solve(start: Any, w: Any) -> Any:
-        return diffrax.diffeqsolve(
-            diffrax.ODETerm(field), diffrax.Kvaerno3(), 0.0, END, None, start, w,
-            saveat=diffrax.SaveAt(ts=t), max_steps=4096,
-            stepsize_controller=diffrax.PIDController(rtol=RTOL, atol=jnp.asarray(ATOL)),
-        ).ys  # fmt: skip
+    def loss(states: Any) -> Any:
+        return ((((states - target) / scale)[:, 1:]) ** 2).mean()
 
-    def loss(w: Any) -> Any:
-        states = jnp.stack([solve(start, w) for start in starts])
-        return jnp.mean((((states - target) / scale)[:, 1:]) ** 2)
-
-    gradient = jax.jit(jax.grad(loss))
-
-    def call() -> torch.Tensor:
-        found = jax.block_until_ready(gradient(weights))
-        parts = [torch.tensor(found[name].tolist(), dtype=torch.float64) for name in weights]
-        return torch.cat([part.reshape(-1) for part in parts])
-
-    return call
+    return diffrax_gradient(field, rate, STARTS, times(), loss, rtol=RTOL, atol=ATOL)
 
 
 def gradients(rate: Rate, observed: torch.Tensor, peers: bool) -> list[dict[str, Any]]:
@@ -194,7 +174,7 @@ def gradients(rate: Rate, observed: torch.Tensor, peers: bool) -> list[dict[str,
     if peers:
         ways |= {
             "pnode, not compiled": lambda: by(plain),
-            "diffrax": diffrax_gradient(rate, observed),
+            "diffrax": by_diffrax(rate, observed),
         }
     rows: list[dict[str, Any]] = []
     for name, call in ways.items():

@@ -238,7 +238,7 @@ def test_digits(tmp_path):
     exact = [row for name, row in rows.items() if name != "NODE-continuous"]
     assert len(exact) == 9 and max(row["difference"] for row in exact) < 1e-13
     assert 1e-13 < rows["NODE-continuous"]["difference"] < 1e-3
-    again = ("checkpoint per step (ACA)", "pnode, segments of two steps", "pnode, starts of steps")
+    again = ("checkpoint per step (ACA)", "pnode, segments", "pnode, starts of steps")
     for name in again:
         assert rows[name]["evaluations"] == 64, name
     ways = ("pnode, tape", "pnode, stages", "pnode, 9 states")

@@ -66,15 +66,16 @@ def stage_vectors(ts: Any) -> list[Any]:
 def share_stage_vector(ts: Any) -> None:
     """Let all stages of a set-up TSRK but the first be one vector. Collective.
 
-    A TSRK looks at its last stage alone, and at the first where it interpolates. The vector is a
-    new one, as the others may lie in memory that belongs to the first. A TS destroys its stages one
-    by one, and PETSc counts references.
+    A TSRK looks at its last stage alone, and at the first where it interpolates. Both vectors are
+    new ones: PETSc's may all lie in memory that belongs to the first, and stays as long as that. A
+    TS destroys its stages one by one, and PETSc counts references.
     """
     number, array = _stages(ts)
-    shared = ts.getSolution().duplicate()
-    for index in reversed(range(1, number)):
-        _check(_library.PetscObjectReference(ctypes.c_void_p(shared.handle)), "reference")
-        old, array[index] = ctypes.c_void_p(array[index]), shared.handle
+    first, shared = (ts.getSolution().duplicate() for _ in range(2))
+    for index in reversed(range(number)):
+        vector = shared if index else first
+        _check(_library.PetscObjectReference(ctypes.c_void_p(vector.handle)), "reference")
+        old, array[index] = ctypes.c_void_p(array[index]), vector.handle
         _check(_library.VecDestroy(ctypes.byref(old)), "VecDestroy")
 
 

@@ -34,6 +34,7 @@ def test_a_program_gives_the_numbers_of_one_rank(
     name: str, cells: str, shared_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     example = importlib.import_module(name)
+    monkeypatch.setattr(example, "beside", lambda *_: [])  # times, and on one rank alone
     argv = ["--cells", cells, "--iterations", "2", "--no-plot", "--output"]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         code = example.main([*argv, str(shared_folder)])
