@@ -347,3 +347,17 @@ def test_compiled_activation_at_the_end():
         for compiled in (True, False)
     )
     assert_same(found, expected)
+
+
+@pytest.mark.parametrize("name", ["rk4", "cn"])
+def test_a_parameter_as_the_value(name):
+    """What f returns is flat already, requires grad and is the user's own tensor."""
+    rate = torch.tensor([0.5, -1.5, 0.25], dtype=D, requires_grad=True)
+    y0 = torch.tensor([1.0, 2.0, 3.0], dtype=D, requires_grad=True)
+    solver = pnode.Solver(
+        lambda t, y: rate, params=[rate], method=name, step_size=0.5, compile=False
+    )
+    expected = y0.detach() + TIMES[:, None] * rate.detach()
+    with torch.no_grad():
+        torch.testing.assert_close(solver(y0, TIMES).ys, expected, rtol=1e-14, atol=0.0)
+    assert rate.requires_grad and y0.requires_grad

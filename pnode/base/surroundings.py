@@ -138,6 +138,8 @@ def modules_within(functions: Iterable[Any]) -> list[torch.nn.Module]:
     """Return the functions that are Modules and all Modules inside, once, in torch's order."""
     found: dict[int, torch.nn.Module] = {}
     pending = [function for function in functions if isinstance(function, torch.nn.Module)]
+    if len(pending) == 1 and not pending[0]._modules:
+        return pending
     pending.reverse()
     while pending:
         module = pending.pop()

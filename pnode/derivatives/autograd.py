@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pnode.base.devices import ordered, place_of
+from pnode.base.graphs import no_graph
 from pnode.base.transforms import (
     applied,
     differentiable,
@@ -163,7 +164,8 @@ class SolveFunction(torch.autograd.Function):
         parameters = others[: len(problem.parameters)]
         wants_times = ctx.needs_input_grad[5]
         rows = ys.shape[0]
-        cotangents, ys = cotangents.reshape(rows, -1), ys.reshape(rows, -1)
+        if ys.dim() != 2:
+            cotangents, ys = cotangents.reshape(rows, -1), ys.reshape(rows, -1)
         again = differentiable()
         times = Times()
         adjoint: Any = AdjointFunction.apply if again else AdjointFunction.forward
@@ -269,7 +271,7 @@ class AdjointFunction(torch.autograd.Function):
         ``times`` gets the derivatives with respect to the times of interpolated outputs.
         """
         run = runs[0]
-        with torch.no_grad(), ordered(place_of(run.problem.layout.device)) as leave:
+        with no_graph(), ordered(place_of(run.problem.layout.device)) as leave:
             found = sweeps.backward(engine, run, y0, cotangents.detach(), wants_times)
             leave(found.state, *found.parameters)
         times.update(found.times)

@@ -104,13 +104,13 @@ class VectorField:
             return VectorField.linearize(self, s, u).flat_value()
         self.ledger.rhs += 1
         if not self.recording:
-            state = u if self._shape is None else self._shaped(u)
+            state = u if self._shape is None or u.shape == self._shape else self._shaped(u)
             try:
                 if torch.is_grad_enabled():
                     with torch.no_grad():
-                        value = self._call(s, state, self._time(s)).reshape(-1)
+                        value = _flat(self._call(s, state, self._time(s)))
                 else:
-                    value = self._call(s, state, self._time(s)).reshape(-1)
+                    value = _flat(self._call(s, state, self._time(s)))
                 return value if self._direction > 0 else -value
             except RuntimeError as error:
                 if "does not require grad" not in str(error):
@@ -359,6 +359,11 @@ class DistributedField(VectorField):
 
     def _wrap(self, *arguments: Any) -> Linearization:
         return DistributedLinearization(self._cells, *arguments)
+
+
+def _flat(value: torch.Tensor) -> torch.Tensor:
+    """Return a value without its graph, flat."""
+    return value if value.dim() == 1 and not value.requires_grad else value.reshape(-1)
 
 
 def vector_field(problem: InitialValueProblem, ledger: Ledger) -> VectorField:

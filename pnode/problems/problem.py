@@ -122,7 +122,7 @@ class StateLayout:
     def flatten(self, y0: Any) -> torch.Tensor:
         """Turn a state into one flat tensor; differentiable."""
         if not self.is_tuple:
-            flat: torch.Tensor = y0.reshape(-1)
+            flat: torch.Tensor = y0 if y0.dim() == 1 else y0.reshape(-1)
             return flat
         return torch.cat([part.reshape(-1) for part in y0])
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from pnode.base.graphs import no_graph
 from pnode.base.ledger import Ledger
 from pnode.base.ranks import ALONE
 from pnode.base.vectors import REAL
@@ -258,7 +259,7 @@ class Compiler:
             self._refused[backend] = code
             return code
         time = torch.scalar_tensor(problem.direction * problem.times[0], dtype=REAL)
-        with torch.no_grad():
+        with no_graph():
             found = code.at(time, y0.detach())
         if not agree(found[0] if problem.direction > 0 else -found[0], value):
             return None

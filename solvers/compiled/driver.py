@@ -26,7 +26,14 @@ from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.compiled.budgets import Budget
 from pnode.solvers.compiled.inductor import compile_source
 from pnode.solvers.compiled.kernel import Kernel
-from pnode.solvers.compiled.records import Counts, add_counts, integers, new_control, numbers
+from pnode.solvers.compiled.records import (
+    Counts,
+    add_counts,
+    integers,
+    new_control,
+    numbers,
+    pointers,
+)  # fmt: skip
 from pnode.solvers.multistep import TakenOrder
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.step_control import StepControl, fixed_grid
@@ -53,11 +60,6 @@ def source(*names: str) -> str:
 def at(tensor: torch.Tensor) -> Any:
     """Return a tensor's address."""
     return ctypes.c_void_p(tensor.data_ptr())
-
-
-def pointers(tensors: Sequence[torch.Tensor]) -> Any:
-    """Return an array of the tensors' addresses."""
-    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
 
 
 @cache
@@ -180,8 +182,7 @@ class CompiledSweep:
         self._outputs, self._direction, self._end = number, problem.direction, times[-1]
         self._parameters = len(problem.parameters)
         self._method = settings.method
-        own = self._method.multistep or self._method.coupled
-        self._judged = settings.adaptive and own
+        self._judged = settings.adaptive and (settings.method.multistep or settings.method.coupled)
 
     def __del__(self) -> None:
         """Free the checkpoints, but not when Python ends."""
@@ -276,8 +277,7 @@ class CompiledSweep:
             self._complete(ledger)
             if nodes is not None:
                 places = array("q", nodes)
-                address = places.buffer_info()[0]
-                self._library.pnode_nodes(self._handle, address, len(places))
+                self._library.pnode_nodes(self._handle, *places.buffer_info())
             initial, sums, counts = self._take_adjoints(cotangents.to(REAL).contiguous())
         self._stats.ram_bytes = max(self._stats.ram_bytes, counts.bytes)
         counts.bytes = 0

@@ -130,8 +130,11 @@ class Taking:
             key, number = id(result), self._count
             refs[key] = _REFS[number] if number < _MADE else _ref(number)
             self._count = number + 1
-            if watches and not result.is_inference():
-                versions[key] = result._version
+            if watches:
+                try:
+                    versions[key] = result._version
+                except RuntimeError:  # one of inference mode does not count
+                    pass
         elif result is not None:
             for item in result if isinstance(result, (tuple, list)) else (result,):
                 if isinstance(item, torch.Tensor):

@@ -128,6 +128,8 @@ class ImplicitProgram(Kernel, Code):
 
     def gradients(self, sums: list[torch.Tensor]) -> list[tuple[int, torch.Tensor]]:
         """Return mu from its sums."""
+        if len(self._shapes) == 1:  # in less time
+            return [(self._indices[0], sums[0].view(self._shapes[0].shape))]
         parts = _unflatten_dense_tensors(sums[0], self._shapes)
         return list(zip(self._indices, parts, strict=True))
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import cache, lru_cache
 from typing import Any
+
+import torch
 
 from pnode.base.ledger import Ledger
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.step_control import StepControl
 
-__all__ = ["Counts", "add_counts", "integers", "new_control", "numbers"]
+__all__ = ["Counts", "add_counts", "integers", "new_control", "numbers", "pointers"]
 
 # PETSc's largest step (TSAdaptSetStepLimits).
 _LONGEST = 1e20
@@ -43,6 +46,17 @@ def numbers(values: tuple[float, ...]) -> Any:
 def integers(values: tuple[int, ...], length: int) -> Any:
     """Return an array in C of a length, with zeros behind the values."""
     return (ctypes.c_int64 * length)(*values)
+
+
+def pointers(tensors: Sequence[torch.Tensor]) -> Any:
+    """Return an array of the tensors' addresses."""
+    return _addresses(len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+
+
+@cache
+def _addresses(number: int) -> Any:
+    """Return the type of an array of addresses, which ctypes would make anew for each."""
+    return ctypes.c_void_p * number
 
 
 def new_control(
