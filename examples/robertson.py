@@ -66,8 +66,9 @@ torchdiffeq, SciPy's BDF   fails
 =========================  ======  ====  =============
 
 (es325 and the peers at rtol = 1e-6. SciPy's solvers are the only stiff ones of torchdiffeq, with
-the continuous adjoint, whose backward solve overflows; it takes 19 s to find out.) So ``--compile``
-is worth having where it works.
+the continuous adjoint, whose backward solve overflows; it takes 19 s to find out. pnode's machine
+code was in its cache; without, es325's first call took 1.9 s.) So ``--compile`` is worth having
+where it works.
 
 What did not work: the last observations of A are missed by one hundredth, where the loss no longer
 falls.
