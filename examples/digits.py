@@ -11,12 +11,11 @@ Run it (about three minutes on one core)::
 
     python examples/digits.py
 
-Measured with pnode 0.2.0 on 2026-11-30, seed 0, one gradient with rk4, 8 and 32 steps a block (the
-trainings below on 2026-11-29; 111 s of CPU in all). MiB is the peak of what malloc had handed out
-in a first call (up to 4 MiB of pnode's are work vectors), f how often the two fields are evaluated;
-each gradient also takes 64 or 256 products. "Error" is the relative difference from
-backpropagation's gradient. CPU times are of single calls, on a busy computer: a tenth apart means
-nothing.
+Measured with pnode 0.2.0 on 2026-11-30, seed 0 (117 s of CPU in all), one gradient with rk4, 8 and
+32 steps a block. MiB is the peak of what malloc had handed out in a first call (up to 4 MiB of
+pnode's are work vectors), f how often the two fields are evaluated; each gradient also takes 64 or
+256 products. "Error" is the relative difference from backpropagation's gradient. CPU times are of
+single calls, on a busy computer: a tenth apart means nothing.
 
 ============================  =====  ====  =====  ======  ====  ======  =====
 gradient by                   MiB 8  f 8   CPU 8  MiB 32  f 32  CPU 32  error

@@ -38,8 +38,8 @@ gradient of the numbers that the solver returned.
 3. *A warm-up of the learning rate.* Without it AdamW's first updates, whose sizes do not depend
    on the gradient's, can destroy that property at once.
 
-Measured with pnode 0.2.0 on 2026-11-29, seed 0, 400 updates (78 s of CPU in all); per sweep of 40
-steps:
+Measured with pnode 0.2.0, diffrax 0.7.2 and torchdiffeq 0.2.5 on 2026-11-30, seed 0, 400 updates
+(114 s of CPU in all, 40 of them for the peers); per sweep of 40 steps:
 
 ==============================  =======  ========
 what                            forward  backward
@@ -52,23 +52,23 @@ scaled mean error at the end    2.3e-3
 the same in 1/8 of the steps    2.5e-3
 ==============================  =======  ========
 
-One gradient before training, measured with diffrax 0.7.2 and torchdiffeq 0.2.5 on 2026-11-30: CPU
-time relative to es325's 3.2 ms; errors against the gradient of the exact solution, which the long
-steps of cn are not to follow:
+One gradient before training, CPU time relative to es325's 2.8 ms; errors are those against the
+gradient of the exact solution, which the long steps of cn are not to follow:
 
 =========================  ======  ====  =============
 gradient by                error   CPU   first call, s
 =========================  ======  ====  =============
-pnode, es325, compiled     8.5e-8  1     0.40
-pnode, cn, compiled        2.5e-3  0.88  0.42
-pnode, cn                  2.5e-3  54    0.18
-diffrax, Kvaerno3, jitted  2.6e-7  15    15.5
+pnode, es325, compiled     8.5e-8  1     0.29
+pnode, cn, compiled        2.5e-3  0.82  0.41
+pnode, cn                  2.5e-3  75    0.24
+diffrax, Kvaerno3, jitted  2.6e-7  19    12.8
 torchdiffeq, SciPy's BDF   fails
 =========================  ======  ====  =============
 
 (es325 and the peers at rtol = 1e-6. SciPy's solvers are the only stiff ones of torchdiffeq, with
-the continuous adjoint, whose backward solve overflows; it takes 19 s to find out.) So ``--compile``
-is worth having where it works.
+the continuous adjoint, whose backward solve overflows; it takes 19 s to find out. pnode's machine
+code was in its cache; without, es325's first call took 1.9 s.) So ``--compile`` is worth having
+where it works.
 
 What did not work: the last observations of A are missed by one hundredth, where the loss no longer
 falls.
