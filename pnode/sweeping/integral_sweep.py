@@ -141,6 +141,11 @@ def _cost_field(problem: InitialValueProblem) -> CostField:
     driver = now(problem.function if problem.explicit is None else problem.explicit)
     assert problem.base is not None
     own = problem.but(
-        function=driver.cost, explicit=None, mass=None, layout=problem.base.layout, base=None
+        function=driver.cost,
+        explicit=None,
+        mass=None,
+        layout=problem.base.layout,
+        base=None,
+        integrals=0,
     )
     return CostField(own, Ledger(), driver.shape)

@@ -42,10 +42,10 @@ class CostField(VectorField):
 
     def __init__(self, problem: Any, ledger: Any, shape: torch.Size) -> None:
         super().__init__(problem, ledger)
-        self.size, self._returned = shape.numel(), shape
+        self.size, self.returned, self.who = shape.numel(), shape, "cost"
 
     def _accepted(self, result: Any, time: float) -> torch.Tensor:
-        return checked(result, self._layout, self._returned)
+        return checked(result, self._layout, self.returned)
 
 
 class _Rule(ABC):
@@ -291,7 +291,7 @@ class DrivenCotangents(NodeCotangents):
             raise error.located(**where) from error.__cause__
         by = differs(graph.flat_value(), noted)
         if by:
-            raise field.changed(s, by, "the value of cost").located(**where)
+            raise field.changed(s, by, "its value").located(**where)
         products = graph.vjp(weight.to(field.dtype))
         accumulate(self.parameters, products.parameters)
         found = products.state.to(REAL)
