@@ -74,9 +74,11 @@ class IntegralSweep(Sweep):
         if keep:
             record_all(field)
             record_all(cost)
-        quadrature = self._own.quadrature = Quadrature(cost, self._engine.method, keep)
+        size = own.layout.size
+        quadrature = Quadrature(cost, self._engine.method, y0[size:], keep)
+        self._own.quadrature = quadrature
         self._run.surroundings = run.surroundings
-        ys = self._own.forward(self._run, field, y0[: own.layout.size], keep, requests)
+        ys = self._own.forward(self._run, field, y0[:size], keep, requests)
         run.used = [a or b for a, b in zip(field.used, cost.used, strict=True)]
         self._own.quadrature, self._noted = None, quadrature.noted
         self._run.problem = own.but(function=None, explicit=None)  # the node has them, held

@@ -157,6 +157,8 @@ class Quadrature(Observer):
         r.
     method : Method
         What integrates the state.
+    start : Tensor
+        q where the sweep begins: zero, unless it goes on from a break.
     note : bool
         Whether a backward sweep is to find the same r.
 
@@ -168,9 +170,11 @@ class Quadrature(Observer):
         Of each step, the projections of r where it was evaluated.
     """
 
-    def __init__(self, field: CostField, method: Method, note: bool) -> None:
+    def __init__(
+        self, field: CostField, method: Method, start: torch.Tensor, note: bool
+    ) -> None:  # fmt: skip
         self._field, self._note, self._name = field, note, method.name
-        self._rule, self._q = _rule(method), np.zeros(field.size)
+        self._rule, self._q = _rule(method), start.detach().numpy().astype(np.float64)
         self._last: np.ndarray | None = None
         self.outputs: list[np.ndarray] = []
         self.noted = Evidence()
