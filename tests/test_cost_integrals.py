@@ -471,13 +471,18 @@ def test_costs_that_are_not_finite(method, kind):
 
 @pytest.mark.parametrize("method", ["rk4", "cn"])
 def test_a_module_with_the_result_of_its_own_solve_is_freed(method):
-    """Neither sweep keeps what owns r alive: nodes of torch hide circles from the collector."""
-    r = Cost()
+    """No sweep keeps what owns r or f alive: nodes of torch hide circles from the collector."""
+    r, f = Cost(), Field()
     r.solution = pnode.Solver(lambda t, y: -y, cost=r, method=method, step_size=0.3)(state(), T)
-    there = weakref.ref(r)
-    del r
+    f.solution = pnode.Solver(f, cost=lambda t, y: y, method=method, step_size=0.3)(state(), T)
+    there = weakref.ref(r), weakref.ref(f)
+    costs = f.solution.costs
+    del r, f
     gc.collect()
-    assert there() is None
+    assert there[0]() is None and there[1]() is None
+    y0 = state()
+    plain = pnode.Solver(Field(), cost=lambda t, y: y, method=method, step_size=0.3)(y0, T)
+    assert torch.equal(costs, plain.costs)
 
 
 @pytest.mark.parametrize("method", ["rk4", "cn"])
