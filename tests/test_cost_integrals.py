@@ -98,6 +98,22 @@ def test_integrals_from_stages_are_those_beside_the_state(method):
     assert max(difference([one], [other]) for one, other in zip(*found, strict=True)) < 1e-12
 
 
+@pytest.mark.parametrize("method", ["cn", "es325", "bdf3"])
+def test_integrals_go_on_from_breaks(method):
+    """Of a cost that jumps there: exact where it is constant, and as beside the state."""
+    y0, found = state(), []
+    r = lambda t, y: torch.stack([(t > 0.45) + 1.0 + 0.0 * y[0], (t > 0.45) * y[1] ** 2])  # noqa: E731
+    for monitor in (None, lambda *seen: None):
+        solution = pnode.Solver(
+            Field(), cost=r, method=method, step_size=0.1, monitor=monitor, compile=False,
+            petsc_options={"snes_rtol": 1e-14, "snes_stol": 1e-14},
+        )(y0, T, breakpoints=[0.2, 0.45])  # fmt: skip
+        found.append([solution.costs, *grad((solution.costs**2).sum(), y0)])
+    assert difference(*found) < 1e-12
+    assert solution.costs[:, 0].tolist() == pytest.approx([0.0, 0.3, 0.9 + 0.45], rel=1e-13)
+    assert found[0][0][:, 0].tolist() == pytest.approx([0.0, 0.3, 0.9 + 0.45], rel=1e-13)
+
+
 @methods
 def test_integrals_change_nothing(method):
     """Not by a bit, however large they are."""
@@ -431,7 +447,7 @@ def test_a_cost_that_changes_before_the_gradient_is_refused(method):
     )
     costs = solver(y0, T).costs
     factor[0] = 1.001
-    with pytest.raises(pnode.errors.FieldChanged, match="the value of cost"):
+    with pytest.raises(pnode.errors.FieldChanged, match=r"^cost is not the one"):
         grad(costs.sum(), y0)
 
 
@@ -455,13 +471,18 @@ def test_costs_that_are_not_finite(method, kind):
 
 @pytest.mark.parametrize("method", ["rk4", "cn"])
 def test_a_module_with_the_result_of_its_own_solve_is_freed(method):
-    """Neither sweep keeps what owns r alive: nodes of torch hide circles from the collector."""
-    r = Cost()
+    """No sweep keeps what owns r or f alive: nodes of torch hide circles from the collector."""
+    r, f = Cost(), Field()
     r.solution = pnode.Solver(lambda t, y: -y, cost=r, method=method, step_size=0.3)(state(), T)
-    there = weakref.ref(r)
-    del r
+    f.solution = pnode.Solver(f, cost=lambda t, y: y, method=method, step_size=0.3)(state(), T)
+    there = weakref.ref(r), weakref.ref(f)
+    costs = f.solution.costs
+    del r, f
     gc.collect()
-    assert there() is None
+    assert there[0]() is None and there[1]() is None
+    y0 = state()
+    plain = pnode.Solver(Field(), cost=lambda t, y: y, method=method, step_size=0.3)(y0, T)
+    assert torch.equal(costs, plain.costs)
 
 
 @pytest.mark.parametrize("method", ["rk4", "cn"])

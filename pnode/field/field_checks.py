@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 from types import CellType, FunctionType
 from typing import Any
 
@@ -58,19 +59,19 @@ def wrong_result(layout: StateLayout, parts: tuple[Any, ...]) -> str | None:
     return None
 
 
-def wrote_into_input(time: float, or_what: str = "") -> VectorFieldError:
+def wrote_into_input(who: str, time: float, or_what: str = "") -> VectorFieldError:
     """Return the error for an f that writes into what it was given."""
     return VectorFieldError(
-        f"the vector field wrote into its input y{or_what}; compute on y.clone(), or without "
+        f"{who} wrote into its input y{or_what}; compute on y.clone(), or without "
         "in-place operations",
         time=time,
     )
 
 
-def changed(time: float, what: str, by: float, suspects: str) -> FieldChanged:
+def changed(who: str, time: float, what: str, by: float, suspects: str) -> FieldChanged:
     """Return the error for an f that is not the one of the forward sweep."""
     return FieldChanged(
-        f"the vector field is not the one of the forward sweep: {what} differs by {by:.1e} of its "
+        f"{who} is not the one of the forward sweep: {what} differs by {by:.1e} of its "
         f"norm{suspects}. Let nothing that it looks at change before the gradient has been taken "
         "(pass what changes as part of y0 or params, draw random numbers before the solve); if "
         "nothing has, round-off grows in repeated steps: "
@@ -181,7 +182,7 @@ def undisturbed(function: Any, device: torch.device) -> Iterator[None]:
             set_random_states(states, device)
 
 
-def refuse_hidden_state(before: _HiddenState, now: _HiddenState, time: float) -> None:
+def refuse_hidden_state(who: str, before: _HiddenState, now: _HiddenState, time: float) -> None:
     """Refuse a field that is not a function of t and y: its adjoint would be another's.
 
     Raises
@@ -191,31 +192,62 @@ def refuse_hidden_state(before: _HiddenState, now: _HiddenState, time: float) ->
     """
     if not all(map(torch.equal, before[0], now[0])):
         raise VectorFieldError(
-            "the vector field draws random numbers (dropout in training mode?), so that its "
+            f"{who} draws random numbers (dropout in training mode?), so that its "
             "value cannot be had again for the gradient: call .eval() on it, or draw them "
             "once before the solve",
             time=time,
         )
     if before[1] != now[1]:
         raise VectorFieldError(
-            "the vector field writes into one of its buffers, so that its value cannot be had "
+            f"{who} writes into one of its buffers, so that its value cannot be had "
             "again for the gradient: call .eval() on it, or keep what it counts outside",
             time=time,
         )
 
 
+def _unrecorded(field: Any, value: torch.Tensor) -> list[tuple[str, slice]]:
+    """Return whose entries of a value have no graph, and which of the last dimension they are."""
+    layout, integrals = field.problem.layout, field.problem.integrals
+    if field.returned is None:
+        sizes = [shape.numel() for shape in layout.shapes]
+    elif integrals:
+        sizes = [value.shape[-1] - integrals, integrals]
+    else:
+        return [] if value.requires_grad else [(field.who, slice(None))]
+    edges: Any = ((None, 0),) * len(sizes)
+    if value.requires_grad:
+        node = value.grad_fn  # that of torch.cat, unless the value has come from another device
+        while node is not None and len(node.next_functions) == 1 < len(sizes):
+            node = node.next_functions[0][0]
+        edges = () if node is None else node.next_functions
+    if len(edges) != len(sizes):
+        return []
+    several = len(sizes) - (integrals > 0) > 1
+    names = [f"the vector field{f' (part {i})' * several}" for i in range(len(sizes))]
+    if integrals:
+        names[-1] = "cost"
+    ends = [*accumulate(sizes)]
+    found = zip(names, edges, sizes, ends, strict=True)
+    lost = [(who, slice(end - size, end)) for who, (node, _), size, end in found if node is None]
+    # The implicit part of a split right-hand side does not drive the integrals.
+    return [one for one in lost if one[0] != "cost" or field.explicit is None]
+
+
 def refuse_unrecorded(
+    field: Any,
     call: Callable[[torch.Tensor], torch.Tensor],
     leaf: torch.Tensor,
     value: torch.Tensor,
     time: float,
 ) -> None:
-    """Refuse a value without a graph that depends on y: every derivative would be zero.
+    """Refuse a part of a value that has no graph and depends on y: its derivatives would be zero.
 
     It has to differ on both sides of y, so that a field that switches at y may pass.
 
     Parameters
     ----------
+    field : VectorField
+        Whose value it is.
     call : callable
         f at this time.
     leaf, value : Tensor
@@ -228,25 +260,33 @@ def refuse_unrecorded(
     VectorFieldError
         If it does.
     """
+    lost = _unrecorded(field, value)
     for sign in (1.0, -1.0):
+        if not lost:
+            return
         with torch.no_grad():
             near = leaf + sign * 1e-6 * (1.0 + leaf.abs())
         try:
             other = call(near.requires_grad_(True))
         except Exception:  # outside of where f is defined: nothing is known
             return
-        if torch.equal(other.detach(), value.detach()):
-            return
-    raise VectorFieldError(
-        "the vector field's value depends on y and torch has not recorded how (numpy, "
-        ".detach(), .item(), autograd.grad without create_graph=True?), so that every "
-        "derivative would be zero: compute it with torch operations, or solve under "
-        "torch.no_grad()",
-        time=time,
-    )
+        lost = [one for one in lost if not torch.equal(_entries(other, one), _entries(value, one))]
+    if lost:
+        raise VectorFieldError(
+            f"the value of {lost[0][0]} depends on y and torch has not recorded how (numpy, "
+            ".detach(), .item(), autograd.grad without create_graph=True?), so that every "
+            "derivative would be zero: compute it with torch operations, or solve under "
+            "torch.no_grad()",
+            time=time,
+        )
+
+
+def _entries(value: torch.Tensor, part: tuple[str, slice]) -> torch.Tensor:
+    return value.detach()[..., part[1]] if value.dim() else value.detach()
 
 
 def find_parameters(
+    who: str,
     result: torch.Tensor,
     parameters: Sequence[torch.Tensor],
     used: list[bool],
@@ -256,6 +296,8 @@ def find_parameters(
 
     Parameters
     ----------
+    who : str
+        Whose result it is.
     result : Tensor
         What f returned.
     parameters : sequence of Tensor
@@ -294,9 +336,9 @@ def find_parameters(
                 continue
             if id(leaf) not in leaves:
                 raise ConfigurationError(
-                    f"the vector field uses a tensor of shape {tuple(leaf.shape)} that "
-                    "requires grad and was not declared: pass it in params=[...], make the "
-                    "vector field a torch.nn.Module that owns it, or detach it"
+                    f"{who} uses a tensor of shape {tuple(leaf.shape)} that "
+                    "requires grad and was not declared: pass it in params=[...], make "
+                    f"{who} a torch.nn.Module that owns it, or detach it"
                 )
             used[leaves[id(leaf)]] = True
             continue

@@ -75,12 +75,14 @@ class VectorField:
             self.callee if isinstance(self.callee, Remote) else None,
         )  # fmt: skip
         self.dtype = problem.layout.dtype
+        #: Who is called, for errors.
+        self.who = "the vector field or cost" if problem.integrals else "the vector field"
         #: Whether the first evaluation (of one part or the other) used each parameter.
         self.used = [False] * len(problem.parameters)
         self._layout = layout = problem.layout
         #: The state's, unless that is a tuple, and that of what f returns.
         self._shape = None if layout.is_tuple else layout.shapes[0]
-        self._returned = self._shape
+        self.returned = self._shape
         self._direction, self._window = problem.direction, problem.window
         self._check_first, self._copied = True, 0
 
@@ -142,7 +144,7 @@ class VectorField:
         """Return the error for an f of which something at s differs, relative to its norm."""
         at = self._direction * s
         suspects = "" if self.suspects is None else self.suspects()
-        return checks.changed(at, f"{what} at t = {at!r}", by, suspects)
+        return checks.changed(self.who, at, f"{what} at t = {at!r}", by, suspects)
 
     def trust(self, used: list[bool] | None) -> None:
         """Take over which parameters f uses, instead of finding out at the first evaluation.
@@ -228,10 +230,11 @@ class VectorField:
         before = checks.hidden_state(self.function, device)
         value = self._call(s, own, time)
         at = self._direction * s
-        checks.refuse_hidden_state(before, checks.hidden_state(self.function, device), at)
-        checks.find_parameters(value, self.parameters, self.used, (leaf, time))
-        if self.recording and not value.requires_grad:
-            checks.refuse_unrecorded(partial(self._call, s, time=self._time(s)), leaf, value, at)
+        checks.refuse_hidden_state(self.who, before, checks.hidden_state(self.function, device), at)
+        checks.find_parameters(self.who, value, self.parameters, self.used, (leaf, time))
+        if self.recording:
+            call = partial(self._call, s, time=self._time(s))
+            checks.refuse_unrecorded(self, call, leaf, value, at)
         return value
 
     def _call(self, s: float, own: torch.Tensor, time: torch.Tensor, *rate: Any) -> torch.Tensor:
@@ -252,14 +255,14 @@ class VectorField:
         except RuntimeError as error:
             if "leaf Variable" in str(error) or "created in no_grad mode" in str(error):
                 raise checks.wrote_into_input(
-                    self._direction * s, " (or into a parameter)"
+                    self.who, self._direction * s, " (or into a parameter)"
                 ) from error
             raise
         if own._version != version:
-            raise checks.wrote_into_input(self._direction * s)
+            raise checks.wrote_into_input(self.who, self._direction * s)
         if (
             type(result) is torch.Tensor
-            and result.shape == self._returned
+            and result.shape == self.returned
             and result.dtype is layout.dtype
             and result.device == layout.device
             and result.layout is torch.strided
@@ -309,7 +312,14 @@ class Residual(VectorField):
             own, rate = (leaf.clone() for leaf in leaves)
             value = self._call(s, own, time, layout.unflatten(rate) if layout.is_tuple else rate)
             if first and self.problem.check_undeclared:
-                checks.find_parameters(value, self.parameters, self.used, leaves)
+                checks.find_parameters(self.who, value, self.parameters, self.used, leaves)
+                if self.recording:  # how F depends on y, whatever it does on y'
+                    fixed = leaves[1].detach()
+                    fixed = layout.unflatten(fixed) if layout.is_tuple else fixed
+                    call = lambda y: self._call(s, y, self._time(s), fixed)  # noqa: E731
+                    checks.refuse_unrecorded(
+                        self, call, leaves[0], call(leaves[0].clone()), self._direction * s
+                    )
         return Linearization(self.shared, leaves, value, -1.0, time, self._direction)
 
 

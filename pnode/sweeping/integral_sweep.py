@@ -74,9 +74,11 @@ class IntegralSweep(Sweep):
         if keep:
             record_all(field)
             record_all(cost)
-        quadrature = self._own.quadrature = Quadrature(cost, self._engine.method, keep)
+        size = own.layout.size
+        quadrature = Quadrature(cost, self._engine.method, y0[size:], keep)
+        self._own.quadrature = quadrature
         self._run.surroundings = run.surroundings
-        ys = self._own.forward(self._run, field, y0[: own.layout.size], keep, requests)
+        ys = self._own.forward(self._run, field, y0[:size], keep, requests)
         run.used = [a or b for a, b in zip(field.used, cost.used, strict=True)]
         self._own.quadrature, self._noted = None, quadrature.noted
         self._run.problem = own.but(function=None, explicit=None)  # the node has them, held
@@ -141,6 +143,11 @@ def _cost_field(problem: InitialValueProblem) -> CostField:
     driver = now(problem.function if problem.explicit is None else problem.explicit)
     assert problem.base is not None
     own = problem.but(
-        function=driver.cost, explicit=None, mass=None, layout=problem.base.layout, base=None
+        function=driver.cost,
+        explicit=None,
+        mass=None,
+        layout=problem.base.layout,
+        base=None,
+        integrals=0,
     )
     return CostField(own, Ledger(), driver.shape)

@@ -158,6 +158,8 @@ def checked(value: Any, layout: StateLayout, shape: torch.Size | None = None) ->
     """
     if not isinstance(value, torch.Tensor):
         raise VectorFieldError(f"cost returned a {type(value).__name__}: return a tensor r(t, y)")
+    if value.layout is not torch.strided:
+        raise VectorFieldError(f"cost returned a tensor of layout {value.layout}: use to_dense()")
     if value.is_complex():
         raise VectorFieldError(
             f"cost returned {value.dtype}, and cost integrals are real, of complex states too: "

@@ -42,10 +42,10 @@ class CostField(VectorField):
 
     def __init__(self, problem: Any, ledger: Any, shape: torch.Size) -> None:
         super().__init__(problem, ledger)
-        self.size, self._returned = shape.numel(), shape
+        self.size, self.returned, self.who = shape.numel(), shape, "cost"
 
     def _accepted(self, result: Any, time: float) -> torch.Tensor:
-        return checked(result, self._layout, self._returned)
+        return checked(result, self._layout, self.returned)
 
 
 class _Rule(ABC):
@@ -157,6 +157,8 @@ class Quadrature(Observer):
         r.
     method : Method
         What integrates the state.
+    start : Tensor
+        q where the sweep begins: zero, unless it goes on from a break.
     note : bool
         Whether a backward sweep is to find the same r.
 
@@ -168,9 +170,11 @@ class Quadrature(Observer):
         Of each step, the projections of r where it was evaluated.
     """
 
-    def __init__(self, field: CostField, method: Method, note: bool) -> None:
+    def __init__(
+        self, field: CostField, method: Method, start: torch.Tensor, note: bool
+    ) -> None:  # fmt: skip
         self._field, self._note, self._name = field, note, method.name
-        self._rule, self._q = _rule(method), np.zeros(field.size)
+        self._rule, self._q = _rule(method), start.detach().numpy().astype(np.float64)
         self._last: np.ndarray | None = None
         self.outputs: list[np.ndarray] = []
         self.noted = Evidence()
@@ -291,7 +295,7 @@ class DrivenCotangents(NodeCotangents):
             raise error.located(**where) from error.__cause__
         by = differs(graph.flat_value(), noted)
         if by:
-            raise field.changed(s, by, "the value of cost").located(**where)
+            raise field.changed(s, by, "its value").located(**where)
         products = graph.vjp(weight.to(field.dtype))
         accumulate(self.parameters, products.parameters)
         found = products.state.to(REAL)

@@ -261,8 +261,9 @@ class Run:
         own = self.problem
         declared = (*own.parameters, *own.frozen)
         self.problem = own.but(
-            function=held(own.function, declared), explicit=held(own.explicit, declared)
-        )
+            function=held(own.function, declared), explicit=held(own.explicit, declared),
+            base=None if own.base is None else own.base.but(function=None, explicit=None),
+        )  # fmt: skip
 
     def field(self, ledger: Ledger) -> VectorField:
         """Return the field for another sweep, without checks of what it uses."""

@@ -115,6 +115,9 @@ class SplitBridge(Bridge):
     def _value(self, s: float, own: torch.Tensor) -> torch.Tensor:
         if not self._check_split:
             return self.field.rhs(s, own)
+        if self.field.problem.flow is not None:  # where positions are updated, cost is not called
+            with self.field.problem.flow.over(0.0):
+                self.field.linearize(s, own.clone())
         linearization, known = self.field.linearize(s, own), True
         generator = torch.Generator(HOST.device).manual_seed(0)
         momenta = slice(self._split, len(own) - self.field.problem.integrals)
