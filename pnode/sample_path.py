@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from pnode.base.interpolation import Extension
 from pnode.base.ledger import Stats
 from pnode.base.rank_sums import replicated
 from pnode.base.real_times import real_times
@@ -25,7 +26,7 @@ from pnode.problems.arguments import choice
 from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.methods import Method
 from pnode.solvers.scheme import Scheme, combine
-from pnode.sweeping.dense import LONGEST, coefficients, own_interpolant
+from pnode.sweeping.dense import LONGEST, neighbours, own_extension, own_interpolant
 
 __all__ = ["SamplePath"]
 
@@ -182,10 +183,11 @@ class SamplePath:
         theta = (s - first) / h
         at_end = (numbers == last) & (self.count > 0)
         theta = theta + (torch.where(at_end, 1.0, theta.detach()) - theta.detach())
-        scheme = own_interpolant(self.method)
+        scheme, more = own_interpolant(self.method), own_extension(self.method)
         found = (
-            self._hermite(k, first, h, theta, order) if scheme is None
-            else self._own(scheme, k, h, theta, order)
+            self._own(scheme, k, h, theta, order) if scheme is not None
+            else self._hermite(k, first, h, theta, order) if more is None
+            else self._extended(more, k, h, theta, order)
         )  # fmt: skip
         # A row that has failed is not known beyond its last step.
         known = (numbers <= last)[..., None]
@@ -221,7 +223,7 @@ class SamplePath:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the first and the last node of each interpolant; see ``DenseOutput._around``."""
         low, high, middle = k, torch.minimum(k + 1, self.count), first + 0.5 * h
-        for _ in range(coefficients(self.method) // 2 - 2):
+        for _ in range(neighbours(self.method)):
             below, above = (low - 1).clamp(min=0), torch.minimum(high + 1, self.count)
             left, right = _at(self.s, below), _at(self.s, above)
             usable = (below < low) & (LONGEST * (_at(self.s, low) - left) > h)
@@ -248,17 +250,38 @@ class SamplePath:
             Y = u + length[..., None] * combine(scheme.A[i][:i], slopes, u) if i else u
             slopes.append(self.rates(self.direction * s + c * length, Y))
         self._compare(Y, _at(self.states, end), s)
-        result, user = torch.zeros_like(_at(u, slot)), (self.direction * h)[..., None]
-        for row, slope in zip(scheme.interpolation, slopes, strict=True):
-            weight = torch.zeros_like(theta)
-            for power in reversed(range(len(row))):
-                factor = row[power] * (power + 1 if order else 1)
-                weight = weight * theta + factor
-            result = result + (weight if order else weight * theta)[..., None] * _at(slope, slot)
+        rows = scheme.interpolation
+        result = _combined(rows, [_at(slope, slot) for slope in slopes], theta, order)
         if order:
             return result
-        found = _at(u, slot) + user * result
-        last = _at(self.states, torch.minimum(k + 1, self.count))  # to the last bit
+        return self._to_the_end(_at(u, slot) + (self.direction * h)[..., None] * result, k, theta)
+
+    def _extended(
+        self, more: Extension, k: torch.Tensor, h: torch.Tensor, theta: torch.Tensor, order: int
+    ) -> torch.Tensor:
+        """Interpolate with slopes inside of the steps, which are taken once for a step."""
+        steps, slot = _distinct(k)
+        end = torch.minimum(steps + 1, self.count)
+        s, u, change = _at(self.s, steps), _at(self.states, steps), _at(self.states, end)
+        change, length = change - u, self.direction * (_at(self.s, end) - s)
+        slopes = [_at(self.slopes, steps), _at(self.slopes, end)]
+        again = self.rates(self.direction * s, u)
+        self._compare(u + length[..., None] * again, u + length[..., None] * slopes[0], s)
+        for c, weights in zip(more.c[2:], more.weights, strict=True):
+            by_slopes = length[..., None] * combine(weights.slope, slopes, u)
+            Y = u + weights.state[1] * change + by_slopes
+            slopes.append(self.rates(self.direction * s + c * length, Y))
+        rows, user, x = more.coefficients, (self.direction * h)[..., None], theta[..., None]
+        used = [0, 1, *range(more.last, len(more.c))]
+        result = _combined(rows[used], [_at(slopes[j], slot) for j in used], theta, order)
+        u, change = _at(u, slot), _at(change, slot)
+        if order:
+            return result + 6.0 * x * (1.0 - x) * change / user
+        return self._to_the_end(u + x * x * (3.0 - 2.0 * x) * change + user * result, k, theta)
+
+    def _to_the_end(self, found: torch.Tensor, k: torch.Tensor, theta: torch.Tensor) -> Any:
+        """Return states with the bits of those that the steps end at."""
+        last = _at(self.states, torch.minimum(k + 1, self.count))
         return found + torch.where(theta[..., None] == 1.0, last - found, 0.0).detach()
 
     def _compare(self, found: torch.Tensor, expected: torch.Tensor, s: torch.Tensor) -> None:
@@ -280,6 +303,20 @@ def _at(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     if rows.dim() == 2:
         return rows.gather(0, index)
     return rows.gather(0, index[..., None].expand(-1, -1, rows.shape[2]))
+
+
+def _combined(
+    rows: Any, slopes: Sequence[torch.Tensor], theta: torch.Tensor, order: int
+) -> torch.Tensor:
+    """Return the sum of b_i(theta) k_i, or of the rates of the b_i, of which ``rows`` are."""
+    result = torch.zeros_like(slopes[0])
+    for row, slope in zip(rows, slopes, strict=True):
+        weight = torch.zeros_like(theta)
+        for power in reversed(range(len(row))):
+            factor = float(row[power]) * (power + 1 if order else 1)
+            weight = weight * theta + factor
+        result = result + (weight if order else weight * theta)[..., None] * slope
+    return result
 
 
 def _distinct(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

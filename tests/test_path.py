@@ -67,6 +67,59 @@ def test_as_accurate_inside_steps_as_at_their_ends(name):
     assert of_slope.max() < 40.0 * at_ends
 
 
+def pendulum(t, y):
+    return torch.stack([y[1], -torch.sin(y[0]) * (1.0 + 0.1 * torch.cos(t))])
+
+
+def van_der_pol(t, y):
+    return torch.stack([y[1], 5.0 * (1.0 - y[0] ** 2) * y[1] - y[0]])
+
+
+@pytest.mark.parametrize("name", ["fehlberg5", "bosh5", "verner6", "verner7", "verner8", "dopri8"])
+@pytest.mark.parametrize(
+    ("field", "y0", "end", "tolerance"),
+    [(pendulum, [1.0, 0.3], 6.0, 1e-6), (van_der_pol, [2.0, 0.0], 3.0, 1e-5)],
+)
+def test_long_steps_of_explicit_methods_of_high_order(name, field, y0, end, tolerance):
+    """Nonlinear problems, whose higher derivatives grow: slopes inside of steps follow them."""
+    options = {"rtol": tolerance, "atol": tolerance, "compile": False}
+    y0 = torch.tensor(y0, dtype=D)
+    with torch.no_grad():
+        solution = pnode.Solver(field, method=name, dense=True, **options)(
+            y0, [0.0, end], at="steps"
+        )
+        ts = solution.ts
+        inside = ts[:-1, None] + torch.tensor([0.2, 0.5, 0.8], dtype=D) * ts.diff()[:, None]
+        times = torch.cat([ts, inside.reshape(-1)]).sort().values
+        options |= {"rtol": 1e-11, "atol": 1e-11}
+        exact = pnode.Solver(field, method="dopri8", **options)(y0, times).ys
+        error = (solution(times) - exact).abs().amax(1)
+    at_ends = torch.isin(times, ts)
+    assert error[~at_ends].max() < 4.0 * error[at_ends].max()
+
+
+@pytest.mark.parametrize("name", ["verner7", "dopri8"])
+def test_tangents_of_slopes_inside_of_steps(name):
+    """Along y0 and the times a solution is called at: central differences, and the gradient."""
+    solver = pnode.Solver(pendulum, method=name, step_size=0.5, dense=True, compile=False)
+    y0, t = torch.tensor([1.0, 0.3], dtype=D), torch.tensor([0.4, 0.8], dtype=D)
+    along = torch.tensor([0.4, -0.7], dtype=D), torch.tensor([0.5, -0.3], dtype=D)
+
+    def values(y0, t):
+        solution = solver(y0, [0.0, 0.3, 0.9, 1.5])
+        return torch.cat([solution.ys, solution(t), solution.derivative(t)])
+
+    _, found = torch.func.jvp(values, (y0, t), along)
+    h = 1e-4
+    later, before = (values(y0 + e * along[0], t + e * along[1]) for e in (h, -h))
+    assert torch.allclose(found, (later - before) / (2 * h), rtol=0.0, atol=1e-7)
+    y, times = y0.clone().requires_grad_(), t.clone().requires_grad_()
+    weights = weights_like(found)
+    by_y, by_t = grad((values(y, times) * weights).sum(), y, times)
+    dot = (by_y * along[0]).sum() + (by_t * along[1]).sum()
+    assert torch.allclose(dot, (found * weights).sum(), rtol=1e-10)
+
+
 @pytest.mark.parametrize("direction", [1.0, -1.0], ids=["forwards", "backwards"])
 @pytest.mark.parametrize(
     "name", ["dopri5", "bosh3", "verner8", "esdirk6", "bdf", "rodaspr", "radau5"]
@@ -166,16 +219,17 @@ def test_derivatives_are_those_of_a_replica(name, monkeypatch):
         assert relative_difference(found, expected) < tolerance
 
 
-def test_gradient_of_adaptive_steps_under_budgets(tmp_path):
+@pytest.mark.parametrize(("name", "memory"), [("bosh3", 800), ("verner6", 1200)])
+def test_gradient_of_adaptive_steps_under_budgets(name, memory, tmp_path):
     field, y0 = Field(), initial()
     found = []
     for limits in (
         None,
-        pnode.Checkpointing(memory=800),
-        pnode.Checkpointing(memory=800, disk=tmp_path),
+        pnode.Checkpointing(memory=memory),
+        pnode.Checkpointing(memory=memory, disk=tmp_path),
     ):
         solver = pnode.Solver(
-            field, method="bosh3", rtol=1e-4, atol=1e-4, dense=True, compile=False,
+            field, method=name, rtol=1e-4, atol=1e-4, dense=True, compile=False,
             checkpointing=limits,
         )  # fmt: skip
         solution = solver(y0, OUTPUTS)
@@ -184,8 +238,8 @@ def test_gradient_of_adaptive_steps_under_budgets(tmp_path):
         found.append(grad(values.square().sum(), y0, field.inner, field.outer, field.bias))
         assert solution.stats.backward.steps > 0 and solution.stats.recomputed > 0
         if limits is not None and limits.bytes is not None:
-            assert solution.stats.ram_bytes <= 800
-    reference = interpolated(field, "bosh3", y0, grid, TIMES.flatten())
+            assert solution.stats.ram_bytes <= memory
+    reference = interpolated(field, name, y0, grid, TIMES.flatten())
     expected = grad(reference.square().sum(), y0, field.inner, field.outer, field.bias)
     assert all(relative_difference(one, expected) < 1e-11 for one in found)
 

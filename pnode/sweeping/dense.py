@@ -12,9 +12,12 @@ import torch
 
 from pnode.base import vectors
 from pnode.base.interpolation import (
+    Extension,
     Hermite,
+    extension,
     hermite,
     hermite_polynomials,
+    hermite_rate,
     polynomial,
 )
 from pnode.field.rates import Rates
@@ -25,7 +28,8 @@ from pnode.solvers.scheme import Scheme
 from pnode.solvers.stepping import Observer, Step
 
 __all__ = [
-    "LONGEST", "DenseOutput", "Inside", "Window", "coefficients", "own_interpolant", "own_weights",
+    "LONGEST", "DenseOutput", "Inside", "Window", "coefficients", "combined", "neighbours",
+    "own_extension", "own_interpolant", "own_weights",
 ]  # fmt: skip
 
 # A method's own interpolant is used if it is of higher degree than the Hermite cubic.
@@ -64,13 +68,20 @@ class Window:
         How many steps come before the first.
     nodes : tuple of float
         Where they are, in lengths of the step from its start.
+    extension : Extension or None
+        With slopes inside of the step besides.
     """
 
     first: int
     nodes: tuple[float, ...]
+    extension: Extension | None = None
 
     def weights(self, inside: Inside) -> Hermite:
         """Return the weights of the states and slopes there in an output."""
+        if self.extension is not None and inside.theta is not None:
+            return self.extension.at(inside.theta)
+        if self.extension is not None:
+            return self.extension.power(inside.power)
         if inside.theta is not None:
             return hermite(inside.theta, self.nodes)
         if inside.power >= 2 * len(self.nodes):
@@ -78,6 +89,25 @@ class Window:
             return Hermite(zeros, zeros)
         state, slope = hermite_polynomials(self.nodes)[..., inside.power].tolist()
         return Hermite(tuple(state), tuple(slope))
+
+    def rate(self, theta: float) -> Hermite:
+        """Return the derivatives of the weights with respect to theta."""
+        return hermite_rate(theta, self.nodes) if self.extension is None else (
+            self.extension.rate(theta)
+        )  # fmt: skip
+
+
+def combined(
+    weights: Hermite, states: Sequence[torch.Tensor], slopes: Sequence[torch.Tensor], h: float
+) -> torch.Tensor:
+    """Return the sum of weighted states and slopes of a step of length h, as many as there are."""
+    result = torch.zeros_like(states[0])
+    for weight, state in zip(weights.state, states, strict=True):
+        result.add_(state, alpha=weight)
+    for weight, slope in zip(weights.slope, slopes, strict=False):
+        if weight:
+            result.add_(slope, alpha=weight * h)
+    return result
 
 
 def own_weights(scheme: Scheme, inside: Inside) -> tuple[float, list[float]]:
@@ -149,7 +179,8 @@ class DenseOutput(Observer):
         self.scheme = own_interpolant(method)
         self.width = coefficients(method)
         # Nodes besides the ends of the step, on either side.
-        self._more = 0 if self.scheme is not None else self.width // 2 - 2
+        self._more = neighbours(method)
+        self._extension = own_extension(method)
         self._nodes = deque([_Node(0, times[0], start)], maxlen=2 * self._more + 2)
         self._waiting: deque[Step | _Node] = deque()  # and ends of steps that are outputs
 
@@ -227,18 +258,19 @@ class DenseOutput(Observer):
         where = [
             ends.get(node.number, (node.s - step.start) / step.length) for node in nodes
         ]  # fmt: skip
-        window = self.windows[step.index] = Window(nodes[0].number, tuple(where))
+        more = self._extension
+        window = self.windows[step.index] = Window(nodes[0].number, tuple(where), more)
+        states, slopes = [node.state for node in nodes], []
         for node in nodes:
             if node.slope is None:
                 node.slope = self._rates.value(node.s, node.state)
+            slopes.append(node.slope)
+        if more is not None:
+            for c, weights in zip(more.c[2:], more.weights, strict=True):
+                state = combined(weights, states, slopes, step.length)
+                slopes.append(self._rates.value(step.at(c), state))
         for inside in self.inside[step.index]:
-            weights = window.weights(inside)
-            result = torch.zeros_like(nodes[0].state)
-            for node, weight, of_slope in zip(nodes, *weights, strict=True):
-                assert node.slope is not None
-                result.add_(node.state, alpha=weight)
-                result.add_(node.slope, alpha=of_slope * step.length)
-            self._emit(result, None)
+            self._emit(combined(window.weights(inside), states, slopes, step.length), None)
 
     def _around(self, step: Step) -> list[_Node]:
         """Return the nodes of a step's interpolant: its ends, and those nearest to it."""
@@ -284,9 +316,29 @@ def own_interpolant(method: Method) -> Scheme | None:
     return scheme if scheme is not None and scheme.interpolation_degree >= _OWN_DEGREE else None
 
 
+def own_extension(method: Method) -> Extension | None:
+    """Return how a method is interpolated with slopes inside of its steps, None of others.
+
+    Of explicit ones of order p > 4 without an interpolant of their own: the error is of order h^p
+    at least. Implicit ones are for stiff problems, where a slope magnifies the error of the state
+    that it is taken at.
+    """
+    if method.implicit or method.order <= 4 or own_interpolant(method) is not None:
+        return None
+    return extension(max(method.order // 2 + 1, method.order - 3))
+
+
+def neighbours(method: Method) -> int:
+    """Return how many ends of other steps are nodes of a method's interpolants."""
+    alone = own_interpolant(method) is not None or own_extension(method) is not None
+    return 0 if alone else coefficients(method) // 2 - 2
+
+
 def coefficients(method: Method) -> int:
     """Return how many coefficients a method's interpolants have: two for each node, or its own."""
-    scheme = own_interpolant(method)
+    scheme, more = own_interpolant(method), own_extension(method)
     if scheme is not None:
         return 1 + scheme.interpolation_degree
+    if more is not None:
+        return 1 + int(more.coefficients.shape[1])
     return 4 if method.order <= 4 else 6 if method.order <= 6 else 8

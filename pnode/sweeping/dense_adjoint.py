@@ -8,15 +8,15 @@ from collections.abc import Callable, Sequence
 import torch
 
 from pnode.adjoint.reverse import NodeCotangents
-from pnode.base.interpolation import hermite_rate, polynomial_rate
+from pnode.base.interpolation import Hermite, polynomial_rate
 from pnode.base.vectors import REAL
 from pnode.field.linearization import Linearization
 from pnode.field.products import accumulate
-from pnode.field.rates import Rates
+from pnode.field.rates import Rate, Rates
 from pnode.field.vectorfield import VectorField
 from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.stepping import Step
-from pnode.sweeping.dense import DenseOutput, Inside, own_weights
+from pnode.sweeping.dense import DenseOutput, Inside, combined, own_weights
 
 __all__ = ["DenseAdjoint"]
 
@@ -74,6 +74,9 @@ class DenseAdjoint(NodeCotangents):
             window = dense.windows.get(step)
             for i in range(0 if window is None else len(window.nodes)):
                 self._users[dense.windows[step].first + i].append((step, i))
+        self._ends: dict[int, Rate] = {}  # known already, of nodes that are still to come
+        # What the states and slopes at both ends of a step get through those inside of it.
+        self._pulled: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
 
     def at(
         self,
@@ -97,23 +100,79 @@ class DenseAdjoint(NodeCotangents):
         """
         if node not in self._users:
             return None
-        u = self._dense.states[node]
-        s = self._steps[node].start if node < len(self._steps) else self._steps[-1].end
-        rate_there = self._rates.at(s, u)
+        u, rate_there = self._dense.states[node], self._end(node)
+        del self._ends[node]
         value = rate_there.value
         state, slope = torch.zeros_like(u), torch.zeros_like(u)
         for step, i in self._users[node]:
             h, window = self._steps[step].length, self._dense.windows[step]
+            if window.extension is not None:
+                if step not in self._pulled:  # its end comes before its start
+                    self._pulled[step] = self._through_slopes(step, (self._end(step), rate_there))
+                states, slopes = self._pulled[step]
+                state.add_(states[i])
+                slope.add_(slopes[i])
+                if i == 0:
+                    del self._pulled[step]
+                continue
             for inside, w in self._wanted[step]:
                 weights = window.weights(inside)
                 state.add_(w, alpha=weights.state[i])
                 slope.add_(w, alpha=weights.slope[i] * h)
                 if inside.theta is not None:
-                    rates = hermite_rate(inside.theta, window.nodes)
+                    rates = window.rate(inside.theta)
                     rate = rates.state[i] / h * torch.dot(w, u)
                     rate = rate + rates.slope[i] * torch.dot(w, value)
                     self.times[inside.index] += float(rate)
         return state.add_(rate_there.product(slope, self.parameters))
+
+    def _end(self, node: int) -> Rate:
+        """Return the rate after ``node`` steps."""
+        if node not in self._ends:
+            s = self._steps[node].start if node < len(self._steps) else self._steps[-1].end
+            self._ends[node] = self._rates.at(s, self._dense.states[node])
+        return self._ends[node]
+
+    def _through_slopes(
+        self, step_index: int, ends: tuple[Rate, Rate]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Take the cotangents of a continuous extension back through the slopes inside of a step.
+
+        Returns
+        -------
+        states, slopes : list of Tensor
+            What those at both ends of the step get.
+        """
+        step, more = self._steps[step_index], self._dense.windows[step_index].extension
+        assert more is not None
+        known = [self._dense.states[step_index + i] for i in (0, 1)]
+        values, inner = [end.value for end in ends], []
+        for j, (c, weights) in enumerate(zip(more.c[2:], more.weights, strict=True), 2):
+            inner.append(combined(weights, known, values, step.length))
+            if j < more.last:
+                values.append(self._rates.value(step.at(c), inner[-1]))
+        states = [torch.zeros_like(u) for u in known]
+        slopes = [torch.zeros_like(known[0]) for _ in more.c]
+
+        def add(weights: Hermite, w: torch.Tensor) -> None:
+            for state, weight in zip(states, weights.state, strict=True):
+                state.add_(w, alpha=weight)
+            for slope, weight in zip(slopes, weights.slope, strict=False):
+                slope.add_(w, alpha=weight * step.length)
+
+        wanted = self._wanted[step_index]
+        for inside, w in wanted:
+            add(self._dense.windows[step_index].weights(inside), w)
+        for j in reversed(range(2, len(more.c))):
+            rate = self._rates.at(step.at(more.c[j]), inner[j - 2])
+            if j >= more.last:
+                values.insert(more.last, rate.value)
+            add(more.weights[j - 2], rate.product(slopes[j], self.parameters))
+        for inside, w in wanted:
+            if inside.theta is not None:
+                change = combined(more.rate(inside.theta), known, values, step.length)
+                self.times[inside.index] += float(torch.dot(w, change)) / step.length
+        return states, slopes[:2]
 
     def _through_stages(
         self,
