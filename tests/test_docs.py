@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import pnode
-from pnode.solvers.methods import markdown_table
+from pnode.solvers.methods import METHODS, markdown_table
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -38,6 +38,11 @@ def test_readme_has_a_python_block():
 
 def test_readme_shows_the_method_table():
     assert markdown_table() in (ROOT / "README.md").read_text()
+
+
+def test_the_start_page_counts_the_methods():
+    start = (ROOT / "docs" / "index.md").read_text()
+    assert f"{len(METHODS)} methods" in " ".join(start.split())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -263,6 +263,28 @@ def test_file_of_a_monitor_keeps_the_forward_sweep(method, tmp_path):
     assert "another run" not in (tmp_path / "f").read_text()
 
 
+@pytest.mark.filterwarnings("error:petsc_options")
+@pytest.mark.parametrize(
+    "steps", [{}, {"method": "cn", "step_size": 0.1}], ids=["adaptive", "fixed"]
+)
+def test_monitors_do_not_look_at_the_continuous_adjoint(steps, tmp_path):
+    def set_up(ts):
+        ts.setMonitor(lambda ts, number, time, u: seen.append(number))
+
+    path, seen = tmp_path / "f", []
+    solver = pnode.Solver(
+        decay, gradient="continuous", petsc_setup=set_up,
+        petsc_options={"ts_monitor_solution": f"ascii:{path}", "ts_view": f"ascii:{path}.ts"},
+        **steps,
+    )  # fmt: skip
+    for solves in (1, 2):
+        solution = solver(state(grad=True), times())
+        solution.ys.sum().backward()
+        assert path.read_text().count("Vec Object") == solves * (solution.stats.steps + 1)
+        assert len(seen) == solves * (solution.stats.steps + 1)
+    assert (tmp_path / "f.ts").read_text().count("TS Object") == 1
+
+
 def test_binary_file_of_a_monitor_keeps_the_forward_sweep(tmp_path):
     path = tmp_path / "f"
     solver = pnode.Solver(decay, petsc_options={"ts_monitor_solution": f"binary:{path}"}, **CN)

@@ -168,7 +168,7 @@ class SolverOptions:
             for name, value in self.values.items()
             if self._full(name) in numbered and self._original[name] != value
         }
-        self._unused_reported = False
+        self._unused_reported = not forward  # the forward sweep's tell
         self._swept: weakref.WeakSet[Any] = weakref.WeakSet()
         self._sweeping: weakref.WeakKeyDictionary[Any, ExitStack] = weakref.WeakKeyDictionary()
 

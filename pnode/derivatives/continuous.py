@@ -166,7 +166,7 @@ def _backwards(
     field = AdjointField(problem, ledger)
     size = field.size
     augmented = replace(
-        problem, function=field, direction=-own.direction, parameters=(), frozen=(),
+        problem, function=field, direction=-own.direction, parameters=(), frozen=(), watched=False,
         layout=StateLayout((torch.Size((size,)),), False, layout.dtype, layout.device),
         largest=2 * own.largest + size - 2 * n,
     )  # fmt: skip

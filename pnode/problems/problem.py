@@ -244,6 +244,8 @@ class InitialValueProblem:
         beyond. Of a part between two breaks: just inside of these.
     norm : callable or None
         Norm of a flat error in units of the tolerances; None: the root mean square.
+    watched : bool
+        Whether PETSc's monitors look at its steps: not at those of the continuous adjoint.
     """
 
     function: Callable[..., Any]
@@ -268,6 +270,7 @@ class InitialValueProblem:
     breaks: Any = None
     window: tuple[float, float] = (-math.inf, math.inf)
     norm: Callable[[torch.Tensor], float] | None = None
+    watched: bool = True
 
     @property
     def measure(self) -> Callable[[torch.Tensor], float]:

@@ -305,7 +305,9 @@ class Engine:
 
     def settings(self, problem: InitialValueProblem) -> IntegratorSettings:
         """Return the settings of an integrator of a problem."""
-        key = (problem.layout, problem.form, problem.largest, problem.distribution)
+        key = (
+            problem.layout, problem.form, problem.largest, problem.distribution, problem.watched,
+        )  # fmt: skip
         known = self._known_settings.get(key)
         return self._new_settings(problem, key) if known is None else known
 
@@ -343,7 +345,7 @@ class Engine:
             norm=self.control.norm,
             split=split_size(self.method, layout),
             jacobian_options=more.for_layout(jacobian, layout, self._patterns, self.exchange),
-            distribution=problem.distribution, comm=self.comm,
+            distribution=problem.distribution, watched=problem.watched, comm=self.comm,
         )  # fmt: skip
         # The option vec_type chooses between PETSc's types on a device.
         vec_type = self.solver_options(settings).take("vec_type")
@@ -355,14 +357,15 @@ class Engine:
 
     def solver_options(self, settings: IntegratorSettings, adjoint: bool = False) -> SolverOptions:
         """Return the PETSc options of an integrator or an adjoint."""
-        key = (settings.adaptive, settings.jacobian, settings.dtype, adjoint)
+        key = (settings.adaptive, settings.jacobian, settings.dtype, adjoint, settings.watched)
         if key not in self._options:
             defaults = default_options(
                 settings.method, settings.adaptive, settings.jacobian, settings.dtype, adjoint,
                 settings.controller, settings.jacobian_options, settings.comm.size, settings.norm,
             )  # fmt: skip
             # Adaptive solvers repeat steps, and look for events, on an integrator without control.
-            forward = not adjoint and settings.adaptive == (self.control.step_size is None)
+            own = settings.adaptive == (self.control.step_size is None)
+            forward = own and settings.watched and not adjoint
             given, prefix = self.petsc_options, self.prefix
             if settings.jacobian == "pair":  # whose systems are solved with the state's own
                 given = {k: v for k, v in given.items() if not k.startswith(LINEAR)}

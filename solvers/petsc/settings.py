@@ -61,6 +61,8 @@ class IntegratorSettings:
         Compiled steps, see :mod:`pnode.solvers.compiled`.
     place : Place
         Where the state lives.
+    watched : bool
+        Whether PETSc's monitors look at the steps.
     comm : object
         Communicator.
     """
@@ -81,6 +83,7 @@ class IntegratorSettings:
     distribution: int = 0
     graphs: Any = None
     place: Place = HOST
+    watched: bool = True
     comm: Any = field(default_factory=lambda: PETSc.COMM_SELF, compare=False)
 
     @property
