@@ -52,6 +52,11 @@ class Net(torch.nn.Module):
         return torch.tanh(self.layer(y)) * (1.0 + t) + self.share * torch.cos(y)
 
 
+class Ahead(Decay):
+    def forward(self, t, y):
+        return super().forward(t, y) + y.roll(-1)
+
+
 def solve(parts, compile, times=(0.0, 0.3, 1.0), jacobian="dense", **keywords):
     """Return the statistics, the solver, and the solution with the gradients."""
     implicit, explicit = parts
@@ -162,6 +167,43 @@ def test_a_part_of_scalars_and_one_of_graphs():
     assert {*programs(solver)} >= {Program, GraphProgram}
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+
+
+def test_a_structure_that_was_found(monkeypatch):
+    """Beside a Jacobian that proves constant; that entries are missing, later, is noticed."""
+    monkeypatch.setattr("pnode.sweeping.engine.DENSE_LIMIT", 8)
+    decay = Ahead(34, True)
+    net = Net(34, decay)
+    options = {"method": "ark4", "step_size": 0.1}
+    auto, dense = (
+        pnode.Solver(implicit=decay, explicit=net, jacobian=kind, compile=kind == "auto", **options)
+        for kind in ("auto", "dense")
+    )
+    y0 = torch.linspace(-1.0, 1.5, 34, dtype=D, requires_grad=True)
+    for rate in (0.0, 1.0):  # of entries on one side of the diagonal
+        decay.rates.data[0] = rate
+        found = []
+        for solver in (auto, dense):
+            solution = solver(y0, [0.0, 1.0])
+            loss = solution.ys[-1].square().sum()
+            found.append((solution.ys.detach(), *torch.autograd.grad(loss, [y0, decay.rates])))
+            if rate == 0.0 and solver is auto:
+                assert "colors=2, compiled='whole sweeps'" in repr(solver)
+                assert solution.stats.jacobians == solution.stats.backward.jacobians == 1
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_a_structure_that_was_found_where_it_may_change(monkeypatch, interpreted):
+    monkeypatch.setattr("pnode.sweeping.engine.DENSE_LIMIT", 8)
+    decay, net = both(34, True)
+    solver = pnode.Solver(
+        implicit=lambda t, y: decay(t, y) + torch.relu(y - 9.0) ** 2, explicit=net, method="ark4",
+        step_size=0.5, compile=True, params=decay.parameters(),
+    )  # fmt: skip
+    with torch.no_grad():
+        solver(torch.linspace(-1.0, 1.5, 34, dtype=D), [0.0, 1.0])
+    assert "colors=" in repr(solver) and "compiled='the vector field'" in repr(solver)
 
 
 def test_parameters_may_change_between_the_solves():

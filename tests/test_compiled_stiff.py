@@ -16,6 +16,7 @@ import pnode
 from pnode.solvers.compiled import inductor, programs
 from pnode.solvers.compiled.fields import Fields
 from pnode.solvers.methods import METHODS
+from pnode.sweeping import sweeps
 
 __all__ = ["interpreted"]  # a fixture
 
@@ -440,17 +441,34 @@ def test_a_singular_matrix():
     assert errors[0] == errors[1]
 
 
-def test_newtons_second_attempt_is_petscs():
-    """Full steps diverge on arctan from afar: the eager sweep backtracks, and so does this one."""
-    y0, times = torch.full((1,), 9.0, dtype=torch.float64), torch.tensor([0.0, 50.0])
-    solutions = [
-        pnode.Solver(lambda t, y: -torch.atan(y), method="beuler", step_size=50.0, compile=c)(
-            y0, times
-        ).ys[-1]
-        for c in (False, True)
-    ]
-    assert abs(solutions[0]) < 1.0
-    assert torch.equal(*solutions)
+class Robertson(torch.nn.Module):
+    def forward(self, t, y):
+        a, b, c = y
+        forth, back, on = 0.04 * a, 1e4 * b * c, 3e7 * b * b
+        return torch.stack([back - forth, forth - back - on, on])
+
+
+@pytest.mark.parametrize(
+    ("method", "field", "start", "step"),
+    [
+        ("beuler", lambda t, y: -torch.atan(y), [9.0], 50.0),
+        ("cn", Robertson(), [1.0, 0.0, 0.0], 0.5),
+    ],
+)
+def test_newtons_second_attempt_is_petscs(method, field, start, step, monkeypatch):
+    """Full steps diverge from afar: the eager sweep backtracks, and so does this one."""
+    y0, times = torch.tensor(start, dtype=torch.float64), torch.tensor([0.0, 2 * step])
+    keywords = {"method": method, "step_size": step, "jacobian_reuse": "iteration"}
+    eager = pnode.Solver(field, **keywords)(y0, times)
+    fail = {"petsc_options": {"snes_linesearch_type": "basic"}}  # one's own, and the last word
+    for compile in (False, True):
+        with pytest.raises(pnode.NonlinearSolveFailed):
+            pnode.Solver(field, compile=compile, **keywords, **fail)(y0, times)
+    monkeypatch.setattr(sweeps, "SteppedSweep", None)  # the compiled sweep is not given up
+    compiled = pnode.Solver(field, compile=True, **keywords)(y0, times)
+    assert difference(compiled.ys[-1], eager.ys[-1]) < 1e-9
+    for name in ("newton", "jacobians"):
+        assert getattr(compiled.stats, name) == getattr(eager.stats, name)
 
 
 # ----------------------------------------------------------------------------- what is not compiled

@@ -71,11 +71,17 @@ class Dirk : public ImplicitSteps {
   }
 
   Status step(double t, double h) override {
-    keeps = m.keeps_jacobian;
-    const Status status = solve_stages(t, h);
-    if (!keeps || status != NOT_CONVERGED) return status;
-    keeps = false;  // once more with a new Jacobian at each iterate
-    return solve_stages(t, h);
+    keeps = m.keeps_jacobian, damps = false;
+    Status status = solve_stages(t, h);
+    if (keeps && status == NOT_CONVERGED) {
+      keeps = false;  // once more with a new Jacobian at each iterate
+      status = solve_stages(t, h);
+    }
+    if (m.backtracks && status == NOT_CONVERGED) {
+      keeps = m.keeps_jacobian, damps = true;
+      status = solve_stages(t, h);
+    }
+    return status;
   }
 
  private:
@@ -126,7 +132,7 @@ class Dirk : public ImplicitSteps {
         const double shift = 1.0 / (h * m.A[i * s + i]);
         if (known_products())
           for (int k = 0; k < N; k++) known[k] = shift * h * m.A[i * s] * slope[0][k];
-        const Status status = newton(t + m.alpha[i] * h, shift, z, known, y);
+        const Status status = newton({t + m.alpha[i] * h, shift, z, known}, y);
         if (status != DONE) return status;
         for (int k = 0; k < N; k++) slope[i][k] = shift * (y[k] - z[k]);
       }
@@ -185,36 +191,54 @@ class Dirk : public ImplicitSteps {
     counts.vjp++;
   }
 
-  // Solve M (y - z) / (h a) = f(t, y) + known for y, from a first guess, by Newton's method as SNES does.
-  Status newton(double t, double shift, const double* z, const double* known, double* y) {
-    double residual[N], moved[N], first = 0.0, norm = 0.0, before = 0.0;
+  // M (y - z) / (h a) = f(t, y) + known, with shift = 1 / (h a).
+  struct Equation {
+    double t, shift;
+    const double *z, *known;
+  };
+
+  // The residual, and its norm; f (and J) there.
+  double residual_at(const Equation& of, const double* y, double* residual) {
+    double moved[N];
+    evaluate(of.t, y);
+    for (int k = 0; k < N; k++) residual[k] = of.shift * (y[k] - of.z[k]);
+    if (M) {
+      std::memcpy(moved, residual, sizeof(moved));
+      multiply(M, moved, residual);
+      for (int k = 0; k < N; k++) residual[k] -= of.known[k];
+    }
+    for (int k = 0; k < N; k++) residual[k] -= f[k];
+    return std::sqrt(square(residual));
+  }
+
+  // Solve for y, from a first guess, by Newton's method as SNES does.
+  Status newton(const Equation& of, double* y) {
+    double residual[N], update[N];
+    double norm = residual_at(of, y, residual), before = 0.0;
+    const double first = norm;
     for (int iteration = 0;; iteration++) {
       double step = 0.0, size = 0.0;
       if (iteration) {
         const bool slow = iteration > 1 && !(norm <= SLOW * before);
         if (CONSTANT ? !knows_constant : !keeps || !knows_jacobian || slow) {
-          if (CONSTANT || !Field::CHEAP) jacobian(t, y, c, f, J);
+          if (CONSTANT || !Field::CHEAP) jacobian(of.t, y, c, f, J);
           knows_jacobian = true, knows_constant = CONSTANT, factored = 0.0;
           counts.jacobians++;
         }
-        if (factored != shift && !factor(shift, J)) return SINGULAR;
-        factors.solve(residual);
+        if (factored != of.shift && !factor(of.shift, J)) return SINGULAR;
+        std::memcpy(update, residual, sizeof(update));
+        factors.solve(update);
         counts.newton++, counts.krylov++;
-        before = norm;
-        for (int k = 0; k < N; k++) y[k] -= residual[k];
-        step = std::sqrt(square(residual)), size = std::sqrt(square(y));
+        before = norm, step = std::sqrt(square(update));
+        if (damps) {
+          if (!backtrack(of, update, step, y, residual, norm)) return NOT_CONVERGED;
+        } else {
+          for (int k = 0; k < N; k++) y[k] -= update[k];
+          norm = residual_at(of, y, residual);
+        }
+        size = std::sqrt(square(y));
       }
-      evaluate(t, y);
-      for (int k = 0; k < N; k++) residual[k] = shift * (y[k] - z[k]);
-      if (M) {
-        std::memcpy(moved, residual, sizeof(moved));
-        multiply(M, moved, residual);
-        for (int k = 0; k < N; k++) residual[k] -= known[k];
-      }
-      for (int k = 0; k < N; k++) residual[k] -= f[k];
-      norm = std::sqrt(square(residual));
       if (!(norm * norm < MODERATE)) return NOT_FINITE;
-      if (iteration == 0) first = norm;
       if (norm < m.newton_atol) return DONE;
       if (iteration) {
         if (norm <= (CONSTANT ? LINEAR : 1.0) * m.newton_rtol * first || step < m.newton_stol * size) return DONE;
@@ -224,6 +248,38 @@ class Dirk : public ImplicitSteps {
     }
   }
 
+  // Move y by a part of the update, which SNESLINESEARCHBT would choose with its defaults; whether
+  // there is one. What is not finite ends Newton's method.
+  bool backtrack(const Equation& of, const double* update, double step, double* y, double* residual,
+                 double& norm) {
+    double from[N], part = 1.0, part_before = 0.0, excess_before = 0.0;
+    std::memcpy(from, y, sizeof(from));
+    const double start = 0.5 * norm * norm, slope = -norm * norm;
+    for (bool whole = true;; whole = false) {
+      for (int k = 0; k < N; k++) y[k] = from[k] - part * update[k];
+      norm = residual_at(of, y, residual);
+      const double value = 0.5 * norm * norm, excess = value - start - part * slope;
+      if (!(value < MODERATE) || value <= start + DESCENT * part * slope) return true;
+      if (whole && step < m.newton_stol * std::sqrt(square(from))) {
+        std::memcpy(y, from, sizeof(from));
+        norm = residual_at(of, y, residual);
+        return true;
+      }
+      double next = -slope * part * part / (2.0 * excess);  // of a parabola
+      if (!whole) {
+        if (part <= LEAST_PART) return false;
+        const double now = excess / (part * part), then = excess_before / (part_before * part_before);
+        const double a = (now - then) / (part - part_before);
+        const double b = (part * then - part_before * now) / (part - part_before);
+        const double root = std::sqrt(std::max(b * b - 3.0 * a * slope, 0.0));
+        next = a == 0.0 ? -slope / (2.0 * b) : (root - b) / (3.0 * a);
+      }
+      part_before = part, excess_before = excess;
+      part = std::max(0.1 * part, std::min(next, 0.5 * part));
+    }
+  }
+
+  static constexpr double DESCENT = 1e-4, LEAST_PART = 1e-12;
   static constexpr double SLOW = 0.1;      // of jacobians.py
   static constexpr double LINEAR = 100.0;  // of guesses.py
 
@@ -232,7 +288,7 @@ class Dirk : public ImplicitSteps {
   bool knows_slope = false;
   // Newton's last iterate, f (and J) there: a first guess is a stage already solved for.
   double last_time = NAN, last_iterate[N] = {}, f[N], J[ENTRIES];
-  bool keeps = false, knows_jacobian = false;
+  bool keeps = false, damps = false, knows_jacobian = false;
   bool knows_constant = false, knows_constant_end = false;
   Factors factors;
   double factored = 0.0;  // for this shift

@@ -22,7 +22,7 @@ from pnode.solvers.compiled.programs import MOST_STAGES, ImplicitProgram
 from pnode.solvers.compiled.second_graphs import SecondGraphs
 from pnode.solvers.compiled.trace import FieldGraph, dependent
 
-__all__ = ["GraphProgram"]
+__all__ = ["GraphProgram", "is_linear"]
 
 _DENSE, _SPARSE = ("dense_systems.h",), ("sparse_systems.h", "kept_solves.h")
 _FLAGS = ("-O3", "-fopenmp-simd")
@@ -74,7 +74,7 @@ class GraphProgram(ImplicitProgram):
         graphs += [] if second is None else [second.rate, second.second]
         (library, *_), calls = zip(*map(opened, graphs), strict=True)
         self._units = seeds.view(len(seeds), *traced.shape)
-        facts = {"AUTONOMOUS": not _reads_time(traced), "CONSTANT": _is_linear(traced)}
+        facts = {"AUTONOMOUS": not _reads_time(traced), "CONSTANT": is_linear(traced)}
         field = (
             f"constexpr int N = {size};",
             *(f"constexpr bool {name} = {str(fact).lower()};" for name, fact in facts.items()),
@@ -141,7 +141,7 @@ def _reads_time(traced: FieldGraph) -> bool:
     return False
 
 
-def _is_linear(traced: FieldGraph) -> bool:
+def is_linear(traced: FieldGraph) -> bool:
     """Whether w^T df/dy depends on w alone."""
     nodes = list(traced.product.graph.nodes)
     _, t, y, *rest = (node for node in nodes if node.op == "placeholder")

@@ -20,6 +20,7 @@ from pnode.solvers.firk.tableaus import transformation
 from pnode.solvers.linear.jacobians import JacobianOptions
 from pnode.solvers.methods import Method
 from pnode.solvers.newton import ModifiedNewton
+from pnode.solvers.petsc.second_attempts import backtracks
 from pnode.solvers.petsc.settings import IntegratorSettings, default_options
 from pnode.solvers.scheme import Scheme
 
@@ -33,8 +34,8 @@ _NEWTON = {
 }  # fmt: skip
 _INTEGERS = (
     "stages", "adaptive", "max_newton", "wanted", "one_matrix", "time_slope", "stiffly_accurate",
-    "explicit_first", "carries_slope", "keeps_jacobian", "lowest", "highest", "by_residual",
-    "by_norm",
+    "explicit_first", "carries_slope", "keeps_jacobian", "backtracks", "lowest", "highest",
+    "by_residual", "by_norm",
 )  # fmt: skip
 _NUMBERS = ("newton_rtol", "newton_stol", "newton_atol", "newton_divtol", "newton_kappa")
 _ARRAYS = (
@@ -105,7 +106,7 @@ def prepared(program: ImplicitProgram, wanted: Wanted) -> _Settings:
     keeps = program.keeps_jacobian and settings.jacobian_options.reuse == "auto"
     struct = _Settings(
         adaptive=settings.adaptive, wanted=program.entries + program.row_entries,
-        keeps_jacobian=keeps,
+        keeps_jacobian=keeps, backtracks=backtracks(settings, wanted.options),
         **_newton(wanted, keeps),
         **_structure(settings.method, arrays),
         **{name: array.ctypes.data for name, array in arrays.items()},

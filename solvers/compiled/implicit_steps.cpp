@@ -28,6 +28,8 @@ struct Settings {  // of programs.py
   int64_t one_matrix, time_slope, stiffly_accurate, explicit_first, carries_slope;
   // DIRK: a Jacobian serves for a step's iterations as long as they converge well.
   int64_t keeps_jacobian;
+  // DIRK: damped steps of Newton's method are tried where full ones fail.
+  int64_t backtracks;
   // BDF: lowest and highest order; whether Newton's method looks at the residual, and at the update
   // in relation to u instead of to the tolerances.
   int64_t lowest, highest, by_residual, by_norm;

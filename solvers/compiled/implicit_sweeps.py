@@ -18,7 +18,7 @@ from pnode.solvers.compiled.compiler import bare
 from pnode.solvers.compiled.driver import CompiledSweep
 from pnode.solvers.compiled.evaluations import agree
 from pnode.solvers.compiled.fields import field_code
-from pnode.solvers.compiled.graph_programs import GraphProgram
+from pnode.solvers.compiled.graph_programs import GraphProgram, is_linear
 from pnode.solvers.compiled.implicit_settings import prepared, scheme_of, tolerance
 from pnode.solvers.compiled.programs import MOST_STAGES, ImplicitProgram, Program
 from pnode.solvers.compiled.second_graphs import SecondGraphs
@@ -92,7 +92,9 @@ class ImplicitSweeps(Backend):
         more, method = settings.jacobian_options, settings.method
         if settings.jacobian not in ("sparse", "block") or more.exchange is not None:
             return False
-        return self.graphs and not (method.coupled or settings.form == "mass" or more.found)
+        # Where a matrix changes, one that "auto" found may come to miss entries.
+        found = more.found and settings.form != "imex"
+        return self.graphs and not (method.coupled or settings.form == "mass" or found)
 
     def _keeps(self, chosen: Checkpointing) -> bool:
         """Whether checkpoints are kept as is asked for."""
@@ -109,6 +111,8 @@ class ImplicitSweeps(Backend):
         if steps != "explicit":
             settings = wanted.settings
             options = settings.jacobian_options
+            if options.found and not is_linear(trace.graph):
+                raise Untraceable("the structure of its Jacobian was only found, and may change")
             known = colored(trace.codes, settings.jacobian, options, part, y0)
         key = (ImplicitSweeps, steps, known)
         if key not in trace.codes:

@@ -204,7 +204,7 @@ class TimeIntegrator:
                 error = self._try_newton(s, step, where)
         if self._backtracks and isinstance(error, NonlinearSolveFailed):
             again = partial(self._repeat, s, step, where)
-            error = with_backtracking(ts.getSNES(), again)
+            error = with_backtracking(ts.getSNES(), bridge.jacobian, again)
             if self.ranks.parallel and error is not None:
                 error = self._settle(error)
         if error is None and ts.getConvergedReason() >= 0:

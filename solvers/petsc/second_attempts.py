@@ -44,8 +44,13 @@ def backtracks(settings: IntegratorSettings, options: SolverOptions) -> bool:
     )
 
 
-def with_backtracking(snes: Any, repeat: Repeat) -> SolveError | None:
-    """Repeat a step with damped Newton steps: a fixed step cannot be made smaller. Collective."""
+def with_backtracking(snes: Any, jacobian: Jacobian | None, repeat: Repeat) -> SolveError | None:
+    """Repeat a step with damped Newton steps: a fixed step cannot be made smaller. Collective.
+
+    Full steps may have left the Jacobian of a point far off.
+    """
+    if jacobian is not None:
+        jacobian.renew()
     line_search = snes.getLineSearch()
     line_search.setType("bt")
     try:
