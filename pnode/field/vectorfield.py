@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from pnode.base.graphs import no_graph
 from pnode.base.hooks import hooks_of
 from pnode.base.ledger import Ledger
 from pnode.errors import FieldChanged, VectorFieldError
@@ -108,10 +109,7 @@ class VectorField:
         if not self.recording:
             state = u if self._shape is None or u.shape == self._shape else self._shaped(u)
             try:
-                if torch.is_grad_enabled():
-                    with torch.no_grad():
-                        value = _flat(self._call(s, state, self._time(s)))
-                else:
+                with no_graph():
                     value = _flat(self._call(s, state, self._time(s)))
                 return value if self._direction > 0 else -value
             except RuntimeError as error:
@@ -342,12 +340,9 @@ class DistributedField(VectorField):
         return torch.full_like(u, torch.nan) if value is None else value
 
     def linearize(
-        self,
-        s: float,
-        u: torch.Tensor,
-        u_dot: torch.Tensor | None = None,
+        self, s: float, u: torch.Tensor, u_dot: torch.Tensor | None = None,
         differentiate_time: bool = False,
-    ) -> Linearization:
+    ) -> Linearization:  # fmt: skip
         """Evaluate f at (s, u) with its graph. Collective with ghost cells."""
         return self._attempt(s, u, self.gather(u), differentiate_time)
 
