@@ -327,3 +327,31 @@ def test_stored_bytes_do_not_count_twice():
     loss.backward(retain_graph=True)
     loss.backward()
     assert stored == solution.stats.ram_bytes == 4 * 10 * 3 * 8
+
+
+DETECTION = """
+import resource, torch, pnode
+torch.set_num_threads(1)
+def field(t, y):
+    inside = torch.nn.functional.pad(y, (1, 1))
+    return inside[2:] - 2.0 * y + inside[:-2] - y**3
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+with torch.no_grad():
+    for cells in (1000, 5000):
+        before = peak()
+        solver = pnode.Solver(field, method="rosw_theta1", jacobian="sparse", step_size=0.1,
+                              compile=False)
+        solver(torch.ones(cells, dtype=torch.float64), [0.0, 0.1])
+print('grown by', peak() - before, flush=True)
+"""
+
+
+def test_detection_of_a_pattern_takes_no_dense_jacobian(tmp_path):
+    """It looks at blocks of 8 MiB, some at a time; a Jacobian is 200 MB, and more was taken."""
+    program = tmp_path / "program.py"
+    program.write_text(DETECTION)
+    done = run_program(program)
+    assert done.returncode == 0, done.stderr
+    grown = int(re.search(r"grown by (\d+)", done.stdout)[1])
+    assert grown < 5000**2 * 8

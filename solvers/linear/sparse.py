@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -124,7 +125,8 @@ class SparsityPattern:
             scale = 0.01 * torch.where(scale > 0, scale, torch.ones_like(scale))
             return values + scale * noise(values.shape, generator).to(values)
 
-        rows, columns = [], []
+        # In one array: what is kept of each block by itself lies in the room that the next one wants.
+        places = array("q")
         together = max(1, _ENTRIES_AT_ONCE // size)
         for index in range(_PROBES):
             if index > 0:
@@ -136,9 +138,10 @@ class SparsityPattern:
                 units.diagonal(start).fill_(1.0)
                 for part in linearization.rows(units):
                     found = part.ne(0).nonzero().to(self.rows)
-                    rows.append(found[:, 0] + start)
-                    columns.append(found[:, 1])
-        self._add(torch.cat(rows), torch.cat(columns))
+                    found[:, 0] += start
+                    places.frombytes(found.numpy().tobytes())
+        entries = torch.tensor(places, dtype=torch.int64, device=HOST.device).view(-1, 2)
+        self._add(entries[:, 0], entries[:, 1])
 
 
 def color_rows(rows: torch.Tensor, columns: torch.Tensor, size: int, width: int) -> torch.Tensor:
