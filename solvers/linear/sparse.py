@@ -125,7 +125,7 @@ class SparsityPattern:
             scale = 0.01 * torch.where(scale > 0, scale, torch.ones_like(scale))
             return values + scale * noise(values.shape, generator).to(values)
 
-        # In one array: what is kept of each block by itself lies in the room that the next one wants.
+        # In one array: what is kept of each block alone lies in room that the next one wants.
         places = array("q")
         together = max(1, _ENTRIES_AT_ONCE // size)
         for index in range(_PROBES):
