@@ -198,6 +198,31 @@ def test_looks_at_f_leave_buffers_and_random_numbers(keywords, wrapped):
     assert torch.equal(torch.rand(calls)[-1:], last)
 
 
+@pytest.mark.parametrize("buffer", [
+    torch.empty(3, device="meta"), torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    torch.ones(1 << 17),
+], ids=["without values", "nested", "large"])  # fmt: skip
+def test_buffers_that_are_not_looked_at(buffer, monkeypatch):
+    """Their values cannot be compared, or are too many to be copied for each look."""
+    counting = Counting()
+    counting.register_buffer("other", buffer)
+    copied = []
+    monkeypatch.setattr(torch.Tensor, "clone", _noting(torch.Tensor.clone, copied))
+    with torch.no_grad():
+        solver = pnode.Solver(counting, step_size=0.5, samples="independent", compile=False)
+        solver(Y0, [0.0, 1.0])
+    assert copied and max(copied) < 1 << 16
+    assert 0 < int(counting.calls) < 20
+
+
+def _noting(clone, copied):
+    def noted(tensor, *arguments, **keywords):
+        copied.append(tensor.numel())
+        return clone(tensor, *arguments, **keywords)
+
+    return noted
+
+
 def test_a_field_with_a_domain_is_looked_at_within_it():
     def root(t, y):
         if bool((y > 1.0).any()):

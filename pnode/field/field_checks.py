@@ -11,9 +11,11 @@ from types import CellType, FunctionType
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from pnode.base.devices import random_states, set_random_states
 from pnode.base.surroundings import modules_within, owner
+from pnode.base.transforms import is_wrapped
 from pnode.errors import ConfigurationError, FieldChanged, VectorFieldError
 from pnode.problems.problem import StateLayout
 
@@ -22,8 +24,8 @@ __all__ = [
     "refuse_unrecorded", "undisturbed", "wrong_result", "wrote_into_input",
 ]  # fmt: skip
 
-# Of functions in functions.
-_MOST_LEVELS = 3
+# Of functions in functions; of a buffer.
+_MOST_LEVELS, _MOST_ENTRIES = 3, 1 << 16
 _HiddenState = tuple[list[torch.Tensor], list[int]]
 
 
@@ -147,6 +149,13 @@ def _modules_of(item: Any, levels: int) -> list[torch.nn.Module]:
     return [module for part in inner for module in _modules_of(part, levels - 1)]
 
 
+def _is_small(buffer: torch.Tensor) -> bool:
+    """Whether a buffer has values of its own, and few."""
+    if is_lazy(buffer) or is_wrapped(buffer) or buffer.is_nested or buffer.is_meta:
+        return False
+    return buffer.numel() <= _MOST_ENTRIES
+
+
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether values are; versions do not tell of what normalization over a batch writes."""
     if one.layout is not torch.strided:
@@ -161,13 +170,16 @@ def _stored(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 @contextmanager
 def undisturbed(function: Any, device: torch.device) -> Iterator[None]:
-    """Undo what evaluations of f that only look at it write into buffers, and draw at random."""
+    """Undo what evaluations of f that only look at it write into buffers, and draw at random.
+
+    Large buffers are not looked at: to copy them takes longer than f, which mostly reads them.
+    """
     states = random_states(device)
     kept = [
         (module._buffers, name, buffer, buffer.detach().clone())
         for module in modules_within(_modules_of(function, _MOST_LEVELS))
         for name, buffer in module._buffers.items()
-        if buffer is not None
+        if buffer is not None and _is_small(buffer)
     ]
     try:
         yield

@@ -255,6 +255,9 @@ class Factors {
     return sum == 0.0;
   }
 
+  // Entries that are rounded as the smallest numbers are count as one that is not.
+  static double size_of(double x) { return std::fabs(x) + std::numeric_limits<double>::min(); }
+
   // What a solution leaves of each equation, to `rest`, and whether that is small beside its terms,
   // whatever the units of states (Oettli & Prager, Numer. Math. 6 (1964) 405).
   bool leaves_little(const double* right, const double* b, bool transposed) {
@@ -263,11 +266,11 @@ class Factors {
     terms.resize(N);
     for (int k = 0; k < N; k++) {
       rest[k] = right[k] - shift * b[k];
-      terms[k] = std::fabs(right[k]) + std::fabs(shift * b[k]) + std::numeric_limits<double>::min();
+      terms[k] = std::fabs(right[k]) + std::fabs(shift) * size_of(b[k]);
     }
     for (int e = 0; e < ENTRIES; e++) {
-      const double product = J[e] * b[from[e]];
-      rest[into[e]] += product, terms[into[e]] += std::fabs(product);
+      rest[into[e]] += J[e] * b[from[e]];
+      terms[into[e]] += std::fabs(J[e]) * size_of(b[from[e]]);
     }
     bool little = true;
     for (int k = 0; k < N; k++) little &= std::fabs(rest[k]) <= PART * terms[k];

@@ -76,10 +76,11 @@ class DirectSolves:
         """Return what x leaves of b, None if that is small."""
         matrix = self._forms[transposed]
         left = b - matrix @ x
-        terms = np.abs(b) + np.abs(self._diagonal * x) + _SMALLEST
+        sizes = np.abs(x) + _SMALLEST  # entries below are rounded as that one
+        terms = np.abs(b) + np.abs(self._diagonal) * sizes
         if bool((np.abs(left) <= _PART * terms).all()):
             return None
-        terms = np.abs(b) + abs(matrix) @ np.abs(x) + _SMALLEST  # all of them
+        terms = np.abs(b) + abs(matrix) @ sizes  # all of them
         return None if bool((np.abs(left) <= _PART * terms).all()) else left
 
     def _mended(self, b: Any, x: Any, left: Any, transposed: bool, ksp: Any) -> bool:
