@@ -359,8 +359,8 @@ def gradients(options: argparse.Namespace, observations: Observations) -> list[d
         return lambda: by(lambda y0, t: solver(y0, t).ys)
 
     def adaptive(share: float = 1.0) -> Callable[[], torch.Tensor]:
-        tolerances = {"rtol": share * RTOL, "atol": share * ATOL}
-        return by_pnode(pnode.Solver(kinetics, method="es325", compile=True, **tolerances))
+        rtol, atol = share * RTOL, share * ATOL
+        return by_pnode(pnode.Solver(kinetics, method="es325", compile=True, rtol=rtol, atol=atol))
 
     method, most = options.method, options.max_steps
     ways: dict[str, Callable[[], torch.Tensor] | None] = {
@@ -383,7 +383,8 @@ def gradients(options: argparse.Namespace, observations: Observations) -> list[d
     for name, call in ways.items():
         if call is None:
             continue
-        rows.append(row := {"what": f"gradient, {name}"})
+        row: dict[str, Any] = {"what": f"gradient, {name}"}
+        rows.append(row)
         try:
             first = measure(call)
             measured = measure(call, 3)

@@ -290,8 +290,9 @@ def test_stages_but_the_first_are_one_vector_unless_a_callback_may_look(method, 
     made = []
     build = integrators.build_ts
     monkeypatch.setattr(
-        integrators, "build_ts", lambda *given: made.append(build(*given)) or made[-1]
-    )
+        integrators, "build_ts",
+        lambda *given, **more: made.append(build(*given, **more)) or made[-1],
+    )  # fmt: skip
     found = []
     for setup in (None, lambda ts: None):
         # A large step is rejected: what a TS goes back to is no stage.

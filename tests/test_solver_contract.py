@@ -165,9 +165,9 @@ TIMES = {
     "infinite": (times(0.0, math.inf), "infinity"),
     "complex": (torch.tensor([0.0, 1.0j]), "complex"),
     "bool": (torch.tensor([False, True]), "bool"),
-    "string": ("noon", "str"),
-    "none": (None, "NoneType"),
-    "dict": ({}, "dict"),
+    "string": ("noon", "t='noon'"),
+    "none": (None, "t=None"),
+    "dict": ({}, r"t=\{\}"),
     "meta": (torch.zeros(2, device="meta"), "meta"),
 }
 
@@ -197,7 +197,7 @@ STATES = {
     "floats": ([1.0, 2.0], r"y0\[0\] is a float"),
     "float": (1.0, "float"),
     "numpy": (np.ones(2), "ndarray"),
-    "none": (None, "NoneType"),
+    "none": (None, "t=None"),
     "nested": ((state(), (1.0,)), r"y0\[1\]\[0\] is a float"),
     "meta": (torch.ones(2, device="meta"), "meta"),
     "sparse": (torch.ones(2).to_sparse(), "sparse"),

@@ -6,6 +6,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -258,19 +259,12 @@ class Run:
 
     def let_go(self) -> None:
         """Keep f for backward sweeps, but not what owns it: see :mod:`pnode.field.held`."""
-        own = self.problem
-        declared = (*own.parameters, *own.frozen)
-        self.problem = own.but(
-            function=held(own.function, declared), explicit=held(own.explicit, declared),
-            base=None if own.base is None else own.base.but(function=None, explicit=None),
-        )  # fmt: skip
+        declared = (*self.problem.parameters, *self.problem.frozen)
+        self.problem = _with_functions(self.problem, partial(held, declared=declared))
 
     def field(self, ledger: Ledger) -> VectorField:
         """Return the field for another sweep, without checks of what it uses."""
-        own = self.problem
-        problem = own.but(
-            function=now(own.function), explicit=now(own.explicit), check_undeclared=False
-        )
+        problem = _with_functions(self.problem, now).but(check_undeclared=False)
         field_ = (
             compiled_field(problem, ledger, self.codes)
             if self.codes
@@ -283,3 +277,13 @@ class Run:
                 if part is not None:
                     part.suspects = self.surroundings.differences
         return field_
+
+
+def _with_functions(
+    problem: InitialValueProblem, change: Callable[[Any], Any]
+) -> InitialValueProblem:
+    """Return a problem, and that which it is made of, with the user's functions changed."""
+    base = None if problem.base is None else _with_functions(problem.base, change)
+    return problem.but(
+        function=change(problem.function), explicit=change(problem.explicit), base=base
+    )
