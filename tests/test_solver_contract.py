@@ -197,7 +197,7 @@ STATES = {
     "floats": ([1.0, 2.0], r"y0\[0\] is a float"),
     "float": (1.0, "float"),
     "numpy": (np.ones(2), "ndarray"),
-    "none": (None, "t=None"),
+    "none": (None, "NoneType"),
     "nested": ((state(), (1.0,)), r"y0\[1\]\[0\] is a float"),
     "meta": (torch.ones(2, device="meta"), "meta"),
     "sparse": (torch.ones(2).to_sparse(), "sparse"),
