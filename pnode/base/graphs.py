@@ -19,9 +19,12 @@ __all__ = ["graph_bytes", "no_graph"]
 NODE_BYTES = 1024
 
 
+_NOTHING = nullcontext()
+
+
 def no_graph() -> AbstractContextManager[Any]:
     """Do as ``torch.no_grad()``; nothing, in less time, where there are no graphs already."""
-    return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
+    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
 
 
 def graph_bytes(result: torch.Tensor, known: Iterable[torch.Tensor] = (), copy: int = 0) -> int:

@@ -17,7 +17,6 @@ from pnode.base.interpolation import (
     extension,
     hermite,
     hermite_polynomials,
-    hermite_rate,
     polynomial,
 )
 from pnode.field.rates import Rates
@@ -78,23 +77,16 @@ class Window:
 
     def weights(self, inside: Inside) -> Hermite:
         """Return the weights of the states and slopes there in an output."""
-        if self.extension is not None and inside.theta is not None:
-            return self.extension.at(inside.theta)
-        if self.extension is not None:
-            return self.extension.power(inside.power)
-        if inside.theta is not None:
-            return hermite(inside.theta, self.nodes)
+        more, theta = self.extension, inside.theta
+        if more is not None:
+            return more.power(inside.power) if theta is None else more.at(theta)
+        if theta is not None:
+            return hermite(theta, self.nodes)
         if inside.power >= 2 * len(self.nodes):
             zeros = (0.0,) * len(self.nodes)
             return Hermite(zeros, zeros)
         state, slope = hermite_polynomials(self.nodes)[..., inside.power].tolist()
         return Hermite(tuple(state), tuple(slope))
-
-    def rate(self, theta: float) -> Hermite:
-        """Return the derivatives of the weights with respect to theta."""
-        return hermite_rate(theta, self.nodes) if self.extension is None else (
-            self.extension.rate(theta)
-        )  # fmt: skip
 
 
 def combined(

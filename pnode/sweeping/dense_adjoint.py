@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from pnode.adjoint.reverse import NodeCotangents
-from pnode.base.interpolation import Hermite, polynomial_rate
+from pnode.base.interpolation import Hermite, hermite_rate, polynomial_rate
 from pnode.base.vectors import REAL
 from pnode.field.linearization import Linearization
 from pnode.field.products import accumulate
@@ -120,7 +120,7 @@ class DenseAdjoint(NodeCotangents):
                 state.add_(w, alpha=weights.state[i])
                 slope.add_(w, alpha=weights.slope[i] * h)
                 if inside.theta is not None:
-                    rates = window.rate(inside.theta)
+                    rates = hermite_rate(inside.theta, window.nodes)
                     rate = rates.state[i] / h * torch.dot(w, u)
                     rate = rate + rates.slope[i] * torch.dot(w, value)
                     self.times[inside.index] += float(rate)
