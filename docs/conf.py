@@ -27,15 +27,10 @@ extensions = [
 ]
 source_suffix = {".rst": "restructuredtext", ".md": "markdown"}
 exclude_patterns = ["_build", "gallery/*.ipynb", "gallery/*.zip", "**/GALLERY_HEADER.*"]
-html_theme = "alabaster"
-html_theme_options = {
-    "description": "PETSc's time integrators with exact discrete gradients, for torch",
-    "fixed_sidebar": True,
-    # Programs have lines of 100 characters.
-    "page_width": "1200px",
-    "body_max_width": "920px",
-    "code_font_size": "0.82em",
-}
+html_theme = "furo"
+html_title = f"pnode {version}"
+# Programs have lines of 100 characters.
+html_theme_options = {"light_css_variables": {"code-font-size": "0.75rem"}}
 html_show_sourcelink = False
 html_copy_source = False
 

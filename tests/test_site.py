@@ -16,7 +16,7 @@ import pnode
 from pnode import controllers, controls, errors, parallel, testing
 
 pytest.importorskip("sphinx")
-for name in ("myst_parser", "numpydoc", "sphinx_gallery"):
+for name in ("myst_parser", "numpydoc", "sphinx_gallery", "furo"):
     pytest.importorskip(name)
 ROOT = Path(__file__).resolve().parent.parent
 # Connections are refused where Python makes them.

@@ -64,7 +64,7 @@ def served(folder: Path) -> Iterator[tuple[str, set[str]]]:
 
 
 def page(program: str, address: str) -> str:
-    """Return a page as it is after its scripts have run."""
+    """Return a page as it is after its scripts have run, blanks and line ends as one blank."""
     with tempfile.TemporaryDirectory() as profile:
         command = [
             program, "--headless", "--disable-gpu", "--no-sandbox", "--no-first-run",
@@ -74,7 +74,7 @@ def page(program: str, address: str) -> str:
         run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     if run.returncode:
         raise SystemExit(f"{program} ended with {run.returncode}: {run.stderr[-2000:]}")
-    return run.stdout
+    return " ".join(run.stdout.split())
 
 
 def main(folder: Path) -> int:
