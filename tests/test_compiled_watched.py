@@ -162,6 +162,27 @@ def test_what_is_raised_comes_through_and_nothing_is_lost(where):
     assert torch.equal(found, expected.ys)
 
 
+@pytest.mark.parametrize("method", ["dopri5", "rodaspr"])
+def test_progress_bars_forwards_and_backwards(method, capsys):
+    found, seen = [], []
+    for compile in (False, True):
+        field, shown = Kinetics(), []
+        solver = pnode.Solver(
+            field, method=method, rtol=1e-6, compile=compile, progress=True,
+            monitor=lambda n, t, y, to=shown: to.append(torch.cat([torch.tensor([n, t]), y])),
+        )  # fmt: skip
+        solution = solver(START, TIMES)
+        assert ("compiled='whole sweeps'" in repr(solver)) == compile
+        capsys.readouterr()
+        solution.ys.square().sum().backward()
+        number = solution.stats.steps
+        assert f"{number}/{number}" in capsys.readouterr().err
+        found.append(torch.cat([solution.ys.detach().reshape(-1), field.weight.grad.reshape(-1)]))
+        seen.append(torch.stack(shown))
+    assert difference(found[1], found[0]) < 1e-9
+    assert difference(seen[1], seen[0]) < 1e-9
+
+
 def test_a_sweep_that_gives_up_is_told_of_and_not_tried_for_ever(caplog, monkeypatch):
     """Each step is shown once all the same."""
     monkeypatch.setattr(logging.getLogger("pnode"), "propagate", True)

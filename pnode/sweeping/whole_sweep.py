@@ -21,7 +21,7 @@ from pnode.solvers.stepping import Step
 from pnode.sweeping.dense import DenseOutput
 from pnode.sweeping.dense_adjoint import DenseAdjoint
 from pnode.sweeping.event_locator import EventLocator
-from pnode.sweeping.monitor import onlookers
+from pnode.sweeping.monitor import backward_bar, onlookers
 from pnode.sweeping.recording import Noted
 from pnode.sweeping.run import Requests, Run, Sweep
 
@@ -62,6 +62,7 @@ class WholeSweep(Sweep):
         None if a step failed for good: the error is to be had from taking them one by one.
         """
         shown, locator = self._compiled.shown, None
+        self._progress = requests.progress
         if shown is not None:
             if requests.events is not None:
                 locator = EventLocator(
@@ -153,8 +154,12 @@ class WholeSweep(Sweep):
         summed = ranks.sum_gradients(unknown if found is None else found.parameters, parameters)
         return CostGradients(found.state, summed, found.initial)
 
-    def _reverse(self, run: Run, cotangents: torch.Tensor) -> CostGradients:
-        return CostGradients(*self._compiled.reverse(cotangents, run.stats.backward))
+    def _reverse(
+        self, run: Run, cotangents: torch.Tensor, nodes: Sequence[int] | None = None
+    ) -> CostGradients:  # fmt: skip
+        compiled = self._compiled
+        with backward_bar(run.stats.steps, self._progress) as compiled.told:
+            return CostGradients(*compiled.reverse(cotangents, run.stats.backward, nodes))
 
     def _from_nodes(
         self, run: Run, cotangents: torch.Tensor, wants_times: bool
@@ -176,13 +181,13 @@ class WholeSweep(Sweep):
         first = rows.pop(0, torch.zeros(self._compiled.kernel.size, dtype=REAL))
         places = sorted(rows)
         given = torch.stack([torch.zeros_like(first), *(rows[node] for node in places)])
-        _, parameters, initial = self._compiled.reverse(given, run.stats.backward, [0, *places])
-        initial = initial + first
-        times = {}
+        total = self._reverse(run, given, [0, *places])
+        initial = total.initial + first
+        times: dict[int, float] = {}
         if inside is not None:
-            accumulate(parameters, tuple(inside.parameters))
+            accumulate(total.parameters, tuple(inside.parameters))
             times = inside.times
-        return CostGradients(initial + cotangents[0], parameters, initial, times)
+        return CostGradients(initial + cotangents[0], total.parameters, initial, times)
 
     def _checked_reverse(self, run: Run, cotangents: torch.Tensor) -> CostGradients:
         """Do as alone, with the check of :func:`backward`, whose failure all ranks are to know."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,7 @@ def library() -> ctypes.CDLL:
         "tangents": (number, [pointer, pointer, number] + [pointer] * 3 + [real, pointer]),
         "recorded": (number, [pointer, pointer, pointer, pointer]),
         "whole": (number, [pointer]),
+        "left": (number, [pointer]),
         "owned": (number, []),
         "rows": (pointer, [pointer] * 5 + [number] * 2 + [pointer, number, number]),
         "row": (pointer, [pointer, number]),
@@ -145,10 +146,9 @@ class CompiledSweep:
     """
 
     _handle: Any = None
-    #: Of a forward sweep, how it has ended so far.
-    status = _PAUSED
-    #: Shows the steps, if someone looks at them.
-    shown: ShownSteps | None = None
+    status = _PAUSED  # of a forward sweep
+    shown: ShownSteps | None = None  # if someone looks at the steps
+    told: Callable[[int], None] | None = None  # how many are left to a backward sweep
 
     def __init__(
         self, kernel: Kernel, handle: int, alive: Any, problem: InitialValueProblem,
@@ -390,6 +390,8 @@ class CompiledSweep:
         status = _PAUSED
         while self._goes_on(status):
             status = self._library.pnode_reverse(*arguments, PATIENCE)
+            if self.told is not None:
+                self.told(self._library.pnode_left(self._handle))
         if status == _DONE:
             finish = self._library.pnode_finish
             status = finish(self._handle, state.data_ptr(), places, ctypes.byref(counts))

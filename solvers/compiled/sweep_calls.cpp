@@ -89,6 +89,8 @@ int64_t pnode_reverse(void* sweep, void* const* captured, double* const* sums,
     return guarded([&] { return own(sweep).reverse(captured, sums, cotangents, seconds); });
 }
 
+int64_t pnode_left(void* sweep) { return own(sweep).left(); }
+
 int64_t pnode_tangents(void* sweep, void* const* captured, int64_t number, const double* start,
                        const double* along, double* outputs, double seconds, Counts* counts) {
     return guarded([&] {

@@ -111,6 +111,9 @@ class Sweep {
     Status reverse(void* const* captured, double* const* sums, const double* cotangents,
                    double seconds);
 
+    // How many steps are left to it.
+    int64_t left() const { return left_; }
+
     void finish(double* state, double* const* sums) { kernel_->end_adjoint(state, sums); }
 
     Status tangents(void* const* captured, int64_t number, const double* start, const double* along,
