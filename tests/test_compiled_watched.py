@@ -199,16 +199,20 @@ def test_a_sweep_that_gives_up_is_told_of_and_not_tried_for_ever(caplog, monkeyp
             made.append(compiled)
 
         def forward(self, *given):
-            super().forward(*given)
+            whole = super().forward(*given)
+            if len(made) == 2:
+                return whole
             made[-1].status = 2
+            return None
 
     monkeypatch.setattr(sweeps, "WholeSweep", Failing)
     expected = pnode.Solver(Kinetics(), compile=False, **wanted)(START, TIMES).ys
-    for _ in range(5):
+    for number in range(1, 8):
         seen.clear()
-        assert torch.equal(solver(START, TIMES).ys, expected)
+        ys = solver(START, TIMES).ys
+        assert difference(ys, expected) < 1e-7 if number == 2 else torch.equal(ys, expected)
         assert seen == list(range(1, len(seen) + 1))
     told = [r.getMessage() for r in caplog.records if "gave up" in r.getMessage()]
-    assert len(told) == len(made) == 3
+    assert (len(told), len(made)) == (4, 5)  # three in a row
     assert "values are not finite" in told[0]
     assert "compiled sweeps gave up 3 times" in repr(solver)

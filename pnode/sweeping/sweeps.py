@@ -114,6 +114,7 @@ def _forward(
                 if found.start is not None:
                     engine.solver_options(run.settings).warn_unused()
                 run.sweep, run.used = sweep, field.used
+                found.note()
                 return whole
             problem.ranks.least(0)  # which tells of an interrupt
             LOG.info(
@@ -141,7 +142,7 @@ def _forward(
     outputs = stepped.forward(run, field, y0, keep, requests, start)
     run.sweep = stepped
     if found is not None and found.sweep is not None:
-        found.note_failure(found.sweep.end)
+        found.note(found.sweep.end)
     return outputs
 
 

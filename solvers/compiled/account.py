@@ -87,7 +87,7 @@ class Entry:
     wanted : Wanted or None
         What the compiler was asked for last.
     failures : int
-        How many compiled sweeps gave up on steps that were taken without then.
+        How many compiled sweeps in a row gave up on steps that were taken without then.
     """
 
     calls: int = 0
@@ -102,14 +102,15 @@ class Entry:
 
     @property
     def given_up(self) -> bool:
-        """Whether sweeps have failed so often that no more are tried."""
+        """Whether so many have failed that no more are tried."""
         return self.failures >= _MOST_FAILURES
 
-    def gave_up(self, text: str) -> None:
-        """Note that a compiled sweep gave up on steps that were taken without."""
-        self.failures += 1
+    def note(self, gave_up: str) -> None:
+        """Note that a compiled sweep was taken, or why it gave up on steps taken without."""
+        self.failures = self.failures + 1 if gave_up else 0
         if self.given_up:
-            self.made, self.hindrance = "", f"compiled sweeps gave up {self.failures} times: {text}"
+            self.made = ""
+            self.hindrance = f"compiled sweeps gave up {self.failures} times: {gave_up}"
 
     def add(self, ledger: Ledger, before: int = 0) -> None:
         """Count what a sweep has done beyond ``before``, see :func:`calls`."""

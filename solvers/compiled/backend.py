@@ -197,10 +197,10 @@ class Compilation:
     passing: bool = False
     entry: Entry | None = None
 
-    def note_failure(self, text: str) -> None:
-        """Note that the sweep gave up, for a reason, on steps that Python has taken."""
+    def note(self, gave_up: str = "") -> None:
+        """Note that the sweep was taken, or why it gave up on steps that Python has taken."""
         if self.entry is not None:
-            self.entry.gave_up(text)
+            self.entry.note(gave_up)
 
     @property
     def what(self) -> str:
