@@ -175,8 +175,8 @@ def test_second_backward():
     ({"residual": lambda t, y, yp: yp + y, "method": "bdf"}, "nor is a residual"),
     ({"rhs": lambda t, y: -y if float(t) < 2 else y, "method": "bdf"}, "torch.where"),
     (
-        {"rhs": lambda t, y: -y, "method": "rodaspr", "monitor": lambda step, t, y: None},
-        "single steps.*differentiate it twice",
+        {"rhs": lambda t, y: -y, "method": "rodaspr", "jacobian": "matrix-free"},
+        "jacobian='dense'.*differentiate it twice",
     ),
 ])  # fmt: skip
 def test_one_warning_where_nothing_is_compiled(keywords, reason):
@@ -210,7 +210,7 @@ def test_machine_code(monkeypatch, tmp_path):
     monkeypatch.undo()
     share_headers(tmp_path)
     monkeypatch.setenv("PNODE_CACHE_DIR", str(tmp_path))
-    keywords = {"method": "bdf3", "step_size": 0.1, "monitor": lambda step, t, y: None}
+    keywords = {"method": "bdf3", "step_size": 0.1, "jacobian_reuse": "step"}
     both(Net(), start(4, 3), within=1e-9, **keywords)
     files = sorted(tmp_path.glob("[!.]*"))
     assert [file.name.split("-")[0] for file in files] == ["product", "rows", "value"]

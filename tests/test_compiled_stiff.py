@@ -482,7 +482,6 @@ ON_DISK = pnode.Checkpointing(memory="1MiB", disk=tempfile.gettempdir())
     [
         ({"method": "rodaspr", "jacobian": "matrix-free"}, "jacobian='dense'"),
         ({"method": "rodaspr", "controller": "pi"}, "controller='basic'"),
-        ({"method": "rodaspr", "monitor": lambda step, t, y: None}, "single steps"),
         (
             {
                 "method": "rodaspr",

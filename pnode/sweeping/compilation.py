@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from functools import partial
 from typing import Any
 
@@ -64,8 +64,7 @@ def begin(
     controlled = requests.sensitivity_control is not None
     if engine.compile is False or (requests.recorded and not controlled):
         return None
-    looks = (requests.events, requests.monitor, requests.callbacks)
-    watched = any(one is not None for one in looks)
+    watched = requests.watched
     if requests.plain and (requests.dense or watched or engine.checkpointing != Checkpointing()):
         return None
     if len(problem.times) < 2:
@@ -73,8 +72,8 @@ def begin(
     part = requests.steps_before is not None
     kind: Any = (problem.layout, keep, watched, requests.dense, problem.integrals > 0, part)
     if ranks.parallel:  # whose parts differ, and of which one may be watched
-        kind = (problem.distribution, keep, False, requests.dense, problem.integrals > 0, part)
-        watched = watched or anew
+        kind = (problem.distribution, keep, (), requests.dense, problem.integrals > 0, part)
+        watched = watched or ("args",) * anew
     account = engine.account
     entry = account.entries.get(kind) or account.entry(kind)
     for given, text in (
@@ -89,6 +88,8 @@ def begin(
         if given:
             entry.hindrance = text
             return None
+    if entry.given_up:
+        return None
     if auto and not entry.bought and not entry.hindrance:
         run.entry = entry  # counts what follows
         if entry.undecided:
@@ -102,8 +103,12 @@ def begin(
         entry.wanted = wanted = Wanted(
             run.settings, options, engine.control, engine.checkpointing, keep, requests.dense,
             watched, partial(_lent, weakref.ref(engine)), auto,
-            new_budget(engine, requests.dense),
+            new_budget(engine, requests),
         )  # fmt: skip
+        if requests.events is not None:
+            single = replace(run.settings, adaptive=False)
+            parts = replace(wanted, settings=single, options=engine.solver_options(single))
+            entry.wanted = wanted = replace(wanted, parts=parts)
     if auto:
         if run.entry is not None:
             decide = _decide_together if ranks.parallel else _decide
@@ -133,7 +138,7 @@ def _compiled(
                 "kept in %s", found.what, wanted.settings.method.name, len(y0), spent, entry.calls,
                 cache_folder(),
             )  # fmt: skip
-        entry.made, entry.hindrance, run.entry = found.what, "", None
+        entry.made, entry.hindrance, run.entry, found.entry = found.what, "", None, entry
         entry.left = "" if found.sweep is not None else "; ".join(found.reasons)
         return found
     reasons = "; ".join(found.reasons)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,24 @@ from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.stepping import Step
 from pnode.sweeping.event_functions import Events, call_event
-from pnode.sweeping.event_search import RELATIVE
+from pnode.sweeping.event_search import RELATIVE, SAMPLES
 
 __all__ = ["EventPath"]
 
 # A method's own interpolant is used if it is of higher degree than the Hermite cubic.
 _OWN_DEGREE = 4
+# Up to so many entries the interpolant is evaluated at all samples at once.
+_SMALL = 1 << 14
 # Nodes of the interpolant where y' is not at hand.
 _NODES = 4
+
+
+@lru_cache(maxsize=16)
+def _weights(thetas: tuple[float, ...]) -> torch.Tensor:
+    """Return the weights of both states and both slopes of the Hermite cubic, a row for each."""
+    cubics = map(hermite, thetas)
+    rows = [(*map(float, cubic.state), *map(float, cubic.slope)) for cubic in cubics]
+    return torch.tensor(rows, dtype=vectors.REAL, device=HOST.device)
 
 
 class EventPath:
@@ -80,7 +91,7 @@ class EventPath:
         settings = main.settings
         self._own = (
             settings.method.scheme is not None
-            and settings.graphs is None  # these would evaluate all stages again
+            and main.interpolates
             and settings.method.scheme.interpolation_degree >= _OWN_DEGREE
         )
         state = vectors.copy_out(main.solution)
@@ -88,6 +99,7 @@ class EventPath:
         self._nodes = [(problem.times[0], state)]
         self._slopes: list[torch.Tensor | None] = [None, None]
         self._guesses: dict[float, Any] = {}
+        self._sampled: torch.Tensor | None = None  # the interpolant at all samples
         self.known: dict[float, Any] = {1.0: self._evaluate(problem.times[0], 0, state)}
         self._checked(self.known[1.0], problem.times[0], 0)
 
@@ -100,7 +112,7 @@ class EventPath:
         self.states = self.states[1], state
         self._nodes = [*self._nodes, (step.end, state)][-_NODES:]
         self._slopes = [self._slopes[1], None]
-        self._guesses, self._at = {}, None
+        self._guesses, self._at, self._sampled = {}, None, None
         end = self._evaluate(step.end, step.index, state)
         self.known = {0.0: self.known[1.0], 1.0: end}
 
@@ -181,14 +193,21 @@ class EventPath:
             for weight, (_, state) in zip(weights, self._nodes, strict=True):
                 result.add_(state, alpha=weight)
             return result
-        cubic = hermite(theta)
-        result = cubic.state[0] * self.states[0] + cubic.state[1] * self.states[1]
+        small = theta in SAMPLES and len(self.states[0]) <= _SMALL
+        if small and self._sampled is not None:
+            return self._sampled[SAMPLES.index(theta)]
+        rows = [*self.states]
         for end, s in enumerate((step.start, step.end)):
             slope = self._slopes[end]
             if slope is None:
                 slope = self._slopes[end] = self._slope_at(s, self.states[end])
-            result.add_(slope, alpha=cubic.slope[end] * step.length)
-        return result
+            rows.append(slope)
+        ends = torch.stack(rows)
+        ends[2:] *= step.length
+        if not small:
+            return _weights((theta,)).to(ends)[0] @ ends
+        self._sampled = _weights(SAMPLES).to(ends) @ ends
+        return self._interpolate(theta)
 
     def _slope_at(self, s: float, state: torch.Tensor) -> torch.Tensor:
         """Return y', or NaN where f cannot be evaluated, as it may be beyond an event.

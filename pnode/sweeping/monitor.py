@@ -33,6 +33,8 @@ class Monitor(Observer):
         What is solved.
     before : int
         Steps that were taken before those of the sweep.
+    shown : int
+        Steps of the sweep that it was shown before.
     """
 
     def __init__(
@@ -40,13 +42,16 @@ class Monitor(Observer):
         function: Callable[[int, float, Any], None],
         problem: InitialValueProblem,
         before: int = 0,
+        shown: int = 0,
     ) -> None:
         self._function = function
         self._problem = problem
-        self._first = before + 1
+        self._first, self._shown = before + 1, shown
 
     def after_step(self, step: Step, integrator: TimeIntegrator, last: bool) -> None:
         """Show a copy of the solution."""
+        if step.index < self._shown:
+            return
         problem = self._problem
         state = vectors.copy_out(integrator.solution, problem.layout.dtype)
         time = problem.direction * step.end
@@ -95,7 +100,8 @@ def onlookers(requests: Requests, problem: InitialValueProblem) -> list[Observer
     """Return those that a sweep's steps are shown to."""
     found: list[Observer] = []
     if requests.monitor is not None:
-        found.append(Monitor(requests.monitor, problem, requests.steps_before or 0))
+        before = requests.steps_before or 0
+        found.append(Monitor(requests.monitor, problem, before, requests.shown))
     if requests.callbacks is not None:
         found.append(Callbacks(requests.callbacks, problem))
     return found

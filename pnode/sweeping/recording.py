@@ -93,24 +93,25 @@ def new_trajectory(engine: Engine, run: Run, requests: Requests, y0: torch.Tenso
 
 
 def new_budget(
-    engine: Engine, dense: bool
+    engine: Engine, requests: Requests
 ) -> Callable[[InitialValueProblem], Budget] | None:  # fmt: skip
     """Return what tells the budget of a problem's compiled sweep; None where there is no limit."""
     chosen = engine.checkpointing
     if chosen == Checkpointing():
         return None
-    return partial(_budget, engine.method, engine.control, chosen, dense)
+    known = requests.events is None  # else nobody knows how many fixed steps there will be
+    return partial(_budget, engine.method, engine.control, chosen, requests.dense, known)
 
 
 def _budget(
-    method: Method, control: StepControl, chosen: Checkpointing, dense: bool,
+    method: Method, control: StepControl, chosen: Checkpointing, dense: bool, known: bool,
     problem: InitialValueProblem,
 ) -> Budget:  # fmt: skip
     times = problem.times[:: len(problem.times) - 1] if dense else problem.times
     grid = fixed_grid(times, control, problem.resolution)
     state_bytes = problem.largest * REAL.itemsize
     schedule = choose_schedule(
-        method, None if grid is None else grid.total, state_bytes,
+        method, grid.total if grid is not None and known else None, state_bytes,
         memory_limit(chosen, method, state_bytes), chosen.store, False,
     )  # fmt: skip
     limited = method.coupled and chosen.may_repeat

@@ -109,6 +109,6 @@ def _wanted(engine: Any, problem: InitialValueProblem, flat: torch.Tensor, keep:
     needed = f"method={method.name!r} with samples='independent' is machine code alone, and f"
     return Wanted(
         settings, _options(replace(settings, size=1, max_step=math.inf)), control,
-        engine.checkpointing, keep, False, False, engine.integrator,
+        engine.checkpointing, keep, False, (), engine.integrator,
         needed=needed if method.multistep or method.coupled else "",
     )  # fmt: skip

@@ -145,6 +145,18 @@ class Requests:
     memory: int | None = None
     sides: Any = None
     steps: bool = False
+    #: How many steps the monitor was shown, before they were to be taken once more.
+    shown: int = 0
+
+    @property
+    def watched(self) -> tuple[str, ...]:
+        """What looks at single steps, see ``Wanted``."""
+        looks = (
+            ("events", self.events is not None),
+            ("cuts", self.events is not None and self.events.cut),
+            ("monitor", self.monitor is not None), ("callbacks", self.callbacks is not None),
+        )  # fmt: skip
+        return tuple(name for name, looks_on in looks if looks_on)
 
 
 class Sweep(ABC):

@@ -108,14 +108,21 @@ def _forward(
         if keep:
             run.reads = Reads(found.captured)
         if found.sweep is not None:
-            outputs = found.sweep.forward(run.stats)
-            if outputs is not None:
+            sweep = WholeSweep(found.sweep)
+            whole = sweep.forward(run, field, y0, keep, requests)
+            if whole is not None:
                 if found.start is not None:
                     engine.solver_options(run.settings).warn_unused()
-                sweep = WholeSweep(found.sweep)
                 run.sweep, run.used = sweep, field.used
-                return sweep.interpolated_outputs(run, field, y0, outputs, keep, requests)
+                found.note()
+                return whole
             problem.ranks.least(0)  # which tells of an interrupt
+            LOG.info(
+                "%s: a compiled sweep gave up, since %s; the steps are taken one by one",
+                engine.method.name, found.sweep.end,
+            )  # fmt: skip
+            if found.sweep.shown is not None:
+                requests = replace(requests, shown=found.sweep.shown.number)
         start, run.codes = found.start, found.codes
         if problem.ranks.parallel and not run.codes:
             start = run.reads = None
@@ -134,6 +141,8 @@ def _forward(
     stepped = SteppedSweep(engine)
     outputs = stepped.forward(run, field, y0, keep, requests, start)
     run.sweep = stepped
+    if found is not None and found.sweep is not None:
+        found.note(found.sweep.end)
     return outputs
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from pnode.solvers.compiled.driver import CompiledSweep
 from pnode.solvers.stepping import Step
 from pnode.sweeping.dense import DenseOutput
 from pnode.sweeping.dense_adjoint import DenseAdjoint
+from pnode.sweeping.event_locator import EventLocator
+from pnode.sweeping.monitor import backward_bar, onlookers
 from pnode.sweeping.recording import Noted
 from pnode.sweeping.run import Requests, Run, Sweep
 
@@ -48,20 +51,62 @@ class WholeSweep(Sweep):
 
     def __init__(self, compiled: CompiledSweep) -> None:
         self._compiled = compiled
-        self._nodes: list[int] = []  # of outputs, -1 where they are interpolated
+        self._nodes: list[int] = []  # of outputs, -1 where they are interpolated, and events
+        self._events: list[int] = []  # of these alone
+
+    def forward(
+        self, run: Run, field: VectorField, y0: torch.Tensor, keep: bool, requests: Requests
+    ) -> torch.Tensor | None:
+        """Take all steps, and return the outputs, and states at events behind them.
+
+        None if a step failed for good: the error is to be had from taking them one by one.
+        """
+        shown, locator = self._compiled.shown, None
+        self._progress = requests.progress
+        if shown is not None:
+            if requests.events is not None:
+                locator = EventLocator(
+                    requests.events, run.problem, requests.event_tol, shown, shown.lend, field,
+                    requests.sides,
+                )  # fmt: skip
+                shown.observers.append(locator)
+            shown.observers += onlookers(requests, run.problem)
+        try:
+            outputs = self._compiled.forward(run.stats)
+        finally:
+            if shown is not None:
+                shown.observers = []
+        if outputs is None:
+            return None
+        self._nodes = [*self._compiled.recorded()[1]] if shown is not None else []
+        if requests.dense:
+            ended = locator is not None and locator.last is not None
+            outputs = self._interpolated_outputs(run, field, y0, outputs, keep, ended)
+        if locator is None:
+            return outputs
+        run.sides = locator.sides
+        if not locator.roots:
+            return outputs
+        run.roots, run.last = locator.roots, locator.last
+        times = (*run.problem.times[: len(outputs)], *(root.time for root in run.roots))
+        run.problem = replace(run.problem, times=times)
+        self._events = [root.node for root in run.roots]
+        self._nodes += self._events
+        return torch.cat([outputs, torch.stack([root.state for root in run.roots]).to(outputs)])
 
     @property
     def interpolated(self) -> Set[int]:
         """Indices of the outputs that are interpolated."""
         return frozenset() if self.dense is None else self.dense.interpolated
 
-    def interpolated_outputs(
+    def _interpolated_outputs(
         self, run: Run, field: VectorField, y0: torch.Tensor, outputs: torch.Tensor, keep: bool,
-        requests: Requests,
+        ended: bool,
     ) -> torch.Tensor:  # fmt: skip
-        """Return all outputs, from those that steps have hit; see :class:`DenseOutput`."""
-        if not requests.dense:
-            return outputs
+        """Return all outputs, from those that steps have hit; see :class:`DenseOutput`.
+
+        ``ended``: at an event, before the last one.
+        """
         rows, nodes = [outputs[0]], [0]
 
         def emit(state: torch.Tensor, after: int | None) -> None:
@@ -78,14 +123,17 @@ class WholeSweep(Sweep):
             dense.take(step, state)
             noted.take(step, state)
         dense.end()
-        noted.outputs = [0, len(steps)]
+        noted.outputs = [0] if ended else [0, len(steps)]
         self.noted_steps = noted
-        self._nodes = [*nodes, len(steps)]
-        return torch.stack([*rows, outputs[-1]])
+        if not ended:
+            rows, nodes = [*rows, outputs[-1]], [*nodes, len(steps)]
+        self._nodes = nodes
+        return torch.stack(rows)
 
     def recorded(self) -> tuple[Sequence[Step], tuple[int, ...]]:
         """Return the steps, and how many come before each output."""
-        return self._compiled.recorded()
+        steps, outputs = self._compiled.recorded()
+        return steps, (*outputs, *self._events)
 
     def noted(self, output: int) -> Sequence[float]:
         """Return nothing: the graph that is differentiated is the one that was evaluated."""
@@ -96,8 +144,8 @@ class WholeSweep(Sweep):
     ) -> CostGradients:
         """Take the discrete adjoint; see :class:`Sweep`. Collective."""
         ranks, parameters = run.problem.ranks, run.problem.parameters
-        if self.dense is not None:
-            return self._through_interpolants(run, cotangents, wants_times)
+        if self.dense is not None or self._events:
+            return self._from_nodes(run, cotangents, wants_times)
         if not ranks.parallel:
             return self._reverse(run, cotangents)
         with ranks.together(agree=False):
@@ -106,31 +154,40 @@ class WholeSweep(Sweep):
         summed = ranks.sum_gradients(unknown if found is None else found.parameters, parameters)
         return CostGradients(found.state, summed, found.initial)
 
-    def _reverse(self, run: Run, cotangents: torch.Tensor) -> CostGradients:
-        return CostGradients(*self._compiled.reverse(cotangents, run.stats.backward))
+    def _reverse(
+        self, run: Run, cotangents: torch.Tensor, nodes: Sequence[int] | None = None
+    ) -> CostGradients:  # fmt: skip
+        compiled = self._compiled
+        with backward_bar(run.stats.steps, self._progress) as compiled.told:
+            return CostGradients(*compiled.reverse(cotangents, run.stats.backward, nodes))
 
-    def _through_interpolants(
+    def _from_nodes(
         self, run: Run, cotangents: torch.Tensor, wants_times: bool
-    ) -> CostGradients:
+    ) -> CostGradients:  # fmt: skip
         """Do as :meth:`_reverse`, with the cotangents of the states that outputs are made of."""
-        steps, field = self._compiled.recorded()[0], run.field(run.stats.backward)
         rows: dict[int, torch.Tensor] = {}
-        with torch.enable_grad():
-            inside = DenseAdjoint(self.dense, steps, field, cotangents, wants_times)
-            for node in range(len(steps), -1, -1):
-                found = inside.at(node, _no_checkpoint, _no_graphs)
-                if found is not None:
-                    rows[node] = found
+        inside: DenseAdjoint | None = None
+        if self.dense is not None:
+            steps, field = self._compiled.recorded()[0], run.field(run.stats.backward)
+            with torch.enable_grad():
+                inside = DenseAdjoint(self.dense, steps, field, cotangents, wants_times)
+                for node in range(len(steps), -1, -1):
+                    found = inside.at(node, _no_checkpoint, _no_graphs)
+                    if found is not None:
+                        rows[node] = found
         for node, row in zip(self._nodes[1:], cotangents[1:].to(REAL), strict=True):
             if node >= 0:
                 rows[node] = rows[node] + row if node in rows else row
         first = rows.pop(0, torch.zeros(self._compiled.kernel.size, dtype=REAL))
         places = sorted(rows)
         given = torch.stack([torch.zeros_like(first), *(rows[node] for node in places)])
-        _, parameters, initial = self._compiled.reverse(given, run.stats.backward, [0, *places])
-        accumulate(parameters, tuple(inside.parameters))
-        initial = initial + first
-        return CostGradients(initial + cotangents[0], parameters, initial, inside.times)
+        total = self._reverse(run, given, [0, *places])
+        initial = total.initial + first
+        times: dict[int, float] = {}
+        if inside is not None:
+            accumulate(total.parameters, tuple(inside.parameters))
+            times = inside.times
+        return CostGradients(initial + cotangents[0], total.parameters, initial, times)
 
     def _checked_reverse(self, run: Run, cotangents: torch.Tensor) -> CostGradients:
         """Do as alone, with the check of :func:`backward`, whose failure all ranks are to know."""
@@ -139,7 +196,9 @@ class WholeSweep(Sweep):
         return self._reverse(run, cotangents)
 
     def tangents(self, run: Run, start: torch.Tensor, moving: Moving) -> torch.Tensor | None:
-        """Take the steps' tangents; see :meth:`CompiledSweep.tangents`."""
+        """Take the steps' tangents; see :meth:`CompiledSweep.tangents`. None with events."""
+        if self._events:
+            return None
         return self._compiled.tangents(start, moving, run.stats.tangents)
 
 

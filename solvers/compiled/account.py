@@ -30,6 +30,8 @@ _FLOPS, _ENTRIES = 1e5, 5e3
 # So often is a field compiled that is another one afterwards.
 _MOST_TIMES = 3
 _MOST_KINDS = 64
+# Sweeps that gave up where Python's steps did not, before no more are tried.
+_MOST_FAILURES = 3
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ class Entry:
         Why nothing is, for good.
     wanted : Wanted or None
         What the compiler was asked for last.
+    failures : int
+        How many compiled sweeps in a row gave up on steps that were taken without then.
     """
 
     calls: int = 0
@@ -94,6 +98,19 @@ class Entry:
     left: str = ""
     hindrance: str = ""
     wanted: Any = None
+    failures: int = 0
+
+    @property
+    def given_up(self) -> bool:
+        """Whether so many have failed that no more are tried."""
+        return self.failures >= _MOST_FAILURES
+
+    def note(self, gave_up: str) -> None:
+        """Note that a compiled sweep was taken, or why it gave up on steps taken without."""
+        self.failures = self.failures + 1 if gave_up else 0
+        if self.given_up:
+            self.made = ""
+            self.hindrance = f"compiled sweeps gave up {self.failures} times: {gave_up}"
 
     def add(self, ledger: Ledger, before: int = 0) -> None:
         """Count what a sweep has done beyond ``before``, see :func:`calls`."""

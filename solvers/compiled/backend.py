@@ -15,6 +15,7 @@ from pnode.base.options import SolverOptions
 from pnode.field.vectorfield import VectorField
 from pnode.problems.checkpointing import Checkpointing
 from pnode.problems.problem import InitialValueProblem
+from pnode.solvers.compiled.account import Entry
 from pnode.solvers.compiled.budgets import Budget
 from pnode.solvers.compiled.driver import CompiledSweep
 from pnode.solvers.compiled.guards import Guard
@@ -130,8 +131,9 @@ class Wanted:
         Whether a backward sweep may follow.
     dense : bool
         Whether outputs are interpolated.
-    watched : bool
-        Whether events or monitors look at single steps.
+    watched : tuple of str
+        What looks at single steps: "events", "cuts" where they may cut steps in two, "monitor",
+        "callbacks".
     lend : callable
         Lends an integrator of given settings, for a field and an initial state, whose TS has read
         the PETSc options.
@@ -140,6 +142,8 @@ class Wanted:
         since it was compiled is not compiled again.
     budget : callable or None
         Returns what checkpoints of a problem may take; None: any number.
+    parts : Wanted or None
+        How parts of steps are taken, where events are looked for.
     needed : str
         What needs machine code, for an error without it; empty if there is another way.
     """
@@ -150,10 +154,11 @@ class Wanted:
     checkpointing: Checkpointing
     keep: bool
     dense: bool
-    watched: bool
+    watched: tuple[str, ...]
     lend: Callable[[IntegratorSettings, VectorField, torch.Tensor], AbstractContextManager[Any]]
     auto: bool = False
     budget: Callable[[InitialValueProblem], Budget] | None = None
+    parts: Wanted | None = None
     needed: str = ""
 
 
@@ -178,6 +183,8 @@ class Compilation:
         tensors that torch.func has lent it.
     passing : bool
         Whether that is for this solve alone.
+    entry : Entry or None
+        In the account.
     """
 
     sweep: CompiledSweep | None = None
@@ -188,6 +195,12 @@ class Compilation:
     changed: bool = False
     lent: bool = False
     passing: bool = False
+    entry: Entry | None = None
+
+    def note(self, gave_up: str = "") -> None:
+        """Note that the sweep was taken, or why it gave up on steps that Python has taken."""
+        if self.entry is not None:
+            self.entry.note(gave_up)
 
     @property
     def what(self) -> str:

@@ -40,6 +40,27 @@ class Bdf : public ImplicitSteps {
 
   int64_t order() const override { return taken; }
 
+  void follow(const Kernel& other) override {
+    const auto& from = static_cast<const Bdf&>(other);
+    std::memcpy(u, from.u, sizeof(u));
+    std::memcpy(states, from.states, sizeof(states));
+    std::memcpy(lengths, from.lengths, sizeof(lengths));
+    known = from.known, taken = from.taken;
+    newton.forget();
+  }
+
+  Status part(double t, double h) override {
+    step_length = std::fabs(h);
+    return taken < 0 ? extrapolate(t, h) : differentiate(t, h).status;
+  }
+
+  void adopt(const Kernel& other) override {
+    const auto& from = static_cast<const Bdf&>(other);
+    ImplicitSteps::adopt(other);
+    record = from.record, step_length = from.step_length;
+    newton.forget();
+  }
+
   void begin_adjoint(double* const* sums) override {
     ImplicitSteps::begin_adjoint(sums);
     solves.forget();

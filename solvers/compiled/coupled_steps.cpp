@@ -74,6 +74,12 @@ class Coupled : public ImplicitSteps {
 
   void restart_step() override { forget_last(); }
 
+  void adopt(const Kernel& other) override {
+    ImplicitSteps::adopt(other);
+    std::memcpy(Y, static_cast<const Coupled&>(other).Y, sizeof(Y));
+    forget_last();
+  }
+
   void live(std::vector<double>& found) const override { found.assign(Y, Y + s * N); }
 
   // K_Y^T w = d x lambda for the stages together.

@@ -41,6 +41,11 @@ class Dirk : public ImplicitSteps {
 
   void restart_step() override { knows_slope = false; }
 
+  void adopt(const Kernel& other) override {
+    ImplicitSteps::adopt(other);
+    std::memcpy(last_slope, static_cast<const Dirk&>(other).last_slope, sizeof(last_slope));
+  }
+
   void live(std::vector<double>& found) const override {
     found.assign(stages[0], stages[0] + N * m.stages);
   }

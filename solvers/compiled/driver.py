@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,21 @@ from pnode.base.communicators import Reduction
 from pnode.base.ledger import Ledger
 from pnode.base.options import log_stage
 from pnode.base.vectors import REAL
-from pnode.errors import ConfigurationError, LinearSolveFailed
 from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.compiled.budgets import Budget
 from pnode.solvers.compiled.inductor import compile_source
 from pnode.solvers.compiled.kernel import Kernel
 from pnode.solvers.compiled.records import (
+    ENDS,
     Counts,
     add_counts,
+    failure,
     integers,
     new_control,
     numbers,
     pointers,
 )  # fmt: skip
+from pnode.solvers.compiled.shown_steps import GivenUp, ShownSteps
 from pnode.solvers.multistep import TakenOrder
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.step_control import StepControl, fixed_grid
@@ -48,7 +50,7 @@ __all__ = [
 _FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
 #: How long a call may keep Python from noticing an interrupt, in seconds.
 PATIENCE = 0.1
-_DONE, _PAUSED, _UNSOLVED, _SINGULAR, _WAITING, _MISSING = 0, 1, 3, 4, 10, 100  # Status in kernel.h
+_DONE, _PAUSED, _WAITING, _SHOWN = 0, 1, 10, 11  # Status in kernel.h
 
 
 def source(*names: str) -> str:
@@ -72,46 +74,43 @@ def library() -> ctypes.CDLL:
         If it cannot be compiled.
     """
     text = source(
-        "kernel.h", "checkpoints.h", "ranks.h", "sweeps.cpp", "sweep_derivatives.cpp",
-        "sweep_calls.cpp", "rows.cpp", "graphs.h", "graph_steps.cpp",
+        "kernel.h", "checkpoints.h", "ranks.h", "clock.h", "sweeps.cpp", "sweep_derivatives.cpp",
+        "shown_steps.cpp", "sweep_calls.cpp", "rows.cpp", "graphs.h", "graph_steps.cpp",
     )  # fmt: skip
     made = compile_source(text, _FLAGS, "driver-")
     pointer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+    rest = [number, real, pointer]
     functions: dict[str, tuple[Any, list[Any]]] = {
-        "torch": (None, [pointer]),
         "plan": (pointer, [pointer, pointer]),
-        "free_plan": (None, [pointer]),
         "plan_tangents": (None, [pointer, number, pointer, number]),
         "graph_steps": (pointer, [pointer] * 5),
         "sweep": (pointer, [pointer, pointer, pointer, pointer, number]),
-        "free_sweep": (None, [pointer]),
         "share": (None, [pointer, pointer]),
         "leave": (number, [pointer]),
         "forward": (number, [pointer, pointer, pointer, real, pointer]),
         "limit": (None, [pointer, number]),
         "schedule": (number, [pointer, pointer, number]),
-        "keep_ends": (None, [pointer]),
+        "watch": (None, [pointer, pointer]),
+        "shown": (None, [pointer] * 3),
+        "part": (number, [pointer, pointer, real, pointer]),
+        "cut": (None, [pointer, real]),
         "ends": (None, [pointer, pointer]),
         "nodes": (number, [pointer, pointer, number]),
-        "repeat": (None, [pointer]),
         "reverse": (number, [pointer, pointer, pointer, pointer, real]),
         "finish": (number, [pointer, pointer, pointer, pointer]),
         "tangents": (number, [pointer, pointer, number] + [pointer] * 3 + [real, pointer]),
         "recorded": (number, [pointer, pointer, pointer, pointer]),
         "whole": (number, [pointer]),
-        "restart": (None, [pointer]),
-        "rows_restart": (None, [pointer]),
+        "left": (number, [pointer]),
         "owned": (number, []),
         "rows": (pointer, [pointer] * 5 + [number] * 2 + [pointer, number, number]),
-        "free_rows": (None, [pointer]),
         "row": (pointer, [pointer, number]),
-        "rows_forward": (None, [pointer] * 3 + [number, real, pointer]),
-        "rows_reverse": (
-            None,
-            [pointer] * 3 + [number] * 2 + [pointer] * 2 + [number, real, pointer],
-        ),
+        "rows_forward": (None, [pointer] * 3 + rest),
+        "rows_reverse": (None, [pointer] * 3 + [number] * 2 + [pointer] * 2 + rest),
         "rows_counts": (None, [pointer, number, pointer]),
     }
+    with_handle = "torch free_plan free_sweep keep_ends stop repeat restart rows_restart free_rows"
+    functions |= dict.fromkeys(with_handle.split(), (None, [pointer]))
     for name, (result, arguments) in functions.items():
         function = getattr(made, f"pnode_{name}")
         function.restype, function.argtypes = result, arguments
@@ -147,6 +146,9 @@ class CompiledSweep:
     """
 
     _handle: Any = None
+    status = _PAUSED  # of a forward sweep
+    shown: ShownSteps | None = None  # if someone looks at the steps
+    told: Callable[[int], None] | None = None  # how many are left to a backward sweep
 
     def __init__(
         self, kernel: Kernel, handle: int, alive: Any, problem: InitialValueProblem,
@@ -189,19 +191,17 @@ class CompiledSweep:
         if self._handle and not sys.is_finalizing():
             self._library.pnode_free_sweep(self._handle)
 
+    def watch(self, shown: ShownSteps, trial: int | None) -> None:
+        """Show the steps; ``trial``: a kernel for parts of them, which is taken over."""
+        self.shown = shown
+        self._library.pnode_watch(self._handle, trial)
+
     def forward(self, ledger: Ledger) -> torch.Tensor | None:
         """Take all steps. Collective: if one rank fails all do.
 
-        Parameters
-        ----------
-        ledger : Ledger
-            Counts what a successful sweep did.
-
-        Returns
-        -------
-        Tensor or None
-            States at the output times, shape ``(T, size)``, the user's precision; None if a step
-            failed for good: the error is to be had from taking them one by one.
+        Returns states at the output times that were reached, shape ``(T, size)``, the user's
+        precision; None if a step failed for good: the error is to be had from taking them one by
+        one. ``ledger`` counts what a successful sweep did.
         """
         with log_stage("pnode forward"):
             self._stats = ledger
@@ -212,7 +212,16 @@ class CompiledSweep:
         if not done:
             return None
         add_counts(counts, ledger)
+        if self.shown is not None and self.shown.stopped is not None:
+            self._end = self.shown.stopped
+            self._outputs = len(self.recorded()[1])
+            outputs = outputs[: self._outputs].clone()
         return outputs
+
+    @property
+    def end(self) -> str:
+        """How a forward sweep that gave up has ended, in words."""
+        return ENDS.get(self.status, "a step failed")
 
     def _empty(self) -> torch.Tensor:
         return torch.empty((self._outputs, self.kernel.size), dtype=self.kernel.dtype)
@@ -220,14 +229,19 @@ class CompiledSweep:
     def _take_steps(self, outputs: torch.Tensor, counts: Any) -> bool:
         inputs = self.kernel.inputs()
         read = pointers(inputs)
+        if self.shown is not None:
+            self.shown.lent(self._library, self._handle, inputs)
         if self._orders is not None:
             self._waiting = self._orders.forward()
-        status = _PAUSED
-        while self._goes_on(status):  # in between, Python notices interrupts
-            status = self._library.pnode_forward(
-                self._handle, read, outputs.data_ptr(), PATIENCE, ctypes.byref(counts)
-            )
-        return bool(status == _DONE)
+        self.status = _PAUSED
+        try:
+            while self._goes_on(self.status):  # in between, Python notices interrupts
+                self.status = self._library.pnode_forward(
+                    self._handle, read, outputs.data_ptr(), PATIENCE, ctypes.byref(counts)
+                )
+        except GivenUp:
+            return False
+        return bool(self.status == _DONE)
 
     def _goes_on(self, status: int) -> bool:
         """Whether a sweep goes on, with more orders if it waits for these."""
@@ -235,6 +249,10 @@ class CompiledSweep:
             more = next(self._waiting)
             address = more.buffer_info()[0]
             return self._library.pnode_schedule(self._handle, address, len(more) // 2) == _DONE
+        if status == _SHOWN:
+            assert self.shown is not None
+            self.shown.show()
+            return True
         return status == _PAUSED
 
     def ends(self) -> torch.Tensor:
@@ -268,10 +286,7 @@ class CompiledSweep:
         initial : Tensor
             ``state`` without the first output's cotangent.
 
-        Raises
-        ------
-        LinearSolveFailed
-            If a matrix is singular.
+        Raises :class:`LinearSolveFailed` if a matrix is singular.
         """
         with log_stage("pnode adjoint"):
             self._complete(ledger)
@@ -308,10 +323,7 @@ class CompiledSweep:
             Of the outputs, shape ``(T, m, size)``, the user's precision; None if there is no code
             for them.
 
-        Raises
-        ------
-        LinearSolveFailed
-            If a matrix is singular.
+        Raises :class:`LinearSolveFailed` if a matrix is singular.
         """
         kernel = self.kernel
         steps = self._library.pnode_recorded(self._handle, None, None, None)
@@ -331,7 +343,7 @@ class CompiledSweep:
             )  # fmt: skip
             first = None
         if status != _DONE:
-            raise _failure("tangent", status)
+            raise failure("tangent", status)
         counts.bytes = 0
         add_counts(counts, ledger)
         return outputs.to(kernel.dtype)
@@ -352,6 +364,7 @@ class CompiledSweep:
         number = self._library.pnode_recorded(self._handle, None, None, None)
         steps, outputs = (ctypes.c_double * (2 * number))(), (ctypes.c_int64 * self._outputs)()
         orders: Any = (ctypes.c_int64 * number)()
+        outputs[:] = [-1] * self._outputs  # of those that were not reached
         self._library.pnode_recorded(self._handle, steps, orders, outputs)
         starts = [self._direction * start for start in steps[::2]]
         lengths = [self._direction * length for length in steps[1::2]]
@@ -362,7 +375,7 @@ class CompiledSweep:
                 for order, h in zip(orders, lengths, strict=True)
             ]
         found = zip(range(number), starts, lengths, ends, orders, strict=True)
-        return [Step(*one) for one in found], tuple(outputs)
+        return [Step(*one) for one in found], tuple(at for at in outputs if at >= 0)
 
     def _take_adjoints(
         self, cotangents: torch.Tensor
@@ -377,24 +390,11 @@ class CompiledSweep:
         status = _PAUSED
         while self._goes_on(status):
             status = self._library.pnode_reverse(*arguments, PATIENCE)
+            if self.told is not None:
+                self.told(self._library.pnode_left(self._handle))
         if status == _DONE:
             finish = self._library.pnode_finish
             status = finish(self._handle, state.data_ptr(), places, ctypes.byref(counts))
         if status != _DONE:
-            raise _failure("adjoint", status)
+            raise failure("adjoint", status)
         return state, sums, counts
-
-
-def _failure(what: str, status: int) -> Exception:
-    """Return the error of an adjoint or a tangent that ended with a status."""
-    if status in (_SINGULAR, _UNSOLVED):
-        reason = "zero pivot" if status == _SINGULAR else "bad pivots, and no refinement helped"
-        text = f"a solve of the {what} failed: use jacobian='dense', or compile=False"
-        return LinearSolveFailed(text, reason=reason)
-    if status == _MISSING:
-        return ConfigurationError(
-            f"the {what} met entries of a Jacobian that its sparsity pattern, or its blocks of "
-            "independent samples, do not have: give every entry that can be non-zero in "
-            "jacobian_pattern=, or use jacobian='matrix-free' or compile=False"
-        )
-    return RuntimeError(f"the compiled {what} of a step failed: is there enough memory?")

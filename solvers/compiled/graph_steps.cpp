@@ -101,6 +101,8 @@ class GraphSteps : public Kernel {
         }
     }
 
+    const double* tried() const override { return results_[1].data<double>(); }
+
     int64_t kept() const override { return checkpoints_.size(); }
 
     void begin_adjoint(double* const* sums) override {

@@ -24,6 +24,7 @@ from pnode.solvers.compiled.graph_calls import Graph, described, dtype_code, len
 from pnode.solvers.compiled.inductor import CompilationFailed, CompiledGraph
 from pnode.solvers.compiled.integrator import Start, step_tolerances
 from pnode.solvers.compiled.kernel import Kernel
+from pnode.solvers.compiled.shown_steps import ShownSteps
 from pnode.solvers.compiled.step_tangents import StepTangents
 from pnode.solvers.compiled.steps import StepGraphs, Tensors
 from pnode.solvers.compiled.trace import FieldGraph
@@ -286,6 +287,8 @@ class ExplicitSteps(Backend):
             sweep = driver.CompiledSweep(
                 kernel, handle, alive, problem, settings, control, wanted.keep, first
             )
+            if wanted.watched:
+                sweep.watch(ShownSteps(settings, y0), None)
         return Compilation(sweep, start, captured=graphs.traced.captured)
 
     def _read_options(self, field_: VectorField, y0: torch.Tensor, wanted: Wanted) -> None:
@@ -324,10 +327,11 @@ def _keeps_all(wanted: Wanted) -> bool:
 
 
 def _is_plain(wanted: Wanted) -> bool:
-    """Whether nobody looks at single steps or decides on their checkpoints."""
+    """Whether nobody but a monitor looks at single steps or decides on their checkpoints."""
     chosen = wanted.checkpointing
+    watched = {*wanted.watched} - (set() if wanted.settings.parallel else {"monitor"})
     if (
-        wanted.watched
+        watched
         or wanted.dense
         or any(name.startswith("ts_monitor") for name in wanted.options.values)
     ):

@@ -123,6 +123,16 @@ class ImplicitSteps : public Kernel {
     restart_step();
   }
 
+  const double* tried() const override { return end; }
+
+  void follow(const Kernel& other) override { stand(static_cast<const ImplicitSteps&>(other).u); }
+
+  void adopt(const Kernel& other) override {
+    const auto& from = static_cast<const ImplicitSteps&>(other);
+    std::memcpy(end, from.end, sizeof(end));
+    std::memcpy(stages, from.stages, sizeof(stages));
+  }
+
   void end_adjoint(double* state, double* const*) override {
     std::memcpy(state, lambda, sizeof(lambda));
   }

@@ -22,6 +22,7 @@ from pnode.solvers.compiled.graph_programs import GraphProgram, is_linear
 from pnode.solvers.compiled.implicit_settings import prepared, scheme_of, tolerance
 from pnode.solvers.compiled.programs import MOST_STAGES, ImplicitProgram, Program
 from pnode.solvers.compiled.second_graphs import SecondGraphs
+from pnode.solvers.compiled.shown_steps import ShownSteps
 from pnode.solvers.compiled.split_programs import SplitProgram
 from pnode.solvers.compiled.trace import FieldGraph, Untraceable
 from pnode.solvers.methods import Method
@@ -46,8 +47,11 @@ class ImplicitSweeps(Backend):
     def refuses(self, wanted: Wanted) -> str | None:
         """Return why there are no such sweeps for a solve, whatever the field."""
         settings, method = wanted.settings, wanted.settings.method
-        if wanted.watched:
-            return "events and monitors look at single steps of implicit methods"
+        if wanted.watched and (settings.parallel or "callbacks" in wanted.watched):
+            return (
+                "odeint's callbacks look at attempts of implicit methods, and events and monitors "
+                "at single steps of states that ranks share"
+            )
         if wanted.keep and not self._keeps(wanted.checkpointing):
             return (
                 "of implicit methods checkpoints are kept in memory alone: of checkpointing= drop "
@@ -69,11 +73,11 @@ class ImplicitSweeps(Backend):
         if method.multistep and bool((tolerance(settings, "atol") == 0.0).any()):
             return "BDF is compiled for atol without zeros"
         more, dense = settings.jacobian_options, settings.jacobian == "dense"
-        if not (dense or self._takes_entries(wanted)) or more.reuse not in ("auto", "iteration"):
+        if not (dense or self._takes_entries(wanted)) or more.reuse in ("step", "solve"):
             return (
                 "implicit methods are compiled with jacobian='dense', 'sparse' or 'block', fully "
-                "implicit ones and M y' = f(t, y) with 'dense' alone, and jacobian_reuse='auto' or "
-                "'iteration'"
+                "implicit ones and M y' = f(t, y) with 'dense' alone, and jacobian_reuse='auto', "
+                "'iteration' or 'constant'"
             )
         most = _LARGEST_SPARSE_ROSENBROCK if method.linearly_implicit else _LARGEST_SPARSE
         most = _LARGEST_STATE if dense else most
@@ -111,6 +115,11 @@ class ImplicitSweeps(Backend):
         if steps != "explicit":
             settings = wanted.settings
             options = settings.jacobian_options
+            if options.reuse == "constant" and not is_linear(trace.graph):
+                raise Untraceable(
+                    "jacobian_reuse='constant', and its graph does not show that the Jacobian "
+                    "depends on neither t nor y"
+                )
             if options.found and not is_linear(trace.graph):
                 raise Untraceable("the structure of its Jacobian was only found, and may change")
             known = colored(trace.codes, settings.jacobian, options, part, y0)
@@ -129,8 +138,9 @@ class ImplicitSweeps(Backend):
                 program = GraphProgram(code, steps, second, known)
             trace.codes[key] = program
         made: ImplicitProgram = trace.codes[key]
-        if steps != "explicit":
-            prepared(made, wanted)
+        for one in (wanted, wanted.parts):
+            if steps != "explicit" and one is not None:
+                prepared(made, one)
         return made
 
     def _scalars(
@@ -154,22 +164,39 @@ class ImplicitSweeps(Backend):
     ) -> Compilation:
         """Return the sweep."""
         program: Any = checked[0].code
-        settings, mass = prepared(program, wanted), field_.problem.mass
         if len(checked) > 1:
             program = SplitProgram(program, checked[1].code)
-            handle = program.stand_at(settings, y0)
-        else:
-            if mass is not None:
-                settings = _with_mass(settings, mass, wanted.settings.method)
-            handle = program.stand_at(settings, y0, _matrices(settings, mass))
+        handle = _stand_at(program, checked[0].code, y0, field_.problem.mass, wanted)
         budget = Budget()
         if wanted.keep and wanted.budget is not None:
             budget = wanted.budget(field_.problem)
+        if "cuts" in wanted.watched and wanted.settings.method.carries_slope:
+            budget = budget._replace(fresh=True)  # as EventLocator.before_step has it
         sweep = CompiledSweep(
             program, handle, None, field_.problem, wanted.settings, wanted.control, wanted.keep,
             wanted.control.first_step or 0.0, budget, wanted.dense,
         )  # fmt: skip
+        if wanted.watched:
+            trial = None
+            if wanted.parts is not None:
+                trial = _stand_at(
+                    program, checked[0].code, y0, field_.problem.mass, wanted.parts
+                )  # fmt: skip
+            sweep.watch(ShownSteps(wanted.settings, y0), trial)
         return Compilation(sweep, captured=tuple(program.captured))
+
+
+def _stand_at(
+    program: Any, implicit: ImplicitProgram, y0: torch.Tensor, mass: MassMatrix | None,
+    wanted: Wanted,
+) -> int:  # fmt: skip
+    """Return a kernel at a state."""
+    settings = prepared(implicit, wanted)
+    if mass is None:
+        handle: int = program.stand_at(settings, y0)
+        return handle
+    settings = _with_mass(settings, mass, wanted.settings.method)
+    return implicit.stand_at(settings, y0, _matrices(settings, mass))
 
 
 def _with_mass(settings: Any, mass: MassMatrix, method: Method) -> Any:
@@ -181,10 +208,10 @@ def _with_mass(settings: Any, mass: MassMatrix, method: Method) -> Any:
     return own
 
 
-def _matrices(settings: Any, mass: MassMatrix | None) -> torch.Tensor | None:
+def _matrices(settings: Any, mass: MassMatrix) -> torch.Tensor:
     """Return a mass matrix as ``stand_at`` takes it: see ``dirk_steps.cpp``."""
-    if mass is None or not settings.explicit_first:
-        return None if mass is None else mass.dense()
+    if not settings.explicit_first:
+        return mass.dense()
     unit = torch.eye(mass.size, dtype=REAL)
     inverse = mass.solve(unit).T
     reached = mass.dense() @ inverse if mass.singular else unit

@@ -77,6 +77,8 @@ class CompiledIntegrator(TimeIntegrator):
         PETSc options.
     """
 
+    interpolates = False
+
     def __init__(self, settings: IntegratorSettings, options: SolverOptions) -> None:
         super().__init__(settings, options)
         graphs = settings.graphs

@@ -16,7 +16,8 @@ enum Status : int64_t {
     DONE = 0, PAUSED, NOT_FINITE, NOT_CONVERGED, SINGULAR, STEP_LIMIT, TOO_SMALL, FAILED,
     HOPELESS,  // not finite, which shorter steps would not mend
     NO_ROOM,  // for more checkpoints
-    WAITING  // for orders, of checkpoints.h
+    WAITING,  // for orders, of checkpoints.h
+    SHOWN  // a step, before it is accepted
 };
 
 // Square of the largest norm that is not taken for an overflow: what an adaptive step may square
@@ -80,6 +81,14 @@ class Kernel {
     virtual void stand(const double*) {}
     // Let the next step begin without what the last one has left.
     virtual void restart_step() {}
+
+    // Of steps that are shown before they are accepted: the attempt's end. Another kernel of the same
+    // kind, without error control, takes parts of them: it stands where this one does, takes a part
+    // in the attempt's order, and its last attempt becomes this one's.
+    virtual const double* tried() const { return nullptr; }
+    virtual void follow(const Kernel&) {}
+    virtual Status part(double t, double h) { return attempt(t, h).status; }
+    virtual void adopt(const Kernel&) {}
 
     // Begin with so many tangents of the state, rows of `start`, and as many of what mu is the
     // gradient by, rows of `along`, null where it does not move.

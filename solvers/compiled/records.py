@@ -11,13 +11,23 @@ from typing import Any
 import torch
 
 from pnode.base.ledger import Ledger
+from pnode.errors import ConfigurationError, LinearSolveFailed
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.step_control import StepControl
 
-__all__ = ["Counts", "add_counts", "integers", "new_control", "numbers", "pointers"]
+__all__ = [
+    "ENDS", "Counts", "add_counts", "failure", "integers", "new_control", "numbers", "pointers",
+]  # fmt: skip
 
 # PETSc's largest step (TSAdaptSetStepLimits).
 _LONGEST = 1e20
+#: How a sweep gives up, by Status in kernel.h.
+ENDS = {
+    2: "values are not finite", 3: "Newton's method does not converge", 4: "a matrix is singular",
+    5: "max_steps is reached", 6: "steps become too small", 8: "values are not finite",
+    9: "there is no room for more checkpoints",
+}  # fmt: skip
+_UNSOLVED, _SINGULAR, _MISSING = 3, 4, 100  # Status in kernel.h
 
 
 def _structure(integers: str, numbers: str = "") -> type[ctypes.Structure]:
@@ -79,3 +89,18 @@ def add_counts(counts: Any, ledger: Ledger) -> None:
         own[name] += number
     if size > ledger.ram_bytes:
         ledger.ram_bytes = size
+
+
+def failure(what: str, status: int) -> Exception:
+    """Return the error of an adjoint or a tangent that ended with a status of ``kernel.h``."""
+    if status in (_SINGULAR, _UNSOLVED):
+        reason = "zero pivot" if status == _SINGULAR else "bad pivots, and no refinement helped"
+        text = f"a solve of the {what} failed: use jacobian='dense', or compile=False"
+        return LinearSolveFailed(text, reason=reason)
+    if status == _MISSING:
+        return ConfigurationError(
+            f"the {what} met entries of a Jacobian that its sparsity pattern, or its blocks of "
+            "independent samples, do not have: give every entry that can be non-zero in "
+            "jacobian_pattern=, or use jacobian='matrix-free' or compile=False"
+        )
+    return RuntimeError(f"the compiled {what} of a step failed: is there enough memory?")

@@ -46,6 +46,19 @@ int64_t pnode_forward(void* sweep, void* const* captured, void* outputs, double 
     });
 }
 
+// Takes over the kernel, null where no parts of steps are wanted.
+void pnode_watch(void* sweep, void* trial) { own(sweep).watch(static_cast<Kernel*>(trial)); }
+
+void pnode_shown(void* sweep, double* step, double* state) { own(sweep).shown(step, state); }
+
+int64_t pnode_part(void* sweep, void* const* captured, double length, double* state) {
+    return guarded([&] { return own(sweep).part(captured, length, state); });
+}
+
+void pnode_cut(void* sweep, double end) { own(sweep).cut(end); }
+
+void pnode_stop(void* sweep) { own(sweep).stop(); }
+
 void pnode_keep_ends(void* sweep) { own(sweep).keep_ends(); }
 
 void pnode_ends(void* sweep, double* states) { own(sweep).ends(states); }
@@ -75,6 +88,8 @@ int64_t pnode_reverse(void* sweep, void* const* captured, double* const* sums,
                       const double* cotangents, double seconds) {
     return guarded([&] { return own(sweep).reverse(captured, sums, cotangents, seconds); });
 }
+
+int64_t pnode_left(void* sweep) { return own(sweep).left(); }
 
 int64_t pnode_tangents(void* sweep, void* const* captured, int64_t number, const double* start,
                        const double* along, double* outputs, double seconds, Counts* counts) {

@@ -1,10 +1,9 @@
 // Whole sweeps, forwards and backwards: what solvers/stepping.py and adjoint steps do one by one,
-// with the same numbers. Above this stand kernel.h, checkpoints.h and ranks.h, below it
-// sweep_derivatives.cpp and sweep_calls.cpp.
+// with the same numbers. Above this stand kernel.h, checkpoints.h, ranks.h and clock.h,
+// below it sweep_derivatives.cpp, shown_steps.cpp and sweep_calls.cpp.
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cmath>
 #include <limits>
 #include <memory>
@@ -16,30 +15,6 @@ namespace {
 // TSADAPTBASIC's defaults (TSAdaptSetSafety, TSAdaptSetClip).
 constexpr double SAFETY = 0.9, LEAST_FACTOR = 0.1, LARGEST_FACTOR = 10.0;
 const double INFINITE = std::numeric_limits<double>::infinity();
-
-class Clock {
-  public:
-    Clock(double seconds, int64_t steps_per_look)
-        : end_(std::chrono::steady_clock::now() +
-               std::chrono::microseconds(static_cast<int64_t>(1e6 * seconds))),
-          every_(steps_per_look) {}
-
-    // To be asked after each step.
-    bool over() {
-        if (++steps_ % every_) return false;
-        return left() <= 0.0;
-    }
-
-    // Seconds.
-    double left() const {
-        return std::chrono::duration<double>(end_ - std::chrono::steady_clock::now()).count();
-    }
-
-  private:
-    const std::chrono::steady_clock::time_point end_;
-    const int64_t every_;
-    int64_t steps_ = 0;
-};
 
 struct Taken {
     double t, h;
@@ -98,6 +73,19 @@ class Sweep {
         return ended_ = status;
     }
 
+    // Show each step before it is accepted; `trial` takes parts of it, null where none are wanted.
+    void watch(Kernel* trial) {
+        watched_ = true;
+        trial_.reset(trial);
+        if (trial) trial->begin();
+    }
+
+    // Of shown_steps.cpp.
+    void shown(double* step, double* state) const;
+    Status part(void* const* captured, double length, double* state);
+    void cut(double end);
+    void stop();
+
     // Keep the state at the end of each step of the first pass, until they are asked for.
     void keep_ends() { keeps_ends_ = true; }
 
@@ -122,6 +110,9 @@ class Sweep {
     // Of sweep_derivatives.cpp.
     Status reverse(void* const* captured, double* const* sums, const double* cotangents,
                    double seconds);
+
+    // How many steps are left to it.
+    int64_t left() const { return left_; }
 
     void finish(double* state, double* const* sums) { kernel_->end_adjoint(state, sums); }
 
@@ -158,7 +149,8 @@ class Sweep {
         Status status = PAUSED;
         if (!interval_) output();
         do {
-            if (interval_ == times_.size()) {
+            const bool stops = stopped_ && !shown_.open && index_ == number_of_steps();
+            if (stops || interval_ == times_.size()) {
                 if (budget_) budget_->hold();
                 complete_ = true;
                 status = DONE;
@@ -172,7 +164,7 @@ class Sweep {
                 begun_ = index_;
                 kernel_->restart_step();
             }
-            status = again_ ? repeated() : control_.adaptive ? adapt() : fixed();
+            status = shown_.open ? accept() : again_ ? repeated() : go_on();
         } while (status == PAUSED && !clock.over());
         kernel_->lend(nullptr);
         return status;
@@ -216,7 +208,7 @@ class Sweep {
         index_ = position_ = 0;
         interval_ = 0;
         s_ = times_[0];
-        natural_ = std::nan("");
+        natural_ = rest_ = std::nan("");
         rejected_ = 0;
         backwards_ = false;
     }
@@ -229,14 +221,19 @@ class Sweep {
         position_ = 0;
     }
 
+    int64_t number_of_steps() const { return static_cast<int64_t>(record_.size()); }
+
     bool at_limit() const { return control_.max_steps >= 0 && index_ >= control_.max_steps; }
+
+    Status go_on() { return control_.adaptive ? adapt() : fixed(); }
 
     // A step that was taken before.
     Status repeated() {
         const Taken step = record_[index_];
         const Status status = kernel_->attempt(step.t, step.h).status;
         if (status != DONE) return status;
-        return accept(step.t, step.h, index_ + 1 == reached_[interval_]);
+        const bool reached = interval_ < reached_.size() && index_ + 1 == reached_[interval_];
+        return show({step.t, step.h, reached});
     }
 
     // A step of the length that divides the interval: FixedGrid of clock.py.
@@ -245,10 +242,16 @@ class Sweep {
         const double begin = times_[interval_ - 1], span = times_[interval_] - begin;
         const int64_t number = counts_[interval_ - 1];
         const double length = span / static_cast<double>(number);
-        const double start = position_ ? begin + static_cast<double>(position_) * length : begin;
-        const double t = control_.direction * start, h = control_.direction * length;
+        const auto place = [&](int64_t k) { return k ? begin + static_cast<double>(k) * length : begin; };
+        const bool reached = position_ + 1 == number, cut = !std::isnan(rest_);
+        const double start = cut ? rest_ : place(position_);
+        const double end = reached ? times_[interval_] : place(position_ + 1);
+        const double t = control_.direction * start;
+        const double h = control_.direction * (cut ? end - start : length);
         const Status status = kernel_->attempt(t, h).status;
-        return status == DONE ? accept(t, h, ++position_ == number) : status;
+        if (status != DONE) return status;
+        rest_ = std::nan("");
+        return show({t, h, reached, start, end});
     }
 
     // One attempt of an adaptive step: _Sweep.adapt of stepping.py, and TSADAPTBASIC's choice.
@@ -293,8 +296,9 @@ class Sweep {
             const bool shortened =
                 !kernel_->absolute && wanted < natural && proposed >= length;
             natural_ = shortened ? std::max(proposed, natural) : proposed;
+            const double start = s_;
             s_ = after;
-            return accept(t, h, reached);
+            return show({t, h, reached, start, after});
         }
         ++rejected_;
         if (wanted <= std::max(control_.min_step, least))
@@ -317,7 +321,25 @@ class Sweep {
         return PAUSED;
     }
 
-    Status accept(double t, double h, bool reached) {
+    struct Step {
+        double t, h;
+        bool reached;  // an output time
+        double start = 0.0, end = 0.0;  // to be shown
+        bool open = false;
+    };
+
+    // Accept a step, once it was shown.
+    Status show(const Step& step) {
+        shown_ = step;
+        shown_.open = watched_ && !again_;
+        return shown_.open ? SHOWN : accept();
+    }
+
+    Status accept() {
+        const double t = shown_.t, h = shown_.h;
+        const bool reached = shown_.reached;
+        shown_.open = false;
+        if (std::isnan(rest_)) ++position_;
         const int64_t before = kernel_->counts.bytes;
         kernel_->accept(control_.keep && !budget_);
         if (budget_) {  // what there is to do up to ACCEPTED
@@ -341,6 +363,10 @@ class Sweep {
     }
 
     const std::unique_ptr<Kernel> kernel_;
+    std::unique_ptr<Kernel> trial_;
+    bool watched_ = false, stopped_ = false;
+    Step shown_{};
+    double rest_;  // where the rest of a fixed step begins that was cut; else NaN
     const Control control_;
     const std::vector<double> times_;
     const std::vector<int64_t> counts_;  // of fixed steps between them

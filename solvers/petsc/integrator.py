@@ -58,6 +58,7 @@ class TimeIntegrator:
     proposes_absolute = False
     failure_factor = 0.25
     whole_graphs = False
+    interpolates = True  # and evaluates nothing for it
 
     def __init__(self, settings: IntegratorSettings, options: SolverOptions) -> None:
         self.first_order = settings.method.order
