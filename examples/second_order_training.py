@@ -359,7 +359,7 @@ def run(options: argparse.Namespace) -> Outcome:
     gradients = compare_gradients(
         problem.field,
         lambda solve: problem.residuals(solve(problem.starts, problem.times)).square().sum(),
-        list(problem.field.parameters()), method="dopri5",
+        list(problem.field.parameters()), method="dopri5", quick=options.quick,
     )  # fmt: skip
     first = {name: value.clone() for name, value in problem.field.state_dict().items()}
     trainings: dict[str, Training] = {}

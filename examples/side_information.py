@@ -207,7 +207,7 @@ def run(options: argparse.Namespace) -> Outcome:
     gradients = compare_gradients(
         fields["structure"],
         lambda solve: data_loss(solve(observed[0], times(SEEN)), observed),
-        list(fields["structure"].parameters()), method="dopri5",
+        list(fields["structure"].parameters()), method="dopri5", quick=options.quick,
     )  # fmt: skip
     losses = {name: learn(fields[name], observed, options, name.split()[0])
               for name in ("plain net", "structure")}  # fmt: skip
