@@ -233,7 +233,8 @@ def test_field_of_many_operations(interpreted: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
-    ("batch", "size", "width"), [(6, 2, 37), (20, 3, 50), (40, 30, 50), (300, 20, 130), (1, 90, 90)]
+    ("batch", "size", "width"),
+    [(6, 2, 37), (6, 1, 16), (20, 3, 50), (40, 30, 50), (300, 20, 130), (1, 90, 90)],
 )
 def test_products_of_all_sizes(
     batch: int, size: int, width: int, bias: bool, interpreted: dict[str, int]
