@@ -150,6 +150,7 @@ def compare_gradients(
     rtol: float = 1e-6,
     atol: float = 1e-8,
     exact: Sequence[torch.Tensor] | None = None,
+    quick: bool = False,
 ) -> list[dict[str, Any]]:
     """Measure the gradient of a loss by pnode and by torchdiffeq, with the same method.
 
@@ -165,21 +166,33 @@ def compare_gradients(
         The method, of the same name in both packages; with fixed steps, or adaptive.
     exact : sequence of Tensor, optional
         The gradients as they should be; by default those of tolerances near round-off.
+    quick : bool
+        Measure each once, and nothing compiled.
 
     Returns
     -------
     list of dict
         A row for each way to the gradient: error, evaluations of the field (backward ones
-        included), CPU time, memory, and the ratio of CPU times to pnode's. torchdiffeq's are left
-        out where it is not installed, which a line says.
+        included), CPU time, memory, and the ratio of CPU times to the first row's. Adaptive steps
+        are those to the outputs and, as torchdiffeq's, those of ``dense=True``. Compiled is what
+        pnode's default comes to in a training; the compilation is not in the time. torchdiffeq's
+        rows are left out where it is not installed, which a line says.
     """
     counted = Counted(field)
     tight = pnode.Solver(field, method="dopri5", rtol=1e-11, atol=1e-12, compile=False)
     steps: dict[str, Any] = {"step_size": step_size} if step_size else {"rtol": rtol, "atol": atol}
-    solver = pnode.Solver(counted, method=method, compile=False, **steps)
+    solvers = {"pnode": pnode.Solver(counted, method=method, compile=False, **steps)}
+    if not step_size:
+        solvers["pnode, dense=True"] = pnode.Solver(
+            counted, method=method, compile=False, dense=True, **steps
+        )
+    if not quick:
+        solvers["pnode, compiled"] = pnode.Solver(field, method=method, compile=True, **steps)
+    ways: dict[str, Callable[..., torch.Tensor]] = {
+        name: lambda y0, t, solver=solver: solver(y0, t).ys for name, solver in solvers.items()
+    }
     package = peer("torchdiffeq")
-    options = {"options": {"step_size": step_size}} if step_size else {"rtol": rtol, "atol": atol}
-    ways: dict[str, Callable[..., torch.Tensor]] = {"pnode": lambda y0, t: solver(y0, t).ys}
+    options = {"options": {"step_size": step_size}} if step_size else steps
     for name in ("odeint", "odeint_adjoint") if package is not None else ():
         call = getattr(package, name)
         ways[f"torchdiffeq {name}"] = lambda y0, t, call=call: call(
@@ -196,13 +209,14 @@ def compare_gradients(
         wanted = torch.cat([part.reshape(-1) for part in exact])
     rows: list[dict[str, Any]] = []
     for name, solve in ways.items():
-        measured = measure(lambda solve=solve: gradients(solve), 5, warm_up=True)  # type: ignore[misc]
         counted.calls = 0
-        gradients(solve)
+        gradients(solve)  # to warm up; a compiled one calls the field itself
+        calls = counted.calls or None
+        measured = measure(lambda solve=solve: gradients(solve), 1 if quick else 5)  # type: ignore[misc]
         rows.append({
             "what": f"gradient, {name}",
             "error": ((measured.value - wanted).norm() / wanted.norm()).item(),
-            "f": counted.calls or None, "CPU ms": 1e3 * measured.cpu_seconds,
+            "f": calls, "CPU ms": 1e3 * measured.cpu_seconds,
             "MiB": measured.peak_mib,
         })  # fmt: skip
         rows[-1]["ratio"] = rows[-1]["CPU ms"] / rows[0]["CPU ms"]

@@ -30,14 +30,17 @@ network    0.881       0.136     2.22     6.5
 hybrid     2.46        0.77      5.89     8.6
 =========  ==========  ========  =======  ===============
 
-One gradient by dopri5, rtol = 1e-6, CPU time and memory relative to pnode's 96 ms and 13 MiB:
+One gradient by dopri5, rtol = 1e-6, CPU time and memory relative to pnode's 107 ms and 12 MiB
+without compilation; compiled is what ``compile="auto"`` comes to in a training:
 
 ==========================  ======  ===  ====  ====
 gradient by                 error   f    CPU   MiB
 ==========================  ======  ===  ====  ====
 pnode, not compiled         1.8e-7  163  1     1
-torchdiffeq odeint          1.1e-6  86   0.66  0.63
-torchdiffeq odeint_adjoint  8.0e-7  210  1.7   0.07
+pnode, dense=True           2.3e-7  159  1.1   0.98
+pnode, compiled             1.8e-7  163  0.24  0.72
+torchdiffeq odeint          1.1e-6  86   0.83  0.76
+torchdiffeq odeint_adjoint  8.0e-7  210  3.6   0.12
 ==========================  ======  ===  ====  ====
 
 The hybrid's residual is 3.2 % off the true one, 4 x in y'. What did not work: a fifth of the
@@ -151,12 +154,12 @@ def valid_times(found: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     return torch.cat([off, last]).int().argmax(0) * INTERVAL * LYAPUNOV
 
 
-def gradients(model: Network, observed: torch.Tensor) -> list[dict[str, Any]]:
+def gradients(model: Network, observed: torch.Tensor, quick: bool) -> list[dict[str, Any]]:
     """Measure the first gradient of the training beside torchdiffeq's, both by dopri5."""
     target = observed[torch.arange(BATCH) * 10 + torch.arange(AHEAD + 1)[:, None]]
     return compare_gradients(
         model, lambda solve: mean_square(solve(target[0], window()), target),
-        list(model.parameters()), method="dopri5",
+        list(model.parameters()), method="dopri5", quick=quick,
     )  # fmt: skip
 
 
@@ -170,7 +173,7 @@ def run(options: argparse.Namespace) -> Outcome:
         "equations": Lorenz(WRONG), "network": Network(options.seed),
         "hybrid": Network(options.seed, Lorenz(WRONG)),
     }  # fmt: skip
-    compared = gradients(models["hybrid"], observed)
+    compared = gradients(models["hybrid"], observed, options.quick)
     trainings = {n: learn(models[n], observed, options, n) for n in ("network", "hybrid")}
     other = trajectory((-3.0, -4.0, 18.0), 8 * STARTS)[::8][:STARTS]
     truth = forecast(Lorenz(), other)

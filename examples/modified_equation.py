@@ -216,7 +216,7 @@ def follow(model: torch.nn.Module, method: str, **keywords: Any) -> torch.Tensor
         return pnode.Solver(model, method=method, compile=False, **keywords)(start, grid).ys
 
 
-def gradients(model: Net) -> list[dict[str, Any]]:
+def gradients(model: Net, quick: bool) -> list[dict[str, Any]]:
     """Measure the gradient of one midpoint step's loss beside torchdiffeq's and the formula's."""
     target, zero = exact_steps(NET_STEP), torch.zeros((), dtype=torch.float64)
     end = step("midpoint", lambda y: model(zero, y), states(), NET_STEP)
@@ -224,7 +224,7 @@ def gradients(model: Net) -> list[dict[str, Any]]:
     return compare_gradients(
         model, lambda solve: (solve(states(), times(NET_STEP))[1] - target).square().sum(),
         parameters, method="midpoint", step_size=NET_STEP,
-        exact=torch.autograd.grad((end - target).square().sum(), parameters),
+        exact=torch.autograd.grad((end - target).square().sum(), parameters), quick=quick,
     )  # fmt: skip
 
 
@@ -272,7 +272,7 @@ def run(options: argparse.Namespace) -> Outcome:
     }
     errors = {name: norm(path - exact) for name, path in paths.items()}
     rows += [{"what": f"net by euler, {name}", "error": value} for name, value in errors.items()]
-    rows += gradients(model)
+    rows += gradients(model, options.quick)
     numbers = {
         "slopes": slopes, "distances": distances, "steps": STEPS, "net_to_f": to_truth,
         "net_to_modified": to_modified, "path_errors": errors,

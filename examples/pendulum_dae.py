@@ -177,7 +177,7 @@ def run(options: argparse.Namespace) -> Outcome:
     measured = measure(gradient, 3, warm_up=True)
     gradients = compare_gradients(
         Pendulum(drag, reduced=True), loss, list(drag.parameters()), method="dopri5", rtol=1e-5,
-        atol=1e-7,
+        atol=1e-7, quick=options.quick,
     )  # fmt: skip
     training = train(drag, loss, options, rate=0.05, label="drag", clip=10.0)
     polished = polish(drag, loss, options, options.iterations // 2)

@@ -306,13 +306,13 @@ def distance(found: torch.Tensor, truth: torch.Tensor) -> float:
     return ((found - truth).square().mean() / truth.square().mean()).sqrt().item()
 
 
-def gradients(part: Learned, data: tuple[torch.Tensor, ...]) -> list[dict[str, Any]]:
+def gradients(part: Learned, data: tuple[torch.Tensor, ...], quick: bool) -> list[dict[str, Any]]:
     """Measure a gradient of the first part's loss beside torchdiffeq's."""
     field = Forced(part)
     field.inputs = data[0]
     return compare_gradients(
         field, lambda solve: loss_of(part, data, solve(data[1][0], times())),
-        list(part.parameters()), method="dopri5",
+        list(part.parameters()), method="dopri5", quick=quick,
     )  # fmt: skip
 
 
@@ -358,7 +358,7 @@ def run(options: argparse.Namespace) -> Outcome:
         "parameters": [sum(p.numel() for p in pair[0].parameters()) for pair in parts.values()],
     }  # fmt: skip
     untrained = Learned(torch.Generator().manual_seed(10 * options.seed))
-    rows += gradients(untrained, data[0])
+    rows += gradients(untrained, data[0], options.quick)
     return Outcome(numbers, rows, lambda: draw(hung, bolted, energies, rows))
 
 

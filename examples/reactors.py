@@ -10,9 +10,10 @@ whose rates follow Arrhenius' law at each one's temperature,
 
 The three rate constants and activation energies E_i are found from noisy measurements of all
 reactors by L-BFGS, from energies 20 to 40 per cent wrong. Rows of the state are independent:
-``jacobian="block"`` factors a thousand 3 x 3 systems side by side. All rows take the same steps
-(``samples="independent"`` has explicit methods alone). The peer is diffrax, whose ``vmap`` gives
-each reactor its own steps, in as many rounds as the slowest one needs.
+either all take the same steps, with ``jacobian="block"``, which factors a thousand 3 x 3 systems
+side by side; or each has its own, ``samples="independent"``, in machine code. The training takes
+its own (with ``--quick`` the same for all, which needs no compiler). The peer is diffrax, whose
+``vmap`` gives each reactor its own steps, in as many rounds as the slowest one needs.
 
 Run it on one rank or several::
 
@@ -21,36 +22,39 @@ Run it on one rank or several::
 
 Measured with pnode 0.2.0 and diffrax 0.7.2 on 2026-11-30, seed 0: one gradient of 100 reactors at
 the same tolerances; errors of the states are in units of (1, 3e-5, 1), CPU time and memory relative
-to bdf's 0.40 s and 1.0 MiB:
+to those of bdf with the same steps for all, 0.78 s and 1.0 MiB; counts of own steps are sums:
 
-=======================  =======  =====  =====  =========  ====  ====
-solver                   error    steps  f      Jacobians  CPU   MiB
-=======================  =======  =====  =====  =========  ====  ====
-pnode, bdf               1.4e-05  200    420    78         1     1
-pnode, esdirk6           3.0e-06  66     3124   66         3.0   1.3
-diffrax, Kvaerno5, vmap  2.9e-05                           4.9   477
-=======================  =======  =====  =====  =========  ====  ====
+=========================  =======  =====  ======  =========  =====  ====
+solver                     error    steps  f       Jacobians  CPU    MiB
+=========================  =======  =====  ======  =========  =====  ====
+pnode, bdf                 1.4e-05  200    420     78         1      1
+pnode, bdf, own steps      1.1e-05  18813  23255   999        0.05   2.9
+pnode, esdirk6, own steps  1.1e-05  5401   109297  108893     0.033  1.5
+pnode, esdirk6             3.0e-06  66     3124    66         2.0    1.3
+diffrax, Kvaerno5, vmap    2.9e-05                            5.6    471
+=========================  =======  =====  ======  =========  =====  ====
 
-diffrax takes 13 s of CPU time to compile besides, and the MiB are those with that; its gradient and
-that of esdirk6 differ by 4e-07. Learned from a thousand reactors, 28 iterations of L-BFGS (the
-whole program takes 47 s of CPU time), the loss from 224 to 1.041, where 1 is the noise:
+diffrax takes 21 s of CPU time to compile besides, and the MiB are those with that; its gradient and
+that of esdirk6 differ by 4e-07. Learned from a thousand reactors, 84 iterations of L-BFGS (the
+whole program takes 26 s of CPU time without diffrax), the loss from 224 to 1.014, where 1 is the
+noise:
 
 ============  ======  ======  =======
 parameter     truth   guess   learned
 ============  ======  ======  =======
-log k1        -3.219  -2.813  -3.222
-log k2        17.217  16.811  17.218
-log k3        9.210   9.547   9.199
-E1 (kJ/mol)   60.000  72.000  61.030
-E2 (kJ/mol)   25.000  15.000  25.888
-E3 (kJ/mol)   40.000  52.000  42.653
+log k1        -3.219  -2.813  -3.217
+log k2        17.217  16.811  17.219
+log k3        9.210   9.547   9.208
+E1 (kJ/mol)   60.000  72.000  59.794
+E2 (kJ/mol)   25.000  15.000  24.811
+E3 (kJ/mol)   40.000  52.000  39.804
 ============  ======  ======  =======
 
-Two ranks find the loss of one to 1e-13. For this Newton's method of bdf is made to go on to 1e-9
-(``snes_stol``): what it leaves at its default, a twentieth of the tolerance, depends on round-off,
-5e-10 in the loss. What did not work: 28 iterations are still too few for the energies, of which E3
-is 7 % off; ``--iterations 8`` goes on. And esdirk6, whose simplified Newton iteration needs seven
-evaluations for each stage here, is more expensive than bdf, though with a smaller error.
+Two ranks find the loss of one to 1e-13. For this Newton's method of bdf with the same steps for all
+is made to go on to 1e-9 (``snes_stol``): what it leaves at its default, a twentieth of the
+tolerance, depends on round-off, 5e-10 in the loss. What did not work: esdirk6 with the same steps
+for all, whose simplified Newton iteration needs seven evaluations for each stage, is more expensive
+than bdf, though with a smaller error.
 """
 
 from __future__ import annotations
@@ -110,13 +114,19 @@ class Kinetics(torch.nn.Module):
 
 
 def solver(
-    kinetics: Kinetics, comm: MPI.Intracomm, method: str = "bdf", accuracy: float = 1.0
-) -> pnode.Solver:
-    """Return a solver whose steps all reactors of all ranks share."""
+    kinetics: Kinetics, comm: MPI.Intracomm, method: str = "bdf", accuracy: float = 1.0,
+    own_steps: bool = False,
+) -> pnode.Solver:  # fmt: skip
+    """Return a solver whose steps all reactors of all ranks share, or each has its own."""
     atol = accuracy * ATOL * torch.tensor(SCALE, dtype=torch.float64)
+    tolerances = {"rtol": accuracy * RTOL, "atol": atol}
+    if own_steps:
+        return pnode.Solver(
+            kinetics, method=method, samples="independent", compile=True, comm=comm, **tolerances
+        )
     return pnode.Solver(
-        kinetics, method=method, rtol=accuracy * RTOL, atol=atol, jacobian="block", comm=comm,
-        compile=False, petsc_options={"snes_stol": 1e-9} if method == "bdf" else None,
+        kinetics, method=method, jacobian="block", comm=comm, compile=False, **tolerances,
+        petsc_options={"snes_stol": 1e-9} if method == "bdf" else None,
     )  # fmt: skip
 
 
@@ -151,10 +161,11 @@ def start(temperatures: torch.Tensor) -> torch.Tensor:
 
 
 def loss_of(
-    kinetics: Kinetics, data: Measured, comm: MPI.Intracomm, method: str = "bdf"
-) -> Callable[[], tuple[torch.Tensor, pnode.Solution]]:
+    kinetics: Kinetics, data: Measured, comm: MPI.Intracomm, method: str = "bdf",
+    own_steps: bool = False,
+) -> Callable[[], tuple[torch.Tensor, pnode.Solution]]:  # fmt: skip
     """Return a function that solves and compares: the mean square in units of the noise."""
-    solve = solver(kinetics, comm, method)
+    solve = solver(kinetics, comm, method, own_steps=own_steps)
     scale = NOISE * torch.tensor(SCALE, dtype=torch.float64)
 
     def loss() -> tuple[torch.Tensor, pnode.Solution]:
@@ -226,12 +237,14 @@ def compare(
         return float(comm.allreduce(worst, MPI.MAX))
 
     rows = []
-    for method in ("bdf",) if options.quick else ("bdf", "esdirk6"):
-        loss = loss_of(kinetics, data, comm, method)
+    runs = [("bdf", False), ("bdf", True), ("esdirk6", True), ("esdirk6", False)]
+    for method, own_steps in runs[:1] if options.quick else runs:
+        loss = loss_of(kinetics, data, comm, method, own_steps)
         ours = measure(partial(gradient, loss, kinetics), warm_up=True)
         value, slope, solution = ours.value
         taken = counts(solution)
-        rows.append({"run": f"pnode, {method}", "loss": value, "error": error(solution.ys),
+        name = f"pnode, {method}{', own steps' if own_steps else ''}"
+        rows.append({"run": name, "loss": value, "error": error(solution.ys),
                      "steps": taken["steps"], "rhs": taken["rhs"], "jacobians": taken["jacobians"],
                      "CPU s": ours.cpu_seconds, "MiB": ours.peak_mib})  # fmt: skip
     theirs = by_diffrax(data) if comm.size == 1 and not options.quick else None
@@ -258,7 +271,7 @@ def run(options: argparse.Namespace) -> Outcome:
     rows = compare(Kinetics(few.temperatures, GUESS, guess), few, options, comm)
     kinetics = Kinetics(data.temperatures, GUESS, guess)
     first = {name: part.detach().clone() for name, part in kinetics.named_parameters()}
-    loss = loss_of(kinetics, data, comm)
+    loss = loss_of(kinetics, data, comm, own_steps=not options.quick)
     found = train(
         kinetics, lambda: loss()[0], options, constant=True, comm=comm,
         optimizer=lambda parts: torch.optim.LBFGS(
@@ -326,7 +339,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         )
 
     quick = {"iterations": 1, "reactors": 20, "compared": 10}
-    return arguments("reactors", __doc__, argv, iterations=4, quick=quick, add=add)
+    return arguments("reactors", __doc__, argv, iterations=12, quick=quick, add=add)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -41,18 +41,20 @@ Adam, rate 1e-2    1000        1.7e-4     16.6   349                 5.8
 =================  ==========  =========  =====  ==================  ===========
 
 The stages' gradient equals that of ``backward()``, and G v that of the whole Jacobian, to 6e-16.
-One gradient at the start by dopri5, rtol = 1e-6, CPU time and memory relative to pnode's 25 ms and
-1.0 MiB:
+One gradient at the start by dopri5, rtol = 1e-6, CPU time and memory relative to pnode's 28 ms and
+1.1 MiB:
 
 ==========================  =======  ===  ====  ====
 gradient by                 error    f    CPU   MiB
 ==========================  =======  ===  ====  ====
 pnode, not compiled         2.3e-10  69   1     1
-torchdiffeq odeint          1.0e-6   26   0.54  0.46
-torchdiffeq odeint_adjoint  1.6e-7   166  4.5   0.38
+pnode, dense=True           4.1e-7   27   0.63  0.36
+pnode, compiled             2.3e-10  69   0.18  0.79
+torchdiffeq odeint          1.0e-6   26   0.52  0.38
+torchdiffeq odeint_adjoint  1.6e-7   166  4.0   0.41
 ==========================  =======  ===  ====  ====
 
-(pnode steps to each of the ten outputs, torchdiffeq interpolates there.)
+(Without ``dense=True`` pnode steps to each of the ten outputs; torchdiffeq interpolates there.)
 
 What did not work: to beat L-BFGS, which has as many paths and as little noise as it could wish for:
 it needs 60 % of the Kronecker factors' time and a seventh of Gauss-Newton's, whose iterations are
@@ -359,7 +361,7 @@ def run(options: argparse.Namespace) -> Outcome:
     gradients = compare_gradients(
         problem.field,
         lambda solve: problem.residuals(solve(problem.starts, problem.times)).square().sum(),
-        list(problem.field.parameters()), method="dopri5",
+        list(problem.field.parameters()), method="dopri5", quick=options.quick,
     )  # fmt: skip
     first = {name: value.clone() for name, value in problem.field.state_dict().items()}
     trainings: dict[str, Training] = {}

@@ -74,13 +74,16 @@ def arrange_products(
         if flipped == (columns >= VECTOR) and min(captured[index].shape) > 1:
             base, flipped = transposed(index), not flipped
         with nodes.inserting_before(node):
-            _write_as_sum(nodes, node, base, b if flipped else base)
+            # Without a copy, as of a single row or column, the transpose is a look at the same.
+            other = b if flipped else nodes.call_function(_aten.t.default, (base,))
+            along, by_rows = (base, other) if flipped else (other, base)
+            _write_as_sum(nodes, node, along, by_rows)
     nodes.eliminate_dead_code()
     return tuple(copies)
 
 
 def _write_as_sum(nodes: torch.fx.Graph, node: _Node, base: _Node, by_rows: _Node) -> None:
-    """Replace a product by a sum: over rows of ``by_rows``, or along rows of ``base``."""
+    """Replace a product by a sum: over rows of ``by_rows``, or along those of its transpose."""
     *bias, a, b = node.args
     call = nodes.call_function
     (_, inner), columns = a.meta["val"].shape, b.meta["val"].shape[1]

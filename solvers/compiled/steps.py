@@ -125,7 +125,8 @@ class StepGraphs(Code):
                 return results[2], tuple(results[self.layout.last :])
         point = u.to(self.dtype).view(self.traced.shape)
         value, *saved = self.traced.value(t.to(self.dtype), point, *read)
-        return value.to(REAL).reshape(-1), tuple(saved[: self.saved])
+        # As the adjoint takes them: what f saves may be a column of the state.
+        return value.to(REAL).reshape(-1), tuple(x.contiguous() for x in saved[: self.saved])
 
     # ---------------------------------------------------------------------------------- the graphs
 
@@ -370,13 +371,14 @@ def combined(
 def _apart(tensors: Tensors, others: Tensors) -> Tensors:
     """Copy tensors that share memory with others, or one another: results of a graph must not.
 
-    An activation at the end of f saves f's own value.
+    An activation at the end of f saves f's own value. The adjoint takes all for contiguous.
     """
     known = {other.untyped_storage()._cdata for other in others}
     result = []
     for tensor in tensors:
         storage = tensor.untyped_storage()._cdata
-        result.append(tensor.clone() if storage in known else tensor)
+        copied = tensor.clone() if storage in known else tensor
+        result.append(copied.contiguous())
         known.add(storage)
     return tuple(result)
 
