@@ -317,7 +317,7 @@ def integral_settings(
         own, size=layout.total, jacobian="pair", jacobian_options=options,
         rtol=_lengthened(own, own.rtol, factor, problem.integrals, 0.0),
         atol=_lengthened(own, own.atol, factor, problem.integrals, math.inf),
-        distribution=problem.distribution,
+        distribution=problem.distribution, integrals=problem.integrals,
     )  # fmt: skip
 
 
