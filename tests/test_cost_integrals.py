@@ -508,6 +508,10 @@ def test_a_module_with_the_result_of_its_own_solve_is_freed(method):
 def test_what_is_refused(method):
     with pytest.raises(pnode.ConfigurationError, match="callable"):
         pnode.Solver(Field(), cost=3.0)
+    opaque = lambda t, y: torch.from_numpy(y.detach().numpy())  # noqa: E731
+    by_numpy = pnode.Solver(Field(), cost=opaque, method=method, step_size=0.1)
+    with pytest.raises(pnode.VectorFieldError, match="inside of a transform"):
+        torch.func.jvp(lambda y: by_numpy(y, T).costs, *[(state().detach(),)] * 2)
     undeclared = torch.ones((), dtype=D, requires_grad=True)
     solver = pnode.Solver(Field(), cost=lambda t, y: undeclared * y, method=method, step_size=0.1)
     with pytest.raises(pnode.ConfigurationError, match="params"):
