@@ -360,6 +360,24 @@ def test_derivatives_of_every_order():
     assert difference([tangent], [J @ y0.detach()]) < 1e-10
 
 
+def test_forward_mode_by_parameters_of_a_cost_beside_a_mass_matrix():
+    """Whose algebraic equations are looked at without the cost."""
+    r, mass = Cost(), torch.tensor([1.0, 2.0, 3.0], dtype=D)
+    solver = pnode.Solver(Field(), cost=r, mass=mass, method="cn", step_size=0.3)
+    names = {name: p.detach() for name, p in solver.named_parameters()}
+
+    def solve(w):
+        return torch.func.functional_call(
+            solver, names | {"cost.weight": w}, (state().detach(), T)
+        ).costs
+
+    weight = r.weight.detach()
+    costs, tangent = torch.func.jvp(solve, (weight,), (torch.ones_like(weight),))
+    # They are linear in it; Newton's method leaves about 1e-11.
+    assert difference([tangent[:, 0]], [costs[:, 0] / weight]) < 1e-10
+    assert not tangent[:, 1].any()
+
+
 def test_output_times_and_tuples():
     """By an output time, the derivative of the integral is r there."""
     t = T.clone().requires_grad_()
