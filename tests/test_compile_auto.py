@@ -258,8 +258,15 @@ def test_counters_go_on(cheap, interpreted):
 
 
 def test_cost_integrals_and_residuals(cheap, interpreted):
-    solver = pnode.Solver(lambda t, y: -y, cost=lambda t, y: y.sum(), method="bosh3", step_size=0.1)
-    assert "not compiled: cost= is given" in run_until_decided(solver, start(3), TIMES)
+    """A cost that changes from solve to solve is the new one, as a field is."""
+    factor = [1.0]
+    options = {"cost": lambda t, y: factor[0] * y.sum(), "method": "bosh3", "step_size": 0.1}
+    solver, eager = (pnode.Solver(lambda t, y: -y, compile=c, **options) for c in ("auto", False))
+    assert "compiled='steps'" in run_until_decided(solver, start(3), TIMES)
+    assert interpreted
+    for factor[0] in (1.0, 2.5):
+        assert_same([solver(start(3), TIMES).costs], [eager(start(3), TIMES).costs])
+    interpreted.clear()
     solver = pnode.Solver(residual=lambda t, y, yp: yp + y, method="beuler", step_size=0.1)
     assert "not compiled: " in run_until_decided(solver, start(3), TIMES)
     assert not interpreted

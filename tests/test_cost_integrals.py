@@ -61,7 +61,7 @@ def loss_of(ys, costs):
 
 def difference(found, expected):
     found, expected = (torch.cat([one.reshape(-1) for one in all_]) for all_ in (found, expected))
-    return float((found - expected).detach().norm() / expected.norm())
+    return float((found - expected).detach().norm() / expected.detach().norm())
 
 
 @methods
@@ -360,6 +360,24 @@ def test_derivatives_of_every_order():
     assert difference([tangent], [J @ y0.detach()]) < 1e-10
 
 
+def test_forward_mode_by_parameters_of_a_cost_beside_a_mass_matrix():
+    """Whose algebraic equations are looked at without the cost."""
+    r, mass = Cost(), torch.tensor([1.0, 2.0, 3.0], dtype=D)
+    solver = pnode.Solver(Field(), cost=r, mass=mass, method="cn", step_size=0.3)
+    names = {name: p.detach() for name, p in solver.named_parameters()}
+
+    def solve(w):
+        return torch.func.functional_call(
+            solver, names | {"cost.weight": w}, (state().detach(), T)
+        ).costs
+
+    weight = r.weight.detach()
+    costs, tangent = torch.func.jvp(solve, (weight,), (torch.ones_like(weight),))
+    # They are linear in it; Newton's method leaves about 1e-11.
+    assert difference([tangent[:, 0]], [costs[:, 0] / weight]) < 1e-10
+    assert not tangent[:, 1].any()
+
+
 def test_output_times_and_tuples():
     """By an output time, the derivative of the integral is r there."""
     t = T.clone().requires_grad_()
@@ -383,14 +401,33 @@ def test_float32():
     assert float(costs[-1]) == pytest.approx(1.0 - math.exp(-1.0), rel=1e-4)
 
 
-@pytest.mark.parametrize("method", ["dopri5", "cn"])
-def test_compile_leaves_them_uncompiled(method):
-    """So that no compiled Newton iteration or error norm looks at the integral."""
-    f, y0 = Field(), state()
-    options = {"cost": lambda t, y: 1e6 * y, "method": method, "step_size": 0.1}
-    found = [pnode.Solver(f, compile=compiled, **options)(y0, T) for compiled in (True, False)]
-    assert torch.equal(found[0].costs, found[1].costs)
-    assert torch.equal(found[0].ys, found[1].ys)
+ADAPTIVE = {"rtol": 1e-6, "atol": 1e-8}
+CONVERGED = {"petsc_options": {"snes_rtol": 1e-13, "snes_stol": 1e-14}}
+COMPILED = {
+    "dopri5": ADAPTIVE, "cn": {"step_size": 0.1, **CONVERGED}, "es325": ADAPTIVE | CONVERGED,
+    "rodaspr": ADAPTIVE, "bdf": ADAPTIVE | {"petsc_options": {"snes_stol": 1e-14}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", COMPILED)
+def test_compiled_sweeps_integrate_them(method):
+    """No error norm or Newton iteration looks at them; tangents have them too."""
+    f, r, y0, t = Field(), Cost(), state(), T.clone().requires_grad_()
+    along, found, counts = torch.tensor([0.3, -1.0, 2.0], dtype=D), [], []
+    cost = lambda t, y: r(t, y) * torch.tensor([1.0, 1e6], dtype=D)  # noqa: E731
+    for compiled in (True, False):
+        solver = pnode.Solver(
+            f, cost=cost, params=[*f.parameters(), r.weight], method=method, compile=compiled,
+            **COMPILED[method],
+        )  # fmt: skip
+        solution = solver(y0, t)
+        assert ("compiled='whole sweeps'" in repr(solver)) == compiled
+        values = [solution.ys, solution.costs * torch.tensor([1.0, 1e-6], dtype=D)]
+        _, Z = torch.func.jvp(lambda y, s=solver: s(y, T).costs, (y0.detach(),), (along,))
+        found.append([*values, *grad(loss_of(*values), [y0, t, *f.parameters(), r.weight]), Z])
+        counts.append((solution.stats.steps, solution.stats.rejected))
+    assert max(difference([one], [other]) for one, other in zip(*found, strict=True)) < 1e-11
+    assert counts[0] == counts[1]
 
 
 BAD = {
@@ -489,6 +526,10 @@ def test_a_module_with_the_result_of_its_own_solve_is_freed(method):
 def test_what_is_refused(method):
     with pytest.raises(pnode.ConfigurationError, match="callable"):
         pnode.Solver(Field(), cost=3.0)
+    opaque = lambda t, y: torch.from_numpy(y.detach().numpy())  # noqa: E731
+    by_numpy = pnode.Solver(Field(), cost=opaque, method=method, step_size=0.1)
+    with pytest.raises(pnode.VectorFieldError, match="inside of a transform"):
+        torch.func.jvp(lambda y: by_numpy(y, T).costs, *[(state().detach(),)] * 2)
     undeclared = torch.ones((), dtype=D, requires_grad=True)
     solver = pnode.Solver(Field(), cost=lambda t, y: undeclared * y, method=method, step_size=0.1)
     with pytest.raises(pnode.ConfigurationError, match="params"):

@@ -580,6 +580,39 @@ def test_transforms_of_closures_are_refused():
             call()
 
 
+class Sine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0].cos()
+
+
+@pytest.mark.parametrize("method", ["rk4", "cn", "rodaspr", "bdf2"])
+def test_fields_that_are_differentiable_once_are_refused(method):
+    """torch would take what their products depend on for nothing; gradients need no more."""
+    y0, options = state().requires_grad_(), {"method": method, "step_size": 0.1, "compile": False}
+    one, other = (
+        pnode.Solver(lambda t, y, f=f: f(y) - 0.3 * y, **options) for f in (Sine.apply, torch.sin)
+    )
+    of_cost = pnode.Solver(lambda t, y: -y, cost=lambda t, y: Sine.apply(y).sum(), **options)
+    if method == "rodaspr":
+        with pytest.raises(pnode.BackwardError, match="once_differentiable"):
+            grad(one(y0, T).ys.sum(), y0)
+    else:
+        assert torch.equal(*(grad(solve(y0, T).ys.sum(), y0)[0] for solve in (one, other)))
+        for loss in (one(y0, T).ys.sum(), of_cost(y0, T).costs.sum()):
+            with pytest.raises(pnode.BackwardError, match="once_differentiable"):
+                grad(grad(loss, y0, create_graph=True)[0].sum(), y0)
+    if method != "bdf2":  # which takes the tangents of matrices
+        with pytest.raises(pnode.BackwardError, match="once_differentiable"):
+            jvp(lambda y: one(y, T).ys, (state(),), (state(),))
+
+
 def test_tangents_of_undeclared_tensors_are_refused():
     k, rate = (torch.tensor(x, dtype=D, requires_grad=True) for x in (0.3, 0.2))
     one = torch.ones((), dtype=D)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["graph_bytes", "no_graph"]
+__all__ = ["graph_bytes", "no_graph", "nodes"]
 
 #: What a node takes besides its tensors, about: itself, its edges, the objects of its tensors.
 NODE_BYTES = 1024
@@ -25,6 +25,21 @@ _NOTHING = nullcontext()
 def no_graph() -> AbstractContextManager[Any]:
     """Do as ``torch.no_grad()``; nothing, in less time, where there are no graphs already."""
     return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
+
+
+def nodes(end: Any, known: Iterable[torch.Tensor] = ()) -> Iterator[Any]:
+    """Yield the nodes of a graph, each once, but those behind known tensors.
+
+    ``end`` is a tensor, or the edge where its graph ends.
+    """
+    seen = {None, *(tensor.grad_fn for tensor in known)}
+    pending: list[Any] = [end.grad_fn if isinstance(end, torch.Tensor) else end.node]
+    while pending:
+        node = pending.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            pending.extend([following for following, _ in node.next_functions])
 
 
 def graph_bytes(result: torch.Tensor, known: Iterable[torch.Tensor] = (), copy: int = 0) -> int:
@@ -46,23 +61,14 @@ def graph_bytes(result: torch.Tensor, known: Iterable[torch.Tensor] = (), copy: 
     is an attribute of its context.
     """
     found: dict[int, int] = {}
-    outside = {copy}
-    borders = set()
+    outside, known = {copy}, list(known)
     for tensor in known:
         outside.update(pointer for pointer, _ in _storages(tensor))
-        if tensor.grad_fn is not None:
-            borders.add(tensor.grad_fn)
-    seen, pending = set(borders), [result.grad_fn]
     number = 0
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in nodes(result, known):
         number += 1
         for tensor in _saved(node):
             found.update(_storages(tensor))
-        pending.extend([following for following, _ in node.next_functions])
     return number * NODE_BYTES + sum(
         size for pointer, size in found.items() if pointer not in outside
     )

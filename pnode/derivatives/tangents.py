@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from pnode.base.graphs import nodes
 from pnode.base.hooks import hooks_of
 from pnode.base.transforms import is_wrapped, moves
 from pnode.derivatives.plain_norms import PlainNorms
@@ -218,17 +219,7 @@ def _refuse_wrong(value: torch.Tensor) -> None:
 
 def _wrong(value: torch.Tensor) -> str | None:
     """Return what torch does not differentiate that often in a graph, and the remedy."""
-    seen, pending = set(), [value.grad_fn]
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        wrong = _WRONG.get(node.name())
-        if wrong is not None:
-            return wrong
-        pending.extend(following for following, _ in node.next_functions)
-    return None
+    return next((_WRONG[node.name()] for node in nodes(value) if node.name() in _WRONG), None)
 
 
 def pair_problem(

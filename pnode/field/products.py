@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pnode.base.devices import HOST
+from pnode.base.graphs import nodes
 from pnode.base.vectors import REAL
 from pnode.errors import BackwardError
 
@@ -24,6 +25,7 @@ __all__ = [
     "joined_edges",
     "pull_back",
     "pull_back_rows",
+    "refuse_single",
     "refused",
     "transposed",
 ]
@@ -183,6 +185,30 @@ def directional_derivative(
     )
 
 
+# Of every backward() that is marked so.
+_ONCE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
+
+
+def refuse_single(end: Any, inputs: Sequence[torch.Tensor]) -> None:
+    """Refuse a graph that can be differentiated once only, where products are to be: see above.
+
+    torch takes what such a product depends on for nothing, and its derivatives would be zero.
+
+    Raises
+    ------
+    BackwardError
+        Naming the operation.
+    """
+    for node in nodes(end, inputs):
+        made = getattr(type(node), "_forward_cls", None)
+        if made is not None and getattr(made.backward, "__code__", None) is _ONCE:
+            raise BackwardError(
+                "tangents and second derivatives of a solve, and Rosenbrock methods, differentiate "
+                f"the vector field's products again, and {made.__name__}.backward is marked "
+                "once_differentiable: write it with operations of torch, without that mark"
+            )
+
+
 def derivatives(
     value: torch.Tensor,
     inputs: Sequence[torch.Tensor],
@@ -206,6 +232,7 @@ def derivatives(
     """
     if not value.requires_grad:
         return [torch.zeros_like(value) for _ in tangents]
+    refuse_single(value, inputs)
     with torch.enable_grad():
         seed = torch.zeros_like(value, requires_grad=True)
         products = torch.autograd.grad(value, inputs, seed, create_graph=True, allow_unused=True)
@@ -255,6 +282,7 @@ def directional_derivatives(
     nothing = value.new_zeros(()).expand(number, *value.shape)
     if isinstance(end, torch.Tensor) and not end.requires_grad:
         return None
+    refuse_single(end, inputs)
     with torch.enable_grad():
         seed = torch.zeros_like(value, requires_grad=True)
         products = pull_back(end, tuple(inputs), seed, True)

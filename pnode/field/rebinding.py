@@ -124,10 +124,11 @@ def bound(
 
 
 def below(problem: InitialValueProblem) -> InitialValueProblem:
-    """Return a problem with the numbers of its parameters, below all transforms of torch.func."""
-    if not any(map(is_wrapped, problem.parameters)):
-        return problem
-    return bound(problem, [plain(tensor) for tensor in problem.parameters])
+    """Return a problem with the numbers of its parameters, below all transforms of torch.func.
+
+    Those that f does not take from a Module may be of a cost or an event: the solve tells.
+    """
+    return _with(problem, {id(p): plain(p) for p in problem.parameters if is_wrapped(p)})[0]
 
 
 def _with(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pnode.field.products import along_rows, gradients, pull_back_rows
+from pnode.field.products import along_rows, gradients, pull_back_rows, refuse_single
 
 __all__ = ["derivatives_along", "vjps_of_products"]
 
@@ -80,6 +80,7 @@ def _products(
     """Return w_i^T J with graphs, and what they are to be multiplied with."""
     if not value.requires_grad:
         return [], []
+    refuse_single(value, leaves)
     with torch.enable_grad():
         rows = pull_back_rows(value, tuple(leaves), cotangents, record=True)
     known = [

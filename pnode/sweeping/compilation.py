@@ -27,6 +27,7 @@ from pnode.solvers.compiled.account import Entry, Work
 from pnode.solvers.compiled.backend import Compilation, Wanted
 from pnode.solvers.compiled.compiler import bare
 from pnode.solvers.compiled.inductor import cache_folder
+from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.sweeping.engine import Engine
 from pnode.sweeping.recording import new_budget
 from pnode.sweeping.run import Requests, Run
@@ -77,7 +78,7 @@ def begin(
     account = engine.account
     entry = account.entries.get(kind) or account.entry(kind)
     for given, text in (
-        (problem.integrals > 0, "cost= is given"),
+        (problem.integrals > 0 and ranks.parallel, "cost= is given, and ranks share the state"),
         (part, "breakpoints= are given"),
         (controlled, "sensitivity_control= is given"),
         (engine.setup is not None, "petsc_setup= is given"),
@@ -94,14 +95,17 @@ def begin(
         run.entry = entry  # counts what follows
         if entry.undecided:
             return None
-    options, wanted = engine.solver_options(run.settings), entry.wanted
+    settings = run.settings
+    if problem.base is not None and problem.integrals:
+        settings = _within(settings, engine.settings(problem.base))
+    options, wanted = engine.solver_options(settings), entry.wanted
     if wanted is None or not (
-        wanted.settings is run.settings and wanted.options is options
+        wanted.settings is settings and wanted.options is options
         and wanted.control is engine.control and wanted.checkpointing is engine.checkpointing
         and (wanted.dense, wanted.watched) == (requests.dense, watched)
     ):  # fmt: skip
         entry.wanted = wanted = Wanted(
-            run.settings, options, engine.control, engine.checkpointing, keep, requests.dense,
+            settings, options, engine.control, engine.checkpointing, keep, requests.dense,
             watched, partial(_lent, weakref.ref(engine)), auto,
             new_budget(engine, requests),
         )  # fmt: skip
@@ -116,6 +120,11 @@ def begin(
         if entry.hindrance or not entry.bought:
             return None
     return _compiled(engine, run, entry, field, y0, wanted)
+
+
+def _within(settings: IntegratorSettings, own: IntegratorSettings) -> IntegratorSettings:
+    """Return settings of a state with its integrals in it, with one matrix of both."""
+    return replace(settings, jacobian=own.jacobian, jacobian_options=own.jacobian_options)
 
 
 def _lent(engine: weakref.ref[Engine], *what: Any) -> Any:

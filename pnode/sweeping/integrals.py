@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from pnode.base.transforms import is_wrapped, tensors_of
 from pnode.base.vectors import REAL
-from pnode.errors import ConfigurationError, VectorFieldError
+from pnode.errors import ConfigurationError, SolveError, VectorFieldError
 from pnode.field.field_checks import wrong_result
 from pnode.layout.ghost_cells import DrivenCells
 from pnode.layout.pair_layout import PairLayout
@@ -246,8 +247,7 @@ def with_row_integrals(
     """
     layout, rows = problem.layout, len(y0)
     first = t.to(layout.dtype).view(-1, *[1] * (y0.dim() - 1 - any(layout.pairs)))
-    with torch.no_grad():
-        shape = checked(cost(first, y0.detach().clone()), layout).shape
+    shape = _first_shape(cost, first, y0.detach().clone(), layout)
     if shape[:1] != (rows,) or not shape.numel():
         raise ConfigurationError(
             f"cost returned shape {tuple(shape)}, of {rows} independent samples: return a tensor "
@@ -276,11 +276,27 @@ def _shape(problem: InitialValueProblem, cost: Callable[..., Any], y0: torch.Ten
         number = math.prod(seen)
         state = own.repeat(-(-number // len(own)))[:number].view(seen)
     time = torch.tensor(problem.direction * problem.times[0], dtype=layout.dtype).to(layout.device)
-    with torch.no_grad():
-        shape = checked(cost(time, state), layout).shape
+    shape = _first_shape(cost, time, state, layout)
     if not math.prod(shape):
         raise ConfigurationError(f"cost returned shape {tuple(shape)}: return at least one number")
     return shape
+
+
+def _first_shape(
+    cost: Callable[..., Any], t: torch.Tensor, y: Any, layout: StateLayout
+) -> torch.Size:
+    """Return the shape of what ``cost`` returns; inside of torch.func its errors are told."""
+    try:
+        with torch.no_grad():
+            value = cost(t, y)
+    except RuntimeError as error:
+        if isinstance(error, SolveError) or not any(map(is_wrapped, tensors_of(y))):
+            raise
+        raise VectorFieldError(
+            f"cost cannot be called inside of a transform of torch.func ({error}): there it may "
+            "not read values of y (numpy, .item()); use operations of torch"
+        ) from error
+    return checked(value, layout).shape
 
 
 def integral_settings(
@@ -317,7 +333,7 @@ def integral_settings(
         own, size=layout.total, jacobian="pair", jacobian_options=options,
         rtol=_lengthened(own, own.rtol, factor, problem.integrals, 0.0),
         atol=_lengthened(own, own.atol, factor, problem.integrals, math.inf),
-        distribution=problem.distribution,
+        distribution=problem.distribution, integrals=problem.integrals,
     )  # fmt: skip
 
 

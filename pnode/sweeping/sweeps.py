@@ -133,7 +133,7 @@ def _forward(
             field.used[:] = used
             if keep:
                 record_all(field)
-    if found is None and solves_alone(engine, run, requests):
+    if start is None and not run.codes and solves_alone(engine, run, requests):
         alone = IntegralSweep(engine)
         outputs = alone.forward(run, y0, keep, requests)
         run.sweep = alone

@@ -137,7 +137,7 @@ class Dirk : public ImplicitSteps {
         const double shift = 1.0 / (h * m.A[i * s + i]);
         if (known_products())
           for (int k = 0; k < N; k++) known[k] = shift * h * m.A[i * s] * slope[0][k];
-        const Status status = newton({t + m.alpha[i] * h, shift, z, known}, y);
+        const Status status = solve({t + m.alpha[i] * h, shift, z, known}, y);
         if (status != DONE) return status;
         for (int k = 0; k < N; k++) slope[i][k] = shift * (y[k] - z[k]);
       }
@@ -213,12 +213,22 @@ class Dirk : public ImplicitSteps {
       for (int k = 0; k < N; k++) residual[k] -= of.known[k];
     }
     for (int k = 0; k < N; k++) residual[k] -= f[k];
-    return std::sqrt(square(residual));
+    return std::sqrt(square(residual, own));
   }
 
-  // Solve for y, from a first guess, by Newton's method as SNES does.
-  Status newton(const Equation& of, double* y) {
-    double residual[N], update[N];
+  // Solve for y, from a first guess; then for its integrals, whose residuals are there.
+  Status solve(const Equation& of, double* y) {
+    double residual[N];
+    const Status status = newton(of, y, residual);
+    if (status != DONE || !m.integrals) return status;
+    for (int64_t k = own; k < N; k++) y[k] -= residual[k] / of.shift;
+    std::memcpy(last_iterate, y, sizeof(last_iterate));  // f is the same there
+    return DONE;
+  }
+
+  // Newton's method, as SNES has it.
+  Status newton(const Equation& of, double* y, double* residual) {
+    double update[N];
     double norm = residual_at(of, y, residual), before = 0.0;
     const double first = norm;
     for (int iteration = 0;; iteration++) {
@@ -234,14 +244,14 @@ class Dirk : public ImplicitSteps {
         std::memcpy(update, residual, sizeof(update));
         factors.solve(update);
         counts.newton++, counts.krylov++;
-        before = norm, step = std::sqrt(square(update));
+        before = norm, step = std::sqrt(square(update, own));
         if (damps) {
           if (!backtrack(of, update, step, y, residual, norm)) return NOT_CONVERGED;
         } else {
           for (int k = 0; k < N; k++) y[k] -= update[k];
           norm = residual_at(of, y, residual);
         }
-        size = std::sqrt(square(y));
+        size = std::sqrt(square(y, own));
       }
       if (!(norm * norm < MODERATE)) return NOT_FINITE;
       if (norm < m.newton_atol) return DONE;
@@ -265,7 +275,7 @@ class Dirk : public ImplicitSteps {
       norm = residual_at(of, y, residual);
       const double value = 0.5 * norm * norm, excess = value - start - part * slope;
       if (!(value < MODERATE) || value <= start + DESCENT * part * slope) return true;
-      if (whole && step < m.newton_stol * std::sqrt(square(from))) {
+      if (whole && step < m.newton_stol * std::sqrt(square(from, own))) {
         std::memcpy(y, from, sizeof(from));
         norm = residual_at(of, y, residual);
         return true;
@@ -293,6 +303,7 @@ class Dirk : public ImplicitSteps {
   bool knows_slope = false;
   // Newton's last iterate, f (and J) there: a first guess is a stage already solved for.
   double last_time = NAN, last_iterate[N] = {}, f[N], J[ENTRIES];
+  const int64_t own = N - m.integrals;  // entries that Newton's method looks at
   bool keeps = false, damps = false, knows_jacobian = false;
   bool knows_constant = false, knows_constant_end = false;
   Factors factors;

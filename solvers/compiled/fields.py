@@ -317,6 +317,8 @@ class Fields(Backend):
             return "nor is a residual by itself"
         if wanted.settings.method.linearly_implicit:
             return "nor are the single products of Rosenbrock methods, which differentiate it twice"
+        if wanted.settings.integrals and wanted.settings.method.implicit:
+            return "nor is the vector field by itself, beside which cost= is integrated"
         return None
 
     def _compile(

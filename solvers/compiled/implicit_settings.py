@@ -35,7 +35,7 @@ _NEWTON = {
 _INTEGERS = (
     "stages", "adaptive", "max_newton", "wanted", "one_matrix", "time_slope", "stiffly_accurate",
     "explicit_first", "carries_slope", "keeps_jacobian", "backtracks", "lowest", "highest",
-    "by_residual", "by_norm",
+    "by_residual", "by_norm", "integrals",
 )  # fmt: skip
 _NUMBERS = ("newton_rtol", "newton_stol", "newton_atol", "newton_divtol", "newton_kappa")
 _ARRAYS = (
@@ -107,6 +107,7 @@ def prepared(program: ImplicitProgram, wanted: Wanted) -> _Settings:
     struct = _Settings(
         adaptive=settings.adaptive, wanted=program.entries + program.row_entries,
         keeps_jacobian=keeps, backtracks=backtracks(settings, wanted.options),
+        integrals=settings.integrals,
         **_newton(wanted, keeps),
         **_structure(settings.method, arrays),
         **{name: array.ctypes.data for name, array in arrays.items()},

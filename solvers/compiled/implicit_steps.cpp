@@ -33,6 +33,8 @@ struct Settings {  // of programs.py
   // BDF: lowest and highest order; whether Newton's method looks at the residual, and at the update
   // in relation to u instead of to the tolerances.
   int64_t lowest, highest, by_residual, by_norm;
+  // The last entries of y, which nothing depends on, and no Newton's method looks at.
+  int64_t integrals;
   double newton_rtol, newton_stol, newton_atol, newton_divtol, newton_kappa;
   const double *A, *inverse, *correction, *b, *defect, *alpha, *gamma, *diagonal;
   // Of the explicit part of an IMEX method.
@@ -54,9 +56,9 @@ struct Part {
   void (*pull_back)(void*, double, const double*, const double*, double*, double*);
 };
 
-double square(const double* x) {
+double square(const double* x, int64_t count = N) {
   double sum = 0.0;
-  for (int k = 0; k < N; k++) sum += x[k] * x[k];
+  for (int k = 0; k < count; k++) sum += x[k] * x[k];
   return sum;
 }
 

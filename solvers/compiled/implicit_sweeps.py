@@ -64,6 +64,8 @@ class ImplicitSweeps(Backend):
                 f"the form {settings.form!r} is not compiled: only y' = f(t, y) is, in two parts "
                 "too, and M y' = f(t, y)"
             )
+        if settings.integrals and method.coupled:
+            return f"cost= is not compiled with method={method.name!r}, whose stages are coupled"
         if method.kind not in self.kinds:
             return f"method={method.name!r} is not compiled so far"
         if method.scheme is not None and method.scheme.stages > MOST_STAGES:

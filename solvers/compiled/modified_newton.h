@@ -28,6 +28,11 @@ class Newton {
       status = iterate(c, t, guess, shift, psi, scale, u);
     }
     if (status != DONE) refresh = true;
+    if (status == DONE && m.integrals) {  // integrals, where the state has converged
+      double f[N];
+      value(t, u, c, f), counts.rhs++;
+      for (int64_t k = own; k < N; k++) u[k] = (f[k] - psi[k]) / shift;
+    }
     return status;
   }
 
@@ -61,7 +66,7 @@ class Newton {
       else
         std::memcpy(update, rate_of_u, sizeof(update));
       for (int k = 0; k < N; k++) update[k] -= f[k];
-      const double residual = std::sqrt(square(update));
+      const double residual = std::sqrt(square(update, own));
       if (!(square(f) < MODERATE && residual < LARGEST)) return NOT_FINITE;
       if (first == 0.0) first = residual;
       if (m.by_residual) {
@@ -70,8 +75,8 @@ class Newton {
       }
       if (!correct(shift, update, evaluates)) return bad_guess = false, NOT_CONVERGED;
       for (int k = 0; k < N; k++) u[k] -= update[k];
-      const double before = norm, length = std::sqrt(square(u));
-      const double absolute = std::sqrt(square(update)), noise = EPS * length;
+      const double before = norm, length = std::sqrt(square(u, own));
+      const double absolute = std::sqrt(square(update, own)), noise = EPS * length;
       norm = m.by_norm ? absolute : weighted(update, scale);
       const double tolerance = m.by_norm ? std::max(m.newton_stol * length, 2.0 * noise)
                                          : std::max(KAPPA, 4.0 * EPS * weighted(u, scale));
@@ -118,6 +123,7 @@ class Newton {
   }
 
   const Settings& m;
+  const int64_t own = N - m.integrals;
   const double* mass;  // null: the identity
   Counts& counts;
   bool refresh, regular = false, bad_guess = false;

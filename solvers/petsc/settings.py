@@ -55,6 +55,8 @@ class IntegratorSettings:
         Of their errors.
     split : int
         Entries of the positions, the first part of the state of a symplectic method.
+    integrals : int
+        Entries at the end of the state that nothing depends on, and Newton's method ignores.
     distribution : int
         Fingerprint of the sizes on all ranks.
     graphs : object or None
@@ -80,6 +82,7 @@ class IntegratorSettings:
     controller: str | PID = "basic"
     norm: Norm = "rms"
     split: int = 0
+    integrals: int = 0
     distribution: int = 0
     graphs: Any = None
     place: Place = HOST
