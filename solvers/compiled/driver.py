@@ -45,7 +45,7 @@ __all__ = [
 ]  # fmt: skip
 
 # No contraction: the controller's numbers are those of Python.
-_FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
+_FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
 #: How long a call may keep Python from noticing an interrupt, in seconds.
 PATIENCE = 0.1
 _DONE, _PAUSED, _UNSOLVED, _SINGULAR, _WAITING, _MISSING = 0, 1, 3, 4, 10, 100  # Status in kernel.h
