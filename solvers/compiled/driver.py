@@ -47,7 +47,7 @@ __all__ = [
 ]  # fmt: skip
 
 # No contraction: the controller's numbers are those of Python.
-_FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
+_FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
 #: How long a call may keep Python from noticing an interrupt, in seconds.
 PATIENCE = 0.1
 _DONE, _PAUSED, _WAITING, _SHOWN = 0, 1, 10, 11  # Status in kernel.h

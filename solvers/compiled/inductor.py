@@ -48,7 +48,7 @@ _aten = torch.ops.aten
 _Node: TypeAlias = Any  # torch.fx.Node, whose arguments are typed as a union of everything
 
 _SOURCES = (
-    __file__, libraries.__file__, trace.__file__, products.__file__, fast_tanh.__file__
+    __file__, *libraries.SOURCES, trace.__file__, products.__file__, fast_tanh.__file__
 )  # fmt: skip
 # Products that are added to something are rounded once.
 _INDUCTOR = {"cpp.enable_floating_point_contract_flag": "fast"}

@@ -1,9 +1,9 @@
 """Libraries of the C++ that torch's inductor writes for a graph, in less time than by inductor.
 
-A compiler spends most of its time on what all graphs share: the interface that inductor puts into
-each library, and torch's headers. Both are compiled once and kept beside the graphs. What differs,
-the calls of kernels and the kernels, are two files, compiled at the same time with inductor's own
-options: the numbers are the same.
+A compiler spends most of its time on what all graphs share: torch's headers, which are compiled
+once and kept beside the graphs, and the model that inductor puts around each graph, whose place
+``graph_library.cpp`` takes. What differs, the kernels and the calls of them, is compiled with
+inductor's own options: the numbers are the same.
 
 This holds on to the text that inductor writes, which may be another one in another torch. Whatever
 fails here, inductor is asked to build the library itself.
@@ -19,14 +19,13 @@ import re
 import shlex
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["build", "locked"]
+__all__ = ["SOURCES", "build", "locked"]
 
 _OPTIONS = {
     "aot_inductor.package": True, "aot_inductor.package_cpp_only": True,
@@ -36,36 +35,36 @@ _OPTIONS = {
     "cpp.vec_isa_ok": True,
 }  # fmt: skip
 _KERNELS = "#include <torch/csrc/inductor/cpp_prefix.h>\n"
-_MODEL = "torch::aot_inductor::AOTInductorModelBase<torch::aot_inductor::AOTInductorModel>"
-# What the calls need of the model stands in the interface, which has all of it: here the compiler
-# would read it anew for each graph, and the regular expression that names a device with it.
-_ELSEWHERE = """\
-#ifdef __GLIBCXX__
-namespace std::__detail {
-using Text = std::string::const_iterator;
-using Matches = std::allocator<std::sub_match<Text>>;
-extern template class _Scanner<char>;
-extern template class _Compiler<std::regex_traits<char>>;
-extern template class _Executor<Text, Matches, std::regex_traits<char>, true>;
-extern template class _Executor<Text, Matches, std::regex_traits<char>, false>;
-}
-#endif
-namespace torch::aot_inductor {
-using Model = AOTInductorModelBase<AOTInductorModel>;
-template <> Model::AOTInductorModelBase(
-    size_t, size_t, size_t, const std::string&, std::optional<std::string>, bool);
-template <> Model::~AOTInductorModelBase();
-template <> void Model::update_constants_map(std::shared_ptr<ConstantMap>, bool);
-template <> void Model::update_constants_array(std::shared_ptr<std::vector<ConstantHandle>>);
-}
-"""
-# Checks of arguments that an environment variable would ask for: half of the calls' text.
-_CHECKS = re.compile(
-    r"^AOTI_NOINLINE static void check_input_\d+\(.*?^}\n|^ *check_input_\d+\(input_handles\);\n",
-    re.MULTILINE | re.DOTALL,
+# What the kernels include, and, of what a model does, that which their calls need.
+_HEADERS = _KERNELS + "".join(
+    f"#include <torch/csrc/inductor/{name}.h>\n"
+    for name in (
+        "aoti_runtime/utils",
+        "aoti_runtime/scalar_to_tensor",
+        "aoti_torch/generated/c_shim_cpu",
+    )
 )
+_MODEL = """
+namespace torch::aot_inductor {
+using DeviceStreamType = void*;
+struct AOTInductorModel {
+    void run_impl(AtenTensorHandle*, AtenTensorHandle*, DeviceStreamType, AOTIProxyExecutorHandle);
+    int32_t device_idx_ = -1;
+};
+"""
+#: Files that libraries are made by.
+SOURCES = (__file__, str(Path(__file__).with_name("graph_library.cpp")))
+_LIBRARY = Path(SOURCES[1]).read_text(encoding="utf-8")
+_TORCH = "libtorch_cpu.so"
+# Kernels of other devices, and checks of arguments that an environment variable would ask for.
+_NOT_CALLED = re.compile(
+    r"^.*\b(?:kernels_|__check_inputs_outputs|_check_aoti_runtime_check_inputs_env)\b.*\n",
+    re.MULTILINE,
+)
+_NUMBERS = re.compile(r"AOTInductorModelBase\(\s*(\d+),\s*(\d+),\s*(\d+),")
+_FUNCTION = re.compile(r"\bAOTIRuntimeError\s+(AOTInductor\w+)\(")
 # Warnings on generated code take longer than the code.
-_LEFT_OUT = {"-Wall", "-pedantic", "-g1", "-O3"}
+_LEFT_OUT = {"-Wall", "-pedantic", "-g1"}
 
 
 @contextmanager
@@ -104,40 +103,70 @@ def build(
         Names what depends on the machine, on torch, and on its arguments.
     """
     inductor = importlib.import_module("torch._inductor")
-    made = inductor.aot_compile(graph, tuple(examples), options={**options, **_OPTIONS})
+    with _dtypes_set_up_once():
+        made = inductor.aot_compile(graph, tuple(examples), options={**options, **_OPTIONS})
     files = [Path(file) for file in made]
     (source,) = (file for file in files if file.name.endswith(".wrapper.cpp"))
     (flags,) = (file for file in files if file.name.endswith("_compile_flags.json"))
-    headers, interface, calls, kernels = _parts(source.read_text(encoding="utf-8"))
     compiler = _Compiler(json.loads(flags.read_text(encoding="utf-8")), kept, fingerprint)
-    lines = headers.splitlines(True)
-    includes = "".join(line for line in lines if line.startswith("#include <torch"))
-    jobs = [
-        (package.with_name("calls"), "-O1", includes, _ELSEWHERE + calls),
-        (package.with_name("kernels"), "-O3", _KERNELS, kernels),
-    ]
-    with ThreadPoolExecutor(2) as pool:
-        objects = [pool.submit(compiler.compile, *job) for job in jobs]
-        text = f"{headers}{interface}\ntemplate class {_MODEL};\n"
-        objects.append(pool.submit(compiler.interface, includes, text))
-        parts = [each.result() for each in objects]
+    part = compiler.compile(package.with_name("graph"), _text(source.read_text(encoding="utf-8")))
     library = source.with_suffix(".so")
-    compiler.link([*parts, *(file for file in files if file.suffix == ".o")], library)
+    compiler.link(part, library)
     notes = [file for file in files if file.suffix == ".json" and "_flags" not in file.name]
     packages = importlib.import_module("torch._inductor.package")
     packages.package_aoti(str(package), [str(file) for file in (library, source, *notes)])
+    inductor.aoti_load_package(str(package))  # another torch may want more of a library
 
 
-def _parts(source: str) -> tuple[str, str, str, str]:
-    """Return the headers, the interface, what calls the kernels, and the kernels."""
+@contextmanager
+def _dtypes_set_up_once() -> Iterator[None]:
+    """Let inductor's only table of dtypes be filled once a graph, not for each operation in it.
+
+    That took a third of the time of the step of a network.
+    """
+    try:
+        module = importlib.import_module("torch._inductor.dtype_propagation")
+        table = module.DtypePropagationOpsHandler
+    except (ImportError, AttributeError):  # torch before 2.6
+        yield
+        return
+    fill = table.__init__
+
+    def fill_once(self: Any) -> None:
+        fill(self)
+        table.__init__ = lambda self: None
+
+    table.__init__ = fill_once
+    try:
+        yield
+    finally:
+        table.__init__ = fill
+
+
+def _text(source: str) -> str:
+    """Return what is compiled of a library that inductor has written, behind ``_HEADERS``."""
     codegen = importlib.import_module("torch._inductor.codegen")
     file = Path(codegen.__path__[0], "aoti_runtime", "interface.cpp")
     interface = file.read_text(encoding="utf-8").strip()
     before, found, rest = source.partition(interface)
     calls, kernels_begin, kernels = rest.partition(_KERNELS)
-    if not found:
+    declared, model, calls = calls.partition("namespace torch::aot_inductor {")
+    numbers = _NUMBERS.search(calls)
+    _, run, calls = calls.partition("void AOTInductorModel::run_impl(")
+    if not (found and model and numbers and run):
         raise ValueError("inductor writes its interface in another way")
-    return before, found, _CHECKS.sub("", calls), kernels_begin + kernels
+    inputs, outputs, constants = map(int, numbers.groups())
+    if constants:
+        raise ValueError("a graph has constants")
+    more = [line for line in before.splitlines(True) if "aoti_include/cpu.h" not in line]
+    # What torch looks for and does not call here.
+    others = sorted({*_FUNCTION.findall(interface)} - {*_FUNCTION.findall(_LIBRARY)})
+    stubs = "".join(f'extern "C" int32_t {name}() {{ return 1; }}\n' for name in others)
+    return "".join((
+        *more, declared, _MODEL, run, _NOT_CALLED.sub("", calls),
+        f"constexpr size_t INPUTS = {inputs}, OUTPUTS = {outputs};\n", _LIBRARY, stubs,
+        kernels_begin, kernels,
+    ))  # fmt: skip
 
 
 class _Compiler:
@@ -167,34 +196,20 @@ class _Compiler:
         version = builder.get_compiler_version_info(flags["compiler"])
         self._name = lambda *parts: fingerprint(*self._compiler, version, *self._options, *parts)
 
-    def compile(self, path: Path, level: str, includes: str, text: str) -> Path:
-        """Return the object file of a text, whose first lines would be ``includes``."""
-        header = self._header(level, includes)
-        source, made = path.with_suffix(".cpp"), path.with_suffix(".o")
+    def compile(self, path: Path, text: str) -> Path:
+        """Return the object file of a text, whose first lines would be ``_HEADERS``."""
+        header, source, made = self._header(), path.with_suffix(".cpp"), path.with_suffix(".o")
         source.write_text(text, encoding="utf-8")
-        self._run(level, "-c", str(source), "-include", str(header), "-o", str(made))
+        self._run("-c", str(source), "-include", str(header), "-o", str(made))
         return made
 
-    def interface(self, includes: str, text: str) -> Path:
-        """Return the object file of the interface, whose text begins with ``includes``."""
-        path = self._kept / f"interface-{self._name(text)}.o"
-
-        def make(partial: Path) -> None:
-            source = partial.with_suffix(".cpp")
-            source.write_text(text, encoding="utf-8")
-            header = self._header("-O1", includes)
-            self._run("-O1", "-c", str(source), "-include", str(header), "-o", str(partial))
-            source.unlink()
-
-        return self._once(path, make)
-
-    def _header(self, level: str, includes: str) -> Path:
+    def _header(self) -> Path:
         """Return a header beside which there is what the compiler makes of it."""
-        path = self._kept / f"headers-{self._name(level, includes)}.h"
+        path = self._kept / f"headers-{self._name(_HEADERS)}.h"
 
         def make(partial: Path) -> None:
-            path.write_text(includes, encoding="utf-8")
-            self._run(level, "-x", "c++-header", str(path), "-o", str(partial))
+            path.write_text(_HEADERS, encoding="utf-8")
+            self._run("-x", "c++-header", str(path), "-o", str(partial))
 
         return self._once(path.with_suffix(".h.gch"), make).with_suffix("")
 
@@ -208,13 +223,17 @@ class _Compiler:
                     partial.replace(path)
         return path
 
-    def link(self, objects: Sequence[Path], library: Path) -> None:
-        """Make a library that lacks nothing."""
-        torch_libraries = Path(torch.__file__).parent / "lib"
-        self._run(
-            "-O3", "-shared", "-Wl,--no-undefined", *map(str, objects), "-o", str(library),
-            f"-L{torch_libraries}", "-ltorch", "-ltorch_cpu", "-lc10", "-lgomp",
-        )  # fmt: skip
+    def link(self, part: Path, library: Path) -> None:
+        """Make a library; that torch's has what it lacks shows when it is loaded, in less time."""
+        nothing = self._kept / f"{self._name(_TORCH)}-{_TORCH}"
+
+        def make(partial: Path) -> None:
+            self._run(
+                "-shared", "-x", "c++", os.devnull, f"-Wl,-soname,{_TORCH}", "-o", str(partial)
+            )
+
+        self._once(nothing, make)
+        self._run("-shared", str(part), "-Wl,--no-as-needed", str(nothing), "-o", str(library))
 
     def _run(self, *arguments: str) -> None:
         command = [*self._compiler, *self._options, *arguments]
