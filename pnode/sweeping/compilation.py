@@ -27,7 +27,6 @@ from pnode.solvers.compiled.account import Entry, Work
 from pnode.solvers.compiled.backend import Compilation, Wanted
 from pnode.solvers.compiled.compiler import bare
 from pnode.solvers.compiled.inductor import cache_folder
-from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.sweeping.engine import Engine
 from pnode.sweeping.recording import new_budget
 from pnode.sweeping.run import Requests, Run
@@ -95,24 +94,7 @@ def begin(
         run.entry = entry  # counts what follows
         if entry.undecided:
             return None
-    settings = run.settings
-    if problem.base is not None and problem.integrals:
-        settings = _within(settings, engine.settings(problem.base))
-    options, wanted = engine.solver_options(settings), entry.wanted
-    if wanted is None or not (
-        wanted.settings is settings and wanted.options is options
-        and wanted.control is engine.control and wanted.checkpointing is engine.checkpointing
-        and (wanted.dense, wanted.watched) == (requests.dense, watched)
-    ):  # fmt: skip
-        entry.wanted = wanted = Wanted(
-            settings, options, engine.control, engine.checkpointing, keep, requests.dense,
-            watched, partial(_lent, weakref.ref(engine)), auto,
-            new_budget(engine, requests),
-        )  # fmt: skip
-        if requests.events is not None:
-            single = replace(run.settings, adaptive=False)
-            parts = replace(wanted, settings=single, options=engine.solver_options(single))
-            entry.wanted = wanted = replace(wanted, parts=parts)
+    wanted = _wanted(engine, run, entry, keep, watched, requests)
     if auto:
         if run.entry is not None:
             decide = _decide_together if ranks.parallel else _decide
@@ -122,9 +104,36 @@ def begin(
     return _compiled(engine, run, entry, field, y0, wanted)
 
 
-def _within(settings: IntegratorSettings, own: IntegratorSettings) -> IntegratorSettings:
-    """Return settings of a state with its integrals in it, with one matrix of both."""
-    return replace(settings, jacobian=own.jacobian, jacobian_options=own.jacobian_options)
+def _wanted(
+    engine: Engine, run: Run, entry: Entry, keep: bool, watched: tuple[str, ...], requests: Requests
+) -> Wanted:
+    """Return what is to be compiled: that of the solve before, where nothing else is asked for."""
+    problem, settings, wanted = run.problem, run.settings, entry.wanted
+    own = settings
+    if problem.base is not None and problem.integrals:
+        own = engine.settings(problem.base)
+    if (
+        wanted is not None
+        and entry.settings[0] is settings and entry.settings[1] is own
+        and wanted.options is engine.solver_options(wanted.settings)
+        and wanted.control is engine.control and wanted.checkpointing is engine.checkpointing
+        and (wanted.dense, wanted.watched) == (requests.dense, watched)
+    ):  # fmt: skip
+        return wanted
+    entry.settings = (settings, own)
+    if own is not settings:  # a state with its integrals in it, and one matrix of both
+        settings = replace(settings, jacobian=own.jacobian, jacobian_options=own.jacobian_options)
+    wanted = Wanted(
+        settings, engine.solver_options(settings), engine.control, engine.checkpointing, keep,
+        requests.dense, watched, partial(_lent, weakref.ref(engine)), engine.compile == "auto",
+        new_budget(engine, requests),
+    )  # fmt: skip
+    if requests.events is not None:
+        single = replace(settings, adaptive=False)
+        parts = replace(wanted, settings=single, options=engine.solver_options(single))
+        wanted = replace(wanted, parts=parts)
+    entry.wanted = wanted
+    return wanted
 
 
 def _lent(engine: weakref.ref[Engine], *what: Any) -> Any:

@@ -86,6 +86,8 @@ class Entry:
         Why nothing is, for good.
     wanted : Wanted or None
         What the compiler was asked for last.
+    settings : tuple of IntegratorSettings
+        What that came from: of the solve, and of its state without integrals.
     failures : int
         How many compiled sweeps in a row gave up on steps that were taken without then.
     """
@@ -98,6 +100,7 @@ class Entry:
     left: str = ""
     hindrance: str = ""
     wanted: Any = None
+    settings: tuple[Any, ...] = ()
     failures: int = 0
 
     @property
