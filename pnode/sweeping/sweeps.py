@@ -112,7 +112,7 @@ def _forward(
             if outputs is not None:
                 if found.start is not None:
                     engine.solver_options(run.settings).warn_unused()
-                sweep = WholeSweep(found.sweep)
+                sweep = WholeSweep(found.sweep, engine)
                 run.sweep, run.used = sweep, field.used
                 return sweep.interpolated_outputs(run, field, y0, outputs, keep, requests)
             problem.ranks.least(0)  # which tells of an interrupt
