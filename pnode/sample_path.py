@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pnode.base.interpolation import Extension
+from pnode.base.interpolation import Extension, lagrange_polynomials
 from pnode.base.ledger import Stats
 from pnode.base.rank_sums import replicated
 from pnode.base.real_times import real_times
@@ -26,7 +26,8 @@ from pnode.problems.arguments import choice
 from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.methods import Method
 from pnode.solvers.scheme import Scheme, combine
-from pnode.sweeping.dense import LONGEST, neighbours, own_extension, own_interpolant
+from pnode.sweeping.dense import own_extension, own_interpolant
+from pnode.sweeping.partial_steps import inner_points
 
 __all__ = ["SamplePath"]
 
@@ -58,6 +59,8 @@ class SamplePath:
         y0.
     parameters : sequence of Tensor
         Those of the problem, in the graph.
+    again : callable
+        Takes one step of each row, for times ``(2, B)``, from states ``(B, n)``.
     restored : callable
         From states inside, shape ``(..., B, n)``, to the user's.
     """
@@ -70,6 +73,7 @@ class SamplePath:
     nodes: torch.Tensor
     start: torch.Tensor
     parameters: Sequence[torch.Tensor]
+    again: Any
     restored: Any
 
     def __post_init__(self) -> None:
@@ -92,7 +96,7 @@ class SamplePath:
 
     def keep(self) -> None:
         """Evaluate f where interpolants ask for it, in the solve's graph, as it is now."""
-        if own_interpolant(self.method) is None:
+        if own_interpolant(self.method) is None and not inner_points(self.method):
             _ = self.slopes
 
     # ------------------------------------------------------------------------ ends of steps
@@ -105,9 +109,7 @@ class SamplePath:
         nodes = torch.cat([first, self.nodes[1:]])
         if not moves(self.times):
             return self.ends.clone(), nodes
-        index = torch.searchsorted(self.s.t().contiguous(), (self.direction * numbers).t()
-                                   .contiguous()).t().clamp(max=len(self.s) - 1)  # fmt: skip
-        hit = _at(self.ends, index) == numbers
+        index, hit = self._hits(numbers)
         change = torch.zeros_like(self.ends).scatter_add(
             0, index, torch.where(hit, times - numbers, 0.0)
         )
@@ -119,12 +121,21 @@ class SamplePath:
                 slopes[at[rows], rows] = self.rates.field.total_rate(numbers[number], state)[rows]
         return self.ends + change, nodes + change[..., None] * slopes
 
+    def _hits(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return which ends of steps are at times or follow them, and whether they are at them."""
+        columns = (self.s.t().contiguous(), (self.direction * numbers).t().contiguous())
+        index = torch.searchsorted(*columns).t().clamp(max=len(self.s) - 1)
+        return index, _at(self.ends, index) == numbers
+
     def outputs(self) -> torch.Tensor:
         """Return the states at ``times``, shape ``(T, B, n)``, the inner ones interpolated."""
         _, ends = self.at_steps()
         arrived = _at(self.ends, self.count[None])[0] == self.times[-1].detach().to(REAL)
         last = torch.where(arrived[:, None], _at(ends, self.count[None])[0], torch.nan)
-        inside = self._between(self.direction * self.times[1:-1].to(REAL), 0, True)
+        times = self.times[1:-1].to(REAL)
+        index, hit = self._hits(times.detach())
+        inside = self._between(self.direction * times, 0, True)
+        inside = torch.where(hit[..., None], _at(ends, index).to(inside), inside)
         return torch.cat([ends[:1], inside, last[None]])[: len(self.times)]
 
     # ----------------------------------------------------------------------- at other times
@@ -184,7 +195,9 @@ class SamplePath:
         at_end = (numbers == last) & (self.count > 0)
         theta = theta + (torch.where(at_end, 1.0, theta.detach()) - theta.detach())
         scheme, more = own_interpolant(self.method), own_extension(self.method)
+        points = inner_points(self.method)
         found = (
+            self._through_states(points, k, h, theta, order) if points else
             self._own(scheme, k, h, theta, order) if scheme is not None
             else self._hermite(k, first, h, theta, order) if more is None
             else self._extended(more, k, h, theta, order)
@@ -201,9 +214,8 @@ class SamplePath:
     def _hermite(
         self, k: torch.Tensor, first: torch.Tensor, h: torch.Tensor, theta: torch.Tensor, order: int
     ) -> torch.Tensor:
-        """Interpolate between states and slopes at the nodes around steps ``k``."""
-        low, high = self._windows(k, first, h)
-        most = int((high - low).max()) + 1 if k.numel() else 2
+        """Interpolate between states and slopes at both ends of steps ``k``."""
+        low, high, most = k, torch.minimum(k + 1, self.count), 2
         index = low[..., None] + torch.arange(most, device=k.device)
         valid, index = index <= high[..., None], torch.minimum(index, high[..., None])
         x = (torch.stack([_at(self.s, index[..., j]) for j in range(most)], -1) - first[..., None]
@@ -217,23 +229,6 @@ class SamplePath:
             result = result + of_state * _at(self.states, index[..., j])
             result = result + of_slope * user[..., None] * _at(self.slopes, index[..., j])
         return result / user[..., None] if order else result
-
-    def _windows(
-        self, k: torch.Tensor, first: torch.Tensor, h: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the first and the last node of each interpolant; see ``DenseOutput._around``."""
-        low, high, middle = k, torch.minimum(k + 1, self.count), first + 0.5 * h
-        for _ in range(neighbours(self.method)):
-            below, above = (low - 1).clamp(min=0), torch.minimum(high + 1, self.count)
-            left, right = _at(self.s, below), _at(self.s, above)
-            usable = (below < low) & (LONGEST * (_at(self.s, low) - left) > h)
-            before = torch.where(usable, middle - left, torch.inf)
-            usable = (above > high) & (LONGEST * (right - _at(self.s, high)) > h)
-            after = torch.where(usable, right - middle, torch.inf)
-            back = ((before <= 1.001 * after) & after.isfinite()) | (before < after)
-            low = torch.where(back, below, low)
-            high = torch.where(~back & after.isfinite(), above, high)
-        return low, high
 
     def _own(
         self, scheme: Scheme, k: torch.Tensor, h: torch.Tensor, theta: torch.Tensor, order: int
@@ -278,6 +273,29 @@ class SamplePath:
         if order:
             return result + 6.0 * x * (1.0 - x) * change / user
         return self._to_the_end(u + x * x * (3.0 - 2.0 * x) * change + user * result, k, theta)
+
+    def _through_states(
+        self, points: Sequence[float], k: torch.Tensor, h: torch.Tensor, theta: torch.Tensor,
+        order: int,
+    ) -> torch.Tensor:  # fmt: skip
+        """Interpolate between what partial steps lead to; whole ones tell if f is as it was."""
+        steps, slot = _distinct(k)
+        end = torch.minimum(steps + 1, self.count)
+        s, u, last = _at(self.s, steps), _at(self.states, steps), _at(self.states, end)
+        length = torch.where(end > steps, _at(self.s, end) - s, 1.0)
+        found = []
+        with self.rates.surroundings.restored():
+            for c in (*points, 1.0):
+                times = self.direction * torch.stack([s, s + c * length])
+                each_one = [self.again(times[:, q], u[q]) for q in range(len(u))]
+                found.append(torch.stack(each_one) if each_one else u)
+        self._compare(found[-1], last, s)
+        rows = lagrange_polynomials((0.0, *points, 1.0))[:, 1:]
+        u, *states = (_at(state, slot) for state in (u, *found[:-1], last))
+        result = _combined(rows, [u, *states], theta, order)
+        if order:
+            return result / (self.direction * h)[..., None]
+        return self._to_the_end(u + result, k, theta)
 
     def _to_the_end(self, found: torch.Tensor, k: torch.Tensor, theta: torch.Tensor) -> Any:
         """Return states with the bits of those that the steps end at."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -31,6 +32,7 @@ from pnode.problems.problem import InitialValueProblem, StateLayout, as_times, c
 from pnode.problems.user_state import RowParts
 from pnode.sample_path import SamplePath
 from pnode.solutions.solution import Solution
+from pnode.sweeping.engine import Engine
 from pnode.sweeping.integrals import with_row_integrals
 from pnode.sweeping.row_sweep import PassSweep, Samples
 from pnode.sweeping.run import Requests
@@ -94,14 +96,31 @@ def _solve(
     assert isinstance(run.sweep, PassSweep)
     ys, ends = ys.reshape(len(ys), len(y0), -1), run.sweep.ends
     shape = problem.layout.shapes[0]
+    again = partial(_one_step, solver._engine, problem, requests, parameters, run.stats)
     path = SamplePath(
-        problem, solver._engine.method, run.stats, times, ends, ys, y0, parameters,
+        problem, solver._engine.method, run.stats, times, ends, ys, y0, parameters, again,
         lambda y: restored(y.reshape(*y.shape[:-2], *shape))[0],
     )  # fmt: skip
     if requests.dense:
         path.keep()
     ts, found = path.at_steps() if at == "steps" else (times, path.outputs())
     return ts, found.to(problem.layout.dtype).reshape(len(found), *shape), path, run.stats
+
+
+def _one_step(
+    engine: Engine, problem: InitialValueProblem, requests: Requests,
+    parameters: Sequence[torch.Tensor], stats: Stats, times: torch.Tensor, states: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """Return what one step of each row leads to, from states ``(B, n)``, for times ``(2, B)``."""
+    requests = replace(requests, samples=replace(requests.samples, clock=times), steps=False)
+    control = replace(engine.control, step_size=math.inf, grid=None)
+    alone = replace(engine, control=control, compile=False)
+    problem = problem.but(times=tuple(times[:, 0].tolist()))
+    moving = any(moves(one) for one in (states, *parameters))
+    ys, run = node(alone, problem, requests, states.reshape(-1), times, moving, parameters)
+    stats.rhs += run.stats.rhs
+    run.stats.backward = stats.backward
+    return ys[-1].reshape(states.shape).to(REAL)
 
 
 def _restored(

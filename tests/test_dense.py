@@ -31,6 +31,8 @@ HERMITE = [
     "trbdf2",
     "verner6",
 ]
+#: Through states that partial steps lead to.
+PARTIAL = ["sdirk2", "esdirk6", "rodaspr", "radau5", "gauss4"]
 
 
 def interpolated(f, name, y0, grid, t):
@@ -40,8 +42,11 @@ def interpolated(f, name, y0, grid, t):
     if not method.implicit and method.order > 4 and name != "dopri5":
         return torch.stack([at(states, grid, time, bootstrapped(f, states, grid, method.order))
                             for time in t])  # fmt: skip
+    if name in PARTIAL:
+        inside = partial_steps(f, name, states, grid)
+        return torch.stack([at(states, grid, time, inside) for time in t])
     if name != "dopri5":
-        return hermite_in_torch(f, states, grid, t, nodes_of(name))
+        return hermite_in_torch(f, states, grid, t)
     tableau = petsc_tableau(find_method(name))
 
     def inside(n, start, h, theta):
@@ -61,19 +66,29 @@ def at(states, grid, time, inside):
     return inside(n, grid[n], h, (time - grid[n]) / h)
 
 
-def nodes_of(name):
-    """In how many ends of steps a method's Hermite interpolant has states and slopes."""
-    order = find_method(name).order
-    return 2 if order <= 4 else 3 if order <= 6 else 4
-
-
-def hermite_in_torch(f, states, grid, t, nodes=2):
-    """The polynomial through values and slopes at the ends of a step and of its neighbours."""
+def partial_steps(f, name, states, grid):
+    """The polynomial through the states that steps to Lobatto's points end at."""
+    number = max(2, find_method(name).order - 2)
+    roots = np.polynomial.Legendre.basis(number + 1).deriv().roots().real
+    points = [0.0, *(0.5 + 0.5 * roots), 1.0]
 
     def inside(n, start, h, theta):
-        first = min(max(n - 1, 0), len(grid) - nodes) if nodes > 2 else n
-        chosen = range(first, first + nodes)
-        where = torch.tensor([(grid[i] - start) / h for i in chosen], dtype=D)
+        found = [replica(f, name, states[n], [start, start + c * h])[1] for c in points[1:-1]]
+        values = torch.stack([states[n], *found, states[n + 1]])
+        k = torch.arange(len(points), dtype=D)
+        powers = torch.tensor(points, dtype=D)[:, None] ** k
+        solved = torch.linalg.solve(powers, values.reshape(len(points), -1))
+        return (theta**k @ solved).reshape(values.shape[1:])
+
+    return inside
+
+
+def hermite_in_torch(f, states, grid, t):
+    """The polynomial through values and slopes at the ends of a step."""
+
+    def inside(n, start, h, theta):
+        nodes, chosen = 2, (n, n + 1)
+        where = torch.tensor([0.0, 1.0], dtype=D)
         k = torch.arange(2 * nodes, dtype=D)
         values = where[:, None] ** k
         slopes = torch.cat([torch.zeros(nodes, 1, dtype=D), k[1:] * where[:, None] ** k[:-1]], 1)
@@ -135,7 +150,7 @@ def gradients_of(ys, field, y0, t):
 
 
 @pytest.mark.parametrize("direction", [1.0, -1.0], ids=["forwards", "backwards"])
-@pytest.mark.parametrize("name", [*HERMITE, "dopri5"])
+@pytest.mark.parametrize("name", [*HERMITE, *PARTIAL, "dopri5"])
 def test_equals_autograd_through_a_replica(name, direction):
     """States and gradients, those of the interpolated times included."""
     implicit = find_method(name).implicit
@@ -162,7 +177,7 @@ def test_equals_autograd_through_a_replica(name, direction):
     assert float(ours[4][hit]) == pytest.approx(float(expected.detach()), rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["dopri5", "bosh3", "cn", "es325"])
+@pytest.mark.parametrize("name", ["dopri5", "bosh3", "cn", "es325", "esdirk6"])
 def test_adaptive_gradient_is_that_of_the_accepted_steps(name):
     implicit = find_method(name).implicit
     field, y0 = Field(), initial()
@@ -257,7 +272,9 @@ def decay_with_drive(t, y):
     return -y + torch.cos(3.0 * t) * torch.exp(-y / 4)
 
 
-@pytest.mark.parametrize("name", ["dopri5", *HERMITE, "fehlberg5", "esdirk3", "bdf3"])
+@pytest.mark.parametrize(
+    "name", ["dopri5", *HERMITE, *PARTIAL[:-1], "fehlberg5", "esdirk3", "bdf3"]
+)
 def test_order_of_the_interpolated_values(name):
     """That of the method: errors of the polynomials are of order h^4, h^6 and h^8."""
     expected = find_method(name).order

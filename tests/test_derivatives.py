@@ -258,7 +258,7 @@ def test_budgets_and_disks_do_not_change_second_derivatives(method, tmp_path):
         assert all(map(torch.equal, others, found[0]))
 
 
-@pytest.mark.parametrize("method", ["rk4", "dopri5", "es325"])
+@pytest.mark.parametrize("method", ["rk4", "dopri5", "es325", "esdirk6", "rodaspr", "radau5"])
 def test_second_derivatives_of_dense_output(method):
     f, y0 = Field(), state().requires_grad_()
     solver = pnode.Solver(f, method=method, step_size=0.2, dense=True)

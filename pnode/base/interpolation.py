@@ -9,7 +9,7 @@ With theta in [0, 1] and h the length of the step from u_0 to u_1, of slopes f_0
   Numerical Analysis, section 2.1.5);
 * for explicit methods of high order, a polynomial through slopes inside of the step too, which are
   taken on a polynomial through fewer of them (:class:`Extension`);
-* the polynomial through the last few states, where slopes are not at hand;
+* the polynomial through states alone, where slopes are not at hand, or magnify the states' errors;
 * a Runge-Kutta method's own: y = u_0 + h sum_i b_i(theta) k_i, where it has one (Hairer et al.).
 """
 
@@ -33,6 +33,8 @@ __all__ = [
     "hermite_polynomials",
     "hermite_rate",
     "lagrange",
+    "lagrange_polynomials",
+    "lobatto",
     "polynomial",
     "polynomial_rate",
 ]
@@ -151,8 +153,7 @@ def extension(most: int) -> Extension:
     weights: list[Hermite] = []
     known = _through_slopes(c)
     for number in range(2, most + 1):
-        first, legendre = len(c), Legendre.basis(number + 1).deriv()
-        inside = (0.5 * (1.0 + np.sort(legendre.roots().real))).tolist()
+        first, inside = len(c), lobatto(number)
         weights.extend(_with_bump(known, theta) for theta in inside)
         c.extend(inside)
         own = _through_slopes([0.0, 1.0, *inside])
@@ -160,6 +161,13 @@ def extension(most: int) -> Extension:
         known[:2], known[first:] = own[:2], own[2:]
     known.flags.writeable = False
     return Extension(tuple(c), tuple(weights), known, len(c) - most)
+
+
+def lobatto(number: int) -> list[float]:
+    """Return so many points of Lobatto's quadrature between 0 and 1, the ends excepted."""
+    roots = Legendre.basis(number + 1).deriv().roots().real
+    inside: list[float] = (0.5 * (1.0 + np.sort(roots))).tolist()
+    return inside
 
 
 def _through_slopes(nodes: Sequence[float]) -> Any:
@@ -181,6 +189,19 @@ def lagrange(nodes: Sequence[float], s: float) -> list[float]:
         math.prod((s - other) / (node - other) for other in nodes if other != node)
         for node in nodes
     ]
+
+
+@lru_cache(maxsize=16)
+def lagrange_polynomials(nodes: tuple[float, ...]) -> Any:
+    """Return the weights of values at ``nodes`` by powers of theta, shape ``(m, m)``."""
+    found = np.zeros((len(nodes), len(nodes)))
+    for i, node in enumerate(nodes):
+        row = np.ones(1)
+        for other in (other for other in nodes if other != node):
+            row = np.convolve(row, np.array([-other, 1.0]) / (node - other))
+        found[i] = row
+    found.flags.writeable = False
+    return found
 
 
 def polynomial(coefficients: Any, theta: float) -> list[float]:

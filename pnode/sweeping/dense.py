@@ -6,9 +6,11 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.polynomial.polynomial import polyval
 
 from pnode.base import vectors
 from pnode.base.interpolation import (
@@ -17,6 +19,7 @@ from pnode.base.interpolation import (
     extension,
     hermite,
     hermite_polynomials,
+    lagrange_polynomials,
     polynomial,
 )
 from pnode.field.rates import Rates
@@ -25,6 +28,7 @@ from pnode.solvers.methods import Method
 from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.scheme import Scheme
 from pnode.solvers.stepping import Observer, Step
+from pnode.sweeping.partial_steps import PartialSteps, inner_points
 
 __all__ = [
     "LONGEST", "DenseOutput", "Inside", "Window", "coefficients", "combined", "neighbours",
@@ -59,7 +63,7 @@ class _Node:
 
 @dataclass(frozen=True)
 class Window:
-    """Nodes of a step's Hermite interpolant.
+    """Nodes of a step's interpolant.
 
     Attributes
     ----------
@@ -69,15 +73,28 @@ class Window:
         Where they are, in lengths of the step from its start.
     extension : Extension or None
         With slopes inside of the step besides.
+    partial : bool
+        Whether partial steps lead to all but the first and the last, and no slopes are taken.
     """
 
     first: int
     nodes: tuple[float, ...]
     extension: Extension | None = None
+    partial: bool = False
+
+    @property
+    def ends(self) -> list[tuple[int, int]]:
+        """How many steps come before the nodes that are ends of steps, and which they are."""
+        chosen = (0, len(self.nodes) - 1) if self.partial else range(len(self.nodes))
+        return [(self.first + number, i) for number, i in enumerate(chosen)]
 
     def weights(self, inside: Inside) -> Hermite:
         """Return the weights of the states and slopes there in an output."""
         more, theta = self.extension, inside.theta
+        if self.partial:
+            powers = lagrange_polynomials(self.nodes).T
+            found: Any = powers[inside.power] if theta is None else polyval(theta, powers)
+            return Hermite(tuple(found.tolist()), ())
         if more is not None:
             return more.power(inside.power) if theta is None else more.at(theta)
         if theta is not None:
@@ -130,6 +147,8 @@ class DenseOutput(Observer):
         flat, PETSc's precision; and for one at the end of a step the number of steps before.
     keep : bool
         Whether a backward sweep may follow: the states at the ends of such steps are then kept.
+    partial : PartialSteps or None
+        For methods that are interpolated through states alone, at :func:`inner_points`.
     pieces : sequence of int, optional
         Steps whose interpolants are wanted instead of outputs: by their coefficients of the powers
         of theta.
@@ -156,9 +175,11 @@ class DenseOutput(Observer):
         field: VectorField,
         emit: Callable[[torch.Tensor, int | None], None],
         keep: bool,
+        partial: PartialSteps | None,
         pieces: Sequence[int] | None = None,
     ) -> None:
         self._times = times
+        self._partial = partial
         self._rates = Rates(field)
         self._emit = emit
         self._keep = keep
@@ -211,7 +232,7 @@ class DenseOutput(Observer):
     def end(self) -> None:
         """Emit what is left, and let go of f."""
         self._settle()
-        del self._rates, self._emit
+        del self._rates, self._emit, self._partial
 
     def _in_step(self, step: Step) -> list[Inside]:
         """Return what is wanted of a step."""
@@ -231,6 +252,22 @@ class DenseOutput(Observer):
         if self._keep:
             self.states.update((node.number, node.state) for node in nodes)
 
+    def _inside(self, step: Step) -> None:
+        """Emit the outputs in a step, whose neighbours are known."""
+        if self._partial is None:
+            self._hermite(step)
+            return
+        start, end = self._around(step)
+        self._note([start, end])
+        partial = self._partial
+        window = self.windows[step.index] = Window(
+            step.index, (0.0, *partial.points, 1.0), partial=True
+        )
+        states = [vectors.copy_out(one.solution) for _, one in partial.taken(step, start.state)]
+        states = [start.state, *states, end.state]
+        for inside in self.inside[step.index]:
+            self._emit(combined(window.weights(inside), states, [], step.length), None)
+
     def _settle(self, last: int | None = None) -> None:
         """Emit all that waits, of the steps up to ``last``; their neighbours are known."""
         while self._waiting:
@@ -238,7 +275,7 @@ class DenseOutput(Observer):
             if isinstance(item, _Node):
                 self._emit(item.state, item.number)
             elif last is None or item.index <= last:
-                self._hermite(item)
+                self._inside(item)
             else:
                 break
             self._waiting.popleft()
@@ -323,6 +360,7 @@ def own_extension(method: Method) -> Extension | None:
 def neighbours(method: Method) -> int:
     """Return how many ends of other steps are nodes of a method's interpolants."""
     alone = own_interpolant(method) is not None or own_extension(method) is not None
+    alone = alone or bool(inner_points(method))
     return 0 if alone else coefficients(method) // 2 - 2
 
 
@@ -333,4 +371,6 @@ def coefficients(method: Method) -> int:
         return 1 + scheme.interpolation_degree
     if more is not None:
         return 1 + int(more.coefficients.shape[1])
+    if inner_points(method):
+        return 2 + len(inner_points(method))
     return 4 if method.order <= 4 else 6 if method.order <= 6 else 8

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from numpy.polynomial.polynomial import polyder, polyval
 
 from pnode.adjoint.reverse import NodeCotangents
-from pnode.base.interpolation import Hermite, hermite_rate, polynomial_rate
+from pnode.adjoint.stepper import AdjointStepper, TorchAdjointStepper
+from pnode.base import vectors
+from pnode.base.interpolation import Hermite, hermite_rate, lagrange_polynomials, polynomial_rate
+from pnode.base.ledger import Ledger
 from pnode.base.vectors import REAL
 from pnode.field.linearization import Linearization
 from pnode.field.products import accumulate
@@ -17,6 +22,7 @@ from pnode.field.vectorfield import VectorField
 from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.stepping import Step
 from pnode.sweeping.dense import DenseOutput, Inside, combined, own_weights
+from pnode.sweeping.partial_steps import PartialSteps
 
 __all__ = ["DenseAdjoint"]
 
@@ -36,6 +42,12 @@ class DenseAdjoint(NodeCotangents):
         Derivatives of the loss with respect to all outputs, shape ``(T, size)``.
     wants_times : bool
         Whether ``times`` is wanted, for which values are needed, not only their graphs.
+    partial : PartialSteps or None
+        Of the method.
+    adjoint : AdjointStepper
+        Of these, has begun.
+    ledger : Ledger
+        Counts them.
 
     Attributes
     ----------
@@ -53,8 +65,12 @@ class DenseAdjoint(NodeCotangents):
         field: VectorField,
         cotangents: torch.Tensor,
         wants_times: bool,
+        partial: PartialSteps | None,
+        adjoint: AdjointStepper,
+        ledger: Ledger,
     ) -> None:
         self._dense = dense
+        self._partial, self._adjoint, self._ledger = partial, adjoint, ledger
         self._wants_times = wants_times
         self._steps = steps
         self._field, self._rates = field, Rates(field)
@@ -71,9 +87,8 @@ class DenseAdjoint(NodeCotangents):
         # For each node, the steps whose interpolants use it, and as which of theirs.
         self._users: dict[int, list[tuple[int, int]]] = defaultdict(list)
         for step in self._wanted:
-            window = dense.windows.get(step)
-            for i in range(0 if window is None else len(window.nodes)):
-                self._users[dense.windows[step].first + i].append((step, i))
+            for node, i in dense.windows[step].ends if step in dense.windows else []:
+                self._users[node].append((step, i))
         self._ends: dict[int, Rate] = {}  # known already, of nodes that are still to come
         # What the states and slopes at both ends of a step get through those inside of it.
         self._pulled: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
@@ -90,7 +105,39 @@ class DenseAdjoint(NodeCotangents):
                 return None
             kept = None if self._wants_times else graphs(node)
             return self._through_stages(node, restore, kept)
-        return self._hermite(node)
+        return self._hermite(node) if self._partial is None else self._through_states(node)
+
+    def _through_states(self, node: int) -> torch.Tensor | None:
+        """Collect from the steps at either side, and from the partial ones that begin here."""
+        if node not in self._users:
+            return None
+        total = torch.zeros_like(self._dense.states[node])
+        for user, i in self._users[node]:
+            for inside, w in self._wanted[user]:
+                total.add_(w, alpha=self._dense.windows[user].weights(inside).state[i])
+        if node not in self._wanted:
+            return total
+        partial, adjoint, wanted = self._partial, self._adjoint, self._wanted[node]
+        assert partial is not None and isinstance(adjoint, TorchAdjointStepper)
+        step, window, start = self._steps[node], self._dense.windows[node], self._dense.states[node]
+        before, states = adjoint.state, [start]
+        for i, (part, trial) in enumerate(partial.taken(step, start), 1):
+            states.append(vectors.copy_out(trial.solution))
+            adjoint.load(trial.checkpoint(None))
+            adjoint.state = torch.zeros_like(total)
+            for inside, w in wanted:
+                adjoint.state.add_(w, alpha=window.weights(inside).state[i])
+            adjoint.step(part, self._ledger)
+            total.add_(adjoint.state)
+        adjoint.state = before
+        states.append(self._dense.states[node + 1])
+        polynomials = lagrange_polynomials(window.nodes)
+        for inside, w in wanted:
+            if inside.theta is not None:
+                rates: Any = polyval(inside.theta, polyder(polynomials.T))
+                change = combined(Hermite(tuple(rates.tolist()), ()), states, [], 1.0)
+                self.times[inside.index] += float(torch.dot(w, change)) / step.length
+        return total
 
     def _hermite(self, node: int) -> torch.Tensor | None:
         """Collect from the steps around, of whose interpolants this state is a node.

@@ -23,6 +23,7 @@ from pnode.sweeping.dense_adjoint import DenseAdjoint
 from pnode.sweeping.engine import Engine
 from pnode.sweeping.event_locator import EventLocator
 from pnode.sweeping.monitor import backward_bar, onlookers
+from pnode.sweeping.partial_steps import PartialSteps
 from pnode.sweeping.quadrature import DrivenCotangents, Quadrature
 from pnode.sweeping.recording import Noted, Outputs, Recorder, new_trajectory
 from pnode.sweeping.run import Requests, Run, Sweep
@@ -143,7 +144,8 @@ class SteppedSweep(Sweep):
                     run.settings, requests.recorded.steps, run.stats, self._reproducible,
                     integrator,
                 ))  # fmt: skip
-            taker, outputs = self._sweep(run, integrator, field, keep, requests, locator, repeated)
+            beside = locator, repeated, PartialSteps.of(engine, run.settings, field, y0, leases)
+            taker, outputs = self._sweep(run, integrator, field, keep, requests, *beside)
             if repeated is None:  # which counts them itself
                 each_one = {integrator, taker, *([] if locator is None else locator.trials)}
                 for newton, krylov in (each.iterations() for each in each_one):
@@ -163,6 +165,7 @@ class SteppedSweep(Sweep):
         requests: Requests,
         locator: EventLocator | None,
         repeated: Repeated | None,
+        partial: PartialSteps | None,
     ) -> tuple[TimeIntegrator, Outputs]:
         """Take all steps; return the integrator that took the last one, and the outputs."""
         trajectory = self.trajectory
@@ -181,7 +184,7 @@ class SteppedSweep(Sweep):
             self.pieces = pieces
             begun = vectors.copy_out(integrator.solution)
             self.dense = DenseOutput(
-                times, run.settings.method, begun, field, outputs.add, keep, pieces
+                times, run.settings.method, begun, field, outputs.add, keep, partial, pieces
             )  # fmt: skip
             observers.append(self.dense)
             integrator.whole_graphs = self.dense.scheme is not None
@@ -245,11 +248,16 @@ class SteppedSweep(Sweep):
         with (
             engine.adjoint(run.settings, bool(field.parameters)) as adjoint,
             backward_bar(len(trajectory.steps), self._progress) as told,
+            ExitStack() as leases,
         ):
             adjoint.begin(field, cotangents.shape[1:-1])
             dense: DenseAdjoint | None = None
             if self.dense is not None:
-                dense = DenseAdjoint(self.dense, trajectory.steps, field, cotangents, wants_times)
+                dense = DenseAdjoint(
+                    self.dense, trajectory.steps, field, cotangents, wants_times,
+                    PartialSteps.of(engine, run.settings, run.field(ledger), y0, leases),
+                    adjoint, ledger,
+                )  # fmt: skip
             reverse = Reverse(
                 trajectory, adjoint, self._repeated(run, y0), problem, y0, run.settings, run.field,
                 ledger, told,

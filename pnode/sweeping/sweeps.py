@@ -108,7 +108,7 @@ def _forward(
         if keep:
             run.reads = Reads(found.captured)
         if found.sweep is not None:
-            sweep = WholeSweep(found.sweep)
+            sweep = WholeSweep(found.sweep, engine)
             whole = sweep.forward(run, field, y0, keep, requests)
             if whole is not None:
                 if found.start is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +21,10 @@ from pnode.solvers.compiled.driver import CompiledSweep
 from pnode.solvers.stepping import Step
 from pnode.sweeping.dense import DenseOutput
 from pnode.sweeping.dense_adjoint import DenseAdjoint
+from pnode.sweeping.engine import Engine
 from pnode.sweeping.event_locator import EventLocator
 from pnode.sweeping.monitor import backward_bar, onlookers
+from pnode.sweeping.partial_steps import PartialSteps
 from pnode.sweeping.recording import Noted
 from pnode.sweeping.run import Requests, Run, Sweep
 
@@ -47,9 +50,12 @@ class WholeSweep(Sweep):
     ----------
     compiled : CompiledSweep
         Has been taken.
+    engine : Engine
+        Lends what takes partial steps.
     """
 
-    def __init__(self, compiled: CompiledSweep) -> None:
+    def __init__(self, compiled: CompiledSweep, engine: Engine) -> None:
+        self._engine = engine
         self._compiled = compiled
         self._nodes: list[int] = []  # of outputs, -1 where they are interpolated, and events
         self._events: list[int] = []  # of these alone
@@ -113,16 +119,17 @@ class WholeSweep(Sweep):
             rows.append(state.to(outputs.dtype))
             nodes.append(-1 if after is None else after)
 
-        start = y0.detach().to(REAL, copy=True)
-        dense = DenseOutput(
-            run.problem.times, run.settings.method, start, field, emit, keep
-        )  # fmt: skip
-        self.dense, noted = dense, Noted()
+        start, noted = y0.detach().to(REAL, copy=True), Noted()
         steps, ends = self._compiled.recorded()[0], self._compiled.ends()
-        for step, state in zip(steps, ends, strict=True):
-            dense.take(step, state)
-            noted.take(step, state)
-        dense.end()
+        with ExitStack() as leases:
+            partial = PartialSteps.of(self._engine, run.settings, field, y0, leases)
+            self.dense = dense = DenseOutput(
+                run.problem.times, run.settings.method, start, field, emit, keep, partial
+            )  # fmt: skip
+            for step, state in zip(steps, ends, strict=True):
+                dense.take(step, state)
+                noted.take(step, state)
+            dense.end()
         noted.outputs = [0] if ended else [0, len(steps)]
         self.noted_steps = noted
         if not ended:
@@ -145,7 +152,7 @@ class WholeSweep(Sweep):
         """Take the discrete adjoint; see :class:`Sweep`. Collective."""
         ranks, parameters = run.problem.ranks, run.problem.parameters
         if self.dense is not None or self._events:
-            return self._from_nodes(run, cotangents, wants_times)
+            return self._from_nodes(run, y0, cotangents, wants_times)
         if not ranks.parallel:
             return self._reverse(run, cotangents)
         with ranks.together(agree=False):
@@ -162,19 +169,13 @@ class WholeSweep(Sweep):
             return CostGradients(*compiled.reverse(cotangents, run.stats.backward, nodes))
 
     def _from_nodes(
-        self, run: Run, cotangents: torch.Tensor, wants_times: bool
-    ) -> CostGradients:  # fmt: skip
+        self, run: Run, y0: torch.Tensor, cotangents: torch.Tensor, wants_times: bool
+    ) -> CostGradients:
         """Do as :meth:`_reverse`, with the cotangents of the states that outputs are made of."""
         rows: dict[int, torch.Tensor] = {}
-        inside: DenseAdjoint | None = None
+        inside = None
         if self.dense is not None:
-            steps, field = self._compiled.recorded()[0], run.field(run.stats.backward)
-            with torch.enable_grad():
-                inside = DenseAdjoint(self.dense, steps, field, cotangents, wants_times)
-                for node in range(len(steps), -1, -1):
-                    found = inside.at(node, _no_checkpoint, _no_graphs)
-                    if found is not None:
-                        rows[node] = found
+            inside = self._through_interpolants(run, y0, cotangents, wants_times, rows)
         for node, row in zip(self._nodes[1:], cotangents[1:].to(REAL), strict=True):
             if node >= 0:
                 rows[node] = rows[node] + row if node in rows else row
@@ -188,6 +189,32 @@ class WholeSweep(Sweep):
             accumulate(total.parameters, tuple(inside.parameters))
             times = inside.times
         return CostGradients(initial + cotangents[0], total.parameters, initial, times)
+
+    def _through_interpolants(
+        self, run: Run, y0: torch.Tensor, cotangents: torch.Tensor, wants_times: bool,
+        rows: dict[int, torch.Tensor],
+    ) -> DenseAdjoint:  # fmt: skip
+        """Add the cotangents of the states that interpolated outputs are made of to ``rows``."""
+        assert self.dense is not None
+        engine, ledger = self._engine, run.stats.backward
+        steps, field = self._compiled.recorded()[0], run.field(ledger)
+        with (
+            engine.adjoint(run.settings, bool(field.parameters)) as adjoint,
+            ExitStack() as leases, torch.enable_grad(),
+        ):  # fmt: skip
+            adjoint.begin(field)
+            partial = PartialSteps.of(engine, run.settings, run.field(ledger), y0, leases)
+            inside = DenseAdjoint(
+                self.dense, steps, field, cotangents, wants_times, partial, adjoint, ledger
+            )
+            for node in range(len(steps), -1, -1):
+                found = inside.at(node, _no_checkpoint, _no_graphs)
+                if found is not None:
+                    rows[node] = found
+            accumulate(inside.parameters, tuple(
+                adjoint.parameter_gradients(len(field.parameters))
+            ))  # fmt: skip
+        return inside
 
     def _checked_reverse(self, run: Run, cotangents: torch.Tensor) -> CostGradients:
         """Do as alone, with the check of :func:`backward`, whose failure all ranks are to know."""

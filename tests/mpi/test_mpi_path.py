@@ -55,7 +55,7 @@ def found(alone: bool, layout: bool, method: str) -> list[torch.Tensor]:
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("layout", [False, True], ids=["comm", "grid"])
-@pytest.mark.parametrize("method", ["verner6", "esdirk3"])
+@pytest.mark.parametrize("method", ["verner6", "esdirk3", "esdirk6"])
 def test_same_as_on_one_rank(method: str, layout: bool) -> None:
     ours, theirs = found(False, layout, method), found(True, layout, method)
     for one, other in zip(ours, theirs, strict=True):

@@ -1,0 +1,96 @@
+"""Steps taken again, to points inside of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+
+import torch
+
+from pnode.base.interpolation import lobatto
+from pnode.base.ledger import Ledger
+from pnode.field.vectorfield import VectorField
+from pnode.solvers.methods import Method
+from pnode.solvers.petsc.integrator import TimeIntegrator
+from pnode.solvers.petsc.settings import IntegratorSettings
+from pnode.solvers.stepping import Step
+from pnode.sweeping.engine import Engine
+
+__all__ = ["PartialSteps", "inner_points"]
+
+
+class PartialSteps:
+    """Takes steps again from their starts, to points inside of them.
+
+    Parameters
+    ----------
+    points : sequence of float
+        Where to, in lengths of the step.
+    lease : callable
+        Returns an integrator without error control, which begins a sweep; called if it is wanted.
+    """
+
+    def __init__(self, points: Sequence[float], lease: Callable[[], TimeIntegrator]) -> None:
+        self.points = tuple(points)
+        self._lease = lease
+        self._trial: TimeIntegrator | None = None
+
+    @classmethod
+    def of(
+        cls, engine: Engine, settings: IntegratorSettings, field: VectorField, y0: torch.Tensor,
+        leases: ExitStack,
+    ) -> PartialSteps | None:  # fmt: skip
+        """Return those of a sweep; None for a method that is interpolated otherwise."""
+        points, trial = inner_points(settings.method), replace(settings, adaptive=False)
+        if not points:
+            return None
+
+        def lease() -> TimeIntegrator:
+            integrator = leases.enter_context(engine.integrator(trial, field, y0))
+            leases.callback(_count, integrator, field.ledger)
+            return integrator
+
+        return cls(points, lease)
+
+    def taken(self, step: Step, start: torch.Tensor) -> Iterator[tuple[Step, TimeIntegrator]]:
+        """Yield the partial steps, with the integrator that stands at their ends. Collective.
+
+        Raises
+        ------
+        SolveError
+            If one fails.
+        """
+        trial = self._trial = self._trial or self._lease()
+        for point in self.points:
+            end = step.start + point * step.length
+            part = replace(step, length=end - step.start, end=end, order=0)
+            trial.restore((start,))
+            with torch.no_grad():
+                outcome = trial.attempt(part.start, part.length, step.index, 0, part.end)
+            if outcome.error is not None:
+                raise outcome.error
+            yield part, trial
+
+
+def _count(integrator: TimeIntegrator, ledger: Ledger) -> None:
+    newton, krylov = integrator.iterations()
+    ledger.newton += newton
+    ledger.krylov += krylov
+
+
+def inner_points(method: Method) -> tuple[float, ...]:
+    """Return where partial steps lead to that a method is interpolated through, if it is.
+
+    Slopes at the ends of stiff steps are no use where f magnifies what is left there of the error:
+    with stages that are not solved for, or to a tolerance, and in the long steps of high order.
+    Steps of theta h by the same method have its stability and its order. The polynomial's error is
+    of order h^p at least.
+    """
+    scheme = method.scheme
+    if not method.implicit or scheme is None:
+        return ()
+    solved = scheme.stiffly_accurate and not method.coupled
+    if method.order <= 4 and (solved or method.extrapolates or method.kind == "imex"):
+        return ()
+    return tuple(lobatto(max(2, method.order - 2)))
