@@ -94,12 +94,19 @@ class ModifiedNewton:
         self._searches = "snes_linesearch_type" in options.given
         self._given = options.values
         self._adaptive = settings.adaptive
-        # Of an assembled matrix that is the operator too, or of products alone.
-        shells = [matrix.getType() == "python" for matrix in (self._operator, self._matrix)]
-        own = settings.jacobian_options.assembled(settings.jacobian) in ("block", "pair")
-        self._reforms = settings.form == "rhs" and shells[0] == shells[1] and not own
         pair = settings.jacobian_options.pair
         self._parts: PairLayout | None = None if pair is None else pair.layout
+        #: Whose integrals, which change nothing.
+        self._driver = None if self._parts is None or self._parts.tangents else self._parts
+        self._own = self._operator, self._matrix
+        kind = settings.jacobian_options.assembled(settings.jacobian)
+        if self._driver is not None:
+            kind = pair.options.assembled(pair.jacobian)
+            self._own = self._matrix.getPythonContext().ksp.getOperators()
+        # Of an assembled matrix that is the operator too, or of products alone.
+        shells = [matrix.getType() == "python" for matrix in self._own]
+        alike = shells[0] == shells[1] and kind not in ("block", "pair")
+        self._reforms = settings.form == "rhs" and alike
         self._eps = torch.finfo(settings.dtype).eps
         self.begin()
 
@@ -216,8 +223,9 @@ class ModifiedNewton:
         """Iterate with one Jacobian."""
         rtol, atol, stol, limit = self._snes.getTolerances()
         given = self._given
-        # The parts of a pair have scales of their own.
-        by_residual = self._parts is None and ("snes_rtol" in given or "snes_atol" in given)
+        # A state and its tangents have scales of their own.
+        one = self._parts is None or self._driver is not None
+        by_residual = one and ("snes_rtol" in given or "snes_atol" in given)
         rtol = rtol if "snes_rtol" in given else 0.0
         by_norm = "snes_stol" in given
         limit = limit if "snes_max_it" in given or not self._adaptive else self.MOST_ITERATIONS
@@ -231,10 +239,13 @@ class ModifiedNewton:
             self._snes.monitor(iteration, residual)
             if not residual < 1e300:
                 return self._failed(_REASON.DIVERGED_FUNCTION_NANORINF, where)
+            if self._driver is not None:
+                residual = ranks.norm(self._driver.parts(vectors.view(self._f))[0])
             first = first or residual
             self._last = residual, self._last[1]
             if by_residual and ((residual <= rtol * first and iteration) or residual <= atol):
-                return self._converged(u if iteration else u.clone())  # not the caller's
+                u = self._converged(u if iteration else u.clone())  # not the caller's
+                return self._with_integrals(u, s, shift, psi, where)
             update = self._correction(s, shift, where)
             if update is None:
                 return self._failed(_REASON.DIVERGED_LINEAR_SOLVE, where)
@@ -321,23 +332,28 @@ class ModifiedNewton:
 
     def _keep(self, shift: float) -> None:
         """Keep F_u of an assembled F_u + shift I."""
-        if self._matrix.getType() == "python" or not self._reforms:
+        matrix = self._own[1]
+        if matrix.getType() == "python" or not self._reforms:
             return
         if self._kept is None:
-            self._kept = self._matrix.duplicate(copy=True)
+            self._kept = matrix.duplicate(copy=True)
         else:
-            self._matrix.copy(self._kept)
+            matrix.copy(self._kept)
         self._kept.shift(-shift)
 
     def _reshift(self, shift: float) -> None:
         """Form F_u + shift I from the kept Jacobian."""
-        if self._operator.getType() == "python":
-            self._operator.getPythonContext().rate_factor = shift
-            self._operator.assemble()
+        operator, matrix = self._own
+        if operator.getType() == "python":
+            operator.getPythonContext().rate_factor = shift
+            operator.assemble()
         if self._kept is not None:
-            self._kept.copy(self._matrix)
-            self._matrix.shift(shift)
+            self._kept.copy(matrix)
+            matrix.shift(shift)
             self._bridge.field.ledger.factorizations += 1
+        if self._driver is not None:
+            self._matrix.getPythonContext().stand_at(shift)
+            self._matrix.stateIncrease()
 
     def _converged(self, u: torch.Tensor) -> torch.Tensor:
         self._snes.setConvergedReason(_REASON.CONVERGED_SNORM_RELATIVE)

@@ -82,10 +82,7 @@ def create_matrices(
     comm: Any,
     place: Place = HOST,
 ) -> tuple[Any, Any]:
-    """Return the operator, ``shell`` if there is one, and the matrix to precondition with.
-
-    Collective.
-    """
+    """Return the operator, ``shell`` if any, and the matrix to precondition with. Collective."""
     matrix = None if assembly is None else assembly.create(size, comm)
     operator = matrix if shell is None else shell_matrix(shell, size, size, comm, place)
     return operator, operator if matrix is None else matrix
@@ -142,6 +139,11 @@ class PairMatrix:
         self._bridge, self._linearization = bridge, linearization
         self._shift, self._factor = shift, 1.0
         self._driven = driven
+
+    def stand_at(self, shift: float) -> None:
+        """Stand at another shift, which A was brought to."""
+        self._shift, self._factor = shift, 1.0
+        self.ksp.setOperators(*self.ksp.getOperators())
 
     def scale(self, mat: Any, factor: float) -> None:
         """A = factor A."""

@@ -145,6 +145,21 @@ def test_integrals_choose_no_steps(method):
         assert difference([solution.ys], [plain.ys]) < 1e-9
 
 
+@pytest.mark.parametrize("options", [{}, {"petsc_options": {"snes_rtol": 1e-4}}])
+def test_bdf_beside_its_integrals_does_what_it_does_without(options):
+    """It keeps a Jacobian over many steps, and ends Newton's method in the same way."""
+    plain, solution = (
+        pnode.Solver(
+            Field(), cost=cost, method="bdf", rtol=1e-6, atol=1e-8, compile=False,
+            monitor=lambda *seen: None, **options,
+        )(state(), T)
+        for cost in (None, lambda t, y: 1e6 * torch.sin(40.0 * t) * y[:1])
+    )  # fmt: skip
+    for name in ("steps", "rejected", "newton", "jacobians"):
+        assert getattr(solution.stats, name) == getattr(plain.stats, name)
+    assert difference([solution.ys], [plain.ys]) < 1e-9
+
+
 @methods
 def test_a_state_at_rest(method):
     """Nothing is left to do for Newton's method, but the integral."""

@@ -323,6 +323,8 @@ def integral_settings(
     reuse = own.jacobian_options.reuse
     if reuse == "constant" and own.form != "imex":
         reuse = "solve"  # r need not be linear
+    elif own.jacobian_options.assembled(own.jacobian) is None:
+        reuse = "iteration"  # as products alone have it
     options = JacobianOptions(reuse, pair=PairOptions.of(layout, own, linear_solver))
     entries = float(own.size)
     if problem.ranks.parallel:
