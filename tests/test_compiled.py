@@ -223,6 +223,9 @@ def test_field_of_many_operations(interpreted: dict[str, int]) -> None:
         top, _ = torch.max(z, dim=1, keepdim=True)
         z = z - top / (1.0 + scale)
         z.mul_(0.5)
+        copy = y.clone()
+        copy.view(-1)[1:] *= weight[:, ::2].sum()
+        z = z + torch.where(y > 0.1, copy, 0.3)
         return torch.nn.functional.silu(z) + torch.where(y > 0, y, 0.1 * y) * torch.tensor(0.2)
 
     both(
@@ -538,7 +541,20 @@ def test_what_torch_cannot_trace(interpreted: dict[str, int]) -> None:
     def numpy(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return -y * float(y.detach().numpy().max())
 
-    for field, reason in ((branch, "values of tensors"), (numpy, "")):
+    def masked(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        z = torch.sin(y)
+        z[z > 0.3] *= 0.5
+        return -z
+
+    here = start(3)
+
+    def close_to_the_edge(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return -1e-2 * torch.linalg.cholesky((1e-6 - (y - here) ** 2).diag()).sum(1)
+
+    for field, reason in (
+        (branch, "values of tensors"), (numpy, ""), (masked, "how many entries"),
+        (close_to_the_edge, "fails near y0"),
+    ):  # fmt: skip
         solver = pnode.Solver(field, step_size=0.1, compile=True)
         with pytest.warns(UserWarning, match=f"compile=True has no effect.*{reason}") as caught:
             found = [solver(start(3), TIMES).ys for _ in range(2)]

@@ -622,6 +622,27 @@ def test_fields_that_are_no_programs_of_scalars_are_graphs(function, tolerance):
     assert difference(ys, expected) < tolerance
 
 
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        lambda y: (y > 1.1) + (y > 1.3),
+        lambda y: (y > 1.1).long() + 2 * (y > 1.3).long() & 2,
+        lambda y: torch.linspace(0.0, 1.0, 3).to(y)[(y > 1.1).long() + (y > 1.3).long()],
+    ],
+)
+def test_booleans_and_integers_are_no_numbers(chosen, interpreted):
+    """Sums, bits and indices of comparisons, which are others than at y0 later on."""
+    found = []
+    for compile in (False, True):
+        y0 = START.clone().requires_grad_(True)
+        solver = pnode.Solver(
+            lambda t, y: 1.0 + y * chosen(y), method="cn", step_size=0.19, compile=compile
+        )
+        ys = solver(y0, TIMES).ys
+        found.append([ys, *torch.autograd.grad(ys.sum(), y0)])
+    assert max(map(difference, *found)) < 1e-9
+
+
 def test_derivatives_of_ones_own():
     """First derivatives are torch's; a second derivative is compared with torch's."""
     keywords = {"step_size": 0.1, "jacobian": "dense"}

@@ -292,8 +292,14 @@ class Compiler:
         except Untraceable as error:
             return self._refuse(str(error))
         self._codes.add(graph.code)
-        with followed(field_, guard) as seen:
-            recorded = is_recorded(graph, field_, y0)
+        try:
+            with followed(field_, guard) as seen:
+                recorded = is_recorded(graph, field_, y0)
+        except Exception as error:  # of f itself the solve will tell, where it gets there
+            text = " ".join(str(error).split())[:200]
+            return self._refuse(
+                f"the vector field or its graph fails near y0 ({type(error).__name__}: {text})"
+            )
         if not recorded:
             return self._refuse(
                 "the vector field depends on the state in a way that torch does not record (numpy? "
@@ -326,7 +332,10 @@ def _still_holds(
     differentiated = wanted.keep or wanted.settings.method.implicit
     if not (trace.own_derivatives and differentiated):
         return True
-    return is_recorded(trace.graph, bare(part), y0)
+    try:
+        return is_recorded(trace.graph, bare(part), y0)
+    except Exception:  # traced anew, which will tell
+        return False
 
 
 def outside() -> int:

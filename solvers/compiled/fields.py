@@ -73,9 +73,8 @@ class FieldCode(Code):
     @cached_property
     def _examples(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Time, state and what f reads; what is saved of an evaluation. Values do not matter."""
-        given = [self._state()[:0].sum(), self._state(), *self.traced.inputs()]
-        with torch.no_grad():
-            return given, list(self._evaluate(*given)[1:])
+        given = [torch.zeros((), dtype=self._dtype), self._state(), *self.traced.inputs()]
+        return given, self.traced.saved_examples()
 
     def _compile(self, kind: str, function: Any, examples: Sequence[torch.Tensor]) -> Compiled:
         shapes = [(tuple(x.shape), x.dtype) for x in examples]

@@ -92,7 +92,7 @@ class GraphSteps(Kernel):
         library, step = opened(graphs.compile_step(tolerances))
         lend_torch(library, self._library)
         adjoint = opened(graphs.adjoint)[1] if keep else Graph()
-        _, saved = graphs.start(torch.zeros((), dtype=REAL), torch.zeros(graphs.size))
+        saved = graphs.saved_examples()
         self._saved = saved if graphs.fsal else ()
         layout = graphs.layout
         settings = _Settings(

@@ -14,7 +14,8 @@ __all__ = ["Untraceable", "is_mutation", "is_view", "lift_captured", "refuse_eff
 _aten = torch.ops.aten
 _Node: TypeAlias = Any  # torch.fx.Node, whose arguments are typed as a union of everything
 # Copies are views too where nothing is written in place.
-_VIEWS = {_aten.detach, _aten.lift_fresh_copy, _aten.alias, _aten.clone}
+_COPIES = {_aten.clone, _aten.lift_fresh_copy}
+_VIEWS = {_aten.detach, _aten.alias, *_COPIES}
 
 
 class Untraceable(Exception):
@@ -44,9 +45,15 @@ def lift_captured(graph: torch.fx.GraphModule) -> tuple[torch.Tensor, ...]:
 
 
 def refuse_effects(graph: torch.fx.GraphModule) -> None:
-    """Refuse what has effects besides its result."""
+    """Refuse what has effects besides its result, and results whose sizes depend on values."""
     given = {node for node in graph.graph.nodes if node.op == "placeholder"}
     for node in graph.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and any(not isinstance(n, int) for n in value.shape):
+            raise Untraceable(
+                f"in the vector field values decide how many entries a result has ({node.target}), "
+                "such as those that a boolean mask chooses: use torch.where, or a tensor of indices"
+            )
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
         if torch.Tag.nondeterministic_seeded in node.target.tags and not _without_dropout(node):
@@ -86,6 +93,6 @@ def is_view(node: _Node) -> bool:
 
 
 def _base(node: Any) -> Any:
-    while isinstance(node, torch.fx.Node) and is_view(node):
+    while isinstance(node, torch.fx.Node) and is_view(node) and packet(node) not in _COPIES:
         node = node.args[0]
     return node

@@ -30,6 +30,9 @@ _MOVES = {
     "select_scatter", "slice", "slice_scatter", "split", "split_with_sizes", "squeeze", "stack",
     "t", "take", "transpose", "tril", "triu", "unbind", "unfold", "unsqueeze",
 }  # fmt: skip
+# By indices.
+_CHOICES = {"gather", "index", "index_select", "take"}
+_TYPES = {torch.float64, torch.int64, torch.int32, torch.bool}
 _SAME = {"_to_copy", "convert_element_type", "lift", "to", "device_put"}
 _SYNONYMS = {
     "bitwise_and": "logical_and", "bitwise_or": "logical_or", "bitwise_not": "logical_not",
@@ -75,7 +78,9 @@ class Operations:
                 )
                 try:
                     values[node] = self._call(node, arguments, dict(keywords))
-                except (KeyError, NotImplementedError, RuntimeError, TypeError) as error:
+                except Untraceable:
+                    raise
+                except Exception as error:  # whatever torch says to numbers in place of values
                     raise Untraceable(
                         "implicit methods are compiled as programs of scalars, in which "
                         f"{node.target} does not occur ({type(error).__name__}: {str(error)[:80]})"
@@ -106,10 +111,14 @@ class Operations:
             return arguments[0][arguments[1]]
         value = node.meta.get("val")
         dtype = value.dtype if isinstance(value, torch.Tensor) else torch.float64
-        if (dtype.is_complex or dtype.is_floating_point) and dtype is not torch.float64:
+        if dtype not in _TYPES:
             raise NotImplementedError(f"numbers of type {dtype}")
         name = node.target.overloadpacket.__name__
+        if name.startswith("bitwise") and dtype is not torch.bool:
+            raise NotImplementedError(f"{name} of integers")
         name = _SYNONYMS.get(name.rstrip("_"), name)
+        if name == "add" and dtype is torch.bool:
+            name = "logical_or"
         if name in _SAME:
             before = node.args[0].meta["val"].dtype
             if dtype is torch.bool and before is not torch.bool:
@@ -117,6 +126,8 @@ class Operations:
             rounded = before.is_floating_point and not dtype.is_floating_point
             return self._pointwise("trunc", arguments[0]) if rounded else arguments[0]
         if name in _MOVES:
+            if name in _CHOICES and any(isinstance(x, Symbols) for x in flat[1:]):
+                raise NotImplementedError(f"{name} by what depends on values")
             ids = torch.utils._pytree.tree_map(self._moved, (arguments, keywords))
             moved = node.target(*ids[0], **ids[1])
             if isinstance(moved, torch.Tensor):
@@ -336,10 +347,14 @@ def decomposed(
     """Return a function's graph in the operations that torch's inductor gets to see."""
     from torch._inductor.decomposition import select_decomp_table  # takes a second
 
-    with torch.no_grad():
-        graph = make_fx(
-            function, decomposition_table=select_decomp_table(), tracing_mode="fake",
-            _allow_non_fake_inputs=True,
-        )(*examples)  # fmt: skip
+    try:
+        with torch.no_grad():
+            graph = make_fx(
+                function, decomposition_table=select_decomp_table(), tracing_mode="fake",
+                _allow_non_fake_inputs=True,
+            )(*examples)  # fmt: skip
+    except Exception as error:
+        text = " ".join(str(error).split())[:200]
+        raise Untraceable(f"torch cannot decompose it ({type(error).__name__}: {text})") from error
     graph.graph.eliminate_dead_code()
     return graph

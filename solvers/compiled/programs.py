@@ -220,9 +220,7 @@ class Writer:
         self._scalars = Scalars()
         self._operations = self._new_operations()
         like, state = torch.zeros((), dtype=REAL), torch.zeros(traced.shape, dtype=REAL)
-        inputs = traced.inputs()
-        with torch.no_grad():
-            _, *values = traced.value(like, state, *inputs)
+        inputs, values = traced.inputs(), traced.saved_examples()
         value = decomposed(traced.value, (like, state, *inputs))
         product = decomposed(traced.product, (state.clone(), like, state, *inputs, *values))
         self._t, self._y, self._w = self._variables()

@@ -102,6 +102,10 @@ class StepGraphs(Code):
         """How many tensors a stage adds to a checkpoint."""
         return self.traced.saved if self.keeps_saved else 0
 
+    def saved_examples(self) -> list[torch.Tensor]:
+        """Return tensors like those that a stage adds to a checkpoint."""
+        return self.traced.saved_examples()[: self.saved]
+
     @cached_property
     def products(self) -> int:
         """How many vector-Jacobian products the adjoint of a step takes."""
@@ -316,7 +320,7 @@ class StepGraphs(Code):
         """Return the graph of ``[t, h, *first, *checkpoint, *then, *inputs] -> function``."""
         number = torch.zeros((), dtype=REAL)
         point = torch.zeros(self.size, dtype=self.dtype)
-        _, saved = self.start(number, torch.zeros(self.size, dtype=REAL))
+        saved = self.saved_examples()
         stacked = self.stages - self.fsal
         if self.keeps_saved:
             others = [point.view(self.traced.shape)] * (self.stages - 1)

@@ -86,6 +86,12 @@ class FieldGraph:
         present = [(tensor.shape, tensor.dtype) for tensor in self.captured]
         return present == [(shape, dtype) for shape, _, dtype in self.layouts]
 
+    def saved_examples(self) -> list[torch.Tensor]:
+        """Return tensors as ``value`` saves them; f is not evaluated, which may fail somewhere."""
+        output: _Node = self.value.graph.output_node()
+        values = [node.meta["val"] for node in output.args[0][1:]]
+        return [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in values]
+
     def inputs(self) -> list[torch.Tensor]:
         """Return what the graphs take for ``inputs``, from the present values of ``captured``.
 
@@ -180,7 +186,10 @@ def lifted(graph: torch.fx.GraphModule) -> tuple[torch.fx.GraphModule, tuple[tor
     refuse_effects(graph)
     if any(is_mutation(node) for node in graph.graph.nodes):
         values = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-        graph = compose(torch.func.functionalize(graph), [torch.empty_like(x) for x in values])
+        examples = [
+            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in values
+        ]
+        graph = compose(torch.func.functionalize(graph), examples)
         graph.graph.eliminate_dead_code()
     return graph, captured
 
