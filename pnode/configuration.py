@@ -254,9 +254,9 @@ class Output:
     dense : bool
         Steps pass over the output times, whose states are interpolated; only the last time is hit.
         The interpolant is the method's own where it has one of degree 4 or more (dopri5, tsit5),
-        and a Hermite polynomial otherwise: the cubic one up to order 4, through the ends of steps
-        around, too, beyond that. The solution can then be called. With ``mass`` and ``residual``
-        y' is solved for at the ends of steps: see docs/problems.md.
+        and a polynomial through states and slopes otherwise, of most implicit methods through
+        states alone: see docs/output.md. The solution can then be called. With ``mass`` and
+        ``residual`` y' is solved for where slopes are taken: see docs/problems.md.
     event_fn : callable, Event or list of these, optional
         ``event_fn(t, y)`` returns a real tensor of one or several numbers. The solve ends where the
         first of them changes sign (for what is found within a step see docs/output.md), or goes on

@@ -30,7 +30,7 @@ from pnode.problems.problem import InitialValueProblem
 from pnode.problems.transfers import carry_once
 from pnode.solvers.methods import Method
 from pnode.solvers.stepping import Step
-from pnode.sweeping.dense import coefficients, neighbours
+from pnode.sweeping.dense import behind, coefficients
 from pnode.sweeping.engine import Engine
 from pnode.sweeping.integrals import parted
 from pnode.sweeping.recording import Noted
@@ -302,9 +302,10 @@ class Path:
 
     def _coefficients(self, part: _Part, pieces: tuple[int, ...]) -> torch.Tensor:
         """Return those of steps' interpolants, shape ``(K, width, size)``. Collective."""
-        width = coefficients(self._engine.method)
-        # What comes behind a step may have a say in its interpolant.
-        steps = part.steps[: pieces[-1] + 1 + neighbours(self._engine.method)]
+        method = self._engine.method
+        width = coefficients(method)
+        last = max(piece + behind(method, part.steps[piece]) for piece in pieces)
+        steps = part.steps[: last + 1]
         starts = [steps[piece].start for piece in pieces for _ in range(width)]
         times = (steps[0].start, *starts, steps[-1].end)
         _, ys, _ = part.again(self._engine, steps, (0, len(steps)), times, pieces)

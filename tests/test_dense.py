@@ -8,18 +8,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from replica import arkimex_step, arkimex_tableau, petsc_tableau, replica
+from replica import arkimex_step, arkimex_tableau, petsc_tableau, recorded_orders, replica
 from test_forms import Reaction, Transport
 from test_gradients import TIGHT, Field, initial, relative_difference, weights_like
 
 import pnode
 from pnode.base.interpolation import hermite, hermite_rate, polynomial, polynomial_rate
 from pnode.solvers.methods import METHODS, find_method
-from pnode.testing import taylor_test
 
 D = torch.float64
 OUTPUTS = torch.tensor([0.0, 0.03, 0.17, 0.31, 0.31 + 1e-9, 0.4, 0.62, 0.77, 1.0], dtype=D)
-# And BDF, of which there is no replica here: see the Taylor test.
 HERMITE = [
     "euler",
     "rk4",
@@ -27,18 +25,23 @@ HERMITE = [
     "verner8",
     "beuler",
     "cn",
-    "implicit_midpoint",
     "trbdf2",
     "verner6",
 ]
 #: Through states that partial steps lead to.
-PARTIAL = ["sdirk2", "esdirk6", "rodaspr", "radau5", "gauss4"]
+PARTIAL = ["implicit_midpoint", "sdirk2", "esdirk6", "rodaspr", "radau5", "gauss4"]
 
 
-def interpolated(f, name, y0, grid, t):
+def interpolated(f, name, y0, grid, t, orders=None):
     """States at t (differentiable in it) from a replica of the steps; the ends are exact."""
-    states = replica(f, name, y0, grid)
     method = find_method(name)
+    if method.multistep:
+        k = method.order
+        orders = orders or [1 - k if step < k - 1 else k for step in range(len(grid) - 1)]
+    states = replica(f, name, y0, grid, orders)
+    if method.multistep and len(grid) > max(map(abs, orders)):
+        inside = polynomial_of_steps(states, grid, orders)
+        return torch.stack([at(states, grid, time, inside) for time in t])
     if not method.implicit and method.order > 4 and name != "dopri5":
         return torch.stack([at(states, grid, time, bootstrapped(f, states, grid, method.order))
                             for time in t])  # fmt: skip
@@ -72,15 +75,36 @@ def partial_steps(f, name, states, grid):
     roots = np.polynomial.Legendre.basis(number + 1).deriv().roots().real
     points = [0.0, *(0.5 + 0.5 * roots), 1.0]
 
+    def step(start, h, y):
+        if find_method(name).kind == "imex":
+            return arkimex_step(*f, arkimex_tableau(find_method(name)), start, h, y)
+        return replica(f, name, y, [start, start + h])[1]
+
     def inside(n, start, h, theta):
-        found = [replica(f, name, states[n], [start, start + c * h])[1] for c in points[1:-1]]
-        values = torch.stack([states[n], *found, states[n + 1]])
-        k = torch.arange(len(points), dtype=D)
-        powers = torch.tensor(points, dtype=D)[:, None] ** k
-        solved = torch.linalg.solve(powers, values.reshape(len(points), -1))
-        return (theta**k @ solved).reshape(values.shape[1:])
+        found = [step(start, c * h, states[n]) for c in points[1:-1]]
+        return through_states(points, torch.stack([states[n], *found, states[n + 1]]), theta)
 
     return inside
+
+
+def polynomial_of_steps(states, grid, orders):
+    """The one through the states of a step by BDF, or of the first behind those that start."""
+
+    def inside(n, start, h, theta):
+        k = orders[n] if orders[n] > 0 else 1 - orders[n]
+        first = n + 1 - k if orders[n] > 0 else 0
+        points = [(time - start) / h for time in grid[first : first + k + 1]]
+        return through_states(points, states[first : first + k + 1], theta)
+
+    return inside
+
+
+def through_states(points, values, theta):
+    """The polynomial through values, at theta."""
+    k = torch.arange(len(points), dtype=D)
+    powers = torch.tensor(points, dtype=D)[:, None] ** k
+    solved = torch.linalg.solve(powers, values.reshape(len(points), -1))
+    return (theta**k @ solved).reshape(values.shape[1:])
 
 
 def hermite_in_torch(f, states, grid, t):
@@ -150,7 +174,7 @@ def gradients_of(ys, field, y0, t):
 
 
 @pytest.mark.parametrize("direction", [1.0, -1.0], ids=["forwards", "backwards"])
-@pytest.mark.parametrize("name", [*HERMITE, *PARTIAL, "dopri5"])
+@pytest.mark.parametrize("name", [*HERMITE, *PARTIAL, "dopri5", "bdf1", "bdf4", "bdf"])
 def test_equals_autograd_through_a_replica(name, direction):
     """States and gradients, those of the interpolated times included."""
     implicit = find_method(name).implicit
@@ -177,7 +201,7 @@ def test_equals_autograd_through_a_replica(name, direction):
     assert float(ours[4][hit]) == pytest.approx(float(expected.detach()), rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["dopri5", "bosh3", "cn", "es325", "esdirk6"])
+@pytest.mark.parametrize("name", ["dopri5", "bosh3", "cn", "es325", "esdirk6", "bdf"])
 def test_adaptive_gradient_is_that_of_the_accepted_steps(name):
     implicit = find_method(name).implicit
     field, y0 = Field(), initial()
@@ -191,7 +215,8 @@ def test_adaptive_gradient_is_that_of_the_accepted_steps(name):
     solution = solver(y0, t)
     if not implicit:
         assert solution.stats.rejected > 0
-    reference = interpolated(field, name, y0, grid, t)
+    orders = recorded_orders(solution.ys) if name == "bdf" else None
+    reference = interpolated(field, name, y0, grid, t, orders)
     assert relative_difference([solution.ys.detach()], [reference.detach()]) < 1e-9
     ours = gradients_of(solution.ys, field, y0, t)
     theirs = gradients_of(reference, field, y0, t)
@@ -200,7 +225,7 @@ def test_adaptive_gradient_is_that_of_the_accepted_steps(name):
 
 
 @pytest.mark.parametrize("name", ["arkimex2c", "arkimex3"])
-def test_imex_interpolates_with_the_whole_slope(name):
+def test_imex_takes_partial_steps_with_both_parts(name):
     implicit, explicit, y0 = Reaction(), Transport(), torch.tensor([1.0, 0.5], dtype=D)
     y0.requires_grad_()
     solver = pnode.Solver(
@@ -211,9 +236,9 @@ def test_imex_interpolates_with_the_whole_slope(name):
     tableau, states = arkimex_tableau(find_method(name)), [y0]
     for k in range(5):
         states.append(arkimex_step(implicit, explicit, tableau, k / 10, 0.1, states[-1]))
-    reference = hermite_in_torch(
-        lambda t, y: implicit(t, y) + explicit(t, y), states, [k / 10 for k in range(6)], t[1:4]
-    )
+    grid = [k / 10 for k in range(6)]
+    inside = partial_steps((implicit, explicit), name, states, grid)
+    reference = torch.stack([at(states, grid, time, inside) for time in t[1:4]])
     ys = solver(y0, t).ys[1:4]
     assert relative_difference([ys.detach()], [reference.detach()]) < 1e-9
     tensors = [y0, implicit.rates, explicit.speed, t]
@@ -258,14 +283,17 @@ def test_second_backward_and_a_single_output(name):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("name", ["bdf2", "bdf4"])
-def test_taylor_remainder_of_multistep_methods(name):
+def test_fewer_fixed_steps_than_the_order_of_multistep_methods():
+    """Do not make up its polynomial: the cubic, with slopes."""
     field, y0 = Field(), initial()
-    solver = pnode.Solver(field, method=name, step_size=0.1, dense=True)
-    weights = weights_like(torch.empty(len(OUTPUTS), *y0.shape))
-    tensors = [y0, field.inner, field.outer, field.bias]
-    result = taylor_test(lambda: (solver(y0, OUTPUTS).ys * weights).sum(), tensors)
-    assert result.order > 1.95
+    t = torch.tensor([0.0, 0.2, 0.8, 1.0], dtype=D, requires_grad=True)
+    solver = pnode.Solver(field, method="bdf4", step_size=0.5, dense=True, petsc_options=TIGHT)
+    solution, grid = solver(y0, t), [0.0, 0.5, 1.0]
+    reference = hermite_in_torch(field, replica(field, "bdf4", y0, grid), grid, t)
+    assert relative_difference([solution(t[1:-1]).detach()], [reference[1:-1].detach()]) < 1e-9
+    ours, theirs = (gradients_of(ys, field, y0, t) for ys in (solution.ys, reference))
+    assert relative_difference(ours[:4], theirs[:4]) < 1e-9
+    assert relative_difference([ours[4][1:-1]], [theirs[4][1:-1]]) < 1e-9
 
 
 def decay_with_drive(t, y):
@@ -273,7 +301,7 @@ def decay_with_drive(t, y):
 
 
 @pytest.mark.parametrize(
-    "name", ["dopri5", *HERMITE, *PARTIAL[:-1], "fehlberg5", "esdirk3", "bdf3"]
+    "name", ["dopri5", *HERMITE, *PARTIAL[:-1], "fehlberg5", "esdirk3", "bdf1", "bdf3", "bdf6"]
 )
 def test_order_of_the_interpolated_values(name):
     """That of the method: errors of the polynomials are of order h^4, h^6 and h^8."""

@@ -4,9 +4,8 @@ With theta in [0, 1] and h the length of the step from u_0 to u_1, of slopes f_0
 
 * Hermite: the polynomial through states and slopes at both ends, y = a u_0 + b u_1 + h (c f_0 +
   d f_1), of error h^4 (E. Hairer, S. P. Norsett & G. Wanner, Solving Ordinary Differential
-  Equations I, section II.6, equation (6.7)); for methods of high order through those at the ends
-  of steps around, too: of error h^(2 m) with m of them (J. Stoer & R. Bulirsch, Introduction to
-  Numerical Analysis, section 2.1.5);
+  Equations I, section II.6, equation (6.7)); through m nodes of error h^(2 m) (J. Stoer & R.
+  Bulirsch, Introduction to Numerical Analysis, section 2.1.5);
 * for explicit methods of high order, a polynomial through slopes inside of the step too, which are
   taken on a polynomial through fewer of them (:class:`Extension`);
 * the polynomial through states alone, where slopes are not at hand, or magnify the states' errors;

@@ -291,6 +291,6 @@ def check_sensitivity_control(value: Any, step_size: Any) -> None:
         )
     if step_size is not None:
         raise ConfigurationError(
-            f"sensitivity_control with step_size={step_size!r}: fixed steps have no error test; "
+            "sensitivity_control with fixed steps (step_size or a grid), which have no error test: "
             "drop one of them"
         )

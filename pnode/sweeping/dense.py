@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.polynomial.polynomial import polyval
+from numpy.polynomial.polynomial import polyder, polyval
 
 from pnode.base import vectors
 from pnode.base.interpolation import (
@@ -19,6 +18,7 @@ from pnode.base.interpolation import (
     extension,
     hermite,
     hermite_polynomials,
+    hermite_rate,
     lagrange_polynomials,
     polynomial,
 )
@@ -31,15 +31,12 @@ from pnode.solvers.stepping import Observer, Step
 from pnode.sweeping.partial_steps import PartialSteps, inner_points
 
 __all__ = [
-    "LONGEST", "DenseOutput", "Inside", "Window", "coefficients", "combined", "neighbours",
-    "own_extension", "own_interpolant", "own_weights",
+    "DenseOutput", "Inside", "Window", "behind", "coefficients", "combined", "own_extension",
+    "own_interpolant", "own_weights",
 ]  # fmt: skip
 
 # A method's own interpolant is used if it is of higher degree than the Hermite cubic.
 _OWN_DEGREE = 4
-#: An end of a step is no node for another step, of a length beyond that of the one next to it: the
-#: weights, and with them errors of the state, would be large.
-LONGEST = 8.0
 
 
 @dataclass(frozen=True)
@@ -73,13 +70,16 @@ class Window:
         Where they are, in lengths of the step from its start.
     extension : Extension or None
         With slopes inside of the step besides.
+    slopes : bool
+        Whether slopes are taken, not states alone.
     partial : bool
-        Whether partial steps lead to all but the first and the last, and no slopes are taken.
+        Whether partial steps lead to all but the first and the last.
     """
 
     first: int
     nodes: tuple[float, ...]
     extension: Extension | None = None
+    slopes: bool = True
     partial: bool = False
 
     @property
@@ -91,7 +91,10 @@ class Window:
     def weights(self, inside: Inside) -> Hermite:
         """Return the weights of the states and slopes there in an output."""
         more, theta = self.extension, inside.theta
-        if self.partial:
+        if theta is None and more is None and inside.power >= (1 + self.slopes) * len(self.nodes):
+            zeros = (0.0,) * len(self.nodes)
+            return Hermite(zeros, zeros)
+        if not self.slopes:
             powers = lagrange_polynomials(self.nodes).T
             found: Any = powers[inside.power] if theta is None else polyval(theta, powers)
             return Hermite(tuple(found.tolist()), ())
@@ -99,11 +102,17 @@ class Window:
             return more.power(inside.power) if theta is None else more.at(theta)
         if theta is not None:
             return hermite(theta, self.nodes)
-        if inside.power >= 2 * len(self.nodes):
-            zeros = (0.0,) * len(self.nodes)
-            return Hermite(zeros, zeros)
         state, slope = hermite_polynomials(self.nodes)[..., inside.power].tolist()
         return Hermite(tuple(state), tuple(slope))
+
+    def rates(self, theta: float) -> Hermite:
+        """Return the derivatives of these weights with respect to theta."""
+        if self.extension is not None:
+            return self.extension.rate(theta)
+        if self.slopes:
+            return hermite_rate(theta, self.nodes)
+        found: Any = polyval(theta, polyder(lagrange_polynomials(self.nodes).T))
+        return Hermite(tuple(found.tolist()), ())
 
 
 def combined(
@@ -191,10 +200,10 @@ class DenseOutput(Observer):
         self.interpolated: set[int] = set()
         self.scheme = own_interpolant(method)
         self.width = coefficients(method)
-        # Nodes besides the ends of the step, on either side.
-        self._more = neighbours(method)
+        self._method = method
         self._extension = own_extension(method)
-        self._nodes = deque([_Node(0, times[0], start)], maxlen=2 * self._more + 2)
+        most = method.order + 1 if method.multistep else 2
+        self._nodes = deque([_Node(0, times[0], start)], maxlen=most)
         self._waiting: deque[Step | _Node] = deque()  # and ends of steps that are outputs
 
     def after_step(self, step: Step, integrator: TimeIntegrator, last: bool) -> None:
@@ -223,7 +232,7 @@ class DenseOutput(Observer):
         if hit and self._times[self._next] == step.end and not last:
             self._next += 1
             self._waiting.append(end)
-        self._settle(end.number - 1 - self._more)
+        self._settle(step.index)
 
     def output(self, index: int, integrator: TimeIntegrator) -> None:
         """Emit what comes before an output that the sweep itself has."""
@@ -255,13 +264,13 @@ class DenseOutput(Observer):
     def _inside(self, step: Step) -> None:
         """Emit the outputs in a step, whose neighbours are known."""
         if self._partial is None:
-            self._hermite(step)
+            self._between_ends(step)
             return
-        start, end = self._around(step)
+        start, end = self._nodes
         self._note([start, end])
         partial = self._partial
         window = self.windows[step.index] = Window(
-            step.index, (0.0, *partial.points, 1.0), partial=True
+            step.index, (0.0, *partial.points, 1.0), slopes=False, partial=True
         )
         states = [vectors.copy_out(one.solution) for _, one in partial.taken(step, start.state)]
         states = [start.state, *states, end.state]
@@ -269,28 +278,28 @@ class DenseOutput(Observer):
             self._emit(combined(window.weights(inside), states, [], step.length), None)
 
     def _settle(self, last: int | None = None) -> None:
-        """Emit all that waits, of the steps up to ``last``; their neighbours are known."""
+        """Emit all that waits, as far as the steps up to ``last`` tell; all of it without it."""
         while self._waiting:
             item = self._waiting[0]
             if isinstance(item, _Node):
                 self._emit(item.state, item.number)
-            elif last is None or item.index <= last:
+            elif last is None or item.index + behind(self._method, item) <= last:
                 self._inside(item)
             else:
                 break
             self._waiting.popleft()
 
-    def _hermite(self, step: Step) -> None:
-        nodes = self._around(step)
+    def _between_ends(self, step: Step) -> None:
+        nodes, taken = self._around(step)
         self._note(nodes)
         ends = {step.index: 0.0, step.index + 1: 1.0}  # to the last bit
         where = [
             ends.get(node.number, (node.s - step.start) / step.length) for node in nodes
         ]  # fmt: skip
         more = self._extension
-        window = self.windows[step.index] = Window(nodes[0].number, tuple(where), more)
+        window = self.windows[step.index] = Window(nodes[0].number, tuple(where), more, taken)
         states, slopes = [node.state for node in nodes], []
-        for node in nodes:
+        for node in nodes if taken else ():
             if node.slope is None:
                 node.slope = self._rates.value(node.s, node.state)
             slopes.append(node.slope)
@@ -301,24 +310,20 @@ class DenseOutput(Observer):
         for inside in self.inside[step.index]:
             self._emit(combined(window.weights(inside), states, slopes, step.length), None)
 
-    def _around(self, step: Step) -> list[_Node]:
-        """Return the nodes of a step's interpolant: its ends, and those nearest to it."""
+    def _around(self, step: Step) -> tuple[list[_Node], bool]:
+        """Return the nodes of a step's interpolant, and whether slopes there are wanted.
+
+        Those of BDF's polynomial of order k are the k + 1 states that the step goes through; of the
+        steps that start fixed ones those of the first step of order k, if it gets there.
+        """
         known = list(self._nodes)
         low = next(i for i, node in enumerate(known) if node.number == step.index)
-        high, middle = low + 1, step.start + 0.5 * step.length
-        for _ in range(self._more):
-            before = after = math.inf
-            if low and LONGEST * (known[low].s - known[low - 1].s) > step.length:
-                before = middle - known[low - 1].s
-            if high + 1 < len(known) and (
-                LONGEST * (known[high + 1].s - known[high].s) > step.length
-            ):
-                after = known[high + 1].s - middle
-            if before <= 1.001 * after < math.inf or before < after:
-                low -= 1
-            elif after < math.inf:
-                high += 1
-        return known[low : high + 1]
+        if self._method.multistep:
+            end = low + 2 if step.order > 0 else self._method.order + 1
+            first = end - 1 - (step.order if step.order > 0 else self._method.order)
+            if end <= len(known):
+                return known[first:end], False
+        return known[low : low + 2], True
 
     def _interpolate(
         self, step: Step, found: list[Inside], start: torch.Tensor, integrator: TimeIntegrator
@@ -357,15 +362,13 @@ def own_extension(method: Method) -> Extension | None:
     return extension(max(method.order // 2 + 1, method.order - 3))
 
 
-def neighbours(method: Method) -> int:
-    """Return how many ends of other steps are nodes of a method's interpolants."""
-    alone = own_interpolant(method) is not None or own_extension(method) is not None
-    alone = alone or bool(inner_points(method))
-    return 0 if alone else coefficients(method) // 2 - 2
+def behind(method: Method, step: Step) -> int:
+    """Return how many steps behind a step have a say in its interpolant."""
+    return max(0, method.order - 1 - step.index) if method.multistep and step.order < 0 else 0
 
 
 def coefficients(method: Method) -> int:
-    """Return how many coefficients a method's interpolants have: two for each node, or its own."""
+    """Return how many coefficients a method's interpolants have, at most."""
     scheme, more = own_interpolant(method), own_extension(method)
     if scheme is not None:
         return 1 + scheme.interpolation_degree
@@ -373,4 +376,4 @@ def coefficients(method: Method) -> int:
         return 1 + int(more.coefficients.shape[1])
     if inner_points(method):
         return 2 + len(inner_points(method))
-    return 4 if method.order <= 4 else 6 if method.order <= 6 else 8
+    return max(4, method.order + 1) if method.multistep else 4

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
-from numpy.polynomial.polynomial import polyder, polyval
 
 from pnode.adjoint.reverse import NodeCotangents
 from pnode.adjoint.stepper import AdjointStepper, TorchAdjointStepper
 from pnode.base import vectors
-from pnode.base.interpolation import Hermite, hermite_rate, lagrange_polynomials, polynomial_rate
+from pnode.base.interpolation import Hermite, polynomial_rate
 from pnode.base.ledger import Ledger
 from pnode.base.vectors import REAL
 from pnode.field.linearization import Linearization
@@ -105,7 +103,7 @@ class DenseAdjoint(NodeCotangents):
                 return None
             kept = None if self._wants_times else graphs(node)
             return self._through_stages(node, restore, kept)
-        return self._hermite(node) if self._partial is None else self._through_states(node)
+        return self._through_ends(node) if self._partial is None else self._through_states(node)
 
     def _through_states(self, node: int) -> torch.Tensor | None:
         """Collect from the steps at either side, and from the partial ones that begin here."""
@@ -131,15 +129,13 @@ class DenseAdjoint(NodeCotangents):
             total.add_(adjoint.state)
         adjoint.state = before
         states.append(self._dense.states[node + 1])
-        polynomials = lagrange_polynomials(window.nodes)
         for inside, w in wanted:
             if inside.theta is not None:
-                rates: Any = polyval(inside.theta, polyder(polynomials.T))
-                change = combined(Hermite(tuple(rates.tolist()), ()), states, [], 1.0)
+                change = combined(window.rates(inside.theta), states, [], 1.0)
                 self.times[inside.index] += float(torch.dot(w, change)) / step.length
         return total
 
-    def _hermite(self, node: int) -> torch.Tensor | None:
+    def _through_ends(self, node: int) -> torch.Tensor | None:
         """Collect from the steps around, of whose interpolants this state is a node.
 
         For y = sum_i (a_i u_i + h b_i f_i) and its cotangent w, u_i gets a_i w, f_i gets h b_i w,
@@ -147,15 +143,17 @@ class DenseAdjoint(NodeCotangents):
         """
         if node not in self._users:
             return None
-        u, rate_there = self._dense.states[node], self._end(node)
-        del self._ends[node]
-        value = rate_there.value
-        state, slope = torch.zeros_like(u), torch.zeros_like(u)
+        u, slope = self._dense.states[node], None
+        state, there = torch.zeros_like(u), None
+        if any(self._dense.windows[step].slopes for step, _ in self._users[node]):
+            there, slope = self._end(node), torch.zeros_like(u)
+            del self._ends[node]
         for step, i in self._users[node]:
             h, window = self._steps[step].length, self._dense.windows[step]
             if window.extension is not None:
+                assert there is not None and slope is not None
                 if step not in self._pulled:  # its end comes before its start
-                    self._pulled[step] = self._through_slopes(step, (self._end(step), rate_there))
+                    self._pulled[step] = self._through_slopes(step, (self._end(step), there))
                 states, slopes = self._pulled[step]
                 state.add_(states[i])
                 slope.add_(slopes[i])
@@ -163,15 +161,20 @@ class DenseAdjoint(NodeCotangents):
                     del self._pulled[step]
                 continue
             for inside, w in self._wanted[step]:
-                weights = window.weights(inside)
+                weights, theta = window.weights(inside), inside.theta
+                rates = None if theta is None else window.rates(theta)
                 state.add_(w, alpha=weights.state[i])
-                slope.add_(w, alpha=weights.slope[i] * h)
-                if inside.theta is not None:
-                    rates = hermite_rate(inside.theta, window.nodes)
-                    rate = rates.state[i] / h * torch.dot(w, u)
-                    rate = rate + rates.slope[i] * torch.dot(w, value)
-                    self.times[inside.index] += float(rate)
-        return state.add_(rate_there.product(slope, self.parameters))
+                if rates is not None:
+                    self.times[inside.index] += rates.state[i] / h * float(torch.dot(w, u))
+                if window.slopes:
+                    assert there is not None and slope is not None
+                    slope.add_(w, alpha=weights.slope[i] * h)
+                    if rates is not None:
+                        change = float(torch.dot(w, there.value))
+                        self.times[inside.index] += rates.slope[i] * change
+        if there is None or slope is None:
+            return state
+        return state.add_(there.product(slope, self.parameters))
 
     def _end(self, node: int) -> Rate:
         """Return the rate after ``node`` steps."""

@@ -90,7 +90,7 @@ def inner_points(method: Method) -> tuple[float, ...]:
     scheme = method.scheme
     if not method.implicit or scheme is None:
         return ()
-    solved = scheme.stiffly_accurate and not method.coupled
-    if method.order <= 4 and (solved or method.extrapolates or method.kind == "imex"):
+    solved = scheme.stiffly_accurate and not method.coupled and method.kind != "imex"
+    if solved and method.order <= 4:
         return ()
     return tuple(lobatto(max(2, method.order - 2)))
