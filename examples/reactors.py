@@ -119,13 +119,13 @@ def solver(
 ) -> pnode.Solver:  # fmt: skip
     """Return a solver whose steps all reactors of all ranks share, or each has its own."""
     atol = accuracy * ATOL * torch.tensor(SCALE, dtype=torch.float64)
-    tolerances = {"rtol": accuracy * RTOL, "atol": atol}
+    steps = pnode.Steps(rtol=accuracy * RTOL, atol=atol)
     if own_steps:
         return pnode.Solver(
-            kinetics, method=method, samples="independent", compile=True, comm=comm, **tolerances
+            kinetics, method=method, samples="independent", compile=True, comm=comm, steps=steps
         )
     return pnode.Solver(
-        kinetics, method=method, jacobian="block", comm=comm, compile=False, **tolerances,
+        kinetics, method=method, jacobian="block", comm=comm, compile=False, steps=steps,
         petsc_options={"snes_stol": 1e-9} if method == "bdf" else None,
     )  # fmt: skip
 
