@@ -192,8 +192,8 @@ def check_controller(
     if key == "basic" or isinstance(key, PID) or key in _NAMES:
         if step_size is not None:
             raise ConfigurationError(
-                f"controller={name!r} is given, and steps are fixed (step_size or a grid), which "
-                "nobody controls: drop one"
+                f"controller={name!r} is given, and fixed steps (step_size or a grid) have no "
+                "controller: drop one"
             )
         if own is not None and key != "basic":
             raise ConfigurationError(
