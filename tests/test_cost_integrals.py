@@ -341,6 +341,25 @@ def test_dense_output(method):
     assert difference(found, grad(loss_of(ys, costs), inputs)) < 1e-10
 
 
+def test_second_derivatives_up_to_an_event():
+    """Steps of given lengths, as those to an event are, are never rejected."""
+    weight = torch.linspace(1.0, 2.0, 2, dtype=D)
+    f = lambda t, y: torch.stack([y[1], 5.0 * (1.0 - y[0] ** 2) * y[1] - y[0]])  # noqa: E731
+    r = lambda t, y: (y**2).sum().reshape(1) * torch.cos(3.0 * t)  # noqa: E731
+    found = []
+    for compile in (False, True):
+        y0 = torch.tensor([1.2, 0.3], dtype=D, requires_grad=True)
+        solution = pnode.Solver(
+            f, cost=r, method="es325", rtol=1e-5, atol=1e-7, compile=compile,
+            event_fn=lambda t, y: y[0] + 0.8,
+        )(y0, T * 5.0)  # fmt: skip
+        assert solution.reason == "event"
+        value = solution.costs.square().sum() + solution.ys[-1].sin().sum()
+        slope = grad(value, y0, create_graph=True)[0]
+        found.append([slope.detach(), *grad(slope @ weight, y0)])
+    assert difference(*found) < 1e-6
+
+
 def test_up_to_an_event():
     """The integral of y = exp(-t) until it is a: 1 - a, whatever the time; d/da = -1."""
     a = torch.tensor(0.4, dtype=D, requires_grad=True)

@@ -16,7 +16,7 @@ import torch
 from children import run_program
 
 import pnode
-from pnode.base.options import PETSc
+from pnode.base.options import PETSc, SolverOptions
 
 CN = {"method": "cn", "step_size": 0.25}
 
@@ -88,6 +88,17 @@ def test_failing_solve_leaves_no_options_behind():
     with pytest.raises(pnode.ConfigurationError):
         pnode.Solver(cubic, petsc_options={"ts_type": "rk"}, **CN)(state(), times())
     assert PETSc.Options().getAll() == before
+
+
+def test_what_a_sweep_has_inserted_is_of_no_command_line():
+    """Integrators of trial steps are made while their sweep's options are in force."""
+    kinds = "basic", "none"
+    first, second = (SolverOptions("pnode_own_", {}, {"ts_adapt_type": kind}) for kind in kinds)
+    with first.inserted():
+        again = SolverOptions("pnode_own_", {}, {"ts_adapt_type": "none"})
+        assert PETSc.Options("pnode_own_")["ts_adapt_type"] == "basic"
+    assert again.values == second.values == {"ts_adapt_type": "none"}
+    assert "ts_adapt_type" not in PETSc.Options("pnode_own_").getAll()
 
 
 def test_dictionary_of_a_module_copy_is_its_own():

@@ -98,6 +98,7 @@ def _initialise() -> Any:
 PETSc: Any = _initialise()
 _numbers = count()
 _used_by_someone: set[str] = set()
+_in_force: list[list[str]] = []  # what solvers have inserted
 _reported: set[str] = set()
 _stages: dict[str, Any] = {}
 _events: dict[str, Any] = {}
@@ -140,15 +141,15 @@ class SolverOptions:
         self.given = check_petsc_options(petsc_options)
         self.prefix = prefix
         everyone = {} if prefix == OWN_PREFIX else _options_for_everyone()
-        self._manager = petsctools.OptionsManager(
-            {**(defaults or {}), **self.given, **everyone}, options_prefix=self.prefix
-        )
+        with _set_by_users():
+            self._manager = petsctools.OptionsManager(
+                {**(defaults or {}), **self.given, **everyone}, options_prefix=self.prefix
+            )
         for name, value in self.values.items():
             reason = _OURS.get(name) or viewers.refusal(name, value)
             if reason is not None:
                 raise ConfigurationError(f"the PETSc option {name!r} is not for pnode: {reason}")
-        self._everyone = frozenset(everyone)
-        self._original = self.values
+        self._everyone, self._original = frozenset(everyone), self.values
         self._manager.parameters.update(viewers.append_to_files(self.values))
         # What stands in PETSc's database all the time is another while these are in force: options
         # of this solver alone, and those for everyone, as PETSc looks for -pnode_<option> where it
@@ -229,12 +230,15 @@ class SolverOptions:
     def inserted(self) -> Iterator[None]:
         """While active, the options stand in PETSc's database."""
         database = self._manager.options_object
+        own = [*map(self._full, self._manager.to_delete)]
         with self._manager.inserted_options():
+            _in_force.append(own)
             for option in self._hidden:
                 del database[option]
             try:
                 yield
             finally:
+                _in_force.remove(own)
                 _used_by_someone.update(
                     name for name in self._everyone if database.used(self._full(name))
                 )
@@ -248,9 +252,8 @@ class SolverOptions:
         """Insert the options for the first sweep of ``owner``, when inner solvers read theirs."""
         if owner not in self._swept:
             self._swept.add(owner)
-            stack = ExitStack()
+            self._sweeping[owner] = stack = ExitStack()
             stack.enter_context(self.inserted())
-            self._sweeping[owner] = stack
 
     def end_sweep(self, owner: Any) -> None:
         """Take the options out again."""
@@ -274,6 +277,20 @@ class SolverOptions:
             hint = hint or ": check its spelling, and that this method has such a part"
             warnings.warn(f"petsc_options[{name!r}] was not used{hint}", stacklevel=4)
         _warn_misspelt(self.prefix)
+
+
+@contextmanager
+def _set_by_users() -> Iterator[None]:
+    """Take what solvers have inserted out of PETSc's database: it is of no command line."""
+    database = PETSc.Options()
+    inserted = {k: v for k, v in database.getAll().items() if any(k in own for own in _in_force)}
+    for option in inserted:
+        del database[option]
+    try:
+        yield
+    finally:
+        for option, value in inserted.items():
+            database[option] = value
 
 
 def _options_for_everyone() -> dict[str, Any]:

@@ -187,9 +187,8 @@ class TimeIntegrator:
         bridge.begin_stages((s, *(s + c * step for c in self._inner), end))
         if self._start is not None:
             self.solution.copy(self._start)
-        where: dict[str, Any] = {
-            "time": self._direction * s, "step": index, "method": self.settings.method.name,
-        }  # fmt: skip
+        name = self.settings.method.name
+        where: dict[str, Any] = {"time": self._direction * s, "step": index, "method": name}
         self.ranks.where = where
         self._forget_notes(s)
         self._guesses.begin(order)
@@ -223,6 +222,8 @@ class TimeIntegrator:
                 self._rolled_back = True
             ts.setStepNumber(index)
             self._start.copy(self.solution)
+        elif error is None:
+            error = SolveError("PETSc rejected a step whose length is given", **where)
         return StepOutcome(False, proposed, error)
 
     def _settle(self, error: SolveError | None) -> SolveError | None:
@@ -348,8 +349,8 @@ class TimeIntegrator:
             return (project(vectors.view(self.solution)),)
         if not method.implicit:
             found = tuple(bridge.projections or ())
-            whole = len(found) == bridge.evaluated.maxlen
-            return (found[:-1] if method.fsal else found) if whole else ()
+            found = found if len(found) == bridge.evaluated.maxlen else ()
+            return found[:-1] if method.fsal else found
         return tuple(number for note in bridge.noted or () for number in note)
 
     def note_values(self) -> None:
@@ -384,9 +385,8 @@ class TimeIntegrator:
     def kept_graphs(self) -> tuple[tuple[Linearization, ...], int] | None:
         """Return the graphs at the stages of :meth:`checkpoint`, and the bytes they keep.
 
-        With ``whole_graphs`` also that at the end, which may be the next step's first.
-
-        None if they were not made at all of them.
+        With ``whole_graphs`` also that at the end, which may be the next step's first. None if they
+        were not made at all of them.
         """
         kept = list(self.bridge.graphs or ())
         if len(kept) < self.settings.method.stages:
