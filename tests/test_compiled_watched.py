@@ -139,6 +139,7 @@ def test_a_jacobian_said_to_be_constant(method):
 @pytest.mark.parametrize("where", ["monitor", "event_fn"])
 def test_what_is_raised_comes_through_and_nothing_is_lost(where):
     """Ctrl-C too, and the next solve is the one that it would have been."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     limit, calls = [7], []
 
     def look(*given):
@@ -194,8 +195,8 @@ def test_a_sweep_that_gives_up_is_told_of_and_not_tried_for_ever(caplog, monkeyp
     made = []
 
     class Failing(sweeps.WholeSweep):
-        def __init__(self, compiled):
-            super().__init__(compiled)
+        def __init__(self, compiled, engine):
+            super().__init__(compiled, engine)
             made.append(compiled)
 
         def forward(self, *given):

@@ -31,7 +31,10 @@ def test_rows_are_those_of_solves_alone(method, step):
     solver = pnode.Solver(f, **options, **tight)
     alone = [solver(y0[row], t[row]) for row in range(3)]
     ys = torch.stack([one.ys for one in alone], dim=1)
-    torch.testing.assert_close(found.ys, ys, rtol=1e-12, atol=1e-12)
+    # An ulp in y0 moves the second row by up to 4.5e-12 with ra34pw2's steps of 0.1 over its fast
+    # part; LU of a batch and of one matrix differ by as much on some processors.
+    close = 2e-11 if method == "ra34pw2" else 1e-12
+    torch.testing.assert_close(found.ys, ys, rtol=close, atol=close)
     assert found.stats.steps == sum(one.stats.steps for one in alone)
     assert found.stats.rejected == sum(one.stats.rejected for one in alone)
     for one, other in zip(gradients(found.ys, y0, t, f.scale), gradients(ys, y0, t, f.scale),
