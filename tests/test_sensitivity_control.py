@@ -109,7 +109,7 @@ def test_tuples_and_backward_in_time():
     ({"sensitivity_control": torch.zeros(1, 1)}, "not all zero"),
     ({"sensitivity_control": torch.ones(1)}, "shape"),
     ({"sensitivity_control": True}, "sensitivity_control=True"),
-    ({"sensitivity_control": "random", "step_size": 0.1}, "step_size=0.1"),
+    ({"sensitivity_control": "random", "step_size": 0.1}, r"of 0\.1 \(step_size="),
     ({"sensitivity_control": "random", "event_fn": lambda t, y: y[0]}, "event_fn"),
     ({"sensitivity_control": "random", "gradient": "continuous"}, "continuous"),
 ])  # fmt: skip

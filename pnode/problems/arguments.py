@@ -290,7 +290,7 @@ def check_sensitivity_control(value: Any, step_size: Any) -> None:
             "tensor of shape (m, *y0.shape), not all zero"
         )
     if step_size is not None:
-        given = f"step_size={step_size}" if isinstance(step_size, (int, float)) else "a grid of steps"
         raise ConfigurationError(
-            f"sensitivity_control with {given}: fixed steps have no error test: drop one of them"
+            f"sensitivity_control with fixed steps of {step_size} (step_size= or a grid), which "
+            "have no error test: drop one of them"
         )
