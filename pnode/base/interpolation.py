@@ -162,11 +162,11 @@ def extension(most: int) -> Extension:
     return Extension(tuple(c), tuple(weights), known, len(c) - most)
 
 
-def lobatto(number: int) -> list[float]:
+@lru_cache(maxsize=16)
+def lobatto(number: int) -> tuple[float, ...]:
     """Return so many points of Lobatto's quadrature between 0 and 1, the ends excepted."""
     roots = Legendre.basis(number + 1).deriv().roots().real
-    inside: list[float] = (0.5 * (1.0 + np.sort(roots))).tolist()
-    return inside
+    return tuple((0.5 * (1.0 + np.sort(roots))).tolist())
 
 
 def _through_slopes(nodes: Sequence[float]) -> Any:

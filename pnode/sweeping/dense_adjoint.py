@@ -42,7 +42,7 @@ class DenseAdjoint(NodeCotangents):
         Whether ``times`` is wanted, for which values are needed, not only their graphs.
     partial : PartialSteps or None
         Of the method.
-    adjoint : AdjointStepper
+    adjoint : AdjointStepper or None
         Of these, has begun.
     ledger : Ledger
         Counts them.
@@ -64,7 +64,7 @@ class DenseAdjoint(NodeCotangents):
         cotangents: torch.Tensor,
         wants_times: bool,
         partial: PartialSteps | None,
-        adjoint: AdjointStepper,
+        adjoint: AdjointStepper | None,
         ledger: Ledger,
     ) -> None:
         self._dense = dense

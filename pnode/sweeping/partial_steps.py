@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -25,14 +25,14 @@ class PartialSteps:
 
     Parameters
     ----------
-    points : sequence of float
+    points : tuple of float
         Where to, in lengths of the step.
     lease : callable
         Returns an integrator without error control, which begins a sweep; called if it is wanted.
     """
 
-    def __init__(self, points: Sequence[float], lease: Callable[[], TimeIntegrator]) -> None:
-        self.points = tuple(points)
+    def __init__(self, points: tuple[float, ...], lease: Callable[[], TimeIntegrator]) -> None:
+        self.points = points
         self._lease = lease
         self._trial: TimeIntegrator | None = None
 
@@ -42,11 +42,12 @@ class PartialSteps:
         leases: ExitStack,
     ) -> PartialSteps | None:  # fmt: skip
         """Return those of a sweep; None for a method that is interpolated otherwise."""
-        points, trial = inner_points(settings.method), replace(settings, adaptive=False)
+        points = inner_points(settings.method)
         if not points:
             return None
 
         def lease() -> TimeIntegrator:
+            trial = replace(settings, adaptive=False)
             integrator = leases.enter_context(engine.integrator(trial, field, y0))
             leases.callback(_count, integrator, field.ledger)
             return integrator
@@ -93,4 +94,4 @@ def inner_points(method: Method) -> tuple[float, ...]:
     solved = scheme.stiffly_accurate and not method.coupled and method.kind != "imex"
     if solved and method.order <= 4:
         return ()
-    return tuple(lobatto(max(2, method.order - 2)))
+    return lobatto(max(2, method.order - 2))

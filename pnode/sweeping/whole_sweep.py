@@ -198,12 +198,13 @@ class WholeSweep(Sweep):
         assert self.dense is not None
         engine, ledger = self._engine, run.stats.backward
         steps, field = self._compiled.recorded()[0], run.field(ledger)
-        with (
-            engine.adjoint(run.settings, bool(field.parameters)) as adjoint,
-            ExitStack() as leases, torch.enable_grad(),
-        ):  # fmt: skip
-            adjoint.begin(field)
+        with ExitStack() as leases, torch.enable_grad():
+            adjoint = None
             partial = PartialSteps.of(engine, run.settings, run.field(ledger), y0, leases)
+            if partial is not None:
+                lent = engine.adjoint(run.settings, bool(field.parameters))
+                adjoint = leases.enter_context(lent)
+                adjoint.begin(field)
             inside = DenseAdjoint(
                 self.dense, steps, field, cotangents, wants_times, partial, adjoint, ledger
             )
@@ -211,9 +212,9 @@ class WholeSweep(Sweep):
                 found = inside.at(node, _no_checkpoint, _no_graphs)
                 if found is not None:
                     rows[node] = found
-            accumulate(inside.parameters, tuple(
-                adjoint.parameter_gradients(len(field.parameters))
-            ))  # fmt: skip
+            if adjoint is not None:
+                of_parts = adjoint.parameter_gradients(len(field.parameters))
+                accumulate(inside.parameters, tuple(of_parts))
         return inside
 
     def _checked_reverse(self, run: Run, cotangents: torch.Tensor) -> CostGradients:
