@@ -199,7 +199,7 @@ class SamplePath:
         found = (
             self._through_states(points, k, h, theta, order) if points else
             self._own(scheme, k, h, theta, order) if scheme is not None
-            else self._hermite(k, first, h, theta, order) if more is None
+            else self._hermite(k, h, theta, order) if more is None
             else self._extended(more, k, h, theta, order)
         )  # fmt: skip
         # A row that has failed is not known beyond its last step.
@@ -212,23 +212,18 @@ class SamplePath:
         return self.rates(self.direction * _at(self.s, self.safe), self.states)
 
     def _hermite(
-        self, k: torch.Tensor, first: torch.Tensor, h: torch.Tensor, theta: torch.Tensor, order: int
+        self, k: torch.Tensor, h: torch.Tensor, theta: torch.Tensor, order: int
     ) -> torch.Tensor:
         """Interpolate between states and slopes at both ends of steps ``k``."""
-        low, high, most = k, torch.minimum(k + 1, self.count), 2
-        index = low[..., None] + torch.arange(most, device=k.device)
-        valid, index = index <= high[..., None], torch.minimum(index, high[..., None])
-        x = (torch.stack([_at(self.s, index[..., j]) for j in range(most)], -1) - first[..., None]
-             ) / h[..., None]  # fmt: skip
-        x = torch.where(index == (k + 1)[..., None], 1.0, x)  # to the last bit
-        weights = _hermite_weights(theta, x, valid, order)
-        result = torch.zeros_like(_at(self.states, k))
-        user = self.direction * h
-        for j in range(most):
-            of_state, of_slope = (weight[..., j, None] for weight in weights)
-            result = result + of_state * _at(self.states, index[..., j])
-            result = result + of_slope * user[..., None] * _at(self.slopes, index[..., j])
-        return result / user[..., None] if order else result
+        end, user = torch.minimum(k + 1, self.count), (self.direction * h)[..., None]
+        x, rest = theta[..., None], 1.0 - theta[..., None]
+        u, change = _at(self.states, k), _at(self.states, end) - _at(self.states, k)
+        before, after = _at(self.slopes, k), _at(self.slopes, end)
+        if order:
+            by_slopes = rest * (1.0 - 3.0 * x) * before + x * (3.0 * x - 2.0) * after
+            return 6.0 * x * rest * change / user + by_slopes
+        by_slopes = user * x * rest * (rest * before - x * after)
+        return self._to_the_end(u + x * x * (3.0 - 2.0 * x) * change + by_slopes, k, theta)
 
     def _own(
         self, scheme: Scheme, k: torch.Tensor, h: torch.Tensor, theta: torch.Tensor, order: int
@@ -345,44 +340,6 @@ def _distinct(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     slot = torch.cat([torch.zeros_like(k[:1]), ordered.diff(dim=0).ne(0).cumsum(dim=0)])
     steps = ordered[-1:].repeat(int(slot.max()) + 1, 1).scatter(0, slot, ordered)
     return steps, torch.empty_like(slot).scatter(0, order, slot)
-
-
-def _hermite_weights(
-    theta: torch.Tensor, x: torch.Tensor, valid: torch.Tensor, order: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the weights of states and slopes at nodes ``x``, or their derivatives by theta.
-
-    As :func:`pnode.base.interpolation.hermite`, for many interpolants of up to m nodes: ``x`` and
-    ``valid`` have shape ``(..., m)``.
-    """
-    number = x.shape[-1]
-    to = theta[..., None] - x
-    unit = torch.eye(number, dtype=torch.bool, device=x.device)
-    other = valid[..., None, :] & ~unit
-    apart = torch.where(other, x[..., :, None] - x[..., None, :], 1.0)
-    factors = torch.where(other, to[..., None, :] / apart, 1.0)
-    inverse = torch.where(other, 1.0 / apart, 0.0)
-    rate, bump = inverse.sum(dim=-1), _product(factors)
-    square = bump * bump
-    if not order:
-        found = (1.0 - 2.0 * rate * to) * square, to * square
-    else:
-        slope = sum(
-            inverse[..., j] * _product(torch.where(unit[j], 1.0, factors)) for j in range(number)
-        )
-        both = 2.0 * bump * slope
-        found = (
-            -2.0 * rate * square + (1.0 - 2.0 * rate * to) * both, square + to * both
-        )  # fmt: skip
-    of_state, of_slope = (torch.where(valid, weight, 0.0) for weight in found)
-    return of_state, of_slope
-
-
-def _product(factors: torch.Tensor) -> torch.Tensor:
-    result = factors[..., 0]
-    for j in range(1, factors.shape[-1]):
-        result = result * factors[..., j]
-    return result
 
 
 def _nothing() -> None:
