@@ -28,6 +28,8 @@ PIP_OPTIONS := --constraint $(CONSTRAINTS) $(if $(strip $(WHEELS)),--find-links 
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_OPTIONS)
 RUN := PATH="$(abspath $(BIN)):$$PATH"
 PYTEST = $(RUN) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+# What tests compile is kept, as what users compile is; a file's name says all that it is made of.
+WARM := PNODE_CACHE_DIR=$(abspath $(VENV))/compiled
 
 export OPENBLAS_NUM_THREADS := 1
 export OMP_NUM_THREADS := 1
@@ -53,11 +55,12 @@ gallery: setup ## run the gallery's examples in full, into results/ (what is don
 	$(RUN) $(BIN)/python tools/gallery.py
 
 test: lint ## lint, types, then all tests
-	$(PYTEST) -q --ignore=tests/mpi tests
-	$(RUN) $(BIN)/python tools/run_ranks.py
+	@! [ -d $(VENV)/compiled ] || find $(VENV)/compiled -type f -mtime +28 -delete
+	$(WARM) $(PYTEST) -q --ignore=tests/mpi tests
+	$(WARM) $(RUN) $(BIN)/python tools/run_ranks.py
 
 quick: setup ## the sharpest test of each area
-	PNODE_CACHE_DIR=$(abspath $(VENV))/compiled $(PYTEST) -q $$(grep -v '^#' tests/quick.txt)
+	$(WARM) $(PYTEST) -q $$(grep -v '^#' tests/quick.txt)
 
 lint: setup ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .

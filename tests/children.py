@@ -99,8 +99,10 @@ def _become(job: dict) -> None:
 
 
 if __name__ == "__main__":
-    # What pnode and the first solve import, but for PETSc and MPI.
-    for name in ("torch.fx.experimental.proxy_tensor", "scipy.optimize", "mpmath", "pytest"):
+    # What pnode, the first solve and torch's first gradient (sympy) import, but for PETSc and MPI.
+    for name in ("proxy_tensor", "symbolic_shapes"):
+        importlib.import_module(f"torch.fx.experimental.{name}")
+    for name in ("scipy.optimize", "mpmath", "pytest"):
         importlib.import_module(name)
 
     job = _serve()

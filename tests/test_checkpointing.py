@@ -454,7 +454,7 @@ def test_live_stages_of_repeated_steps_are_in_the_ledger(name, monkeypatch):
     for extra in range(10):
         memory = (find_method(name).stage_units + extra) * STATE
         peak = 0
-        _, stats = solve(name, memory)
+        _, stats = solve(name, memory, **few_steps(name))
         assert peak <= stats.ram_bytes <= memory
 
 

@@ -2,8 +2,9 @@
 
 Usage: ``run_ranks.py [pytest's arguments]``, by the environment's Python. Each run is
 ``mpiexec -n N python -m pytest --with-mpi tests/mpi``, with the counters of
-``benchmarks/counting.py`` and under a hard limit. Where there are more ranks than cores, those that
-wait sleep (``patient_yield.c``).
+``benchmarks/counting.py`` and under a hard limit; a test on one rank needs no other and has a core
+to itself (pytest-xdist). Where there are more ranks than cores, those that wait sleep
+(``patient_yield.c``).
 """
 
 import os
@@ -20,6 +21,8 @@ from counting import beside_python, counting_environment  # noqa: E402
 
 SIZES = (1, 2, 3)
 LIMIT = 600  # seconds, against hangs
+# More would take longer to start than they save.
+WORKERS = min(4, len(os.sched_getaffinity(0)))
 
 
 def outcomes(report: Path) -> dict[str, bool]:
@@ -42,9 +45,11 @@ def never_ran(reports: list[Path]) -> list[str]:
 
 def run(size: int, report: Path, environment: dict[str, str]) -> int:
     """Run the tests on some ranks; return the exit status, 124 if they did not end."""
-    print(f"mpiexec -n {size}", flush=True)
+    print(f"{size} {'ranks' if size > 1 else 'rank'}", flush=True)
+    together = [beside_python("mpiexec"), "-n", str(size)] if size > 1 else []
+    apart = [] if together else ["-n", str(WORKERS), "--dist", "worksteal"]
     command = [
-        beside_python("mpiexec"), "-n", str(size), sys.executable, "-m", "pytest", "--with-mpi",
+        *together, sys.executable, "-m", "pytest", "--with-mpi", *apart,
         "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *sys.argv[1:], "tests/mpi",
     ]  # fmt: skip
     # TERM, which mpiexec passes on to the ranks.
