@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 
 from pnode.adjoint.implicit import ImplicitAdjointStepper
 from pnode.adjoint.stepper import NOTHING, StageCotangents, TorchAdjointStepper
-from pnode.base.evidence import notes, projection_weights
+from pnode.base.evidence import notes, projector
 from pnode.base.ledger import Ledger
 from pnode.base.options import SolverOptions, log_event
 from pnode.base.vectors import REAL
@@ -20,6 +20,7 @@ from pnode.field.products import accumulate
 from pnode.field.vectorfield import VectorField
 from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.petsc.settings import IntegratorSettings
+from pnode.solvers.scheme import Scheme
 from pnode.solvers.stepping import Step
 
 __all__ = ["ExplicitAdjoint", "StageAdjoint"]
@@ -36,6 +37,44 @@ def _plus(total: Cotangent, term: Cotangent, factor: float = 1.0) -> Cotangent:
     if total is None:
         return term if factor == 1.0 else factor * term
     return torch.add(total, term, alpha=factor)
+
+
+class _Plan:
+    """Which rows hold lambda' and the l_i of an explicit method's adjoint, as few as can be.
+
+    Two that no earlier stage weights any more are added up, which makes room for the next l_i.
+
+    Attributes
+    ----------
+    weights : list of list of float
+        For each stage, from the last to the first, those of the rows in w_i / h.
+    rows : list of (int or None, int)
+        Likewise, once w_i is known: the row that another one is added to, and that other one, or a
+        new one, where l_i goes.
+    number : int
+        Of all rows, whose sum is the step's lambda.
+    """
+
+    def __init__(self, scheme: Scheme) -> None:
+        def weight(j: int, i: int) -> float:
+            """Return that of l_j, or of lambda' for j = s, in w_i."""
+            return scheme.b[i] if j == scheme.stages else scheme.A[j][i]
+
+        self.weights: list[list[float]] = []
+        self.rows: list[tuple[int | None, int]] = []
+        places, done, self.number = {scheme.stages: 0}, list[int](), 1
+        for i in reversed(range(scheme.stages)):
+            held = {place: weight(j, i) for j, place in places.items()}
+            self.weights.append([held.get(place, 0.0) for place in range(self.number)])
+            for j in [j for j in places if not any(weight(j, k) for k in range(i))]:
+                done.append(places.pop(j))
+            if len(done) > 1:
+                places[i] = done.pop()
+                self.rows.append((done[0], places[i]))
+            else:
+                places[i] = self.number
+                self.rows.append((None, self.number))
+                self.number += 1
 
 
 class ExplicitAdjoint(TorchAdjointStepper):
@@ -67,28 +106,25 @@ class ExplicitAdjoint(TorchAdjointStepper):
         assert scheme is not None
         self._nodes, self._b = scheme.c, scheme.b
         device = settings.place.device
-        stages = range(scheme.stages)
-        weights = [
-            [scheme.b[i], *(scheme.A[j][i] for j in reversed(stages[i + 1 :]))]
-            for i in reversed(stages)
-        ]
+        self._plan = _Plan(scheme)
+        weights = self._plan.weights
         self._counts = [len(row) for row in weights]
         self._weights = torch.tensor([x for row in weights for x in row], dtype=REAL, device=device)
-        self._ones = torch.ones(len(stages) + 1, dtype=REAL, device=device)
+        self._ones = torch.ones(self._plan.number, dtype=REAL, device=device)
         self._vjp_event = log_event("pnode vjp")
         self._length = math.nan
-        self._random = self._ones
+        self._project: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._scaled: tuple[torch.Tensor, ...] = ()
-        self._none: Cotangents = [None] * len(stages)
+        self._none: Cotangents = [None] * scheme.stages
         self._needed = scheme.live_stages()
         self._rows: list[torch.Tensor] = []
 
     def _allocate(self, shape: torch.Size) -> None:
-        """Make room for lambda' and the l_i, last stage first: w_i weights the rows before it."""
-        number, device = len(self._nodes) + 1, self.settings.place.device
+        """Make room for lambda' and the l_i: w_i weights the rows that are in use by then."""
+        number, device = len(self._ones), self.settings.place.device
         products = torch.empty((number, shape.numel()), dtype=REAL, device=device)
         self._rows = list(products.view(number, *shape))
-        self._columns = [products[: i + 1].t() for i in range(number)]
+        self._columns = [products[:count].t() for count in (*self._counts, number)]
 
     def begin(self, field: VectorField, batch: Sequence[int] = ()) -> None:
         """Begin a sweep with zero cost gradients. Collective."""
@@ -97,7 +133,7 @@ class ExplicitAdjoint(TorchAdjointStepper):
             self._rows = []
         if self.settings.place.on_host:  # elsewhere nothing was noted
             one = self.state[0] if batch else self.state
-            self._random = projection_weights(one.to(field.dtype))
+            self._project = projector(one.to(field.dtype))
         self._graphs: Sequence[Linearization] | None = None
 
     def load(
@@ -142,19 +178,24 @@ class ExplicitAdjoint(TorchAdjointStepper):
         if inside is not NOTHING:
             needed = frozenset(range(len(self.checkpoint.stages)))
             states, slopes = inside.of(stages)
-        expected, random = self.evidence, self._random
+        expected, project = self.evidence, self._project
         if not self._rows:
             self._allocate(self.state.shape)
-        self._rows[0].copy_(self.state)
-        self.state = self._rows[0]
-        for row, weights in enumerate(self._scaled):
-            i = stages - 1 - row
-            if i not in needed:
-                self._rows[row + 1].zero_()
+        rows = self._rows
+        rows[0].copy_(self.state)
+        self.state = rows[0]
+        for row, (weights, (into, place)) in enumerate(
+            zip(self._scaled, self._plan.rows, strict=True)
+        ):
+            i, product = stages - 1 - row, rows[place]
+            w = torch.mv(self._columns[row], weights) if i in needed else None
+            if into is not None:
+                rows[into].add_(product)
+            if w is None:
+                product.zero_()
                 continue
-            w = torch.mv(self._columns[row], weights)
             if batched:
-                w = w.view(self.state.shape)
+                w = w.view(product.shape)
             own, slope = states[i], slopes[i]
             if slope is not None:
                 w.add_(slope)
@@ -168,7 +209,7 @@ class ExplicitAdjoint(TorchAdjointStepper):
                 s = step.end if c == 1.0 else step.start + c * h
                 graph = self.linearize(s, self.checkpoint.stages[i], step)
                 value = graph.flat_value()
-                if i < len(expected) and float(torch.dot(random, value)) != expected[i]:
+                if i < len(expected) and project and float(project(value)) != expected[i]:
                     self.verify(value, i, s, step)
                 if inside.look is not None:
                     inside.look(i, value.to(REAL))
@@ -176,13 +217,13 @@ class ExplicitAdjoint(TorchAdjointStepper):
                 products = graph.vjp(w if dtype is REAL else w.to(dtype))
             if self.wants_parameters:
                 accumulate(self._gradients, products.parameters)
-            self._rows[row + 1].copy_(products.state)
+            product.copy_(products.state)
             if own is not None:
-                self._rows[row + 1].add_(own)
+                product.add_(own)
             del graph, products  # before the next graph is built, so that memory is reused
-        self.state = torch.mv(self._columns[-1], self._ones).view(self.state.shape)
+        self.state = torch.mv(self._columns[-1], self._ones).view(rows[0].shape)
         self._graphs = None
-        if len(self._rows) * self._rows[0].nbytes > _LARGE:  # a step that is repeated has a use for
+        if len(rows) * rows[0].nbytes > _LARGE:  # a step that is repeated has a use for
             self._rows, self._columns = [], []
         ledger.steps += 1
 

@@ -11,25 +11,25 @@ Run it (about three minutes on one core)::
 
     python examples/digits.py
 
-Measured with pnode 0.2.0 on 2026-11-30, seed 0 (117 s of CPU in all), one gradient with rk4, 8 and
-32 steps a block. MiB is the peak of what malloc had handed out in a first call (up to 4 MiB of
+Measured with pnode 0.2.0 on 2026-11-30, seed 0 (172 s of CPU in all), one gradient with rk4, 8 and
+32 steps a block. MiB is the peak of what malloc had handed out in a first call (some 3 MiB of
 pnode's are work vectors), f how often the two fields are evaluated; each gradient also takes 64 or
 256 products. "Error" is the relative difference from backpropagation's gradient. CPU times are of
-single calls, on a busy computer: a tenth apart means nothing.
+single calls, on a computer so busy that a third apart means nothing.
 
 ============================  =====  ====  =====  ======  ====  ======  =====
 gradient by                   MiB 8  f 8   CPU 8  MiB 32  f 32  CPU 32  error
 ============================  =====  ====  =====  ======  ====  ======  =====
-backpropagation               21.5   64    0.22   83.3    256   0.89    0
-checkpoint per block (ANODE)  19.1   128   0.35   68.8    512   1.41    0
-checkpoint per step (ACA)     6.4    128   0.32   13.7    512   1.20    0
-NODE-continuous               14.5   128   0.31   14.4    512   1.24    1e-8
-pnode, tape                   24.8   64    0.22   85.8    256   0.92    7e-16
-pnode, stages                 14.8   128   0.29   44.5    512   1.21    7e-16
-pnode, segments               10.6   128   0.33   13.5    512   1.28    7e-16
-pnode, starts of steps        9.8    128   0.32   15.9    512   1.27    7e-16
-pnode, 20 states              11.8   144   0.34   12.9    744   1.48    7e-16
-pnode, 9 states               9.1    184   0.39   9.1     960   1.75    7e-16
+backpropagation               21.3   64    0.41   83.9    256   1.24    0
+checkpoint per block (ANODE)  18.9   128   0.51   68.6    512   1.63    0
+checkpoint per step (ACA)     6.5    128   0.43   13.7    512   1.86    0
+NODE-continuous               14.4   128   0.51   14.4    512   1.82    1e-8
+pnode, tape                   24.7   64    0.41   85.6    256   1.58    7e-16
+pnode, stages                 14.3   128   0.46   44.4    512   2.14    7e-16
+pnode, segments               10.1   128   0.68   13.0    512   2.39    7e-16
+pnode, starts of steps        9.2    128   0.61   15.3    512   1.63    7e-16
+pnode, 20 states              11.2   144   0.70   12.9    744   2.65    7e-16
+pnode, 9 states               8.5    184   0.71   8.5     960   3.02    7e-16
 ============================  =====  ====  =====  ======  ====  ======  =====
 
 The continuous adjoint's gradient is off by 1.2 % with Euler's method and 8 steps. After
@@ -44,11 +44,12 @@ that has no room for graphs evaluates f once to repeat a step and once more for 
 times where 512 are enough. Segments that torch keeps the starts of, each solved by pnode with all
 its graphs, need no more evaluations either; the earlier ones are longer, as fewer starts are kept
 while they are repeated. With 32 steps this takes less memory than a checkpoint per step. With 8
-it does not: up to 4 MiB of it all are work vectors, PETSc's solution, two stages and one for each
-slope, weights of what is noted of f's values, and in the adjoint of a step one for each stage and
-one more; those of the other block are held, too, a quarter as large. So the smallest budget, 4
-states, takes 7.8 MiB and 352 evaluations. Beyond 32 steps this peer's memory grows on, and that of
-pnode's budgets does not. Without a limit pnode takes the memory and the time of backpropagation.
+it does not: 3 MiB of it all are work vectors, PETSc's solution and a copy of it, two stages and one
+for each slope, and in the adjoint of a step three more; those of the other block are held, too, a
+quarter as large; outputs and their cotangents, at both times, are another 1 MiB. So the smallest
+budget, 4 states, takes 7.3 MiB and 352 evaluations. Beyond 32 steps this peer's memory grows on,
+and that of pnode's budgets does not. Without a limit pnode takes the memory and the time of
+backpropagation.
 (torch's checkpoints stop a repeated evaluation once they have all they need, which for the last
 stage is before its second convolution.)
 """

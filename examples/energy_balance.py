@@ -24,15 +24,15 @@ Run it::
 
     python examples/energy_balance.py
 
-Measured with pnode 0.2.0 on 2026-11-29, seed 0 (42 s of CPU in all):
+Measured with pnode 0.2.0 on 2026-11-30, seed 0 (47 s of CPU in all):
 
 ==================  ======  =====  ====  ======  ============  =====
 estimate            lambda  gamma  C     C_deep  doubling (K)  CPU s
 ==================  ======  =====  ====  ======  ============  =====
 truth               1.2     0.7    8     100     3.09
-Gauss-Newton        1.41    0.38   8.5   88      2.63          4.5
+Gauss-Newton        1.41    0.38   8.5   88      2.63          5.2
 relative deviation  18 %    89 %   16 %  98 %    18 %
-PINN                1.40    0.53   8.8   27      2.64          15.5
+PINN                1.40    0.53   8.8   27      2.64          16.8
 ==================  ======  =====  ====  ======  ============  =====
 
 =======================================  =====  ========  ====  =========

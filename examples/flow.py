@@ -29,34 +29,34 @@ Run it (about three minutes on one core)::
 
     python examples/flow.py
 
-Measured with pnode 0.2.0 on 2026-11-29, seed 0, 300 updates with 256 samples each (201 s of CPU in
+Measured with pnode 0.2.0 on 2026-11-30, seed 0, 300 updates with 256 samples each (265 s of CPU in
 all); NLL of 2000 samples that were not learned from, and what dopri5 takes:
 
 =====================  =====  =====  =======  ========  ==  ===============
 density                NLL    least  kinetic  Jacobian  f   training, CPU s
 =====================  =====  =====  =======  ========  ==  ===============
-ring                   2.191  2.152  0.79     2.20      73  28
-ring, not regularised  2.176  2.128  0.86     2.41      73  30
-moons                  1.690  1.525  1.33     6.14      58  30
-mixture in 16          13.74  13.28  13.7     8.89      73  25
-mixture in 43          35.13  32.87  33.9     22.2      73  30
+ring                   2.191  2.152  0.79     2.20      73  37
+ring, not regularised  2.176  2.128  0.86     2.42      73  34
+moons                  1.690  1.525  1.33     6.14      58  36
+mixture in 16          13.74  13.28  13.7     8.89      73  31
+mixture in 43          35.13  32.87  33.9     22.3      73  44
 =====================  =====  =====  =======  ========  ==  ===============
 
 The density of the ring, summed over a square, is 1 to 7e-7. Hutchinson's estimate of the NLL in 16
 dimensions, 20 times 50 samples, is 0.077 off, with a deviation of 0.048.
 
-One gradient of the exact NLL with ``--quick``, 64 samples, beside torchdiffeq 0.2.5, which has the
-trace in the state and in its error norm; errors are those against rtol 1e-10:
+One gradient of the exact NLL of 256 samples, beside torchdiffeq 0.2.5, which has the trace in the
+state and in its error norm; errors are those against rtol 1e-10:
 
 ===================================  =======  ========  ======  ====
 gradient by                          NLL      gradient  CPU ms  MiB
 ===================================  =======  ========  ======  ====
-ring, pnode                          2.6e-7   6.1e-6    42      3.1
-ring, torchdiffeq odeint             8.2e-8   1.0e-4    56      3.8
-ring, torchdiffeq odeint_adjoint     8.2e-8   2.1e-5    93      0.7
-16, pnode                            8.3e-7   6.1e-6    104     45
-16, torchdiffeq odeint               2.4e-7   1.6e-5    90      54
-16, torchdiffeq odeint_adjoint       2.4e-7   5.2e-6    133     6.6
+ring, pnode                          1.1e-6   3.7e-5    428     77
+ring, torchdiffeq odeint             3.6e-7   2.2e-5    452     77
+ring, torchdiffeq odeint_adjoint     3.6e-7   5.5e-6    790     7.6
+16, pnode                            6.4e-6   4.7e-5    2198    283
+16, torchdiffeq odeint               1.2e-5   7.4e-5    1401    786
+16, torchdiffeq odeint_adjoint       1.2e-5   9.7e-6    2029    52
 ===================================  =======  ========  ======  ====
 
 What did not work: to be faster than that. As cost integrals the trace and the regularisers evaluate

@@ -151,6 +151,7 @@ def compare_gradients(
     atol: float = 1e-8,
     exact: Sequence[torch.Tensor] | None = None,
     quick: bool = False,
+    compiled: bool = True,
 ) -> list[dict[str, Any]]:
     """Measure the gradient of a loss by pnode and by torchdiffeq, with the same method.
 
@@ -168,6 +169,8 @@ def compare_gradients(
         The gradients as they should be; by default those of tolerances near round-off.
     quick : bool
         Measure each once, and nothing compiled.
+    compiled : bool
+        Whether the field can be compiled.
 
     Returns
     -------
@@ -186,7 +189,7 @@ def compare_gradients(
         solvers["pnode, dense=True"] = pnode.Solver(
             counted, method=method, compile=False, dense=True, **steps
         )
-    if not quick:
+    if compiled and not quick:
         solvers["pnode, compiled"] = pnode.Solver(field, method=method, compile=True, **steps)
     ways: dict[str, Callable[..., torch.Tensor]] = {
         name: lambda y0, t, solver=solver: solver(y0, t).ys for name, solver in solvers.items()

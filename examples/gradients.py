@@ -22,24 +22,24 @@ Run it (about a minute on one core)::
 
     python examples/gradients.py
 
-Measured with pnode 0.2.0 and torchdiffeq 0.2.5 on 2026-11-29, dopri5, rtol = atol: relative errors
+Measured with pnode 0.2.0 and torchdiffeq 0.2.5 on 2026-11-30, dopri5, rtol = atol: relative errors
 of the gradient, against the truth and (last column) against the gradient of the numbers that the
 solve itself returned. CPU times of single calls, on a busy computer:
 
 ========================  ====  ======  =========  ============  ======  ==============
 adjoint                   T     rtol    error      evaluations   CPU ms  to its numbers
 ========================  ====  ======  =========  ============  ======  ==============
-pnode, discrete           5     1e-6    4.7e-7     401           83      5e-16
-pnode, discrete, 8 kB     5     1e-6    4.7e-7     808           148     5e-16
-pnode, continuous         5     1e-6    3.6e-4     595           128     3.6e-4
-torchdiffeq, backprop     5     1e-6    6.7e-7                   114
-torchdiffeq, continuous   5     1e-6    8.4e-4                   209
-pnode, discrete           13    1e-6    1.0e-6     995           135     4e-16
-pnode, continuous         13    1e-6    691        1591          315     691
-torchdiffeq, backprop     13    1e-6    1.7e-6                   230
-torchdiffeq, continuous   13    1e-6    917                      348
-pnode, discrete           5     1e-2    5.7e-4     94            25      7e-16
-pnode, continuous         5     1e-2    0.92       118           19      0.92
+pnode, discrete           5     1e-6    4.7e-7     401           65      5e-16
+pnode, discrete, 8 kB     5     1e-6    4.7e-7     808           120     5e-16
+pnode, continuous         5     1e-6    3.6e-4     595           82      3.6e-4
+torchdiffeq, backprop     5     1e-6    6.7e-7                   82
+torchdiffeq, continuous   5     1e-6    8.4e-4                   162
+pnode, discrete           13    1e-6    1.0e-6     995           270     4e-16
+pnode, continuous         13    1e-6    691        1591          314     691
+torchdiffeq, backprop     13    1e-6    1.7e-6                   209
+torchdiffeq, continuous   13    1e-6    917                      471
+pnode, discrete           5     1e-2    5.7e-4     94            23      7e-16
+pnode, continuous         5     1e-2    0.92       118           23      0.92
 torchdiffeq, continuous   5     1e-2    10.9                     54
 ========================  ====  ======  =========  ============  ======  ==============
 

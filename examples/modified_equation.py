@@ -24,7 +24,7 @@ Run it (24 s of CPU)::
 
     python examples/modified_equation.py
 
-Measured with pnode 0.2.0 on 2026-11-29, seed 0, one thread:
+Measured with pnode 0.2.0 and torchdiffeq 0.2.5 on 2026-11-30, seed 0, one thread:
 
 ===============================  ========  =====  =================  =========
 what                             to f      slope  to modified field  its slope
@@ -45,9 +45,10 @@ net by euler, solved accurately     0.0122
 ====================================  ======  =  ======  =====  =====
 what                                  error   f  CPU ms  MiB    ratio
 ====================================  ======  =  ======  =====  =====
-gradient, pnode                       0       2  7.71    0.332  1
-gradient, torchdiffeq odeint          0       2  3.22    0.277  0.418
-gradient, torchdiffeq odeint_adjoint  0.0254  4  6.89    0.289  0.894
+gradient, pnode                       0       2  5.71    0.387  1
+gradient, pnode, compiled             1e-15      4.07    0.418  0.712
+gradient, torchdiffeq odeint          0       2  2.03    0.281  0.355
+gradient, torchdiffeq odeint_adjoint  0.0254  4  3.53    0.305  0.619
 ====================================  ======  =  ======  =====  =====
 
 The gradients of one step are the same numbers in both packages; for a problem of a single small

@@ -217,10 +217,10 @@ def test_backward_frees_the_checkpoints(kind):
     while "Solve" not in type(node).__name__:
         node = node.next_functions[0][0]
     trajectory = node.runs.only().sweep.trajectory
-    assert trajectory.ready
+    assert trajectory.ready and node.runs.only().ys is not None
     assert ("stages", 0) in trajectory._store
     solution.ys.sum().backward()
-    assert not trajectory.ready
+    assert not trajectory.ready and node.runs.only().ys is None
     assert ("stages", 0) not in trajectory._store
     assert trajectory._store._ram.bytes == 0
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import ctypes
 import math
 from array import array
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,11 +29,15 @@ __all__ = [
     "numbers_of",
     "project",
     "projection_weights",
+    "projector",
 ]
 
 #: Relative difference of two evaluations of one f, when their bits are not the same already: what
 #: another kernel or a repeated step's round-off may make of it.
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
+
+#: Weights of so many numbers are the products of one for each row, and one for each of its entries.
+_MANY, _ROW = 1 << 14, 1 << 12
 
 #: Of the tensors that graphs read: so many are kept as they were.
 _FEW_BYTES = 1 << 15
@@ -53,9 +57,35 @@ def projection_weights(value: torch.Tensor) -> torch.Tensor:
     return _weights(value.numel(), value.dtype, value.device)
 
 
+def projector(value: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what multiplies such flat tensors with a fixed random vector.
+
+    That of :func:`projection_weights` for few numbers; that for many never stands in memory.
+    """
+    size, place = value.numel(), (value.dtype, value.device)
+    if size < _MANY:
+        return partial(torch.dot, _weights(size, *place))
+    down, across = _weights(size // _ROW, *place), _weights(_ROW, *place)
+    rest = across[: size % _ROW] * 0.75
+    return partial(_product, down, across, rest if len(rest) else None)
+
+
+def _product(
+    down: torch.Tensor, across: torch.Tensor, rest: torch.Tensor | None, value: torch.Tensor
+) -> torch.Tensor:
+    """Return the sum of ``down[i // n] across[i % n] value[i]``, n being the size of a row.
+
+    What is behind the last row has weights of its own.
+    """
+    if rest is None:
+        return torch.dot(down, torch.mv(value.view(len(down), -1), across))
+    rows, behind = value.split([len(value) - len(rest), len(rest)])
+    return torch.dot(down, torch.mv(rows.view(len(down), -1), across)) + torch.dot(rest, behind)
+
+
 def project(value: torch.Tensor) -> float:
     """Return the product of a flat tensor with a fixed random vector."""
-    return float(torch.dot(projection_weights(value), value.detach()))
+    return float(projector(value)(value.detach()))
 
 
 def differs(value: torch.Tensor, expected: float, slack: float = 0.0) -> float:

@@ -136,9 +136,9 @@ def _of_stages(
         taken = uncompiled(engine, run, y0)
         ledger.add(taken.stats)
     sweep = taken.sweep
-    assert isinstance(sweep, SteppedSweep) and sweep.trajectory is not None
+    assert isinstance(sweep, SteppedSweep)
     has = has_tangents(taken.settings, problem.mass is not None)
-    if not (has and sweep.trajectory.at_hand):
+    if not (has and sweep.at_hand):
         return None
     function, explicit = unwatched(problem.function), unwatched(problem.explicit)
     taken = replace(taken, problem=replace(problem, function=function, explicit=explicit), codes=())

@@ -167,6 +167,8 @@ class Sweep(ABC):
     #: Outputs inside of steps, a ``DenseOutput``; the steps if they were to be known, ``Noted``.
     dense: Any = None
     noted_steps: Any = None
+    #: Whether tangents are had from what was kept, beside the outputs.
+    at_hand = False
 
     @property
     @abstractmethod
@@ -237,7 +239,7 @@ class Run:
     entry : Entry or None
         Where its evaluations are counted, if they may pay for a compilation.
     ys : Tensor or None
-        Its outputs, shape ``(T, size)``, without their graph.
+        Its outputs, shape ``(T, size)``, without their graph, as long as ``sweep.at_hand``.
     lock : RLock
         Held by a backward sweep: those of several threads would share checkpoints and cotangents.
     """

@@ -67,6 +67,11 @@ class SteppedSweep(Sweep):
         """Indices of the outputs that are interpolated."""
         return frozenset() if self.dense is None else self.dense.interpolated
 
+    @property
+    def at_hand(self) -> bool:  # type: ignore[override]
+        """Whether the stages of all steps are in memory; they go with a backward sweep."""
+        return self.trajectory is not None and self.trajectory.at_hand
+
     def takes_batches(self, run: Run) -> bool:
         """Whether :meth:`reverse` takes several cotangents at once; see :class:`Sweep`."""
         return not (run.settings.graphs or run.problem.ranks.parallel or self.dense)
@@ -244,6 +249,7 @@ class SteppedSweep(Sweep):
         if not trajectory.ready:
             store_again(trajectory, self._repeated(run, y0), y0, problem.ranks.attempt)
         trajectory.ready = False
+        run.ys = None  # the node of the graph, and this run, may stay longer than what it saved
 
         with (
             engine.adjoint(run.settings, bool(field.parameters)) as adjoint,

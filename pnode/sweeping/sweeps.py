@@ -85,7 +85,8 @@ def forward(
     if recorded is None:
         engine.note_products(settings, problem.layout, stats)
         hint(engine, run)
-    run.ys = outputs.detach() if keep else None
+    assert run.sweep is not None
+    run.ys = outputs.detach() if keep and run.sweep.at_hand else None
     note_kept(run.stats.ram_bytes + run.stats.tape_bytes)
     run.count(run.stats)
     LOG.debug(

@@ -54,6 +54,8 @@ class WholeSweep(Sweep):
         Lends what takes partial steps.
     """
 
+    at_hand = True
+
     def __init__(self, compiled: CompiledSweep, engine: Engine) -> None:
         self._engine = engine
         self._compiled = compiled

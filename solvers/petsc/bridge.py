@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from pnode.base.devices import HOST
-from pnode.base.evidence import Note, project, projection_weights
+from pnode.base.evidence import Note, project, projector
 from pnode.base.vectors import REAL, are_moderate, copy_in, copy_out, fill, is_moderate, view
 from pnode.errors import ConfigurationError
 from pnode.field.linearization import Linearization
@@ -70,7 +70,7 @@ class Bridge(Linearizer):
         self._explicit: Any = None
         self.evaluated: deque[torch.Tensor] = deque(maxlen=keep)
         self.projections: deque[float] | None = None
-        self._weights: torch.Tensor | None = None
+        self._projected: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._times: list[float] = []
         self._round_off = 0.0
         self._solve_begins = self._notes_stages = True
@@ -96,7 +96,7 @@ class Bridge(Linearizer):
         """Begin a sweep with ``field``."""
         super().attach(field)
         self._explicit = field.explicit or field
-        self.projections = self._weights = None
+        self.projections = self._projected = None
         self._times = []
         self.nonfinite_time = None
         if self.jacobian is not None:
@@ -111,7 +111,7 @@ class Bridge(Linearizer):
         self._screened.clear()
         self.evaluated.clear()
         self._last = self._first_slope = None
-        self.projections = self._weights = None
+        self.projections = self._projected = None
         self._times = []
         self.graphs = None
         self.graph_bytes = -1
@@ -267,9 +267,9 @@ class Bridge(Linearizer):
             value = linearization.flat_value()
             linearization.drop_value()
         if self.projections is not None and self.noted is not None:
-            if self._weights is None:
-                self._weights = projection_weights(value)
-            projection = float(torch.dot(self._weights, value))
+            if self._projected is None:
+                self._projected = projector(value)
+            projection = float(self._projected(value))
             self.projections.append(projection)
             if field is not self._attached:  # the explicit part of a split one
                 self.noted.append(Note(1, s, project(own), projection))
