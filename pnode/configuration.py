@@ -78,7 +78,7 @@ class Steps:
         First adaptive step; chosen automatically if None. Implicit methods have no error estimate
         of their first step, so theirs is never longer than the automatic one.
     min_step, max_step : float, optional
-        Limits of adaptive steps.
+        Limits of adaptive steps; like ``first_step`` not for fixed ones.
     rtol, atol : float, Tensor or tuple
         Relative and absolute tolerance of the local error of adaptive steps: numbers, or tensors
         that broadcast to y0, or tuples of such for a tuple state. The error of entry i is measured
@@ -148,6 +148,11 @@ class Steps:
             )
         for name in ("step_size", "first_step", "min_step", "max_step"):
             object.__setattr__(self, name, arguments.positive(name, getattr(self, name)))
+            if self._fixed is not None and name != "step_size" and getattr(self, name) is not None:
+                raise ConfigurationError(
+                    f"{name}={getattr(self, name)!r} is given, and steps are fixed (step_size or a "
+                    "grid): drop it, or take adaptive steps"
+                )
         for name in ("rtol", "atol"):
             object.__setattr__(self, name, tolerances.check(name, getattr(self, name)))
         object.__setattr__(self, "max_steps", arguments.count("max_steps", self.max_steps))

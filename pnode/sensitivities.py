@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from pnode.base.real_times import real_times
 from pnode.errors import ConfigurationError
 from pnode.problems import arguments
 from pnode.problems.user_state import Structure
@@ -99,14 +100,14 @@ def sensitivities(
             "solver has event_fn, and how many outputs there are depends on the event's time: take "
             "torch.func.jacfwd or jacrev of what you need of the solution"
         )
+    arguments.choice("mode", mode, ("auto", "forward", "adjoint"))
+    names = _names(solver, wrt)
     if solver._requests.independent is not None and _Y0 in wrt:
         raise ConfigurationError(
             f"wrt={tuple(wrt)!r} has 'y0', and solver samples='independent', whose Jacobians by y0 "
             "are blocks, one for each row: take torch.autograd.grad(ys[i, :, j].sum(), y0, "
             "retain_graph=True), which is row j of all blocks at once"
         )
-    arguments.choice("mode", mode, ("auto", "forward", "adjoint"))
-    names = _names(solver, wrt)
     known = {name: tensor.detach() for name, tensor in solver.named_parameters()}
     if Structure.of(y0) is not None:
         raise ConfigurationError(
@@ -126,7 +127,7 @@ def sensitivities(
     }
     size = sum(part.numel() for part in parts)
     tangents = sum(size if name == _Y0 else tensor.numel() for name, tensor in given.items())
-    cotangents = (t.shape[-1] if isinstance(t, torch.Tensor) else len(t)) * size
+    cotangents = (real_times("t", t, "give output times").shape or (1,))[-1] * size
     if mode == "auto":
         mode = "forward" if tangents <= cotangents else "adjoint"
 
@@ -148,7 +149,8 @@ def sensitivities(
 
 def _names(solver: Solver, wrt: Sequence[str]) -> list[str]:
     """Return the names of parameters as the solver has them; "y0" as it is."""
-    if isinstance(wrt, str) or not all(isinstance(name, str) for name in wrt) or not wrt:
+    several = isinstance(wrt, Sequence) and not isinstance(wrt, str)
+    if not several or not wrt or not all(isinstance(name, str) for name in wrt):
         raise ConfigurationError(f"wrt={wrt!r}: give a sequence of names, such as ('y0', 'weight')")
     own = dict(solver.named_parameters())
     found = []

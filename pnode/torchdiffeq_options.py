@@ -24,6 +24,7 @@ _SAME = {
     "max_num_steps": "max_steps",
     "norm": "norm",
 }
+_ADAPTIVE = ("first_step", "min_step", "max_step", "norm")
 _BREAKS = ("jump_t", "step_t", "grid_points")
 # No limit, as None is here.
 _NONE = {"min_step": 0.0, "max_step": math.inf}
@@ -73,7 +74,7 @@ def translated(
     for name, value in (options or {}).items():
         own = _SAME.get(name)
         if own is not None:
-            if name == "norm" and not adaptive:  # whose errors nobody measures there either
+            if name in _ADAPTIVE and not adaptive:  # fixed steps have none there either
                 continue
             if value is not None and not _equals(value, _NONE.get(name)):
                 found[own] = value

@@ -139,6 +139,17 @@ def no_fsync(cache, monkeypatch):
     monkeypatch.setattr(os, "fsync", fail)
 
 
+def test_folders_of_killed_compilations_are_removed(tmp_path):
+    old, new = tmp_path / ".building-old", tmp_path / ".building-new"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "program.cpp").touch()
+    os.utime(old, (1.0, 1.0))
+    with inductor._workshop(tmp_path) as folder:
+        assert folder.is_dir() and not old.exists()
+    assert [*tmp_path.iterdir()] == [new]
+
+
 NOT_WRITABLE = [
     (folder_of_another, "belongs to user"), (writable_folder, "chmod 700"),
     (file_instead, "not a folder"),

@@ -276,7 +276,7 @@ def solver_of(case: Case, problem: Problem, checkpointing: pnode.Checkpointing) 
         params=problem.parameters(),
         method=case.method,
         step_size=case.step_size,
-        first_step=case.first_step,
+        first_step=None if case.step_size else case.first_step,
         rtol=tolerance,
         atol=tolerance,
         max_steps=2000,

@@ -149,6 +149,9 @@ def test_dms_that_cannot_be_layouts_are_refused():
         DMLayout(PETSc.DMPlex().createBoxMesh((2, 2), simplex=False, comm=PETSc.COMM_SELF))
     with pytest.raises(pnode.ConfigurationError, match="give a PETSc DM"):
         DMLayout("dm")
+    for empty in (PETSc.DM(), PETSc.DMDA().create((4,), comm=PETSc.COMM_SELF).destroy()):
+        with pytest.raises(pnode.ConfigurationError, match="is empty"):
+            pnode.Solver(lambda t, y: y, layout=empty)
     with pytest.raises(pnode.ConfigurationError, match="or a PETSc DM"):
         pnode.Solver(lambda t, y: y, layout=PETSc.Vec())
 

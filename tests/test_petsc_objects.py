@@ -280,6 +280,9 @@ def test_vectors_that_do_not_fit_are_refused():
         ).vec()
     with pytest.raises(pnode.ConfigurationError, match="y0"):
         pnode.Solver(lambda t, y: -y, samples="independent")(vector(ripple()), [0.0, 1.0])
+    for empty in (PETSc.Vec(), PETSc.Vec().create(), vector(ripple()).destroy()):
+        with pytest.raises(pnode.ConfigurationError, match="without entries"):
+            pnode.Solver(lambda t, y: -y)(empty, [0.0, 1.0])
 
 
 # Work vectors.

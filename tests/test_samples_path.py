@@ -216,7 +216,7 @@ def test_what_was_asked_without_a_graph_is_asked_again_with_one(method: str) -> 
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("method", ["rk4", "es325"])
+@pytest.mark.parametrize("method", ["rk4", "trbdf2"])
 def test_interpolants_are_those_of_the_field_that_was_solved(method: str) -> None:
     factor, steps = [1.0], {"step_size": 0.05} if method == "rk4" else {"rtol": 1e-9}
     solver = pnode.Solver(

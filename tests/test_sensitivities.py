@@ -189,6 +189,7 @@ def test_a_covariance_by_gauss_newton():
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
+        ({"wrt": 3}, "wrt=3: give a sequence of names"),
         ({"wrt": ("weight",)}, r"wrt names 'weight', which is no parameter.*'rhs.rates'"),
         ({"wrt": "y0"}, r"wrt='y0': give a sequence of names"),
         ({"wrt": ()}, r"wrt=\(\): give a sequence"),

@@ -99,7 +99,11 @@ CONSTRUCTOR = [
     *((name, {name: value}, None) for name in ("rtol", "atol")
       for value in (-1e-6, math.nan, math.inf, "tight", None)),
     ("rtol and atol", {"rtol": 0.0, "atol": 0.0}, "positive"),
-    ("min_step", {"min_step": 0.2, "max_step": 0.1}, "0.2.*max_step=0.1"),
+    ("min_step", {
+        "step_size": None, "method": "dopri5", "min_step": 0.2, "max_step": 0.1,
+    }, "0.2.*max_step=0.1"),
+    *((name, {"step_size": 0.1, name: 0.05}, "=0.05 is given, and steps are fixed")
+      for name in ("first_step", "min_step", "max_step")),
     *(("max_steps", {"max_steps": value}, None)
       for value in (0, -1, 1.5, True, "many", "5", [1], math.nan, math.inf)),
     *(("jacobian", {"jacobian": value}, "'auto'.*'matrix-free'.*'dense'")

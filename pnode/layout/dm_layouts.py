@@ -55,6 +55,11 @@ class DMLayout(Layout):
     def __init__(self, dm: Any) -> None:
         if not isinstance(dm, PETSc.DM):
             raise ConfigurationError(f"dm={dm!r} is a {type(dm).__name__}: give a PETSc DM")
+        if not dm:  # PETSc would end the process
+            raise ConfigurationError(
+                f"the {type(dm).__name__} is empty (not created, or destroyed): give one that is "
+                "set up, such as PETSc.DMDA().create(...)"
+            )
         self.dm, self.comm = dm, dm.getComm().tompi4py()
         clean_up(self.comm)
         try:

@@ -29,10 +29,15 @@ def as_state(y0: Any, comm: Any, layout: Layout | None) -> Any:
     Raises
     ------
     ConfigurationError
-        For a vector of another communicator's size, or another layout.
+        For a vector that is not set up, of another communicator's size, or another layout.
     """
     if not isinstance(y0, PETSc.Vec):
         return y0
+    if not y0 or y0.getType() is None:  # PETSc would end the process, or not say what is wrong
+        raise ConfigurationError(
+            "y0 is a PETSc Vec without entries (not set up, or destroyed): give one that has "
+            "them, such as PETSc.Vec().createSeq(n) or dm.createGlobalVec()"
+        )
     size = y0.getLocalSize()
     if y0.comm.size != comm.size:
         raise ConfigurationError(

@@ -69,8 +69,14 @@ class PartialSteps:
             trial.restore((start,))
             with torch.no_grad():
                 outcome = trial.attempt(part.start, part.length, step.index, 0, part.end)
-            if outcome.error is not None:
-                raise outcome.error
+            error = outcome.error
+            if error is not None:
+                raise type(error)(
+                    f"{error.message} (in {point:.3g} of a step, taken again for outputs inside of "
+                    "it: max_step= makes steps shorter, dense=False takes none again)",
+                    time=error.time, step=error.step, method=error.method, reason=error.reason,
+                    rank=error.rank,
+                ) from error  # fmt: skip
             yield part, trial
 
 
@@ -83,15 +89,17 @@ def _count(integrator: TimeIntegrator, ledger: Ledger) -> None:
 def inner_points(method: Method) -> tuple[float, ...]:
     """Return where partial steps lead to that a method is interpolated through, if it is.
 
-    Slopes at the ends of stiff steps are no use where f magnifies what is left there of the error:
-    with stages that are not solved for, or to a tolerance, and in the long steps of high order.
-    Steps of theta h by the same method have its stability and its order. The polynomial's error is
-    of order h^p at least.
+    Slopes at the ends of stiff steps are no use: f magnifies what is left there of the error, if
+    stages are not solved for, or to a tolerance; and of stages that are, the error of slopes is of
+    the order of a stage, which shows from a method's order 3 on. Steps of theta h by the same
+    method have its stability and its order. The polynomial's error is of order h^(p + 1) up to
+    order 4, as stiff steps are longer than their outputs' accuracy would have them, and of order
+    h^p at least.
     """
-    scheme = method.scheme
+    scheme, order = method.scheme, method.order
     if not method.implicit or scheme is None:
         return ()
     solved = scheme.stiffly_accurate and not method.coupled and method.kind != "imex"
-    if solved and method.order <= 4:
+    if solved and order <= 2:
         return ()
-    return lobatto(max(2, method.order - 2))
+    return lobatto(max(2, min(3, order), order - 2))

@@ -18,9 +18,11 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import tempfile
 import threading
+import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -55,6 +57,7 @@ _INDUCTOR = {"cpp.enable_floating_point_contract_flag": "fast"}
 
 _MARK = b"pnode-1:"  # begins the end of a file, before the checksum
 _inductor_lock = threading.RLock()
+_BUILDING, _ABANDONED = ".building-", 86400.0  # seconds, of what takes minutes at most
 
 
 class CompilationFailed(Exception):
@@ -225,13 +228,13 @@ def _build(path: Path, function: Callable[..., object], examples: Sequence[torch
             _read(path)  # another process has made it meanwhile
             return
         with (
-            tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as building,
+            _workshop(path.parent) as building,
             torch.no_grad(),
             warnings.catch_warnings(),
             compiling("a graph of the vector field"),
         ):
             warnings.simplefilter("ignore")
-            partial = Path(building) / path.name
+            partial = building / path.name
             try:
                 graph = prepare(function, examples)
                 libraries.build(graph, examples, _INDUCTOR, partial, folder, fingerprint)
@@ -239,6 +242,17 @@ def _build(path: Path, function: Callable[..., object], examples: Sequence[torch
                 partial.unlink(missing_ok=True)
                 _build_by_inductor(prepare(function, examples), examples, partial)
             _keep(path, partial)
+
+
+@contextlib.contextmanager
+def _workshop(cache: Path) -> Iterator[Path]:
+    """Lend a folder to build in, and remove those of processes that were killed meanwhile."""
+    for left in cache.glob(f"{_BUILDING}*"):
+        with contextlib.suppress(OSError):  # gone, or somebody else's
+            if time.time() - left.lstat().st_mtime > _ABANDONED:
+                shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=_BUILDING) as folder:
+        yield Path(folder)
 
 
 def _build_by_inductor(
@@ -309,8 +323,8 @@ def _open_library(path: Path) -> ctypes.CDLL:
 
 
 def _build_source(path: Path, source: str, compiler: str, flags: Sequence[str]) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as folder:
-        code, partial = Path(folder) / "program.cpp", Path(folder) / path.name
+    with _workshop(path.parent) as folder:
+        code, partial = folder / "program.cpp", folder / path.name
         code.write_text(source, encoding="utf-8")
         command = [*shlex.split(compiler), *flags, "-o", str(partial), str(code), "-lm"]
         with compiling("steps"):

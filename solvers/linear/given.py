@@ -92,7 +92,8 @@ def as_matrix(matrix: Any, name: str) -> torch.Tensor:
         shape = f" of shape {tuple(matrix.shape)}" if isinstance(matrix, torch.Tensor) else ""
         raise ConfigurationError(
             f"{name} is a {type(matrix).__name__}{shape}: give a real matrix, as a tensor (dense "
-            "or sparse) or a sparse matrix of SciPy"
+            "or sparse), a sparse matrix of SciPy or a Mat"
+            + (", or precondition with a PC or KSP" if name == "preconditioner" else "")
         )
     matrix = matrix.detach().to(HOST.device, REAL)
     return matrix if matrix.layout is torch.strided else matrix.to_sparse_coo().coalesce()
