@@ -310,7 +310,7 @@ class Residual(VectorField):
             own, rate = (leaf.clone() for leaf in leaves)
             value = self._call(s, own, time, layout.unflatten(rate) if layout.is_tuple else rate)
             if first and self.problem.check_undeclared:
-                checks.find_parameters(self.who, value, self.parameters, self.used, leaves)
+                checks.find_parameters(self.who, value, self.parameters, self.used, (*leaves, time))
                 if self.recording:  # how F depends on y, whatever it does on y'
                     fixed = leaves[1].detach()
                     fixed = layout.unflatten(fixed) if layout.is_tuple else fixed

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,8 @@ DENSE_ENTRIES = 2048**2
 _SMALL_PART = 256**2
 # A connected part of a sparse matrix is searched for null vectors up to this many.
 _MOST_VECTORS = 512
+# Null spaces of matrices with up to so many rows are remembered: mostly the same in each solve.
+_FEW = 32
 _PROBES = 4
 _MAX_ITERATIONS = 500
 
@@ -186,18 +189,30 @@ def null_spaces(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     ConfigurationError
         If a large sparse matrix has too many null vectors that hang together.
     """
-    size, device = matrix.shape[0], matrix.device
-    parts = _parts(_scipy(matrix))
+    size = matrix.shape[0]
+    if matrix.layout is torch.strided and matrix.device == HOST.device and size <= _FEW:
+        return _spaces_of(size, _numbers(matrix).tobytes())
+    return _spaces(_scipy(matrix), matrix.device)
+
+
+@lru_cache(maxsize=16)
+def _spaces_of(size: int, numbers: bytes) -> tuple[torch.Tensor, torch.Tensor]:
+    matrix = np.frombuffer(numbers).reshape(size, size)
+    with torch.inference_mode(False):
+        return _spaces(scipy.sparse.csr_matrix(matrix), HOST.device)
+
+
+def _spaces(matrix: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    size = matrix.shape[0]
+    parts = _parts(matrix)
     # Singular values are measured by the largest one of all.
     largest = max(part.largest for part in parts)
     threshold = largest * size * np.finfo(np.float64).eps
     found: list[list[tuple[np.ndarray, np.ndarray]]] = [[], []]
     for part in parts:
-        for side, (entries, vectors) in zip(
-            found, zip((part.rows, part.columns), part.null_vectors(threshold), strict=True),
-            strict=True,
-        ):  # fmt: skip
-            side.append((entries, vectors))
+        pairs = zip((part.rows, part.columns), part.null_vectors(threshold), strict=True)
+        for side, pair in zip(found, pairs, strict=True):
+            side.append(pair)
     left, right = (_joined(side, size, device) for side in found)
     return left, right
 

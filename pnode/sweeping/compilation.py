@@ -19,6 +19,7 @@ from pnode.adjoint.identity import describe
 from pnode.base.notices import LOG
 from pnode.base.surroundings import modules_within, owner
 from pnode.field.rebinding import Rebound
+from pnode.field.stacked import stacked
 from pnode.field.vectorfield import VectorField
 from pnode.field.watching import unwatched
 from pnode.problems.calls import brings_tensors
@@ -267,7 +268,7 @@ def _look(entry: Entry, field: VectorField, y0: torch.Tensor, keep: bool) -> Non
 
     def evaluate() -> None:
         for part in parts:
-            alone, point = bare(part), y0.detach().to(part.dtype, copy=True)
+            alone, point = bare(part), stacked(part, y0)[1].detach().to(part.dtype, copy=True)
             alone.callee = partial(counted, alone.callee)
             if keep:
                 alone.linearize(part.problem.times[0], point)

@@ -133,18 +133,18 @@ class Bdf : public ImplicitSteps {
   // One step of implicit Euler with 1, 2... substeps, extrapolated.
   Status extrapolate(double t, double length) {
     const int p = -taken;
-    double scale[N], psi[N], y[N], guess[N];
+    double scale[N], psi[N], y[WIDTH], guess[N];
     scale_by(u, scale);
     std::memset(end, 0, sizeof(end));
     record.clear();
     for (int number = 1; number <= p; number++) {
       const double h = length / number, weight = start_weight(number, p);
-      std::memcpy(y, u, sizeof(y));
+      std::memcpy(y, u, sizeof(u));
       for (int i = 1; i <= number; i++) {
         for (int k = 0; k < N; k++) guess[k] = y[k], psi[k] = y[k] * (-1.0 / h);
         const Status status = newton.solve(c, t + i * h, guess, 1.0 / h, psi, scale, y);
         if (status != DONE) return status;
-        record.insert(record.end(), y, y + N);
+        record.insert(record.end(), y, y + WIDTH);
       }
       for (int k = 0; k < N; k++) end[k] += weight * y[k];
     }
@@ -167,7 +167,7 @@ class Bdf : public ImplicitSteps {
     for (int j = 0; j < guessed; j++)
       for (int k = 0; k < N; k++) guess[k] += weights[j] * states[j][k];
     const bool first = m.adaptive && known == 1;
-    if (first && !M) {  // else y' is not at hand
+    if (first && !is_massive()) {  // else y' is not at hand
       if (!knows_slope) value(t, u, c, slope), counts.rhs++, knows_slope = true;
       if (!(square(slope) < MODERATE)) return {HOPELESS, 0.0};
       for (int k = 0; k < N; k++) guess[k] += h * slope[k];
@@ -176,7 +176,7 @@ class Bdf : public ImplicitSteps {
     const Status status = newton.solve(c, t + h, guess, d[0], psi, scale, end);
     if (status != DONE) return control.fail(), Attempt{status, 0.0};
     record.assign(d, d + taken + 1);
-    record.insert(record.end(), end, end + N);
+    record.insert(record.end(), end, end + WIDTH);
     if (!m.adaptive) return {DONE, 0.0};
     // The slope makes the first node a double one.
     const auto size = [&](int order_of) {
@@ -209,9 +209,9 @@ class Bdf : public ImplicitSteps {
     const Status status = solves.solve(c, t, y, shift, M, w);
     if (status != DONE) return status;
     add_parameters(t, y, w);
-    if (M) {
+    if (is_massive()) {
       double rate[N];
-      multiply_transposed(M, w, rate);
+      multiply_transposed(mass_at(solves.last_jacobian(), M), w, rate);
       std::memcpy(w, rate, sizeof(rate));
     }
     return DONE;
@@ -222,9 +222,9 @@ class Bdf : public ImplicitSteps {
       const double h = length / number, weight = start_weight(number, p);
       double w[N];
       for (int k = 0; k < N; k++) w[k] = weight * lambda[k];
-      from += number * N;
+      from += number * WIDTH;
       for (int i = number; i > 0; i--) {
-        const double* y = from - (number - i + 1) * N;
+        const double* y = from - (number - i + 1) * WIDTH;
         const Status status = transposed(t + i * h, y, 1.0 / h, w);
         if (status != DONE) return status;
         for (int k = 0; k < N; k++) w[k] /= h;
@@ -238,7 +238,7 @@ class Bdf : public ImplicitSteps {
     for (int number = 1; number <= p; number++) {
       const double h = length / number;
       Rows x(du);
-      for (int i = 1; i <= number; i++, from += N) {
+      for (int i = 1; i <= number; i++, from += WIDTH) {
         for (double& entry : x) entry /= h;
         const Status status = solve_tangents(t + i * h, from, 1.0 / h, J, factors, x);
         if (status != DONE) return status;

@@ -22,6 +22,7 @@ from pnode.base.vectors import REAL
 from pnode.errors import ConfigurationError
 from pnode.field.field_checks import undisturbed
 from pnode.field.rebinding import Rebound
+from pnode.field.stacked import StackedResidual, stacked
 from pnode.field.vectorfield import VectorField, vector_field
 from pnode.solvers.compiled.backend import Backend, Checked, Compilation, Reason, Trace, Wanted
 from pnode.solvers.compiled.evaluations import agree, is_recorded, trusted, value_of
@@ -175,7 +176,7 @@ class Compiler:
         made: list[Checked] = []
         for part in (field_, field_.explicit):
             if part is not None:
-                found = self._part(backend, part, y0, wanted, len(made))
+                found = self._part(backend, *stacked(part, y0), wanted, len(made))
                 if isinstance(found, Reason):
                     return found
                 made.append(found)
@@ -315,12 +316,14 @@ class Compiler:
 
 
 def bare(part: VectorField) -> VectorField:
-    """Return a part of a field by itself, without checks and counts."""
+    """Return a part of a field by itself, as it is traced, without checks and counts."""
+    form = "residual" if part.problem.form == "residual" else "rhs"
     problem = replace(
-        part.problem, function=part.function, explicit=None, form="rhs", check_undeclared=False,
+        part.problem, function=part.function, explicit=None, form=form, check_undeclared=False,
         ranks=ALONE,
     )  # fmt: skip
-    return vector_field(problem, Ledger())
+    made = vector_field(problem, Ledger())
+    return made if made.has_rhs else StackedResidual(made)
 
 
 def _still_holds(

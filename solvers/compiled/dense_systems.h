@@ -1,5 +1,5 @@
-// Dense Jacobians, and what is solved with them. Above this stand N, ENTRIES, all N * N of
-// them, by rows, and lu.h.
+// Dense Jacobians, and what is solved with them. Above this stand N, ENTRIES, all of them by rows, and
+// lu.h.
 
 namespace {
 
@@ -8,6 +8,7 @@ constexpr bool RENEWS = false;
 // Of shift M - J; without a mass matrix M = I.
 struct Factors : AnyLu<double, N> {
   bool factor(double shift, const double* J, const double* mass = nullptr) {
+    mass = mass_at(J, mass);
     for (int i = 0; i < N; i++)
       for (int j = 0; j < N; j++) {
         const double entry = mass ? mass[i * N + j] : i == j;
@@ -33,6 +34,9 @@ class TransposedSolves {
   explicit TransposedSolves(Counts& counts) : counts(counts) {}
 
   void forget() {}
+
+  // Of the last solve.
+  const double* last_jacobian() const { return J; }
 
   Status solve(Captured c, double t, const double* y, double shift, const double* M, double* w) {
     double f[N];

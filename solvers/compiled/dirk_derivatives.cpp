@@ -6,6 +6,7 @@ namespace {
 // mass are dense.
 void Dirk::pass_back(double shift, const double* zeta, const double* rho, double* kappa,
                      double* z, double* own) {
+  const double* M = mass_at(J_end, this->M);
   multiply_transposed(M, rho, z);
   const double* moved = m.stiffly_accurate ? z : rho;
   for (int k = 0; k < N; k++) kappa[k] = zeta[k] + shift * moved[k];
@@ -26,7 +27,7 @@ void Dirk::pass_back(double shift, const double* zeta, const double* rho, double
 // part of zeta. With a mass matrix rho is that of M times the slope where the last stage is u'.
 Status Dirk::adjoint(int64_t index, double t, double h) {
   const int s = int(m.stages);
-  const double* Y = kept_of(index, N * (s - chained()));
+  const double* Y = kept_of(index, WIDTH * (s - chained()));
   double rho[MOST_STAGES][N], tau[MOST_STAGES][N], zeta[N], kappa[N], x[N], own[N], l[N];
   for (int i = 0; i < s; i++)
     for (int k = 0; k < N; k++) {
@@ -36,7 +37,7 @@ Status Dirk::adjoint(int64_t index, double t, double h) {
   for (int k = 0; k < N; k++) l[k] = m.stiffly_accurate ? 0.0 : lambda[k];
   for (int i = s - 1; i >= (m.explicit_first ? 1 : 0); i--) {
     const bool is_end = m.stiffly_accurate && i == s - 1;
-    const double *y = Y + i * N, *A = m.A + i * s, time = t + m.alpha[i] * h;
+    const double *y = Y + i * WIDTH, *A = m.A + i * s, time = t + m.alpha[i] * h;
     const bool known = is_end && pending;
     if (!known) linearize(time, y);
     const double shift = 1.0 / (h * A[i]);
@@ -44,7 +45,7 @@ Status Dirk::adjoint(int64_t index, double t, double h) {
     counts.krylov++;
     pull_back_explicit(i, t, h, y, tau[i], zeta);
     double* passed = x;
-    if (M) {
+    if (is_massive()) {
       pass_back(shift, is_end ? lambda : zeta, rho[i], kappa, x, own);
       if (m.stiffly_accurate) passed = own;
     } else if (is_end) {
@@ -88,12 +89,12 @@ Status Dirk::adjoint(int64_t index, double t, double h) {
 // StageTangents has the equations.
 Status Dirk::tangent(int64_t index, double t, double h) {
   const int s = int(m.stages);
-  const double* Y = kept_of(index, N * (s - chained()));
+  const double* Y = kept_of(index, WIDTH * (s - chained()));
   Rows slope[MOST_STAGES], driven, x, more;
   double value[N];
   factored = 0.0;
   for (int i = 0; i < s; i++) {
-    const double *y = Y + i * N, *A = m.A + i * s, time = t + m.alpha[i] * h;
+    const double *y = Y + i * WIDTH, *A = m.A + i * s, time = t + m.alpha[i] * h;
     driven = du;
     for (int j = known_products(); j < i; j++) plus(driven, h * A[j], slope[j]);
     if (i == 0 && m.explicit_first) {

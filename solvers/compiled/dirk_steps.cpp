@@ -46,8 +46,17 @@ class Dirk : public ImplicitSteps {
     std::memcpy(last_slope, static_cast<const Dirk&>(other).last_slope, sizeof(last_slope));
   }
 
+  // Of a residual's only stage y' comes first: what is kept ends with the step's end.
   void live(std::vector<double>& found) const override {
-    found.assign(stages[0], stages[0] + N * m.stages);
+    found.assign(stages[0], stages[0] + WIDTH * m.stages);
+    if (RESIDUAL) std::rotate(found.begin(), found.begin() + N, found.end());
+  }
+
+  void load(const double* checkpoint) override {
+    ImplicitSteps::load(checkpoint);
+    if (!RESIDUAL || !checkpoint) return;
+    std::rotate_copy(checkpoint, checkpoint + N, checkpoint + WIDTH, point);
+    loaded = point;
   }
 
   void begin_adjoint(double* const* sums) override {
@@ -63,7 +72,7 @@ class Dirk : public ImplicitSteps {
  protected:
   void keep_step() override {
     if (!kept_steps && chained()) keep_values(u, N);
-    keep_values(stages[chained()], N * (m.stages - chained()));
+    keep_values(stages[chained()], WIDTH * (m.stages - chained()));
   }
 
   void slope_at(double t, const double* y, double* f) override {
@@ -202,11 +211,15 @@ class Dirk : public ImplicitSteps {
     const double *z, *known;
   };
 
-  // The residual, and its norm; f (and J) there.
-  double residual_at(const Equation& of, const double* y, double* residual) {
+  // The residual, and its norm; f (and J) there, of which y' comes behind y.
+  double residual_at(const Equation& of, double* y, double* residual) {
     double moved[N];
-    evaluate(of.t, y);
     for (int k = 0; k < N; k++) residual[k] = of.shift * (y[k] - of.z[k]);
+    if (RESIDUAL) {
+      std::memcpy(y + WIDTH - N, residual, sizeof(moved));
+      std::memset(residual, 0, sizeof(moved));
+    }
+    evaluate(of.t, y);
     if (M) {
       std::memcpy(moved, residual, sizeof(moved));
       multiply(M, moved, residual);
@@ -221,7 +234,8 @@ class Dirk : public ImplicitSteps {
     double residual[N];
     const Status status = newton(of, y, residual);
     if (status != DONE || !m.integrals) return status;
-    for (int64_t k = own; k < N; k++) y[k] -= residual[k] / of.shift;
+    const double slope = RESIDUAL ? std::fabs(of.shift) : of.shift;  // Integrand has the sign
+    for (int64_t k = own; k < N; k++) y[k] -= residual[k] / slope;
     std::memcpy(last_iterate, y, sizeof(last_iterate));  // f is the same there
     return DONE;
   }
@@ -302,7 +316,7 @@ class Dirk : public ImplicitSteps {
   double first_slope[N], last_slope[N];
   bool knows_slope = false;
   // Newton's last iterate, f (and J) there: a first guess is a stage already solved for.
-  double last_time = NAN, last_iterate[N] = {}, f[N], J[ENTRIES];
+  double last_time = NAN, last_iterate[WIDTH] = {}, f[N], J[ENTRIES];
   const int64_t own = N - m.integrals;  // entries that Newton's method looks at
   bool keeps = false, damps = false, knows_jacobian = false;
   bool knows_constant = false, knows_constant_end = false;
@@ -310,7 +324,7 @@ class Dirk : public ImplicitSteps {
   double factored = 0.0;  // for this shift
   // Of the adjoint: an explicit first stage is the last one of the step before.
   bool pending = false;
-  double cotangent[N], J_end[ENTRIES];
+  double cotangent[N], J_end[ENTRIES], point[WIDTH];
   // Of an IMEX method.
   const Part* part = nullptr;
   void* other = nullptr;

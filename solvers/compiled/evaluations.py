@@ -49,7 +49,7 @@ def is_recorded(graph: FieldGraph, field_: VectorField, y0: torch.Tensor) -> boo
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2, len(y0), generator=generator, dtype=torch.float64)
     point = (y0.detach() + 1e-2 * noise[0] * (1.0 + y0.detach().abs())).to(field_.dtype)
-    w = noise[1].to(field_.dtype)
+    w = noise[1, : math.prod(graph.returned)].to(field_.dtype)
     problem, times = field_.problem, field_.problem.times
     s = times[0] + 0.37 * (
         times[1] - times[0] if len(times) > 1 and math.isfinite(times[1]) else 1.0
@@ -59,7 +59,7 @@ def is_recorded(graph: FieldGraph, field_: VectorField, y0: torch.Tensor) -> boo
     with torch.no_grad():
         shaped = point.view(graph.shape)
         value, *saved = graph.value(time, shaped, *inputs)
-        state, *_ = graph.product(w.view(graph.shape), time, shaped, *inputs, *saved)
+        state, *_ = graph.product(w.view(graph.returned), time, shaped, *inputs, *saved)
     here = field_.linearize(s, point.clone())
     return agree(value.reshape(-1) * problem.direction, here.flat_value()) and agree(
         state.reshape(-1) * problem.direction, here.vjp(w).state

@@ -67,13 +67,13 @@ class FieldCode(Code):
         self._rows: dict[int, Compiled] = {}
         self._asked: Counter[int] = Counter()
 
-    def _state(self, *lead: int) -> torch.Tensor:
-        return torch.zeros((*lead, *self.traced.shape), dtype=self._dtype)
+    def _zeros(self, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.zeros(shape, dtype=self._dtype)
 
     @cached_property
     def _examples(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Time, state and what f reads; what is saved of an evaluation. Values do not matter."""
-        given = [torch.zeros((), dtype=self._dtype), self._state(), *self.traced.inputs()]
+        given = [self._zeros(()), self._zeros(self.traced.shape), *self.traced.inputs()]
         return given, self.traced.saved_examples()
 
     def _compile(self, kind: str, function: Any, examples: Sequence[torch.Tensor]) -> Compiled:
@@ -129,7 +129,8 @@ class FieldCode(Code):
     def product(self) -> Compiled:
         """``[w, t, y, *inputs, *saved] -> [w^T f_y, *(w^T f_p)]``, the parameters used."""
         given, saved = self._examples
-        return self._compile("product", self._product, [self._state(), *given, *saved])
+        w = self._zeros(self.traced.returned)
+        return self._compile("product", self._product, [w, *given, *saved])
 
     @cached_property
     def derivative(self) -> Compiled:
@@ -142,7 +143,8 @@ class FieldCode(Code):
             return (transposed(lambda w: self.traced.product(w, *rest)[0], v),)
 
         given, saved = self._examples
-        return self._compile_if_possible("derivative", transpose, [self._state(), *given, *saved])
+        v = self._zeros(self.traced.shape)
+        return self._compile_if_possible("derivative", transpose, [v, *given, *saved])
 
     def rows(self, number: int, at_once: bool = False) -> Compiled | None:
         """Return ``[W, t, y, *inputs, *saved] -> [W f_y]`` for so many rows w of W.
@@ -158,7 +160,7 @@ class FieldCode(Code):
                 return (torch.vmap(lambda w: self.traced.product(w, *rest)[0])(W),)
 
             given, saved = self._examples
-            examples = [self._state(number), *given, *saved]
+            examples = [self._zeros((number, *self.traced.returned)), *given, *saved]
             self._rows[number] = self._compile_if_possible("rows", products, examples)
         return self._rows[number]
 

@@ -1,5 +1,5 @@
 // A field y' = f(t, y, p) as compiled graphs: the functions that implicit_steps.cpp lists. Above this
-// stand kernel.h, graphs.h, N, AUTONOMOUS, and POINTS, at how many points its value is kept; ENTRIES of a
+// stand kernel.h, graphs.h, N, WIDTH, AUTONOMOUS, and POINTS, at how many points its value is kept; ENTRIES of a
 // Jacobian, and COLORS, the products that tell them if it is sparse, else 0.
 
 namespace {
@@ -13,7 +13,7 @@ struct FieldGraphs {  // of graph_programs.py
 };
 
 struct Plan : FieldGraphs {
-    std::vector<Form> read;  // unit vectors, y, and what f reads besides
+    std::vector<Form> read;  // unit vectors, one of them, y, and what f reads besides
     std::vector<Form> more;  // what rate and second read
     std::vector<int64_t> rows_of, columns_of, colors;  // of the entries; of each row; see colored.py
 } plan;                      // the same in all sweeps: a library is for one field
@@ -40,6 +40,8 @@ class Field {
         const Tensors products = derivative(plan.rows, evaluated(t, y), read_[0].share(), 1);
         if (COLORS > 0)
             take_entries(products[0], J);
+        else if (WIDTH > N)
+            take_halves(products[0], J);
         else
             copy_out(products[0], J);
     }
@@ -72,7 +74,7 @@ class Field {
   private:
     struct Point {
         bool known = false;
-        double time = 0.0, y[N], value[N];
+        double time = 0.0, y[WIDTH], value[N];
         Tensors saved;
     };
 
@@ -94,6 +96,15 @@ class Field {
         copy_out(point.saved[0], point.value);
         point.known = true;
         return point;
+    }
+
+    // dF/dy and dF/dy' from the products of unit vectors with -F at (y, y').
+    void take_halves(const Tensor& products, double* J) {
+        products_.resize(N * WIDTH);
+        copy_out(products, products_.data());
+        const double* row = products_.data();
+        for (int i = 0; i < N; i++, row += WIDTH)
+            for (int k = 0; k < N; k++) J[i * N + k] = row[k], J[(N + i) * N + k] = -row[WIDTH - N + k];
     }
 
     // Of a Jacobian from one product for each color, and one more, which shows that there are no others.
@@ -137,8 +148,8 @@ class Field {
 
     void stand(std::vector<Handle>& inputs, Point& point) {
         inputs.push_back(number(point.time).take());
-        inputs.push_back(plan.read[1].view(point.y).take());
-        for (size_t k = 2; k < read_.size(); k++) inputs.push_back(read_[k].share());
+        inputs.push_back(plan.read[2].view(point.y).take());
+        for (size_t k = 3; k < read_.size(); k++) inputs.push_back(read_[k].share());
     }
 
     Tensors twice(const Graph& graph, double t, const double* y, const double* w, const double* v,

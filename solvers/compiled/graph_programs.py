@@ -64,7 +64,7 @@ class GraphProgram(ImplicitProgram):
         colored: Colored | None = None,
     ) -> None:  # fmt: skip
         self._code, self._second, traced = code, second, code.traced
-        size = math.prod(traced.shape)
+        size, width = math.prod(traced.returned), math.prod(traced.shape)
         explicit = steps == "explicit"  # nobody asks for the Jacobian of an explicit part
         seeds = torch.eye(1 if explicit else size, size, dtype=REAL)
         if colored is not None:
@@ -73,10 +73,11 @@ class GraphProgram(ImplicitProgram):
         graphs = [code.value, rows, code.product]
         graphs += [] if second is None else [second.rate, second.second]
         (library, *_), calls = zip(*map(opened, graphs), strict=True)
-        self._units = seeds.view(len(seeds), *traced.shape)
+        self._units = seeds.view(len(seeds), *traced.returned)
+        self._point = torch.zeros(traced.shape, dtype=REAL)
         facts = {"AUTONOMOUS": not _reads_time(traced), "CONSTANT": is_linear(traced)}
         field = (
-            f"constexpr int N = {size};",
+            f"constexpr int N = {size}, WIDTH = {width};",
             *(f"constexpr bool {name} = {str(fact).lower()};" for name, fact in facts.items()),
             f"constexpr int POINTS = {1 if second is None else MOST_STAGES};",
             *_entries(colored),
@@ -112,7 +113,7 @@ class GraphProgram(ImplicitProgram):
         return [*self._read(), *self._read_twice()]
 
     def _read(self) -> list[torch.Tensor]:
-        return [self._units, self._units[0], *self.traced.inputs()]
+        return [self._units, self._units[0], self._point, *self.traced.inputs()]
 
     def _read_twice(self) -> list[torch.Tensor]:
         return [] if self._second is None else self._second.inputs()
@@ -125,7 +126,7 @@ class GraphProgram(ImplicitProgram):
 def _entries(colored: Colored | None) -> list[str]:
     """Return what graph_field.cpp is told of a sparse Jacobian; a library is for one pattern."""
     if colored is None:
-        return ["constexpr int COLORS = 0, ENTRIES = N * N;"]
+        return ["constexpr int COLORS = 0, ENTRIES = N * WIDTH;"]
     colors, entries = len(colored.seeds) - 1, len(colored.rows)
     return [
         f"constexpr int COLORS = {colors}, ENTRIES = {entries};  // {colored.name}",

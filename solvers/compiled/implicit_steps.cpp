@@ -5,6 +5,8 @@
 // sparse_systems.h, and, as scalars or by graph_field.cpp, of y' = f(t, y, p)
 //
 //   N                                    size of y
+//   WIDTH                                N, or for a residual F(t, y, y') 2 N: f is then -F, its `y` have y'
+//                                        behind them, J is -dF/dy, and dF/dy' stands behind that
 //   AUTONOMOUS                           whether f does not depend on t
 //   CONSTANT                             whether its Jacobian depends on neither t nor y
 //   Field                                lends Captured, what f reads besides t and y; CHEAP: J costs
@@ -148,12 +150,14 @@ class ImplicitSteps : public Kernel {
 
   // step_control.first_step.
   double first_step(const Control& control, double s, double stop) override {
-    const double step = M ? std::min(1e-6 * (stop - s), control.max_step)
+    const double step = is_massive() ? std::min(1e-6 * (stop - s), control.max_step)
                           : automatic_step(control, s, stop);
     return control.first_step > 0.0 ? std::min(control.first_step, step) : step;
   }
 
  protected:
+  bool is_massive() const { return RESIDUAL || M; }
+
   double automatic_step(const Control& control, double s, double stop) {
     double f0[N], f1[N], y[N], scale[N];
     const double direction = control.direction;
@@ -228,10 +232,10 @@ class ImplicitSteps : public Kernel {
     jacobian(t, y, c, f, J);
     counts.jacobians++, counts.rhs++, counts.factorizations++;
     if (!factors.factor(shift, J, M)) return SINGULAR;
-    if (M)
+    if (is_massive())
       for (size_t k = 0; k < x.size(); k += N) {
         std::memcpy(f, &x[k], sizeof(f));
-        multiply(M, f, &x[k]);
+        multiply(mass_at(J, M), f, &x[k]);
       }
     if (!more.empty()) plus(x, 1.0, more);
     add_along(t, y, x);
@@ -246,7 +250,7 @@ class ImplicitSteps : public Kernel {
   double first_order = 0.0;   // for the first step, if not the method's
   Field field;
   Captured c = nullptr;
-  double u[N], end[N], defect[N], stages[MOST_STAGES][N];
+  double u[N], end[WIDTH], defect[N], stages[MOST_STAGES][WIDTH];
   double lambda[N], *mu = nullptr;
   Rows du, directions;  // tangents of the state and of the parameters, one after the other
   std::vector<double> values;  // kept
@@ -284,6 +288,10 @@ void pnode_products(Captured c, double t, const double* y, const double* w, doub
   Rows J(ENTRIES);
   jacobian(t, y, c, f, J.data());
   apply_transposed(J.data(), w, l);
+  for (int k = 0; k < WIDTH - N; k++) {
+    l[N + k] = 0.0;
+    for (int i = 0; i < N; i++) l[N + k] -= J[(N + i) * N + k] * w[i];
+  }
   parameters(t, y, w, c, mu);
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,11 +60,8 @@ class ImplicitSweeps(Backend):
             )
         # They have Newton's methods and error estimates of their own.
         own = method.multistep or method.coupled
-        if settings.form not in ("rhs", "imex", "mass"):
-            return (
-                f"the form {settings.form!r} is not compiled: only y' = f(t, y) is, in two parts "
-                "too, and M y' = f(t, y)"
-            )
+        if settings.form == "imex_mass":
+            return "implicit= and explicit= are compiled without mass= alone"
         if settings.integrals and method.coupled:
             return f"cost= is not compiled with method={method.name!r}, whose stages are coupled"
         if method.kind not in self.kinds:
@@ -78,8 +76,8 @@ class ImplicitSweeps(Backend):
         if not (dense or self._takes_entries(wanted)) or more.reuse in ("step", "solve"):
             return (
                 "implicit methods are compiled with jacobian='dense', 'sparse' or 'block', fully "
-                "implicit ones and M y' = f(t, y) with 'dense' alone, and jacobian_reuse='auto', "
-                "'iteration' or 'constant'"
+                "implicit ones, M y' = f(t, y) and F(t, y, y') = 0 with 'dense' alone, and "
+                "jacobian_reuse='auto', 'iteration' or 'constant'"
             )
         most = _LARGEST_SPARSE_ROSENBROCK if method.linearly_implicit else _LARGEST_SPARSE
         most = _LARGEST_STATE if dense else most
@@ -100,7 +98,8 @@ class ImplicitSweeps(Backend):
             return False
         # Where a matrix changes, one that "auto" found may come to miss entries.
         found = more.found and settings.form != "imex"
-        return self.graphs and not (method.coupled or settings.form == "mass" or found)
+        other = method.coupled or settings.form in ("mass", "residual")
+        return self.graphs and not (other or found)
 
     def _keeps(self, chosen: Checkpointing) -> bool:
         """Whether checkpoints are kept as is asked for."""
@@ -234,6 +233,7 @@ def _check(program: Program, part: VectorField, y0: torch.Tensor, rosenbrock: bo
     problem, field = part.problem, bare(part)
     generator = torch.Generator().manual_seed(1)
     noise, w, v = torch.randn(3, len(y0), generator=generator, dtype=REAL)
+    w = w[: math.prod(program.traced.returned)]
     y = y0.detach() + 1e-2 * noise * (1.0 + y0.detach().abs())
     s, direction = problem.times[0] + 0.1, problem.direction
     here = field.linearize(s, y.clone(), differentiate_time=rosenbrock)

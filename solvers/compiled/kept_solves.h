@@ -13,6 +13,9 @@ class TransposedSolves {
   // The first solve to come factors.
   void forget() { known = false; }
 
+  // At that point.
+  const double* last_jacobian() const { return J.data(); }
+
   // From b to w of (shift - f_y(t, y))^T w = b.
   Status solve(Captured c, double t, const double* y, double shift, const double*, double* w) {
     const Vector b(w, w + N);

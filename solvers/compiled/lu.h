@@ -1,8 +1,10 @@
-// Products with dense matrices, LU of small ones, and LAPACK's of larger ones. Above this stands N.
+// Products with dense matrices, LU of small ones, and LAPACK's of larger ones. Above this stand N and WIDTH.
 
 #include <type_traits>
 
 namespace {
+
+constexpr bool RESIDUAL = WIDTH > N;
 
 // LU with partial pivoting of the first n rows and columns of `lu`.
 template <typename T, int MOST>
@@ -83,6 +85,9 @@ struct LargeLu {
 
 template <typename T, int MOST>
 using AnyLu = std::conditional_t<(N > 32), LargeLu<T, MOST>, Lu<T, MOST>>;
+
+// M where J was evaluated, of a residual dF/dy' behind dF/dy; null stands for the identity.
+const double* mass_at(const double* J, const double* M) { return RESIDUAL ? J + N * N : M; }
 
 // y = M x, of N rows.
 void multiply(const double* M, const double* x, double* y) {

@@ -18,7 +18,8 @@ class Newton {
     rate = 1.0;
   }
 
-  // Solve M (shift u + psi) = f(t, u); `scale`: what is small in u.
+  // Solve M (shift u + psi) = f(t, u), or F(t, u, shift u + psi) = 0, whose last argument comes behind u;
+  // `scale`: what is small in u.
   Status solve(Captured c, double t, const double* guess, double shift, const double* psi,
                const double* scale, double* u) {
     const bool stale = !refresh;
@@ -28,10 +29,12 @@ class Newton {
       status = iterate(c, t, guess, shift, psi, scale, u);
     }
     if (status != DONE) refresh = true;
+    for (int k = 0; k < WIDTH - N; k++) u[N + k] = shift * u[k] + psi[k];
     if (status == DONE && m.integrals) {  // integrals, where the state has converged
       double f[N];
       value(t, u, c, f), counts.rhs++;
-      for (int64_t k = own; k < N; k++) u[k] = (f[k] - psi[k]) / shift;
+      for (int64_t k = own; k < N; k++)  // of a residual Integrand has the sign
+        u[k] = RESIDUAL ? u[k] + f[k] / std::fabs(shift) : (f[k] - psi[k]) / shift;
     }
     return status;
   }
@@ -54,14 +57,17 @@ class Newton {
     for (int iteration = 0; iteration < m.max_newton; iteration++) {
       bad_guess = iteration == 0;
       // As in Python, J is not kept for another shift where there is a mass matrix, or are blocks.
-      const bool evaluates = refresh || ((mass || RENEWS) && outdated(shift));
+      const bool evaluates = refresh || ((RESIDUAL || mass || RENEWS) && outdated(shift));
+      for (int k = 0; k < N; k++) rate_of_u[k] = shift * u[k] + psi[k];
+      if (RESIDUAL) std::memcpy(u + WIDTH - N, rate_of_u, sizeof(rate_of_u));
       if (evaluates)
         jacobian(t, u, c, f, J);
       else
         value(t, u, c, f);
       counts.rhs++;
-      for (int k = 0; k < N; k++) rate_of_u[k] = shift * u[k] + psi[k];
-      if (mass)
+      if (RESIDUAL)
+        std::memset(update, 0, sizeof(update));
+      else if (mass)
         multiply(mass, rate_of_u, update);
       else
         std::memcpy(update, rate_of_u, sizeof(update));

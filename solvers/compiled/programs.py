@@ -100,7 +100,7 @@ class ImplicitProgram(Kernel, Code):
         systems: Sequence[str] = ("dense_systems.h",),
     ) -> None:  # fmt: skip
         self.traced = traced
-        self.size = math.prod(traced.shape)
+        self.size = math.prod(traced.returned)
         #: Entries of mu.
         self.entries = sum(math.prod(part.shape) for part in traced.parameters)
         self._indices = [part.index for part in traced.parameters]
@@ -195,7 +195,7 @@ class Program(ImplicitProgram):
         self, t: float, y: torch.Tensor, w: torch.Tensor, v: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ...]:
         """Return f, w^T df/dy and w^T df/dp; with v the derivatives of w^T (df/dy v + df/dt)."""
-        f, back, mu = (torch.zeros(n, dtype=REAL) for n in (self.size, self.size, self.entries))
+        f, back, mu = (torch.zeros(n, dtype=REAL) for n in (self.size, len(y), self.entries))
         read, time = self.inputs(), ctypes.c_double(t)
         if v is None:
             self.library.pnode_products(pointers(read), time, *map(at, (y, w, f, back, mu)))
@@ -219,10 +219,11 @@ class Writer:
         self._traced, self._parameters = traced, parameters
         self._scalars = Scalars()
         self._operations = self._new_operations()
-        like, state = torch.zeros((), dtype=REAL), torch.zeros(traced.shape, dtype=REAL)
+        shapes: tuple[tuple[int, ...], ...] = ((), traced.shape, traced.returned)
+        like, state, cotangent = (torch.zeros(shape, dtype=REAL) for shape in shapes)
         inputs, values = traced.inputs(), traced.saved_examples()
         value = decomposed(traced.value, (like, state, *inputs))
-        product = decomposed(traced.product, (state.clone(), like, state, *inputs, *values))
+        product = decomposed(traced.product, (cotangent, like, state, *inputs, *values))
         self._t, self._y, self._w = self._variables()
         # Integers are constants of a program, as Python's numbers are.
         self._captured = [
@@ -237,12 +238,16 @@ class Writer:
         )
         self._pulled, w = self._of_state(pulled), self._of_state(self._w)
         units = torch.eye(len(w), dtype=REAL).tolist()
-        self._jacobian = [
-            number
-            for row in units
-            for number in self._scalars.substituted(
+        rows = [
+            self._scalars.substituted(
                 self._pulled, dict(zip(w, map(self._scalars.constant, row), strict=True))
             )
+            for row in units
+        ]
+        self._jacobian = [number for row in rows for number in row[: len(w)]]
+        # dF/dy', where f is -F of y and y'.
+        self._jacobian += [
+            self._scalars.apply("neg", number) for row in rows for number in row[len(w) :]
         ]
 
     def _new_operations(self) -> Operations:
@@ -250,8 +255,9 @@ class Writer:
 
     def _variables(self) -> tuple[Symbols, Symbols, Symbols]:
         """Return t, y and the cotangent w, as the graphs get them."""
-        shape, scalars = self._traced.shape, self._scalars
-        return scalars.variable("t"), scalars.input("y", shape), scalars.input("w", shape)
+        traced, scalars = self._traced, self._scalars
+        w = scalars.input("w", traced.returned)
+        return scalars.variable("t"), scalars.input("y", traced.shape), w
 
     def _input(self, index: int, tensor: torch.Tensor) -> Symbols:
         """Return what f reads besides."""
@@ -279,7 +285,8 @@ class Writer:
         timed = self._scalars.depends([*self._f, *self._jacobian], state[:1])
         linear = not self._scalars.depends(self._jacobian, state)
         parts = [
-            _PRELUDE, f"constexpr int N = {len(self._f)}, ENTRIES = N * N;",
+            _PRELUDE, f"constexpr int N = {len(self._f)}, WIDTH = {len(state) - 1};",
+            "constexpr int ENTRIES = N * WIDTH;",
             f"constexpr bool AUTONOMOUS = {str(not timed).lower()};",
             f"constexpr bool CONSTANT = {str(linear).lower()};",
         ]  # fmt: skip

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pnode.field.stacked import StackedResidual
 from pnode.field.vectorfield import VectorField
 from pnode.solvers.compiled.lifting import (
     Untraceable,
@@ -39,6 +40,11 @@ _CHEAP = {
     _aten.ge, _aten.gt, _aten.le, _aten.lt, _aten.eq, _aten.ne, _aten.sign, _aten._to_copy,
 }  # fmt: skip
 
+# What in-place operations become, which few know how to go on with.
+_WITHOUT_COPIES = {
+    _aten.copy.default: lambda x, source, *_: source.expand(x.shape).to(x.dtype, copy=True)
+}
+
 
 @dataclass(frozen=True, eq=False)
 class FieldGraph:
@@ -47,11 +53,13 @@ class FieldGraph:
     Attributes
     ----------
     value : GraphModule
-        ``(t, y, *inputs) -> (f, *saved)``; t is 0-dim, y and f have ``shape``.
+        ``(t, y, *inputs) -> (f, *saved)``; t is 0-dim, y has ``shape``.
     product : GraphModule
         ``(w, t, y, *inputs, *saved) -> (w^T f_y, *parts)``.
     shape : tuple of int
-        The user's, or ``(size,)`` for a tuple.
+        The user's, or ``(size,)`` for a tuple; of points (y, y') of a residual twice that.
+    returned : tuple of int
+        That of f, which is a state's.
     captured : tuple of Tensor
         What f reads besides t and y, parameters among them.
     layouts : tuple
@@ -71,6 +79,7 @@ class FieldGraph:
     value: torch.fx.GraphModule
     product: torch.fx.GraphModule
     shape: tuple[int, ...]
+    returned: tuple[int, ...]
     captured: tuple[torch.Tensor, ...]
     layouts: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
     transposed: tuple[int, ...]
@@ -152,11 +161,12 @@ def trace_field(field: VectorField, arranged: bool = True) -> FieldGraph:
     layout = field.problem.layout
     if layout.pairs:
         raise Untraceable("the state is complex, for which torch's compiler writes no code")
-    shape = (layout.size,) if layout.is_tuple else tuple(layout.shapes[0])
+    returned = (layout.size,) if layout.is_tuple else tuple(layout.shapes[0])
+    shape = (2, *returned) if isinstance(field, StackedResidual) else returned
     like = torch.empty(0, dtype=layout.dtype, device=layout.device)
-    example = (like.new_zeros(()), like.new_zeros(shape))
+    examples = [like.new_zeros(each) for each in ((), shape, returned)]
     try:
-        graph = compose(partial(_products, field), (*example, example[1].clone()))
+        graph = compose(partial(_products, field), examples)
     except Exception as error:
         raise Untraceable(_reason(error)) from error
     used = _tidy(graph)
@@ -189,7 +199,7 @@ def lifted(graph: torch.fx.GraphModule) -> tuple[torch.fx.GraphModule, tuple[tor
         examples = [
             torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in values
         ]
-        graph = compose(torch.func.functionalize(graph), examples)
+        graph = compose(torch.func.functionalize(graph), examples, _WITHOUT_COPIES)
         graph.graph.eliminate_dead_code()
     return graph, captured
 
@@ -243,8 +253,9 @@ def _split(
     repeated = {*early, *late} - {w} - set(saved)
     second = _extract(nodes, (w, t, y, *inputs, *saved), (state, *parts), repeated)
     layouts = tuple((x.shape, x.stride(), x.dtype) for x in captured)
+    shapes = [tuple(node.meta["val"].shape) for node in (y, w)]
     return FieldGraph(
-        first, second, tuple(y.meta["val"].shape), captured, layouts, transposed,
+        first, second, shapes[0], shapes[1], captured, layouts, transposed,
         len(saved), sum(_size(node) * node.meta["val"].element_size() for node in saved),
         tuple(factors), "\n".join((first.code, second.code, repr(layouts), repr(factors))),
     )  # fmt: skip
