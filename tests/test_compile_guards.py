@@ -7,6 +7,7 @@ import torch
 from test_compiled import interpreted
 
 import pnode
+from pnode.errors import ConfigurationError
 
 __all__ = ["interpreted"]  # a fixture
 
@@ -152,6 +153,37 @@ def test_a_tensor_replaced_by_its_equal(interpreted):
     assert len(solver._engine.compiler._codes) == 1  # and there is nothing to be compiled for it
 
 
+@pytest.mark.parametrize("shared", [lambda x: x[:1].expand(2, 2), lambda x: x.unfold(0, 2, 1)])
+def test_entries_that_share_memory_no_longer(shared, interpreted):
+    """Other values cannot be copied into the strides that the matrix had; at y0 none show."""
+    matrix = shared(torch.tensor([0.5, 1.5, 2.5], dtype=D))
+    eager, solver = (
+        pnode.Solver(lambda t, y: torch.sin(t) - matrix @ y, compile=c, **WAYS["steps"])
+        for c in (False, True)
+    )
+    y0 = torch.zeros(2, dtype=D)
+    before = [each(y0, TIMES).ys for each in (eager, solver)]
+    matrix.data = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=D)
+    after = [each(y0, TIMES).ys for each in (eager, solver)]
+    assert torch.allclose(*before, rtol=1e-12) and torch.allclose(*after, rtol=1e-12)
+    assert not torch.allclose(before[0], after[0]) and interpreted
+
+
+@pytest.mark.parametrize("way", ["steps", "sweeps"])
+def test_tensors_that_come_to_require_grad(way, interpreted):
+    """What nobody declared is an error then, too, and not a gradient of zero."""
+    rate = torch.tensor(0.5, dtype=D)
+    solver = pnode.Solver(lambda t, y: -rate * y, compile=True, **WAYS[way])
+    y0 = torch.ones(2, dtype=D, requires_grad=True)
+    for trainable in (False, False, True, False, True):
+        rate.requires_grad_(trainable)
+        if trainable:
+            with pytest.raises(ConfigurationError, match=r"shape \(\) that requires grad"):
+                solver(y0, TIMES)
+        else:
+            assert torch.isclose(solver(y0, TIMES).ys[-1, 0], (-0.5 * TIMES[-1]).exp(), rtol=1e-3)
+
+
 def traces(solver):
     return list(solver._engine.compiler._traces.values())
 
@@ -245,6 +277,61 @@ class Passed(torch.autograd.Function):
     @staticmethod
     def backward(context, gradient):
         return context.factor * gradient, None
+
+
+class Cut:
+    """What changes derivatives alone: hooks, and blocks without a graph."""
+
+    number, flag = 1.0, False
+    weight = torch.nn.Parameter(torch.tensor([0.5, 1.5], dtype=D))
+
+    def hook(self, t, y):
+        z = -self.weight * y
+        if z.requires_grad:
+            z.register_hook(lambda gradient: self.number * gradient)
+        return z
+
+    def hook_of_a_product_of_parameters(self, t, y):
+        z = self.weight * 2.0
+        if self.flag and z.requires_grad:
+            z.register_hook(lambda gradient: 3.0 * gradient)
+        return -z * y
+
+    def hook_always(self, t, y):
+        z = -self.weight * y
+        z.register_hook(lambda gradient: self.number * gradient)
+        return z
+
+    def block_later(self, t, y):
+        if self.flag:
+            with torch.no_grad():
+                z = y * 0.5
+        else:
+            z = y * 0.5
+        return z - self.weight * y
+
+    def switch(self, t, y):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.flag):
+            z = y * 0.5
+        return z - self.weight * y
+
+
+@pytest.mark.parametrize("course", [name for name in vars(Cut) if name[0] in "hbs"])
+def test_what_changes_derivatives_alone(course, interpreted):
+    field = Cut()
+    eager, solver = (
+        pnode.Solver(getattr(field, course), params=[field.weight], compile=c, **WAYS["steps"])
+        for c in (False, True)
+    )
+    found = []
+    for change in (False, False, False, True, True, False):
+        field.flag, field.number = change, 1.0 + 2.0 * change
+        for each in (eager, solver):
+            y0 = torch.ones(2, dtype=D, requires_grad=True)
+            ys = each(y0, TIMES).ys
+            found.append([ys.detach(), *torch.autograd.grad(ys[-1].sum(), [y0, field.weight])])
+        assert_same(found[-1], found[-2])
+    assert not torch.allclose(found[0][2], found[-4][2], rtol=1e-3) and interpreted
 
 
 @pytest.mark.parametrize("way", ["steps", "field"])

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pnode.adjoint.identity import describe
@@ -27,6 +26,7 @@ from pnode.problems.checkpointing import Checkpointing
 from pnode.solvers.compiled.account import Entry, Work
 from pnode.solvers.compiled.backend import Compilation, Wanted
 from pnode.solvers.compiled.compiler import bare
+from pnode.solvers.compiled.guards import Asks
 from pnode.solvers.compiled.inductor import cache_folder
 from pnode.sweeping.engine import Engine
 from pnode.sweeping.recording import new_budget
@@ -242,28 +242,13 @@ class _Counter(TorchDispatchMode):
         return result
 
 
-class _Hooks(TorchFunctionMode):
-    """Notes whether hooks are put on tensors."""
-
-    found = False
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Call a function of torch."""
-        self.found |= getattr(func, "__name__", "") in (
-            "register_hook", "register_post_accumulate_grad_hook",
-        )  # fmt: skip
-        return func(*args, **(kwargs or {}))
-
-
 def _look(entry: Entry, field: VectorField, y0: torch.Tensor, keep: bool) -> None:
     """Evaluate f once, for its size and for what machine code would leave out."""
     parts = [part for part in (field, field.explicit) if part is not None]
-    counter, hooks = _Counter(), _Hooks()
+    counter, asks = _Counter(), Asks()
 
     def counted(function: Any, *given: Any) -> Any:
-        with counter, hooks:
+        with counter, asks:
             return function(*given)
 
     def evaluate() -> None:
@@ -286,7 +271,7 @@ def _look(entry: Entry, field: VectorField, y0: torch.Tensor, keep: bool) -> Non
         entry.hindrance = "most of the vector field's time is arithmetic"
         return
     modules = modules_within(map(owner, functions))
-    if hooks.found or any(getattr(m, name) for m in modules for name in _BACKWARD_HOOKS):
+    if asks.for_hooks or any(getattr(m, name) for m in modules for name in _BACKWARD_HOOKS):
         entry.hindrance = "the vector field has hooks, which machine code would not call"
         return
     before = describe("f", functions)

@@ -77,10 +77,21 @@ class Trace:
     #: The parameters that it was made for.
     parameters: tuple[torch.Tensor, ...]
     codes: dict[Any, Any] = field(default_factory=dict)
-    #: Which parameters f uses, once that has been looked at.
+    #: Which parameters f uses, once that has been looked at, and what :meth:`trainable` was then.
     used: list[bool] | None = None
+    looked_at: list[bool] = field(default_factory=list)
     #: Whether it is :meth:`bound`, and shares its codes.
     lent: bool = False
+
+    def trainable(self) -> list[bool]:
+        """Return which of the tensors that f reads besides its parameters require grad."""
+        own = set(map(id, self.parameters))
+        return [x.requires_grad for x in self.graph.captured if id(x) not in own]
+
+    def uses(self) -> list[bool] | None:
+        """Return which parameters f uses, None where that is to be looked at again."""
+        known = self.looked_at == self.trainable() and not self.own_derivatives
+        return self.used if known else None
 
     def bound(self, parameters: Sequence[torch.Tensor]) -> Trace | None:
         """Return it for a field with other parameters, None if those are not like its own."""

@@ -27,7 +27,7 @@ from pnode.field.vectorfield import VectorField, vector_field
 from pnode.solvers.compiled.backend import Backend, Checked, Compilation, Reason, Trace, Wanted
 from pnode.solvers.compiled.evaluations import agree, is_recorded, trusted, value_of
 from pnode.solvers.compiled.following import Followed
-from pnode.solvers.compiled.guards import Guard, followed
+from pnode.solvers.compiled.guards import Guard, followed, has_own_derivatives
 from pnode.solvers.compiled.trace import FieldGraph, Untraceable, trace_field
 
 __all__ = ["Compiler", "bare", "outside"]
@@ -194,13 +194,15 @@ class Compiler:
         bound = None
         if known is None and (lent or backend.implicit is not None):
             bound = known = self._bound(key, problem.parameters)
-        if known is not None and known.used is not None:
-            with trusted(part, known.used), followed(part, known.guard) as seen:
+        used = None if known is None else known.uses()
+        if known is not None and used is not None:
+            with trusted(part, used), followed(part, known.guard) as seen:
                 value = value_of(part, y0, name)
             if _still_holds(known, part, seen, y0, wanted):
                 found = self._compare(backend, known, part, value, y0, wanted)
                 if found is not None:
                     return found
+            known.own_derivatives |= seen.kind.functions  # operations may be the same all the same
             part.trust(None)
         # The first time, or something has changed: with all checks.
         with undisturbed(part.function, problem.layout.device):
@@ -265,7 +267,7 @@ class Compiler:
         if not agree(found[0] if problem.direction > 0 else -found[0], value):
             return None
         if problem.check_undeclared and problem.explicit is None:
-            trace.used = list(part.used)
+            trace.used, trace.looked_at = list(part.used), trace.trainable()
         return Checked(code, value, found)
 
     def _refuse(self, text: str) -> Reason:
@@ -309,7 +311,7 @@ class Compiler:
         if not guard.holds(seen):
             return self._refuse("the vector field calls other operations in each evaluation")
         own = part.problem.parameters
-        made = self._traces[key] = Trace(graph, guard, seen.has_own_derivatives, tuple(own))
+        made = self._traces[key] = Trace(graph, guard, has_own_derivatives(seen), tuple(own))
         while len(self._traces) > _MOST_TRACES:  # parameters that are new in each solve
             del self._traces[next(iter(self._traces))]
         return made

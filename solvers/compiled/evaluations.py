@@ -59,11 +59,25 @@ def is_recorded(graph: FieldGraph, field_: VectorField, y0: torch.Tensor) -> boo
     with torch.no_grad():
         shaped = point.view(graph.shape)
         value, *saved = graph.value(time, shaped, *inputs)
-        state, *_ = graph.product(w.view(graph.returned), time, shaped, *inputs, *saved)
+        product = graph.product(w.view(graph.returned), time, shaped, *inputs, *saved)
+        state, *slopes = product[0], *(x.gradient(product[1:]) for x in graph.parameters)
     here = field_.linearize(s, point.clone())
-    return agree(value.reshape(-1) * problem.direction, here.flat_value()) and agree(
-        state.reshape(-1) * problem.direction, here.vjp(w).state
+    flat, own = here.flat_value(), here.vjp(w)
+    if not (
+        agree(value.reshape(-1) * problem.direction, flat)
+        and agree(state.reshape(-1) * problem.direction, own.state)
+    ):
+        return False
+    used = [x for x in (own.parameters[part.index] for part in graph.parameters) if x is not None]
+    if len(used) != len(slopes):
+        return False
+    # Of parameters some may be round-off alone, of terms as large as the rest.
+    dtype = min((flat.dtype, *(x.dtype for x in used)), key=lambda kind: kind.itemsize)
+    mine, theirs = (
+        torch.cat([x.reshape(-1).to(dtype) for x in (flat, own.state, *parts)])
+        for parts in ([x * problem.direction for x in slopes], used)
     )
+    return agree(mine, theirs)
 
 
 def agree(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -112,13 +112,7 @@ class FieldCode(Code):
 
     def _product(self, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
         state, *parts = self.traced.product(*given)
-        gradients = []
-        for part in self.traced.parameters:
-            gradient = parts[part.first]
-            if part.factors:
-                gradient = gradient.t() @ parts[part.first + 1]
-            gradients.append(gradient.t() if part.transposed else gradient)
-        return state, *gradients
+        return state, *(part.gradient(parts) for part in self.traced.parameters)
 
     @cached_property
     def value(self) -> Compiled:

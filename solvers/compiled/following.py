@@ -340,21 +340,6 @@ class Followed:
             mode._add(item)  # which of them it is
         return result
 
-    @property
-    def has_own_derivatives(self) -> bool:
-        """Whether an autograd function of the user's is in the graph of the result."""
-        results = self.result if isinstance(self.result, (tuple, list)) else (self.result,)
-        pending, seen = [x.grad_fn for x in results], set()
-        while pending:
-            node = pending.pop()
-            if node is None or node in seen:
-                continue
-            if hasattr(node, "_forward_cls"):
-                return True
-            seen.add(node)
-            pending.extend(following for following, _ in node.next_functions)
-        return False
-
     def repeated(self, kind: Kind, mode: type[Taking] = Operations) -> Followed:
         """Call f once more at the same arguments, in another way."""
         again = Followed(self.function, self._known, mode)

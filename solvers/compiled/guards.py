@@ -15,8 +15,10 @@ alone, these and their arguments decide about the operations, and a function mod
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from pnode.field.vectorfield import VectorField
 from pnode.solvers.compiled.following import (
@@ -32,7 +34,10 @@ from pnode.solvers.compiled.following import (
     copies,
 )
 
-__all__ = ["Guard", "followed"]
+__all__ = ["Asks", "Guard", "followed", "has_own_derivatives"]
+
+_HOOKS = frozenset(("register_hook", "register_post_accumulate_grad_hook"))
+_ABOUT_GRAPHS = frozenset(("requires_grad", "grad_fn", "is_leaf", "_set_grad_enabled")) | _HOOKS
 
 
 class followed:
@@ -119,3 +124,53 @@ class Guard:
         ):  # fmt: skip
             assert second.facts is not None
             self.mode, self._facts[second.kind] = Functions, second.facts
+
+
+class Asks(TorchFunctionMode):
+    """Looks whether f puts hooks on tensors, or does something about graphs at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._names: set[str] = set()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Note a function's name, or that of the attribute which it reads, and call it."""
+        attribute = getattr(func, "__self__", func)
+        self._names |= {getattr(one, "__name__", "") for one in (func, attribute)}
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def for_hooks(self) -> bool:
+        """Whether it puts hooks on tensors."""
+        return not self._names.isdisjoint(_HOOKS)
+
+    @property
+    def for_graphs(self) -> bool:
+        """Whether what it does may depend on there being a graph, or change that alone."""
+        return not self._names.isdisjoint(_ABOUT_GRAPHS)
+
+
+def has_own_derivatives(seen: Followed) -> bool:
+    """Whether derivatives of f may change where its operations without a graph do not.
+
+    An autograd function of the user's is in the graph of the result, or f asks for the graph.
+    """
+    with torch.inference_mode(seen.kind.inference), torch.set_grad_enabled(seen.kind.grad):
+        given = copies(seen.given, seen.kind)
+        with Asks() as asks:
+            seen.function(*given)
+    if asks.for_graphs:
+        return True
+    results = seen.result if isinstance(seen.result, (tuple, list)) else (seen.result,)
+    pending, passed = [x.grad_fn for x in results], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in passed:
+            continue
+        if hasattr(node, "_forward_cls"):
+            return True
+        passed.add(node)
+        pending.extend(following for following, _ in node.next_functions)
+    return False

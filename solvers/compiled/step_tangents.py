@@ -143,13 +143,7 @@ def _undetached(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
 
 def _gradients(parts: Sequence[torch.Tensor], traced: FieldGraph) -> list[torch.Tensor]:
     """Return the products with f_p, one per parameter."""
-    found = []
-    for part in traced.parameters:
-        gradient = parts[part.first]
-        if part.factors:
-            gradient = gradient.t() @ parts[part.first + 1]
-        found.append(gradient.t() if part.transposed else gradient)
-    return found
+    return [part.gradient(parts) for part in traced.parameters]
 
 
 def _parted(rows: torch.Tensor, traced: FieldGraph) -> list[torch.Tensor]:

@@ -91,9 +91,16 @@ class FieldGraph:
     _views: list[Any] = field(default_factory=list, init=False)
 
     def fits(self) -> bool:
-        """Whether ``captured`` have the shapes and dtypes that they had (``net.double()``...)."""
-        present = [(tensor.shape, tensor.dtype) for tensor in self.captured]
-        return present == [(shape, dtype) for shape, _, dtype in self.layouts]
+        """Whether ``captured`` have the shapes and dtypes that they had (``net.double()``...).
+
+        And their strides, where these let entries share memory: :meth:`inputs` cannot copy there.
+        """
+        return all(
+            x.shape == shape
+            and x.dtype is dtype
+            and (x.stride() == stride or _apart(shape, stride))
+            for x, (shape, stride, dtype) in zip(self.captured, self.layouts, strict=True)
+        )
 
     def saved_examples(self) -> list[torch.Tensor]:
         """Return tensors as ``value`` saves them; f is not evaluated, which may fail somewhere."""
@@ -144,6 +151,23 @@ class ParameterPart:
     first: int
     factors: bool = False
     transposed: bool = False
+
+    def gradient(self, results: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the product with df/dp, from what the graph gives after that with df/dy."""
+        gradient = results[self.first]
+        if self.factors:
+            gradient = gradient.t() @ results[self.first + 1]
+        return gradient.t() if self.transposed else gradient
+
+
+def _apart(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether each entry of a tensor has memory of its own, unlike those of ``expand``."""
+    reach = 0
+    for step, size in sorted(zip(stride, shape, strict=True)):
+        if size > 1 and step <= reach:
+            return False
+        reach += (size - 1) * step
+    return True
 
 
 def trace_field(field: VectorField, arranged: bool = True) -> FieldGraph:
