@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
+from pnode.base.ranks import ALONE
 from pnode.errors import SolveError
 from pnode.field.vectorfield import VectorField
 from pnode.solvers.compiled.trace import FieldGraph
 
-__all__ = ["agree", "is_recorded", "trusted", "value_of"]
+__all__ = ["agree", "is_recorded", "local", "trusted", "value_of"]
 
 # So many numbers are compared in Python, which takes less time than torch's operations.
 _FEW = 50
@@ -30,6 +32,21 @@ class trusted:
         self._part.recording = self._recording
 
 
+def local(field_: VectorField, u: torch.Tensor) -> tuple[VectorField, torch.Tensor]:
+    """Return a field from what f gets to what it returns, and what it gets for a state.
+
+    That is without the exchange of ghost cells. Collective with them.
+    """
+    if field_.exchange is None:
+        return field_, u
+    own = field_.problem.layout
+    seen = replace(own, shapes=(torch.Size(field_.exchange.ghosted_shape),))
+    problem = field_.problem.but(layout=seen, owned=own.shapes[0], exchange=None, ranks=ALONE)
+    made = VectorField(problem, field_.ledger, field_.function)
+    made.recording, made.used = field_.recording, field_.used
+    return made, field_.exchange.gather(u).reshape(-1)
+
+
 def value_of(part: VectorField, y0: torch.Tensor, method: str) -> torch.Tensor:
     """Evaluate f where the solve begins."""
     problem = part.problem
@@ -47,9 +64,12 @@ def value_of(part: VectorField, y0: torch.Tensor, method: str) -> torch.Tensor:
 def is_recorded(graph: FieldGraph, field_: VectorField, y0: torch.Tensor) -> bool:
     """Compare value and product of a graph with the field's own at another point."""
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(2, len(y0), generator=generator, dtype=torch.float64)
-    point = (y0.detach() + 1e-2 * noise[0] * (1.0 + y0.detach().abs())).to(field_.dtype)
-    w = noise[1].to(field_.dtype)
+    noise, w = (
+        torch.randn(n, generator=generator, dtype=torch.float64)
+        for n in (len(y0), math.prod(graph.returned))
+    )
+    point = (y0.detach() + 1e-2 * noise * (1.0 + y0.detach().abs())).to(field_.dtype)
+    w = w.to(field_.dtype)
     problem, times = field_.problem, field_.problem.times
     s = times[0] + 0.37 * (
         times[1] - times[0] if len(times) > 1 and math.isfinite(times[1]) else 1.0
@@ -59,7 +79,7 @@ def is_recorded(graph: FieldGraph, field_: VectorField, y0: torch.Tensor) -> boo
     with torch.no_grad():
         shaped = point.view(graph.shape)
         value, *saved = graph.value(time, shaped, *inputs)
-        state, *_ = graph.product(w.view(graph.shape), time, shaped, *inputs, *saved)
+        state, *_ = graph.product(w.view(graph.returned), time, shaped, *inputs, *saved)
     here = field_.linearize(s, point.clone())
     return agree(value.reshape(-1) * problem.direction, here.flat_value()) and agree(
         state.reshape(-1) * problem.direction, here.vjp(w).state

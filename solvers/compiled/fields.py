@@ -129,7 +129,8 @@ class FieldCode(Code):
     def product(self) -> Compiled:
         """``[w, t, y, *inputs, *saved] -> [w^T f_y, *(w^T f_p)]``, the parameters used."""
         given, saved = self._examples
-        return self._compile("product", self._product, [self._state(), *given, *saved])
+        w = torch.zeros(self.traced.returned, dtype=self._dtype)
+        return self._compile("product", self._product, [w, *given, *saved])
 
     @cached_property
     def derivative(self) -> Compiled:

@@ -81,6 +81,12 @@ class FieldGraph:
     #: Where ``captured`` were last, views of them without a graph, and which have other strides.
     _views: list[Any] = field(default_factory=list, init=False)
 
+    @property
+    def returned(self) -> tuple[int, ...]:
+        """Shape of f: that of the state, or of the part of it that has no ghost cells."""
+        cotangent = next(iter(self.product.graph.nodes))
+        return tuple(cotangent.meta["val"].shape)
+
     def fits(self) -> bool:
         """Whether ``captured`` have the shapes and dtypes that they had (``net.double()``...)."""
         present = [(tensor.shape, tensor.dtype) for tensor in self.captured]
@@ -154,9 +160,10 @@ def trace_field(field: VectorField, arranged: bool = True) -> FieldGraph:
         raise Untraceable("the state is complex, for which torch's compiler writes no code")
     shape = (layout.size,) if layout.is_tuple else tuple(layout.shapes[0])
     like = torch.empty(0, dtype=layout.dtype, device=layout.device)
-    example = (like.new_zeros(()), like.new_zeros(shape))
+    returned = field.problem.owned or shape
+    example = (like.new_zeros(()), like.new_zeros(shape), like.new_zeros(returned))
     try:
-        graph = compose(partial(_products, field), (*example, example[1].clone()))
+        graph = compose(partial(_products, field), example)
     except Exception as error:
         raise Untraceable(_reason(error)) from error
     used = _tidy(graph)
