@@ -201,7 +201,7 @@ class Solver(Configured):
         self.cost = check_cost(cost)
         collect_parameters(self._functions, self._params)
         self._progress = output.progress and comm.rank == 0
-        alone = arguments.alone(comm, exchange, consistent_start, compile)
+        alone = arguments.alone(comm, exchange, consistent_start)
         setup = arguments.setup(petsc_setup, chosen, compile)
         options = linear_algebra.petsc_options() | check_petsc_options(petsc_options)
         # Last: arguments that are refused use up no number.

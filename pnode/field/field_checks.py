@@ -39,11 +39,14 @@ def _kind_of_leaves() -> type:
 _LEAF: Any = _kind_of_leaves()
 
 
-def wrong_result(layout: StateLayout, parts: tuple[Any, ...]) -> str | None:
-    """Say what is wrong with what f returned, None if nothing is."""
+def wrong_result(
+    layout: StateLayout, parts: tuple[Any, ...], owned: torch.Size | None = None
+) -> str | None:
+    """Say what is wrong with what f returned, None if nothing is; see InitialValueProblem.owned."""
     if len(parts) != len(layout.shapes):
         return f"returned {len(parts)} tensors for a state of {len(layout.shapes)}"
-    for index, (part, shape) in enumerate(zip(parts, layout.shapes, strict=True)):
+    shapes = layout.shapes if owned is None else (owned,)
+    for index, (part, shape) in enumerate(zip(parts, shapes, strict=True)):
         where = f" (part {index})" if layout.is_tuple else ""
         if not isinstance(part, torch.Tensor):
             return f"returned a {type(part).__name__}{where}, not a tensor"

@@ -83,7 +83,7 @@ class VectorField:
         self._layout = layout = problem.layout
         #: The state's, unless that is a tuple, and that of what f returns.
         self._shape = None if layout.is_tuple else layout.shapes[0]
-        self.returned = self._shape
+        self.returned = self._shape if problem.owned is None else problem.owned
         self._direction, self._window = problem.direction, problem.window
         self._check_first, self._copied = True, 0
 
@@ -208,8 +208,8 @@ class VectorField:
         """Do as :meth:`linearize`, with ``gather(u)`` at hand. Not collective."""
         raise NotImplementedError("only a state with ghost cells is gathered")
 
-    def _wrap(self, *arguments: Any) -> Linearization:
-        return Linearization(*arguments)
+    def _wrap(self, *given: Any) -> Linearization:
+        return Linearization(*given)
 
     def _time(self, s: float) -> torch.Tensor:
         """Return the user's time as f gets it."""
@@ -273,7 +273,7 @@ class VectorField:
         layout = self._layout
         is_tuple = layout.is_tuple and isinstance(result, (tuple, list))
         parts = tuple(result) if is_tuple else (result,)
-        wrong = checks.wrong_result(layout, parts)
+        wrong = checks.wrong_result(layout, parts, self.problem.owned)
         if wrong:
             raise VectorFieldError(f"the vector field {wrong}", time=time)
         return torch.cat([part.reshape(-1) for part in parts]) if layout.is_tuple else result

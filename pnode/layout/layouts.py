@@ -10,10 +10,12 @@ import math
 from abc import ABC, abstractmethod
 from typing import Any
 
+import numpy as np
 import torch
+from mpi4py import MPI
 
 from pnode.base.devices import HOST
-from pnode.base.options import log_event
+from pnode.base.options import PETSc, log_event
 from pnode.base.vectors import REAL
 
 __all__ = ["Layout"]
@@ -77,6 +79,38 @@ class Layout(ABC):
     def size(self) -> int:
         """Number of owned entries."""
         return math.prod(self.shape)
+
+    def forest(self) -> Any:
+        """Return PETSc's star forest of :meth:`gather`, for machine code. Collective.
+
+        Returns
+        -------
+        petsc4py.PETSc.SF or None
+            Leaves are the ghosted entries, flat, roots the owned ones; None if :meth:`gather` is
+            more than a choice of entries.
+        """
+        if not hasattr(self, "_forest"):
+            self._forest = self._grown()
+        return self._forest
+
+    def _grown(self) -> Any:
+        sizes = self.comm.allgather(self.size)
+        starts = torch.tensor([0, *sizes], device=HOST.device).cumsum(0)
+        columns = self.columns()
+        leaves = (columns >= 0).nonzero()[:, 0]
+        owners = torch.searchsorted(starts, columns[leaves], right=True) - 1
+        places = torch.stack([owners, columns[leaves] - starts[owners]], 1)
+        forest = PETSc.SF().create(self.comm)
+        forest.setGraph(self.size, *(x.numpy().astype(PETSc.IntType) for x in (leaves, places)))
+        forest.setUp()
+        generator = torch.Generator(device=HOST.device).manual_seed(self.comm.rank)
+        given = torch.randn(self.size, generator=generator, dtype=REAL, device=HOST.device)
+        expected = self.gather(given).reshape(-1).numpy()
+        found = np.zeros_like(expected)
+        for step in (forest.bcastBegin, forest.bcastEnd):
+            step(MPI.DOUBLE, given.numpy(), found, MPI.REPLACE)
+        same = self.comm.allreduce(bool((found == expected).all()), MPI.LAND)
+        return forest if same else None
 
     def columns(self) -> torch.Tensor:
         """Return the global index of each ghosted entry, flat; -1 for zero. Collective.

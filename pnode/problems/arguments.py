@@ -113,17 +113,12 @@ def communicator(
     return chosen, layout
 
 
-def alone(comm: Any, exchange: Layout | None, consistent_start: bool, compiled: Any) -> bool:
-    """Return whether nobody shares the state; refuse, or warn of, what is not for shared ones."""
+def alone(comm: Any, exchange: Layout | None, consistent_start: bool) -> bool:
+    """Return whether nobody shares the state; refuse what is not for shared ones."""
     if consistent_start and exchange is not None:
         raise ConfigurationError(
             "consistent_start=True is not supported with layout=: give a consistent y0"
         )
-    if compiled is True and exchange is not None:
-        warnings.warn(
-            "compile=True is not for states with ghost cells (layout=): solving without",
-            RuntimeWarning, stacklevel=3,
-        )  # fmt: skip
     return bool(comm.size == 1)
 
 

@@ -244,6 +244,8 @@ class InitialValueProblem:
         beyond. Of a part between two breaks: just inside of these.
     norm : callable or None
         Norm of a flat error in units of the tolerances; None: the root mean square.
+    owned : torch.Size or None
+        Shape of what f returns, where that is the state without its ghost cells.
     watched : bool
         Whether PETSc's monitors look at its steps: not at those of the continuous adjoint.
     """
@@ -270,6 +272,7 @@ class InitialValueProblem:
     breaks: Any = None
     window: tuple[float, float] = (-math.inf, math.inf)
     norm: Callable[[torch.Tensor], float] | None = None
+    owned: torch.Size | None = None
     watched: bool = True
 
     @property

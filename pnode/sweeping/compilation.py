@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pnode.adjoint.identity import describe
 from pnode.base.notices import LOG
+from pnode.base.ranks import Ranks
 from pnode.base.surroundings import modules_within, owner
 from pnode.field.rebinding import Rebound
 from pnode.field.stacked import stacked
@@ -26,6 +27,7 @@ from pnode.problems.checkpointing import Checkpointing
 from pnode.solvers.compiled.account import Entry, Work
 from pnode.solvers.compiled.backend import Compilation, Wanted
 from pnode.solvers.compiled.compiler import bare
+from pnode.solvers.compiled.evaluations import local
 from pnode.solvers.compiled.guards import Asks
 from pnode.solvers.compiled.inductor import cache_folder
 from pnode.sweeping.engine import Engine
@@ -83,7 +85,8 @@ def begin(
         (controlled, "sensitivity_control= is given"),
         (engine.setup is not None, "petsc_setup= is given"),
         (anew and not ranks.parallel, "args= has tensors: others are traced anew"),
-        (engine.exchange is not None, "layout= has ghost cells"),
+        (problem.integrals > 0 and engine.exchange is not None, "cost= is given beside layout="),
+        (problem.exchange is not engine.exchange, "tangents are driven by states of layout="),
         (engine.control.uncompiled, engine.control.uncompiled),
     ):
         if given:
@@ -98,8 +101,11 @@ def begin(
     wanted = _wanted(engine, run, entry, keep, watched, requests)
     if auto:
         if run.entry is not None:
-            decide = _decide_together if ranks.parallel else _decide
-            decide(engine, entry, field, y0, wanted)
+            own = local(field, y0)
+            if ranks.parallel:
+                _decide_together(ranks, entry, *own, keep)
+            else:
+                _decide(engine, entry, *own, wanted)
         if entry.hindrance or not entry.bought:
             return None
     return _compiled(engine, run, entry, field, y0, wanted)
@@ -127,7 +133,7 @@ def _wanted(
     wanted = Wanted(
         settings, engine.solver_options(settings), engine.control, engine.checkpointing, keep,
         requests.dense, watched, partial(_lent, weakref.ref(engine)), engine.compile == "auto",
-        new_budget(engine, requests),
+        new_budget(engine, requests), ghosts=engine.exchange is not None,
     )  # fmt: skip
     if requests.events is not None:
         single = replace(settings, adaptive=False)
@@ -183,12 +189,11 @@ def _decide(
 
 
 def _decide_together(
-    engine: Engine, entry: Entry, field: VectorField, y0: torch.Tensor, wanted: Wanted
+    ranks: Ranks, entry: Entry, field: VectorField, y0: torch.Tensor, keep: bool
 ) -> None:
     """Decide by the largest part that a rank has of a state, the same on all. Collective."""
-    ranks = field.problem.ranks
     if entry.to_be_looked_at:
-        ranks.attempt(_look, entry, field, y0, wanted.keep)
+        ranks.attempt(_look, entry, field, y0, keep)
         seen = ranks.comm.allgather((entry.hindrance, entry.work and astuple(entry.work)))
         entry.hindrance = next((text for text, _ in seen if text), "")
         works = [work for _, work in seen]

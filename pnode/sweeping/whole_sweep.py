@@ -158,6 +158,12 @@ class WholeSweep(Sweep):
         if not ranks.parallel:
             return self._reverse(run, cotangents)
         with ranks.together(agree=False):
+            if self._compiled.kernel.collective:  # all begin, or none
+                ranks.attempt(self._check, run)
+                ranks.least(0)
+                if not self._compiled.whole:
+                    ranks.attempt(self._compiled.complete, run.stats.backward)
+                    ranks.least(0)
             found = ranks.attempt(self._checked_reverse, run, cotangents)
         unknown = [None] * len(parameters)  # of a rank that has failed, which this tells
         summed = ranks.sum_gradients(unknown if found is None else found.parameters, parameters)
@@ -221,9 +227,12 @@ class WholeSweep(Sweep):
 
     def _checked_reverse(self, run: Run, cotangents: torch.Tensor) -> CostGradients:
         """Do as alone, with the check of :func:`backward`, whose failure all ranks are to know."""
+        self._check(run)
+        return self._reverse(run, cotangents)
+
+    def _check(self, run: Run) -> None:
         assert run.reads is not None and run.surroundings is not None
         refuse_written(run.reads, run.surroundings, run.settings.method.name)
-        return self._reverse(run, cotangents)
 
     def tangents(self, run: Run, start: torch.Tensor, moving: Moving) -> torch.Tensor | None:
         """Take the steps' tangents; see :meth:`CompiledSweep.tangents`. None with events."""

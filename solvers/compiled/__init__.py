@@ -8,6 +8,7 @@ from pnode.solvers.compiled.fields import Fields
 from pnode.solvers.compiled.graph_steps import ExplicitSteps
 from pnode.solvers.compiled.implicit_sweeps import ImplicitSweeps
 from pnode.solvers.compiled.row_sweeps import RowSweeps
+from pnode.solvers.compiled.staged_steps import StagedSteps
 from pnode.solvers.compiled.trace import trace_field
 
 __all__ = ["new_compiler", "new_row_compiler"]
@@ -15,7 +16,7 @@ __all__ = ["new_compiler", "new_row_compiler"]
 
 def new_compiler() -> Compiler:
     """Return a compiler with all backends, the best ones first."""
-    return Compiler((ImplicitSweeps(), ExplicitSteps(), Fields()))
+    return Compiler((ImplicitSweeps(), StagedSteps(), ExplicitSteps(), Fields()))
 
 
 def new_row_compiler() -> Compiler:

@@ -155,6 +155,8 @@ class Wanted:
         Returns what checkpoints of a problem may take; None: any number.
     parts : Wanted or None
         How parts of steps are taken, where events are looked for.
+    ghosts : bool
+        Whether the state has ghost cells.
     needed : str
         What needs machine code, for an error without it; empty if there is another way.
     """
@@ -170,6 +172,7 @@ class Wanted:
     auto: bool = False
     budget: Callable[[InitialValueProblem], Budget] | None = None
     parts: Wanted | None = None
+    ghosts: bool = False
     needed: str = ""
 
 
@@ -234,6 +237,8 @@ class Backend(ABC):
         Whether no other one is left where it fails.
     shared : bool
         Whether it is for states that several ranks share, too.
+    ghosts : bool
+        Whether it is for states with ghost cells, and for no others.
     share : float
         About how much it saves of the time that torch's and PETSc's calls take on small problems.
     """
@@ -241,6 +246,7 @@ class Backend(ABC):
     implicit: bool | None = None
     final = False
     shared = False
+    ghosts = False
     share = 1.0
 
     @abstractmethod

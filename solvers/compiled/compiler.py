@@ -25,7 +25,7 @@ from pnode.field.rebinding import Rebound
 from pnode.field.stacked import StackedResidual, stacked
 from pnode.field.vectorfield import VectorField, vector_field
 from pnode.solvers.compiled.backend import Backend, Checked, Compilation, Reason, Trace, Wanted
-from pnode.solvers.compiled.evaluations import agree, is_recorded, trusted, value_of
+from pnode.solvers.compiled.evaluations import agree, is_recorded, local, trusted, value_of
 from pnode.solvers.compiled.following import Followed
 from pnode.solvers.compiled.guards import Guard, followed, has_own_derivatives
 from pnode.solvers.compiled.trace import FieldGraph, Untraceable, trace_field
@@ -37,6 +37,7 @@ _MOST_GRAPHS = 8
 _MOST_TRACES = 8
 # What becomes of a solve on one rank; of a solve of several the least of them.
 _NEVER, _CHANGED, _PASSING, _MADE = range(4)
+_GHOSTS = "of states with ghost cells whole sweeps of explicit methods are compiled alone"
 _UNSHARED = "of states that ranks share whole sweeps of explicit methods are compiled alone"
 
 
@@ -103,7 +104,7 @@ class Compiler:
             "time": field_.problem.direction * field_.problem.times[0], "step": 0,
             "method": wanted.settings.method.name,
         }  # fmt: skip
-        found = ranks.attempt(self._prepared, field_, y0, wanted)
+        found = ranks.attempt(self._prepared, *local(field_, y0), wanted)
         backend, checked, reasons, changed, lent = found or _Prepared(None, [], [], False, False)
         # Perhaps it is on this rank alone that someone looks at steps.
         looked_at = ranks.parallel and wanted.watched and not wanted.dense
@@ -146,8 +147,11 @@ class Compiler:
         if known() is not wanted:
             found, reasons = [], []
             for backend in self.backends:
+                if backend.ghosts and not wanted.ghosts:
+                    continue
                 if backend.implicit in (None, wanted.settings.method.implicit):
                     text = None if backend.shared or not wanted.settings.parallel else _UNSHARED
+                    text = _GHOSTS if wanted.ghosts and not backend.ghosts else text
                     text = text or backend.refuses(wanted)
                     if text is None:
                         found.append(backend)

@@ -11,8 +11,7 @@ import ctypes
 import sys
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from pnode.base.options import log_stage
 from pnode.base.vectors import REAL
 from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.compiled.budgets import Budget
-from pnode.solvers.compiled.inductor import compile_source
+from pnode.solvers.compiled.driver_library import at, library, source
 from pnode.solvers.compiled.kernel import Kernel
 from pnode.solvers.compiled.records import (
     ENDS,
@@ -46,75 +45,10 @@ __all__ = [
     "pointers", "source",
 ]  # fmt: skip
 
-# No contraction: the controller's numbers are those of Python.
-_FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
 #: How long a call may keep Python from noticing an interrupt, in seconds.
 PATIENCE = 0.1
+_EVER = 1e6
 _DONE, _PAUSED, _WAITING, _SHOWN = 0, 1, 10, 11  # Status in kernel.h
-
-
-def source(*names: str) -> str:
-    """Return parts of a program in C++, from the files of this folder."""
-    folder = Path(__file__).parent
-    return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
-
-
-def at(tensor: torch.Tensor) -> Any:
-    """Return a tensor's address."""
-    return ctypes.c_void_p(tensor.data_ptr())
-
-
-@cache
-def library() -> ctypes.CDLL:
-    """Return the driver.
-
-    Raises
-    ------
-    CompilationFailed
-        If it cannot be compiled.
-    """
-    text = source(
-        "kernel.h", "checkpoints.h", "ranks.h", "clock.h", "sweeps.cpp", "sweep_derivatives.cpp",
-        "shown_steps.cpp", "sweep_calls.cpp", "rows.cpp", "graphs.h", "graph_steps.cpp",
-    )  # fmt: skip
-    made = compile_source(text, _FLAGS, "driver-")
-    pointer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
-    rest = [number, real, pointer]
-    functions: dict[str, tuple[Any, list[Any]]] = {
-        "plan": (pointer, [pointer, pointer]),
-        "plan_tangents": (None, [pointer, number, pointer, number]),
-        "graph_steps": (pointer, [pointer] * 5),
-        "sweep": (pointer, [pointer, pointer, pointer, pointer, number]),
-        "share": (None, [pointer, pointer]),
-        "leave": (number, [pointer]),
-        "forward": (number, [pointer, pointer, pointer, real, pointer]),
-        "limit": (None, [pointer, number]),
-        "schedule": (number, [pointer, pointer, number]),
-        "watch": (None, [pointer, pointer]),
-        "shown": (None, [pointer] * 3),
-        "part": (number, [pointer, pointer, real, pointer]),
-        "cut": (None, [pointer, real]),
-        "ends": (None, [pointer, pointer]),
-        "nodes": (number, [pointer, pointer, number]),
-        "reverse": (number, [pointer, pointer, pointer, pointer, real]),
-        "finish": (number, [pointer, pointer, pointer, pointer]),
-        "tangents": (number, [pointer, pointer, number] + [pointer] * 3 + [real, pointer]),
-        "recorded": (number, [pointer, pointer, pointer, pointer]),
-        "whole": (number, [pointer]),
-        "left": (number, [pointer]),
-        "owned": (number, []),
-        "rows": (pointer, [pointer] * 5 + [number] * 2 + [pointer, number, number]),
-        "row": (pointer, [pointer, number]),
-        "rows_forward": (None, [pointer] * 3 + rest),
-        "rows_reverse": (None, [pointer] * 3 + [number] * 2 + [pointer] * 2 + rest),
-        "rows_counts": (None, [pointer, number, pointer]),
-    }
-    with_handle = "torch free_plan free_sweep keep_ends stop repeat restart rows_restart free_rows"
-    functions |= dict.fromkeys(with_handle.split(), (None, [pointer]))
-    for name, (result, arguments) in functions.items():
-        function = getattr(made, f"pnode_{name}")
-        function.restype, function.argtypes = result, arguments
-    return made
 
 
 class CompiledSweep:
@@ -234,14 +168,27 @@ class CompiledSweep:
         if self._orders is not None:
             self._waiting = self._orders.forward()
         self.status = _PAUSED
+
+        def take(seconds: float) -> Any:
+            given = self._handle, read, outputs.data_ptr(), seconds
+            return self._library.pnode_forward(*given, ctypes.byref(counts))
+
         try:
             while self._goes_on(self.status):  # in between, Python notices interrupts
-                self.status = self._library.pnode_forward(
-                    self._handle, read, outputs.data_ptr(), PATIENCE, ctypes.byref(counts)
-                )
+                self.status = take(PATIENCE)
         except GivenUp:
             return False
+        except BaseException:
+            self._go_on_failed(take)
+            raise
         return bool(self.status == _DONE)
+
+    def _go_on_failed(self, take: Callable[[float], Any]) -> None:
+        """Let those who wait for this rank's cells come to their end, which is one of all."""
+        if self.kernel.collective:
+            self._library.pnode_fail(self._handle)
+            while take(_EVER) == _PAUSED:
+                pass
 
     def _goes_on(self, status: int) -> bool:
         """Whether a sweep goes on, with more orders if it waits for these."""
@@ -289,7 +236,7 @@ class CompiledSweep:
         Raises :class:`LinearSolveFailed` if a matrix is singular.
         """
         with log_stage("pnode adjoint"):
-            self._complete(ledger)
+            self.complete(ledger)
             if nodes is not None:
                 places = array("q", nodes)
                 self._library.pnode_nodes(self._handle, *places.buffer_info())
@@ -335,7 +282,7 @@ class CompiledSweep:
         counts, inputs = Counts(), kernel.inputs()
         read, status, first = pointers(inputs), _PAUSED, at(start)
         if self._orders is None:  # else the steps are taken once more beside their tangents
-            self._complete(ledger)
+            self.complete(ledger)
         while status == _PAUSED:
             status = self._library.pnode_tangents(
                 self._handle, read, len(start), first, None if along is None else at(along),
@@ -348,9 +295,14 @@ class CompiledSweep:
         add_counts(counts, ledger)
         return outputs.to(kernel.dtype)
 
-    def _complete(self, ledger: Ledger) -> None:
+    @property
+    def whole(self) -> bool:
+        """Whether all checkpoints are there."""
+        return bool(self._library.pnode_whole(self._handle))
+
+    def complete(self, ledger: Ledger) -> None:
         """Repeat the steps if a backward sweep has freed their checkpoints."""
-        if self._library.pnode_whole(self._handle):
+        if self.whole:
             return
         self._library.pnode_repeat(self._handle)
         counts = Counts()
@@ -387,11 +339,15 @@ class CompiledSweep:
         if self._orders is not None:
             steps = self._library.pnode_recorded(self._handle, None, None, None)
             self._waiting = self._orders.reverse(steps)
-        status = _PAUSED
-        while self._goes_on(status):
-            status = self._library.pnode_reverse(*arguments, PATIENCE)
-            if self.told is not None:
-                self.told(self._library.pnode_left(self._handle))
+        status, reverse = _PAUSED, partial(self._library.pnode_reverse, *arguments)
+        try:
+            while self._goes_on(status):
+                status = reverse(PATIENCE)
+                if self.told is not None:
+                    self.told(self._library.pnode_left(self._handle))
+        except BaseException:
+            self._go_on_failed(reverse)
+            raise
         if status == _DONE:
             finish = self._library.pnode_finish
             status = finish(self._handle, state.data_ptr(), places, ctypes.byref(counts))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
+from pnode.base.ranks import ALONE
 from pnode.errors import SolveError
 from pnode.field.vectorfield import VectorField
 from pnode.solvers.compiled.trace import FieldGraph
 
-__all__ = ["agree", "is_recorded", "trusted", "value_of"]
+__all__ = ["agree", "is_recorded", "local", "trusted", "value_of"]
 
 # So many numbers are compared in Python, which takes less time than torch's operations.
 _FEW = 50
@@ -28,6 +30,21 @@ class trusted:
 
     def __exit__(self, *error: object) -> None:
         self._part.recording = self._recording
+
+
+def local(field_: VectorField, u: torch.Tensor) -> tuple[VectorField, torch.Tensor]:
+    """Return a field from what f gets to what it returns, and what it gets for a state.
+
+    That is without the exchange of ghost cells. Collective with them.
+    """
+    if field_.exchange is None:
+        return field_, u
+    own = field_.problem.layout
+    seen = replace(own, shapes=(torch.Size(field_.exchange.ghosted_shape),))
+    problem = field_.problem.but(layout=seen, owned=own.shapes[0], exchange=None, ranks=ALONE)
+    made = VectorField(problem, field_.ledger, field_.function)
+    made.recording, made.used = field_.recording, field_.used
+    return made, field_.exchange.gather(u).reshape(-1)
 
 
 def value_of(part: VectorField, y0: torch.Tensor, method: str) -> torch.Tensor:

@@ -31,7 +31,7 @@ from pnode.solvers.compiled.trace import FieldGraph
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.step_control import automatic_step
 
-__all__ = ["ExplicitSteps", "GraphSteps"]
+__all__ = ["ExplicitSteps", "GraphSteps", "is_plain"]
 
 _NUMBERS = (
     "size", "dtype", "fsal", "adaptive", "results", "begin", "end", "last", "evaluations",
@@ -230,7 +230,7 @@ class ExplicitSteps(Backend):
                 ours = value in (settings.controller, "none")
             if not ours:
                 return f"the PETSc option {name!r} is for PETSc's own steps: drop it"
-        if not settings.parallel or (_is_plain(wanted) and allreduce() is not None):
+        if not settings.parallel or (is_plain(wanted) and allreduce() is not None):
             return None
         return (
             "of states that ranks share whole sweeps are compiled alone, where nobody looks at "
@@ -258,7 +258,7 @@ class ExplicitSteps(Backend):
         if saved:
             graphs.adjoint  # noqa: B018
         kernel = None
-        if _is_plain(wanted):
+        if is_plain(wanted):
             kernel = self._kernel(graphs, wanted, part, y0)
         if settings.parallel and kernel is None:
             raise CompilationFailed("the driver cannot take these steps")
@@ -272,24 +272,32 @@ class ExplicitSteps(Backend):
         graphs, slope, saved = found.code, found.found[0], tuple(found.found[1:])
         field_.ledger.rhs += graphs.fsal  # the check is the first slope
         start, sweep = Start(graphs, slope, saved), None
-        kernel = self._kernel(graphs, wanted, field_, y0) if _is_plain(wanted) else None
+        kernel = self._kernel(graphs, wanted, field_, y0) if is_plain(wanted) else None
         if kernel is not None:
-            self._read_options(field_, y0, wanted)
-            problem, control, settings = field_.problem, wanted.control, wanted.settings
-            first = control.first_step or 0.0
-            if settings.adaptive and not first:
-                (begin, end), order = problem.times[:2], settings.method.order
-                with trusted(field_, field_.used):
-                    first = automatic_step(
-                        field_, y0.detach(), settings, order, begin, end, control, found.value
-                    )
             handle, alive = kernel.stand_at(y0.detach().to(REAL, copy=True), slope, saved)
-            sweep = driver.CompiledSweep(
-                kernel, handle, alive, problem, settings, control, wanted.keep, first
-            )
-            if wanted.watched:
-                sweep.watch(ShownSteps(settings, y0), None)
+            sweep = self._sweep(kernel, handle, alive, found, field_, y0, wanted)
         return Compilation(sweep, start, captured=graphs.traced.captured)
+
+    def _sweep(
+        self, kernel: Kernel, handle: int, alive: Any, found: Checked, field_: VectorField,
+        y0: torch.Tensor, wanted: Wanted,
+    ) -> driver.CompiledSweep:  # fmt: skip
+        """Return the sweep of a kernel at y0. Collective."""
+        self._read_options(field_, y0, wanted)
+        problem, control, settings = field_.problem, wanted.control, wanted.settings
+        first = control.first_step or 0.0
+        if settings.adaptive and not first:
+            (begin, end), order = problem.times[:2], settings.method.order
+            with trusted(field_, field_.used):
+                first = automatic_step(
+                    field_, y0.detach(), settings, order, begin, end, control, found.value
+                )
+        sweep = driver.CompiledSweep(
+            kernel, handle, alive, problem, settings, control, wanted.keep, first
+        )
+        if wanted.watched:
+            sweep.watch(ShownSteps(settings, y0), None)
+        return sweep
 
     def _read_options(self, field_: VectorField, y0: torch.Tensor, wanted: Wanted) -> None:
         """Let PETSc read its options, once for solves of a kind. Collective."""
@@ -326,7 +334,7 @@ def _keeps_all(wanted: Wanted) -> bool:
     return wanted.keep and free and not wanted.dense
 
 
-def _is_plain(wanted: Wanted) -> bool:
+def is_plain(wanted: Wanted) -> bool:
     """Whether nobody but a monitor looks at single steps or decides on their checkpoints."""
     chosen = wanted.checkpointing
     watched = {*wanted.watched} - (set() if wanted.settings.parallel else {"monitor"})

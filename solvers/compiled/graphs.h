@@ -82,6 +82,12 @@ struct Form {
                               &handle));
         return Tensor(handle);
     }
+
+    Tensor empty() const {
+        Handle handle;
+        check(torch.empty(sizes.size(), sizes.data(), strides.data(), dtype, CPU, 0, &handle));
+        return Tensor(handle);
+    }
 };
 
 Tensors views(const std::vector<Form>& forms, void* const* data) {

@@ -1,8 +1,9 @@
 // What takes single steps, their adjoints and their tangents, for the loop of sweeps.cpp.
 //
 // A kernel holds the state that a sweep has reached, what a step carries over to the next, the
-// checkpoints, and in a backward sweep lambda and mu. There are two kinds: compiled graphs of explicit
-// steps (graph_steps.cpp), and implicit steps on a field of scalars (implicit_steps.cpp).
+// checkpoints, and in a backward sweep lambda and mu. There are three kinds: compiled graphs of explicit
+// steps (graph_steps.cpp), explicit stages with ghost cells (staged_steps.cpp), and implicit steps
+// on a field of scalars (implicit_steps.cpp).
 //
 // Times and steps are the user's: h is negative where time runs backwards.
 
@@ -90,6 +91,10 @@ class Kernel {
     virtual Status part(double t, double h) { return attempt(t, h).status; }
     virtual void adopt(const Kernel&) {}
 
+    // Of kernels whose every step is collective: fail, and go on for those who wait.
+    virtual void fail() {}
+    virtual bool failed() const { return false; }
+
     // Begin with so many tangents of the state, rows of `start`, and as many of what mu is the
     // gradient by, rows of `along`, null where it does not move.
     virtual void begin_tangents(int64_t, const double*, const double*) {}
@@ -102,6 +107,8 @@ class Kernel {
     // Whether it chooses the lengths of adaptive steps, instead of the loop, and whether those are
     // what it wants even where the last step was shortened to meet an output time.
     bool chooses = false, absolute = false;
+    // Whether ranks that share the state take each step, and each adjoint, together.
+    bool collective = false;
     // Where the step before the next one ended, if that was not taken just now; else NaN.
     double last_end = std::numeric_limits<double>::quiet_NaN();
     // A step that failed is tried again with this share of its length.

@@ -24,7 +24,11 @@ class Kernel(ABC):
         The user's precision.
     traced : FieldGraph
         The field, where there are tangents.
+    collective : bool
+        Whether ranks that share the state take each step together.
     """
+
+    collective = False
 
     size: int
     dtype: torch.dtype

@@ -37,6 +37,8 @@ void pnode_share(void* sweep, const Ranks* ranks) { own(sweep).share(*ranks); }
 // Give a shared sweep up, unless it has ended; DONE if it has ended well.
 int64_t pnode_leave(void* sweep) { return own(sweep).close(FAILED); }
 
+void pnode_fail(void* sweep) { own(sweep).fail(); }
+
 int64_t pnode_forward(void* sweep, void* const* captured, void* outputs, double seconds,
                       Counts* counts) {
     return guarded([&] {

@@ -5,12 +5,13 @@ namespace {
 // Take adjoints until they are done, or the time is over.
 Status Sweep::reverse(void* const* captured, double* const* sums, const double* cotangents,
                       double seconds) {
+    if (over_) return FAILED;
     kernel_->lend(captured);
     Clock clock(seconds, kernel_->steps_per_look);
     const std::vector<int64_t>& at = nodes_.empty() ? outputs_at_ : nodes_;
     if (!backwards_) {
         backwards_ = true;
-        active_ = false;
+        active_ = kernel_->collective;  // others may have cotangents
         left_ = record_.size();
         waiting_ = at.size();
         taken_ = 0;
@@ -58,6 +59,7 @@ Status Sweep::reverse(void* const* captured, double* const* sums, const double* 
     kernel_->lend(nullptr);
     kernel_->load(nullptr);
     backwards_ = status == PAUSED || status == WAITING;
+    over_ = !backwards_;
     if (budget_ && status == DONE) budget_->clear();
     return status;
 }

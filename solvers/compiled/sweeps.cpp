@@ -36,10 +36,9 @@ class Sweep {
         open_ = true;
     }
 
-    // Take checkpoints out of so many bytes, which other sweeps share.
+    // Take checkpoints out of so many bytes, which other sweeps share; of its own.
     void share(std::atomic<int64_t>* room) { room_ = room; }
 
-    // Take them out of so many bytes.
     void limit(int64_t bytes) {
         most_ = bytes;
         begin();
@@ -54,6 +53,7 @@ class Sweep {
     // Take steps until they are done, or the time is over. Among ranks that share the state the
     // sweep ends with one reduction, and as well or badly on all of them.
     Status forward(void* const* captured, void* outputs, double seconds) {
+        if (reduction_.shared() && !open_ && !again_) return ended_;
         Status status = FAILED;
         try {
             status = take(captured, outputs, seconds);
@@ -65,6 +65,7 @@ class Sweep {
     // End the sweep, which may be under way; DONE if it has ended well. A rank that gives up takes
     // part in the reduction that the others come to next, an attempt's or the last one.
     Status close(Status status) {
+        if (status == DONE && kernel_->failed()) status = FAILED;
         if (!open_) return reduction_.shared() && !again_ ? ended_ : status;
         open_ = false;
         double found[3];
@@ -72,6 +73,8 @@ class Sweep {
         if (status == DONE && !(heard && found[2] == 0.0)) status = FAILED;
         return ended_ = status;
     }
+
+    void fail() { kernel_->fail(); }
 
     // Show each step before it is accepted; `trial` takes parts of it, null where none are wanted.
     void watch(Kernel* trial) {
@@ -104,10 +107,8 @@ class Sweep {
         begin();
     }
 
-    // Begin a backward sweep, whatever became of one before.
-    void restart() { backwards_ = false; }
-
-    // Of sweep_derivatives.cpp.
+    // Begin a backward sweep, whatever became of one before: of sweep_derivatives.cpp.
+    void restart() { backwards_ = over_ = false; }
     Status reverse(void* const* captured, double* const* sums, const double* cotangents,
                    double seconds);
 
@@ -231,7 +232,7 @@ class Sweep {
     Status repeated() {
         const Taken step = record_[index_];
         const Status status = kernel_->attempt(step.t, step.h).status;
-        if (status != DONE) return status;
+        if (status != DONE && !(kernel_->collective && reduction_.shared())) return status;
         const bool reached = interval_ < reached_.size() && index_ + 1 == reached_[interval_];
         return show({step.t, step.h, reached});
     }
@@ -392,9 +393,8 @@ class Sweep {
     bool keeps_ends_ = false;
     std::vector<double> ends_;
     // Its adjoint, or its tangents.
-    bool backwards_ = false, active_ = false;
+    bool backwards_ = false, active_ = false, over_ = false;
     size_t waiting_ = 0;
     int64_t left_ = 0, taken_ = 0;
 };
-
 }  // namespace

@@ -59,7 +59,7 @@ class FieldGraph:
     shape : tuple of int
         The user's, or ``(size,)`` for a tuple; of points (y, y') of a residual twice that.
     returned : tuple of int
-        That of f, which is a state's.
+        That of f: a state's, of one with ghost cells without these.
     captured : tuple of Tensor
         What f reads besides t and y, parameters among them.
     layouts : tuple
@@ -187,6 +187,7 @@ def trace_field(field: VectorField, arranged: bool = True) -> FieldGraph:
         raise Untraceable("the state is complex, for which torch's compiler writes no code")
     returned = (layout.size,) if layout.is_tuple else tuple(layout.shapes[0])
     shape = (2, *returned) if isinstance(field, StackedResidual) else returned
+    returned = field.problem.owned or returned
     like = torch.empty(0, dtype=layout.dtype, device=layout.device)
     examples = [like.new_zeros(each) for each in ((), shape, returned)]
     try:

@@ -70,6 +70,7 @@ def measure(mode: str, end: float, **options: Any) -> tuple[Any, Counts, Counts]
         # Products with a sparse matrix are PETSc's, one per Krylov iteration.
         sparse = options.get("jacobian") == "sparse"
         least = ledger.rhs + ledger.jvp + sparse * ledger.krylov
+        least += options.get("compile", False)  # f where the solve begins, beside its graph
         back_least = back.rhs + back.jvp + back.vjp + sparse * back.krylov
         # Points whose evaluation is shared were exchanged all the same: one per Newton iterate and
         # step, two per adjoint step. A second derivative exchanges both its arguments.
@@ -139,19 +140,29 @@ def test_adaptive_steps() -> None:
             report(mode, options, forward, backward)
 
 
+@pytest.mark.parametrize("mode", ["batch", "grid"])
 @pytest.mark.parametrize("options", [{"method": "rk4", "step_size": 0.1},
                                      {"method": "dopri5", "rtol": 1e-6}])  # fmt: skip
-def test_compiled_sweeps(options: dict[str, Any]) -> None:
-    """As many as step by step, and two a sweep: whether all compile, and come to the end."""
-    several, adaptive = comm.size > 1, "rtol" in options
+def test_compiled_sweeps(options: dict[str, Any], mode: str) -> None:
+    """As many as step by step, and two a sweep: whether all compile, and come to the end.
+
+    With ghost cells one more backward: whether all begin.
+    """
+    several, adaptive, sends = comm.size > 1, "rtol" in options, []
     for end in (1.0, 2.0):
-        stats, forward, backward = measure("batch", end, compile=True, **options)
+        stats, forward, backward = measure(mode, end, compile=True, **options)
         attempts = stats.steps + stats.rejected
         # Of arguments (2) and failures (1); for the first adaptive step (3).
         once = 5 + 3 * adaptive
         checks.true(forward.reductions == (once + adaptive * attempts) * several, options, forward)
-        checks.true(backward.reductions == 1 * several, options, backward)
-    report("batch", options, forward.per(attempts), backward.per(attempts))
+        checks.true(backward.reductions == (1 + (mode == "grid")) * several, options, backward)
+        sends.append((attempts, stats.steps, forward.sends, backward.sends))
+    if mode == "grid":
+        stages = 6 if adaptive else 4
+        more, steps, forwards, backwards = (b - a for a, b in zip(*sends, strict=True))
+        checks.true(forwards == stages * more * NEIGHBOURS, options, forwards, more)
+        checks.true(backwards == stages * steps * NEIGHBOURS, options, backwards, steps)
+    report(mode, options, forward.per(attempts), backward.per(attempts))
 
 
 def test_implicit_steps() -> None:

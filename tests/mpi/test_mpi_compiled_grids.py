@@ -1,0 +1,216 @@
+"""Whole sweeps of machine code, of states with ghost cells."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from distributed import SELF, difference, results
+from ranks import checks, comm
+
+import pnode
+from pnode import errors
+from pnode.parallel import Grid, total
+from pnode.solvers.compiled import account, driver
+
+pytestmark = pytest.mark.mpi
+D = torch.float64
+BAD = comm.size - 1
+EXACT = 1e-13  # sums in another order
+FIXED: dict[str, Any] = {"method": "rk4", "step_size": 0.03}
+FSAL: dict[str, Any] = {"method": "bosh3", "step_size": 0.05}
+ADAPTIVE: dict[str, Any] = {"method": "dopri5", "rtol": 1e-7}
+OTHER: dict[str, Any] = {"method": "heun3", "step_size": 0.04}
+
+
+class Field(torch.nn.Module):
+    """Cells that fall, and are moved by their neighbours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor([0.8, 0.1], dtype=D))
+        self.fault: BaseException | None = None
+        self.scale = torch.ones((), dtype=D)
+
+    def forward(self, t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """Cells below zero leave the domain of f."""
+        if self.fault is not None:
+            raise self.fault
+        here = u[1:-1]
+        moved = self.w[1] * (u[2:] - 2.0 * here + u[:-2])
+        return -self.scale * self.w[0] * torch.sqrt(here) + moved * torch.cos(t)
+
+
+class Trial:
+    """A solver of cells that the ranks share, and what it gives if nothing fails."""
+
+    def __init__(self, **options: Any) -> None:
+        self.field, self.grid = Field(), Grid((4 * comm.size + 1,), comm=comm)
+        self.solver = pnode.Solver(self.field, layout=self.grid, compile=True, **options)
+        self.good = self.gradient()
+        checks.true("'whole sweeps'" in repr(self.solver), self.solver)
+
+    def start(self, lowest: float = 1.0) -> torch.Tensor:
+        """Cells of this rank; the lowest one is on the last."""
+        y0 = torch.linspace(2.0, 3.0, self.grid.size, dtype=D)
+        if comm.rank == BAD:
+            y0[-1] = lowest
+        return y0
+
+    def solve(self, lowest: float = 1.0, end: float = 0.5) -> pnode.Solution:
+        """Solve."""
+        return self.solver(self.start(lowest), torch.tensor([0.0, 0.5 * end, end], dtype=D))
+
+    def gradient(self, **options: Any) -> torch.Tensor:
+        """The derivative of a loss of all cells."""
+        loss = total(self.solve(**options).ys[-1].square().sum(), comm)
+        (gradient,) = torch.autograd.grad(loss, self.field.w)
+        return gradient
+
+    def expect(self, kind: type, text: str, found: BaseException | None, *what: Any) -> None:
+        """Check an error, and that the solver works as before."""
+        checks.true(type(found) is kind and text in str(found), *what, repr(found))
+        checks.true(torch.equal(self.gradient(), self.good), *what, "works again")
+
+
+def caught(function: Any, *arguments: Any, **options: Any) -> BaseException | None:
+    """What a call raises."""
+    try:
+        function(*arguments, **options)
+    except BaseException as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("ring", FIXED), ("ring", ADAPTIVE), ("plane", FSAL), ("plane", ADAPTIVE), ("graph", OTHER)],
+)
+def test_ranks_against_one(name: str, options: dict[str, Any]) -> None:
+    """Outputs, steps and gradients are those of a field without ghost cells, and of Python's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found, stats = results(name, comm, compile=True, **options)
+    for other, compiled in ((SELF, False), (comm, False)):
+        expected, steps = results(name, None if other is SELF else comm, compile=compiled,
+                                  **options)  # fmt: skip
+        off, what = difference(found, expected)
+        checks.below(off, EXACT, name, options, what)
+        checks.true((stats.steps, stats.rejected) == (steps.steps, steps.rejected), stats, steps)
+
+
+@pytest.mark.parametrize("options", [FSAL, ADAPTIVE | {"first_step": 1.0}])
+def test_sweeps_again(options: dict[str, Any]) -> None:
+    """Attempts that leave the domain on one rank, second sweeps, and losses of some ranks alone."""
+    trial = Trial(**options)
+    plain = pnode.Solver(trial.field, layout=trial.grid, compile=False, **options)
+    y0 = trial.start(0.01 if "rtol" in options else 1.0).requires_grad_()
+    found = []
+    for solver in (trial.solver, plain):
+        solution = solver(y0, torch.tensor([0.0, 0.1, 0.05 if "rtol" not in options else 0.2],
+                                           dtype=D).sort().values)  # fmt: skip
+        loss = total(solution.ys[-1].square().sum() * (comm.rank == BAD), comm)
+        inputs = (trial.field.w, y0)
+        first = torch.autograd.grad(loss, inputs, retain_graph=True)
+        second = torch.autograd.grad(loss, inputs)
+        checks.true(all(map(torch.equal, first, second)), options, first, second)
+        found.append((solution, *first))
+    (one, *gradients), (other, *expected) = found
+    counts = [(s.stats.steps, s.stats.rejected) for s in (one, other)]
+    checks.true(counts[0] == counts[1], options, *counts)
+    checks.true("rtol" not in options or counts[0][1] > 0, options, *counts)
+    for a, b in zip((one.ys, *gradients), (other.ys, *expected), strict=True):
+        # Near the root's end round-off in y is a hundred times as large in f.
+        checks.true(torch.allclose(a, b, rtol=1e-11, atol=1e-13), options, a, b)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("options", [FIXED, ADAPTIVE])
+def test_failures(options: dict[str, Any]) -> None:
+    """What fails on one rank, before, in and after the sweep, is the same error on all."""
+    trial = Trial(**options)
+    where = f"rank {BAD}"
+    error = caught(trial.solve, lowest=0.2, end=4.0)
+    trial.expect(errors.NonFiniteVectorField, where, error, options, "in the sweep")
+    for fault in (ValueError("boom"), KeyboardInterrupt()):
+        trial.field.fault = fault if comm.rank == BAD else None
+        error = caught(trial.solve)
+        trial.field.fault = None
+        interrupted = isinstance(fault, KeyboardInterrupt) and comm.rank == BAD
+        kind = KeyboardInterrupt if interrupted else errors.RankError
+        trial.expect(kind, str(fault), error, options, "before it")
+    loss = total(trial.solve().ys[-1].square().sum(), comm)
+    if comm.rank == BAD:
+        trial.field.scale += 1.0
+    error = caught(torch.autograd.grad, loss, trial.field.w)
+    trial.field.scale = torch.ones((), dtype=D)
+    trial.expect(errors.FieldChanged, where, error, options, "after it")
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("options", [FIXED, ADAPTIVE])
+@pytest.mark.parametrize("when", ["forwards", "backwards", "again", "at the end"])
+def test_interrupts(options: dict[str, Any], when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One between two steps of one rank ends the sweep of all; "again": repeated steps."""
+    trial, calls, goes_on = Trial(**options), [], driver.CompiledSweep._goes_on
+    loss = total(trial.solve().ys[-1].square().sum(), comm)
+    if when == "again":
+        torch.autograd.grad(loss, trial.field.w, retain_graph=True)
+
+    def interrupted(self: Any, status: int) -> bool:
+        calls.append(status)
+        if comm.rank == BAD and (status == 0 if when == "at the end" else len(calls) == 3):
+            raise KeyboardInterrupt
+        return goes_on(self, status)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(driver, "PATIENCE", 0.0)  # a call is a step
+        patched.setattr(driver.CompiledSweep, "_goes_on", interrupted)
+        if when == "forwards":
+            error = caught(trial.solve)
+        else:
+            error = caught(torch.autograd.grad, loss, trial.field.w)
+    kind = KeyboardInterrupt if comm.rank == BAD else errors.RankError
+    trial.expect(kind, "", error, options, when)
+
+
+def test_what_stays_uncompiled() -> None:
+    """Limits, implicit methods, float32: without, and right."""
+    trial = Trial(**FIXED)
+    for more, kind in (
+        ({"checkpointing": pnode.Checkpointing(memory=4000)}, D),
+        ({"method": "cn", "step_size": 0.03}, D),
+        ({}, torch.float32),
+    ):
+        y0 = trial.start().to(kind)
+        field = Field().to(kind)
+        field.scale = field.scale.to(kind)
+        found = []
+        for compile_ in (True, False):
+            given = {**FIXED, **more}
+            solver = pnode.Solver(field, layout=trial.grid, compile=compile_, **given)
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                loss = total(solver(y0, torch.tensor([0.0, 0.3], dtype=D)).ys[-1].sum(), comm)
+                found += torch.autograd.grad(loss, field.w)
+            told = [one for one in told if "compile=True" in str(one.message)]
+            checks.true(len(told) == compile_, more, *told)
+        checks.true(torch.equal(*found), more, *found)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks compile in the same solve, and go on with the same numbers."""
+    monkeypatch.setattr(account, "_LOOK", 100)
+    monkeypatch.setattr(account, "_PRICE", 4000)
+    trial = Trial(**FIXED)
+    trial.solver = pnode.Solver(trial.field, layout=trial.grid, **FIXED)
+    made = []
+    for _ in range(10):
+        off = float((trial.gradient() - trial.good).norm() / trial.good.norm())
+        checks.below(off, EXACT)
+        made.append("'whole sweeps'" in repr(trial.solver))
+    checks.true(not made[1] and made[-1], made)
+    checks.true(len(set(comm.allgather(made.index(True)))) == 1, made)
