@@ -154,7 +154,7 @@ class DenseAdjoint(NodeCotangents):
                 continue
             for inside, w in self._wanted[step]:
                 weights, theta = window.weights(inside), inside.theta
-                rates = None if theta is None else window.rates(theta)
+                rates = window.rates(theta) if self._wants_times and theta is not None else None
                 state.add_(w, alpha=weights.state[i])
                 if rates is not None:
                     self.times[inside.index] += rates.state[i] / h * float(torch.dot(w, u))

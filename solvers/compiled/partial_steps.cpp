@@ -61,9 +61,8 @@ extern "C" {
 
 // Takes over the kernel.
 void* pnode_partial(void* kernel) {
-    std::unique_ptr<Kernel> own(static_cast<Kernel*>(kernel));
     try {
-        return new PartialSteps(own.release());
+        return new PartialSteps(static_cast<Kernel*>(kernel));
     } catch (...) {
         return nullptr;
     }
