@@ -7,9 +7,12 @@ import warnings
 import pytest
 import torch
 from test_compiled_stiff import START, Constrained, Kinetics, difference
+from test_forms import Reaction, Transport
 from torch.func import jvp
 
 import pnode
+from pnode.solvers.compiled.partial_steps import CompiledParts
+from pnode.sweeping.partial_steps import PartialSteps
 
 D = torch.float64
 # In one step, at the end of one, and elsewhere.
@@ -55,10 +58,46 @@ def compare(within, **keywords):
     {"method": "bdf3", "step_size": 0.02, **OWN_CONVERGED},
     {"method": "radau5", "rtol": 1e-5, "atol": 1e-7, **OWN_CONVERGED},
     {"method": "gauss6", "step_size": 0.1, **OWN_CONVERGED},
+    {"method": "rodaspr", "step_size": 0.1, "event_fn": lambda t, y: t - 0.73},
+    {"method": "sdirk2", "step_size": 0.1, "cost": lambda t, y: y.square().sum(), **CONVERGED},
     {"method": "rodaspr", "step_size": 0.01, "times": -0.1 * TIMES, "y0": 0.1 * START},
 ])  # fmt: skip
 def test_outputs_inside_steps(keywords):
     compare(1e-9, **keywords)
+
+
+def test_partial_steps_are_machine_code(monkeypatch):
+    """Of both parts of a field; where it fails at a step Python takes them, and their adjoints."""
+    implicit, explicit, found = Reaction(), Transport(), []
+    y0 = torch.tensor([1.0, 0.5], dtype=D, requires_grad=True)
+    tensors = [y0, TIMES.clone().requires_grad_(), implicit.rates, explicit.speed]
+
+    def solve(compile):
+        solver = pnode.Solver(
+            implicit=implicit, explicit=explicit, method="arkimex3", step_size=0.1, dense=True,
+            jacobian="dense", compile=compile, **CONVERGED,
+        )  # fmt: skip
+        ys = solver(y0, tensors[1]).ys
+        loss = (ys * torch.linspace(-1.0, 2.0, ys.numel(), dtype=D).view(ys.shape)).sum()
+        found.append([ys.detach(), *torch.autograd.grad(loss, tensors)])
+        assert ("compiled='whole sweeps'" in repr(solver)) == compile
+
+    solve(False)
+    with monkeypatch.context() as patch:
+        patch.setattr(PartialSteps, "taken", None)
+        solve(True)
+    whole, failed = CompiledParts.take, []
+
+    def take(self, step, *given, **more):
+        if step.index:
+            return whole(self, step, *given, **more)
+        return failed.append(step.index)
+
+    monkeypatch.setattr(CompiledParts, "take", take)
+    solve(True)
+    assert set(failed) == {0}
+    for expected, *others in zip(*found, strict=True):
+        assert all(difference(a, expected) < 1e-9 for a in others)
 
 
 @pytest.mark.parametrize("method", ["es325", "bdf", "rodaspr"])

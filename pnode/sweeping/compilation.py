@@ -31,6 +31,7 @@ from pnode.solvers.compiled.evaluations import local
 from pnode.solvers.compiled.guards import Asks
 from pnode.solvers.compiled.inductor import cache_folder
 from pnode.sweeping.engine import Engine
+from pnode.sweeping.partial_steps import inner_points
 from pnode.sweeping.recording import new_budget
 from pnode.sweeping.run import Requests, Run
 
@@ -135,7 +136,8 @@ def _wanted(
         requests.dense, watched, partial(_lent, weakref.ref(engine)), engine.compile == "auto",
         new_budget(engine, requests), ghosts=engine.exchange is not None,
     )  # fmt: skip
-    if requests.events is not None:
+    inside = requests.dense and inner_points(settings.method)
+    if requests.events is not None or inside:
         single = replace(settings, adaptive=False)
         parts = replace(wanted, settings=single, options=engine.solver_options(single))
         wanted = replace(wanted, parts=parts)

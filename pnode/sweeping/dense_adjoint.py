@@ -8,10 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from pnode.adjoint.reverse import NodeCotangents
-from pnode.adjoint.stepper import AdjointStepper, TorchAdjointStepper
-from pnode.base import vectors
 from pnode.base.interpolation import Hermite, polynomial_rate
-from pnode.base.ledger import Ledger
 from pnode.base.vectors import REAL
 from pnode.field.linearization import Linearization
 from pnode.field.products import accumulate
@@ -42,10 +39,6 @@ class DenseAdjoint(NodeCotangents):
         Whether ``times`` is wanted, for which values are needed, not only their graphs.
     partial : PartialSteps or None
         Of the method.
-    adjoint : AdjointStepper or None
-        Of these, has begun.
-    ledger : Ledger
-        Counts them.
 
     Attributes
     ----------
@@ -64,11 +57,9 @@ class DenseAdjoint(NodeCotangents):
         cotangents: torch.Tensor,
         wants_times: bool,
         partial: PartialSteps | None,
-        adjoint: AdjointStepper | None,
-        ledger: Ledger,
     ) -> None:
         self._dense = dense
-        self._partial, self._adjoint, self._ledger = partial, adjoint, ledger
+        self._partial = partial
         self._wants_times = wants_times
         self._steps = steps
         self._field, self._rates = field, Rates(field)
@@ -88,6 +79,7 @@ class DenseAdjoint(NodeCotangents):
             for node, i in dense.windows[step].ends if step in dense.windows else []:
                 self._users[node].append((step, i))
         self._ends: dict[int, Rate] = {}  # known already, of nodes that are still to come
+        self._shares: dict[int, torch.Tensor] = {}  # of steps with partial ones
         # What the states and slopes at both ends of a step get through those inside of it.
         self._pulled: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
 
@@ -111,29 +103,29 @@ class DenseAdjoint(NodeCotangents):
             return None
         total = torch.zeros_like(self._dense.states[node])
         for user, i in self._users[node]:
-            for inside, w in self._wanted[user]:
-                total.add_(w, alpha=self._dense.windows[user].weights(inside).state[i])
+            if user not in self._shares:
+                self._shares[user] = self._shared(user)
+            total.add_(self._shares[user][i])
         if node not in self._wanted:
             return total
-        partial, adjoint, wanted = self._partial, self._adjoint, self._wanted[node]
-        assert partial is not None and isinstance(adjoint, TorchAdjointStepper)
         step, window, start = self._steps[node], self._dense.windows[node], self._dense.states[node]
-        before, states = adjoint.state, [start]
-        for i, (part, trial) in enumerate(partial.taken(step, start), 1):
-            states.append(vectors.copy_out(trial.solution))
-            adjoint.load(trial.checkpoint(None))
-            adjoint.state = torch.zeros_like(total)
-            for inside, w in wanted:
-                adjoint.state.add_(w, alpha=window.weights(inside).state[i])
-            adjoint.step(part, self._ledger)
-            total.add_(adjoint.state)
-        adjoint.state = before
-        states.append(self._dense.states[node + 1])
-        for inside, w in wanted:
+        wanted = self._wanted[node]
+        assert self._partial is not None
+        states, through = self._partial.pull_back(step, start, self._shares.pop(node)[1:-1])
+        total.add_(through)
+        states = [start, *states, self._dense.states[node + 1]]
+        for inside, w in wanted if self._wants_times else ():
             if inside.theta is not None:
                 change = combined(window.rates(inside.theta), states, [], 1.0)
                 self.times[inside.index] += float(torch.dot(w, change)) / step.length
         return total
+
+    def _shared(self, step: int) -> torch.Tensor:
+        """Return the cotangents of the states that a step's polynomial goes through."""
+        wanted, window = self._wanted[step], self._dense.windows[step]
+        rows = torch.stack([w for _, w in wanted])
+        weights = torch.tensor([window.weights(inside).state for inside, _ in wanted], dtype=REAL)
+        return weights.T.to(rows) @ rows
 
     def _through_ends(self, node: int) -> torch.Tensor | None:
         """Collect from the steps around, of whose interpolants this state is a node.
@@ -162,7 +154,7 @@ class DenseAdjoint(NodeCotangents):
                 continue
             for inside, w in self._wanted[step]:
                 weights, theta = window.weights(inside), inside.theta
-                rates = None if theta is None else window.rates(theta)
+                rates = window.rates(theta) if self._wants_times and theta is not None else None
                 state.add_(w, alpha=weights.state[i])
                 if rates is not None:
                     self.times[inside.index] += rates.state[i] / h * float(torch.dot(w, u))

@@ -261,8 +261,9 @@ class SteppedSweep(Sweep):
             if self.dense is not None:
                 dense = DenseAdjoint(
                     self.dense, trajectory.steps, field, cotangents, wants_times,
-                    PartialSteps.of(engine, run.settings, run.field(ledger), y0, leases),
-                    adjoint, ledger,
+                    PartialSteps.of(
+                        engine, run.settings, run.field(ledger), y0, leases, lambda: adjoint
+                    ),
                 )  # fmt: skip
             reverse = Reverse(
                 trajectory, adjoint, self._repeated(run, y0), problem, y0, run.settings, run.field,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pnode.adjoint.gradients import CostGradients
+from pnode.adjoint.stepper import AdjointStepper
 from pnode.adjoint.tangents import Moving
 from pnode.base.evidence import Reads
 from pnode.base.surroundings import Surroundings
@@ -124,7 +125,9 @@ class WholeSweep(Sweep):
         start, noted = y0.detach().to(REAL, copy=True), Noted()
         steps, ends = self._compiled.recorded()[0], self._compiled.ends()
         with ExitStack() as leases:
-            partial = PartialSteps.of(self._engine, run.settings, field, y0, leases)
+            partial = PartialSteps.of(
+                self._engine, run.settings, field, y0, leases, compiled=self._compiled.parts
+            )
             self.dense = dense = DenseOutput(
                 run.problem.times, run.settings.method, start, field, emit, keep, partial
             )  # fmt: skip
@@ -207,21 +210,23 @@ class WholeSweep(Sweep):
         engine, ledger = self._engine, run.stats.backward
         steps, field = self._compiled.recorded()[0], run.field(ledger)
         with ExitStack() as leases, torch.enable_grad():
-            adjoint = None
-            partial = PartialSteps.of(engine, run.settings, run.field(ledger), y0, leases)
-            if partial is not None:
+
+            def lease() -> AdjointStepper:
                 lent = engine.adjoint(run.settings, bool(field.parameters))
                 adjoint = leases.enter_context(lent)
                 adjoint.begin(field)
-            inside = DenseAdjoint(
-                self.dense, steps, field, cotangents, wants_times, partial, adjoint, ledger
+                return adjoint
+
+            partial = PartialSteps.of(
+                engine, run.settings, run.field(ledger), y0, leases, lease, self._compiled.parts
             )
+            inside = DenseAdjoint(self.dense, steps, field, cotangents, wants_times, partial)
             for node in range(len(steps), -1, -1):
                 found = inside.at(node, _no_checkpoint, _no_graphs)
                 if found is not None:
                     rows[node] = found
-            if adjoint is not None:
-                of_parts = adjoint.parameter_gradients(len(field.parameters))
+            if partial is not None:
+                of_parts = partial.parameter_gradients(len(field.parameters))
                 accumulate(inside.parameters, tuple(of_parts))
         return inside
 

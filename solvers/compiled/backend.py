@@ -154,7 +154,7 @@ class Wanted:
     budget : callable or None
         Returns what checkpoints of a problem may take; None: any number.
     parts : Wanted or None
-        How parts of steps are taken, where events are looked for.
+        How parts of steps are taken, where events are looked for or outputs lie inside of steps.
     ghosts : bool
         Whether the state has ghost cells.
     needed : str

@@ -24,6 +24,7 @@ from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.compiled.budgets import Budget
 from pnode.solvers.compiled.driver_library import at, library, source
 from pnode.solvers.compiled.kernel import Kernel
+from pnode.solvers.compiled.partial_steps import CompiledParts
 from pnode.solvers.compiled.records import (
     ENDS,
     Counts,
@@ -82,6 +83,7 @@ class CompiledSweep:
     _handle: Any = None
     status = _PAUSED  # of a forward sweep
     shown: ShownSteps | None = None  # if someone looks at the steps
+    parts: CompiledParts | None = None  # of its steps, for outputs inside of them
     told: Callable[[int], None] | None = None  # how many are left to a backward sweep
 
     def __init__(

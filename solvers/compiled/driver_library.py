@@ -39,8 +39,8 @@ def library() -> ctypes.CDLL:
     """
     text = source(
         "kernel.h", "checkpoints.h", "ranks.h", "clock.h", "sweeps.cpp", "sweep_derivatives.cpp",
-        "shown_steps.cpp", "sweep_calls.cpp", "rows.cpp", "graphs.h", "graph_steps.cpp",
-        "staged_steps.cpp",
+        "shown_steps.cpp", "sweep_calls.cpp", "partial_steps.cpp", "rows.cpp", "graphs.h",
+        "graph_steps.cpp", "staged_steps.cpp",
     )  # fmt: skip
     made = compile_source(text, _FLAGS, "driver-")
     pointer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
@@ -61,6 +61,10 @@ def library() -> ctypes.CDLL:
         "shown": (None, [pointer] * 3),
         "part": (number, [pointer, pointer, real, pointer]),
         "cut": (None, [pointer, real]),
+        "partial": (pointer, [pointer]),
+        "partial_take": (number, [pointer] * 2 + [real, pointer, number, number, pointer, pointer]),
+        "partial_adjoint": (number, [pointer, pointer, real] + [pointer] * 3),
+        "partial_counts": (None, [pointer, pointer]),
         "ends": (None, [pointer, pointer]),
         "nodes": (number, [pointer, pointer, number]),
         "reverse": (number, [pointer, pointer, pointer, pointer, real]),
@@ -77,8 +81,8 @@ def library() -> ctypes.CDLL:
         "rows_counts": (None, [pointer, number, pointer]),
     }
     with_handle = (
-        "torch free_plan free_staged_plan free_sweep keep_ends stop fail repeat restart "
-        "rows_restart free_rows"
+        "torch free_plan free_staged_plan free_sweep free_partial keep_ends stop fail repeat "
+        "restart rows_restart free_rows"
     )
     functions |= dict.fromkeys(with_handle.split(), (None, [pointer]))
     for name, (result, arguments) in functions.items():

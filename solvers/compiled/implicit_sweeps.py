@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from pnode.solvers.compiled.evaluations import agree
 from pnode.solvers.compiled.fields import field_code
 from pnode.solvers.compiled.graph_programs import GraphProgram, is_linear
 from pnode.solvers.compiled.implicit_settings import prepared, scheme_of, tolerance
+from pnode.solvers.compiled.partial_steps import CompiledParts
 from pnode.solvers.compiled.programs import MOST_STAGES, ImplicitProgram, Program
 from pnode.solvers.compiled.second_graphs import SecondGraphs
 from pnode.solvers.compiled.shown_steps import ShownSteps
@@ -167,23 +169,23 @@ class ImplicitSweeps(Backend):
         program: Any = checked[0].code
         if len(checked) > 1:
             program = SplitProgram(program, checked[1].code)
-        handle = _stand_at(program, checked[0].code, y0, field_.problem.mass, wanted)
+        problem, parts = field_.problem, wanted.parts
+        stand = partial(_stand_at, program, checked[0].code, y0, problem.mass)
+        handle = stand(wanted)
         budget = Budget()
         if wanted.keep and wanted.budget is not None:
-            budget = wanted.budget(field_.problem)
+            budget = wanted.budget(problem)
         if "cuts" in wanted.watched and wanted.settings.method.carries_slope:
             budget = budget._replace(fresh=True)  # as EventLocator.before_step has it
         sweep = CompiledSweep(
-            program, handle, None, field_.problem, wanted.settings, wanted.control, wanted.keep,
+            program, handle, None, problem, wanted.settings, wanted.control, wanted.keep,
             wanted.control.first_step or 0.0, budget, wanted.dense,
         )  # fmt: skip
         if wanted.watched:
-            trial = None
-            if wanted.parts is not None:
-                trial = _stand_at(
-                    program, checked[0].code, y0, field_.problem.mass, wanted.parts
-                )  # fmt: skip
+            trial = stand(parts) if parts is not None and "events" in wanted.watched else None
             sweep.watch(ShownSteps(wanted.settings, y0), trial)
+        if parts is not None and wanted.dense:
+            sweep.parts = CompiledParts(program, stand(parts), problem.direction)
         return Compilation(sweep, captured=tuple(program.captured))
 
 
