@@ -349,13 +349,15 @@ def smooth(a, b):
 def shaped(a, b):
     """Operations that move or combine entries; a and b have the shape (2, 3)."""
     torch_, index = torch.nn.functional, torch.tensor([[2, 0, 1], [1, 1, 0]])
+    knots = torch.tensor([0.33, 0.6], dtype=a.dtype)
+    below, upto = (torch.searchsorted(knots, a[0].detach(), right=right) for right in (True, False))
     parts = [
         a @ b.t(), torch.bmm(a[None], b.t()[None]), torch.einsum("ij,kj->ik", a, b),
         torch.cat([a, b], 1)[:, 1:4], torch.stack([a, b]).transpose(0, 2), a.roll(1, 1), b.flip(0),
         a.gather(1, index), a[:, [2, 0]], torch_.softmax(a, -1), torch_.log_softmax(b, 0),
         torch_.layer_norm(a, (3,)), a.mean(0), a.var(1), a.norm(dim=1), a.prod(1), a.amax(1),
         torch.logsumexp(a, 1), a.cumsum(1), a.tril(), torch_.pad(a, (1, 1)), a.unbind(1)[1],
-        a.diagonal(),
+        a.diagonal(), b[1][below], knots[upto - 2] * b[0],
         torch.outer(a[0], b[1]), a.repeat(2, 1), a.expand(2, 2, 3), a.reshape(3, 2).squeeze(),
         torch.addmm(a[:, :2], a, b.t(), beta=0.5, alpha=2.0), torch.mv(a, b[0]), a[0].dot(b[0]),
     ]  # fmt: skip
