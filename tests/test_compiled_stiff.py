@@ -205,22 +205,18 @@ def test_steps_that_fail_are_tried_again(method):
     solutions = [pnode.Solver(jump, compile=c, **keywords)(START, times) for c in (False, True)]
     eager, compiled = (solution.stats for solution in solutions)
     assert eager.rejected > 2
-    if method == "radau5":
-        assert (compiled.steps, compiled.rejected) == (eager.steps, eager.rejected)
-        assert difference(solutions[1].ys, solutions[0].ys) < 1e-9
-    else:
-        # Behind the jump round-off decides which steps of BDF are rejected: y0 changed by 1e-15 to
-        # 1e-12 of itself has 174 to 192 steps and 43 to 83 rejections without compile, too. What is
-        # left to compare is both errors, which tolerances of 1e-7 a step bound.
-        spread = [
-            pnode.Solver(jump, compile=False, **keywords)((1.0 + each) * START, times).stats
-            for each in (1e-15, -1e-15, 1e-14, -1e-14, 1e-13, 1e-12)
-        ]
-        for name in ("steps", "rejected"):
-            counts = [getattr(stats, name) for stats in (*spread, eager)]
-            width = max(counts) - min(counts)
-            assert min(counts) - width <= getattr(compiled, name) <= max(counts) + width
-        assert difference(solutions[1].ys, solutions[0].ys) < 1e-6
+    # Behind the jump round-off decides which steps are rejected: y0 changed by 1e-15 to 1e-12 of
+    # itself has 174 to 192 steps and 43 to 83 rejections of BDF without compile, too, and of radau5
+    # 113 to 118 and 41 to 47. What is left to compare is the errors, which the tolerances bound.
+    spread = [
+        pnode.Solver(jump, compile=False, **keywords)((1.0 + each) * START, times).stats
+        for each in (1e-15, -1e-15, 1e-14, -1e-14, 1e-13, 1e-12)
+    ]
+    for name in ("steps", "rejected"):
+        counts = [getattr(stats, name) for stats in (*spread, eager)]
+        width = max(counts) - min(counts)
+        assert min(counts) - width <= getattr(compiled, name) <= max(counts) + width
+    assert difference(solutions[1].ys, solutions[0].ys) < (1e-9 if method == "radau5" else 1e-6)
 
 
 @pytest.mark.parametrize("method", ["bdf", "radau5"])
