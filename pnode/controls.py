@@ -44,14 +44,20 @@ class Control(torch.nn.Module):
         """All times."""
         return self.times
 
+    def _at(self, t: torch.Tensor, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a time, and the index of the last sample that is not after it, at most ``last``.
+
+        The index stays a tensor, in operations that torch's compiler follows.
+        """
+        t = real_times("t", t, "give a time").to(self.times)
+        found = torch.searchsorted(self.times.detach(), t.detach(), right=True) - 1
+        return t, found.clamp(0, last)
+
     def _between(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the index of the interval of a time, its length, and where in it, in [0, 1]."""
-        times = self.times
-        t = real_times("t", t, "give a time").to(times)
-        last = len(times) - 2
-        i = (torch.searchsorted(times.detach(), t.detach(), right=True) - 1).clamp(0, last)
-        length = times[i + 1] - times[i]
-        return i, length, ((t - times[i]) / length).clamp(0.0, 1.0)
+        t, i = self._at(t, len(self.times) - 2)
+        begin, end = _row(self.times, i), _row(self.times, i + 1)
+        return i, end - begin, ((t - begin) / (end - begin)).clamp(0.0, 1.0)
 
 
 class _Hold(Control):
@@ -64,9 +70,7 @@ class _Hold(Control):
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         """Return the value at the last sample that is not after t."""
-        t = real_times("t", t, "give a time").to(self.times)
-        i = (torch.searchsorted(self.times, t.detach(), right=True) - 1).clamp(min=0)
-        return self.values[i]
+        return _row(self.values, self._at(t, len(self.times) - 1)[1])
 
 
 class _Linear(Control):
@@ -74,7 +78,7 @@ class _Linear(Control):
         """Return the value at a time."""
         i, _, theta = self._between(t)
         theta = theta.to(self.values)
-        return (1.0 - theta) * self.values[i] + theta * self.values[i + 1]
+        return (1.0 - theta) * _row(self.values, i) + theta * _row(self.values, i + 1)
 
 
 class _Cubic(Control):
@@ -89,9 +93,10 @@ class _Cubic(Control):
         values = self.values
         rows = _second_derivatives(self.times) if self._rows is None else self._rows
         rest = 1.0 - theta
-        weights = (rest**3 - rest) * rows[i] + (theta**3 - theta) * rows[i + 1]
+        weights = (rest**3 - rest) * _row(rows, i) + (theta**3 - theta) * _row(rows, i + 1)
         bent = torch.tensordot((weights * length**2 / 6.0).to(values), values, dims=1)
-        return rest.to(values) * values[i] + theta.to(values) * values[i + 1] + bent
+        straight = rest.to(values) * _row(values, i) + theta.to(values) * _row(values, i + 1)
+        return straight + bent
 
 
 def hold(times: Sequence[float] | torch.Tensor, values: torch.Tensor) -> Control:
@@ -170,6 +175,11 @@ def _samples(times: object, values: object) -> tuple[torch.Tensor, torch.Tensor]
     if not is_finite(values.detach()):
         raise ConfigurationError("values contains NaN or infinity: give finite samples")
     return knots, values
+
+
+def _row(rows: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
+    """Return ``rows[i]``, whose index no compiled code would have to be told as a number."""
+    return rows.index_select(0, i.reshape(-1)).reshape(i.shape + rows.shape[1:])
 
 
 def _second_derivatives(times: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ import gpu  # noqa: E402
 import stiff  # noqa: E402
 import stiff_gradients  # noqa: E402
 from stiff_problems import PROBLEMS, SENSITIVITIES  # noqa: E402
+from stiff_solvers import create_solver  # noqa: E402
 
 D = torch.float64
 EVERY = {**PROBLEMS, **{name: item.problem for name, item in SENSITIVITIES.items()}}
@@ -82,6 +83,15 @@ def test_counts_are_those_of_the_ledger(tmp_path, run, capsys):
     assert gradient["backward_rhs"] == ledger.backward.rhs
     assert gradient["vjp"] == ledger.backward.vjp > 0
     assert gradient["error"] < 1e-3
+
+
+def test_radau5_takes_no_more_than_scipy_s():
+    """Evaluations and columns, where Newton's method is often at its limit of iterations."""
+    sums = []
+    for solver in ("radau5", "scipy-radau"):
+        runs = [create_solver(solver, PROBLEMS["HIRES"]).count(rtol) for rtol in (1e-5, 1e-6)]
+        sums.append(sum(run.rhs + 8 * run.jacobians for run in runs))
+    assert sums[0] < 1.02 * sums[1]
 
 
 @pytest.mark.parametrize("name", list(EVERY))

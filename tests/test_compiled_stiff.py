@@ -205,22 +205,18 @@ def test_steps_that_fail_are_tried_again(method):
     solutions = [pnode.Solver(jump, compile=c, **keywords)(START, times) for c in (False, True)]
     eager, compiled = (solution.stats for solution in solutions)
     assert eager.rejected > 2
-    if method == "radau5":
-        assert (compiled.steps, compiled.rejected) == (eager.steps, eager.rejected)
-        assert difference(solutions[1].ys, solutions[0].ys) < 1e-9
-    else:
-        # Behind the jump round-off decides which steps of BDF are rejected: y0 changed by 1e-15 to
-        # 1e-12 of itself has 174 to 192 steps and 43 to 83 rejections without compile, too. What is
-        # left to compare is both errors, which tolerances of 1e-7 a step bound.
-        spread = [
-            pnode.Solver(jump, compile=False, **keywords)((1.0 + each) * START, times).stats
-            for each in (1e-15, -1e-15, 1e-14, -1e-14, 1e-13, 1e-12)
-        ]
-        for name in ("steps", "rejected"):
-            counts = [getattr(stats, name) for stats in (*spread, eager)]
-            width = max(counts) - min(counts)
-            assert min(counts) - width <= getattr(compiled, name) <= max(counts) + width
-        assert difference(solutions[1].ys, solutions[0].ys) < 1e-6
+    # Behind the jump round-off decides which steps are rejected: y0 changed by 1e-15 to 1e-12 of
+    # itself has 174 to 192 steps and 43 to 83 rejections of BDF without compile, too, and of radau5
+    # 113 to 118 and 41 to 47. What is left to compare is the errors, which the tolerances bound.
+    spread = [
+        pnode.Solver(jump, compile=False, **keywords)((1.0 + each) * START, times).stats
+        for each in (1e-15, -1e-15, 1e-14, -1e-14, 1e-13, 1e-12)
+    ]
+    for name in ("steps", "rejected"):
+        counts = [getattr(stats, name) for stats in (*spread, eager)]
+        width = max(counts) - min(counts)
+        assert min(counts) - width <= getattr(compiled, name) <= max(counts) + width
+    assert difference(solutions[1].ys, solutions[0].ys) < (1e-9 if method == "radau5" else 1e-6)
 
 
 @pytest.mark.parametrize("method", ["bdf", "radau5"])
@@ -349,13 +345,15 @@ def smooth(a, b):
 def shaped(a, b):
     """Operations that move or combine entries; a and b have the shape (2, 3)."""
     torch_, index = torch.nn.functional, torch.tensor([[2, 0, 1], [1, 1, 0]])
+    knots = torch.tensor([0.33, 0.6], dtype=a.dtype)
+    below, upto = (torch.searchsorted(knots, a[0].detach(), right=right) for right in (True, False))
     parts = [
         a @ b.t(), torch.bmm(a[None], b.t()[None]), torch.einsum("ij,kj->ik", a, b),
         torch.cat([a, b], 1)[:, 1:4], torch.stack([a, b]).transpose(0, 2), a.roll(1, 1), b.flip(0),
         a.gather(1, index), a[:, [2, 0]], torch_.softmax(a, -1), torch_.log_softmax(b, 0),
         torch_.layer_norm(a, (3,)), a.mean(0), a.var(1), a.norm(dim=1), a.prod(1), a.amax(1),
         torch.logsumexp(a, 1), a.cumsum(1), a.tril(), torch_.pad(a, (1, 1)), a.unbind(1)[1],
-        a.diagonal(),
+        a.diagonal(), b[1][below], knots[upto - 2] * b[0],
         torch.outer(a[0], b[1]), a.repeat(2, 1), a.expand(2, 2, 3), a.reshape(3, 2).squeeze(),
         torch.addmm(a[:, :2], a, b.t(), beta=0.5, alpha=2.0), torch.mv(a, b[0]), a[0].dot(b[0]),
     ]  # fmt: skip

@@ -1,5 +1,7 @@
 """Controls through samples: values, ends, gradients, and what is refused."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -64,6 +66,35 @@ def test_a_solve_has_gradients_to_samples(kind):
 
     point = VALUES.clone().requires_grad_()
     assert torch.autograd.gradcheck(loss, point, check_undefined_grad=False)
+
+
+class Driven(torch.nn.Module):
+    def __init__(self, control):
+        super().__init__()
+        self.control = control
+
+    def forward(self, t, y):
+        return self.control(t) - y * y
+
+
+@pytest.mark.parametrize("kind", [controls.hold, controls.linear, controls.cubic])
+def test_compiled_solves(kind):
+    """Euler's steps against a loop under autograd; Rosenbrock's, with df/dt, without a compiler."""
+    field = Driven(kind(TIMES, torch.nn.Parameter(VALUES.clone())))
+    y, h, found = torch.zeros(2, dtype=torch.float64), 1.5 / 64, []
+    for k in range(64):
+        y = y + h * field(torch.tensor(k * h, dtype=torch.float64), y)
+    found.append((y, *torch.autograd.grad(y.sum(), field.parameters())))
+    for method, step, compile in (
+        ("euler", h, True), ("rodaspr", 0.05, False), ("rodaspr", 0.05, True)
+    ):  # fmt: skip
+        solver = pnode.Solver(field, method=method, step_size=step, compile=compile)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            y = solver(torch.zeros_like(y), [0.0, 1.5]).ys[-1]
+        found.append((y, *torch.autograd.grad(y.sum(), field.parameters())))
+    for one, other in (found[:2], found[2:]):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", [controls.hold, controls.linear, controls.cubic])

@@ -60,8 +60,7 @@ class Coupled : public ImplicitSteps {
     if (!m.adaptive) forget_last();
     const Status status = solve(t, h);
     if (status != DONE) {
-      factored = 0.0;
-      tried = true;
+      factored = 0.0, tried = true;
       return {status, 0.0};
     }
     return m.adaptive ? judge(t, h) : Attempt{DONE, 0.0};
@@ -151,6 +150,15 @@ class Coupled : public ImplicitSteps {
     return std::sqrt(sum / (number * N));
   }
 
+  // That of stages in the variables in which their equations fall apart.
+  double size_apart(const double* x, const double* scale) const {
+    double apart[MOST_COUPLED * N] = {};
+    for (int i = 0; i < s; i++)
+      for (int j = 0; j < s; j++)
+        for (int k = 0; k < N; k++) apart[i * N + k] += m.separated[i * s + j] * x[j * N + k];
+    return size(apart, scale, s);
+  }
+
   // Factor the matrix of a step's stages together, each with the Jacobian there.
   bool couple(double t, double h, const double* Y) {
     auto& lu = coupled->lu;
@@ -192,8 +200,7 @@ class Coupled : public ImplicitSteps {
       if (!knows_jacobian) {
         jacobian(t, u, c, slope, J);
         counts.jacobians++, counts.rhs++;
-        factored = 0.0;
-        current = true;
+        factored = 0.0, current = true;
         if (!(norm(slope, N) < LARGEST && norm(J, N * N) < LARGEST)) return NOT_FINITE;
         knows_jacobian = knows_slope = true;
       }
@@ -292,7 +299,7 @@ class Coupled : public ImplicitSteps {
       stage_values();
       const double length = norm(Y, s * N), moved = norm(update, s * N);
       const double noise = EPS * length;
-      const double now = m.by_norm || !m.adaptive ? moved : size(update, scale, s);
+      const double now = m.by_norm || !m.adaptive ? moved : size_apart(update, scale);
       if (!(now < LARGEST)) return NOT_CONVERGED;
       if (!first) rate = before != 0.0 ? now / before : 0.0;
       if (m.by_norm || !m.adaptive)
@@ -302,8 +309,7 @@ class Coupled : public ImplicitSteps {
       if (now <= 0.0 || (!first && rate < 1.0 && rate / (1.0 - rate) * now < allowed))
         return finish();
       if (!first && rate >= 1.0 && moved <= 1e3 * noise) return finish();
-      const double left = double(m.max_newton - iterations);
-      if (!first && hopeless(now, left, allowed)) return NOT_CONVERGED;
+      if (!first && hopeless(now, m.max_newton - iterations, allowed)) return NOT_CONVERGED;
       before = now;
     }
     return NOT_CONVERGED;
@@ -312,7 +318,7 @@ class Coupled : public ImplicitSteps {
   bool hopeless(double now, double left, double allowed) const {
     if (rate >= 1.0) return true;
     if (m.by_norm) return rate > 0.3;
-    return std::pow(rate, left) / (1.0 - rate) * now > allowed;
+    return std::pow(rate, left + 1.0) / (1.0 - rate) * now > allowed;
   }
 
   Status finish() {
@@ -335,8 +341,7 @@ class Coupled : public ImplicitSteps {
     const bool renews = iterations > 2 && rate > 1e-3;
     const double next = control.accept(step, error, iterations, renews);
     std::memcpy(last, Z, sizeof(last));
-    last_length = h;
-    knows_last = true;
+    last_length = h, knows_last = true;
     knows_slope = current = false;
     if (renews) knows_jacobian = false;
     return {DONE, error, next};

@@ -41,7 +41,7 @@ _NUMBERS = ("newton_rtol", "newton_stol", "newton_atol", "newton_divtol", "newto
 _ARRAYS = (
     "A", "inverse", "correction", "b", "defect", "alpha", "gamma", "diagonal",
     "A_explicit", "b_explicit", "defect_explicit", "alpha_explicit",
-    "eigenvalues", "vectors", "covectors", "rtol", "atol",
+    "eigenvalues", "vectors", "covectors", "separated", "rtol", "atol",
 )  # fmt: skip
 
 
@@ -64,7 +64,10 @@ def _arrays(method: Method, adaptive: bool) -> dict[str, np.ndarray]:
         own = {name: np.ascontiguousarray(array, dtype=complex).view(float) for name, array in zip(
             ("eigenvalues", "vectors", "covectors"), complexes, strict=True
         )}  # fmt: skip
-        arrays = {"b": new.end, "alpha": scheme.c, "defect": ERROR_WEIGHTS, "inverse": new.inverse}
+        arrays = {
+            "b": new.end, "alpha": scheme.c, "defect": ERROR_WEIGHTS, "inverse": new.inverse,
+            "separated": new.separated,
+        }  # fmt: skip
         return own | {name: np.array(array, dtype=float) for name, array in arrays.items()}
     if method.linearly_implicit:
         A, inverse, correction, b = scheme.transformed()

@@ -41,8 +41,8 @@ struct Settings {  // of programs.py
   const double *A, *inverse, *correction, *b, *defect, *alpha, *gamma, *diagonal;
   // Of the explicit part of an IMEX method.
   const double *A_explicit, *b_explicit, *defect_explicit, *alpha_explicit;
-  // Coupled stages: of A^-1, complex numbers.
-  const double *eigenvalues, *vectors, *covectors;
+  // Coupled stages: of A^-1, complex numbers but for the last.
+  const double *eigenvalues, *vectors, *covectors, *separated;
   const double *rtol, *atol;
 };
 

@@ -13,12 +13,11 @@ from functools import reduce
 from typing import Any, TypeAlias
 
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from pnode.solvers.compiled.scalars import CODE, Scalars, Symbols
 from pnode.solvers.compiled.trace import Untraceable
 
-__all__ = ["Operations", "decomposed"]
+__all__ = ["Operations"]
 
 _Node: TypeAlias = Any  # torch.fx.Node, whose arguments are typed as a union of everything
 # They move entries, or set them to zero, whose number is 0.
@@ -32,6 +31,8 @@ _MOVES = {
 }  # fmt: skip
 # By indices.
 _CHOICES = {"gather", "index", "index_select", "take"}
+# Entries among which an index that depends on values may choose.
+_MOST_CHOICES = 1024
 _TYPES = {torch.float64, torch.int64, torch.int32, torch.bool}
 _SAME = {"_to_copy", "convert_element_type", "lift", "to", "device_put"}
 _SYNONYMS = {
@@ -127,7 +128,9 @@ class Operations:
             return self._pointwise("trunc", arguments[0]) if rounded else arguments[0]
         if name in _MOVES:
             if name in _CHOICES and any(isinstance(x, Symbols) for x in flat[1:]):
-                raise NotImplementedError(f"{name} by what depends on values")
+                if name != "index":
+                    raise NotImplementedError(f"{name} by what depends on values")
+                return self._choose(*arguments)
             ids = torch.utils._pytree.tree_map(self._moved, (arguments, keywords))
             moved = node.target(*ids[0], **ids[1])
             if isinstance(moved, torch.Tensor):
@@ -311,9 +314,61 @@ class Operations:
             done.append(self._pointwise(name, done[-1], row))
         return Symbols(torch.stack([row.ids for row in done]).movedim(0, axis))
 
+    def _do_searchsorted(
+        self, rising: Any, a: Any, right: bool = False, side: str | None = None, **how: Any
+    ) -> Symbols:
+        """Return how many of rising numbers are before each value; NaN comes after all."""
+        if self._symbols(rising).ids.dim() != 1 or how.get("sorter") is not None:
+            raise NotImplementedError("searchsorted in several rows, or with a sorter")
+        at = Symbols(self._symbols(a).ids.unsqueeze(-1))
+        after = self._pointwise("lt" if right or side == "right" else "le", at, rising)
+        return self._do_sum(self._pointwise("logical_not", after), [-1])
+
+    def _place(self, a: Any, indices: Sequence[Any]) -> tuple[torch.Tensor, Symbols]:
+        """Return rows, and an index of them that depends on values."""
+        ids = self._symbols(a).ids
+        if any(index is not None for index in indices[1:]) or ids.numel() > _MOST_CHOICES:
+            raise NotImplementedError("an index that depends on values, of many entries or axes")
+        at = Symbols(indices[0].ids.reshape(*indices[0].ids.shape, *[1] * (ids.dim() - 1)))
+        back = self._pointwise("add", at, float(len(ids)))
+        return ids, self._pointwise("where", self._pointwise("lt", at, 0.0), back, at)
+
+    def _choose(self, a: Any, indices: Sequence[Any]) -> Symbols:
+        """Return the rows that such an index chooses; NaN where there is none."""
+        ids, at = self._place(a, indices)
+
+        def among(rows: list[Symbols], first: int) -> Symbols:
+            if len(rows) == 1:
+                return rows[0]
+            half = len(rows) // 2
+            below = self._pointwise("lt", at, float(first + half))
+            left, right = among(rows[:half], first), among(rows[half:], first + half)
+            return self._pointwise("where", below, left, right)
+
+        none = self._symbols(math.nan)
+        return among([none, *map(Symbols, ids), none], -1)
+
+    def _add_at(self, a: Any, indices: Sequence[Any], values: Any) -> Symbols:
+        """Add to the rows that such an index chooses; NaN where there is none."""
+        ids, at = self._place(a, indices)
+        axes = list(range(at.ids.dim() - ids.dim() + 1))
+        shape = (*at.ids.shape[: len(axes)], *ids.shape[1:])
+        value, rows = Symbols(self._symbols(values).ids.expand(shape)), []
+        inside = [self._pointwise("ge", at, 0.0), self._pointwise("lt", at, float(len(ids)))]
+        known = self._pointwise("logical_and", *inside)
+        for k, row in enumerate(ids):
+            own = self._pointwise("where", self._pointwise("eq", at, float(k)), value, 0.0)
+            own = self._do_sum(self._pointwise("where", known, own, math.nan), axes)
+            rows.append(self._pointwise("add", Symbols(row), own).ids)
+        return Symbols(torch.stack(rows))
+
     def _do_index_put(
         self, a: Any, indices: Sequence[Any], values: Any, accumulate: bool = False
     ) -> Symbols:
+        if any(isinstance(index, Symbols) for index in indices):
+            if not accumulate:
+                raise NotImplementedError("index_put by what depends on values")
+            return self._add_at(a, indices, values)
         chosen = tuple(slice(None) if index is None else index for index in indices)
         return self._put(a, lambda places: places[chosen], values, accumulate)
 
@@ -339,22 +394,3 @@ class Operations:
                 entry = self._pointwise("add", *map(Symbols, (flat[place], entry))).ids
             flat[place] = entry
         return Symbols(flat.reshape(ids.shape))
-
-
-def decomposed(
-    function: Callable[..., Any], examples: Sequence[torch.Tensor]
-) -> torch.fx.GraphModule:
-    """Return a function's graph in the operations that torch's inductor gets to see."""
-    from torch._inductor.decomposition import select_decomp_table  # takes a second
-
-    try:
-        with torch.no_grad():
-            graph = make_fx(
-                function, decomposition_table=select_decomp_table(), tracing_mode="fake",
-                _allow_non_fake_inputs=True,
-            )(*examples)  # fmt: skip
-    except Exception as error:
-        text = " ".join(str(error).split())[:200]
-        raise Untraceable(f"torch cannot decompose it ({type(error).__name__}: {text})") from error
-    graph.graph.eliminate_dead_code()
-    return graph

@@ -17,10 +17,11 @@ from torch._utils import _unflatten_dense_tensors
 
 from pnode.base.vectors import REAL
 from pnode.solvers.compiled.backend import Code
+from pnode.solvers.compiled.decomposition import decomposed
 from pnode.solvers.compiled.driver import at, pointers, source
 from pnode.solvers.compiled.inductor import compile_source
 from pnode.solvers.compiled.kernel import Kernel
-from pnode.solvers.compiled.operations import Operations, decomposed
+from pnode.solvers.compiled.operations import Operations
 from pnode.solvers.compiled.scalars import Scalars, Symbols
 from pnode.solvers.compiled.trace import FieldGraph, ParameterPart, Untraceable
 

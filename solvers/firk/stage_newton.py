@@ -94,6 +94,7 @@ class StageNewton:
         device = settings.place.device
         self._inverse = torch.as_tensor(self._transformation.inverse, device=device)
         self._end = torch.as_tensor(self._transformation.end, device=device)
+        self._separated = torch.as_tensor(self._transformation.separated, device=device)
         given = options.values
         self._eps = torch.finfo(settings.dtype).eps
         stol = given.get("snes_stol")
@@ -205,7 +206,7 @@ class StageNewton:
             Z = Z + update
             length, moved = self._lengths(update, u + Z)
             noise = self._eps * length
-            norm = moved if tight or size is None else size(update)
+            norm = moved if tight or size is None else size(self._separated @ update)
             if not norm < 1e150:
                 return self._failed(iteration, residual, where)
             if iteration:
@@ -234,7 +235,8 @@ class StageNewton:
             return True
         if self._stol is not None:
             return rate > self._SLOW
-        return bool(rate**left / (1.0 - rate) * norm > allowed)
+        # What is left of this update after it, rate / (1 - rate) of it, after so many more.
+        return bool(rate ** (left + 1) / (1.0 - rate) * norm > allowed)
 
     def _coupled(
         self, times: list[float], step: float, u: torch.Tensor, Z: torch.Tensor,
@@ -269,10 +271,11 @@ class StageNewton:
         update: torch.Tensor, iterations: int, rate: float,
     ) -> Stages:  # fmt: skip
         Y = u + Z
-        left = [float(torch.linalg.vector_norm(row)) for row in residual]
+        # Of all stages: one's own residual may have passed through zero just there.
+        left = self._bridge.ranks.norm(residual)
         moved = float(torch.linalg.vector_norm(update))
         scale = float(torch.linalg.vector_norm(Y)) / moved if moved else 0.0
-        doubts = tuple(4.0 * r + 1e3 * self._eps * r * scale for r in left)
+        doubts = (4.0 * left + 1e3 * self._eps * left * scale,) * len(Z)
         end = Y[-1].clone() if self._scheme.stiffly_accurate else u + self._end @ Z
         return Stages(Z, Y, end, self._slopes(Z, step), doubts, iterations, rate)
 

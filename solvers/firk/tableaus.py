@@ -68,6 +68,19 @@ class Transformation:
     covectors: np.ndarray
 
     @property
+    def separated(self) -> np.ndarray:
+        """RADAU5's variables by Z, real: their equations fall apart, and one of each sums to Z_s.
+
+        An eigenvector is known up to a factor: here those are the last row of V.
+        """
+        rows = []
+        for value, last, own in zip(
+            self.eigenvalues, self.vectors[-1], self.covectors, strict=True
+        ):
+            rows += [(last * own).real, (last * own).imag][: 2 if abs(value.imag) > 1e-9 else 1]
+        return np.array(rows)
+
+    @property
     def from_start(self) -> np.ndarray:
         """What a constant state is driven by in each stage: row sums of A^-1."""
         return self.inverse.sum(axis=1)
