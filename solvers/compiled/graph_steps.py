@@ -147,15 +147,6 @@ class GraphSteps(Kernel):
         self._library.pnode_plan_tangents(self._plan, place, ctypes.byref(code), at_once)
         return True
 
-    @property
-    def captured(self) -> Sequence[torch.Tensor]:
-        """What f reads besides t and y."""
-        return self.traced.captured
-
-    def inputs(self) -> list[torch.Tensor]:
-        """Return it as the graphs take it."""
-        return self.traced.inputs()
-
     def sums(self) -> list[torch.Tensor]:
         """Return zeros for mu."""
         return self.graphs.zeros()
@@ -233,7 +224,7 @@ class ExplicitSteps(Backend):
         if not settings.parallel or (is_plain(wanted) and allreduce() is not None):
             return None
         return (
-            "of states that ranks share whole sweeps are compiled alone, where nobody looks at "
+            "of states that ranks share only whole sweeps are compiled, where nobody looks at "
             "single steps or decides on their checkpoints"
         )
 

@@ -112,7 +112,7 @@ class StagedCode(Kernel, Code):
         """
         if self._plan is None:
             self._plan = self._planned(forest, alone)
-            self._forest = forest
+            self._forest, self._owner = forest, None
             weakref.finalize(self, self._library.pnode_free_staged_plan, self._plan).atexit = False
         start = y0.detach().to(REAL).contiguous()
         given = start, *self._tolerances
@@ -137,15 +137,6 @@ class StagedCode(Kernel, Code):
         given = in_c(tuple(numbers)), marks, text
         return self._library.pnode_staged_plan(ctypes.byref(settings), *given)
 
-    @property
-    def captured(self) -> Sequence[torch.Tensor]:
-        """What f reads besides t and y."""
-        return self.traced.captured
-
-    def inputs(self) -> list[torch.Tensor]:
-        """Return it as the graphs take it."""
-        return self.traced.inputs()
-
     def sums(self) -> list[torch.Tensor]:
         """Return zeros for mu."""
         return [torch.zeros(part.shape, dtype=REAL) for part in self.traced.parameters]
@@ -168,7 +159,7 @@ class StagedSteps(ExplicitSteps):
             return "steps of states with ghost cells are compiled in float64 only"
         if settings.form == "rhs" and settings.method.scheme and not is_plain(wanted):
             return (
-                "of states with ghost cells whole sweeps are compiled alone, where nobody looks at "
+                "of states with ghost cells only whole sweeps are compiled, where nobody looks at "
                 "single steps or decides on their checkpoints"
             )
         return super().refuses(wanted)

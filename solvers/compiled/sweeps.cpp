@@ -139,7 +139,8 @@ class Sweep {
     }
 
     bool whole() const {
-        return budget_ ? complete_ : kernel_->kept() == static_cast<int64_t>(record_.size());
+        if (budget_) return complete_;
+        return !used_ && !kernel_->failed() && kernel_->kept() == number_of_steps();
     }
 
   private:
@@ -211,7 +212,7 @@ class Sweep {
         s_ = times_[0];
         natural_ = rest_ = std::nan("");
         rejected_ = 0;
-        backwards_ = false;
+        backwards_ = used_ = false;
     }
 
     // The next output, from the state as it stands.
@@ -393,7 +394,7 @@ class Sweep {
     bool keeps_ends_ = false;
     std::vector<double> ends_;
     // Its adjoint, or its tangents.
-    bool backwards_ = false, active_ = false, over_ = false;
+    bool backwards_ = false, active_ = false, over_ = false, used_ = false;
     size_t waiting_ = 0;
     int64_t left_ = 0, taken_ = 0;
 };
