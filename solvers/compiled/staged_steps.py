@@ -6,6 +6,7 @@ import ctypes
 import math
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,8 +99,8 @@ class StagedCode(Kernel, Code):
             made._code, made._owner = self._code.bound(graph), self._owner or self
         return made
 
-    def stand_at(self, y0: torch.Tensor, forest: Any, alone: bool) -> int:
-        """Return a kernel at a rank's own part of a state; see ``kernel.h``.
+    def stand_at(self, y0: torch.Tensor, forest: Any, alone: bool) -> tuple[int, None]:
+        """Return a kernel at a rank's own part of a state, and what it reads; see ``kernel.h``.
 
         Parameters
         ----------
@@ -116,8 +117,7 @@ class StagedCode(Kernel, Code):
             weakref.finalize(self, self._library.pnode_free_staged_plan, self._plan).atexit = False
         start = y0.detach().to(REAL).contiguous()
         given = start, *self._tolerances
-        handle: int = self._library.pnode_staged_steps(self._plan, *(x.data_ptr() for x in given))
-        return handle
+        return self._library.pnode_staged_steps(self._plan, *(x.data_ptr() for x in given)), None
 
     def _planned(self, forest: Any, alone: bool) -> Any:
         traced, scheme, stages = self.traced, self._scheme, self._scheme.stages
@@ -185,8 +185,8 @@ class StagedSteps(ExplicitSteps):
             return Compilation(
                 reasons=("gather of layout= does more than to copy entries of the state",)
             )
-        handle = code.stand_at(y0, forest, not problem.ranks.parallel)
-        sweep = self._sweep(code, handle, None, found, field_, y0, wanted)
+        stand = partial(code.stand_at, y0, forest, not problem.ranks.parallel)
+        sweep = self._sweep(code, stand, found, field_, y0, wanted)
         return Compilation(sweep, captured=code.traced.captured)
 
 

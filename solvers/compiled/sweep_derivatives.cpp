@@ -10,7 +10,7 @@ Status Sweep::reverse(void* const* captured, double* const* sums, const double* 
     Clock clock(seconds, kernel_->steps_per_look);
     const std::vector<int64_t>& at = nodes_.empty() ? outputs_at_ : nodes_;
     if (!backwards_) {
-        backwards_ = used_ = true;
+        backwards_ = true;
         active_ = kernel_->collective;  // others may have cotangents
         left_ = record_.size();
         waiting_ = at.size();

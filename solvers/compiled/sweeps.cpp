@@ -139,8 +139,8 @@ class Sweep {
     }
 
     bool whole() const {
-        if (budget_) return complete_;
-        return !used_ && !kernel_->failed() && kernel_->kept() == number_of_steps();
+        const bool known = budget_ || kernel_->kept() == number_of_steps();
+        return known && complete_ && !kernel_->failed();
     }
 
   private:
@@ -207,12 +207,11 @@ class Sweep {
         begun_ = -1;
         outputs_at_.clear();
         if (!again_) record_.clear();
-        index_ = position_ = 0;
-        interval_ = 0;
+        index_ = position_ = interval_ = 0;
         s_ = times_[0];
         natural_ = rest_ = std::nan("");
         rejected_ = 0;
-        backwards_ = used_ = false;
+        backwards_ = false;
     }
 
     // The next output, from the state as it stands.
@@ -394,7 +393,7 @@ class Sweep {
     bool keeps_ends_ = false;
     std::vector<double> ends_;
     // Its adjoint, or its tangents.
-    bool backwards_ = false, active_ = false, over_ = false, used_ = false;
+    bool backwards_ = false, active_ = false, over_ = false;
     size_t waiting_ = 0;
     int64_t left_ = 0, taken_ = 0;
 };
