@@ -169,3 +169,18 @@ def test_single_precision_and_parameters_used_in_vain():
         assert torch.equal(one[7], single)
     (nothing,) = torch.autograd.grad(ys, [unused], seeds, is_grads_batched=True, allow_unused=True)
     assert nothing is None
+
+
+@pytest.mark.parametrize("method", ["rk4", "cn", "bdf2"])
+def test_ghost_cells_of_one_process(method):
+    grid = pnode.parallel.Grid((4,), boundary="mirror")
+    solver = pnode.Solver(
+        lambda t, u: u[2:] * u[:-2] - u[1:-1], method=method, step_size=0.25, layout=grid,
+        compile=False,
+    )  # fmt: skip
+    y0 = torch.linspace(0.5, 1.0, 4, dtype=D, requires_grad=True)
+    end = solver(y0, T).ys[-1]
+    rows = [torch.autograd.grad(end, y0, unit, retain_graph=True)[0] for unit in torch.eye(4)]
+    found = torch.autograd.grad(end, y0, torch.eye(4, dtype=D), is_grads_batched=True)[0]
+    assert torch.equal(found, torch.stack(rows))
+    assert torch.allclose(jacfwd(lambda y: solver(y, T).ys[-1])(y0.detach()), found, rtol=1e-9)

@@ -163,9 +163,8 @@ class WholeSweep(Sweep):
         with ranks.together(agree=False):
             if self._compiled.kernel.collective:  # all begin, or none
                 ranks.attempt(self._check, run)
-                ranks.least(0)
-                if not self._compiled.whole:
-                    ranks.attempt(self._compiled.complete, run.stats.backward)
+                if not ranks.least(self._compiled.whole):  # perhaps on one rank alone
+                    ranks.attempt(self._compiled.repeat, run.stats.backward)
                     ranks.least(0)
             found = ranks.attempt(self._checked_reverse, run, cotangents)
         unknown = [None] * len(parameters)  # of a rank that has failed, which this tells

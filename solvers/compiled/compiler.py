@@ -37,8 +37,8 @@ _MOST_GRAPHS = 8
 _MOST_TRACES = 8
 # What becomes of a solve on one rank; of a solve of several the least of them.
 _NEVER, _CHANGED, _PASSING, _MADE = range(4)
-_GHOSTS = "of states with ghost cells whole sweeps of explicit methods are compiled alone"
-_UNSHARED = "of states that ranks share whole sweeps of explicit methods are compiled alone"
+_GHOSTS = "of states with ghost cells only whole sweeps of explicit methods are compiled"
+_UNSHARED = "of states that ranks share only whole sweeps of explicit methods are compiled"
 
 
 class _Prepared(NamedTuple):
@@ -113,7 +113,9 @@ class Compiler:
         if agreed == _MADE:
             assert backend is not None
             made = backend.begin(checked, field_, y0, wanted)
-            made.reasons = tuple(reasons)
+            made.reasons = (*made.reasons, *reasons)
+            if not made.what:
+                self.explain(wanted, list(made.reasons))
             return made
         if mark == _MADE:
             reasons.append("another rank does not compile its part of the state")

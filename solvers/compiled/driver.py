@@ -304,8 +304,11 @@ class CompiledSweep:
 
     def complete(self, ledger: Ledger) -> None:
         """Repeat the steps if a backward sweep has freed their checkpoints."""
-        if self.whole:
-            return
+        if not self.whole:
+            self.repeat(ledger)
+
+    def repeat(self, ledger: Ledger) -> None:
+        """Take the steps once more, for their checkpoints."""
         self._library.pnode_repeat(self._handle)
         counts = Counts()
         if not self._take_steps(self._empty(), counts):

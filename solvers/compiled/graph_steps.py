@@ -6,9 +6,9 @@ import ctypes
 import math
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -147,15 +147,6 @@ class GraphSteps(Kernel):
         self._library.pnode_plan_tangents(self._plan, place, ctypes.byref(code), at_once)
         return True
 
-    @property
-    def captured(self) -> Sequence[torch.Tensor]:
-        """What f reads besides t and y."""
-        return self.traced.captured
-
-    def inputs(self) -> list[torch.Tensor]:
-        """Return it as the graphs take it."""
-        return self.traced.inputs()
-
     def sums(self) -> list[torch.Tensor]:
         """Return zeros for mu."""
         return self.graphs.zeros()
@@ -233,7 +224,7 @@ class ExplicitSteps(Backend):
         if not settings.parallel or (is_plain(wanted) and allreduce() is not None):
             return None
         return (
-            "of states that ranks share whole sweeps are compiled alone, where nobody looks at "
+            "of states that ranks share only whole sweeps are compiled, where nobody looks at "
             "single steps or decides on their checkpoints"
         )
 
@@ -274,15 +265,15 @@ class ExplicitSteps(Backend):
         start, sweep = Start(graphs, slope, saved), None
         kernel = self._kernel(graphs, wanted, field_, y0) if is_plain(wanted) else None
         if kernel is not None:
-            handle, alive = kernel.stand_at(y0.detach().to(REAL, copy=True), slope, saved)
-            sweep = self._sweep(kernel, handle, alive, found, field_, y0, wanted)
+            stand = partial(kernel.stand_at, y0.detach().to(REAL, copy=True), slope, saved)
+            sweep = self._sweep(kernel, stand, found, field_, y0, wanted)
         return Compilation(sweep, start, captured=graphs.traced.captured)
 
     def _sweep(
-        self, kernel: Kernel, handle: int, alive: Any, found: Checked, field_: VectorField,
-        y0: torch.Tensor, wanted: Wanted,
+        self, kernel: Kernel, stand: Callable[[], tuple[int, Any]], found: Checked,
+        field_: VectorField, y0: torch.Tensor, wanted: Wanted,
     ) -> driver.CompiledSweep:  # fmt: skip
-        """Return the sweep of a kernel at y0. Collective."""
+        """Return the sweep of a kernel that ``stand`` puts at y0. Collective."""
         self._read_options(field_, y0, wanted)
         problem, control, settings = field_.problem, wanted.control, wanted.settings
         first = control.first_step or 0.0
@@ -293,7 +284,7 @@ class ExplicitSteps(Backend):
                     field_, y0.detach(), settings, order, begin, end, control, found.value
                 )
         sweep = driver.CompiledSweep(
-            kernel, handle, alive, problem, settings, control, wanted.keep, first
+            kernel, *stand(), problem, settings, control, wanted.keep, first
         )
         if wanted.watched:
             sweep.watch(ShownSteps(settings, y0), None)

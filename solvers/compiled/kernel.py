@@ -23,7 +23,7 @@ class Kernel(ABC):
     dtype : torch.dtype
         The user's precision.
     traced : FieldGraph
-        The field, where there are tangents.
+        The field, where there is one; :attr:`captured` is what it reads.
     collective : bool
         Whether ranks that share the state take each step together.
     """
@@ -35,13 +35,13 @@ class Kernel(ABC):
     traced: FieldGraph
 
     @property
-    @abstractmethod
     def captured(self) -> Sequence[torch.Tensor]:
         """What f reads besides t and y."""
+        return self.traced.captured
 
-    @abstractmethod
     def inputs(self) -> list[torch.Tensor]:
         """Return it as the code takes it."""
+        return self.traced.inputs()
 
     @abstractmethod
     def sums(self) -> list[torch.Tensor]:

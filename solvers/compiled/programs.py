@@ -118,11 +118,6 @@ class ImplicitProgram(Kernel, Code):
         #: Settings in C by those in Python, and the arrays that they point to.
         self.prepared: list[tuple[Any, Any, Any]] = []
 
-    @property
-    def captured(self) -> Sequence[torch.Tensor]:
-        """What f reads besides t and y."""
-        return self.traced.captured
-
     def sums(self) -> list[torch.Tensor]:
         """Return zeros for mu, all parameters one after the other."""
         return [torch.zeros(self.entries, dtype=REAL)]

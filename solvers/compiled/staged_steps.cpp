@@ -72,6 +72,7 @@ class StagedSteps : public Kernel {
         points_.clear();
         points_.resize(plan_.stages);
         checkpoints_.clear();
+        cells_.assign(plan_.seen, 0.0);
         knows_slope_ = failed_ = false;
     }
 
@@ -109,7 +110,7 @@ class StagedSteps : public Kernel {
             next = std::move(points_.back());
             slopes_.front().swap(slopes_.back());
         }
-        if (keep) {
+        if (keep && !failed_) {
             points_.resize(own);
             checkpoints_.push_back(std::move(points_));
             counts.bytes += plan_.bytes;
@@ -219,8 +220,12 @@ class StagedSteps : public Kernel {
     // Collective, whatever fails.
     void evaluate(double t, const std::vector<double>& y, Point& point,
                   std::vector<double>& slope) {
-        Tensor seen = plan_.states[0].empty();
-        double* cells = seen.data<double>();
+        Tensor seen;
+        double* cells = cells_.data();  // of a rank that has failed
+        tried([&] {
+            seen = plan_.states[0].empty();
+            cells = seen.data<double>();
+        });
         std::fill_n(cells, plan_.seen, 0.0);
         failed_ |= !plan_.exchange.gather(y.data(), cells);
         counts.rhs++;
@@ -240,11 +245,6 @@ class StagedSteps : public Kernel {
         counts.vjp++;
         attempted(cells_, [&] {
             Tensors saved = std::move(point.saved);
-            if (!plan_.keeps) {
-                saved = called(t, point.seen);
-                saved.erase(saved.begin());
-                counts.rhs++;
-            }
             std::vector<Handle> inputs{plan_.states[1].view(w.data()).take(), number(t).take(),
                                        point.seen.share()};
             for (const Tensor& tensor : read_) inputs.push_back(tensor.share());
@@ -261,17 +261,21 @@ class StagedSteps : public Kernel {
         failed_ |= !plan_.exchange.scatter(cells_.data(), l.data());
     }
 
+    template <typename Function>
+    bool tried(Function function) {
+        if (failed_) return false;
+        try {
+            function();
+        } catch (...) {
+            failed_ = true;
+        }
+        return !failed_;
+    }
+
     // What has failed goes on with NaN.
     template <typename Function>
     void attempted(std::vector<double>& result, Function function) {
-        if (!failed_) {
-            try {
-                return function();
-            } catch (...) {
-                failed_ = true;
-            }
-        }
-        std::fill(result.begin(), result.end(), std::nan(""));
+        if (!tried(function)) std::fill(result.begin(), result.end(), std::nan(""));
     }
 
     Tensors called(double t, const Tensor& seen) const {
@@ -288,8 +292,9 @@ class StagedSteps : public Kernel {
     std::vector<Point> points_;
     bool knows_slope_ = false, failed_ = false;
     std::deque<std::vector<Point>> checkpoints_;
-    // Of the adjoint: of stages below the one it is at, what f got, of a parameter.
-    std::vector<double> lambda_, cells_, sum_;
+    std::vector<double> cells_;  // what f gets, of a rank that has failed; its cotangent
+    // Of the adjoint: of stages below the one it is at, of a parameter.
+    std::vector<double> lambda_, sum_;
     std::vector<std::vector<double>> below_;
     double* const* sums_ = nullptr;
 };

@@ -6,6 +6,7 @@ import ctypes
 import math
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,8 +99,8 @@ class StagedCode(Kernel, Code):
             made._code, made._owner = self._code.bound(graph), self._owner or self
         return made
 
-    def stand_at(self, y0: torch.Tensor, forest: Any, alone: bool) -> int:
-        """Return a kernel at a rank's own part of a state; see ``kernel.h``.
+    def stand_at(self, y0: torch.Tensor, forest: Any, alone: bool) -> tuple[int, None]:
+        """Return a kernel at a rank's own part of a state, and what it reads; see ``kernel.h``.
 
         Parameters
         ----------
@@ -112,12 +113,11 @@ class StagedCode(Kernel, Code):
         """
         if self._plan is None:
             self._plan = self._planned(forest, alone)
-            self._forest = forest
+            self._forest, self._owner = forest, None
             weakref.finalize(self, self._library.pnode_free_staged_plan, self._plan).atexit = False
         start = y0.detach().to(REAL).contiguous()
         given = start, *self._tolerances
-        handle: int = self._library.pnode_staged_steps(self._plan, *(x.data_ptr() for x in given))
-        return handle
+        return self._library.pnode_staged_steps(self._plan, *(x.data_ptr() for x in given)), None
 
     def _planned(self, forest: Any, alone: bool) -> Any:
         traced, scheme, stages = self.traced, self._scheme, self._scheme.stages
@@ -136,15 +136,6 @@ class StagedCode(Kernel, Code):
         text = described(self._graphs, (seen, returned), self.inputs())
         given = in_c(tuple(numbers)), marks, text
         return self._library.pnode_staged_plan(ctypes.byref(settings), *given)
-
-    @property
-    def captured(self) -> Sequence[torch.Tensor]:
-        """What f reads besides t and y."""
-        return self.traced.captured
-
-    def inputs(self) -> list[torch.Tensor]:
-        """Return it as the graphs take it."""
-        return self.traced.inputs()
 
     def sums(self) -> list[torch.Tensor]:
         """Return zeros for mu."""
@@ -168,7 +159,7 @@ class StagedSteps(ExplicitSteps):
             return "steps of states with ghost cells are compiled in float64 only"
         if settings.form == "rhs" and settings.method.scheme and not is_plain(wanted):
             return (
-                "of states with ghost cells whole sweeps are compiled alone, where nobody looks at "
+                "of states with ghost cells only whole sweeps are compiled, where nobody looks at "
                 "single steps or decides on their checkpoints"
             )
         return super().refuses(wanted)
@@ -194,8 +185,8 @@ class StagedSteps(ExplicitSteps):
             return Compilation(
                 reasons=("gather of layout= does more than to copy entries of the state",)
             )
-        handle = code.stand_at(y0, forest, not problem.ranks.parallel)
-        sweep = self._sweep(code, handle, None, found, field_, y0, wanted)
+        stand = partial(code.stand_at, y0, forest, not problem.ranks.parallel)
+        sweep = self._sweep(code, stand, found, field_, y0, wanted)
         return Compilation(sweep, captured=code.traced.captured)
 
 

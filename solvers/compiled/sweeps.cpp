@@ -139,7 +139,8 @@ class Sweep {
     }
 
     bool whole() const {
-        return budget_ ? complete_ : kernel_->kept() == static_cast<int64_t>(record_.size());
+        const bool known = budget_ || kernel_->kept() == number_of_steps();
+        return known && complete_ && !kernel_->failed();
     }
 
   private:
@@ -206,8 +207,7 @@ class Sweep {
         begun_ = -1;
         outputs_at_.clear();
         if (!again_) record_.clear();
-        index_ = position_ = 0;
-        interval_ = 0;
+        index_ = position_ = interval_ = 0;
         s_ = times_[0];
         natural_ = rest_ = std::nan("");
         rejected_ = 0;

@@ -171,32 +171,45 @@ def test_interrupts(options: dict[str, Any], when: str, monkeypatch: pytest.Monk
         if when == "forwards":
             error = caught(trial.solve)
         else:
-            error = caught(torch.autograd.grad, loss, trial.field.w)
+            error = caught(torch.autograd.grad, loss, trial.field.w, retain_graph=True)
     kind = KeyboardInterrupt if comm.rank == BAD else errors.RankError
     trial.expect(kind, "", error, options, when)
+    (gradient,) = torch.autograd.grad(loss, trial.field.w)
+    checks.true(torch.equal(gradient, trial.good), options, when, "the same graph again")
+
+
+class Halved(Grid):
+    """Cells that are more than copies of owned ones."""
+
+    def _gather(self, owned: torch.Tensor) -> torch.Tensor:
+        return 0.5 * super()._gather(owned)
+
+    def _scatter(self, ghosted: torch.Tensor) -> torch.Tensor:
+        return 0.5 * super()._scatter(ghosted)
 
 
 def test_what_stays_uncompiled() -> None:
-    """Limits, implicit methods, float32: without, and right."""
+    """Limits, implicit methods, float32, other exchanges: without, with one warning, and right."""
     trial = Trial(**FIXED)
-    for more, kind in (
-        ({"checkpointing": pnode.Checkpointing(memory=4000)}, D),
-        ({"method": "cn", "step_size": 0.03}, D),
-        ({}, torch.float32),
+    for more, kind, why in (
+        ({"checkpointing": pnode.Checkpointing(memory=4000)}, D, "their checkpoints"),
+        ({"method": "cn", "step_size": 0.03}, D, "only whole sweeps of explicit methods"),
+        ({}, torch.float32, "float64 only"),
+        ({"layout": Halved((4 * comm.size + 1,), comm=comm)}, D, "more than to copy entries"),
     ):
         y0 = trial.start().to(kind)
         field = Field().to(kind)
         field.scale = field.scale.to(kind)
         found = []
         for compile_ in (True, False):
-            given = {**FIXED, **more}
-            solver = pnode.Solver(field, layout=trial.grid, compile=compile_, **given)
+            given: dict[str, Any] = {**FIXED, "layout": trial.grid, **more}
+            solver = pnode.Solver(field, compile=compile_, **given)
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always")
                 loss = total(solver(y0, torch.tensor([0.0, 0.3], dtype=D)).ys[-1].sum(), comm)
                 found += torch.autograd.grad(loss, field.w)
-            told = [one for one in told if "compile=True" in str(one.message)]
-            checks.true(len(told) == compile_, more, *told)
+            text = [str(one.message) for one in told if "compile=True" in str(one.message)]
+            checks.true(len(text) == compile_ and all(why in one for one in text), more, *text)
         checks.true(torch.equal(*found), more, *found)
 
 
