@@ -74,7 +74,9 @@ class SteppedSweep(Sweep):
 
     def takes_batches(self, run: Run) -> bool:
         """Whether :meth:`reverse` takes several cotangents at once; see :class:`Sweep`."""
-        return not (run.settings.graphs or run.problem.ranks.parallel or self.dense)
+        problem = run.problem
+        shared = problem.ranks.parallel or problem.exchange is not None
+        return not (run.settings.graphs or shared or self.dense)
 
     def recorded(self) -> tuple[Sequence[Step], tuple[int, ...]]:
         """Return the steps, and for each output that one hits how many come before it."""
