@@ -174,7 +174,7 @@ def test_second_backward():
 @pytest.mark.parametrize(("keywords", "reason"), [
     (
         {"residual": lambda t, y, yp: yp + y, "method": "bdf", "jacobian": "matrix-free"},
-        "'dense' alone.*nor is a residual",
+        "'dense' alone.*a residual by itself",
     ),
     ({"rhs": lambda t, y: -y if float(t) < 2 else y, "method": "bdf"}, "torch.where"),
     (

@@ -139,8 +139,12 @@ def test_fields_that_torch_cannot_batch(method):
 
 
 def test_other_sweeps_are_taken_one_by_one(one_by_one):
-    """Dense output, and Rosenbrock methods in one: the same numbers, whoever takes them."""
-    for options in ({"method": "rodaspr"}, {"method": "es325", "dense": True}):
+    """Dense output, ghost cells, and Rosenbrock methods in one: the same, whoever takes them."""
+    cells = pnode.parallel.Grid(Y0.shape, width=0)
+    for options in (
+        {"method": "rodaspr"}, {"method": "es325", "dense": True},
+        {"method": "rk4", "layout": cells}, {"method": "cn", "layout": cells},
+    ):  # fmt: skip
         solver = solver_of("rhs", **options)
         found = jacrev(lambda y0, solver=solver: solver(y0, T).ys)(Y0)
         rows = []

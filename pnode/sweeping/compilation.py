@@ -92,6 +92,8 @@ def begin(
     ):
         if given:
             entry.hindrance = text
+            if not auto:
+                engine.compiler.warn([text])
             return None
     if entry.given_up:
         return None

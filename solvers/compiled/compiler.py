@@ -166,7 +166,12 @@ class Compiler:
         """Warn once that nothing is compiled; raise ConfigurationError if there is no other way."""
         if wanted.needed:
             raise ConfigurationError(f"{wanted.needed} is not compiled: {'; '.join(reasons)}")
-        if not wanted.auto and not self._warned:
+        if not wanted.auto:
+            self.warn(reasons)
+
+    def warn(self, reasons: Sequence[str]) -> None:
+        """Warn once that nothing is compiled."""
+        if not self._warned:
             self._warned = True
             warnings.warn(
                 "compile=True has no effect, the solve goes on without: " + "; ".join(reasons),

@@ -309,11 +309,11 @@ class Fields(Backend):
     def refuses(self, wanted: Wanted) -> str | None:
         """Return why it makes nothing for a solve, whatever the field."""
         if wanted.settings.form == "residual":
-            return "nor is a residual by itself"
+            return "a residual by itself is not"
         if wanted.settings.method.linearly_implicit:
-            return "nor are the single products of Rosenbrock methods, which differentiate it twice"
+            return "single products of Rosenbrock methods, which differentiate it twice, are not"
         if wanted.settings.integrals and wanted.settings.method.implicit:
-            return "nor is the vector field by itself, beside which cost= is integrated"
+            return "the vector field by itself, beside which cost= is integrated, is not"
         return None
 
     def _compile(
