@@ -139,8 +139,8 @@ class Sweep {
     }
 
     bool whole() const {
-        const bool known = budget_ || kernel_->kept() == number_of_steps();
-        return known && complete_ && !kernel_->failed();
+        const bool kept = kernel_->kept() == number_of_steps() && !kernel_->failed();
+        return budget_ ? complete_ : kept;
     }
 
   private:
