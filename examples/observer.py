@@ -181,7 +181,7 @@ class Observer(torch.nn.Module):
 
     def misfit(self, data: Oscillators, z: torch.Tensor) -> torch.Tensor:
         """Return the loss of the estimates from filtered samples, once they have settled."""
-        wrong = (self.back(self.scaled(z)) - data.states)[SETTLED:]
+        wrong: torch.Tensor = (self.back(self.scaled(z)) - data.states)[SETTLED:]
         return wrong.square().mean()
 
     def trained(self) -> list[torch.nn.Parameter]:

@@ -390,7 +390,7 @@ def test_two_forwards_before_the_backwards(interpreted: dict[str, int]) -> None:
 
 
 def test_one_call_per_step(interpreted: dict[str, int]) -> None:
-    """The field itself is called once to trace it, twice to check that, and once a solve.
+    """Once to trace the field, twice to check that, once to see what it asks, and once a solve.
 
     And when it is first looked at without a graph, once for that, and twice to see whether torch's
     functions tell what it does.
@@ -402,7 +402,7 @@ def test_one_call_per_step(interpreted: dict[str, int]) -> None:
         solution = solver(y0, TIMES)
         solution.ys.sum().backward()
         assert interpreted == {"step": 50 * solves, "adjoint": 50 * solves}
-        assert net.calls == 3 + solves + 3 * (solves > 1)
+        assert net.calls == 4 + solves + 3 * (solves > 1)
         assert (solution.stats.rhs, solution.stats.backward.vjp) == (301, 300)
 
 

@@ -682,7 +682,7 @@ def test_max_steps(name):
     steps = []
     solver = pnode.Solver(
         Decay(), max_steps=4, monitor=lambda *arguments: steps.append(arguments),
-        **SOLVERS[name] | ({} if name in FIXED else {"max_step": 0.1}),
+        **SOLVERS[name] | ({} if "step_size" in SOLVERS[name] else {"max_step": 0.1}),
     )  # fmt: skip
     with pytest.raises(pnode.StepLimitReached, match="max_steps=4") as info:
         solver(state(), times())
