@@ -208,8 +208,8 @@ class VectorField:
         """Do as :meth:`linearize`, with ``gather(u)`` at hand. Not collective."""
         raise NotImplementedError("only a state with ghost cells is gathered")
 
-    def _wrap(self, *given: Any) -> Linearization:
-        return Linearization(*given)
+    def _wrap(self, *arguments: Any) -> Linearization:
+        return Linearization(*arguments)
 
     def _time(self, s: float) -> torch.Tensor:
         """Return the user's time as f gets it."""

@@ -63,7 +63,7 @@ class ImplicitSweeps(Backend):
         # They have Newton's methods and error estimates of their own.
         own = method.multistep or method.coupled
         if settings.form == "imex_mass":
-            return "implicit= and explicit= are compiled without mass= alone"
+            return "implicit= and explicit= beside mass= are not compiled"
         if settings.integrals and method.coupled:
             return f"cost= is not compiled with method={method.name!r}, whose stages are coupled"
         if method.kind not in self.kinds:

@@ -14,7 +14,7 @@ class PartialSteps {
         kernel_->lend(captured);
         kept_.resize(number);
         Status status = DONE;
-        for (int64_t k = 0; k < number && status == DONE; ++k) {
+        for (int64_t k = 0; k < number; ++k) {
             kernel_->stand(start);
             status = kernel_->attempt(t, lengths[k]).status;
             if (status != DONE) break;

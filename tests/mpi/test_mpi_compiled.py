@@ -10,6 +10,7 @@ import pytest
 import torch
 from distributed import SELF, difference, results
 from ranks import checks, comm
+from trials import BAD, D, Trial, caught
 
 import pnode
 from pnode import errors
@@ -17,8 +18,6 @@ from pnode.parallel import total
 from pnode.solvers.compiled import account
 
 pytestmark = pytest.mark.mpi
-D = torch.float64
-BAD = comm.size - 1
 EXACT = 1e-13  # sums over entries in another order
 FIXED: dict[str, Any] = {"method": "rk4", "step_size": 0.03}
 ADAPTIVE: dict[str, Any] = {"method": "dopri5", "rtol": 1e-7}
@@ -42,42 +41,19 @@ class Field(torch.nn.Module):
         )
 
 
-class Trial:
-    """A solver of a batch that the ranks share, and what it gives if nothing fails."""
+class Batch(Trial):
+    """Samples."""
 
     def __init__(self, **options: Any) -> None:
-        self.field = Field()
-        self.solver = pnode.Solver(self.field, comm=comm, compile=True, **options)
-        self.good = self.gradient()
-        checks.true("'whole sweeps'" in repr(self.solver), self.solver)
+        self.field, self.shared = Field(), {"comm": comm}
+        super().__init__(**options)
 
-    def solve(self, lowest: float = 1.0, end: float = 0.5) -> pnode.Solution:
-        """Solve; the lowest sample is on the last rank."""
+    def start(self, lowest: float = 1.0) -> torch.Tensor:
+        """Samples of this rank."""
         y0 = torch.linspace(2.0, 3.0, 2 + comm.rank, dtype=D)
         if comm.rank == BAD:
             y0[0] = lowest
-        return self.solver(y0, torch.tensor([0.0, 0.5 * end, end], dtype=D))
-
-    def gradient(self, **options: Any) -> torch.Tensor:
-        """The derivative of a loss of all samples."""
-        loss = total(self.solve(**options).ys[-1].square().sum(), comm)
-        (gradient,) = torch.autograd.grad(loss, self.field.w)
-        return gradient
-
-    def expect(self, kind: type, text: str, found: BaseException | None, *what: Any) -> None:
-        """Check an error, and that the solver works as before."""
-        checks.true(type(found) is kind and text in str(found), *what, repr(found))
-        checks.true(len(set(comm.allgather(self.solver.method))) == 1, *what)
-        checks.true(torch.equal(self.gradient(), self.good), *what, "works again")
-
-
-def caught(function: Any, *arguments: Any, **options: Any) -> BaseException | None:
-    """What a call raises."""
-    try:
-        function(*arguments, **options)
-    except BaseException as error:
-        return error
-    return None
+        return y0
 
 
 @pytest.mark.parametrize("options", [FIXED, ADAPTIVE])
@@ -97,35 +73,18 @@ def test_ranks_against_one(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("options", [FIXED, ADAPTIVE | {"first_step": 1.0}])
 def test_sweeps_again(options: dict[str, Any]) -> None:
     """Attempts that leave the domain on one rank, second sweeps, and losses of some ranks alone."""
-    trial = Trial(**options)
-    plain = pnode.Solver(trial.field, comm=comm, compile=False, **options)
+    t = torch.tensor([0.0, 0.2], dtype=D)
     y0 = torch.linspace(2.0, 3.0, 2 + comm.rank, dtype=D)
     if comm.rank == BAD and "rtol" in options:
         y0[0] = 0.01  # gone at 0.25, and in the first attempt
-    y0.requires_grad_()
-    found = []
-    for solver in (trial.solver, plain):
-        solution = solver(y0, torch.tensor([0.0, 0.2], dtype=D))
-        loss = total(solution.ys[-1].square().sum() * (comm.rank == BAD), comm)
-        inputs = (trial.field.w, y0)
-        first = torch.autograd.grad(loss, inputs, retain_graph=True)
-        second = torch.autograd.grad(loss, inputs)
-        checks.true(all(map(torch.equal, first, second)), options, first, second)
-        found.append((solution, *first))
-    (one, *gradients), (other, *expected) = found
-    counts = [(s.stats.steps, s.stats.rejected) for s in (one, other)]
-    checks.true(counts[0] == counts[1], options, *counts)
-    checks.true("rtol" not in options or counts[0][1] > 0, options, *counts)
-    for a, b in zip((one.ys, *gradients), (other.ys, *expected), strict=True):
-        # The root at 0.01 and below makes round-off in y a hundred times as large in f.
-        checks.true(torch.allclose(a, b, rtol=1e-11, atol=1e-13), options, a, b)
+    Batch(**options).sweeps_again(y0, t, **options)
 
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("options", [FIXED, ADAPTIVE])
 def test_failures(options: dict[str, Any]) -> None:
     """What fails on one rank, before, in and after the sweep, is the same error on all."""
-    trial = Trial(**options)
+    trial = Batch(**options)
     where = f"rank {BAD}"
 
     error = caught(trial.solve, end=4.0)
@@ -183,7 +142,7 @@ def test_interrupts(options: dict[str, Any], everybody: bool) -> None:
 @pytest.mark.mpi(min_size=2)
 def test_what_stays_uncompiled() -> None:
     """A monitor of one rank, limits, implicit methods: without, on all ranks, and right."""
-    trial = Trial(**FIXED)
+    trial = Batch(**FIXED)
     seen: list[int] = []
     others = {
         "monitor": {
@@ -209,7 +168,7 @@ def test_what_stays_uncompiled() -> None:
 @pytest.mark.mpi(min_size=2)
 def test_a_field_that_changes_on_one_rank() -> None:
     """A number that differs is traced anew where it does, and the others go on."""
-    trial = Trial(**FIXED)
+    trial = Batch(**FIXED)
     trial.field.factor = 1.5 if comm.rank == BAD else 1.0
     found = trial.gradient()
     plain = pnode.Solver(trial.field, comm=comm, compile=False, **FIXED)
