@@ -262,6 +262,7 @@ solver = pnode.Solver(
 )
 y0 = torch.ones(1, dtype=torch.float64, requires_grad=True)
 solver(y0, torch.tensor([0.0, 0.01], dtype=torch.float64)).ys.sum().backward()
+solver(y0, torch.tensor([0.0, 1.0], dtype=torch.float64))  # what a process holds once, it holds now
 gc.collect()
 before = allocated()
 solution = solver(y0, torch.tensor([0.0, 1.0], dtype=torch.float64))
