@@ -57,7 +57,7 @@ given the samples anew in each call, as arguments of f, and takes 1.7 times as l
 1.00, 2.00, 2.99. S(T(x)) is off by 0.018 in x_2; T could start the filter near a known state, which
 is not done here. What did not work: the training through the solve adds nothing to the pairs, of
 which there are enough here. Without noise the learned observer is three times worse than the true
-model, as S is fitted to noisy samples. And a field with ``pnode.controls`` is not compiled.
+model, as S is fitted to noisy samples.
 """
 
 from __future__ import annotations

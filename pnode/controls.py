@@ -1,7 +1,9 @@
 """Controls: functions of time through samples, for vector fields that are driven from outside.
 
 Each is a Module, called as ``control(t)`` inside of f. Before the first time and after the last one
-it keeps the first and the last value.
+it keeps the first and the last value. Times of any shape have one row of the values each; where t
+ends with as many dimensions of size 1 as such a row has, as that of independent samples does, they
+make room for it.
 """
 
 from __future__ import annotations
@@ -50,7 +52,10 @@ class Control(torch.nn.Module):
         The index stays a tensor, in operations that torch's compiler follows.
         """
         t = real_times("t", t, "give a time").to(self.times)
-        found = torch.searchsorted(self.times.detach(), t.detach(), right=True) - 1
+        more = self.values.dim() - 1
+        if t.dim() > more and t.shape[t.dim() - more :] == (1,) * more:
+            t = t.reshape(t.shape[: t.dim() - more])  # a column, one time a row of the values
+        found = torch.searchsorted(self.times.detach(), t.detach().contiguous(), right=True) - 1
         return t, found.clamp(0, last)
 
     def _between(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -58,6 +63,11 @@ class Control(torch.nn.Module):
         t, i = self._at(t, len(self.times) - 2)
         begin, end = _row(self.times, i), _row(self.times, i + 1)
         return i, end - begin, ((t - begin) / (end - begin)).clamp(0.0, 1.0)
+
+    def _beside(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Return numbers, one a time, that multiply rows of the values."""
+        more = (1,) * (self.values.dim() - 1)
+        return numbers.reshape(numbers.shape + more).to(self.values)
 
 
 class _Hold(Control):
@@ -77,7 +87,7 @@ class _Linear(Control):
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         """Return the value at a time."""
         i, _, theta = self._between(t)
-        theta = theta.to(self.values)
+        theta = self._beside(theta)
         return (1.0 - theta) * _row(self.values, i) + theta * _row(self.values, i + 1)
 
 
@@ -93,10 +103,11 @@ class _Cubic(Control):
         values = self.values
         rows = _second_derivatives(self.times) if self._rows is None else self._rows
         rest = 1.0 - theta
-        weights = (rest**3 - rest) * _row(rows, i) + (theta**3 - theta) * _row(rows, i + 1)
-        bent = torch.tensordot((weights * length**2 / 6.0).to(values), values, dims=1)
-        straight = rest.to(values) * _row(values, i) + theta.to(values) * _row(values, i + 1)
-        return straight + bent
+        left, right = (rest**3 - rest) * length**2 / 6.0, (theta**3 - theta) * length**2 / 6.0
+        weights = left[..., None] * _row(rows, i) + right[..., None] * _row(rows, i + 1)
+        bent = torch.tensordot(weights.to(values), values, dims=1)
+        rest, theta = self._beside(rest), self._beside(theta)
+        return rest * _row(values, i) + theta * _row(values, i + 1) + bent
 
 
 def hold(times: Sequence[float] | torch.Tensor, values: torch.Tensor) -> Control:

@@ -1,5 +1,6 @@
 """Controls through samples: values, ends, gradients, and what is refused."""
 
+import math
 import warnings
 
 import numpy as np
@@ -10,6 +11,7 @@ from scipy.interpolate import CubicSpline
 import pnode
 from pnode import controls
 
+D = torch.float64
 TIMES = torch.tensor([0.0, 0.3, 0.7, 1.5], dtype=torch.float64)
 VALUES = torch.tensor([[1.0, -1.0], [2.0, 0.5], [0.0, 3.0], [1.5, 1.0]], dtype=torch.float64)
 INSIDE = [0.0, 0.1, 0.3, 0.69, 0.7, 1.2, 1.5]
@@ -40,6 +42,31 @@ def test_linear_and_cubic_against_numpy_and_scipy():
             assert torch.equal(control(torch.tensor(t, dtype=torch.float64)), VALUES[row])
     two = controls.cubic([0.0, 1.0], VALUES[:2])
     torch.testing.assert_close(two(torch.tensor(0.5)), VALUES[:2].mean(0))
+
+
+@pytest.mark.parametrize("kind", [controls.hold, controls.linear, controls.cubic])
+@pytest.mark.parametrize("more", [(), (2,), (4,), (2, 3)])
+def test_many_times_at_once(kind, more):
+    """Also as many times as a row has entries, or as there are samples."""
+    control = kind(TIMES, torch.arange(4.0 * math.prod(more), dtype=D).sin().reshape(4, *more))
+    for times in (TIMES + 0.1, torch.rand(3, 2, dtype=D)):
+        alone = torch.stack([control(t) for t in times.flatten()]).reshape(*times.shape, *more)
+        torch.testing.assert_close(control(times), alone, rtol=1e-14, atol=1e-15)
+        column = times.reshape(*times.shape, *[1 for _ in more])
+        assert torch.equal(control(column), control(times))
+
+
+@pytest.mark.parametrize("kind", [controls.hold, controls.linear, controls.cubic])
+@pytest.mark.parametrize(("method", "compile"), [("rodaspr", False), ("dopri5", True)])
+def test_independent_samples(kind, method, compile):
+    control = kind(TIMES, VALUES)
+    times = torch.tensor([[0.0, 1.0], [0.1, 0.5], [0.2, 1.4]], dtype=D)
+    y0 = torch.tensor([[1.0, 2.0], [-1.0, 0.0], [0.5, 0.5]], dtype=D)
+    keywords = {"method": method, "step_size": 0.01, "compile": compile}
+    rows = pnode.Solver(lambda t, y: control(t) - y, samples="independent", **keywords)(y0, times)
+    for row, y, t in zip(rows.ys.unbind(1), y0, times, strict=True):
+        alone = pnode.Solver(lambda t, y: control(t) - y, **keywords)(y, t).ys
+        torch.testing.assert_close(row, alone, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("kind", [controls.linear, controls.cubic])
