@@ -88,7 +88,7 @@ class WholeSweep(Sweep):
             outputs = self._compiled.forward(run.stats)
         finally:
             if shown is not None:
-                shown.observers = []
+                shown.observers, shown.sieve = [], None
         if outputs is None:
             return None
         self._nodes = [*self._compiled.recorded()[1]] if shown is not None else []
