@@ -29,6 +29,7 @@ from pnode.problems.repeated import Repeated
 from pnode.solvers.compiled import new_compiler, new_row_compiler
 from pnode.solvers.compiled.account import Account
 from pnode.solvers.compiled.compiler import Compiler
+from pnode.solvers.compiled.event_programs import EventPrograms
 from pnode.solvers.create import create_integrator
 from pnode.solvers.linear.jacobians import JacobianOptions
 from pnode.solvers.linear.sparse import SparsityPattern
@@ -161,6 +162,7 @@ class Engine:
     _pool: _Pool = field(default_factory=_Pool, init=False)
     compiler: Compiler = field(default_factory=new_compiler, init=False)
     row_compiler: Compiler = field(default_factory=new_row_compiler, init=False)
+    event_programs: EventPrograms = field(default_factory=EventPrograms, init=False)
     account: Account = field(default_factory=Account, init=False)
     repeated: Repeated = field(default_factory=Repeated, init=False)
     _known_settings: dict[Hashable, IntegratorSettings] = field(default_factory=dict, init=False)

@@ -65,10 +65,13 @@ class Events(tuple[Event, ...]):
         Whether they were given as a list, for error messages.
     sizes : tuple of int
         How many numbers each function returned when they were last called.
+    given : tuple of callable
+        The user's functions.
     """
 
     listed: bool
     sizes: tuple[int, ...]
+    given: tuple[Callable[..., Any], ...]
 
     @staticmethod
     def of(given: Any) -> Events:
@@ -90,17 +93,18 @@ class Events(tuple[Event, ...]):
                 )
         found = [each if isinstance(each, Event) else Event(each) for each in
                  (given if listed else [given])]  # fmt: skip
-        return Events._made(found, listed)
+        return Events._made(found, listed, tuple(one.fn for one in found))
 
     @staticmethod
-    def _made(found: Sequence[Event], listed: bool) -> Events:
+    def _made(found: Sequence[Event], listed: bool, given: tuple[Any, ...]) -> Events:
         events = Events(found)
-        events.listed, events.sizes = listed, ()
+        events.listed, events.sizes, events.given = listed, (), given
         return events
 
     def mapped(self, change: Callable[[Any], Any]) -> Events:
         """Return them with functions changed."""
-        return Events._made([replace(one, fn=change(one.fn)) for one in self], self.listed)
+        changed = [replace(one, fn=change(one.fn)) for one in self]
+        return Events._made(changed, self.listed, self.given)
 
     @staticmethod
     def modules(given: Any) -> torch.nn.ModuleList | None:

@@ -13,6 +13,8 @@ import torch
 from pnode.base import vectors
 from pnode.field.vectorfield import VectorField
 from pnode.problems.problem import InitialValueProblem
+from pnode.solvers.compiled.event_programs import EventPrograms
+from pnode.solvers.compiled.shown_steps import Sieve
 from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.stepping import Observer, Step
 from pnode.sweeping.event_functions import Events
@@ -119,6 +121,14 @@ class EventLocator(Observer):
     def trials(self) -> list[TimeIntegrator]:
         """What has taken steps that ended at events."""
         return [self._path.trial] if self._path.trial is not None and self.roots else []
+
+    def pass_over(self, step: Step, state: torch.Tensor) -> None:
+        """Go on at the start of a step, from a state behind steps that cannot hold an event."""
+        self._path.pass_over(step, state)
+
+    def sieve(self, programs: EventPrograms) -> Sieve | None:
+        """Return what finds the steps to look at in machine code; see :class:`EventPath`."""
+        return self._path.sieve(programs, self)
 
     def before_step(self, index: int, integrator: TimeIntegrator) -> None:
         """Let steps start afresh where the last slope of one cut short would be the next's first.

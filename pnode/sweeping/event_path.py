@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from pnode.adjoint.identity import describe
 from pnode.base import vectors
 from pnode.base.devices import HOST
 from pnode.base.interpolation import hermite, lagrange
 from pnode.errors import EventError
 from pnode.field.vectorfield import VectorField
 from pnode.problems.problem import InitialValueProblem
+from pnode.solvers.compiled.event_programs import EventPrograms
+from pnode.solvers.compiled.shown_steps import Seeker, Sieve
 from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.stepping import Step
 from pnode.sweeping.event_functions import Events, call_event
@@ -115,6 +118,29 @@ class EventPath:
         self._guesses, self._at, self._sampled = {}, None, None
         end = self._evaluate(step.end, step.index, state)
         self.known = {0.0: self.known[1.0], 1.0: end}
+
+    def pass_over(self, step: Step, state: torch.Tensor) -> None:
+        """Go on at the start of a step, from a state behind steps that were not looked at."""
+        self.states, self._slopes = (state, state), [None, None]
+        self.known = {1.0: self._evaluate(step.start, step.index, state)}
+
+    def sieve(self, programs: EventPrograms, seeker: Seeker) -> Sieve | None:
+        """Return what finds the steps to look at in machine code, if that can do so."""
+        problem, layout = self._problem, self._problem.layout
+        if not problem.gives_rate or layout.dtype is not torch.float64:
+            return None
+
+        def values(time: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+            where = self._where(problem.times[0], 0)
+            return call_event(self._events, layout, time, u.clone(), where)
+
+        program = programs.find(
+            (layout, len(self._events)), values,
+            lambda: describe("event_fn", self._events.given), self._time(problem.times[0]),
+            self.states[1],
+        )  # fmt: skip
+        thetas = (0.0, *SAMPLES)
+        return None if program is None else Sieve(program, seeker, thetas, _weights(thetas))
 
     def end_step(self) -> None:
         """Go on from the end of the step."""
@@ -222,13 +248,15 @@ class EventPath:
 
     def _evaluate(self, s: float, step: int, state: torch.Tensor) -> Any:
         """Return event_fn's entries at a state, as an array."""
-        layout = self._problem.layout
-        time = torch.tensor(self._problem.direction * s, dtype=layout.dtype, device=layout.device)
-        where = self._where(s, step)
+        layout, where = self._problem.layout, self._where(s, step)
         with torch.no_grad():
             u = state.to(layout.dtype, copy=True)
-            values = call_event(self._events, layout, time, u, where)
+            values = call_event(self._events, layout, self._time(s), u, where)
         return values.to(device=HOST.device, dtype=torch.float64).numpy().copy()
+
+    def _time(self, s: float) -> torch.Tensor:
+        layout = self._problem.layout
+        return torch.tensor(self._problem.direction * s, dtype=layout.dtype, device=layout.device)
 
     def _checked(self, values: Any, s: float, step: int) -> Any:
         """Refuse numbers that are not finite, on the discrete solution."""

@@ -78,13 +78,17 @@ class WholeSweep(Sweep):
                     requests.events, run.problem, requests.event_tol, shown, shown.lend, field,
                     requests.sides,
                 )  # fmt: skip
+            others = onlookers(requests, run.problem)
+            if locator is not None:
                 shown.observers.append(locator)
-            shown.observers += onlookers(requests, run.problem)
+                if not others:  # who see each step, and may change what events depend on
+                    shown.sieve = locator.sieve(self._engine.event_programs)
+            shown.observers += others
         try:
             outputs = self._compiled.forward(run.stats)
         finally:
             if shown is not None:
-                shown.observers = []
+                shown.observers, shown.sieve = [], None
         if outputs is None:
             return None
         self._nodes = [*self._compiled.recorded()[1]] if shown is not None else []

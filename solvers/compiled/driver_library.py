@@ -38,9 +38,9 @@ def library() -> ctypes.CDLL:
         If it cannot be compiled.
     """
     text = source(
-        "kernel.h", "checkpoints.h", "ranks.h", "clock.h", "sweeps.cpp", "sweep_derivatives.cpp",
-        "shown_steps.cpp", "sweep_calls.cpp", "partial_steps.cpp", "rows.cpp", "graphs.h",
-        "graph_steps.cpp", "staged_steps.cpp",
+        "kernel.h", "checkpoints.h", "ranks.h", "clock.h", "suspects.h", "sweeps.cpp",
+        "sweep_derivatives.cpp", "shown_steps.cpp", "sweep_calls.cpp", "partial_steps.cpp",
+        "rows.cpp", "graphs.h", "graph_steps.cpp", "staged_steps.cpp",
     )  # fmt: skip
     made = compile_source(text, _FLAGS, "driver-")
     pointer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
@@ -58,7 +58,8 @@ def library() -> ctypes.CDLL:
         "limit": (None, [pointer, number]),
         "schedule": (number, [pointer, pointer, number]),
         "watch": (None, [pointer, pointer]),
-        "shown": (None, [pointer] * 3),
+        "sift": (number, [pointer, pointer]),
+        "shown": (None, [pointer] * 4),
         "part": (number, [pointer, pointer, real, pointer]),
         "cut": (None, [pointer, real]),
         "partial": (pointer, [pointer]),

@@ -137,6 +137,12 @@ class ImplicitSteps : public Kernel {
     std::memcpy(stages, from.stages, sizeof(stages));
   }
 
+  bool slope(double t, const double* y, double* f) override {
+    if (is_massive()) return false;
+    slope_at(t, y, f);
+    return true;
+  }
+
   void end_adjoint(double* state, double* const*) override {
     std::memcpy(state, lambda, sizeof(lambda));
   }

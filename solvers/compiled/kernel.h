@@ -90,6 +90,8 @@ class Kernel {
     virtual void follow(const Kernel&) {}
     virtual Status part(double t, double h) { return attempt(t, h).status; }
     virtual void adopt(const Kernel&) {}
+    // y' at a time of the user's; false where that is not to be had.
+    virtual bool slope(double, const double*, double*) { return false; }
 
     // Of kernels whose every step is collective: fail, and go on for those who wait.
     virtual void fail() {}

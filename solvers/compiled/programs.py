@@ -21,11 +21,12 @@ from pnode.solvers.compiled.decomposition import decomposed
 from pnode.solvers.compiled.driver import at, pointers, source
 from pnode.solvers.compiled.inductor import compile_source
 from pnode.solvers.compiled.kernel import Kernel
+from pnode.solvers.compiled.numbers_read import Numbers
 from pnode.solvers.compiled.operations import Operations
 from pnode.solvers.compiled.scalars import Scalars, Symbols
 from pnode.solvers.compiled.trace import FieldGraph, ParameterPart, Untraceable
 
-__all__ = ["INCLUDES", "MOST_STAGES", "ImplicitProgram", "Program", "Writer"]
+__all__ = ["INCLUDES", "MOST_STAGES", "PRELUDE", "ImplicitProgram", "Program", "Writer"]
 
 #: Of implicit_steps.cpp.
 MOST_STAGES = 16
@@ -47,7 +48,8 @@ INCLUDES = """\
 #include <memory>
 #include <vector>
 """
-_PRELUDE = """\
+#: What comes before scalar operations.
+PRELUDE = """\
 namespace {
 using std::fabs;
 // torch's: NaN wins.
@@ -159,11 +161,7 @@ class Program(ImplicitProgram):
     """
 
     def __init__(self, traced: FieldGraph, parameters: Sequence[torch.Tensor], steps: str) -> None:
-        for tensor in traced.captured:
-            if tensor.dtype in (torch.float32, torch.complex128) or tensor.device.type != "cpu":
-                raise Untraceable(f"it reads a tensor of type {tensor.dtype} on {tensor.device}")
-        #: Integers, which are part of the text, and what they were.
-        self._written = [(x, x.clone()) for x in traced.captured if not x.is_floating_point()]
+        self._numbers = Numbers(traced.captured)
         super().__init__(traced, self._written_field(traced, parameters, steps), steps)
 
     def _written_field(
@@ -172,14 +170,11 @@ class Program(ImplicitProgram):
         return Writer(traced, parameters).text(steps)
 
     def _is_out_of_date(self) -> bool:
-        return not all(torch.equal(x, before) for x, before in self._written)
+        return self._numbers.are_out_of_date()
 
     def inputs(self) -> list[torch.Tensor]:
         """Return what f reads as the program takes it."""
-        return [
-            x if x.dtype is REAL and x.is_contiguous() else x.detach().to(REAL).contiguous()
-            for x in self.traced.captured
-        ]
+        return Numbers.present(self.traced.captured)
 
     def at(self, t: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor]:
         """Return f(t, y), flat."""
@@ -281,7 +276,7 @@ class Writer:
         timed = self._scalars.depends([*self._f, *self._jacobian], state[:1])
         linear = not self._scalars.depends(self._jacobian, state)
         parts = [
-            _PRELUDE, f"constexpr int N = {len(self._f)}, WIDTH = {len(state) - 1};",
+            PRELUDE, f"constexpr int N = {len(self._f)}, WIDTH = {len(state) - 1};",
             "constexpr int ENTRIES = N * WIDTH;",
             f"constexpr bool AUTONOMOUS = {str(not timed).lower()};",
             f"constexpr bool CONSTANT = {str(linear).lower()};",

@@ -2,11 +2,40 @@
 
 namespace {
 
-// Start and end of the step, in time that runs forwards, its order, and the state at its end.
-void Sweep::shown(double* step, double* state) const {
-    const double found[] = {shown_.start, shown_.end, static_cast<double>(kernel_->order())};
-    std::copy_n(found, 3, step);
-    std::copy_n(kernel_->tried(), kernel_->size, state);
+// Show each step before it is accepted; `trial` takes parts of it, null where none are wanted.
+void Sweep::watch(Kernel* trial) {
+    watched_ = true;
+    trial_.reset(trial);
+    if (trial) trial->begin();
+}
+
+// Show those alone that may hold an event.
+void Sweep::sift(const Sieve& sieve) {
+    if (!trial_) throw FAILED;
+    suspects_ = std::make_unique<Suspects>(sieve, kernel_->size);
+}
+
+// Whether a step is to be shown. Of those that are not, the slope at the end counts: an observer
+// would have it evaluated, and does so itself at the start of the next one that it is shown.
+bool Sweep::is_suspect() {
+    if (!suspects_) return true;
+    int64_t& calls = kernel_->counts.rhs;
+    const bool is = suspects_->in(*trial_, control_.direction, shown_.start, shown_.end,
+                                  kernel_->state(), kernel_->tried());
+    if (is && suspects_->passed) calls -= suspects_->evaluations;
+    suspects_->passed = !is;
+    if (!is) calls += suspects_->evaluations;
+    return is;
+}
+
+// Start and end of the step, in time that runs forwards, its order and number, and the states there, that
+// at the start where steps may not have been shown.
+void Sweep::shown(double* step, double* start, double* end) const {
+    const double found[] = {shown_.start, shown_.end, static_cast<double>(kernel_->order()),
+                            static_cast<double>(index_)};
+    std::copy_n(found, 4, step);
+    if (suspects_) std::copy_n(kernel_->state(), kernel_->size, start);
+    std::copy_n(kernel_->tried(), kernel_->size, end);
 }
 
 // Take a part of it, of a length in time that runs forwards.
@@ -31,6 +60,7 @@ Status Sweep::part(void* const* captured, double length, double* state) {
 void Sweep::cut(double end) {
     kernel_->adopt(*trial_);
     shown_.h = control_.direction * (end - shown_.start);
+    if (suspects_) suspects_->forget();
     if (end == shown_.end) return;
     shown_.end = s_ = rest_ = end;
     shown_.reached = false;

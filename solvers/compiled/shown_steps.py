@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from pnode.base.options import PETSc
 from pnode.base.vectors import REAL
+from pnode.solvers.compiled.driver_library import at
 from pnode.solvers.compiled.records import pointers
 from pnode.solvers.petsc.integrator import StepOutcome, TimeIntegrator
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.stepping import Observer, Step
 
-__all__ = ["GivenUp", "Part", "ShownSteps"]
+__all__ = ["GivenUp", "Part", "Seeker", "ShownSteps", "Sieve"]
 
 
 class GivenUp(Exception):
@@ -67,6 +68,62 @@ class Part(TimeIntegrator):
         return StepOutcome(True, step)
 
 
+class Seeker(Protocol):
+    """Looks for events in the steps that may hold one."""
+
+    @property
+    def sides(self) -> Any:
+        """On which side of zero each number is, 0 for none yet; None before the first step."""
+        ...
+
+    def pass_over(self, step: Step, state: torch.Tensor) -> None:
+        """Go on at the start of a step, from a state behind steps that were not shown."""
+        ...
+
+
+class Sieve(ctypes.Structure):
+    """Tells the driver which steps to show, see ``suspects.h``.
+
+    Parameters
+    ----------
+    program : EventProgram
+        What is looked for.
+    seeker : Seeker
+        Who looks for it.
+    thetas : sequence of float
+        Where, from the start of a step to its end.
+    weights : Tensor
+        Of the interpolant there, shape ``(len(thetas), 4)``.
+    """
+
+    _fields_ = [
+        ("values", ctypes.c_void_p), ("read", ctypes.c_void_p), ("entries", ctypes.c_int64),
+        ("samples", ctypes.c_int64), ("thetas", ctypes.c_void_p), ("weights", ctypes.c_void_p),
+        ("sides", ctypes.c_void_p),
+    ]  # fmt: skip
+
+    def __init__(
+        self, program: Any, seeker: Seeker, thetas: Sequence[float], weights: torch.Tensor
+    ) -> None:
+        self.seeker = seeker
+        # On which side of zero each number is, 0 where that is not known.
+        self._sides_now = torch.zeros(program.entries, dtype=REAL)
+        read, places = program.inputs(), torch.tensor(thetas, dtype=REAL)
+        given = pointers(read)
+        self._alive = program, read, given, places, weights
+        super().__init__(
+            ctypes.cast(program.function, ctypes.c_void_p), ctypes.cast(given, ctypes.c_void_p),
+            program.entries, len(thetas), places.data_ptr(), weights.data_ptr(),
+            self._sides_now.data_ptr(),
+        )  # fmt: skip
+
+    def update(self) -> None:
+        """Tell the driver what was found in a step."""
+        sides = self.seeker.sides
+        if sides is not None:
+            self._sides_now.copy_(torch.from_numpy(sides))
+
+
 class ShownSteps(Part):
     """A sweep that shows each step to observers before it accepts it.
 
@@ -82,7 +139,7 @@ class ShownSteps(Part):
     observers : list of Observer
         Those who look.
     number : int
-        How many steps were shown.
+        How many steps there were up to the last that was shown.
     stopped : float or None
         Where an observer has let the sweep end.
     """
@@ -92,11 +149,15 @@ class ShownSteps(Part):
         self.observers: list[Observer] = []
         self.number = 0
         self.stopped: float | None = None
+        #: Which steps are shown; None: all of them.
+        self.sieve: Sieve | None = None
 
     def lent(self, library: Any, handle: Any, inputs: Sequence[torch.Tensor]) -> None:
         """Show the steps of a sweep of the driver, which reads these tensors."""
         self._library, self._handle, self._inputs = library, handle, inputs
         self._read = pointers(inputs)
+        if self.sieve is not None and library.pnode_sift(handle, ctypes.byref(self.sieve)):
+            self.sieve = None
 
     def lend(self) -> Part:
         """Return what takes parts of steps."""
@@ -106,18 +167,19 @@ class ShownSteps(Part):
 
     def take_part(self, length: float, part: Part) -> None:
         """Take the step that is shown up to there."""
-        place = ctypes.c_void_p(part.state.data_ptr())
-        if self._library.pnode_part(self._handle, self._read, length, place):
+        if self._library.pnode_part(self._handle, self._read, length, at(part.state)):
             raise GivenUp
         part.solution.stateIncrease()
 
     def show(self) -> None:
         """Let the observers look at a step; the sweep accepts it, or the part that they choose."""
-        times = (ctypes.c_double * 3)()
-        self._library.pnode_shown(self._handle, times, ctypes.c_void_p(self.state.data_ptr()))
+        times, begun = (ctypes.c_double * 4)(), torch.empty_like(self.state)
+        self._library.pnode_shown(self._handle, times, at(begun), at(self.state))
         self.solution.stateIncrease()
-        start, end, order = times
-        step = Step(self.number, start, end - start, end, int(order))
+        start, end, order, index = times
+        step = Step(int(index), start, end - start, end, int(order))
+        if self.sieve is not None and step.index > self.number:
+            self.sieve.seeker.pass_over(step, begun)
         taker: TimeIntegrator
         ends = False
         for observer in self.observers:
@@ -131,4 +193,6 @@ class ShownSteps(Part):
             self.stopped = step.end
         for observer in self.observers:
             observer.after_step(step, self, ends)
-        self.number += 1
+        self.number = step.index + 1
+        if self.sieve is not None:
+            self.sieve.update()

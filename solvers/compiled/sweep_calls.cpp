@@ -51,7 +51,17 @@ int64_t pnode_forward(void* sweep, void* const* captured, void* outputs, double 
 // Takes over the kernel, null where no parts of steps are wanted.
 void pnode_watch(void* sweep, void* trial) { own(sweep).watch(static_cast<Kernel*>(trial)); }
 
-void pnode_shown(void* sweep, double* step, double* state) { own(sweep).shown(step, state); }
+// Between calls of pnode_forward.
+int64_t pnode_sift(void* sweep, const Sieve* sieve) {
+    return guarded([&] {
+        own(sweep).sift(*sieve);
+        return DONE;
+    });
+}
+
+void pnode_shown(void* sweep, double* step, double* start, double* end) {
+    own(sweep).shown(step, start, end);
+}
 
 int64_t pnode_part(void* sweep, void* const* captured, double length, double* state) {
     return guarded([&] { return own(sweep).part(captured, length, state); });

@@ -1,5 +1,5 @@
 // Whole sweeps, forwards and backwards: what solvers/stepping.py and adjoint steps do one by one,
-// with the same numbers. Above this stand kernel.h, checkpoints.h, ranks.h and clock.h,
+// with the same numbers. Above this stand kernel.h, checkpoints.h, ranks.h, clock.h and suspects.h,
 // below it sweep_derivatives.cpp, shown_steps.cpp and sweep_calls.cpp.
 
 #include <algorithm>
@@ -76,15 +76,11 @@ class Sweep {
 
     void fail() { kernel_->fail(); }
 
-    // Show each step before it is accepted; `trial` takes parts of it, null where none are wanted.
-    void watch(Kernel* trial) {
-        watched_ = true;
-        trial_.reset(trial);
-        if (trial) trial->begin();
-    }
-
     // Of shown_steps.cpp.
-    void shown(double* step, double* state) const;
+    void watch(Kernel* trial);
+    void sift(const Sieve& sieve);
+    bool is_suspect();
+    void shown(double* step, double* start, double* end) const;
     Status part(void* const* captured, double length, double* state);
     void cut(double end);
     void stop();
@@ -102,10 +98,7 @@ class Sweep {
     void nodes(const int64_t* first, int64_t count) { nodes_.assign(first, first + count); }
 
     // Begin once more with the steps that were taken, which is not collective.
-    void repeat() {
-        again_ = true;
-        begin();
-    }
+    void repeat() { again_ = true, begin(); }
 
     // Begin a backward sweep, whatever became of one before: of sweep_derivatives.cpp.
     void restart() { backwards_ = over_ = false; }
@@ -145,7 +138,7 @@ class Sweep {
 
   private:
     Status take(void* const* captured, void* outputs, double seconds) {
-        kernel_->lend(captured);
+        lend(captured);
         outputs_ = outputs;
         Clock clock(seconds, kernel_->steps_per_look);
         Status status = PAUSED;
@@ -168,8 +161,13 @@ class Sweep {
             }
             status = shown_.open ? accept() : again_ ? repeated() : go_on();
         } while (status == PAUSED && !clock.over());
-        kernel_->lend(nullptr);
+        lend(nullptr);
         return status;
+    }
+
+    void lend(void* const* captured) {
+        kernel_->lend(captured);
+        if (suspects_) trial_->lend(captured);
     }
 
     // An adaptive attempt, with the same verdict on all ranks: a failure of one is one of all, and
@@ -332,7 +330,7 @@ class Sweep {
     // Accept a step, once it was shown.
     Status show(const Step& step) {
         shown_ = step;
-        shown_.open = watched_ && !again_;
+        shown_.open = watched_ && !again_ && is_suspect();
         return shown_.open ? SHOWN : accept();
     }
 
@@ -365,6 +363,7 @@ class Sweep {
 
     const std::unique_ptr<Kernel> kernel_;
     std::unique_ptr<Kernel> trial_;
+    std::unique_ptr<Suspects> suspects_;  // null: each step is shown
     bool watched_ = false, stopped_ = false;
     Step shown_{};
     double rest_;  // where the rest of a fixed step begins that was cut; else NaN
