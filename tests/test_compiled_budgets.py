@@ -1,4 +1,4 @@
-"""Whole compiled sweeps of implicit methods within a budget: the numbers of those without one."""
+"""Whole compiled sweeps within a budget: the numbers of those without one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch.func import jvp
 
 import pnode
 from pnode.derivatives import stage_tangents
+from pnode.solvers.compiled import driver
+from pnode.solvers.methods import find_method
 
 D = torch.float64
 STATE = 24  # bytes
@@ -20,10 +22,11 @@ def solve(limits, compile=True, backward=1, parts=None, **keywords):
     """Return the statistics, and solution and gradients; of all backward sweeps the same ones."""
     field = Kinetics()
     own = {"rhs": field} if parts is None else parts(field)
+    if find_method(keywords["method"]).implicit:
+        own["jacobian"] = "dense"
     solver = pnode.Solver(
-        jacobian="dense", compile=compile, checkpointing=pnode.Checkpointing(**limits), **own,
-        **keywords,
-    )  # fmt: skip
+        compile=compile, checkpointing=pnode.Checkpointing(**limits), **own, **keywords
+    )
     y0, times = START.clone().requires_grad_(), TIMES.clone().requires_grad_()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -45,12 +48,13 @@ FIXED, ADAPTIVE = {"step_size": 0.02}, {"rtol": 1e-6, "atol": 1e-8}
     {"method": "es325", **FIXED}, {"method": "es325", **ADAPTIVE},
     {"method": "sdirk2", "rtol": 1e-4, "atol": 1e-6}, {"method": "rodas3", **FIXED},
     {"method": "rodaspr", **ADAPTIVE}, {"method": "gauss4", **FIXED},
-    {"method": "radau5", **ADAPTIVE},
+    {"method": "radau5", **ADAPTIVE}, {"method": "heun2", **FIXED},
+    {"method": "bosh3", **FIXED}, {"method": "bosh3", **ADAPTIVE},
 ])  # fmt: skip
 def test_gradients_are_those_without_a_limit(keywords, units):
     """In every bit if steps begin afresh; as many steps are repeated as without machine code."""
     limits = {"memory": STATE * units, "reproducible": True}
-    _, expected = solve({"reproducible": True}, **keywords)
+    _, expected = solve({"reproducible": True, "store": "stages"}, **keywords)
     stats, found = solve(limits, backward=2, **keywords)
     assert all(map(torch.equal, found, expected))
     assert 0 < stats.ram_bytes <= limits["memory"]
@@ -63,7 +67,7 @@ def test_gradients_are_those_without_a_limit(keywords, units):
         assert float((a - b).norm() / b.norm()) < 1e-9
 
 
-@pytest.mark.parametrize("method", ["beuler", "es325", "dirk657a", "radau3"])
+@pytest.mark.parametrize("method", ["beuler", "es325", "dirk657a", "radau3", "bosh3"])
 def test_what_a_plan_says_is_repeated(method):
     """Also if only starts of steps are kept, or only stages."""
     for store in ("auto", "solutions", "stages"):
@@ -115,14 +119,17 @@ def test_a_constant_jacobian_serves_steps_and_adjoints(method, size):
 
 @pytest.mark.parametrize("keywords", [
     {"method": "cn", **FIXED}, {"method": "rodaspr", **ADAPTIVE}, {"method": "bdf", **ADAPTIVE},
+    {"method": "heun2", **FIXED},
 ])  # fmt: skip
 def test_tangents_are_those_without_a_limit(keywords, monkeypatch):
     """The steps are taken once more beside them; the adjoint is there afterwards."""
     monkeypatch.setattr(stage_tangents, "uncompiled", None)
     found, along = [], torch.tensor([0.3, -1.0, 2.0], dtype=D)
-    for limits in ({}, {"memory": 10**6 if keywords["method"] == "bdf" else STATE * 9}):
+    own = {"jacobian": "dense"} if find_method(keywords["method"]).implicit else {}
+    memory = 10**6 if keywords["method"] == "bdf" else STATE * 9
+    for limits in ({"store": "stages"}, {"memory": memory}):
         solver = pnode.Solver(
-            Kinetics(), jacobian="dense", compile=True, **keywords,
+            Kinetics(), compile=True, **keywords, **own,
             checkpointing=pnode.Checkpointing(**limits),
         )  # fmt: skip
         with torch.no_grad():
@@ -134,6 +141,46 @@ def test_tangents_are_those_without_a_limit(keywords, monkeypatch):
     seeds = torch.ones_like(ys)
     (gradient,) = torch.autograd.grad(ys, y0, seeds)
     torch.testing.assert_close((seeds * found[0][1]).sum(), gradient @ along, rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [(D, 16), (torch.float32, 1)])
+def test_explicit_steps_of_large_and_small_states(dtype, rows, monkeypatch):
+    """Checkpoints take the bytes that they do without machine code; Ctrl-C loses nothing.
+
+    Stages of 16 rows begin where torch's own would, those of one are copied there.
+    """
+    calls, found, goes_on = [], [], driver.CompiledSweep._goes_on
+
+    def interrupted(self, status):
+        calls.append(status)
+        if len(calls) == 40:
+            raise KeyboardInterrupt
+        return goes_on(self, status)
+
+    weight = torch.linspace(-0.5, 0.5, 9, dtype=dtype).view(3, 3).requires_grad_()
+    y0 = torch.linspace(-1.0, 1.0, 3 * rows, dtype=dtype).view(rows, 3).requires_grad_()
+    for compile in (True, False):
+        solver = pnode.Solver(
+            lambda t, y: torch.tanh(y @ weight), params=[weight], method="heun2", step_size=0.02,
+            compile=compile, checkpointing=pnode.Checkpointing(memory=STATE * rows * 9),
+        )  # fmt: skip
+        solution = solver(y0, TIMES)
+        loss = solution.ys.square().sum()
+        if compile:
+            with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+                patched.setattr(driver, "PATIENCE", 0.0)  # a call is a step
+                patched.setattr(driver.CompiledSweep, "_goes_on", interrupted)
+                torch.autograd.grad(loss, [y0, weight], retain_graph=True)
+        gradients = torch.autograd.grad(loss, [y0, weight], retain_graph=True)
+        assert all(map(torch.equal, gradients, torch.autograd.grad(loss, [y0, weight])))
+        repeated = solution.stats.backward.recomputed
+        found.append(([loss.detach(), *gradients], solution.stats.ram_bytes, repeated))
+    assert len(calls) == 40
+    assert found[0][1] == found[1][1] <= STATE * rows * 9
+    # What was interrupted counts nothing, but all steps are repeated after it.
+    assert found[0][2] == found[1][2] + solution.stats.steps
+    for a, b in zip(found[0][0], found[1][0], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12 if dtype is D else 1e-5, atol=0.0)
 
 
 def test_bdf_keeps_every_step_or_says_how_much_that_takes():

@@ -4,7 +4,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <deque>
+#include <memory>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 enum Act : int64_t {  // of adjoint/script.py
@@ -24,7 +26,7 @@ class Checkpoints {
         orders_.clear();
         solutions_.clear();
         stages_.clear();
-        live_.clear();
+        live_.reset();
         stored_ = 0;
         live_step_ = -1;
     }
@@ -51,34 +53,39 @@ class Checkpoints {
     // The kernel has taken a step, whose state it is at.
     void advanced(int64_t step) {
         live_step_ = step;
-        live_.clear();
+        live_.reset();
     }
 
     // What the adjoint of the step that is live needs, which counts from now on.
-    const std::vector<double>& hold() {
-        const std::vector<double>& found = live();
-        count(stages_.count(live_step_) ? 0 : found.size());
-        return found;
+    const Numbers& hold() {
+        const Held found = live();
+        count(stages_.count(live_step_) ? 0 : found->size());
+        return *found;
     }
 
     int64_t peak = 0;  // bytes
 
   private:
-    typedef std::unordered_map<int64_t, std::vector<double>> Kept;
+    typedef std::shared_ptr<const Numbers> Held;  // what is live and what is stored may be the same
+    typedef std::unordered_map<int64_t, Held> Kept;
 
-    const std::vector<double>& live() {
-        if (live_.empty()) kernel_->live(live_);
+    const Held& live() {
+        if (!live_) {
+            Numbers found;
+            kernel_->live(found);
+            live_ = std::make_shared<const Numbers>(std::move(found));
+        }
         return live_;
     }
 
     void follow(const Order& order) {
         const int64_t step = order.step;
         switch (order.act) {
-            case STORE_SOLUTION: return put(solutions_[step], kernel_->state(), kernel_->size);
+            case STORE_SOLUTION: return put(solutions_, step, copied(kernel_->state()));
             case RESTORE_SOLUTION:
-                return kernel_->stand(step ? solutions_.at(step).data() : nullptr);
+                return kernel_->stand(step ? solutions_.at(step)->data() : nullptr);
             case DISCARD_SOLUTION: return drop(solutions_, step);
-            case STORE_STAGES: return put(stages_[step], live().data(), live().size());
+            case STORE_STAGES: return put(stages_, step, live());
             case RESTORE_STAGES:
                 live_ = stages_.at(step);
                 live_step_ = step;
@@ -86,27 +93,30 @@ class Checkpoints {
             case DISCARD_STAGES: return drop(stages_, step);
             case RESTORE_END: return kernel_->stand(end(step));
             case KEEP_END: {
-                const double* from = end(step);
-                const std::vector<double> own(from, from + kernel_->size);
+                const Held own = copied(end(step));
                 drop(stages_, step);
-                return put(solutions_[step + 1], own.data(), own.size());
+                return put(solutions_, step + 1, own);
             }
         }
     }
 
     const double* end(int64_t step) const {
-        const std::vector<double>& found = stages_.at(step);
-        return found.data() + found.size() - kernel_->size;
+        const Held& found = stages_.at(step);
+        return found->data() + found->size() - kernel_->size;
     }
 
-    void put(std::vector<double>& place, const double* from, size_t number) {
-        place.assign(from, from + number);
-        stored_ += number;
+    Held copied(const double* state) const {
+        return std::make_shared<const Numbers>(state, state + kernel_->size);
+    }
+
+    void put(Kept& kept, int64_t step, const Held& numbers) {
+        kept[step] = numbers;
+        stored_ += numbers->size();
         count(0);
     }
 
     void drop(Kept& kept, int64_t step) {
-        stored_ -= kept.at(step).size();
+        stored_ -= kept.at(step)->size();
         kept.erase(step);
     }
 
@@ -117,7 +127,7 @@ class Checkpoints {
     Kernel* const kernel_;
     std::deque<Order> orders_;
     Kept solutions_, stages_;  // by step: the state at its start, what its adjoint needs
-    std::vector<double> live_;
+    Held live_;
     int64_t live_step_ = -1;
     size_t stored_ = 0;
 };

@@ -79,7 +79,7 @@ class Coupled : public ImplicitSteps {
     forget_last();
   }
 
-  void live(std::vector<double>& found) const override { found.assign(Y, Y + s * N); }
+  void live(Numbers& found) override { found.assign(Y, Y + s * N); }
 
   // K_Y^T w = d x lambda for the stages together.
   Status adjoint(int64_t index, double t, double h) override {

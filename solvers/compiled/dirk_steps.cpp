@@ -47,7 +47,7 @@ class Dirk : public ImplicitSteps {
   }
 
   // Of a residual's only stage y' comes first: what is kept ends with the step's end.
-  void live(std::vector<double>& found) const override {
+  void live(Numbers& found) override {
     found.assign(stages[0], stages[0] + WIDTH * m.stages);
     if (RESIDUAL) std::rotate(found.begin(), found.begin() + N, found.end());
   }

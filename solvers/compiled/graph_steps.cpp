@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <deque>
 #include <functional>
 #include <numeric>
@@ -14,7 +15,7 @@ namespace {
 struct Settings {  // of graph_steps.py
     int64_t size, dtype, fsal, adaptive, results, begin, end, last;
     int64_t evaluations, products, again, bytes;
-    Graph step, adjoint;
+    Graph step, adjoint, slope;  // the last of methods whose steps begin with one
 };
 
 struct Tangents {
@@ -45,16 +46,15 @@ class GraphSteps : public Kernel {
     }
 
     void begin() override {
-        const Form form{DOUBLE, {size}, {1}};
-        u_ = form.view(start_);
-        if (plan_.fsal) slope_ = form.view(slope_start_);
-        carried_ = views(plan_.carried, carried_start_.data());
+        stand(nullptr);
         checkpoints_.clear();
         state_ = Tensor();
         sums_.clear();
     }
 
     Attempt attempt(double t, double h) override {
+        last_.clear();
+        if (plan_.fsal && !slope_) begin_step(t);
         std::vector<Handle> inputs{number(t).take(), number(h).take(), u_.share()};
         for (const Tensor& tensor : tolerances_) inputs.push_back(tensor.share());
         if (slope_) inputs.push_back(slope_.share());
@@ -73,7 +73,7 @@ class GraphSteps : public Kernel {
     }
 
     void accept(bool keep) override {
-        if (keep) {
+        if (plan_.adjoint.run) {
             Tensors kept;
             kept.push_back(in_users_precision());
             for (int64_t k = plan_.begin; k < plan_.end; ++k)
@@ -81,8 +81,12 @@ class GraphSteps : public Kernel {
             for (Tensor& tensor : carried_) kept.push_back(std::move(tensor));
             for (int64_t k = plan_.end; k < plan_.last; ++k)
                 kept.push_back(std::move(results_[k]));
-            checkpoints_.push_back(std::move(kept));
-            counts.bytes += plan_.bytes;
+            if (keep) {
+                checkpoints_.push_back(std::move(kept));
+                counts.bytes += plan_.bytes;
+            } else {
+                last_ = std::move(kept);
+            }
         }
         u_ = std::move(results_[1]);
         if (plan_.fsal) slope_ = std::move(results_[2]);
@@ -105,6 +109,51 @@ class GraphSteps : public Kernel {
 
     int64_t kept() const override { return checkpoints_.size(); }
 
+    const double* state() const override { return u_.data<double>(); }
+
+    void restart_step() override {
+        slope_ = Tensor();
+        carried_.clear();
+    }
+
+    void stand(const double* from) override {
+        restart_step();
+        last_.clear();
+        const Form form{DOUBLE, {size}, {1}};
+        if (from) {
+            u_ = form.empty();
+            std::copy_n(from, size, u_.data<double>());
+            return;
+        }
+        u_ = form.view(start_);
+        if (plan_.fsal) slope_ = form.view(slope_start_);
+        carried_ = views(plan_.carried, carried_start_.data());
+    }
+
+    void live(Numbers& found) override {
+        const size_t bytes = state_bytes();
+        found.resize((last_.size() * bytes + sizeof(double) - 1) / sizeof(double));
+        char* place = reinterpret_cast<char*>(found.data());
+        for (const Tensor& stage : last_) {
+            std::memcpy(place, stage.data<char>(), bytes);
+            place += bytes;
+        }
+        last_.clear();
+    }
+
+    void load(const double* from) override {
+        loaded_.clear();
+        if (!from) return;
+        const size_t bytes = state_bytes();
+        char* place = reinterpret_cast<char*>(const_cast<double*>(from));
+        for (int64_t k = 0; k <= plan_.end - plan_.begin; ++k, place += bytes) {
+            const bool fits = bytes % 64 == 0;  // each begins as torch's own does; see Numbers
+            loaded_.push_back(fits ? Form{int32_t(plan_.dtype), {size}, {1}}.view(place)
+                                   : vector(size, plan_.dtype));
+            if (!fits) std::memcpy(loaded_.back().data<char>(), place, bytes);
+        }
+    }
+
     void begin_adjoint(double* const* sums) override {
         state_ = vector(size, DOUBLE);
         std::fill_n(state_.data<double>(), size, 0.0);
@@ -121,7 +170,8 @@ class GraphSteps : public Kernel {
 
     Status adjoint(int64_t, double t, double h) override {
         std::vector<Handle> inputs{number(t).take(), number(h).take(), state_.take()};
-        for (Tensor& tensor : checkpoints_.back()) inputs.push_back(tensor.take());
+        for (Tensor& tensor : loaded_.empty() ? checkpoints_.back() : loaded_)
+            inputs.push_back(tensor.take());
         for (Tensor& tensor : sums_) inputs.push_back(tensor.take());
         for (const Tensor& tensor : captured_) inputs.push_back(tensor.share());
         Tensors results = plan_.adjoint(inputs, 1 + sums_.size());
@@ -132,7 +182,9 @@ class GraphSteps : public Kernel {
         return DONE;
     }
 
-    void forget() override { checkpoints_.pop_back(); }
+    void forget() override {
+        if (loaded_.empty()) checkpoints_.pop_back();
+    }
 
     void end_adjoint(double* state, double* const* sums) override {
         copy_out(state_, state);
@@ -166,7 +218,8 @@ class GraphSteps : public Kernel {
         for (size_t k = 0; k < du_.size(); ++k) {
             std::vector<Handle> inputs{number(t).take(), number(h).take(), du_[k].take()};
             if (!along_.empty()) inputs.push_back(along_[k].share());
-            for (const Tensor& tensor : checkpoints_[index]) inputs.push_back(tensor.share());
+            for (const Tensor& tensor : loaded_.empty() ? checkpoints_[index] : loaded_)
+                inputs.push_back(tensor.share());
             for (const Tensor& tensor : captured_) inputs.push_back(tensor.share());
             du_[k] = std::move(tangents_.graph(inputs, 1)[0]);
             counts.rhs += plan_.again;
@@ -185,6 +238,20 @@ class GraphSteps : public Kernel {
     }
 
   private:
+    size_t state_bytes() const {
+        return size * (plan_.dtype == FLOAT ? sizeof(float) : sizeof(double));
+    }
+
+    // What the last step would have left.
+    void begin_step(double t) {
+        std::vector<Handle> inputs{number(t).take(), u_.share()};
+        for (const Tensor& tensor : captured_) inputs.push_back(tensor.share());
+        carried_ = plan_.slope(inputs, 1 + plan_.carried.size());
+        slope_ = std::move(carried_.front());
+        carried_.erase(carried_.begin());
+        counts.rhs++;
+    }
+
     Tensor in_users_precision() const {
         if (plan_.dtype == DOUBLE) return Tensor(u_.share());
         Tensor rounded = vector(size, FLOAT);
@@ -199,6 +266,7 @@ class GraphSteps : public Kernel {
     Tensor u_, slope_, state_;
     Tensors carried_, tolerances_, captured_, results_, sums_;
     std::deque<Tensors> checkpoints_;
+    Tensors last_, loaded_;  // what checkpoints.h takes of the last step, and has lent
     // Of tangents: how many there are, the code, and in groups those of the state and parameters.
     int64_t number_ = 0;
     Tangents tangents_{};

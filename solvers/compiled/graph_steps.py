@@ -19,6 +19,7 @@ from pnode.field.vectorfield import VectorField
 from pnode.solvers.compiled import driver
 from pnode.solvers.compiled.account import paid
 from pnode.solvers.compiled.backend import Backend, Checked, Compilation, Trace, Wanted
+from pnode.solvers.compiled.budgets import Budget
 from pnode.solvers.compiled.evaluations import trusted
 from pnode.solvers.compiled.graph_calls import Graph, described, dtype_code, lend_torch, opened
 from pnode.solvers.compiled.inductor import CompilationFailed, CompiledGraph
@@ -31,7 +32,7 @@ from pnode.solvers.compiled.trace import FieldGraph
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.step_control import automatic_step
 
-__all__ = ["ExplicitSteps", "GraphSteps", "is_plain"]
+__all__ = ["ExplicitSteps", "GraphSteps", "begins_afresh", "is_plain"]
 
 _NUMBERS = (
     "size", "dtype", "fsal", "adaptive", "results", "begin", "end", "last", "evaluations",
@@ -42,6 +43,7 @@ _NUMBERS = (
 class _Settings(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in _NUMBERS), ("step", Graph), ("adjoint", Graph),
+        ("slope", Graph),
     ]  # fmt: skip
 
 
@@ -66,8 +68,9 @@ class GraphSteps(Kernel):
         The steps and their adjoints.
     tolerances : sequence of Tensor
         Those of adaptive steps.
-    keep : bool
-        Whether the driver is to take adjoints too.
+    keep, afresh : bool
+        Whether the driver is to take adjoints too, and to begin steps without what the last one
+        has left.
     t, y : float, Tensor
         Near which the field may be evaluated.
     auto : bool
@@ -80,8 +83,8 @@ class GraphSteps(Kernel):
     """
 
     def __init__(
-        self, graphs: StepGraphs, tolerances: Sequence[torch.Tensor], keep: bool, t: float,
-        y: torch.Tensor, auto: bool,
+        self, graphs: StepGraphs, tolerances: Sequence[torch.Tensor], keep: bool, afresh: bool,
+        t: float, y: torch.Tensor, auto: bool,
     ) -> None:  # fmt: skip
         self._library = driver.library()
         self.graphs = graphs
@@ -92,6 +95,7 @@ class GraphSteps(Kernel):
         library, step = opened(graphs.compile_step(tolerances))
         lend_torch(library, self._library)
         adjoint = opened(graphs.adjoint)[1] if keep else Graph()
+        slope = opened(graphs.slope)[1] if afresh and graphs.fsal else Graph()
         saved = graphs.saved_examples()
         self._saved = saved if graphs.fsal else ()
         layout = graphs.layout
@@ -99,7 +103,7 @@ class GraphSteps(Kernel):
             graphs.size, dtype_code(library, graphs.dtype), graphs.fsal, bool(tolerances),
             layout.results, layout.begin, layout.end, layout.last, graphs.stages,
             graphs.products, 0 if graphs.keeps_saved else graphs.products,
-            graphs.checkpoint_bytes, step, adjoint,
+            graphs.checkpoint_bytes, step, adjoint, slope,
         )  # fmt: skip
         text = described(library, self._tolerances, self._saved, self.inputs(), self.sums())
         self._plan = self._library.pnode_plan(ctypes.byref(settings), text)
@@ -225,7 +229,7 @@ class ExplicitSteps(Backend):
             return None
         return (
             "of states that ranks share only whole sweeps are compiled, where nobody looks at "
-            "single steps or decides on their checkpoints"
+            "single steps, and checkpoints stay in memory"
         )
 
     def _compile(
@@ -283,8 +287,11 @@ class ExplicitSteps(Backend):
                 first = automatic_step(
                     field_, y0.detach(), settings, order, begin, end, control, found.value
                 )
+        budget = Budget()
+        if wanted.keep and wanted.budget is not None:
+            budget = wanted.budget(problem)
         sweep = driver.CompiledSweep(
-            kernel, *stand(), problem, settings, control, wanted.keep, first
+            kernel, *stand(), problem, settings, control, wanted.keep, first, budget
         )
         if wanted.watched:
             sweep.watch(ShownSteps(settings, y0), None)
@@ -303,14 +310,17 @@ class ExplicitSteps(Backend):
     ) -> GraphSteps | None:
         """Return the steps for the driver, or None, after one warning, if it cannot take them."""
         given = step_tolerances(wanted.settings)
-        key = (tuple(tuple(x.shape) for x in given), wanted.keep)
+        afresh = begins_afresh(wanted)
+        key = (tuple(tuple(x.shape) for x in given), wanted.keep, afresh)
         if key not in graphs.kernels:
             graphs.kernels[key] = None
             if isinstance(graphs.compile_step(given), CompiledGraph):
                 try:
                     problem = part.problem
                     t = problem.direction * problem.times[0]
-                    graphs.kernels[key] = GraphSteps(graphs, given, wanted.keep, t, y0, wanted.auto)
+                    graphs.kernels[key] = GraphSteps(
+                        graphs, given, wanted.keep, afresh, t, y0, wanted.auto
+                    )
                 except CompilationFailed as error:
                     if not (wanted.auto or wanted.settings.parallel):
                         _warn_once("compiled steps are called one by one", str(error))
@@ -325,8 +335,13 @@ def _keeps_all(wanted: Wanted) -> bool:
     return wanted.keep and free and not wanted.dense
 
 
+def begins_afresh(wanted: Wanted) -> bool:
+    """Whether steps may begin without what the last one has left."""
+    return wanted.keep and (wanted.checkpointing.may_repeat or wanted.checkpointing.reproducible)
+
+
 def is_plain(wanted: Wanted) -> bool:
-    """Whether nobody but a monitor looks at single steps or decides on their checkpoints."""
+    """Whether nobody but a monitor looks at single steps, and checkpoints stay in memory."""
     chosen = wanted.checkpointing
     watched = {*wanted.watched} - (set() if wanted.settings.parallel else {"monitor"})
     if (
@@ -335,5 +350,4 @@ def is_plain(wanted: Wanted) -> bool:
         or any(name.startswith("ts_monitor") for name in wanted.options.values)
     ):
         return False
-    limited = chosen.bytes is not None or chosen.disk is not None or chosen.store == "solutions"
-    return not (wanted.keep and (limited or chosen.resume or chosen.reproducible))
+    return not wanted.keep or (chosen.disk is None and chosen.device_memory is None)

@@ -7,8 +7,10 @@
 //
 // Times and steps are the user's: h is negative where time runs backwards.
 
+#include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <new>
 #include <vector>
 
 // Each but the first two: the solve is repeated step by step, which tells the error.
@@ -40,6 +42,22 @@ struct Attempt {
     double error;  // of adaptive steps: accepted up to 1
     double next = 0.0;  // the next step's length, where the kernel chooses it
 };
+
+// Numbers that compiled graphs take as they do torch's own, to the same bits: those of a product
+// depend on where its factors begin.
+template <typename T>
+struct Aligned {
+    typedef T value_type;
+    static constexpr std::align_val_t BYTES{64};
+    Aligned() = default;
+    template <typename U>
+    Aligned(const Aligned<U>&) {}
+    T* allocate(std::size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), BYTES)); }
+    void deallocate(T* place, std::size_t) { ::operator delete(place, BYTES); }
+    bool operator==(const Aligned&) const { return true; }
+    bool operator!=(const Aligned&) const { return false; }
+};
+typedef std::vector<double, Aligned<double>> Numbers;
 
 class Kernel {
   public:
@@ -77,7 +95,7 @@ class Kernel {
     // needs, which ends with that step's end if the method holds it; the same for adjoints and
     // tangents that follow; go on from a state, from the first one for null.
     virtual const double* state() const { return nullptr; }
-    virtual void live(std::vector<double>&) const {}
+    virtual void live(Numbers&) {}
     virtual void load(const double*) {}
     virtual void stand(const double*) {}
     // Let the next step begin without what the last one has left.

@@ -50,7 +50,7 @@ class PartialSteps {
 
   private:
     const std::unique_ptr<Kernel> kernel_;
-    std::vector<std::vector<double>> kept_;
+    std::vector<Numbers> kept_;
 };
 
 PartialSteps& partial(void* steps) { return *static_cast<PartialSteps*>(steps); }

@@ -12,7 +12,7 @@ class Rosenbrock : public ImplicitSteps {
     ImplicitSteps::accept(keep);
   }
 
-  void live(std::vector<double>& found) const override { found.assign(begun, begun + N); }
+  void live(Numbers& found) override { found.assign(begun, begun + N); }
 
   // RosenbrockAdjoint has the equations.
   Status adjoint(int64_t index, double t, double h) override {

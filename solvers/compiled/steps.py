@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,13 +128,13 @@ class StepGraphs(Code):
             if math.isfinite(float(results[2].sum())):
                 return results[2], tuple(results[self.layout.last :])
         point = u.to(self.dtype).view(self.traced.shape)
-        value, *saved = self.traced.value(t.to(self.dtype), point, *read)
+        value, saved = self._evaluate(t, point, read)
         # As the adjoint takes them: what f saves may be a column of the state.
-        return value.to(REAL).reshape(-1), tuple(x.contiguous() for x in saved[: self.saved])
+        return value.reshape(-1), tuple(x.contiguous() for x in saved)
 
     # ---------------------------------------------------------------------------------- the graphs
 
-    def _evaluate(self, t: torch.Tensor, u: torch.Tensor, captured: Tensors) -> Any:
+    def _evaluate(self, t: torch.Tensor, u: torch.Tensor, captured: Sequence[torch.Tensor]) -> Any:
         value, *saved = self.traced.value(t.to(self.dtype), u, *captured)
         return value.to(REAL), tuple(saved[: self.saved])
 
@@ -291,21 +291,27 @@ class StepGraphs(Code):
         shapes = tuple(tuple(x.shape) for x in given)
         if shapes not in self._steps:
             self._steps[shapes] = self._compile_step(given, shapes)
-        run = self._steps[shapes]
-        evaluated = self.size * REAL.itemsize + self.traced.saved_bytes
+        run, evaluated = self._steps[shapes], self.size * REAL.itemsize + self.traced.saved_bytes
         if self.fsal and evaluated <= _SMALL and isinstance(run, CompiledGraph):
             self._quick = run, given
         return run
 
     def _compile_step(self, given: Sequence[torch.Tensor], shapes: object) -> Compiled:
-        number = torch.zeros((), dtype=REAL)
-        state = torch.zeros(self.size, dtype=REAL)
+        number, state = torch.zeros((), dtype=REAL), torch.zeros(self.size, dtype=REAL)
         first = [state.clone()] if self.fsal else []
         examples = [number, number.clone(), state, *given, *first, *self.traced.inputs()]
-        return inductor.compile_graph(
-            self._key("step", shapes), lambda *inputs: self._step(bool(given), *inputs),
-            _detached(examples),
-        )  # fmt: skip
+        return self._made("step", partial(self._step, bool(given)), examples, shapes)
+
+    @cached_property
+    def slope(self) -> Compiled:
+        """The graph of ``[t, u, *inputs] -> [k_1, *saved]``; see :meth:`start`."""
+        examples = [torch.zeros((), dtype=REAL), torch.zeros(self.size, dtype=REAL)]
+
+        def slope(t: torch.Tensor, u: torch.Tensor, *captured: torch.Tensor) -> Tensors:
+            value, saved = self._evaluate(t, u.view(self.traced.shape).to(self.dtype), captured)
+            return value.reshape(-1), *_apart(saved, (value,))
+
+        return self._made("slope", slope, [*examples, *self.traced.inputs()])
 
     @cached_property
     def adjoint(self) -> Compiled:
@@ -320,8 +326,7 @@ class StepGraphs(Code):
         """Return the graph of ``[t, h, *first, *checkpoint, *then, *inputs] -> function``."""
         number = torch.zeros((), dtype=REAL)
         point = torch.zeros(self.size, dtype=self.dtype)
-        saved = self.saved_examples()
-        stacked = self.stages - self.fsal
+        saved, stacked = self.saved_examples(), self.stages - self.fsal
         if self.keeps_saved:
             others = [point.view(self.traced.shape)] * (self.stages - 1)
             kept = [torch.stack(others)] if others else []
@@ -330,9 +335,13 @@ class StepGraphs(Code):
         else:
             kept = [point.clone() for _ in range(self.stages - 1)]
         examples = [number, number.clone(), *first, point, *kept, *then, *self.traced.inputs()]
-        return inductor.compile_graph(
-            self._key(kind, *more), lambda *inputs: function(*inputs), _detached(examples)
-        )
+        return self._made(kind, function, examples, *more)
+
+    def _made(
+        self, kind: str, function: Any, examples: Sequence[torch.Tensor], *more: object
+    ) -> Compiled:
+        key, own = self._key(kind, *more), [tensor.detach() for tensor in examples]
+        return inductor.compile_graph(key, lambda *inputs: function(*inputs), own)
 
     def zeros(self) -> list[torch.Tensor]:
         """Return zero sums for mu, one per parameter that f uses."""
@@ -389,7 +398,3 @@ def _apart(tensors: Tensors, others: Tensors) -> Tensors:
 
 def _shaped(tolerance: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return tolerance.view(shape) if tolerance.dim() else tolerance
-
-
-def _detached(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return [tensor.detach() for tensor in tensors]

@@ -59,7 +59,7 @@ class Sweep {
             status = take(captured, outputs, seconds);
         } catch (...) {
         }
-        return status == PAUSED ? status : close(status);
+        return status == PAUSED || status == WAITING ? status : close(status);
     }
 
     // End the sweep, which may be under way; DONE if it has ended well. A rank that gives up takes
@@ -378,7 +378,7 @@ class Sweep {
     int64_t most_ = -1;
     std::atomic<int64_t> own_room_{0};
     std::unique_ptr<Checkpoints> budget_;  // null: the kernel keeps those of all steps
-    std::vector<double> live_;
+    Numbers live_;
     bool complete_ = false, was_complete_ = false;  // whether a backward sweep can begin
     int64_t begun_ = -1;
     // Where the sweep stands.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import warnings
+from tempfile import gettempdir
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.mpi
 EXACT = 1e-13  # sums over entries in another order
 FIXED: dict[str, Any] = {"method": "rk4", "step_size": 0.03}
 ADAPTIVE: dict[str, Any] = {"method": "dopri5", "rtol": 1e-7}
+LIMITED: dict[str, Any] = ADAPTIVE | {"checkpointing": pnode.Checkpointing(memory=1200)}
 
 
 class Field(torch.nn.Module):
@@ -56,7 +58,7 @@ class Batch(Trial):
         return y0
 
 
-@pytest.mark.parametrize("options", [FIXED, ADAPTIVE])
+@pytest.mark.parametrize("options", [FIXED, ADAPTIVE, LIMITED])
 def test_ranks_against_one(options: dict[str, Any]) -> None:
     """Outputs, steps and gradients are those of one rank, and of steps taken from Python."""
     with warnings.catch_warnings():
@@ -68,6 +70,9 @@ def test_ranks_against_one(options: dict[str, Any]) -> None:
         off, what = difference(found, expected)
         checks.below(off, EXACT, options, what)
         checks.true((stats.steps, stats.rejected) == (steps.steps, steps.rejected), stats, steps)
+    if options is LIMITED:  # the last one's ranks are the same, and so is what they keep
+        repeated = stats.backward.recomputed, steps.backward.recomputed
+        checks.true(repeated[0] == repeated[1] > 0, repeated)
 
 
 @pytest.mark.parametrize("options", [FIXED, ADAPTIVE | {"first_step": 1.0}])
@@ -141,14 +146,14 @@ def test_interrupts(options: dict[str, Any], everybody: bool) -> None:
 
 @pytest.mark.mpi(min_size=2)
 def test_what_stays_uncompiled() -> None:
-    """A monitor of one rank, limits, implicit methods: without, on all ranks, and right."""
+    """A monitor of one rank, checkpoints on a disk: without, on all ranks, and right."""
     trial = Batch(**FIXED)
     seen: list[int] = []
     others = {
         "monitor": {
             "monitor": (lambda step, t, y: seen.append(step)) if comm.rank == BAD else None
         },
-        "limit": {"checkpointing": pnode.Checkpointing(memory=4000)},
+        "disk": {"checkpointing": pnode.Checkpointing(4000, gettempdir())},
     }
     for what, more in others.items():
         solver = pnode.Solver(trial.field, comm=comm, compile=True, **FIXED, **more)
