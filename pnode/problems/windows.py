@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pnode.base.transforms import plain
+from pnode.base.transforms import outside
 
 __all__ = ["Window"]
 
@@ -28,7 +28,8 @@ class Window:
     def __init__(self, low: float, high: float, direction: float) -> None:
         self._low, self._high = low, high
         ends = sorted((direction * low, direction * high))
-        self.ends = plain(torch.tensor(ends, dtype=torch.float64, device="cpu"))
+        with outside():  # of torch.func's transforms, which are over before it is read last
+            self.ends = torch.tensor(ends, dtype=torch.float64, device="cpu")
 
     def nearest(self, s: float) -> float:
         """Return the time within it for one of the integrator's."""
