@@ -153,13 +153,14 @@ def _mapped(
     field: VectorField, times: Sequence[float], states: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return user's times and states, which require grad, and f at all of them."""
-    layout, (low, high) = field.problem.layout, field.problem.window
+    layout, window = field.problem.layout, field.problem.window
 
     def evaluate(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         value: torch.Tensor = layout.flatten(field.function(t, layout.unflatten(u)))
         return value
 
-    at = torch.tensor(times, dtype=torch.float64, device=layout.device).clamp(low, high)
+    times = times if window is None else [window.nearest(s) for s in times]
+    at = torch.tensor(times, dtype=torch.float64, device=layout.device)
     at = (at * field.problem.direction).to(layout.dtype).requires_grad_()
     u = torch.stack([state.to(layout.dtype) for state in states]).requires_grad_()
     return at, u, torch.func.vmap(evaluate)(at, u)

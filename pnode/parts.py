@@ -24,11 +24,11 @@ from pnode.events.event_derivatives import Vanishing
 from pnode.events.events import split
 from pnode.field.consistency import check_consistency, consistent_state
 from pnode.problems.problem import InitialValueProblem
+from pnode.problems.windows import Window
 from pnode.sweeping.engine import Engine
 from pnode.sweeping.event_functions import Events
 from pnode.sweeping.output_times import flow_slope
-from pnode.sweeping.run import Requests, Run
-from pnode.sweeping.stepped_sweep import SteppedSweep
+from pnode.sweeping.run import Requests, Run, Sweep
 
 __all__ = ["Solved", "Taken", "consistent", "solve"]
 
@@ -168,9 +168,10 @@ def _parts(problem: InitialValueProblem, t: torch.Tensor) -> Iterator[_Part]:
         if final:
             at_end = [len(problem.times) - 1]
         margins = breaks.margins[k : k + 2]
-        window = (
+        window = Window(
             low + margins[0] if math.isfinite(margins[0]) else -math.inf,
             high - margins[1] if math.isfinite(margins[1]) else math.inf,
+            d,
         )
         floats = (low, *(problem.times[i] for i in inside), high)
         own = replace(problem, times=floats, window=window, breaks=None)
@@ -276,7 +277,7 @@ class _Kept:
         self._limit = engine.checkpointing.bytes
         device = engine.checkpointing.device_bytes is not None
         self._alone = device or (self._limit is not None and not engine.method.restarts)
-        self._sweeps: list[SteppedSweep] = []
+        self._sweeps: list[Sweep] = []
         self._bytes = dict.fromkeys(self._PEAKS, 0)
         self._peaks = dict(self._bytes)
 
@@ -287,7 +288,7 @@ class _Kept:
             self._peaks[name] = max(self._peaks[name], self._bytes[name])
             setattr(stats, name, self._peaks[name])
         run.stats.backward, run.stats.tangents = stats.backward, stats.tangents
-        if isinstance(run.sweep, SteppedSweep):
+        if run.sweep is not None:
             self._sweeps.append(run.sweep)
 
     def left(self, ranks: Ranks) -> int | None:

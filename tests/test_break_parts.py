@@ -322,13 +322,6 @@ def test_steps_are_counted_through():
     assert caught.value.step == 23 and caught.value.time == pytest.approx(1.15)
 
 
-def test_compilation_is_hindered_and_said_to_be():
-    own = pnode.Solver(Field(), method="rk4", step_size=0.05, compile=True)
-    with torch.no_grad():
-        own(vector(0.5), TIMES, breakpoints=BREAKS)
-    assert "not compiled: breakpoints= are given" in repr(own)
-
-
 def test_sensitivities_across_breaks():
     field = Field()
     own = solver(field)

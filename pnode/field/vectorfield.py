@@ -213,8 +213,8 @@ class VectorField:
 
     def _time(self, s: float) -> torch.Tensor:
         """Return the user's time as f gets it."""
-        layout, (low, high) = self._layout, self._window
-        time = self._direction * min(max(s, low), high)
+        layout, window = self._layout, self._window
+        time = self._direction * (s if window is None else window.nearest(s))
         return torch.scalar_tensor(time, dtype=layout.dtype, device=layout.device)
 
     def _call_first(self, s: float, leaf: torch.Tensor, time: torch.Tensor) -> torch.Tensor:

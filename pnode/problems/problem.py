@@ -18,6 +18,7 @@ from pnode.base.transforms import moves, plain
 from pnode.base.vectors import is_finite
 from pnode.errors import ConfigurationError
 from pnode.layout.layouts import Layout
+from pnode.problems.windows import Window
 
 __all__ = ["InitialValueProblem", "StateLayout", "collect_parameters"]
 
@@ -239,9 +240,8 @@ class InitialValueProblem:
         Of integrals beside a symplectic method.
     breaks : Breaks or None
         Where f is not smooth in t: see :mod:`pnode.breakpoints`.
-    window : tuple of float
-        First and last time, of the integrator's, at which f is evaluated; it gets that for those
-        beyond. Of a part between two breaks: just inside of these.
+    window : Window or None
+        Of a part between two breaks: the times just inside of these, at which f is evaluated.
     norm : callable or None
         Norm of a flat error in units of the tolerances; None: the root mean square.
     owned : torch.Size or None
@@ -270,7 +270,7 @@ class InitialValueProblem:
     integrals: int = 0
     flow: Any = None
     breaks: Any = None
-    window: tuple[float, float] = (-math.inf, math.inf)
+    window: Window | None = None
     norm: Callable[[torch.Tensor], float] | None = None
     owned: torch.Size | None = None
     watched: bool = True
@@ -334,11 +334,10 @@ class InitialValueProblem:
 
     def seen(self, t: torch.Tensor) -> torch.Tensor:
         """Return a time of the user's, 0-dim, as f gets it: within the window; differentiable."""
-        low, high = sorted(self.direction * s for s in self.window)
-        if math.isinf(low) and math.isinf(high):
+        if self.window is None:
             return t
         value = t.detach()
-        return t + (value.clamp(low, high) - value)
+        return t + (value.clamp(*self.window.ends.tolist()) - value)
 
 
 def as_times(t: Any, endless: bool = False) -> torch.Tensor:

@@ -69,7 +69,8 @@ def begin(
     if engine.compile is False or (requests.recorded and not controlled):
         return None
     watched = requests.watched
-    if requests.plain and (requests.dense or watched or engine.checkpointing != Checkpointing()):
+    looks = requests.dense or requests.steps or watched
+    if requests.plain and (looks or engine.checkpointing != Checkpointing()):
         return None
     if len(problem.times) < 2:
         return None
@@ -82,7 +83,12 @@ def begin(
     entry = account.entries.get(kind) or account.entry(kind)
     for given, text in (
         (problem.integrals > 0 and ranks.parallel, "cost= is given, and ranks share the state"),
-        (part, "breakpoints= are given"),
+        # What parts may keep together lets earlier ones go, which are to be repeated exactly.
+        (
+            part and engine.checkpointing.bytes is not None and not engine.method.restarts,
+            f"breakpoints= and memory= are given, and method={engine.method.name!r} goes on from "
+            "more than one state",
+        ),
         (controlled, "sensitivity_control= is given"),
         (engine.setup is not None, "petsc_setup= is given"),
         (anew and not ranks.parallel, "args= has tensors: others are traced anew"),
@@ -101,7 +107,7 @@ def begin(
         run.entry = entry  # counts what follows
         if entry.undecided:
             return None
-    wanted = _wanted(engine, run, entry, keep, watched, requests)
+    wanted = _of_part(_wanted(engine, run, entry, keep, watched, requests), engine, requests)
     if auto:
         if run.entry is not None:
             own = local(field, y0)
@@ -144,6 +150,17 @@ def _wanted(
         parts = replace(wanted, settings=single, options=engine.solver_options(single))
         wanted = replace(wanted, parts=parts)
     entry.wanted = wanted
+    return wanted
+
+
+def _of_part(wanted: Wanted, engine: Engine, requests: Requests) -> Wanted:
+    """Return it for what the parts of a solve before this one have left: steps, and memory."""
+    most = wanted.control.max_steps
+    if requests.steps_before and most is not None:
+        control = replace(wanted.control, max_steps=most - requests.steps_before)
+        wanted = replace(wanted, control=control)
+    if requests.memory is not None:
+        wanted = replace(wanted, budget=new_budget(engine, requests))
     return wanted
 
 

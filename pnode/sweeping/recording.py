@@ -48,9 +48,7 @@ def new_trajectory(engine: Engine, run: Run, requests: Requests, y0: torch.Tenso
     ConfigurationError
         If the checkpointing that was asked for is not to be had for this solve.
     """
-    chosen, control = engine.checkpointing, engine.control
-    if requests.memory is not None:
-        chosen = replace(chosen, memory=requests.memory)
+    chosen, control = _chosen(engine, requests), engine.control
     times = run.problem.times
     times = (times[0], *times[1:][-1:]) if requests.dense else times
     grid = fixed_grid(times, control, run.problem.resolution)
@@ -96,11 +94,16 @@ def new_budget(
     engine: Engine, requests: Requests
 ) -> Callable[[InitialValueProblem], Budget] | None:  # fmt: skip
     """Return what tells the budget of a problem's compiled sweep; None where there is no limit."""
-    chosen = engine.checkpointing
+    chosen = _chosen(engine, requests)
     if chosen == Checkpointing():
         return None
     known = requests.events is None  # else nobody knows how many fixed steps there will be
     return partial(_budget, engine.method, engine.control, chosen, requests.dense, known)
+
+
+def _chosen(engine: Engine, requests: Requests) -> Checkpointing:
+    chosen, memory = engine.checkpointing, requests.memory
+    return chosen if memory is None else replace(chosen, memory=memory)
 
 
 def _budget(

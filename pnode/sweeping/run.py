@@ -175,6 +175,9 @@ class Sweep(ABC):
     def interpolated(self) -> Set[int]:
         """Indices of the outputs that are interpolated."""
 
+    def let_checkpoints_go(self) -> None:  # noqa: B027  # there may be none
+        """Free the checkpoints, if there are any: a backward sweep repeats the steps first."""
+
     def takes_batches(self, run: Run) -> bool:
         """Whether :meth:`reverse` takes cotangents of shape ``(T, k, size)``: k sweeps in one."""
         return False

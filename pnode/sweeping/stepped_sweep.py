@@ -94,7 +94,7 @@ class SteppedSweep(Sweep):
         return () if trajectory is None else trajectory.evidence[trajectory.outputs[output]]
 
     def let_checkpoints_go(self) -> None:
-        """Free the checkpoints: a backward sweep repeats the steps first."""
+        """Free the checkpoints; see :class:`Sweep`."""
         if self.trajectory is not None:
             self.trajectory.clear()
 

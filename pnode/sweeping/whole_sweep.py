@@ -107,6 +107,10 @@ class WholeSweep(Sweep):
         self._nodes += self._events
         return torch.cat([outputs, torch.stack([root.state for root in run.roots]).to(outputs)])
 
+    def let_checkpoints_go(self) -> None:
+        """Free the checkpoints; see :class:`Sweep`."""
+        self._compiled.let_checkpoints_go()
+
     @property
     def interpolated(self) -> Set[int]:
         """Indices of the outputs that are interpolated."""

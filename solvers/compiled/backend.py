@@ -15,6 +15,7 @@ from pnode.base.options import SolverOptions
 from pnode.field.vectorfield import VectorField
 from pnode.problems.checkpointing import Checkpointing
 from pnode.problems.problem import InitialValueProblem
+from pnode.problems.windows import Window
 from pnode.solvers.compiled.account import Entry
 from pnode.solvers.compiled.budgets import Budget
 from pnode.solvers.compiled.driver import CompiledSweep
@@ -92,6 +93,11 @@ class Trace:
         """Return which parameters f uses, None where that is to be looked at again."""
         known = self.looked_at == self.trainable() and not self.own_derivatives
         return self.used if known else None
+
+    def within(self, window: Window | None) -> Trace:
+        """Return it for times within another window."""
+        graph = self.graph.within(window)
+        return self if graph is self.graph else replace(self, graph=graph)
 
     def bound(self, parameters: Sequence[torch.Tensor]) -> Trace | None:
         """Return it for a field with other parameters, None if those are not like its own."""

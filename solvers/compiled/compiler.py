@@ -24,6 +24,7 @@ from pnode.field.field_checks import undisturbed
 from pnode.field.rebinding import Rebound
 from pnode.field.stacked import StackedResidual, stacked
 from pnode.field.vectorfield import VectorField, vector_field
+from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.compiled.backend import Backend, Checked, Compilation, Reason, Trace, Wanted
 from pnode.solvers.compiled.evaluations import agree, is_recorded, local, trusted, value_of
 from pnode.solvers.compiled.following import Followed
@@ -196,15 +197,17 @@ class Compiler:
     def _part(
         self, backend: Backend, part: VectorField, y0: torch.Tensor, wanted: Wanted, number: int
     ) -> Checked | Reason:
-        problem = part.problem
-        key = (problem.layout, number, tuple(map(id, problem.parameters)))
+        problem, window = part.problem, part.problem.window
+        key = (problem.layout, number, window is None, tuple(map(id, problem.parameters)))
         known, name = self._traces.get(key), wanted.settings.method.name
+        if known is not None and window is not None:
+            known = self._traces[key] = known.within(window)
         if known is not None and not known.graph.fits():
             known = None
         lent = known is None and isinstance(problem.function, Rebound)
         bound = None
         if known is None and (lent or backend.implicit is not None):
-            bound = known = self._bound(key, problem.parameters)
+            bound = known = self._bound(key, problem)
         used = None if known is None else known.uses()
         if known is not None and used is not None:
             with trusted(part, used), followed(part, known.guard) as seen:
@@ -253,11 +256,11 @@ class Compiler:
             "else than torch?"
         )
 
-    def _bound(self, key: Any, parameters: Sequence[torch.Tensor]) -> Trace | None:
-        """Return a trace of the same field with other parameters, for these."""
-        for (layout, number, _), trace in reversed(self._traces.items()):
-            if (layout, number) == key[:2]:
-                made = trace.bound(parameters)
+    def _bound(self, key: Any, problem: InitialValueProblem) -> Trace | None:
+        """Return a trace of the same field with other parameters, for those of a problem."""
+        for (*kind, _), trace in reversed(self._traces.items()):
+            if tuple(kind) == key[:3]:
+                made = trace.within(problem.window).bound(problem.parameters)
                 if made is not None and made.graph.fits():
                     return made
         return None

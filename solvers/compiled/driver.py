@@ -307,9 +307,13 @@ class CompiledSweep:
         if not self.whole:
             self.repeat(ledger)
 
+    def let_checkpoints_go(self) -> None:
+        """Free them: a backward sweep repeats the steps first."""
+        self._library.pnode_repeat(self._handle)
+
     def repeat(self, ledger: Ledger) -> None:
         """Take the steps once more, for their checkpoints."""
-        self._library.pnode_repeat(self._handle)
+        self.let_checkpoints_go()
         counts = Counts()
         if not self._take_steps(self._empty(), counts):
             raise RuntimeError("compiled steps that succeeded once failed when repeated")

@@ -318,7 +318,7 @@ class Writer:
         """Return df/dt, and the derivatives of sum_kl S_kl J_kl + w^T df/dt."""
         scalars, size = self._scalars, len(self._f)
         y, w = self._of_state(self._y), self._of_state(self._w)
-        rates = scalars.directional(self._f, scalars.variable("t").flat()[0])
+        rates = scalars.directional(self._f, self._time())
         S = scalars.input("S", (size, size)).flat()
         form = scalars.total(
             [scalars.product_sum(S, self._jacobian), scalars.product_sum(w, rates)]
@@ -336,6 +336,15 @@ class Writer:
                 "const double* S, const double* w, Captured c, double* l, double* mu", second,
             ),
         ]  # fmt: skip
+
+    def _time(self) -> int:
+        """Return the expression of the time that f gets, which is t taken to a window."""
+        (time,) = self._scalars.variable("t").flat()
+        if self._traced.ends is None:
+            return time
+        low, high = self._entries(self._traced.ends)
+        do = self._scalars.apply
+        return do("minimum", do("maximum", time, low), high)
 
     def _input_of(self, parameter: torch.Tensor) -> list[int]:
         """Return the expressions of a parameter's entries."""

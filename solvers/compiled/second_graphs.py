@@ -83,7 +83,9 @@ class SecondGraphs:
     def _derivatives(
         self, w: torch.Tensor, v: torch.Tensor, tau: torch.Tensor, t: torch.Tensor, y: torch.Tensor
     ) -> list[torch.Tensor]:
-        field, time = self._field, t.detach().requires_grad_(True)
+        field, window = self._field, self._field.problem.window
+        # By the time that f gets, as its own derivatives are where that is not t.
+        time = (t if window is None else window.recorded(t)).detach().requires_grad_(True)
         leaf, value = field.recorded(time, y)
         here = Linearization(field.shared, (leaf,), value, 1.0, time)
         found = here.second_vjp(w.reshape(1, -1), v.reshape(1, -1), tau.reshape(1))

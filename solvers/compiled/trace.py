@@ -9,7 +9,7 @@ effect. Python numbers and the course of Python's control flow are constants of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pnode.field.stacked import StackedResidual
 from pnode.field.vectorfield import VectorField
+from pnode.problems.windows import Window
 from pnode.solvers.compiled.lifting import (
     Untraceable,
     is_mutation,
@@ -74,6 +75,8 @@ class FieldGraph:
         How the gradients with respect to the parameters follow from ``parts``.
     code : str
         Everything that the graphs depend on, as text.
+    ends : int or None
+        Which of ``captured`` are those of a :class:`Window`, if f reads the time in one.
     """
 
     value: torch.fx.GraphModule
@@ -87,6 +90,7 @@ class FieldGraph:
     saved_bytes: int
     parameters: tuple[ParameterPart, ...]
     code: str
+    ends: int | None = None
     #: Where ``captured`` were last, views of them without a graph, and which have other strides.
     _views: list[Any] = field(default_factory=list, init=False)
 
@@ -101,6 +105,13 @@ class FieldGraph:
             and (x.stride() == stride or _apart(shape, stride))
             for x, (shape, stride, dtype) in zip(self.captured, self.layouts, strict=True)
         )
+
+    def within(self, window: Window | None) -> FieldGraph:
+        """Return it for times within another window, as it was traced in one."""
+        if self.ends is None or window is None or self.captured[self.ends] is window.ends:
+            return self
+        captured = (*self.captured[: self.ends], window.ends, *self.captured[self.ends + 1 :])
+        return replace(self, captured=captured)
 
     def saved_examples(self) -> list[torch.Tensor]:
         """Return tensors as ``value`` saves them; f is not evaluated, which may fail somewhere."""
@@ -197,14 +208,21 @@ def trace_field(field: VectorField, arranged: bool = True) -> FieldGraph:
     used = _tidy(graph)
     graph, captured = lifted(graph)
     transposed = arrange_products(graph, captured) if arranged else ()
-    return _split(graph, captured, transposed, used)
+    made, window = _split(graph, captured, transposed, used), field.problem.window
+    return made if window is None else replace(made, ends=_place(window.ends, captured))
+
+
+def _place(tensor: torch.Tensor, tensors: Sequence[torch.Tensor]) -> int | None:
+    return next((index for index, each in enumerate(tensors) if each is tensor), None)
 
 
 def _products(
     field: VectorField, time: torch.Tensor, u: torch.Tensor, w: torch.Tensor
 ) -> list[torch.Tensor | None]:
     """Return f, w^T df/dy and w^T df/dp for each parameter, None for those that are not used."""
-    leaf, value = field.recorded(time.detach(), u)
+    window = field.problem.window
+    time = time.detach() if window is None else window.recorded(time.detach())
+    leaf, value = field.recorded(time, u)
     inputs = (leaf, *field.parameters)
     found: Sequence[torch.Tensor | None] = (None,) * len(inputs)
     if value.requires_grad:
