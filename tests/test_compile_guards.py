@@ -280,7 +280,7 @@ class Passed(torch.autograd.Function):
 
 
 class Cut:
-    """What changes derivatives alone: hooks, and blocks without a graph."""
+    """What changes derivatives alone: hooks, blocks without a graph, functions of one's own."""
 
     number, flag = 1.0, False
     weight = torch.nn.Parameter(torch.tensor([0.5, 1.5], dtype=D))
@@ -310,13 +310,37 @@ class Cut:
             z = y * 0.5
         return z - self.weight * y
 
+    def hook_beside_an_operator(self, t, y):
+        z = torch.ops.aten.mul(y, -self.weight)
+        if self.flag and z.requires_grad:
+            z.register_hook(lambda gradient: 3.0 * gradient)
+        return z
+
+    def block_of_inference_later(self, t, y):
+        with torch.inference_mode(self.flag):
+            z = y.sin().clone()
+        return z - self.weight * y
+
+    def own_later(self, t, y):
+        return -self.weight * (Passed.apply(y, 3.0) if self.flag else y.clone())
+
+    def own_later_beside_an_operator(self, t, y):
+        z = torch.ops.aten.mul(y, -1.0)
+        return self.weight * (Passed.apply(z, 3.0) if self.flag else z.clone())
+
+    def own_made_each_time(self, t, y):
+        class Mine(Passed):
+            pass
+
+        return -self.weight * (Mine.apply(y, 3.0) if self.flag else y.clone())
+
     def switch(self, t, y):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.flag):
             z = y * 0.5
         return z - self.weight * y
 
 
-@pytest.mark.parametrize("course", [name for name in vars(Cut) if name[0] in "hbs"])
+@pytest.mark.parametrize("course", [name for name in vars(Cut) if name[0] in "hbso"])
 def test_what_changes_derivatives_alone(course, interpreted):
     field = Cut()
     eager, solver = (
@@ -324,14 +348,16 @@ def test_what_changes_derivatives_alone(course, interpreted):
         for c in (False, True)
     )
     found = []
-    for change in (False, False, False, True, True, False):
+    for change in (False, True, False, False, False, True, True, False):
         field.flag, field.number = change, 1.0 + 2.0 * change
         for each in (eager, solver):
             y0 = torch.ones(2, dtype=D, requires_grad=True)
             ys = each(y0, TIMES).ys
             found.append([ys.detach(), *torch.autograd.grad(ys[-1].sum(), [y0, field.weight])])
         assert_same(found[-1], found[-2])
-    assert not torch.allclose(found[0][2], found[-4][2], rtol=1e-3) and interpreted
+    gradients = [torch.cat(each[1:]) for each in found]
+    assert not torch.allclose(gradients[0], gradients[-4], rtol=1e-3) and interpreted
+    assert torch.autograd.Function.__dict__["apply"].__func__.__module__.startswith("torch.")
 
 
 @pytest.mark.parametrize("way", ["steps", "field"])

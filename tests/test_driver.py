@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pnode
 from pnode.errors import NonFiniteVectorField, StepLimitReached, StepSizeUnderflow
-from pnode.solvers.compiled import driver, graph_steps
+from pnode.solvers.compiled import driver, graph_steps, inductor
 from pnode.solvers.compiled.graph_steps import ExplicitSteps
 from pnode.solvers.compiled.inductor import CompilationFailed
 from pnode.solvers.methods import find_method
@@ -312,3 +313,13 @@ def test_operations_that_torch_alone_can_call() -> None:
         found = pnode.Solver(field, method="euler", step_size=0.5, compile=True)(y0, TIMES)
     expected = pnode.Solver(field, method="euler", step_size=0.5)(y0, TIMES)
     torch.testing.assert_close(found.ys, expected.ys, rtol=1e-12, atol=1e-13)
+
+
+def test_results_are_laid_out_as_the_driver_takes_them():
+    """One stage is stacked alone, which inductor copies with the strides that f saves it in."""
+    decomposition = pytest.importorskip("torch._inductor.decomposition")
+    graph = inductor.prepare(lambda x: (torch.stack([x.t()]),), [torch.zeros(3, 2)])
+    table = decomposition.select_decomp_table()
+    seen = make_fx(graph, table, tracing_mode="fake")(torch.zeros(3, 2))
+    (found,) = seen.graph.output_node().args[0]
+    assert found.meta["val"].shape == (1, 2, 3) and found.meta["val"].is_contiguous()

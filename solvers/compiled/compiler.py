@@ -210,7 +210,8 @@ class Compiler:
             bound = known = self._bound(key, problem)
         used = None if known is None else known.uses()
         if known is not None and used is not None:
-            with trusted(part, used), followed(part, known.guard) as seen:
+            recorded = known.guard.recorded and _is_differentiated(wanted)
+            with trusted(part, used, recorded), followed(part, known.guard) as seen:
                 value = value_of(part, y0, name)
             if _still_holds(known, part, seen, y0, wanted):
                 found = self._compare(backend, known, part, value, y0, wanted)
@@ -342,14 +343,17 @@ def bare(part: VectorField) -> VectorField:
     return made if made.has_rhs else StackedResidual(made)
 
 
+def _is_differentiated(wanted: Wanted) -> bool:
+    return wanted.keep or wanted.settings.method.implicit
+
+
 def _still_holds(
     trace: Trace, part: VectorField, seen: Followed, y0: torch.Tensor, wanted: Wanted
 ) -> bool:
     """Whether f does what it did when it was traced."""
     if not trace.guard.holds(seen):
         return False
-    differentiated = wanted.keep or wanted.settings.method.implicit
-    if not (trace.own_derivatives and differentiated):
+    if not (trace.own_derivatives and _is_differentiated(wanted)):
         return True
     try:
         return is_recorded(trace.graph, bare(part), y0)

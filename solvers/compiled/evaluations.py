@@ -19,13 +19,14 @@ _FEW = 50
 
 
 class trusted:
-    """Evaluate a field without its checks and without a graph, for a first look at it."""
+    """Evaluate a field without its checks, for a first look at it, and mostly without a graph."""
 
-    def __init__(self, part: VectorField, used: list[bool]) -> None:
+    def __init__(self, part: VectorField, used: list[bool], recorded: bool = False) -> None:
         self._part, self._used = part, used
+        self._recorded = recorded and not torch.is_inference_mode_enabled()
 
     def __enter__(self) -> None:
-        self._recording, self._part.recording = self._part.recording, False
+        self._recording, self._part.recording = self._part.recording, self._recorded
         self._part.trust(self._used)
 
     def __exit__(self, *error: object) -> None:

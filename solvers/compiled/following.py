@@ -15,6 +15,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pnode.solvers.compiled.entrances import entrances
+
 __all__ = [
     "Compared",
     "Facts",
@@ -325,11 +327,12 @@ class Followed:
         kind = Kind(grad, leaf, inference, functions)
         mode: Any = (self._mode if functions else Operations)(tensors, self._known)
         # Casts that autocast has kept of an earlier evaluation would be missing here.
+        notes: Facts = []
         cached = torch.is_autocast_enabled("cpu") and torch.is_autocast_cache_enabled()
         if cached:
             torch.set_autocast_cache_enabled(False)
         try:
-            with mode:
+            with entrances(mode.facts, notes), mode:
                 result = self.function(*given)
         finally:
             if cached:
@@ -338,6 +341,7 @@ class Followed:
         self.result, self.mode = result, mode
         for item in result if isinstance(result, (tuple, list)) else (result,):
             mode._add(item)  # which of them it is
+        mode.facts.extend(notes)
         return result
 
     def repeated(self, kind: Kind, mode: type[Taking] = Operations) -> Followed:

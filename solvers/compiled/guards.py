@@ -21,6 +21,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from pnode.field.vectorfield import VectorField
+from pnode.solvers.compiled.entrances import APPLIED
 from pnode.solvers.compiled.following import (
     Compared,
     Facts,
@@ -65,11 +66,14 @@ class Guard:
         what stands for them.
     mode : type
         What follows an evaluation.
+    recorded : bool
+        Whether it needs a graph to tell what becomes of graphs, where operations are followed.
     """
 
     def __init__(self) -> None:
         self.known: Known = {}
         self.mode: type[Taking] = Operations
+        self.recorded = False
         self._facts: dict[Kind, Facts] = {}
 
     def learn(self, first: Followed) -> None:
@@ -89,7 +93,7 @@ class Guard:
         for each, (tensor, ref) in self.known.items():
             other = new.get(each, tensor)
             made.known[id(other)] = other, ref
-        made._facts = self._facts
+        made._facts, made.recorded = self._facts, True
         return made
 
     def holds(self, seen: Followed) -> bool:
@@ -112,6 +116,7 @@ class Guard:
 
     def _learn_functions(self, seen: Followed) -> None:
         """Follow torch's functions from now on, if they tell what f does."""
+        self.recorded = True
         try:
             first = seen.repeated(seen.kind, Compared)
             second = seen.repeated(seen.kind, Functions)
@@ -124,6 +129,7 @@ class Guard:
         ):  # fmt: skip
             assert second.facts is not None
             self.mode, self._facts[second.kind] = Functions, second.facts
+            self.recorded = False
 
 
 class Asks(TorchFunctionMode):
@@ -155,22 +161,10 @@ class Asks(TorchFunctionMode):
 def has_own_derivatives(seen: Followed) -> bool:
     """Whether derivatives of f may change where its operations without a graph do not.
 
-    An autograd function of the user's is in the graph of the result, or f asks for the graph.
+    It applies an autograd function of the user's, or asks for the graph.
     """
     with torch.inference_mode(seen.kind.inference), torch.set_grad_enabled(seen.kind.grad):
         given = copies(seen.given, seen.kind)
         with Asks() as asks:
             seen.function(*given)
-    if asks.for_graphs:
-        return True
-    results = seen.result if isinstance(seen.result, (tuple, list)) else (seen.result,)
-    pending, passed = [x.grad_fn for x in results], set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in passed:
-            continue
-        if hasattr(node, "_forward_cls"):
-            return True
-        passed.add(node)
-        pending.extend(following for following, _ in node.next_functions)
-    return False
+    return asks.for_graphs or APPLIED in (seen.facts or ())

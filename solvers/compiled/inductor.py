@@ -341,7 +341,25 @@ def prepare(
     """Return the graph that is compiled."""
     graph = compose(function, examples, fast_tanh.DECOMPOSITIONS)
     _join_rows(graph)
+    _lay_out_single_parts(graph)
     return graph
+
+
+def _lay_out_single_parts(graph: torch.fx.GraphModule) -> None:
+    """Let what is stacked of one tensor be contiguous.
+
+    Inductor copies that tensor with its strides, and the drivers take results for contiguous.
+    """
+    nodes = graph.graph
+    for node in list(nodes.nodes):
+        if node.target in (_aten.stack.default, _aten.cat.default) and len(node.args[0]) == 1:
+            with nodes.inserting_before(node):
+                copy = nodes.call_function(
+                    _aten.clone.default, tuple(node.args[0]),
+                    {"memory_format": torch.contiguous_format},
+                )  # fmt: skip
+            node.args = ([copy], *node.args[1:])
+    graph.recompile()
 
 
 def _join_rows(graph: torch.fx.GraphModule) -> None:
