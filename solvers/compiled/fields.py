@@ -204,7 +204,7 @@ class CompiledField(VectorField):
     ) -> Linearization:
         """Evaluate f at (s, u), for products with the Jacobian."""
         if differentiate_time:
-            raise NotImplementedError("compiled fields have no derivative with respect to time")
+            return super().linearize(s, u, u_dot, True)  # of rates alone, at an output
         return self._wrap_results(self, self._direction, *self.evaluate(s, u))
 
     def _wrap_results(self, *arguments: Any) -> Linearization:
