@@ -232,3 +232,25 @@ def test_rows_of_a_field_that_writes_into_an_open_slice(interpreted):
 
     both(field, start(2, 3), method="cn", step_size=0.1, jacobian="block")
     assert "rows" in interpreted
+
+
+def test_rates_of_algebraic_unknowns():
+    """Derivatives by times of outputs between steps, which want df/dt."""
+    w = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    y0 = torch.ones(2, dtype=torch.float64)
+    y0[1] = torch.sin(y0[0])
+
+    def f(t, y):
+        return torch.stack([y[1] * torch.cos(t) - w * y[0], y[1] - torch.sin(y[0])])
+
+    found = []
+    for compiled in (True, False):
+        solver = pnode.Solver(
+            f, params=[w], mass=torch.tensor([1.0, 0.0], dtype=torch.float64), method="bdf",
+            rtol=1e-6, dense=True, jacobian="matrix-free", compile=compiled,
+        )  # fmt: skip
+        t = torch.tensor([0.0, 0.13, 0.4], dtype=torch.float64, requires_grad=True)
+        found.append(torch.autograd.grad(solver(y0, t).ys[1].square().sum(), (w, t)))
+        assert ("'the vector field'" in repr(solver)) == compiled
+    for own, expected in zip(*found, strict=True):
+        assert torch.allclose(own, expected, rtol=1e-9)

@@ -166,15 +166,19 @@ class Ranks:
         PnodeError
             If a rank has failed since the sweep began; within :meth:`together`, which stops it.
         """
+        return self.extremes(mark)[0]
+
+    def extremes(self, mark: int) -> tuple[int, int]:
+        """Do as :meth:`least`, and return the greatest mark too."""
         if not self.parallel:
-            return mark
-        own = np.array([-1 if self.failed else mark], np.int64)
+            return mark, mark
+        own = np.array([-1 if self.failed else mark, -mark], np.int64)
         self.comm.Allreduce(MPI.IN_PLACE, own, MPI.MIN)
         if own[0] < 0:
             found = self.settle()
             assert found is not None
             raise found from found.__cause__
-        return int(own[0])
+        return int(own[0]), -int(own[1])
 
     @staticmethod
     def stop(found: PnodeError) -> NoReturn:

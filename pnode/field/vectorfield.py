@@ -328,8 +328,8 @@ class DistributedField(VectorField):
     failure is remembered (see :mod:`pnode.base.ranks`), and the result is NaN.
     """
 
-    def __init__(self, problem: InitialValueProblem, ledger: Ledger, function: Any = None) -> None:
-        super().__init__(problem, ledger, function)
+    def __init__(self, problem: InitialValueProblem, *arguments: Any, **more: Any) -> None:
+        super().__init__(problem, *arguments, **more)
         self.ranks, self.exchange = problem.ranks, problem.exchange
         self._cells = Cells(self.ranks, self.exchange)
         self.gather, self.scatter = self._cells.gather, self._cells.scatter
@@ -375,8 +375,7 @@ def vector_field(problem: InitialValueProblem, ledger: Ledger) -> VectorField:
     """Return the field of a problem: its right-hand side, its two parts, or its residual."""
     if problem.form == "residual":
         return Residual(problem, ledger)
-    distributed = problem.ranks.parallel or problem.exchange is not None
-    kind = DistributedField if distributed else VectorField
+    kind = DistributedField if problem.distributed else VectorField
     field = kind(problem, ledger)
     if problem.explicit is not None:
         field.explicit = kind(problem, ledger, problem.explicit)

@@ -47,6 +47,8 @@ class GhostLayout(Layout):
     then the ghosts in their order.
     """
 
+    copies = True
+
     def __init__(
         self,
         owned: int,

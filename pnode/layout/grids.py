@@ -73,6 +73,8 @@ class Grid(Layout):
     tensor([7., 0., 1., 2., 3., 4., 5., 6., 7., 0.])
     """
 
+    copies = True
+
     def __init__(
         self,
         shape: Sequence[int],

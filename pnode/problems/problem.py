@@ -281,6 +281,11 @@ class InitialValueProblem:
         return self.ranks.rms if self.norm is None else self.norm
 
     @property
+    def distributed(self) -> bool:
+        """Whether ranks share the state, or it has ghost cells."""
+        return self.ranks.parallel or self.exchange is not None
+
+    @property
     def gives_rate(self) -> bool:
         """Whether f, or both parts of it, is y' itself."""
         return self.form in ("rhs", "imex")

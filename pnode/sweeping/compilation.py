@@ -112,7 +112,9 @@ def begin(
         if run.entry is not None:
             own = local(field, y0)
             if ranks.parallel:
-                _decide_together(ranks, entry, *own, keep)
+                kinds = None, wanted.settings.method.implicit  # as on all ranks
+                backends = (x for x in engine.compiler.backends if x.shared and x.implicit in kinds)
+                _decide_together(ranks, entry, *own, keep, max(x.share for x in backends))
             else:
                 _decide(engine, entry, *own, wanted)
         if entry.hindrance or not entry.bought:
@@ -210,7 +212,7 @@ def _decide(
 
 
 def _decide_together(
-    ranks: Ranks, entry: Entry, field: VectorField, y0: torch.Tensor, keep: bool
+    ranks: Ranks, entry: Entry, field: VectorField, y0: torch.Tensor, keep: bool, share: float
 ) -> None:
     """Decide by the largest part that a rank has of a state, the same on all. Collective."""
     if entry.to_be_looked_at:
@@ -220,7 +222,7 @@ def _decide_together(
         works = [work for _, work in seen]
         entry.work = None if None in works else Work(*map(max, zip(*works, strict=True)))
     if not entry.hindrance:
-        entry.decide(1.0)
+        entry.decide(share)
 
 
 def _flops(packet: Any, args: tuple[Any, ...], result: Any) -> int:

@@ -15,6 +15,7 @@ from pnode.adjoint.gradients import CostGradients
 from pnode.base.evidence import Reads
 from pnode.base.ledger import Ledger, Stats
 from pnode.base.surroundings import Surroundings
+from pnode.errors import FieldChanged
 from pnode.field.held import held, now
 from pnode.field.vectorfield import VectorField, record_all, vector_field
 from pnode.layout.pair_layout import PairLayout
@@ -278,6 +279,21 @@ class Run:
         """Keep f for backward sweeps, but not what owns it: see :mod:`pnode.field.held`."""
         declared = (*self.problem.parameters, *self.problem.frozen)
         self.problem = _with_functions(self.problem, partial(held, declared=declared))
+
+    def refuse_written(self) -> None:
+        """Raise :class:`FieldChanged` if what machine code reads was written into.
+
+        Not collective.
+        """
+        changed = None if self.reads is None else self.reads.changed()
+        if changed is not None:
+            assert self.surroundings is not None
+            raise FieldChanged(
+                f"a tensor of shape {tuple(changed.shape)} that the vector field uses was written "
+                f"into after the forward sweep{self.surroundings.differences()}: take the gradient "
+                "before it changes, or let the solve use a copy",
+                method=self.settings.method.name,
+            )
 
     def field(self, ledger: Ledger) -> VectorField:
         """Return the field for another sweep, without checks of what it uses."""

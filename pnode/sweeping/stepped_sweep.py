@@ -232,6 +232,8 @@ class SteppedSweep(Sweep):
         field = run.field(run.stats.backward)
         ranks = run.problem.ranks
         with ranks.together(agree=False):
+            if ranks.parallel:
+                ranks.attempt(run.refuse_written)
             found = self._reverse(run, field, y0, cotangents, wants_times)
         # The one reduction of a backward sweep, which also tells whether a rank has failed.
         parameters = ranks.sum_gradients(found.parameters, field.parameters)

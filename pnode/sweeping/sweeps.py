@@ -30,7 +30,7 @@ from pnode.sweeping.integral_sweep import IntegralSweep, solves_alone
 from pnode.sweeping.output_times import refuse_cuts
 from pnode.sweeping.run import Requests, Run
 from pnode.sweeping.stepped_sweep import SteppedSweep
-from pnode.sweeping.whole_sweep import WholeSweep, refuse_written
+from pnode.sweeping.whole_sweep import WholeSweep
 
 __all__ = ["backward", "compiled_tangents", "forward"]
 
@@ -177,8 +177,8 @@ def _backward(
     engine: Engine, run: Run, y0: torch.Tensor, cotangents: torch.Tensor, wants_times: bool
 ) -> CostGradients:
     assert run.surroundings is not None
-    if run.reads is not None and not run.problem.ranks.parallel:
-        refuse_written(run.reads, run.surroundings, engine.method.name)
+    if not run.problem.ranks.parallel:  # else all ranks are to know of it
+        run.refuse_written()
     assert run.sweep is not None
     ledger = run.stats.backward
     before, steps, repeated = calls(ledger), ledger.steps, ledger.recomputed
@@ -201,6 +201,5 @@ def compiled_tangents(
     """
     if not isinstance(run.sweep, WholeSweep) or run.problem.ranks.parallel:
         return None
-    assert run.surroundings is not None and run.reads is not None
-    refuse_written(run.reads, run.surroundings, engine.method.name)
+    run.refuse_written()
     return run.sweep.tangents(run, start, moving)

@@ -12,10 +12,7 @@ import torch
 from pnode.adjoint.gradients import CostGradients
 from pnode.adjoint.stepper import AdjointStepper
 from pnode.adjoint.tangents import Moving
-from pnode.base.evidence import Reads
-from pnode.base.surroundings import Surroundings
 from pnode.base.vectors import REAL
-from pnode.errors import FieldChanged
 from pnode.field.products import accumulate
 from pnode.field.vectorfield import VectorField
 from pnode.solvers.compiled.driver import CompiledSweep
@@ -29,19 +26,7 @@ from pnode.sweeping.partial_steps import PartialSteps
 from pnode.sweeping.recording import Noted
 from pnode.sweeping.run import Requests, Run, Sweep
 
-__all__ = ["WholeSweep", "refuse_written"]
-
-
-def refuse_written(reads: Reads, surroundings: Surroundings, method: str) -> None:
-    """Raise :class:`FieldChanged` if what machine code reads was written into. Not collective."""
-    changed = reads.changed()
-    if changed is not None:
-        raise FieldChanged(
-            f"a tensor of shape {tuple(changed.shape)} that the vector field uses was written "
-            f"into after the forward sweep{surroundings.differences()}: take the gradient "
-            "before it changes, or let the solve use a copy",
-            method=method,
-        )
+__all__ = ["WholeSweep"]
 
 
 class WholeSweep(Sweep):
@@ -170,7 +155,7 @@ class WholeSweep(Sweep):
             return self._reverse(run, cotangents)
         with ranks.together(agree=False):
             if self._compiled.kernel.collective:  # all begin, or none
-                ranks.attempt(self._check, run)
+                ranks.attempt(run.refuse_written)
                 if not ranks.least(self._compiled.whole):  # perhaps on one rank alone
                     ranks.attempt(self._compiled.repeat, run.stats.backward)
                     ranks.least(0)
@@ -239,12 +224,8 @@ class WholeSweep(Sweep):
 
     def _checked_reverse(self, run: Run, cotangents: torch.Tensor) -> CostGradients:
         """Do as alone, with the check of :func:`backward`, whose failure all ranks are to know."""
-        self._check(run)
+        run.refuse_written()
         return self._reverse(run, cotangents)
-
-    def _check(self, run: Run) -> None:
-        assert run.reads is not None and run.surroundings is not None
-        refuse_written(run.reads, run.surroundings, run.settings.method.name)
 
     def tangents(self, run: Run, start: torch.Tensor, moving: Moving) -> torch.Tensor | None:
         """Take the steps' tangents; see :meth:`CompiledSweep.tangents`. None with events."""

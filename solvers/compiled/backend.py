@@ -243,8 +243,8 @@ class Backend(ABC):
         Whether no other one is left where it fails.
     shared : bool
         Whether it is for states that several ranks share, too.
-    ghosts : bool
-        Whether it is for states with ghost cells, and for no others.
+    ghosts : bool or None
+        Whether it is for states with ghost cells, and for no others; None: for all states.
     share : float
         About how much it saves of the time that torch's and PETSc's calls take on small problems.
     """
@@ -252,7 +252,7 @@ class Backend(ABC):
     implicit: bool | None = None
     final = False
     shared = False
-    ghosts = False
+    ghosts: bool | None = False
     share = 1.0
 
     @abstractmethod

@@ -38,8 +38,8 @@ _MOST_GRAPHS = 8
 _MOST_TRACES = 8
 # What becomes of a solve on one rank; of a solve of several the least of them.
 _NEVER, _CHANGED, _PASSING, _MADE = range(4)
-_GHOSTS = "of states with ghost cells only whole sweeps of explicit methods are compiled"
-_UNSHARED = "of states that ranks share only whole sweeps of explicit methods are compiled"
+_GHOSTS = "of states with ghost cells whole sweeps of explicit methods alone are compiled"
+_UNSHARED = "of states that ranks share whole sweeps of explicit methods alone are compiled"
 
 
 class _Prepared(NamedTuple):
@@ -105,20 +105,32 @@ class Compiler:
             "time": field_.problem.direction * field_.problem.times[0], "step": 0,
             "method": wanted.settings.method.name,
         }  # fmt: skip
-        found = ranks.attempt(self._prepared, *local(field_, y0), wanted)
-        backend, checked, reasons, changed, lent = found or _Prepared(None, [], [], False, False)
+        place, among = local(field_, y0), self.backends
         # Perhaps it is on this rank alone that someone looks at steps.
         looked_at = ranks.parallel and wanted.watched and not wanted.dense
-        mark = _MADE if backend else _PASSING if looked_at else _CHANGED if changed else _NEVER
-        agreed = ranks.least(mark)
-        if agreed == _MADE:
-            assert backend is not None
-            made = backend.begin(checked, field_, y0, wanted)
-            made.reasons = (*made.reasons, *reasons)
-            if not made.what:
-                self.explain(wanted, list(made.reasons))
-            return made
-        if mark == _MADE:
+        found = nothing = _Prepared(None, [], [], False, False)
+        refused: tuple[str, ...] = ()
+        while True:  # until it is the same backend on all ranks
+            if found.backend not in among:
+                found = ranks.attempt(self._prepared, *place, wanted, among) or nothing
+            backend, checked, reasons, changed, lent = found
+            mark = _PASSING if looked_at else _CHANGED if changed else _NEVER
+            if backend is not None:
+                mark = _MADE + among[::-1].index(backend)
+            agreed, most = ranks.extremes(mark)
+            if agreed < _MADE:
+                break
+            among = among[len(among) - 1 - (agreed - _MADE) :]
+            if agreed == most:
+                assert backend is not None
+                made = backend.begin(checked, field_, y0, wanted)
+                reasons = [*refused, *made.reasons, *reasons]
+                made.reasons = tuple(dict.fromkeys(reasons))
+                if made.what:
+                    return made
+                refused, among = made.reasons, among[1:]
+        reasons = [*refused, *reasons]
+        if backend is not None:
             reasons.append("another rank does not compile its part of the state")
         self.explain(wanted, reasons)
         return Compilation(
@@ -126,11 +138,13 @@ class Compiler:
             passing=agreed == _PASSING,
         )  # fmt: skip
 
-    def _prepared(self, field_: VectorField, y0: torch.Tensor, wanted: Wanted) -> _Prepared:
+    def _prepared(
+        self, field_: VectorField, y0: torch.Tensor, wanted: Wanted, among: Sequence[Backend]
+    ) -> _Prepared:
         """Return the first backend that compiles a solve, and its code; not collective."""
         candidates, reasons = self.candidates(field_, wanted)
         evaluations, changed, lent = field_.ledger.rhs, False, False
-        for backend in candidates:
+        for backend in (one for one in candidates if one in among):
             found = self._checked(backend, field_, y0, wanted)
             field_.ledger.rhs = evaluations
             if not isinstance(found, Reason):
@@ -154,7 +168,7 @@ class Compiler:
                     continue
                 if backend.implicit in (None, wanted.settings.method.implicit):
                     text = None if backend.shared or not wanted.settings.parallel else _UNSHARED
-                    text = _GHOSTS if wanted.ghosts and not backend.ghosts else text
+                    text = _GHOSTS if wanted.ghosts and backend.ghosts is False else text
                     text = text or backend.refuses(wanted)
                     if text is None:
                         found.append(backend)

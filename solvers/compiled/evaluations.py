@@ -43,9 +43,14 @@ def local(field_: VectorField, u: torch.Tensor) -> tuple[VectorField, torch.Tens
     own = field_.problem.layout
     seen = replace(own, shapes=(torch.Size(field_.exchange.ghosted_shape),))
     problem = field_.problem.but(layout=seen, owned=own.shapes[0], exchange=None, ranks=ALONE)
-    made = VectorField(problem, field_.ledger, field_.function)
-    made.recording, made.used = field_.recording, field_.used
-    return made, field_.exchange.gather(u).reshape(-1)
+    parts = []
+    for part in (field_, field_.explicit):
+        if part is not None:
+            made = VectorField(problem, part.ledger, part.function)
+            made.recording, made.used = part.recording, part.used
+            parts.append(made)
+    parts[0].explicit = parts[1] if len(parts) > 1 else None
+    return parts[0], field_.exchange.gather(u).reshape(-1)
 
 
 def value_of(part: VectorField, y0: torch.Tensor, method: str) -> torch.Tensor:

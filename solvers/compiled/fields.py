@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from pnode.base.ledger import Ledger
+from pnode.field.distributed import DistributedLinearization
 from pnode.field.linearization import Linearization, Products
-from pnode.field.products import transposed
-from pnode.field.vectorfield import VectorField
+from pnode.field.vectorfield import DistributedField, VectorField
 from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.compiled import inductor
 from pnode.solvers.compiled.backend import (
@@ -134,7 +134,11 @@ class FieldCode(Code):
         """
 
         def transpose(v: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return (transposed(lambda w: self.traced.product(w, *rest)[0], v),)
+            w = v.new_zeros(self.traced.returned)
+            result: tuple[torch.Tensor, ...] = torch.func.vjp(
+                lambda w: self.traced.product(w, *rest)[0], w
+            )[1](v)
+            return result
 
         given, saved = self._examples
         v = self._zeros(self.traced.shape)
@@ -171,7 +175,7 @@ class CompiledField(VectorField):
     """
 
     def __init__(
-        self, problem: InitialValueProblem, ledger: Ledger, code: FieldCode, function: Any = None
+        self, problem: InitialValueProblem, ledger: Ledger, function: Any = None, *, code: FieldCode
     ) -> None:
         super().__init__(problem, ledger, function)
         self.code = code
@@ -200,13 +204,11 @@ class CompiledField(VectorField):
     ) -> Linearization:
         """Evaluate f at (s, u), for products with the Jacobian."""
         if differentiate_time:
-            raise NotImplementedError("compiled fields have no derivative with respect to time")
-        return CompiledLinearization(self, self._direction, *self.evaluate(s, u))
+            return super().linearize(s, u, u_dot, True)  # of rates alone, at an output
+        return self._wrap_results(self, self._direction, *self.evaluate(s, u))
 
-    def measure(self, s: float, u: torch.Tensor) -> tuple[Linearization, int]:
-        """Do as :meth:`linearize`, and return how many bytes are saved besides u."""
-        made = CompiledLinearization(self, self._direction, *self.evaluate(s, u))
-        return made, sum(x.nbytes for x in made.results)
+    def _wrap_results(self, *arguments: Any) -> Linearization:
+        return CompiledLinearization(*arguments)
 
 
 class CompiledLinearization(Linearization):
@@ -236,14 +238,18 @@ class CompiledLinearization(Linearization):
         self._field = field
         self.results = results
 
+    def kept_bytes(self, copy: int = 0) -> int:
+        """Return how many bytes are kept besides the state."""
+        return sum(x.nbytes for x in self.results)
+
     def _arguments(self, field: CompiledField) -> list[torch.Tensor]:
         return [self._time, self._leaves[0], *field.inputs, *self.results[1:]]
 
     def vjp(self, w: torch.Tensor) -> Products:
         """Return w^T dg/dy and w^T dg/dp; see :class:`Linearization`."""
-        field, y = self._field, self._leaves[0]
+        field = self._field
         self._shared.ledger.vjp += 1
-        cotangent = (w if self._sign > 0 else -w).view(y.shape)
+        cotangent = (w if self._sign > 0 else -w).view(self._value.shape)
         state, *found = field.code.product([cotangent, *self._arguments(field)])
         products: list[torch.Tensor | None] = [None] * len(field.parameters)
         for part, product in zip(field.code.traced.parameters, found, strict=True):
@@ -264,7 +270,7 @@ class CompiledLinearization(Linearization):
 
     def _rows(self, cotangents: torch.Tensor) -> list[torch.Tensor]:
         """Return the VJPs of the rows of ``cotangents``, shape ``(k, size)``."""
-        code, shape = self._field.code, self._leaves[0].shape
+        code, shape = self._field.code, self._value.shape
         rows = cotangents.reshape(-1, *shape)
         given = self._arguments(self._field)
         run = code.rows(len(rows))
@@ -283,13 +289,25 @@ class CompiledLinearization(Linearization):
         raise NotImplementedError("compiled fields have no derivative with respect to time")
 
 
+class _DistributedLinearization(DistributedLinearization, CompiledLinearization):
+    """Exchanges ghost cells, and calls compiled graphs."""
+
+
+class _DistributedField(DistributedField, CompiledField):
+    """Exchanges ghost cells, and calls compiled graphs."""
+
+    def _wrap_results(self, *arguments: Any) -> Linearization:
+        return _DistributedLinearization(self._cells, *arguments)
+
+
 def compiled_field(
     problem: InitialValueProblem, ledger: Ledger, codes: Sequence[FieldCode]
 ) -> CompiledField:
     """Return the field of a problem, or its two parts, one code each."""
-    field = CompiledField(problem, ledger, codes[0])
+    kind = _DistributedField if problem.distributed else CompiledField
+    field = kind(problem, ledger, code=codes[0])
     if problem.explicit is not None:
-        field.explicit = CompiledField(problem, ledger, codes[1], problem.explicit)
+        field.explicit = kind(problem, ledger, problem.explicit, code=codes[1])
         field.explicit.used = field.used
     return field
 
@@ -305,6 +323,8 @@ class Fields(Backend):
     """The field of a solve whose sweeps or steps are not compiled as a whole."""
 
     share = 0.5
+    shared = True
+    ghosts: bool | None = None
 
     def refuses(self, wanted: Wanted) -> str | None:
         """Return why it makes nothing for a solve, whatever the field."""

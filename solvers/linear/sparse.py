@@ -160,6 +160,10 @@ def color_rows(rows: torch.Tensor, columns: torch.Tensor, size: int, width: int)
     return colors
 
 
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one is other or torch.equal(one, other)
+
+
 class EntryAssembly(Assembly):
     """Fills a sparse matrix from coordinates, its structure once.
 
@@ -215,13 +219,38 @@ class EntryAssembly(Assembly):
             values = Entries(rows, columns, 0 * ones, ones)
         structure = (values.rows, values.columns)
         if self._structure is None or not (
-            self._parallel or all(map(torch.equal, structure, self._structure))
+            self._parallel or all(map(_same, structure, self._structure))
         ):
             indices = [index.cpu().numpy().astype(PETSc.IntType) for index in structure]
             matrix.setPreallocationCOO(*indices)
             self._structure = structure
         set_values_coo(matrix, values.fixed + shift * values.scaled)
         matrix.assemble()
+
+
+class _Places(NamedTuple):
+    """Where the entries of a pattern are.
+
+    Attributes
+    ----------
+    pattern : Tensor
+        Its colors, which are others with other entries.
+    flat : Tensor
+        In compressed products, flat.
+    kept : Tensor or None
+        Which of them belong to the matrix; None: all.
+    rows, columns : Tensor
+        Of these, numbered over all ranks.
+    like : Entries or None
+        Of a Jacobian beside the identity, as far as it is always the same.
+    """
+
+    pattern: torch.Tensor
+    flat: torch.Tensor
+    kept: torch.Tensor | None
+    rows: torch.Tensor
+    columns: torch.Tensor
+    like: Entries | None = None
 
 
 class SparseAssembly(EntryAssembly):
@@ -242,6 +271,7 @@ class SparseAssembly(EntryAssembly):
         super().__init__(place)
         self._pattern = pattern
         self._exact = exact
+        self._places: _Places | None = None
 
     def evaluate(self, linearizer: Linearizer, point: Point, check: bool) -> Any:
         """Return the entries of dg/du and of dF/du_dot."""
@@ -264,18 +294,42 @@ class SparseAssembly(EntryAssembly):
                     "entries: a product with the Jacobian differs from one with the assembled "
                     "matrix; give every entry that can be non-zero in jacobian_pattern="
                 )
-        fixed = -parts[0].to(REAL)
+        places, fixed = self._places, -parts[0].to(REAL)
+        assert places is not None
+        if places.kept is not None:
+            fixed = fixed[places.kept]
+        if len(parts) == 1 and point.field.mass is None:
+            beside = places.like
+            if beside is None or len(beside.fixed) != len(fixed) + len(point.u):
+                own = torch.zeros_like(fixed)
+                mass = self._mass_entries(point)
+                beside = self._entries(places.rows, places.columns, fixed, own, mass)
+                self._places = places._replace(like=beside)
+            own = fixed.new_zeros(len(beside.fixed))
+            own[: len(fixed)] = fixed
+            return beside._replace(fixed=own)
         mass = self._mass_entries(point)
         if len(parts) == 2:  # the diagonal belongs to the structure: factorizations want it
             mass, own = (*mass[:2], 0 * mass[2]), parts[1].to(REAL)
+            own = own if places.kept is None else own[places.kept]
         else:
             own = torch.zeros_like(fixed)
-        first = self._first_row
-        inner = pattern.columns + first
-        if pattern.columns_to is not None:
-            inner = pattern.columns_to[pattern.columns]
-        kept = inner >= 0
-        return self._entries(pattern.rows[kept] + first, inner[kept], fixed[kept], own[kept], mass)
+        return self._entries(places.rows, places.columns, fixed, own, mass)
+
+    def _placed(self, width: int) -> _Places:
+        """Return where the entries of the pattern are, found once; products have a width."""
+        pattern, known = self._pattern, self._places
+        if known is None or known.pattern is not pattern.colors:
+            first = self._first_row
+            inner = pattern.columns + first
+            if pattern.columns_to is not None:
+                inner = pattern.columns_to[pattern.columns]
+            kept = inner >= 0
+            rows, columns = pattern.rows[kept] + first, inner[kept]
+            flat = pattern.colors[pattern.rows] * width + pattern.columns
+            known = _Places(pattern.colors, flat, None if kept.all() else kept, rows, columns)
+            self._places = known
+        return known
 
     def _parts(self, linearization: Linearization, check: bool) -> tuple[list[torch.Tensor], bool]:
         """Return the values of the entries of dg/du (and dF/du_dot), from compressed products.
@@ -290,7 +344,8 @@ class SparseAssembly(EntryAssembly):
         if check:
             seeds[-1] = w = projection_weights(like)
         products = linearization.assemble(seeds)
-        parts = [part[pattern.colors[pattern.rows], pattern.columns] for part in products]
+        flat = self._placed(products[0].shape[1]).flat
+        parts = [part.reshape(-1).index_select(0, flat) for part in products]
         if not check:
             return parts, True
         for part, product in zip(parts, products, strict=True):
