@@ -9,7 +9,9 @@ import torch
 
 from pnode.solvers.compiled.products import packet
 
-__all__ = ["Untraceable", "is_mutation", "is_view", "lift_captured", "refuse_effects"]
+__all__ = [
+    "Untraceable", "close_slices", "is_mutation", "is_view", "lift_captured", "refuse_effects",
+]  # fmt: skip
 
 _aten = torch.ops.aten
 _Node: TypeAlias = Any  # torch.fx.Node, whose arguments are typed as a union of everything
@@ -64,6 +66,14 @@ def refuse_effects(graph: torch.fx.GraphModule) -> None:
                 raise Untraceable(
                     f"the vector field writes into a tensor that it was given ({node.target})"
                 )
+
+
+def close_slices(graph: torch.fx.GraphModule) -> None:
+    """End slices that are written into at the last entry: vmap adds to an end of 2^63 - 1."""
+    for node in graph.graph.nodes:
+        if node.target is _aten.slice_scatter.default and len(node.args) > 4:
+            x, part, dim, start, end, *step = node.args
+            node.args = (x, part, dim, start, min(end, x.meta["val"].shape[dim]), *step)
 
 
 def _without_dropout(node: _Node) -> bool:

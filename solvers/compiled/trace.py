@@ -21,6 +21,7 @@ from pnode.field.vectorfield import VectorField
 from pnode.problems.windows import Window
 from pnode.solvers.compiled.lifting import (
     Untraceable,
+    close_slices,
     is_mutation,
     is_view,
     lift_captured,
@@ -243,11 +244,7 @@ def lifted(graph: torch.fx.GraphModule) -> tuple[torch.fx.GraphModule, tuple[tor
             torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in values
         ]
         graph = compose(torch.func.functionalize(graph), examples, _WITHOUT_COPIES)
-        for node in graph.graph.nodes:
-            if node.target is _aten.slice_scatter.default and len(node.args) > 4:
-                x, part, dim, start, end, *step = node.args  # vmap adds to an end of 2^63 - 1
-                end = min(end, x.meta["val"].shape[dim])
-                node.args = (x, part, dim, start, end, *step)
+        close_slices(graph)
         graph.graph.eliminate_dead_code()
     return graph, captured
 
