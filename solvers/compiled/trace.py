@@ -210,11 +210,8 @@ def trace_field(field: VectorField, arranged: bool = True) -> FieldGraph:
     graph, captured = lifted(graph)
     transposed = arrange_products(graph, captured) if arranged else ()
     made, window = _split(graph, captured, transposed, used), field.problem.window
-    return made if window is None else replace(made, ends=_place(window.ends, captured))
-
-
-def _place(tensor: torch.Tensor, tensors: Sequence[torch.Tensor]) -> int | None:
-    return next((index for index, each in enumerate(tensors) if each is tensor), None)
+    ends = [i for i, x in enumerate(captured) if window is not None and x is window.ends]
+    return replace(made, ends=ends[0]) if ends else made
 
 
 def _products(
