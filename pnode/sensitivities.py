@@ -131,13 +131,17 @@ def sensitivities(
     if mode == "auto":
         mode = "forward" if tangents <= cotangents else "adjoint"
 
+    places = _places(solver)
+
     def outputs(moving: dict[str, Any]) -> Any:
         own = {full: moving[name] for name, full in zip(wrt, names, strict=True) if name != _Y0}
         if mode == "adjoint":  # of these alone
             own = {**known, **own}
+        lent = {place: tensor for full, tensor in own.items() for place in places[full]}
         return torch.func.functional_call(
-            solver, own, (moving.get(_Y0, initial), t), {"breakpoints": breakpoints}
-        ).ys
+            solver, lent, (moving.get(_Y0, initial), t), {"breakpoints": breakpoints},
+            tie_weights=False,
+        ).ys  # fmt: skip
 
     way = torch.func.jacfwd if mode == "forward" else torch.func.jacrev
     with torch.no_grad():
@@ -145,6 +149,20 @@ def sensitivities(
     if isinstance(found, tuple):
         found = {name: tuple(part[name] for part in found) for name in given}
     return Sensitivities(found, mode, tangents, cotangents)
+
+
+def _places(solver: Solver) -> dict[str, list[str]]:
+    """Return where each parameter is, by its name.
+
+    torch's own way, ``tie_weights``, exchanges what a Module that is in two places has twice, and
+    leaves the second there.
+    """
+    found: dict[int, list[str]] = {}
+    for path, module in solver.named_modules():
+        for name, tensor in module._parameters.items():
+            if tensor is not None:
+                found.setdefault(id(tensor), []).append(f"{path}.{name}" if path else name)
+    return {name: found[id(tensor)] for name, tensor in solver.named_parameters()}
 
 
 def _names(solver: Solver, wrt: Sequence[str]) -> list[str]:

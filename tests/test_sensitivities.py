@@ -58,6 +58,52 @@ def test_both_ways_give_the_same(method, tolerance):
     assert not ways[0]["rates"][0].any()
 
 
+class Twice(torch.nn.Module):
+    """One Module in two places, and one parameter in two Modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = self.second = torch.nn.Linear(3, 3, dtype=D)
+        self.third = torch.nn.Linear(3, 3, dtype=D)
+        self.third.weight = self.first.weight
+
+    def forward(self, t, y):
+        return self.first(self.second(y).sin()) - self.third(y)
+
+
+@pytest.mark.parametrize("mode", ["forward", "adjoint"])
+def test_parameters_in_several_places_stay_there(mode):
+    field = Twice()
+    before = dict(field.named_parameters(remove_duplicate=False))
+    solver = pnode.Solver(field, method="rk4", step_size=0.1)
+    found = pnode.sensitivities(solver, start(), T, wrt=["first.weight", "third.bias"], mode=mode)
+    after = dict(field.named_parameters(remove_duplicate=False))
+    assert all(after[name] is tensor for name, tensor in before.items())
+    last = solver(start(), T).ys[-1, 0]
+    wanted = torch.autograd.grad(last, [field.first.weight, field.third.bias])
+    torch.testing.assert_close(
+        (found["first.weight"][-1, 0], found["third.bias"][-1, 0]), wanted, rtol=1e-12, atol=0.0
+    )
+
+
+def test_tensors_that_functional_call_leaves_behind_are_told():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.field = Kinetics()
+            self.solver = pnode.Solver(self.field, method="rk4", step_size=0.1)
+
+        def forward(self):
+            return self.solver(start(), T).ys
+
+    model = Model()
+    lent = functional_call(model, {"field.rates": torch.ones(3, dtype=D)}, ())
+    with pytest.warns(RuntimeWarning, match="'rates' of Kinetics: a tensor is in the place"):
+        assert torch.equal(model(), lent)
+    model.field._parameters["rates"] = torch.nn.Parameter(torch.zeros(3, dtype=D))
+    assert torch.equal(model()[-1], start())
+
+
 def test_they_are_those_of_a_replica():
     solver = solver_of("rk4")
     steps = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]

@@ -6,6 +6,8 @@ default dtype or after ``model.eval()``. f is evaluated there as it was forwards
 
 from __future__ import annotations
 
+import inspect
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -13,8 +15,9 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.nn.utils.stateless import _functional_call
 
-__all__ = ["Surroundings", "modules_within", "owner", "parameters_of"]
+__all__ = ["Surroundings", "modules_within", "owner", "parameters_of", "tell_left_behind"]
 
 _CPU = torch.device("cpu")
 
@@ -161,6 +164,29 @@ def parameters_of(module: torch.nn.Module) -> list[torch.nn.Parameter]:
     if not all(map(_walks_as_usual, kinds)):
         return list(module.parameters())
     return [one for each in modules for one in each._parameters.values() if one is not None]
+
+
+def tell_left_behind(module: torch.nn.Module) -> None:
+    """Warn of tensors in the place of parameters, unless ``functional_call`` has lent them now.
+
+    It leaves them there of a Module that it finds in two places of another.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is _functional_call.__code__:
+            return
+        frame = frame.f_back
+    found = [
+        f"{name!r} of {type(each).__name__}" for each in modules_within([module])
+        for name, tensor in each._parameters.items() if type(tensor) is torch.Tensor
+    ]  # fmt: skip
+    warnings.warn(
+        f"{', '.join(found)}: a tensor is in the place of a parameter, and what is solved has its "
+        "numbers. torch.func.functional_call leaves those that it was given in a Module that is in "
+        "two places of another, such as self.field = f beside self.solver = pnode.Solver(f): hold "
+        "it once (f is solver.rhs), and put the parameters back",
+        RuntimeWarning, stacklevel=2,
+    )  # fmt: skip
 
 
 _WALK = ("parameters", "named_parameters", "named_modules", "_named_members")

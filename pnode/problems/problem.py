@@ -13,7 +13,7 @@ import torch
 
 from pnode.base.ranks import ALONE, Ranks
 from pnode.base.real_times import real_times
-from pnode.base.surroundings import parameters_of
+from pnode.base.surroundings import parameters_of, tell_left_behind
 from pnode.base.transforms import moves, plain
 from pnode.base.vectors import is_finite
 from pnode.errors import ConfigurationError
@@ -380,6 +380,8 @@ def collect_parameters(
     for function in functions:
         if isinstance(function, torch.nn.Module):
             candidates.extend(parameters_of(function))
+            if any(type(one) is torch.Tensor for one in candidates):
+                tell_left_behind(function)
     if params is not None:
         candidates.extend(params)
     chosen: dict[int, torch.Tensor] = {}
