@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from pnode.base.real_times import real_times
 from pnode.errors import ConfigurationError
@@ -109,23 +110,11 @@ def sensitivities(
             "retain_graph=True), which is row j of all blocks at once"
         )
     known = {name: tensor.detach() for name, tensor in solver.named_parameters()}
-    if Structure.of(y0) is not None:
-        raise ConfigurationError(
-            f"y0 is a {type(y0).__name__}, or complex: give a real tensor or a tuple of such, and "
-            "let f make of it what it needs"
-        )
-    parts = tuple(y0) if isinstance(y0, (tuple, list)) else (y0,)
-    for index, part in enumerate(parts):
-        if not isinstance(part, torch.Tensor):
-            where = f"y0[{index}]" if len(parts) > 1 else "y0"
-            raise ConfigurationError(f"{where} is a {type(part).__name__}: give a tensor")
-    initial: Any = parts[0].detach()
-    if isinstance(y0, (tuple, list)):
-        initial = tuple(part.detach() for part in parts)
+    initial = _numbers(y0)
     given = {
         name: initial if name == _Y0 else known[full] for name, full in zip(wrt, names, strict=True)
     }
-    size = sum(part.numel() for part in parts)
+    size = sum(part.numel() for part in tree_leaves(initial))
     tangents = sum(size if name == _Y0 else tensor.numel() for name, tensor in given.items())
     cotangents = (real_times("t", t, "give output times").shape or (1,))[-1] * size
     if mode == "auto":
@@ -149,6 +138,23 @@ def sensitivities(
     if isinstance(found, tuple):
         found = {name: tuple(part[name] for part in found) for name in given}
     return Sensitivities(found, mode, tangents, cotangents)
+
+
+def _numbers(y0: Any) -> Any:
+    """Return an initial state without graphs."""
+    if Structure.of(y0) is not None:
+        raise ConfigurationError(
+            f"y0 is a {type(y0).__name__}, or complex: give a real tensor or a tuple of such, and "
+            "let f make of it what it needs"
+        )
+    several = isinstance(y0, (tuple, list))
+    parts = tuple(y0) if several else (y0,)
+    for index, part in enumerate(parts):
+        if not isinstance(part, torch.Tensor):
+            where = f"y0[{index}]" if len(parts) > 1 else "y0"
+            raise ConfigurationError(f"{where} is a {type(part).__name__}: give a tensor")
+    numbers = tuple(part.detach() for part in parts)
+    return numbers if several else numbers[0]
 
 
 def _places(solver: Solver) -> dict[str, list[str]]:
