@@ -45,6 +45,15 @@ def test_fields_that_are_coupled_after_all_are_found_out():
         solve(coupled_diffusion, coupled=False)
 
 
+def test_where_entries_may_be_is_the_layout_s():
+    solver = pnode.Solver(
+        lambda t, y: y[:-2] - y[2:], method="cn", step_size=0.1, jacobian="sparse",
+        layout=pnode.parallel.Grid((5,)), jacobian_pattern=torch.eye(5),
+    )  # fmt: skip
+    with pytest.raises(pnode.ConfigurationError, match="jacobian_pattern given with layout="):
+        solver(torch.ones(5, dtype=torch.float64), [0.0, 0.1])
+
+
 def test_consistent_start_is_refused_with_ghost_cells():
     with pytest.raises(pnode.ConfigurationError, match="consistent_start=True is not supported"):
         pnode.Solver(

@@ -334,15 +334,15 @@ class JacobianOptions:
                 f"jacobian={kind!r} (or such a preconditioner) with layout=: a state with ghost "
                 "cells takes jacobian='matrix-free' or 'sparse'"
             )
-        pattern = self.pattern
-        if kind == "sparse" and pattern is None:
-            if exchange not in patterns:
-                rows, columns = exchange.pattern() or (None, None)
-                patterns[exchange] = SparsityPattern(
-                    rows, columns, exchange.size, exchange.columns()
-                )
-            pattern = patterns[exchange]
-        return replace(self, pattern=pattern, exchange=exchange)
+        if self.pattern is not None:
+            raise ConfigurationError(
+                "jacobian_pattern given with layout=: drop it; Grid(stencil=, width=) and "
+                "GhostLayout(pattern=) tell where entries may be"
+            )
+        if kind == "sparse" and exchange not in patterns:
+            rows, columns = exchange.pattern() or (None, None)
+            patterns[exchange] = SparsityPattern(rows, columns, exchange.size, exchange.columns())
+        return replace(self, pattern=patterns[exchange] if kind else None, exchange=exchange)
 
 
 def create_assembly(jacobian: str, options: JacobianOptions, place: Place = HOST) -> Any:
