@@ -234,6 +234,21 @@ def test_field_of_many_operations(interpreted: dict[str, int]) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("method", ["euler", "rk4", "dopri5"])
+def test_activations_that_are_not_contiguous(method: str, interpreted: dict[str, int]) -> None:
+    """Stacked, those of channels-last convolutions keep their strides."""
+    layers = (
+        torch.nn.Conv2d(2, 3, 3, padding=1),
+        torch.nn.Tanh(),
+        torch.nn.Conv2d(3, 2, 3, padding=1),
+    )
+    net = torch.nn.Sequential(*layers).double().to(memory_format=torch.channels_last)
+    weights = list(net.parameters())
+    keywords = {"method": method, "step_size": 0.25, "params": weights, "tensors": weights}
+    both(lambda t, y: net(y), start(2, 2, 4, 4), **keywords)
+    assert "adjoint" in interpreted
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
     ("batch", "size", "width"),

@@ -234,6 +234,16 @@ def test_rows_of_a_field_that_writes_into_an_open_slice(interpreted):
     assert "rows" in interpreted
 
 
+def test_complex_slices_that_are_written_into(interpreted):
+    """As in the derivative of irfft, which is differentiated once more for products."""
+
+    def field(t, y):
+        return torch.fft.irfft(2.0 * torch.fft.rfft(y), n=8).tanh()
+
+    both(field, start(3, 8), method="cn", step_size=0.1, jacobian="matrix-free")
+    assert "derivative" in interpreted
+
+
 def test_rates_of_algebraic_unknowns():
     """Derivatives by times of outputs between steps, which want df/dt."""
     w = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)

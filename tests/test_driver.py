@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pnode
 from pnode.errors import NonFiniteVectorField, StepLimitReached, StepSizeUnderflow
-from pnode.solvers.compiled import driver, graph_steps, inductor
+from pnode.solvers.compiled import driver, graph_steps, inductor, libraries
 from pnode.solvers.compiled.graph_steps import ExplicitSteps
 from pnode.solvers.compiled.inductor import CompilationFailed
 from pnode.solvers.methods import find_method
@@ -323,3 +323,11 @@ def test_results_are_laid_out_as_the_driver_takes_them():
     seen = make_fx(graph, table, tracing_mode="fake")(torch.zeros(3, 2))
     (found,) = seen.graph.output_node().args[0]
     assert found.meta["val"].shape == (1, 2, 3) and found.meta["val"].is_contiguous()
+
+
+def test_results_that_lie_elsewhere_than_the_graph_says():
+    """Inductor's results are looked at once: who reads them relies on their strides."""
+    graph = inductor.prepare(lambda x: (x.t().sin(), x[:0]), [torch.zeros(3, 2)])
+    right, empty = torch.zeros(3, 2).t(), torch.zeros(2, 0).t()
+    assert libraries.agree_in_layout(graph, [right, empty])
+    assert not libraries.agree_in_layout(graph, [right.contiguous(), empty])

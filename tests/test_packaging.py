@@ -214,6 +214,7 @@ DEFINES_FUNCTION = {
     "pnode.events.event_derivatives", "pnode.samples", "pnode.layout.ghost_cells",
     "pnode.field.time_terms", "pnode.problems.mass", "pnode.field.rates",
     "pnode.derivatives.row_slopes",
+    "pnode.solvers.compiled.entrances",  # takes down calls of the user's
 }  # fmt: skip
 
 

@@ -158,13 +158,15 @@ def along_rows(
     return known[0][None] if number == 1 else torch.stack(known)
 
 
-def transposed(linear: Callable[[torch.Tensor], Any], *v: torch.Tensor) -> torch.Tensor:
+def transposed(
+    linear: Callable[[torch.Tensor], Any], *v: torch.Tensor, at: torch.Tensor | None = None
+) -> torch.Tensor:
     """Apply the transpose of a linear map to v; may be traced.
 
-    The map takes a tensor like the first v and returns one like each of them, in any precision: a
-    tensor, or a tuple.
+    The map takes a tensor like ``at``, or else like the first v, and returns one like each of them,
+    in any precision: a tensor, or a tuple.
     """
-    found, pull_back = torch.func.vjp(linear, v[0])[:2]
+    found, pull_back = torch.func.vjp(linear, v[0] if at is None else at)[:2]
     several = isinstance(found, tuple)
     like = [x.to(y.dtype) for x, y in zip(v, found if several else (found,), strict=True)]
     result: torch.Tensor = pull_back(tuple(like) if several else like[0])[0]

@@ -18,6 +18,7 @@ import torch
 from pnode.base.ledger import Ledger
 from pnode.field.distributed import DistributedLinearization
 from pnode.field.linearization import Linearization, Products
+from pnode.field.products import transposed
 from pnode.field.vectorfield import DistributedField, VectorField
 from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.compiled import inductor
@@ -135,10 +136,7 @@ class FieldCode(Code):
 
         def transpose(v: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
             w = v.new_zeros(self.traced.returned)
-            result: tuple[torch.Tensor, ...] = torch.func.vjp(
-                lambda w: self.traced.product(w, *rest)[0], w
-            )[1](v)
-            return result
+            return (transposed(lambda w: self.traced.product(w, *rest)[0], v, at=w),)
 
         given, saved = self._examples
         v = self._zeros(self.traced.shape)

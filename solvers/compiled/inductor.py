@@ -172,8 +172,12 @@ def compile_graph(
         # Made again: one that is damaged, another's, or of a torch that cannot be told apart.
         with contextlib.suppress(Exception):
             return _load(path)
-        _build(path, function, examples)
-        return _load(path)
+        graph = _build(path, function, examples)
+        made = _load(path)
+        if graph is not None and not libraries.agree_in_layout(graph, made(list(examples))):
+            path.unlink()
+            raise RuntimeError("a result lies otherwise in memory than the graph says")
+        return made
     except Exception as error:
         text = " ".join(str(error).split())
         raise CompilationFailed(
@@ -221,12 +225,15 @@ def _own_inductor_cache(folder: Path) -> Iterator[None]:
                 os.environ[name] = before
 
 
-def _build(path: Path, function: Callable[..., object], examples: Sequence[torch.Tensor]) -> None:
+def _build(
+    path: Path, function: Callable[..., object], examples: Sequence[torch.Tensor]
+) -> torch.fx.GraphModule | None:
+    """Return the graph that was compiled, None if another process has done so."""
     folder = path.parent / ".inductor"
     with _own_inductor_cache(folder), libraries.locked(folder / f"{path.name}.lock"):
         with contextlib.suppress(OSError, _Damaged):
-            _read(path)  # another process has made it meanwhile
-            return
+            _read(path)  # made meanwhile
+            return None
         with (
             _workshop(path.parent) as building,
             torch.no_grad(),
@@ -234,14 +241,14 @@ def _build(path: Path, function: Callable[..., object], examples: Sequence[torch
             compiling("a graph of the vector field"),
         ):
             warnings.simplefilter("ignore")
-            partial = building / path.name
+            partial, graph = building / path.name, prepare(function, examples)
             try:
-                graph = prepare(function, examples)
                 libraries.build(graph, examples, _INDUCTOR, partial, folder, fingerprint)
             except Exception:  # whatever it is: what inductor itself says is for the user
                 partial.unlink(missing_ok=True)
                 _build_by_inductor(prepare(function, examples), examples, partial)
             _keep(path, partial)
+            return graph
 
 
 @contextlib.contextmanager

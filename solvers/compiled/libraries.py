@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["SOURCES", "build", "locked"]
+__all__ = ["SOURCES", "agree_in_layout", "build", "locked"]
 
 _OPTIONS = {
     "aot_inductor.package": True, "aot_inductor.package_cpp_only": True,
@@ -79,6 +79,18 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(file)
+
+
+def agree_in_layout(graph: torch.fx.GraphModule, results: Sequence[torch.Tensor]) -> bool:
+    """Whether results have the strides that a graph says, which those who read them rely on."""
+    expected: Any = graph.graph.output_node().args[0]
+    return all(
+        size < 2 or found == stride or not result.numel()
+        for node, result in zip(expected, results, strict=True)
+        for size, found, stride in zip(
+            result.shape, result.stride(), node.meta["val"].stride(), strict=True
+        )
+    )
 
 
 def build(

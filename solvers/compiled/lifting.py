@@ -6,6 +6,7 @@ import operator
 from typing import Any, TypeAlias
 
 import torch
+from torch.fx.node import map_arg
 
 from pnode.solvers.compiled.products import packet
 
@@ -69,11 +70,34 @@ def refuse_effects(graph: torch.fx.GraphModule) -> None:
 
 
 def close_slices(graph: torch.fx.GraphModule) -> None:
-    """End slices that are written into at the last entry: vmap adds to an end of 2^63 - 1."""
-    for node in graph.graph.nodes:
-        if node.target is _aten.slice_scatter.default and len(node.args) > 4:
-            x, part, dim, start, end, *step = node.args
-            node.args = (x, part, dim, start, min(end, x.meta["val"].shape[dim]), *step)
+    """End slices that are written into at the last entry: vmap adds to an end of 2^63 - 1.
+
+    Complex ones are put together of their parts, as torch has no derivative of what writes there.
+    """
+    for node in list(graph.graph.nodes):
+        if node.target is not _aten.slice_scatter.default:
+            continue
+        given: Any = node.args
+        x, part, dim, start, end, step = given + (0, None, None, 1)[len(given) - 2 :]
+        value = x.meta["val"]
+        size = value.shape[dim]
+        start, end = start or 0, size if end is None else min(end, size)
+        if not value.is_complex() or step != 1 or start < 0 or end < start:
+            node.args = (x, part, dim, start, end, step)
+            continue
+        with graph.graph.inserting_before(node):
+            parts = [_new(graph, _aten.slice.Tensor, x, dim, 0, start), part,
+                     _new(graph, _aten.slice.Tensor, x, dim, end, size)]  # fmt: skip
+            made = _new(graph, _aten.cat.default, parts, dim)
+        node.replace_all_uses_with(made)
+        graph.graph.erase_node(node)
+
+
+def _new(graph: torch.fx.GraphModule, target: Any, *arguments: Any) -> _Node:
+    """Return a new node, and note what it is like."""
+    node = graph.graph.call_function(target, arguments)
+    node.meta["val"] = target(*map_arg(arguments, lambda one: one.meta["val"]))
+    return node
 
 
 def _without_dropout(node: _Node) -> bool:

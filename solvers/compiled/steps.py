@@ -181,13 +181,13 @@ class StepGraphs(Code):
             scale = atol + rtol * torch.maximum(end.abs(), (end + defect).abs())
             looks.append((defect / scale).square().mean().sqrt())
             looks.append(torch.stack([k.square().sum() for k in slopes]).max())
-        if not self.fsal:
-            points = points[1:]
+        points = points if self.fsal else points[1:]
         states = [x.reshape(-1) for x in (end, *carried)]
         if not self.keeps_saved:
             return (torch.stack(looks), *states, *(x.reshape(-1) for x in points))
         here = saved[:-1] if self.fsal else saved
-        stacks = [torch.stack(list(group)) for group in (points, *zip(*here, strict=True)) if group]
+        groups: list[Any] = [points, *zip(*here, strict=True)]
+        stacks = [torch.stack(group).contiguous() for group in groups if group]
         return (torch.stack(looks), *states, *stacks, *(saved[-1] if self.fsal else ()))
 
     def _adjoint(self, *inputs: torch.Tensor) -> Tensors:
@@ -226,7 +226,7 @@ class StepGraphs(Code):
             else:
                 for results in parts:
                     sums[index] = sums[index] + results[part.first]
-        return (state.reshape(-1), *sums)
+        return (state.reshape(-1), *(total.contiguous() for total in sums))
 
     def stages_of(
         self, rest: list[torch.Tensor]
