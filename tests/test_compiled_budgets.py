@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from test_compiled_stiff import START, TIMES, Kinetics
+from torch.autograd import forward_ad
 from torch.func import jvp
 
 import pnode
@@ -137,9 +138,11 @@ def test_tangents_are_those_without_a_limit(keywords, monkeypatch):
         assert "compiled='whole sweeps'" in repr(solver)
     assert all(map(torch.equal, *found))
     y0 = START.clone().requires_grad_()
-    ys = solver(y0, TIMES).ys
-    seeds = torch.ones_like(ys)
-    (gradient,) = torch.autograd.grad(ys, y0, seeds)
+    with forward_ad.dual_level():
+        ys = forward_ad.unpack_dual(solver(forward_ad.make_dual(y0, along), TIMES).ys)
+    assert torch.equal(ys.tangent, found[0][1])
+    seeds = torch.ones_like(ys.primal)
+    (gradient,) = torch.autograd.grad(ys.primal, y0, seeds)
     torch.testing.assert_close((seeds * found[0][1]).sum(), gradient @ along, rtol=1e-11, atol=0)
 
 

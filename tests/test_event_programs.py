@@ -129,17 +129,18 @@ def test_what_changes_between_solves_takes_effect(shown, monkeypatch):
     assert len(set(seen)) == 6
 
 
-@pytest.mark.parametrize("kind", ["branches", "counts", "float32"])
+@pytest.mark.parametrize("kind", ["branches", "counts", "float32", "bfloat16", "complex64"])
 def test_what_stays_in_python(kind, shown):
     """As ever, without a word."""
     calls, level = [], torch.nn.Parameter(torch.tensor(0.3, dtype=D))
+    given = level.detach().to(getattr(torch, kind, D))  # no number of the program's text
 
     def event(t, y):
         if kind == "counts":
             calls.append(t)
         if kind == "branches" and float(t.detach()) > 3.0:
             return y[0] + 1e-9 - level
-        return y[0] - level.to(torch.float32 if kind == "float32" else D)
+        return y[0] - level - given.real
 
     _, own, solution = solved(solver_of([pnode.Event(event, terminal=False)]), level)
     assert own[0][0] > 3

@@ -56,19 +56,9 @@ class Checkpoints {
         live_.reset();
     }
 
-    // What the adjoint of the step that is live needs, which counts from now on.
-    const Numbers& hold() {
-        const Held found = live();
-        count(stages_.count(live_step_) ? 0 : found->size());
-        return *found;
-    }
-
-    int64_t peak = 0;  // bytes
-
-  private:
     typedef std::shared_ptr<const Numbers> Held;  // what is live and what is stored may be the same
-    typedef std::unordered_map<int64_t, Held> Kept;
 
+    // What derivatives of the step that is live need; the kernel gives it once.
     const Held& live() {
         if (!live_) {
             Numbers found;
@@ -77,6 +67,18 @@ class Checkpoints {
         }
         return live_;
     }
+
+    // Of its adjoint, and it counts from now on.
+    const Numbers& hold() {
+        const Held& found = live();
+        count(stages_.count(live_step_) ? 0 : found->size());
+        return *found;
+    }
+
+    int64_t peak = 0;  // bytes
+
+  private:
+    typedef std::unordered_map<int64_t, Held> Kept;
 
     void follow(const Order& order) {
         const int64_t step = order.step;

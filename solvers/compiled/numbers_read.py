@@ -28,10 +28,11 @@ class Numbers:
 
     def __init__(self, captured: Sequence[torch.Tensor]) -> None:
         for tensor in captured:
-            if tensor.dtype in (torch.float32, torch.complex128) or tensor.device.type != "cpu":
+            number = tensor.is_floating_point() or tensor.is_complex()
+            if (number and tensor.dtype is not REAL) or tensor.device.type != "cpu":
                 raise Untraceable(f"it reads a tensor of type {tensor.dtype} on {tensor.device}")
         # Integers, which are part of the text, and what they were.
-        self._written = [(x, x.clone()) for x in captured if not x.is_floating_point()]
+        self._written = [(x, x.clone()) for x in captured if x.dtype is not REAL]
 
     def are_out_of_date(self) -> bool:
         """Whether what is part of the text has changed."""

@@ -91,8 +91,7 @@ Status Sweep::tangents(void* const* captured, int64_t number, const double* star
         if (budget_) {
             status = advance(taken_);
             if (status != PAUSED) break;
-            kernel_->live(live_);
-            kernel_->load(live_.data());
+            kernel_->load(budget_->live()->data());
         }
         const Status found = kernel_->tangent(taken_, record_[taken_].t, record_[taken_].h);
         if (found != DONE) status = found;

@@ -203,8 +203,7 @@ class Sweep {
         complete_ = false;
         kernel_->last_end = std::nan("");
         begun_ = -1;
-        outputs_at_.clear();
-        if (!again_) record_.clear();
+        if (!again_) record_.clear(), outputs_at_.clear();
         index_ = position_ = interval_ = 0;
         s_ = times_[0];
         natural_ = rest_ = std::nan("");
@@ -215,7 +214,7 @@ class Sweep {
     // The next output, from the state as it stands.
     void output() {
         kernel_->output(outputs_, interval_);
-        outputs_at_.push_back(index_);
+        if (!again_) outputs_at_.push_back(index_);
         ++interval_;
         position_ = 0;
     }
@@ -231,7 +230,7 @@ class Sweep {
         const Taken step = record_[index_];
         const Status status = kernel_->attempt(step.t, step.h).status;
         if (status != DONE && !(kernel_->collective && reduction_.shared())) return status;
-        const bool reached = interval_ < reached_.size() && index_ + 1 == reached_[interval_];
+        const bool reached = interval_ < outputs_at_.size() && index_ + 1 == outputs_at_[interval_];
         return show({step.t, step.h, reached});
     }
 
@@ -351,13 +350,7 @@ class Sweep {
         if (!again_) record_.push_back({t, h, kernel_->order()});
         if (keeps_ends_) ends_.insert(ends_.end(), kernel_->state(), kernel_->state() + kernel_->size);
         ++index_;
-        if (reached) {
-            if (!again_) {
-                reached_.resize(times_.size());
-                reached_[interval_] = index_;
-            }
-            output();
-        }
+        if (reached) output();
         return PAUSED;
     }
 
@@ -378,7 +371,6 @@ class Sweep {
     int64_t most_ = -1;
     std::atomic<int64_t> own_room_{0};
     std::unique_ptr<Checkpoints> budget_;  // null: the kernel keeps those of all steps
-    Numbers live_;
     bool complete_ = false, was_complete_ = false;  // whether a backward sweep can begin
     int64_t begun_ = -1;
     // Where the sweep stands.
@@ -388,7 +380,7 @@ class Sweep {
     bool again_ = false;
     // What it has done.
     std::vector<Taken> record_;
-    std::vector<int64_t> outputs_at_, reached_, nodes_;
+    std::vector<int64_t> outputs_at_, nodes_;
     bool keeps_ends_ = false;
     std::vector<double> ends_;
     // Its adjoint, or its tangents.
