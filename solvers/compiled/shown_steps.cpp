@@ -28,8 +28,8 @@ bool Sweep::is_suspect() {
     return is;
 }
 
-// Start and end of the step, in time that runs forwards, its order and number, and the states there, that
-// at the start where steps may not have been shown.
+// Start and end of the step, in time that runs forwards, its order and number, and the states there,
+// that at the start where steps may not have been shown.
 void Sweep::shown(double* step, double* start, double* end) const {
     const double found[] = {shown_.start, shown_.end, static_cast<double>(kernel_->order()),
                             static_cast<double>(index_)};
