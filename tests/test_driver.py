@@ -331,3 +331,10 @@ def test_results_that_lie_elsewhere_than_the_graph_says():
     right, empty = torch.zeros(3, 2).t(), torch.zeros(2, 0).t()
     assert libraries.agree_in_layout(graph, [right, empty])
     assert not libraries.agree_in_layout(graph, [right.contiguous(), empty])
+
+    def fails(inputs):
+        raise RuntimeError
+
+    assert not libraries.is_right(graph, fails, [torch.zeros(3, 2)])
+    singular = inductor.prepare(lambda x: (torch.linalg.inv(x),), [torch.eye(2)])
+    assert libraries.is_right(singular, fails, [torch.zeros(2, 2)])  # as torch itself does

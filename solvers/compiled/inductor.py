@@ -174,9 +174,9 @@ def compile_graph(
             return _load(path)
         graph = _build(path, function, examples)
         made = _load(path)
-        if graph is not None and not libraries.agree_in_layout(graph, made(list(examples))):
+        if graph is not None and not libraries.is_right(graph, made, examples):
             path.unlink()
-            raise RuntimeError("a result lies otherwise in memory than the graph says")
+            raise RuntimeError("the code fails, or its results lie otherwise than the graph says")
         return made
     except Exception as error:
         text = " ".join(str(error).split())

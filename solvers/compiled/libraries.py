@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["SOURCES", "agree_in_layout", "build", "locked"]
+__all__ = ["SOURCES", "agree_in_layout", "build", "is_right", "locked"]
 
 _OPTIONS = {
     "aot_inductor.package": True, "aot_inductor.package_cpp_only": True,
@@ -79,6 +79,19 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(file)
+
+
+def is_right(graph: torch.fx.GraphModule, run: Any, examples: Sequence[torch.Tensor]) -> bool:
+    """Whether machine code runs where its graph does, with results that lie as the graph says."""
+    try:
+        with torch.no_grad():
+            graph(*examples)
+    except Exception:
+        return True  # these numbers tell nothing
+    try:
+        return agree_in_layout(graph, run(list(examples)))
+    except Exception:
+        return False
 
 
 def agree_in_layout(graph: torch.fx.GraphModule, results: Sequence[torch.Tensor]) -> bool:
