@@ -79,7 +79,7 @@ class Layout(ABC):
 
     def _forest_for(self, values: torch.Tensor) -> Any:
         """Return what exchanges such values in less time, or None. Collective the first time."""
-        quick = self.copies and values.dtype is REAL and values.is_cpu
+        quick = self.copies and values.dtype is REAL and values.device.type == HOST.device.type
         return self.forest() if quick else None
 
     @abstractmethod

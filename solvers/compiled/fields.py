@@ -32,6 +32,7 @@ from pnode.solvers.compiled.backend import (
 )
 from pnode.solvers.compiled.compiler import outside
 from pnode.solvers.compiled.inductor import CompilationFailed, Compiled, fingerprint
+from pnode.solvers.compiled.lifting import differentiable
 from pnode.solvers.compiled.trace import FieldGraph
 
 __all__ = [
@@ -133,10 +134,11 @@ class FieldCode(Code):
 
         The transpose of ``w -> f_y^T w``, which is linear: its own vector-Jacobian product.
         """
+        product = differentiable(self.traced.product)
 
         def transpose(v: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
             w = v.new_zeros(self.traced.returned)
-            return (transposed(lambda w: self.traced.product(w, *rest)[0], v, at=w),)
+            return (transposed(lambda w: product(w, *rest)[0], v, at=w),)
 
         given, saved = self._examples
         v = self._zeros(self.traced.shape)

@@ -11,7 +11,8 @@ from torch.fx.node import map_arg
 from pnode.solvers.compiled.products import packet
 
 __all__ = [
-    "Untraceable", "close_slices", "is_mutation", "is_view", "lift_captured", "refuse_effects",
+    "Untraceable", "close_slices", "differentiable", "is_mutation", "is_view", "lift_captured",
+    "refuse_effects",
 ]  # fmt: skip
 
 _aten = torch.ops.aten
@@ -70,32 +71,48 @@ def refuse_effects(graph: torch.fx.GraphModule) -> None:
 
 
 def close_slices(graph: torch.fx.GraphModule) -> None:
-    """End slices that are written into at the last entry: vmap adds to an end of 2^63 - 1.
+    """End slices that are written into at the last entry: vmap adds to an end of 2^63 - 1."""
+    for node in graph.graph.nodes:
+        if node.target is _aten.slice_scatter.default and len(node.args) > 4:
+            x, part, dim, start, end, *step = node.args
+            node.args = (x, part, dim, start, min(end, x.meta["val"].shape[dim]), *step)
 
-    Complex ones are put together of their parts, as torch has no derivative of what writes there.
+
+def differentiable(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """Return a graph that torch can differentiate.
+
+    There complex slices that are written into are put together of their parts.
     """
-    for node in list(graph.graph.nodes):
-        if node.target is not _aten.slice_scatter.default:
-            continue
+    if not any(_is_complex_slice(node) for node in graph.graph.nodes):
+        return graph
+    nodes = torch.fx.Graph()
+    nodes.output(nodes.graph_copy(graph.graph, {}))
+    for node in filter(_is_complex_slice, list(nodes.nodes)):
         given: Any = node.args
         x, part, dim, start, end, step = given + (0, None, None, 1)[len(given) - 2 :]
-        value = x.meta["val"]
-        size = value.shape[dim]
+        size = x.meta["val"].shape[dim]
         start, end = start or 0, size if end is None else min(end, size)
-        if not value.is_complex() or step != 1 or start < 0 or end < start:
-            node.args = (x, part, dim, start, end, step)
+        if step != 1 or not 0 <= start < end:
             continue
-        with graph.graph.inserting_before(node):
-            parts = [_new(graph, _aten.slice.Tensor, x, dim, 0, start), part,
-                     _new(graph, _aten.slice.Tensor, x, dim, end, size)]  # fmt: skip
-            made = _new(graph, _aten.cat.default, parts, dim)
+        with nodes.inserting_before(node):
+            parts = [
+                part if own else _new(nodes, _aten.slice.Tensor, x, dim, first, last)
+                for first, last, own in ((0, start, False), (start, end, True), (end, size, False))
+                if first < last
+            ]
+            made = _new(nodes, _aten.cat.default, parts, dim) if len(parts) > 1 else parts[0]
         node.replace_all_uses_with(made)
-        graph.graph.erase_node(node)
+        nodes.erase_node(node)
+    return torch.fx.GraphModule(graph, nodes)
 
 
-def _new(graph: torch.fx.GraphModule, target: Any, *arguments: Any) -> _Node:
+def _is_complex_slice(node: _Node) -> bool:
+    return node.target is _aten.slice_scatter.default and node.args[0].meta["val"].is_complex()
+
+
+def _new(nodes: torch.fx.Graph, target: Any, *arguments: Any) -> _Node:
     """Return a new node, and note what it is like."""
-    node = graph.graph.call_function(target, arguments)
+    node = nodes.call_function(target, arguments)
     node.meta["val"] = target(*map_arg(arguments, lambda one: one.meta["val"]))
     return node
 

@@ -8,14 +8,14 @@ namespace {
 
 constexpr bool RENEWS = BLOCKS;  // J for another shift, as Python does
 
-typedef std::vector<int> Numbers;
+typedef std::vector<int> Indices;
 
 struct Front {
   int first, width;   // its columns
-  Numbers rows;       // those below them; the matrix is taken for symmetric, but for its values
+  Indices rows;       // those below them; the matrix is taken for symmetric, but for its values
   double used;        // entries that are not zero
   int parent = -1;    // the front that comes next
-  Numbers into;       // where its rows are there
+  Indices into;       // where its rows are there
   size_t lower, right;  // where its part of L and U is, and what of U is right of that, by rows
   std::vector<std::pair<int, size_t>> entries;  // of the Jacobian, and where they are
   int size() const { return width + int(rows.size()); }
@@ -32,16 +32,16 @@ class Structure {
   // `order`: N rows, the first to be eliminated first.
   void find(const int64_t* at_rows, const int64_t* at_columns, const int64_t* order) {
     rows.assign(at_rows, at_rows + ENTRIES), columns.assign(at_columns, at_columns + ENTRIES);
-    Numbers place(N);
+    Indices place(N);
     for (int k = 0; k < N; k++) place[order[k]] = k;
-    const Numbers tree = elimination_tree(below(place));
-    const Numbers last = postorder(tree);
+    const Indices tree = elimination_tree(below(place));
+    const Indices last = postorder(tree);
     for (int k = 0; k < N; k++) position[k] = last[place[k]];
     find_fronts();
     place_entries();
   }
 
-  Numbers rows, columns;  // of entries
+  Indices rows, columns;  // of entries
   int position[N];        // in the order of elimination
   std::vector<Front> fronts;
   size_t room = 0, pending = 0;  // of the factors; of what is left of fronts at a time
@@ -53,8 +53,8 @@ class Structure {
   static constexpr int NARROW = 8;
 
   // Of each column of the symmetric pattern the rows below the diagonal.
-  std::vector<Numbers> below(const Numbers& place) const {
-    std::vector<Numbers> found(N);
+  std::vector<Indices> below(const Indices& place) const {
+    std::vector<Indices> found(N);
     for (int e = 0; e < ENTRIES; e++) {
       const int i = place[rows[e]], j = place[columns[e]];
       if (i != j) found[std::min(i, j)].push_back(std::max(i, j));
@@ -63,9 +63,9 @@ class Structure {
   }
 
   // Liu, SIAM J. Matrix Anal. Appl. 11 (1990) 134, algorithm 4.2.
-  static Numbers elimination_tree(const std::vector<Numbers>& below) {
-    Numbers tree(N, -1), ancestor(N, -1);
-    std::vector<Numbers> left(N);
+  static Indices elimination_tree(const std::vector<Indices>& below) {
+    Indices tree(N, -1), ancestor(N, -1);
+    std::vector<Indices> left(N);
     for (int j = 0; j < N; j++)
       for (const int i : below[j]) left[i].push_back(j);
     for (int i = 0; i < N; i++)
@@ -80,8 +80,8 @@ class Structure {
   }
 
   // The number of each node where descendants come before a node, one next to the other.
-  static Numbers postorder(const Numbers& tree) {
-    Numbers head(N + 1, -1), next(N, -1), number(N), stack;
+  static Indices postorder(const Indices& tree) {
+    Indices head(N + 1, -1), next(N, -1), number(N), stack;
     for (int j = N - 1; j >= 0; j--) {
       int& first = head[tree[j] < 0 ? N : tree[j]];
       next[j] = std::exchange(first, j);
@@ -104,12 +104,12 @@ class Structure {
   }
 
   void find_fronts() {
-    std::vector<Numbers> in_column = below(Numbers(position, position + N)), of_children(N);
-    Numbers seen(N, -1);
+    std::vector<Indices> in_column = below(Indices(position, position + N)), of_children(N);
+    Indices seen(N, -1);
     fronts.clear();
     for (int j = 0; j < N; j++) {
       Front front{j, 1, {}, 0.0};
-      const auto look = [&](const Numbers& more) {
+      const auto look = [&](const Indices& more) {
         for (const int i : more)
           if (i != j && std::exchange(seen[i], j) != j) front.rows.push_back(i);
       };
@@ -118,7 +118,7 @@ class Structure {
       std::sort(front.rows.begin(), front.rows.end());
       in_column[j] = front.rows;  // of L
       if (!front.rows.empty()) of_children[front.rows[0]].push_back(j);
-      for (const int child : of_children[j]) Numbers().swap(in_column[child]);
+      for (const int child : of_children[j]) Indices().swap(in_column[child]);
       front.used = 1.0 + 2.0 * front.rows.size();
       while (!fronts.empty() && joins(fronts.back(), front)) {
         front.first = fronts.back().first;
@@ -138,7 +138,7 @@ class Structure {
   }
 
   void place_entries() {
-    Numbers owner(N);
+    Indices owner(N);
     for (size_t s = 0; s < fronts.size(); s++)
       for (int k = 0; k < fronts[s].width; k++) owner[fronts[s].first + k] = int(s);
     room = pending = 0;
@@ -369,11 +369,11 @@ class Factors {
 
   std::vector<double> values, left, front, x, gathered;
   std::vector<const Front*> waiting;  // whose rest the next ones take
-  Numbers pivots;
+  Indices pivots;
   double shift = 0.0;
   const double* J = nullptr;
   std::vector<double> rest, terms, all;  // all entries, where fronts do not do
-  Numbers rows;                          // their pivots
+  Indices rows;                          // their pivots
   bool pivoted = false;
 };
 
