@@ -56,8 +56,13 @@ def test_many_times_at_once(kind, more):
         assert torch.equal(control(column), control(times))
 
 
-@pytest.mark.parametrize("kind", [controls.hold, controls.linear, controls.cubic])
-@pytest.mark.parametrize(("method", "compile"), [("rodaspr", False), ("dopri5", True)])
+@pytest.mark.parametrize(
+    ("kind", "method", "compile"),
+    [
+        (controls.hold, "rodaspr", False), (controls.linear, "rodaspr", False),
+        (controls.cubic, "rodaspr", False), (controls.cubic, "dopri5", True),
+    ],
+)  # fmt: skip
 def test_independent_samples(kind, method, compile):
     control = kind(TIMES, VALUES)
     times = torch.tensor([[0.0, 1.0], [0.1, 0.5], [0.2, 1.4]], dtype=D)
