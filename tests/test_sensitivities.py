@@ -8,6 +8,7 @@ from replica import replica
 from torch.func import functional_call
 
 import pnode
+from pnode.problems.problem import collect_parameters
 
 D = torch.float64
 T = torch.tensor([0.0, 0.2, 0.5], dtype=D)
@@ -100,6 +101,9 @@ def test_tensors_that_functional_call_leaves_behind_are_told():
     lent = functional_call(model, {"field.rates": torch.ones(3, dtype=D)}, ())
     with pytest.warns(RuntimeWarning, match="'rates' of Kinetics: a tensor is in the place"):
         assert torch.equal(model(), lent)
+    with pytest.warns(RuntimeWarning) as told:
+        collect_parameters([model.field, torch.nn.Linear(1, 1)], None)
+    assert len(told) == 1
     model.field._parameters["rates"] = torch.nn.Parameter(torch.zeros(3, dtype=D))
     assert torch.equal(model()[-1], start())
 

@@ -379,9 +379,10 @@ def collect_parameters(
     candidates: list[Any] = []
     for function in functions:
         if isinstance(function, torch.nn.Module):
-            candidates.extend(parameters_of(function))
-            if any(type(one) is torch.Tensor for one in candidates):
+            own = parameters_of(function)
+            if any(type(one) is torch.Tensor for one in own):
                 tell_left_behind(function)
+            candidates.extend(own)
     if params is not None:
         candidates.extend(params)
     chosen: dict[int, torch.Tensor] = {}
