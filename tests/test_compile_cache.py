@@ -4,6 +4,8 @@ import os
 import resource
 import shutil
 import stat
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 
 import pnode
 from pnode.base import private_files
-from pnode.solvers.compiled import inductor
+from pnode.solvers.compiled import inductor, libraries
 
 SOURCE = 'extern "C" int answer() { return %d; }'
 FLAGS = ("-O0", "-fPIC", "-shared")
@@ -246,15 +248,45 @@ def test_graphs_are_checked_like_libraries(cache, monkeypatch):
 def test_inductor_keeps_its_files_there_too(cache, monkeypatch):
     """Its own folder, in /tmp, has a name that anybody can know before."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/tmp/torchinductor_somebody")
-    inductor.cache_folder()
-    with inductor._own_inductor_cache(cache / ".inductor"):
-        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(cache / ".inductor")
-        assert mode(cache / ".inductor") == 0o700
+    seen, build = [], libraries.build
+
+    def watched(*arguments):
+        seen.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        return build(*arguments)
+
+    monkeypatch.setattr(libraries, "build", watched)
+    x = torch.arange(3.0)
+    compiled = inductor.compile_graph("double", lambda x: (x + x,), [x])
+    assert torch.equal(compiled([x])[0], x + x)
+    assert seen == [str(cache / ".inductor")] and mode(cache / ".inductor") == 0o700
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/tmp/torchinductor_somebody"
     shutil.rmtree(cache / ".inductor")
     (cache / ".inductor").symlink_to("/tmp")
-    with (
-        pytest.raises(OSError, match="symbolic link"),
-        inductor._own_inductor_cache(cache / ".inductor"),
-    ):
-        pass
+    with pytest.raises(inductor.CompilationFailed, match="symbolic link"):
+        inductor.compile_graph("triple", lambda x: (3 * x,), [x])
+
+
+UNPACKED = """
+import os, sys, torch
+from pnode.solvers.compiled import inductor
+x = torch.arange(3.0)
+compiled = inductor.compile_graph("double", lambda x: (x + x,), [x])
+assert torch.equal(compiled([x])[0], x + x)
+print(os.environ["TMPDIR"])
+"""
+
+
+def test_nothing_stays_where_torch_unpacks(cache, tmp_path):
+    """Neither of the process that compiles nor of one that loads: a node's /tmp is its memory."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", UNPACKED], env={**os.environ, "TMPDIR": str(scratch)},
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == str(scratch)
+        # torch makes its default cache itself, empty.
+        assert not [path for path in scratch.rglob("*") if path.is_file()]
+    assert len(list(cache.glob("double.pt2"))) == 1

@@ -200,19 +200,18 @@ class CompiledGraph:
 
 
 def _load(path: Path) -> CompiledGraph:
-    with _copied(path) as copy:
-        inductor = importlib.import_module("torch._inductor")  # takes seconds, most do without
-        return CompiledGraph(path, inductor.aoti_load_package(str(copy)).loader.run)
+    inductor = importlib.import_module("torch._inductor")  # takes seconds, most do without
+    with _copied(path) as copy, zipfile.ZipFile(copy) as package:
+        # torch unpacks it in TMPDIR, and leaves that behind at exit; only kernels of a GPU are
+        # read later.
+        kernels = any(name.endswith((".cubin", ".hsaco")) for name in package.namelist())
+        with contextlib.nullcontext() if kernels else _environment("TMPDIR", copy.parent):
+            return CompiledGraph(path, inductor.aoti_load_package(str(copy)).loader.run)
 
 
 @contextlib.contextmanager
-def _own_inductor_cache(folder: Path) -> Iterator[None]:
-    """Let inductor, too, keep its files where nobody else can have put them.
-
-    By default that is a folder of /tmp whose name is known beforehand.
-    """
-    private_files.make_folder(folder)
-    name = "TORCHINDUCTOR_CACHE_DIR"
+def _environment(name: str, folder: Path) -> Iterator[None]:
+    """Name a folder in the environment."""
     with _inductor_lock:
         before = os.environ.get(name)
         os.environ[name] = str(folder)
@@ -229,8 +228,11 @@ def _build(
     path: Path, function: Callable[..., object], examples: Sequence[torch.Tensor]
 ) -> torch.fx.GraphModule | None:
     """Return the graph that was compiled, None if another process has done so."""
+    # By default that is a folder of /tmp whose name is known beforehand.
     folder = path.parent / ".inductor"
-    with _own_inductor_cache(folder), libraries.locked(folder / f"{path.name}.lock"):
+    private_files.make_folder(folder)
+    lock = libraries.locked(folder / f"{path.name}.lock")
+    with _environment("TORCHINDUCTOR_CACHE_DIR", folder), lock:
         with contextlib.suppress(OSError, _Damaged):
             _read(path)  # made meanwhile
             return None
