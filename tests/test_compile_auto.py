@@ -179,6 +179,25 @@ def test_networks_of_the_tables_in_the_docs():
     assert not work(256, 512, 1024).small
 
 
+@pytest.mark.parametrize(
+    ("dtype", "gradient"), [("float32", True), ("float64", True), ("float64", False)]
+)
+def test_what_is_counted(monkeypatch, dtype, gradient):
+    """A gradient has a sum for each parameter; single precision is twice as fast."""
+    monkeypatch.setattr(account, "_LOOK", 10)
+    net = Net().to(getattr(torch, dtype))
+    net.first.bias.requires_grad_(False)
+    y0 = start(4, 3).to(net.first.weight.dtype)
+    solver = pnode.Solver(net, method="rk4", step_size=0.1)
+    for _ in range(2):
+        with torch.set_grad_enabled(gradient):
+            solver(y0, TIMES.to(y0.dtype))
+    (entry,) = entries(solver)
+    assert entry.work.flops == 2 * 2 * 4 * 3 * 9 * y0.element_size() // 8
+    results = 4 * (9 + 9 + 3 + 3 + 3) + 1
+    assert entry.work.entries == results + gradient * (2 * 27 + 3)
+
+
 def run_until_decided(solver, *arguments):
     for _ in range(12):
         solver(*arguments)

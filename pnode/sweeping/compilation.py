@@ -263,7 +263,8 @@ class _Counter(TorchDispatchMode):
         """Count an operation, and call it."""
         result = func(*args, **(kwargs or {}))
         self.operations += 1
-        self.flops += _flops(getattr(func, "_overloadpacket", None), args, result)
+        flops = _flops(getattr(func, "_overloadpacket", None), args, result)
+        self.flops += flops * result.element_size() // 8 if flops else 0
         if not getattr(func, "is_view", False):
             for item in result if isinstance(result, (tuple, list)) else (result,):
                 self.entries += item.numel() if isinstance(item, torch.Tensor) else 0
@@ -294,7 +295,10 @@ def _look(entry: Entry, field: VectorField, y0: torch.Tensor, keep: bool) -> Non
         evaluate()
     except Exception:  # which the solve itself will meet, and tell better
         return
-    entry.work = Work(counter.operations, counter.flops, counter.entries)
+    # A gradient has as many entries as there are parameters, for each product that is added to it.
+    own = {id(p): p.numel() for part in parts for p in part.parameters if p.requires_grad}
+    gradients = sum(own.values()) if keep else 0
+    entry.work = Work(counter.operations, counter.flops, counter.entries + gradients)
     if not entry.work.small:
         entry.hindrance = "most of the vector field's time is arithmetic"
         return

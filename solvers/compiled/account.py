@@ -43,9 +43,9 @@ class Work:
     operations : int
         Calls of torch's operations.
     flops : int
-        Of its matrix products and convolutions.
+        Of its matrix products and convolutions; those in single precision count half.
     entries : int
-        Of all results.
+        Of all results, and of the gradient by its parameters.
     """
 
     operations: int
