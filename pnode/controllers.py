@@ -92,6 +92,12 @@ class PID:
                 "sum up to a positive number: larger errors would make longer steps"
             )
 
+    @property
+    def exponents(self) -> tuple[float, float, float]:
+        """b1, b2 and b3."""
+        p, i, d = self.pcoeff, self.icoeff, self.dcoeff
+        return p + i + d, -(p + 2.0 * d), d
+
     def limits(self, accepted: bool) -> tuple[float, float]:
         """Return the least and the largest factor after a step."""
         return (1.0, self.factormax) if accepted else (self.factormin, self.safety)
@@ -122,8 +128,6 @@ class ErrorMemory:
 
     def __init__(self, rule: PID, order: int) -> None:
         self._rule, self._order = rule, order
-        p, i, d = rule.pcoeff, rule.icoeff, rule.dcoeff
-        self._exponents = (p + i + d, -(p + 2.0 * d), d)
         self.restart()
 
     def restart(self) -> None:
@@ -134,7 +138,7 @@ class ErrorMemory:
         """Return the next step's length after one with this error."""
         low, high = self._rule.limits(accepted)
         factor = self._rule.safety
-        for one, exponent in zip((error, *self._before), self._exponents, strict=True):
+        for one, exponent in zip((error, *self._before), self._rule.exponents, strict=True):
             if exponent:
                 factor *= one ** (-exponent / self._order) if one > 0.0 else math.inf
         if accepted:

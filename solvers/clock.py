@@ -133,6 +133,11 @@ class PrescribedGrid(FixedGrid):
     def unresolved(self) -> None:
         """Nothing: the user's times are those of single steps."""
 
+    def along(self) -> tuple[float, ...]:
+        """Return the points from the first time to the last."""
+        first, last = (bisect_left(self.points, s) for s in (self.times[0], self.times[-1]))
+        return self.points[first : last + 1]
+
     def steps(self, interval: int) -> Iterator[tuple[float, float, float]]:
         """Return start, length and end of each step of an interval."""
         first, last = (bisect_left(self.points, s) for s in self.times[interval : interval + 2])

@@ -69,15 +69,6 @@ class StepControl:
     grid: tuple[float, ...] | None = None
     norm: Norm = "rms"
 
-    @property
-    def uncompiled(self) -> str:
-        """What of it only single steps follow, in words; nothing if machine code does, too."""
-        if self.grid is not None:
-            return "steps= is a grid"
-        if isinstance(self.controller, PID):
-            return "controller= is a PID"
-        return "" if self.norm == "rms" else f"norm={self.norm!r} is not the root mean square"
-
 
 def as_grid(given: Any) -> tuple[float, ...] | None:
     """Return a grid of times as float64 numbers, None for None.

@@ -261,17 +261,52 @@ def test_unusable_controllers():
             pnode.Solver(two_scales, controller=pnode.PID(), **keywords)(START, SPAN)
 
 
-def test_machine_code_follows_none_of_it():
+def test_machine_code_follows_neither_own_norms_nor_petscs_filters():
     for keywords, text in (
-        ({"norm": "max"}, "norm='max'"), ({"controller": pnode.PID()}, "PID"),
-        ({"steps": [0.0, 1.0, 2.0]}, "grid"),
+        ({"norm": "max"}, "norm='max'"), ({"controller": "pi"}, "'PI42'"),
+        ({"norm": lambda error: error.abs().max()}, "norm=<function"),
     ):  # fmt: skip
         solver = pnode.Solver(two_scales, compile=True, **keywords)
-        plain = pnode.Solver(two_scales, compile=False, **keywords)
-        with pytest.warns(UserWarning, match=text):
-            found = solver(START, SPAN).ys
-        assert torch.equal(found, plain(START, SPAN).ys)
-        assert text in repr(solver)
+        found, plain = solver(START, SPAN), pnode.Solver(two_scales, compile=False, **keywords)
+        assert found.stats.steps == plain(START, SPAN).stats.steps
+        torch.testing.assert_close(found.ys, plain(START, SPAN).ys, rtol=1e-12, atol=1e-15)
+        assert text in repr(solver) and "compiled='the vector field'" in repr(solver)
+
+
+class Pulse(torch.nn.Module):
+    """Steps are rejected here."""
+
+    def __init__(self):
+        super().__init__()
+        self.rate = torch.nn.Parameter(torch.tensor(2.0, dtype=D))
+
+    def forward(self, t, y):
+        return 4.0 / (1.0 + 400.0 * (t - 1.0) ** 2) - self.rate * y * torch.cos(t)
+
+
+@pytest.mark.parametrize("direction", [1.0, -1.0])
+@pytest.mark.parametrize("method", ["dopri5", "es325", "rodaspr"])
+def test_machine_code_follows_a_pid(method, direction):
+    """The same steps, rejected ones too; what was remembered is forgotten at a break point."""
+    field, t = Pulse(), torch.tensor([0.0, 1.3, 2.0], dtype=D)
+    t, breaks = (t, [0.3]) if direction > 0 else (2.0 - t, [1.7])
+    tolerance = 1e-6 if method == "dopri5" else 1e-4
+    keywords = {"method": method, "controller": pnode.PID(0.4, 0.3, 0.05), "rtol": tolerance}
+    for extra in ({}, {"checkpointing": 900}, {"dense": True}):
+        found = []
+        for compiled in (True, False):
+            y0 = torch.tensor([1.0, -0.5], dtype=D, requires_grad=True)
+            solver = pnode.Solver(field, compile=compiled, **keywords, **extra)
+            solution = solver(y0, t, breakpoints=None if extra else breaks)
+            grads = torch.autograd.grad(solution.ys.square().sum(), (y0, field.rate))
+            found.append((solution.ys.detach(), *grads))
+            counts = solution.stats.steps, solution.stats.rejected
+            assert not compiled or "compiled=" in repr(solver)
+            if compiled:
+                expected = counts
+        assert counts == expected and counts[1] > 0 and counts[0] < 200
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 # ---------------------------------------------------------------------------------------- grids
@@ -306,6 +341,24 @@ def test_steps_of_a_grid_are_those_from_output_to_output(method, direction):
         found[name] = [ys.detach(), *torch.autograd.grad(loss, (y0, field.rate))]
     for ours, theirs in zip(found["grid"], found["outputs"], strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("method", ["rk4", "cn", "bdf3"])
+def test_machine_code_follows_grids(method):
+    """To a few units in the last place, and of what is solved for, to its tolerance."""
+    field, start = Field(), torch.tensor([1.0, 0.5], dtype=D)
+    for grid, extra in ((GRID, {}), (-GRID, {"checkpointing": 400}), (GRID, {"dense": True})):
+        found, t = [], grid[[0, 3, 5]]
+        for compiled in (True, False):
+            y0 = start.clone().requires_grad_()
+            solver = pnode.Solver(field, method=method, steps=grid, compile=compiled, **extra)
+            solution = solver(y0, t, breakpoints=None if extra else [0.25])
+            grads = torch.autograd.grad(solution.ys.square().sum(), (y0, field.rate))
+            found.append((solution.ys.detach(), *grads))
+            assert solution.stats.steps == 5
+            assert not compiled or "compiled=" in repr(solver)
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
 
 
 def test_grids_with_all_that_goes_with_them():

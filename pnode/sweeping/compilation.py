@@ -94,7 +94,6 @@ def begin(
         (anew and not ranks.parallel, "args= has tensors: others are traced anew"),
         (problem.integrals > 0 and engine.exchange is not None, "cost= is given beside layout="),
         (problem.exchange is not engine.exchange, "tangents are driven by states of layout="),
-        (engine.control.uncompiled, engine.control.uncompiled),
     ):
         if given:
             entry.hindrance = text

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Self
 import torch
 
 from pnode.base.options import SolverOptions
+from pnode.controllers import PID
 from pnode.field.vectorfield import VectorField
 from pnode.problems.checkpointing import Checkpointing
 from pnode.problems.problem import InitialValueProblem
@@ -27,7 +28,20 @@ from pnode.solvers.step_control import StepControl
 
 __all__ = [
     "Backend", "Checked", "Code", "Compilation", "Reason", "Trace", "Wanted",
+    "strange_controller",
 ]  # fmt: skip
+
+
+def strange_controller(settings: IntegratorSettings) -> str | None:
+    """Return why machine code does not choose steps as is asked for."""
+    rule, method = settings.controller, settings.method
+    if settings.norm != "rms":
+        return f"norm={settings.norm!r} is not the root mean square"
+    if isinstance(rule, PID):
+        return f"method={method.name!r} is not compiled with a PID" if method.coupled else None
+    if rule in ("basic", "none"):
+        return None
+    return f"controller={rule!r} is PETSc's alone: use 'basic' or a pnode.PID"
 
 
 class Code(ABC):

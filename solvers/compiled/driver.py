@@ -21,6 +21,7 @@ from pnode.base.ledger import Ledger
 from pnode.base.options import log_stage
 from pnode.base.vectors import REAL
 from pnode.problems.problem import InitialValueProblem
+from pnode.solvers.clock import PrescribedGrid
 from pnode.solvers.compiled.budgets import Budget
 from pnode.solvers.compiled.driver_library import at, library, source
 from pnode.solvers.compiled.kernel import Kernel
@@ -104,6 +105,9 @@ class CompiledSweep:
         )  # fmt: skip
         if not self._handle:
             raise MemoryError("there is no memory for a compiled sweep")
+        if isinstance(grid, PrescribedGrid):
+            points = grid.along()
+            self._library.pnode_prescribe(self._handle, numbers(points), len(points))
         if dense:
             self._library.pnode_keep_ends(self._handle)
         self._orders = budget.orders

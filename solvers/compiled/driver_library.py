@@ -38,9 +38,9 @@ def library() -> ctypes.CDLL:
         If it cannot be compiled.
     """
     text = source(
-        "kernel.h", "checkpoints.h", "ranks.h", "clock.h", "suspects.h", "sweeps.cpp",
-        "sweep_derivatives.cpp", "shown_steps.cpp", "sweep_calls.cpp", "partial_steps.cpp",
-        "rows.cpp", "graphs.h", "graph_steps.cpp", "staged_steps.cpp",
+        "kernel.h", "checkpoints.h", "ranks.h", "clock.h", "fixed_steps.h", "error_memory.h",
+        "suspects.h", "sweeps.cpp", "sweep_derivatives.cpp", "shown_steps.cpp", "sweep_calls.cpp",
+        "partial_steps.cpp", "rows.cpp", "graphs.h", "graph_steps.cpp", "staged_steps.cpp",
     )  # fmt: skip
     made = compile_source(text, _FLAGS, "driver-")
     pointer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
@@ -52,6 +52,7 @@ def library() -> ctypes.CDLL:
         "staged_plan": (pointer, [pointer] * 4),
         "staged_steps": (pointer, [pointer] * 4),
         "sweep": (pointer, [pointer, pointer, pointer, pointer, number]),
+        "prescribe": (None, [pointer, pointer, number]),
         "share": (None, [pointer, pointer]),
         "leave": (number, [pointer]),
         "forward": (number, [pointer, pointer, pointer, real, pointer]),

@@ -18,7 +18,14 @@ from pnode.base.vectors import REAL
 from pnode.field.vectorfield import VectorField
 from pnode.solvers.compiled import driver
 from pnode.solvers.compiled.account import paid
-from pnode.solvers.compiled.backend import Backend, Checked, Compilation, Trace, Wanted
+from pnode.solvers.compiled.backend import (
+    Backend,
+    Checked,
+    Compilation,
+    Trace,
+    Wanted,
+    strange_controller,
+)  # fmt: skip
 from pnode.solvers.compiled.budgets import Budget
 from pnode.solvers.compiled.evaluations import trusted
 from pnode.solvers.compiled.graph_calls import Graph, described, dtype_code, lend_torch, opened
@@ -216,8 +223,8 @@ class ExplicitSteps(Backend):
                 f"method={method.name!r} is not an explicit Runge-Kutta method (see "
                 "pnode.methods()), and only these are compiled so far"
             )
-        if settings.controller not in ("basic", "none"):
-            return f"controller={settings.controller!r} is PETSc's alone: use controller='basic'"
+        if strange := strange_controller(settings):
+            return strange
         plain = ("ts_adapt_type", "ts_monitor", "ts_view")
         for name, value in wanted.options.values.items():
             ours = name.startswith(plain) if name.startswith("ts_") else True

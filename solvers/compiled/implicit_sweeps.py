@@ -13,7 +13,14 @@ from pnode.base.vectors import REAL
 from pnode.field.vectorfield import VectorField
 from pnode.problems.checkpointing import Checkpointing
 from pnode.problems.mass import MassMatrix
-from pnode.solvers.compiled.backend import Backend, Checked, Compilation, Trace, Wanted
+from pnode.solvers.compiled.backend import (
+    Backend,
+    Checked,
+    Compilation,
+    Trace,
+    Wanted,
+    strange_controller,
+)  # fmt: skip
 from pnode.solvers.compiled.budgets import Budget
 from pnode.solvers.compiled.colored import colored
 from pnode.solvers.compiled.compiler import bare
@@ -88,8 +95,8 @@ class ImplicitSweeps(Backend):
             return f"method={method.name!r} is compiled for up to {most} state entries"
         if settings.dtype is not torch.float64:
             return "implicit methods are compiled in float64 only"
-        if settings.controller not in ("basic", "none"):
-            return f"controller={settings.controller!r} is PETSc's alone: use controller='basic'"
+        if strange := strange_controller(settings):
+            return strange
         return None
 
     def _takes_entries(self, wanted: Wanted) -> bool:

@@ -14,6 +14,7 @@ from pnode.base.devices import HOST
 from pnode.base.interpolation import polynomial
 from pnode.base.options import PETSc, SolverOptions
 from pnode.base.vectors import REAL
+from pnode.controllers import DEADBEAT, PID, ErrorMemory
 from pnode.errors import NonFiniteVectorField, SolveError
 from pnode.field.vectorfield import VectorField
 from pnode.problems import tolerances
@@ -25,8 +26,6 @@ from pnode.solvers.petsc.settings import IntegratorSettings
 
 __all__ = ["CompiledIntegrator", "Start", "step_tolerances"]
 
-# TSADAPTBASIC's defaults (TSAdaptSetSafety, TSAdaptSetClip).
-_SAFETY, _LEAST_FACTOR, _LARGEST_FACTOR = 0.9, 0.1, 10.0
 # What an adaptive step may square and divide by a tolerance; see vectors.is_moderate.
 _MODERATE = 1e200
 
@@ -66,8 +65,7 @@ def _tensors(*given: tolerances.Resolved) -> Tensors:
 class CompiledIntegrator(TimeIntegrator):
     """Takes each step by one call of a compiled graph.
 
-    The TS of the base class only carries options and monitors. Where PETSc's controller would
-    choose the next step, TSADAPTBASIC's formula does.
+    The TS of the base class only carries options and monitors.
 
     Parameters
     ----------
@@ -91,6 +89,8 @@ class CompiledIntegrator(TimeIntegrator):
         self.solution = PETSc.Vec().createWithArray(memory, comm=settings.comm)
         #: Longest adaptive step.
         self.longest = self.ts.getStepLimits()[1] if settings.adaptive else math.inf
+        rule = settings.controller if isinstance(settings.controller, PID) else DEADBEAT
+        self._errors = ErrorMemory(rule, settings.method.order)
         self._slope: torch.Tensor | None = None
         self._saved: tuple[torch.Tensor, ...] = ()
         self._number: tuple[float, torch.Tensor] = (0.0, torch.zeros((), dtype=REAL))
@@ -99,6 +99,7 @@ class CompiledIntegrator(TimeIntegrator):
         """Begin a sweep, or go on, from state ``u`` at time ``s``. Collective."""
         super().begin(field, u, s, step_index)
         self._field = field
+        self._errors.restart()
         self._inputs = self._graphs.traced.inputs()
         self._stand_at(u.detach().to(REAL, copy=True))
 
@@ -183,13 +184,12 @@ class CompiledIntegrator(TimeIntegrator):
         return StepOutcome(True, proposed)
 
     def _choose(self, step: float, looks: list[float]) -> tuple[bool, float]:
-        """Return whether to accept the step, and the next length: TSADAPTBASIC."""
+        """Return whether to accept the step, and the next length."""
         error = looks[1]
         if not math.isfinite(error):
             return False, step
-        factor = _SAFETY * error ** (-1.0 / self.settings.method.order) if error else math.inf
-        factor = min(max(factor, _LEAST_FACTOR), _LARGEST_FACTOR)
-        return error <= 1.0, min(step * factor, self.longest)
+        proposed = self._errors.propose(step, error, error <= 1.0)
+        return error <= 1.0, min(proposed, self.longest)
 
     def _look(
         self, looks: list[float], end: torch.Tensor, s: float, index: int

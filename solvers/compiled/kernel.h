@@ -35,6 +35,7 @@ struct Counts {  // of driver.py
 struct Control {  // of driver.py
     int64_t keep, fresh, adaptive, max_steps;
     double direction, order, first_step, min_step, max_step, longest;
+    double safety, least[2], largest[2], exponents[3];  // of accepted steps behind rejected ones
 };
 
 struct Attempt {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import struct
 from collections.abc import Sequence
 from functools import cache, lru_cache
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from pnode.base.ledger import Ledger
+from pnode.controllers import DEADBEAT, PID
 from pnode.errors import ConfigurationError, LinearSolveFailed
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.step_control import StepControl
@@ -42,7 +44,9 @@ Counts: Any = _structure(
 *_ADDED, _ = (name for name, _ in Counts._fields_)  # the last one is a peak
 _READ = struct.Struct(f"={len(Counts._fields_)}q").unpack
 _Control: Any = _structure(
-    "keep fresh adaptive max_steps", "direction order first_step min_step max_step longest"
+    "keep fresh adaptive max_steps",
+    "direction order first_step min_step max_step longest safety least_rejected least "
+    "largest_rejected largest now before first",
 )
 
 
@@ -74,10 +78,13 @@ def new_control(
     first_step: float, fresh: bool = False,
 ) -> Any:  # fmt: skip
     """Return how steps are chosen, in C; ``fresh``: each begins without what the last has left."""
+    rule = settings.controller if isinstance(settings.controller, PID) else DEADBEAT
+    limits = zip(rule.limits(False), rule.limits(True), strict=True)
     return _Control(
         keep, fresh, settings.adaptive, -1 if control.max_steps is None else control.max_steps,
         direction, settings.method.order, first_step, control.min_step,
         control.max_step, min(control.max_step, _LONGEST),
+        rule.safety, *itertools.chain(*limits), *rule.exponents,
     )  # fmt: skip
 
 

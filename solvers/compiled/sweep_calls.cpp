@@ -29,6 +29,10 @@ void* pnode_sweep(void* kernel, const Control* control, const double* times, con
     }
 }
 
+void pnode_prescribe(void* sweep, const double* points, int64_t number) {
+    own(sweep).prescribe(points, number);
+}
+
 void pnode_free_sweep(void* sweep) { delete static_cast<Sweep*>(sweep); }
 
 // Let the sweep be that of all ranks, which follows as a collective call.

@@ -1,5 +1,5 @@
 // Whole sweeps, forwards and backwards: what solvers/stepping.py and adjoint steps do one by one,
-// with the same numbers. Above this stand kernel.h, checkpoints.h, ranks.h, clock.h and suspects.h,
+// with the same numbers. Above this stand kernel.h, checkpoints.h, ranks.h, clock.h, fixed_steps.h, error_memory.h, suspects.h,
 // below it sweep_derivatives.cpp, shown_steps.cpp and sweep_calls.cpp.
 
 #include <algorithm>
@@ -12,8 +12,6 @@
 
 namespace {
 
-// TSADAPTBASIC's defaults (TSAdaptSetSafety, TSAdaptSetClip).
-constexpr double SAFETY = 0.9, LEAST_FACTOR = 0.1, LARGEST_FACTOR = 10.0;
 const double INFINITE = std::numeric_limits<double>::infinity();
 
 struct Taken {
@@ -26,9 +24,12 @@ class Sweep {
     Sweep(Kernel* kernel, const Control& control, const double* times, const int64_t* counts,
           int64_t number)
         : kernel_(kernel), control_(control), times_(times, times + number),
-          counts_(counts, counts + number) {
+          steps_(counts, number), memory_(control_) {
         begin();
     }
+
+    // Let fixed steps go from one of these times to the next.
+    void prescribe(const double* points, int64_t number) { steps_.prescribe(points, number); }
 
     // Not alone: the first pass over the steps is collective.
     void share(const Ranks& ranks) {
@@ -205,6 +206,7 @@ class Sweep {
         begun_ = -1;
         if (!again_) record_.clear(), outputs_at_.clear();
         index_ = position_ = interval_ = 0;
+        steps_.begin(), memory_.restart();
         s_ = times_[0];
         natural_ = rest_ = std::nan("");
         rejected_ = 0;
@@ -215,6 +217,7 @@ class Sweep {
     void output() {
         kernel_->output(outputs_, interval_);
         if (!again_) outputs_at_.push_back(index_);
+        if (interval_) steps_.next(interval_ - 1);
         ++interval_;
         position_ = 0;
     }
@@ -234,22 +237,18 @@ class Sweep {
         return show({step.t, step.h, reached});
     }
 
-    // A step of the length that divides the interval: FixedGrid of clock.py.
     Status fixed() {
         if (at_limit()) return STEP_LIMIT;
-        const double begin = times_[interval_ - 1], span = times_[interval_] - begin;
-        const int64_t number = counts_[interval_ - 1];
-        const double length = span / static_cast<double>(number);
-        const auto place = [&](int64_t k) { return k ? begin + static_cast<double>(k) * length : begin; };
-        const bool reached = position_ + 1 == number, cut = !std::isnan(rest_);
-        const double start = cut ? rest_ : place(position_);
-        const double end = reached ? times_[interval_] : place(position_ + 1);
+        const size_t before = interval_ - 1;
+        const auto place = steps_.at(before, position_, times_[before], times_[interval_]);
+        const bool cut = !std::isnan(rest_);
+        const double start = cut ? rest_ : place.start;
         const double t = control_.direction * start;
-        const double h = control_.direction * (cut ? end - start : length);
+        const double h = control_.direction * (cut ? place.end - start : place.length);
         const Status status = kernel_->attempt(t, h).status;
         if (status != DONE) return status;
         rest_ = std::nan("");
-        return show({t, h, reached, start, end});
+        return show({t, h, place.last, start, place.end});
     }
 
     // One attempt of an adaptive step: _Sweep.adapt of stepping.py, and TSADAPTBASIC's choice.
@@ -283,10 +282,8 @@ class Sweep {
             accepted = attempt.error <= 1.0;
             proposed = attempt.next;
         } else if (!failed && std::isfinite(attempt.error)) {
-            double factor = attempt.error != 0.0
-                ? SAFETY * std::pow(attempt.error, -1.0 / control_.order) : INFINITE;
-            factor = std::min(std::max(factor, LEAST_FACTOR), LARGEST_FACTOR);
             accepted = attempt.error <= 1.0;
+            const double factor = memory_.factor(attempt.error, accepted);
             proposed = std::min(length * factor, control_.longest);
         }
         if (accepted) {
@@ -362,7 +359,8 @@ class Sweep {
     double rest_;  // where the rest of a fixed step begins that was cut; else NaN
     const Control control_;
     const std::vector<double> times_;
-    const std::vector<int64_t> counts_;  // of fixed steps between them
+    FixedSteps steps_;  // between them
+    ErrorMemory memory_;
     void* outputs_ = nullptr;
     Reduction reduction_;
     bool open_ = false;  // whether reductions are to come
