@@ -146,8 +146,8 @@ def build(
 def load(package: Path) -> Any:
     """Return torch's loader of a package.
 
-    ``aoti_load_package`` would first import inductor, and try the compiler on one instruction set
-    after the other, in a folder of /tmp whose name is known beforehand.
+    ``aoti_load_package`` would first try the compiler on one instruction set after the other, and
+    run what it makes, in a folder of /tmp whose name is known beforehand.
     """
     try:
         return torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, -1)
