@@ -694,8 +694,8 @@ print(len(built))
 """
 
 
-def run_program(folder: Path) -> "subprocess.Popen[str]":
-    environment = {**os.environ, "PNODE_CACHE_DIR": str(folder), "PYTHONWARNINGS": "ignore"}
+def run_program(folder: Path, **more: str) -> "subprocess.Popen[str]":
+    environment = {**os.environ, "PNODE_CACHE_DIR": str(folder), "PYTHONWARNINGS": "ignore", **more}
     return subprocess.Popen(
         [sys.executable, "-W", "error:compile=True", "-c", PROGRAM], env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -714,13 +714,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_compiled_graphs_are_kept(cache: Path) -> None:
+def test_compiled_graphs_are_kept(cache: Path, tmp_path: Path) -> None:
+    """Those who load them compile nothing, and leave nothing of torch's in the system's folder."""
     names = sorted(path.name.split("-")[0] for path in cache.glob("[!.]*"))
     assert names == ["adjoint", "driver", "step"]
-    program = run_program(cache)
+    program = run_program(cache, TMPDIR=str(tmp_path))
     out, err = program.communicate(timeout=500)
     assert program.returncode == 0, err
     assert out.split()[-1] == "0"
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_damaged_files_are_made_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -438,7 +438,7 @@ def test_float32():
 ADAPTIVE = {"rtol": 1e-6, "atol": 1e-8}
 CONVERGED = {"petsc_options": {"snes_rtol": 1e-13, "snes_stol": 1e-14}}
 COMPILED = {
-    "dopri5": ADAPTIVE, "cn": {"step_size": 0.1, **CONVERGED}, "es325": ADAPTIVE | CONVERGED,
+    "bosh3": ADAPTIVE, "cn": {"step_size": 0.1, **CONVERGED}, "es325": ADAPTIVE | CONVERGED,
     "rodaspr": ADAPTIVE, "bdf": ADAPTIVE | {"petsc_options": {"snes_stol": 1e-14}},
 }  # fmt: skip
 

@@ -200,13 +200,12 @@ class CompiledGraph:
 
 
 def _load(path: Path) -> CompiledGraph:
-    inductor = importlib.import_module("torch._inductor")  # takes seconds, most do without
     with _copied(path) as copy, zipfile.ZipFile(copy) as package:
         # torch unpacks it in TMPDIR, and leaves that behind at exit; only kernels of a GPU are
         # read later.
         kernels = any(name.endswith((".cubin", ".hsaco")) for name in package.namelist())
         with contextlib.nullcontext() if kernels else _environment("TMPDIR", copy.parent):
-            return CompiledGraph(path, inductor.aoti_load_package(str(copy)).loader.run)
+            return CompiledGraph(path, libraries.load(copy).run)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["SOURCES", "agree_in_layout", "build", "is_right", "locked"]
+__all__ = ["SOURCES", "agree_in_layout", "build", "is_right", "load", "locked"]
 
 _OPTIONS = {
     "aot_inductor.package": True, "aot_inductor.package_cpp_only": True,
@@ -140,7 +140,19 @@ def build(
     notes = [file for file in files if file.suffix == ".json" and "_flags" not in file.name]
     packages = importlib.import_module("torch._inductor.package")
     packages.package_aoti(str(package), [str(file) for file in (library, source, *notes)])
-    inductor.aoti_load_package(str(package))  # another torch may want more of a library
+    load(package)  # another torch may want more of a library
+
+
+def load(package: Path) -> Any:
+    """Return torch's loader of a package.
+
+    ``aoti_load_package`` would first try the compiler on one instruction set after the other, and
+    run what it makes, in a folder of /tmp whose name is known beforehand.
+    """
+    try:
+        return torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, -1)
+    except (AttributeError, TypeError):  # another torch
+        return importlib.import_module("torch._inductor").aoti_load_package(str(package)).loader
 
 
 @contextmanager

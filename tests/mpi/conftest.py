@@ -4,6 +4,7 @@ A test that fails on some ranks fails on all, with what each of them found. If a
 to the end of its test, the job ends.
 """
 
+import math
 import os
 import sys
 import time
@@ -38,11 +39,31 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    for mark in item.iter_markers("mpi"):
-        if COMM.size > mark.kwargs.get("max_size", COMM.size):
-            pytest.skip(f"enough on {mark.kwargs['max_size']} ranks")
-        if COMM.size < mark.kwargs.get("min_size", 1):  # where pytest-mpi is not installed
-            pytest.skip(f"needs {mark.kwargs['min_size']} ranks")
+    marks = [mark.kwargs for mark in item.iter_markers("mpi")]
+    least = max((mark.get("min_size", 1) for mark in marks), default=1)
+    most = min((mark.get("max_size", math.inf) for mark in marks), default=math.inf)
+    if COMM.size > most:
+        pytest.skip(f"enough on {most} ranks")
+    if COMM.size < least:  # where pytest-mpi is not installed
+        pytest.skip(f"needs {least} ranks")
+    place = _place(item)
+    if COMM.size in (2, 3) and least < 3 <= most and place not in (None, COMM.size % 2):
+        pytest.skip(f"a case for {5 - COMM.size} ranks")
+
+
+def _place(item: pytest.Item) -> int | None:
+    """Return 0 or 1 for a case of several of a test, which take turns on 2 and 3 ranks.
+
+    Cases of several arguments lie in a chequer, so that each value of one meets both.
+    """
+    lengths = [len(mark.args[1]) for mark in item.iter_markers("parametrize")]
+    if not lengths:
+        return None
+    number, place = next(iter(item.callspec.indices.values())), 0  # that of the case
+    for length in reversed(lengths):  # cases of the upper arguments follow one another
+        number, index = divmod(number, length)
+        place += index
+    return place % 2
 
 
 @pytest.hookimpl(wrapper=True)
