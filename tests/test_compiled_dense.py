@@ -11,6 +11,8 @@ from test_forms import Reaction, Transport
 from torch.func import jvp
 
 import pnode
+from pnode.errors import FieldChanged
+from pnode.path_parts import PathPart
 from pnode.solvers.compiled.partial_steps import CompiledParts
 from pnode.sweeping.partial_steps import PartialSteps
 
@@ -97,6 +99,35 @@ def test_outputs_inside_explicit_steps(keywords):
     # Adaptive steps are chosen by differences, of which less than all digits are left.
     within = 1e-9 if "rtol" in keywords else 1e-13
     compare(within, field=Predators, y0=y0, **keywords)
+
+
+def test_a_call_is_the_solve_once_more(monkeypatch):
+    """In machine code, with its steps; where it takes other ones they are taken again."""
+    options = {"method": "dopri5", "rtol": 1e-5, "atol": 1e-7, "dense": True}
+    y0, at = torch.tensor([1.0, 1.5], dtype=D, requires_grad=True), 3.0 * TIMES[[3, 0, 5, 6, 3]]
+    at[0] += 0.01
+    own, scale = Predators(), [1.0]
+
+    def field(t, y):
+        return scale[0] * own(t, y)
+
+    found, params = [], [*own.parameters()]
+    for compile in (False, True):
+        solution = pnode.Solver(field, params=params, compile=compile, **options)(
+            y0, TIMES[[0, 6]] * 3.0
+        )
+        if compile:
+            monkeypatch.setattr(PathPart, "again", None)
+        ys = solution(at)
+        found.append([ys.detach(), *torch.autograd.grad(ys.square().sum(), [y0, *params])])
+        with torch.no_grad():
+            assert torch.equal(solution(at), ys)
+            assert torch.equal(solution(at[0]), ys[0])
+    assert all(difference(a, b) < 1e-9 for a, b in zip(*found, strict=True))
+    monkeypatch.undo()
+    scale[0] = 1.5
+    with pytest.raises(FieldChanged):
+        solution(at)
 
 
 def test_a_slope_at_the_end_that_is_not_finite():

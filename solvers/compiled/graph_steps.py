@@ -311,7 +311,8 @@ class ExplicitSteps(Backend):
         problem, control, settings = field_.problem, wanted.control, wanted.settings
         first = control.first_step or 0.0
         if settings.adaptive and not first:
-            (begin, end), order = problem.times[:2], settings.method.order
+            begin, *others = problem.times
+            end, order = others[-1 if wanted.dense else 0], settings.method.order
             with trusted(field_, field_.used):
                 first = automatic_step(
                     field_, y0.detach(), settings, order, begin, end, control, found.value
