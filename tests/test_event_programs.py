@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import pnode
+from pnode.solvers.compiled.event_programs import EventPrograms
 from pnode.solvers.compiled.shown_steps import ShownSteps
 from pnode.sweeping.event_locator import EventLocator
 
@@ -84,7 +85,8 @@ def solver_of(events, method="bdf"):
 
 
 @pytest.mark.parametrize(
-    ("events", "method"), [(crossing, "bdf"), (crossing, "rodaspr"), (grazing, "bdf")]
+    ("events", "method"),
+    [(crossing, "bdf"), (crossing, "rodaspr"), (grazing, "bdf"), (crossing, "bosh3")],
 )
 def test_the_bits_are_the_same(events, method, shown, monkeypatch):
     level = torch.nn.Parameter(torch.tensor(0.3, dtype=D))
@@ -97,6 +99,33 @@ def test_the_bits_are_the_same(events, method, shown, monkeypatch):
     assert sum(own[0]) > 3
     assert all(map(torch.equal, found, expected))
     assert len(shown) < solution.stats.steps / (2 if events is crossing else 1)
+
+
+@pytest.mark.parametrize("others", [[], [pnode.Event(lambda t, y: t - 5.0, terminal=False)]])
+def test_an_event_that_was_passed_over(others, shown, monkeypatch, caplog):
+    """By a wrong program: the next step that is shown tells, or the end; all steps are then."""
+    events = [pnode.Event(lambda t, y: t - 3.0 + 1e-3 * y[0], terminal=False), *others]
+    find = EventPrograms.find
+
+    def wrong(self, key, function, facts, time, state):
+        def blind(t, y):
+            values = function(t, y)
+            return torch.cat([0.0 * values[:1] - 3.0, values[1:]])
+
+        return find(self, key, blind, facts, time, state)
+
+    y0 = torch.tensor([1.0, 0.0, 0.5], dtype=D)
+    expected = solver_of(events)(y0, TIMES)
+    monkeypatch.setattr(EventPrograms, "find", wrong)
+    solver = solver_of(events)
+    with caplog.at_level("INFO", logger="pnode"):
+        found = solver(y0, TIMES)
+    assert "passed over an event" in caplog.text
+    assert len(found.events) == len(events)
+    for own, other in zip(found.events, expected.events, strict=True):
+        assert len(own.times) == 1
+        assert torch.allclose(own.times, other.times, rtol=1e-9)
+    assert torch.allclose(found.ys, expected.ys, rtol=1e-5, atol=1e-8)  # of Newton's tolerance
 
 
 def test_what_changes_between_solves_takes_effect(shown, monkeypatch):

@@ -30,6 +30,7 @@ from pnode.solvers.compiled.compiler import bare
 from pnode.solvers.compiled.evaluations import local
 from pnode.solvers.compiled.guards import Asks
 from pnode.solvers.compiled.inductor import cache_folder
+from pnode.sweeping.driven_outputs import interpolant
 from pnode.sweeping.engine import Engine
 from pnode.sweeping.partial_steps import inner_points
 from pnode.sweeping.recording import new_budget
@@ -144,6 +145,7 @@ def _wanted(
         settings, engine.solver_options(settings), engine.control, engine.checkpointing, keep,
         requests.dense, watched, partial(_lent, weakref.ref(engine)), engine.compile == "auto",
         new_budget(engine, requests), ghosts=engine.exchange is not None,
+        interpolant=interpolant(settings.method) if requests.dense else None,
     )  # fmt: skip
     inside = requests.dense and inner_points(settings.method)
     if requests.events is not None or inside:

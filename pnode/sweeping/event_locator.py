@@ -14,7 +14,7 @@ from pnode.base import vectors
 from pnode.field.vectorfield import VectorField
 from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.compiled.event_programs import EventPrograms
-from pnode.solvers.compiled.shown_steps import Sieve
+from pnode.solvers.compiled.shown_steps import GivenUp, Sieve
 from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.stepping import Observer, Step
 from pnode.sweeping.event_functions import Events
@@ -122,9 +122,17 @@ class EventLocator(Observer):
         """What has taken steps that ended at events."""
         return [self._path.trial] if self._path.trial is not None and self.roots else []
 
-    def pass_over(self, step: Step, state: torch.Tensor) -> None:
-        """Go on at the start of a step, from a state behind steps that cannot hold an event."""
-        self._path.pass_over(step, state)
+    def pass_over(self, s: float, step: int, state: torch.Tensor) -> None:
+        """Go on at the start of a step, from a state behind steps that cannot hold an event.
+
+        Raises
+        ------
+        GivenUp
+            If they have held one: a number is not on its side any more.
+        """
+        self._path.pass_over(s, step, state)
+        if not np.array_equal(np.sign(self._path.known[1.0]), self._signs):
+            raise GivenUp("machine code passed over an event")
 
     def sieve(self, programs: EventPrograms) -> Sieve | None:
         """Return what finds the steps to look at in machine code; see :class:`EventPath`."""

@@ -119,10 +119,10 @@ class EventPath:
         end = self._evaluate(step.end, step.index, state)
         self.known = {0.0: self.known[1.0], 1.0: end}
 
-    def pass_over(self, step: Step, state: torch.Tensor) -> None:
+    def pass_over(self, s: float, step: int, state: torch.Tensor) -> None:
         """Go on at the start of a step, from a state behind steps that were not looked at."""
         self.states, self._slopes = (state, state), [None, None]
-        self.known = {1.0: self._evaluate(step.start, step.index, state)}
+        self.known = {1.0: self._evaluate(s, step, state)}
 
     def sieve(self, programs: EventPrograms, seeker: Seeker) -> Sieve | None:
         """Return what finds the steps to look at in machine code, if that can do so."""

@@ -112,7 +112,7 @@ def _forward(
             sweep = WholeSweep(found.sweep, engine)
             whole = sweep.forward(run, field, y0, keep, requests)
             if whole is not None:
-                if found.start is not None:
+                if found.start is not None or found.sweep.inside is not None:
                     engine.solver_options(run.settings).warn_unused()
                 run.sweep, run.used = sweep, field.used
                 found.note()

@@ -19,6 +19,7 @@ from pnode.solvers.compiled.driver import CompiledSweep
 from pnode.solvers.stepping import Step
 from pnode.sweeping.dense import DenseOutput
 from pnode.sweeping.dense_adjoint import DenseAdjoint
+from pnode.sweeping.driven_outputs import DrivenOutputs
 from pnode.sweeping.engine import Engine
 from pnode.sweeping.event_locator import EventLocator
 from pnode.sweeping.monitor import backward_bar, onlookers
@@ -79,7 +80,10 @@ class WholeSweep(Sweep):
         self._nodes = [*self._compiled.recorded()[1]] if shown is not None else []
         if requests.dense:
             ended = locator is not None and locator.last is not None
-            outputs = self._interpolated_outputs(run, field, y0, outputs, keep, ended)
+            if self._compiled.inside is not None:
+                self._note_outputs(run, ended)
+            else:
+                outputs = self._interpolated_outputs(run, field, y0, outputs, keep, ended)
         if locator is None:
             return outputs
         run.sides = locator.sides
@@ -100,6 +104,20 @@ class WholeSweep(Sweep):
     def interpolated(self) -> Set[int]:
         """Indices of the outputs that are interpolated."""
         return frozenset() if self.dense is None else self.dense.interpolated
+
+    def _note_outputs(self, run: Run, ended: bool) -> None:
+        """Note where the outputs are that the sweep itself has interpolated."""
+        compiled, steps, ends = self._compiled, self._compiled.recorded()[0], self._compiled.ends()
+        inside, weights = compiled.inside, compiled.kernel.interpolation
+        assert inside is not None and weights is not None
+        end = ends[-1].clone() if steps else torch.zeros(compiled.kernel.size, dtype=REAL)
+        self.dense = DrivenOutputs(inside, weights, steps, end, run.problem.direction)
+        self.noted_steps = noted = Noted()
+        for step in steps:
+            noted.steps.append(step)
+        noted.sums.extend(ends.sum(1).tolist())
+        noted.outputs = [0] if ended else [0, len(steps)]
+        self._nodes = [0, *self.dense.nodes, *noted.outputs[1:]]
 
     def _interpolated_outputs(
         self, run: Run, field: VectorField, y0: torch.Tensor, outputs: torch.Tensor, keep: bool,
@@ -176,8 +194,11 @@ class WholeSweep(Sweep):
     ) -> CostGradients:
         """Do as :meth:`_reverse`, with the cotangents of the states that outputs are made of."""
         rows: dict[int, torch.Tensor] = {}
-        inside = None
-        if self.dense is not None:
+        inside: DrivenOutputs | DenseAdjoint | None = None
+        if isinstance(self.dense, DrivenOutputs):
+            inside = self.dense
+            inside.pull_back(run.field(run.stats.backward), cotangents, wants_times, rows)
+        elif self.dense is not None:
             inside = self._through_interpolants(run, y0, cotangents, wants_times, rows)
         for node, row in zip(self._nodes[1:], cotangents[1:].to(REAL), strict=True):
             if node >= 0:

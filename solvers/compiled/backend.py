@@ -24,6 +24,7 @@ from pnode.solvers.compiled.guards import Guard
 from pnode.solvers.compiled.inductor import CompilationFailed
 from pnode.solvers.compiled.trace import FieldGraph, Untraceable
 from pnode.solvers.petsc.settings import IntegratorSettings
+from pnode.solvers.scheme import Scheme
 from pnode.solvers.step_control import StepControl
 
 __all__ = [
@@ -175,6 +176,9 @@ class Wanted:
         Returns what checkpoints of a problem may take; None: any number.
     parts : Wanted or None
         How parts of steps are taken, where events are looked for or outputs lie inside of steps.
+    interpolant : Scheme or None
+        An explicit method whose last stage is the next step's first, with weights of all slopes in
+        outputs inside of steps, where these are made so.
     ghosts : bool
         Whether the state has ghost cells.
     needed : str
@@ -192,6 +196,7 @@ class Wanted:
     auto: bool = False
     budget: Callable[[InitialValueProblem], Budget] | None = None
     parts: Wanted | None = None
+    interpolant: Scheme | None = None
     ghosts: bool = False
     needed: str = ""
 

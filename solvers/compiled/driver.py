@@ -24,6 +24,7 @@ from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.clock import PrescribedGrid
 from pnode.solvers.compiled.budgets import Budget
 from pnode.solvers.compiled.driver_library import at, library, source
+from pnode.solvers.compiled.interpolants import InsideSteps
 from pnode.solvers.compiled.kernel import Kernel
 from pnode.solvers.compiled.partial_steps import CompiledParts
 from pnode.solvers.compiled.records import (
@@ -78,13 +79,15 @@ class CompiledSweep:
         What its checkpoints may take.
     dense : bool
         Whether steps pass over the output times but the last: what is returned of outputs are those
-        at the first and the last, and :meth:`ends` has the rest.
+        at the first and the last, and :meth:`ends` has the rest, unless the kernel interpolates.
     """
 
     _handle: Any = None
     status = _PAUSED  # of a forward sweep
+    _reason = ""  # why it gave up, where that does not tell it
     shown: ShownSteps | None = None  # if someone looks at the steps
     parts: CompiledParts | None = None  # of its steps, for outputs inside of them
+    inside: InsideSteps | None = None  # of these, where it takes them itself
     told: Callable[[int], None] | None = None  # how many are left to a backward sweep
 
     def __init__(
@@ -96,7 +99,7 @@ class CompiledSweep:
         self._alive = alive
         self._library = library()
         times = problem.times[:: len(problem.times) - 1] if dense else problem.times
-        number = len(times)
+        number = self._rows = len(times)
         grid = fixed_grid(times, control, problem.resolution)
         chosen = new_control(settings, control, keep, problem.direction, first_step, budget.fresh)
         self._handle = self._library.pnode_sweep(
@@ -110,6 +113,11 @@ class CompiledSweep:
             self._library.pnode_prescribe(self._handle, numbers(points), len(points))
         if dense:
             self._library.pnode_keep_ends(self._handle)
+        if dense and kernel.interpolation is not None:
+            self.inside = InsideSteps(
+                self._library, self._handle, kernel.interpolation, problem.times, kernel.size, keep
+            )
+            self._rows = len(problem.times)
         self._orders = budget.orders
         self._waiting: Iterator[array[int]] = iter(())
         self._stats = Ledger()  # of the forward sweep
@@ -131,9 +139,9 @@ class CompiledSweep:
         if self._handle and not sys.is_finalizing():
             self._library.pnode_free_sweep(self._handle)
 
-    def watch(self, shown: ShownSteps, trial: int | None) -> None:
+    def watch(self, shown: ShownSteps, trial: int | None, alive: Any = None) -> None:
         """Show the steps; ``trial``: a kernel for parts of them, which is taken over."""
-        self.shown = shown
+        self.shown, self._alive = shown, (self._alive, alive)
         self._library.pnode_watch(self._handle, trial)
 
     def forward(self, ledger: Ledger) -> torch.Tensor | None:
@@ -154,17 +162,19 @@ class CompiledSweep:
         add_counts(counts, ledger)
         if self.shown is not None and self.shown.stopped is not None:
             self._end = self.shown.stopped
-            self._outputs = len(self.recorded()[1])
-            outputs = outputs[: self._outputs].clone()
+            self._outputs = rows = len(self.recorded()[1])
+            if self.inside is not None:
+                rows += len(self.inside.places()[0])
+            outputs = outputs[:rows].clone()
         return outputs
 
     @property
     def end(self) -> str:
         """How a forward sweep that gave up has ended, in words."""
-        return ENDS.get(self.status, "a step failed")
+        return self._reason or ENDS.get(self.status, "a step failed")
 
     def _empty(self) -> torch.Tensor:
-        return torch.empty((self._outputs, self.kernel.size), dtype=self.kernel.dtype)
+        return torch.empty((self._rows, self.kernel.size), dtype=self.kernel.dtype)
 
     def _take_steps(self, outputs: torch.Tensor, counts: Any) -> bool:
         inputs = self.kernel.inputs()
@@ -182,7 +192,11 @@ class CompiledSweep:
         try:
             while self._goes_on(self.status):  # in between, Python notices interrupts
                 self.status = take(PATIENCE)
-        except GivenUp:
+            if self.shown is not None and self.status == _DONE:
+                steps = self._library.pnode_recorded(self._handle, None, None, None)
+                self.shown.check_end(self._end, steps, outputs[-1])
+        except GivenUp as error:
+            self._reason = str(error)
             return False
         except BaseException:
             self._go_on_failed(take)

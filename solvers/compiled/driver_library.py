@@ -38,9 +38,10 @@ def library() -> ctypes.CDLL:
         If it cannot be compiled.
     """
     text = source(
-        "kernel.h", "checkpoints.h", "ranks.h", "clock.h", "fixed_steps.h", "error_memory.h",
-        "suspects.h", "sweeps.cpp", "sweep_derivatives.cpp", "shown_steps.cpp", "sweep_calls.cpp",
-        "partial_steps.cpp", "rows.cpp", "graphs.h", "graph_steps.cpp", "staged_steps.cpp",
+        "kernel.h", "interpolants.h", "checkpoints.h", "ranks.h", "clock.h", "fixed_steps.h",
+        "error_memory.h", "suspects.h", "sweeps.cpp", "sweep_derivatives.cpp", "shown_steps.cpp",
+        "sweep_calls.cpp", "partial_steps.cpp", "rows.cpp", "graphs.h", "graph_steps.cpp",
+        "staged_steps.cpp",
     )  # fmt: skip
     made = compile_source(text, _FLAGS, "driver-")
     pointer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
@@ -68,6 +69,9 @@ def library() -> ctypes.CDLL:
         "partial_adjoint": (number, [pointer, pointer, real] + [pointer] * 3),
         "partial_counts": (None, [pointer, pointer]),
         "ends": (None, [pointer, pointer]),
+        "interpolate": (number, [pointer, pointer]),
+        "inside": (number, [pointer] * 3),
+        "take_inside": (None, [pointer, pointer]),
         "nodes": (number, [pointer, pointer, number]),
         "reverse": (number, [pointer, pointer, pointer, pointer, real]),
         "finish": (number, [pointer, pointer, pointer, pointer]),

@@ -14,8 +14,9 @@ namespace {
 
 struct Settings {  // of graph_steps.py
     int64_t size, dtype, fsal, adaptive, results, begin, end, last;
-    int64_t evaluations, products, again, bytes;
-    Graph step, adjoint, slope;  // the last of methods whose steps begin with one
+    int64_t evaluations, products, again, bytes, saved;
+    int64_t slopes;  // whether steps return theirs, and adjoints take their cotangents
+    Graph step, adjoint, slope;  // the last where steps begin with one, or events are looked for
 };
 
 struct Tangents {
@@ -97,7 +98,10 @@ class GraphSteps : public Kernel {
     }
 
     void output(void* outputs, int64_t index) const override {
-        const double* u = u_.data<double>();
+        write(u_.data<double>(), outputs, index);
+    }
+
+    void write(const double* u, void* outputs, int64_t index) const override {
         if (plan_.dtype == FLOAT) {
             std::copy_n(u, size, static_cast<float*>(outputs) + index * size);
         } else {
@@ -106,6 +110,33 @@ class GraphSteps : public Kernel {
     }
 
     const double* tried() const override { return results_[1].data<double>(); }
+
+    const double* step_slopes() const override { return results_[3].data<double>(); }
+
+    double* slope_cotangents() override {
+        if (cotangents_.empty()) cotangents_.assign(plan_.evaluations * size, 0.0);
+        given_ = true;
+        return cotangents_.data();
+    }
+
+    void follow(const Kernel& other) override {
+        const auto& from = static_cast<const GraphSteps&>(other);
+        restart_step();
+        u_ = Tensor(from.u_.share());
+        if (from.slope_) slope_ = Tensor(from.slope_.share());
+    }
+
+    void adopt(const Kernel& other) override {
+        results_.clear();
+        for (const Tensor& tensor : static_cast<const GraphSteps&>(other).results_)
+            results_.emplace_back(tensor.share());
+    }
+
+    bool slope(double t, const double* y, double* f) override {
+        point_.assign(y, y + size);
+        copy_out(slope_at(t, Form{DOUBLE, {size}, {1}}.view(point_.data()))[0], f);
+        return true;
+    }
 
     int64_t kept() const override { return checkpoints_.size(); }
 
@@ -170,6 +201,11 @@ class GraphSteps : public Kernel {
 
     Status adjoint(int64_t, double t, double h) override {
         std::vector<Handle> inputs{number(t).take(), number(h).take(), state_.take()};
+        if (plan_.slopes) {
+            if (cotangents_.empty()) slope_cotangents();
+            const Form form{DOUBLE, {plan_.evaluations, size}, {size, 1}};
+            inputs.push_back(form.view(cotangents_.data()).take());
+        }
         for (Tensor& tensor : loaded_.empty() ? checkpoints_.back() : loaded_)
             inputs.push_back(tensor.take());
         for (Tensor& tensor : sums_) inputs.push_back(tensor.take());
@@ -177,6 +213,7 @@ class GraphSteps : public Kernel {
         Tensors results = plan_.adjoint(inputs, 1 + sums_.size());
         state_ = std::move(results[0]);
         for (size_t k = 0; k < sums_.size(); ++k) sums_[k] = std::move(results[1 + k]);
+        if (std::exchange(given_, false)) std::fill(cotangents_.begin(), cotangents_.end(), 0.0);
         counts.vjp += plan_.products;
         counts.rhs += plan_.again;
         return DONE;
@@ -244,12 +281,17 @@ class GraphSteps : public Kernel {
 
     // What the last step would have left.
     void begin_step(double t) {
-        std::vector<Handle> inputs{number(t).take(), u_.share()};
-        for (const Tensor& tensor : captured_) inputs.push_back(tensor.share());
-        carried_ = plan_.slope(inputs, 1 + plan_.carried.size());
+        carried_ = slope_at(t, Tensor(u_.share()));
         slope_ = std::move(carried_.front());
         carried_.erase(carried_.begin());
+    }
+
+    // That of f, and what is saved of it.
+    Tensors slope_at(double t, Tensor u) {
+        std::vector<Handle> inputs{number(t).take(), u.take()};
+        for (const Tensor& tensor : captured_) inputs.push_back(tensor.share());
         counts.rhs++;
+        return plan_.slope(inputs, 1 + plan_.saved);
     }
 
     Tensor in_users_precision() const {
@@ -266,6 +308,8 @@ class GraphSteps : public Kernel {
     Tensor u_, slope_, state_;
     Tensors carried_, tolerances_, captured_, results_, sums_;
     std::deque<Tensors> checkpoints_;
+    Numbers cotangents_, point_;  // of slopes, for the next adjoint; where one is evaluated
+    bool given_ = false;  // whether there are any
     Tensors last_, loaded_;  // what checkpoints.h takes of the last step, and has lent
     // Of tangents: how many there are, the code, and in groups those of the state and parameters.
     int64_t number_ = 0;

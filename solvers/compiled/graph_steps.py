@@ -37,13 +37,14 @@ from pnode.solvers.compiled.step_tangents import StepTangents
 from pnode.solvers.compiled.steps import StepGraphs, Tensors
 from pnode.solvers.compiled.trace import FieldGraph
 from pnode.solvers.petsc.settings import IntegratorSettings
+from pnode.solvers.scheme import Scheme
 from pnode.solvers.step_control import automatic_step
 
 __all__ = ["ExplicitSteps", "GraphSteps", "begins_afresh", "is_plain"]
 
 _NUMBERS = (
     "size", "dtype", "fsal", "adaptive", "results", "begin", "end", "last", "evaluations",
-    "products", "again", "bytes",
+    "products", "again", "bytes", "saved", "slopes",
 )  # fmt: skip
 
 
@@ -75,9 +76,9 @@ class GraphSteps(Kernel):
         The steps and their adjoints.
     tolerances : sequence of Tensor
         Those of adaptive steps.
-    keep, afresh : bool
-        Whether the driver is to take adjoints too, and to begin steps without what the last one
-        has left.
+    keep, afresh, looked_at : bool
+        Whether the driver is to take adjoints too, to begin steps without what the last one has
+        left, and to look for events.
     t, y : float, Tensor
         Near which the field may be evaluated.
     auto : bool
@@ -91,7 +92,7 @@ class GraphSteps(Kernel):
 
     def __init__(
         self, graphs: StepGraphs, tolerances: Sequence[torch.Tensor], keep: bool, afresh: bool,
-        t: float, y: torch.Tensor, auto: bool,
+        looked_at: bool, t: float, y: torch.Tensor, auto: bool,
     ) -> None:  # fmt: skip
         self._library = driver.library()
         self.graphs = graphs
@@ -102,7 +103,9 @@ class GraphSteps(Kernel):
         library, step = opened(graphs.compile_step(tolerances))
         lend_torch(library, self._library)
         adjoint = opened(graphs.adjoint)[1] if keep else Graph()
-        slope = opened(graphs.slope)[1] if afresh and graphs.fsal else Graph()
+        slopes = looked_at or (afresh and graphs.fsal)
+        slope = opened(graphs.slope)[1] if slopes else Graph()
+        self.interpolation = graphs.interpolation
         saved = graphs.saved_examples()
         self._saved = saved if graphs.fsal else ()
         layout = graphs.layout
@@ -110,7 +113,8 @@ class GraphSteps(Kernel):
             graphs.size, dtype_code(library, graphs.dtype), graphs.fsal, bool(tolerances),
             layout.results, layout.begin, layout.end, layout.last, graphs.stages,
             graphs.products, 0 if graphs.keeps_saved else graphs.products,
-            graphs.checkpoint_bytes, step, adjoint, slope,
+            graphs.checkpoint_bytes, graphs.saved, graphs.interpolation is not None, step, adjoint,
+            slope,
         )  # fmt: skip
         text = described(library, self._tolerances, self._saved, self.inputs(), self.sums())
         self._plan = self._library.pnode_plan(ctypes.byref(settings), text)
@@ -150,6 +154,8 @@ class GraphSteps(Kernel):
 
     def takes_tangents(self, number: int, of_parameters: bool, steps: int) -> bool:
         """Whether there is code for tangents; see :class:`Kernel`."""
+        if self.interpolation is not None:
+            return False
         some = any(math.prod(part.shape) for part in self.traced.parameters)
         place, at_once = 2 * (number > 1) + (of_parameters and some), _AT_ONCE[number > 1]
         code = self._tangents.code(at_once, bool(place % 2), steps)
@@ -242,28 +248,40 @@ class ExplicitSteps(Backend):
     def _compile(
         self, trace: Trace, part: VectorField, y0: torch.Tensor, wanted: Wanted
     ) -> StepGraphs:
-        settings, saved = wanted.settings, _keeps_all(wanted)
-        key = (settings.method, settings.adaptive, saved)
-        if key not in trace.codes:
-            scheme = settings.method.scheme
-            assert scheme is not None
-            embedded = scheme.b_embedded if settings.adaptive else None
-            if not settings.adaptive:
-                scheme = scheme.without_idle_stages(settings.method.fsal)
-            trace.codes[key] = StepGraphs(
-                trace.graph, scheme, embedded,
-                settings.method.fsal, settings.size, settings.dtype, saved,
-            )  # fmt: skip
-        graphs: StepGraphs = trace.codes[key]
+        if wanted.interpolant is not None and is_plain(wanted):
+            made = self._made(trace, wanted, wanted.interpolant)
+            if self._kernel(made, wanted, part, y0) is not None:
+                return made
+        graphs = self._made(trace, wanted)
         # Compile what will be wanted now: a failure is still in time for the other way.
-        graphs.compile_step(step_tolerances(settings))
-        if saved:
+        graphs.compile_step(step_tolerances(wanted.settings))
+        if graphs.keeps_saved:
             graphs.adjoint  # noqa: B018
         kernel = None
-        if is_plain(wanted):
+        if _is_driven(graphs, wanted):
             kernel = self._kernel(graphs, wanted, part, y0)
-        if settings.parallel and kernel is None:
+        if wanted.settings.parallel and kernel is None:
             raise CompilationFailed("the driver cannot take these steps")
+        return graphs
+
+    def _made(
+        self, trace: Trace, wanted: Wanted, interpolant: Scheme | None = None
+    ) -> StepGraphs:  # fmt: skip
+        """Return the graphs of the steps, with their slopes for an interpolant."""
+        settings, saved = wanted.settings, _keeps_all(wanted, interpolant)
+        method, inside = settings.method, interpolant is not None
+        key = (method, settings.adaptive, saved, inside)
+        if key not in trace.codes:
+            scheme = interpolant or method.scheme
+            assert scheme is not None
+            embedded = scheme.b_embedded if settings.adaptive else None
+            if not (settings.adaptive or inside):
+                scheme = scheme.without_idle_stages(method.fsal)
+            trace.codes[key] = StepGraphs(
+                trace.graph, scheme, embedded, method.fsal or inside, settings.size,
+                settings.dtype, saved, scheme.interpolation if inside else None,
+            )  # fmt: skip
+        graphs: StepGraphs = trace.codes[key]
         return graphs
 
     def begin(
@@ -273,23 +291,35 @@ class ExplicitSteps(Backend):
         (found,) = checked
         graphs, slope, saved = found.code, found.found[0], tuple(found.found[1:])
         field_.ledger.rhs += graphs.fsal  # the check is the first slope
-        start, sweep = Start(graphs, slope, saved), None
-        kernel = self._kernel(graphs, wanted, field_, y0) if is_plain(wanted) else None
+        start, sweep = None, None
+        if graphs.interpolation is None:  # others are for the driver alone
+            start = Start(graphs, slope, saved)
+        kernel = self._kernel(graphs, wanted, field_, y0) if _is_driven(graphs, wanted) else None
         if kernel is not None:
-            stand = partial(kernel.stand_at, y0.detach().to(REAL, copy=True), slope, saved)
-            sweep = self._sweep(kernel, stand, found, field_, y0, wanted)
+            given = y0.detach().to(REAL, copy=True), slope, saved
+            trial = None
+            if "events" in wanted.watched and wanted.parts is not None:
+                single = self._kernel(graphs, wanted.parts, field_, y0)
+                trial = None if single is None else partial(single.stand_at, *given)
+            stand = partial(kernel.stand_at, *given)
+            sweep = self._sweep(kernel, stand, found, field_, y0, wanted, trial)
         return Compilation(sweep, start, captured=graphs.traced.captured)
 
     def _sweep(
         self, kernel: Kernel, stand: Callable[[], tuple[int, Any]], found: Checked,
         field_: VectorField, y0: torch.Tensor, wanted: Wanted,
+        trial: Callable[[], tuple[int, Any]] | None = None,
     ) -> driver.CompiledSweep:  # fmt: skip
-        """Return the sweep of a kernel that ``stand`` puts at y0. Collective."""
+        """Return the sweep of a kernel that ``stand`` puts at y0. Collective.
+
+        ``trial`` does so with one that takes parts of steps.
+        """
         self._read_options(field_, y0, wanted)
         problem, control, settings = field_.problem, wanted.control, wanted.settings
         first = control.first_step or 0.0
         if settings.adaptive and not first:
-            (begin, end), order = problem.times[:2], settings.method.order
+            begin, *others = problem.times
+            end, order = others[-1 if wanted.dense else 0], settings.method.order
             with trusted(field_, field_.used):
                 first = automatic_step(
                     field_, y0.detach(), settings, order, begin, end, control, found.value
@@ -298,10 +328,10 @@ class ExplicitSteps(Backend):
         if wanted.keep and wanted.budget is not None:
             budget = wanted.budget(problem)
         sweep = driver.CompiledSweep(
-            kernel, *stand(), problem, settings, control, wanted.keep, first, budget
+            kernel, *stand(), problem, settings, control, wanted.keep, first, budget, wanted.dense
         )
         if wanted.watched:
-            sweep.watch(ShownSteps(settings, y0), None)
+            sweep.watch(ShownSteps(settings, y0), *((None,) if trial is None else trial()))
         return sweep
 
     def _read_options(self, field_: VectorField, y0: torch.Tensor, wanted: Wanted) -> None:
@@ -318,7 +348,8 @@ class ExplicitSteps(Backend):
         """Return the steps for the driver, or None, after one warning, if it cannot take them."""
         given = step_tolerances(wanted.settings)
         afresh = begins_afresh(wanted)
-        key = (tuple(tuple(x.shape) for x in given), wanted.keep, afresh)
+        looked_at = "events" in wanted.watched
+        key = (tuple(tuple(x.shape) for x in given), wanted.keep, afresh, looked_at)
         if key not in graphs.kernels:
             graphs.kernels[key] = None
             if isinstance(graphs.compile_step(given), CompiledGraph):
@@ -326,7 +357,7 @@ class ExplicitSteps(Backend):
                     problem = part.problem
                     t = problem.direction * problem.times[0]
                     graphs.kernels[key] = GraphSteps(
-                        graphs, given, wanted.keep, afresh, t, y0, wanted.auto
+                        graphs, given, wanted.keep, afresh, looked_at, t, y0, wanted.auto
                     )
                 except CompilationFailed as error:
                     if not (wanted.auto or wanted.settings.parallel):
@@ -335,11 +366,16 @@ class ExplicitSteps(Backend):
         return found
 
 
-def _keeps_all(wanted: Wanted) -> bool:
+def _is_driven(graphs: StepGraphs, wanted: Wanted) -> bool:
+    """Whether the driver can take a solve's steps with these graphs."""
+    return is_plain(wanted) and (graphs.interpolation is None) == (wanted.interpolant is None)
+
+
+def _keeps_all(wanted: Wanted, interpolant: Scheme | None) -> bool:
     """Whether steps keep what their adjoints need."""
     chosen = wanted.checkpointing
     free = chosen.bytes is None and chosen.disk is None and chosen.store in ("auto", "tape")
-    return wanted.keep and free and not wanted.dense
+    return wanted.keep and free and (interpolant is not None or not wanted.dense)
 
 
 def begins_afresh(wanted: Wanted) -> bool:
@@ -348,12 +384,11 @@ def begins_afresh(wanted: Wanted) -> bool:
 
 
 def is_plain(wanted: Wanted) -> bool:
-    """Whether nobody but a monitor looks at single steps, and checkpoints stay in memory."""
-    chosen = wanted.checkpointing
-    watched = {*wanted.watched} - (set() if wanted.settings.parallel else {"monitor"})
+    """Whether the driver can show whoever looks at single steps these, and keep checkpoints."""
+    chosen, shared = wanted.checkpointing, wanted.settings.parallel
     if (
-        watched
-        or wanted.dense
+        "callbacks" in wanted.watched
+        or (shared and (wanted.watched or wanted.dense))
         or any(name.startswith("ts_monitor") for name in wanted.options.values)
     ):
         return False

@@ -109,6 +109,11 @@ class Kernel {
     virtual void follow(const Kernel&) {}
     virtual Status part(double t, double h) { return attempt(t, h).status; }
     virtual void adopt(const Kernel&) {}
+    // Of outputs inside of steps, interpolants.h: slopes of the last attempt, rows; where cotangents of
+    // all but the last are put for the next adjoint, zeros so far; write a state as output() does.
+    virtual const double* step_slopes() const { return nullptr; }
+    virtual double* slope_cotangents() { return nullptr; }
+    virtual void write(const double*, void*, int64_t) const {}
     // y' at a time of the user's; false where that is not to be had.
     virtual bool slope(double, const double*, double*) { return false; }
 

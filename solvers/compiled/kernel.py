@@ -9,6 +9,7 @@ import torch
 
 from pnode.base.vectors import REAL
 from pnode.solvers.compiled.trace import FieldGraph
+from pnode.solvers.scheme import Rows
 
 __all__ = ["Kernel"]
 
@@ -26,9 +27,12 @@ class Kernel(ABC):
         The field, where there is one; :attr:`captured` is what it reads.
     collective : bool
         Whether ranks that share the state take each step together.
+    interpolation : tuple of tuple of float or None
+        How outputs inside of steps depend on their slopes; None if the driver is not told these.
     """
 
     collective = False
+    interpolation: Rows | None = None
 
     size: int
     dtype: torch.dtype

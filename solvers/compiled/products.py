@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-__all__ = ["SMALL_PRODUCT", "VECTOR", "arrange_products", "packet", "sums_of_products"]
+__all__ = ["SMALL_PRODUCT", "VECTOR", "apart", "arrange_products", "packet", "sums_of_products"]
 
 _aten = torch.ops.aten
 _Node: TypeAlias = Any  # torch.fx.Node, whose arguments are typed as a union of everything
@@ -154,3 +154,20 @@ def sums_of_products(pairs: list[tuple[torch.Tensor, ...]]) -> list[torch.Tensor
         for group in groups
         if group
     ]
+
+
+def apart(
+    tensors: tuple[torch.Tensor, ...], others: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...]:
+    """Copy tensors that share memory with others, or one another: results of a graph must not.
+
+    An activation at the end of f saves f's own value. The adjoint takes all for contiguous.
+    """
+    known = {other.untyped_storage()._cdata for other in others}
+    result = []
+    for tensor in tensors:
+        storage = tensor.untyped_storage()._cdata
+        copied = tensor.clone() if storage in known else tensor
+        result.append(copied.contiguous())
+        known.add(storage)
+    return tuple(result)

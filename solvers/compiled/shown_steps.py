@@ -20,7 +20,7 @@ __all__ = ["GivenUp", "Part", "Seeker", "ShownSteps", "Sieve"]
 
 
 class GivenUp(Exception):
-    """A part of a step failed: the error is to be had from taking the steps one by one."""
+    """What only steps taken one by one can tell: the error of a part of a step that failed."""
 
 
 class Part(TimeIntegrator):
@@ -76,8 +76,14 @@ class Seeker(Protocol):
         """On which side of zero each number is, 0 for none yet; None before the first step."""
         ...
 
-    def pass_over(self, step: Step, state: torch.Tensor) -> None:
-        """Go on at the start of a step, from a state behind steps that were not shown."""
+    def pass_over(self, s: float, step: int, state: torch.Tensor) -> None:
+        """Go on at the start of a step, from a state behind steps that were not shown.
+
+        Raises
+        ------
+        GivenUp
+            If an event was among these.
+        """
         ...
 
 
@@ -179,7 +185,7 @@ class ShownSteps(Part):
         start, end, order, index = times
         step = Step(int(index), start, end - start, end, int(order))
         if self.sieve is not None and step.index > self.number:
-            self.sieve.seeker.pass_over(step, begun)
+            self.sieve.seeker.pass_over(step.start, step.index, begun)
         taker: TimeIntegrator
         ends = False
         for observer in self.observers:
@@ -196,3 +202,8 @@ class ShownSteps(Part):
         self.number = step.index + 1
         if self.sieve is not None:
             self.sieve.update()
+
+    def check_end(self, s: float, steps: int, state: torch.Tensor) -> None:
+        """Look at the end of a sweep, a state behind steps that were not shown; see Seeker."""
+        if self.sieve is not None and self.stopped is None and self.number < steps:
+            self.sieve.seeker.pass_over(s, steps, state)

@@ -157,7 +157,8 @@ class StagedSteps(ExplicitSteps):
         settings = wanted.settings
         if settings.dtype is not REAL:
             return "steps of states with ghost cells are compiled in float64 only"
-        plain = is_plain(wanted) and not begins_afresh(wanted)
+        plain = is_plain(wanted) and not (begins_afresh(wanted) or wanted.dense)
+        plain = plain and "events" not in wanted.watched
         if settings.form == "rhs" and settings.method.scheme and not plain:
             return (
                 "of states with ghost cells only whole sweeps are compiled, where nobody looks at "

@@ -15,9 +15,9 @@ from pnode.base.vectors import REAL
 from pnode.solvers.compiled import inductor
 from pnode.solvers.compiled.backend import Code
 from pnode.solvers.compiled.inductor import Compiled, CompiledGraph, fingerprint
-from pnode.solvers.compiled.products import sums_of_products
+from pnode.solvers.compiled.products import apart, sums_of_products
 from pnode.solvers.compiled.trace import FieldGraph, ParameterPart
-from pnode.solvers.scheme import Scheme
+from pnode.solvers.scheme import Rows, Scheme
 
 __all__ = ["StepGraphs", "combined"]
 
@@ -71,6 +71,10 @@ class StepGraphs(Code):
         The user's precision.
     keeps_saved : bool
         Whether steps keep what the products need, so that the adjoint evaluates nothing again.
+    interpolation : tuple of tuple of float or None
+        Where outputs lie inside of steps: how they depend on each slope, with FSAL, see
+        :attr:`Scheme.interpolation`. A step then returns its slopes, and its adjoint takes
+        cotangents of all but the last.
     """
 
     traced: FieldGraph
@@ -80,6 +84,7 @@ class StepGraphs(Code):
     size: int
     dtype: torch.dtype
     keeps_saved: bool
+    interpolation: Rows | None = None
     _steps: dict[Any, Compiled] = field(default_factory=dict, init=False)
     _quick: Any = field(default=None, init=False)
     #: What the driver takes, see :class:`pnode.solvers.compiled.graph_steps.GraphSteps`.
@@ -109,7 +114,7 @@ class StepGraphs(Code):
     @cached_property
     def products(self) -> int:
         """How many vector-Jacobian products the adjoint of a step takes."""
-        return len(self.scheme.live_stages())
+        return self.stages if self.interpolation else len(self.scheme.live_stages())
 
     def at(self, t: torch.Tensor, y: torch.Tensor) -> Tensors:
         """Return f(t, y), PETSc's precision, and what is saved of it."""
@@ -142,10 +147,10 @@ class StepGraphs(Code):
         """One step.
 
         Inputs: t, h, u; for ``error`` rtol and atol; with FSAL k_1; what f reads.
-        Outputs: what to look at (see :class:`CompiledIntegrator`), u', with FSAL k_s; the
-        stages after the first. Where what f saves is kept, these are one tensor, and what is saved
-        of the stages evaluated here follows, one tensor for all stages each; with FSAL the last
-        stage's apart.
+        Outputs: what to look at (see :class:`CompiledIntegrator`), u', with FSAL k_s, with an
+        interpolant all slopes as one tensor; the stages after the first. Where what f saves is
+        kept, these are one tensor, and what is saved of the stages evaluated here follows, one
+        tensor for all stages each; with FSAL the last stage's apart.
         """
         t, h, u, *rest = inputs
         shape = self.traced.shape
@@ -169,7 +174,7 @@ class StepGraphs(Code):
         if self.fsal:
             slope, kept = self._evaluate(t + h, end.to(self.dtype), captured)
             slopes.append(slope)
-            saved.append(_apart(kept, (end, slope)))
+            saved.append(apart(kept, (end, slope)))
             carried = [slope]
         if error:
             assert self.b_embedded is not None and rtol is not None and atol is not None
@@ -183,6 +188,8 @@ class StepGraphs(Code):
             looks.append(torch.stack([k.square().sum() for k in slopes]).max())
         points = points if self.fsal else points[1:]
         states = [x.reshape(-1) for x in (end, *carried)]
+        if self.interpolation is not None:
+            states.append(torch.stack([slope.reshape(-1) for slope in slopes]))
         if not self.keeps_saved:
             return (torch.stack(looks), *states, *(x.reshape(-1) for x in points))
         here = saved[:-1] if self.fsal else saved
@@ -193,12 +200,15 @@ class StepGraphs(Code):
     def _adjoint(self, *inputs: torch.Tensor) -> Tensors:
         """The adjoint of one step; see :class:`pnode.adjoint.stages.ExplicitAdjoint`.
 
-        Inputs: t, h, lambda; the checkpoint, see :meth:`checkpoint`; mu; what f reads.
+        Inputs: t, h, lambda, with an interpolant cotangents of slopes; the checkpoint, see
+        :meth:`checkpoint`; mu; what f reads.
         Outputs: lambda and mu at the start of the step.
         """
         t, h, state, *rest = inputs
         A, b, c = self.scheme.A, self.scheme.b, self.scheme.c
         state = state.view(self.traced.shape)
+        shape = (self.stages, *self.traced.shape)
+        given = None if self.interpolation is None else rest.pop(0).view(shape)
         points, kept = self.stages_of(rest)
         sums = [rest.pop(0) for _ in self.traced.parameters]
         captured = tuple(rest)
@@ -207,9 +217,10 @@ class StepGraphs(Code):
         for i in reversed(range(self.stages)):
             rows = [(b[i], state)] + [(A[j][i], below[j]) for j in range(i + 1, self.stages)]
             terms = [weight * tensor for weight, tensor in rows if weight and tensor is not None]
-            if not terms:
+            if not (terms or given is not None):
                 continue
-            w = (h * sum(terms[1:], start=terms[0])).to(self.dtype)
+            w = h * sum(terms[1:], start=terms[0]) if terms else torch.zeros_like(state)
+            w = (w if given is None else w + given[i]).to(self.dtype)
             time = (t + c[i] * h).to(self.dtype)
             saved = kept[i]
             if not self.keeps_saved:
@@ -266,7 +277,7 @@ class StepGraphs(Code):
     @cached_property
     def layout(self) -> Layout:
         """Where the results of a step go."""
-        begin = 3 if self.fsal else 2
+        begin = 2 + self.fsal + (self.interpolation is not None)
         if not self.keeps_saved:
             end = begin + self.stages - 1
             return Layout(end, begin, end, end)
@@ -284,7 +295,8 @@ class StepGraphs(Code):
 
     def _key(self, kind: str, *more: object) -> str:
         facts = (self.scheme, self.b_embedded, self.fsal, self.size, self.dtype, self.keeps_saved)
-        return f"{kind}-{fingerprint(self.traced.code, repr(facts), repr(more), _SOURCE)}"
+        text = repr((facts, self.interpolation is not None))
+        return f"{kind}-{fingerprint(self.traced.code, text, repr(more), _SOURCE)}"
 
     def compile_step(self, given: Sequence[torch.Tensor]) -> Compiled:
         """Return the graph of a step; adaptive if tolerances are given."""
@@ -309,15 +321,17 @@ class StepGraphs(Code):
 
         def slope(t: torch.Tensor, u: torch.Tensor, *captured: torch.Tensor) -> Tensors:
             value, saved = self._evaluate(t, u.view(self.traced.shape).to(self.dtype), captured)
-            return value.reshape(-1), *_apart(saved, (value,))
+            return value.reshape(-1), *apart(saved, (value,))
 
         return self._made("slope", slope, [*examples, *self.traced.inputs()])
 
     @cached_property
     def adjoint(self) -> Compiled:
         """The graph of the adjoint of a step."""
-        state = torch.zeros(self.size, dtype=REAL)
-        return self.compile("adjoint", self._adjoint, [state], self.zeros())
+        first = [torch.zeros(self.size, dtype=REAL)]
+        if self.interpolation is not None:
+            first.append(torch.zeros(self.stages, self.size, dtype=REAL))
+        return self.compile("adjoint", self._adjoint, first, self.zeros())
 
     def compile(
         self, kind: str, function: Any, first: list[torch.Tensor],
@@ -379,21 +393,6 @@ def combined(
         return u if u is not None else torch.zeros_like(slopes[0])
     total = h * sum(terms[1:], start=terms[0])
     return total if u is None else u + total
-
-
-def _apart(tensors: Tensors, others: Tensors) -> Tensors:
-    """Copy tensors that share memory with others, or one another: results of a graph must not.
-
-    An activation at the end of f saves f's own value. The adjoint takes all for contiguous.
-    """
-    known = {other.untyped_storage()._cdata for other in others}
-    result = []
-    for tensor in tensors:
-        storage = tensor.untyped_storage()._cdata
-        copied = tensor.clone() if storage in known else tensor
-        result.append(copied.contiguous())
-        known.add(storage)
-    return tuple(result)
 
 
 def _shaped(tolerance: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

@@ -79,6 +79,21 @@ void pnode_keep_ends(void* sweep) { own(sweep).keep_ends(); }
 
 void pnode_ends(void* sweep, double* states) { own(sweep).ends(states); }
 
+int64_t pnode_interpolate(void* sweep, const Given* given) {
+    return guarded([&] {
+        own(sweep).interpolate(*given);
+        return DONE;
+    });
+}
+
+int64_t pnode_inside(void* sweep, int64_t* steps, double* thetas) {
+    return own(sweep).inside()->places(steps, thetas);
+}
+
+void pnode_take_inside(void* sweep, const double* cotangents) {
+    own(sweep).inside()->take(cotangents);
+}
+
 int64_t pnode_nodes(void* sweep, const int64_t* first, int64_t count) {
     return guarded([&] {
         own(sweep).nodes(first, count);

@@ -44,8 +44,10 @@ Status Sweep::reverse(void* const* captured, double* const* sums, const double* 
             active_ = true;
         }
         --left_;
+        const Taken& step = record_[left_];
+        if (inside_ && inside_->pull_back(*kernel_, left_, step.h, left_ ? record_[left_ - 1].h : 0.0))
+            active_ = true;
         if (active_) {
-            const Taken& step = record_[left_];
             const Status found = kernel_->adjoint(left_, step.t, step.h);
             if (found != DONE) {
                 status = found;
@@ -53,6 +55,7 @@ Status Sweep::reverse(void* const* captured, double* const* sums, const double* 
             }
             ++taken_;
         }
+        if (inside_) inside_->add_start(*kernel_);
         kernel_->forget();
         if (!left_) status = DONE;
     } while (status == PAUSED && !clock.over());

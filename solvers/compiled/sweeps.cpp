@@ -1,6 +1,7 @@
 // Whole sweeps, forwards and backwards: what solvers/stepping.py and adjoint steps do one by one,
-// with the same numbers. Above this stand kernel.h, checkpoints.h, ranks.h, clock.h, fixed_steps.h, error_memory.h, suspects.h,
-// below it sweep_derivatives.cpp, shown_steps.cpp and sweep_calls.cpp.
+// with the same numbers. Above this stand kernel.h, interpolants.h, checkpoints.h, ranks.h, clock.h,
+// fixed_steps.h, error_memory.h, suspects.h, below it sweep_derivatives.cpp, shown_steps.cpp and
+// sweep_calls.cpp.
 
 #include <algorithm>
 #include <atomic>
@@ -94,6 +95,11 @@ class Sweep {
         std::vector<double>().swap(ends_);
         keeps_ends_ = false;
     }
+
+    // Take steps from the first time to the last, and outputs between them inside of these.
+    void interpolate(const Given& given) { inside_ = std::make_unique<Inside>(given, kernel_->size); }
+
+    Inside* inside() const { return inside_.get(); }
 
     // Cotangents are of the states after so many steps each, the first after none, not of outputs.
     void nodes(const int64_t* first, int64_t count) { nodes_.assign(first, first + count); }
@@ -198,6 +204,7 @@ class Sweep {
     void begin() {
         kernel_->counts = {};
         kernel_->begin();
+        if (inside_ && !again_) inside_->begin();
         if (budget_) budget_->clear();
         own_room_ = most_;
         if (most_ >= 0) room_ = &own_room_;
@@ -215,7 +222,7 @@ class Sweep {
 
     // The next output, from the state as it stands.
     void output() {
-        kernel_->output(outputs_, interval_);
+        kernel_->output(outputs_, inside_ && interval_ ? 1 + inside_->number() : interval_);
         if (!again_) outputs_at_.push_back(index_);
         if (interval_) steps_.next(interval_ - 1);
         ++interval_;
@@ -331,9 +338,10 @@ class Sweep {
     }
 
     Status accept() {
-        const double t = shown_.t, h = shown_.h;
-        const bool reached = shown_.reached;
+        const Step step = shown_;
         shown_.open = false;
+        if (inside_ && !again_ && !inside_->write(*kernel_, outputs_, index_, step.start, step.end,
+                                                  step.h, stopped_)) return NOT_FINITE;
         if (std::isnan(rest_)) ++position_;
         const int64_t before = kernel_->counts.bytes;
         kernel_->accept(control_.keep && !budget_);
@@ -344,15 +352,16 @@ class Sweep {
             budget_->pop();
         }
         if (room_ && (*room_ -= kernel_->counts.bytes - before) < 0) return NO_ROOM;
-        if (!again_) record_.push_back({t, h, kernel_->order()});
+        if (!again_) record_.push_back({step.t, step.h, kernel_->order()});
         if (keeps_ends_) ends_.insert(ends_.end(), kernel_->state(), kernel_->state() + kernel_->size);
         ++index_;
-        if (reached) output();
+        if (step.reached) output();
         return PAUSED;
     }
 
     const std::unique_ptr<Kernel> kernel_;
     std::unique_ptr<Kernel> trial_;
+    std::unique_ptr<Inside> inside_;  // null: steps end at all outputs
     std::unique_ptr<Suspects> suspects_;  // null: each step is shown
     bool watched_ = false, stopped_ = false;
     Step shown_{};
