@@ -556,6 +556,9 @@ def test_what_torch_cannot_trace(interpreted: dict[str, int]) -> None:
     def numpy(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return -y * float(y.detach().numpy().max())
 
+    def number(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return -torch.sin(y) * y.max().detach().item()
+
     def masked(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         z = torch.sin(y)
         z[z > 0.3] *= 0.5
@@ -567,8 +570,8 @@ def test_what_torch_cannot_trace(interpreted: dict[str, int]) -> None:
         return -1e-2 * torch.linalg.cholesky((1e-6 - (y - here) ** 2).diag()).sum(1)
 
     for field, reason in (
-        (branch, "values of tensors"), (numpy, ""), (masked, "how many entries"),
-        (close_to_the_edge, "fails near y0"),
+        (branch, "values of tensors"), (numpy, ""), (number, "values of tensors"),
+        (masked, "how many entries"), (close_to_the_edge, "fails near y0"),
     ):  # fmt: skip
         solver = pnode.Solver(field, step_size=0.1, compile=True)
         with pytest.warns(UserWarning, match=f"compile=True has no effect.*{reason}") as caught:

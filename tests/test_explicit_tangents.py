@@ -158,6 +158,18 @@ def test_whole_sweeps(keywords, times, compiled_alone):  # noqa: F811
             assert difference(one, transposed[1][name]) < 1e-12
 
 
+@pytest.mark.parametrize(
+    ("method", "compile"), [("rk4", False), ("rk4", True), ("cn", False), ("rodaspr", False)]
+)
+def test_derivatives_that_torch_has_but_at_zero(method, compile):
+    """The second of logcumsumexp is NaN where the first's cotangent is zero."""
+    field = lambda t, y: torch.logcumsumexp(y, 0) - 2.0 * y  # noqa: E731
+    solver = pnode.Solver(field, method=method, step_size=0.25, compile=compile)
+    with torch.no_grad():
+        found = jacfwd(lambda y: solver(y, TIMES).ys)(START[0])
+    assert difference(found, jacrev(lambda y: solver(y, TIMES).ys)(START[0])) < 1e-13
+
+
 def test_one_tangent_and_several(compiled_alone):  # noqa: F811
     """One of both is their sum; ten are two groups; after a backward sweep steps are repeated."""
     solver, outputs, parameters = function(Flow(), True, method="heun2", step_size=0.1)

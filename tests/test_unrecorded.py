@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -106,6 +107,47 @@ def test_a_part_of_a_tuple_without_a_graph_is_refused(method):
         slope(start, rhs=lambda t, y: (y[1], -y[0].detach()), method=method)
     with pytest.raises(pnode.VectorFieldError, match="the value of cost depends on y"):
         slope(start, lambda t, y: y[0].detach(), rhs=lambda t, y: (y[1], -y[0]), method=method)
+
+
+@pytest.mark.parametrize("method", ["rk4", "cn", "beuler"])
+def test_a_graph_of_parameters_hides_no_missing_one_of_y(method):
+    """Of the whole value, of a part of a tuple, of cost, and of a residual."""
+    k = torch.tensor(0.7, dtype=D, requires_grad=True)
+    field = lambda t, y: k * torch.tensor(y.detach().tolist(), dtype=D)  # noqa: E731
+    forms = [{"rhs": field}, {"rhs": lambda t, y: -k * y, "cost": field}]
+    if method == "beuler":
+        forms.append({"residual": lambda t, y, rate: rate - field(t, y)})
+    for form in forms:
+        with pytest.raises(pnode.VectorFieldError, match="depends on y"):
+            slope(state(), method=method, params=[k], **form)
+    with pytest.raises(pnode.VectorFieldError, match=r"\(part 1\) depends on y"):
+        parts = lambda t, y: (y[1], field(t, y[0]))  # noqa: E731
+        slope((state(), state()), rhs=parts, method=method, params=[k])
+    (found,) = slope(state(), rhs=lambda t, y: (k * t).expand(1, 2), method=method, params=[k])
+    assert found.eq(1.0).all()
+
+
+NUMBERS = {"item": lambda x: x.item(), "float": float, "tolist": lambda x: x.tolist()}
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_numbers_made_of_tensors_are_told_of(number):
+    """Beside what is recorded, of y and of parameters; not where .detach() says it is meant."""
+    take, k = NUMBERS[number], torch.tensor(0.7, dtype=D, requires_grad=True)
+    forms = {
+        "rk4": [{"rhs": lambda t, y: -y * take(y[0, 1])}, {"rhs": lambda t, y: -k * y * take(k)}],
+        "beuler": [{"residual": lambda t, y, rate: rate + k * y * take(y[0, 1])}],
+        "ark3": [{"implicit": lambda t, y: -y, "explicit": lambda t, y: -y * take(y[0, 1])}],
+        "cn": [{"rhs": lambda t, y: -y, "cost": lambda t, y: y * take(y[0, 1])}],
+    }
+    for method, every in forms.items():
+        for form in every:
+            with pytest.warns(RuntimeWarning, match=rf"{number}.* shape \(\) that requires grad"):
+                slope(state(), method=method, params=[k], **form)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quiet = lambda t, y: -k * y * take(y[0, 1].detach()) * (1 if y[0, 0] > 0.0 else 2)  # noqa: E731
+        slope(state(), rhs=quiet, method="cn", params=[k])
 
 
 @pytest.mark.parametrize("path", PATHS)

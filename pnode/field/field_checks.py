@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import accumulate
 from types import CellType, FunctionType
@@ -17,16 +18,18 @@ from pnode.base.devices import random_states, set_random_states
 from pnode.base.surroundings import modules_within, owner
 from pnode.base.transforms import is_wrapped
 from pnode.errors import ConfigurationError, FieldChanged, VectorFieldError
+from pnode.field.watching import Numbers
 from pnode.problems.problem import StateLayout
 
 __all__ = [
-    "changed", "find_parameters", "hidden_state", "hides_time", "refuse_hidden_state",
-    "refuse_unrecorded", "undisturbed", "wrong_result", "wrote_into_input",
+    "changed", "find_parameters", "first_call", "hidden_state", "hides_time",
+    "refuse_hidden_state", "refuse_unrecorded", "undisturbed", "wrong_result", "wrote_into_input",
 ]  # fmt: skip
 
 # Of functions in functions; of a buffer.
 _MOST_LEVELS, _MOST_ENTRIES = 3, 1 << 16
 _HiddenState = tuple[list[torch.Tensor], list[int]]
+_Edge = tuple[Any, int]  # a node of a graph, and which of its results
 
 
 def _kind_of_leaves() -> type:
@@ -197,6 +200,25 @@ def undisturbed(function: Any, device: torch.device) -> Iterator[None]:
             set_random_states(states, device)
 
 
+@contextmanager
+def first_call(field: Any, time: float, first: bool = True) -> Iterator[None]:
+    """Refuse a first call of f that uses hidden state; tell of derivatives that it loses."""
+    if not first:
+        yield
+        return
+    device = field.problem.compute or field.problem.layout.device
+    before = hidden_state(field.function, device)
+    with Numbers() if field.recording else nullcontext() as numbers:
+        yield
+    refuse_hidden_state(field.who, before, hidden_state(field.function, device), time)
+    if numbers is not None and numbers.name:
+        warnings.warn(
+            f"{field.who} takes {numbers.name} that requires grad (t = {time!r}): no derivative "
+            "goes through the number. Compute with the tensor, or with .detach() if that is meant",
+            RuntimeWarning, stacklevel=2,
+        )  # fmt: skip
+
+
 def refuse_hidden_state(who: str, before: _HiddenState, now: _HiddenState, time: float) -> None:
     """Refuse a field that is not a function of t and y: its adjoint would be another's.
 
@@ -220,15 +242,21 @@ def refuse_hidden_state(who: str, before: _HiddenState, now: _HiddenState, time:
         )
 
 
-def _unrecorded(field: Any, value: torch.Tensor) -> list[tuple[str, slice]]:
-    """Return whose entries of a value have no graph, and which of the last dimension they are."""
+def _unrecorded(field: Any, leaf: torch.Tensor, value: torch.Tensor) -> list[tuple[str, slice]]:
+    """Return whose entries no graph joins with y, and which of the last dimension they are."""
     layout, integrals = field.problem.layout, field.problem.integrals
+    stops = _outer_edges(field.parameters)
+
+    def reaches_leaf(edge: _Edge) -> bool:
+        ends = _ends(edge, stops)
+        return any(end not in stops and end[0].variable is leaf for end in ends)
+
     if field.returned is None:
         sizes = [shape.numel() for shape in layout.shapes]
     elif integrals:
         sizes = [value.shape[-1] - integrals, integrals]
     else:
-        return [] if value.requires_grad else [(field.who, slice(None))]
+        return [] if reaches_leaf(_edge(value)) else [(field.who, slice(None))]
     edges: Any = ((None, 0),) * len(sizes)
     if value.requires_grad:
         node = value.grad_fn  # that of torch.cat, unless the value has come from another device
@@ -241,9 +269,10 @@ def _unrecorded(field: Any, value: torch.Tensor) -> list[tuple[str, slice]]:
     names = [f"the vector field{f' (part {i})' * several}" for i in range(len(sizes))]
     if integrals:
         names[-1] = "cost"
-    ends = [*accumulate(sizes)]
-    found = zip(names, edges, sizes, ends, strict=True)
-    lost = [(who, slice(end - size, end)) for who, (node, _), size, end in found if node is None]
+    found = zip(names, edges, sizes, accumulate(sizes), strict=True)
+    lost = [
+        (who, slice(end - size, end)) for who, edge, size, end in found if not reaches_leaf(edge)
+    ]
     # The implicit part of a split right-hand side does not drive the integrals.
     return [one for one in lost if one[0] != "cost" or field.explicit is None]
 
@@ -255,7 +284,7 @@ def refuse_unrecorded(
     value: torch.Tensor,
     time: float,
 ) -> None:
-    """Refuse a part of a value that has no graph and depends on y: its derivatives would be zero.
+    """Refuse a part of a value that depends on y and has no graph of it: derivatives would be zero.
 
     It has to differ on both sides of y, so that a field that switches at y may pass.
 
@@ -275,7 +304,7 @@ def refuse_unrecorded(
     VectorFieldError
         If it does.
     """
-    lost = _unrecorded(field, value)
+    lost = _unrecorded(field, leaf, value)
     for sign in (1.0, -1.0):
         if not lost:
             return
@@ -290,7 +319,7 @@ def refuse_unrecorded(
         raise VectorFieldError(
             f"the value of {lost[0][0]} depends on y and torch has not recorded how (numpy, "
             ".detach(), .item(), autograd.grad without create_graph=True?), so that every "
-            "derivative would be zero: compute it with torch operations, or solve under "
+            "derivative by y would be zero: compute it with torch operations, or solve under "
             "torch.no_grad()",
             time=time,
         )
@@ -328,33 +357,41 @@ def find_parameters(
         If there is another leaf.
     """
     leaves = {id(tensor): index for index, tensor in enumerate(parameters)}
-    edges = {
-        (parameter.grad_fn, parameter.output_nr): index
-        for index, parameter in enumerate(parameters)
-        if parameter.grad_fn is not None
-    }
-    arguments = {id(state) for state in states}
-    pending: list[Any] = [(result.grad_fn, result.output_nr)]
-    seen = set()
-    while pending:
-        edge = pending.pop()
-        node: Any = edge[0]
-        if node is None or edge in seen:
-            continue
-        seen.add(edge)
+    edges, arguments = _outer_edges(parameters), {id(state) for state in states}
+    for edge in _ends(_edge(result), edges):
         if edge in edges:
             used[edges[edge]] = True
             continue
-        if type(node) is _LEAF:
-            leaf = node.variable
-            if id(leaf) in arguments:
-                continue
-            if id(leaf) not in leaves:
-                raise ConfigurationError(
-                    f"{who} uses a tensor of shape {tuple(leaf.shape)} that "
-                    "requires grad and was not declared: pass it in params=[...], make "
-                    f"{who} a torch.nn.Module that owns it, or detach it"
-                )
-            used[leaves[id(leaf)]] = True
+        leaf = edge[0].variable
+        if id(leaf) in arguments:
             continue
-        pending.extend(node.next_functions)
+        if id(leaf) not in leaves:
+            raise ConfigurationError(
+                f"{who} uses a tensor of shape {tuple(leaf.shape)} that "
+                "requires grad and was not declared: pass it in params=[...], make "
+                f"{who} a torch.nn.Module that owns it, or detach it"
+            )
+        used[leaves[id(leaf)]] = True
+
+
+def _edge(tensor: torch.Tensor) -> _Edge:
+    return tensor.grad_fn, tensor.output_nr
+
+
+def _outer_edges(parameters: Sequence[torch.Tensor]) -> dict[_Edge, int]:
+    """Return where graphs of parameters end that are made of others, and whose they are."""
+    return {_edge(p): index for index, p in enumerate(parameters) if p.grad_fn is not None}
+
+
+def _ends(edge: _Edge, stops: Container[_Edge]) -> Iterator[_Edge]:
+    """Yield the edges at which a graph begins: its leaves, and those of ``stops``."""
+    pending, seen = [edge], set()
+    while pending:
+        edge = pending.pop()
+        if edge[0] is None or edge in seen:
+            continue
+        seen.add(edge)
+        if edge in stops or type(edge[0]) is _LEAF:
+            yield edge
+        else:
+            pending.extend(edge[0].next_functions)

@@ -219,7 +219,7 @@ class Linearization:
         return flat
 
     def _record_vjp(self) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        cotangent = torch.zeros_like(self._value, requires_grad=True)
+        cotangent = torch.ones_like(self._value, requires_grad=True)
         products: tuple[torch.Tensor | None, ...] = (None,) * len(self._leaves)
         if self._recorded:
             with torch.enable_grad():

@@ -166,7 +166,7 @@ def transposed(
     The map takes a tensor like ``at``, or else like the first v, and returns one like each of them,
     in any precision: a tensor, or a tuple.
     """
-    found, pull_back = torch.func.vjp(linear, v[0] if at is None else at)[:2]
+    found, pull_back = torch.func.vjp(linear, torch.ones_like(v[0] if at is None else at))[:2]
     several = isinstance(found, tuple)
     like = [x.to(y.dtype) for x, y in zip(v, found if several else (found,), strict=True)]
     result: torch.Tensor = pull_back(tuple(like) if several else like[0])[0]
@@ -219,7 +219,8 @@ def derivatives(
 ) -> list[torch.Tensor]:
     """Return the derivatives of ``value`` along tangents of the leaves or nodes of its graph.
 
-    The VJP w -> w^T J is linear in w, so its own VJP with v is J v.
+    The VJP w -> w^T J is linear in w, so its own VJP with v is J v, at any w; at zero that of
+    ``logcumsumexp`` is NaN.
 
     Parameters
     ----------
@@ -236,7 +237,7 @@ def derivatives(
         return [torch.zeros_like(value) for _ in tangents]
     refuse_single(value, inputs)
     with torch.enable_grad():
-        seed = torch.zeros_like(value, requires_grad=True)
+        seed = torch.ones_like(value, requires_grad=True)
         products = torch.autograd.grad(value, inputs, seed, create_graph=True, allow_unused=True)
         found = []
         for number, one in enumerate(tangents, start=1):
@@ -286,7 +287,7 @@ def directional_derivatives(
         return None
     refuse_single(end, inputs)
     with torch.enable_grad():
-        seed = torch.zeros_like(value, requires_grad=True)
+        seed = torch.ones_like(value, requires_grad=True)
         products = pull_back(end, tuple(inputs), seed, True)
     chosen = [
         (product, rows.reshape(number, *product.shape))

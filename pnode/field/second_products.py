@@ -59,7 +59,7 @@ def derivatives_along(
         For each input, shape ``(m, *input)``.
     """
     number = len(tangents[0])
-    seeds = value.new_zeros(len(directions[0]), *value.shape).requires_grad_()
+    seeds = value.new_ones(len(directions[0]), *value.shape).requires_grad_()
     ends, along = _products(value, leaves, directions, seeds)
     slopes = gradients(ends, inputs, along, True) if ends else ()
     chosen = [

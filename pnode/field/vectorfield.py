@@ -224,11 +224,9 @@ class VectorField:
         self._copied = own.data_ptr()
         if not self.problem.check_undeclared:
             return self._call(s, own, time)
-        device = self.problem.compute or self._layout.device
-        before = checks.hidden_state(self.function, device)
-        value = self._call(s, own, time)
         at = self._direction * s
-        checks.refuse_hidden_state(self.who, before, checks.hidden_state(self.function, device), at)
+        with checks.first_call(self, at):
+            value = self._call(s, own, time)
         checks.find_parameters(self.who, value, self.parameters, self.used, (leaf, time))
         if self.recording:
             call = partial(self._call, s, time=self._time(s))
@@ -306,18 +304,20 @@ class Residual(VectorField):
         with torch.enable_grad():
             for leaf in leaves:
                 leaf.requires_grad_(True)
-            first, self._check_first = self._check_first, False
-            own, rate = (leaf.clone() for leaf in leaves)
-            value = self._call(s, own, time, layout.unflatten(rate) if layout.is_tuple else rate)
-            if first and self.problem.check_undeclared:
+            first = self._check_first and self.problem.check_undeclared
+            self._check_first, at = False, self._direction * s
+            own, flat = (leaf.clone() for leaf in leaves)
+            rate = layout.unflatten(flat) if layout.is_tuple else flat
+            with checks.first_call(self, at, first):
+                value = self._call(s, own, time, rate)
+            if first:
                 checks.find_parameters(self.who, value, self.parameters, self.used, (*leaves, time))
                 if self.recording:  # how F depends on y, whatever it does on y'
                     fixed = leaves[1].detach()
                     fixed = layout.unflatten(fixed) if layout.is_tuple else fixed
                     call = lambda y: self._call(s, y, self._time(s), fixed)  # noqa: E731
-                    checks.refuse_unrecorded(
-                        self, call, leaves[0], call(leaves[0].clone()), self._direction * s
-                    )
+                    here = call(leaves[0].clone())
+                    checks.refuse_unrecorded(self, call, leaves[0], here, at)
         return Linearization(self.shared, leaves, value, -1.0, time, self._direction)
 
 

@@ -21,7 +21,12 @@ from pnode.base.transforms import (
 from pnode.errors import ConfigurationError
 from pnode.field.products import derivatives
 
-__all__ = ["of_numbers", "unwatched", "watched"]
+__all__ = ["Numbers", "of_numbers", "unwatched", "watched"]
+
+_NUMBERS = {
+    torch.Tensor.item: ".item()", torch.Tensor.tolist: ".tolist()",
+    torch.Tensor.__float__: "float()",
+}  # fmt: skip
 
 
 # Evaluations of a solve that are looked at inside of torch.func, operation by operation: as for
@@ -132,6 +137,22 @@ class _RefuseWrapped(TorchFunctionMode):
                 "nobody declared: write it as a torch.nn.Module that holds the tensor, and use "
                 "torch.func.functional_call"
             )
+        return function(*args, **(kwargs or {}))
+
+
+class Numbers(TorchFunctionMode):
+    """Notes whether f makes a number of a tensor that needs grad: torch loses its derivative.
+
+    Where that is meant, ``.detach()`` comes first. Control flow (``if``, ``int``) has none to lose.
+    """
+
+    name = ""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function in _NUMBERS and args[0].requires_grad:
+            self.name = f"{_NUMBERS[function]} of a tensor of shape {tuple(args[0].shape)}"
         return function(*args, **(kwargs or {}))
 
 

@@ -19,7 +19,7 @@ class Bdf : public ImplicitSteps {
     newton.forget();
     control.restart();
     kept.clear();
-    known = 0;
+    known = prescribed = 0;
     remember(0.0, u);
   }
 
@@ -29,7 +29,7 @@ class Bdf : public ImplicitSteps {
       taken = -int(m.highest - 1);
       return {extrapolate(t, h), 0.0};
     }
-    taken = m.adaptive ? control.order : int(m.highest);
+    taken = prescribed ? prescribed : m.adaptive ? control.order : int(m.highest);
     return differentiate(t, h);
   }
 
@@ -39,6 +39,7 @@ class Bdf : public ImplicitSteps {
   }
 
   int64_t order() const override { return taken; }
+  void prescribe(int64_t order) override { prescribed = int(order); }
 
   void follow(const Kernel& other) override {
     const auto& from = static_cast<const Bdf&>(other);
@@ -177,7 +178,7 @@ class Bdf : public ImplicitSteps {
     if (status != DONE) return control.fail(), Attempt{status, 0.0};
     record.assign(d, d + taken + 1);
     record.insert(record.end(), end, end + WIDTH);
-    if (!m.adaptive) return {DONE, 0.0};
+    if (!m.adaptive || prescribed) return {DONE, 0.0};
     // The slope makes the first node a double one.
     const auto size = [&](int order_of) {
       double sum = 0.0;
@@ -252,7 +253,7 @@ class Bdf : public ImplicitSteps {
   OrderControl control;
   // States before the new one, newest first, and the lengths of the steps between them.
   double states[MOST_STATES][N], lengths[MOST_STATES + 1] = {}, step_length = 0.0;
-  int known = 0, taken = 0;
+  int known = 0, taken = 0, prescribed = 0;
   double slope[N];  // where there is a single state
   bool knows_slope = false;
   std::vector<double> record;  // what the last step's adjoint takes

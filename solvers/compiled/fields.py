@@ -44,7 +44,9 @@ __all__ = [
     "field_code",
 ]
 
-_SOURCE = Path(__file__).read_text(encoding="utf-8")
+_SOURCE = "".join(
+    Path(file).read_text(encoding="utf-8") for file in (__file__, transposed.__code__.co_filename)
+)
 # So many requests for a number of rows are worth a graph of their own.
 _OFTEN = 3
 

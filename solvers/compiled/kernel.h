@@ -77,6 +77,8 @@ class Kernel {
     virtual void accept(bool keep) = 0;
     // The order of the last step, where there are several: Step.order of stepping.py.
     virtual int64_t order() const { return 0; }
+    // Of the next attempt, which takes a step once more.
+    virtual void prescribe(int64_t) {}
     // Write the state as row `index` of the outputs.
     virtual void output(void* outputs, int64_t index) const = 0;
 

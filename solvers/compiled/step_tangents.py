@@ -20,7 +20,9 @@ from pnode.solvers.compiled.trace import FieldGraph
 
 __all__ = ["StepTangents"]
 
-_SOURCE = Path(__file__).read_text(encoding="utf-8")
+_SOURCE = "".join(
+    Path(file).read_text(encoding="utf-8") for file in (__file__, transposed.__code__.co_filename)
+)
 
 
 class StepTangents:

@@ -238,6 +238,7 @@ class Sweep {
     // A step that was taken before.
     Status repeated() {
         const Taken step = record_[index_];
+        kernel_->prescribe(step.order);  // without the attempts that were rejected
         const Status status = kernel_->attempt(step.t, step.h).status;
         if (status != DONE && !(kernel_->collective && reduction_.shared())) return status;
         const bool reached = interval_ < outputs_at_.size() && index_ + 1 == outputs_at_[interval_];

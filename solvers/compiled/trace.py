@@ -199,14 +199,15 @@ def trace_field(field: VectorField, arranged: bool = True) -> FieldGraph:
         raise Untraceable("the state is complex, for which torch's compiler writes no code")
     returned = (layout.size,) if layout.is_tuple else tuple(layout.shapes[0])
     shape = (2, *returned) if isinstance(field, StackedResidual) else returned
-    returned = field.problem.owned or returned
     like = torch.empty(0, dtype=layout.dtype, device=layout.device)
-    examples = [like.new_zeros(each) for each in ((), shape, returned)]
+    examples = [like.new_zeros(x) for x in ((), shape, field.problem.owned or returned)]
     try:
         graph = compose(partial(_products, field), examples)
+        used = _tidy(graph)
+        if any(packet(node) is _aten._local_scalar_dense for node in graph.graph.nodes):
+            raise RuntimeError("item() became a symbol, of which no code is written")
     except Exception as error:
         raise Untraceable(_reason(error)) from error
-    used = _tidy(graph)
     graph, captured = lifted(graph)
     transposed = arrange_products(graph, captured) if arranged else ()
     made, window = _split(graph, captured, transposed, used), field.problem.window
