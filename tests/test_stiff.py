@@ -7,6 +7,7 @@ Equations II, and of Mazzia & Magherini, Test Set for Initial Value Problem Solv
 from __future__ import annotations
 
 import functools
+import itertools
 
 import numpy as np
 import pytest
@@ -74,11 +75,7 @@ def test_published_end_values(problem, method):
     field, start, end, expected, ratio = PROBLEMS[problem]
     y0, exact = torch.tensor(start, dtype=D), torch.tensor(expected, dtype=D)
     errors, steps = {}, {}
-    runs = [(True, 1e-6), (True, 1e-4), (False, 1e-4)]
-    # Thousands of steps in Python show it once of each problem and method.
-    if problem != "OREGO" or method == "rodaspr":
-        runs.append((False, 1e-6))
-    for compiled, rtol in runs:
+    for compiled, rtol in itertools.product((False, True), (1e-4, 1e-6)):
         solver = pnode.Solver(
             field, method=method, rtol=rtol, atol=ratio * rtol, max_steps=5000, compile=compiled
         )
@@ -87,11 +84,10 @@ def test_published_end_values(problem, method):
         error = float(((solution.ys[-1] - exact) / exact).abs().max())
         errors[compiled, rtol], steps[compiled, rtol] = error, solution.stats.steps
     # Largest relative error of a component, after up to 1e11 units of time.
-    for compiled in {compiled for compiled, rtol in runs if rtol == 1e-6}:
+    for compiled in (False, True):
         assert errors[compiled, 1e-6] < 1e-4, errors
         assert errors[compiled, 1e-6] < 0.1 * errors[compiled, 1e-4], errors
-    # Round-off of the linear solves decides on single rejections.
-    for rtol in {rtol for compiled, rtol in runs if not compiled}:
+    for rtol in (1e-4, 1e-6):  # round-off of the linear solves decides on single rejections
         assert steps[True, rtol] == pytest.approx(steps[False, rtol], rel=0.02), steps
         # On ROBER at 1e-4 these make more of a difference: at rtol 0.99e-4, 1e-4 and 1.01e-4 the
         # same code's errors by rodaspr are 5.2e-4, 9.7e-4 and 3.3e-4, compiled up to 1.3e-3.
