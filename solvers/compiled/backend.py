@@ -11,7 +11,9 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
+from pnode.base.graphs import no_graph
 from pnode.base.options import SolverOptions
+from pnode.base.vectors import REAL
 from pnode.field.vectorfield import VectorField
 from pnode.problems.checkpointing import Checkpointing
 from pnode.problems.problem import InitialValueProblem
@@ -22,12 +24,16 @@ from pnode.solvers.compiled.driver import CompiledSweep
 from pnode.solvers.compiled.guards import Guard
 from pnode.solvers.compiled.inductor import CompilationFailed
 from pnode.solvers.compiled.trace import FieldGraph, Untraceable
+from pnode.solvers.compiled.unchanged import Unchanged
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.step_control import StepControl
 
 __all__ = [
     "Backend", "Checked", "Code", "Compilation", "Reason", "Trace", "Wanted",
 ]  # fmt: skip
+
+# So often is taken down what a field reads, which may be others in each solve.
+_LOOKS = 20
 
 
 class Code(ABC):
@@ -83,6 +89,19 @@ class Trace:
     looked_at: list[bool] = field(default_factory=list)
     #: Whether it is :meth:`bound`, and shares its codes.
     lent: bool = False
+    #: What tells that f is what it was without an evaluation, if that may be had.
+    unchanged: Unchanged | None = field(default=None, init=False)
+    _looks: int = field(default=_LOOKS, init=False)
+
+    def look(self, function: Any) -> None:
+        """Take down what f reads, which is what it was, for the solves to come."""
+        if self._looks and not self.own_derivatives:
+            self._looks -= 1
+            self.unchanged = Unchanged.of(function, self.graph.captured)
+
+    def still_is(self, function: Any) -> bool:
+        """Whether f is known to be what it was without an evaluation."""
+        return self.unchanged is not None and self.unchanged.holds(function)
 
     def trainable(self) -> list[bool]:
         """Return which of the tensors that f reads besides its parameters require grad."""
@@ -119,15 +138,24 @@ class Checked(NamedTuple):
     ----------
     code : Code
         The code.
-    value : Tensor
-        The slope as f gives it, in the integrator's time and the user's precision.
+    value : Tensor or None
+        The slope as f gives it, in the integrator's time and the user's precision; None where f was
+        not to be evaluated.
     found : sequence of Tensor
-        What :meth:`Code.at` gave.
+        What :meth:`Code.at` gave, if it was called.
     """
 
     code: Any
-    value: torch.Tensor
-    found: Sequence[torch.Tensor]
+    value: torch.Tensor | None = None
+    found: Sequence[torch.Tensor] = ()
+
+    def evaluated(self, problem: InitialValueProblem, y0: torch.Tensor) -> Checked:
+        """Return it with the values of the code where a solve begins."""
+        time = torch.scalar_tensor(problem.direction * problem.times[0], dtype=REAL)
+        with no_graph():
+            found = self.code.at(time, y0.detach())
+        value = found[0] if problem.direction > 0 else -found[0]
+        return Checked(self.code, value, found)
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,7 @@ import torch
 from pnode.base.communicators import allreduce
 from pnode.base.vectors import REAL
 from pnode.field.vectorfield import VectorField
+from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.compiled import driver
 from pnode.solvers.compiled.account import paid
 from pnode.solvers.compiled.backend import Backend, Checked, Compilation, Trace, Wanted
@@ -109,24 +110,34 @@ class GraphSteps(Kernel):
         self._plan = self._library.pnode_plan(ctypes.byref(settings), text)
         weakref.finalize(self, self._library.pnode_free_plan, self._plan).atexit = False
 
-    def stand_at(self, state: torch.Tensor, slope: torch.Tensor, saved: Tensors) -> tuple[int, Any]:
+    def begins(self, problem: InitialValueProblem) -> bool:
+        """Whether it evaluates f at the initial state, and chooses an adaptive first step."""
+        alone = problem.norm is None and not problem.ranks.parallel
+        return self.graphs.quick is not None and self.dtype is REAL and alone
+
+    def stand_at(
+        self, state: torch.Tensor, slope: torch.Tensor | None, saved: Tensors
+    ) -> tuple[int, Any]:
         """Return a kernel at a state, which is taken over, and what it reads.
 
         Parameters
         ----------
-        state, slope : Tensor
-            The initial state and f there, flat, PETSc's precision.
+        state : Tensor
+            The initial state, flat, PETSc's precision.
+        slope : Tensor or None
+            f there; None: to be evaluated.
         saved : tuple of Tensor
             What is saved of that evaluation.
         """
+        kept = self._saved if slope is not None else ()
         saved = tuple(
             x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
-            for x, like in zip(saved if self.graphs.fsal else (), self._saved, strict=True)
+            for x, like in zip(saved if self.graphs.fsal else (), kept, strict=True)
         )
-        alive = (state.contiguous(), slope.contiguous(), saved)
+        alive = (state.contiguous(), slope if slope is None else slope.contiguous(), saved)
         handle = self._library.pnode_graph_steps(
             self._plan, driver.pointers(self._tolerances), alive[0].data_ptr(),
-            alive[1].data_ptr(), driver.pointers(saved),
+            None if alive[1] is None else alive[1].data_ptr(), driver.pointers(saved),
         )  # fmt: skip
         return handle, alive
 
@@ -264,10 +275,14 @@ class ExplicitSteps(Backend):
     ) -> Compilation:
         """Return the steps, and the sweep if there is nothing to do between them but to go on."""
         (found,) = checked
-        graphs, slope, saved = found.code, found.found[0], tuple(found.found[1:])
-        field_.ledger.rhs += graphs.fsal  # the check is the first slope
-        start, sweep = Start(graphs, slope, saved), None
+        graphs, sweep = found.code, None
         kernel = self._kernel(graphs, wanted, field_, y0) if is_plain(wanted) else None
+        alone = kernel is not None and kernel.begins(field_.problem)
+        if not (found.found or alone) and (graphs.fsal or wanted.settings.adaptive):
+            found = found.evaluated(field_.problem, y0)
+        slope, saved = (found.found[0], tuple(found.found[1:])) if found.found else (None, ())
+        field_.ledger.rhs += graphs.fsal and slope is not None  # the check is the first slope
+        start = Start(graphs, slope, saved)
         if kernel is not None:
             stand = partial(kernel.stand_at, y0.detach().to(REAL, copy=True), slope, saved)
             sweep = self._sweep(kernel, stand, found, field_, y0, wanted)
@@ -281,7 +296,7 @@ class ExplicitSteps(Backend):
         self._read_options(field_, y0, wanted)
         problem, control, settings = field_.problem, wanted.control, wanted.settings
         first = control.first_step or 0.0
-        if settings.adaptive and not first:
+        if settings.adaptive and not first and not kernel.begins(problem):
             (begin, end), order = problem.times[:2], settings.method.order
             with trusted(field_, field_.used):
                 first = automatic_step(
