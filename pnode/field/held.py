@@ -112,7 +112,8 @@ class _Copies:
             given, own = vars(module), vars(self.of(module))
             own.update(given)
             for name in _TENSORS:
-                own[name] = {key: self._light(each) for key, each in given[name].items()}
+                found = given[name]
+                own[name] = {k: self._light(each) for k, each in found.items()} if found else {}
             for name in given.keys() - _OWN:
                 if type(value := given[name]) not in _PLAIN:
                     own[name] = self._light(value)

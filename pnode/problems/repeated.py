@@ -49,27 +49,28 @@ def facts_of(y0: Any, t: Any, declared: Sequence[torch.Tensor]) -> Hashable | No
 
 
 class Repeated:
-    """The last problem, without what belongs to the user."""
+    """The last problem with gradients and that without, without what belongs to the user."""
 
     def __init__(self) -> None:
         # One after the other, for solves in several threads.
-        self._known: tuple[Hashable, InitialValueProblem] | None = None
+        self._known: dict[bool, tuple[Hashable, InitialValueProblem]] = {}
 
     def keep(self, facts: Hashable | None, problem: InitialValueProblem) -> None:
         """Keep a problem that has passed all checks, if it is y' = f(t, y) alone."""
-        self._known = None
+        self._known.pop(torch.is_grad_enabled(), None)
         if facts is not None and (
             problem.form == "rhs" and not problem.layout.pairs and problem.norm is None
             and not problem.ranks.parallel and problem.exchange is None
         ):  # fmt: skip
-            self._known = facts, problem.but(function=None, parameters=(), frozen=(), ranks=ALONE)
+            bare = problem.but(function=None, parameters=(), frozen=(), ranks=ALONE)
+            self._known[torch.is_grad_enabled()] = facts, bare
 
     def again(
         self, facts: Hashable | None, function: Any, y0: torch.Tensor,
         declared: Sequence[torch.Tensor], ranks: Ranks,
     ) -> InitialValueProblem | None:  # fmt: skip
         """Return the problem for a new state and new tensors; None if it is to be looked at."""
-        known = self._known
+        known = self._known.get(torch.is_grad_enabled())
         if known is None or facts is None or facts != known[0] or not is_finite(y0.detach()):
             return None
         wanted = declared if torch.is_grad_enabled() else ()

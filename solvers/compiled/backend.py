@@ -11,7 +11,9 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
+from pnode.base.graphs import no_graph
 from pnode.base.options import SolverOptions
+from pnode.base.vectors import REAL
 from pnode.controllers import PID
 from pnode.field.vectorfield import VectorField
 from pnode.problems.checkpointing import Checkpointing
@@ -23,6 +25,7 @@ from pnode.solvers.compiled.driver import CompiledSweep
 from pnode.solvers.compiled.guards import Guard
 from pnode.solvers.compiled.inductor import CompilationFailed
 from pnode.solvers.compiled.trace import FieldGraph, Untraceable
+from pnode.solvers.compiled.unchanged import Unchanged
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.scheme import Scheme
 from pnode.solvers.step_control import StepControl
@@ -31,6 +34,9 @@ __all__ = [
     "Backend", "Checked", "Code", "Compilation", "Reason", "Trace", "Wanted",
     "strange_controller",
 ]  # fmt: skip
+
+# So often is taken down what a field reads, which may be others in each solve.
+_LOOKS = 20
 
 
 def strange_controller(settings: IntegratorSettings) -> str | None:
@@ -98,6 +104,19 @@ class Trace:
     looked_at: list[bool] = field(default_factory=list)
     #: Whether it is :meth:`bound`, and shares its codes.
     lent: bool = False
+    #: What tells that f is what it was without an evaluation, if that may be had.
+    unchanged: Unchanged | None = field(default=None, init=False)
+    _looks: int = field(default=_LOOKS, init=False)
+
+    def look(self, function: Any) -> None:
+        """Take down what f reads, which is what it was, for the solves to come."""
+        if self._looks and not self.own_derivatives:
+            self._looks -= 1
+            self.unchanged = Unchanged.of(function, self.graph.captured)
+
+    def still_is(self, function: Any) -> bool:
+        """Whether f is known to be what it was without an evaluation."""
+        return self.unchanged is not None and self.unchanged.holds(function)
 
     def trainable(self) -> list[bool]:
         """Return which of the tensors that f reads besides its parameters require grad."""
@@ -134,15 +153,24 @@ class Checked(NamedTuple):
     ----------
     code : Code
         The code.
-    value : Tensor
-        The slope as f gives it, in the integrator's time and the user's precision.
+    value : Tensor or None
+        The slope as f gives it, in the integrator's time and the user's precision; None where f was
+        not to be evaluated.
     found : sequence of Tensor
-        What :meth:`Code.at` gave.
+        What :meth:`Code.at` gave, if it was called.
     """
 
     code: Any
-    value: torch.Tensor
-    found: Sequence[torch.Tensor]
+    value: torch.Tensor | None = None
+    found: Sequence[torch.Tensor] = ()
+
+    def evaluated(self, problem: InitialValueProblem, y0: torch.Tensor) -> Checked:
+        """Return it with the values of the code where a solve begins."""
+        time = torch.scalar_tensor(problem.direction * problem.times[0], dtype=REAL)
+        with no_graph():
+            found = self.code.at(time, y0.detach())
+        value = found[0] if problem.direction > 0 else -found[0]
+        return Checked(self.code, value, found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,6 +227,23 @@ class Wanted:
     interpolant: Scheme | None = None
     ghosts: bool = False
     needed: str = ""
+
+    @property
+    def begins_afresh(self) -> bool:
+        """Whether steps may begin without what the last one has left."""
+        return self.keep and (self.checkpointing.may_repeat or self.checkpointing.reproducible)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the driver shows single explicit steps to who looks, and keeps checkpoints."""
+        chosen, shared = self.checkpointing, self.settings.parallel
+        if (
+            "callbacks" in self.watched
+            or (shared and (self.watched or self.dense))
+            or any(name.startswith("ts_monitor") for name in self.options.values)
+        ):
+            return False
+        return not self.keep or (chosen.disk is None and chosen.device_memory is None)
 
 
 @dataclass

@@ -15,10 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pnode.base.graphs import no_graph
 from pnode.base.ledger import Ledger
 from pnode.base.ranks import ALONE
-from pnode.base.vectors import REAL
 from pnode.errors import ConfigurationError
 from pnode.field.field_checks import undisturbed
 from pnode.field.rebinding import Rebound
@@ -223,6 +221,11 @@ class Compiler:
         if known is None and (lent or backend.implicit is not None):
             bound = known = self._bound(key, problem)
         used = None if known is None else known.uses()
+        looked_at = used is not None or not problem.check_undeclared
+        if known is not None and looked_at and not (wanted.ghosts or wanted.settings.parallel):
+            if known.still_is(part.function):
+                part.trust(used or [False] * len(problem.parameters))
+                return self._code(backend, known, part, y0, wanted)
         if known is not None and used is not None:
             recorded = known.guard.recorded and _is_differentiated(wanted)
             with trusted(part, used, recorded), followed(part, known.guard) as seen:
@@ -286,18 +289,27 @@ class Compiler:
     ) -> Checked | Reason | None:  # fmt: skip
         """Return the code of a trace, if it gives what f does."""
         problem = part.problem
+        found = self._code(backend, trace, part, y0, wanted)
+        if isinstance(found, Reason):
+            return found
+        found = found.evaluated(problem, y0)
+        assert found.value is not None
+        if not agree(found.value, value):
+            return None
+        if problem.check_undeclared and problem.explicit is None:
+            trace.used, trace.looked_at = list(part.used), trace.trainable()
+        trace.look(part.function)
+        return found._replace(value=value)
+
+    def _code(
+        self, backend: Backend, trace: Trace, part: VectorField, y0: torch.Tensor, wanted: Wanted
+    ) -> Checked | Reason:
+        """Return the code of a trace."""
         code = backend.compile(trace, part, y0, wanted)
         if isinstance(code, Reason):
             self._refused[backend] = code
             return code
-        time = torch.scalar_tensor(problem.direction * problem.times[0], dtype=REAL)
-        with no_graph():
-            found = code.at(time, y0.detach())
-        if not agree(found[0] if problem.direction > 0 else -found[0], value):
-            return None
-        if problem.check_undeclared and problem.explicit is None:
-            trace.used, trace.looked_at = list(part.used), trace.trainable()
-        return Checked(code, value, found)
+        return Checked(code)
 
     def _refuse(self, text: str) -> Reason:
         """Compile this field no more."""

@@ -53,14 +53,38 @@ class GraphSteps : public Kernel {
         sums_.clear();
     }
 
+    // Of methods whose last stage is u': a step of length 0 evaluates f at u.
+    double first_step(const Control& control, double s, double stop) override {
+        if (control.first_step > 0.0) return control.first_step;
+        const double t = control.direction * s;
+        if (!slope_) begin_step(t);
+        const double *u = u_.data<double>(), *f0 = slope_.data<double>();
+        const double *rtol = tolerances_[0].data<double>(), *atol = tolerances_[1].data<double>();
+        const bool relative = entries(tolerances_[0]) > 1, absolute = entries(tolerances_[1]) > 1;
+        const auto slope = [&](double t, const double* y, double* f) {
+            if (y == u) {
+                std::copy_n(f0, size, f);
+                return;
+            }
+            const Tensor point = Form{DOUBLE, {size}, {1}}.view(const_cast<double*>(y));
+            copy_out(step(t, 0.0, point)[2], f);
+            counts.rhs++;
+        };
+        const auto scaled = [&](const double* x) {
+            double sum = 0.0;
+            for (int64_t k = 0; k < size; ++k) {
+                const double scale = atol[absolute * k] + rtol[relative * k] * std::fabs(u[k]);
+                sum += (x[k] / scale) * (x[k] / scale);
+            }
+            return std::sqrt(sum / static_cast<double>(size));
+        };
+        return automatic_step(control, control.order, s, stop, u, size, slope, scaled);
+    }
+
     Attempt attempt(double t, double h) override {
         last_.clear();
         if (plan_.fsal && !slope_) begin_step(t);
-        std::vector<Handle> inputs{number(t).take(), number(h).take(), u_.share()};
-        for (const Tensor& tensor : tolerances_) inputs.push_back(tensor.share());
-        if (slope_) inputs.push_back(slope_.share());
-        for (const Tensor& tensor : captured_) inputs.push_back(tensor.share());
-        results_ = plan_.step(inputs, plan_.results);
+        results_ = step(t, h, u_);
         counts.rhs += plan_.evaluations;
         const double* looks = results_[0].data<double>();
         if (plan_.adaptive)
@@ -157,7 +181,8 @@ class GraphSteps : public Kernel {
             return;
         }
         u_ = form.view(start_);
-        if (plan_.fsal) slope_ = form.view(slope_start_);
+        if (!plan_.fsal || !slope_start_) return;  // there is none, or it is to be evaluated
+        slope_ = form.view(slope_start_);
         carried_ = views(plan_.carried, carried_start_.data());
     }
 
@@ -279,11 +304,29 @@ class GraphSteps : public Kernel {
         return size * (plan_.dtype == FLOAT ? sizeof(float) : sizeof(double));
     }
 
-    // What the last step would have left.
+    Tensors step(double t, double h, const Tensor& u) const {
+        std::vector<Handle> inputs{number(t).take(), number(h).take(), u.share()};
+        for (const Tensor& tensor : tolerances_) inputs.push_back(tensor.share());
+        if (slope_) inputs.push_back(slope_.share());
+        for (const Tensor& tensor : captured_) inputs.push_back(tensor.share());
+        return plan_.step(inputs, plan_.results);
+    }
+
+    // What the last step would have left: by a graph for that, or by a step of length 0.
     void begin_step(double t) {
-        carried_ = slope_at(t, Tensor(u_.share()));
-        slope_ = std::move(carried_.front());
-        carried_.erase(carried_.begin());
+        if (plan_.slope.run) {
+            carried_ = slope_at(t, Tensor(u_.share()));
+            slope_ = std::move(carried_.front());
+            carried_.erase(carried_.begin());
+            return;
+        }
+        counts.rhs++;
+        slope_ = vector(size, DOUBLE);
+        std::fill_n(slope_.data<double>(), size, 0.0);
+        Tensors results = step(t, 0.0, u_);
+        slope_ = std::move(results[2]);
+        for (int64_t k = plan_.last; k < plan_.results; ++k)
+            carried_.push_back(std::move(results[k]));
     }
 
     // That of f, and what is saved of it.

@@ -16,6 +16,7 @@ import torch
 from pnode.base.communicators import allreduce
 from pnode.base.vectors import REAL
 from pnode.field.vectorfield import VectorField
+from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.compiled import driver
 from pnode.solvers.compiled.account import paid
 from pnode.solvers.compiled.backend import (
@@ -40,7 +41,7 @@ from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.scheme import Scheme
 from pnode.solvers.step_control import automatic_step
 
-__all__ = ["ExplicitSteps", "GraphSteps", "begins_afresh", "is_plain"]
+__all__ = ["ExplicitSteps", "GraphSteps"]
 
 _NUMBERS = (
     "size", "dtype", "fsal", "adaptive", "results", "begin", "end", "last", "evaluations",
@@ -120,24 +121,34 @@ class GraphSteps(Kernel):
         self._plan = self._library.pnode_plan(ctypes.byref(settings), text)
         weakref.finalize(self, self._library.pnode_free_plan, self._plan).atexit = False
 
-    def stand_at(self, state: torch.Tensor, slope: torch.Tensor, saved: Tensors) -> tuple[int, Any]:
+    def begins(self, problem: InitialValueProblem) -> bool:
+        """Whether it evaluates f at the initial state, and chooses an adaptive first step."""
+        alone = problem.norm is None and not problem.ranks.parallel
+        return self.graphs.quick is not None and self.dtype is REAL and alone
+
+    def stand_at(
+        self, state: torch.Tensor, slope: torch.Tensor | None, saved: Tensors
+    ) -> tuple[int, Any]:
         """Return a kernel at a state, which is taken over, and what it reads.
 
         Parameters
         ----------
-        state, slope : Tensor
-            The initial state and f there, flat, PETSc's precision.
+        state : Tensor
+            The initial state, flat, PETSc's precision.
+        slope : Tensor or None
+            f there; None: to be evaluated.
         saved : tuple of Tensor
             What is saved of that evaluation.
         """
+        kept = self._saved if slope is not None else ()
         saved = tuple(
             x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
-            for x, like in zip(saved if self.graphs.fsal else (), self._saved, strict=True)
+            for x, like in zip(saved if self.graphs.fsal else (), kept, strict=True)
         )
-        alive = (state.contiguous(), slope.contiguous(), saved)
+        alive = (state.contiguous(), slope if slope is None else slope.contiguous(), saved)
         handle = self._library.pnode_graph_steps(
             self._plan, driver.pointers(self._tolerances), alive[0].data_ptr(),
-            alive[1].data_ptr(), driver.pointers(saved),
+            None if alive[1] is None else alive[1].data_ptr(), driver.pointers(saved),
         )  # fmt: skip
         return handle, alive
 
@@ -238,7 +249,7 @@ class ExplicitSteps(Backend):
                 ours = value in (settings.controller, "none")
             if not ours:
                 return f"the PETSc option {name!r} is for PETSc's own steps: drop it"
-        if not settings.parallel or (is_plain(wanted) and allreduce() is not None):
+        if not settings.parallel or (wanted.plain and allreduce() is not None):
             return None
         return (
             "of states that ranks share only whole sweeps are compiled, where nobody looks at "
@@ -248,7 +259,7 @@ class ExplicitSteps(Backend):
     def _compile(
         self, trace: Trace, part: VectorField, y0: torch.Tensor, wanted: Wanted
     ) -> StepGraphs:
-        if wanted.interpolant is not None and is_plain(wanted):
+        if wanted.interpolant is not None and wanted.plain:
             made = self._made(trace, wanted, wanted.interpolant)
             if self._kernel(made, wanted, part, y0) is not None:
                 return made
@@ -289,12 +300,15 @@ class ExplicitSteps(Backend):
     ) -> Compilation:
         """Return the steps, and the sweep if there is nothing to do between them but to go on."""
         (found,) = checked
-        graphs, slope, saved = found.code, found.found[0], tuple(found.found[1:])
-        field_.ledger.rhs += graphs.fsal  # the check is the first slope
-        start, sweep = None, None
+        graphs, start, sweep = found.code, None, None
+        kernel = self._kernel(graphs, wanted, field_, y0) if _is_driven(graphs, wanted) else None
+        alone = kernel is not None and kernel.begins(field_.problem)
+        if not (found.found or alone) and (graphs.fsal or wanted.settings.adaptive):
+            found = found.evaluated(field_.problem, y0)
+        slope, saved = (found.found[0], tuple(found.found[1:])) if found.found else (None, ())
+        field_.ledger.rhs += graphs.fsal and slope is not None  # the check is the first slope
         if graphs.interpolation is None:  # others are for the driver alone
             start = Start(graphs, slope, saved)
-        kernel = self._kernel(graphs, wanted, field_, y0) if _is_driven(graphs, wanted) else None
         if kernel is not None:
             given = y0.detach().to(REAL, copy=True), slope, saved
             trial = None
@@ -317,7 +331,7 @@ class ExplicitSteps(Backend):
         self._read_options(field_, y0, wanted)
         problem, control, settings = field_.problem, wanted.control, wanted.settings
         first = control.first_step or 0.0
-        if settings.adaptive and not first:
+        if settings.adaptive and not first and not kernel.begins(problem):
             begin, *others = problem.times
             end, order = others[-1 if wanted.dense else 0], settings.method.order
             with trusted(field_, field_.used):
@@ -347,7 +361,7 @@ class ExplicitSteps(Backend):
     ) -> GraphSteps | None:
         """Return the steps for the driver, or None, after one warning, if it cannot take them."""
         given = step_tolerances(wanted.settings)
-        afresh = begins_afresh(wanted)
+        afresh = wanted.begins_afresh
         looked_at = "events" in wanted.watched
         key = (tuple(tuple(x.shape) for x in given), wanted.keep, afresh, looked_at)
         if key not in graphs.kernels:
@@ -368,7 +382,7 @@ class ExplicitSteps(Backend):
 
 def _is_driven(graphs: StepGraphs, wanted: Wanted) -> bool:
     """Whether the driver can take a solve's steps with these graphs."""
-    return is_plain(wanted) and (graphs.interpolation is None) == (wanted.interpolant is None)
+    return wanted.plain and (graphs.interpolation is None) == (wanted.interpolant is None)
 
 
 def _keeps_all(wanted: Wanted, interpolant: Scheme | None) -> bool:
@@ -376,20 +390,3 @@ def _keeps_all(wanted: Wanted, interpolant: Scheme | None) -> bool:
     chosen = wanted.checkpointing
     free = chosen.bytes is None and chosen.disk is None and chosen.store in ("auto", "tape")
     return wanted.keep and free and (interpolant is not None or not wanted.dense)
-
-
-def begins_afresh(wanted: Wanted) -> bool:
-    """Whether steps may begin without what the last one has left."""
-    return wanted.keep and (wanted.checkpointing.may_repeat or wanted.checkpointing.reproducible)
-
-
-def is_plain(wanted: Wanted) -> bool:
-    """Whether the driver can show whoever looks at single steps these, and keep checkpoints."""
-    chosen, shared = wanted.checkpointing, wanted.settings.parallel
-    if (
-        "callbacks" in wanted.watched
-        or (shared and (wanted.watched or wanted.dense))
-        or any(name.startswith("ts_monitor") for name in wanted.options.values)
-    ):
-        return False
-    return not wanted.keep or (chosen.disk is None and chosen.device_memory is None)

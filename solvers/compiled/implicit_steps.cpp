@@ -165,28 +165,12 @@ class ImplicitSteps : public Kernel {
   bool is_massive() const { return RESIDUAL || M; }
 
   double automatic_step(const Control& control, double s, double stop) {
-    double f0[N], f1[N], y[N], scale[N];
-    const double direction = control.direction;
-    slope_at(direction * s, u, f0);
+    double scale[N];
     for (int k = 0; k < N; k++) scale[k] = m.atol[k] + m.rtol[k] * std::fabs(u[k]);
-    const double d0 = scaled(u, scale), d1 = scaled(f0, scale);
-    const bool moves = d0 >= 1e-5 && d1 >= 1e-5 && d1 < INFINITY;
-    double guess = moves ? 0.01 * d0 / d1 : 1e-6;
-    guess = std::min(guess, stop - s);
-    for (int k = 0; k < N; k++) y[k] = u[k] + guess * direction * f0[k];
-    slope_at(direction * (s + guess), y, f1);
-    for (int k = 0; k < N; k++) f1[k] -= f0[k];
-    const double d2 = scaled(f1, scale) / guess, steepest = std::max(d1, d2);
-    double step;
-    if (!std::isfinite(d1) || !std::isfinite(d2))
-      step = guess;
-    else if (steepest <= 1e-15)
-      step = std::max(1e-6, 1e-3 * guess);
-    else
-      step = std::pow(0.01 / steepest, 1.0 / ((first_order ? first_order : control.order) + 1.0));
-    if (std::isfinite(d1) && std::isfinite(d2))
-      step = std::min(std::min(100.0 * guess, step), control.max_step);
-    return step;
+    return ::automatic_step(
+        control, first_order ? first_order : control.order, s, stop, u, N,
+        [&](double t, const double* y, double* f) { slope_at(t, y, f); },
+        [&](const double* x) { return scaled(x, scale); });
   }
 
   // y', for the first step.

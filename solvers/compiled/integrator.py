@@ -38,14 +38,14 @@ class Start:
     ----------
     graphs : StepGraphs
         The graphs.
-    slope : Tensor
-        f at the initial state, flat, PETSc's precision.
+    slope : Tensor or None
+        f at the initial state, flat, PETSc's precision; None where that was not evaluated.
     saved : tuple of Tensor
         What is saved of it.
     """
 
     graphs: StepGraphs
-    slope: torch.Tensor
+    slope: torch.Tensor | None
     saved: tuple[torch.Tensor, ...]
 
 

@@ -7,6 +7,8 @@
 //
 // Times and steps are the user's: h is negative where time runs backwards.
 
+#include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -145,6 +147,27 @@ class Kernel {
     int64_t steps_per_look = 1;
     Counts counts{};     // but steps, which the loop counts
 };
+
+// The first step that an adaptive sweep tries: automatic_step of step_control.py. `slope(t, y, f)`
+// gives y', of the user's time; `scaled(x)` is the norm in units of the tolerances.
+template <typename Slope, typename Scaled>
+double automatic_step(const Control& control, double order, double s, double stop, const double* u,
+                      int64_t size, Slope slope, Scaled scaled) {
+    std::vector<double> f0(size), f1(size), y(size);
+    const double direction = control.direction;
+    slope(direction * s, u, f0.data());
+    const double d0 = scaled(u), d1 = scaled(f0.data());
+    const bool moves = d0 >= 1e-5 && d1 >= 1e-5 && std::isfinite(d1);
+    const double guess = std::min(moves ? 0.01 * d0 / d1 : 1e-6, stop - s);
+    for (int64_t k = 0; k < size; k++) y[k] = u[k] + guess * direction * f0[k];
+    slope(direction * (s + guess), y.data(), f1.data());
+    for (int64_t k = 0; k < size; k++) f1[k] -= f0[k];
+    const double d2 = scaled(f1.data()) / guess, steepest = std::max(d1, d2);
+    if (!std::isfinite(d1) || !std::isfinite(d2)) return guess;
+    const double better = steepest <= 1e-15 ? std::max(1e-6, 1e-3 * guess)
+                                            : std::pow(0.01 / steepest, 1.0 / (order + 1.0));
+    return std::min(std::min(100.0 * guess, better), control.max_step);
+}
 
 // What one of several rows reads: tensors of all, or of each, so many numbers apart.
 inline std::vector<void*> of_row(void* const* read, const int64_t* apart, int64_t count,

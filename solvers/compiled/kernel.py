@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from pnode.base.vectors import REAL
+from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.compiled.trace import FieldGraph
 from pnode.solvers.scheme import Rows
 
@@ -46,6 +47,10 @@ class Kernel(ABC):
     def inputs(self) -> list[torch.Tensor]:
         """Return it as the code takes it."""
         return self.traced.inputs()
+
+    def begins(self, problem: InitialValueProblem) -> bool:
+        """Whether it chooses the first step of an adaptive sweep."""
+        return False
 
     @abstractmethod
     def sums(self) -> list[torch.Tensor]:

@@ -19,7 +19,7 @@ from pnode.solvers.compiled import driver
 from pnode.solvers.compiled.backend import Checked, Code, Compilation, Trace, Wanted
 from pnode.solvers.compiled.fields import FieldCode, field_code
 from pnode.solvers.compiled.graph_calls import Graph, described, lend_torch, opened
-from pnode.solvers.compiled.graph_steps import ExplicitSteps, begins_afresh, is_plain
+from pnode.solvers.compiled.graph_steps import ExplicitSteps
 from pnode.solvers.compiled.integrator import step_tolerances
 from pnode.solvers.compiled.kernel import Kernel
 from pnode.solvers.compiled.records import integers
@@ -157,7 +157,7 @@ class StagedSteps(ExplicitSteps):
         settings = wanted.settings
         if settings.dtype is not REAL:
             return "steps of states with ghost cells are compiled in float64 only"
-        plain = is_plain(wanted) and not (begins_afresh(wanted) or wanted.dense)
+        plain = wanted.plain and not (wanted.begins_afresh or wanted.dense)
         plain = plain and "events" not in wanted.watched
         if settings.form == "rhs" and settings.method.scheme and not plain:
             return (

@@ -86,7 +86,7 @@ class StepGraphs(Code):
     keeps_saved: bool
     interpolation: Rows | None = None
     _steps: dict[Any, Compiled] = field(default_factory=dict, init=False)
-    _quick: Any = field(default=None, init=False)
+    quick: Any = field(default=None, init=False)  # by a step of length 0, see :meth:`start`
     #: What the driver takes, see :class:`pnode.solvers.compiled.graph_steps.GraphSteps`.
     kernels: dict[Any, Any] = field(default_factory=dict, init=False)
 
@@ -124,9 +124,9 @@ class StepGraphs(Code):
     def start(self, t: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
         """Return k_1, PETSc's precision, and what is saved of it."""
         read = self.traced.inputs()
-        if self._quick is not None:
+        if self.quick is not None:
             # A step of length 0 evaluates f at u, in less time than torch takes for a small f.
-            run, tolerances = self._quick
+            run, tolerances = self.quick
             state = u.to(REAL).contiguous()
             zero, slope = torch.zeros_like(t), torch.zeros_like(state)
             results = run([t, zero, state, *tolerances, slope, *read])
@@ -305,7 +305,7 @@ class StepGraphs(Code):
             self._steps[shapes] = self._compile_step(given, shapes)
         run, evaluated = self._steps[shapes], self.size * REAL.itemsize + self.traced.saved_bytes
         if self.fsal and evaluated <= _SMALL and isinstance(run, CompiledGraph):
-            self._quick = run, given
+            self.quick = run, given
         return run
 
     def _compile_step(self, given: Sequence[torch.Tensor], shapes: object) -> Compiled:
