@@ -18,14 +18,19 @@ import os
 import re
 import shlex
 import subprocess
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["SOURCES", "agree_in_layout", "build", "is_right", "locked"]
+__all__ = [
+    "SOURCES", "agree_in_layout", "build", "environment", "is_right", "locked", "unpack",
+]  # fmt: skip
+
+_environment_lock = threading.RLock()
 
 _OPTIONS = {
     "aot_inductor.package": True, "aot_inductor.package_cpp_only": True,
@@ -140,7 +145,37 @@ def build(
     notes = [file for file in files if file.suffix == ".json" and "_flags" not in file.name]
     packages = importlib.import_module("torch._inductor.package")
     packages.package_aoti(str(package), [str(file) for file in (library, source, *notes)])
-    inductor.aoti_load_package(str(package))  # another torch may want more of a library
+
+
+def unpack(package: Path, folder: Path | None, kept: Path) -> Any:
+    """Load a package, which torch unpacks in a folder, or in TMPDIR, and leaves there at exit.
+
+    It also looks for the best instruction set, by compiling a program for each: by default in
+    TMPDIR, which is a new one in each job of some clusters.
+    """
+    inductor = importlib.import_module("torch._inductor")  # takes seconds, most do without
+    with ExitStack() as stack:
+        stack.enter_context(inductor.config.patch({"cpp.vec_isa_ok": _OPTIONS["cpp.vec_isa_ok"]}))
+        if os.access(kept, os.W_OK):
+            stack.enter_context(environment("TORCHINDUCTOR_CACHE_DIR", kept))
+        if folder is not None:
+            stack.enter_context(environment("TMPDIR", folder))
+        return inductor.aoti_load_package(str(package))
+
+
+@contextmanager
+def environment(name: str, folder: Path) -> Iterator[None]:
+    """Name a folder in the environment, for one thread at a time."""
+    with _environment_lock:
+        before = os.environ.get(name)
+        os.environ[name] = str(folder)
+        try:
+            yield
+        finally:
+            if before is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = before
 
 
 @contextmanager
