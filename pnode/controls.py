@@ -3,7 +3,7 @@
 Each is a Module, called as ``control(t)`` inside of f. Before the first time and after the last one
 it keeps the first and the last value. Times of any shape have one row of the values each; where t
 ends with as many dimensions of size 1 as such a row has, as that of independent samples does, they
-make room for it.
+make room for it. ``control.derivative(t)`` is the derivative by time.
 """
 
 from __future__ import annotations
@@ -58,11 +58,35 @@ class Control(torch.nn.Module):
         found = torch.searchsorted(self.times.detach(), t.detach().contiguous(), right=True) - 1
         return t, found.clamp(0, last)
 
+    def derivative(self, t: torch.Tensor) -> torch.Tensor:
+        """Return the derivative by time, shaped as the values are; zero outside of the samples.
+
+        At a time of a sample that of the interval after it, at the last that of the one before.
+
+        Raises
+        ------
+        ConfigurationError
+            Of :func:`hold`, which jumps.
+        """
+        raise ConfigurationError("hold jumps and has no derivative by time: take linear or cubic")
+
     def _between(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the index of the interval of a time, its length, and where in it, in [0, 1]."""
+        i, length, theta = self._around(t)
+        return i, length, theta.clamp(0.0, 1.0)
+
+    def _around(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Do so for where, of times outside of the samples, less than 0 or more than 1."""
         t, i = self._at(t, len(self.times) - 2)
         begin, end = _row(self.times, i), _row(self.times, i + 1)
-        return i, end - begin, ((t - begin) / (end - begin)).clamp(0.0, 1.0)
+        return i, end - begin, (t - begin) / (end - begin)
+
+    def _slope(
+        self, i: torch.Tensor, length: torch.Tensor, theta: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the slope of the polygon, and 1 where a time is within the samples, else 0."""
+        rise = _row(self.values, i + 1) - _row(self.values, i)
+        return rise / self._beside(length), self._beside((theta >= 0.0) & (theta <= 1.0))
 
     def _beside(self, numbers: torch.Tensor) -> torch.Tensor:
         """Return numbers, one a time, that multiply rows of the values."""
@@ -90,6 +114,11 @@ class _Linear(Control):
         theta = self._beside(theta)
         return (1.0 - theta) * _row(self.values, i) + theta * _row(self.values, i + 1)
 
+    def derivative(self, t: torch.Tensor) -> torch.Tensor:
+        """Return the derivative by time."""
+        slope, within = self._slope(*self._around(t))
+        return within * slope
+
 
 class _Cubic(Control):
     def __init__(self, times: Sequence[float] | torch.Tensor, values: torch.Tensor) -> None:
@@ -100,14 +129,25 @@ class _Cubic(Control):
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         """Return the value at a time."""
         i, length, theta = self._between(t)
-        values = self.values
-        rows = _second_derivatives(self.times) if self._rows is None else self._rows
-        rest = 1.0 - theta
-        left, right = (rest**3 - rest) * length**2 / 6.0, (theta**3 - theta) * length**2 / 6.0
-        weights = left[..., None] * _row(rows, i) + right[..., None] * _row(rows, i + 1)
-        bent = torch.tensordot(weights.to(values), values, dims=1)
+        values, rest = self.values, 1.0 - theta
+        bent = self._bent(
+            i, (rest**3 - rest) * length**2 / 6.0, (theta**3 - theta) * length**2 / 6.0
+        )
         rest, theta = self._beside(rest), self._beside(theta)
         return rest * _row(values, i) + theta * _row(values, i + 1) + bent
+
+    def derivative(self, t: torch.Tensor) -> torch.Tensor:
+        """Return the derivative by time."""
+        i, length, theta = self._around(t)
+        slope, within = self._slope(i, length, theta)
+        left, right = 1.0 - 3.0 * (1.0 - theta) ** 2, 3.0 * theta**2 - 1.0
+        return within * (slope + self._bent(i, left * length / 6.0, right * length / 6.0))
+
+    def _bent(self, i: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """Return the second derivatives at both ends of an interval, by these weights."""
+        rows = _second_derivatives(self.times) if self._rows is None else self._rows
+        weights = left[..., None] * _row(rows, i) + right[..., None] * _row(rows, i + 1)
+        return torch.tensordot(weights.to(self.values), self.values, dims=1)
 
 
 def hold(times: Sequence[float] | torch.Tensor, values: torch.Tensor) -> Control:

@@ -56,6 +56,32 @@ def test_many_times_at_once(kind, more):
         assert torch.equal(control(column), control(times))
 
 
+@pytest.mark.parametrize("kind", [controls.linear, controls.cubic])
+def test_derivatives_by_time(kind):
+    """Against autograd; z' = z X'(t), a controlled equation, has z = z(0) exp(X(t) - X(0))."""
+    values = torch.randn(4, 2, dtype=D, generator=torch.manual_seed(0), requires_grad=True)
+    control = kind(TIMES, values)
+    t = torch.linspace(float(TIMES[0]) - 0.3, float(TIMES[-1]) + 0.2, 12, dtype=D)
+    t.requires_grad_()
+    expected = [torch.autograd.grad(control(t)[:, k].sum(), t)[0] for k in (0, 1)]
+    found = control.derivative(t)
+    assert found[0].eq(0).all() and found[-1].eq(0).all() and found[1:-1].ne(0).any()
+    torch.testing.assert_close(found, torch.stack(expected, 1), rtol=1e-12, atol=1e-13)
+    inside = torch.rand(3, dtype=D) + 0.2
+    assert torch.autograd.gradcheck(
+        lambda v, s: kind(s, v).derivative(inside), (values, TIMES.clone().requires_grad_())
+    )
+    solver = pnode.Solver(
+        lambda t, z: z * control.derivative(t), params=[values], method="verner8", step_size=0.02
+    )
+    ends = torch.stack([TIMES[0], TIMES[-1]])
+    z = solver(torch.ones(2, dtype=D), ends, breakpoints=control).ys[-1]
+    exact = torch.exp(values[-1] - values[0])
+    torch.testing.assert_close(z, exact, rtol=1e-8, atol=1e-10)
+    by, exactly = (torch.autograd.grad(end.sum(), values)[0] for end in (z, exact))
+    torch.testing.assert_close(by, exactly, rtol=1e-7, atol=1e-8)
+
+
 @pytest.mark.parametrize(
     ("kind", "method", "compile"),
     [
@@ -158,3 +184,5 @@ def test_what_a_kind_refuses():
             kind([0.0], VALUES[:1])
     with pytest.raises(pnode.ConfigurationError, match="times of hold require grad"):
         controls.hold(TIMES.clone().requires_grad_(), VALUES)
+    with pytest.raises(pnode.ConfigurationError, match="hold jumps"):
+        controls.hold(TIMES, VALUES).derivative(TIMES[0])

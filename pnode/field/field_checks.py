@@ -56,11 +56,15 @@ def wrong_result(
         if part.layout is not torch.strided:
             return f"returned a tensor of layout {part.layout}{where}; use to_dense()"
         if part.shape != shape:
-            return f"returned shape {tuple(part.shape)}{where} for a state of {tuple(shape)}"
+            swapped = "" if part.shape else "; it is called as f(t, y)"
+            return (
+                f"returned shape {tuple(part.shape)}{where} for a state of {tuple(shape)}{swapped}"
+            )
         if part.dtype is not layout.dtype:
             return (
                 f"returned {part.dtype}{where} for a state of {layout.dtype}; give the module "
-                "and the state the same precision (module.double() or y0.float())"
+                "and the state the same precision (module.double() or y0.float()), or within "
+                "autocast let f return result.to(y.dtype)"
             )
         if part.device != layout.device:
             return f"returned a tensor on {part.device}{where} for a state on {layout.device}"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
 from pnode.base.ranks import Ranks
+from pnode.base.reals import as_reals
+from pnode.base.transforms import is_wrapped, outside
+from pnode.errors import ConfigurationError
 from pnode.problems.problem import InitialValueProblem
 
 __all__ = ["COMPARED", "Given", "agreed", "shared"]
@@ -57,6 +61,9 @@ def agreed(ranks: Ranks, alike: Mapping[str, Any], prepared: Any, differentiate:
         size, given = problem.layout.size, Given(problem, flat, times, differentiate)
         facts = {**alike, **{name: of(given) for name, of in COMPARED.items()}}
     largest, distribution = ranks.compare((*alike, *COMPARED), facts, size)
+    if ranks.parallel and differentiate and problem.parameters:
+        with outside(), torch.no_grad():
+            _see_to_replicas(ranks, problem.parameters)
     return problem.but(largest=largest, distribution=distribution), flat, times, *more
 
 
@@ -95,3 +102,41 @@ COMPARED: dict[str, Callable[[Given], Any]] = {
         each.requires_grad and given.differentiate for each in (given.flat, given.times)
     ],
 }
+
+
+# ------------------------------------------------------------------------ values of parameters
+
+
+def _see_to_replicas(ranks: Ranks, parameters: Sequence[torch.Tensor]) -> None:
+    """Refuse parameters, whose gradients will be summed, with other values on other ranks.
+
+    Those that drift apart by round-off, on processors of different kinds, pass. Collective.
+    """
+    own = torch.stack([_sums(tensor) for tensor in parameters])
+    mean = ranks.sum(own[:, :2].contiguous()) / ranks.size
+    apart = (own[:, :2] - mean).abs() / own[:, 2:]
+    if ranks.greatest(apart.nan_to_num(nan=0.0)) <= 1.0:  # NaN is the vector field's to tell
+        return
+    tables = ranks.comm.allgather(own)
+    spread = torch.stack([(table - tables[0])[:, :2].abs().amax(1) for table in tables]).amax(0)
+    number = int((spread / tables[0][:, 2]).argmax())
+    sums = ", ".join(f"{table[number, 1]:.6g} on rank {i}" for i, table in enumerate(tables[:4]))
+    raise ConfigurationError(
+        f"parameter {number}, of shape {tuple(parameters[number].shape)}, has other values on "
+        f"other ranks of comm= (its entries add up to {sums}), but gradients are summed over "
+        "replicas: begin alike with pnode.parallel.broadcast_parameters(parameters, comm); what "
+        "is a rank's own must not require grad (for a solve of each rank's own, leave comm= out)"
+    )
+
+
+def _sums(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the sums of a parameter's first half and of all of it, and what is round-off in them.
+
+    Of a transform's tensor, whose numbers are not to be had, nothing.
+    """
+    if is_wrapped(tensor):
+        return torch.tensor([0.0, 0.0, math.inf], dtype=torch.float64, device="cpu")
+    flat = as_reals(tensor.detach())
+    size = torch.linalg.vector_norm(flat, dtype=torch.float64)
+    half, whole = (part.sum(dtype=torch.float64) for part in (flat[: len(flat) // 2 + 1], flat))
+    return torch.stack([half, whole, 1e-6 * math.sqrt(len(flat)) * size + 1e-300]).cpu()

@@ -21,7 +21,6 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-import threading
 import time
 import warnings
 import zipfile
@@ -56,7 +55,7 @@ _SOURCES = (
 _INDUCTOR = {"cpp.enable_floating_point_contract_flag": "fast"}
 
 _MARK = b"pnode-1:"  # begins the end of a file, before the checksum
-_inductor_lock = threading.RLock()
+_INDUCTORS = ".inductor"  # folder
 _BUILDING, _ABANDONED = ".building-", 86400.0  # seconds, of what takes minutes at most
 
 
@@ -201,26 +200,10 @@ class CompiledGraph:
 
 def _load(path: Path) -> CompiledGraph:
     with _copied(path) as copy, zipfile.ZipFile(copy) as package:
-        # torch unpacks it in TMPDIR, and leaves that behind at exit; only kernels of a GPU are
-        # read later.
+        # Kernels of a GPU alone are read later.
         kernels = any(name.endswith((".cubin", ".hsaco")) for name in package.namelist())
-        with contextlib.nullcontext() if kernels else _environment("TMPDIR", copy.parent):
-            return CompiledGraph(path, libraries.load(copy).run)
-
-
-@contextlib.contextmanager
-def _environment(name: str, folder: Path) -> Iterator[None]:
-    """Name a folder in the environment."""
-    with _inductor_lock:
-        before = os.environ.get(name)
-        os.environ[name] = str(folder)
-        try:
-            yield
-        finally:
-            if before is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = before
+        unpacked = None if kernels else copy.parent
+        return CompiledGraph(path, libraries.unpack(copy, unpacked, path.parent / _INDUCTORS).run)
 
 
 def _build(
@@ -228,10 +211,10 @@ def _build(
 ) -> torch.fx.GraphModule | None:
     """Return the graph that was compiled, None if another process has done so."""
     # By default that is a folder of /tmp whose name is known beforehand.
-    folder = path.parent / ".inductor"
+    folder = path.parent / _INDUCTORS
     private_files.make_folder(folder)
     lock = libraries.locked(folder / f"{path.name}.lock")
-    with _environment("TORCHINDUCTOR_CACHE_DIR", folder), lock:
+    with libraries.environment("TORCHINDUCTOR_CACHE_DIR", folder), lock:
         with contextlib.suppress(OSError, _Damaged):
             _read(path)  # made meanwhile
             return None
@@ -245,6 +228,8 @@ def _build(
             partial, graph = building / path.name, prepare(function, examples)
             try:
                 libraries.build(graph, examples, _INDUCTOR, partial, folder, fingerprint)
+                # Another torch may want more of a library.
+                libraries.unpack(partial, building, folder)
             except Exception:  # whatever it is: what inductor itself says is for the user
                 partial.unlink(missing_ok=True)
                 _build_by_inductor(prepare(function, examples), examples, partial)

@@ -18,14 +18,19 @@ import os
 import re
 import shlex
 import subprocess
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["SOURCES", "agree_in_layout", "build", "is_right", "load", "locked"]
+__all__ = [
+    "SOURCES", "agree_in_layout", "build", "environment", "is_right", "locked", "unpack",
+]  # fmt: skip
+
+_environment_lock = threading.RLock()
 
 _OPTIONS = {
     "aot_inductor.package": True, "aot_inductor.package_cpp_only": True,
@@ -140,19 +145,41 @@ def build(
     notes = [file for file in files if file.suffix == ".json" and "_flags" not in file.name]
     packages = importlib.import_module("torch._inductor.package")
     packages.package_aoti(str(package), [str(file) for file in (library, source, *notes)])
-    load(package)  # another torch may want more of a library
 
 
-def load(package: Path) -> Any:
-    """Return torch's loader of a package.
+def unpack(package: Path, folder: Path | None, kept: Path) -> Any:
+    """Return torch's loader of a package, which it unpacks in a folder, or in TMPDIR.
 
-    ``aoti_load_package`` would first try the compiler on one instruction set after the other, and
-    run what it makes, in a folder of /tmp whose name is known beforehand.
+    ``aoti_load_package`` looks for the best instruction set before, by running a program for each
+    that it compiles in TMPDIR or in ``kept``.
     """
-    try:
-        return torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, -1)
-    except (AttributeError, TypeError):  # another torch
-        return importlib.import_module("torch._inductor").aoti_load_package(str(package)).loader
+    with ExitStack() as stack:
+        if folder is not None:
+            stack.enter_context(environment("TMPDIR", folder))
+        try:
+            return torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, -1)
+        except (AttributeError, TypeError):  # another torch
+            inductor = importlib.import_module("torch._inductor")
+            isa = {"cpp.vec_isa_ok": _OPTIONS["cpp.vec_isa_ok"]}
+            stack.enter_context(inductor.config.patch(isa))
+            if os.access(kept, os.W_OK):
+                stack.enter_context(environment("TORCHINDUCTOR_CACHE_DIR", kept))
+            return inductor.aoti_load_package(str(package)).loader
+
+
+@contextmanager
+def environment(name: str, folder: Path) -> Iterator[None]:
+    """Name a folder in the environment, for one thread at a time."""
+    with _environment_lock:
+        before = os.environ.get(name)
+        os.environ[name] = str(folder)
+        try:
+            yield
+        finally:
+            if before is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = before
 
 
 @contextmanager

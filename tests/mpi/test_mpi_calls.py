@@ -7,7 +7,7 @@ import torch
 from ranks import checks, comm
 
 import pnode
-from pnode.parallel import total
+from pnode.parallel import broadcast_parameters, total
 
 pytestmark = pytest.mark.mpi(min_size=2)
 D = torch.float64
@@ -49,3 +49,26 @@ def test_gradients_of_args_are_refused() -> None:
     except pnode.ConfigurationError as error:
         message = str(error)
     checks.true("args requires grad" in message, message)
+
+
+@pytest.mark.parametrize("samples", ["joint", "independent"])
+def test_parameters_with_other_values_on_other_ranks_are_refused(samples: str) -> None:
+    """Mirrored ones too, whose sums agree; not those of one rank that nobody differentiates by."""
+    k = torch.tensor([1.0, 2.0, 4.0], dtype=D)
+    k = torch.nn.Parameter(k.flip(0) if comm.rank else k)
+    solver = pnode.Solver(lambda t, y: -k.sum() * y, params=[k], comm=comm, samples=samples)
+    y0, message = numbers[own, None], ""
+    with torch.no_grad():
+        solver(y0, t)
+    try:
+        solver(y0, t)
+    except pnode.ConfigurationError as error:
+        message = str(error)
+    checks.true("parameter 0, of shape (3,)" in message, message)
+    checks.true("add up to 7 on rank 0, 7 on rank 1" in message, message)
+    broadcast_parameters([k], comm)
+    with torch.no_grad():
+        k.mul_(1 + 1e-9 * comm.rank)  # processors of different kinds
+    total(solver(y0, t).ys[-1].sum(), comm).backward()
+    expected = -(numbers.sum() * torch.exp(-7 * t[-1])) * torch.ones(3, dtype=D)
+    checks.true(torch.allclose(k.grad, expected, rtol=1e-4, atol=1e-8), k.grad, expected)
