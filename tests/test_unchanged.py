@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -72,6 +73,9 @@ CHANGES = {
     "forward of the instance": lambda net, _: setattr(net, "forward", lambda t, y: y),
     "operator of the class": lambda net, m: m.setattr(Net, "__iter__", iter, raising=False),
     "calls": patched(nn.Module, "__call__", lambda self, *given: given[-1]),
+    "class of a parameter": lambda net, m: m.setattr(
+        net.weight, "__class__", type("Other", (nn.Parameter,), {})
+    ),
     "class": lambda net, _: setattr(net, "__class__", type("Other", (Net,), {})),
     "hook": lambda net, _: net.rest[0].register_forward_hook(lambda *given: None),
     "global hook": patched(nn.modules.module, "_global_forward_hooks", HOOK),
@@ -129,6 +133,11 @@ def with_default(self, t, y, factor=SHARED):
     return -y
 
 
+class Mixin:
+    def __getitem__(self, index):
+        return SHARED
+
+
 OPAQUE = {
     "branch": code(branches), "closure": code(closes_over([1.0])), "writes": code(writes),
     "default": code(with_default), "global": code(lambda self, t, y: y * len(SHARED)),
@@ -143,6 +152,8 @@ OPAQUE = {
     "tensor that is no buffer": code(lambda self, t, y: y * self.own[0], own=(torch.ones(2),)),
     "flag": code(lambda self, t, y: y * self.training and y),
     "written": code(lambda self, t, y: torch.sin(y, out=y)),
+    "operator of a class behind": type("Mixed", (Net, Mixin), {})(),
+    "name of torch's, too": code(lambda self, t, y: y * self.b.tolist()[0], tolist=1, b=1.0),
     "property": type("Given", (Net,), {"scale": property(lambda self: 0.5)})(),
 }  # fmt: skip
 OPAQUE["hook"].register_forward_pre_hook(lambda *given: None)
@@ -151,6 +162,45 @@ OPAQUE["hook"].register_forward_pre_hook(lambda *given: None)
 @pytest.mark.parametrize("name", OPAQUE)
 def test_what_is_not_looked_through(name):
     assert Unchanged.of(OPAQUE[name], ()) is None
+
+
+PLACES = (
+    (torch, "sin"),
+    (torch.Tensor, "__mul__"),
+    (nn.Linear, "forward"),
+    (nn.Module, "__call__"),
+)
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place[1])
+def test_what_others_have_put_into_torch_is_not_looked_through(place, monkeypatch):
+    net, original = Net(), getattr(*place)
+    assert of(net) is not None
+    monkeypatch.setattr(*place, functools.wraps(original)(lambda *given: original(*given)))
+    assert of(net) is None
+
+
+@pytest.mark.parametrize("numbers", [True, False])
+def test_numbers_made_of_tensors_are_followed(numbers, request):
+    """As are tensors that become views with a pending minus, whose memory is that of others."""
+
+    def forward(self, t, y):
+        return torch.add(-y, torch.sin(y) * self.b, alpha=self.a) * self.a
+
+    if not numbers:
+        forward = lambda self, t, y: torch.sin(y) * self.b  # noqa: E731
+    request.getfixturevalue("interpreted")
+    net = type("Alpha", (nn.Module,), {"forward": forward})()
+    net.register_buffer("a", torch.tensor(0.5, dtype=torch.float64))
+    net.register_buffer("b", torch.ones(2, dtype=torch.float64))
+    eager, solver = (pnode.Solver(net, method="bosh3", compile=c) for c in (False, True))
+    y0, t = torch.ones(2, dtype=torch.float64), torch.tensor([0.0, 0.5])
+    solver(y0, t), solver(y0, t)
+    if numbers:
+        net.a.fill_(1.5)
+    else:
+        net.b.data = torch._neg_view(torch.full_like(net.b, 3.0))
+    torch.testing.assert_close(solver(y0, t).ys, eager(y0, t).ys, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("grad", [True, False])

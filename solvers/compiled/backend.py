@@ -110,7 +110,7 @@ class Trace:
 
     def look(self, function: Any) -> None:
         """Take down what f reads, which is what it was, for the solves to come."""
-        if self._looks and not self.own_derivatives:
+        if self._looks and not (self.own_derivatives or self.guard.reads_numbers):
             self._looks -= 1
             self.unchanged = Unchanged.of(function, self.graph.captured)
 

@@ -37,6 +37,7 @@ from pnode.solvers.compiled.following import (
 
 __all__ = ["Asks", "Guard", "followed", "has_own_derivatives"]
 
+_NUMBER = torch.ops.aten._local_scalar_dense.default
 _HOOKS = frozenset(("register_hook", "register_post_accumulate_grad_hook"))
 _ABOUT_GRAPHS = frozenset(("requires_grad", "grad_fn", "is_leaf", "_set_grad_enabled")) | _HOOKS
 
@@ -68,12 +69,15 @@ class Guard:
         What follows an evaluation.
     recorded : bool
         Whether it needs a graph to tell what becomes of graphs, where operations are followed.
+    reads_numbers : bool
+        Whether tensors become numbers, which graphs hold: ``torch.add(x, y, alpha=self.a)``.
     """
 
     def __init__(self) -> None:
         self.known: Known = {}
         self.mode: type[Taking] = Operations
         self.recorded = False
+        self.reads_numbers = False
         self._facts: dict[Kind, Facts] = {}
 
     def learn(self, first: Followed) -> None:
@@ -86,6 +90,7 @@ class Guard:
         used = {id(each) for each in second.facts}
         self.known = {each: one for each, one in self.known.items() if id(one[1]) in used}
         self._facts[first.kind] = second.facts
+        self.reads_numbers = any(one is _NUMBER for one in second.facts)
 
     def bound(self, new: Mapping[int, torch.Tensor]) -> Guard:
         """Return it for f with other tensors, given by the identity of those in whose place."""
@@ -93,7 +98,7 @@ class Guard:
         for each, (tensor, ref) in self.known.items():
             other = new.get(each, tensor)
             made.known[id(other)] = other, ref
-        made._facts, made.recorded = self._facts, True
+        made._facts, made.recorded, made.reads_numbers = self._facts, True, self.reads_numbers
         return made
 
     def holds(self, seen: Followed) -> bool:

@@ -11,8 +11,8 @@ from torch.fx.node import map_arg
 from pnode.solvers.compiled.products import packet
 
 __all__ = [
-    "Untraceable", "close_slices", "differentiable", "is_mutation", "is_view", "lift_captured",
-    "refuse_effects",
+    "Untraceable", "close_slices", "differentiable", "is_mutation", "is_pending", "is_view",
+    "lift_captured", "refuse_effects",
 ]  # fmt: skip
 
 _aten = torch.ops.aten
@@ -134,6 +134,11 @@ def is_mutation(node: _Node) -> bool:
     """Whether an operation writes into an operand."""
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def is_pending(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's memory holds other numbers than its own."""
+    return tensor.is_neg() or tensor.is_conj()
 
 
 def is_view(node: _Node) -> bool:

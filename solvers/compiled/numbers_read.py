@@ -42,6 +42,8 @@ class Numbers:
     def present(captured: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return the tensors as the program takes them."""
         return [
-            x if x.dtype is REAL and x.is_contiguous() else x.detach().to(REAL).contiguous()
+            x
+            if x.dtype is REAL and x.is_contiguous() and not x.is_neg()
+            else x.detach().to(REAL).resolve_neg().contiguous()
             for x in captured
         ]

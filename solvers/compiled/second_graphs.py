@@ -68,7 +68,7 @@ class SecondGraphs:
         """Return what the graphs read besides, with the strides that they had."""
         return [
             x.detach()
-            if x.stride() == stride
+            if x.stride() == stride and not x.is_neg()
             else torch.empty_strided(shape, stride, dtype=dtype).copy_(x.detach())
             for x, (shape, stride, dtype) in zip(self._captured, self._layouts, strict=True)
         ]

@@ -23,6 +23,7 @@ from pnode.solvers.compiled.lifting import (
     Untraceable,
     close_slices,
     is_mutation,
+    is_pending,
     is_view,
     lift_captured,
     refuse_effects,
@@ -43,9 +44,7 @@ _CHEAP = {
 }  # fmt: skip
 
 # What in-place operations become, which few know how to go on with.
-_WITHOUT_COPIES = {
-    _aten.copy.default: lambda x, source, *_: source.expand(x.shape).to(x.dtype, copy=True)
-}
+_WITHOUT_COPIES = {_aten.copy.default: lambda x, y, *_: y.expand(x.shape).to(x.dtype, copy=True)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,11 +100,10 @@ class FieldGraph:
         And their strides, where these let entries share memory: :meth:`inputs` cannot copy there.
         """
         return all(
-            x.shape == shape
-            and x.dtype is dtype
+            x.shape == shape and x.dtype is dtype and not is_pending(x)
             and (x.stride() == stride or _apart(shape, stride))
             for x, (shape, stride, dtype) in zip(self.captured, self.layouts, strict=True)
-        )
+        )  # fmt: skip
 
     def within(self, window: Window | None) -> FieldGraph:
         """Return it for times within another window, as it was traced in one."""
@@ -295,6 +293,8 @@ def _split(
     parts, factors = _factors(products, used)
     repeated = {*early, *late} - {w} - set(saved)
     second = _extract(nodes, (w, t, y, *inputs, *saved), (state, *parts), repeated)
+    if any(map(is_pending, captured)):
+        raise Untraceable("it reads a view with a pending minus or conjugate: see resolve_neg()")
     layouts = tuple((x.shape, x.stride(), x.dtype) for x in captured)
     shapes = [tuple(node.meta["val"].shape) for node in (y, w)]
     return FieldGraph(

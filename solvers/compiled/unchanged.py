@@ -12,6 +12,7 @@ from __future__ import annotations
 import builtins
 import dis
 import inspect
+import os
 import sys
 import types
 import weakref
@@ -48,7 +49,7 @@ _ARITHMETIC = frozenset(("+", "-", "*", "/", "**", "@", "[]"))
 _PURE = frozenset(
     """T abs add atan2 bmm cat chunk clamp contiguous cos cosh cross cumsum dim div dot dtype elu
     erf exp expand expm1 flatten float64 functional gelu leaky_relu linear log log1p logsumexp mT
-    matmul maximum mean minimum mm movedim mul narrow ndim neg new_zeros nn ones_like outer
+    matmul maximum mean minimum mm movedim mul narrow ndim neg new_zeros nn norm ones_like outer
     permute pow prod relu reshape roll rsqrt select shape sigmoid sign silu sin sinh size softmax
     softplus split sqrt square squeeze stack sub sum swapaxes tan tanh transpose unsqueeze view
     zeros_like""".split()
@@ -73,8 +74,10 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 #: Methods by which the user's classes may differ from torch's.
 _HARMLESS = frozenset(("__init__", "__repr__", "__getstate__", "__setstate__", "forward"))
+_TENSORS = (torch.Tensor, torch.nn.Parameter)
 _PLAIN = (bool, int, float, str, type(None), torch.dtype)
 _NOTHING = object()
+_FOLDER = os.path.dirname(torch.__file__) + os.sep
 _VARIABLE = (
     inspect.CO_VARARGS | inspect.CO_VARKEYWORDS | inspect.CO_GENERATOR | inspect.CO_COROUTINE
     | inspect.CO_ASYNC_GENERATOR
@@ -111,7 +114,7 @@ class Unchanged:
             for module, forward in zip(modules, forwards, strict=True)
         ]
         known_names = {name for look in self._looks for name in look.names}
-        if not users <= _PURE | known_names:
+        if any(name not in known_names or _is_torchs(name) for name in users - _PURE):
             raise _Unknown
         self._torch = _bindings({type(module) for module in modules})
 
@@ -181,7 +184,7 @@ class _Look:
             at_class, value = getattr(kind, name, _NOTHING), _found(own, name)
             if isinstance(value, torch.Tensor):
                 # The identity of another than those captured might be that of a later one.
-                ours = type(value) in (torch.Tensor, torch.nn.Parameter) and id(value) in tensors
+                ours = type(value) in _TENSORS and id(value) in tensors
                 if not ours or name in own or at_class is not _NOTHING:
                     raise _Unknown
                 self._tensors.append((name, id(value)))
@@ -203,14 +206,15 @@ class _Look:
             or own["_backward_pre_hooks"] or not _CALLS.isdisjoint(own)
         ):  # fmt: skip
             return False
-        for base, members in zip(_bases(kind), self._members, strict=True):
-            if tuple(vars(base)) != members:  # a method more may be an operator
-                return False
+        # A method more may be an operator.
+        if [tuple(vars(base)) for base in _bases(kind)] != self._members:
+            return False
         for name, at_class, value in self._plain:
             if _found(own, name) is not value or getattr(kind, name, _NOTHING) is not at_class:
                 return False
         for name, each in self._tensors:
-            if id(_found(own, name)) != each or getattr(kind, name, None) is not None:
+            found = _found(own, name)
+            if id(found) != each or type(found) not in _TENSORS or hasattr(kind, name):
                 return False
         parts = own["_modules"]
         if tuple(parts) != self._parts:
@@ -234,7 +238,7 @@ def _found(own: dict[str, Any], name: str) -> Any:
 
 def _bases(kind: Any) -> tuple[type, ...]:
     """Return the classes in which the user may have written something."""
-    return () if kind in _LAYERS else kind.__mro__[: kind.__mro__.index(_Module)]
+    return () if kind in _LAYERS else tuple(x for x in kind.__mro__ if x not in (_Module, object))
 
 
 def _forward(module: torch.nn.Module) -> Any:
@@ -325,7 +329,7 @@ def _bindings(kinds: set[Any]) -> list[tuple[Any, str, Any]]:
         seen.add(function)
         places = [torch, _F, torch.Tensor]
         names = _attributes(function)
-        if function.__module__.startswith("torch."):
+        if function.__code__.co_filename.startswith(_FOLDER):
             places.append(sys.modules[function.__module__])
             names += _names(function.__code__, ("LOAD_GLOBAL",))
         for place in places:
@@ -333,8 +337,31 @@ def _bindings(kinds: set[Any]) -> list[tuple[Any, str, Any]]:
                 value = getattr(place, name, _NOTHING)
                 if value is not _NOTHING:
                     found[id(place), name] = place, name
-                    if type(value) is types.FunctionType and value.__module__.startswith("torch."):
+                    # That one is for modes, and tensors of other classes.
+                    if type(value) is types.FunctionType and name != "handle_torch_function":
                         pending.append(value)
         if len(found) > _MOST_NAMES:
             raise _Unknown
-    return [(place, name, getattr(place, name)) for place, name in found.values()]
+    made = [(place, name, getattr(place, name)) for place, name in found.values()]
+    if not all(_is_original(value) for _, _, value in made):
+        raise _Unknown
+    return made
+
+
+def _is_torchs(name: str) -> bool:
+    """Whether a name stands for something in torch, too."""
+    return any(hasattr(place, name) for place in (torch, _F, torch.Tensor))
+
+
+def _is_original(value: Any, seen: tuple[Any, ...] = ()) -> bool:
+    """Whether a value in torch is none that someone has put there, which may do anything."""
+    if type(value) is types.FunctionType:
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        seen = (*seen, value)
+        return value.__code__.co_filename.startswith(_FOLDER) and all(
+            _is_original(one, seen) for one in cells if not any(one is x for x in seen)
+        )
+    if type(value) in (types.MethodType, property):
+        return False
+    kind = value if isinstance(value, type) else type(value)
+    return kind.__module__.partition(".")[0] in ("builtins", "torch", "typing")
