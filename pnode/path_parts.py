@@ -129,6 +129,8 @@ class PathPart:
             return None
         first, last = self.problem.times[0], self.steps[-1].end
         within = np.unique(numbers)
+        if within[0] <= first and moves(self.times):  # here y0 moves along with t[0]
+            return None
         within = within[(within > first) & (within < last)]
         times = (first, *within.tolist(), last)
         self.driven = False  # unless this comes to its end: steps taken again tell why
@@ -175,7 +177,7 @@ class PathPart:
         with surroundings.restored():
             ys, taken = autograd.solve(engine, problem, requests, self.flat, t, trainable)
         own_stats, stats = run.stats, taken.stats
-        repeated = replace(stats, recomputed=stats.recomputed + stats.steps, steps=0)
+        repeated = replace(stats, recomputed=stats.recomputed + stats.steps, steps=0, rejected=0)
         own_stats.add(repeated)
         taken.stats.backward, taken.stats.tangents = own_stats.backward, own_stats.tangents
         return t, ys.reshape(len(times), -1), taken

@@ -125,6 +125,15 @@ def test_a_call_is_the_solve_once_more(monkeypatch):
             assert torch.equal(solution(at[0]), ys[0])
     assert all(difference(a, b) < 1e-9 for a, b in zip(*found, strict=True))
     monkeypatch.undo()
+    moving, slopes, rejected = (TIMES[[0, 6]] * 3.0).requires_grad_(), [], []
+    for compile in (False, True):  # y(t) at the first time, which is not t[0]
+        other = pnode.Solver(field, params=params, compile=compile, first_step=3.0, **options)(
+            y0, moving
+        )
+        slopes += torch.autograd.grad(other(at).sum(), moving)
+        rejected.append(other.stats.rejected)
+    assert difference(*slopes) < 1e-9
+    assert rejected[0] == rejected[1] > 0
     scale[0] = 1.5
     with pytest.raises(FieldChanged):
         solution(at)
