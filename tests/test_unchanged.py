@@ -30,12 +30,14 @@ class Net(nn.Module):
         self.first, self.rest = nn.Linear(2, 3), nn.ModuleList([nn.Tanh(), nn.Linear(3, 2)])
         self.weight = nn.Parameter(torch.randn(2, 2))
         self.register_buffer("shift", torch.ones(2))
-        self.rate, self.unused = 1.5, [1]
+        self.rate, self.unused, self.bent = 1.5, [1], True
 
     def forward(self, t, y):
         h = self.first(y)
         for layer in self.rest:
             h = layer(h)
+        if not self.bent:
+            return h
         h = torch.cat([h[..., 1:], h[..., :1]], dim=-1) * self.scale + self.shift
         return -torch.sin(h) * self.rate @ self.weight.T + FACTOR * y - t * y
 
@@ -56,6 +58,7 @@ def patched(place, name, value):
 HOOK = {0: print}
 CHANGES = {
     "attribute": lambda net, _: setattr(net, "rate", 2.5),
+    "flag": lambda net, _: setattr(net, "bent", False),
     "attribute of the class": patched(Net, "scale", 0.25),
     "attribute that hides that of the class": lambda net, _: setattr(net, "scale", 0.5 * FACTOR),
     "global": lambda net, m: m.setitem(Net.forward.__globals__, "FACTOR", 3.0),
@@ -120,6 +123,21 @@ def branches(self, t, y):
     return -y if t > 0.5 else y
 
 
+def branches_by_parameter(self, t, y):
+    return -y if self.scale else y
+
+
+def branches_by_another(self, t, y):
+    self = y
+    return -y if self.requires_grad else y
+
+
+def branches_by_either(self, t, y):
+    if y.sum() if self.flag else self.training:
+        return -y
+    return y
+
+
 def closes_over(values):
     return lambda self, t, y: values[0] * y
 
@@ -140,6 +158,10 @@ class Mixin:
 
 OPAQUE = {
     "branch": code(branches), "closure": code(closes_over([1.0])), "writes": code(writes),
+    "branch by a parameter": code(branches_by_parameter, scale=nn.Parameter(torch.ones(()))),
+    "branch by a part": code(branches_by_parameter, scale=nn.Sequential()),
+    "branch by another": code(branches_by_another, requires_grad=True),
+    "branch by either": code(branches_by_either, flag=True),
     "default": code(with_default), "global": code(lambda self, t, y: y * len(SHARED)),
     "number": code(lambda self, t, y: y * y.sum().item()),
     "function": code(lambda self, t, y: y * math.sin(t)),

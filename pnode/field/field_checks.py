@@ -282,12 +282,9 @@ def _unrecorded(field: Any, leaf: torch.Tensor, value: torch.Tensor) -> list[tup
 
 
 def refuse_unrecorded(
-    field: Any,
-    call: Callable[[torch.Tensor], torch.Tensor],
-    leaf: torch.Tensor,
-    value: torch.Tensor,
-    time: float,
-) -> None:
+    field: Any, call: Callable[[torch.Tensor], torch.Tensor], leaf: torch.Tensor,
+    value: torch.Tensor, time: float,
+) -> None:  # fmt: skip
     """Refuse a part of a value that depends on y and has no graph of it: derivatives would be zero.
 
     It has to differ on both sides of y, so that a field that switches at y may pass.

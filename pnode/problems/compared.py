@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from mpi4py import MPI
 
 from pnode.base.ranks import Ranks
 from pnode.base.reals import as_reals
@@ -113,9 +114,9 @@ def _see_to_replicas(ranks: Ranks, parameters: Sequence[torch.Tensor]) -> None:
     Those that drift apart by round-off, on processors of different kinds, pass. Collective.
     """
     own = torch.stack([_sums(tensor) for tensor in parameters])
-    mean = ranks.sum(own[:, :2].contiguous()) / ranks.size
-    apart = (own[:, :2] - mean).abs() / own[:, 2:]
-    if ranks.greatest(apart.nan_to_num(nan=0.0)) <= 1.0:  # NaN is the vector field's to tell
+    both = torch.cat([own, -own[:, :2]], dim=1).nan_to_num(nan=0.0)  # NaN is f's to tell
+    ranks.comm.Allreduce(MPI.IN_PLACE, both.numpy(), MPI.MAX)
+    if bool((both[:, :2] + both[:, 3:] <= both[:, 2:3]).all()):
         return
     tables = ranks.comm.allgather(own)
     spread = torch.stack([(table - tables[0])[:, :2].abs().amax(1) for table in tables]).amax(0)

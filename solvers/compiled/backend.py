@@ -48,7 +48,7 @@ def strange_controller(settings: IntegratorSettings) -> str | None:
         return f"method={method.name!r} is not compiled with a PID" if method.coupled else None
     if rule in ("basic", "none"):
         return None
-    return f"controller={rule!r} is PETSc's alone: use 'basic' or a pnode.PID"
+    return f"controller={rule!r} is PETSc's alone: use controller='basic' or a pnode.PID"
 
 
 class Code(ABC):

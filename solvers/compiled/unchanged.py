@@ -4,7 +4,8 @@ Most networks are layers of torch's one after the other. What such a ``forward``
 by its byte code, by the attributes and globals that this names, and by a few switches of torch's.
 As long as all of these are the same objects, f calls the operations that it called, whatever t
 and y are, and :mod:`pnode.solvers.compiled.guards` need not follow them. Anything else is not
-looked through: branches, closures, other objects, numbers taken out of tensors.
+looked through: branches but by a flag of the Module's own, closures, other objects, numbers taken
+out of tensors.
 """
 
 from __future__ import annotations
@@ -35,24 +36,30 @@ _LAYERS = frozenset((
     torch.nn.ReLU, torch.nn.SiLU, torch.nn.GELU, torch.nn.ELU, torch.nn.Softplus,
     torch.nn.LeakyReLU, torch.nn.LayerNorm, torch.nn.Softsign, torch.nn.ModuleList,
 ))  # fmt: skip
-#: What code may do: no branch, nothing written but local variables, no code inside.
+#: What code may do: nothing written but local variables, no code inside.
 _STEPS = frozenset(
-    """BINARY_SLICE BINARY_SUBSCR BUILD_LIST BUILD_SLICE BUILD_TUPLE CACHE CALL CALL_KW COPY END_FOR
-    FOR_ITER GET_ITER JUMP_BACKWARD KW_NAMES LOAD_ATTR LOAD_CONST LOAD_FAST LOAD_FAST_BORROW
-    LOAD_FAST_BORROW_LOAD_FAST_BORROW LOAD_FAST_LOAD_FAST LOAD_GLOBAL LOAD_METHOD LOAD_SMALL_INT NOP
-    NOT_TAKEN POP_ITER POP_TOP PRECALL PUSH_NULL RESUME RETURN_CONST RETURN_VALUE STORE_FAST
-    STORE_FAST_LOAD_FAST STORE_FAST_STORE_FAST SWAP UNARY_NEGATIVE UNPACK_SEQUENCE""".split()
+    """BINARY_SLICE BINARY_SUBSCR BUILD_LIST BUILD_SLICE BUILD_TUPLE CACHE CALL CALL_KW COPY
+    END_FOR FOR_ITER GET_ITER JUMP_BACKWARD JUMP_FORWARD KW_NAMES LOAD_ATTR LOAD_CONST
+    LOAD_FAST LOAD_FAST_BORROW LOAD_FAST_BORROW_LOAD_FAST_BORROW LOAD_FAST_LOAD_FAST
+    LOAD_GLOBAL LOAD_METHOD LOAD_SMALL_INT NOP NOT_TAKEN POP_ITER POP_TOP PRECALL PUSH_NULL
+    RESUME RETURN_CONST RETURN_VALUE STORE_FAST STORE_FAST_LOAD_FAST STORE_FAST_STORE_FAST
+    SWAP UNARY_NEGATIVE UNPACK_SEQUENCE""".split()
 )
+#: By an attribute of the first argument alone; its truth behind TO_BOOL.
+_BRANCHES = frozenset(
+    f"POP_JUMP_{way}IF_{what}" for way in ("", "FORWARD_")
+    for what in ("FALSE", "TRUE", "NONE", "NOT_NONE")
+)  # fmt: skip
 _ARITHMETIC = frozenset(("+", "-", "*", "/", "**", "@", "[]"))
 #: Of torch, ``torch.nn.functional`` and tensors: these draw nothing, write nothing but what they
 #: return, and that is tensors, or shapes.
 _PURE = frozenset(
-    """T abs add atan2 bmm cat chunk clamp contiguous cos cosh cross cumsum dim div dot dtype elu
-    erf exp expand expm1 flatten float64 functional gelu leaky_relu linear log log1p logsumexp mT
-    matmul maximum mean minimum mm movedim mul narrow ndim neg new_zeros nn norm ones_like outer
-    permute pow prod relu reshape roll rsqrt select shape sigmoid sign silu sin sinh size softmax
-    softplus split sqrt square squeeze stack sub sum swapaxes tan tanh transpose unsqueeze view
-    zeros_like""".split()
+    """T abs add atan2 bmm cat chunk clamp contiguous conv1d conv2d conv3d cos cosh cross
+    cumsum dim div dot dtype elu erf exp expand expm1 flatten float64 functional gelu
+    leaky_relu linear log log1p logsumexp mT matmul maximum mean minimum mm movedim mul
+    narrow ndim neg new_zeros nn norm ones_like outer permute pow prod relu reshape roll rsqrt
+    select shape sigmoid sign silu sin sinh size softmax softplus split sqrt square squeeze
+    stack sub sum swapaxes tan tanh transpose unsqueeze view zeros_like""".split()
 )
 _BUILT_IN = frozenset((enumerate, len, list, range, reversed, tuple, zip))
 _OPERATORS = tuple(
@@ -177,6 +184,11 @@ class _Look:
         self._places = [-1 if x is None else places[id(x)] for x in own["_modules"].values()]
         #: Names of what it has.
         self.names = {*own["_modules"], *own["_parameters"], *own["_buffers"]}
+        for name in () if forward is None else _flags(forward.__code__) or ():
+            flag = _found(own, name)
+            flag = getattr(kind, name, _NOTHING) if flag is _NOTHING else flag
+            if flag is _NOTHING or not _is_plain(flag):
+                raise _Unknown
         self._plain: list[tuple[str, Any, Any]] = []
         self._tensors: list[tuple[str, int]] = []
         layers = set() if kind is torch.nn.ModuleList else set(_attributes(kind.forward))
@@ -271,10 +283,30 @@ def _is_simple(code: types.CodeType) -> bool:
     if any(isinstance(x, types.CodeType) or (type(x) is tuple and "out" in x)
            for x in code.co_consts):  # fmt: skip
         return False
-    return all(
-        step.opname in _STEPS or (step.opname == "BINARY_OP" and step.argrepr in _ARITHMETIC)
-        for step in dis.get_instructions(code)
-    )
+    steps = dis.get_instructions(code)
+    return _flags(code) is not None and all(
+        step.opname in _STEPS or step.opname in _BRANCHES
+        or (step.opname == "BINARY_OP" and step.argrepr in _ARITHMETIC)
+        for step in steps
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _flags(code: types.CodeType) -> frozenset[str] | None:
+    """Return the attributes of the first argument that branches look at; None if at more."""
+    steps = [step for step in dis.get_instructions(code) if step.opname != "TO_BOOL"]
+    flags, own = set(), code.co_varnames[:1]
+    for place, step in enumerate(steps):
+        if step.opname not in _BRANCHES:
+            continue
+        owner, name = steps[max(place - 2, 0)], steps[max(place - 1, 0)]
+        loaded = owner.opname in ("LOAD_FAST", "LOAD_FAST_BORROW") and (owner.argval,) == own
+        elsewhere = step.is_jump_target or name.is_jump_target  # that comes with something else
+        if not loaded or name.opname != "LOAD_ATTR" or elsewhere:
+            return None
+        flags.add(name.argval)
+    written = any("STORE_FAST" in s.opname and own[0] in str(s.argval) for s in steps if flags)
+    return None if written else frozenset(flags)
 
 
 @lru_cache(maxsize=256)

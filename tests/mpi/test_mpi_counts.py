@@ -113,9 +113,9 @@ def test_explicit_steps() -> None:
             forward, backward = ((b - a).per(steps) for a, b in zip(one, two, strict=True))
             what = (mode, method, forward, backward)
             checks.true(steps == 10 and forward.reductions == backward.reductions == 0.0, *what)
-            # Of arguments (2), parameters (2), failures (1); of the gradient and a mark.
+            # Of arguments (2), parameters and failures (1 each); of the gradient and a mark.
             several = comm.size > 1
-            checks.true(one[0].reductions == 5 * several, *what, one)
+            checks.true(one[0].reductions == 4 * several, *what, one)
             checks.true(one[1].reductions == 1 * several, *what, one)
             checks.true(one[1].reduced == 8 * (1 + 1 + 2) * several, *what, one)
             if mode != "batch":
@@ -152,8 +152,8 @@ def test_compiled_sweeps(options: dict[str, Any], mode: str) -> None:
     for end in (1.0, 2.0):
         stats, forward, backward = measure(mode, end, compile=True, **options)
         attempts = stats.steps + stats.rejected
-        # Of arguments (2), parameters (2) and failures (1); for the first adaptive step (3).
-        once = 7 + 3 * adaptive
+        # Of arguments (2), parameters and failures (1 each); for the first adaptive step (3).
+        once = 6 + 3 * adaptive
         checks.true(forward.reductions == (once + adaptive * attempts) * several, options, forward)
         checks.true(backward.reductions == (1 + (mode == "grid")) * several, options, backward)
         sends.append((attempts, stats.steps, forward.sends, backward.sends))
@@ -175,7 +175,7 @@ def test_implicit_steps() -> None:
         options = {"method": "cn", "step_size": 0.1, "jacobian": "matrix-free"}
         stats, forward, backward = measure("grid", end, **options)
         expected = 2 * stats.krylov + stats.newton + 2 * stats.newton + stats.steps
-        checks.true(forward.reductions == (5 + expected) * several, options, forward, stats)
+        checks.true(forward.reductions == (4 + expected) * several, options, forward, stats)
         expected = 2 * stats.backward.krylov + stats.backward.steps
         checks.true(backward.reductions == (1 + expected) * several, options, backward, stats)
     report("grid", options, forward.per(stats.steps), backward.per(stats.steps))
@@ -188,4 +188,4 @@ def test_implicit_steps() -> None:
         report(mode, options, forward.per(stats.steps), backward.per(stats.steps))
         # No more than for a norm or product of PETSc's own: five per Newton or Krylov iteration.
         work = stats.newton + stats.krylov + stats.steps
-        checks.true(forward.reductions <= 5 + 5 * work, options, forward, stats)
+        checks.true(forward.reductions <= 4 + 5 * work, options, forward, stats)
