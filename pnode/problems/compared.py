@@ -131,13 +131,19 @@ def _see_to_replicas(ranks: Ranks, parameters: Sequence[torch.Tensor]) -> None:
 
 
 def _sums(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the sums of a parameter's first half and of all of it, and what is round-off in them.
+    """Return two sums over a parameter, one with weights, and what is round-off in them.
 
-    Of a transform's tensor, whose numbers are not to be had, nothing.
+    The weights are those of rows and columns, so that entries may not change places. Of a
+    transform's tensor, whose numbers are not to be had, nothing.
     """
     if is_wrapped(tensor):
         return torch.tensor([0.0, 0.0, math.inf], dtype=torch.float64, device="cpu")
     flat = as_reals(tensor.detach())
-    size = torch.linalg.vector_norm(flat, dtype=torch.float64)
-    half, whole = (part.sum(dtype=torch.float64) for part in (flat[: len(flat) // 2 + 1], flat))
-    return torch.stack([half, whole, 1e-6 * math.sqrt(len(flat)) * size + 1e-300]).cpu()
+    dtype = torch.promote_types(flat.dtype, torch.float32)
+    size = torch.linalg.vector_norm(flat, dtype=dtype).to(torch.float64)
+    width = math.isqrt(len(flat) - 1) + 1 if len(flat) else 1
+    rows = torch.nn.functional.pad(flat, (0, -len(flat) % width)).view(-1, width)
+    sums = [rows.sum(k, dtype=dtype).to(torch.float64) for k in (0, 1)]
+    weighted = [x @ torch.arange(len(x), dtype=x.dtype, device=x.device).cos() for x in sums]
+    whole, slack = sums[0].sum(), 1e-6 * math.sqrt(len(flat)) * size + 1e-300
+    return torch.stack([weighted[0] + 2.0 * weighted[1], whole, slack]).cpu()
