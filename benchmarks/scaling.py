@@ -187,7 +187,7 @@ def measure(
         comm.Barrier()
         times.append(time.perf_counter() - start)
     attempts = solution.stats.steps + solution.stats.rejected
-    once = 4.0 * (comm.size > 1)  # see tests/mpi/test_mpi_counts.py
+    once = 5.0 * (comm.size > 1)  # see tests/mpi/test_mpi_counts.py
     once += 3.0 * (comm.size > 1 and adaptive)
     once += (2.0 + (kind == "grid")) * (comm.size > 1 and options.get("compile", False))
     return {
