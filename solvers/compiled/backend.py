@@ -14,7 +14,6 @@ import torch
 from pnode.base.graphs import no_graph
 from pnode.base.options import SolverOptions
 from pnode.base.vectors import REAL
-from pnode.controllers import PID
 from pnode.field.vectorfield import VectorField
 from pnode.problems.checkpointing import Checkpointing
 from pnode.problems.problem import InitialValueProblem
@@ -32,23 +31,10 @@ from pnode.solvers.step_control import StepControl
 
 __all__ = [
     "Backend", "Checked", "Code", "Compilation", "Reason", "Trace", "Wanted",
-    "strange_controller",
 ]  # fmt: skip
 
 # So often is taken down what a field reads, which may be others in each solve.
 _LOOKS = 20
-
-
-def strange_controller(settings: IntegratorSettings) -> str | None:
-    """Return why machine code does not choose steps as is asked for."""
-    rule, method = settings.controller, settings.method
-    if settings.norm != "rms":
-        return f"norm={settings.norm!r} is not the root mean square"
-    if isinstance(rule, PID):
-        return f"method={method.name!r} is not compiled with a PID" if method.coupled else None
-    if rule in ("basic", "none"):
-        return None
-    return f"controller={rule!r} is PETSc's alone: use controller='basic' or a pnode.PID"
 
 
 class Code(ABC):
@@ -227,6 +213,19 @@ class Wanted:
     interpolant: Scheme | None = None
     ghosts: bool = False
     needed: str = ""
+
+    @property
+    def strange_controller(self) -> str | None:
+        """Why machine code does not choose steps as is asked for."""
+        settings, method = self.settings, self.settings.method
+        rule = settings.controller
+        if settings.norm != "rms":
+            return f"norm={settings.norm!r} is not the root mean square"
+        if isinstance(rule, str):
+            known = rule in ("basic", "none")
+            text = f"controller={rule!r} is PETSc's alone: use controller='basic' or a pnode.PID"
+            return None if known else text
+        return f"method={method.name!r} is not compiled with a PID" if method.coupled else None
 
     @property
     def begins_afresh(self) -> bool:

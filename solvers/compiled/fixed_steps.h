@@ -17,9 +17,9 @@ class FixedSteps {
     // The ends of all steps, from the first one's start on.
     void prescribe(const double* points, int64_t number) { points_.assign(points, points + number); }
 
-    // Where the output times are no longer those of an interval, the next one follows.
     void begin() { first_ = 0; }
 
+    // Go on behind an interval.
     void next(size_t interval) { first_ += counts_[interval]; }
 
     // The step at `position` of an interval from `begin` to `end`.

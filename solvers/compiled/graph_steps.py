@@ -19,14 +19,7 @@ from pnode.field.vectorfield import VectorField
 from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.compiled import driver
 from pnode.solvers.compiled.account import paid
-from pnode.solvers.compiled.backend import (
-    Backend,
-    Checked,
-    Compilation,
-    Trace,
-    Wanted,
-    strange_controller,
-)  # fmt: skip
+from pnode.solvers.compiled.backend import Backend, Checked, Compilation, Trace, Wanted
 from pnode.solvers.compiled.budgets import Budget
 from pnode.solvers.compiled.evaluations import trusted
 from pnode.solvers.compiled.graph_calls import Graph, described, dtype_code, lend_torch, opened
@@ -240,7 +233,7 @@ class ExplicitSteps(Backend):
                 f"method={method.name!r} is not an explicit Runge-Kutta method (see "
                 "pnode.methods()), and only these are compiled so far"
             )
-        if strange := strange_controller(settings):
+        if strange := wanted.strange_controller:
             return strange
         plain = ("ts_adapt_type", "ts_monitor", "ts_view")
         for name, value in wanted.options.values.items():

@@ -13,14 +13,7 @@ from pnode.base.vectors import REAL
 from pnode.field.vectorfield import VectorField
 from pnode.problems.checkpointing import Checkpointing
 from pnode.problems.mass import MassMatrix
-from pnode.solvers.compiled.backend import (
-    Backend,
-    Checked,
-    Compilation,
-    Trace,
-    Wanted,
-    strange_controller,
-)  # fmt: skip
+from pnode.solvers.compiled.backend import Backend, Checked, Compilation, Trace, Wanted
 from pnode.solvers.compiled.budgets import Budget
 from pnode.solvers.compiled.colored import colored
 from pnode.solvers.compiled.compiler import bare
@@ -95,7 +88,7 @@ class ImplicitSweeps(Backend):
             return f"method={method.name!r} is compiled for up to {most} state entries"
         if settings.dtype is not torch.float64:
             return "implicit methods are compiled in float64 only"
-        if strange := strange_controller(settings):
+        if strange := wanted.strange_controller:
             return strange
         return None
 

@@ -14,7 +14,7 @@ from pnode.base.devices import HOST
 from pnode.base.interpolation import polynomial
 from pnode.base.options import PETSc, SolverOptions
 from pnode.base.vectors import REAL
-from pnode.controllers import DEADBEAT, PID, ErrorMemory
+from pnode.controllers import ErrorMemory
 from pnode.errors import NonFiniteVectorField, SolveError
 from pnode.field.vectorfield import VectorField
 from pnode.problems import tolerances
@@ -89,8 +89,7 @@ class CompiledIntegrator(TimeIntegrator):
         self.solution = PETSc.Vec().createWithArray(memory, comm=settings.comm)
         #: Longest adaptive step.
         self.longest = self.ts.getStepLimits()[1] if settings.adaptive else math.inf
-        rule = settings.controller if isinstance(settings.controller, PID) else DEADBEAT
-        self._errors = ErrorMemory(rule, settings.method.order)
+        self._errors = ErrorMemory(settings.rule, settings.method.order)
         self._slope: torch.Tensor | None = None
         self._saved: tuple[torch.Tensor, ...] = ()
         self._number: tuple[float, torch.Tensor] = (0.0, torch.zeros((), dtype=REAL))

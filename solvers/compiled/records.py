@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from pnode.base.ledger import Ledger
-from pnode.controllers import DEADBEAT, PID
 from pnode.errors import ConfigurationError, LinearSolveFailed
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.step_control import StepControl
@@ -78,7 +77,7 @@ def new_control(
     first_step: float, fresh: bool = False,
 ) -> Any:  # fmt: skip
     """Return how steps are chosen, in C; ``fresh``: each begins without what the last has left."""
-    rule = settings.controller if isinstance(settings.controller, PID) else DEADBEAT
+    rule = settings.rule
     limits = zip(rule.limits(False), rule.limits(True), strict=True)
     return _Control(
         keep, fresh, settings.adaptive, -1 if control.max_steps is None else control.max_steps,

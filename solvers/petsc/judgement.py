@@ -9,7 +9,7 @@ import torch
 
 from pnode.base import vectors
 from pnode.base.options import PETSc, SolverOptions
-from pnode.controllers import DEADBEAT, PID, ErrorMemory
+from pnode.controllers import ErrorMemory
 from pnode.errors import ConfigurationError
 from pnode.problems import tolerances
 from pnode.solvers.petsc.bridge import Bridge
@@ -54,12 +54,12 @@ class Judge:
                     "or controller=pnode.PID(...)): give controller=pnode.PID(safety=..., "
                     "factormin=..., factormax=...) instead"
                 )
-        method, rule, device = settings.method, settings.controller, settings.place.device
+        method, device = settings.method, settings.place.device
         self._embedded = not method.extrapolates
         # PETSc takes its extrapolated Euler method for one of order 2.
         extrapolated = not self._embedded or method.subtype == "1bee"
         self._order = 2 if extrapolated else method.order
-        self._memory = ErrorMemory(rule if isinstance(rule, PID) else DEADBEAT, self._order)
+        self._memory = ErrorMemory(settings.rule, self._order)
         self._ts, self._bridge = ts, bridge
         self._rtol, self._atol = (
             tolerances.values(value, device) for value in (settings.rtol, settings.atol)

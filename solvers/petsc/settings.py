@@ -10,7 +10,7 @@ import torch
 
 from pnode.base.devices import HOST, Place
 from pnode.base.options import PETSc
-from pnode.controllers import PID, Norm, controller_options
+from pnode.controllers import DEADBEAT, PID, Norm, controller_options
 from pnode.problems.tolerances import Resolved
 from pnode.solvers.linear.block import BLOCK_LU
 from pnode.solvers.linear.given_solves import GivenSolve
@@ -93,6 +93,11 @@ class IntegratorSettings:
     def parallel(self) -> bool:
         """Whether several ranks share the state."""
         return bool(self.comm.size > 1)
+
+    @property
+    def rule(self) -> PID:
+        """How pnode itself chooses adaptive steps."""
+        return self.controller if isinstance(self.controller, PID) else DEADBEAT
 
     @property
     def judged(self) -> bool:
