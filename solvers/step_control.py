@@ -198,14 +198,7 @@ def unresolved(name: str, size: float, **where: Any) -> StepSizeUnderflow:
 def first_step(
     integrator: TimeIntegrator, field: VectorField, start: float, end: float, control: StepControl
 ) -> float:
-    """Choose a first step; see :func:`automatic_step`.
-
-    Where y0' is not at hand (a mass matrix, a residual), a millionth of the first output interval,
-    or of 1 where that has no end.
-    """
-    if not field.problem.gives_rate:
-        span = end - start if math.isfinite(end) else 1.0
-        return min(1e-6 * span, control.max_step)
+    """Choose a first step; see :func:`automatic_step`."""
     y0 = vectors.copy_out(integrator.solution, field.dtype)
     settings = integrator.settings
     return automatic_step(field, y0, settings, integrator.first_order, start, end, control)
@@ -218,8 +211,12 @@ def automatic_step(
     """Choose a first step from two evaluations of the field, one if ``f0`` is at hand.
 
     Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I, section II.4, "Starting
-    Step Size".
+    Step Size". Where y0' is not at hand (a mass matrix, a residual), a millionth of the first
+    output interval, or of 1 where that has no end.
     """
+    if not field.problem.gives_rate:
+        span = end - start if math.isfinite(end) else 1.0
+        return min(1e-6 * span, control.max_step)
     if f0 is None:
         f0 = field.slope(start, y0.clone())
     rtol, atol = (tolerances.values(value, y0.device) for value in (settings.rtol, settings.atol))

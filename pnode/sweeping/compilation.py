@@ -112,9 +112,7 @@ def begin(
         if run.entry is not None:
             own = local(field, y0)
             if ranks.parallel:
-                kinds = None, wanted.settings.method.implicit  # as on all ranks
-                backends = (x for x in engine.compiler.backends if x.shared and x.implicit in kinds)
-                _decide_together(ranks, entry, *own, keep, max(x.share for x in backends))
+                _decide_together(engine, ranks, entry, *own, keep)
             else:
                 _decide(engine, entry, *own, wanted)
         if entry.hindrance or not entry.bought:
@@ -213,7 +211,7 @@ def _decide(
 
 
 def _decide_together(
-    ranks: Ranks, entry: Entry, field: VectorField, y0: torch.Tensor, keep: bool, share: float
+    engine: Engine, ranks: Ranks, entry: Entry, field: VectorField, y0: torch.Tensor, keep: bool
 ) -> None:
     """Decide by the largest part that a rank has of a state, the same on all. Collective."""
     if entry.to_be_looked_at:
@@ -223,7 +221,9 @@ def _decide_together(
         works = [work for _, work in seen]
         entry.work = None if None in works else Work(*map(max, zip(*works, strict=True)))
     if not entry.hindrance:
-        entry.decide(share)
+        method = engine.method  # as on all ranks
+        kinds, backends = (None, method.implicit), engine.compiler.backends
+        entry.decide(max(x.share for x in backends if x.shares(method) and x.implicit in kinds))
 
 
 def _flops(packet: Any, args: tuple[Any, ...], result: Any) -> int:

@@ -25,6 +25,7 @@ from pnode.solvers.compiled.guards import Guard
 from pnode.solvers.compiled.inductor import CompilationFailed
 from pnode.solvers.compiled.trace import FieldGraph, Untraceable
 from pnode.solvers.compiled.unchanged import Unchanged
+from pnode.solvers.methods import Method
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.scheme import Scheme
 from pnode.solvers.step_control import StepControl
@@ -304,8 +305,6 @@ class Backend(ABC):
         Whether it is for implicit methods or for explicit ones; None: for all.
     final : bool
         Whether no other one is left where it fails.
-    shared : bool
-        Whether it is for states that several ranks share, too.
     ghosts : bool or None
         Whether it is for states with ghost cells, and for no others; None: for all states.
     share : float
@@ -314,9 +313,12 @@ class Backend(ABC):
 
     implicit: bool | None = None
     final = False
-    shared = False
     ghosts: bool | None = False
     share = 1.0
+
+    def shares(self, method: Method) -> bool:
+        """Whether it is for states that several ranks share, too, with some method."""
+        return False
 
     @abstractmethod
     def refuses(self, wanted: Wanted) -> str | None:

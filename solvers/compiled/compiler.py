@@ -37,7 +37,9 @@ _MOST_TRACES = 8
 # What becomes of a solve on one rank; of a solve of several the least of them.
 _NEVER, _CHANGED, _PASSING, _MADE = range(4)
 _GHOSTS = "of states with ghost cells whole sweeps of explicit methods alone are compiled"
-_UNSHARED = "of states that ranks share whole sweeps of explicit methods alone are compiled"
+_UNSHARED = (
+    "of states that ranks share whole sweeps of explicit and Rosenbrock methods alone are compiled"
+)
 
 
 class _Prepared(NamedTuple):
@@ -165,7 +167,8 @@ class Compiler:
                 if backend.ghosts and not wanted.ghosts:
                     continue
                 if backend.implicit in (None, wanted.settings.method.implicit):
-                    text = None if backend.shared or not wanted.settings.parallel else _UNSHARED
+                    shares = backend.shares(wanted.settings.method)
+                    text = None if shares or not wanted.settings.parallel else _UNSHARED
                     text = _GHOSTS if wanted.ghosts and backend.ghosts is False else text
                     text = text or backend.refuses(wanted)
                     if text is None:

@@ -178,7 +178,7 @@ def _newton_options(wanted: Wanted, keeps_jacobian: bool) -> dict[str, Any]:
     expected, own = (
         default_options(
             settings.method, settings.adaptive, settings.jacobian, settings.dtype, False,
-            settings.controller, options,
+            settings.controller, options, settings.comm.size,
         )
         for options in (settings.jacobian_options, JacobianOptions())
     )  # fmt: skip

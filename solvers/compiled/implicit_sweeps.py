@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from pnode.base.communicators import allreduce
 from pnode.base.vectors import REAL
 from pnode.field.vectorfield import VectorField
 from pnode.problems.checkpointing import Checkpointing
@@ -29,6 +30,7 @@ from pnode.solvers.compiled.shown_steps import ShownSteps
 from pnode.solvers.compiled.split_programs import SplitProgram
 from pnode.solvers.compiled.trace import FieldGraph, Untraceable
 from pnode.solvers.methods import Method
+from pnode.solvers.step_control import automatic_step
 
 __all__ = ["ImplicitSweeps"]
 
@@ -47,14 +49,21 @@ class ImplicitSweeps(Backend):
     #: Whether graphs serve where scalars do not.
     graphs = True
 
+    def shares(self, method: Method) -> bool:
+        """Whether stages take one solve each, whose end no rank has to hear of."""
+        return method.linearly_implicit
+
     def refuses(self, wanted: Wanted) -> str | None:
         """Return why there are no such sweeps for a solve, whatever the field."""
         settings, method = wanted.settings, wanted.settings.method
-        if wanted.watched and (settings.parallel or "callbacks" in wanted.watched):
+        looked_at = bool(wanted.watched) or wanted.dense
+        if "callbacks" in wanted.watched or (settings.parallel and looked_at):
             return (
-                "odeint's callbacks look at attempts of implicit methods, and events and monitors "
-                "at single steps of states that ranks share"
+                "odeint's callbacks look at attempts of implicit methods, and events, monitors and "
+                "dense=True at single steps of states that ranks share"
             )
+        if settings.parallel and allreduce() is None:
+            return "machine code does not find MPI_Allreduce"
         if wanted.keep and not self._keeps(wanted.checkpointing):
             return (
                 "of implicit methods checkpoints are kept in memory alone: of checkpointing= drop "
@@ -170,6 +179,7 @@ class ImplicitSweeps(Backend):
         if len(checked) > 1:
             program = SplitProgram(program, checked[1].code)
         problem, parts = field_.problem, wanted.parts
+        first = _first_step(field_, y0, wanted)
         stand = partial(_stand_at, program, checked[0].code, y0, problem.mass)
         handle = stand(wanted)
         budget = Budget()
@@ -179,7 +189,7 @@ class ImplicitSweeps(Backend):
             budget = budget._replace(fresh=True)  # as EventLocator.before_step has it
         sweep = CompiledSweep(
             program, handle, None, problem, wanted.settings, wanted.control, wanted.keep,
-            wanted.control.first_step or 0.0, budget, wanted.dense,
+            first, budget, wanted.dense,
         )  # fmt: skip
         if wanted.watched:
             trial = stand(parts) if parts is not None and "events" in wanted.watched else None
@@ -187,6 +197,18 @@ class ImplicitSweeps(Backend):
         if parts is not None and wanted.dense:
             sweep.parts = CompiledParts(program, stand(parts), problem.direction)
         return Compilation(sweep, captured=tuple(program.captured))
+
+
+def _first_step(field_: VectorField, y0: torch.Tensor, wanted: Wanted) -> float:
+    """Return the first step of an adaptive sweep, 0 where its kernel chooses. Collective."""
+    problem, control, settings = field_.problem, wanted.control, wanted.settings
+    given = control.first_step
+    if not (problem.ranks.parallel and settings.adaptive):
+        return given or 0.0
+    start, end = problem.times[:2]
+    order = settings.method.order
+    automatic = automatic_step(field_, y0.detach(), settings, order, start, end, control)
+    return automatic if given is None else min(given, automatic)
 
 
 def _stand_at(

@@ -188,10 +188,10 @@ class Sweep {
         }
         const double entries = static_cast<double>(kernel_->size);
         const bool usable = own.status == DONE;
+        const bool curable = own.status == NOT_FINITE || own.status == NOT_CONVERGED;
         double found[3];
-        const bool heard = reduction_.sum(
-            {usable ? own.error * own.error * entries : 0.0, entries,
-             usable ? 0.0 : own.status == NOT_FINITE ? 1.0 : GONE}, found);
+        const bool heard = reduction_.sum({usable ? own.error * own.error * entries : 0.0, entries,
+                                           usable ? 0.0 : curable ? 1.0 : GONE}, found);
         if (!heard || found[2] >= GONE) {
             open_ = false;
             ended_ = FAILED;
@@ -263,7 +263,8 @@ class Sweep {
     Status adapt() {
         if (at_limit()) return STEP_LIMIT;
         const double end = times_[interval_], left = end - s_;
-        if (std::isnan(natural_)) natural_ = kernel_->first_step(control_, s_, end);
+        if (std::isnan(natural_))  // of all ranks it is given
+            natural_ = open_ ? control_.first_step : kernel_->first_step(control_, s_, end);
         const double size = std::fabs(s_), spacing = std::nextafter(size, INFINITE) - size;
         const double least = std::max(4.0 * spacing, 1e-30 * left);
         const double natural =

@@ -22,7 +22,11 @@ pytestmark = pytest.mark.mpi
 EXACT = 1e-13  # sums over entries in another order
 FIXED: dict[str, Any] = {"method": "rk4", "step_size": 0.03}
 ADAPTIVE: dict[str, Any] = {"method": "dopri5", "rtol": 1e-7}
+IMPLICIT: dict[str, Any] = {"method": "rodaspr", "rtol": 1e-6}
 LIMITED: dict[str, Any] = ADAPTIVE | {"checkpointing": pnode.Checkpointing(memory=1200)}
+
+
+SPARSE: dict[str, Any] = {"jacobian": "sparse"}
 
 
 class Field(torch.nn.Module):
@@ -58,7 +62,10 @@ class Batch(Trial):
         return y0
 
 
-@pytest.mark.parametrize("options", [FIXED, ADAPTIVE, LIMITED])
+@pytest.mark.parametrize(
+    "options",
+    [FIXED, ADAPTIVE, LIMITED, IMPLICIT, {"method": "ra34pw2", "step_size": 0.04} | SPARSE],
+)
 def test_ranks_against_one(options: dict[str, Any]) -> None:
     """Outputs, steps and gradients are those of one rank, and of steps taken from Python."""
     with warnings.catch_warnings():
@@ -75,7 +82,9 @@ def test_ranks_against_one(options: dict[str, Any]) -> None:
         checks.true(repeated[0] == repeated[1] > 0, repeated)
 
 
-@pytest.mark.parametrize("options", [FIXED, ADAPTIVE | {"first_step": 1.0}])
+@pytest.mark.parametrize(
+    "options", [FIXED, ADAPTIVE | {"first_step": 1.0}, IMPLICIT | {"rtol": 1e-3}]
+)
 def test_sweeps_again(options: dict[str, Any]) -> None:
     """Attempts that leave the domain on one rank, second sweeps, and losses of some ranks alone."""
     t = torch.tensor([0.0, 0.2], dtype=D)
@@ -86,7 +95,7 @@ def test_sweeps_again(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.parametrize("options", [FIXED, ADAPTIVE])
+@pytest.mark.parametrize("options", [FIXED, ADAPTIVE, IMPLICIT])
 def test_failures(options: dict[str, Any]) -> None:
     """What fails on one rank, before, in and after the sweep, is the same error on all."""
     trial = Batch(**options)

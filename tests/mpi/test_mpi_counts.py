@@ -140,9 +140,17 @@ def test_adaptive_steps() -> None:
             report(mode, options, forward, backward)
 
 
-@pytest.mark.parametrize("mode", ["batch", "grid"])
-@pytest.mark.parametrize("options", [{"method": "rk4", "step_size": 0.1},
-                                     {"method": "dopri5", "rtol": 1e-6}])  # fmt: skip
+_FIXED, _ADAPTIVE, _IMPLICIT = (
+    {"method": "rk4", "step_size": 0.1}, {"method": "dopri5", "rtol": 1e-6},
+    {"method": "rodaspr", "rtol": 1e-5},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [("batch", _FIXED), ("batch", _ADAPTIVE), ("batch", _IMPLICIT), ("grid", _FIXED),
+     ("grid", _ADAPTIVE)],
+)  # fmt: skip
 def test_compiled_sweeps(options: dict[str, Any], mode: str) -> None:
     """As many as step by step, and two a sweep: whether all compile, and come to the end.
 

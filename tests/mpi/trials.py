@@ -17,7 +17,7 @@ BAD = comm.size - 1
 class Trial:
     """A solver of machine code; a state below zero leaves the domain of f.
 
-    Whole sweeps of explicit methods, of others the field alone.
+    Whole sweeps of explicit and Rosenbrock methods, of others the field alone.
 
     Attributes
     ----------
@@ -33,8 +33,8 @@ class Trial:
     def __init__(self, **options: Any) -> None:
         self.solver = pnode.Solver(self.field, compile=True, **self.shared, **options)
         self.good = self.gradient()
-        explicit = self.solver.method in ("rk4", "dopri5", "bosh3")
-        self.made = "'whole sweeps'" if explicit else "'the vector field'"
+        whole = self.solver.method in ("rk4", "dopri5", "bosh3", "rodaspr")
+        self.made = "'whole sweeps'" if whole else "'the vector field'"
         checks.true(self.made in repr(self.solver), self.solver)
 
     def start(self, lowest: float = 1.0) -> torch.Tensor:
