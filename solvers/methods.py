@@ -187,6 +187,11 @@ class Method:
         return self.ts_type in ("rk", "ssp")
 
     @property
+    def first_order(self) -> int:
+        """The order that the first adaptive step is chosen by: that of its error estimate."""
+        return 1 if self.multistep else 3 if self.coupled else self.order
+
+    @property
     def implicit(self) -> bool:
         """Whether a step solves nonlinear systems."""
         return self.kind != "explicit"

@@ -100,8 +100,7 @@ class MultistepIntegrator(TimeIntegrator):
                     "'bdf1' to 'bdf6' for a fixed order"
                 )
         super().__init__(settings, options)
-        highest = settings.method.order
-        self._highest, self.first_order = highest, 1
+        self._highest = highest = settings.method.order
         self._control = bdf.OrderControl(1 if settings.method.name == "bdf" else highest, highest)
         self._newton: ModifiedNewton | None = None
         atol = torch.as_tensor(tolerances.values(settings.atol), device=HOST.device)

@@ -103,9 +103,10 @@ class ModifiedNewton:
         if self._driver is not None:
             kind = pair.options.assembled(pair.jacobian)
             self._own = self._matrix.getPythonContext().ksp.getOperators()
-        # Of an assembled matrix that is the operator too, or of products alone.
+        # Of a matrix that is the operator too, or of products alone.
         shells = [matrix.getType() == "python" for matrix in self._own]
-        alike = shells[0] == shells[1] and kind not in ("block", "pair")
+        self._blocks = kind == "block" and self._own[0] == self._own[1]
+        alike = shells[0] == shells[1] and (self._blocks or kind not in ("block", "pair"))
         self._reforms = settings.form == "rhs" and alike
         self._eps = torch.finfo(settings.dtype).eps
         self.begin()
@@ -333,23 +334,27 @@ class ModifiedNewton:
     def _keep(self, shift: float) -> None:
         """Keep F_u of an assembled F_u + shift I."""
         matrix = self._own[1]
-        if matrix.getType() == "python" or not self._reforms:
+        if not self._reforms or (matrix.getType() == "python" and not self._blocks):
             return
-        if self._kept is None:
-            self._kept = matrix.duplicate(copy=True)
+        if not self._blocks:
+            self._kept = matrix.copy(self._kept)
+            self._kept.shift(-shift)
         else:
-            matrix.copy(self._kept)
-        self._kept.shift(-shift)
+            self._kept = matrix.getPythonContext().shifted(-shift)
 
     def _reshift(self, shift: float) -> None:
         """Form F_u + shift I from the kept Jacobian."""
         operator, matrix = self._own
-        if operator.getType() == "python":
+        if self._blocks:
+            matrix.getPythonContext().blocks = self._kept.shifted(shift).blocks
+            matrix.stateIncrease()
+        elif operator.getType() == "python":
             operator.getPythonContext().rate_factor = shift
             operator.assemble()
-        if self._kept is not None:
+        elif self._kept is not None:
             self._kept.copy(matrix)
             matrix.shift(shift)
+        if self._kept is not None:
             self._bridge.field.ledger.factorizations += 1
         if self._driver is not None:
             self._matrix.getPythonContext().stand_at(shift)

@@ -8,7 +8,7 @@ namespace {
 class Bdf : public ImplicitSteps {
  public:
   Bdf(const Settings& settings, const double* y0, const double* mass)
-      : ImplicitSteps(settings, y0, mass), newton(m, M, counts),
+      : ImplicitSteps(settings, y0, mass), newton(m, M, counts, sums),
         control(int(settings.lowest), int(settings.highest)) {
     chooses = absolute = true;
     first_order = 1.0;
@@ -181,16 +181,17 @@ class Bdf : public ImplicitSteps {
     if (!m.adaptive || prescribed) return {DONE, 0.0};
     // The slope makes the first node a double one.
     const auto size = [&](int order_of) {
-      double sum = 0.0;
+      double sum[] = {0.0};
       const int n = std::min(order_of, known);
       if (!(first && order_of == 2)) difference_weights(distances, n, weights);
       for (int k = 0; k < N; k++) {
         double value = first && order_of == 2 ? end[k] - guess[k] : weights[0] * end[k];
         if (!(first && order_of == 2))
           for (int j = 0; j < n; j++) value += weights[j + 1] * states[j][k];
-        sum += (value / scale[k]) * (value / scale[k]);
+        sum[0] += (value / scale[k]) * (value / scale[k]);
       }
-      return std::sqrt(sum / N);
+      const double entries = add_up(sums, sum, N);
+      return std::sqrt(sum[0] / entries);
     };
     const double error = error_constant(distances, taken) * size(taken + 1);
     if (!std::isfinite(error)) return {HOPELESS, error};

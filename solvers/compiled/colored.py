@@ -26,8 +26,6 @@ class Colored:
     ----------
     pattern : SparsityPattern
         Where entries may be.
-    blocks : bool
-        Whether those are blocks of independent samples.
 
     Attributes
     ----------
@@ -40,8 +38,7 @@ class Colored:
         Tells it from others.
     """
 
-    def __init__(self, pattern: SparsityPattern, blocks: bool = False) -> None:
-        self.blocks = blocks
+    def __init__(self, pattern: SparsityPattern) -> None:
         self.rows, self.columns, self.colors = (
             x.contiguous() for x in (pattern.rows, pattern.columns, pattern.colors)
         )
@@ -88,7 +85,7 @@ def colored(
         if jacobian == "block":
             pattern = _of_blocks(options.samples, len(y0))
         assert pattern is not None
-        codes[key] = Colored(pattern if pattern.known else _detected(part, y0), jacobian == "block")
+        codes[key] = Colored(pattern if pattern.known else _detected(part, y0))
     found: Colored = codes[key]
     return found
 

@@ -37,9 +37,7 @@ _MOST_TRACES = 8
 # What becomes of a solve on one rank; of a solve of several the least of them.
 _NEVER, _CHANGED, _PASSING, _MADE = range(4)
 _GHOSTS = "of states with ghost cells whole sweeps of explicit methods alone are compiled"
-_UNSHARED = (
-    "of states that ranks share whole sweeps of explicit and Rosenbrock methods alone are compiled"
-)
+_UNSHARED = "of states that ranks share steps of coupled stages are not compiled"
 
 
 class _Prepared(NamedTuple):

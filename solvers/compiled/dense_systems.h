@@ -3,8 +3,6 @@
 
 namespace {
 
-constexpr bool RENEWS = false;
-
 // Of shift M - J; without a mass matrix M = I.
 struct Factors : AnyLu<double, N> {
   bool factor(double shift, const double* J, const double* mass = nullptr) {

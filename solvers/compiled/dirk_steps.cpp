@@ -211,7 +211,7 @@ class Dirk : public ImplicitSteps {
     const double *z, *known;
   };
 
-  // The residual, and its norm; f (and J) there, of which y' comes behind y.
+  // The residual, and its square; f (and J) there, of which y' comes behind y.
   double residual_at(const Equation& of, double* y, double* residual) {
     double moved[N];
     for (int k = 0; k < N; k++) residual[k] = of.shift * (y[k] - of.z[k]);
@@ -226,7 +226,14 @@ class Dirk : public ImplicitSteps {
       for (int k = 0; k < N; k++) residual[k] -= of.known[k];
     }
     for (int k = 0; k < N; k++) residual[k] -= f[k];
-    return std::sqrt(square(residual, own));
+    return square(residual, own);
+  }
+
+  // From squares to norms, over all ranks.
+  template <int count>
+  void take_norms(double (&squares)[count]) {
+    add_up(sums, squares, N);
+    for (double& each : squares) each = std::sqrt(each);
   }
 
   // Solve for y, from a first guess; then for its integrals, whose residuals are there.
@@ -242,11 +249,11 @@ class Dirk : public ImplicitSteps {
 
   // Newton's method, as SNES has it.
   Status newton(const Equation& of, double* y, double* residual) {
-    double update[N];
-    double norm = residual_at(of, y, residual), before = 0.0;
+    double update[N], before = 0.0, norms[] = {residual_at(of, y, residual), 0.0, 0.0};
+    take_norms(norms);
+    double &norm = norms[0], &step = norms[1], &size = norms[2];  // of the update and of y
     const double first = norm;
     for (int iteration = 0;; iteration++) {
-      double step = 0.0, size = 0.0;
       if (iteration) {
         const bool slow = iteration > 1 && !(norm <= SLOW * before);
         if (CONSTANT ? !knows_constant : !keeps || !knows_jacobian || slow) {
@@ -254,18 +261,19 @@ class Dirk : public ImplicitSteps {
           knows_jacobian = true, knows_constant = CONSTANT, factored = 0.0;
           counts.jacobians++;
         }
-        if (factored != of.shift && !factor(of.shift, J)) return SINGULAR;
+        const bool regular = factored == of.shift || factor(of.shift, J);
         std::memcpy(update, residual, sizeof(update));
-        factors.solve(update);
+        regular ? factors.solve(update) : void(update[0] = NAN);  // all ranks hear of it
         counts.newton++, counts.krylov++;
-        before = norm, step = std::sqrt(square(update, own));
+        before = norm;
         if (damps) {
-          if (!backtrack(of, update, step, y, residual, norm)) return NOT_CONVERGED;
+          if (!backtrack(of, update, y, residual, norms)) return NOT_CONVERGED;
         } else {
           for (int k = 0; k < N; k++) y[k] -= update[k];
-          norm = residual_at(of, y, residual);
+          norm = residual_at(of, y, residual), step = square(update, own), size = square(y, own);
+          take_norms(norms);
         }
-        size = std::sqrt(square(y, own));
+        if (!regular) return SINGULAR;
       }
       if (!(norm * norm < MODERATE)) return NOT_FINITE;
       if (norm < m.newton_atol) return DONE;
@@ -279,19 +287,26 @@ class Dirk : public ImplicitSteps {
 
   // Move y by a part of the update, which SNESLINESEARCHBT would choose with its defaults; whether
   // there is one. What is not finite ends Newton's method.
-  bool backtrack(const Equation& of, const double* update, double step, double* y, double* residual,
-                 double& norm) {
+  bool backtrack(const Equation& of, const double* update, double* y, double* residual,
+                 double (&norms)[3]) {
     double from[N], part = 1.0, part_before = 0.0, excess_before = 0.0;
+    double sizes[] = {square(update, own), square(y, own)}, &norm = norms[0];
+    take_norms(sizes);
+    const auto look = [&] {
+      double found[] = {residual_at(of, y, residual), square(y, own)};
+      take_norms(found);
+      norm = found[0], norms[1] = sizes[0], norms[2] = found[1];
+    };
     std::memcpy(from, y, sizeof(from));
     const double start = 0.5 * norm * norm, slope = -norm * norm;
     for (bool whole = true;; whole = false) {
       for (int k = 0; k < N; k++) y[k] = from[k] - part * update[k];
-      norm = residual_at(of, y, residual);
+      look();
       const double value = 0.5 * norm * norm, excess = value - start - part * slope;
       if (!(value < MODERATE) || value <= start + DESCENT * part * slope) return true;
-      if (whole && step < m.newton_stol * std::sqrt(square(from, own))) {
+      if (whole && sizes[0] < m.newton_stol * sizes[1]) {
         std::memcpy(y, from, sizeof(from));
-        norm = residual_at(of, y, residual);
+        look();
         return true;
       }
       double next = -slope * part * part / (2.0 * excess);  // of a parabola

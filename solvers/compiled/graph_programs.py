@@ -130,7 +130,6 @@ def _entries(colored: Colored | None) -> list[str]:
     colors, entries = len(colored.seeds) - 1, len(colored.rows)
     return [
         f"constexpr int COLORS = {colors}, ENTRIES = {entries};  // {colored.name}",
-        f"constexpr bool BLOCKS = {str(colored.blocks).lower()};",
     ]
 
 

@@ -24,7 +24,7 @@ from pnode.solvers.petsc.second_attempts import backtracks
 from pnode.solvers.petsc.settings import IntegratorSettings, default_options
 from pnode.solvers.scheme import Scheme
 
-__all__ = ["prepared", "scheme_of", "tolerance"]
+__all__ = ["decisions", "prepared", "scheme_of", "tolerance"]
 
 # Newton's options, SNES's defaults, and their names in C.
 _NEWTON = {
@@ -117,6 +117,13 @@ def prepared(program: ImplicitProgram, wanted: Wanted) -> _Settings:
     )  # fmt: skip
     program.prepared.append((settings, struct, list(arrays.values())))
     return struct
+
+
+def decisions(program: ImplicitProgram, wanted: Wanted) -> list[float]:
+    """Return what Newton's method decides by, besides norms."""
+    struct = prepared(program, wanted)
+    names = [name for name in (*_INTEGERS, *_NUMBERS) if name != "wanted"]
+    return [program.library.pnode_decides(), *(getattr(struct, name) for name in names)]
 
 
 def tolerance(settings: IntegratorSettings, name: str) -> torch.Tensor:

@@ -64,6 +64,13 @@ double square(const double* x, int64_t count = N) {
   return sum;
 }
 
+// The same in units of a tolerance.
+double square_in(const double* x, const double* scale) {
+  double sum = 0.0;
+  for (int k = 0; k < N; k++) sum += (x[k] / scale[k]) * (x[k] / scale[k]);
+  return sum;
+}
+
 // x += factor y.
 void plus(Rows& x, double factor, const Rows& y) {
   if (factor != 0.0)
@@ -170,7 +177,7 @@ class ImplicitSteps : public Kernel {
     return ::automatic_step(
         control, first_order ? first_order : control.order, s, stop, u, N,
         [&](double t, const double* y, double* f) { slope_at(t, y, f); },
-        [&](const double* x) { return scaled(x, scale); });
+        [&](const double* x) { return std::sqrt(square_in(x, scale) / N); });
   }
 
   // y', for the first step.
@@ -248,12 +255,6 @@ class ImplicitSteps : public Kernel {
   int64_t kept_steps = 0;
 
  private:
-  double scaled(const double* x, const double* scale) const {
-    double sum = 0.0;
-    for (int k = 0; k < N; k++) sum += (x[k] / scale[k]) * (x[k] / scale[k]);
-    return std::sqrt(sum / N);
-  }
-
   // Weighted RMS norm of the error estimate (VecErrorWeightedNorms).
   double error() const {
     double sum = 0.0;
@@ -284,6 +285,9 @@ void pnode_products(Captured c, double t, const double* y, const double* w, doub
   }
   parameters(t, y, w, c, mu);
 }
+
+// What Newton's method decides by, besides settings and norms.
+int64_t pnode_decides() { return CONSTANT; }
 
 void pnode_lapack(const Lapack* functions) { lapack = *functions; }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from pnode.solvers.compiled.driver import CompiledSweep
 from pnode.solvers.compiled.evaluations import agree
 from pnode.solvers.compiled.fields import field_code
 from pnode.solvers.compiled.graph_programs import GraphProgram, is_linear
-from pnode.solvers.compiled.implicit_settings import prepared, scheme_of, tolerance
+from pnode.solvers.compiled.implicit_settings import decisions, prepared, scheme_of, tolerance
 from pnode.solvers.compiled.partial_steps import CompiledParts
 from pnode.solvers.compiled.programs import MOST_STAGES, ImplicitProgram, Program
 from pnode.solvers.compiled.second_graphs import SecondGraphs
@@ -38,6 +39,7 @@ __all__ = ["ImplicitSweeps"]
 _LARGEST_SCALARS, _LARGEST_STATE = 32, 256
 # States are on the stack, two of each stage, of Rosenbrock methods five.
 _LARGEST_SPARSE, _LARGEST_SPARSE_ROSENBROCK = 1 << 14, 1 << 12
+_UNLIKE = "the ranks' parts of the state are solved for in different ways, by size or by f"
 
 
 class ImplicitSweeps(Backend):
@@ -50,8 +52,8 @@ class ImplicitSweeps(Backend):
     graphs = True
 
     def shares(self, method: Method) -> bool:
-        """Whether stages take one solve each, whose end no rank has to hear of."""
-        return method.linearly_implicit
+        """Whether there are steps that ranks take together."""
+        return not method.coupled
 
     def refuses(self, wanted: Wanted) -> str | None:
         """Return why there are no such sweeps for a solve, whatever the field."""
@@ -64,6 +66,12 @@ class ImplicitSweeps(Backend):
             )
         if settings.parallel and allreduce() is None:
             return "machine code does not find MPI_Allreduce"
+        iterates = not method.linearly_implicit
+        if settings.parallel and iterates and wanted.keep and wanted.checkpointing.may_repeat:
+            return (
+                "Newton's method of all ranks is not repeated in a backward sweep: of "
+                "checkpointing= drop memory= and store='solutions'"
+            )
         if wanted.keep and not self._keeps(wanted.checkpointing):
             return (
                 "of implicit methods checkpoints are kept in memory alone: of checkpointing= drop "
@@ -179,6 +187,8 @@ class ImplicitSweeps(Backend):
         if len(checked) > 1:
             program = SplitProgram(program, checked[1].code)
         problem, parts = field_.problem, wanted.parts
+        if not _alike(checked[0].code, wanted, field_):
+            return Compilation(reasons=(_UNLIKE,))
         first = _first_step(field_, y0, wanted)
         stand = partial(_stand_at, program, checked[0].code, y0, problem.mass)
         handle = stand(wanted)
@@ -199,6 +209,15 @@ class ImplicitSweeps(Backend):
         return Compilation(sweep, captured=tuple(program.captured))
 
 
+def _alike(code: ImplicitProgram, wanted: Wanted, field_: VectorField) -> bool:
+    """Whether Newton's methods of all ranks decide alike by the same sums. Collective."""
+    ranks = field_.problem.ranks
+    if not ranks.parallel:
+        return True
+    least, most = ranks.extremes(zlib.crc32(repr(decisions(code, wanted)).encode()))
+    return least == most
+
+
 def _first_step(field_: VectorField, y0: torch.Tensor, wanted: Wanted) -> float:
     """Return the first step of an adaptive sweep, 0 where its kernel chooses. Collective."""
     problem, control, settings = field_.problem, wanted.control, wanted.settings
@@ -206,7 +225,7 @@ def _first_step(field_: VectorField, y0: torch.Tensor, wanted: Wanted) -> float:
     if not (problem.ranks.parallel and settings.adaptive):
         return given or 0.0
     start, end = problem.times[:2]
-    order = settings.method.order
+    order = settings.method.first_order
     automatic = automatic_step(field_, y0.detach(), settings, order, start, end, control)
     return automatic if given is None else min(given, automatic)
 

@@ -62,6 +62,27 @@ struct Aligned {
 };
 typedef std::vector<double, Aligned<double>> Numbers;
 
+// What ranks that share the state add up within an attempt: see ranks.h.
+class Sums {
+  public:
+    virtual ~Sums() = default;
+    // Replace so many numbers, MOST at most, by their sums: NaN where a rank has failed, which ends
+    // the attempt on all of them. Collective.
+    virtual void add(double* numbers, int count) = 0;
+
+    static constexpr int MOST = 5;
+    double entries = 0.0;  // of the whole state, once something was added up
+};
+
+// The sums of numbers over all ranks, and of how many entries these are.
+template <int count>
+double add_up(Sums* sums, double (&numbers)[count], int64_t own) {
+    static_assert(count <= Sums::MOST, "");
+    if (!sums) return double(own);
+    sums->add(numbers, count);
+    return sums->entries;
+}
+
 class Kernel {
   public:
     explicit Kernel(int64_t size) : size(size) {}
@@ -139,6 +160,8 @@ class Kernel {
     bool chooses = false, absolute = false;
     // Whether ranks that share the state take each step, and each adjoint, together.
     bool collective = false;
+    // Of ranks that decide together within a step; null: there are no others.
+    Sums* sums = nullptr;
     // Where the step before the next one ended, if that was not taken just now; else NaN.
     double last_end = std::numeric_limits<double>::quiet_NaN();
     // A step that failed is tried again with this share of its length.

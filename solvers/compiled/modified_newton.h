@@ -7,8 +7,9 @@ constexpr double EPS = std::numeric_limits<double>::epsilon();
 
 class Newton {
  public:
-  Newton(const Settings& settings, const double* mass, Counts& counts)
-      : m(settings), mass(mass), counts(counts) {
+  // `sums`: of ranks that take the same iterations, null without others.
+  Newton(const Settings& settings, const double* mass, Counts& counts, Sums* const& sums)
+      : m(settings), mass(mass), counts(counts), sums(sums) {
     forget();
   }
 
@@ -43,12 +44,6 @@ class Newton {
   static constexpr double KAPPA = 0.05, SLOW = 0.1, MEMORY = 0.2, DOUBT = 1.5, LEAST = 0.02;
   static constexpr double SHIFT_CHANGE = 0.1, LARGEST = 1e300;
 
-  static double weighted(const double* v, const double* scale) {
-    double sum = 0.0;
-    for (int k = 0; k < N; k++) sum += (v[k] / scale[k]) * (v[k] / scale[k]);
-    return std::sqrt(sum / N);
-  }
-
   Status iterate(Captured c, double t, const double* guess, double shift, const double* psi,
                  const double* scale, double* u) {
     double f[N], rate_of_u[N], update[N], norm = 0.0, first = 0.0;
@@ -56,8 +51,8 @@ class Newton {
     std::memcpy(u, guess, sizeof(f));
     for (int iteration = 0; iteration < m.max_newton; iteration++) {
       bad_guess = iteration == 0;
-      // As in Python, J is not kept for another shift where there is a mass matrix, or are blocks.
-      const bool evaluates = refresh || ((RESIDUAL || mass || RENEWS) && outdated(shift));
+      // As in Python, J is not kept for another shift where there is a mass matrix.
+      const bool evaluates = refresh || ((RESIDUAL || mass) && outdated(shift));
       for (int k = 0; k < N; k++) rate_of_u[k] = shift * u[k] + psi[k];
       if (RESIDUAL) std::memcpy(u + WIDTH - N, rate_of_u, sizeof(rate_of_u));
       if (evaluates)
@@ -72,20 +67,26 @@ class Newton {
       else
         std::memcpy(update, rate_of_u, sizeof(update));
       for (int k = 0; k < N; k++) update[k] -= f[k];
-      const double residual = std::sqrt(square(update, own));
-      if (!(square(f) < MODERATE && residual < LARGEST)) return NOT_FINITE;
+      double found[] = {square(update, own), square(f)};
+      add_up(sums, found, N);
+      const double residual = std::sqrt(found[0]);
+      if (!(found[1] < MODERATE && residual < LARGEST)) return NOT_FINITE;
       if (first == 0.0) first = residual;
       if (m.by_residual) {
         if (iteration && residual <= m.newton_rtol * first) return DONE;
         if (residual <= m.newton_atol) return DONE;
       }
-      if (!correct(shift, update, evaluates)) return bad_guess = false, NOT_CONVERGED;
+      const bool corrected = correct(shift, update, evaluates);
       for (int k = 0; k < N; k++) u[k] -= update[k];
-      const double before = norm, length = std::sqrt(square(u, own));
-      const double absolute = std::sqrt(square(update, own)), noise = EPS * length;
-      norm = m.by_norm ? absolute : weighted(update, scale);
+      double sizes[] = {square(u, own), square(update, own), 0.0, 0.0, double(!corrected)};
+      if (!m.by_norm) sizes[2] = square_in(update, scale), sizes[3] = square_in(u, scale);
+      const double entries = add_up(sums, sizes, N);
+      if (sizes[4] != 0.0) return bad_guess = false, NOT_CONVERGED;
+      const double before = norm, length = std::sqrt(sizes[0]);
+      const double absolute = std::sqrt(sizes[1]), noise = EPS * length;
+      norm = m.by_norm ? absolute : std::sqrt(sizes[2] / entries);
       const double tolerance = m.by_norm ? std::max(m.newton_stol * length, 2.0 * noise)
-                                         : std::max(KAPPA, 4.0 * EPS * weighted(u, scale));
+                                         : std::max(KAPPA, 4.0 * EPS * std::sqrt(sizes[3] / entries));
       if (!(norm < LARGEST)) return NOT_FINITE;
       bad_guess = false;
       if (iteration) {
@@ -132,6 +133,7 @@ class Newton {
   const int64_t own = N - m.integrals;
   const double* mass;  // null: the identity
   Counts& counts;
+  Sums* const& sums;
   bool refresh, regular = false, bad_guess = false;
   double kept_shift, rate, J[ENTRIES];
   Factors factors;

@@ -1,12 +1,10 @@
-// Sparse Jacobians, and what is solved with them: LU by fronts. Above this stand N, ENTRIES, lu.h and BLOCKS.
+// Sparse Jacobians, and what is solved with them: LU by fronts. Above this stand N, ENTRIES and lu.h.
 //
 // Duff & Reid, ACM Trans. Math. Softw. 9 (1983) 302: columns whose entries lie in the same rows are
 // eliminated together, in a dense matrix of these rows and columns, a front. What is left of it is added
 // to the front that comes next of those with these rows. Pivots are chosen within the columns of a front.
 
 namespace {
-
-constexpr bool RENEWS = BLOCKS;  // J for another shift, as Python does
 
 typedef std::vector<int> Indices;
 

@@ -34,8 +34,8 @@ class Sweep {
 
     // Not alone: the first pass over the steps is collective.
     void share(const Ranks& ranks) {
-        reduction_.begin(ranks);
-        open_ = true;
+        reduction_.begin(ranks, kernel_->size);
+        kernel_->sums = &reduction_;
     }
 
     // Take checkpoints out of so many bytes, which other sweeps share; of its own.
@@ -55,7 +55,7 @@ class Sweep {
     // Take steps until they are done, or the time is over. Among ranks that share the state the
     // sweep ends with one reduction, and as well or badly on all of them.
     Status forward(void* const* captured, void* outputs, double seconds) {
-        if (reduction_.shared() && !open_ && !again_) return ended_;
+        if (reduction_.shared() && !reduction_.open && !again_) return ended_;
         Status status = FAILED;
         try {
             status = take(captured, outputs, seconds);
@@ -68,11 +68,10 @@ class Sweep {
     // part in the reduction that the others come to next, an attempt's or the last one.
     Status close(Status status) {
         if (status == DONE && kernel_->failed()) status = FAILED;
-        if (!open_) return reduction_.shared() && !again_ ? ended_ : status;
-        open_ = false;
-        double found[3];
-        const bool heard = reduction_.sum({0.0, 0.0, status == DONE ? 0.0 : GONE}, found);
-        if (status == DONE && !(heard && found[2] == 0.0)) status = FAILED;
+        if (!reduction_.open) return reduction_.shared() && !again_ ? ended_ : status;
+        const double marks = reduction_.sum(nullptr, 0, status == DONE ? 0.0 : GONE);
+        reduction_.open = false;
+        if (status == DONE && marks != 0.0) status = FAILED;
         return ended_ = status;
     }
 
@@ -178,27 +177,24 @@ class Sweep {
     }
 
     // An adaptive attempt, with the same verdict on all ranks: a failure of one is one of all, and
-    // the error is the root mean square over the entries of all.
+    // the error is the root mean square over the entries of all, unless a kernel's that chooses.
     Attempt attempt(double t, double h) {
-        if (!open_) return kernel_->attempt(t, h);
+        if (!reduction_.open) return kernel_->attempt(t, h);
         Attempt own{FAILED, 0.0};
+        reduction_.over = false;
         try {
             own = kernel_->attempt(t, h);
         } catch (...) {
         }
-        const double entries = static_cast<double>(kernel_->size);
         const bool usable = own.status == DONE;
         const bool curable = own.status == NOT_FINITE || own.status == NOT_CONVERGED;
-        double found[3];
-        const bool heard = reduction_.sum({usable ? own.error * own.error * entries : 0.0, entries,
-                                           usable ? 0.0 : curable ? 1.0 : GONE}, found);
-        if (!heard || found[2] >= GONE) {
-            open_ = false;
-            ended_ = FAILED;
-            return {FAILED, 0.0};
-        }
-        if (found[2] > 0.0) return {NOT_FINITE, 0.0};
-        return {DONE, std::sqrt(found[0] / found[1])};
+        double square = usable ? own.error * own.error * double(kernel_->size) : 0.0, marks = MISSED;
+        if (!reduction_.over)
+            marks = reduction_.sum(&square, 1, usable ? 0.0 : curable ? MISSED : GONE);
+        if (!reduction_.open) return {FAILED, 0.0};
+        if (marks > 0.0) return {NOT_FINITE, 0.0};
+        const double error = std::sqrt(square / reduction_.entries);
+        return {DONE, kernel_->chooses ? own.error : error, own.next};
     }
 
     void begin() {
@@ -264,7 +260,7 @@ class Sweep {
         if (at_limit()) return STEP_LIMIT;
         const double end = times_[interval_], left = end - s_;
         if (std::isnan(natural_))  // of all ranks it is given
-            natural_ = open_ ? control_.first_step : kernel_->first_step(control_, s_, end);
+            natural_ = reduction_.open ? control_.first_step : kernel_->first_step(control_, s_, end);
         const double size = std::fabs(s_), spacing = std::nextafter(size, INFINITE) - size;
         const double least = std::max(4.0 * spacing, 1e-30 * left);
         const double natural =
@@ -374,7 +370,6 @@ class Sweep {
     ErrorMemory memory_;
     void* outputs_ = nullptr;
     Reduction reduction_;
-    bool open_ = false;  // whether reductions are to come
     Status ended_ = FAILED;
     std::atomic<int64_t>* room_ = nullptr;  // for checkpoints; null: any number
     int64_t most_ = -1;

@@ -88,8 +88,6 @@ class CoupledIntegrator(TimeIntegrator):
         scheme = settings.method.scheme
         assert scheme is not None
         self._scheme, self._transformation = scheme, transformation(scheme)
-        if settings.adaptive:
-            self.first_order = 3  # that of the error estimate
         device = settings.place.device
         self._rtol, self._atol = (
             tolerances.values(value, device) for value in (settings.rtol, settings.atol)

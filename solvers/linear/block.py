@@ -129,6 +129,11 @@ class BlockMatrix:
         """A = factor A."""
         self.blocks = self.blocks * factor
 
+    def shifted(self, shift: float) -> BlockMatrix:
+        """Return A + shift I."""
+        unit = torch.eye(self.blocks.shape[-1], dtype=REAL, device=self.blocks.device)
+        return BlockMatrix(self.blocks + shift * unit)
+
     @staticmethod
     def _product(blocks: torch.Tensor, x: Any) -> torch.Tensor:
         return torch.bmm(blocks, view(x).view(len(blocks), -1, 1)).reshape(-1)

@@ -61,7 +61,7 @@ class TimeIntegrator:
     interpolates = True  # and evaluates nothing for it
 
     def __init__(self, settings: IntegratorSettings, options: SolverOptions) -> None:
-        self.first_order = settings.method.order
+        self.first_order = settings.method.first_order
         self.settings = settings
         self.options = options
         method = settings.method

@@ -24,9 +24,13 @@ FIXED: dict[str, Any] = {"method": "rk4", "step_size": 0.03}
 ADAPTIVE: dict[str, Any] = {"method": "dopri5", "rtol": 1e-7}
 IMPLICIT: dict[str, Any] = {"method": "rodaspr", "rtol": 1e-6}
 LIMITED: dict[str, Any] = ADAPTIVE | {"checkpointing": pnode.Checkpointing(memory=1200)}
-
-
 SPARSE: dict[str, Any] = {"jacobian": "sparse"}
+# Newton's method to round-off.
+TIGHT: dict[str, Any] = {"petsc_options": {"snes_rtol": 1e-13, "snes_stol": 1e-15}}
+NEWTON: dict[str, Any] = {"method": "es325", "rtol": 1e-4} | TIGHT
+STOL: dict[str, Any] = {"petsc_options": {"snes_stol": 1e-14}}
+BDF: dict[str, Any] = {"method": "bdf", "rtol": 1e-3} | STOL
+THETA: dict[str, Any] = {"method": "cn", "step_size": 0.03, "jacobian": "block"} | TIGHT
 
 
 class Field(torch.nn.Module):
@@ -64,8 +68,9 @@ class Batch(Trial):
 
 @pytest.mark.parametrize(
     "options",
-    [FIXED, ADAPTIVE, LIMITED, IMPLICIT, {"method": "ra34pw2", "step_size": 0.04} | SPARSE],
-)
+    [FIXED, ADAPTIVE, LIMITED, IMPLICIT, {"method": "ra34pw2", "step_size": 0.04} | SPARSE,
+     NEWTON, {"method": "bdf3", "step_size": 0.04} | STOL, THETA],
+)  # fmt: skip
 def test_ranks_against_one(options: dict[str, Any]) -> None:
     """Outputs, steps and gradients are those of one rank, and of steps taken from Python."""
     with warnings.catch_warnings():
@@ -83,8 +88,10 @@ def test_ranks_against_one(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [FIXED, ADAPTIVE | {"first_step": 1.0}, IMPLICIT | {"rtol": 1e-3}]
-)
+    "options",
+    [FIXED, ADAPTIVE | {"first_step": 1.0}, IMPLICIT | {"rtol": 1e-3}, NEWTON | {"first_step": 1.0},
+     BDF | {"first_step": 1.0}, THETA],
+)  # fmt: skip
 def test_sweeps_again(options: dict[str, Any]) -> None:
     """Attempts that leave the domain on one rank, second sweeps, and losses of some ranks alone."""
     t = torch.tensor([0.0, 0.2], dtype=D)
@@ -95,7 +102,7 @@ def test_sweeps_again(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.parametrize("options", [FIXED, ADAPTIVE, IMPLICIT])
+@pytest.mark.parametrize("options", [FIXED, ADAPTIVE, IMPLICIT, NEWTON, BDF, THETA])
 def test_failures(options: dict[str, Any]) -> None:
     """What fails on one rank, before, in and after the sweep, is the same error on all."""
     trial = Batch(**options)
@@ -125,7 +132,8 @@ def test_failures(options: dict[str, Any]) -> None:
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("options", [{"method": "rk4", "step_size": 2e-6},
-                                     {"method": "dopri5", "max_step": 2e-6}])  # fmt: skip
+                                     {"method": "dopri5", "max_step": 2e-6},
+                                     {"method": "bdf2", "step_size": 2e-6}])  # fmt: skip
 @pytest.mark.parametrize("everybody", [False, True])
 def test_interrupts(options: dict[str, Any], everybody: bool) -> None:
     """A signal on one rank ends the sweep of all, and so does one on each of them."""
@@ -155,7 +163,10 @@ def test_interrupts(options: dict[str, Any], everybody: bool) -> None:
 
 @pytest.mark.mpi(min_size=2)
 def test_what_has_no_sweeps() -> None:
-    """A monitor of one rank, checkpoints on a disk: the field alone, on all ranks, and right."""
+    """A monitor of one rank, checkpoints on a disk: the field alone, on all ranks, and right.
+
+    So are Newton's methods that some ranks would have in other ways than others, for their size.
+    """
     trial = Batch(**FIXED)
     seen: list[int] = []
     others = {

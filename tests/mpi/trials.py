@@ -17,7 +17,7 @@ BAD = comm.size - 1
 class Trial:
     """A solver of machine code; a state below zero leaves the domain of f.
 
-    Whole sweeps of explicit and Rosenbrock methods, of others the field alone.
+    Whole sweeps, but where cells have ghosts those of explicit methods alone.
 
     Attributes
     ----------
@@ -33,7 +33,8 @@ class Trial:
     def __init__(self, **options: Any) -> None:
         self.solver = pnode.Solver(self.field, compile=True, **self.shared, **options)
         self.good = self.gradient()
-        whole = self.solver.method in ("rk4", "dopri5", "bosh3", "rodaspr")
+        explicit = self.solver.method in ("rk4", "dopri5", "bosh3")
+        whole = explicit or "layout" not in self.shared
         self.made = "'whole sweeps'" if whole else "'the vector field'"
         checks.true(self.made in repr(self.solver), self.solver)
 
@@ -73,7 +74,8 @@ class Trial:
         (one, *gradients), (other, *expected) = found
         counts = [(s.stats.steps, s.stats.rejected) for s in (one, other)]
         checks.true(counts[0] == counts[1], options, *counts)
-        checks.true("rtol" not in options or counts[0][1] > 0, options, *counts)
+        refused = "rtol" in options and options["method"] != "bdf"
+        checks.true(not refused or counts[0][1] > 0, options, *counts)
         for a, b in zip((one.ys, *gradients), (other.ys, *expected), strict=True):
             # The root at 0.01 and below makes round-off in y a hundred times as large in f.
             checks.true(torch.allclose(a, b, rtol=1e-11, atol=1e-13), options, a, b)
