@@ -63,19 +63,22 @@ class Cells(Trial):
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
-    [("ring", FIXED), ("ring", ADAPTIVE), ("plane", FSAL), ("plane", ADAPTIVE), ("graph", OTHER)],
-)
-def test_ranks_against_one(name: str, options: dict[str, Any]) -> None:
+    ("name", "form", "options"),
+    [
+        ("ring", "rhs", FIXED), ("ring", "cost", ADAPTIVE), ("plane", "rhs", FSAL),
+        ("plane", "rhs", ADAPTIVE), ("graph", "rhs", OTHER), ("ring", "cost", FSAL),
+    ],
+)  # fmt: skip
+def test_ranks_against_one(name: str, form: str, options: dict[str, Any]) -> None:
     """Outputs, steps and gradients are those of a field without ghost cells, and of Python's."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found, stats = results(name, comm, compile=True, **options)
+        found, stats = results(name, comm, form=form, compile=True, **options)
     for other, compiled in ((SELF, False), (comm, False)):
-        expected, steps = results(name, None if other is SELF else comm, compile=compiled,
-                                  **options)  # fmt: skip
+        expected, steps = results(name, None if other is SELF else comm, form=form,
+                                  compile=compiled, **options)  # fmt: skip
         off, what = difference(found, expected)
-        checks.below(off, EXACT, name, options, what)
+        checks.below(off, EXACT, name, form, options, what)
         checks.true((stats.steps, stats.rejected) == (steps.steps, steps.rejected), stats, steps)
 
 
