@@ -207,7 +207,7 @@ class CompiledSweep:
         """Let those who wait for this rank's cells come to their end, which is one of all."""
         if self.kernel.collective:
             self._library.pnode_fail(self._handle)
-            while take(_EVER) == _PAUSED:
+            while self._goes_on(take(_EVER)):
                 pass
 
     def _goes_on(self, status: int) -> bool:

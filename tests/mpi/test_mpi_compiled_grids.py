@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from tempfile import gettempdir
 from typing import Any
 
 import pytest
@@ -21,6 +22,10 @@ EXACT = 1e-13  # sums in another order
 FIXED: dict[str, Any] = {"method": "rk4", "step_size": 0.03}
 FSAL: dict[str, Any] = {"method": "bosh3", "step_size": 0.05}
 ADAPTIVE: dict[str, Any] = {"method": "dopri5", "rtol": 1e-7}
+# Of the ring's cells 18 states, or 15 with an integral.
+MEMORY = 18 * 8 * -(-13 // comm.size)
+LIMIT: dict[str, Any] = {"checkpointing": pnode.Checkpointing(memory=MEMORY)}
+FRESH: dict[str, Any] = {"checkpointing": pnode.Checkpointing(memory=MEMORY, reproducible=True)}
 OTHER: dict[str, Any] = {"method": "heun3", "step_size": 0.04}
 IMPLICIT: dict[str, Any] = {"method": "es325", "rtol": 1e-5}
 SPARSE: dict[str, Any] = {"jacobian": "sparse"}
@@ -67,6 +72,8 @@ class Cells(Trial):
     [
         ("ring", "rhs", FIXED), ("ring", "cost", ADAPTIVE), ("plane", "rhs", FSAL),
         ("plane", "rhs", ADAPTIVE), ("graph", "rhs", OTHER), ("ring", "cost", FSAL),
+        ("ring", "rhs", FIXED | LIMIT), ("ring", "rhs", ADAPTIVE | LIMIT),
+        ("ring", "cost", FSAL | FRESH),
     ],
 )  # fmt: skip
 def test_ranks_against_one(name: str, form: str, options: dict[str, Any]) -> None:
@@ -80,6 +87,11 @@ def test_ranks_against_one(name: str, form: str, options: dict[str, Any]) -> Non
         off, what = difference(found, expected)
         checks.below(off, EXACT, name, form, options, what)
         checks.true((stats.steps, stats.rejected) == (steps.steps, steps.rejected), stats, steps)
+    repeated = stats.backward.recomputed, steps.backward.recomputed
+    checks.true(repeated[0] == repeated[1], options, repeated)
+    held = stats.ram_bytes, steps.ram_bytes
+    if "checkpointing" in options:
+        checks.true(repeated[0] > 0 and held[0] == held[1] <= MEMORY, options, repeated, held)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +101,7 @@ def test_ranks_against_one(name: str, form: str, options: dict[str, Any]) -> Non
         ("ring", "mass", {"method": "bdf", "rtol": 1e-5} | SPARSE),
         ("plane", "rhs", IMPLICIT),
         ("plane", "rhs", {"method": "cn", "step_size": 0.05} | SPARSE),
-        ("plane", "rhs", FSAL | {"checkpointing": pnode.Checkpointing(memory=4000)}),
+        ("plane", "rhs", FSAL | {"dense": True}),
         ("graph", "rhs", {"method": "radau5", "rtol": 1e-5}),
         pytest.param("batch", "imex", BLOCK | {"method": "ark3"}, marks=SHARED),
         pytest.param("batch", "rhs", IMPLICIT | {"dense": True}, marks=SHARED),
@@ -139,7 +151,7 @@ def test_failures(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.parametrize("options", [FIXED, ADAPTIVE])
+@pytest.mark.parametrize("options", [FIXED, ADAPTIVE | LIMIT])
 @pytest.mark.parametrize("when", ["forwards", "backwards", "again", "at the end"])
 def test_interrupts(options: dict[str, Any], when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One between two steps of one rank ends the sweep of all; "again": repeated steps."""
@@ -178,10 +190,10 @@ class Halved(Grid):
 
 
 def test_why_sweeps_stay_uncompiled() -> None:
-    """Limits, float32, other exchanges: with a compiled field; Rosenbrock methods without."""
+    """Disks, float32, other exchanges: with a compiled field; Rosenbrock methods without."""
     trial = Cells(**FIXED)
     for more, kind, why in (
-        ({"checkpointing": pnode.Checkpointing(memory=4000)}, D, "only whole sweeps are"),
+        ({"checkpointing": pnode.Checkpointing(4000, gettempdir())}, D, "only whole sweeps are"),
         ({}, torch.float32, "float64 only"),
         ({"layout": Halved((4 * comm.size + 1,), comm=comm)}, D, "more than to copy entries"),
         ({"method": "rodas3", "step_size": 0.05}, D, "products of Rosenbrock methods"),
