@@ -195,12 +195,13 @@ def test_a_field_that_changes_on_one_rank() -> None:
 
 
 @pytest.mark.mpi(min_size=2)
-def test_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("options", [FIXED, IMPLICIT])
+def test_auto(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
     """All ranks compile in the same solve, whatever their parts, products and failures."""
     monkeypatch.setattr(account, "_LOOK", 100)
     monkeypatch.setattr(account, "_PRICE", 4000)
     field = Field()
-    solver = pnode.Solver(field, comm=comm, **FIXED)
+    solver = pnode.Solver(field, comm=comm, **options)
     made = []
     for number in range(12):
         y0 = torch.linspace(2.0, 3.0, 2 + comm.rank, dtype=D)

@@ -14,6 +14,7 @@ from trials import BAD, D, Trial, caught
 
 import pnode
 from pnode import errors
+from pnode.adjoint import numbered
 from pnode.parallel import Grid, total
 from pnode.solvers.compiled import account, driver
 
@@ -152,10 +153,14 @@ def test_failures(options: dict[str, Any]) -> None:
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("options", [FIXED, ADAPTIVE | LIMIT])
-@pytest.mark.parametrize("when", ["forwards", "backwards", "again", "at the end"])
+@pytest.mark.parametrize("when", ["forwards", "backwards", "again", "at the end", "ordering"])
 def test_interrupts(options: dict[str, Any], when: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One between two steps of one rank ends the sweep of all; "again": repeated steps."""
-    trial, calls, goes_on = Cells(**options), [], driver.CompiledSweep._goes_on
+    """One between two steps of one rank ends the sweep of all.
+
+    "again": repeated steps; "ordering": while Python works out what the next steps keep.
+    """
+    trial = Cells(**(options | LIMIT if when == "ordering" else options))
+    calls, goes_on, extend = [], driver.CompiledSweep._goes_on, numbered._extend
     loss = total(trial.solve().ys[-1].square().sum(), comm)
     if when == "again":
         torch.autograd.grad(loss, trial.field.w, retain_graph=True)
@@ -166,10 +171,20 @@ def test_interrupts(options: dict[str, Any], when: str, monkeypatch: pytest.Monk
             raise KeyboardInterrupt
         return goes_on(self, status)
 
+    def interrupted_extend(*given: Any) -> None:
+        calls.append(0)
+        if comm.rank == BAD and len(calls) == 9:
+            raise KeyboardInterrupt
+        extend(*given)
+
     with monkeypatch.context() as patched:
         patched.setattr(driver, "PATIENCE", 0.0)  # a call is a step
-        patched.setattr(driver.CompiledSweep, "_goes_on", interrupted)
-        if when == "forwards":
+        if when == "ordering":
+            patched.setattr(numbered, "_FIRST", 2)
+            patched.setattr(numbered, "_extend", interrupted_extend)
+        else:
+            patched.setattr(driver.CompiledSweep, "_goes_on", interrupted)
+        if when in ("forwards", "ordering"):
             error = caught(trial.solve)
         else:
             error = caught(torch.autograd.grad, loss, trial.field.w, retain_graph=True)
