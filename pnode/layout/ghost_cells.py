@@ -80,6 +80,10 @@ class DrivenCells(Layout):
         self.seen = PairLayout(math.prod(base.ghosted_shape), tangents, integrals=integrals)
         self.shape, self.ghosted_shape = (self.owned.total,), (self.seen.total,)
 
+    def forest(self) -> Any:
+        """Return that of the state, but beside tangents None: nothing looks at integrals."""
+        return None if self.owned.tangents else self.base.forest()
+
     def pattern(self) -> None:
         """Return that it is not known where derivatives may be non-zero."""
         return

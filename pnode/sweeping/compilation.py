@@ -22,6 +22,7 @@ from pnode.field.rebinding import Rebound
 from pnode.field.stacked import stacked
 from pnode.field.vectorfield import VectorField
 from pnode.field.watching import unwatched
+from pnode.layout.ghost_cells import DrivenCells
 from pnode.problems.calls import brings_tensors
 from pnode.problems.checkpointing import Checkpointing
 from pnode.solvers.compiled.account import Entry, Work
@@ -83,7 +84,6 @@ def begin(
     account = engine.account
     entry = account.entries.get(kind) or account.entry(kind)
     for given, text in (
-        (problem.integrals > 0 and ranks.parallel, "cost= is given, and ranks share the state"),
         # What parts may keep together lets earlier ones go, which are to be repeated exactly.
         (
             part and engine.checkpointing.bytes is not None and not engine.method.restarts,
@@ -93,8 +93,10 @@ def begin(
         (controlled, "sensitivity_control= is given"),
         (engine.setup is not None, "petsc_setup= is given"),
         (anew and not ranks.parallel, "args= has tensors: others are traced anew"),
-        (problem.integrals > 0 and engine.exchange is not None, "cost= is given beside layout="),
-        (problem.exchange is not engine.exchange, "tangents are driven by states of layout="),
+        (
+            isinstance(problem.exchange, DrivenCells) and problem.exchange.owned.tangents > 0,
+            "tangents are driven by states of layout=",
+        ),
     ):
         if given:
             entry.hindrance = text

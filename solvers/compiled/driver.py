@@ -12,6 +12,7 @@ import sys
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -84,6 +85,8 @@ class CompiledSweep:
 
     _handle: Any = None
     status = _PAUSED  # of a forward sweep
+    _waiting: Iterator[array[int]]  # orders to come
+    _ordered = 0  # lists of them that have been given
     _reason = ""  # why it gave up, where that does not tell it
     shown: ShownSteps | None = None  # if someone looks at the steps
     parts: CompiledParts | None = None  # of its steps, for outputs inside of them
@@ -119,7 +122,7 @@ class CompiledSweep:
             )
             self._rows = len(problem.times)
         self._orders = budget.orders
-        self._waiting: Iterator[array[int]] = iter(())
+        self._order(partial(iter, ()))
         self._stats = Ledger()  # of the forward sweep
         if budget.orders is not None:
             self._library.pnode_schedule(self._handle, None, 0)
@@ -182,7 +185,7 @@ class CompiledSweep:
         if self.shown is not None:
             self.shown.lent(self._library, self._handle, inputs)
         if self._orders is not None:
-            self._waiting = self._orders.forward()
+            self._order(self._orders.forward)
         self.status = _PAUSED
 
         def take(seconds: float) -> Any:
@@ -207,13 +210,20 @@ class CompiledSweep:
         """Let those who wait for this rank's cells come to their end, which is one of all."""
         if self.kernel.collective:
             self._library.pnode_fail(self._handle)
-            while take(_EVER) == _PAUSED:
+            # Perhaps it was in making orders that it was interrupted.
+            self._waiting = islice(self._begin_orders(), self._ordered, None)
+            while self._goes_on(take(_EVER)):
                 pass
+
+    def _order(self, begin: Callable[[], Iterator[array[int]]]) -> None:
+        """Let orders come from the beginning."""
+        self._begin_orders, self._waiting, self._ordered = begin, begin(), 0
 
     def _goes_on(self, status: int) -> bool:
         """Whether a sweep goes on, with more orders if it waits for these."""
         if status == _WAITING:
             more = next(self._waiting)
+            self._ordered += 1
             address = more.buffer_info()[0]
             return self._library.pnode_schedule(self._handle, address, len(more) // 2) == _DONE
         if status == _SHOWN:
@@ -365,7 +375,7 @@ class CompiledSweep:
         self._library.pnode_restart(self._handle)
         if self._orders is not None:
             steps = self._library.pnode_recorded(self._handle, None, None, None)
-            self._waiting = self._orders.reverse(steps)
+            self._order(partial(self._orders.reverse, steps))
         status, reverse = _PAUSED, partial(self._library.pnode_reverse, *arguments)
         try:
             while self._goes_on(status):

@@ -35,7 +35,7 @@ from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.scheme import Scheme
 from pnode.solvers.step_control import automatic_step
 
-__all__ = ["ExplicitSteps", "GraphSteps"]
+__all__ = ["ExplicitSteps", "GraphSteps", "keeps_all"]
 
 _NUMBERS = (
     "size", "dtype", "fsal", "adaptive", "results", "begin", "end", "last", "evaluations",
@@ -276,7 +276,7 @@ class ExplicitSteps(Backend):
         self, trace: Trace, wanted: Wanted, interpolant: Scheme | None = None
     ) -> StepGraphs:  # fmt: skip
         """Return the graphs of the steps, with their slopes for an interpolant."""
-        settings, saved = wanted.settings, _keeps_all(wanted, interpolant)
+        settings, saved = wanted.settings, keeps_all(wanted, interpolant)
         method, inside = settings.method, interpolant is not None
         key = (method, settings.adaptive, saved, inside)
         if key not in trace.codes:
@@ -382,7 +382,7 @@ def _is_driven(graphs: StepGraphs, wanted: Wanted) -> bool:
     return wanted.plain and (graphs.interpolation is None) == (wanted.interpolant is None)
 
 
-def _keeps_all(wanted: Wanted, interpolant: Scheme | None) -> bool:
+def keeps_all(wanted: Wanted, interpolant: Scheme | None = None) -> bool:
     """Whether steps keep what their adjoints need."""
     chosen = wanted.checkpointing
     free = chosen.bytes is None and chosen.disk is None and chosen.store in ("auto", "tape")

@@ -37,6 +37,9 @@ struct Exchange {  // of staged_steps.py; nothing here knows PETSc's or MPI's he
     }
 };
 
+// What is kept of a step: all that its adjoint needs, or its stages without ghost cells.
+enum Keeps : int64_t { NOTHING, EVERYTHING, STAGES };
+
 struct StagedSettings {  // of staged_steps.py
     int64_t size, stages, fsal, adaptive, alone, saved, keeps, parameters, bytes;
     Exchange exchange;
@@ -67,13 +70,13 @@ class StagedSteps : public Kernel {
     }
 
     void begin() override {
-        u_ = start_;
+        stand(nullptr);
         slopes_.assign(plan_.stages, std::vector<double>(size));
         points_.clear();
         points_.resize(plan_.stages);
         checkpoints_.clear();
         cells_.assign(plan_.seen, 0.0);
-        knows_slope_ = failed_ = false;
+        failed_ = false;
     }
 
     void fail() override { failed_ = true; }
@@ -83,7 +86,9 @@ class StagedSteps : public Kernel {
         for (int64_t i = 0; i < plan_.stages; ++i) {
             if (i == 0 && knows_slope_) continue;
             combine(u_.data(), h, plan_.row(i), i, stage_);
-            evaluate(t + plan_.c[i] * h, stage_, points_[i], slopes_[i]);
+            const double time = t + plan_.c[i] * h;
+            evaluate(time, stage_.data(), points_[i], slopes_[i], plan_.keeps == EVERYTHING);
+            if (plan_.keeps == STAGES) points_[i].owned = stage_;
             if (i == 0) knows_slope_ = plan_.fsal;
         }
         if (plan_.fsal)
@@ -110,10 +115,12 @@ class StagedSteps : public Kernel {
             next = std::move(points_.back());
             slopes_.front().swap(slopes_.back());
         }
+        points_.resize(own);
         if (keep && !failed_) {
-            points_.resize(own);
             checkpoints_.push_back(std::move(points_));
             counts.bytes += plan_.bytes;
+        } else if (plan_.keeps == STAGES) {
+            last_ = std::move(points_);
         }
         points_.clear();
         points_.resize(plan_.stages);
@@ -132,6 +139,21 @@ class StagedSteps : public Kernel {
     const double* tried() const override { return end_.data(); }
     int64_t kept() const override { return checkpoints_.size(); }
 
+    void live(Numbers& found) override {
+        found.clear();
+        for (const Point& point : last_)
+            found.insert(found.end(), point.owned.begin(), point.owned.end());
+        last_.clear();
+    }
+
+    void load(const double* from) override { loaded_ = from; }
+
+    void stand(const double* from) override {
+        u_.assign(from ? from : start_.data(), (from ? from : start_.data()) + size);
+        knows_slope_ = false;
+        last_.clear();
+    }
+
     void begin_adjoint(double* const* sums) override {
         lambda_.assign(size, 0.0);
         below_.assign(plan_.stages, std::vector<double>(size));
@@ -144,24 +166,32 @@ class StagedSteps : public Kernel {
     }
 
     Status adjoint(int64_t, double t, double h) override {
-        std::vector<Point>& kept = checkpoints_.back();
-        std::vector<double> w(size);
-        for (int64_t i = kept.size(); i-- > 0;) {
+        const int64_t number = plan_.stages - plan_.fsal;
+        std::vector<double> w(size), slope(size);
+        for (int64_t i = number; i-- > 0;) {
             if (!plan_.live[i]) continue;
             for (int64_t k = 0; k < size; ++k) w[k] = plan_.b[i] * lambda_[k];
-            for (size_t j = i + 1; j < kept.size(); ++j) {
+            for (int64_t j = i + 1; j < number; ++j) {
                 const double a = plan_.live[j] ? plan_.row(j)[i] : 0.0;
                 if (a != 0.0) add_to(w, a, below_[j]);
             }
             for (double& x : w) x *= h;
-            pull_back(t + plan_.c[i] * h, kept[i], w, below_[i]);
+            const double time = t + plan_.c[i] * h;
+            Point again;
+            if (plan_.keeps == STAGES) {
+                const double* y = loaded_ ? loaded_ + i * size : checkpoints_.back()[i].owned.data();
+                evaluate(time, y, again, slope, true);
+            }
+            pull_back(time, plan_.keeps == STAGES ? again : checkpoints_.back()[i], w, below_[i]);
         }
-        for (size_t i = 0; i < kept.size(); ++i)
+        for (int64_t i = 0; i < number; ++i)
             if (plan_.live[i]) add_to(lambda_, 1.0, below_[i]);
         return plan_.alone && failed_ ? FAILED : DONE;
     }
 
-    void forget() override { checkpoints_.pop_back(); }
+    void forget() override {
+        if (!loaded_) checkpoints_.pop_back();
+    }
 
     void end_adjoint(double* state, double* const*) override {
         if (failed_) throw FAILED;
@@ -169,10 +199,11 @@ class StagedSteps : public Kernel {
     }
 
   private:
-    // What f got at a stage, and what its product needs of that.
+    // What f got at a stage, and what its product needs of that; or the stage itself.
     struct Point {
         Tensor seen;
         Tensors saved;
+        std::vector<double> owned;
     };
 
     static double square(const std::vector<double>& x) {
@@ -217,9 +248,8 @@ class StagedSteps : public Kernel {
         return std::sqrt(sum / static_cast<double>(size));
     }
 
-    // Collective, whatever fails.
-    void evaluate(double t, const std::vector<double>& y, Point& point,
-                  std::vector<double>& slope) {
+    // Collective, whatever fails. `keeps`: what a product needs.
+    void evaluate(double t, const double* y, Point& point, std::vector<double>& slope, bool keeps) {
         Tensor seen;
         double* cells = cells_.data();  // of a rank that has failed
         tried([&] {
@@ -227,16 +257,16 @@ class StagedSteps : public Kernel {
             cells = seen.data<double>();
         });
         std::fill_n(cells, plan_.seen, 0.0);
-        failed_ |= !plan_.exchange.gather(y.data(), cells);
+        failed_ |= !plan_.exchange.gather(y, cells);
         counts.rhs++;
         attempted(slope, [&] {
             Tensors found = called(t, seen);
             copy_out(found[0], slope.data());
             point.saved.clear();
-            if (plan_.keeps)
-                for (int64_t k = 1; k <= plan_.saved; ++k) point.saved.push_back(std::move(found[k]));
+            if (!keeps) return;
+            for (int64_t k = 1; k <= plan_.saved; ++k) point.saved.push_back(std::move(found[k]));
         });
-        point.seen = std::move(seen);
+        if (keeps) point.seen = std::move(seen);
     }
 
     // l = G^T f_y^T w, with G the exchange, and mu += f_p^T w. Collective, whatever fails.
@@ -292,6 +322,8 @@ class StagedSteps : public Kernel {
     std::vector<Point> points_;
     bool knows_slope_ = false, failed_ = false;
     std::deque<std::vector<Point>> checkpoints_;
+    std::vector<Point> last_;  // what checkpoints.h takes of the last step
+    const double* loaded_ = nullptr;  // and has lent
     std::vector<double> cells_;  // what f gets, of a rank that has failed; its cotangent
     // Of the adjoint: of stages below the one it is at, of a parameter.
     std::vector<double> lambda_, sum_;

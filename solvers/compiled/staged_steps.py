@@ -19,7 +19,7 @@ from pnode.solvers.compiled import driver
 from pnode.solvers.compiled.backend import Checked, Code, Compilation, Trace, Wanted
 from pnode.solvers.compiled.fields import FieldCode, field_code
 from pnode.solvers.compiled.graph_calls import Graph, described, lend_torch, opened
-from pnode.solvers.compiled.graph_steps import ExplicitSteps
+from pnode.solvers.compiled.graph_steps import ExplicitSteps, keeps_all
 from pnode.solvers.compiled.integrator import step_tolerances
 from pnode.solvers.compiled.kernel import Kernel
 from pnode.solvers.compiled.records import integers
@@ -29,6 +29,7 @@ from pnode.solvers.petsc.settings import IntegratorSettings
 
 __all__ = ["StagedSteps"]
 
+_NOTHING, _EVERYTHING, _STAGES = range(3)  # Keeps in staged_steps.cpp
 _FUNCTIONS = ("BcastBegin", "BcastEnd", "ReduceBegin", "ReduceEnd")  # of PetscSF
 
 
@@ -61,14 +62,14 @@ class StagedCode(Kernel, Code):
         The field, from what f gets to what it returns.
     settings : IntegratorSettings
         The method, and whether steps are adaptive.
-    keep : bool
-        Whether the driver is to take adjoints too.
+    keeps : int
+        What is kept for adjoints: see ``staged_steps.cpp``.
     """
 
     collective = True
 
-    def __init__(self, code: FieldCode, settings: IntegratorSettings, keep: bool) -> None:
-        self._code, self._keep, self.traced = code, keep, code.traced
+    def __init__(self, code: FieldCode, settings: IntegratorSettings, keeps: int) -> None:
+        self._code, self._keeps, self.traced = code, keeps, code.traced
         self._adaptive = settings.adaptive
         self.size, self.dtype = math.prod(code.traced.returned), REAL
         scheme = settings.method.scheme
@@ -80,7 +81,7 @@ class StagedCode(Kernel, Code):
         self._tolerances = [
             x.expand(self.size).contiguous() for x in step_tolerances(settings)
         ] or [torch.zeros(1, dtype=REAL)] * 2  # fmt: skip
-        graphs = [code.value, *([code.product] if keep else [])]
+        graphs = [code.value, *([code.product] if keeps else [])]
         (self._graphs, *_), self._calls = zip(*map(opened, graphs), strict=True)
         self._library = driver.library()
         lend_torch(self._graphs, self._library)
@@ -122,10 +123,13 @@ class StagedCode(Kernel, Code):
     def _planned(self, forest: Any, alone: bool) -> Any:
         traced, scheme, stages = self.traced, self._scheme, self._scheme.stages
         seen, returned = (torch.zeros(x, dtype=REAL) for x in (traced.shape, traced.returned))
+        of_stage = seen.nbytes + traced.saved_bytes
+        if self._keeps == _STAGES:
+            of_stage = returned.nbytes
         settings = _Settings(
-            self.size, stages, self._fsal, self._adaptive, alone, traced.saved, self._keep,
-            len(traced.parameters), (stages - self._fsal) * (seen.nbytes + traced.saved_bytes),
-            _exchange(forest), *self._calls,
+            self.size, stages, self._fsal, self._adaptive, alone, traced.saved, self._keeps,
+            len(traced.parameters), (stages - self._fsal) * of_stage, _exchange(forest),
+            *self._calls,
         )  # fmt: skip
         embedded = scheme.b_embedded if self._adaptive else scheme.b
         assert embedded is not None
@@ -157,22 +161,24 @@ class StagedSteps(ExplicitSteps):
         settings = wanted.settings
         if settings.dtype is not REAL:
             return "steps of states with ghost cells are compiled in float64 only"
-        plain = wanted.plain and not (wanted.begins_afresh or wanted.dense)
-        plain = plain and "events" not in wanted.watched
+        chosen = wanted.checkpointing
+        plain = wanted.plain and not wanted.dense and "events" not in wanted.watched
+        plain = plain and (chosen.bytes is None or chosen.store != "tape")  # which is refused
         if settings.form == "rhs" and settings.method.scheme and not plain:
             return (
                 "of states with ghost cells only whole sweeps are compiled, where nobody looks at "
-                "single steps or decides on their checkpoints"
+                "single steps, and checkpoints stay in memory"
             )
         return super().refuses(wanted)
 
     def _compile(self, trace: Trace, part: VectorField, y0: torch.Tensor, wanted: Wanted) -> Any:
         settings = wanted.settings
-        more = settings.adaptive, settings.rtol, settings.atol, wanted.keep
+        keeps = _EVERYTHING if keeps_all(wanted) else _STAGES if wanted.keep else _NOTHING
+        more = settings.adaptive, settings.rtol, settings.atol, keeps
         key = (StagedSteps, settings.method, *more)
         if key not in trace.codes:
             code = field_code(trace, part, wanted)
-            trace.codes[key] = StagedCode(code, settings, wanted.keep)
+            trace.codes[key] = StagedCode(code, settings, keeps)
         return trace.codes[key]
 
     def begin(

@@ -2,6 +2,19 @@
 
 namespace {
 
+// Take a step once more that was taken before, for its checkpoint.
+Status Sweep::advance(int64_t step) {
+    const Taken& taken = record_[step];
+    if (control_.fresh) kernel_->restart_step();
+    kernel_->last_end = step ? record_[step - 1].t + record_[step - 1].h : std::nan("");
+    const Status status = again(taken);
+    if (status != DONE) return status;
+    kernel_->accept(false);
+    ++kernel_->counts.recomputed;
+    budget_->advanced(step);
+    return PAUSED;
+}
+
 // Take adjoints until they are done, or the time is over.
 Status Sweep::reverse(void* const* captured, double* const* sums, const double* cotangents,
                       double seconds) {

@@ -138,8 +138,8 @@ class Sweep {
     }
 
     bool whole() const {
-        const bool kept = kernel_->kept() == number_of_steps() && !kernel_->failed();
-        return budget_ ? complete_ : kept;
+        if (kernel_->failed()) return false;
+        return budget_ ? complete_ : kernel_->kept() == number_of_steps();
     }
 
   private:
@@ -235,8 +235,8 @@ class Sweep {
     Status repeated() {
         const Taken step = record_[index_];
         kernel_->prescribe(step.order);  // without the attempts that were rejected
-        const Status status = kernel_->attempt(step.t, step.h).status;
-        if (status != DONE && !(kernel_->collective && reduction_.shared())) return status;
+        const Status status = again(step);
+        if (status != DONE) return status;
         const bool reached = interval_ < outputs_at_.size() && index_ + 1 == outputs_at_[interval_];
         return show({step.t, step.h, reached});
     }
@@ -308,18 +308,15 @@ class Sweep {
         return PAUSED;
     }
 
-    // Take a step once more that was taken before, for its checkpoint.
-    Status advance(int64_t step) {
-        const Taken& taken = record_[step];
-        if (control_.fresh) kernel_->restart_step();
-        kernel_->last_end = step ? record_[step - 1].t + record_[step - 1].h : std::nan("");
-        const Status status = kernel_->attempt(taken.t, taken.h).status;
-        if (status != DONE) return status;
-        kernel_->accept(false);
-        ++kernel_->counts.recomputed;
-        budget_->advanced(step);
-        return PAUSED;
+    // Attempt a step that was taken before. Who fails goes on for the ranks that wait for its cells.
+    Status again(const Taken& step) {
+        const Status status = kernel_->attempt(step.t, step.h).status;
+        if (status == DONE || !(kernel_->collective && reduction_.shared())) return status;
+        kernel_->fail();
+        return DONE;
     }
+
+    Status advance(int64_t step);
 
     struct Step {
         double t, h;
@@ -349,7 +346,10 @@ class Sweep {
             if (!budget_->next()) return FAILED;
             budget_->pop();
         }
-        if (room_ && (*room_ -= kernel_->counts.bytes - before) < 0) return NO_ROOM;
+        if (room_ && (*room_ -= kernel_->counts.bytes - before) < 0) {
+            if (!kernel_->collective) return NO_ROOM;
+            kernel_->fail();
+        }
         if (!again_) record_.push_back({step.t, step.h, kernel_->order()});
         if (keeps_ends_) ends_.insert(ends_.end(), kernel_->state(), kernel_->state() + kernel_->size);
         ++index_;

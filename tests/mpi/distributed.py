@@ -30,6 +30,12 @@ class Case:
     gather : callable
         From this rank's part of one tensor of the state to the whole, flat, in the order of one
         process.
+    split : tuple of callable
+        Two parts of f.
+    tuple_state : bool
+        Whether the state is one.
+    own : callable
+        From what f gets to the rank's own part, of "ring" and "batch".
     """
 
     y0: tuple[torch.Tensor, ...]
@@ -38,6 +44,7 @@ class Case:
     gather: Callable[[torch.Tensor], torch.Tensor]
     split: tuple[Any, Any] = field(default=(None, None))
     tuple_state: bool = False
+    own: Callable[[torch.Tensor], torch.Tensor] = lambda u: u
 
 
 def joined(comm: Any, values: torch.Tensor) -> torch.Tensor:
@@ -86,7 +93,11 @@ def ring(comm: Any, dtype: torch.dtype = D, cells: int = 13) -> Case:
 
     arguments |= {"rhs": lambda t, u: sum(terms(t, u)), "params": [w, nu]}
     split = (lambda t, u: terms(t, u)[0], lambda t, u: terms(t, u)[1])
-    return Case((y0.requires_grad_(),), arguments, (w, nu), gather, split)
+    width = int(comm is not None)
+    return Case(
+        (y0.requires_grad_(),), arguments, (w, nu), gather, split,
+        own=lambda u: u[width : len(u) - width],
+    )  # fmt: skip
 
 
 class Plane(torch.nn.Module):
@@ -217,8 +228,9 @@ def results(
         The ranks; None: one process, without layout and communicator.
     dtype : torch.dtype
         Of the problem.
-    form : {"rhs", "imex", "mass"}
-        How the problem is given; "mass" with the same diagonal matrix on both sides.
+    form : {"rhs", "imex", "mass", "cost"}
+        How the problem is given; "mass" with the same diagonal matrix on both sides; "cost" with
+        a cost integral.
     **options
         For the solver.
 
@@ -239,11 +251,16 @@ def results(
         start = 0 if comm is None else (comm.exscan(y0.numel()) or 0)
         diagonal = 1.5 + 0.3 * torch.cos(start + torch.arange(y0.numel(), dtype=D))
         arguments["mass"] = diagonal.to(dtype).reshape(y0.shape)
+    elif form == "cost":
+        scale = case.parameters[0]
+        arguments["cost"] = lambda t, u: t * (scale.sum() * case.own(u) ** 2).sum()
     t = torch.tensor([0.0, 0.1, 0.3], dtype=D, requires_grad=True)
     solver = pnode.Solver(**arguments, **options)
     solution = solver(case.y0 if case.tuple_state else case.y0[0], t)
     outputs = solution.ys if case.tuple_state else (solution.ys,)
     term = sum((y[-1] ** 2).sum() + (y[1] ** 4).sum() for y in outputs)
+    if form == "cost":
+        term = term + solution.costs[1:].sum()
     loss = term if comm is None else total(term, comm)
     loss.backward()
     numbers = {"loss": loss.detach().reshape(1)}

@@ -67,20 +67,23 @@ class Batch(Trial):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [FIXED, ADAPTIVE, LIMITED, IMPLICIT, {"method": "ra34pw2", "step_size": 0.04} | SPARSE,
-     NEWTON, {"method": "bdf3", "step_size": 0.04} | STOL, THETA],
+    ("form", "options"),
+    [
+        ("rhs", FIXED), ("cost", ADAPTIVE), ("rhs", LIMITED), ("rhs", IMPLICIT),
+        ("rhs", {"method": "ra34pw2", "step_size": 0.04} | SPARSE), ("cost", IMPLICIT),
+        ("rhs", NEWTON), ("rhs", {"method": "bdf3", "step_size": 0.04} | STOL), ("rhs", THETA),
+    ],
 )  # fmt: skip
-def test_ranks_against_one(options: dict[str, Any]) -> None:
+def test_ranks_against_one(form: str, options: dict[str, Any]) -> None:
     """Outputs, steps and gradients are those of one rank, and of steps taken from Python."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found, stats = results("batch", comm, compile=True, **options)
+        found, stats = results("batch", comm, form=form, compile=True, **options)
     for other, compiled in ((SELF, False), (comm, False)):
-        expected, steps = results("batch", other if other is comm else None, compile=compiled,
-                                  **options)  # fmt: skip
+        expected, steps = results("batch", other if other is comm else None, form=form,
+                                  compile=compiled, **options)  # fmt: skip
         off, what = difference(found, expected)
-        checks.below(off, EXACT, options, what)
+        checks.below(off, EXACT, form, options, what)
         checks.true((stats.steps, stats.rejected) == (steps.steps, steps.rejected), stats, steps)
     if options is LIMITED:  # the last one's ranks are the same, and so is what they keep
         repeated = stats.backward.recomputed, steps.backward.recomputed
@@ -203,12 +206,13 @@ def test_a_field_that_changes_on_one_rank() -> None:
 
 
 @pytest.mark.mpi(min_size=2)
-def test_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("options", [FIXED, IMPLICIT])
+def test_auto(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
     """All ranks compile in the same solve, whatever their parts, products and failures."""
     monkeypatch.setattr(account, "_LOOK", 100)
     monkeypatch.setattr(account, "_PRICE", 4000)
     field = Field()
-    solver = pnode.Solver(field, comm=comm, **FIXED)
+    solver = pnode.Solver(field, comm=comm, **options)
     made = []
     for number in range(12):
         y0 = torch.linspace(2.0, 3.0, 2 + comm.rank, dtype=D)

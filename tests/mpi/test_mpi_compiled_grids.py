@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from tempfile import gettempdir
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from trials import BAD, D, Trial, caught
 
 import pnode
 from pnode import errors
+from pnode.adjoint import numbered
 from pnode.parallel import Grid, total
 from pnode.solvers.compiled import account, driver
 
@@ -21,6 +23,10 @@ EXACT = 1e-13  # sums in another order
 FIXED: dict[str, Any] = {"method": "rk4", "step_size": 0.03}
 FSAL: dict[str, Any] = {"method": "bosh3", "step_size": 0.05}
 ADAPTIVE: dict[str, Any] = {"method": "dopri5", "rtol": 1e-7}
+# Of the ring's cells 18 states, or 15 with an integral.
+MEMORY = 18 * 8 * -(-13 // comm.size)
+LIMIT: dict[str, Any] = {"checkpointing": pnode.Checkpointing(memory=MEMORY)}
+FRESH: dict[str, Any] = {"checkpointing": pnode.Checkpointing(memory=MEMORY, reproducible=True)}
 OTHER: dict[str, Any] = {"method": "heun3", "step_size": 0.04}
 IMPLICIT: dict[str, Any] = {"method": "es325", "rtol": 1e-5}
 SPARSE: dict[str, Any] = {"jacobian": "sparse"}
@@ -63,20 +69,30 @@ class Cells(Trial):
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
-    [("ring", FIXED), ("ring", ADAPTIVE), ("plane", FSAL), ("plane", ADAPTIVE), ("graph", OTHER)],
-)
-def test_ranks_against_one(name: str, options: dict[str, Any]) -> None:
+    ("name", "form", "options"),
+    [
+        ("ring", "rhs", FIXED), ("ring", "cost", ADAPTIVE), ("plane", "rhs", FSAL),
+        ("plane", "rhs", ADAPTIVE), ("graph", "rhs", OTHER), ("ring", "cost", FSAL),
+        ("ring", "rhs", FIXED | LIMIT), ("ring", "rhs", ADAPTIVE | LIMIT),
+        ("ring", "cost", FSAL | FRESH),
+    ],
+)  # fmt: skip
+def test_ranks_against_one(name: str, form: str, options: dict[str, Any]) -> None:
     """Outputs, steps and gradients are those of a field without ghost cells, and of Python's."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found, stats = results(name, comm, compile=True, **options)
+        found, stats = results(name, comm, form=form, compile=True, **options)
     for other, compiled in ((SELF, False), (comm, False)):
-        expected, steps = results(name, None if other is SELF else comm, compile=compiled,
-                                  **options)  # fmt: skip
+        expected, steps = results(name, None if other is SELF else comm, form=form,
+                                  compile=compiled, **options)  # fmt: skip
         off, what = difference(found, expected)
-        checks.below(off, EXACT, name, options, what)
+        checks.below(off, EXACT, name, form, options, what)
         checks.true((stats.steps, stats.rejected) == (steps.steps, steps.rejected), stats, steps)
+    repeated = stats.backward.recomputed, steps.backward.recomputed
+    checks.true(repeated[0] == repeated[1], options, repeated)
+    held = stats.ram_bytes, steps.ram_bytes
+    if "checkpointing" in options:
+        checks.true(repeated[0] > 0 and held[0] == held[1] <= MEMORY, options, repeated, held)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +102,7 @@ def test_ranks_against_one(name: str, options: dict[str, Any]) -> None:
         ("ring", "mass", {"method": "bdf", "rtol": 1e-5} | SPARSE),
         ("plane", "rhs", IMPLICIT),
         ("plane", "rhs", {"method": "cn", "step_size": 0.05} | SPARSE),
-        ("plane", "rhs", FSAL | {"checkpointing": pnode.Checkpointing(memory=4000)}),
+        ("plane", "rhs", FSAL | {"dense": True}),
         ("graph", "rhs", {"method": "radau5", "rtol": 1e-5}),
         pytest.param("batch", "imex", BLOCK | {"method": "ark3"}, marks=SHARED),
         pytest.param("batch", "rhs", IMPLICIT | {"dense": True}, marks=SHARED),
@@ -136,11 +152,15 @@ def test_failures(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.parametrize("options", [FIXED, ADAPTIVE])
-@pytest.mark.parametrize("when", ["forwards", "backwards", "again", "at the end"])
+@pytest.mark.parametrize("options", [FIXED, ADAPTIVE | LIMIT])
+@pytest.mark.parametrize("when", ["forwards", "backwards", "again", "at the end", "ordering"])
 def test_interrupts(options: dict[str, Any], when: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One between two steps of one rank ends the sweep of all; "again": repeated steps."""
-    trial, calls, goes_on = Cells(**options), [], driver.CompiledSweep._goes_on
+    """One between two steps of one rank ends the sweep of all.
+
+    "again": repeated steps; "ordering": while Python works out what the next steps keep.
+    """
+    trial = Cells(**(options | LIMIT if when == "ordering" else options))
+    calls, goes_on, extend = [], driver.CompiledSweep._goes_on, numbered._extend
     loss = total(trial.solve().ys[-1].square().sum(), comm)
     if when == "again":
         torch.autograd.grad(loss, trial.field.w, retain_graph=True)
@@ -151,10 +171,20 @@ def test_interrupts(options: dict[str, Any], when: str, monkeypatch: pytest.Monk
             raise KeyboardInterrupt
         return goes_on(self, status)
 
+    def interrupted_extend(*given: Any) -> None:
+        calls.append(0)
+        if comm.rank == BAD and len(calls) == 9:
+            raise KeyboardInterrupt
+        extend(*given)
+
     with monkeypatch.context() as patched:
         patched.setattr(driver, "PATIENCE", 0.0)  # a call is a step
-        patched.setattr(driver.CompiledSweep, "_goes_on", interrupted)
-        if when == "forwards":
+        if when == "ordering":
+            patched.setattr(numbered, "_FIRST", 2)
+            patched.setattr(numbered, "_extend", interrupted_extend)
+        else:
+            patched.setattr(driver.CompiledSweep, "_goes_on", interrupted)
+        if when in ("forwards", "ordering"):
             error = caught(trial.solve)
         else:
             error = caught(torch.autograd.grad, loss, trial.field.w, retain_graph=True)
@@ -175,10 +205,10 @@ class Halved(Grid):
 
 
 def test_why_sweeps_stay_uncompiled() -> None:
-    """Limits, float32, other exchanges: with a compiled field; Rosenbrock methods without."""
+    """Disks, float32, other exchanges: with a compiled field; Rosenbrock methods without."""
     trial = Cells(**FIXED)
     for more, kind, why in (
-        ({"checkpointing": pnode.Checkpointing(memory=4000)}, D, "only whole sweeps are"),
+        ({"checkpointing": pnode.Checkpointing(4000, gettempdir())}, D, "only whole sweeps are"),
         ({}, torch.float32, "float64 only"),
         ({"layout": Halved((4 * comm.size + 1,), comm=comm)}, D, "more than to copy entries"),
         ({"method": "rodas3", "step_size": 0.05}, D, "products of Rosenbrock methods"),
