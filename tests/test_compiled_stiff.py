@@ -655,3 +655,19 @@ def test_derivatives_of_ones_own():
         found.append((ys, torch.autograd.grad(ys.sum(), y0)[0]))
     assert difference(found[1][0], found[0][0]) < 1e-9
     assert difference(found[1][1], found[0][1]) < 1e-9
+
+
+def test_fast_entries():
+    """Round-off in what decays 1e10 times as fast stays that; the reference is exp(A t)."""
+    fast = 1e10
+    rows = [[-0.04, 0.5 * fast, 0.0], [0.04, -fast, 0.3], [0.0, 0.5 * fast, -0.3]]
+    matrix = torch.tensor(rows, dtype=torch.float64)
+    weights = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    y0 = torch.tensor([1.0, 0.0, 0.5], dtype=torch.float64, requires_grad=True)
+    solver = pnode.Solver(
+        lambda t, y: (matrix * y).sum(-1), method="esdirk6", rtol=1e-5, compile=True
+    )
+    ys = solver(y0, torch.tensor([0.0, 10.0], dtype=torch.float64)).ys
+    assert "compiled='whole sweeps'" in repr(solver)
+    (found,) = torch.autograd.grad(ys[-1] @ weights, y0)
+    assert difference(found, torch.matrix_exp(10.0 * matrix.T) @ weights) < 1e-4

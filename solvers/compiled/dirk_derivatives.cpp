@@ -22,7 +22,7 @@ void Dirk::pass_back(double shift, const double* zeta, const double* rho, double
 
 // The cotangent of u' in, that of u out. Of stage i: zeta of Y_i itself (the last stage's, if it
 // is u'), rho of its slope, from what comes after. The stage's equation adds
-//   kappa = rho + h a_ii x,  x = zeta + J^T kappa,
+//   kappa = rho + h a_ii x,  x = zeta + J^T kappa = (kappa - rho) / (h a_ii),
 // the whole cotangents of slope and stage. tau is that of the explicit slope, whose J_e^T tau is
 // part of zeta. With a mass matrix rho is that of M times the slope where the last stage is u'.
 Status Dirk::adjoint(int64_t index, double t, double h) {
@@ -55,8 +55,7 @@ Status Dirk::adjoint(int64_t index, double t, double h) {
     } else {
       for (int k = 0; k < N; k++) kappa[k] = shift * rho[i][k] + zeta[k];
       if (!factors.solve_exactly(kappa, true)) return NOT_CONVERGED;
-      apply_transposed(J_end, kappa, x);
-      for (int k = 0; k < N; k++) x[k] += zeta[k];
+      for (int k = 0; k < N; k++) x[k] = shift * (kappa[k] - rho[i][k]);  // J^T would amplify round-off
     }
     for (int k = 0; k < N; k++) l[k] += x[k];
     for (int j = 0; j < i; j++)
