@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from pnode.base.real_times import real_times
-from pnode.base.transforms import moves, plain
+from pnode.base.transforms import depends, moves, plain
 from pnode.base.vectors import is_finite
 from pnode.controls import Control
 from pnode.errors import ConfigurationError
@@ -134,14 +134,14 @@ def with_breaks(problem: InitialValueProblem, given: Any, t: torch.Tensor) -> In
         )
     if len(found) > 1 and (float(ahead[0]) > 0.0) != (problem.direction > 0.0):
         found, numbers = found.flip(0), numbers.flip(0)
-    moving = moves(found)
+    moving = depends(found)
     if moving and (torch.is_grad_enabled() or not found.requires_grad) and problem.may_constrain:
         given = "residual=" if problem.form == "residual" else "a singular mass="
         raise ConfigurationError(
             "breakpoints requires grad, and algebraic unknowns jump at a break in ways that have "
             f"no derivative by its time for {given}: pass breakpoints.detach()"
         )
-    return _placed(problem, found.to(t.device), numbers.tolist(), moving)
+    return _placed(problem, (found if moving else numbers).to(t.device), numbers.tolist(), moving)
 
 
 def _placed(

@@ -17,7 +17,7 @@ import torch
 
 from pnode.base.ledger import Stats
 from pnode.base.ranks import ALONE, Ranks
-from pnode.base.transforms import moves, outside, plain
+from pnode.base.transforms import depends, outside, plain
 from pnode.derivatives import autograd
 from pnode.errors import ConfigurationError
 from pnode.events.event_derivatives import Vanishing
@@ -235,7 +235,7 @@ def _ends(
     for index in part.at_end:
         shift = t[index].to(torch.float64) - end
         shift = shift - shift.detach()
-        if not (moves(t) or moves(part.times)) or t.numel() - 1 == index:
+        if not (depends(t) or depends(part.times)) or t.numel() - 1 == index:
             outputs.append(state)
             continue
         # A step of Heun's method, of length zero: derivatives by it are right up to the second.
@@ -249,7 +249,7 @@ def _ends(
 
 def _refuse_unsplit(problem: InitialValueProblem, t: torch.Tensor, parts: list[_Part]) -> None:
     """Refuse derivatives by a time that is a break and an output, where f is not at hand."""
-    moving = moves(t) or moves(problem.breaks.times)
+    moving = depends(t) or depends(problem.breaks.times)
     both = any(part.at_end for part in parts[:-1])
     if moving and both and (problem.ranks.parallel or problem.exchange is not None):
         raise ConfigurationError(

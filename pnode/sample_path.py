@@ -21,7 +21,7 @@ from pnode.base.transforms import moves
 from pnode.base.vectors import REAL
 from pnode.derivatives.row_slopes import RowSlopes
 from pnode.derivatives.stages import written
-from pnode.errors import ConfigurationError, FieldChanged
+from pnode.errors import ConfigurationError, FieldChanged, NonFiniteVectorField
 from pnode.problems.arguments import choice
 from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.methods import Method
@@ -63,6 +63,8 @@ class SamplePath:
         Takes one step of each row, for times ``(2, B)``, from states ``(B, n)``.
     restored : callable
         From states inside, shape ``(..., B, n)``, to the user's.
+    on_failure : {"raise", "nan"}
+        What becomes of a row whose f is not finite where an interpolant asks for it.
     """
 
     problem: InitialValueProblem
@@ -75,6 +77,7 @@ class SamplePath:
     parameters: Sequence[torch.Tensor]
     again: Any
     restored: Any
+    on_failure: str
 
     def __post_init__(self) -> None:
         """Find out how many steps each row has, and which way it goes."""
@@ -136,6 +139,7 @@ class SamplePath:
         index, hit = self._hits(times.detach())
         inside = self._between(self.direction * times, 0, True)
         inside = torch.where(hit[..., None], _at(ends, index).to(inside), inside)
+        inside = self._finite(inside, self.direction * times)
         return torch.cat([ends[:1], inside, last[None]])[: len(self.times)]
 
     # ----------------------------------------------------------------------- at other times
@@ -157,7 +161,7 @@ class SamplePath:
         s = self.direction * given.to(REAL)
         low, high = self.s[0], self.direction * self.times[-1].detach().to(REAL)
         s = s + (torch.maximum(torch.minimum(s.detach(), high), low) - s.detach())
-        found = self._between(s, order, side == "after")
+        found = self._finite(self._between(s, order, side == "after"), s)
         return self.restored(found if t.dim() else found[0])
 
     def _asked(self, t: Any) -> torch.Tensor:
@@ -205,6 +209,19 @@ class SamplePath:
         # A row that has failed is not known beyond its last step.
         known = (numbers <= last)[..., None]
         return torch.where(known, found, torch.nan).to(self.problem.layout.dtype)
+
+    def _finite(self, found: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        """Return what was found at the rows' clocks; f may not be finite where it was asked for."""
+        fine = found.detach().isfinite()
+        if self.on_failure == "raise" and not bool(fine.all()):
+            at, row = (~fine).nonzero()[0, :2].tolist()
+            raise NonFiniteVectorField(
+                f"row {row} of y0: the vector field returned NaN or infinity at an end of the step "
+                "that an output lies in: end the solve before, or let steps hit the outputs, "
+                "without dense",
+                time=float(self.direction[row] * s[at, row]), method=self.method.name,
+            )  # fmt: skip
+        return found
 
     @cached_property
     def slopes(self) -> torch.Tensor:

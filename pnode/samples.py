@@ -99,7 +99,7 @@ def _solve(
     again = partial(_one_step, solver._engine, problem, requests, parameters, run.stats)
     path = SamplePath(
         problem, solver._engine.method, run.stats, times, ends, ys, y0, parameters, again,
-        lambda y: restored(y.reshape(*y.shape[:-2], *shape))[0],
+        lambda y: restored(y.reshape(*y.shape[:-2], *shape))[0], solver._requests.independent,
     )  # fmt: skip
     if requests.dense:
         path.keep()

@@ -128,6 +128,21 @@ def test_a_row_that_fails_is_unknown_from_there_on():
     assert from_start(0.0).tolist() == [[0.1], [1.1]]
 
 
+@pytest.mark.parametrize("rows", [{}, {"samples": "independent"}])
+def test_a_slope_that_no_step_has_taken_may_not_be_finite(rows):
+    """At t = 1 f is NaN: only outputs inside of the last step of the midpoint method ask for it."""
+    solver = pnode.Solver(
+        lambda t, y: -y * (1.0 - t) / (1.0 - t), method="midpoint", step_size=0.125, dense=True,
+        compile=False, **rows,
+    )  # fmt: skip
+    exact = [[(1.0 - 0.125 + 0.125**2 / 2.0) ** n] for n in (0, 4, 7, 8)]
+    solution = solver(torch.ones(1, 1, dtype=D), [0.0, 0.5, 0.875, 1.0])
+    torch.testing.assert_close(solution.ys[..., 0], torch.tensor(exact, dtype=D))
+    for asked in (lambda: solution([0.9]), lambda: solver(solution.ys[0], [0.0, 0.9, 1.0])):
+        with pytest.raises(pnode.NonFiniteVectorField, match="at an end of th"):
+            asked()
+
+
 def test_rows_that_are_done_are_left_out_with_their_integrals():
     """Many rows of other lengths, a limit of memory, costs inside of steps."""
     rows = 12

@@ -22,6 +22,7 @@ from pnode.base.interpolation import (
     lagrange_polynomials,
     polynomial,
 )
+from pnode.errors import NonFiniteVectorField
 from pnode.field.rates import Rates
 from pnode.field.vectorfield import VectorField
 from pnode.solvers.methods import Method
@@ -193,7 +194,7 @@ class DenseOutput(Observer):
     ) -> None:
         self._times = times
         self._partial = partial
-        self._rates = Rates(field)
+        self._rates, self._direction = Rates(field), field.problem.direction
         self._emit = emit
         self._keep = keep
         self.pieces = pieces
@@ -304,14 +305,25 @@ class DenseOutput(Observer):
         states, slopes = [node.state for node in nodes], []
         for node in nodes if taken else ():
             if node.slope is None:
-                node.slope = self._rates.value(node.s, node.state)
+                node.slope = self._slope(step, node.s, node.state)
             slopes.append(node.slope)
         if more is not None:
             for c, weights in zip(more.c[2:], more.weights, strict=True):
                 state = combined(weights, states, slopes, step.length)
-                slopes.append(self._rates.value(step.at(c), state))
+                slopes.append(self._slope(step, step.at(c), state))
         for inside in self.inside[step.index]:
             self._emit(combined(window.weights(inside), states, slopes, step.length), None)
+
+    def _slope(self, step: Step, s: float, state: torch.Tensor) -> torch.Tensor:
+        """Return y' there; no step may have evaluated f there before."""
+        found = self._rates.value(s, state)
+        if vectors.is_finite(found):
+            return found
+        raise NonFiniteVectorField(
+            "the vector field returned NaN or infinity at an end of this step, that an output lies "
+            "in: end the solve before, or let steps hit the outputs, without dense",
+            time=self._direction * s, step=step.index, method=self._method.name,
+        )  # fmt: skip
 
     def _around(self, step: Step) -> tuple[list[_Node], bool]:
         """Return the nodes of a step's interpolant, and whether slopes there are wanted.
