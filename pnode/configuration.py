@@ -352,6 +352,7 @@ def take_group(
     if not isinstance(chosen, kind):
         raise ConfigurationError(
             f"{name}={chosen!r} is a {type(chosen).__name__}: give a pnode.{kind.__name__}(...)"
+            + (", or the times that steps go to, or step_size=h" if kind is Steps else "")
         )
     for key, value in own.items():
         raise ConfigurationError(

@@ -8,6 +8,7 @@ tests check them against PETSc's own tableaus and against measured orders of con
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -378,6 +379,10 @@ REFUSED: dict[str, str] = {
     "kvaerno4": "es325",
     "kvaerno5": "esdirk6",
     "scipy_solver": "bdf",
+    "RK45": "dopri5",
+    "RK23": "bosh3",
+    "DOP853": "dopri8",
+    "LSODA": "bdf",
 }
 
 #: PETSc's other TS types, and why they are not here.
@@ -474,8 +479,12 @@ def find_method(name: Any) -> Method:
         raise ConfigurationError(
             f"method={name!r} is not one of PETSc's; the nearest here is method={REFUSED[name]!r}"
         )
+    near = difflib.get_close_matches(str(name).lower(), [*_BY_NAME, *_ADDED], 1)
+    hint = f"did you mean {near[0]!r}? Otherwise " if near else ""
     choices = ", ".join(repr(method.name) for method in methods())
-    raise ConfigurationError(f"method={name!r} is unknown: choose one of {choices}, or an alias")
+    raise ConfigurationError(
+        f"method={name!r} is unknown: {hint}choose one of {choices}, or an alias"
+    )
 
 
 def check_form(form: str, method: Method) -> None:

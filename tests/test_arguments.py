@@ -387,6 +387,16 @@ def test_the_nearest_keyword_is_named():
         pnode.Solver(decay, methods="rk4")
 
 
+@pytest.mark.parametrize(("name", "near"), [
+    ("dorpi5", "did you mean 'dopri5'"), ("Tsit5", "did you mean 'tsit5'"),
+    ("CN", "did you mean 'cn'"), ("RK45", "nearest here is method='dopri5'"),
+    ("LSODA", "nearest here is method='bdf'"),
+])  # fmt: skip
+def test_the_nearest_method_is_named(name, near):
+    with pytest.raises(pnode.ConfigurationError, match=near):
+        pnode.Solver(decay, method=name)
+
+
 def test_odeint_has_tolerances_of_its_own():
     with pytest.raises(pnode.ConfigurationError, match=r"steps=.*odeint.*pnode\.Solver"):
         pnode.odeint(decay, Y0, [0.0, 1.0], steps=pnode.Steps())

@@ -136,6 +136,22 @@ def gradient(name, between, net=None):
     return torch.autograd.grad(loss, weight)[0]
 
 
+def test_what_newtons_method_leaves_is_no_change():
+    """Van der Pol's slow part: with an old Jacobian Newton's last update makes a residual grow."""
+
+    def van_der_pol(t, y):
+        return torch.stack([y[1], 1e3 * (1 - y[0] ** 2) * y[1] - y[0]])
+
+    def solve(y0):
+        solver = pnode.Solver(van_der_pol, method="bdf", rtol=3e-5, atol=3e-7, compile=False)
+        return solver(y0, [0.0, 300.0]).ys[-1]
+
+    y0, along = torch.tensor([2.0, 0.0], dtype=D), torch.tensor([1.0, 0.0], dtype=D)
+    _, tangent = torch.func.jvp(solve, (y0,), (along,))
+    (gradient,) = torch.autograd.grad(solve(y0.requires_grad_())[0], y0)
+    assert gradient[0].isclose(tangent[0], rtol=1e-8)
+
+
 @pytest.mark.parametrize("name", METHODS_AGAIN)
 def test_surroundings_are_those_of_the_forward_sweep(name):
     expected = gradient(name, lambda net: None)

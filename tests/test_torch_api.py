@@ -7,6 +7,7 @@ works afterwards.
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -312,6 +313,27 @@ def test_transforms_of_parameters_times_and_odeint():
             torch.stack([T, T])
         )
     works(model)
+
+
+@pytest.mark.parametrize("recording", [True, False])
+def test_solves_within_a_batch(recording):
+    """A solve that the batch has no part in is one solve; an undeclared part in it is refused."""
+    factors = torch.tensor([0.9, 0.5, 0.4], dtype=torch.float64)
+
+    def solve(k, rhs=lambda k: lambda t, y: -y, event_fn=lambda k: None):
+        solver = pnode.Solver(rhs(k), event_fn=event_fn(k), method="rk4", step_size=0.1)
+        return k * solver(state(), T).ys[-1].flatten()
+
+    undeclared = (
+        {"rhs": lambda k: lambda t, y: -k * y},
+        {"event_fn": lambda k: lambda t, y: y.flatten()[0] - k},
+    )
+    with torch.set_grad_enabled(recording):
+        expected = torch.stack([solve(k) for k in factors])
+        assert torch.equal(torch.func.vmap(solve)(factors), expected)
+        for given in undeclared:
+            with pytest.raises(ConfigurationError, match=r"uses is a batch of torch\.func\.vmap"):
+                torch.func.vmap(partial(solve, **given))(factors)
 
 
 def test_functional_call_outside_of_transforms():

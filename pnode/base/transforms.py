@@ -11,7 +11,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -24,8 +24,9 @@ __all__ = [
     "applied", "batch_is_innermost", "batch_level", "depends", "differentiable", "has_tangent",
     "in_forward_mode", "is_legacy_batch", "is_wrapped", "legacy_batch", "lowered", "moves",
     "no_tangents", "only_forward_mode", "outside", "outside_compiler", "outside_inference",
-    "plain", "recorded_by_autograd", "refuse_moving", "refuse_traced", "refuse_transforms",
-    "signed", "stacked", "tensors_of", "transforms_active", "unbatched", "unmoved", "unwrapped",
+    "plain", "recorded_by_autograd", "refuse_batched", "refuse_moving", "refuse_traced",
+    "refuse_transforms", "signed", "stacked", "tensors_of", "transforms_active", "unbatched",
+    "unmoved", "unwrapped",
 ]  # fmt: skip
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -72,9 +73,9 @@ def refuse_transforms(
             "leave it out, and trace the vector field instead"
         )
     for name, tensor in given:
-        _refuse_batched(name, tensor)
+        refuse_batched(name, tensor)
     for tensor in parameters:
-        _refuse_batched("a parameter", tensor)
+        refuse_batched("a parameter", tensor)
     if transforms_active() and _functorch.peek_interpreter_stack().key().name == "Functionalize":
         raise ConfigurationError(
             "torch.func.functionalize cannot pass through a solve: solve outside of it"
@@ -98,9 +99,9 @@ def refuse_moving(named: Iterable[tuple[str, Any]], why: str) -> None:
                 )
 
 
-def _refuse_batched(name: str, tensor: torch.Tensor) -> None:
-    """Refuse a batch of solves."""
-    while _is_transformed(tensor) or _is_legacy_batch(tensor):
+def refuse_batched(name: str, tensor: torch.Tensor) -> None:
+    """Refuse a batch of solves: a tensor that is one, or is made of one."""
+    while is_wrapped(tensor):
         if _functorch.is_batchedtensor(tensor) or is_legacy_batch(tensor):
             raise ConfigurationError(
                 f"{name} is a batch of torch.func.vmap, which cannot pass through a solve: give "
@@ -189,8 +190,7 @@ def stacked(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
     """Return the numbers of a tensor, without what transforms and graphs know of it."""
-    found: torch.Tensor = lowered(tensor)
-    return found.detach()
+    return cast(torch.Tensor, lowered(tensor).detach())
 
 
 def unwrapped(tensor: torch.Tensor) -> torch.Tensor:

@@ -20,8 +20,10 @@ from pnode.base.transforms import (
     legacy_batch,
     moves,
     no_tangents,
+    outside,
     outside_compiler,
     outside_inference,
+    plain,
     refuse_traced,
     signed,
     unmoved,
@@ -80,8 +82,8 @@ def solve(
         ys = applied(SolveFunction, engine, problem, requests, runs, y0, t, None, *inputs)
         return ys, runs[0]
     own = ordered(place_of(problem.layout.device))
-    with outside_inference(False), torch.no_grad(), own as leave:
-        state = y0.detach().clone()
+    with outside(), outside_inference(False), torch.no_grad(), own as leave:
+        state = plain(y0).clone()
         ys, run = sensitivity_control.forward(engine, problem, state, False, requests)
         leave(ys)
     return ys, run

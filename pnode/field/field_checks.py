@@ -52,14 +52,15 @@ def wrong_result(
     for index, (part, shape) in enumerate(zip(parts, shapes, strict=True)):
         where = f" (part {index})" if layout.is_tuple else ""
         if not isinstance(part, torch.Tensor):
-            return f"returned a {type(part).__name__}{where}, not a tensor"
+            return (
+                f"returned a {type(part).__name__}{where}, not a tensor: return one of shape "
+                f"{tuple(shape)}, with torch.stack([...]) of entries"
+            )
         if part.layout is not torch.strided:
             return f"returned a tensor of layout {part.layout}{where}; use to_dense()"
         if part.shape != shape:
-            swapped = "" if part.shape else "; it is called as f(t, y)"
-            return (
-                f"returned shape {tuple(part.shape)}{where} for a state of {tuple(shape)}{swapped}"
-            )
+            found = f"returned shape {tuple(part.shape)}{where} for a state of {tuple(shape)}"
+            return found if part.shape else f"{found}; it is called as f(t, y)"
         if part.dtype is not layout.dtype:
             return (
                 f"returned {part.dtype}{where} for a state of {layout.dtype}; give the module "

@@ -15,6 +15,7 @@ from pnode.base.transforms import (
     in_forward_mode,
     is_wrapped,
     lowered,
+    refuse_batched,
     tensors_of,
     transforms_active,
 )
@@ -130,8 +131,9 @@ class _RefuseWrapped(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        given = (*args, *kwargs.values()) if kwargs else args
-        if _any_wrapped(given):
+        wrapped = _first_wrapped((*args, *kwargs.values()) if kwargs else args)
+        if wrapped is not None:
+            refuse_batched("a tensor that the vector field uses", wrapped)
             raise ConfigurationError(
                 "the vector field uses a tensor that belongs to a transform of torch.func and that "
                 "nobody declared: write it as a torch.nn.Module that holds the tensor, and use "
@@ -157,20 +159,24 @@ class Numbers(TorchFunctionMode):
 
 
 class _Lowered(TorchFunctionMode):
-    """Takes tensors of transforms for their numbers."""
+    """Takes tensors of transforms for their numbers. Of a batch there would be too many."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        for tensor in tensors_of((args, kwargs)):
+            refuse_batched("a tensor that event_fn uses", tensor)
         args, kwargs = tree_map_only(torch.Tensor, lowered, (args, kwargs or {}))
         return function(*args, **kwargs)
 
 
-def _any_wrapped(values: Iterable[Any]) -> bool:
+def _first_wrapped(values: Iterable[Any]) -> torch.Tensor | None:
     for value in values:
+        found = None
         if isinstance(value, torch.Tensor):
-            if is_wrapped(value):
-                return True
-        elif isinstance(value, (tuple, list)) and _any_wrapped(value):
-            return True
-    return False
+            found = value if is_wrapped(value) else None
+        elif isinstance(value, (tuple, list)):
+            found = _first_wrapped(value)
+        if found is not None:
+            return found
+    return None
