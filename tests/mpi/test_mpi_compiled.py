@@ -70,8 +70,8 @@ class Batch(Trial):
     ("form", "options"),
     [
         ("rhs", FIXED), ("cost", ADAPTIVE), ("rhs", LIMITED), ("rhs", IMPLICIT),
-        ("rhs", {"method": "ra34pw2", "step_size": 0.04} | SPARSE), ("cost", IMPLICIT), ("cost", NEWTON),
-        ("cost", {"method": "bdf3", "step_size": 0.04} | STOL), ("rhs", THETA),
+        ("rhs", {"method": "ra34pw2", "step_size": 0.04} | SPARSE), ("cost", IMPLICIT),
+        ("cost", NEWTON), ("cost", {"method": "bdf3", "step_size": 0.04} | STOL), ("rhs", THETA),
     ],
 )  # fmt: skip
 def test_ranks_against_one(form: str, options: dict[str, Any]) -> None:
