@@ -223,9 +223,11 @@ def _decide_together(
         works = [work for _, work in seen]
         entry.work = None if None in works else Work(*map(max, zip(*works, strict=True)))
     if not entry.hindrance:
-        method = engine.method  # as on all ranks
-        kinds, backends = (None, method.implicit), engine.compiler.backends
-        entry.decide(max(x.share for x in backends if x.shares(method) and x.implicit in kinds))
+        method, ghosts = engine.method, engine.exchange is not None  # as on all ranks
+        entry.decide(max(
+            x.share for x in engine.compiler.backends if x.shares(method)
+            and x.implicit in (None, method.implicit) and x.ghosts in (None, ghosts)
+        ))  # fmt: skip
 
 
 def _flops(packet: Any, args: tuple[Any, ...], result: Any) -> int:

@@ -92,8 +92,8 @@ def test_ranks_against_one(form: str, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [FIXED, ADAPTIVE | {"first_step": 1.0}, IMPLICIT | {"rtol": 1e-3}, NEWTON | {"first_step": 1.0},
-     BDF | {"first_step": 1.0}, THETA],
+    [FIXED, ADAPTIVE | {"first_step": 1.0}, IMPLICIT | {"rtol": 1e-3},
+     NEWTON | {"rtol": 1e-5, "first_step": 1.0}, BDF | {"first_step": 1.0}, THETA],
 )  # fmt: skip
 def test_sweeps_again(options: dict[str, Any]) -> None:
     """Attempts that leave the domain on one rank, second sweeps, and losses of some ranks alone."""
@@ -112,7 +112,9 @@ def test_failures(options: dict[str, Any]) -> None:
     where = f"rank {BAD}"
 
     error = caught(trial.solve, end=4.0)
-    trial.expect(errors.NonFiniteVectorField, where, error, options, "in the sweep")
+    # Of theta methods PETSc's SNES has seen it, on all ranks at once.
+    seen = "returned NaN" if options is THETA else where
+    trial.expect(errors.NonFiniteVectorField, seen, error, options, "in the sweep")
     if comm.rank == BAD:
         trial.field.fault = ValueError("boom")
     error = caught(trial.solve)
