@@ -17,7 +17,7 @@ if not asked_for_doctor(sys.argv, sys.orig_argv):
 
     with signals_kept():
         import mpi4py.MPI  # noqa: F401
-    from pnode import controls, parallel
+    from pnode import controls, parallel, testing
     from pnode.adjoint.choose import Plan, plan
     from pnode.base.ledger import Ledger, Stats
     from pnode.configuration import LinearAlgebra, Output, Steps
@@ -27,8 +27,10 @@ if not asked_for_doctor(sys.argv, sys.orig_argv):
         CheckpointError,
         ConfigurationError,
         EventError,
+        FieldChanged,
         LinearSolveFailed,
         MissingPackage,
+        NonFiniteDerivative,
         NonFiniteVectorField,
         NonlinearSolveFailed,
         PnodeError,
@@ -56,11 +58,13 @@ __all__ = [
     "ConfigurationError",
     "Event",
     "EventError",
+    "FieldChanged",
     "Ledger",
     "LinearAlgebra",
     "LinearSolveFailed",
     "Method",
     "MissingPackage",
+    "NonFiniteDerivative",
     "NonFiniteVectorField",
     "NonlinearSolveFailed",
     "Occurrences",
@@ -89,4 +93,5 @@ __all__ = [
     "plan",
     "sensitivities",
     "tableau",
+    "testing",
 ]
