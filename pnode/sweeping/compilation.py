@@ -223,10 +223,10 @@ def _decide_together(
         works = [work for _, work in seen]
         entry.work = None if None in works else Work(*map(max, zip(*works, strict=True)))
     if not entry.hindrance:
-        method, ghosts = engine.method, engine.exchange is not None  # as on all ranks
+        implicit, ghosts = engine.method.implicit, engine.exchange is not None  # as on all ranks
         entry.decide(max(
-            x.share for x in engine.compiler.backends if x.shares(method)
-            and x.implicit in (None, method.implicit) and x.ghosts in (None, ghosts)
+            x.share for x in engine.compiler.backends
+            if x.implicit in (None, implicit) and x.ghosts in (None, ghosts)
         ))  # fmt: skip
 
 

@@ -25,7 +25,6 @@ from pnode.solvers.compiled.guards import Guard
 from pnode.solvers.compiled.inductor import CompilationFailed
 from pnode.solvers.compiled.trace import FieldGraph, Untraceable
 from pnode.solvers.compiled.unchanged import Unchanged
-from pnode.solvers.methods import Method
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.scheme import Scheme
 from pnode.solvers.step_control import StepControl
@@ -315,10 +314,6 @@ class Backend(ABC):
     final = False
     ghosts: bool | None = False
     share = 1.0
-
-    def shares(self, method: Method) -> bool:
-        """Whether it is for states that several ranks share, too, with some method."""
-        return False
 
     @abstractmethod
     def refuses(self, wanted: Wanted) -> str | None:

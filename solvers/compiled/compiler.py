@@ -37,7 +37,6 @@ _MOST_TRACES = 8
 # What becomes of a solve on one rank; of a solve of several the least of them.
 _NEVER, _CHANGED, _PASSING, _MADE = range(4)
 _GHOSTS = "of states with ghost cells whole sweeps of explicit methods alone are compiled"
-_UNSHARED = "of states that ranks share steps of coupled stages are not compiled"
 
 
 class _Prepared(NamedTuple):
@@ -165,9 +164,7 @@ class Compiler:
                 if backend.ghosts and not wanted.ghosts:
                     continue
                 if backend.implicit in (None, wanted.settings.method.implicit):
-                    shares = backend.shares(wanted.settings.method)
-                    text = None if shares or not wanted.settings.parallel else _UNSHARED
-                    text = _GHOSTS if wanted.ghosts and backend.ghosts is False else text
+                    text = _GHOSTS if wanted.ghosts and backend.ghosts is False else None
                     text = text or backend.refuses(wanted)
                     if text is None:
                         found.append(backend)

@@ -6,7 +6,7 @@ namespace {
 typedef std::complex<double> Complex;
 
 constexpr int MOST_COUPLED = 3;  // stages
-constexpr double LARGEST = 1e150, EPS = std::numeric_limits<double>::epsilon();
+constexpr double LARGEST = 1e300, EPS = std::numeric_limits<double>::epsilon();
 
 class PredictiveControl {
  public:
@@ -133,30 +133,24 @@ class Coupled : public ImplicitSteps {
   void keep_step() override { keep_values(Y, s * N); }
 
  private:
-  static double norm(const double* x, int n) {
-    double sum = 0.0;
-    for (int k = 0; k < n; k++) sum += x[k] * x[k];
-    return std::sqrt(sum);
-  }
-
-  // Root mean square in units of a tolerance, of so many vectors.
-  static double size(const double* x, const double* scale, int number) {
+  // Square in units of a tolerance, of so many vectors.
+  static double square_in(const double* x, const double* scale, int number = 1) {
     double sum = 0.0;
     for (int i = 0; i < number; i++)
       for (int k = 0; k < N; k++) {
         const double v = x[i * N + k], ratio = v == 0.0 ? 0.0 : v / scale[k];
         sum += ratio * ratio;
       }
-    return std::sqrt(sum / (number * N));
+    return sum;
   }
 
   // That of stages in the variables in which their equations fall apart.
-  double size_apart(const double* x, const double* scale) const {
+  double square_apart(const double* x, const double* scale) const {
     double apart[MOST_COUPLED * N] = {};
     for (int i = 0; i < s; i++)
       for (int j = 0; j < s; j++)
         for (int k = 0; k < N; k++) apart[i * N + k] += m.separated[i * s + j] * x[j * N + k];
-    return size(apart, scale, s);
+    return square_in(apart, scale, s);
   }
 
   // Factor the matrix of a step's stages together, each with the Jacobian there.
@@ -201,7 +195,7 @@ class Coupled : public ImplicitSteps {
         jacobian(t, u, c, slope, J);
         counts.jacobians++, counts.rhs++;
         factored = 0.0, current = true;
-        if (!(norm(slope, N) < LARGEST && norm(J, N * N) < LARGEST)) return NOT_FINITE;
+        if (!(square(slope) < LARGEST && square(J, N * N) < LARGEST)) return NOT_FINITE;
         knows_jacobian = knows_slope = true;
       }
       if (factored != h) factor(h);
@@ -292,20 +286,23 @@ class Coupled : public ImplicitSteps {
           std::memcpy(residual, rates, sizeof(rates));
         for (int k = 0; k < N; k++) residual[k] = f[k] - residual[k];
       }
-      if (!(norm(update, s * N) < LARGEST)) return NOT_FINITE;
+      if (!(square(update, s * N) < LARGEST)) return NOT_FINITE;
       solve_simplified(update);
       counts.newton++;
       for (int k = 0; k < s * N; k++) Z[k] += update[k];
       stage_values();
-      const double length = norm(Y, s * N), moved = norm(update, s * N);
-      const double noise = EPS * length;
-      const double now = m.by_norm || !m.adaptive ? moved : size_apart(update, scale);
-      if (!(now < LARGEST)) return NOT_CONVERGED;
+      const bool by_norm = m.by_norm || !m.adaptive;
+      double sizes[] = {square(Y, s * N), square(update, s * N), 0.0, square_in(u, scale)};
+      if (!by_norm) sizes[2] = square_apart(update, scale);
+      const double entries = add_up(sums, sizes, N);
+      const double length = std::sqrt(sizes[0]), moved = std::sqrt(sizes[1]), noise = EPS * length;
+      const double now = by_norm ? moved : std::sqrt(sizes[2] / (s * entries));
+      if (!(now * now < LARGEST)) return NOT_CONVERGED;
       if (!first) rate = before != 0.0 ? now / before : 0.0;
-      if (m.by_norm || !m.adaptive)
+      if (by_norm)
         allowed = std::max(m.newton_stol * length, 2.0 * noise);
       else if (first)
-        allowed = std::max(m.newton_kappa, 4.0 * EPS * size(u, scale, 1));
+        allowed = std::max(m.newton_kappa, 4.0 * EPS * std::sqrt(sizes[3] / entries));
       if (now <= 0.0 || (!first && rate < 1.0 && rate / (1.0 - rate) * now < allowed))
         return finish();
       if (!first && rate >= 1.0 && moved <= 1e3 * noise) return finish();
@@ -364,12 +361,13 @@ class Coupled : public ImplicitSteps {
     for (int look = 0; look < 2; look++) {
       for (int k = 0; k < N; k++) e[k] = f[k] + moved[k];
       real.solve(e);
-      found = size(e, scale, 1);
+      double size[] = {square(f) < LARGEST ? square_in(e, scale) : NAN};  // the same on all ranks
+      const double entries = add_up(sums, size, N), error = std::sqrt(size[0] / entries);
+      if (!look || std::isfinite(error)) found = error;
       if (found <= 1.0 || look || !tried || !std::isfinite(found)) break;
       for (int k = 0; k < N; k++) y[k] = u[k] + e[k];
       value(t, y, c, f);
       counts.rhs++;
-      if (!(norm(f, N) < LARGEST)) break;
     }
     return found;
   }

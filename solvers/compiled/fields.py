@@ -34,7 +34,6 @@ from pnode.solvers.compiled.compiler import outside
 from pnode.solvers.compiled.inductor import CompilationFailed, Compiled, fingerprint
 from pnode.solvers.compiled.lifting import differentiable
 from pnode.solvers.compiled.trace import FieldGraph
-from pnode.solvers.methods import Method
 
 __all__ = [
     "CompiledField",
@@ -327,10 +326,6 @@ class Fields(Backend):
 
     share = 0.5
     ghosts: bool | None = None
-
-    def shares(self, method: Method) -> bool:
-        """Return True: each rank calls its own code."""
-        return True
 
     def refuses(self, wanted: Wanted) -> str | None:
         """Return why it makes nothing for a solve, whatever the field."""

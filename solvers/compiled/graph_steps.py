@@ -30,7 +30,6 @@ from pnode.solvers.compiled.shown_steps import ShownSteps
 from pnode.solvers.compiled.step_tangents import StepTangents
 from pnode.solvers.compiled.steps import StepGraphs, Tensors
 from pnode.solvers.compiled.trace import FieldGraph
-from pnode.solvers.methods import Method
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.scheme import Scheme
 from pnode.solvers.step_control import automatic_step
@@ -224,10 +223,6 @@ class ExplicitSteps(Backend):
     def __init__(self) -> None:
         self._known: set[IntegratorSettings] = set()
         self._last: IntegratorSettings | None = None  # to be hashed takes time
-
-    def shares(self, method: Method) -> bool:
-        """Return True: sweeps of the driver's."""
-        return True
 
     def refuses(self, wanted: Wanted) -> str | None:
         """Return why there are no compiled steps for a solve, whatever the field."""

@@ -51,10 +51,6 @@ class ImplicitSweeps(Backend):
     #: Whether graphs serve where scalars do not.
     graphs = True
 
-    def shares(self, method: Method) -> bool:
-        """Whether there are steps that ranks take together."""
-        return not method.coupled
-
     def refuses(self, wanted: Wanted) -> str | None:
         """Return why there are no such sweeps for a solve, whatever the field."""
         settings, method = wanted.settings, wanted.settings.method

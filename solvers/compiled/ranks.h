@@ -21,19 +21,21 @@ class Reduction : public Sums {
     bool shared() const { return ranks_.allreduce; }
 
     void add(double* numbers, int count) override {
-        if (!over) over = sum(numbers, count, 0.0) != 0.0;
+        if (!over) over = sum(numbers, count, 0.0, 0.0) != 0.0;
         if (over) std::fill(numbers, numbers + count, std::numeric_limits<double>::quiet_NaN());
     }
 
-    // Add up numbers, and return the sum of the ranks' marks.
-    double sum(double* numbers, int count, double mark) {
-        double given[MOST + 2] = {}, found[MOST + 2];
+    // Add up numbers, and return the sum of the ranks' marks. `end`: 1 after an attempt or the sweep;
+    // where some are there, and nobody has failed, they have lost each other, and all give up.
+    double sum(double* numbers, int count, double mark, double end = 1.0) {
+        double given[LENGTH] = {}, found[LENGTH];
         if (!open) return GONE;
         std::copy(numbers, numbers + count, given);
-        given[MOST] = double(size_), given[MOST + 1] = mark;
+        given[MOST] = double(size_), given[MOST + 1] = mark, given[MOST + 2] = end, given[MOST + 3] = 1.0;
         const bool heard = ranks_.handle_size == sizeof(int) ? call<int>(given, found)
                                                              : call<void*>(given, found);
-        const double marks = heard ? found[MOST + 1] : GONE;
+        const bool lost = found[MOST + 2] != end * found[MOST + 3];
+        const double marks = !heard || (found[MOST + 1] == 0.0 && lost) ? GONE : found[MOST + 1];
         open = open && marks < GONE;
         std::copy(found, found + count, numbers);
         entries = found[MOST];
@@ -44,11 +46,13 @@ class Reduction : public Sums {
     bool over = false;  // whether that attempt has failed on a rank
 
   private:
+    static constexpr int LENGTH = MOST + 4;
+
     template <typename Handle>
     bool call(const double* given, double* found) const {
         using Function = int (*)(const void*, void*, int, Handle, Handle, Handle);
         const auto allreduce = reinterpret_cast<Function>(ranks_.allreduce);
-        return !allreduce(given, found, MOST + 2, Handle(ranks_.type), Handle(ranks_.sum),
+        return !allreduce(given, found, LENGTH, Handle(ranks_.type), Handle(ranks_.sum),
                           Handle(ranks_.comm));
     }
 

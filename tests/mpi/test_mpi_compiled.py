@@ -30,6 +30,7 @@ TIGHT: dict[str, Any] = {"petsc_options": {"snes_rtol": 1e-13, "snes_stol": 1e-1
 NEWTON: dict[str, Any] = {"method": "es325", "rtol": 1e-4} | TIGHT
 STOL: dict[str, Any] = {"petsc_options": {"snes_stol": 1e-14}}
 BDF: dict[str, Any] = {"method": "bdf", "rtol": 1e-3} | STOL
+COUPLED: dict[str, Any] = {"method": "radau5", "rtol": 1e-5} | STOL
 THETA: dict[str, Any] = {"method": "cn", "step_size": 0.03, "jacobian": "block"} | TIGHT
 
 
@@ -72,6 +73,7 @@ class Batch(Trial):
         ("rhs", FIXED), ("cost", ADAPTIVE), ("rhs", LIMITED), ("rhs", IMPLICIT),
         ("rhs", {"method": "ra34pw2", "step_size": 0.04} | SPARSE), ("cost", IMPLICIT),
         ("cost", NEWTON), ("cost", {"method": "bdf3", "step_size": 0.04} | STOL), ("rhs", THETA),
+        ("rhs", {"method": "gauss4", "step_size": 0.05} | STOL),
     ],
 )  # fmt: skip
 def test_ranks_against_one(form: str, options: dict[str, Any]) -> None:
@@ -93,7 +95,8 @@ def test_ranks_against_one(form: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "options",
     [FIXED, ADAPTIVE | {"first_step": 1.0}, IMPLICIT | {"rtol": 1e-3},
-     NEWTON | {"rtol": 1e-5, "first_step": 1.0}, BDF | {"first_step": 1.0}, THETA],
+     NEWTON | {"rtol": 1e-5, "first_step": 1.0}, BDF | {"first_step": 1.0}, THETA,
+     COUPLED | {"first_step": 1.0}],
 )  # fmt: skip
 def test_sweeps_again(options: dict[str, Any]) -> None:
     """Attempts that leave the domain on one rank, second sweeps, and losses of some ranks alone."""
@@ -105,7 +108,7 @@ def test_sweeps_again(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.parametrize("options", [FIXED, ADAPTIVE, IMPLICIT, NEWTON, BDF, THETA])
+@pytest.mark.parametrize("options", [FIXED, ADAPTIVE, IMPLICIT, NEWTON, BDF, THETA, COUPLED])
 def test_failures(options: dict[str, Any]) -> None:
     """What fails on one rank, before, in and after the sweep, is the same error on all."""
     trial = Batch(**options)
