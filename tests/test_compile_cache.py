@@ -84,6 +84,25 @@ def test_damaged_libraries_are_made_again(damage, cache):
     assert len(path.read_bytes()) == len(whole)
 
 
+def test_what_programs_share_is_compiled_once(cache, monkeypatch):
+    """Steps of all fields of one size; what is damaged of it is not linked, but made again."""
+    made, build = [], inductor._build_source
+    monkeypatch.setattr(inductor, "_build_source", lambda *a: [made.append(a), build(*a)][1])
+
+    def sum_with(number, shared=5):
+        own = f'int part(); extern "C" int answer() {{ return part() + {number}; }}'
+        text = f"int part() {{ return {shared}; }}"
+        return inductor.compile_source(own, FLAGS, "answer-", shared=text).answer()
+
+    assert [sum_with(1), sum_with(2), sum_with(2)] == [6, 7, 7]
+    assert len(made) == 3
+    (part,) = cache.glob("*.o")
+    assert mode(part) == 0o600
+    part.write_bytes(part.read_bytes()[:-1])
+    assert [sum_with(3), sum_with(3, shared=6)] == [8, 9]
+    assert len(made) == 7
+
+
 @pytest.mark.parametrize("how", ["another user", "writable", "link", "pipe"])
 def test_planted_files_are_not_loaded(how, cache, planted, monkeypatch):
     assert answer() == 7

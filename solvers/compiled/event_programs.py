@@ -75,8 +75,8 @@ class EventProgram:
             raise Untraceable(f"it takes more than {_MOST_OPERATIONS} scalar operations")
         #: How many numbers it returns.
         self.entries = found.ids.numel()
-        head = "void pnode_events(Captured c, double t, const double* y, double* g)"
-        text = f'#include <cmath>\n{PRELUDE}}}\nextern "C" {head} {{\n{code}\n}}\n'
+        head = "void pnode_events(const double* const* c, double t, const double* y, double* g)"
+        text = f'{PRELUDE}extern "C" {head} {{\n{code}\n}}\n'
         self._library = compile_source(text, _FLAGS, "events-")
         #: The code, to be called from C++.
         self.function: Any = self._library.pnode_events

@@ -280,7 +280,9 @@ def open_graph(path: Path) -> ctypes.CDLL:
         raise CompilationFailed(f"{type(error).__name__}: {error}") from error
 
 
-def compile_source(source: str, flags: Sequence[str], kind: str = "") -> ctypes.CDLL:
+def compile_source(
+    source: str, flags: Sequence[str], kind: str = "", shared: str = ""
+) -> ctypes.CDLL:
     """Compile a program in C++, or take it from the disk.
 
     Parameters
@@ -291,6 +293,8 @@ def compile_source(source: str, flags: Sequence[str], kind: str = "") -> ctypes.
         The compiler's options.
     kind : str
         Begins the file's name.
+    shared : str
+        The rest of it, which other programs have, too: compiled once for all of them.
 
     Raises
     ------
@@ -299,11 +303,19 @@ def compile_source(source: str, flags: Sequence[str], kind: str = "") -> ctypes.
     """
     try:
         cpp_builder = importlib.import_module("torch._inductor.cpp_builder")  # takes a second
-        compiler = cpp_builder.get_cpp_compiler()
-        path = cache_folder() / f"{kind}{fingerprint(source, compiler, *flags)}.so"
+        compiler, folder = cpp_builder.get_cpp_compiler(), cache_folder()
+        path = folder / f"{kind}{fingerprint(source, shared, compiler, *flags)}.so"
         with contextlib.suppress(OSError, _Damaged):
             return _open_library(path)
-        _build_source(path, source, compiler, flags)
+        command = [*shlex.split(compiler), *flags]
+        part = folder / f"{fingerprint(shared, compiler, *flags)}.o" if shared else None
+        if part is not None:
+            with libraries.locked(folder / f"{part.name}.lock"):
+                try:
+                    _read(part)
+                except (OSError, _Damaged):
+                    _build_source(part, shared, [*command, "-c"])
+        _build_source(path, source, command, part)
         return _open_library(path)
     except Exception as error:
         text = " ".join(str(error).split())
@@ -315,15 +327,19 @@ def _open_library(path: Path) -> ctypes.CDLL:
         return ctypes.CDLL(str(copy))
 
 
-def _build_source(path: Path, source: str, compiler: str, flags: Sequence[str]) -> None:
-    with _workshop(path.parent) as folder:
+def _build_source(
+    path: Path, source: str, command: Sequence[str], part: Path | None = None
+) -> None:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(_workshop(path.parent))
         code, partial = folder / "program.cpp", folder / path.name
         code.write_text(source, encoding="utf-8")
-        command = [*shlex.split(compiler), *flags, "-o", str(partial), str(code), "-lm"]
+        parts = [code] if part is None else [code, stack.enter_context(_copied(part))]
+        arguments = [*command, "-o", str(partial), *map(str, parts), "-lm"]
         with compiling("steps"):
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = subprocess.run(arguments, capture_output=True, text=True, check=False)
         if done.returncode:
-            LOG.warning("%s failed, and the solve goes on without: %s", compiler, done.stderr)
+            LOG.warning("%s failed, and the solve goes on without: %s", command[0], done.stderr)
             raise RuntimeError(done.stderr)
         _keep(path, partial)
 

@@ -50,29 +50,10 @@ INCLUDES = """\
 """
 #: What comes before scalar operations.
 PRELUDE = """\
-namespace {
-using std::fabs;
 // torch's: NaN wins.
-inline double larger(double a, double b) { return a >= b || a != a ? a : b; }
-inline double smaller(double a, double b) { return a <= b || a != a ? a : b; }
-typedef const double* const* Captured;
-struct Field {
-  static constexpr bool CHEAP = true;
-  Captured lend(void* const* captured) { return reinterpret_cast<Captured>(captured); }
-};
+static inline double larger(double a, double b) { return a >= b || a != a ? a : b; }
+static inline double smaller(double a, double b) { return a <= b || a != a ? a : b; }
 """
-# As implicit_steps.cpp has it; of the sums over i there are derivatives.
-_SECOND = """\
-void second(double t, const double* y, int count, const double (*w)[N], const double (*v)[N],
-            const double* rates, Captured c, double* l, double* mu) {
-  double S[N * N] = {}, weights[N] = {};
-  for (int i = count - 1; i >= 0; i--)
-    for (int k = 0; k < N; k++) {
-      weights[k] += rates[i] * w[i][k];
-      for (int j = 0; j < N; j++) S[k * N + j] += w[i][k] * v[i][j];
-    }
-  second_of_sums(t, y, S, weights, c, l, mu);
-}"""
 
 
 class ImplicitProgram(Kernel, Code):
@@ -83,13 +64,15 @@ class ImplicitProgram(Kernel, Code):
     traced : FieldGraph
         The field.
     field : str
-        Its program, with what comes before it.
+        What stands before the steps of it.
     steps : {"explicit", "dirk", "bdf", "coupled", "rosenbrock"}
         The methods.
     flags : sequence of str
         More options of the compiler.
     systems : sequence of str
         The files that have the linear systems.
+    own : str
+        A program for this field alone, where the steps are for all of its size.
     """
 
     dtype = REAL
@@ -100,7 +83,7 @@ class ImplicitProgram(Kernel, Code):
 
     def __init__(
         self, traced: FieldGraph, field: str, steps: str, flags: Sequence[str] = (),
-        systems: Sequence[str] = ("dense_systems.h",),
+        systems: Sequence[str] = ("dense_systems.h",), own: str = "",
     ) -> None:  # fmt: skip
         self.traced = traced
         self.size = math.prod(traced.returned)
@@ -109,13 +92,14 @@ class ImplicitProgram(Kernel, Code):
         self._indices = [part.index for part in traced.parameters]
         nothing = torch.zeros((), dtype=REAL)
         self._shapes = [nothing.expand(part.shape) for part in traced.parameters]
-        own = _FILES.get(steps, (f"{steps}_steps.cpp",))
+        files = _FILES.get(steps, (f"{steps}_steps.cpp",))
         complex_numbers = "#include <complex>\n" if steps == "coupled" else ""
         text = "\n".join((
             source("kernel.h"), INCLUDES + complex_numbers, field,
-            source("lu.h", *systems, "implicit_steps.cpp", *own),
+            source("lu.h", *systems, "implicit_steps.cpp", *files),
         ))  # fmt: skip
-        self.library = compile_source(text, (*_FLAGS, *flags))
+        parts = (text, "") if not own else (own, text)
+        self.library = compile_source(parts[0], (*_FLAGS, *flags), shared=parts[1])
         self.library.pnode_implicit_steps.restype = ctypes.c_void_p
         #: Settings in C by those in Python, and the arrays that they point to.
         self.prepared: list[tuple[Any, Any, Any]] = []
@@ -162,7 +146,9 @@ class Program(ImplicitProgram):
 
     def __init__(self, traced: FieldGraph, parameters: Sequence[torch.Tensor], steps: str) -> None:
         self._numbers = Numbers(traced.captured)
-        super().__init__(traced, self._written_field(traced, parameters, steps), steps)
+        own = self._written_field(traced, parameters, steps)
+        sizes, header = own.partition("\n")[0], source("scalar_field.h")
+        super().__init__(traced, f"{sizes}\n{header}", steps, own=own)
 
     def _written_field(
         self, traced: FieldGraph, parameters: Sequence[torch.Tensor], steps: str
@@ -259,7 +245,7 @@ class Writer:
         return values.flat()
 
     def text(self, steps: str) -> str:
-        """Return the program; for Rosenbrock methods with second derivatives."""
+        """Return the program, sizes first; for Rosenbrock methods with second derivatives."""
         jacobian = [*_targets("f[{}] =", self._f), *_targets("J[{}] =", self._jacobian)]
         sums = self._sums(self._gradient())
         functions = [
@@ -276,18 +262,15 @@ class Writer:
         timed = self._scalars.depends([*self._f, *self._jacobian], state[:1])
         linear = not self._scalars.depends(self._jacobian, state)
         parts = [
-            PRELUDE, f"constexpr int N = {len(self._f)}, WIDTH = {len(state) - 1};",
-            "constexpr int ENTRIES = N * WIDTH;",
-            f"constexpr bool AUTONOMOUS = {str(not timed).lower()};",
-            f"constexpr bool CONSTANT = {str(linear).lower()};",
+            f"constexpr int N = {len(self._f)}, WIDTH = {len(state) - 1};",
+            source("scalar_field.h"), PRELUDE,
+            f"const bool AUTONOMOUS = {str(not timed).lower()}, CONSTANT = {str(linear).lower()};",
         ]  # fmt: skip
         for name, arguments, results in functions:
             given = arguments if "Captured" in arguments else f"Captured c, {arguments}"
             code = self._scalars.code(results)
             parts.append(f"void {name}(double t, const double* y, {given}) {{\n{code}\n}}")
-        if steps == "rosenbrock":
-            parts.append(_SECOND)
-        return "\n".join([*parts, "}  // namespace"])
+        return "\n".join(parts)
 
     def _gradient(self) -> list[int]:
         """Return (df/dp)^T w, all parameters one after the other."""

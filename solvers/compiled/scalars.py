@@ -22,19 +22,23 @@ _MOST_OPERATIONS = 40_000
 #: Operation: C++, with its arguments.
 CODE = {
     "add": "{} + {}", "sub": "{} - {}", "mul": "{} * {}", "div": "{} / {}", "neg": "-{}",
-    "abs": "fabs({})", "exp": "exp({})", "expm1": "expm1({})", "log": "log({})",
-    "log1p": "log1p({})", "log2": "log2({})", "log10": "log10({})", "exp2": "exp2({})",
-    "sqrt": "sqrt({})", "sin": "sin({})", "cos": "cos({})", "tan": "tan({})", "asin": "asin({})",
-    "acos": "acos({})", "atan": "atan({})", "atan2": "atan2({}, {})", "sinh": "sinh({})",
-    "cosh": "cosh({})", "tanh": "tanh({})", "asinh": "asinh({})", "acosh": "acosh({})",
-    "atanh": "atanh({})", "erf": "erf({})", "erfc": "erfc({})", "pow": "pow({}, {})",
-    "floor": "floor({})", "ceil": "ceil({})", "trunc": "trunc({})", "round": "nearbyint({})",
     "sign": "double(({0} > 0.0) - ({0} < 0.0))", "maximum": "larger({}, {})",
     "minimum": "smaller({}, {})", "where": "{} != 0.0 ? {} : {}", "lt": "double({} < {})",
     "le": "double({} <= {})", "gt": "double({} > {})", "ge": "double({} >= {})",
     "eq": "double({} == {})", "ne": "double({} != {})",
     "logical_and": "double({} != 0.0 && {} != 0.0)", "logical_or": "double({} != 0.0 || {} != 0.0)",
-    "logical_not": "double({} == 0.0)",
+    "logical_not": "double({} == 0.0)", "abs": "__builtin_fabs({})",
+    "round": "__builtin_nearbyint({})", "atan2": "__builtin_atan2({}, {})",
+    "pow": "__builtin_pow({}, {})",
+}  # fmt: skip
+# The compiler's own: headers take longer than all of a small program.
+CODE |= {
+    name: f"__builtin_{name}({{}})"
+    for name in (
+        "exp", "expm1", "log", "log1p", "log2", "log10", "exp2", "sqrt", "sin", "cos", "tan",
+        "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "erf", "erfc",
+        "floor", "ceil", "trunc",
+    )
 }  # fmt: skip
 _CONSTANT_BETWEEN = {
     "floor", "ceil", "trunc", "round", "sign", "lt", "le", "gt", "ge", "eq", "ne", "logical_and",
@@ -265,7 +269,8 @@ class Scalars:
             return f"x{number}"
         value = float.fromhex(node[1])
         if not math.isfinite(value):
-            return "NAN" if math.isnan(value) else f"({'-' if value < 0 else ''}INFINITY)"
+            sign = "-" if value < 0 else ""
+            return '__builtin_nan("")' if math.isnan(value) else f"({sign}__builtin_inf())"
         return f"({value!r})"
 
 
