@@ -55,9 +55,9 @@ class ModifiedNewton:
     Notes
     -----
     The iteration stops when the estimated error of u is below ``KAPPA`` in the weighted norm, in
-    which local errors are at most 1. With fixed steps, or once ``snes_stol`` is set, it must be
-    below ``snes_stol`` times the norm of u instead. ``snes_rtol`` and ``snes_atol`` stop it by the
-    residual, as in PETSc, if they are set. Neither can ask for more than round-off of f leaves.
+    which local errors are at most 1. With fixed steps it must be below ``snes_stol`` times the norm
+    of u instead; of adaptive ones both, once ``snes_stol`` is set. ``snes_rtol`` and ``snes_atol``
+    stop it by the residual, as in PETSc. None can ask for more than round-off of f leaves.
 
     The derivative F_u_dot must be the identity, which is what the shift is added to.
     """
@@ -254,11 +254,11 @@ class ModifiedNewton:
             before, length, absolute = norm, ranks.norm(u), self._length(update, u)
             noise = self._eps * length
             self._last = residual, residual / absolute if absolute else self._last[1]
-            if by_norm:
+            judged, content = size(update), max(self.KAPPA, 4.0 * size(self._eps * u))
+            norm, tolerance = judged, content
+            if by_norm:  # which can but ask for more where errors are judged
                 norm, tolerance = absolute, max(stol * length, 2.0 * noise)
-            else:
-                norm = size(update)
-                tolerance = max(self.KAPPA, 4.0 * size(self._eps * u))
+                judged = judged if self._adaptive else 0.0
             if not norm < 1e300:
                 return self._failed(_REASON.DIVERGED_FUNCTION_NANORINF, where)
             if iteration:
@@ -272,7 +272,8 @@ class ModifiedNewton:
             rate = min(self._rate, 0.999)
             if not iteration:
                 rate = 0.5 if by_norm else max(rate, self._LEAST)
-            if norm == 0.0 or rate / (1.0 - rate) * norm <= tolerance:
+            left = rate / (1.0 - rate)
+            if norm == 0.0 or (left * norm <= tolerance and left * judged <= content):
                 self._refresh = self._rate > self._SLOW and iteration > 0
                 if not iteration:  # not measured: trust the old rate less and less
                     self._rate = min(1.0, self._DOUBT * self._rate)

@@ -475,3 +475,21 @@ def test_repeated_backwards_have_the_same_bits(name, form, sign):
     assert solution.stats.backward.recomputed == 2 * solution.stats.steps
     for other in others:
         assert all(map(torch.equal, other, first))
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_snes_stol_can_but_ask_for_more(compile):
+    """Small entries far below the norm of y are solved for as their atol wants it, whatever stol.
+
+    Else the error estimate is noise, and steps get smaller and smaller.
+    """
+    y0, t = torch.tensor([1.0, 0.0, 0.0], dtype=D), torch.tensor([0.0, 40.0], dtype=D)
+    steps = []
+    for options in ({}, {"snes_stol": 1e-4}):
+        solver = pnode.Solver(
+            lambda t, y: robertson(t, y, RATES), method="bdf", rtol=1e-6, compile=compile,
+            atol=torch.tensor([1e-8, 1e-12, 1e-8], dtype=D), jacobian="dense", max_steps=1000,
+            petsc_options=options,
+        )  # fmt: skip
+        steps.append(solver(y0, t).stats.steps)
+    assert abs(steps[1] - steps[0]) < 20

@@ -79,14 +79,16 @@ class Newton {
       const bool corrected = correct(shift, update, evaluates);
       for (int k = 0; k < N; k++) u[k] -= update[k];
       double sizes[] = {square(u, own), square(update, own), 0.0, 0.0, double(!corrected)};
-      if (!m.by_norm) sizes[2] = square_in(update, scale), sizes[3] = square_in(u, scale);
+      const bool judged = m.adaptive || !m.by_norm;
+      if (judged) sizes[2] = square_in(update, scale), sizes[3] = square_in(u, scale);
       const double entries = add_up(sums, sizes, N);
       if (sizes[4] != 0.0) return bad_guess = false, NOT_CONVERGED;
       const double before = norm, length = std::sqrt(sizes[0]);
       const double absolute = std::sqrt(sizes[1]), noise = EPS * length;
-      norm = m.by_norm ? absolute : std::sqrt(sizes[2] / entries);
-      const double tolerance = m.by_norm ? std::max(m.newton_stol * length, 2.0 * noise)
-                                         : std::max(KAPPA, 4.0 * EPS * std::sqrt(sizes[3] / entries));
+      const double error = std::sqrt(sizes[2] / entries);
+      const double content = std::max(KAPPA, 4.0 * EPS * std::sqrt(sizes[3] / entries));
+      norm = m.by_norm ? absolute : error;
+      const double tolerance = m.by_norm ? std::max(m.newton_stol * length, 2.0 * noise) : content;
       if (!(norm < LARGEST)) return NOT_FINITE;
       bad_guess = false;
       if (iteration) {
@@ -98,7 +100,8 @@ class Newton {
       }
       double expected = std::min(rate, 0.999);
       if (!iteration) expected = m.by_norm ? 0.5 : std::max(expected, LEAST);
-      if (norm == 0.0 || expected / (1.0 - expected) * norm <= tolerance) {
+      const double left = expected / (1.0 - expected);
+      if (norm == 0.0 || (left * norm <= tolerance && left * error <= content)) {
         refresh = rate > SLOW && iteration > 0;
         if (!iteration) rate = std::min(1.0, DOUBT * rate);
         return DONE;
