@@ -223,14 +223,13 @@ class ModifiedNewton:
     ) -> torch.Tensor | SolveError:  # fmt: skip
         """Iterate with one Jacobian."""
         rtol, atol, stol, limit = self._snes.getTolerances()
-        given = self._given
+        given, ranks = self._given, self._bridge.ranks
         # A state and its tangents have scales of their own.
         one = self._parts is None or self._driver is not None
         by_residual = one and ("snes_rtol" in given or "snes_atol" in given)
         rtol = rtol if "snes_rtol" in given else 0.0
         by_norm = "snes_stol" in given
         limit = limit if "snes_max_it" in given or not self._adaptive else self.MOST_ITERATIONS
-        ranks = self._bridge.ranks
         u, norm, first, fresh = guess, 0.0, 0.0, self._refresh
         self._snes.setConvergedReason(_REASON.CONVERGED_ITERATING)
         for iteration in range(limit):
@@ -242,8 +241,7 @@ class ModifiedNewton:
                 return self._failed(_REASON.DIVERGED_FUNCTION_NANORINF, where)
             if self._driver is not None:
                 residual = ranks.norm(self._driver.parts(vectors.view(self._f))[0])
-            first = first or residual
-            self._last = residual, self._last[1]
+            first, self._last = first or residual, (residual, self._last[1])
             if by_residual and ((residual <= rtol * first and iteration) or residual <= atol):
                 u = self._converged(u if iteration else u.clone())  # not the caller's
                 return self._with_integrals(u, s, shift, psi, where)
@@ -254,11 +252,12 @@ class ModifiedNewton:
             before, length, absolute = norm, ranks.norm(u), self._length(update, u)
             noise = self._eps * length
             self._last = residual, residual / absolute if absolute else self._last[1]
-            judged, content = size(update), max(self.KAPPA, 4.0 * size(self._eps * u))
-            norm, tolerance = judged, content
+            error = content = 0.0
+            if self._adaptive or not by_norm:
+                error, content = size(update), max(self.KAPPA, 4.0 * size(self._eps * u))
+            norm, tolerance = error, content
             if by_norm:  # which can but ask for more where errors are judged
                 norm, tolerance = absolute, max(stol * length, 2.0 * noise)
-                judged = judged if self._adaptive else 0.0
             if not norm < 1e300:
                 return self._failed(_REASON.DIVERGED_FUNCTION_NANORINF, where)
             if iteration:
@@ -273,7 +272,7 @@ class ModifiedNewton:
             if not iteration:
                 rate = 0.5 if by_norm else max(rate, self._LEAST)
             left = rate / (1.0 - rate)
-            if norm == 0.0 or (left * norm <= tolerance and left * judged <= content):
+            if norm == 0.0 or (left * norm <= tolerance and left * error <= content):
                 self._refresh = self._rate > self._SLOW and iteration > 0
                 if not iteration:  # not measured: trust the old rate less and less
                     self._rate = min(1.0, self._DOUBT * self._rate)
