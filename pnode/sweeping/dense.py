@@ -194,7 +194,7 @@ class DenseOutput(Observer):
     ) -> None:
         self._times = times
         self._partial = partial
-        self._rates, self._direction = Rates(field), field.problem.direction
+        self._rates, self._problem = Rates(field), field.problem
         self._emit = emit
         self._keep = keep
         self.pieces = pieces
@@ -317,13 +317,13 @@ class DenseOutput(Observer):
     def _slope(self, step: Step, s: float, state: torch.Tensor) -> torch.Tensor:
         """Return y' there; no step may have evaluated f there before."""
         found = self._rates.value(s, state)
-        if vectors.is_finite(found):
-            return found
-        raise NonFiniteVectorField(
-            "the vector field returned NaN or infinity at an end of this step, that an output lies "
-            "in: end the solve before, or let steps hit the outputs, without dense",
-            time=self._direction * s, step=step.index, method=self._method.name,
-        )  # fmt: skip
+        if not vectors.is_finite(found):
+            self._problem.ranks.refuse(NonFiniteVectorField(
+                "the vector field returned NaN or infinity at an end of this step, that an output "
+                "lies in: end the solve before, or let steps hit the outputs, without dense",
+                time=self._problem.direction * s, step=step.index, method=self._method.name,
+            ))  # fmt: skip
+        return found
 
     def _around(self, step: Step) -> tuple[list[_Node], bool]:
         """Return the nodes of a step's interpolant, and whether slopes there are wanted.

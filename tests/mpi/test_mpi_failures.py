@@ -293,3 +293,23 @@ def test_mismatches() -> None:
     refused("checkpointing differs", checkpointing="1MiB")
     refused("dense differs", dense=True)
     refused("max_steps differs", max_steps=9)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("samples", ["joint", "independent"])
+def test_the_end_of_a_step_with_an_output_inside(samples: str) -> None:
+    """f that is not finite there, on one rank, is an error of all."""
+
+    def field(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.where(t < 1.0, -y, (torch.nan if comm.rank == BAD else -1.0) * y)
+
+    solver = pnode.Solver(
+        field, method="midpoint", step_size=0.25, dense=True, samples=samples, comm=comm
+    )
+    message = ""
+    try:
+        solver(torch.ones(2, 1, dtype=D), torch.tensor([0.0, 0.6, 0.9, 1.0], dtype=D))
+    except errors.NonFiniteVectorField as error:
+        message = str(error)
+    seen = comm.allgather(message)
+    checks.true(all("lies in: end the solve before" in each for each in seen), samples, *seen)
