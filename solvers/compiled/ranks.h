@@ -28,7 +28,7 @@ class Reduction : public Sums {
     // Add up numbers, and return the sum of the ranks' marks. `end`: 1 after an attempt or the sweep;
     // where some are there, and nobody has failed, they have lost each other, and all give up.
     double sum(double* numbers, int count, double mark, double end = 1.0) {
-        double given[LENGTH] = {}, found[LENGTH];
+        double given[LENGTH] = {}, found[LENGTH] = {};
         if (!open) return GONE;
         std::copy(numbers, numbers + count, given);
         given[MOST] = double(size_), given[MOST + 1] = mark, given[MOST + 2] = end, given[MOST + 3] = 1.0;
