@@ -194,7 +194,9 @@ class DenseOutput(Observer):
     ) -> None:
         self._times = times
         self._partial = partial
-        self._rates, self._problem = Rates(field), field.problem
+        # Not the problem itself: a backward sweep that may come would keep the user's Module by it.
+        self._rates, self._ranks = Rates(field), field.problem.ranks
+        self._direction = field.problem.direction
         self._emit = emit
         self._keep = keep
         self.pieces = pieces
@@ -318,10 +320,10 @@ class DenseOutput(Observer):
         """Return y' there; no step may have evaluated f there before."""
         found = self._rates.value(s, state)
         if not vectors.is_finite(found):
-            self._problem.ranks.refuse(NonFiniteVectorField(
+            self._ranks.refuse(NonFiniteVectorField(
                 "the vector field returned NaN or infinity at an end of this step, that an output "
                 "lies in: end the solve before, or let steps hit the outputs, without dense",
-                time=self._problem.direction * s, step=step.index, method=self._method.name,
+                time=self._direction * s, step=step.index, method=self._method.name,
             ))  # fmt: skip
         return found
 
