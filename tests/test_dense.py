@@ -314,7 +314,8 @@ def test_order_of_the_interpolated_values(name):
         # The same place in every step, so that the errors are comparable.
         inside = (torch.arange(number, dtype=D) + 0.37) * (2.0 / number)
         t = torch.cat([torch.zeros(1, dtype=D), inside, torch.tensor([2.0], dtype=D)])
-        exact = pnode.odeint(decay_with_drive, y0, t, method="verner8", rtol=1e-13, atol=1e-13)
+        # Steps that short leave round-off alone; what tolerances of 1e-13 leave is more.
+        exact = pnode.odeint(decay_with_drive, y0, t, method="verner8", step_size=1 / 256)
         solver = pnode.Solver(
             decay_with_drive, method=name, step_size=2.0 / number, dense=True,
             petsc_options=TIGHT if find_method(name).implicit else None,
