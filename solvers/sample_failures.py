@@ -17,9 +17,9 @@ from pnode.solvers.clock import FixedGrid
 __all__ = ["WHY", "row_grids"]
 
 _UNSOLVED = "the equations of a step were not solved: take smaller or adaptive steps"
-#: What the errors say; ``most`` is the limit of steps.
+#: What the errors say; ``most`` is the limit of steps, ``who`` is called.
 WHY: dict[type[SolveError], str] = {
-    NonFiniteVectorField: "the vector field returned NaN or infinity",
+    NonFiniteVectorField: "{who} returned NaN or infinity",
     NonlinearSolveFailed: _UNSOLVED,
     LinearSolveFailed: _UNSOLVED,
     StepLimitReached: "max_steps={most} steps did not reach its last output time: raise max_steps, "

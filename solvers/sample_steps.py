@@ -356,7 +356,7 @@ class SampleSweep:
                 "time": float(self._user_time()[row]), "step": int(self.taken[row]),
             }  # fmt: skip
             named = row if self.rows is None else int(self.rows[row])
-            why = why or WHY[kind].format(most=self.control.max_steps)
+            why = why or WHY[kind].format(most=self.control.max_steps, who=self.field.who)
             raise kind(f"row {named} of y0: {why}", method=self.method.name, **where)
         self.active &= ~failed
 

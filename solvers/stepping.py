@@ -300,7 +300,7 @@ class _Sweep:
         if isinstance(error, NonFiniteVectorField):
             if min_step <= least:
                 raise error
-            raise NonFiniteVectorField(
+            raise type(error)(
                 f"{error.message} (min_step={min_step!r} allows none)",
                 reason=error.reason, rank=error.rank, **self._where(s),
             ) from error  # fmt: skip

@@ -540,6 +540,28 @@ def test_costs_that_are_not_finite(method, kind):
     assert caught.value.step is not None
 
 
+@pytest.mark.parametrize(("method", "step_size"), [("rk4", 0.5), ("dopri5", None), ("radau5", None),
+                                                   ("rodaspr", None), ("cn", 0.5)])  # fmt: skip
+@pytest.mark.parametrize("faulty", ["cost", "the vector field"])
+def test_who_is_not_finite_at_the_start_is_named(method, step_size, faulty):
+    def call(t, y, own):
+        return -y * torch.where(t > 0.0, 1.0, torch.nan if own == faulty else 1.0)
+
+    solver = pnode.Solver(
+        lambda t, y: call(t, y, "the vector field"), method=method, step_size=step_size,
+        cost=lambda t, y: call(t, y, "cost").sum(),
+    )  # fmt: skip
+    with pytest.raises(pnode.NonFiniteVectorField, match=f"^{faulty} returned NaN"):
+        solver(torch.ones(2, dtype=D), torch.tensor([0.0, 1.0], dtype=D))
+
+
+def test_who_is_not_finite_later_is_one_of_two():
+    cost = lambda t, y: torch.where(t < 0.5, y, torch.nan).sum()  # noqa: E731
+    solver = pnode.Solver(lambda t, y: -y, method="rk4", step_size=0.25, cost=cost)
+    with pytest.raises(pnode.NonFiniteVectorField, match=r"^the vector field or cost returned NaN"):
+        solver(torch.ones(2, dtype=D), torch.tensor([0.0, 1.0], dtype=D))
+
+
 @pytest.mark.parametrize("method", ["rk4", "cn"])
 def test_a_module_with_the_result_of_its_own_solve_is_freed(method):
     """No sweep keeps what owns r or f alive: nodes of torch hide circles from the collector."""

@@ -74,7 +74,8 @@ class Checkpointing:
         "stages" keeps no graphs, "solutions" only those of steps that are repeated.
     reproducible : bool
         Whether every step starts afresh (costs one more evaluation of f per step with FSAL
-        methods): gradients are then the same to the last bit whatever is repeated.
+        methods): gradients are then the same to the last bit whatever is repeated. BDF's steps
+        depend on those before, and stay as they are.
 
     resume : str, optional
         A name under which the forward sweep can be taken up again after its process was killed:

@@ -24,6 +24,7 @@ from pnode.solvers.compiled.fields import compiled_field
 from pnode.solvers.compiled.integrator import Start
 from pnode.sweeping import row_sweep
 from pnode.sweeping.compilation import begin
+from pnode.sweeping.culprits import naming
 from pnode.sweeping.engine import Engine
 from pnode.sweeping.hints import hint
 from pnode.sweeping.integral_sweep import IntegralSweep, solves_alone
@@ -140,7 +141,8 @@ def _forward(
         run.sweep = alone
         return outputs
     stepped = SteppedSweep(engine)
-    outputs = stepped.forward(run, field, y0, keep, requests, start)
+    with naming(field, y0):
+        outputs = stepped.forward(run, field, y0, keep, requests, start)
     run.sweep = stepped
     if found is not None and found.sweep is not None:
         found.note(found.sweep.end)

@@ -199,7 +199,7 @@ class CompiledIntegrator(TimeIntegrator):
         if len(looks) == 1 and bool(end.isfinite().all()):
             return None
         return NonFiniteVectorField(
-            "the vector field returned NaN or infinity: check it there, or take smaller steps",
+            f"{self._field.who} returned NaN or infinity: check it there, or take smaller steps",
             time=self._direction * s, step=index, method=self.settings.method.name,
         )  # fmt: skip
 

@@ -179,7 +179,7 @@ class RowSweep:
             marks = (ctypes.c_int64 * len(self._rows.times))()
             self._library.pnode_recorded(handle, steps, orders, marks)
             time = steps[2 * taken - 2] + steps[2 * taken - 1]
-        why = WHY[kind].format(most=self._wanted.control.max_steps)
+        why = WHY[kind].format(most=self._wanted.control.max_steps, who="the vector field")
         method = self._wanted.settings.method.name
         return kind(f"row {row} of y0: {why}", time=time, step=taken, method=method)
 

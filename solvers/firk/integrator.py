@@ -210,6 +210,7 @@ class CoupledIntegrator(TimeIntegrator):
         u, newton = self._state, self._newton
         size = self._size(u, u, self.ranks.rms) if self.settings.adaptive else None
         while True:
+            self.bridge.nonfinite_time = self.bridge.infinite_at = None
             if self._jacobian is None:
                 error = self._renew(s, where)
                 if error is not None:
@@ -234,6 +235,7 @@ class CoupledIntegrator(TimeIntegrator):
         self._slope = value.to(vectors.REAL)
         found = self._jacobian
         whole = self.ranks.norm(self._slope) < 1e150
+        values = None
         if found is None:
             whole = False
         elif not isinstance(found, Linearization):
@@ -243,8 +245,10 @@ class CoupledIntegrator(TimeIntegrator):
             return None
         self._jacobian = None
         if not vectors.is_finite(self._slope):
+            bridge.nonfinite_time = s
             return nonfinite_error(s, where, bridge)
-        bridge.infinite_at = s
+        if values is not None and not vectors.is_moderate(values):
+            bridge.infinite_at = s
         return nonfinite_error(None, where, bridge)
 
     def _guess(self, step: float) -> torch.Tensor:

@@ -194,7 +194,8 @@ class StageNewton:
         for iteration in range(self.limit):
             residual = self._residual(times, step, u, Z, where)
             if not ranks.norm(residual) < 1e150:
-                return nonfinite_error(self._not_finite(times, residual), where, self._bridge)
+                self._bridge.nonfinite_time = at = self._not_finite(times, residual)
+                return nonfinite_error(at, where, self._bridge)
             solves = system or self._coupled(times, step, u, Z, where)
             update = solves.solve(residual)
             if update is None:

@@ -20,6 +20,7 @@ __all__ = [
     "monitor_error",
     "newton_error",
     "nonfinite_error",
+    "own_error",
     "raise_stored",
     "reason_name",
     "step_error",
@@ -56,8 +57,10 @@ def raise_stored(bridge: Bridge, failure: Any, where: dict[str, Any]) -> None:
 def infinite_derivative(bridge: Bridge, where: dict[str, Any]) -> NonFiniteDerivative | None:
     """Return the error for a Jacobian that is not finite at the last point, if it is that."""
     s = None if bridge.ranks.parallel else bridge.infinite_derivative()
-    if s is None:
-        return None
+    return None if s is None else _derivative_error(s, bridge, where)
+
+
+def _derivative_error(s: float, bridge: Bridge, where: dict[str, Any]) -> NonFiniteDerivative:
     return NonFiniteDerivative(
         "a derivative of the vector field with respect to y is NaN or infinite at "
         f"t = {bridge.field.problem.direction * s!r}, where its value is finite: keep the state "
@@ -74,11 +77,20 @@ def nonfinite_error(
     found = infinite_derivative(bridge, where)
     if found is not None:
         return found
-    text = "the vector field returned NaN or infinity" + (
+    text = f"{bridge.field.who} returned NaN or infinity" + (
         f" at t = {bridge.field.problem.direction * at!r}" if at is not None else ""
     )
     text = f"{text}: check it there, or take smaller steps"
     return NonFiniteVectorField(text, **where)
+
+
+def own_error(bridge: Bridge, where: dict[str, Any]) -> NonFiniteVectorField | None:
+    """Return, and forget, what this rank knows of a field that was not finite. Not collective."""
+    at, derivative = bridge.first_nonfinite(), bridge.infinite_at
+    bridge.nonfinite_time = bridge.infinite_at = None
+    if derivative is not None:
+        return _derivative_error(derivative, bridge, where)
+    return None if at is None else nonfinite_error(at, where, bridge)
 
 
 def step_error(failure: Any, where: dict[str, Any], bridge: Bridge) -> SolveError:
@@ -92,6 +104,9 @@ def step_error(failure: Any, where: dict[str, Any], bridge: Bridge) -> SolveErro
     overflow, at = "", bridge.first_nonfinite()
     if failure.ierr == _FLOATING_POINT and at is not None and not bridge.ranks.parallel:
         return nonfinite_error(at, where, bridge)
+    own = own_error(bridge, where) if failure.ierr == _FLOATING_POINT else None
+    if own is not None:  # of one of several ranks
+        bridge.ranks.fail(own)
     if failure.ierr == _FLOATING_POINT:
         overflow = (
             "; an error norm overflows when rtol * |y| + atol is zero or tiny for an entry "
@@ -111,7 +126,7 @@ def newton_error(snes: Any, where: dict[str, Any], bridge: Bridge) -> SolveError
         if found is not None:
             return found
         return NonFiniteVectorField(
-            "the vector field returned NaN or infinity in a nonlinear solve: check it near this "
+            f"{bridge.field.who} returned NaN or infinity in a nonlinear solve: check it near this "
             "state, or take smaller steps",
             reason=name, **where,
         )  # fmt: skip

@@ -205,8 +205,6 @@ class TimeIntegrator:
         if self._backtracks and isinstance(error, NonlinearSolveFailed):
             again = partial(self._repeat, s, step, where)
             error = with_backtracking(ts.getSNES(), bridge.jacobian, again)
-            if self.ranks.parallel and error is not None:
-                error = self._settle(error)
         if error is None and ts.getConvergedReason() >= 0:
             self._rolled_back = False
             if self._rejection.wanted:
@@ -240,11 +238,9 @@ class TimeIntegrator:
             For anything else that failed on one of the ranks.
         """
         self._rejection.withdraw()
-        if self.bridge.nonfinite_time is not None:
-            self.ranks.fail(
-                failures.nonfinite_error(self.bridge.nonfinite_time, self.ranks.where, self.bridge)
-            )
-            self.bridge.nonfinite_time = None
+        own = failures.own_error(self.bridge, self.ranks.where)
+        if own is not None:
+            self.ranks.fail(own)
         found = self.ranks.settle(error)
         if found is None or isinstance(found, CURABLE):
             return found
@@ -278,7 +274,8 @@ class TimeIntegrator:
         self.ts.setTime(s)
         self.ts.setTimeStep(step)
         self._step(where)
-        return self._failure(where)
+        error = self._failure(where)
+        return self._settle(error) if self.ranks.parallel and error is not None else error
 
     def _step(self, where: dict[str, Any]) -> None:
         if self._starts:

@@ -313,3 +313,30 @@ def test_the_end_of_a_step_with_an_output_inside(samples: str) -> None:
         message = str(error)
     seen = comm.allgather(message)
     checks.true(all("lies in: end the solve before" in each for each in seen), samples, *seen)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize(
+    ("method", "step_size"),
+    [("cn", 0.06), ("es122", 0.06), ("radau5", 0.06), ("radau5", None), ("rodaspr", None)],
+)
+@pytest.mark.parametrize("fault", ["value", "derivative"])
+def test_a_rank_is_named(method: str, step_size: float | None, fault: str) -> None:
+    """Where Newton's method has a matrix of each rank's own, too, and at the first step."""
+    bad = comm.rank == BAD
+
+    def field(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if bad and fault == "value":
+            return -y * torch.nan
+        return -y + 0.1 * (y * float(not bad)).sqrt()
+
+    steps = {"step_size": step_size} if step_size else {"rtol": 1e-3, "min_step": 1e-3}
+    solver = pnode.Solver(field, method=method, jacobian="dense", comm=comm, **steps)
+    found: Exception | None = None
+    try:
+        solver(torch.ones(2, 1, dtype=D), torch.tensor([0.0, 0.3], dtype=D))
+    except errors.NonFiniteVectorField as error:
+        found = error
+    rank = getattr(found, "rank", None)
+    checks.true(len(set(comm.allgather(str(found)))) == 1 and rank == BAD, rank, found)
+    checks.true((fault == "value") != isinstance(found, errors.NonFiniteDerivative), repr(found))
