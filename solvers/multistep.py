@@ -357,7 +357,7 @@ class MultistepIntegrator(TimeIntegrator):
             nonlocal scale
             if self._relative:
                 scale = torch.where(scale == 0.0, rtol * v.abs(), scale)
-                return measure(torch.where(v == 0.0, 0.0, v / scale))
+                return measure(tolerances.in_units(v, scale))
             return measure(v / scale)
 
         return size

@@ -26,6 +26,7 @@ from pnode.errors import (
     StepLimitReached,
     StepSizeUnderflow,
 )
+from pnode.problems.tolerances import error_norm, in_units
 from pnode.solvers.methods import Method
 from pnode.solvers.sample_failures import WHY, row_grids
 from pnode.solvers.sample_field import RowsField
@@ -264,13 +265,13 @@ class SampleSweep:
             f0 = f0 + explicit.rate(self._user_time(), y0)
         own = slice(self.field.width)
         scale = self.atol + self.rtol * y0[:, own].abs()
-        d0, d1 = _rms(y0[:, own] / scale), _rms(f0[:, own] / scale)
+        d0, d1 = (_rms(in_units(v[:, own], scale)) for v in (y0, f0))
         moves = (d0 >= 1e-5) & (d1 >= 1e-5) & d1.isfinite()
         guess = torch.where(moves, 0.01 * d0 / d1, 1e-6)
         guess = torch.minimum(guess, end - s)
         h = self.direction * guess
         moved = self.field.total_rate(self.direction * (s + guess), y0 + h[:, None] * f0)
-        d2 = _rms((moved - f0)[:, own] / scale) / guess
+        d2 = _rms(in_units((moved - f0)[:, own], scale)) / guess
         steepest = torch.maximum(d1, d2)
         better = (0.01 / steepest).pow(1.0 / (self.method.order + 1))
         better = torch.where(steepest <= 1e-15, (1e-3 * guess).clamp(min=1e-6), better)
@@ -296,7 +297,7 @@ class SampleSweep:
             return found, torch.zeros_like(length)
         state, other = (y[:, : self.field.width] for y in (found.state, reached))
         scale = self.atol + self.rtol * torch.maximum(state.abs(), other.abs())
-        return found, _rms((other - state) / scale)
+        return found, error_norm(other - state, scale)
 
     def _advance(
         self, accepted: torch.Tensor, length: torch.Tensor, end: torch.Tensor,

@@ -222,10 +222,11 @@ def automatic_step(
     rtol, atol = (tolerances.values(value, y0.device) for value in (settings.rtol, settings.atol))
     scale = atol + rtol * y0.abs()
     size = field.problem.measure
-    d0, d1 = size(y0 / scale), size(f0 / scale)
+    d0, d1 = (size(tolerances.in_units(v, scale)) for v in (y0, f0))
     moves = d0 >= 1e-5 and 1e-5 <= d1 < math.inf
     guess = min(0.01 * d0 / d1 if moves else 1e-6, end - start)
-    d2 = size((field.slope(start + guess, y0 + guess * f0) - f0) / scale) / guess
+    change = field.slope(start + guess, y0 + guess * f0) - f0
+    d2 = size(tolerances.in_units(change, scale)) / guess
     steepest = max(d1, d2)
     if not math.isfinite(steepest):  # outside the field's domain: let the controller feel its way
         return guess

@@ -169,6 +169,23 @@ def test_rejected_steps_and_entrywise_tolerances(interpreted: dict[str, int]) ->
     assert (ledger.steps, ledger.rejected) == (expected.steps, expected.rejected)
 
 
+@pytest.mark.parametrize("samples", ["joint", "independent"])
+def test_a_zero_without_a_tolerance_counts_for_nothing(
+    samples: str, interpreted: dict[str, int]
+) -> None:
+    def feeds(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        a, b, c = y.split(1, dim=-1)
+        return torch.cat([-a, -3.0 * b, a * a - c], dim=-1)
+
+    y0 = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
+    found = []
+    for compiled in (False, True):
+        solver = pnode.Solver(feeds, rtol=1e-4, atol=0.0, samples=samples, compile=compiled)
+        found.append(solver(y0, TIMES))
+    torch.testing.assert_close(found[1].ys, found[0].ys, rtol=1e-12, atol=0.0)
+    assert found[1].stats.steps == found[0].stats.steps < 20
+
+
 def test_accepted_steps_are_those_of_petsc(interpreted: dict[str, int]) -> None:
     lengths: dict[bool, list[float]] = {}
     for compiled in (False, True):

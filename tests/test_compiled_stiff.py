@@ -469,6 +469,44 @@ def test_newtons_second_attempt_is_petscs(method, field, start, step, monkeypatc
         assert getattr(compiled.stats, name) == getattr(eager.stats, name)
 
 
+@pytest.mark.parametrize("method", ["gauss4", "radau5"])
+def test_coupled_stages_take_each_its_jacobian_where_one_does_not_do(method, monkeypatch):
+    y0, times = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64), torch.tensor([0.0, 0.4])
+    keywords = {"method": method, "step_size": 0.1, "jacobian": "dense"}
+    eager = pnode.Solver(Robertson(), **keywords)(y0, times)
+    assert eager.stats.jacobians > 2 * eager.stats.steps
+    monkeypatch.setattr(sweeps, "SteppedSweep", None)  # the compiled sweep is not given up
+    compiled = pnode.Solver(Robertson(), compile=True, **keywords)(y0, times)
+    assert difference(compiled.ys[-1], eager.ys[-1]) < 1e-12
+    for name in ("rhs", "newton", "jacobians", "factorizations"):
+        assert getattr(compiled.stats, name) == getattr(eager.stats, name)
+
+
+def feeds(t, y):
+    """The second entry stays zero, and the third comes from the first."""
+    return torch.stack([-y[0], -3.0 * y[1], y[0] * y[0] - y[2]])
+
+
+@pytest.mark.parametrize("method", ["es325", "rodaspr", "radau5"])
+def test_zeros_without_a_tolerance_count_for_nothing(method, monkeypatch):
+    """The same steps with and without machine code, and as many as with a tolerance there."""
+    y0, times = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64), torch.tensor([0.0, 1.0])
+    eager, compiled = [], []
+    for compile, found in ((False, eager), (True, compiled)):
+        for zero in (1e-6, 0.0):
+            atol = torch.tensor([1e-6, zero, 1e-6], dtype=torch.float64)
+            solver = pnode.Solver(
+                feeds, method=method, rtol=1e-4, atol=atol, jacobian="dense", compile=compile
+            )
+            found.append(solver(y0, times))
+        monkeypatch.setattr(sweeps, "SteppedSweep", None)  # of compiled sweeps
+    for one, other in zip(eager, compiled, strict=True):
+        assert difference(other.ys[-1], one.ys[-1]) < 1e-10
+        assert (other.stats.steps, other.stats.rejected) == (one.stats.steps, one.stats.rejected)
+    # PETSc's norm leaves the entry out of the mean, which is larger then by sqrt(3 / 2) at most.
+    assert eager[0].stats.steps <= eager[1].stats.steps <= 1.5 * eager[0].stats.steps
+
+
 # ----------------------------------------------------------------------------- what is not compiled
 
 

@@ -21,6 +21,8 @@ __all__ = [
     "Tolerance",
     "check",
     "describe",
+    "error_norm",
+    "in_units",
     "refuse_zeros",
     "resolve",
     "values",
@@ -199,6 +201,16 @@ def _broadcast(name: str, value: torch.Tensor, shape: torch.Size, pair: bool) ->
 def values(tolerance: Resolved, device: torch.device = HOST.device) -> float | torch.Tensor:
     """Return a number, or a tensor of shape ``(size,)`` in PETSc's precision."""
     return tolerance if isinstance(tolerance, float) else tolerance.tensor().to(device)
+
+
+def in_units(v: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return v / scale: nothing is nothing where there is no tolerance, too."""
+    return torch.where(v == 0.0, 0.0, v / scale)
+
+
+def error_norm(error: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return PETSc's norm, of each row: the root mean square of those that have a tolerance."""
+    return (in_units(error, scale).square().sum(-1) / scale.ne(0.0).sum(-1)).sqrt()
 
 
 def describe(tolerance: Tolerance) -> str:

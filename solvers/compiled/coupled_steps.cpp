@@ -133,17 +133,6 @@ class Coupled : public ImplicitSteps {
   void keep_step() override { keep_values(Y, s * N); }
 
  private:
-  // Square in units of a tolerance, of so many vectors.
-  static double square_in(const double* x, const double* scale, int number = 1) {
-    double sum = 0.0;
-    for (int i = 0; i < number; i++)
-      for (int k = 0; k < N; k++) {
-        const double v = x[i * N + k], ratio = v == 0.0 ? 0.0 : v / scale[k];
-        sum += ratio * ratio;
-      }
-    return sum;
-  }
-
   // That of stages in the variables in which their equations fall apart.
   double square_apart(const double* x, const double* scale) const {
     double apart[MOST_COUPLED * N] = {};
@@ -200,7 +189,8 @@ class Coupled : public ImplicitSteps {
       }
       if (factored != h) factor(h);
       guess(h);
-      const Status status = newton(t, h);
+      Status status = newton(t, h, false);
+      if (status == NOT_CONVERGED && !m.adaptive) guess(h), status = newton(t, h, true);
       if (status == DONE || current) return status;
       knows_jacobian = false;
     }
@@ -260,7 +250,8 @@ class Coupled : public ImplicitSteps {
       }
   }
 
-  Status newton(double t, double h) {
+  // `each`: with each stage's own Jacobian at each iterate, as a fixed step cannot be made smaller.
+  Status newton(double t, double h, bool each) {
     double update[MOST_COUPLED * N], rates[N], scale[N], before = 0.0, allowed = 0.0;
     rate = 0.0;
     for (int k = 0; k < N; k++) scale[k] = m.atol[k] + m.rtol[k] * std::fabs(u[k]);
@@ -268,7 +259,7 @@ class Coupled : public ImplicitSteps {
       for (int i = 0; i < s; i++)
         for (int k = 0; k < N; k++) Y[i * N + k] = u[k] + Z[i * N + k];
     };
-    if (!regular) return NOT_CONVERGED;
+    if (!regular && !each) return NOT_CONVERGED;
     for (iterations = 1; iterations <= m.max_newton; iterations++) {
       const bool first = iterations == 1;
       stage_values();
@@ -287,7 +278,11 @@ class Coupled : public ImplicitSteps {
         for (int k = 0; k < N; k++) residual[k] = f[k] - residual[k];
       }
       if (!(square(update, s * N) < LARGEST)) return NOT_FINITE;
-      solve_simplified(update);
+      if (each && !couple(t, h, Y)) return NOT_CONVERGED;
+      if (each)
+        coupled->solve(update, s * N);
+      else
+        solve_simplified(update);
       counts.newton++;
       for (int k = 0; k < s * N; k++) Z[k] += update[k];
       stage_values();
@@ -306,7 +301,7 @@ class Coupled : public ImplicitSteps {
       if (now <= 0.0 || (!first && rate < 1.0 && rate / (1.0 - rate) * now < allowed))
         return finish();
       if (!first && rate >= 1.0 && moved <= 1e3 * noise) return finish();
-      if (!first && hopeless(now, m.max_newton - iterations, allowed)) return NOT_CONVERGED;
+      if (!first && !each && hopeless(now, m.max_newton - iterations, allowed)) return NOT_CONVERGED;
       before = now;
     }
     return NOT_CONVERGED;

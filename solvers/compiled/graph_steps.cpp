@@ -74,7 +74,8 @@ class GraphSteps : public Kernel {
             double sum = 0.0;
             for (int64_t k = 0; k < size; ++k) {
                 const double scale = atol[absolute * k] + rtol[relative * k] * std::fabs(u[k]);
-                sum += (x[k] / scale) * (x[k] / scale);
+                const double units = x[k] == 0.0 ? 0.0 : x[k] / scale;
+                sum += units * units;
             }
             return std::sqrt(sum / static_cast<double>(size));
         };

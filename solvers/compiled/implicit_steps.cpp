@@ -64,10 +64,14 @@ double square(const double* x, int64_t count = N) {
   return sum;
 }
 
-// The same in units of a tolerance.
-double square_in(const double* x, const double* scale) {
+// The same in units of a tolerance, of so many vectors: nothing is nothing where that is zero, too.
+double square_in(const double* x, const double* scale, int number = 1) {
   double sum = 0.0;
-  for (int k = 0; k < N; k++) sum += (x[k] / scale[k]) * (x[k] / scale[k]);
+  for (int i = 0; i < number; i++)
+    for (int k = 0; k < N; k++) {
+      const double v = x[i * N + k], ratio = v == 0.0 ? 0.0 : v / scale[k];
+      sum += ratio * ratio;
+    }
   return sum;
 }
 
@@ -258,12 +262,14 @@ class ImplicitSteps : public Kernel {
   // Weighted RMS norm of the error estimate (VecErrorWeightedNorms).
   double error() const {
     double sum = 0.0;
+    int counted = 0;  // those that have a tolerance
     for (int k = 0; k < N; k++) {
       const double larger_end = std::max(std::fabs(end[k]), std::fabs(end[k] + defect[k]));
-      const double ratio = defect[k] / (m.atol[k] + m.rtol[k] * larger_end);
-      sum += ratio * ratio;
+      const double allowed = m.atol[k] + m.rtol[k] * larger_end, ratio = defect[k] / allowed;
+      if (allowed == 0.0) continue;
+      sum += ratio * ratio, counted++;
     }
-    return std::sqrt(sum / N);
+    return std::sqrt(sum / counted);
   }
 
   double start[N];

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pnode.base.vectors import REAL
+from pnode.problems.tolerances import error_norm
 from pnode.solvers.compiled import inductor
 from pnode.solvers.compiled.backend import Code
 from pnode.solvers.compiled.inductor import Compiled, CompiledGraph, fingerprint
@@ -184,7 +185,7 @@ class StepGraphs(Code):
             defect = combined(None, h, differences, slopes)
             # VecErrorWeightedNorms: the embedded solution is end + defect.
             scale = atol + rtol * torch.maximum(end.abs(), (end + defect).abs())
-            looks.append((defect / scale).square().mean().sqrt())
+            looks.append(error_norm(defect.reshape(-1), scale.reshape(-1)))
             looks.append(torch.stack([k.square().sum() for k in slopes]).max())
         points = points if self.fsal else points[1:]
         states = [x.reshape(-1) for x in (end, *carried)]

@@ -334,7 +334,7 @@ class CoupledIntegrator(TimeIntegrator):
         scale = self._atol + self._rtol * torch.maximum(u.abs(), new.abs())
 
         def size(v: torch.Tensor) -> float:
-            return float(measure(torch.where(v == 0.0, 0.0, v / scale)))
+            return float(measure(tolerances.in_units(v, scale)))
 
         return size
 

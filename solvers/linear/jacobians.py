@@ -27,12 +27,11 @@ from pnode.solvers.linear.given import GivenAssembly, GivenMatrix
 from pnode.solvers.linear.given_solves import GivenSolve
 from pnode.solvers.linear.linearizer import Linearizer, Point
 from pnode.solvers.linear.sparse import SparseAssembly, SparsityPattern
+from pnode.solvers.linear.straying import Straying
 from pnode.solvers.pairs import PairAssembly
 
 __all__ = ["Jacobian", "JacobianOptions", "create_assembly"]
 
-# A Newton iteration that leaves more than this part of the residual wants a new Jacobian.
-_SLOW = 0.1
 # More Krylov iterations than this in one solve want a new preconditioner.
 _MANY_ITERATIONS = 10
 # Relative difference of shifts that share a factorization where the Jacobian is constant.
@@ -63,6 +62,7 @@ class Jacobian:
         self.constant = reuse == "constant"
         self._reuse = reuse
         self._shell = shell
+        self.straying = Straying()
         #: Guesses whether the Jacobian is constant, with "auto" and matrices that are factored.
         self.constancy: Constancy | None = None
         if reuse == "auto" and not shell and not isinstance(assembly, PairAssembly):
@@ -215,13 +215,13 @@ class Jacobian:
         norm = snes.getFunctionNorm()
         if isinstance(self._assembly, PairAssembly):  # what the state drives changes nothing
             norm = self._assembly.residual_norm(snes)
-        before = self._norm
-        self._norm = norm
+        before, self._norm = self._norm, norm
         if snes.getIterationNumber() == 0:
+            self.straying.begin(norm, self._values is not None)
             return False
         if self.constancy is not None and self.constancy.used:
             return self.constancy.doubts(norm, before)
-        return not norm <= _SLOW * before
+        return self.straying.slow(snes, norm, before)
 
     def _evaluate(self, linearizer: Linearizer, point: Point) -> Any:
         assert self._assembly is not None

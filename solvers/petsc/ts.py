@@ -119,6 +119,7 @@ def _set_jacobian(
     if (method.multistep or method.linearly_implicit) and reuse != "constant":
         reuse = "iteration"  # when to evaluate is part of these methods
     bridge.jacobian = Jacobian(assembly, reuse, matrix_free, more.found)
+    bridge.jacobian.straying.watched = bridge.jacobian.reused and not settings.adaptive
     context = shell(bridge) if matrix_free else None
     matrices = create_matrices(assembly, context, settings.size, settings.comm, place)
     ts.setIJacobian(bridge.implicit_jacobian, *matrices)
