@@ -6,7 +6,9 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -37,7 +39,7 @@ def planted(tmp_path_factory):
     os.environ["PNODE_CACHE_DIR"] = str(tmp_path_factory.mktemp("planted"))
     try:
         assert answer(666) == 666
-        (path,) = inductor.cache_folder().glob("answer-*")
+        path = file_of(inductor.cache_folder())
         return path.read_bytes()
     finally:
         os.environ.pop("PNODE_CACHE_DIR")
@@ -62,8 +64,9 @@ def test_folder_and_files_are_for_this_user_alone(umask, cache):
     finally:
         os.umask(before)
     assert mode(cache) == 0o700
-    assert mode(file_of(cache)) == 0o600
-    assert list(cache.iterdir()) == [file_of(cache)]
+    path = file_of(cache)
+    assert set(cache.iterdir()) == {path, path.with_name(f"{path.name}.lock")}
+    assert all(mode(each) == 0o600 for each in cache.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -86,8 +89,8 @@ def test_damaged_libraries_are_made_again(damage, cache):
 
 def test_what_programs_share_is_compiled_once(cache, monkeypatch):
     """Steps of all fields of one size; what is damaged of it is not linked, but made again."""
-    made, build = [], inductor._build_source
-    monkeypatch.setattr(inductor, "_build_source", lambda *a: [made.append(a), build(*a)][1])
+    made, keep = [], inductor._keep
+    monkeypatch.setattr(inductor, "_keep", lambda *a: [made.append(a), keep(*a)][1])
 
     def sum_with(number, shared=5):
         own = f'int part(); extern "C" int answer() {{ return part() + {number}; }}'
@@ -101,6 +104,24 @@ def test_what_programs_share_is_compiled_once(cache, monkeypatch):
     part.write_bytes(part.read_bytes()[:-1])
     assert [sum_with(3), sum_with(3, shared=6)] == [8, 9]
     assert len(made) == 7
+
+
+def test_one_of_those_that_want_a_program_at_once_compiles_it(cache, monkeypatch):
+    """The others wait for it: here threads, whose locks of a file exclude one another as well."""
+    made, keep, there = [], inductor._keep, threading.Barrier(3)
+    monkeypatch.setattr(inductor, "_keep", lambda *a: [made.append(a), keep(*a)][1])
+    look, own = inductor._open_library, threading.local()
+
+    def all_look(path):
+        if not hasattr(own, "looked"):
+            own.looked = True
+            there.wait(60.0)  # none has found it when the first begins
+        return look(path)
+
+    monkeypatch.setattr(inductor, "_open_library", all_look)
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(lambda _: answer(), range(3))) == [7, 7, 7]
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize("how", ["another user", "writable", "link", "pipe"])
@@ -201,7 +222,8 @@ def test_a_disk_that_is_full_or_broken(prepare, reason, cache, monkeypatch):
         prepare(cache, patch)
         with pytest.raises(inductor.CompilationFailed, match=reason):
             answer()
-    assert list(cache.iterdir()) == []
+    (lock,) = cache.iterdir()  # of those that want it at once
+    assert lock.suffix == ".lock" and lock.stat().st_size == 0
     assert answer() == 7
 
 

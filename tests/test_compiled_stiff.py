@@ -15,6 +15,7 @@ from torch._inductor import cpp_builder
 import pnode
 from pnode.solvers.compiled import inductor, programs
 from pnode.solvers.compiled.fields import Fields
+from pnode.solvers.compiled.scalars import Scalars
 from pnode.solvers.methods import METHODS
 from pnode.sweeping import sweeps
 
@@ -385,6 +386,34 @@ def test_operations_and_their_second_derivatives():
             ys = solver(y0, torch.tensor([0.0, 0.2])).ys
         found.append([ys, *torch.autograd.grad(ys.square().sum(), (y0, field.b))])
     assert max(map(difference, *found)) < 1e-9
+
+
+@pytest.mark.parametrize("method", ["euler", "beuler"])  # a graph of torch's, and scalars
+def test_values_are_not_dropped_for_a_factor_of_zero(method):
+    """0 x is NaN where x is not finite, with machine code as without."""
+    for compile in (False, True):
+        solver = pnode.Solver(
+            lambda t, y: -y + 0 * torch.log(1.0 - t), method=method, step_size=0.5, compile=compile
+        )
+        with pytest.raises(pnode.NonFiniteVectorField):
+            solver(START, torch.tensor([0.0, 1.5], dtype=torch.float64))
+
+
+def test_what_scalars_simplify():
+    """Values are torch's at any x, derivatives do without products with zero."""
+    scalars = Scalars()
+    x = scalars.input("x", (1,)).flat()[0]
+    zero, one = scalars.constant(0.0), scalars.constant(1.0)
+    left = [("mul", zero, x), ("div", zero, x), ("sub", x, x), ("div", x, x)]
+    with scalars.exactly():
+        assert not {scalars.apply(*each) for each in left} & {zero, one, x}
+        assert {
+            scalars.apply(*e) for e in (("mul", x, one), ("add", zero, x), ("pow", x, one))
+        } == {x}
+        assert scalars.apply("pow", x, zero) == one  # of NaN, too
+    assert scalars.apply("mul", zero, x) == scalars.apply("div", zero, x) == zero
+    product = scalars.apply("mul", x, scalars.apply("mul", zero, scalars.apply("log", x)))
+    assert scalars.gradient(product, [x]) == [zero]
 
 
 # -------------------------------------------------------------------------------------- failures

@@ -62,6 +62,7 @@ class EventProgram:
         self._numbers = Numbers(self._captured)
         self._shapes = [(x.shape, x.dtype) for x in self._captured]
         scalars = Scalars()
+        scalars.drops = False
         given = [
             scalars.input(f"c[{i}]", x.shape) if x.dtype in (REAL, torch.bool) else x.clone()
             for i, x in enumerate(self._captured)

@@ -310,13 +310,9 @@ def compile_source(
         command = [*shlex.split(compiler), *flags]
         part = folder / f"{fingerprint(shared, compiler, *flags)}.o" if shared else None
         if part is not None:
-            with libraries.locked(folder / f"{part.name}.lock"):
-                try:
-                    _read(part)
-                except (OSError, _Damaged):
-                    _build_source(part, shared, [*command, "-c"])
-        _build_source(path, source, command, part)
-        return _open_library(path)
+            _built(part, _read, shared, [*command, "-c"])
+        library: ctypes.CDLL = _built(path, _open_library, source, command, part)
+        return library
     except Exception as error:
         text = " ".join(str(error).split())
         raise CompilationFailed(f"{type(error).__name__}: {text[:300]}") from error
@@ -327,10 +323,13 @@ def _open_library(path: Path) -> ctypes.CDLL:
         return ctypes.CDLL(str(copy))
 
 
-def _build_source(
-    path: Path, source: str, command: Sequence[str], part: Path | None = None
-) -> None:
-    with contextlib.ExitStack() as stack:
+def _built(
+    path: Path, find: Callable[[Path], Any], source: str, command: list[str], part: Any = None
+) -> Any:
+    """Return what is found at a path, compiled by one process of those that want it at once."""
+    with libraries.locked(path.parent / f"{path.name}.lock"), contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, _Damaged):
+            return find(path)
         folder = stack.enter_context(_workshop(path.parent))
         code, partial = folder / "program.cpp", folder / path.name
         code.write_text(source, encoding="utf-8")
@@ -342,6 +341,7 @@ def _build_source(
             LOG.warning("%s failed, and the solve goes on without: %s", command[0], done.stderr)
             raise RuntimeError(done.stderr)
         _keep(path, partial)
+    return find(path)
 
 
 def prepare(

@@ -44,6 +44,10 @@ def lift_captured(graph: torch.fx.GraphModule) -> tuple[torch.Tensor, ...]:
             captured.append(tensor)
         node.replace_all_uses_with(inputs[id(tensor)])
         nodes.erase_node(node)
+    for node in nodes.nodes:
+        if packet(node) is _aten.mul and node.meta["val"].is_floating_point():
+            # Inductor takes x * 0 for zero whatever x is, and not x * 0.0.
+            node.args = tuple(0.0 if isinstance(x, int) and x == 0 else x for x in node.args)
     graph.recompile()
     return tuple(captured)
 

@@ -208,7 +208,8 @@ class Writer:
             for i, x in enumerate(traced.captured)
         ]
         read = [*self._captured, *(_transposed(self._captured[i]) for i in traced.transposed)]
-        f, *saved = self._operations.evaluate(value, self._t, self._y, *read)
+        with self._scalars.exactly():
+            f, *saved = self._operations.evaluate(value, self._t, self._y, *read)
         self._f = self._of_state(f)
         pulled, *self._parts = self._operations.evaluate(
             product, self._w, self._t, self._y, *read, *saved

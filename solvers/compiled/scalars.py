@@ -1,14 +1,16 @@
 """Expressions of scalars, their derivatives, and straight-line programs of them in C++.
 
-Equal expressions are one, and what is multiplied by zero vanishes: a Jacobian's structural zeros
-cost nothing.
+Equal expressions are one, and nothing is simplified that changes a value, but for the sign of a
+zero. In derivatives what is multiplied by zero vanishes, so that a Jacobian's structural zeros cost
+nothing, where torch's have NaN if the other factor is infinite or NaN.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -76,6 +78,17 @@ class Scalars:
         self._nodes: list[tuple[Any, ...]] = []
         self._numbers: dict[tuple[Any, ...], int] = {}
         self.constant(0.0)
+        #: Whether 0 x and 0 / x are zero, which is wrong of values where x is NaN, infinite or 0.
+        self.drops = True
+
+    @contextmanager
+    def exactly(self) -> Iterator[None]:
+        """Evaluate values in here, rather than derivatives."""
+        self.drops = False
+        try:
+            yield
+        finally:
+            self.drops = True
 
     # ------------------------------------------------------------------------------ expressions
 
@@ -133,14 +146,14 @@ class Scalars:
                 if values[0] == 0.0:
                     return self.apply("neg", arguments[1])
             case "mul":
-                if 0.0 in values:
+                if 0.0 in values and self.drops:
                     return 0
                 for number in (1.0, -1.0):
                     if number in values:
                         other = arguments[1 - values.index(number)]
                         return other if number > 0 else self.apply("neg", other)
             case "div":
-                if values[0] == 0.0:
+                if values[0] == 0.0 and self.drops:
                     return 0
                 if values[1] == 1.0:
                     return first
