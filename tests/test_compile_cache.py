@@ -6,14 +6,16 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 import pnode
 from pnode.base import private_files
-from pnode.solvers.compiled import inductor, libraries
+from pnode.solvers.compiled import inductor, libraries, workshops
 
 SOURCE = 'extern "C" int answer() { return %d; }'
 FLAGS = ("-O0", "-fPIC", "-shared")
@@ -166,9 +168,43 @@ def test_folders_of_killed_compilations_are_removed(tmp_path):
         folder.mkdir()
         (folder / "program.cpp").touch()
     os.utime(old, (1.0, 1.0))
-    with inductor._workshop(tmp_path) as folder:
+    with workshops.workshop(tmp_path) as folder:
         assert folder.is_dir() and not old.exists()
     assert [*tmp_path.iterdir()] == [new]
+
+
+def test_what_nobody_has_used_for_long_is_removed(cache, tmp_path):
+    """And nothing that is not pnode's: the folder may be somebody's home."""
+    assert answer() == 7
+    used, unused, fresh = file_of(cache), cache / f"{'a' * 32}.so", cache / f"step-{'b' * 32}.pt2"
+    kept = [cache / "thesis.so", cache / ".profile", cache / "notes" / f"{'c' * 32}.so"]
+    inductors = cache / ".inductor" / "made" / "text.cpp"
+    for path in (unused, fresh, *kept, inductors):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    for path in (used, unused, *kept, inductors):
+        os.utime(path, (1.0, 1.0))
+    assert answer() == 7  # which makes it a used one
+    workshops._tidy.cache_clear()
+    assert answer(8) == 8
+    assert not unused.exists() and not inductors.exists()
+    assert all(path.exists() for path in (used, fresh, *kept))
+
+
+def test_programs_are_compiled_by_one_while_others_wait(cache, monkeypatch):
+    """Each process of a node would run the compiler otherwise."""
+    made, build = [], inductor._build_source
+
+    def slowly(*arguments):
+        made.append(arguments)
+        time.sleep(0.3)
+        build(*arguments)
+
+    monkeypatch.setattr(inductor, "_build_source", slowly)
+    with ThreadPoolExecutor(3) as threads:  # locks are those of open files
+        assert [*threads.map(answer, (7, 7, 7))] == [7, 7, 7]
+    assert len(made) == 1
+    assert [path.name for path in cache.iterdir()] == [file_of(cache).name]  # no lock is left
 
 
 NOT_WRITABLE = [

@@ -18,10 +18,8 @@ import json
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import tempfile
-import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +32,7 @@ import torch
 
 from pnode.base import private_files
 from pnode.base.notices import LOG, compiling
-from pnode.solvers.compiled import fast_tanh, libraries, products, trace
+from pnode.solvers.compiled import fast_tanh, libraries, products, trace, workshops
 from pnode.solvers.compiled.trace import compose
 
 __all__ = [
@@ -55,8 +53,6 @@ _SOURCES = (
 _INDUCTOR = {"cpp.enable_floating_point_contract_flag": "fast"}
 
 _MARK = b"pnode-1:"  # begins the end of a file, before the checksum
-_INDUCTORS = ".inductor"  # folder
-_BUILDING, _ABANDONED = ".building-", 86400.0  # seconds, of what takes minutes at most
 
 
 class CompilationFailed(Exception):
@@ -105,6 +101,7 @@ def _read(path: Path) -> bytes:
     body = content[: max(0, end - len(_MARK))]
     if content[len(body) :] != _MARK + hashlib.sha256(body).digest():
         raise _Damaged(f"{path} is damaged")
+    workshops.note_use(path)
     return body
 
 
@@ -203,7 +200,8 @@ def _load(path: Path) -> CompiledGraph:
         # Kernels of a GPU alone are read later.
         kernels = any(name.endswith((".cubin", ".hsaco")) for name in package.namelist())
         unpacked = None if kernels else copy.parent
-        return CompiledGraph(path, libraries.unpack(copy, unpacked, path.parent / _INDUCTORS).run)
+        torchs = path.parent / workshops.INDUCTORS
+        return CompiledGraph(path, libraries.unpack(copy, unpacked, torchs).run)
 
 
 def _build(
@@ -211,7 +209,7 @@ def _build(
 ) -> torch.fx.GraphModule | None:
     """Return the graph that was compiled, None if another process has done so."""
     # By default that is a folder of /tmp whose name is known beforehand.
-    folder = path.parent / _INDUCTORS
+    folder = path.parent / workshops.INDUCTORS
     private_files.make_folder(folder)
     lock = libraries.locked(folder / f"{path.name}.lock")
     with libraries.environment("TORCHINDUCTOR_CACHE_DIR", folder), lock:
@@ -219,7 +217,7 @@ def _build(
             _read(path)  # made meanwhile
             return None
         with (
-            _workshop(path.parent) as building,
+            workshops.workshop(path.parent) as building,
             torch.no_grad(),
             warnings.catch_warnings(),
             compiling("a graph of the vector field"),
@@ -235,17 +233,6 @@ def _build(
                 _build_by_inductor(prepare(function, examples), examples, partial)
             _keep(path, partial)
             return graph
-
-
-@contextlib.contextmanager
-def _workshop(cache: Path) -> Iterator[Path]:
-    """Lend a folder to build in, and remove those of processes that were killed meanwhile."""
-    for left in cache.glob(f"{_BUILDING}*"):
-        with contextlib.suppress(OSError):  # gone, or somebody else's
-            if time.time() - left.lstat().st_mtime > _ABANDONED:
-                shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(dir=cache, prefix=_BUILDING) as folder:
-        yield Path(folder)
 
 
 def _build_by_inductor(
@@ -310,13 +297,8 @@ def compile_source(
         command = [*shlex.split(compiler), *flags]
         part = folder / f"{fingerprint(shared, compiler, *flags)}.o" if shared else None
         if part is not None:
-            with libraries.locked(folder / f"{part.name}.lock"):
-                try:
-                    _read(part)
-                except (OSError, _Damaged):
-                    _build_source(part, shared, [*command, "-c"])
-        _build_source(path, source, command, part)
-        return _open_library(path)
+            _made(part, _read, shared, [*command, "-c"])
+        return _made(path, _open_library, source, command, part)
     except Exception as error:
         text = " ".join(str(error).split())
         raise CompilationFailed(f"{type(error).__name__}: {text[:300]}") from error
@@ -327,11 +309,24 @@ def _open_library(path: Path) -> ctypes.CDLL:
         return ctypes.CDLL(str(copy))
 
 
+def _made(
+    path: Path, take: Callable[[Path], Any], source: str, command: Sequence[str],
+    part: Path | None = None,
+) -> Any:  # fmt: skip
+    """Take what a program was compiled to, by this process if no other one does so meanwhile."""
+    with libraries.locked(path.with_name(f"{path.name}.lock")):
+        try:
+            return take(path)
+        except (OSError, _Damaged):
+            _build_source(path, source, command, part)
+            return take(path)
+
+
 def _build_source(
     path: Path, source: str, command: Sequence[str], part: Path | None = None
 ) -> None:
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(_workshop(path.parent))
+        folder = stack.enter_context(workshops.workshop(path.parent))
         code, partial = folder / "program.cpp", folder / path.name
         code.write_text(source, encoding="utf-8")
         parts = [code] if part is None else [code, stack.enter_context(_copied(part))]

@@ -20,11 +20,13 @@ import shlex
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from pnode.solvers.compiled.workshops import note_use
 
 __all__ = [
     "SOURCES", "agree_in_layout", "build", "environment", "is_right", "locked", "unpack",
@@ -74,7 +76,10 @@ _LEFT_OUT = {"-Wall", "-pedantic", "-g1"}
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Let one process at a time make a file; where there are no locks, all make it."""
+    """Let one process at a time make a file; where there are no locks, all make it.
+
+    Those who wait may hold a lock that is gone for others, who find what was made.
+    """
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         try:
@@ -83,6 +88,8 @@ def locked(path: Path) -> Iterator[None]:
             pass
         yield
     finally:
+        with suppress(OSError):
+            path.unlink()
         os.close(file)
 
 
@@ -275,6 +282,7 @@ class _Compiler:
             path.write_text(_HEADERS, encoding="utf-8")
             self._run("-x", "c++-header", str(path), "-o", str(partial))
 
+        note_use(path)
         return self._once(path.with_suffix(".h.gch"), make).with_suffix("")
 
     def _once(self, path: Path, make: Callable[[Path], None]) -> Path:
@@ -285,6 +293,7 @@ class _Compiler:
                     partial = path.with_suffix(f".{os.getpid()}.partial")
                     make(partial)
                     partial.replace(path)
+        note_use(path)
         return path
 
     def link(self, part: Path, library: Path) -> None:
