@@ -179,7 +179,7 @@ def compile_graph(
         raise CompilationFailed(
             f"torch's inductor failed ({type(error).__name__}: {text[:300]}); it needs a C++ "
             "compiler such as g++, and room in a folder of this user's, which PNODE_CACHE_DIR can "
-            "name, and in TMPDIR"
+            "name, and in TMPDIR, mounted without noexec"
         ) from error
 
 
