@@ -6,9 +6,7 @@ import shutil
 import stat
 import subprocess
 import sys
-import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -168,7 +166,7 @@ def test_folders_of_killed_compilations_are_removed(tmp_path):
         folder.mkdir()
         (folder / "program.cpp").touch()
     os.utime(old, (1.0, 1.0))
-    with workshops.workshop(tmp_path) as folder:
+    with inductor._workshop(tmp_path) as folder:
         assert folder.is_dir() and not old.exists()
     assert [*tmp_path.iterdir()] == [new]
 
@@ -189,22 +187,6 @@ def test_what_nobody_has_used_for_long_is_removed(cache, tmp_path):
     assert answer(8) == 8
     assert not unused.exists() and not inductors.exists()
     assert all(path.exists() for path in (used, fresh, *kept))
-
-
-def test_programs_are_compiled_by_one_while_others_wait(cache, monkeypatch):
-    """Each process of a node would run the compiler otherwise."""
-    made, build = [], inductor._build_source
-
-    def slowly(*arguments):
-        made.append(arguments)
-        time.sleep(0.3)
-        build(*arguments)
-
-    monkeypatch.setattr(inductor, "_build_source", slowly)
-    with ThreadPoolExecutor(3) as threads:  # locks are those of open files
-        assert [*threads.map(answer, (7, 7, 7))] == [7, 7, 7]
-    assert len(made) == 1
-    assert [path.name for path in cache.iterdir()] == [file_of(cache).name]  # no lock is left
 
 
 NOT_WRITABLE = [

@@ -32,8 +32,11 @@ import torch
 
 from pnode.base import private_files
 from pnode.base.notices import LOG, compiling
-from pnode.solvers.compiled import fast_tanh, libraries, products, trace, workshops
+from pnode.solvers.compiled import fast_tanh, libraries, products, trace
 from pnode.solvers.compiled.trace import compose
+from pnode.solvers.compiled.workshops import INDUCTORS as _INDUCTORS
+from pnode.solvers.compiled.workshops import note_use
+from pnode.solvers.compiled.workshops import workshop as _workshop
 
 __all__ = [
     "CompilationFailed", "Compiled", "CompiledGraph", "cache_folder", "compile_graph",
@@ -101,7 +104,7 @@ def _read(path: Path) -> bytes:
     body = content[: max(0, end - len(_MARK))]
     if content[len(body) :] != _MARK + hashlib.sha256(body).digest():
         raise _Damaged(f"{path} is damaged")
-    workshops.note_use(path)
+    note_use(path)
     return body
 
 
@@ -200,8 +203,7 @@ def _load(path: Path) -> CompiledGraph:
         # Kernels of a GPU alone are read later.
         kernels = any(name.endswith((".cubin", ".hsaco")) for name in package.namelist())
         unpacked = None if kernels else copy.parent
-        torchs = path.parent / workshops.INDUCTORS
-        return CompiledGraph(path, libraries.unpack(copy, unpacked, torchs).run)
+        return CompiledGraph(path, libraries.unpack(copy, unpacked, path.parent / _INDUCTORS).run)
 
 
 def _build(
@@ -209,7 +211,7 @@ def _build(
 ) -> torch.fx.GraphModule | None:
     """Return the graph that was compiled, None if another process has done so."""
     # By default that is a folder of /tmp whose name is known beforehand.
-    folder = path.parent / workshops.INDUCTORS
+    folder = path.parent / _INDUCTORS
     private_files.make_folder(folder)
     lock = libraries.locked(folder / f"{path.name}.lock")
     with libraries.environment("TORCHINDUCTOR_CACHE_DIR", folder), lock:
@@ -217,7 +219,7 @@ def _build(
             _read(path)  # made meanwhile
             return None
         with (
-            workshops.workshop(path.parent) as building,
+            _workshop(path.parent) as building,
             torch.no_grad(),
             warnings.catch_warnings(),
             compiling("a graph of the vector field"),
@@ -297,8 +299,13 @@ def compile_source(
         command = [*shlex.split(compiler), *flags]
         part = folder / f"{fingerprint(shared, compiler, *flags)}.o" if shared else None
         if part is not None:
-            _made(part, _read, shared, [*command, "-c"])
-        return _made(path, _open_library, source, command, part)
+            with libraries.locked(folder / f"{part.name}.lock"):
+                try:
+                    _read(part)
+                except (OSError, _Damaged):
+                    _build_source(part, shared, [*command, "-c"])
+        _build_source(path, source, command, part)
+        return _open_library(path)
     except Exception as error:
         text = " ".join(str(error).split())
         raise CompilationFailed(f"{type(error).__name__}: {text[:300]}") from error
@@ -309,24 +316,11 @@ def _open_library(path: Path) -> ctypes.CDLL:
         return ctypes.CDLL(str(copy))
 
 
-def _made(
-    path: Path, take: Callable[[Path], Any], source: str, command: Sequence[str],
-    part: Path | None = None,
-) -> Any:  # fmt: skip
-    """Take what a program was compiled to, by this process if no other one does so meanwhile."""
-    with libraries.locked(path.with_name(f"{path.name}.lock")):
-        try:
-            return take(path)
-        except (OSError, _Damaged):
-            _build_source(path, source, command, part)
-            return take(path)
-
-
 def _build_source(
     path: Path, source: str, command: Sequence[str], part: Path | None = None
 ) -> None:
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(workshops.workshop(path.parent))
+        folder = stack.enter_context(_workshop(path.parent))
         code, partial = folder / "program.cpp", folder / path.name
         code.write_text(source, encoding="utf-8")
         parts = [code] if part is None else [code, stack.enter_context(_copied(part))]

@@ -20,7 +20,7 @@ import shlex
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +76,7 @@ _LEFT_OUT = {"-Wall", "-pedantic", "-g1"}
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Let one process at a time make a file; where there are no locks, all make it.
-
-    Those who wait may hold a lock that is gone for others, who find what was made.
-    """
+    """Let one process at a time make a file; where there are no locks, all make it."""
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         try:
@@ -88,8 +85,6 @@ def locked(path: Path) -> Iterator[None]:
             pass
         yield
     finally:
-        with suppress(OSError):
-            path.unlink()
         os.close(file)
 
 
@@ -282,7 +277,6 @@ class _Compiler:
             path.write_text(_HEADERS, encoding="utf-8")
             self._run("-x", "c++-header", str(path), "-o", str(partial))
 
-        note_use(path)
         return self._once(path.with_suffix(".h.gch"), make).with_suffix("")
 
     def _once(self, path: Path, make: Callable[[Path], None]) -> Path:

@@ -23,7 +23,7 @@ _BUILDING = ".building-"
 _DAY = 86400.0  # seconds
 _ABANDONED, _UNUSED = _DAY, 90 * _DAY  # a compilation takes minutes at most
 # The folder may have been another's before: nothing that is called otherwise is touched.
-_OWN = re.compile(r"[a-z-]*[0-9a-f]{32}\.(?:so|o|pt2)")
+_OWN = re.compile(r"[a-z-]*[0-9a-f]{32}\.(?:so|o|pt2)(?:\.lock)?")
 
 
 @contextlib.contextmanager
@@ -53,7 +53,8 @@ def _tidy(cache: Path) -> None:
                 shutil.rmtree(left)
     own = [path for path in cache.iterdir() if _OWN.fullmatch(path.name)]
     for folder, _, names in os.walk(cache / INDUCTORS):
-        own += [Path(folder, name) for name in names]
+        # A compiler may compare a header's date with that of what was made of it.
+        own += [Path(folder, name) for name in names if not name.endswith(".h")]
     for path in own:
         with contextlib.suppress(OSError):
             if _age(path) > _UNUSED:
