@@ -6,6 +6,7 @@ import json
 import operator
 import re
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 from pnode.errors import ConfigurationError
@@ -58,6 +59,11 @@ def listing(conditions: Sequence[str], as_json: bool) -> str:
 def _condition(text: str) -> Callable[[Method], bool]:
     found = _CONDITION.fullmatch(text.strip())
     if found is None:
+        if re.search("[<>=!]", text):
+            raise ConfigurationError(
+                f"--filter {text!r}: give fact=value, 'fact>=number', 'fact<=number' or a part of "
+                "a name"
+            )
         part = text.strip().lower()
         return lambda method: any(part in name for name in (method.name, *method.aliases))
     name, sign, value = found["fact"], found["sign"], found["value"].strip()
@@ -77,6 +83,12 @@ def _condition(text: str) -> Callable[[Method], bool]:
     if wanted is None or (sign != "=" and not orders):
         kind = "yes or no" if isinstance(example, bool) else "a number" if orders else "= alone"
         raise ConfigurationError(f"--filter {text!r}: {name} takes {kind}")
+    if isinstance(wanted, str):
+        values = [fact(method) for method in METHODS]
+        known = {*chain(*values)} if isinstance(example, list) else {*values}
+        if wanted not in known:
+            which = f"; there are {', '.join(sorted(known))}" * (len(known) < len(_FACTS))
+            raise ConfigurationError(f"--filter {text!r}: no method has that{which}")
     if isinstance(example, list):
         return lambda method: wanted in fact(method)
     return lambda method: bool(_ORDER[sign](fact(method), wanted))

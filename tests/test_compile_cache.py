@@ -15,7 +15,7 @@ import torch
 
 import pnode
 from pnode.base import private_files
-from pnode.solvers.compiled import inductor, libraries
+from pnode.solvers.compiled import inductor, libraries, workshops
 
 SOURCE = 'extern "C" int answer() { return %d; }'
 FLAGS = ("-O0", "-fPIC", "-shared")
@@ -190,6 +190,24 @@ def test_folders_of_killed_compilations_are_removed(tmp_path):
     with inductor._workshop(tmp_path) as folder:
         assert folder.is_dir() and not old.exists()
     assert [*tmp_path.iterdir()] == [new]
+
+
+def test_what_nobody_has_used_for_long_is_removed(cache, tmp_path):
+    """And nothing that is not pnode's: the folder may be somebody's home."""
+    assert answer() == 7
+    used, unused, fresh = file_of(cache), cache / f"{'a' * 32}.so", cache / f"step-{'b' * 32}.pt2"
+    kept = [cache / "thesis.so", cache / ".profile", cache / "notes" / f"{'c' * 32}.so"]
+    inductors = cache / ".inductor" / "made" / "text.cpp"
+    for path in (unused, fresh, *kept, inductors):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    for path in (used, unused, *kept, inductors):
+        os.utime(path, (1.0, 1.0))
+    assert answer() == 7  # which makes it a used one
+    workshops._tidy.cache_clear()
+    assert answer(8) == 8
+    assert not unused.exists() and not inductors.exists()
+    assert all(path.exists() for path in (used, fresh, *kept))
 
 
 NOT_WRITABLE = [

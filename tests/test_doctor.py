@@ -41,6 +41,7 @@ GOOD = Facts(
     cores=(0, 1),
     scratch=ScratchFacts("/scratch", filesystem="ext4"),
     solve="",
+    compilation="",
 )
 OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"}
 
@@ -199,6 +200,10 @@ CASES = {
     "wrong solve": (
         replace(GOOD, solve="ImportError: broken"),
         checks.check_solve, "error", "ImportError: broken", "above first",
+    ),
+    "no compiler": (
+        replace(GOOD, compilation="InvalidCxxCompiler: No working C++ compiler found"),
+        checks.check_compiled_solves, "note", "No working C++ compiler", "g++",
     ),
 }  # fmt: skip
 
@@ -458,6 +463,15 @@ def test_on_one_process(tmp_path):
     assert lines[0] == "pnode doctor, 1 rank"
     assert lines[-1].startswith("0 errors")
     assert any("ok      a small solve" in line for line in lines)
+
+
+def test_a_folder_that_compiled_solves_cannot_use_is_a_note(tmp_path):
+    """Nobody else may write to it; without a compiler the note comes likewise."""
+    tmp_path.chmod(0o777)
+    outcome = doctor("--json", PNODE_CACHE_DIR=str(tmp_path))
+    assert outcome.returncode == 0
+    finding = entitled(json.loads(outcome.stdout), "compiled solves")
+    assert finding["status"] == "note" and "chmod 700" in finding["found"]
 
 
 def test_json_has_all_findings_and_an_error_is_exit_status_one(tmp_path):

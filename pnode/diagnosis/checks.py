@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pnode.base.launchers import claims, find_mismatch, torchrun_claim
 from pnode.diagnosis.facts import Facts
 from pnode.diagnosis.finding import Finding
+from pnode.diagnosis.machine_code import check_compiled_solves
 
 __all__ = ["CHECKS", "MINIMUM", "check_threads", "plural"]
 
@@ -385,4 +386,5 @@ CHECKS: tuple[Callable[[Facts], Finding | None], ...] = (
     check_gpu,
     check_scratch,
     check_solve,
+    check_compiled_solves,
 )

@@ -146,6 +146,8 @@ class Facts:
         A folder for checkpoints.
     solve : str or None
         Why a small solve failed; empty if it did not, None if it was not tried.
+    compilation : str or None
+        Why a small program in C++ was not compiled, kept or loaded; likewise.
     """
 
     python: str
@@ -164,3 +166,4 @@ class Facts:
     quota: float | None = None
     scratch: ScratchFacts | None = None
     solve: str | None = None
+    compilation: str | None = None

@@ -20,6 +20,7 @@ from typing import Any
 
 from pnode.base.launchers import claims, gpu_aware, mapped_files, mpi_libraries
 from pnode.diagnosis.facts import Facts, MPIFacts, PETScFacts, ScratchFacts, TorchFacts
+from pnode.diagnosis.machine_code import compile_a_program
 
 __all__ = ["PACKAGES", "blas_threads", "cpu_quota", "gather", "mpi_libraries", "scratch_facts"]
 
@@ -94,6 +95,7 @@ def gather(scratch: str | None = None, crash: str = "") -> Facts:
         quota=_own_quota(),
         scratch=scratch_facts(scratch),
         solve=None if errors or crash else _solve(),
+        compilation=None if errors or crash else compile_a_program(),
     )
 
 

@@ -126,7 +126,8 @@ def _see_to_replicas(ranks: Ranks, parameters: Sequence[torch.Tensor]) -> None:
         f"parameter {number}, of shape {tuple(parameters[number].shape)}, has other values on "
         f"other ranks of comm= (its entries add up to {sums}), but gradients are summed over "
         "replicas: begin alike with pnode.parallel.broadcast_parameters(parameters, comm); what "
-        "is a rank's own must not require grad (for a solve of each rank's own, leave comm= out)"
+        "is a rank's own must not require grad (for a solve of each rank's own, leave comm= out; "
+        "of a field on a layout='s cells, let each rank have the whole, and f take its part)"
     )
 
 

@@ -357,8 +357,9 @@ def as_times(t: Any, endless: bool = False) -> torch.Tensor:
     """
     t = real_times("t", t, "give a 1-D tensor of output times")
     if t.dim() != 1 or t.numel() == 0:
+        rows = " (with samples='independent' each row may have its own)" if t.dim() == 2 else ""
         raise ConfigurationError(
-            f"t has shape {tuple(t.shape)}: give a 1-D tensor of at least one output time"
+            f"t has shape {tuple(t.shape)}: give a 1-D tensor of at least one output time{rows}"
         )
     times = plain(t)
     if endless and len(t) > 1 and bool(torch.isinf(times[-1])):

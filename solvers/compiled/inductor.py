@@ -18,10 +18,8 @@ import json
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import tempfile
-import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +34,9 @@ from pnode.base import private_files
 from pnode.base.notices import LOG, compiling
 from pnode.solvers.compiled import fast_tanh, libraries, products, trace
 from pnode.solvers.compiled.trace import compose
+from pnode.solvers.compiled.workshops import INDUCTORS as _INDUCTORS
+from pnode.solvers.compiled.workshops import note_use
+from pnode.solvers.compiled.workshops import workshop as _workshop
 
 __all__ = [
     "CompilationFailed", "Compiled", "CompiledGraph", "cache_folder", "compile_graph",
@@ -55,8 +56,6 @@ _SOURCES = (
 _INDUCTOR = {"cpp.enable_floating_point_contract_flag": "fast"}
 
 _MARK = b"pnode-1:"  # begins the end of a file, before the checksum
-_INDUCTORS = ".inductor"  # folder
-_BUILDING, _ABANDONED = ".building-", 86400.0  # seconds, of what takes minutes at most
 
 
 class CompilationFailed(Exception):
@@ -105,6 +104,7 @@ def _read(path: Path) -> bytes:
     body = content[: max(0, end - len(_MARK))]
     if content[len(body) :] != _MARK + hashlib.sha256(body).digest():
         raise _Damaged(f"{path} is damaged")
+    note_use(path)
     return body
 
 
@@ -182,7 +182,7 @@ def compile_graph(
         raise CompilationFailed(
             f"torch's inductor failed ({type(error).__name__}: {text[:300]}); it needs a C++ "
             "compiler such as g++, and room in a folder of this user's, which PNODE_CACHE_DIR can "
-            "name, and in TMPDIR"
+            "name, and in TMPDIR, mounted without noexec"
         ) from error
 
 
@@ -235,17 +235,6 @@ def _build(
                 _build_by_inductor(prepare(function, examples), examples, partial)
             _keep(path, partial)
             return graph
-
-
-@contextlib.contextmanager
-def _workshop(cache: Path) -> Iterator[Path]:
-    """Lend a folder to build in, and remove those of processes that were killed meanwhile."""
-    for left in cache.glob(f"{_BUILDING}*"):
-        with contextlib.suppress(OSError):  # gone, or somebody else's
-            if time.time() - left.lstat().st_mtime > _ABANDONED:
-                shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(dir=cache, prefix=_BUILDING) as folder:
-        yield Path(folder)
 
 
 def _build_by_inductor(

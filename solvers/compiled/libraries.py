@@ -26,6 +26,8 @@ from typing import Any
 
 import torch
 
+from pnode.solvers.compiled.workshops import note_use
+
 __all__ = [
     "SOURCES", "agree_in_layout", "build", "environment", "is_right", "locked", "unpack",
 ]  # fmt: skip
@@ -285,6 +287,7 @@ class _Compiler:
                     partial = path.with_suffix(f".{os.getpid()}.partial")
                     make(partial)
                     partial.replace(path)
+        note_use(path)
         return path
 
     def link(self, part: Path, library: Path) -> None:
