@@ -12,7 +12,7 @@ from pnode.errors import NonFiniteDerivative
 from pnode.field.vectorfield import VectorField
 from pnode.solvers.stepping import Step
 
-__all__ = ["check_parameters", "refuse_state"]
+__all__ = ["check_parameters", "check_state", "refuse_state"]
 
 _REMEDY = (
     "keep the state away from there, or write the field so that its derivative exists "
@@ -65,6 +65,30 @@ def _infinite_entry(field: VectorField, s: float, state: torch.Tensor) -> str:
     return f" (its column for entry {bad[0]} of the state, where y = {value:.6g})"
 
 
+def check_state(
+    gradient: torch.Tensor, method: str, direction: float, step: Step, rows: int | None = None
+) -> None:
+    """Refuse a gradient of y0, of so many independent samples if any, where no step is known.
+
+    Raises
+    ------
+    NonFiniteDerivative
+        If it is not finite.
+    """
+    if is_finite(gradient):
+        return
+    entry, whose = _first_entry(gradient), ""
+    if rows is not None:
+        row, entry = divmod(entry, gradient.numel() // rows)
+        whose = f" of row {row}"
+    raise NonFiniteDerivative(
+        f"the gradient of y0 is NaN or infinite at entry {entry}{whose}: a derivative of the "
+        "vector field with respect to y is not finite somewhere between here and the end, or the "
+        f"products with it overflow; {_REMEDY}",
+        time=direction * step.start, step=step.index, method=method,
+    )  # fmt: skip
+
+
 def check_parameters(
     gradients: Sequence[torch.Tensor | None], method: str, direction: float, step: Step
 ) -> None:
@@ -77,10 +101,14 @@ def check_parameters(
     """
     for index, gradient in enumerate(gradients):
         if gradient is not None and not is_finite(gradient):
-            entry = int((~torch.isfinite(gradient.reshape(-1))).nonzero()[0])
+            entry = _first_entry(gradient)
             raise NonFiniteDerivative(
                 f"the gradient of parameter {index} (shape {tuple(gradient.shape)}) is NaN or "
                 f"infinite at entry {entry}: the derivative of the vector field with respect to "
                 f"it is not finite somewhere between here and the end; {_REMEDY}",
                 time=direction * step.start, step=step.index, method=method,
             )  # fmt: skip
+
+
+def _first_entry(gradient: torch.Tensor) -> int:
+    return int((~torch.isfinite(gradient.reshape(-1))).nonzero()[0])

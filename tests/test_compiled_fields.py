@@ -264,3 +264,21 @@ def test_rates_of_algebraic_unknowns():
         assert ("'the vector field'" in repr(solver)) == compiled
     for own, expected in zip(*found, strict=True):
         assert torch.allclose(own, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["beuler", "bdf2"])
+def test_products_that_torch_batches_wrongly(method, interpreted):
+    """``torch.vmap`` of the derivative of cdist gives each row the first one's; Newton bears it."""
+    places = torch.tensor([[0.7], [-0.4], [1.3]], dtype=torch.float64)
+    y0 = torch.tensor([0.3, -0.6, 0.45], dtype=torch.float64, requires_grad=True)
+    w = torch.tensor([1.0, -2.0, 0.7], dtype=torch.float64)
+    found = []
+    for field in (
+        lambda t, y: 0.1 * torch.cdist(y[:, None], places).sum(1) - y,
+        lambda t, y: 0.1 * (y[:, None] - places[:, 0]).abs().sum(1) - y,
+    ):
+        solver = pnode.Solver(field, method=method, step_size=0.25, compile=True)
+        ys = solver(y0, torch.tensor([0.0, 1.0])).ys[-1]
+        found.append(torch.autograd.grad(ys @ w, y0)[0])
+    assert interpreted["product"] > 0
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)

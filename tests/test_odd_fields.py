@@ -250,6 +250,27 @@ def test_derivatives_that_are_not_finite(name):
     assert not torch.autograd.grad(y.sum() * torch.inf, p)[0].isfinite()
 
 
+@pytest.mark.parametrize("rows", [{}, {"samples": "independent"}], ids=["joint", "independent"])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_derivatives_that_are_not_finite_in_whole_sweeps(rows, compiled):
+    """In machine code and in passes, too, though the values of f and of the solution are finite."""
+    q = torch.zeros(2, dtype=D, requires_grad=True)
+    y0 = torch.zeros(2, 2, dtype=D, requires_grad=True)
+    how = {"method": "beuler", "step_size": 0.25, "compile": compiled, **rows}
+    for field, x, says in (
+        (lambda t, y: q.sqrt() - y, q, "gradient of parameter 0 .* at entry 0"),
+        (lambda t, y: y.square().sum(1, keepdim=True).sqrt() - y, y0, "respect to y is not finite"),
+    ):
+        ys = pnode.Solver(field, params=[q], **how)(y0, torch.tensor([0.0, 1.0])).ys
+        assert ys.isfinite().all()
+        with pytest.raises(NonFiniteDerivative, match=says) as caught:
+            torch.autograd.grad(ys[-1].sum(), x)
+        assert caught.value.method == "beuler" and caught.value.time is not None
+        # A loss that is not finite is the user's.
+        ys = pnode.Solver(field, params=[q], **how)(y0, torch.tensor([0.0, 1.0])).ys
+        assert not torch.autograd.grad(ys[-1].sum() * torch.inf, x)[0].isfinite().any()
+
+
 @pytest.mark.parametrize("name", ["cn", "bdf", "rodaspr", "es325"])
 def test_jacobians_that_are_not_finite(name):
     """At rest |v| has no derivative: not f is to blame, but its Jacobian."""

@@ -40,6 +40,12 @@ DM_SOLVES = {
     "dense": ({"dense": True}, D, [0.0, 0.17, 0.3]),
     "memory": ({"checkpointing": pnode.Checkpointing(memory=10 * SIZE * 8)}, D, [0.0, 0.9]),
     "events": ({"event_fn": pnode.Event(lambda t, u: u[0] - 1.0, terminal=False)}, D, [0.0, 0.3]),
+    # With ghost cells or without, the cell in the middle.
+    "cost": (
+        {"cost": lambda t, u: u[len(u) // 2] ** 2, "event_fn": lambda t, u: u[0] - t - 0.9},
+        D,
+        [0.0, 0.3],
+    ),
 }
 
 
@@ -50,8 +56,10 @@ def test_a_dm_goes_with_what_else_a_solve_may_do(name):
     for make in (lambda: grid(SIZE, "es325", **keywords)[:2], lambda: solver("es325", **keywords)):
         made, nu = make()
         y0 = ripple().to(dtype).requires_grad_()
-        ys = made(y0, times).ys
-        found.append((ys, *torch.autograd.grad(ys.square().sum(), [nu, y0])))
+        solution = made(y0, times)
+        ys, costs = solution.ys, solution.costs
+        loss = ys.square().sum() + (0.0 if costs is None else costs[-1])
+        found.append((ys, *torch.autograd.grad(loss, [nu, y0])))
     tolerance = {} if dtype == D else {"rtol": 2e-4, "atol": 1e-4}
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, **(CLOSE | tolerance))

@@ -368,5 +368,5 @@ def parted(problem: InitialValueProblem, x: Any) -> tuple[Any, torch.Tensor | No
         assert cells.integral is not None
         integral = cells.owned.integral(x)
         own = problem.base.layout.unflatten(cells.owned.parts(x)[0])
-        return own, integral.reshape(*x.shape[:-1], *cells.integral)
+        return own, integral.reshape((*x.shape[:-1], *cells.integral))
     return (tuple(x[:-1]) if problem.base.layout.is_tuple else x[0]), x[-1]

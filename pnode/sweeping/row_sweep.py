@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from pnode.adjoint.gradients import CostGradients
+from pnode.adjoint.nonfinite import check_parameters, check_state
 from pnode.adjoint.sample_adjoint import sample_adjoint
 from pnode.base.evidence import Reads
 from pnode.base.ledger import Ledger, Stats
 from pnode.base.options import log_stage
 from pnode.base.surroundings import Surroundings
-from pnode.base.vectors import REAL
+from pnode.base.vectors import REAL, is_finite
 from pnode.errors import BackwardError
 from pnode.field.held import now
 from pnode.field.vectorfield import record_all
@@ -104,6 +105,7 @@ class PassSweep(Sweep):
         self.ends = samples.clock[:1]
         self._passes: Passes | None = None
         self._compiled: RowSweep | None = None
+        self._skip = False
 
     def take(
         self, engine: Engine, run: Run, field: RowsField, flat: torch.Tensor, keep: bool,
@@ -111,6 +113,7 @@ class PassSweep(Sweep):
     ) -> torch.Tensor:  # fmt: skip
         """Take the steps from states ``(B, n)``; return ``(T, B, n)``, double precision."""
         samples, skip = self.samples, requests.independent == "nan"
+        self._skip = skip
         own = Rows(flat, samples.clock, samples.rtol, samples.atol, skip)
         compiled = row_compilation.begin(engine, samples.declared, field, own, requests, keep)
         if compiled is not None:
@@ -215,6 +218,12 @@ class PassSweep(Sweep):
             assert self._passes is not None
             with log_stage("pnode adjoint"):
                 initial, found = sample_adjoint(self.field(run, own), self._passes, seeds, own)
+        if is_finite(seeds):
+            first = float(self.samples.clock[0, 0])
+            where = run.settings.method.name, run.problem.direction, Step(0, first, 0.0, first)
+            if not self._skip:  # else a row may be NaN, and the others are what they are
+                check_state(initial, *where, rows)
+            check_parameters(found, *where)
         flow, whole = (one.reshape(-1) for one in (initial, initial + seeds[0]))
         return CostGradients(whole, found, flow)
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from pnode.adjoint.gradients import CostGradients
+from pnode.adjoint.nonfinite import check_parameters, check_state
 from pnode.adjoint.stepper import AdjointStepper
 from pnode.adjoint.tangents import Moving
-from pnode.base.vectors import REAL
+from pnode.base.vectors import REAL, is_finite
 from pnode.field.products import accumulate
 from pnode.field.vectorfield import VectorField
 from pnode.solvers.compiled.driver import CompiledSweep
@@ -185,9 +186,15 @@ class WholeSweep(Sweep):
     def _reverse(
         self, run: Run, cotangents: torch.Tensor, nodes: Sequence[int] | None = None
     ) -> CostGradients:  # fmt: skip
-        compiled = self._compiled
+        compiled, problem = self._compiled, run.problem
         with backward_bar(run.stats.steps, self._progress) as compiled.told:
-            return CostGradients(*compiled.reverse(cotangents, run.stats.backward, nodes))
+            found = CostGradients(*compiled.reverse(cotangents, run.stats.backward, nodes))
+        if is_finite(cotangents):
+            first = Step(0, problem.times[0], 0.0, problem.times[0])
+            where = self._engine.method.name, problem.direction, first
+            check_state(found.initial, *where)
+            check_parameters(found.parameters, *where)
+        return found
 
     def _from_nodes(
         self, run: Run, y0: torch.Tensor, cotangents: torch.Tensor, wants_times: bool

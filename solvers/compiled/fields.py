@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from pnode.base.ledger import Ledger
+from pnode.base.vectors import REAL
 from pnode.field.distributed import DistributedLinearization
 from pnode.field.linearization import Linearization, Products
 from pnode.field.products import transposed
@@ -31,6 +32,7 @@ from pnode.solvers.compiled.backend import (
     Wanted,
 )
 from pnode.solvers.compiled.compiler import outside
+from pnode.solvers.compiled.evaluations import agree
 from pnode.solvers.compiled.inductor import CompilationFailed, Compiled, fingerprint
 from pnode.solvers.compiled.lifting import differentiable
 from pnode.solvers.compiled.trace import FieldGraph
@@ -68,7 +70,7 @@ class FieldCode(Code):
         self.traced = traced
         self._quiet = quiet
         self._dtype = dtype
-        self._rows: dict[int, Compiled] = {}
+        self._rows: dict[int, Compiled | None] = {}
         self._asked: Counter[int] = Counter()
 
     def _zeros(self, shape: tuple[int, ...]) -> torch.Tensor:
@@ -146,23 +148,48 @@ class FieldCode(Code):
         v = self._zeros(self.traced.shape)
         return self._compile_if_possible("derivative", transpose, [v, *given, *saved])
 
-    def rows(self, number: int, at_once: bool = False) -> Compiled | None:
+    def rows(
+        self, number: int, t: torch.Tensor, y: torch.Tensor, at_once: bool = False
+    ) -> Compiled | None:
         """Return ``[W, t, y, *inputs, *saved] -> [W f_y]`` for so many rows w of W.
 
-        None where it is asked for too seldom, unless it is wanted ``at_once``.
+        None where it is asked for too seldom, unless it is wanted ``at_once``, and where products
+        are to be taken one by one, as near (t, y) those of a batch are other ones.
         """
         if number not in self._rows:
             self._asked[number] += 1
             if self._asked[number] < _OFTEN and not at_once:
                 return None
-
-            def products(W: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
-                return (torch.vmap(lambda w: self.traced.product(w, *rest)[0])(W),)
-
             given, saved = self._examples
             examples = [self._zeros((number, *self.traced.returned)), *given, *saved]
-            self._rows[number] = self._compile_if_possible("rows", products, examples)
+            right = self._batches(number, t, y)
+            self._rows[number] = (
+                self._compile_if_possible("rows", self._products, examples) if right else None
+            )
         return self._rows[number]
+
+    def _products(self, W: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (torch.vmap(lambda w: self.traced.product(w, *rest)[0])(W),)
+
+    def _batches(self, number: int, t: torch.Tensor, y: torch.Tensor) -> bool:
+        """Whether a batch of products is what each is alone, near (t, y).
+
+        torch's rules for batches may be wrong, as that for the derivative of ``cdist`` is.
+        """
+        generator = torch.Generator().manual_seed(4)
+        shapes = self.traced.shape, (number, *self.traced.returned)
+        noise, W = (torch.randn(x, generator=generator, dtype=REAL).to(self._dtype) for x in shapes)
+        point = y.detach().to(self._dtype).view(self.traced.shape)
+        given = [t, point + 1e-2 * noise * (1.0 + point.abs()), *self.traced.inputs()]
+        try:
+            with torch.no_grad():
+                given += self._evaluate(*given)[1:]
+                (found,) = self._products(W, *given)
+                some = {0, number // 2, number - 1}
+                alone = {k: self.traced.product(W[k], *given)[0] for k in some}
+        except Exception:  # as no rule is known, or f fails there
+            return False
+        return all(agree(found[k].reshape(-1), one.reshape(-1)) for k, one in alone.items())
 
 
 class CompiledField(VectorField):
@@ -275,7 +302,7 @@ class CompiledLinearization(Linearization):
         code, shape = self._field.code, self._value.shape
         rows = cotangents.reshape(-1, *shape)
         given = self._arguments(self._field)
-        run = code.rows(len(rows))
+        run = code.rows(len(rows), self._time, self._leaves[0])
         if run is not None:
             return [run([rows, *given])[0].reshape(len(rows), -1)]
         return [torch.stack([code.product([row, *given])[0].reshape(-1) for row in rows])]

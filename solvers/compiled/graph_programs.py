@@ -18,6 +18,7 @@ from pnode.solvers.compiled.colored import Colored
 from pnode.solvers.compiled.driver import at, source
 from pnode.solvers.compiled.fields import FieldCode
 from pnode.solvers.compiled.graph_calls import Graph, described, lend_torch, opened
+from pnode.solvers.compiled.inductor import CompilationFailed
 from pnode.solvers.compiled.programs import MOST_STAGES, ImplicitProgram
 from pnode.solvers.compiled.second_graphs import SecondGraphs
 from pnode.solvers.compiled.trace import FieldGraph, dependent
@@ -46,6 +47,8 @@ class GraphProgram(ImplicitProgram):
         The field.
     steps : {"dirk", "bdf", "coupled", "rosenbrock", "explicit"}
         The methods.
+    t, y0 : Tensor
+        Where a solve begins, near which a batch of products is compared with single ones.
     second : SecondGraphs or None
         What Rosenbrock methods want besides.
     colored : Colored or None
@@ -60,8 +63,8 @@ class GraphProgram(ImplicitProgram):
     keeps_jacobian = True
 
     def __init__(
-        self, code: FieldCode, steps: str, second: SecondGraphs | None = None,
-        colored: Colored | None = None,
+        self, code: FieldCode, steps: str, t: torch.Tensor, y0: torch.Tensor,
+        second: SecondGraphs | None = None, colored: Colored | None = None,
     ) -> None:  # fmt: skip
         self._code, self._second, traced = code, second, code.traced
         size, width = math.prod(traced.returned), math.prod(traced.shape)
@@ -69,7 +72,11 @@ class GraphProgram(ImplicitProgram):
         seeds = torch.eye(1 if explicit else size, size, dtype=REAL)
         if colored is not None:
             seeds = colored.seeds
-        rows = code.product if explicit else code.rows(len(seeds), at_once=True)
+        rows = code.product if explicit else code.rows(len(seeds), t, y0, at_once=True)
+        if rows is None:
+            raise CompilationFailed(
+                "torch gives other products in a batch than one by one, or none"
+            )
         graphs = [code.value, rows, code.product]
         graphs += [] if second is None else [second.rate, second.second]
         (library, *_), calls = zip(*map(opened, graphs), strict=True)

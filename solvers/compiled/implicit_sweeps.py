@@ -151,7 +151,9 @@ class ImplicitSweeps(Backend):
                 second = None
                 if steps == "rosenbrock":  # read what the other graphs read
                     second = SecondGraphs(part, trace.graph, y0).bound(trace.graph, code.traced)
-                program = GraphProgram(code, steps, second, known)
+                t = part.problem.direction * part.problem.times[0]
+                time = torch.scalar_tensor(t, dtype=REAL)
+                program = GraphProgram(code, steps, time, y0, second, known)
             trace.codes[key] = program
         made: ImplicitProgram = trace.codes[key]
         for one in (wanted, wanted.parts):
