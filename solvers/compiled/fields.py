@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from pnode.base.ledger import Ledger
+from pnode.base.notices import outside
 from pnode.field.distributed import DistributedLinearization
 from pnode.field.linearization import Linearization, Products
 from pnode.field.products import transposed
@@ -30,7 +31,6 @@ from pnode.solvers.compiled.backend import (
     Trace,
     Wanted,
 )
-from pnode.solvers.compiled.compiler import outside
 from pnode.solvers.compiled.inductor import CompilationFailed, Compiled, fingerprint
 from pnode.solvers.compiled.lifting import differentiable
 from pnode.solvers.compiled.trace import FieldGraph
