@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
-__all__ = ["Ledger", "Stats"]
+__all__ = ["Ledger", "Stats", "new_stats"]
 
 
 @dataclass
@@ -83,15 +83,11 @@ class Stats(Ledger):
     backward: Ledger = field(default_factory=Ledger)
     tangents: Ledger = field(default_factory=Ledger)
 
-    @classmethod
-    def new(cls) -> Stats:
-        """Return one without counts, as ``Stats()`` in more time."""
-        made, backward, tangents = (
-            object.__new__(cls),
-            object.__new__(Ledger),
-            object.__new__(Ledger),
-        )
-        for one in (made, backward, tangents):
-            vars(one).update(_NOTHING)
-        made.backward, made.tangents = backward, tangents
-        return made
+
+def new_stats() -> Stats:
+    """Return what ``Stats()`` is, which takes four times as long."""
+    made = object.__new__(Stats)
+    made.backward, made.tangents = object.__new__(Ledger), object.__new__(Ledger)
+    for one in (made, made.backward, made.tangents):
+        vars(one).update(_NOTHING)
+    return made

@@ -59,9 +59,10 @@ class Surroundings:
                     ]  # fmt: skip
 
     def again(self) -> Surroundings:
-        """Return what the same Modules are like now, where f sees nothing else that is another."""
+        """Return what f sees now, if its Modules have the same tensors."""
         made = object.__new__(Surroundings)
-        vars(made).update(vars(self))
+        made._autocast = {kind: _autocast(kind) for kind in self._autocast}
+        made._dtype, made._device = torch.get_default_dtype(), _default_device()
         alive = [(reference, reference()) for reference, _ in self._modules]
         made._modules = [(reference, x.training) for reference, x in alive if x is not None]
         made._tensors = [(*slot, tensor, _version(tensor)) for *slot, tensor, _ in self._tensors]

@@ -13,7 +13,7 @@ import torch
 from pnode.adjoint.gradients import CostGradients
 from pnode.adjoint.tangent_stepper import Moving
 from pnode.base.evidence import Reads
-from pnode.base.ledger import Stats
+from pnode.base.ledger import new_stats
 from pnode.base.notices import LOG
 from pnode.base.surroundings import Surroundings
 from pnode.errors import ConfigurationError, NonlinearSolveFailed
@@ -63,7 +63,7 @@ def forward(
     """
     if requests.samples is not None:
         return row_sweep.forward(engine, problem, y0, keep, requests)
-    recorded, stats = requests.recorded, Stats.new()
+    recorded, stats = requests.recorded, new_stats()
     if recorded is None:
         engine.look_at_structure(problem, y0, stats)
     settings = engine.settings(problem) if recorded is None else recorded.settings

@@ -110,7 +110,8 @@ class Trace:
     def standing(self, function: Any, device: torch.device) -> Standing:
         """Return what a solve keeps of an f that still is what it was."""
         if self._standing is None:
-            self._standing = Standing(function, self.graph.captured, device)
+            tensors = (*self.graph.captured, *self.parameters)
+            self._standing = Standing(function, tensors, device)
         return self._standing
 
     def still_is(self, function: Any) -> bool:

@@ -22,19 +22,19 @@ class Standing:
     ----------
     function : Module
         f.
-    captured : iterable of Tensor
-        What its graph reads.
+    tensors : iterable of Tensor
+        What its graph reads, and what it is differentiated by.
     device : torch.device
         Where f computes.
     """
 
     def __init__(
-        self, function: torch.nn.Module, captured: Iterable[torch.Tensor], device: torch.device
+        self, function: torch.nn.Module, tensors: Iterable[torch.Tensor], device: torch.device
     ) -> None:
-        tensors = frozenset(map(id, captured))
-        self._surroundings = Surroundings((function,), device, tensors)
+        among = frozenset(map(id, tensors))
+        self._surroundings = Surroundings((function,), device, among)
         #: f, as a node may hold it.
-        self.held = Held(function, function, bare_copy(function, tensors))
+        self.held = Held(function, function, bare_copy(function, among))
 
     def surroundings(self) -> Surroundings:
         """Return what f sees besides its arguments now."""
