@@ -11,7 +11,7 @@ from mpi4py import MPI
 
 from pnode import samples
 from pnode.assignment import Configured
-from pnode.base.ledger import Stats
+from pnode.base.ledger import Stats, new_stats
 from pnode.base.options import PETSc, check_petsc_options, next_prefix
 from pnode.base.ranks import Ranks
 from pnode.base.transforms import moves, outside_inference, refuse_transforms
@@ -360,13 +360,13 @@ class Solver(Configured):
             facts = facts_of(y0, t, declared)
             known = engine.repeated.again(facts, functions[0], y0, declared, ranks)
             if known is not None:
-                return known, known.layout.flatten(y0), t, Stats(), Call()
+                return known, known.layout.flatten(y0), t, new_stats(), Call()
         y0 = as_state(y0, engine.comm, engine.exchange)
         call = Call.of(y0, args, ranks, self.mass, engine.exchange, engine.jacobian_options)
         declared = collect_parameters(functions, (*(self._params or ()), *call.tensors))
         refuse_transforms([("y0", y0), ("t", t), ("breakpoints", breakpoints)], declared)
         times = as_times(t, endless=Events.may_end(self.event_fn))
-        start = Stats()
+        start = new_stats()
         with outside_inference(differentiate):
             y0, compute = on_host(call.state(y0), self._device_state, start)
         arguments.refuse_inference(declared, self._engine.method)

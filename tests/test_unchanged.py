@@ -258,3 +258,56 @@ def test_compiled_solves_do_not_evaluate_what_has_not_changed(grad, request):
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
     if grad:  # else torch's own operations stand for machine code
         assert seen == [True, False, False, True, False]
+
+
+class Switched(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(2, 2)
+        self.register_buffer("shift", torch.ones(2))
+        self.unused = [torch.ones(1)]
+
+    def forward(self, t, y):
+        z = torch.tanh(self.linear(y)) + self.shift * t
+        return z if self.training else 2.0 * z
+
+
+def replaced(net):
+    net.shift = 3.0 * net.shift
+    net.linear.weight = nn.Parameter(2.0 * net.linear.weight.detach())
+
+
+AFTERWARDS = {
+    "nothing": lambda nets: None,
+    "eval": lambda nets: nets[0].eval(),
+    "replaced": lambda nets: replaced(nets[0]),
+    "gone": lambda nets: nets.clear(),
+}
+
+
+@pytest.mark.parametrize("method", ["cn", "rk4"])
+def test_backward_sweeps_of_what_has_not_changed(method, request):
+    """The derivative by a time is a value of f, as that was in the forward sweep of each solve."""
+    if method == "rk4":
+        request.getfixturevalue("interpreted")
+
+    def gradients(afterwards, compile=True, training=True):
+        nets = [Switched().double()]
+        solver = pnode.Solver(nets[0], method=method, step_size=0.1, compile=compile)
+        for flag in (True, True, training, training):  # f is known from the second one on
+            nets[0].train(flag)
+            y0 = torch.tensor([1.0, 0.5], dtype=torch.float64, requires_grad=True)
+            t = torch.tensor([0.0, 0.3], dtype=torch.float64, requires_grad=True)
+            wanted = y0, t, nets[0].linear.weight
+            solution = solver(y0, t)
+        del solver
+        AFTERWARDS[afterwards](nets)
+        return torch.autograd.grad(solution.ys[-1].square().sum(), wanted)
+
+    for training in (True, False):
+        expected = gradients("nothing", False, training)
+        for afterwards in AFTERWARDS:
+            found = gradients(afterwards, training=training)
+            for mine, theirs in zip(found, expected, strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)

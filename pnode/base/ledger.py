@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
-__all__ = ["Ledger", "Stats"]
+__all__ = ["Ledger", "Stats", "new_stats"]
 
 
 @dataclass
@@ -68,6 +68,7 @@ class Ledger:
 
 
 _COUNTS = tuple(item.name for item in fields(Ledger))
+_NOTHING = dict.fromkeys(_COUNTS, 0)
 _PEAKS = frozenset({"ram_bytes", "disk_bytes", "device_bytes", "tape_bytes"})
 
 
@@ -81,3 +82,12 @@ class Stats(Ledger):
 
     backward: Ledger = field(default_factory=Ledger)
     tangents: Ledger = field(default_factory=Ledger)
+
+
+def new_stats() -> Stats:
+    """Return what ``Stats()`` is, which takes four times as long."""
+    made = object.__new__(Stats)
+    made.backward, made.tangents = object.__new__(Ledger), object.__new__(Ledger)
+    for one in (made, made.backward, made.tangents):
+        vars(one).update(_NOTHING)
+    return made

@@ -7,12 +7,13 @@ Python's; ``logging.captureWarnings(True)`` brings them into the log, too.
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-__all__ = ["LOG", "compiling", "shown_to"]
+__all__ = ["LOG", "compiling", "outside", "shown_to"]
 
 LOG = logging.getLogger("pnode")
 LOG.addHandler(logging.NullHandler())
@@ -44,3 +45,11 @@ def compiling(what: str) -> Iterator[None]:
         _COMPILE.info("compiled %s in %.1f s", what, time.perf_counter() - started)
         if show is not None:
             show("")
+
+
+def outside() -> int:
+    """Return the stack level, for a warning by the caller, of the code that uses pnode."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith(("pnode.", "torch.")):
+        frame, level = frame.f_back, level + 1
+    return level

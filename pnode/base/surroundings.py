@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -33,9 +33,13 @@ class Surroundings:
         were written into are named.
     device : torch.device
         Where f computes.
+    among : collection of int, optional
+        Identities of the tensors that f reads; None where that may be any of its Modules'.
     """
 
-    def __init__(self, functions: Iterable[Any], device: torch.device) -> None:
+    def __init__(
+        self, functions: Iterable[Any], device: torch.device, among: Collection[int] | None = None
+    ) -> None:
         kinds = {"cpu", device.type}
         self._autocast = {kind: _autocast(kind) for kind in kinds}
         self._dtype = torch.get_default_dtype()
@@ -50,8 +54,19 @@ class Surroundings:
                 if found:
                     self._tensors += [
                         (reference, name, tensor, _version(tensor))
-                        for name, tensor in found.items() if tensor is not None
+                        for name, tensor in found.items()
+                        if tensor is not None and (among is None or id(tensor) in among)
                     ]  # fmt: skip
+
+    def again(self) -> Surroundings:
+        """Return what f sees now, if its Modules have the same tensors."""
+        made = object.__new__(Surroundings)
+        made._autocast = {kind: _autocast(kind) for kind in self._autocast}
+        made._dtype, made._device = torch.get_default_dtype(), _default_device()
+        alive = [(reference, reference()) for reference, _ in self._modules]
+        made._modules = [(reference, x.training) for reference, x in alive if x is not None]
+        made._tensors = [(*slot, tensor, _version(tensor)) for *slot, tensor, _ in self._tensors]
+        return made
 
     def restored(self) -> AbstractContextManager[None]:
         """Return a context in which f sees what it saw when this was taken down."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import fields
 from functools import lru_cache
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from pnode.base.surroundings import modules_within
 from pnode.solutions.solution import Solution
 
-__all__ = ["Held", "held", "now"]
+__all__ = ["Held", "bare_copy", "held", "now"]
 
 # A Module's own book-keeping.
 _OWN = frozenset(vars(torch.nn.Module()))
@@ -75,6 +75,23 @@ def held(function: Any, declared: Iterable[torch.Tensor]) -> Any:
     if not all(map(_may_be_copied, map(type, modules))):
         return function
     return Held(owner, function, _Copies(modules, declared).of(owner))
+
+
+def bare_copy(module: torch.nn.Module, tensors: Collection[int]) -> torch.nn.Module:
+    """Return a copy of a Module that has these tensors, by their identity, and plain values alone.
+
+    For code that reads nothing else.
+    """
+    modules = modules_within([module])
+    copies = _Copies(modules, ())
+    for each in modules:
+        own = vars(copies.of(each))
+        for name in ("_parameters", "_buffers"):
+            own[name] = {k: x for k, x in getattr(each, name).items() if id(x) in tensors}
+        for name in own.keys() - _OWN:
+            if type(own[name]) not in _PLAIN:
+                del own[name]
+    return copies.of(module)
 
 
 def now(function: Any) -> Any:

@@ -60,6 +60,7 @@ class VectorField:
     #: Whether f is evaluated with grad enabled and y requiring grad, always: in sweeps of a solve
     #: that is differentiated, so that f is the same in all of them. Without, where f asks for it.
     recording = False
+    known: Any = None  # the trace of an f that is known to be what it was then
     #: Says what of f's surroundings has changed since the forward sweep, for an error.
     suspects: Callable[[], str] | None = None
     #: Told by adjoints of each stage's (s, Y, cotangent of f there, weight, which part of f).

@@ -140,12 +140,13 @@ def _progress_bar(problem: InitialValueProblem, requests: Requests) -> Iterator[
             yield replace(requests, monitor=monitor, progress=True)
 
 
-@contextmanager
-def backward_bar(steps: int, wanted: bool) -> Iterator[Callable[[int], None] | None]:
+def backward_bar(steps: int, wanted: bool) -> AbstractContextManager[Callable[[int], None] | None]:
     """Yield what moves a bar over the steps of a backward sweep; None if it is not wanted."""
-    if not wanted:
-        yield None
-        return
+    return _backward_bar(steps) if wanted else nullcontext()
+
+
+@contextmanager
+def _backward_bar(steps: int) -> Iterator[Callable[[int], None]]:
     # Autograd may run backward sweeps in a thread of its own, where tqdm is at home, too.
     with tqdm(total=steps, desc="backward", unit="step") as bar:
 

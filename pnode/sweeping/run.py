@@ -22,6 +22,7 @@ from pnode.layout.pair_layout import PairLayout
 from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.compiled.account import Entry
 from pnode.solvers.compiled.fields import FieldCode, compiled_field
+from pnode.solvers.compiled.standing import Standing
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.stepping import Step
 from pnode.sweeping.event_functions import Events
@@ -244,6 +245,8 @@ class Run:
         Where its evaluations are counted, if they may pay for a compilation.
     ys : Tensor or None
         Its outputs, shape ``(T, size)``, without their graph, as long as ``sweep.at_hand``.
+    standing : Standing or None
+        What is kept of f, if f is known to be unchanged.
     lock : RLock
         Held by a backward sweep: those of several threads would share checkpoints and cotangents.
     """
@@ -262,6 +265,7 @@ class Run:
     look: Callable[..., None] | None = None
     entry: Entry | None = None
     ys: torch.Tensor | None = None
+    standing: Standing | None = None
     lock: Any = field(default_factory=threading.RLock, init=False, repr=False, compare=False)
 
     def count(self, ledger: Ledger, before: int = 0) -> None:
@@ -277,6 +281,9 @@ class Run:
 
     def let_go(self) -> None:
         """Keep f for backward sweeps, but not what owns it: see :mod:`pnode.field.held`."""
+        if self.standing is not None:
+            self.problem = self.problem.but(function=self.standing.held)
+            return
         declared = (*self.problem.parameters, *self.problem.frozen)
         self.problem = _with_functions(self.problem, partial(held, declared=declared))
 

@@ -13,13 +13,14 @@ import torch
 from pnode.adjoint.gradients import CostGradients
 from pnode.adjoint.tangent_stepper import Moving
 from pnode.base.evidence import Reads
-from pnode.base.ledger import Stats
+from pnode.base.ledger import new_stats
 from pnode.base.notices import LOG
 from pnode.base.surroundings import Surroundings
 from pnode.errors import ConfigurationError, NonlinearSolveFailed
 from pnode.field.vectorfield import note_kept, record_all, vector_field
 from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.compiled.account import calls
+from pnode.solvers.compiled.backend import Trace
 from pnode.solvers.compiled.fields import compiled_field
 from pnode.solvers.compiled.integrator import Start
 from pnode.sweeping import row_sweep
@@ -63,22 +64,25 @@ def forward(
     """
     if requests.samples is not None:
         return row_sweep.forward(engine, problem, y0, keep, requests)
-    recorded, stats = requests.recorded, Stats()
+    recorded, stats = requests.recorded, new_stats()
     if recorded is None:
         engine.look_at_structure(problem, y0, stats)
     settings = engine.settings(problem) if recorded is None else recorded.settings
-    run = Run(problem, stats, settings)
+    run, known = Run(problem, stats, settings), engine.compiler.known(problem)
     if recorded is not None:
         if recorded.tangents is not None:
             refuse_cuts(recorded.tangents.run)
         run.surroundings = recorded.surroundings
     elif keep or requests.steps:
-        run.surroundings = Surroundings(
-            (problem.function, problem.explicit), problem.compute or problem.layout.device
-        )
+        device = problem.compute or problem.layout.device
+        if known is not None:
+            run.standing = known.standing(problem.function, device)
+            run.surroundings = run.standing.surroundings()
+        else:
+            run.surroundings = Surroundings((problem.function, problem.explicit), device)
     try:
         with problem.ranks.together():
-            outputs = _forward(engine, run, y0, keep, requests)
+            outputs = _forward(engine, run, y0, keep, requests, known)
     except (ConfigurationError, NonlinearSolveFailed):
         if recorded is None and engine.forget_structure(settings):
             return forward(engine, problem, y0, keep, requests)
@@ -98,10 +102,12 @@ def forward(
 
 
 def _forward(
-    engine: Engine, run: Run, y0: torch.Tensor, keep: bool, requests: Requests
-) -> torch.Tensor:
+    engine: Engine, run: Run, y0: torch.Tensor, keep: bool, requests: Requests,
+    known: Trace | None = None,
+) -> torch.Tensor:  # fmt: skip
     problem = run.problem
     field = vector_field(problem, run.stats)
+    field.known = known
     if keep:
         record_all(field)
     start: Start | None = None

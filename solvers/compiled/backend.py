@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -23,6 +25,7 @@ from pnode.solvers.compiled.budgets import Budget
 from pnode.solvers.compiled.driver import CompiledSweep
 from pnode.solvers.compiled.guards import Guard
 from pnode.solvers.compiled.inductor import CompilationFailed
+from pnode.solvers.compiled.standing import Standing
 from pnode.solvers.compiled.trace import FieldGraph, Untraceable
 from pnode.solvers.compiled.unchanged import Unchanged
 from pnode.solvers.petsc.settings import IntegratorSettings
@@ -92,6 +95,9 @@ class Trace:
     lent: bool = False
     #: What tells that f is what it was without an evaluation, if that may be had.
     unchanged: Unchanged | None = field(default=None, init=False)
+    #: What solves of an f that still is what it was have taken, and what they keep of it.
+    chosen: Any = field(default_factory=weakref.WeakKeyDictionary, init=False)
+    _standing: Standing | None = field(default=None, init=False)
     _looks: int = field(default=_LOOKS, init=False)
 
     def look(self, function: Any) -> None:
@@ -99,6 +105,14 @@ class Trace:
         if self._looks and not (self.own_derivatives or self.guard.reads_numbers):
             self._looks -= 1
             self.unchanged = Unchanged.of(function, self.graph.captured)
+            self._standing = None
+
+    def standing(self, function: Any, device: torch.device) -> Standing:
+        """Return what a solve keeps of an f that still is what it was."""
+        if self._standing is None:
+            tensors = (*self.graph.captured, *self.parameters)
+            self._standing = Standing(function, tensors, device)
+        return self._standing
 
     def still_is(self, function: Any) -> bool:
         """Whether f is known to be what it was without an evaluation."""
@@ -227,12 +241,12 @@ class Wanted:
             return None if known else text
         return f"method={method.name!r} is not compiled with a PID" if method.coupled else None
 
-    @property
+    @cached_property
     def begins_afresh(self) -> bool:
         """Whether steps may begin without what the last one has left."""
         return self.keep and (self.checkpointing.may_repeat or self.checkpointing.reproducible)
 
-    @property
+    @cached_property
     def plain(self) -> bool:
         """Whether the driver shows single explicit steps to who looks, and keeps checkpoints."""
         chosen, shared = self.checkpointing, self.settings.parallel

@@ -6,7 +6,6 @@ else the vector field alone, each made by a :class:`Backend`.
 
 from __future__ import annotations
 
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pnode.base.ledger import Ledger
+from pnode.base.notices import outside
 from pnode.base.ranks import ALONE
 from pnode.errors import ConfigurationError
 from pnode.field.field_checks import undisturbed
@@ -27,9 +27,10 @@ from pnode.solvers.compiled.backend import Backend, Checked, Compilation, Reason
 from pnode.solvers.compiled.evaluations import agree, is_recorded, local, trusted, value_of
 from pnode.solvers.compiled.following import Followed
 from pnode.solvers.compiled.guards import Guard, followed, has_own_derivatives
+from pnode.solvers.compiled.repeated import again, keep, key_of
 from pnode.solvers.compiled.trace import FieldGraph, Untraceable, trace_field
 
-__all__ = ["Compiler", "bare", "outside"]
+__all__ = ["Compiler", "bare"]
 
 _MOST_GRAPHS = 8
 # Traces kept, each with the tensors that it reads.
@@ -83,6 +84,14 @@ class Compiler:
         #: The backends for the last solve, and why not the others.
         self._last: tuple[Any, list[Backend], list[str]] = _nobody, [], []
 
+    def known(self, problem: InitialValueProblem) -> Trace | None:
+        """Return the trace of f alone, if that is known to be what it was. Not collective."""
+        alone = problem.form == "rhs" and problem.window is None and problem.compute is None
+        if not (self._traces and alone) or problem.distributed:
+            return None
+        found = self._traces.get(key_of(problem, 0))
+        return found if found is not None and found.still_is(problem.function) else None
+
     def begin(self, field_: VectorField, y0: torch.Tensor, wanted: Wanted) -> Compilation:
         """Compile what can be of a solve from y0, or load it; one warning if that is nothing.
 
@@ -102,6 +111,9 @@ class Compiler:
             "time": field_.problem.direction * field_.problem.times[0], "step": 0,
             "method": wanted.settings.method.name,
         }  # fmt: skip
+        made = again(field_, y0, wanted, self._refused)
+        if made is not None:
+            return made
         place, among = local(field_, y0), self.backends
         # Perhaps it is on this rank alone that someone looks at steps.
         looked_at = ranks.parallel and wanted.watched and not wanted.dense
@@ -124,6 +136,7 @@ class Compiler:
                 reasons = [*refused, *made.reasons, *reasons]
                 made.reasons = tuple(dict.fromkeys(reasons))
                 if made.what:
+                    keep(field_.known, wanted, backend, checked, made.reasons)
                     return made
                 refused, among = made.reasons, among[1:]
         reasons = [*refused, *reasons]
@@ -207,8 +220,7 @@ class Compiler:
     def _part(
         self, backend: Backend, part: VectorField, y0: torch.Tensor, wanted: Wanted, number: int
     ) -> Checked | Reason:
-        problem, window = part.problem, part.problem.window
-        key = (problem.layout, number, window is None, tuple(map(id, problem.parameters)))
+        problem, window, key = part.problem, part.problem.window, key_of(part.problem, number)
         known, name = self._traces.get(key), wanted.settings.method.name
         if known is not None and window is not None:
             known = self._traces[key] = known.within(window)
@@ -221,7 +233,7 @@ class Compiler:
         used = None if known is None else known.uses()
         looked_at = used is not None or not problem.check_undeclared
         if known is not None and looked_at and not (wanted.ghosts or wanted.settings.parallel):
-            if known.still_is(part.function):
+            if known is part.known or known.still_is(part.function):
                 part.trust(used or [False] * len(problem.parameters))
                 return self._code(backend, known, part, y0, wanted)
         if known is not None and used is not None:
@@ -383,11 +395,3 @@ def _still_holds(
         return is_recorded(trace.graph, bare(part), y0)
     except Exception:  # traced anew, which will tell
         return False
-
-
-def outside() -> int:
-    """Return the stack level, for a warning by the caller, of the code that uses pnode."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals["__name__"].startswith(("pnode.", "torch.")):
-        frame, level = frame.f_back, level + 1
-    return level

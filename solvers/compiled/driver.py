@@ -22,7 +22,6 @@ from pnode.base.ledger import Ledger
 from pnode.base.options import log_stage
 from pnode.base.vectors import REAL
 from pnode.problems.problem import InitialValueProblem
-from pnode.solvers.clock import PrescribedGrid
 from pnode.solvers.compiled.budgets import Budget
 from pnode.solvers.compiled.driver_library import at, library, source
 from pnode.solvers.compiled.interpolants import InsideSteps
@@ -33,7 +32,6 @@ from pnode.solvers.compiled.records import (
     Counts,
     add_counts,
     failure,
-    integers,
     new_control,
     numbers,
     pointers,
@@ -41,7 +39,7 @@ from pnode.solvers.compiled.records import (
 from pnode.solvers.compiled.shown_steps import GivenUp, ShownSteps
 from pnode.solvers.multistep import TakenOrder
 from pnode.solvers.petsc.settings import IntegratorSettings
-from pnode.solvers.step_control import StepControl, fixed_grid
+from pnode.solvers.step_control import StepControl
 from pnode.solvers.stepping import Step
 
 __all__ = [
@@ -91,6 +89,7 @@ class CompiledSweep:
     shown: ShownSteps | None = None  # if someone looks at the steps
     parts: CompiledParts | None = None  # of its steps, for outputs inside of them
     inside: InsideSteps | None = None  # of these, where it takes them itself
+    _stats: Ledger  # of the forward sweep
     told: Callable[[int], None] | None = None  # how many are left to a backward sweep
 
     def __init__(
@@ -102,18 +101,17 @@ class CompiledSweep:
         self._alive = alive
         self._library = library()
         times = problem.times[:: len(problem.times) - 1] if dense else problem.times
-        number = self._rows = len(times)
-        grid = fixed_grid(times, control, problem.resolution)
-        chosen = new_control(settings, control, keep, problem.direction, first_step, budget.fresh)
-        self._handle = self._library.pnode_sweep(
-            handle, ctypes.byref(chosen), numbers(times),
-            integers(() if grid is None else grid.counts, number), number,
+        course = kernel.course(
+            settings, control,
+            (times, problem.resolution, keep, problem.direction, first_step, budget.fresh),
         )  # fmt: skip
+        number = self._rows = len(times)
+        self._handle = self._library.pnode_sweep(handle, *course.given, number)
         if not self._handle:
             raise MemoryError("there is no memory for a compiled sweep")
-        if isinstance(grid, PrescribedGrid):
-            points = grid.along()
-            self._library.pnode_prescribe(self._handle, numbers(points), len(points))
+        if course.points:
+            points = numbers(course.points)
+            self._library.pnode_prescribe(self._handle, points, len(course.points))
         if dense:
             self._library.pnode_keep_ends(self._handle)
         if dense and kernel.interpolation is not None:
@@ -123,7 +121,6 @@ class CompiledSweep:
             self._rows = len(problem.times)
         self._orders = budget.orders
         self._order(partial(iter, ()))
-        self._stats = Ledger()  # of the forward sweep
         if budget.orders is not None:
             self._library.pnode_schedule(self._handle, None, 0)
         elif budget.limit is not None:

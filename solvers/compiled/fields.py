@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from pnode.base.ledger import Ledger
+from pnode.base.notices import outside
 from pnode.base.vectors import REAL
 from pnode.field.distributed import DistributedLinearization
 from pnode.field.linearization import Linearization, Products
@@ -31,7 +32,6 @@ from pnode.solvers.compiled.backend import (
     Trace,
     Wanted,
 )
-from pnode.solvers.compiled.compiler import outside
 from pnode.solvers.compiled.evaluations import agree
 from pnode.solvers.compiled.inductor import CompilationFailed, Compiled, fingerprint
 from pnode.solvers.compiled.lifting import differentiable

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from pnode.base.vectors import REAL
 from pnode.problems.problem import InitialValueProblem
+from pnode.solvers.compiled.records import Course, new_course
 from pnode.solvers.compiled.trace import FieldGraph
+from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.scheme import Rows
+from pnode.solvers.step_control import StepControl
 
 __all__ = ["Kernel"]
 
@@ -34,6 +38,7 @@ class Kernel(ABC):
 
     collective = False
     interpolation: Rows | None = None
+    _course: tuple[Any, ...] = (None, None, None)
 
     size: int
     dtype: torch.dtype
@@ -47,6 +52,17 @@ class Kernel(ABC):
     def inputs(self) -> list[torch.Tensor]:
         """Return it as the code takes it."""
         return self.traced.inputs()
+
+    def course(
+        self, settings: IntegratorSettings, control: StepControl, more: tuple[Any, ...]
+    ) -> Course:
+        """Return how a sweep is to go, see :func:`new_course`; the last one is kept."""
+        last = self._course
+        if last[0] is not settings or last[1] is not control or last[2] != more:
+            last = settings, control, more, new_course(settings, control, *more)
+            self._course = last
+        made: Course = last[3]
+        return made
 
     def begins(self, problem: InitialValueProblem) -> bool:
         """Whether it chooses the first step of an adaptive sweep."""

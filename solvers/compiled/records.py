@@ -7,17 +7,19 @@ import itertools
 import struct
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from pnode.base.ledger import Ledger
 from pnode.errors import ConfigurationError, LinearSolveFailed
+from pnode.solvers.clock import PrescribedGrid
 from pnode.solvers.petsc.settings import IntegratorSettings
-from pnode.solvers.step_control import StepControl
+from pnode.solvers.step_control import StepControl, fixed_grid
 
 __all__ = [
-    "ENDS", "Counts", "add_counts", "failure", "integers", "new_control", "numbers", "pointers",
+    "ENDS", "Counts", "Course", "add_counts", "failure", "integers", "new_control", "new_course",
+    "numbers", "pointers",
 ]  # fmt: skip
 
 # PETSc's largest step (TSAdaptSetStepLimits).
@@ -85,6 +87,25 @@ def new_control(
         control.max_step, min(control.max_step, _LONGEST),
         rule.safety, *itertools.chain(*limits), *rule.exponents,
     )  # fmt: skip
+
+
+class Course(NamedTuple):
+    """How a sweep is to go: to the driver, and the ends of prescribed steps, if they are."""
+
+    given: tuple[Any, ...]
+    points: tuple[float, ...]
+
+
+def new_course(
+    settings: IntegratorSettings, control: StepControl, times: tuple[float, ...],
+    resolution: float, *more: Any,
+) -> Course:  # fmt: skip
+    """Return how steps are chosen between output times; ``more``: see :func:`new_control`."""
+    grid = fixed_grid(times, control, resolution)
+    counts = integers(() if grid is None else grid.counts, len(times))
+    points = grid.along() if isinstance(grid, PrescribedGrid) else ()
+    chosen = new_control(settings, control, *more)
+    return Course((ctypes.byref(chosen), numbers(times), counts), points)
 
 
 def add_counts(counts: Any, ledger: Ledger) -> None:
