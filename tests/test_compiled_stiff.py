@@ -416,6 +416,30 @@ def test_what_scalars_simplify():
     assert scalars.gradient(product, [x]) == [zero]
 
 
+def test_second_derivatives_where_numbers_are_equal():
+    """At y = 0 and t = 0, where choices are as torch has them, and what is smooth has its slope."""
+    torch_ = torch.nn.functional
+    found = []
+    for compile in (False, True):
+        p = torch.tensor([0.7, 0.4, 1.3], dtype=torch.float64, requires_grad=True)
+
+        def field(t, y, p=p):
+            moved = [
+                torch_.relu(t), torch.maximum(t, -2.0 * t), torch.minimum(t, 3.0 * t),
+                t.clamp(0.0, 1.0), t.clamp(-1.0, 0.0), torch_.logsigmoid(t), torch_.logsigmoid(-t),
+            ]  # fmt: skip
+            weighted = sum((k + 1.0) * part for k, part in enumerate(moved))
+            return torch_.logsigmoid(p * y) + y.abs() ** (2.0 + p * p) + 0.1 * p * weighted - y
+
+        solver = pnode.Solver(field, params=[p], method="rodas3", step_size=0.1, compile=compile)
+        y0 = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ys = solver(y0, torch.tensor([0.0, 0.1])).ys
+        found.append([ys, *torch.autograd.grad(ys[-1].square().sum(), (y0, p))])
+    assert max(map(difference, *found)) < 1e-9
+
+
 # -------------------------------------------------------------------------------------- failures
 
 

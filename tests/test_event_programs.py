@@ -38,6 +38,12 @@ class Turning(torch.nn.Module):
         return torch.stack([y[1], -self.square * y[0], 50.0 * (torch.cos(t) - y[2])])
 
 
+def exact(t):
+    stiff = (2500.0 * torch.cos(t) + 50.0 * torch.sin(t)) / 2501.0
+    stiff = stiff + (0.5 - 2500.0 / 2501.0) * torch.exp(-50.0 * t)
+    return torch.stack([torch.cos(3.0 * t), -3.0 * torch.sin(3.0 * t), stiff], -1)
+
+
 def solved(solver, level):
     """Return all numbers of a solve, those of its gradients and counts too."""
     y0 = torch.tensor([1.0, 0.0, 0.5], dtype=D, requires_grad=True)
@@ -125,7 +131,9 @@ def test_an_event_that_was_passed_over(others, shown, monkeypatch, caplog):
     for own, other in zip(found.events, expected.events, strict=True):
         assert len(own.times) == 1
         assert torch.allclose(own.times, other.times, rtol=1e-9)
-    assert torch.allclose(found.ys, expected.ys, rtol=1e-5, atol=1e-8)  # of Newton's tolerance
+    # What single steps leave to Newton's method decides the lengths of the next.
+    errors = [float((solution.ys - exact(TIMES)).abs().max()) for solution in (found, expected)]
+    assert errors[0] < 2.0 * errors[1] < 1e-2
 
 
 def test_what_changes_between_solves_takes_effect(shown, monkeypatch):

@@ -13,6 +13,19 @@ from pnode.solvers.compiled.trace import Untraceable
 __all__ = ["decomposed"]
 
 
+def _log_sigmoid_forward(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log sigmoid(x) and exp(-|x|), each in a form whose slope at 0 is that of one side.
+
+    Torch's own has |x| itself, whose slope there, 0, is not that of either.
+    """
+    below = x < 0.0
+    z = torch.exp(torch.where(below, x, -x))
+    return torch.where(below, x, 0.0) - torch.log1p(z), z
+
+
+_OWN = {torch.ops.aten.log_sigmoid_forward.default: _log_sigmoid_forward}
+
+
 def decomposed(
     function: Callable[..., Any], examples: Sequence[torch.Tensor]
 ) -> torch.fx.GraphModule:
@@ -22,8 +35,8 @@ def decomposed(
     try:
         with torch.no_grad():
             graph = make_fx(
-                function, decomposition_table=select_decomp_table(), tracing_mode="fake",
-                _allow_non_fake_inputs=True,
+                function, decomposition_table={**select_decomp_table(), **_OWN},
+                tracing_mode="fake", _allow_non_fake_inputs=True,
             )(*examples)  # fmt: skip
     except Exception as error:
         text = " ".join(str(error).split())[:200]

@@ -37,7 +37,7 @@ _TYPES = {torch.float64, torch.int64, torch.int32, torch.bool}
 _SAME = {"_to_copy", "convert_element_type", "lift", "to", "device_put"}
 _SYNONYMS = {
     "bitwise_and": "logical_and", "bitwise_or": "logical_or", "bitwise_not": "logical_not",
-    "sgn": "sign", "fmax": "maximum", "fmin": "minimum", "true_divide": "div",
+    "sgn": "sign", "true_divide": "div",
 }  # fmt: skip
 
 
@@ -189,13 +189,16 @@ class Operations:
         growth = self._pointwise("exp", self._pointwise("neg", a))
         return self._pointwise("div", 1.0, self._pointwise("add", 1.0, growth))
 
+    # Choices, whose derivatives where two numbers are equal are torch's; NaN is below nothing.
+
     def _do_relu(self, a: Any) -> Symbols:
-        return self._pointwise("maximum", a, 0.0)
+        return self._pointwise("where", self._pointwise("le", a, 0.0), 0.0, a)
 
     def _do_clamp(self, a: Any, least: Any = None, largest: Any = None) -> Symbols:
-        if least is not None:
-            a = self._pointwise("maximum", a, least)
-        return a if largest is None else self._pointwise("minimum", a, largest)
+        for name, bound in (("lt", least), ("gt", largest)):
+            if bound is not None:
+                a = self._pointwise("where", self._pointwise(name, a, bound), bound, a)
+        return a
 
     def _do_clamp_min(self, a: Any, least: Any) -> Symbols:
         return self._do_clamp(a, least)

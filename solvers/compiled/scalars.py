@@ -310,10 +310,14 @@ class _Rules:
         return self._scalars.apply("add" if sign > 0 else "sub", self.number(1.0), square)
 
     def power(self, number: int, a: int, b: int) -> tuple[int, int | None]:
-        """Return the derivatives of a^b."""
-        do, known = self._scalars.apply, self._scalars.value(b) is not None
-        lower = do("pow", a, do("sub", b, self.number(1.0)))
-        return do("mul", b, lower), None if known else do("mul", number, do("log", a))
+        """Return the derivatives of a^b, those at 0^b by b and of a^0 by a being zero."""
+        do, zero = self._scalars.apply, self.number(0.0)
+        by_base = do("mul", b, do("pow", a, do("sub", b, self.number(1.0))))
+        if self._scalars.value(b) is not None:
+            return by_base, None
+        by_base = do("where", do("eq", b, zero), zero, by_base)
+        flat = do("logical_and", do("eq", a, zero), do("ge", b, zero))
+        return by_base, do("where", flat, zero, do("mul", number, do("log", a)))
 
     def bell(self, a: int, factor: float) -> int:
         """Return 2 factor / sqrt(pi) exp(-a^2)."""
@@ -321,9 +325,10 @@ class _Rules:
         bell = do("exp", do("neg", do("mul", a, a)))
         return do("mul", self.number(2.0 / math.sqrt(math.pi) * factor), bell)
 
-    def choice(self, left: int) -> tuple[int, int]:
-        """Return the derivatives of a or b, whichever was taken."""
-        return left, self._scalars.apply("sub", self.number(1.0), left)
+    def choice(self, left: int, both: int) -> tuple[int, int]:
+        """Return the derivatives of a or b, whichever was taken, and half of each of ``both``."""
+        own = self._scalars.apply("where", both, self.number(0.5), left)
+        return own, self._scalars.apply("sub", self.number(1.0), own)
 
 
 # The derivatives of x = name(a, b...) with respect to its arguments, from r, the rules, x, a, b.
@@ -361,7 +366,7 @@ _DERIVATIVES: dict[str, Callable[..., Any]] = {
     "erf": lambda r, x, a: r.bell(a, 1.0),
     "erfc": lambda r, x, a: r.bell(a, -1.0),
     "pow": lambda r, x, a, b: r.power(x, a, b),
-    "maximum": lambda r, x, a, b: r.choice(r.ge(a, b)),
-    "minimum": lambda r, x, a, b: r.choice(r.le(a, b)),
+    "maximum": lambda r, x, a, b: r.choice(r.ge(a, b), r.eq(a, b)),
+    "minimum": lambda r, x, a, b: r.choice(r.le(a, b), r.eq(a, b)),
     "where": lambda r, x, c, a, b: (r.where(c, r.number(1.0), 0), r.where(c, 0, r.number(1.0))),
 }
