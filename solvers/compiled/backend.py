@@ -33,8 +33,15 @@ from pnode.solvers.scheme import Scheme
 from pnode.solvers.step_control import StepControl
 
 __all__ = [
-    "Backend", "Checked", "Code", "Compilation", "Reason", "Trace", "Wanted",
+    "GHOSTS", "Backend", "Checked", "Code", "Compilation", "Reason", "Trace", "Wanted",
 ]  # fmt: skip
+
+#: Why there are no whole sweeps of states with ghost cells.
+GHOSTS = (
+    "of states with ghost cells whole sweeps are compiled of explicit methods, and of theta, DIRK, "
+    "IMEX and BDF methods with jacobian='matrix-free' and no preconditioner, without mass= and "
+    "cost=, where nobody looks at single steps"
+)
 
 # So often is taken down what a field reads, which may be others in each solve.
 _LOOKS = 20

@@ -170,7 +170,7 @@ class Bdf : public ImplicitSteps {
     const bool first = m.adaptive && known == 1;
     if (first && !is_massive()) {  // else y' is not at hand
       if (!knows_slope) value(t, u, c, slope), counts.rhs++, knows_slope = true;
-      if (!(square(slope) < MODERATE)) return {HOPELESS, 0.0};
+      if (!is_usable(slope)) return {HOPELESS, 0.0};
       for (int k = 0; k < N; k++) guess[k] += h * slope[k];
     }
     scale_by(u, scale);

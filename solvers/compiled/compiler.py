@@ -23,7 +23,15 @@ from pnode.field.rebinding import Rebound
 from pnode.field.stacked import StackedResidual, stacked
 from pnode.field.vectorfield import VectorField, vector_field
 from pnode.problems.problem import InitialValueProblem
-from pnode.solvers.compiled.backend import Backend, Checked, Compilation, Reason, Trace, Wanted
+from pnode.solvers.compiled.backend import (
+    GHOSTS,
+    Backend,
+    Checked,
+    Compilation,
+    Reason,
+    Trace,
+    Wanted,
+)
 from pnode.solvers.compiled.evaluations import agree, is_recorded, local, trusted, value_of
 from pnode.solvers.compiled.following import Followed
 from pnode.solvers.compiled.guards import Guard, followed, has_own_derivatives
@@ -37,7 +45,6 @@ _MOST_GRAPHS = 8
 _MOST_TRACES = 8
 # What becomes of a solve on one rank; of a solve of several the least of them.
 _NEVER, _CHANGED, _PASSING, _MADE = range(4)
-_GHOSTS = "of states with ghost cells whole sweeps of explicit methods alone are compiled"
 
 
 class _Prepared(NamedTuple):
@@ -177,7 +184,7 @@ class Compiler:
                 if backend.ghosts and not wanted.ghosts:
                     continue
                 if backend.implicit in (None, wanted.settings.method.implicit):
-                    text = _GHOSTS if wanted.ghosts and backend.ghosts is False else None
+                    text = GHOSTS if wanted.ghosts and backend.ghosts is False else None
                     text = text or backend.refuses(wanted)
                     if text is None:
                         found.append(backend)

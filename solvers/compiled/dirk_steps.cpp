@@ -24,7 +24,7 @@ class Dirk : public ImplicitSteps {
   void lend(void* const* captured) override {
     ImplicitSteps::lend(captured);
     knows_constant = knows_constant_end = false;
-    if (part) part->lend(other, captured ? captured + part_first : nullptr);
+    if (part) part->lend(other, captured ? captured + part_first : nullptr, &together);
   }
 
   void begin() override {
@@ -132,7 +132,7 @@ class Dirk : public ImplicitSteps {
             value(t, u, c, first_slope);
             counts.rhs++;
           }
-          if (!(square(first_slope) < MODERATE)) return NOT_FINITE;
+          if (!is_usable(first_slope)) return NOT_FINITE;
           knows_slope = true;
           if (M && m.carries_slope) {
             std::memcpy(z, first_slope, sizeof(z));
@@ -153,7 +153,7 @@ class Dirk : public ImplicitSteps {
       if (!part) continue;
       part->value(other, t + m.alpha_explicit[i] * h, y, more[i]);
       counts.rhs++;
-      if (!(square(more[i]) < MODERATE)) return NOT_FINITE;
+      if (!is_usable(more[i])) return NOT_FINITE;
     }
     for (int k = 0; k < N; k++) {
       const double moved = h * sum_of(m.b, m.b_explicit, 0, s, k);
@@ -161,13 +161,15 @@ class Dirk : public ImplicitSteps {
       defect[k] = m.adaptive ? h * sum_of(m.defect, m.defect_explicit, 0, s, k) : 0.0;
     }
     std::memcpy(last_slope, m.carries_slope ? slope[s - 1] : f, sizeof(z));
-    return std::isfinite(square(end)) ? DONE : NOT_FINITE;
+    return together.agreed(std::isfinite(square(end))) ? DONE : NOT_FINITE;
   }
 
-  // Evaluate f, and J if that is cheap, unless that was done last.
+  // Evaluate f, and J if that is cheap, unless that was done last; of ranks that step together a
+  // first guess alone may be what they were at, as they have to ask each other.
   void evaluate(double t, const double* y) {
     const bool there = std::memcmp(y, last_iterate, sizeof(last_iterate)) == 0;
-    if (there && (t == last_time || (AUTONOMOUS && !std::isnan(last_time)))) return;
+    const bool then = t == last_time || (AUTONOMOUS && !std::isnan(last_time));
+    if (together.sums ? guesses && together.agreed(there && then) : there && then) return;
     if (Field::CHEAP && !CONSTANT)
       jacobian(t, y, c, f, J);
     else
@@ -181,13 +183,13 @@ class Dirk : public ImplicitSteps {
   void linearize(double t, const double* y) {
     double f[N];
     if (CONSTANT && knows_constant_end) return;
-    jacobian(t, y, c, f, J_end), counts.jacobians++, counts.rhs++;
+    jacobian(t, y, c, f, J_end), counts.jacobians += ASSEMBLED, counts.rhs++;
     knows_constant_end = CONSTANT, factored = 0.0;
   }
 
   bool factor(double shift, const double* J) {
     if (CONSTANT && factored == shift) return true;
-    counts.factorizations++, factored = 0.0;
+    counts.factorizations += ASSEMBLED, factored = 0.0;
     if (!factors.factor(shift, J, M)) return false;
     factored = shift;
     return true;
@@ -249,7 +251,9 @@ class Dirk : public ImplicitSteps {
 
   // Newton's method, as SNES has it.
   Status newton(const Equation& of, double* y, double* residual) {
+    guesses = true;
     double update[N], before = 0.0, norms[] = {residual_at(of, y, residual), 0.0, 0.0};
+    guesses = false;
     take_norms(norms);
     double &norm = norms[0], &step = norms[1], &size = norms[2];  // of the update and of y
     const double first = norm;
@@ -259,7 +263,7 @@ class Dirk : public ImplicitSteps {
         if (CONSTANT ? !knows_constant : !keeps || !knows_jacobian || slow) {
           if (CONSTANT || !Field::CHEAP) jacobian(of.t, y, c, f, J);
           knows_jacobian = true, knows_constant = CONSTANT, factored = 0.0;
-          counts.jacobians++;
+          counts.jacobians += ASSEMBLED;
         }
         const bool regular = factored == of.shift || factor(of.shift, J);
         std::memcpy(update, residual, sizeof(update));
@@ -333,7 +337,7 @@ class Dirk : public ImplicitSteps {
   // Newton's last iterate, f (and J) there: a first guess is a stage already solved for.
   double last_time = NAN, last_iterate[WIDTH] = {}, f[N], J[ENTRIES];
   const int64_t own = N - m.integrals;  // entries that Newton's method looks at
-  bool keeps = false, damps = false, knows_jacobian = false;
+  bool keeps = false, damps = false, knows_jacobian = false, guesses = false;
   bool knows_constant = false, knows_constant_end = false;
   Factors factors;
   double factored = 0.0;  // for this shift

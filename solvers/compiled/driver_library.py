@@ -41,7 +41,7 @@ def library() -> ctypes.CDLL:
         "kernel.h", "interpolants.h", "checkpoints.h", "ranks.h", "clock.h", "fixed_steps.h",
         "error_memory.h", "suspects.h", "sweeps.cpp", "sweep_derivatives.cpp", "shown_steps.cpp",
         "sweep_calls.cpp", "partial_steps.cpp", "rows.cpp", "graphs.h", "graph_steps.cpp",
-        "staged_steps.cpp",
+        "exchange.h", "staged_steps.cpp",
     )  # fmt: skip
     made = compile_source(text, _FLAGS, "driver-")
     pointer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double

@@ -107,7 +107,9 @@ const Part* pnode_part() {
   static const Part part = {
       [] { return static_cast<void*>(new LentField); },
       [](void* own) { delete &lent(own); },
-      [](void* own, void* const* captured) { lent(own).c = lent(own).field.lend(captured); },
+      [](void* own, void* const* captured, Together* together) {
+        lent(own).c = lent(own).field.lend(captured, together);
+      },
       [](void* own, double t, const double* y, double* f) { value(t, y, lent(own).c, f); },
       [](void* own, double t, const double* y, const double* w, double* l, double* mu) {
         pull_back(t, y, w, lent(own).c, l);

@@ -133,6 +133,19 @@ class FieldCode(Code):
         return self._compile("product", self._product, [w, *given, *saved])
 
     @cached_property
+    def state_product(self) -> Compiled:
+        """``[w, t, y, *inputs, *saved] -> [w^T f_y]``, for many of them at one point."""
+        if not self.traced.parameters:
+            return self.product
+
+        def product(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return self.traced.product(*given)[:1]
+
+        given, saved = self._examples
+        w = self._zeros(self.traced.returned)
+        return self._compile("state-product", product, [w, *given, *saved])
+
+    @cached_property
     def derivative(self) -> Compiled:
         """``[v, t, y, *inputs, *saved] -> [f_y v]``.
 

@@ -21,9 +21,9 @@ struct Plan : FieldGraphs {
 // f, and what its derivatives need of an evaluation, where it was evaluated last.
 class Field {
   public:
-    static constexpr bool CHEAP = false;
+    static constexpr bool CHEAP = false, TOGETHER = false;
 
-    Field* lend(void* const* captured) {
+    Field* lend(void* const* captured, Together* = nullptr) {
         found_.clear();
         for (Point& point : points_) point.known = false, point.saved.clear();
         read_ = captured ? views(plan.read, captured) : Tensors();

@@ -23,10 +23,11 @@ from pnode.solvers.compiled.programs import MOST_STAGES, ImplicitProgram
 from pnode.solvers.compiled.second_graphs import SecondGraphs
 from pnode.solvers.compiled.trace import FieldGraph, dependent
 
-__all__ = ["GraphProgram", "is_linear"]
+__all__ = ["FLAGS", "GraphProgram", "is_linear", "reads_time"]
 
 _DENSE, _SPARSE = ("dense_systems.h",), ("sparse_systems.h", "kept_solves.h")
-_FLAGS = ("-O3", "-fopenmp-simd")
+#: Options of the compiler, of steps on graphs.
+FLAGS = ("-O3", "-fopenmp-simd")
 # Of a stage, which take less time than to take the step again from Python.
 _MOST_PRODUCTS = 128
 
@@ -82,7 +83,7 @@ class GraphProgram(ImplicitProgram):
         (library, *_), calls = zip(*map(opened, graphs), strict=True)
         self._units = seeds.view(len(seeds), *traced.returned)
         self._point = torch.zeros(traced.shape, dtype=REAL)
-        facts = {"AUTONOMOUS": not _reads_time(traced), "CONSTANT": is_linear(traced)}
+        facts = {"AUTONOMOUS": not reads_time(traced), "CONSTANT": is_linear(traced)}
         field = (
             f"constexpr int N = {size}, WIDTH = {width};",
             *(f"constexpr bool {name} = {str(fact).lower()};" for name, fact in facts.items()),
@@ -91,7 +92,7 @@ class GraphProgram(ImplicitProgram):
             source("graphs.h", "graph_field.cpp"),
         )
         systems = _DENSE if colored is None else _SPARSE
-        super().__init__(traced, "\n".join(field), steps, _FLAGS, systems)
+        super().__init__(traced, "\n".join(field), steps, FLAGS, systems)
         lend_torch(library, self.library)
         self.library.pnode_lapack(_lapack())
         places: list[Any] = [None] * 3
@@ -140,7 +141,8 @@ def _entries(colored: Colored | None) -> list[str]:
     ]
 
 
-def _reads_time(traced: FieldGraph) -> bool:
+def reads_time(traced: FieldGraph) -> bool:
+    """Whether f or its products depend on t."""
     for graph, place in ((traced.value, 0), (traced.product, 1)):
         given = [node for node in graph.graph.nodes if node.op == "placeholder"]
         if given[place].users:

@@ -37,7 +37,10 @@ _INTEGERS = (
     "explicit_first", "carries_slope", "keeps_jacobian", "backtracks", "lowest", "highest",
     "by_residual", "by_norm", "integrals",
 )  # fmt: skip
-_NUMBERS = ("newton_rtol", "newton_stol", "newton_atol", "newton_divtol", "newton_kappa")
+_NUMBERS = (
+    "newton_rtol", "newton_stol", "newton_atol", "newton_divtol", "newton_kappa",
+    "krylov_rtol",
+)  # fmt: skip
 _ARRAYS = (
     "A", "inverse", "correction", "b", "defect", "alpha", "gamma", "diagonal",
     "A_explicit", "b_explicit", "defect_explicit", "alpha_explicit",
@@ -110,7 +113,7 @@ def prepared(program: ImplicitProgram, wanted: Wanted) -> _Settings:
     struct = _Settings(
         adaptive=settings.adaptive, wanted=program.entries + program.row_entries,
         keeps_jacobian=keeps, backtracks=backtracks(settings, wanted.options),
-        integrals=settings.integrals,
+        integrals=settings.integrals, krylov_rtol=float(wanted.options.values.get("ksp_rtol", 0.0)),
         **_newton(wanted, keeps),
         **_structure(settings.method, arrays),
         **{name: array.ctypes.data for name, array in arrays.items()},

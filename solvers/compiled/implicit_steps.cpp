@@ -10,7 +10,8 @@
 //   AUTONOMOUS                           whether f does not depend on t
 //   CONSTANT                             whether its Jacobian depends on neither t nor y
 //   Field                                lends Captured, what f reads besides t and y; CHEAP: J costs
-//                                        little where f is evaluated, and a step a microsecond or so
+//                                        little where f is evaluated, and a step a microsecond or so;
+//                                        TOGETHER: all ranks evaluate it, and take products, at once
 //   value(t, y, c, f)                    f
 //   jacobian(t, y, c, f, J)              f and J = df/dy, its ENTRIES
 //   slopes(t, y, c, f, J, ft)            and df/dt (Rosenbrock methods)
@@ -38,6 +39,7 @@ struct Settings {  // of programs.py
   // The last entries of y, which nothing depends on, and no Newton's method looks at.
   int64_t integrals;
   double newton_rtol, newton_stol, newton_atol, newton_divtol, newton_kappa;
+  double krylov_rtol;  // of krylov_systems.h
   const double *A, *inverse, *correction, *b, *defect, *alpha, *gamma, *diagonal;
   // Of the explicit part of an IMEX method.
   const double *A_explicit, *b_explicit, *defect_explicit, *alpha_explicit;
@@ -46,13 +48,15 @@ struct Settings {  // of programs.py
   const double *rtol, *atol;
 };
 
+constexpr bool ASSEMBLED = !Field::TOGETHER;  // whether a Jacobian is a matrix
+
 typedef std::vector<double> Rows;
 
 // The explicit part of a split field, in a program of its own. Each is lent its captured tensors.
 struct Part {
   void* (*create)();
   void (*destroy)(void*);
-  void (*lend)(void*, void* const*);
+  void (*lend)(void*, void* const*, Together*);
   void (*value)(void*, double, const double*, double*);
   // l = J^T w and, but for null, mu += (df/dp)^T w.
   void (*pull_back)(void*, double, const double*, const double*, double*, double*);
@@ -89,11 +93,20 @@ class ImplicitSteps : public Kernel {
         M(mass ? matrix.data() : nullptr) {
     std::memcpy(start, y0, sizeof(start));
     steps_per_look = Field::CHEAP ? 64 : 1;
+    collective = reduces = Field::TOGETHER;
+    together.counts = &counts, together.rtol = m.krylov_rtol;
   }
 
-  void lend(void* const* captured) override { c = field.lend(captured); }
+  void lend(void* const* captured) override {
+    if (Field::TOGETHER) together.sums = sums;
+    c = field.lend(captured, &together);
+  }
+
+  void fail() override { together.failed = true; }
+  bool failed() const override { return together.failed; }
 
   void begin() override {
+    together.failed = false;
     std::memcpy(u, start, sizeof(u));
     kept_steps = 0;
     values.clear();
@@ -121,6 +134,7 @@ class ImplicitSteps : public Kernel {
 
   void begin_adjoint(double* const* sums) override {
     std::memset(lambda, 0, sizeof(lambda));
+    together.failed = false;
     mu = sums[0];
   }
 
@@ -155,6 +169,7 @@ class ImplicitSteps : public Kernel {
   }
 
   void end_adjoint(double* state, double* const*) override {
+    if (together.failed) throw FAILED;
     std::memcpy(state, lambda, sizeof(lambda));
   }
 
@@ -245,7 +260,15 @@ class ImplicitSteps : public Kernel {
     return DONE;
   }
 
+  // Whether numbers may be squared; where ranks step together those that are not end the step of all.
+  bool is_usable(double* x) {
+    const bool usable = square(x) < MODERATE;
+    if (!usable && Field::TOGETHER) x[0] = NAN;
+    return usable || Field::TOGETHER;
+  }
+
   const Settings m;
+  Together together;
   const std::vector<double> matrix;
   const double* const M;      // null: the identity
   double first_order = 0.0;   // for the first step, if not the method's

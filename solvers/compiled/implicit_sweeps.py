@@ -50,6 +50,8 @@ class ImplicitSweeps(Backend):
     kinds: tuple[str, ...] = ("implicit", "imex")
     #: Whether graphs serve where scalars do not.
     graphs = True
+    #: Whether ranks repeat the steps of Newton's method of all, in a backward sweep too.
+    repeat = False
 
     def refuses(self, wanted: Wanted) -> str | None:
         """Return why there are no such sweeps for a solve, whatever the field."""
@@ -63,7 +65,8 @@ class ImplicitSweeps(Backend):
         if settings.parallel and allreduce() is None:
             return "machine code does not find MPI_Allreduce"
         iterates = not method.linearly_implicit
-        if settings.parallel and iterates and wanted.keep and wanted.checkpointing.may_repeat:
+        alone = settings.parallel and iterates and not self.repeat
+        if alone and wanted.keep and wanted.checkpointing.may_repeat:
             return (
                 "Newton's method of all ranks is not repeated in a backward sweep: of "
                 "checkpointing= drop memory= and store='solutions'"

@@ -70,7 +70,7 @@ class Sums {
     // the attempt on all of them. Collective.
     virtual void add(double* numbers, int count) = 0;
 
-    static constexpr int MOST = 5;
+    static constexpr int MOST = 16;
     double entries = 0.0;  // of the whole state, once something was added up
 };
 
@@ -82,6 +82,23 @@ double add_up(Sums* sums, double (&numbers)[count], int64_t own) {
     sums->add(numbers, count);
     return sums->entries;
 }
+
+// What an implicit kernel and its field know of ranks that take each evaluation and each product
+// together: see krylov_systems.h.
+struct Together {
+    Sums* sums = nullptr;  // null: there are no others
+    Counts* counts = nullptr;
+    double rtol = 0.0;  // of linear systems within Newton's method
+    bool failed = false;  // this rank goes on with NaN
+
+    // Whether all ranks say so. Collective.
+    bool agreed(bool here) const {
+        if (!sums) return here;
+        double others[] = {here ? 0.0 : 1.0};
+        sums->add(others, 1);
+        return others[0] == 0.0;
+    }
+};
 
 class Kernel {
   public:
@@ -160,6 +177,8 @@ class Kernel {
     bool chooses = false, absolute = false;
     // Whether ranks that share the state take each step, and each adjoint, together.
     bool collective = false;
+    // Whether these add up over ranks too, a way back and steps taken again as well.
+    bool reduces = false;
     // Of ranks that decide together within a step; null: there are no others.
     Sums* sums = nullptr;
     // Where the step before the next one ended, if that was not taken just now; else NaN.

@@ -117,11 +117,11 @@ class Newton {
   // From the residual to the update, with the Jacobian evaluated there or kept.
   bool correct(double shift, double* update, bool evaluated) {
     if (refresh || outdated(shift)) {
-      counts.jacobians += evaluated;
+      counts.jacobians += evaluated && ASSEMBLED;
       if (refresh) rate = 1.0;
       refresh = false;
       kept_shift = shift;
-      counts.factorizations++;
+      counts.factorizations += ASSEMBLED;
       regular = factors.factor(shift, J, mass);
     }
     if (!regular) return false;

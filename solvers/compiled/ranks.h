@@ -19,6 +19,8 @@ class Reduction : public Sums {
     // Not collective: alone, until then.
     void begin(const Ranks& ranks, int64_t size) { ranks_ = ranks, size_ = size, open = true; }
     bool shared() const { return ranks_.allreduce; }
+    // For steps that all ranks take to their end.
+    void reopen() { open = shared(), over = false; }
 
     void add(double* numbers, int count) override {
         if (!over) over = sum(numbers, count, 0.0, 0.0) != 0.0;

@@ -3,12 +3,13 @@
 
 constexpr int ENTRIES = N * WIDTH;
 typedef const double* const* Captured;
+struct Together;  // of kernel.h
 
 namespace {
 
 struct Field {
-  static constexpr bool CHEAP = true;
-  Captured lend(void* const* captured) { return reinterpret_cast<Captured>(captured); }
+  static constexpr bool CHEAP = true, TOGETHER = false;
+  Captured lend(void* const* captured, Together* = nullptr) { return reinterpret_cast<Captured>(captured); }
 };
 
 }  // namespace

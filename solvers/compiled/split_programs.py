@@ -27,7 +27,7 @@ class SplitProgram(Kernel):
 
     def __init__(self, implicit: ImplicitProgram, explicit: ImplicitProgram) -> None:
         self._parts = (implicit, explicit)
-        self.size = implicit.size
+        self.size, self.collective = implicit.size, implicit.collective
         explicit.library.pnode_part.restype = ctypes.c_void_p
 
     @property

@@ -1,6 +1,6 @@
 // Explicit steps on states with ghost cells, a kernel for sweeps.cpp: what the explicit integrator and
 // ExplicitAdjoint do, each stage with an exchange before f, a compiled graph, is evaluated. Above this
-// stand kernel.h and graphs.h.
+// stand kernel.h, graphs.h and exchange.h.
 
 #include <algorithm>
 #include <cmath>
@@ -8,34 +8,6 @@
 #include <vector>
 
 namespace {
-
-// Ghost cells, by PETSc's star forest: leaves are what f gets, roots what a rank owns.
-struct Exchange {  // of staged_steps.py; nothing here knows PETSc's or MPI's headers
-    int64_t handle_size, forest, gather_begin, gather_end, scatter_begin, scatter_end;
-    int64_t type, replace, sum;
-
-    bool gather(const double* owned, double* seen) const {
-        return call(gather_begin, owned, seen, replace) && call(gather_end, owned, seen, replace);
-    }
-
-    // Adds to `owned`.
-    bool scatter(const double* seen, double* owned) const {
-        return call(scatter_begin, seen, owned, sum) && call(scatter_end, seen, owned, sum);
-    }
-
-  private:
-    bool call(int64_t function, const double* from, double* to, int64_t how) const {
-        return handle_size == sizeof(int) ? call_as<int>(function, from, to, how)
-                                          : call_as<void*>(function, from, to, how);
-    }
-
-    template <typename Handle>
-    bool call_as(int64_t function, const double* from, double* to, int64_t how) const {
-        using Function = int (*)(void*, Handle, const void*, void*, Handle);
-        return !reinterpret_cast<Function>(function)(reinterpret_cast<void*>(forest), Handle(type),
-                                                     from, to, Handle(how));
-    }
-};
 
 // What is kept of a step: all that its adjoint needs, or its stages without ghost cells.
 enum Keeps : int64_t { NOTHING, EVERYTHING, STAGES };

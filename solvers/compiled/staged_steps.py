@@ -10,13 +10,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from mpi4py import MPI
 
-from pnode.base.options import PETSc
 from pnode.base.vectors import REAL
 from pnode.field.vectorfield import VectorField
 from pnode.solvers.compiled import driver
 from pnode.solvers.compiled.backend import Checked, Code, Compilation, Trace, Wanted
+from pnode.solvers.compiled.exchanges import NO_FOREST, Exchange, exchange
 from pnode.solvers.compiled.fields import FieldCode, field_code
 from pnode.solvers.compiled.graph_calls import Graph, described, lend_torch, opened
 from pnode.solvers.compiled.graph_steps import ExplicitSteps, keeps_all
@@ -30,14 +29,6 @@ from pnode.solvers.petsc.settings import IntegratorSettings
 __all__ = ["StagedSteps"]
 
 _NOTHING, _EVERYTHING, _STAGES = range(3)  # Keeps in staged_steps.cpp
-_FUNCTIONS = ("BcastBegin", "BcastEnd", "ReduceBegin", "ReduceEnd")  # of PetscSF
-
-
-class _Exchange(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_int64)
-        for name in ("size", "forest", *_FUNCTIONS, "type", "replace", "sum")
-    ]  # fmt: skip
 
 
 class _Settings(ctypes.Structure):
@@ -49,7 +40,7 @@ class _Settings(ctypes.Structure):
                 "bytes",
             )
         ),
-        ("exchange", _Exchange), ("value", Graph), ("product", Graph),
+        ("exchange", Exchange), ("value", Graph), ("product", Graph),
     ]  # fmt: skip
 
 
@@ -128,7 +119,7 @@ class StagedCode(Kernel, Code):
             of_stage = returned.nbytes
         settings = _Settings(
             self.size, stages, self._fsal, self._adaptive, alone, traced.saved, self._keeps,
-            len(traced.parameters), (stages - self._fsal) * of_stage, _exchange(forest),
+            len(traced.parameters), (stages - self._fsal) * of_stage, exchange(forest),
             *self._calls,
         )  # fmt: skip
         embedded = scheme.b_embedded if self._adaptive else scheme.b
@@ -190,20 +181,7 @@ class StagedSteps(ExplicitSteps):
         assert problem.exchange is not None
         forest = problem.exchange.forest()
         if forest is None:
-            return Compilation(
-                reasons=("gather of layout= does more than to copy entries of the state",)
-            )
+            return Compilation(reasons=(NO_FOREST,))
         stand = partial(code.stand_at, y0, forest, not problem.ranks.parallel)
         sweep = self._sweep(code, stand, found, field_, y0, wanted)
         return Compilation(sweep, captured=code.traced.captured)
-
-
-def _exchange(forest: Any) -> _Exchange:
-    """Return who exchanges ghost cells, in C."""
-    library = ctypes.CDLL(PETSc.__file__)
-    functions = [
-        ctypes.cast(getattr(library, f"PetscSF{name}"), ctypes.c_void_p).value
-        for name in _FUNCTIONS
-    ]  # fmt: skip
-    handles = map(MPI._handleof, (MPI.DOUBLE, MPI.REPLACE, MPI.SUM))
-    return _Exchange(MPI._sizeof(MPI.Comm), forest.handle, *functions, *handles)

@@ -107,7 +107,7 @@ class Sweep {
     void repeat() { again_ = true, begin(); }
 
     // Begin a backward sweep, whatever became of one before: of sweep_derivatives.cpp.
-    void restart() { backwards_ = over_ = false; }
+    void restart() { backwards_ = over_ = false, reopen(); }
     Status reverse(void* const* captured, double* const* sums, const double* cotangents,
                    double seconds);
 
@@ -186,6 +186,7 @@ class Sweep {
             own = kernel_->attempt(t, h);
         } catch (...) {
         }
+        if (kernel_->failed()) own.status = FAILED;
         const bool usable = own.status == DONE;
         const bool curable = own.status == NOT_FINITE || own.status == NOT_CONVERGED;
         double square = usable ? own.error * own.error * double(kernel_->size) : 0.0, marks = MISSED;
@@ -197,7 +198,10 @@ class Sweep {
         return {DONE, kernel_->chooses ? own.error : error, own.next};
     }
 
+    void reopen() { if (kernel_->reduces) reduction_.reopen(); }
+
     void begin() {
+        reopen();
         kernel_->counts = {};
         kernel_->begin();
         if (inside_ && !again_) inside_->begin();

@@ -30,6 +30,8 @@ FRESH: dict[str, Any] = {"checkpointing": pnode.Checkpointing(memory=MEMORY, rep
 OTHER: dict[str, Any] = {"method": "heun3", "step_size": 0.04}
 IMPLICIT: dict[str, Any] = {"method": "es325", "rtol": 1e-5}
 SPARSE: dict[str, Any] = {"jacobian": "sparse"}
+CN: dict[str, Any] = {"method": "cn", "step_size": 0.05}
+BDF: dict[str, Any] = {"method": "bdf", "rtol": 1e-5}
 BLOCK: dict[str, Any] = {"jacobian": "block", "rtol": 1e-5}
 SHARED = pytest.mark.mpi(min_size=2)  # one process by itself has whole sweeps
 
@@ -98,10 +100,9 @@ def test_ranks_against_one(name: str, form: str, options: dict[str, Any]) -> Non
 @pytest.mark.parametrize(
     ("name", "form", "options"),
     [
-        ("ring", "imex", {"method": "ark3", "step_size": 0.05}),
         ("ring", "mass", {"method": "bdf", "rtol": 1e-5} | SPARSE),
-        ("plane", "rhs", IMPLICIT),
-        ("plane", "rhs", {"method": "cn", "step_size": 0.05} | SPARSE),
+        ("plane", "rhs", IMPLICIT | {"jacobian": "matrix-free", "preconditioner": "sparse"}),
+        ("plane", "rhs", CN | SPARSE),
         ("plane", "rhs", FSAL | {"dense": True}),
         ("graph", "rhs", {"method": "radau5", "rtol": 1e-5}),
         pytest.param("batch", "imex", BLOCK | {"method": "ark3"}, marks=SHARED),
@@ -120,16 +121,45 @@ def test_the_field_alone(name: str, form: str, options: dict[str, Any]) -> None:
         checks.true(getattr(stats, own) == getattr(plain, own), own, stats, plain)
 
 
-@pytest.mark.parametrize("options", [FSAL, ADAPTIVE | {"first_step": 1.0}])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("plane", CN), ("graph", IMPLICIT), ("ring", BDF), ("ring", BDF | {"method": "sdirk2"}),
+        ("ring", {"form": "imex", "method": "ark3", "rtol": 1e-5}),
+        ("ring", CN | LIMIT | {"step_size": 0.01}), ("ring", IMPLICIT | FRESH),
+    ],
+)  # fmt: skip
+def test_implicit_sweeps(name: str, options: dict[str, Any]) -> None:
+    """Outputs, work and gradients are those of Python's steps, and of one process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found, stats = results(name, comm, compile=True, **options)
+    expected, plain = results(name, comm, compile=False, **options)
+    off, what = difference(found, expected)
+    checks.below(off, 1e-12, name, options, what)  # round-off, some tens of iterations on
+    for own in ("steps", "rejected", "newton", "krylov", "jacobians", "factorizations"):
+        for one, other in ((stats, plain), (stats.backward, plain.backward)):
+            checks.true(getattr(one, own) == getattr(other, own), own, one, other)
+    repeated = stats.backward.recomputed, plain.backward.recomputed
+    checks.true(repeated[0] == repeated[1], options, repeated)
+    if "checkpointing" in options:
+        checks.true(repeated[0] > 0 and stats.ram_bytes <= MEMORY, options, repeated, stats)
+    expected, steps = results(name, SELF, compile=True, **options)
+    off, what = difference(found, expected)
+    checks.below(off, 1e-12, name, options, what)
+    checks.true((stats.steps, stats.rejected) == (steps.steps, steps.rejected), stats, steps)
+
+
+@pytest.mark.parametrize("options", [FSAL, ADAPTIVE | {"first_step": 1.0}, CN, BDF])
 def test_sweeps_again(options: dict[str, Any]) -> None:
     """Attempts that leave the domain on one rank, second sweeps, and losses of some ranks alone."""
-    trial, adaptive = Cells(**options), "rtol" in options
+    trial, adaptive = Cells(**options), "first_step" in options
     y0 = trial.start(0.01 if adaptive else 1.0)  # in the adaptive case gone in the first attempt
     trial.sweeps_again(y0, torch.tensor([0.0, 0.1, 0.2], dtype=D), **options)
 
 
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.parametrize("options", [FIXED, ADAPTIVE, IMPLICIT])
+@pytest.mark.parametrize("options", [FIXED, ADAPTIVE, IMPLICIT, CN, BDF, IMPLICIT | SPARSE])
 def test_failures(options: dict[str, Any]) -> None:
     """What fails on one rank, before, in and after the sweep, is the same error on all."""
     trial = Cells(**options)
@@ -152,7 +182,7 @@ def test_failures(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.parametrize("options", [FIXED, ADAPTIVE | LIMIT])
+@pytest.mark.parametrize("options", [FIXED, ADAPTIVE | LIMIT, CN, IMPLICIT | LIMIT])
 @pytest.mark.parametrize("when", ["forwards", "backwards", "again", "at the end", "ordering"])
 def test_interrupts(options: dict[str, Any], when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One between two steps of one rank ends the sweep of all.
@@ -233,11 +263,13 @@ def test_why_sweeps_stay_uncompiled() -> None:
 
 
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.parametrize("options", [FIXED, {"method": "cn", "step_size": 0.01}])
-def test_auto(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("options", "price"), [(FIXED, 4000), (CN | {"step_size": 0.01}, 12000)]
+)  # fmt: skip
+def test_auto(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], price: int) -> None:
     """All ranks compile in the same solve, and go on with the same numbers."""
     monkeypatch.setattr(account, "_LOOK", 100)
-    monkeypatch.setattr(account, "_PRICE", 4000)
+    monkeypatch.setattr(account, "_PRICE", price)
     trial = Cells(**options)
     trial.solver = pnode.Solver(trial.field, layout=trial.grid, **options)
     made = []

@@ -17,7 +17,7 @@ BAD = comm.size - 1
 class Trial:
     """A solver of machine code; a state below zero leaves the domain of f.
 
-    Whole sweeps, but where cells have ghosts those of explicit methods alone.
+    Whole sweeps, but where cells have ghosts and a Jacobian is assembled.
 
     Attributes
     ----------
@@ -33,8 +33,7 @@ class Trial:
     def __init__(self, **options: Any) -> None:
         self.solver = pnode.Solver(self.field, compile=True, **self.shared, **options)
         self.good = self.gradient()
-        explicit = self.solver.method in ("rk4", "dopri5", "bosh3")
-        whole = explicit or "layout" not in self.shared
+        whole = "layout" not in self.shared or "jacobian" not in options
         self.made = "'whole sweeps'" if whole else "'the vector field'"
         checks.true(self.made in repr(self.solver), self.solver)
 
