@@ -336,6 +336,15 @@ class Backend(ABC):
     ghosts: bool | None = False
     share = 1.0
 
+    def is_for(self, wanted: Wanted) -> bool:
+        """Whether it is for methods and states of this kind."""
+        of_method = self.implicit in (None, wanted.settings.method.implicit)
+        return of_method and (wanted.ghosts or not self.ghosts)
+
+    def why_not(self, wanted: Wanted) -> str | None:
+        """Return why it makes nothing for a solve of a kind that it is for, whatever the field."""
+        return GHOSTS if wanted.ghosts and self.ghosts is False else self.refuses(wanted)
+
     @abstractmethod
     def refuses(self, wanted: Wanted) -> str | None:
         """Return why it makes nothing for a solve, whatever the field."""

@@ -24,7 +24,6 @@ from pnode.field.stacked import StackedResidual, stacked
 from pnode.field.vectorfield import VectorField, vector_field
 from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.compiled.backend import (
-    GHOSTS,
     Backend,
     Checked,
     Compilation,
@@ -181,11 +180,8 @@ class Compiler:
         if known() is not wanted:
             found, reasons = [], []
             for backend in self.backends:
-                if backend.ghosts and not wanted.ghosts:
-                    continue
-                if backend.implicit in (None, wanted.settings.method.implicit):
-                    text = GHOSTS if wanted.ghosts and backend.ghosts is False else None
-                    text = text or backend.refuses(wanted)
+                if backend.is_for(wanted):
+                    text = backend.why_not(wanted)
                     if text is None:
                         found.append(backend)
                     elif text not in reasons:
