@@ -264,12 +264,12 @@ class Switched(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.linear = nn.Linear(2, 2)
+        self.linear, self.extent = nn.Linear(2, 2, bias=False), (2,)
         self.register_buffer("shift", torch.ones(2))
         self.unused = [torch.ones(1)]
 
     def forward(self, t, y):
-        z = torch.tanh(self.linear(y)) + self.shift * t
+        z = torch.tanh(self.linear(y).reshape(self.extent)) + self.shift * t
         return z if self.training else 2.0 * z
 
 

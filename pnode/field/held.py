@@ -21,12 +21,12 @@ import torch
 from pnode.base.surroundings import modules_within
 from pnode.solutions.solution import Solution
 
-__all__ = ["Held", "bare_copy", "held", "now"]
+__all__ = ["Held", "bare_copy", "held", "is_plain", "now"]
 
 # A Module's own book-keeping.
 _OWN = frozenset(vars(torch.nn.Module()))
 _TENSORS = frozenset(("_parameters", "_buffers", "_modules"))
-_PLAIN = frozenset((bool, int, float, str, type(None)))
+_PLAIN = frozenset((bool, int, float, str, type(None), torch.dtype))
 #: Containers with more entries are shared with the copy, not looked through.
 _MOST_ENTRIES = 1000
 _MOST_LEVELS = 8
@@ -87,11 +87,19 @@ def bare_copy(module: torch.nn.Module, tensors: Collection[int]) -> torch.nn.Mod
     for each in modules:
         own = vars(copies.of(each))
         for name in ("_parameters", "_buffers"):
-            own[name] = {k: x for k, x in getattr(each, name).items() if id(x) in tensors}
+            found = getattr(each, name).items()
+            own[name] = {k: x for k, x in found if x is None or id(x) in tensors}
         for name in own.keys() - _OWN:
-            if type(own[name]) not in _PLAIN:
+            if not is_plain(own[name]):
                 del own[name]
     return copies.of(module)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value cannot change."""
+    if type(value) in (tuple, torch.Size):
+        return all(map(is_plain, value))
+    return type(value) in _PLAIN
 
 
 def now(function: Any) -> Any:
@@ -132,7 +140,7 @@ class _Copies:
                 found = given[name]
                 own[name] = {k: self._light(each) for k, each in found.items()} if found else {}
             for name in given.keys() - _OWN:
-                if type(value := given[name]) not in _PLAIN:
+                if not is_plain(value := given[name]):
                     own[name] = self._light(value)
 
     def of(self, module: torch.nn.Module) -> torch.nn.Module:

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
+from pnode.field.held import is_plain
+
 __all__ = [
-    "NOTHING", "Unknown", "attributes_of", "flags_of", "global_of", "globals_of", "is_plain",
-    "is_simple", "names_of",
+    "NOTHING", "Unknown", "attributes_of", "flags_of", "global_of", "globals_of", "is_simple",
+    "names_of",
 ]  # fmt: skip
 
 _F = torch.nn.functional
@@ -33,7 +35,6 @@ _BRANCHES = frozenset(
 )  # fmt: skip
 _ARITHMETIC = frozenset(("+", "-", "*", "/", "**", "@", "[]"))
 _BUILT_IN = frozenset((enumerate, len, list, range, reversed, tuple, zip))
-_PLAIN = (bool, int, float, str, type(None), torch.dtype)
 NOTHING = object()
 _VARIABLE = (
     inspect.CO_VARARGS | inspect.CO_VARKEYWORDS | inspect.CO_GENERATOR | inspect.CO_COROUTINE
@@ -113,10 +114,3 @@ def globals_of(function: Any) -> list[tuple[str, Any]]:
             if not (type(value) in (type, types.BuiltinFunctionType) and value in _BUILT_IN):
                 raise Unknown
     return found
-
-
-def is_plain(value: Any) -> bool:
-    """Whether a value cannot change."""
-    if type(value) in (tuple, torch.Size):
-        return all(map(is_plain, value))
-    return type(value) in _PLAIN

@@ -23,6 +23,7 @@ from torch.nn.modules import module as book
 
 from pnode.base.surroundings import modules_within
 from pnode.base.transforms import in_forward_mode, transforms_active
+from pnode.field.held import is_plain
 from pnode.solvers.compiled.byte_code import (
     NOTHING,
     Unknown,
@@ -30,7 +31,6 @@ from pnode.solvers.compiled.byte_code import (
     flags_of,
     global_of,
     globals_of,
-    is_plain,
     is_simple,
     names_of,
 )
