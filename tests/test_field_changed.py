@@ -358,3 +358,49 @@ def test_reads():
     assert reads.changed() is None
     tensors[1][0] = 5
     assert reads.changed() is tensors[1]
+
+
+class Rated(torch.nn.Module):
+    """A number, a Module and a hook of which may change after a solve."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.rate = torch.nn.Linear(2, 2, dtype=D), 0.5
+
+    def forward(self, t, y):
+        return torch.tanh(self.inner(y)) * self.rate - 0.1 * t * y
+
+
+CHANGES_BEHIND = {
+    "number": lambda net: setattr(net, "rate", 0.6),
+    "Module": lambda net: setattr(net, "inner", torch.nn.Linear(2, 2, dtype=D)),
+    "hook": lambda net: net.inner.register_forward_hook(lambda module, given, found: 2 * found),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_BEHIND)
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("method", ["rk4", "cn"])
+@pytest.mark.parametrize("wanted", ["times", "second derivatives"])
+def test_what_only_python_would_evaluate(wanted, method, compile, change, interpreted):
+    """Machine code and tapes have f as it was: slopes and second derivatives are not of another."""
+    torch.manual_seed(0)
+    net, times = Rated(), TIMES.clone().requires_grad_()
+    solver = pnode.Solver(net, method=method, step_size=0.2, compile=compile)
+
+    def loss():
+        y0 = torch.tensor([0.3, -0.7], dtype=D, requires_grad=True)
+        return y0, solver(y0, times).ys[-1].square().sum()
+
+    def taken(y0, value, then=lambda net: None):
+        if wanted == "times":
+            then(net)
+            return torch.autograd.grad(value, times)[0]
+        (gradient,) = torch.autograd.grad(value, y0, create_graph=True)
+        then(net)
+        return torch.autograd.grad(gradient.square().sum(), y0)[0]
+
+    loss()
+    torch.testing.assert_close(taken(*loss()), taken(*loss()), rtol=1e-12, atol=1e-13)
+    with pytest.raises(FieldChanged, match="forward sweep"):
+        taken(*loss(), CHANGES_BEHIND[change])

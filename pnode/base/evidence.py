@@ -21,6 +21,7 @@ import torch
 from pnode.base.noise import drawing
 
 __all__ = [
+    "LET_NOTHING_CHANGE",
     "Evidence",
     "Note",
     "Reads",
@@ -31,6 +32,12 @@ __all__ = [
     "projection_weights",
     "projector",
 ]
+
+#: What to do about an f that is another one.
+LET_NOTHING_CHANGE = (
+    "Let nothing that it looks at change before the gradient has been taken (pass what changes as "
+    "part of y0 or params, draw random numbers before the solve)"
+)
 
 #: Relative difference of two evaluations of one f, when their bits are not the same already: what
 #: another kernel or a repeated step's round-off may make of it.

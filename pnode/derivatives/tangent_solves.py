@@ -28,6 +28,7 @@ from pnode.sweeping import sweeps
 from pnode.sweeping.engine import Engine
 from pnode.sweeping.row_sweep import PassSweep
 from pnode.sweeping.run import Directions, Recorded, Requests, Run, Tangents
+from pnode.sweeping.sameness import refuse_another
 
 __all__ = [
     "after_first",
@@ -139,6 +140,9 @@ def tangent(
     else:
         kept = reverse or recorded or transforms_active()
     with run.surroundings.restored():
+        if not own and not transforms_active():
+            with run.problem.ranks.together():
+                refuse_another(run, lowered(y0))
         if kept:
             xs = node.apply(engine, of_both, requests, taken, y0, t[:number], start, *inputs)
         else:

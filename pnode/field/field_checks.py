@@ -15,6 +15,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from pnode.base.devices import random_states, set_random_states
+from pnode.base.evidence import LET_NOTHING_CHANGE
 from pnode.base.surroundings import modules_within, owner
 from pnode.base.transforms import is_wrapped
 from pnode.errors import ConfigurationError, FieldChanged, VectorFieldError
@@ -85,9 +86,7 @@ def changed(who: str, time: float, what: str, by: float, suspects: str) -> Field
     """Return the error for an f that is not the one of the forward sweep."""
     return FieldChanged(
         f"{who} is not the one of the forward sweep: {what} differs by {by:.1e} of its "
-        f"norm{suspects}. Let nothing that it looks at change before the gradient has been taken "
-        "(pass what changes as part of y0 or params, draw random numbers before the solve); if "
-        "nothing has, round-off grows in repeated steps: "
+        f"norm{suspects}. {LET_NOTHING_CHANGE}; if nothing has, round-off grows in repeated steps: "
         "checkpointing=pnode.Checkpointing(memory=...) with more repeats fewer, and "
         "reproducible=True gives those of FSAL and DIRK methods the same bits",
         time=time,

@@ -6,7 +6,6 @@ from collections.abc import Sequence, Set
 
 import torch
 
-from pnode.base.evidence import differs
 from pnode.base.ledger import Ledger, Stats
 from pnode.base.transforms import moves, no_tangents, transforms_active
 from pnode.base.vectors import REAL
@@ -15,13 +14,14 @@ from pnode.field.held import now
 from pnode.field.rates import Rates, as_function
 from pnode.field.rebinding import bound
 from pnode.field.time_terms import TermsOfRanks
-from pnode.field.vectorfield import VectorField, vector_field
+from pnode.field.vectorfield import vector_field
 from pnode.layout.ghost_cells import ghosted
 from pnode.problems.mass import Solve
 from pnode.problems.problem import InitialValueProblem
 from pnode.problems.transfers import remote
 from pnode.sweeping.row_sweep import PassSweep
 from pnode.sweeping.run import Run
+from pnode.sweeping.sameness import refuse_another, refuse_another_slope
 
 __all__ = [
     "flow_slope",
@@ -64,6 +64,8 @@ def time_gradient(
     given = problem.times[: len(problem.times) - len(run.roots)]
     assert run.surroundings is not None
     with problem.ranks.together(), run.surroundings.restored():
+        if run.graphs and not run.codes:
+            refuse_another(run, y0)
         for index, s in enumerate(given):
             if index in interpolated:
                 continue
@@ -73,7 +75,7 @@ def time_gradient(
                 slope = slope_at(ours, index, y)
             elif problem.ranks.parallel or bool(cotangent.ne(0).any()):
                 slope = rates.value(s, ys[index].detach())
-                _verify_slope(run, field, index, slope.to(field.dtype))
+                refuse_another_slope(run, field, index, slope.to(field.dtype))
             else:
                 continue
             terms[index] = direction * torch.dot(cotangent.double(), slope.double())
@@ -230,13 +232,3 @@ def _times(number: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
     if not number.dim():
         return number * slope
     return (number[:, None] * slope.view(len(number), -1)).reshape(-1)
-
-
-def _verify_slope(run: Run, field: VectorField, index: int, slope: torch.Tensor) -> None:
-    """Compare f at an output with the first stage of the step that begins there, if one does."""
-    scheme = run.settings.method.scheme
-    if run.sweep is not None and scheme is not None and scheme.explicit:
-        noted = run.sweep.noted(index)
-        by = differs(slope, noted[0]) if noted else 0.0
-        if by:
-            run.problem.ranks.refuse(field.changed(run.problem.times[index], by))

@@ -23,12 +23,13 @@ from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.compiled.account import Entry
 from pnode.solvers.compiled.fields import FieldCode, compiled_field
 from pnode.solvers.compiled.standing import Standing
+from pnode.solvers.compiled.trace import FieldGraph
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.stepping import Step
 from pnode.sweeping.event_functions import Events
 from pnode.sweeping.event_locator import Root
 
-__all__ = ["Directions", "Recorded", "Requests", "Run", "Sweep", "Tangents"]
+__all__ = ["Directions", "Recorded", "Requests", "Run", "Sweep", "Tangents", "with_functions"]
 
 #: For each tangent, that of each parameter; None being zero.
 Directions: TypeAlias = Sequence[Sequence[torch.Tensor | None]]
@@ -247,6 +248,8 @@ class Run:
         Its outputs, shape ``(T, size)``, without their graph, as long as ``sweep.at_hand``.
     standing : Standing or None
         What is kept of f, if f is known to be unchanged.
+    graphs : tuple of FieldGraph
+        What was compiled, of f and of its explicit part.
     lock : RLock
         Held by a backward sweep: those of several threads would share checkpoints and cotangents.
     """
@@ -266,6 +269,7 @@ class Run:
     entry: Entry | None = None
     ys: torch.Tensor | None = None
     standing: Standing | None = None
+    graphs: tuple[FieldGraph, ...] = ()
     lock: Any = field(default_factory=threading.RLock, init=False, repr=False, compare=False)
 
     def count(self, ledger: Ledger, before: int = 0) -> None:
@@ -285,7 +289,7 @@ class Run:
             self.problem = self.problem.but(function=self.standing.held)
             return
         declared = (*self.problem.parameters, *self.problem.frozen)
-        self.problem = _with_functions(self.problem, partial(held, declared=declared))
+        self.problem = with_functions(self.problem, partial(held, declared=declared))
 
     def refuse_written(self) -> None:
         """Raise :class:`FieldChanged` if what machine code reads was written into.
@@ -304,7 +308,7 @@ class Run:
 
     def field(self, ledger: Ledger) -> VectorField:
         """Return the field for another sweep, without checks of what it uses."""
-        problem = _with_functions(self.problem, now).but(check_undeclared=False)
+        problem = with_functions(self.problem, now).but(check_undeclared=False)
         field_ = (
             compiled_field(problem, ledger, self.codes)
             if self.codes
@@ -319,11 +323,11 @@ class Run:
         return field_
 
 
-def _with_functions(
+def with_functions(
     problem: InitialValueProblem, change: Callable[[Any], Any]
 ) -> InitialValueProblem:
     """Return a problem, and that which it is made of, with the user's functions changed."""
-    base = None if problem.base is None else _with_functions(problem.base, change)
+    base = None if problem.base is None else with_functions(problem.base, change)
     return problem.but(
         function=change(problem.function), explicit=change(problem.explicit), base=base
     )

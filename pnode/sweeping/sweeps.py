@@ -114,7 +114,7 @@ def _forward(
     found = begin(engine, run, field, y0, keep, requests)
     if found is not None:
         if keep:
-            run.reads = Reads(found.captured)
+            run.reads, run.graphs = Reads(found.captured), found.graphs
         if found.sweep is not None:
             sweep = WholeSweep(found.sweep, engine)
             whole = sweep.forward(run, field, y0, keep, requests)
@@ -133,7 +133,7 @@ def _forward(
                 requests = replace(requests, shown=found.sweep.shown.number)
         start, run.codes = found.start, found.codes
         if problem.ranks.parallel and not run.codes:
-            start = run.reads = None
+            start, run.reads, run.graphs = None, None, ()
         if start is not None:
             run.settings = replace(run.settings, graphs=start.graphs)
         if run.codes:

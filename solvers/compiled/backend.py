@@ -280,6 +280,8 @@ class Compilation:
         The field, and its explicit part.
     captured : tuple of Tensor
         What the machine code reads.
+    graphs : tuple of FieldGraph
+        What it was made of: the field, and its explicit part.
     reasons : tuple of str
         Why there is none, or not more.
     changed, lent : bool
@@ -295,6 +297,7 @@ class Compilation:
     start: Any = None
     codes: tuple[Any, ...] = ()
     captured: tuple[torch.Tensor, ...] = ()
+    graphs: tuple[FieldGraph, ...] = ()
     reasons: tuple[str, ...] = ()
     changed: bool = False
     lent: bool = False

@@ -34,7 +34,7 @@ from pnode.solvers.compiled.backend import (
 from pnode.solvers.compiled.evaluations import agree, is_recorded, local, trusted, value_of
 from pnode.solvers.compiled.following import Followed
 from pnode.solvers.compiled.guards import Guard, followed, has_own_derivatives
-from pnode.solvers.compiled.repeated import again, keep, key_of
+from pnode.solvers.compiled.repeated import again, begun, keep, key_of
 from pnode.solvers.compiled.trace import FieldGraph, Untraceable, trace_field
 
 __all__ = ["Compiler", "bare"]
@@ -138,9 +138,8 @@ class Compiler:
             among = among[len(among) - 1 - (agreed - _MADE) :]
             if agreed == most:
                 assert backend is not None
-                made = backend.begin(checked, field_, y0, wanted)
-                reasons = [*refused, *made.reasons, *reasons]
-                made.reasons = tuple(dict.fromkeys(reasons))
+                made = begun(backend, checked, field_, y0, wanted, reasons, refused)
+                reasons = list(made.reasons)
                 if made.what:
                     keep(field_.known, wanted, backend, checked, made.reasons)
                     return made

@@ -11,12 +11,23 @@ from pnode.field.vectorfield import VectorField
 from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.compiled.backend import Backend, Checked, Compilation, Trace, Wanted
 
-__all__ = ["again", "keep", "key_of"]
+__all__ = ["again", "begun", "keep", "key_of"]
 
 
 def key_of(problem: InitialValueProblem, number: int) -> Any:
     """Return what the trace of a part of a problem goes by."""
     return problem.layout, number, problem.window is None, tuple(map(id, problem.parameters))
+
+
+def begun(
+    backend: Backend, checked: Sequence[Checked], field_: VectorField, y0: torch.Tensor,
+    wanted: Wanted, reasons: Sequence[str], earlier: Sequence[str] = (),
+) -> Compilation:  # fmt: skip
+    """Begin a solve with code of a backend; with the reasons why there is not more."""
+    made = backend.begin(checked, field_, y0, wanted)
+    made.reasons = tuple(dict.fromkeys((*earlier, *made.reasons, *reasons)))
+    made.graphs = tuple(one.code.traced for one in checked)
+    return made
 
 
 def keep(
@@ -54,6 +65,5 @@ def again(
     if backend in refused or (used is None and field_.problem.check_undeclared):
         return None
     field_.trust(used or [False] * len(field_.parameters))
-    made = backend.begin([checked], field_, y0, wanted)
-    made.reasons = tuple(dict.fromkeys((*made.reasons, *reasons)))
+    made = begun(backend, [checked], field_, y0, wanted, reasons)
     return made if made.what else None
