@@ -1,7 +1,8 @@
 """Derivatives of f at many stages at once, where these are known before tangents come by.
 
 f is mapped over the stages by ``torch.func.vmap``: a small state then takes a few operations for
-all stages instead of some for each. A function that torch cannot map is left to the single stages.
+all stages instead of some for each. A function that torch cannot map, or maps to something else, is
+left to the single stages.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import torch
 
 from pnode.base.ledger import Ledger
 from pnode.base.vectors import REAL
-from pnode.field.products import directional_derivatives, pull_back_rows
+from pnode.field.products import directional_derivatives, gradients, pull_back_rows
 from pnode.field.second_products import derivatives_along
 from pnode.field.vectorfield import VectorField
+from pnode.solvers.compiled.evaluations import agree
 
 __all__ = ["Ahead", "curvatures_ahead", "derivatives_ahead", "pays"]
 
@@ -88,7 +90,7 @@ def derivatives_ahead(
     direction, size, number = field.problem.direction, field.problem.layout.size, len(states)
     try:
         with torch.enable_grad(), field.shared.hooks_away():
-            _, u, values = _mapped(field, times, states)
+            _, u, values = _mapped(field, times, states, moving)
             if values.shape != u.shape or not values.requires_grad:
                 return None
             seeds = _units(u)
@@ -136,7 +138,7 @@ def curvatures_ahead(
     extra = len(tangents[0]) if moving else 0
     try:
         with torch.enable_grad(), field.shared.hooks_away():
-            at, u, values = _mapped(field, times, states)
+            at, u, values = _mapped(field, times, states, moving)
             rows = [torch.cat([_units(u), u.new_zeros(extra, *u.shape)])]
             rows += [torch.cat([one.new_zeros(size, *one.shape[1:]), one]) for one in tangents]
             inputs = (u, *(field.parameters[index] for index, _ in moving))
@@ -150,9 +152,16 @@ def curvatures_ahead(
 
 
 def _mapped(
-    field: VectorField, times: Sequence[float], states: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return user's times and states, which require grad, and f at all of them."""
+    field: VectorField, times: Sequence[float], states: Sequence[torch.Tensor],
+    moving: Sequence[tuple[int, torch.Tensor]],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return user's times and states, which require grad, and f at all of them.
+
+    Raises
+    ------
+    ArithmeticError
+        If that is not what f is by itself.
+    """
     layout, window = field.problem.layout, field.problem.window
 
     def evaluate(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
@@ -163,7 +172,41 @@ def _mapped(
     at = torch.tensor(times, dtype=torch.float64, device=layout.device)
     at = (at * field.problem.direction).to(layout.dtype).requires_grad_()
     u = torch.stack([state.to(layout.dtype) for state in states]).requires_grad_()
-    return at, u, torch.func.vmap(evaluate)(at, u)
+    values = torch.func.vmap(evaluate)(at, u)
+    last = [x[-1].detach().requires_grad_() for x in (u, at)]
+    single = evaluate(last[1], last[0])
+    inputs = [field.parameters[index] for index, _ in moving]
+    if not _alike(values, (u, at, *inputs), single, (*last, *inputs)):
+        raise ArithmeticError("torch maps it to something else")
+    return at, u, values
+
+
+def _alike(
+    values: torch.Tensor, inputs: tuple[torch.Tensor, ...],
+    single: torch.Tensor, own: tuple[torch.Tensor, ...],
+) -> bool:  # fmt: skip
+    """Whether value and product of the last stage are what they are of that stage alone.
+
+    torch's rules may be wrong for functions that are mapped, as that of ``select_scatter`` is.
+    """
+    if not values.requires_grad:
+        return agree(values[-1], single)
+    w = torch.randn(single.shape, generator=torch.Generator().manual_seed(6), dtype=REAL).to(single)
+    rows = torch.zeros_like(values)
+    rows[-1] = w
+    found, expected = [values[-1]], [single]
+    for x, mapped, alone in zip(
+        own, gradients(values, inputs, rows), gradients(single, own, w), strict=True
+    ):
+        mapped = x.new_zeros(()) if mapped is None else mapped
+        found.append(mapped[-1] if mapped.dim() > x.dim() else mapped.expand(x.shape))
+        expected.append(torch.zeros_like(x) if alone is None else alone)
+    return agree(*(torch.cat([_numbers(x, values.dtype) for x in y]) for y in (found, expected)))
+
+
+def _numbers(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the real numbers of a tensor, flat."""
+    return (torch.view_as_real(x) if x.is_complex() else x).reshape(-1).to(dtype)
 
 
 def _units(u: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,22 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pnode.solvers.compiled.trace import Untraceable
 
-__all__ = ["decomposed"]
+__all__ = ["INTEGERS", "decomposed"]
+
+
+def _integer_power(base: complex, exponent: torch.Tensor) -> Any:
+    """Return the power as one of two tensors: inductor would call it with the base as a double.
+
+    Its result is then of floating point, and would be read as integers.
+    """
+    dtype = torch.result_type(exponent, base)
+    if dtype.is_floating_point or dtype.is_complex:
+        return NotImplemented
+    return torch.pow(torch.full_like(exponent, base, dtype=dtype), exponent.to(dtype))
+
+
+#: What inductor's own code for integers gets wrong, for ``make_fx``.
+INTEGERS = {torch.ops.aten.pow.Scalar: _integer_power}
 
 
 def _log_sigmoid_forward(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -32,7 +32,7 @@ import torch
 
 from pnode.base import private_files
 from pnode.base.notices import LOG, compiling
-from pnode.solvers.compiled import fast_tanh, libraries, products, trace
+from pnode.solvers.compiled import decomposition, fast_tanh, libraries, products, trace
 from pnode.solvers.compiled.trace import compose
 from pnode.solvers.compiled.workshops import INDUCTORS as _INDUCTORS
 from pnode.solvers.compiled.workshops import note_use
@@ -50,7 +50,8 @@ _aten = torch.ops.aten
 _Node: TypeAlias = Any  # torch.fx.Node, whose arguments are typed as a union of everything
 
 _SOURCES = (
-    __file__, *libraries.SOURCES, trace.__file__, products.__file__, fast_tanh.__file__
+    __file__, *libraries.SOURCES, trace.__file__, products.__file__, fast_tanh.__file__,
+    decomposition.__file__,
 )  # fmt: skip
 # Products that are added to something are rounded once.
 _INDUCTOR = {"cpp.enable_floating_point_contract_flag": "fast"}
@@ -337,7 +338,8 @@ def prepare(
     function: Callable[..., object], examples: Sequence[torch.Tensor]
 ) -> torch.fx.GraphModule:
     """Return the graph that is compiled."""
-    graph = compose(function, examples, fast_tanh.DECOMPOSITIONS)
+    own = {**fast_tanh.DECOMPOSITIONS, **decomposition.INTEGERS}
+    graph = compose(function, examples, own)
     _join_rows(graph)
     _lay_out_single_parts(graph)
     return graph
