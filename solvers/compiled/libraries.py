@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from pnode.solvers.compiled import scratch
 from pnode.solvers.compiled.workshops import note_use
 
 __all__ = [
@@ -60,8 +61,8 @@ struct AOTInductorModel {
 };
 """
 #: Files that libraries are made by.
-SOURCES = (__file__, str(Path(__file__).with_name("graph_library.cpp")))
-_LIBRARY = Path(SOURCES[1]).read_text(encoding="utf-8")
+SOURCES = (__file__, scratch.__file__, str(Path(__file__).with_name("graph_library.cpp")))
+_LIBRARY = Path(SOURCES[-1]).read_text(encoding="utf-8")
 _TORCH = "libtorch_cpu.so"
 # Kernels of other devices, and checks of arguments that an environment variable would ask for.
 _NOT_CALLED = re.compile(
@@ -258,6 +259,7 @@ def _text(source: str) -> str:
     _, run, calls = calls.partition("void AOTInductorModel::run_impl(")
     if not (found and model and numbers and run):
         raise ValueError("inductor writes its interface in another way")
+    calls = _NOT_CALLED.sub("", calls)
     inputs, outputs, constants = map(int, numbers.groups())
     if constants:
         raise ValueError("a graph has constants")
@@ -266,7 +268,7 @@ def _text(source: str) -> str:
     others = sorted({*_FUNCTION.findall(interface)} - {*_FUNCTION.findall(_LIBRARY)})
     stubs = "".join(f'extern "C" int32_t {name}() {{ return 1; }}\n' for name in others)
     return "".join((
-        *more, declared, _MODEL, run, _NOT_CALLED.sub("", calls),
+        *more, declared, scratch.CLASS, _MODEL, run, scratch.on_the_stack(calls),
         f"constexpr size_t INPUTS = {inputs}, OUTPUTS = {outputs};\n", _LIBRARY, stubs,
         kernels_begin, kernels,
     ))  # fmt: skip
