@@ -66,6 +66,7 @@ def test_a_returned_view_is_of_a_tensor():
         TEXT + made(0) + "    {" + made(0) + "    }" + KERNEL % 0 + "}",  # which one is used?
         TEXT.replace("5L, 3L", "5000L, 4000L") + made(0) + KERNEL % 0 + "}",
         TEXT.replace("5L, 3L", "0L, 3L") + made(0) + KERNEL % 0 + "}",
+        TEXT.replace("static constexpr", "const") + made(0) + KERNEL % 0 + "}",
         TEXT + made(0).replace("float64", "complex128") + KERNEL % 0 + "}",
         TEXT + made(0).replace("type_cpu", "type_cuda") + KERNEL % 0 + "}",
         TEXT + made(0).replace("aoti_torch_empty", "aoti_torch_new_empty") + KERNEL % 0 + "}",

@@ -26,6 +26,7 @@ struct Scratch {
 }  // namespace
 """
 _ARRAY = re.compile(r"static constexpr int64_t (\w+)\[\] = \{([\dL, ]*)\};")
+_NO_ARRAY = re.compile(r"static constexpr int64_t \*(\w+)=nullptr;")  # of a number alone
 _MADE = re.compile(
     r"AtenTensorHandle (?P<name>buf\d+)_handle;\s*"
     r"AOTI_TORCH_ERROR_CODE_CHECK\(aoti_torch_empty_strided\(\d+, (?P<sizes>\w+), "
@@ -93,9 +94,12 @@ def _places(
     arrays = {
         name: [int(n) for n in re.findall(r"\d+", text)] for name, text in _ARRAY.findall(calls)
     }
+    arrays |= {name: [] for name in _NO_ARRAY.findall(calls)}
     places, total = {}, 0
     for name, found in made.items():
-        sizes, strides = (arrays.get(found[what], []) for what in ("sizes", "strides"))
+        if found["sizes"] not in arrays or found["strides"] not in arrays:
+            continue
+        sizes, strides = arrays[found["sizes"]], arrays[found["strides"]]
         entries = 1 + sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))
         length = -(-entries * _BYTES.get(found["dtype"], 0) // _ALIGNED) * _ALIGNED
         if name not in tensors and all(sizes) and 0 < length <= _MOST - total:
