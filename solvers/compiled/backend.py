@@ -39,8 +39,8 @@ __all__ = [
 #: Why there are no whole sweeps of states with ghost cells.
 GHOSTS = (
     "of states with ghost cells whole sweeps are compiled of explicit methods, and of theta, DIRK, "
-    "IMEX and BDF methods with jacobian='matrix-free' and no preconditioner, without mass= and "
-    "cost=, where nobody looks at single steps"
+    "IMEX and BDF methods with jacobian='matrix-free' and no preconditioner, without mass=, where "
+    "nobody looks at single steps"
 )
 
 # So often is taken down what a field reads, which may be others in each solve.

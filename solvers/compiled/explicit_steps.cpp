@@ -113,7 +113,7 @@ const Part* pnode_part() {
       [](void* own, double t, const double* y, double* f) { value(t, y, lent(own).c, f); },
       [](void* own, double t, const double* y, const double* w, double* l, double* mu) {
         pull_back(t, y, w, lent(own).c, l);
-        if (mu) parameters(t, y, w, lent(own).c, mu);
+        if (mu || Field::TOGETHER) parameters(t, y, w, lent(own).c, mu);
       },
   };
   return &part;

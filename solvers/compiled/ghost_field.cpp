@@ -85,9 +85,10 @@ class Field {
     scatter(l, [&]() -> const Tensors& { return products(point, w); });
   }
 
-  // The rank's own part of it.
+  // The rank's own part of it, of a field that reads some.
   void parameters(double t, const double* y, const double* w, double* mu) {
     Point& point = evaluated(t, y);
+    if (!plan.parameters) return;
     tried([&] {
       const Tensors& found = products(point, w);
       for (int64_t k = 1; k <= plan.parameters; k++) {

@@ -32,7 +32,6 @@ class GhostSweeps(ImplicitSweeps):
         products = settings.jacobian == "matrix-free" and more.preconditioner is None
         if (
             not (plain and products)
-            or settings.integrals
             or kind_of(settings.method) not in ("dirk", "bdf")
             or more.reuse not in ("auto", "iteration")
         ):

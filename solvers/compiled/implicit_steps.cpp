@@ -94,7 +94,7 @@ class ImplicitSteps : public Kernel {
     std::memcpy(start, y0, sizeof(start));
     steps_per_look = Field::CHEAP ? 64 : 1;
     collective = reduces = Field::TOGETHER;
-    together.counts = &counts, together.rtol = m.krylov_rtol;
+    together.counts = &counts, together.rtol = m.krylov_rtol, together.integrals = m.integrals;
   }
 
   void lend(void* const* captured) override {
@@ -218,10 +218,11 @@ class ImplicitSteps : public Kernel {
     values.insert(values.end(), first, first + count);
   }
 
+  // Where ranks are together one without parameters has to be there for the others' evaluation.
   void add_parameters(double t, const double* y, const double* w) {
-    if (!m.wanted) return;
+    if (!m.wanted && !Field::TOGETHER) return;
     parameters(t, y, w, c, mu);
-    counts.vjp++;
+    counts.vjp += m.wanted > 0;
   }
 
   // x_k += f_p v_k for each tangent.

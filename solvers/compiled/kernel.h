@@ -89,6 +89,7 @@ struct Together {
     Sums* sums = nullptr;  // null: there are no others
     Counts* counts = nullptr;
     double rtol = 0.0;  // of linear systems within Newton's method
+    int64_t integrals = 0;  // the last entries, which nothing depends on
     bool failed = false;  // this rank goes on with NaN
 
     // Whether all ranks say so. Collective.

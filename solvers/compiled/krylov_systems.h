@@ -4,17 +4,20 @@
 
 namespace {
 
-// Of shift - J.
+// Of shift - J. Iterations and norms are of the state without its integrals, on which nothing depends:
+// within Newton's method, which solves for these itself, theirs is some number, in a transposed
+// system they are solved for first.
 class Factors {
  public:
   bool factor(double of_shift, const double* J, const double* = nullptr) {
-    shift = of_shift, point = point_of(J);
+    shift = of_shift, point = point_of(J), own = N - int(point->field->together->integrals);
     return true;
   }
 
-  // Within Newton's method, which ends with NaN.
+  // Within Newton's method, which ends with NaN. Beside integrals as exactly as the steps taken from
+  // Python, whose systems are those of the adjoint.
   void solve(double* x) {
-    if (!find(x, point->field->together->rtol, false)) x[0] = NAN;
+    if (!find(x, own < N ? TIGHT : point->field->together->rtol, false)) x[0] = NAN;
   }
 
   void solve_transposed(double* x) {
@@ -41,6 +44,10 @@ class Factors {
     const Vector b(x, x + N);
     left = b;
     std::fill_n(x, N, 0.0);
+    if (transposed && own < N) {
+      for (int k = own; k < N; k++) x[k] = b[k] / shift;
+      leave(b, transposed, x);
+    }
     double norm = length(left.data());
     const double goal = std::max(rtol * norm, LEAST);
     int taken = 0;
@@ -49,12 +56,17 @@ class Factors {
       if (taken >= MOST) return false;
       taken += improve(norm, goal, transposed, x);
       if (norm <= goal) break;
-      multiply_with(x, transposed, left.data());
-      for (int k = 0; k < N; k++) left[k] = b[k] - left[k];
+      leave(b, transposed, x);
       norm = length(left.data());
     }
     point->field->together->counts->krylov += taken - 1;  // whoever asks counts one
     return true;
+  }
+
+  // What is left of b.
+  void leave(const Vector& b, bool transposed, const double* x) {
+    multiply_with(x, transposed, left.data());
+    for (int k = 0; k < N; k++) left[k] = k < own ? b[k] - left[k] : 0.0;
   }
 
   // One cycle: add to x what brings `left`, of this norm, down, and return the iterations.
@@ -120,10 +132,10 @@ class Factors {
     for (int k = 0; k < N; k++) v[k] = shift * x[k] - v[k];
   }
 
-  static double dot(const double* x, const double* y) {
+  double dot(const double* x, const double* y) const {
     double total = 0.0;
 #pragma omp simd reduction(+ : total)
-    for (int k = 0; k < N; k++) total += x[k] * y[k];
+    for (int k = 0; k < own; k++) total += x[k] * y[k];
     return total;
   }
 
@@ -146,6 +158,7 @@ class Factors {
 
   Field::Point* point = nullptr;
   double shift = 0.0;
+  int own = N;
   Vector V, left;
   double H[CYCLE + 1][CYCLE], cosine[CYCLE], sine[CYCLE], rest[CYCLE + 1];
 };
