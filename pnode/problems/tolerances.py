@@ -210,7 +210,8 @@ def in_units(v: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def error_norm(error: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Return PETSc's norm, of each row: the root mean square of those that have a tolerance."""
-    return (in_units(error, scale).square().sum(-1) / scale.ne(0.0).sum(-1)).sqrt()
+    counted = scale.ne(0.0).sum(-1).clamp(min=1)  # of zeros alone the error is zero
+    return (in_units(error, scale).square().sum(-1) / counted).sqrt()
 
 
 def describe(tolerance: Tolerance) -> str:

@@ -293,7 +293,7 @@ class ImplicitSteps : public Kernel {
       if (allowed == 0.0) continue;
       sum += ratio * ratio, counted++;
     }
-    return std::sqrt(sum / counted);
+    return counted ? std::sqrt(sum / counted) : 0.0;
   }
 
   double start[N];

@@ -218,7 +218,7 @@ class StagedSteps : public Kernel {
             sum += allowed == 0.0 ? 0.0 : part * part;
             counted += allowed != 0.0;
         }
-        return std::sqrt(sum / counted);
+        return counted > 0.0 ? std::sqrt(sum / counted) : 0.0;
     }
 
     // Collective, whatever fails. `keeps`: what a product needs.

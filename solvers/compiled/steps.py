@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pnode.base.vectors import REAL
-from pnode.problems.tolerances import error_norm
+from pnode.problems import tolerances
 from pnode.solvers.compiled import inductor
 from pnode.solvers.compiled.backend import Code
 from pnode.solvers.compiled.inductor import Compiled, CompiledGraph, fingerprint
@@ -47,7 +47,7 @@ class Layout(NamedTuple):
 
 # Bytes of a state and of what f evaluates, up to which torch's calls take longer than a step.
 _SMALL = 65_536
-_SOURCE = Path(__file__).read_text(encoding="utf-8")
+_SOURCE = "".join(Path(x).read_text(encoding="utf-8") for x in (__file__, tolerances.__file__))
 
 
 @dataclass(eq=False)
@@ -185,7 +185,7 @@ class StepGraphs(Code):
             defect = combined(None, h, differences, slopes)
             # VecErrorWeightedNorms: the embedded solution is end + defect.
             scale = atol + rtol * torch.maximum(end.abs(), (end + defect).abs())
-            looks.append(error_norm(defect.reshape(-1), scale.reshape(-1)))
+            looks.append(tolerances.error_norm(defect.reshape(-1), scale.reshape(-1)))
             looks.append(torch.stack([k.square().sum() for k in slopes]).max())
         points = points if self.fsal else points[1:]
         states = [x.reshape(-1) for x in (end, *carried)]
