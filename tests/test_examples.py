@@ -224,7 +224,9 @@ def test_counts(trained):
     # One evaluation per Newton iteration, one at the start of each step, one to begin with, and one
     # where a Jacobian is evaluated anew at an iterate whose graph was not recorded.
     renewed = forward["jacobians"] - steps
-    assert forward["rhs"] == forward["newton"] + steps + sweeps + renewed
+    # A step whose residual grows is taken again, with the graphs of all iterates: rarely at all.
+    expected = forward["newton"] + steps + sweeps + renewed
+    assert 0 <= expected - forward["rhs"] <= steps / 100
     assert 0 <= renewed <= steps and forward["newton"] == forward["krylov"]
     assert 2 * steps <= forward["newton"] <= 6 * steps
     # Backward: one transposed solve a step, and a VJP at each of its ends.
