@@ -404,3 +404,25 @@ def test_what_only_python_would_evaluate(wanted, method, compile, change, interp
     torch.testing.assert_close(taken(*loss()), taken(*loss()), rtol=1e-12, atol=1e-13)
     with pytest.raises(FieldChanged, match="forward sweep"):
         taken(*loss(), CHANGES_BEHIND[change])
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_second_derivatives_of_rows_are_of_one_field(compile):
+    """Steps of machine code that are taken again in Python end where they did, or f is another."""
+    torch.manual_seed(0)
+    net = Rated()
+    solver = pnode.Solver(
+        net, method="heun2", step_size=0.2, samples="independent", compile=compile
+    )
+    times = torch.tensor([[0.0, 0.4, 1.0], [0.0, 0.5, 0.9]], dtype=D)
+    second = []
+    for change in (False, False, True):
+        y0 = torch.tensor([[0.3, -0.7], [0.1, 0.5]], dtype=D, requires_grad=True)
+        value = solver(y0, times).ys[-1].square().sum()
+        (gradient,) = torch.autograd.grad(value, y0, create_graph=True)
+        if not change:
+            second.append(torch.autograd.grad(gradient.square().sum(), y0)[0])
+    assert torch.equal(*second)
+    net.rate = 0.6
+    with pytest.raises(FieldChanged, match="forward sweep"):
+        torch.autograd.grad(gradient.square().sum(), y0)

@@ -12,7 +12,7 @@ import torch
 from pnode.adjoint.gradients import CostGradients
 from pnode.adjoint.nonfinite import check_parameters, check_state
 from pnode.adjoint.sample_adjoint import sample_adjoint
-from pnode.base.evidence import Reads
+from pnode.base.evidence import Reads, project
 from pnode.base.ledger import Ledger, Stats
 from pnode.base.options import log_stage
 from pnode.base.surroundings import Surroundings
@@ -32,6 +32,7 @@ from pnode.solvers.stepping import Step
 from pnode.sweeping import row_compilation
 from pnode.sweeping.engine import Engine
 from pnode.sweeping.run import Requests, Run, Sweep
+from pnode.sweeping.sameness import refuse_another_end
 
 __all__ = ["PassSweep", "Samples", "forward"]
 
@@ -80,6 +81,9 @@ def forward(
     else:
         found = sweep.take(engine, run, field, flat, keep, requests)
     run.sweep, run.used = sweep, field.used
+    if recorded is not None and recorded.tangents is not None:
+        states, *_ = recorded.tangents.pair.parts(found.reshape(len(found), -1))
+        refuse_another_end(recorded.tangents.run, states[-1])
     if not requests.steps:
         found = found.to(layout.dtype)
     return found.reshape(len(found), -1).contiguous(), run
@@ -119,7 +123,9 @@ class PassSweep(Sweep):
         if compiled is not None:
             found = compiled.forward(run.stats)
             if found is not None:
-                self._compiled, run.reads = compiled, Reads(compiled.captured) if keep else None
+                self._compiled = compiled
+                if keep:
+                    run.reads, run.end = Reads(compiled.captured), project(found[-1].reshape(-1))
                 return found
             row_compilation.explain_no_room(engine, field.problem, flat, keep)
         method = self._methods(engine, field, run.stats, keep)

@@ -250,6 +250,8 @@ class Run:
         What is kept of f, if f is known to be unchanged.
     graphs : tuple of FieldGraph
         What was compiled, of f and of its explicit part.
+    end : float or None
+        Of compiled steps of independent samples, what tells their last states.
     lock : RLock
         Held by a backward sweep: those of several threads would share checkpoints and cotangents.
     """
@@ -270,6 +272,7 @@ class Run:
     ys: torch.Tensor | None = None
     standing: Standing | None = None
     graphs: tuple[FieldGraph, ...] = ()
+    end: float | None = None
     lock: Any = field(default_factory=threading.RLock, init=False, repr=False, compare=False)
 
     def count(self, ledger: Ledger, before: int = 0) -> None:

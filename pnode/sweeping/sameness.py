@@ -20,7 +20,10 @@ from pnode.solvers.compiled.compiler import bare
 from pnode.solvers.compiled.evaluations import is_recorded, local
 from pnode.sweeping.run import Run, with_functions
 
-__all__ = ["refuse_another", "refuse_another_slope"]
+__all__ = ["refuse_another", "refuse_another_end", "refuse_another_slope"]
+
+# What round-off and Newton's tolerance may become within a solve.
+_SLACK = 1e-4
 
 
 def refuse_another(run: Run, y0: torch.Tensor) -> None:
@@ -72,3 +75,13 @@ def refuse_another_slope(run: Run, field: VectorField, index: int, slope: torch.
         by = differs(slope, noted[0]) if noted else 0.0
         if by:
             run.problem.ranks.refuse(field.changed(run.problem.times[index], by))
+
+
+def refuse_another_end(run: Run, state: torch.Tensor) -> None:
+    """Compare the last states of steps that were taken again with those of the steps themselves."""
+    if run.end is None:
+        return
+    state = state.detach().reshape(-1)
+    by = differs(state, run.end, _SLACK * float(torch.linalg.vector_norm(state)))
+    if by:
+        raise run.field(Ledger()).changed(run.problem.times[-1], by, "where its solution ends")
