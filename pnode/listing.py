@@ -28,6 +28,7 @@ _FACTS: dict[str, Callable[[Method], Any]] = {
     "checkpoint": lambda method: method.checkpoint,
     "bits": lambda method: method.same_bits,
 }
+_FEW = 12  # values that an error lists
 _CONDITION = re.compile(r"(?P<fact>\w+)\s*(?P<sign>>=|<=|=)\s*(?P<value>.+)")
 _TRUTH = {"yes": True, "true": True, "no": False, "false": False}
 _ORDER = {">=": operator.ge, "<=": operator.le, "=": operator.eq}
@@ -87,7 +88,7 @@ def _condition(text: str) -> Callable[[Method], bool]:
         values = [fact(method) for method in METHODS]
         known = {*chain(*values)} if isinstance(example, list) else {*values}
         if wanted not in known:
-            which = f"; there are {', '.join(sorted(known))}" * (len(known) < len(_FACTS))
+            which = f"; there are {', '.join(sorted(known))}" * (len(known) <= _FEW)
             raise ConfigurationError(f"--filter {text!r}: no method has that{which}")
     if isinstance(example, list):
         return lambda method: wanted in fact(method)

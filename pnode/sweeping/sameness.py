@@ -43,11 +43,10 @@ def refuse_another(run: Run, y0: torch.Tensor) -> None:
     """
     if run.graphs:
         run.problem.ranks.attempt(_compare, run, y0.detach())
-    elif run.sweep is not None and run.settings.method.scheme is not None:
-        if run.settings.method.scheme.explicit and run.sweep.noted(0):
-            field = run.field(Ledger())
-            slope = Rates(field).value(run.problem.times[0], y0.detach())
-            refuse_another_slope(run, field, 0, slope.to(field.dtype))
+    elif _noted(run, 0) is not None:
+        field = run.field(Ledger())
+        slope = Rates(field).value(run.problem.times[0], y0.detach())
+        refuse_another_slope(run, field, 0, slope.to(field.dtype))
 
 
 def _compare(run: Run, y0: torch.Tensor) -> None:
@@ -69,12 +68,19 @@ def _compare(run: Run, y0: torch.Tensor) -> None:
 
 def refuse_another_slope(run: Run, field: VectorField, index: int, slope: torch.Tensor) -> None:
     """Compare f at an output with the first stage of the step that begins there, if one does."""
+    noted = _noted(run, index)
+    by = 0.0 if noted is None else differs(slope, noted)
+    if by:
+        run.problem.ranks.refuse(field.changed(run.problem.times[index], by))
+
+
+def _noted(run: Run, index: int) -> float | None:
+    """Return what tells f at an output, None if no explicit step begins there."""
     scheme = run.settings.method.scheme
-    if run.sweep is not None and scheme is not None and scheme.explicit:
-        noted = run.sweep.noted(index)
-        by = differs(slope, noted[0]) if noted else 0.0
-        if by:
-            run.problem.ranks.refuse(field.changed(run.problem.times[index], by))
+    if run.sweep is None or scheme is None or not scheme.explicit:
+        return None
+    noted = run.sweep.noted(index)
+    return noted[0] if noted else None
 
 
 def refuse_another_end(run: Run, state: torch.Tensor) -> None:

@@ -23,14 +23,7 @@ from pnode.field.rebinding import Rebound
 from pnode.field.stacked import StackedResidual, stacked
 from pnode.field.vectorfield import VectorField, vector_field
 from pnode.problems.problem import InitialValueProblem
-from pnode.solvers.compiled.backend import (
-    Backend,
-    Checked,
-    Compilation,
-    Reason,
-    Trace,
-    Wanted,
-)
+from pnode.solvers.compiled.backend import Backend, Checked, Compilation, Reason, Trace, Wanted
 from pnode.solvers.compiled.evaluations import agree, is_recorded, local, trusted, value_of
 from pnode.solvers.compiled.following import Followed
 from pnode.solvers.compiled.guards import Guard, followed, has_own_derivatives

@@ -27,9 +27,8 @@ class Field {
 
   struct Point {
     Field* field = nullptr;
-    bool known = false;
-    double time = 0.0, y[N], value[N];
-    Numbers seen;
+    double time = 0.0, value[N];
+    Numbers seen;  // of the state
     Tensors saved;  // none where they are to be had from what was seen
   };
 
@@ -49,10 +48,7 @@ class Field {
   void jacobian(double t, const double* y, double* f, double* J) {
     value(t, y, f);
     Point& point = points_[J];
-    point.field = this, point.known = true, point.time = last_.time;
-    std::memcpy(point.y, last_.y, sizeof(point.y));
-    std::memcpy(point.value, last_.value, sizeof(point.value));
-    point.seen = last_.seen;
+    point.field = this, point.time = last_.time, point.seen = last_.seen;
     point.saved.clear();
     found_.clear();
     tried([&] {
@@ -105,16 +101,16 @@ class Field {
 
  private:
   Point& evaluated(double t, const double* y) {
-    const bool there = last_.known && std::memcmp(y, last_.y, sizeof(last_.y)) == 0;
+    const bool there = known_ && std::memcmp(y, y_, sizeof(y_)) == 0;
     if (together->agreed(there && (AUTONOMOUS || t == last_.time))) return last_;
     last_.time = t;
-    std::memcpy(last_.y, y, sizeof(last_.y));
+    std::memcpy(y_, y, sizeof(y_));
     last_.seen.assign(SEEN, 0.0);
     together->failed |= !plan.exchange.gather(y, last_.seen.data());
     last_.saved.clear();
     found_.clear();
     attempted(last_.value, N, [&] { run(last_); });
-    last_.known = !together->failed;  // of this rank: then all evaluate f there again
+    known_ = !together->failed;  // of this rank: then all evaluate f there again
     return last_;
   }
 
@@ -177,7 +173,9 @@ class Field {
     if (!tried(function)) std::fill_n(result, count, NAN);
   }
 
-  Point last_;  // where f was evaluated last
+  Point last_;  // where f was evaluated last, at this state
+  bool known_ = false;
+  double y_[N];
   std::map<const double*, Point> points_;  // of each Jacobian
   Tensors read_, found_;
   const Point* found_at_ = nullptr;
