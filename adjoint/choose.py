@@ -19,9 +19,9 @@ from pnode.adjoint.schedule import (
 )
 from pnode.adjoint.store import CheckpointStore
 from pnode.adjoint.trajectory import Trajectory
+from pnode.base.errors import ConfigurationError
 from pnode.base.ledger import Ledger
 from pnode.base.vectors import REAL
-from pnode.errors import ConfigurationError
 from pnode.problems.checkpointing import Checkpointing
 from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.methods import Method, find_method

@@ -11,8 +11,8 @@ from pnode.adjoint.disk import Key
 from pnode.adjoint.memory import Memory
 from pnode.adjoint.offload import DeviceLevel, Transfer
 from pnode.adjoint.slabs import Tensors
+from pnode.base.errors import CheckpointError
 from pnode.base.ledger import Ledger
-from pnode.errors import CheckpointError
 
 __all__ = ["Device"]
 

@@ -24,8 +24,8 @@ import torch
 from pnode.adjoint.accounts import Account
 from pnode.adjoint.slabs import Tensors
 from pnode.base import private_files
+from pnode.base.errors import CheckpointError, ConfigurationError
 from pnode.base.ledger import Ledger
-from pnode.errors import CheckpointError, ConfigurationError
 
 __all__ = ["Disk", "DiskFolder", "Key"]
 

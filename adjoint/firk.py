@@ -17,9 +17,9 @@ from collections.abc import Sequence
 import torch
 
 from pnode.adjoint.stepper import TorchAdjointStepper
+from pnode.base.errors import LinearSolveFailed, SolveError
 from pnode.base.ledger import Ledger
 from pnode.base.options import SolverOptions
-from pnode.errors import LinearSolveFailed, SolveError
 from pnode.field.linearization import Linearization
 from pnode.field.vectorfield import VectorField
 from pnode.solvers.firk.integrator import refuse_options

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from pnode.base import vectors
+from pnode.base.errors import LinearSolveFailed
 from pnode.base.ledger import Ledger
 from pnode.base.options import OWN_PREFIX, PETSc
 from pnode.base.vectors import REAL
-from pnode.errors import LinearSolveFailed
 from pnode.field.linearization import Products
 from pnode.solvers.linear.linearizer import Point
 from pnode.solvers.linear.shells import JacobianShell, shell_matrix

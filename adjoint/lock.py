@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pnode.base import private_files
-from pnode.errors import CheckpointError
+from pnode.base.errors import CheckpointError
 
 __all__ = ["FolderLock"]
 

@@ -9,7 +9,7 @@ from typing import Any
 from pnode.adjoint.accounts import Account, Kept
 from pnode.adjoint.disk import Disk, Key
 from pnode.adjoint.slabs import Tensors
-from pnode.errors import CheckpointError
+from pnode.base.errors import CheckpointError
 
 __all__ = ["Memory"]
 

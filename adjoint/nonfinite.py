@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from pnode.base.errors import NonFiniteDerivative
 from pnode.base.vectors import is_finite
-from pnode.errors import NonFiniteDerivative
 from pnode.field.vectorfield import VectorField
 from pnode.solvers.stepping import Step
 

@@ -23,7 +23,7 @@ from pnode.adjoint.schedule import (
     StoreStages,
 )
 from pnode.adjoint.sweeper import Sweeper
-from pnode.errors import ConfigurationError
+from pnode.base.errors import ConfigurationError
 
 __all__ = ["OnlineSchedule"]
 

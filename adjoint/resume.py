@@ -28,7 +28,7 @@ from pnode.adjoint.disk import DiskFolder
 from pnode.adjoint.lock import FolderLock
 from pnode.adjoint.store import CheckpointStore
 from pnode.base import private_files
-from pnode.errors import CheckpointError, ConfigurationError
+from pnode.base.errors import CheckpointError, ConfigurationError
 from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.stepping import Step
 

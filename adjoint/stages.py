@@ -10,11 +10,11 @@ import torch
 
 from pnode.adjoint.implicit import ImplicitAdjointStepper
 from pnode.adjoint.stepper import NOTHING, StageCotangents, TorchAdjointStepper
+from pnode.base.errors import SolveError
 from pnode.base.evidence import notes, projector
 from pnode.base.ledger import Ledger
 from pnode.base.options import SolverOptions, log_event
 from pnode.base.vectors import REAL
-from pnode.errors import SolveError
 from pnode.field.linearization import Linearization
 from pnode.field.products import accumulate
 from pnode.field.vectorfield import VectorField

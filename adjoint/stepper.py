@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from pnode.base import vectors
+from pnode.base.errors import SolveError
 from pnode.base.evidence import differs
 from pnode.base.ledger import Ledger
 from pnode.base.options import log_event, log_stage
 from pnode.base.vectors import REAL
-from pnode.errors import SolveError
 from pnode.field.linearization import Linearization, Products
 from pnode.field.products import accumulate
 from pnode.field.vectorfield import VectorField

@@ -26,8 +26,8 @@ from pnode.adjoint.schedule import (
 )
 from pnode.adjoint.steps import Steps
 from pnode.adjoint.store import CheckpointStore
+from pnode.base.errors import CheckpointError, VectorFieldError
 from pnode.base.evidence import Evidence
-from pnode.errors import CheckpointError, VectorFieldError
 from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.stepping import Step

@@ -15,7 +15,7 @@ import systems  # noqa: E402
 project = "pnode"
 author = "pnode developers"
 copyright = "2026, pnode developers"
-release = version = runpy.run_path(str(HERE.parent / "pnode" / "version.py"))["__version__"]
+release = version = runpy.run_path(str(HERE.parent / "pnode/base/version.py"))["__version__"]
 
 extensions = [
     "myst_parser",

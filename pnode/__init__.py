@@ -8,8 +8,8 @@
 
 import sys
 
+from pnode.base.version import __version__
 from pnode.cli import asked_for_doctor
-from pnode.version import __version__
 
 # `python -m pnode doctor` imports this file too, and must run where these imports fail.
 if not asked_for_doctor(sys.argv, sys.orig_argv):

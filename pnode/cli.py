@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Sequence
 
-from pnode.version import __version__
+from pnode.base.version import __version__
 
 __all__ = ["asked_for_doctor", "main"]
 

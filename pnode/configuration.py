@@ -12,10 +12,10 @@ from typing import Any, Literal, TypedDict, TypeVar, get_args
 import numpy as np
 import torch
 
-from pnode.controllers import PID, Norm, check_controller, check_norm
 from pnode.errors import ConfigurationError
 from pnode.problems import arguments, tolerances
 from pnode.problems.checkpointing import Checkpointing, parse_bytes
+from pnode.problems.step_controllers import PID, Norm, check_controller, check_norm
 from pnode.solvers.linear.jacobian_options import jacobian_options
 from pnode.solvers.linear.jacobians import JacobianOptions
 from pnode.solvers.methods import Method

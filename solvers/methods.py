@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from pnode.errors import ConfigurationError
+from pnode.base.errors import ConfigurationError
 from pnode.solvers.firk.tableaus import GAUSS4, GAUSS6, RADAU3, RADAU5
 from pnode.solvers.own_tableaus import BPR3, DOPRI8, FEHLBERG2, HEUN3, TSIT5
 from pnode.solvers.petsc.coefficients import find_scheme

@@ -25,9 +25,9 @@ import torch
 
 from pnode.base import vectors
 from pnode.base.devices import HOST
+from pnode.base.errors import ConfigurationError, SolveError
 from pnode.base.evidence import project
 from pnode.base.options import SolverOptions
-from pnode.errors import ConfigurationError, SolveError
 from pnode.field.vectorfield import VectorField
 from pnode.problems import tolerances
 from pnode.solvers import bdf

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from pnode.base import vectors
+from pnode.base.errors import NonFiniteVectorField, NonlinearSolveFailed, SolveError
 from pnode.base.options import PETSc, SolverOptions
-from pnode.errors import NonFiniteVectorField, NonlinearSolveFailed, SolveError
 from pnode.layout.pair_layout import PairLayout
 from pnode.solvers.petsc.bridge import Bridge
 from pnode.solvers.petsc.failures import newton_error, raise_stored

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pnode.errors import (
+from pnode.base.errors import (
     LinearSolveFailed,
     NonFiniteVectorField,
     NonlinearSolveFailed,

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from pnode.base.devices import HOST
+from pnode.base.errors import ConfigurationError
 from pnode.base.ledger import Ledger
 from pnode.base.noise import noise
 from pnode.base.vectors import REAL, is_finite
-from pnode.errors import ConfigurationError
 from pnode.field.field_checks import undisturbed
 from pnode.field.linearization import Linearization
 from pnode.field.vectorfield import VectorField

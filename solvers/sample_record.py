@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from pnode.base.errors import CheckpointError
 from pnode.base.evidence import differs, project
 from pnode.base.ledger import Ledger
-from pnode.errors import CheckpointError
 from pnode.solvers.sample_field import RowsField
 from pnode.solvers.sample_methods import RowMethod
 

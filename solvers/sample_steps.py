@@ -15,10 +15,7 @@ from typing import Any
 
 import torch
 
-from pnode.base.evidence import project
-from pnode.base.ledger import Ledger
-from pnode.base.vectors import REAL
-from pnode.errors import (
+from pnode.base.errors import (
     LinearSolveFailed,
     NonFiniteVectorField,
     NonlinearSolveFailed,
@@ -26,6 +23,9 @@ from pnode.errors import (
     StepLimitReached,
     StepSizeUnderflow,
 )
+from pnode.base.evidence import project
+from pnode.base.ledger import Ledger
+from pnode.base.vectors import REAL
 from pnode.problems.tolerances import error_norm, in_units
 from pnode.solvers.methods import Method
 from pnode.solvers.sample_failures import WHY, row_grids

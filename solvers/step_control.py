@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from pnode.base import vectors
+from pnode.base.errors import ConfigurationError, StepSizeUnderflow
 from pnode.base.real_times import real_times
 from pnode.base.transforms import depends, plain
-from pnode.controllers import PID, Norm
-from pnode.errors import ConfigurationError, StepSizeUnderflow
 from pnode.field.vectorfield import VectorField
 from pnode.problems import tolerances
 from pnode.problems.problem import InitialValueProblem
+from pnode.problems.step_controllers import PID, Norm
 from pnode.solvers.clock import FixedGrid, PrescribedGrid
 from pnode.solvers.petsc.integrator import TimeIntegrator
 from pnode.solvers.petsc.settings import IntegratorSettings

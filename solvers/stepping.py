@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pnode.base.errors import NonFiniteVectorField, SolveError, StepLimitReached, StepSizeUnderflow
 from pnode.base.ledger import Ledger
-from pnode.errors import NonFiniteVectorField, SolveError, StepLimitReached, StepSizeUnderflow
 from pnode.field.vectorfield import VectorField
 from pnode.solvers.clock import FixedGrid, least_step, move
 from pnode.solvers.petsc.integrator import TimeIntegrator

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pnode.errors import ConfigurationError
+from pnode.base.errors import ConfigurationError
 from pnode.solvers.methods import Method, add
 from pnode.solvers.order_conditions import HIGHEST, TOLERANCE, defect, order_of, parts_of
 from pnode.solvers.scheme import Row, Rows, Scheme

@@ -19,15 +19,11 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"pnode": "pnode", "solvers": "pnode.solvers", "adjoint": "pnode.adjoint"}
 
 # Folders, and modules directly in pnode/ that others may import, in the order of who imports whom:
-# a module imports its own level and lower ones. Directly in pnode/ is the top of the house; of it,
-# nothing below imports anything but names that are public there and import nothing themselves.
+# a module imports its own level and lower ones. Directly in pnode/ is the top of the house.
 LEVELS = {
-    "pnode.errors": 0,
-    "pnode.version": 0,
     "pnode.base": 1,
     "pnode.layout": 2,
     "pnode.problems": 3,
-    "pnode.controllers": 4,
     "pnode.field": 4,
     "pnode.solutions": 4,
     "pnode.solvers": 5,

@@ -22,8 +22,6 @@ FILE_LINES, FUNCTION_LINES = 400, 60
 _DATA = re.compile(r"tableaus|methods|scheme")
 # Where the type of PETSc's TS may decide: the table of methods, and what sets PETSc up.
 _MAY_ASK = re.compile(r"solvers/(methods\.py|petsc)")
-# Directly in pnode/, public, and importing nothing that is above.
-_PUBLIC = {"pnode.controllers", "pnode.errors", "pnode.version"}
 _COMPARED = re.compile(r"ts_type\s*(?:==|!=|in |not in )")
 
 
@@ -127,7 +125,7 @@ def upward_imports(files: list[Source]) -> list[tuple[str, str]]:
         (module, name)
         for module, names in imports(files).items()
         if module.count(".") > 1 and not module.startswith("pnode.diagnosis.")
-        for name in sorted(names - folders - _PUBLIC)
+        for name in sorted(names - folders)
         if name.count(".") == 1
     ]
 
@@ -136,7 +134,7 @@ def folder_circle(files: list[Source]) -> list[str]:
     """Return folders that import each other in a circle, empty if there are none."""
     graph: dict[str, set[str]] = {}
     for module, names in imports(files).items():
-        for name in names - _PUBLIC:
+        for name in names:
             one, other = (".".join(each.split(".")[:-1][:2]) for each in (module, name))
             if one != other and not one.startswith("pnode.diagnosis"):
                 graph.setdefault(one, set()).add(other)

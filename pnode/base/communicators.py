@@ -8,8 +8,8 @@ from typing import Any
 
 from mpi4py import MPI
 
+from pnode.base.errors import ConfigurationError
 from pnode.base.options import PETSc
-from pnode.errors import ConfigurationError
 
 __all__ = ["Reduction", "allreduce", "as_communicator", "clean_up", "own_communicator"]
 

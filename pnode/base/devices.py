@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
+from pnode.base.errors import ConfigurationError
 from pnode.base.launchers import gpu_aware
 from pnode.base.options import PETSc
-from pnode.errors import ConfigurationError
 
 __all__ = ["HOST", "Place", "ordered", "place_of", "random_states", "refuse_unknown"]
 

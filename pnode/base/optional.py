@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from pnode.errors import MissingPackage
+from pnode.base.errors import MissingPackage
 
 __all__ = ["need"]
 

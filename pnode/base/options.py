@@ -17,8 +17,8 @@ import mpi4py.MPI
 import petsctools
 
 from pnode.base import option_names, viewers
+from pnode.base.errors import ConfigurationError
 from pnode.base.signals import leave_signals
-from pnode.errors import ConfigurationError
 
 __all__ = [
     "OWN_PREFIX", "PETSc", "SolverOptions", "failure_reason", "log_event", "log_stage",

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
+from pnode.base.errors import BackwardError
 from pnode.base.ranks import Ranks
 from pnode.base.reals import as_reals, count_reals, from_reals
 from pnode.base.transforms import differentiable
-from pnode.errors import BackwardError
 
 __all__ = ["Replicate", "Total", "of_all_ranks", "replicated"]
 

@@ -19,11 +19,9 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from pnode import errors
+from pnode.base import errors
 from pnode.base.communicators import own_communicator
-from pnode.base.reals import as_reals, count_reals, from_reals
-from pnode.base.vectors import REAL
-from pnode.errors import (
+from pnode.base.errors import (
     ConfigurationError,
     FieldChanged,
     LinearSolveFailed,
@@ -33,6 +31,8 @@ from pnode.errors import (
     RankError,
     SolveError,
 )
+from pnode.base.reals import as_reals, count_reals, from_reals
+from pnode.base.vectors import REAL
 
 __all__ = ["ALONE", "CURABLE", "Ranks"]
 

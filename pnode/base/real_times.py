@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from pnode.base.errors import ConfigurationError
 from pnode.base.transforms import depends
-from pnode.errors import ConfigurationError
 
 __all__ = ["real_times"]
 

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
-from pnode.errors import BackwardError, ConfigurationError
+from pnode.base.errors import BackwardError, ConfigurationError
 
 __all__ = [
     "applied", "batch_is_innermost", "batch_level", "depends", "differentiable", "has_tangent",

@@ -20,8 +20,8 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from pnode.base.devices import HOST, Place
+from pnode.base.errors import ConfigurationError
 from pnode.base.options import PETSc
-from pnode.errors import ConfigurationError
 
 __all__ = [
     "REAL",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pnode.base.devices import ordered, place_of
+from pnode.base.errors import BackwardError
 from pnode.base.graphs import no_graph
 from pnode.base.transforms import (
     applied,
@@ -42,7 +43,6 @@ from pnode.derivatives.second_sweeps import due, may_wait, solved_for, taken_wit
 from pnode.derivatives.stage_tangents import later
 from pnode.derivatives.tangent_solves import batched, may_merge, tangent, tangents_of
 from pnode.derivatives.tangents import unique
-from pnode.errors import BackwardError
 from pnode.field.rebinding import bound
 from pnode.problems.problem import InitialValueProblem
 from pnode.sweeping import sweeps

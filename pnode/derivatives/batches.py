@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from pnode.base.devices import ordered, place_of
+from pnode.base.errors import BackwardError
 from pnode.base.transforms import batch_level, no_tangents, outside, stacked, unbatched
-from pnode.errors import BackwardError
 from pnode.sweeping import sweeps
 from pnode.sweeping.engine import Engine
 from pnode.sweeping.run import Run

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pnode.base.devices import ordered, place_of
+from pnode.base.errors import BackwardError, FieldChanged
 from pnode.base.hooks import hooks_of
 from pnode.base.ledger import Ledger
 from pnode.base.reals import as_reals, count_reals, from_reals
@@ -31,7 +32,6 @@ from pnode.base.transforms import (
     refuse_moving,
     refuse_traced,
 )
-from pnode.errors import BackwardError, FieldChanged
 from pnode.field.held import now
 from pnode.field.products import gradients
 from pnode.problems.problem import InitialValueProblem, StateLayout

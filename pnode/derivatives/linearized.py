@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from pnode.base.errors import ConfigurationError
 from pnode.base.transforms import (
     has_tangent,
     is_wrapped,
@@ -32,7 +33,6 @@ from pnode.derivatives.autograd import AdjointFunction, SolveFunction
 from pnode.derivatives.batches import AdjointsFunction, Runs, Times, takes_batches
 from pnode.derivatives.stages import StageSweep
 from pnode.derivatives.tangent_solves import tangent
-from pnode.errors import ConfigurationError
 from pnode.sweeping.engine import Engine
 from pnode.sweeping.run import Run
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
+from pnode.base.errors import BackwardError
 from pnode.base.evidence import differs, project
 from pnode.base.ledger import Stats
 from pnode.base.surroundings import Surroundings
 from pnode.base.transforms import differentiable, is_legacy_batch
 from pnode.base.vectors import REAL
 from pnode.derivatives.batches import as_parameter
-from pnode.errors import BackwardError
 from pnode.field.products import accumulate
 from pnode.field.vectorfield import record_all
 from pnode.problems.problem import InitialValueProblem

@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import torch
 
+from pnode.base.errors import ConfigurationError
 from pnode.base.ledger import Ledger
 from pnode.base.surroundings import Surroundings
 from pnode.derivatives.tangents import pair_problem, pair_settings
-from pnode.errors import ConfigurationError
 from pnode.field.vectorfield import vector_field
 from pnode.layout.pair_layout import PairLayout
 from pnode.problems.problem import InitialValueProblem

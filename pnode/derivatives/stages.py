@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from pnode.base.devices import ordered, place_of
+from pnode.base.errors import BackwardError, ConfigurationError, FieldChanged
 from pnode.base.transforms import in_forward_mode, is_wrapped, moves, transforms_active
-from pnode.errors import BackwardError, ConfigurationError, FieldChanged
 from pnode.field.held import now
 from pnode.problems.calls import Call
 from pnode.problems.problem import InitialValueProblem

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
+from pnode.base.errors import BackwardError
 from pnode.base.graphs import nodes
 from pnode.base.hooks import hooks_of
 from pnode.base.transforms import is_wrapped, moves
 from pnode.derivatives.plain_norms import PlainNorms
-from pnode.errors import BackwardError
 from pnode.field.products import derivatives
 from pnode.field.rebinding import rebound
 from pnode.layout.ghost_cells import DrivenCells

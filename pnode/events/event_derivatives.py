@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from pnode.base.errors import BackwardError, EventError
 from pnode.base.ledger import Ledger
 from pnode.base.transforms import lowered, moves, outside
-from pnode.errors import BackwardError, EventError
 from pnode.field.products import directional_derivative
 from pnode.problems.problem import InitialValueProblem, StateLayout
 from pnode.sweeping.event_functions import Events, call_event

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from pnode.base.devices import HOST
+from pnode.base.errors import ConfigurationError, NonFiniteVectorField, NonlinearSolveFailed
 from pnode.base.ledger import Ledger
 from pnode.base.noise import noise
 from pnode.base.transforms import outside, plain
 from pnode.base.vectors import REAL
-from pnode.errors import ConfigurationError, NonFiniteVectorField, NonlinearSolveFailed
 from pnode.field.linearization import Linearization
 from pnode.field.rebinding import below
 from pnode.field.vectorfield import VectorField, vector_field

@@ -15,10 +15,10 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from pnode.base.devices import random_states, set_random_states
+from pnode.base.errors import ConfigurationError, FieldChanged, VectorFieldError
 from pnode.base.evidence import LET_NOTHING_CHANGE
 from pnode.base.surroundings import modules_within, owner
 from pnode.base.transforms import is_wrapped
-from pnode.errors import ConfigurationError, FieldChanged, VectorFieldError
 from pnode.field.watching import Numbers
 from pnode.problems.problem import StateLayout
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from pnode.base.devices import HOST
+from pnode.base.errors import BackwardError
 from pnode.base.graphs import nodes
 from pnode.base.vectors import REAL
-from pnode.errors import BackwardError
 
 __all__ = [
     "accumulate",

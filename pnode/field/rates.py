@@ -20,9 +20,9 @@ from typing import Any, Protocol
 import torch
 
 from pnode.base.devices import HOST
+from pnode.base.errors import ConfigurationError, NonlinearSolveFailed
 from pnode.base.noise import noise
 from pnode.base.vectors import REAL
-from pnode.errors import ConfigurationError, NonlinearSolveFailed
 from pnode.field.field_checks import hides_time
 from pnode.field.linearization import Linearization, Products
 from pnode.field.products import accumulate, refused

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from pnode.base.errors import ConfigurationError
 from pnode.base.surroundings import modules_within, owner
 from pnode.base.transforms import has_tangent, is_wrapped, plain, unwrapped
-from pnode.errors import ConfigurationError
 from pnode.field.held import now
 from pnode.problems.problem import InitialValueProblem
 

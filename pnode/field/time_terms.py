@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
+from pnode.base.errors import ConfigurationError
 from pnode.base.rank_sums import Total, replicated
 from pnode.base.ranks import Ranks
 from pnode.base.transforms import differentiable, moves
-from pnode.errors import ConfigurationError
 from pnode.field.products import refused
 from pnode.field.rebinding import bound
 from pnode.problems.problem import InitialValueProblem

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from pnode.base.errors import FieldChanged, VectorFieldError
 from pnode.base.graphs import no_graph
 from pnode.base.hooks import hooks_of
 from pnode.base.ledger import Ledger
-from pnode.errors import FieldChanged, VectorFieldError
 from pnode.field import field_checks as checks
 from pnode.field.distributed import Cells, DistributedLinearization
 from pnode.field.linearization import Linearization, Shared

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from pnode.base.errors import ConfigurationError
 from pnode.base.transforms import (
     has_tangent,
     in_forward_mode,
@@ -19,7 +20,6 @@ from pnode.base.transforms import (
     tensors_of,
     transforms_active,
 )
-from pnode.errors import ConfigurationError
 from pnode.field.products import derivatives
 
 __all__ = ["Numbers", "of_numbers", "unwatched", "watched"]

@@ -10,9 +10,9 @@ import torch
 from pnode.base import vectors
 from pnode.base.communicators import as_communicator, clean_up
 from pnode.base.devices import HOST, place_of
+from pnode.base.errors import ConfigurationError
 from pnode.base.options import PETSc
 from pnode.base.ranks import Ranks
-from pnode.errors import ConfigurationError
 from pnode.layout.layouts import Layout
 
 __all__ = ["GhostLayout"]

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from pnode.base import vectors
+from pnode.base.errors import ConfigurationError
 from pnode.base.options import PETSc
-from pnode.errors import ConfigurationError
 from pnode.layout.layouts import Layout
 
 __all__ = ["as_state", "as_vector"]

@@ -12,9 +12,9 @@ import torch
 from mpi4py import MPI
 
 from pnode.base.communicators import as_communicator
+from pnode.base.errors import ConfigurationError
 from pnode.base.launchers import launcher_mismatch
 from pnode.base.options import PETSc, check_petsc_options
-from pnode.errors import ConfigurationError
 from pnode.layout.dm_layouts import DMLayout
 from pnode.layout.layouts import Layout
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from pnode.base.errors import ConfigurationError, VectorFieldError
 from pnode.base.ranks import Ranks
 from pnode.base.transforms import moves, refuse_moving
-from pnode.errors import ConfigurationError, VectorFieldError
 from pnode.problems.user_state import RowParts, Structure
 
 __all__ = ["Call", "UserFunction", "brings_tensors"]

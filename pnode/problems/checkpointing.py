@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from pnode.errors import ConfigurationError
+from pnode.base.errors import ConfigurationError
 
 __all__ = ["DEFAULT_GRAPHS", "Checkpointing", "parse_bytes"]
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
+from pnode.base.errors import ConfigurationError
 from pnode.base.ranks import Ranks
 from pnode.base.reals import as_reals
 from pnode.base.transforms import is_wrapped, outside
-from pnode.errors import ConfigurationError
 from pnode.problems.problem import InitialValueProblem
 
 __all__ = ["COMPARED", "Given", "agreed", "shared"]

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from pnode.base.errors import ConfigurationError
 from pnode.base.transforms import outside
 from pnode.base.vectors import REAL
-from pnode.errors import ConfigurationError
 from pnode.problems.nullspaces import Bordered, null_spaces, unit_vectors
 from pnode.problems.problem import StateLayout
 

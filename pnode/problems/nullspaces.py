@@ -15,8 +15,8 @@ import scipy  # its parts, which take a quarter of a second, where they are need
 import torch
 
 from pnode.base.devices import HOST
+from pnode.base.errors import ConfigurationError
 from pnode.base.vectors import REAL
-from pnode.errors import ConfigurationError
 
 __all__ = [
     "DENSE_ENTRIES",

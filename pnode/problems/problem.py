@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
+from pnode.base.errors import ConfigurationError
 from pnode.base.ranks import ALONE, Ranks
 from pnode.base.real_times import real_times
 from pnode.base.surroundings import parameters_of, tell_left_behind
 from pnode.base.transforms import moves, plain
 from pnode.base.vectors import is_finite
-from pnode.errors import ConfigurationError
 from pnode.layout.layouts import Layout
 from pnode.problems.windows import Window
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from pnode.base.devices import HOST
+from pnode.base.errors import ConfigurationError
 from pnode.base.vectors import REAL
-from pnode.errors import ConfigurationError
 from pnode.problems import arguments
 from pnode.problems.problem import StateLayout
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from pnode.base.devices import HOST, refuse_unknown
+from pnode.base.errors import ConfigurationError, VectorFieldError
 from pnode.base.ledger import Ledger, Stats
-from pnode.errors import ConfigurationError, VectorFieldError
 from pnode.problems.problem import StateLayout
 
 __all__ = ["Remote", "carry_once", "move", "on_host", "remote"]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from pnode.errors import ConfigurationError
+from pnode.base.errors import ConfigurationError
 
 __all__ = ["RowParts", "Structure"]
 

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from pnode.base.communicators import as_communicator
+from pnode.base.errors import ConfigurationError
 from pnode.base.optional import need
 from pnode.base.ranks import Ranks
-from pnode.errors import ConfigurationError
 from pnode.layout.grids import Grid
 from pnode.solutions.series import array, leaves
 

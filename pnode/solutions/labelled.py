@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from pnode.base.errors import ConfigurationError
 from pnode.base.optional import need
-from pnode.errors import ConfigurationError
 from pnode.layout.grids import Grid
 from pnode.solutions.series import array, chosen_names, leaves, single_clock
 

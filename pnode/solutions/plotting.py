@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from pnode.base.errors import ConfigurationError
 from pnode.base.optional import need
-from pnode.errors import ConfigurationError
 from pnode.solutions.series import array, chosen_names, entry_names, leaves
 
 __all__ = ["plot"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from pnode.base.version import __version__
 from pnode.layout.grids import Grid
 from pnode.solutions import hdf5, labelled, plotting, tables, xdmf
-from pnode.version import __version__
 
 __all__ = ["Presentation"]
 

@@ -7,9 +7,9 @@ from dataclasses import fields
 from typing import Any
 
 from pnode.base.communicators import as_communicator
+from pnode.base.errors import ConfigurationError
 from pnode.base.ledger import Ledger, Stats
 from pnode.base.ranks import Ranks
-from pnode.errors import ConfigurationError
 from pnode.layout.grids import Grid
 from pnode.solutions import hdf5
 from pnode.solutions.solution import Occurrences, Solution

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pnode.errors import ConfigurationError
+from pnode.base.errors import ConfigurationError
 
 __all__ = ["array", "chosen_names", "entry_names", "leaves", "single_clock"]
 

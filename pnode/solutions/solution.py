@@ -11,9 +11,9 @@ from mpi4py import MPI
 from torch.utils._pytree import tree_leaves
 from typing_extensions import TypeVar
 
+from pnode.base.errors import BackwardError, ConfigurationError
 from pnode.base.ledger import Stats
 from pnode.base.options import PETSc
-from pnode.errors import BackwardError, ConfigurationError
 from pnode.layout.petsc_vectors import as_vector
 from pnode.solutions.presentation import Presentation
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pnode.errors import ConfigurationError
+from pnode.base.errors import ConfigurationError
 from pnode.solutions.series import array, chosen_names, entry_names, leaves, single_clock
 
 __all__ = ["as_html", "as_text", "short"]

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from pnode.base.errors import ConfigurationError
 from pnode.base.optional import need
 from pnode.base.ranks import Ranks
-from pnode.errors import ConfigurationError
 from pnode.layout.grids import Grid
 from pnode.solutions.series import array, chosen_names, single_clock
 

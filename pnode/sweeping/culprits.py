@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from pnode.base.errors import NonFiniteDerivative, NonFiniteVectorField
 from pnode.base.vectors import is_finite
-from pnode.errors import NonFiniteDerivative, NonFiniteVectorField
 from pnode.field.vectorfield import VectorField
 
 __all__ = ["naming"]

@@ -12,6 +12,7 @@ import torch
 from numpy.polynomial.polynomial import polyder, polyval
 
 from pnode.base import vectors
+from pnode.base.errors import NonFiniteVectorField
 from pnode.base.interpolation import (
     Extension,
     Hermite,
@@ -22,7 +23,6 @@ from pnode.base.interpolation import (
     lagrange_polynomials,
     polynomial,
 )
-from pnode.errors import NonFiniteVectorField
 from pnode.field.rates import Rates
 from pnode.field.vectorfield import VectorField
 from pnode.solvers.methods import Method

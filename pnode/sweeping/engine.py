@@ -17,8 +17,8 @@ from pnode.adjoint.create import create_adjoint
 from pnode.adjoint.stepper import AdjointStepper
 from pnode.base.communicators import clean_up
 from pnode.base.devices import HOST, place_of
+from pnode.base.errors import ConfigurationError
 from pnode.base.options import SolverOptions, next_prefix
-from pnode.errors import ConfigurationError
 from pnode.field.field_checks import undisturbed
 from pnode.field.vectorfield import VectorField, vector_field
 from pnode.layout.layouts import Layout

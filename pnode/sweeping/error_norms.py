@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pnode.errors import ConfigurationError
+from pnode.base.errors import ConfigurationError
 from pnode.problems.calls import Call
 from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.step_control import StepControl, check_grid

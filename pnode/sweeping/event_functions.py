@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pnode.errors import ConfigurationError, EventError
+from pnode.base.errors import ConfigurationError, EventError
 from pnode.problems.problem import StateLayout
 
 __all__ = ["Event", "Events", "call_event"]

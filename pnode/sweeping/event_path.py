@@ -14,8 +14,8 @@ import torch
 from pnode.adjoint.identity import describe
 from pnode.base import vectors
 from pnode.base.devices import HOST
+from pnode.base.errors import EventError
 from pnode.base.interpolation import hermite, lagrange
-from pnode.errors import EventError
 from pnode.field.vectorfield import VectorField
 from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.compiled.event_programs import EventPrograms

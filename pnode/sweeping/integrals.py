@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from pnode.base.errors import ConfigurationError, SolveError, VectorFieldError
 from pnode.base.transforms import is_wrapped, tensors_of
 from pnode.base.vectors import REAL
-from pnode.errors import ConfigurationError, SolveError, VectorFieldError
 from pnode.field.field_checks import wrong_result
 from pnode.layout.ghost_cells import DrivenCells
 from pnode.layout.pair_layout import PairLayout

@@ -6,10 +6,10 @@ from collections.abc import Sequence, Set
 
 import torch
 
+from pnode.base.errors import BackwardError
 from pnode.base.ledger import Ledger, Stats
 from pnode.base.transforms import moves, no_tangents, transforms_active
 from pnode.base.vectors import REAL
-from pnode.errors import BackwardError
 from pnode.field.held import now
 from pnode.field.rates import Rates, as_function
 from pnode.field.rebinding import bound

@@ -18,9 +18,9 @@ import torch
 from pnode.adjoint.reverse import NodeCotangents
 from pnode.adjoint.stepper import StageCotangents
 from pnode.adjoint.trajectory import Trajectory
+from pnode.base.errors import NonFiniteDerivative, NonFiniteVectorField, SolveError
 from pnode.base.evidence import Evidence, differs, project
 from pnode.base.vectors import REAL, is_finite
-from pnode.errors import NonFiniteDerivative, NonFiniteVectorField, SolveError
 from pnode.field.linearization import Linearization
 from pnode.field.products import accumulate
 from pnode.field.vectorfield import VectorField

@@ -21,8 +21,8 @@ from pnode.adjoint.steps import Steps
 from pnode.adjoint.store import CheckpointStore
 from pnode.adjoint.trajectory import Trajectory
 from pnode.base import vectors
+from pnode.base.errors import ConfigurationError
 from pnode.base.vectors import REAL
-from pnode.errors import ConfigurationError
 from pnode.problems.checkpointing import Checkpointing
 from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.compiled.budgets import Budget

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from pnode.base.errors import CheckpointError
 from pnode.base.options import OWN_PREFIX, SolverOptions
-from pnode.errors import CheckpointError
 from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.compiled.backend import Wanted
 from pnode.solvers.compiled.row_driver import Rows, RowSweep

@@ -12,12 +12,12 @@ import torch
 from pnode.adjoint.gradients import CostGradients
 from pnode.adjoint.nonfinite import check_parameters, check_state
 from pnode.adjoint.sample_adjoint import sample_adjoint
+from pnode.base.errors import BackwardError
 from pnode.base.evidence import Reads, project
 from pnode.base.ledger import Ledger, Stats
 from pnode.base.options import log_stage
 from pnode.base.surroundings import Surroundings
 from pnode.base.vectors import REAL, is_finite
-from pnode.errors import BackwardError
 from pnode.field.held import now
 from pnode.field.vectorfield import record_all
 from pnode.problems import tolerances

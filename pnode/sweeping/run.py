@@ -12,10 +12,10 @@ from typing import Any, TypeAlias
 import torch
 
 from pnode.adjoint.gradients import CostGradients
+from pnode.base.errors import FieldChanged
 from pnode.base.evidence import Reads
 from pnode.base.ledger import Ledger, Stats
 from pnode.base.surroundings import Surroundings
-from pnode.errors import FieldChanged
 from pnode.field.held import held, now
 from pnode.field.vectorfield import VectorField, record_all, vector_field
 from pnode.layout.pair_layout import PairLayout

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 
+from pnode.base.errors import FieldChanged
 from pnode.base.evidence import LET_NOTHING_CHANGE, differs
 from pnode.base.ledger import Ledger
-from pnode.errors import FieldChanged
 from pnode.field.held import now
 from pnode.field.rates import Rates
 from pnode.field.stacked import stacked

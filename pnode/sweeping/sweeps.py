@@ -12,11 +12,11 @@ import torch
 
 from pnode.adjoint.gradients import CostGradients
 from pnode.adjoint.tangent_stepper import Moving
+from pnode.base.errors import ConfigurationError, NonlinearSolveFailed
 from pnode.base.evidence import Reads
 from pnode.base.ledger import new_stats
 from pnode.base.notices import LOG
 from pnode.base.surroundings import Surroundings
-from pnode.errors import ConfigurationError, NonlinearSolveFailed
 from pnode.field.vectorfield import note_kept, record_all, vector_field
 from pnode.problems.problem import InitialValueProblem
 from pnode.solvers.compiled.account import calls

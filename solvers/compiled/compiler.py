@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from pnode.base.errors import ConfigurationError
 from pnode.base.ledger import Ledger
 from pnode.base.notices import outside
 from pnode.base.ranks import ALONE
-from pnode.errors import ConfigurationError
 from pnode.field.field_checks import undisturbed
 from pnode.field.rebinding import Rebound
 from pnode.field.stacked import StackedResidual, stacked

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 
+from pnode.base.errors import SolveError
 from pnode.base.ranks import ALONE
-from pnode.errors import SolveError
 from pnode.field.vectorfield import VectorField
 from pnode.solvers.compiled.trace import FieldGraph
 

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from pnode.base.devices import HOST
+from pnode.base.errors import NonFiniteVectorField, SolveError
 from pnode.base.interpolation import polynomial
 from pnode.base.options import PETSc, SolverOptions
 from pnode.base.vectors import REAL
-from pnode.controllers import ErrorMemory
-from pnode.errors import NonFiniteVectorField, SolveError
 from pnode.field.vectorfield import VectorField
 from pnode.problems import tolerances
+from pnode.problems.step_controllers import ErrorMemory
 from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.compiled.inductor import Compiled
 from pnode.solvers.compiled.steps import StepGraphs, Tensors

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from pnode.base.errors import ConfigurationError, LinearSolveFailed
 from pnode.base.ledger import Ledger
-from pnode.errors import ConfigurationError, LinearSolveFailed
 from pnode.solvers.clock import PrescribedGrid
 from pnode.solvers.petsc.settings import IntegratorSettings
 from pnode.solvers.step_control import StepControl, fixed_grid

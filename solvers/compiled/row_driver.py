@@ -9,11 +9,7 @@ from typing import Any
 
 import torch
 
-from pnode.base.ledger import Ledger
-from pnode.base.options import log_stage
-from pnode.base.transforms import outside
-from pnode.base.vectors import REAL
-from pnode.errors import (
+from pnode.base.errors import (
     BackwardError,
     LinearSolveFailed,
     NonFiniteVectorField,
@@ -22,6 +18,10 @@ from pnode.errors import (
     StepLimitReached,
     StepSizeUnderflow,
 )
+from pnode.base.ledger import Ledger
+from pnode.base.options import log_stage
+from pnode.base.transforms import outside
+from pnode.base.vectors import REAL
 from pnode.problems.problem import InitialValueProblem
 from pnode.problems.tolerances import Resolved
 from pnode.solvers.compiled import driver

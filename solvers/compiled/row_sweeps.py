@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from pnode.base.errors import ConfigurationError
 from pnode.base.ledger import Ledger
 from pnode.base.ranks import ALONE
 from pnode.base.vectors import REAL
-from pnode.errors import ConfigurationError
 from pnode.field.vectorfield import VectorField, record_all
 from pnode.problems.calls import UserFunction
 from pnode.problems.checkpointing import Checkpointing

@@ -9,7 +9,7 @@ ACM Trans. Math. Softw. 20 (1994) 496-517.
 
 from __future__ import annotations
 
-from pnode.controllers import ErrorMemory
+from pnode.problems.step_controllers import ErrorMemory
 
 __all__ = ["PredictiveControl", "RememberedControl"]
 

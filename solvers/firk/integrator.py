@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from pnode.base import vectors
+from pnode.base.errors import ConfigurationError, LinearSolveFailed, SolveError
 from pnode.base.evidence import project
 from pnode.base.options import SolverOptions
-from pnode.controllers import PID
-from pnode.errors import ConfigurationError, LinearSolveFailed, SolveError
 from pnode.field.linearization import Linearization
 from pnode.field.vectorfield import VectorField
 from pnode.problems import tolerances
+from pnode.problems.step_controllers import PID
 from pnode.solvers.checkpoint import Checkpoint
 from pnode.solvers.firk.control import PredictiveControl, RememberedControl
 from pnode.solvers.firk.stage_newton import StageNewton, Stages

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from pnode.base.devices import HOST
+from pnode.base.errors import LinearSolveFailed, NonlinearSolveFailed, SolveError
 from pnode.base.options import SolverOptions
 from pnode.base.vectors import REAL
-from pnode.errors import LinearSolveFailed, NonlinearSolveFailed, SolveError
 from pnode.field.linearization import Linearization
 from pnode.problems.tolerances import values
 from pnode.solvers.firk.systems import AnyJacobian, Blocks, CoupledSystem, Krylov, SimplifiedSystem

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from pnode.base.devices import Place
+from pnode.base.errors import ConfigurationError
 from pnode.base.ranks import Ranks
 from pnode.base.vectors import REAL
-from pnode.errors import ConfigurationError
 from pnode.field.linearization import Linearization
 from pnode.problems.mass import MassMatrix
 from pnode.solvers.firk.gmres import gmres

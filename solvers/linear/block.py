@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from pnode.base.devices import HOST, Place
+from pnode.base.errors import ConfigurationError
 from pnode.base.evidence import projection_weights
 from pnode.base.options import PETSc, log_event
 from pnode.base.vectors import REAL, copy_in, view
-from pnode.errors import ConfigurationError
 from pnode.field.linearization import Linearization
 from pnode.problems.problem import StateLayout
 from pnode.solvers.linear.assembly import Assembly, differ

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import scipy  # scipy.sparse, which takes a tenth of a second, where it is needed
 
+from pnode.base.errors import LinearSolveFailed
 from pnode.base.options import PETSc
 from pnode.base.ranks import Ranks
-from pnode.errors import LinearSolveFailed
 from pnode.solvers.linear.linearizer import Linearizer
 
 __all__ = ["DirectSolves", "judge"]

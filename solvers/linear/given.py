@@ -10,9 +10,9 @@ import scipy  # scipy.sparse, which takes a tenth of a second, where it is neede
 import torch
 
 from pnode.base.devices import HOST, Place
+from pnode.base.errors import ConfigurationError, VectorFieldError
 from pnode.base.options import PETSc
 from pnode.base.vectors import REAL, set_dense_type
-from pnode.errors import ConfigurationError, VectorFieldError
 from pnode.problems.transfers import remote
 from pnode.solvers.linear.dense import DenseAssembly
 from pnode.solvers.linear.linearizer import Linearizer, Point

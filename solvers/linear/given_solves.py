@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pnode.base.errors import ConfigurationError
 from pnode.base.options import PETSc
-from pnode.errors import ConfigurationError
 
 __all__ = ["FLEXIBLE", "GivenSolve"]
 

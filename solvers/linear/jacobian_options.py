@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from pnode.base.errors import ConfigurationError
 from pnode.base.options import PETSc
-from pnode.errors import ConfigurationError
 from pnode.solvers.linear.given import GivenMatrix, as_matrix
 from pnode.solvers.linear.given_solves import GivenSolve
 from pnode.solvers.linear.jacobians import JacobianOptions

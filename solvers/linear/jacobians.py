@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from pnode.base.devices import HOST, Place
+from pnode.base.errors import ConfigurationError
 from pnode.base.vectors import is_finite
-from pnode.errors import ConfigurationError
 from pnode.layout.layouts import Layout
 from pnode.problems.problem import StateLayout
 from pnode.solvers.linear.assembly import Assembly, differ, finite, probe

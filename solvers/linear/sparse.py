@@ -10,11 +10,11 @@ import torch
 
 from pnode.base.communicators import as_communicator
 from pnode.base.devices import HOST, Place
+from pnode.base.errors import ConfigurationError
 from pnode.base.evidence import projection_weights
 from pnode.base.noise import noise
 from pnode.base.options import PETSc
 from pnode.base.vectors import REAL
-from pnode.errors import ConfigurationError
 from pnode.field.linearization import Linearization
 from pnode.solvers.linear.assembly import Assembly, differ
 from pnode.solvers.linear.linearizer import Linearizer, Point

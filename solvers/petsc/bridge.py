@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from pnode.base.devices import HOST
+from pnode.base.errors import ConfigurationError
 from pnode.base.evidence import Note, project, projector
 from pnode.base.vectors import REAL, are_moderate, copy_in, copy_out, fill, is_moderate, view
-from pnode.errors import ConfigurationError
 from pnode.field.linearization import Linearization
 from pnode.field.vectorfield import VectorField
 from pnode.solvers.linear.jacobians import Jacobian

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from pnode.base.options import PETSc, failure_reason
-from pnode.errors import (
+from pnode.base.errors import (
     LinearSolveFailed,
     NonFiniteDerivative,
     NonFiniteVectorField,
     NonlinearSolveFailed,
     SolveError,
 )
+from pnode.base.options import PETSc, failure_reason
 from pnode.solvers.petsc.bridge import Bridge
 
 __all__ = [

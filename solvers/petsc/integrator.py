@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from pnode.base import vectors
+from pnode.base.errors import NonlinearSolveFailed, SolveError
 from pnode.base.evidence import project
 from pnode.base.options import PETSc, SolverOptions, log_stage
 from pnode.base.ranks import ALONE, CURABLE
-from pnode.errors import NonlinearSolveFailed, SolveError
 from pnode.field.linearization import Linearization
 from pnode.field.vectorfield import VectorField
 from pnode.solvers.checkpoint import Checkpoint

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from pnode.base import vectors
+from pnode.base.errors import ConfigurationError
 from pnode.base.options import PETSc, SolverOptions
-from pnode.controllers import ErrorMemory
-from pnode.errors import ConfigurationError
 from pnode.problems import tolerances
+from pnode.problems.step_controllers import ErrorMemory
 from pnode.solvers.petsc.bridge import Bridge
 from pnode.solvers.petsc.library import evaluate_step
 from pnode.solvers.petsc.settings import IntegratorSettings

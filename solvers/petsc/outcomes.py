@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pnode.errors import SolveError
+from pnode.base.errors import SolveError
 
 __all__ = ["StepOutcome"]
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from pnode.base.errors import ConfigurationError
 from pnode.base.options import SolverOptions
 from pnode.base.vectors import REAL, copy_in, copy_out, is_moderate
-from pnode.errors import ConfigurationError
 from pnode.field.field_checks import hides_time
 from pnode.field.linearization import Linearization
 from pnode.field.vectorfield import VectorField

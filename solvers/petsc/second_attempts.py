@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from pnode.base.errors import SolveError
 from pnode.base.options import SolverOptions
-from pnode.errors import SolveError
 from pnode.solvers.linear.jacobians import Jacobian
 from pnode.solvers.petsc.settings import IntegratorSettings
 

@@ -10,7 +10,7 @@ import torch
 
 from pnode.base.devices import HOST, Place
 from pnode.base.options import PETSc
-from pnode.controllers import DEADBEAT, PID, Norm, controller_options
+from pnode.problems.step_controllers import DEADBEAT, PID, Norm, controller_options
 from pnode.problems.tolerances import Resolved
 from pnode.solvers.linear.block import BLOCK_LU
 from pnode.solvers.linear.given_solves import GivenSolve

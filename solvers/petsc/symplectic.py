@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from pnode.base.devices import HOST
+from pnode.base.errors import ConfigurationError
 from pnode.base.evidence import project
 from pnode.base.options import PETSc
 from pnode.base.vectors import REAL, copy_in, copy_out, fill, view
-from pnode.errors import ConfigurationError
 from pnode.field.vectorfield import VectorField
 from pnode.problems.problem import StateLayout
 from pnode.solvers.methods import Method

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from pnode.base import vectors
+from pnode.base.errors import ConfigurationError
 from pnode.base.options import PETSc, SolverOptions
-from pnode.errors import ConfigurationError
 from pnode.solvers.linear.direct import judge
 from pnode.solvers.linear.given_solves import GivenSolve
 from pnode.solvers.linear.jacobians import Jacobian, create_assembly

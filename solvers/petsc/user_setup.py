@@ -6,9 +6,9 @@ import re
 from typing import Any
 
 from pnode.base.communicators import as_communicator
+from pnode.base.errors import ConfigurationError
 from pnode.base.options import SolverOptions
 from pnode.base.ranks import Ranks
-from pnode.errors import ConfigurationError
 from pnode.solvers.methods import Method
 
 __all__ = ["call_user"]
