@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -279,10 +281,32 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert pnode.load(path).ys.item() == 1.0
 
 
+@pytest.mark.parametrize("name", ["save", "write_xdmf"])
+def test_where_nothing_can_be_written(name, tmp_path, monkeypatch):
+    pytest.importorskip("h5py"), pytest.importorskip("meshio")
+    solution = made([0.0], torch.ones(1, 8))
+    write = partial(getattr(solution, name), **({} if name == "save" else {"grid": Grid((8,))}))
+    (tmp_path / "folder.xdmf").mkdir()
+    for path, message in (
+        (tmp_path / "none" / "a.xdmf", r"none/a.xdmf': there is no folder '.*none'; make it"),
+        (tmp_path / "folder.xdmf", "is a folder: give the name of a file in it"),
+        (None, "path=None: give the name of a file"),
+        (3, "path=3: give the name of a file"),
+    ):
+        with pytest.raises(pnode.ConfigurationError, match=message):
+            write(path)
+    monkeypatch.setattr(os, "access", lambda *arguments: False)  # root may write everywhere
+    with pytest.raises(pnode.ConfigurationError, match="nothing may be written into"):
+        write(tmp_path / "a.xdmf")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.xdmf"]
+
+
 def test_what_cannot_be_loaded(tmp_path):
     h5py = pytest.importorskip("h5py")
     with pytest.raises(pnode.ConfigurationError, match="no such file"):
         pnode.load(tmp_path / "none.h5")
+    with pytest.raises(pnode.ConfigurationError, match="path=None: give the name of a file"):
+        pnode.load(None)
     (tmp_path / "text.h5").write_text("something else")
     with pytest.raises(pnode.ConfigurationError, match="is not a file that save"):
         pnode.load(tmp_path / "text.h5")

@@ -23,6 +23,7 @@ import torch
 from pnode.base.communicators import as_communicator
 from pnode.base.errors import ConfigurationError
 from pnode.base.optional import need
+from pnode.base.paths import path_of, target_of
 from pnode.base.ranks import Ranks
 from pnode.layout.grids import Grid
 from pnode.solutions.series import array, leaves
@@ -93,7 +94,8 @@ def _received(ranks: Ranks) -> Iterator[dict[str, Any] | None]:
 
 def _write_all(h5py: Any, path: Any, contents: Any, grid: Grid | None, version: str) -> None:
     """Write the parts of all ranks: in full, or not at all. What was there stays until then."""
-    unfinished, number, complete = f"{os.fspath(path)}.part", 0, True
+    path = target_of(path)
+    unfinished, number, complete = f"{path}.part", 0, True
     try:
         with h5py.File(unfinished, "w") as file:
             for number, content in enumerate(contents, 1):
@@ -147,19 +149,20 @@ def _contents(solution: Any, grid: Grid | None) -> dict[str, Any]:
 def open_file(path: Any) -> Any:
     """Open a file of :func:`write`; its ``with`` closes it. Not collective."""
     h5py = need("h5py", "io", "load()")
+    path = path_of(path)
     if not os.path.exists(path):
-        raise ConfigurationError(f"path={os.fspath(path)!r}: there is no such file")
+        raise ConfigurationError(f"path={path!r}: there is no such file")
     try:
         file = h5py.File(path, "r")
     except OSError as error:
         raise ConfigurationError(
-            f"path={os.fspath(path)!r} is not a file that save() has finished: {error}"
+            f"path={path!r} is not a file that save() has finished: {error}"
         ) from error
     kind, version = file.attrs.get("format"), file.attrs.get("version")
     if kind != FORMAT or version > VERSION:
         file.close()
         what = "is no solution of pnode's" if kind != FORMAT else "was written by a newer pnode"
-        raise ConfigurationError(f"path={os.fspath(path)!r} {what}")
+        raise ConfigurationError(f"path={path!r} {what}")
     return file
 
 

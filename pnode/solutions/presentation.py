@@ -102,7 +102,7 @@ class Presentation:
         ------
         ConfigurationError
             If the state is in containers other than tuples, lists, dicts and NamedTuples, or is
-            not the grid's.
+            not the grid's, or if no file can be written there.
         MissingPackage
             Without h5py: ``pip install 'pnode[io]'``.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 
 from pnode.base.errors import ConfigurationError
 from pnode.base.optional import need
+from pnode.base.paths import target_of
 from pnode.base.ranks import Ranks
 from pnode.layout.grids import Grid
 from pnode.solutions.series import array, chosen_names, single_clock
@@ -110,9 +110,9 @@ def _per_dimension(name: str, value: Any, dimensions: int) -> list[float]:
 def _open(path: Any, mesh: tuple[np.ndarray, list[tuple[str, np.ndarray]]]) -> Any:
     meshio = need("meshio", "io", "write_xdmf()")
     h5py = need("h5py", "io", "write_xdmf()")
-    target = Path(os.fspath(path))
+    target = Path(target_of(path))
     if target.suffix != ".xdmf":
-        raise ConfigurationError(f"path={os.fspath(path)!r} must end in .xdmf")
+        raise ConfigurationError(f"path={str(target)!r} must end in .xdmf")
     writer = meshio.xdmf.TimeSeriesWriter(target)
     # meshio's own __enter__ would put this file into the current folder.
     writer.h5_filename = str(target.with_suffix(".h5"))
