@@ -98,19 +98,18 @@ class Factors {
     return &V[size_t(j) * N];
   }
 
-  // Classical Gram-Schmidt, whose sums ranks add up at once. Return what is left of v: by Pythagoras
-  // while that loses two digits at most, so that there is no other sum.
+  // Classical Gram-Schmidt, whose sums ranks add up at once. Return what is left of v, added up once
+  // more: as h . h less than v . v it would be wrong as soon as the basis is a little, and make the next
+  // vector no unit one, by which the basis is lost within some 20 iterations.
   double orthogonalize(int j, double* v) {
-    double h[CYCLE + 1];
+    double h[CYCLE];
     for (int i = 0; i <= j; i++) h[i] = dot(v, &V[size_t(i) * N]);
-    h[j + 1] = dot(v, v);
-    sum(h, j + 2);
-    double square = h[j + 1];
+    sum(h, j + 1);
     for (int i = 0; i <= j; i++) {
       add(-h[i], &V[size_t(i) * N], v);
-      H[i][j] = h[i], square -= h[i] * h[i];
+      H[i][j] = h[i];
     }
-    return square > 1e-2 * h[j + 1] ? std::sqrt(square) : length(v);
+    return length(v);
   }
 
   void rotate(int j, double next) {
