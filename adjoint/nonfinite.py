@@ -12,7 +12,7 @@ from pnode.base.vectors import is_finite
 from pnode.field.vectorfield import VectorField
 from pnode.solvers.stepping import Step
 
-__all__ = ["check_parameters", "check_state", "refuse_state"]
+__all__ = ["check_parameters", "check_state", "check_tangents", "refuse_state"]
 
 _REMEDY = (
     "keep the state away from there, or write the field so that its derivative exists "
@@ -108,6 +108,39 @@ def check_parameters(
                 f"it is not finite somewhere between here and the end; {_REMEDY}",
                 time=direction * step.start, step=step.index, method=method,
             )  # fmt: skip
+
+
+def check_tangents(
+    state: torch.Tensor, tangents: Sequence[torch.Tensor], given: Sequence[torch.Tensor],
+    times: Sequence[float], method: str,
+) -> None:  # fmt: skip
+    """Refuse tangents of outputs that are not finite where these and what is given are.
+
+    Parameters
+    ----------
+    state, tangents : Tensor, sequence of Tensor
+        Of the outputs, shape ``(..., T, size)``.
+    given : sequence of Tensor
+        Tangents of what the solve was given.
+    times : sequence of float
+        Of the outputs.
+    method : str
+        The method's name.
+
+    Raises
+    ------
+    NonFiniteDerivative
+        If there is one.
+    """
+    if all(map(is_finite, tangents)) or not all(map(is_finite, (state, *given))):
+        return
+    bad = torch.stack([(~torch.isfinite(one)).reshape(-1, *one.shape[-2:]) for one in tangents])
+    output, entry = bad.any(0).any(0).nonzero()[0].tolist()
+    raise NonFiniteDerivative(
+        f"a tangent of the solve is NaN or infinite at entry {entry} of the state: a derivative of "
+        f"the vector field is not finite somewhere before; {_REMEDY}",
+        time=times[output], method=method,
+    )  # fmt: skip
 
 
 def _first_entry(gradient: torch.Tensor) -> int:

@@ -290,3 +290,36 @@ def test_auto_makes_code_for_tangents_once_they_have_paid(monkeypatch):
     assert "compiled='whole sweeps'" in repr(solver)
     assert len(again) < 10
     assert max(difference(one, found[0]) for one in found) < 1e-12
+
+
+@pytest.mark.parametrize("transform", ["jvp", "jacfwd", "linearize", "sensitivities", "twice"])
+def test_tangents_that_are_not_finite_are_refused(transform):
+    """As gradients are: f is finite at y = 0, its derivative is not. NaN that is given passes."""
+
+    def f(t, y):
+        return -torch.sqrt(y[:1] * y[1:]).expand(2) if transform != "twice" else -(y.abs() ** 1.5)
+
+    solver = pnode.Solver(f, method="rk4", step_size=0.1)
+    y0 = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    v = torch.tensor([1.0, 0.5], dtype=torch.float64)
+
+    def end(y):
+        return solver(y, [0.0, 0.3]).ys[-1]
+
+    def along(y):
+        return torch.func.jvp(end, (y,), (v,))[1]
+
+    calls = {
+        "jvp": lambda: along(y0),
+        "jacfwd": lambda: torch.func.jacfwd(end)(y0),
+        "linearize": lambda: torch.func.linearize(end, y0)[1](v),
+        "sensitivities": lambda: pnode.sensitivities(solver, y0, [0.0, 0.3], mode="forward"),
+        "twice": lambda: torch.func.jvp(along, (y0,), (v,)),
+    }
+    with pytest.raises(pnode.errors.NonFiniteDerivative, match="NaN or infinite"):
+        calls[transform]()
+    if transform == "jvp":
+        smooth = pnode.Solver(lambda t, y: -y, method="rk4", step_size=0.1)
+        given = (torch.full_like(y0, torch.nan),)
+        found = torch.func.jvp(lambda y: smooth(y, [0.0, 0.3]).ys, (y0,), given)[1]
+        assert bool(found.isnan().all())

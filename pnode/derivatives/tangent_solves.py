@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pnode.adjoint.nonfinite import check_tangents
 from pnode.base.devices import ordered, place_of
 from pnode.base.transforms import (
     batch_is_innermost,
@@ -134,6 +135,7 @@ def tangent(
     if not reverse and only_forward_mode(own):
         known = of_stages(engine, run, pair, y0, start, directions)
         if known is not None and not recorded:
+            _check(run, pair, known, (start, *inputs[len(parameters) :]))
             return pair, x0, known, taken
         requests = replace(requests, known=known)
         kept = recorded
@@ -152,11 +154,23 @@ def tangent(
                 xs, one = sweeps.forward(engine, of_both, lowered(x0).clone(), False, requests)
                 leave(xs)
             taken.append(one)
+    _check(run, pair, xs, (start, *inputs[len(parameters) :]))
     for one in taken.all():
         one.roots, one.last = run.roots, run.last
         run.stats.tangents.add(one.stats)
         one.stats.backward, one.stats.tangents = run.stats.backward, run.stats.tangents
     return pair, x0, xs.reshape(number, -1), taken
+
+
+def _check(run: Run, pair: PairLayout, xs: torch.Tensor, given: Sequence[torch.Tensor]) -> None:
+    """Refuse tangents that are not finite; see :func:`check_tangents`. Collective."""
+    problem = run.problem
+    times = [problem.direction * time for time in problem.times]
+    with outside(), torch.no_grad(), problem.ranks.together():
+        state, *tangents = pair.parts(lowered(xs).detach())
+        along = [lowered(one).detach() for one in given]
+        method = run.settings.method.name
+        problem.ranks.attempt(check_tangents, state, tangents, along, times, method)
 
 
 def joined(requests: Requests, y0: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
