@@ -1,5 +1,5 @@
 # make demo    set up and run the main example
-# make test    set up, then lint, types and tests
+# make test    set up, then lint, types and all tests but the slow ones
 # make quick   the sharpest test of each area
 #
 # Variables (make NAME=VALUE, or in the environment):
@@ -7,7 +7,7 @@
 #   PETSC_DIR        an existing PETSc to build petsc4py against (PETSC_ARCH if it has one)
 #   TORCH_INDEX_URL  package index for torch alone, for example
 #                    https://download.pytorch.org/whl/cpu; default: pip's own
-#   JOBS             number of processes of make test and make quick; default: one per core
+#   JOBS             number of processes of the tests; default: one per core
 #   RANKS            number of processes of make examples; default: 1
 #   WHEELS           folder of prebuilt wheels, searched beside pip's own places
 #   BENCH            options of the benchmarks: BENCH=--quick
@@ -31,12 +31,19 @@ PYTEST = $(RUN) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 # What tests compile is kept, as what users compile is; a file's name says all that it is made of.
 WARM := PNODE_CACHE_DIR=$(abspath $(VENV))/compiled
 
+# Argument: an expression of marks.
+define run_tests
+@! [ -d $(VENV)/compiled ] || find $(VENV)/compiled -type f -mtime +28 -delete
+$(WARM) $(PYTEST) -q -m '$(1)' --ignore=tests/mpi tests
+$(WARM) $(RUN) $(BIN)/python tools/run_ranks.py -m '$(1)'
+endef
+
 export OPENBLAS_NUM_THREADS := 1
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup same-petsc demo examples gallery test quick lint format docs docs-browser bench peers clean
+.PHONY: help setup same-petsc demo examples gallery test test-slow test-all quick lint format docs docs-browser bench peers clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -54,10 +61,15 @@ examples: setup ## run the parallel examples on RANKS processes (1)
 gallery: setup ## run the gallery's examples in full, into results/ (what is done is left out)
 	$(RUN) $(BIN)/python tools/gallery.py
 
-test: lint ## lint, types, then all tests
-	@! [ -d $(VENV)/compiled ] || find $(VENV)/compiled -type f -mtime +28 -delete
-	$(WARM) $(PYTEST) -q --ignore=tests/mpi tests
-	$(WARM) $(RUN) $(BIN)/python tools/run_ranks.py
+test: lint ## lint, types, then all tests but those of tests/slow.txt
+	$(call run_tests,not slow)
+
+test-slow: setup ## the tests of tests/slow.txt
+	$(call run_tests,slow)
+
+test-all: ## both, as CI does
+	@$(MAKE) --no-print-directory test
+	@$(MAKE) --no-print-directory test-slow
 
 quick: setup ## the sharpest test of each area
 	$(WARM) $(PYTEST) -q $$(grep -v '^#' tests/quick.txt)

@@ -1,5 +1,8 @@
 """Controllers of adaptive steps: PETSc's by name, and PID."""
 
+import warnings
+from typing import Any
+
 from pnode.problems import step_controllers
 from pnode.problems.step_controllers import PID
 
@@ -12,3 +15,18 @@ Norm = step_controllers.Norm
 #: Adaptive Time-Stepping", ACM Trans. Math. Softw. 29, 2003; Söderlind & Wang, J. Comput. Appl.
 #: Math. 185, 2006).
 FILTERS = step_controllers.FILTERS
+
+_FORMER = {"DEADBEAT", "ErrorMemory", "check_controller", "check_norm", "controller_options"}
+
+
+def __getattr__(name: str) -> Any:
+    """Return what 0.2 had here although nobody but pnode needs it."""
+    if name not in _FORMER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(
+        f"pnode.controllers.{name} is pnode's own and will go: give Solver a controller= and a "
+        "norm=, or a PID of your own",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return getattr(step_controllers, name)

@@ -17,6 +17,9 @@ import torch
 
 torch.set_num_threads(1)
 
+# Tests that `make test` leaves to `make test-slow`, a name a line: tests/cpu_times.py writes it.
+SLOW = Path(__file__).with_name("slow.txt")
+
 # Files with tests that take more than ten seconds: none of these is to be left for the end, when
 # other processes have nothing more to do.
 LONG = {
@@ -30,8 +33,13 @@ LONG = {
 }  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the long files first."""
+    """Mark what tests/slow.txt lists, and run the long files first."""
+    slow = set(SLOW.read_text(encoding="utf-8").splitlines())
+    for item in items:
+        if item.nodeid in slow:
+            item.add_marker("slow")
     items.sort(key=lambda item: item.path.name not in LONG)
 
 

@@ -2,6 +2,9 @@
 
 Of the process itself and of children that it has waited for, so what else the machine does makes
 no difference. Programs of tests/children.py are not counted, whose parent is another process.
+
+With ``--list-slow tests/slow.txt`` the names of those that take long are written there, for
+``make test`` to leave out; names of tests that were not run stay.
 """
 
 from __future__ import annotations
@@ -9,12 +12,19 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 
 SHOWN = 40
+#: CPU seconds from which a test is slow, unless ``make quick`` has it.
+LIMIT = 1.0
 _STARTED = pytest.StashKey[float]()
 _seconds: Counter[str] = Counter()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--list-slow", type=Path, help="where to write the names of slow tests")
 
 
 def _now() -> float:
@@ -47,3 +57,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section(f"CPU seconds of {title}, {found.total():.0f} in all")
         for name, seconds in found.most_common(SHOWN):
             terminalreporter.write_line(f"{seconds:8.2f}  {name}")
+    path = terminalreporter.config.getoption("--list-slow")
+    if path is not None:
+        quick = Path(__file__).with_name("quick.txt").read_text(encoding="utf-8").splitlines()
+        left = set(path.read_text(encoding="utf-8").splitlines()) - set(_seconds)
+        slow = {
+            name for name, seconds in _seconds.items()
+            if seconds >= LIMIT and not name.startswith(tuple(filter(None, quick)))
+        }  # fmt: skip
+        path.write_text("".join(f"{name}\n" for name in sorted(left | slow)), encoding="utf-8")

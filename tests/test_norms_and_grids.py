@@ -514,3 +514,11 @@ def test_hints_are_given_once(caplog):
     texts = [record.getMessage() for record in caplog.records]
     assert ["stiff" in texts[0], "rejected" in texts[1], "Krylov" in texts[2]] == [True] * 3
     assert len(texts) == 3
+
+
+def test_what_was_public_of_controllers():
+    with pytest.warns(DeprecationWarning, match=r"pnode\.controllers\.DEADBEAT is pnode's own"):
+        from pnode.controllers import DEADBEAT
+    assert DEADBEAT.exponents == (1.0, 0.0, 0.0)
+    with pytest.raises(ImportError, match="nothing"):
+        from pnode.controllers import nothing  # noqa: F401
