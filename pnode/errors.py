@@ -5,40 +5,5 @@ running solve are also ``RuntimeError`` and carry ``time``, ``step``, ``method``
 ``rank`` where a solve of several processes failed on one of them.
 """
 
-from pnode.base.errors import (
-    BackwardError,
-    CheckpointError,
-    ConfigurationError,
-    EventError,
-    FieldChanged,
-    LinearSolveFailed,
-    MissingPackage,
-    NonFiniteDerivative,
-    NonFiniteVectorField,
-    NonlinearSolveFailed,
-    PnodeError,
-    RankError,
-    SolveError,
-    StepLimitReached,
-    StepSizeUnderflow,
-    VectorFieldError,
-)
-
-__all__ = [
-    "BackwardError",
-    "CheckpointError",
-    "ConfigurationError",
-    "EventError",
-    "FieldChanged",
-    "LinearSolveFailed",
-    "MissingPackage",
-    "NonFiniteDerivative",
-    "NonFiniteVectorField",
-    "NonlinearSolveFailed",
-    "PnodeError",
-    "RankError",
-    "SolveError",
-    "StepLimitReached",
-    "StepSizeUnderflow",
-    "VectorFieldError",
-]
+from pnode.base.errors import *  # noqa: F403
+from pnode.base.errors import __all__ as __all__
