@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from counting import beside_python, counting_environment  # noqa: E402
 
 SIZES = (1, 2, 3)
-LIMIT = 600  # seconds, against hangs
+LIMIT = 1200  # seconds, against hangs
 # More would take longer to start than they save.
 WORKERS = min(4, len(os.sched_getaffinity(0)))
 
