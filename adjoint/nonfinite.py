@@ -119,7 +119,7 @@ def check_tangents(
     Parameters
     ----------
     state, tangents : Tensor, sequence of Tensor
-        Of the outputs, shape ``(..., T, size)``.
+        Of the outputs, shape ``(T, size)``, or more dimensions of a batch of them.
     given : sequence of Tensor
         Tangents of what the solve was given.
     times : sequence of float
@@ -134,13 +134,17 @@ def check_tangents(
     """
     if all(map(is_finite, tangents)) or not all(map(is_finite, (state, *given))):
         return
-    bad = torch.stack([(~torch.isfinite(one)).reshape(-1, *one.shape[-2:]) for one in tangents])
-    output, entry = bad.any(0).any(0).nonzero()[0].tolist()
+    where: dict[str, Any] = {"method": method}
+    entry = ""
+    bad = next(one for one in tangents if not is_finite(one))
+    if bad.dim() == 2:
+        output, number = (~torch.isfinite(bad)).nonzero()[0].tolist()
+        where["time"], entry = times[output], f" at entry {number} of the state"
     raise NonFiniteDerivative(
-        f"a tangent of the solve is NaN or infinite at entry {entry} of the state: a derivative of "
-        f"the vector field is not finite somewhere before; {_REMEDY}",
-        time=times[output], method=method,
-    )  # fmt: skip
+        f"a tangent of the solve is NaN or infinite{entry}: a derivative of the vector field is "
+        f"not finite somewhere before; {_REMEDY}",
+        **where,
+    )
 
 
 def _first_entry(gradient: torch.Tensor) -> int:

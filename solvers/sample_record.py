@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from pnode.base.errors import CheckpointError
+from pnode.base.errors import CheckpointError, NonFiniteDerivative
 from pnode.base.evidence import differs, project
 from pnode.base.ledger import Ledger
+from pnode.base.vectors import is_finite
 from pnode.solvers.sample_field import RowsField
 from pnode.solvers.sample_methods import RowMethod
 
@@ -215,6 +216,8 @@ def taken_again(
     ------
     FieldChanged
         If f is not that of the steps any more.
+    NonFiniteDerivative
+        If it is, and a tangent is not finite.
     """
     for one in steps:
         rows = slice(None) if one.rows is None else one.rows
@@ -225,8 +228,18 @@ def taken_again(
         by = 0.0 if one.noted is None else differs(value[:, : part.own].reshape(-1), one.noted)
         if by:
             raise whole.changed(float(one.start[0]), by)
-        if bool((moving[:, 0] & (found.nonfinite | found.failed)).any()):
-            at = float(one.start[found.nonfinite | found.failed][0])
+        bad = moving[:, 0] & (found.nonfinite | found.failed)
+        if bool(bad.any()):
+            first = int(bad.nonzero()[0])
+            states = value[first, : part.own], found.state[first, : part.own]
+            at, row = float(one.start[first]), first if one.rows is None else int(one.rows[first])
+            if all(map(is_finite, states)):
+                raise NonFiniteDerivative(
+                    f"a tangent of row {row} of y0 is NaN or infinite: a derivative of the vector "
+                    "field is not finite here; keep the state away from there, or write the field "
+                    "so that its derivative exists",
+                    time=at,
+                )
             raise whole.changed(at, math.inf)
         if passes is not None:
             kept = tuple(

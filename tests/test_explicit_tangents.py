@@ -292,14 +292,21 @@ def test_auto_makes_code_for_tangents_once_they_have_paid(monkeypatch):
     assert max(difference(one, found[0]) for one in found) < 1e-12
 
 
-@pytest.mark.parametrize("transform", ["jvp", "jacfwd", "linearize", "sensitivities", "twice"])
+@pytest.mark.parametrize(
+    "transform", ["jvp", "jacfwd", "linearize", "sensitivities", "twice", "rows"]
+)
 def test_tangents_that_are_not_finite_are_refused(transform):
     """As gradients are: f is finite at y = 0, its derivative is not. NaN that is given passes."""
 
     def f(t, y):
-        return -torch.sqrt(y[:1] * y[1:]).expand(2) if transform != "twice" else -(y.abs() ** 1.5)
+        return (
+            -torch.sqrt(y.prod(-1, keepdim=True)).expand(y.shape)
+            if transform != "twice"
+            else -(y.abs() ** 1.5)
+        )
 
-    solver = pnode.Solver(f, method="rk4", step_size=0.1)
+    samples = "independent" if transform == "rows" else "joint"
+    solver = pnode.Solver(f, method="rk4", step_size=0.1, samples=samples)
     y0 = torch.tensor([0.0, 1.0], dtype=torch.float64)
     v = torch.tensor([1.0, 0.5], dtype=torch.float64)
 
@@ -314,6 +321,7 @@ def test_tangents_that_are_not_finite_are_refused(transform):
         "jacfwd": lambda: torch.func.jacfwd(end)(y0),
         "linearize": lambda: torch.func.linearize(end, y0)[1](v),
         "sensitivities": lambda: pnode.sensitivities(solver, y0, [0.0, 0.3], mode="forward"),
+        "rows": lambda: torch.func.jacfwd(end)(torch.stack([y0, y0 + 1.0])),
         "twice": lambda: torch.func.jvp(along, (y0,), (v,)),
     }
     with pytest.raises(pnode.errors.NonFiniteDerivative, match="NaN or infinite"):

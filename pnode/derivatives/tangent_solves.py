@@ -154,20 +154,21 @@ def tangent(
                 xs, one = sweeps.forward(engine, of_both, lowered(x0).clone(), False, requests)
                 leave(xs)
             taken.append(one)
+    xs = xs.reshape(number, -1)
     _check(run, pair, xs, (start, *inputs[len(parameters) :]))
     for one in taken.all():
         one.roots, one.last = run.roots, run.last
         run.stats.tangents.add(one.stats)
         one.stats.backward, one.stats.tangents = run.stats.backward, run.stats.tangents
-    return pair, x0, xs.reshape(number, -1), taken
+    return pair, x0, xs, taken
 
 
 def _check(run: Run, pair: PairLayout, xs: torch.Tensor, given: Sequence[torch.Tensor]) -> None:
     """Refuse tangents that are not finite; see :func:`check_tangents`. Collective."""
-    problem = run.problem
+    problem, parts = run.problem, pair.parts(xs.detach())  # before transforms are taken off
     times = [problem.direction * time for time in problem.times]
     with outside(), torch.no_grad(), problem.ranks.together():
-        state, *tangents = pair.parts(lowered(xs).detach())
+        state, *tangents = map(lowered, parts)
         along = [lowered(one).detach() for one in given]
         method = run.settings.method.name
         problem.ranks.attempt(check_tangents, state, tangents, along, times, method)
