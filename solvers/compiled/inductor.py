@@ -32,7 +32,8 @@ import torch
 
 from pnode.base import private_files
 from pnode.base.notices import LOG, compiling
-from pnode.solvers.compiled import decomposition, fast_tanh, libraries, products, trace
+from pnode.solvers.compiled import decomposition, fast_tanh, libraries, products, slices, trace
+from pnode.solvers.compiled.slices import arrange_slices
 from pnode.solvers.compiled.trace import compose
 from pnode.solvers.compiled.workshops import INDUCTORS as _INDUCTORS
 from pnode.solvers.compiled.workshops import note_use
@@ -51,7 +52,7 @@ _Node: TypeAlias = Any  # torch.fx.Node, whose arguments are typed as a union of
 
 _SOURCES = (
     __file__, *libraries.SOURCES, trace.__file__, products.__file__, fast_tanh.__file__,
-    decomposition.__file__,
+    decomposition.__file__, slices.__file__,
 )  # fmt: skip
 # Products that are added to something are rounded once.
 _INDUCTOR = {"cpp.enable_floating_point_contract_flag": "fast"}
@@ -341,6 +342,7 @@ def prepare(
     own = {**fast_tanh.DECOMPOSITIONS, **decomposition.INTEGERS}
     graph = compose(function, examples, own)
     _join_rows(graph)
+    arrange_slices(graph)
     _lay_out_single_parts(graph)
     return graph
 
@@ -379,6 +381,7 @@ def _join_rows(graph: torch.fx.GraphModule) -> None:
                 view = nodes.call_function(
                     _aten.view.default, (whole, [shape[0] * shape[1], *shape[2:]])
                 )
+            view.meta = dict(node.meta)
             node.replace_all_uses_with(view)
             nodes.erase_node(node)
     nodes.eliminate_dead_code()

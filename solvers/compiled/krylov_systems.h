@@ -36,6 +36,7 @@ class Factors {
   typedef std::vector<double> Vector;
   // Iterations of a cycle, and of all; what is left of the right-hand side.
   static constexpr int CYCLE = 100, MOST = 10000;
+  static constexpr int PART = 1024;  // entries
   static constexpr double TIGHT = 1e-12, LEAST = 1e-50;
 
   // From b to x. Where b is not finite, nor is x: no one's fault. A matrix that is singular or not
@@ -88,8 +89,8 @@ class Factors {
     for (int i = count - 1; i >= 0; i--) {
       for (int j = i + 1; j < count; j++) rest[i] -= H[i][j] * rest[j];
       rest[i] /= H[i][i];
-      add(rest[i], &V[size_t(i) * N], x);
     }
+    add(rest, count, x);
     return count;
   }
 
@@ -103,13 +104,50 @@ class Factors {
   // vector no unit one, by which the basis is lost within some 20 iterations.
   double orthogonalize(int j, double* v) {
     double h[CYCLE];
-    for (int i = 0; i <= j; i++) h[i] = dot(v, &V[size_t(i) * N]);
+    project(v, j + 1, h);
     sum(h, j + 1);
-    for (int i = 0; i <= j; i++) {
-      add(-h[i], &V[size_t(i) * N], v);
-      H[i][j] = h[i];
-    }
+    for (int i = 0; i <= j; i++) H[i][j] = h[i], h[i] = -h[i];
+    add(h, j + 1, v);
     return length(v);
+  }
+
+  // h = V^T v for the first vectors of the basis: entries that stay in the cache one part after the
+  // other, four vectors at once.
+  void project(const double* v, int vectors, double* h) const {
+    std::fill_n(h, vectors, 0.0);
+    for (int begin = 0; begin < own; begin += PART) {
+      const int end = std::min(begin + PART, own);
+      int i = 0;
+      for (; i + 4 <= vectors; i += 4) {
+        const double *one = &V[size_t(i) * N], *two = one + N, *three = two + N, *four = three + N;
+        double a = 0.0, b = 0.0, c = 0.0, d = 0.0;
+#pragma omp simd reduction(+ : a, b, c, d)
+        for (int k = begin; k < end; k++)
+          a += one[k] * v[k], b += two[k] * v[k], c += three[k] * v[k], d += four[k] * v[k];
+        h[i] += a, h[i + 1] += b, h[i + 2] += c, h[i + 3] += d;
+      }
+      for (; i < vectors; i++) h[i] += dot(v + begin, &V[size_t(i) * N] + begin, end - begin);
+    }
+  }
+
+  // y += V h, alike.
+  void add(const double* h, int vectors, double* y) const {
+    for (int begin = 0; begin < N; begin += PART) {
+      const int end = std::min(begin + PART, N);
+      int i = 0;
+      for (; i + 4 <= vectors; i += 4) {
+        const double *one = &V[size_t(i) * N], *two = one + N, *three = two + N, *four = three + N;
+        const double a = h[i], b = h[i + 1], c = h[i + 2], d = h[i + 3];
+#pragma omp simd
+        for (int k = begin; k < end; k++)
+          y[k] += (a * one[k] + b * two[k]) + (c * three[k] + d * four[k]);
+      }
+      for (; i < vectors; i++) {
+        const double* one = &V[size_t(i) * N];
+#pragma omp simd
+        for (int k = begin; k < end; k++) y[k] += h[i] * one[k];
+      }
+    }
   }
 
   void rotate(int j, double next) {
@@ -131,20 +169,15 @@ class Factors {
     for (int k = 0; k < N; k++) v[k] = shift * x[k] - v[k];
   }
 
-  double dot(const double* x, const double* y) const {
+  static double dot(const double* x, const double* y, int count) {
     double total = 0.0;
 #pragma omp simd reduction(+ : total)
-    for (int k = 0; k < own; k++) total += x[k] * y[k];
+    for (int k = 0; k < count; k++) total += x[k] * y[k];
     return total;
   }
 
-  static void add(double factor, const double* x, double* y) {
-#pragma omp simd
-    for (int k = 0; k < N; k++) y[k] += factor * x[k];
-  }
-
   double length(const double* x) const {
-    double square = dot(x, x);
+    double square = dot(x, x, own);
     sum(&square, 1);
     return std::sqrt(square);
   }
