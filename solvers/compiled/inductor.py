@@ -57,6 +57,8 @@ _SOURCES = (
 # Products that are added to something are rounded once.
 _INDUCTOR = {"cpp.enable_floating_point_contract_flag": "fast"}
 
+#: What has been loaded, by checksum: no library is ever unloaded.
+_LOADED: dict[bytes, Compiled] = {}
 _MARK = b"pnode-1:"  # begins the end of a file, before the checksum
 
 
@@ -118,9 +120,9 @@ def _keep(path: Path, made: Path) -> None:
 
 
 @contextlib.contextmanager
-def _copied(path: Path) -> Iterator[Path]:
+def _copied(path: Path, body: bytes | None = None) -> Iterator[Path]:
     """Lend a copy of what was kept, where nobody can change it between the check and its use."""
-    body = _read(path)
+    body = _read(path) if body is None else body
     with tempfile.TemporaryDirectory(prefix="pnode-") as folder:
         copy = Path(folder) / path.name
         copy.write_bytes(body)
@@ -201,11 +203,14 @@ class CompiledGraph:
 
 
 def _load(path: Path) -> CompiledGraph:
-    with _copied(path) as copy, zipfile.ZipFile(copy) as package:
-        # Kernels of a GPU alone are read later.
-        kernels = any(name.endswith((".cubin", ".hsaco")) for name in package.namelist())
-        unpacked = None if kernels else copy.parent
-        return CompiledGraph(path, libraries.unpack(copy, unpacked, path.parent / _INDUCTORS).run)
+    digest = hashlib.sha256(body := _read(path)).digest()
+    if digest not in _LOADED:
+        with _copied(path, body) as copy, zipfile.ZipFile(copy) as package:
+            # Kernels of a GPU alone are read later.
+            kernels = any(name.endswith((".cubin", ".hsaco")) for name in package.namelist())
+            unpacked = None if kernels else copy.parent
+            _LOADED[digest] = libraries.unpack(copy, unpacked, path.parent / _INDUCTORS).run
+    return CompiledGraph(path, _LOADED[digest])
 
 
 def _build(

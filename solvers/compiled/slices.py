@@ -22,8 +22,9 @@ _Node: TypeAlias = Any  # torch.fx.Node, whose arguments are typed as a union of
 _ZEROS = (
     _aten.full.default, _aten.zeros.default, _aten.new_zeros.default, _aten.zeros_like.default,
 )  # fmt: skip
-#: Beside so many entries what is padded around them is more.
-_FEW = 64
+_MULTIPLES = (_aten.neg.default, _aten.mul.Tensor, _aten.div.Tensor)
+#: Rows of fewer entries are no faster for being padded.
+_ROW = 32
 
 
 def arrange_slices(graph: torch.fx.GraphModule) -> None:
@@ -137,13 +138,24 @@ def _made(nodes: torch.fx.Graph, target: Any, args: tuple[Any, ...]) -> _Node:
     return node
 
 
+def _is_multiple(node: _Node) -> bool:
+    """Whether it is a number times a tensor like it."""
+    inside, number = (*node.args, 1.0)[:2] if node.args else (None, None)
+    if node.target not in _MULTIPLES or node.kwargs or not isinstance(number, float | int):
+        return False
+    if not (math.isfinite(number) and number):  # zeros are to stay zeros
+        return False
+    return _is_tensor(inside) and inside.meta["val"].dtype == node.meta["val"].dtype
+
+
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor lies in one of zeros."""
+    """Where a tensor, or a multiple of it, lies in one of zeros: ``factors`` make that of it."""
 
     node: _Node
     inside: _Node
     begin: tuple[int, ...]
+    factors: tuple[_Node, ...]
 
     @classmethod
     def of(cls, node: _Node) -> _Place:
@@ -152,7 +164,11 @@ class _Place:
         while _is_slice(inside) and (inside is node or len(inside.users) == 1):
             inside, dim, start = _slice(inside)
             begin[dim] += start
-        return cls(node, inside, tuple(begin))
+        factors: list[_Node] = []
+        while _is_multiple(inside):
+            factors.insert(0, inside)
+            inside = inside.args[0]
+        return cls(node, inside, tuple(begin), tuple(factors))
 
 
 def _pad_slices(nodes: torch.fx.Graph) -> None:
@@ -162,8 +178,7 @@ def _pad_slices(nodes: torch.fx.Graph) -> None:
         summed = any(map(_is_sum, node.users))
         if _is_slice(node) and summed and node.meta["val"].is_floating_point():
             place = _Place.of(node)
-            if math.prod(_shape(place.inside)) >= _FEW:
-                places.setdefault((place.inside, _shape(node)), []).append(place)
+            places.setdefault((place.inside, _shape(node)), []).append(place)
     for (inside, shape), found in places.items():
         # The same entry is at the last begin's place of what is padded, in all of them.
         first, last = (
@@ -173,6 +188,9 @@ def _pad_slices(nodes: torch.fx.Graph) -> None:
         sizes = [n + b - a for n, a, b in zip(shape, first, last, strict=True)]
         ends = zip(sizes, last, _shape(inside), strict=True)
         around = [(before, size - before - own) for size, before, own in ends]
+        inner = max(dim for dim, amounts in enumerate(around) if any(amounts) or not dim)
+        if len(found) < 2 or math.prod(shape[inner:]) < _ROW:
+            continue
         with nodes.inserting_before(found[0].node):
             amounts = [amount for pair in reversed(around) for amount in pair]
             padded = _made(nodes, _aten.constant_pad_nd.default, (inside, amounts, 0.0))
@@ -186,4 +204,6 @@ def _pad_slices(nodes: torch.fx.Graph) -> None:
                 look = _made(
                     nodes, _aten.as_strided.default, (padded, list(shape), list(strides), start)
                 )
+                for factor in place.factors:
+                    look = _made(nodes, factor.target, (look, *factor.args[1:]))
                 place.node.replace_all_uses_with(look)
