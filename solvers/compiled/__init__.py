@@ -5,7 +5,7 @@ from functools import partial
 
 from pnode.solvers.compiled.compiler import Compiler
 from pnode.solvers.compiled.fields import Fields
-from pnode.solvers.compiled.ghost_sweeps import GhostSweeps
+from pnode.solvers.compiled.ghost_sweeps import GhostSweeps, ProductSweeps
 from pnode.solvers.compiled.graph_steps import ExplicitSteps
 from pnode.solvers.compiled.implicit_sweeps import ImplicitSweeps
 from pnode.solvers.compiled.row_sweeps import RowSweeps
@@ -17,7 +17,9 @@ __all__ = ["new_compiler", "new_row_compiler"]
 
 def new_compiler() -> Compiler:
     """Return a compiler with all backends, the best ones first."""
-    return Compiler((ImplicitSweeps(), GhostSweeps(), StagedSteps(), ExplicitSteps(), Fields()))
+    return Compiler((
+        ImplicitSweeps(), GhostSweeps(), ProductSweeps(), StagedSteps(), ExplicitSteps(), Fields(),
+    ))  # fmt: skip
 
 
 def new_row_compiler() -> Compiler:

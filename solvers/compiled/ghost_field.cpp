@@ -1,4 +1,4 @@
-// A field y' = f(t, y, p) on states with ghost cells, as compiled graphs: the functions that
+// A field y' = f(t, y, p) on states with ghost cells or without, as compiled graphs: the functions that
 // implicit_steps.cpp lists. Its Jacobian is no matrix but a point, for products there: krylov_systems.h.
 // Ranks evaluate f and take products together, and one that has failed goes on with NaN. Above this
 // stand kernel.h, graphs.h, exchange.h, N, WIDTH, AUTONOMOUS, and SEEN, what f gets of a state.
@@ -61,7 +61,7 @@ class Field {
   // y = f_y x.
   void push(Point& point, const double* x, double* y) {
     cells_.assign(SEEN, 0.0);
-    together->failed |= !plan.exchange.gather(x, cells_.data());
+    together->failed |= !gather(x, cells_.data());
     attempted(y, N, [&] {
       copy_out(derivative(plan.derivative, point, plan.forms[0].view(cells_.data()), 1)[0], y);
     });
@@ -106,7 +106,7 @@ class Field {
     last_.time = t;
     std::memcpy(y_, y, sizeof(y_));
     last_.seen.assign(SEEN, 0.0);
-    together->failed |= !plan.exchange.gather(y, last_.seen.data());
+    together->failed |= !gather(y, last_.seen.data());
     last_.saved.clear();
     found_.clear();
     attempted(last_.value, N, [&] { run(last_); });
@@ -148,7 +148,20 @@ class Field {
       copy_out(found[0], cells_.data());
     });
     std::fill_n(l, N, 0.0);
-    together->failed |= !plan.exchange.scatter(cells_.data(), l);
+    together->failed |= !scatter_to(l);
+  }
+
+  // A state without ghost cells is all that f gets.
+  static bool gather(const double* owned, double* seen) {
+    if (plan.exchange.forest) return plan.exchange.gather(owned, seen);
+    std::copy_n(owned, N, seen);
+    return true;
+  }
+
+  bool scatter_to(double* owned) const {
+    if (plan.exchange.forest) return plan.exchange.scatter(cells_.data(), owned);
+    std::copy_n(cells_.data(), N, owned);
+    return true;
   }
 
   void stand(std::vector<Handle>& inputs, Point& point) {

@@ -1,4 +1,7 @@
-"""Whole sweeps of implicit methods on states with ghost cells, on all ranks at once."""
+"""Whole sweeps of implicit methods with products alone: GMRES solves their linear systems.
+
+Of states with ghost cells on all ranks at once, and of others in one process.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,17 @@ from pnode.solvers.compiled.implicit_settings import prepared
 from pnode.solvers.compiled.implicit_sweeps import ImplicitSweeps, kind_of
 from pnode.solvers.compiled.trace import Untraceable
 
-__all__ = ["GhostSweeps"]
+__all__ = ["GhostSweeps", "ProductSweeps"]
+
+_FREE = "jacobian='matrix-free' is compiled "
 
 
 class GhostSweeps(ImplicitSweeps):
     """Sweeps whose linear systems are solved by GMRES, with products alone."""
 
-    ghosts = True
+    ghosts: bool | None = True
     repeat = True
+    others = GHOSTS
 
     def refuses(self, wanted: Wanted) -> str | None:
         """Return why there are no such sweeps for a solve, whatever the field."""
@@ -35,7 +41,7 @@ class GhostSweeps(ImplicitSweeps):
             or kind_of(settings.method) not in ("dirk", "bdf")
             or more.reuse not in ("auto", "iteration")
         ):
-            return GHOSTS
+            return self.others
         return super().refuses(wanted)
 
     def _takes_entries(self, wanted: Wanted) -> bool:
@@ -68,3 +74,28 @@ class GhostSweeps(ImplicitSweeps):
         for one in checked:
             one.code.exchange_by(forest)
         return super().begin(checked, field_, y0, wanted)
+
+
+class ProductSweeps(GhostSweeps):
+    """These of states of one process, whose fields get what it owns."""
+
+    ghosts = False
+    free = True
+    others = f"{_FREE}with theta, DIRK, IMEX and BDF methods, without mass="
+
+    def refuses(self, wanted: Wanted) -> str | None:
+        """Return why there are no such sweeps for a solve, whatever the field."""
+        for given, text in (
+            (wanted.settings.jacobian_options.preconditioner is not None, "a preconditioner"),
+            (wanted.settings.integrals, "cost="),
+            (wanted.watched or wanted.dense, "anybody who looks at single steps"),
+        ):
+            if given:
+                return f"{_FREE}without {text}"
+        return super().refuses(wanted)
+
+    def begin(
+        self, checked: Sequence[Checked], field_: VectorField, y0: torch.Tensor, wanted: Wanted
+    ) -> Compilation:
+        """Return the sweep."""
+        return ImplicitSweeps.begin(self, checked, field_, y0, wanted)

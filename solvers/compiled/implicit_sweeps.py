@@ -52,6 +52,15 @@ class ImplicitSweeps(Backend):
     graphs = True
     #: Whether ranks repeat the steps of Newton's method of all, in a backward sweep too.
     repeat = False
+    #: Whether they are for products alone, of states of one process; None: for all.
+    free: bool | None = False
+
+    def is_for(self, wanted: Wanted) -> bool:
+        """Whether it is for methods and states of this kind."""
+        settings = wanted.settings
+        shared = wanted.ghosts or settings.parallel
+        free = settings.jacobian == "matrix-free" and not shared
+        return self.free in (None, free) and super().is_for(wanted)
 
     def refuses(self, wanted: Wanted) -> str | None:
         """Return why there are no such sweeps for a solve, whatever the field."""

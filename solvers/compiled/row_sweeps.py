@@ -48,6 +48,7 @@ class RowSweeps(ImplicitSweeps):
     """Programs of one row, of explicit methods too."""
 
     implicit = None
+    free = None
     kinds = ("implicit", "explicit")
     graphs = False
 
