@@ -89,7 +89,12 @@ MORE = CHANGES | {
 WAYS = {
     "steps": {"method": "bosh3", "step_size": 0.1},
     "adaptive steps": {"method": "dopri5", "rtol": 1e-6, "atol": 1e-8},
-    "field": {"method": "bdf2", "step_size": 0.05, "jacobian": "matrix-free"},
+    "field": {
+        "method": "bdf2",
+        "step_size": 0.05,
+        "jacobian": "matrix-free",
+        "preconditioner": "dense",
+    },  # with which the field alone is compiled
     "sweeps": {"method": "cn", "step_size": 0.1},
 }
 COURSES = {"steps": MORE, "adaptive steps": ["numbers", "replaced"]}

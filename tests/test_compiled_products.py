@@ -134,7 +134,7 @@ def test_second_derivatives(ring: Ring) -> None:
         ({"preconditioner": "dense"}, "without a precond"),
         ({"cost": lambda t, y: y.square().sum()}, "without cost="),
         ({"dense": True}, "single steps"),
-        ({"method": "radau5"}, "theta, DIRK"),
+        ({"method": "radau5"}, "jacobian='dense'"),
     ],
 )
 def test_what_is_asked_for_otherwise(ring: Ring, options: dict[str, Any], reason: str) -> None:

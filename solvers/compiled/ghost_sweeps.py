@@ -16,7 +16,7 @@ from pnode.solvers.compiled.exchanges import NO_FOREST
 from pnode.solvers.compiled.fields import field_code
 from pnode.solvers.compiled.ghost_programs import GhostProgram
 from pnode.solvers.compiled.implicit_settings import prepared
-from pnode.solvers.compiled.implicit_sweeps import ImplicitSweeps, kind_of
+from pnode.solvers.compiled.implicit_sweeps import JACOBIANS, ImplicitSweeps, kind_of
 from pnode.solvers.compiled.trace import Untraceable
 
 __all__ = ["GhostSweeps", "ProductSweeps"]
@@ -81,7 +81,7 @@ class ProductSweeps(GhostSweeps):
 
     ghosts = False
     free = True
-    others = f"{_FREE}with theta, DIRK, IMEX and BDF methods, without mass="
+    others = JACOBIANS
 
     def refuses(self, wanted: Wanted) -> str | None:
         """Return why there are no such sweeps for a solve, whatever the field."""

@@ -33,7 +33,14 @@ from pnode.solvers.compiled.trace import FieldGraph, Untraceable
 from pnode.solvers.methods import Method
 from pnode.solvers.step_control import automatic_step
 
-__all__ = ["ImplicitSweeps"]
+__all__ = ["JACOBIANS", "ImplicitSweeps"]
+
+#: Why there are no whole sweeps with other Jacobians.
+JACOBIANS = (
+    "implicit methods are compiled with jacobian='dense', 'sparse' or 'block', fully implicit "
+    "ones, M y' = f(t, y) and F(t, y, y') = 0 with 'dense' alone, and jacobian_reuse='auto', "
+    "'iteration' or 'constant'; theta, DIRK, IMEX and BDF methods with 'matrix-free', too"
+)
 
 # Larger fields and matrices are torch's and LAPACK's, and those beyond that PETSc's.
 _LARGEST_SCALARS, _LARGEST_STATE = 32, 256
@@ -101,11 +108,7 @@ class ImplicitSweeps(Backend):
             return "BDF is compiled for atol without zeros"
         more, dense = settings.jacobian_options, settings.jacobian == "dense"
         if not (dense or self._takes_entries(wanted)) or more.reuse in ("step", "solve"):
-            return (
-                "implicit methods are compiled with jacobian='dense', 'sparse' or 'block', fully "
-                "implicit ones, M y' = f(t, y) and F(t, y, y') = 0 with 'dense' alone, and "
-                "jacobian_reuse='auto', 'iteration' or 'constant'"
-            )
+            return JACOBIANS
         most = _LARGEST_SPARSE_ROSENBROCK if method.linearly_implicit else _LARGEST_SPARSE
         most = _LARGEST_STATE if dense else most
         most = most if self.graphs else _LARGEST_SCALARS
