@@ -147,7 +147,6 @@ class Field {
       const Tensors& found = function();
       copy_out(found[0], cells_.data());
     });
-    std::fill_n(l, N, 0.0);
     together->failed |= !scatter_to(l);
   }
 
@@ -159,9 +158,9 @@ class Field {
   }
 
   bool scatter_to(double* owned) const {
-    if (plan.exchange.forest) return plan.exchange.scatter(cells_.data(), owned);
-    std::copy_n(cells_.data(), N, owned);
-    return true;
+    if (!plan.exchange.forest) return std::copy_n(cells_.data(), N, owned), true;
+    std::fill_n(owned, N, 0.0);
+    return plan.exchange.scatter(cells_.data(), owned);
   }
 
   void stand(std::vector<Handle>& inputs, Point& point) {

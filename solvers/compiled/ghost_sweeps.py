@@ -21,28 +21,33 @@ from pnode.solvers.compiled.trace import Untraceable
 
 __all__ = ["GhostSweeps", "ProductSweeps"]
 
-_FREE = "jacobian='matrix-free' is compiled "
 
+class ProductSweeps(ImplicitSweeps):
+    """Sweeps whose linear systems are solved by GMRES, with products alone, in one process."""
 
-class GhostSweeps(ImplicitSweeps):
-    """Sweeps whose linear systems are solved by GMRES, with products alone."""
-
-    ghosts: bool | None = True
-    repeat = True
-    others = GHOSTS
+    free: bool | None = True
 
     def refuses(self, wanted: Wanted) -> str | None:
         """Return why there are no such sweeps for a solve, whatever the field."""
-        settings, more = wanted.settings, wanted.settings.jacobian_options
-        plain = settings.form in ("rhs", "imex") and not (wanted.watched or wanted.dense)
-        products = settings.jacobian == "matrix-free" and more.preconditioner is None
-        if (
-            not (plain and products)
-            or kind_of(settings.method) not in ("dirk", "bdf")
-            or more.reuse not in ("auto", "iteration")
+        for given, text in (
+            (wanted.settings.jacobian_options.preconditioner is not None, "a preconditioner"),
+            (wanted.settings.integrals, "cost="),
+            (wanted.watched or wanted.dense, "anybody who looks at single steps"),
         ):
-            return self.others
-        return super().refuses(wanted)
+            if given:
+                return f"jacobian='matrix-free' is compiled without {text}"
+        return super().refuses(wanted) if self._takes_products(wanted) else JACOBIANS
+
+    @staticmethod
+    def _takes_products(wanted: Wanted) -> bool:
+        """Whether there are such sweeps of a method, with nothing but products asked for."""
+        settings, more = wanted.settings, wanted.settings.jacobian_options
+        return (
+            settings.form in ("rhs", "imex") and settings.jacobian == "matrix-free"
+            and more.preconditioner is None and more.reuse in ("auto", "iteration")
+            and not (wanted.watched or wanted.dense)
+            and kind_of(settings.method) in ("dirk", "bdf")
+        )  # fmt: skip
 
     def _takes_entries(self, wanted: Wanted) -> bool:
         return True  # no Jacobian is made
@@ -52,7 +57,7 @@ class GhostSweeps(ImplicitSweeps):
     ) -> GhostProgram:
         method = wanted.settings.method
         explicit = method.kind == "imex" and part.explicit is None
-        key = (GhostSweeps, "explicit" if explicit else kind_of(method))
+        key = (GhostProgram, "explicit" if explicit else kind_of(method))
         if key not in trace.codes:
             if any(x.dtype is not REAL for x in part.problem.parameters):
                 raise Untraceable("it is differentiated by tensors that are not float64")
@@ -61,6 +66,18 @@ class GhostSweeps(ImplicitSweeps):
         if not explicit:
             prepared(made, wanted)
         return made
+
+
+class GhostSweeps(ProductSweeps):
+    """These of states with ghost cells, which all ranks exchange."""
+
+    ghosts: bool | None = True
+    repeat = True
+    free = False
+
+    def refuses(self, wanted: Wanted) -> str | None:
+        """Return why there are no such sweeps for a solve, whatever the field."""
+        return ImplicitSweeps.refuses(self, wanted) if self._takes_products(wanted) else GHOSTS
 
     def begin(
         self, checked: Sequence[Checked], field_: VectorField, y0: torch.Tensor, wanted: Wanted
@@ -74,28 +91,3 @@ class GhostSweeps(ImplicitSweeps):
         for one in checked:
             one.code.exchange_by(forest)
         return super().begin(checked, field_, y0, wanted)
-
-
-class ProductSweeps(GhostSweeps):
-    """These of states of one process, whose fields get what it owns."""
-
-    ghosts = False
-    free = True
-    others = JACOBIANS
-
-    def refuses(self, wanted: Wanted) -> str | None:
-        """Return why there are no such sweeps for a solve, whatever the field."""
-        for given, text in (
-            (wanted.settings.jacobian_options.preconditioner is not None, "a preconditioner"),
-            (wanted.settings.integrals, "cost="),
-            (wanted.watched or wanted.dense, "anybody who looks at single steps"),
-        ):
-            if given:
-                return f"{_FREE}without {text}"
-        return super().refuses(wanted)
-
-    def begin(
-        self, checked: Sequence[Checked], field_: VectorField, y0: torch.Tensor, wanted: Wanted
-    ) -> Compilation:
-        """Return the sweep."""
-        return ImplicitSweeps.begin(self, checked, field_, y0, wanted)

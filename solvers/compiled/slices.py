@@ -7,7 +7,7 @@ alone is stacked, and the sum of the others reads tensors that are padded once.
 
 from __future__ import annotations
 
-import itertools
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -95,10 +95,13 @@ def _is_sum(node: _Node) -> bool:
 
 def _terms(node: _Node) -> list[_Node]:
     """Return the terms of a sum, in which other sums are that nobody else reads."""
-    found = []
-    for part in node.args:
-        inside = _is_sum(part) and len(part.users) == 1
-        found += _terms(part) if inside else [part]
+    found, pending = [], [*reversed(node.args)]
+    while pending:
+        part = pending.pop()
+        if _is_sum(part) and len(part.users) == 1:
+            pending += reversed(part.args)
+        else:
+            found.append(part)
     return found
 
 
@@ -106,16 +109,23 @@ def _stack_entries(nodes: torch.fx.Graph) -> None:
     """Stack what sums have for each index along a dimension."""
     within: set[_Node] = set()
     for node in reversed(list(nodes.nodes)):
-        if not _is_sum(node) or node in within:
+        if not _is_sum(node):
             continue
         within.update(x for x in node.args if _is_sum(x) and len(x.users) == 1)
+        if node in within:
+            continue
         terms = _terms(node)
         for dim, size in enumerate(_shape(node)):
-            chosen = [x for x in terms if _is_entry(x) and _entry(x)[1] == dim]
-            rows = [[_entry(x)[0] for x in chosen if _entry(x)[2] == i] for i in range(size)]
+            rows: list[list[_Node]] = [[] for _ in range(size)]
+            others = []
+            for term in terms:
+                given, along, index = _entry(term) if _is_entry(term) else (term, None, 0)
+                if along == dim:
+                    rows[index].append(given)
+                else:
+                    others.append(term)
             if size < 2 or not all(rows):
                 continue
-            others = [x for x in terms if x not in chosen]
             with nodes.inserting_before(node):
                 parts = [_sum(nodes, row) for row in rows]
                 whole = _made(nodes, _aten.stack.default, (parts, dim))
@@ -125,9 +135,7 @@ def _stack_entries(nodes: torch.fx.Graph) -> None:
 
 
 def _sum(nodes: torch.fx.Graph, terms: Sequence[_Node]) -> _Node:
-    return list(itertools.accumulate(
-        terms, lambda x, y: _made(nodes, _aten.add.Tensor, (x, y))
-    ))[-1]  # fmt: skip
+    return functools.reduce(lambda x, y: _made(nodes, _aten.add.Tensor, (x, y)), terms)
 
 
 def _made(nodes: torch.fx.Graph, target: Any, args: tuple[Any, ...]) -> _Node:
